@@ -71,8 +71,8 @@ test-processors: setup ## what `make test` runs of the tests, as on other proces
 gates: setup ## the long checks in tests/gates: fuzzing at full counts, real models beside peers (tens of minutes)
 	$(TEST_ENV) GRAFTC_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q -m gate tests/gates --ignore tests/gates/test_demo_llm.py $(ARGS)
 	$(ALONE) $(BIN)/python -m pytest -q tests/gates/test_demo_llm.py $(ARGS)
-	$(TEST_ENV) GRAFTC_KILLS=50 $(BIN)/python -m pytest -q tests/artifact/test_kill.py tests/runtime/test_recipes.py \
-	  tests/streaming/test_resume.py -k "killed or random"
+	$(TEST_ENV) GRAFTC_KILLS=50 $(BIN)/python -m pytest -q tests/runtime/artifact/test_kill.py tests/applications/recipes/test_recipes.py \
+	  tests/runtime/streaming/test_resume.py -k "killed or random"
 
 fuzz: setup ## random specs and changed artifacts, FUZZ of them (10,000 by default; some minutes)
 	$(TEST_ENV) GRAFTC_FUZZ=$(FUZZ) $(BIN)/python -m pytest -q tests/gates -k fuzz $(ARGS)

@@ -58,7 +58,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     for name in ("llama",) if quick else options.case or ("llama", "smollm2"):
         torch.manual_seed(0)
         if name == "smollm2":
-            from graftc.runtime.demo.decoder import load_decoder
+            from graftc.applications.demo.decoder import load_decoder
 
             model: Any = load_decoder(options.layers)
         else:

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 
 from benchmarks.command import RESULTS, write
 from benchmarks.pet_data import newsgroup_texts
-from graftc.runtime.demo.data import find_data, find_model, padded, read_tab, training_batches
-from graftc.runtime.files import staged
-from graftc.runtime.models import quiet_transformers
+from graftc.applications.demo.data import find_data, find_model, padded, read_tab, training_batches
+from graftc.files.writing import staged
+from graftc.runtime.sources.models import quiet_transformers
 from graftc.specs.errors.diagnostics import GraftError
 
 STEPS = 700

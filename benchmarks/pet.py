@@ -28,10 +28,10 @@ import graftc
 from benchmarks.command import RESULTS, command_line, write
 from benchmarks.masked_minilm import find_masked_minilm
 from benchmarks.pet_data import Few, few
-from graftc.runtime.pet.classifier import sequence_classifier
-from graftc.runtime.pet.data import PetData, TextRows
-from graftc.runtime.pet.plain import PlainEncoder
-from graftc.runtime.pet.training import draws, logits_of
+from graftc.applications.pet.classifier import sequence_classifier
+from graftc.applications.pet.data import PetData, TextRows
+from graftc.applications.pet.plain import PlainEncoder
+from graftc.applications.pet.training import draws, logits_of
 
 LABELS, SEEDS = (0, 10, 50, 100), (0, 1, 2)
 UNLABELLED = TEST = 150

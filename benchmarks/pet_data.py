@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftc.runtime.demo.data import Dataset, DataSplit, find_data, load_r8, read_tab
-from graftc.runtime.files import staged
+from graftc.applications.demo.data import Dataset, DataSplit, find_data, load_r8, read_tab
+from graftc.files.writing import staged
 
 NEWSGROUPS = {
     "graphics": "comp.graphics",

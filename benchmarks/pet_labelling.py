@@ -27,7 +27,7 @@ from benchmarks.command import RESULTS, command_line, write
 from benchmarks.masked_minilm import find_masked_minilm
 from benchmarks.pet import LORA
 from benchmarks.pet_data import few
-from graftc.runtime.pet.encoding import ClozeEncoder
+from graftc.applications.pet.encoding import ClozeEncoder
 from graftc.specs.pet.io import load_pet_spec
 
 TOKENS, TEXTS = 64, 16

@@ -2,9 +2,9 @@
 
     python -m benchmarks.retention [--steps 50] [--layers 30] [--out benchmarks/results]
 
-SmolLM2-135M-Instruct (`graftc.runtime.demo.decoder`) with weights rounded to bfloat16 is adapted with LoRA of rank 8 at
-all seven projections, and trained on Reuters R8 with AdamW at a constant learning rate, with one text of 32 tokens per
-step. It is trained in float32; the folded weights are then rounded to bfloat16. The table has the retention of all
+SmolLM2-135M-Instruct (`graftc.applications.demo.decoder`) with weights rounded to bfloat16 is adapted with LoRA of rank
+8 at all seven projections, and trained on Reuters R8 with AdamW at a constant learning rate, with one text of 32 tokens
+per step. It is trained in float32; the folded weights are then rounded to bfloat16. The table has the retention of all
 sites together, as in the certificate of a merge.
 """
 
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 import graftc
+from graftc.applications.demo.data import find_data, read_tab
+from graftc.applications.demo.decoder import find_decoder, load_decoder
 from graftc.compiler.folding.fold_plan import fold_plan
 from graftc.compiler.folding.retention import Retention
 from graftc.compiler.folding.rounding import retained, round_pieces
-from graftc.runtime.demo.data import find_data, read_tab
-from graftc.runtime.demo.decoder import find_decoder, load_decoder
 
 RATES = (1e-5, 1e-4, 1e-3)
 SCALES = (1, 2, 16)

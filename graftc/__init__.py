@@ -25,10 +25,10 @@ _FACADE = {
     "merge_checkpoint": "graftc.runtime.streaming.merging",
     "roles": "graftc.runtime.api",
     "select": "graftc.runtime.api",
-    "tune": "graftc.runtime.recipes",
-    "pet": "graftc.runtime.pet.recipe",
-    "plan": "graftc.runtime.planner.plan",
-    "MemoryPlan": "graftc.runtime.planner.memory_plan",
+    "tune": "graftc.applications.recipes.tune",
+    "pet": "graftc.applications.pet.recipe",
+    "plan": "graftc.applications.planner.planning",
+    "MemoryPlan": "graftc.applications.planner.memory_plan",
     "methods": "graftc.specs.listing",
     "TrainingLog": "graftc.runtime.training.log",
     "read_log": "graftc.runtime.training.curves",
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from graftc import extend, testing
+    from graftc.applications.pet.recipe import pet
+    from graftc.applications.planner.memory_plan import MemoryPlan
+    from graftc.applications.planner.planning import plan
+    from graftc.applications.recipes.tune import tune
     from graftc.compiler.folding.certificate import Certificate
     from graftc.compiler.inspect.report import Report
     from graftc.compiler.resolve.selection import Selection
@@ -46,10 +50,6 @@ if TYPE_CHECKING:
     from graftc.runtime.api import check, compile, import_peft, load, load_base, roles, select
     from graftc.runtime.compiled import Compiled
     from graftc.runtime.deploy.merged import Merged
-    from graftc.runtime.pet.recipe import pet
-    from graftc.runtime.planner.memory_plan import MemoryPlan
-    from graftc.runtime.planner.plan import plan
-    from graftc.runtime.recipes import tune
     from graftc.runtime.streaming.merging import merge_checkpoint
     from graftc.runtime.training.curves import read_log
     from graftc.runtime.training.log import TrainingLog

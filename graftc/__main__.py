@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graftc.runtime.cli import main
+from graftc.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -62,8 +62,8 @@ _CODE = {
     "effective_weight": "graftc.passes.core.build.effective_weight",
     "factors": "graftc.passes.core.method.lowrank",
     "normal": "graftc.passes.core.method.lowrank",
-    "pick": "graftc.passes.core.build.routing",
-    "route": "graftc.passes.core.build.routing",
+    "pick": "graftc.passes.core.build.random_experts",
+    "route": "graftc.passes.core.build.random_experts",
     "uniform": "graftc.passes.core.method.lowrank",
     "weight_fold": "graftc.passes.core.weights.folds",
     "zeros": "graftc.passes.core.method.lowrank",
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from graftc.passes.core.added_passes import AddedPass
     from graftc.passes.core.build.builder import Builder
     from graftc.passes.core.build.effective_weight import effective_weight
-    from graftc.passes.core.build.routing import pick, route
+    from graftc.passes.core.build.random_experts import pick, route
     from graftc.passes.core.ir.program import Program
     from graftc.passes.core.method.base_gradients import BaseGradients
     from graftc.passes.core.method.capabilities import (

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from graftc.runtime.activations import plan
+from graftc.runtime.activations import minimum_cut
 from tests.timing import Timing, name_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,7 +39,7 @@ hypothesis.settings.register_profile("graftc", deadline=None)
 hypothesis.settings.load_profile("graftc")
 
 # Recompute the activations of tiny models as well, like those of large ones.
-plan.WORTH = 1
+minimum_cut.WORTH = 1
 
 # Graphs are many small, long-lived objects: with Python's own thresholds, garbage collection takes a tenth of the time.
 gc.set_threshold(50_000, 20, 5)

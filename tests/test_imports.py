@@ -20,14 +20,14 @@ CONVENIENT = frozenset({("graftc.passes.core.ir.program", "graftc.passes.core.ir
 
 FACADES = frozenset({"graftc", "graftc.extend", "graftc.runtime.api", "graftc.runtime.offered"})
 """What users import first. Their functions import what they call, so that importing graftc takes no longer than it
-has to; so do commands in `graftc.runtime.cli`, for help and listings, and packages whose names load when first used."""
+has to; so do commands in `graftc.cli`, for help and listings, and packages whose names load when first used."""
 LISTINGS = frozenset(
     {
-        *("graftc.runtime.artifact", "graftc.runtime.generate", "graftc.specs", "graftc.specs.foreign"),
+        *("graftc.runtime.artifact", "graftc.runtime.onnx_generation", "graftc.specs", "graftc.specs.foreign"),
         "graftc.specs.registry",
     }
 )
-COMMANDS = ("graftc.runtime.cli", "graftc.runtime.demo")
+COMMANDS = ("graftc.cli", "graftc.applications.demo")
 
 HEAVY = frozenset(
     {

@@ -127,7 +127,7 @@ def offence(node: ast.AST, tainted: frozenset[str]) -> list[str]:
 
 
 FORMATS = frozenset(
-    {"runtime/export/gguf/families.py", "runtime/generate/genai.py", "runtime/interop/peft/expressible.py"}
+    {"runtime/export/gguf/families.py", "runtime/onnx_generation/genai.py", "runtime/interop/peft/expressible.py"}
 )
 """Files about formats that state the kind of a model: GGUF's architecture, that of onnxruntime-genai's configs, and the
 task in PEFT's."""

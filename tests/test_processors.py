@@ -15,7 +15,7 @@ from tools.processors import CAPABILITIES, SETTINGS, environment, main, own_capa
 ROOT = Path(__file__).parents[1]
 SENSITIVE = (
     "tests/methods/test_adamix_contract.py::TestExperts::test_sixteen_bits",
-    "tests/runtime/test_routes.py::test_a_choice_that_rounding_exchanges_is_stated_and_does_not_refuse",
+    "tests/runtime/deploy/test_routes.py::test_a_choice_that_rounding_exchanges_is_stated_and_does_not_refuse",
 )
 """Tests in 16 bits, whose results are of the order of what rounding does."""
 

@@ -15,7 +15,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from graftc.runtime.demo.decoder import find_decoder, load_decoder
+from graftc.applications.demo.decoder import find_decoder, load_decoder
 
 PATCH = 16
 IMAGE_TOKENS = (SIZE // PATCH) ** 2

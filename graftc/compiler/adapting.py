@@ -13,7 +13,6 @@ from graftc.compiler.adapt.context import Adapting, Work
 from graftc.compiler.adapt.evaluate import EVALUATE, Evaluating
 from graftc.compiler.adapt.insert import ADAPTATIONS, ADDED_TOKENS, CONTROLS, RECOMPUTE, TRAIN_IN_PLACE
 from graftc.compiler.adapt.places import COPY, LENGTHEN, RESOLVE, RESOLVE_TRAIN, ROLES
-from graftc.compiler.cached import require_every_edit, require_tokens_alone
 from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.capture.as_captured import draws
 from graftc.compiler.capture.capture import Capture
@@ -21,6 +20,7 @@ from graftc.compiler.capture.isolation import seldom_collected
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, inputs_of_program
 from graftc.compiler.compilation import CalledResolution, Compilation, Graphs, Places, Resolution
+from graftc.compiler.partial_graphs import require_every_edit, require_tokens_alone
 from graftc.compiler.resolve.treated import TreatedUnlikeError
 from graftc.passes.core import progress
 from graftc.passes.core.added_passes import added_passes, extended

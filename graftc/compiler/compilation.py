@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from graftc.compiler.capture.anchor import Anchor
-from graftc.compiler.capture.cache import Known
 from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.capture_cache import Known
 from graftc.compiler.capture.identity.fingerprint import Identity, identify, replaced_tensors
 from graftc.compiler.capture.interface import Flags, device_of, parameters
 from graftc.compiler.capture.isolation import exclusive

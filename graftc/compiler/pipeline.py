@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graftc.compiler.capture.cache import Known
+from graftc.compiler.capture.capture_cache import Known
 from graftc.compiler.capture.identity.capture_key import walked_once
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.isolation import exclusive

@@ -12,10 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.attempts import first_capture
-from graftc.compiler.capture.cache import Known, captured, key
 from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.capture_cache import Known, captured, key
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import Flags, device_of
 from graftc.compiler.capture.request import CaptureRequest
@@ -25,6 +24,7 @@ from graftc.compiler.live.elements import as_inputs, layers_of, maps_of, union_o
 from graftc.compiler.live.levels import taken_apart
 from graftc.compiler.live.refusals import refuse_whole
 from graftc.compiler.missing_weights import same_fresh
+from graftc.compiler.quantised_sources.convert import arrived
 from graftc.compiler.resolve.cloze import filling, not_filling
 from graftc.compiler.resolve.quantise import linear_maps, quantised
 from graftc.compiler.resolve.tokens import with_room

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from graftc.compiler.adapt.context import Work
 from graftc.compiler.adapting import adapt_signature
-from graftc.compiler.cached import require_rows_of_one
 from graftc.compiler.capture.attempts import first_capture
 from graftc.compiler.capture.identity.capture_key import walked_once
 from graftc.compiler.capture.interface import Flags
@@ -21,6 +20,7 @@ from graftc.compiler.capture.refusals import by_values
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, axes_of, described, fits, fixed_where_bound, less_dynamic, split
 from graftc.compiler.compilation import Compilation, Graphs, Resolution
+from graftc.compiler.partial_graphs import require_rows_of_one
 from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.ir.past_inputs import is_past
 from graftc.passes.core.ir.program_key import Signature

@@ -10,10 +10,9 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.arrivals.arrived import arrived
 from graftc.compiler.capture.attempts import first_capture
-from graftc.compiler.capture.cache import captured
 from graftc.compiler.capture.capture import Capture
+from graftc.compiler.capture.capture_cache import captured
 from graftc.compiler.capture.interface import ExampleInputs, Flags, Interface
 from graftc.compiler.capture.isolation import exclusive, seldom_collected
 from graftc.compiler.capture.request import CaptureRequest
@@ -24,6 +23,7 @@ from graftc.compiler.inspect.report import Report, report
 from graftc.compiler.inspect.snapshot import Snapshot, base_snapshot
 from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import StartingPoint, compile_model
+from graftc.compiler.quantised_sources.convert import arrived
 from graftc.compiler.resolve.selectable import ModelStructure, Selectable, selectable
 from graftc.compiler.resolve.selection import Selection
 from graftc.compiler.roles.structure import Structure, roles_of
@@ -33,11 +33,11 @@ from graftc.passes.core.weights.store import Store
 from graftc.runtime.artifact.written import follow
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.model.runner import Source, runner_of
-from graftc.runtime.models import load_folder, load_hub
-from graftc.runtime.processors.example import processor_example
-from graftc.runtime.reference import is_hub_id
 from graftc.runtime.seeds import starting_seed
-from graftc.runtime.swapped import check_folder_and_model, check_spec_and_model
+from graftc.runtime.sources.models import load_folder, load_hub
+from graftc.runtime.sources.processors.example import processor_example
+from graftc.runtime.sources.reference import is_hub_id
+from graftc.runtime.swapped_arguments import check_folder_and_model, check_spec_and_model
 from graftc.specs.document import Spec
 from graftc.specs.errors.arguments import as_path, as_seed
 from graftc.specs.errors.calls import public

@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from graftc.compiler.inspect.snapshot import Snapshot
     from graftc.compiler.roles.structure import Structure
     from graftc.runtime.deploy.merged import Merged
-    from graftc.runtime.deploy.merged_tensors import MergedTensors
     from graftc.runtime.deploy.partial import Partial
-    from graftc.runtime.offered.reference import ReferenceModel
+    from graftc.runtime.deploy.tensor_stream import MergedTensors
+    from graftc.runtime.offered.reference_model import ReferenceModel
     from graftc.specs.document import Spec
 
 

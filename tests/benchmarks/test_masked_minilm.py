@@ -10,7 +10,7 @@ import torch
 
 import benchmarks.masked_minilm as masked_minilm
 from benchmarks.masked_minilm import Masked, Settings, find_masked_minilm, folder_of, report, texts, train
-from graftc.runtime.demo.data import find_model
+from graftc.applications.demo.data import find_model
 
 SMALL = Settings(steps=3, rows=4, tokens=24, held_out=16, autocast=False)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.pet_data import NEWSGROUPS, SETS, few, load_newsgroups, main, stripped
-from graftc.runtime.demo.data import find_model
+from graftc.applications.demo.data import find_model
 
 
 @pytest.mark.full

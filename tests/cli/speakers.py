@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import graftc
-from graftc.runtime.models import load_model, quiet_transformers
+from graftc.runtime.sources.models import load_model, quiet_transformers
 from graftc.testing import perturb, tiny
 
 WORDS = ("</s>", "<unk>", "<pad>", "user:", "system:", "assistant:", *(f"w{n}" for n in range(90)))

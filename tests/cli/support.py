@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from graftc.runtime.cli import main
-from graftc.runtime.cli.results import published_schema
+from graftc.cli import main
+from graftc.cli.results import published_schema
 from tests import warm
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cli"

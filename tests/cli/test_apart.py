@@ -10,8 +10,8 @@ import yaml
 
 from graftc.runtime.artifact import open_artifact
 from graftc.specs.errors.diagnostics import GraftError
-from tests.artifact.support import SPEC, adapted, saved_base, tree_bytes
 from tests.cli.support import run_here
+from tests.runtime.artifact.support import SPEC, adapted, saved_base, tree_bytes
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from graftc.runtime.cli import output
+from graftc.cli import output
 from graftc.specs import GraftError, Place
 from graftc.specs.errors.text import printable
 from tests.cli.support import ROOT, run_apart, run_here
@@ -188,13 +188,13 @@ class Finder:
 # A job in the background of a shell, which ignores interrupts, hands that down.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.meta_path.insert(0, Finder())
-from graftc.runtime.cli import main
+from graftc.cli import main
 sys.exit(main())
 """
 
 
 @pytest.mark.parametrize(
-    "name", ["graftc.runtime.cli.app", "typer", "graftc.specs.errors.diagnostics", "graftc.specs.listing", "pydantic"]
+    "name", ["graftc.cli.app", "typer", "graftc.specs.errors.diagnostics", "graftc.specs.listing", "pydantic"]
 )
 def test_an_interrupt_while_modules_are_imported(name: str) -> None:
     """Interrupts are handled from the command's first line on; before that the interpreter itself is starting."""
@@ -204,16 +204,16 @@ def test_an_interrupt_while_modules_are_imported(name: str) -> None:
 
 
 def test_little_is_imported_before_interrupts_are_handled() -> None:
-    code = "import sys; before = set(sys.modules); import graftc.runtime.cli; print(sorted(set(sys.modules) - before))"
+    code = "import sys; before = set(sys.modules); import graftc.cli; print(sorted(set(sys.modules) - before))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=ENV, text=True).stdout
-    assert out.strip() == str(["__future__", "graftc", "graftc.runtime", "graftc.runtime.cli", "graftc.version"])
+    assert out.strip() == str(["__future__", "graftc", "graftc.cli", "graftc.version"])
 
 
 def test_an_interrupt_at_work(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("graftc.specs.listing.methods", "graftc.runtime.cli.app.build_app"):
+    for name in ("graftc.specs.listing.methods", "graftc.cli.app.build_app"):
         with monkeypatch.context() as patch:
             patch.setattr(name, interrupted)
             outcome = run_here(capsys, "methods")
@@ -227,5 +227,5 @@ def test_an_interrupt_while_a_failure_is_told(
     def interrupted(*_: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("graftc.runtime.cli.failures.show_failure", interrupted)
+    monkeypatch.setattr("graftc.cli.failures.show_failure", interrupted)
     assert run_here(capsys, "methods", "nope", *options).status == 130

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from graftc.runtime.cli.results import published_schema
-from graftc.runtime.text.answering import Settings
-from graftc.runtime.text.conversation import Conversation
-from graftc.runtime.text.opening import TextModel, open_text_model
+from graftc.applications.chat.answering import Settings
+from graftc.applications.chat.conversation import Conversation
+from graftc.applications.chat.opening import TextModel, open_text_model
+from graftc.cli.results import published_schema
 from tests.cli.speakers import heard_interrupts, save_artifact, save_model, save_tokenizer
 from tests.cli.support import Outcome, run_here
 
@@ -133,7 +133,7 @@ def test_the_system_speaks_first(
 def test_an_interrupt_stops_an_answer_and_not_the_conversation(
     model: TextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graftc.runtime.cli.text.chat import _turn
+    from graftc.cli.commands.chat import _turn
 
     talked = Conversation(model, Settings(max_new_tokens=40, sample=False))
     heard: list[str] = []

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from graftc.runtime.cli import completion
-from graftc.runtime.cli.options import destination
-from graftc.runtime.cli.results import SCHEMA_NAMES
+from graftc.cli import completion
+from graftc.cli.options import destination
+from graftc.cli.results import SCHEMA_NAMES
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
 from tests.cli.support import ROOT, run_here

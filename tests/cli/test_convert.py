@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from graftc.runtime.cli.results import published_schema
+from graftc.cli.results import published_schema
 from tests.cli.support import run_here
 from tests.families import tiny
-from tests.interop.adapters import base, written
+from tests.runtime.interop.adapters import base, written
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""``graftc demo``: its options, its exit status and its JSON. The demo itself is tested in `tests/demo`."""
+"""``graftc demo``: its options, its exit status and its JSON. `tests/applications/demo` tests the demo itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_options_status_and_json(
         console.print("working")
         return SimpleNamespace(failures=() if passed else ("it fails",), to_json=lambda: result)
 
-    monkeypatch.setattr(f"graftc.runtime.demo.{runs}", fake)
+    monkeypatch.setattr(f"graftc.applications.demo.{runs}", fake)
     which = ["--llm"] if llm else []
     plain = run_here(capsys, "demo", *which, "--out", "there", "--quick")
     assert (plain.status, plain.out, plain.err) == (status, "working\n", "")

@@ -15,11 +15,11 @@ from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
 
 import graftc
-from graftc.runtime.cli.results import published_schema
-from graftc.runtime.models import load_model
+from graftc.cli.results import published_schema
+from graftc.runtime.sources.models import load_model
 from graftc.testing import perturb
-from tests.artifact.support import saved_base, tree_bytes
 from tests.cli.support import Outcome, check_golden, run_here, run_warm
+from tests.runtime.artifact.support import saved_base, tree_bytes
 
 SPEC = """\
 version: 1
@@ -323,7 +323,7 @@ def test_what_is_there_is_refused_at_once(
     command: str, capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An existing folder is refused before a model is loaded, even with ``--force`` if graftc did not write it."""
-    monkeypatch.setattr("graftc.runtime.models.load_model_and_inputs", None)
+    monkeypatch.setattr("graftc.runtime.sources.models.load_model_and_inputs", None)
     (here / "mine").mkdir()
     (here / "mine" / "precious").touch()
     for more in ([], ["--force"]):

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import graftc
+from graftc.cli.results import published_schema
 from graftc.passes.core.weights.folds import round_once
-from graftc.runtime.cli.results import published_schema
 from graftc.runtime.compare import difference as module
 from graftc.runtime.compare.difference import Cause, Difference, Matrices, difference
 from graftc.runtime.compare.folders import compare_folders

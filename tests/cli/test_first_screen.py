@@ -15,13 +15,13 @@ import yaml
 
 from graftc.compiler import quiet
 from graftc.compiler.quiet import quiet_quantisers, tell
-from tests.artifact.support import SPEC, adapted, saved_base
 from tests.cli.support import ROOT
+from tests.runtime.artifact.support import SPEC, adapted, saved_base
 
 _UNUSED = "{'peft', 'bitsandbytes', 'kernels'} & set(sys.modules)"
 _COMMANDS = f"""
 import sys
-from graftc.runtime.cli import main
+from graftc.cli import main
 print([main(command.split()) for command in sys.argv[1:]], {_UNUSED})
 """
 _SNIPPET = f"""

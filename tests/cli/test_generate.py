@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from graftc.runtime.cli.text.interrupts import Stop, interrupts
-from graftc.runtime.models import load_model, quiet_transformers
+from graftc.cli.interrupts import Stop, interrupts
+from graftc.runtime.sources.models import load_model, quiet_transformers
 from tests.cli.speakers import WORDS, heard_interrupts, save_artifact, save_model, save_tokenizer
 from tests.cli.support import run_here, run_valid
 

@@ -12,10 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import graftc
-from graftc.runtime.models import load_model
+from graftc.runtime.sources.models import load_model
 from graftc.specs.errors.diagnostics import GraftError
-from tests.artifact.support import SPEC, adapted, saved_base
 from tests.cli.support import run_here
+from tests.runtime.artifact.support import SPEC, adapted, saved_base
 
 HEAD = {**SPEC, "train": ["classifier"]}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from graftc.runtime.models import load_model
+from graftc.runtime.sources.models import load_model
 from graftc.specs.errors.diagnostics import GraftError
 from tests.families import bert, tiny
 

@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from graftc.runtime.cli.results import (
+from graftc.cli.results import (
     DIALECT,
     SCHEMA_NAMES,
     CheckResult,
@@ -164,14 +164,14 @@ def test_deploying(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 def test_demo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     result = SimpleNamespace(failures=(), to_json=lambda: DEMO)
-    monkeypatch.setattr("graftc.runtime.demo.demo.run_demo", lambda *_, **__: result)
+    monkeypatch.setattr("graftc.applications.demo.demo.run_demo", lambda *_, **__: result)
     assert valid("demo", run_here(capsys, "demo", "--json")) == {**DEMO, "out": "demo-out", "warnings": []}
 
 
 def test_the_demo_gives_what_its_schema_says() -> None:
-    from graftc.runtime.cli.results import DemoData
-    from graftc.runtime.demo import result as demo
-    from graftc.runtime.demo.training import Scores
+    from graftc.applications.demo import result as demo
+    from graftc.applications.demo.training import Scores
+    from graftc.cli.results import DemoData
 
     agreement = demo.PredictionAgreement(1.0, 1e-6, 1e-4)
     scores = (Scores(0.5, 0.5), Scores(0.9, 0.9), Scores(0.7, 0.7))
@@ -181,7 +181,7 @@ def test_the_demo_gives_what_its_schema_says() -> None:
 
 def test_demo_of_a_language_model(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     result = SimpleNamespace(failures=(), to_json=lambda: LLM_DEMO)
-    monkeypatch.setattr("graftc.runtime.demo.llm.run_llm_demo", lambda *_, **__: result)
+    monkeypatch.setattr("graftc.applications.demo.llm.run_llm_demo", lambda *_, **__: result)
     printed = valid("demo-llm", run_here(capsys, "demo", "--llm", "--json"))
     assert printed == {**LLM_DEMO, "out": "demo-llm-out", "warnings": []}
 

@@ -10,7 +10,7 @@ import pytest
 from tests.cli.support import ROOT
 
 _WITNESS = (
-    "import sys; from graftc.runtime.cli import main; status = main(sys.argv[1:]); "
+    "import sys; from graftc.cli import main; status = main(sys.argv[1:]); "
     "heavy = {'torch', 'transformers', 'numpy', 'networkx'} & set(sys.modules); "
     "print('loaded', sorted(heavy), file=sys.stderr); sys.exit(status)"
 )

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from graftc.runtime.cli.output import throughput
+from graftc.cli.output import throughput
 from graftc.testing import perturb
-from tests.artifact.support import adapted
 from tests.cli.support import run_here, run_valid
-from tests.streaming.support import sharded_base, tensors, written_lora
+from tests.runtime.artifact.support import adapted
+from tests.runtime.streaming.support import sharded_base, tensors, written_lora
 
 pytestmark = pytest.mark.slow
 

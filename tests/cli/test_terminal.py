@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from graftc.runtime.cli import output
+from graftc.cli import output
 from tests import warm
 from tests.cli.support import ROOT, run_apart
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from graftc.runtime.cli.output import steps, time_left
+from graftc.cli.output import steps, time_left
 
 
 def test_it_is_shown_after_two_seconds() -> None:

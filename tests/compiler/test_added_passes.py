@@ -11,7 +11,7 @@ import torch
 
 import graftc
 from graftc.compiler.adapting import ADAPT, EVAL
-from graftc.compiler.capture.cache import key
+from graftc.compiler.capture.capture_cache import key
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.inspect.explain import explain
 from graftc.compiler.inspect.history import history

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graftc
-from graftc.compiler.capture import cache
+from graftc.compiler.capture import capture_cache
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.request import CaptureRequest
@@ -67,10 +67,10 @@ def test_the_cache_gives_back_the_same_graph(tmp_path: Path, monkeypatch: Any) -
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     model = families.llama()
     axes = default_axes(model)
-    assert cache.lookup(CaptureRequest.of(model, axes)) is None
+    assert capture_cache.lookup(CaptureRequest.of(model, axes)) is None
     first = capture(CaptureRequest.of(model, axes))
-    cache.keep(CaptureRequest.of(model, axes), first)
-    again = cache.lookup(CaptureRequest.of(model, axes))
+    capture_cache.keep(CaptureRequest.of(model, axes), first)
+    again = capture_cache.lookup(CaptureRequest.of(model, axes))
     assert again is not None and again.cached
     assert format_program(again.program) == format_program(first.program)
     assert structural_hash(again.program) == structural_hash(first.program)
@@ -83,13 +83,13 @@ def test_the_cache_gives_back_the_same_graph(tmp_path: Path, monkeypatch: Any) -
 )
 def test_the_key_tells_models_apart(change: dict[str, Any]) -> None:
     model, other = families.bert(), families.bert(**change)
-    assert cache.key(CaptureRequest.of(model)) != cache.key(CaptureRequest.of(other))
+    assert capture_cache.key(CaptureRequest.of(model)) != capture_cache.key(CaptureRequest.of(other))
 
 
 def test_a_module_changed_by_hand_has_another_key() -> None:
     model, other = families.bert(), families.bert()
     other.bert.encoder.layer[0].output.dropout.p = 0.7
-    assert cache.key(CaptureRequest.of(model)) != cache.key(CaptureRequest.of(other))
+    assert capture_cache.key(CaptureRequest.of(model)) != capture_cache.key(CaptureRequest.of(other))
 
 
 @pytest.mark.full
@@ -97,22 +97,22 @@ def test_a_broken_cache_entry_is_captured_again(tmp_path: Path, monkeypatch: Any
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
     model = families.bert()
     axes = default_axes(model)
-    cache.keep(CaptureRequest.of(model, axes), capture(CaptureRequest.of(model, axes)))
+    capture_cache.keep(CaptureRequest.of(model, axes), capture(CaptureRequest.of(model, axes)))
     (entry,) = tmp_path.glob("*.json")
     entry.write_text(entry.read_text()[:-100])
-    assert cache.lookup(CaptureRequest.of(model, axes)) is None
+    assert capture_cache.lookup(CaptureRequest.of(model, axes)) is None
     data = {"program": {"schema": 2, "types": [], "nodes": [{"op": "call_function"}]}, "constants": {}}
     entry.write_text(json.dumps(data))
-    assert cache.lookup(CaptureRequest.of(model, axes)) is None
+    assert capture_cache.lookup(CaptureRequest.of(model, axes)) is None
 
 
 @pytest.mark.full
 def test_the_cache_can_be_switched_off(monkeypatch: Any) -> None:
     monkeypatch.setenv("GRAFTC_CACHE", "off")
     model = families.bert()
-    assert cache.folder() is None
-    cache.keep(CaptureRequest.of(model), capture(CaptureRequest.of(model)))
-    assert cache.lookup(CaptureRequest.of(model)) is None
+    assert capture_cache.folder() is None
+    capture_cache.keep(CaptureRequest.of(model), capture(CaptureRequest.of(model)))
+    assert capture_cache.lookup(CaptureRequest.of(model)) is None
 
 
 class Skipping(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import graftc
-from graftc.compiler.capture.cache import captured
+from graftc.compiler.capture.capture_cache import captured
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.compiler.capture.request import CaptureRequest

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import graftc
+from graftc.cli.output import steps
 from graftc.passes.core import progress
-from graftc.runtime.cli.output import steps
 from tests.families import tiny
 
 SPEC = {"adapt": [{"name": "low", "method": "lora", "target": {"role": "attn.q"}, "rank": 2}]}

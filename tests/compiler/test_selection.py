@@ -17,7 +17,7 @@ from torch import nn
 
 import graftc
 import graftc.runtime.api
-from graftc.compiler.capture.cache import captured
+from graftc.compiler.capture.capture_cache import captured
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.resolve.resolver import Resolver

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import graftc
-from graftc.compiler.capture.cache import captured
 from graftc.compiler.capture.capture import capture
+from graftc.compiler.capture.capture_cache import captured
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.resolve.sitetable import SiteTable

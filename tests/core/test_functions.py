@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from graftc.compiler.capture.cache import keep, lookup
 from graftc.compiler.capture.capture import Capture, capture
+from graftc.compiler.capture.capture_cache import keep, lookup
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.passes.core.ir.edits import Edit
 from graftc.passes.core.ir.functions import call, calls, cut, inlined, split

@@ -18,8 +18,8 @@ import graftc.testing
 from graftc.runtime import optim
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.deploy.merged import Merged
-from graftc.runtime.generate.models import OnnxSeq2SeqLM
 from graftc.runtime.model.runner import Published
+from graftc.runtime.onnx_generation.models import OnnxSeq2SeqLM
 from tools.docs.cli import commands
 
 PACKAGE = Path(graftc.__file__).parent

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graftc.passes.core.ops.sparse import sparse_linear_decomposed, sparse_weight_decomposed
 from graftc.passes.core.sites.entries import drawn, largest, shares
-from graftc.passes.methods import reselection
+from graftc.passes.methods.bases import drop_and_grow
 
 ops = torch.ops.graftc
 
@@ -141,11 +141,11 @@ def test_largest_exactly(count: int) -> None:
 @pytest.mark.parametrize("count", [1, 9, 40, 100])
 def test_largest_gradients_are_those_of_the_whole_weight(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Searching a weight a few entries at a time gives the same choice, also with ties and NaN."""
-    monkeypatch.setattr(reselection, "BLOCK", 7)
+    monkeypatch.setattr(drop_and_grow, "BLOCK", 7)
     values = torch.randint(-9, 9, (100,), generator=torch.Generator().manual_seed(count)).bfloat16()
     values[[5, 60]] = float("nan")
     whole = largest([values.abs], count)[0]
-    assert torch.equal(reselection._largest_sizes(values, count), whole)
+    assert torch.equal(drop_and_grow._largest_sizes(values, count), whole)
 
 
 def test_shares() -> None:

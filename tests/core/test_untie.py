@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import graftc
-from graftc.runtime.models import load_model
+from graftc.runtime.sources.models import load_model
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
-from tests.artifact.support import saved_base
 from tests.families import tiny
+from tests.runtime.artifact.support import saved_base
 
 HEAD = [{"name": "head", "method": "lora", "target": {"modules": "lm_head"}, "rank": 4}]
 TABLES = {"gpt2": "transformer.wte.weight", "t5": "shared.weight"}

@@ -25,28 +25,28 @@ from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache
 
 import graftc
-from graftc.runtime.cli.results.publish import published_schema
+from graftc.applications.chat.answering import Settings, answer, prompt_ids
+from graftc.applications.chat.conversation import Conversation
+from graftc.applications.chat.opening import open_text_model
+from graftc.applications.pet.data import load_rows
+from graftc.applications.pet.encoding import ClozeEncoder
+from graftc.cli.results.publish import published_schema
 from graftc.runtime.compiled import Compiled
-from graftc.runtime.generate import load as load_graphs
-from graftc.runtime.models import load_model
-from graftc.runtime.pet.data import load_rows
-from graftc.runtime.pet.encoding import ClozeEncoder
-from graftc.runtime.text.answering import Settings, answer, prompt_ids
-from graftc.runtime.text.conversation import Conversation
-from graftc.runtime.text.opening import open_text_model
+from graftc.runtime.onnx_generation import load as load_graphs
+from graftc.runtime.sources.models import load_model
 from graftc.specs import registry
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.pet.io import load_pet_spec
 from graftc.specs.pet.pattern import PatternSpec
 from graftc.specs.pet.verbalizer import Verbalizer
 from graftc.testing import perturb, tiny
+from tests.applications.pet.small_tokenizers import tokenizer
 from tests.cli.speakers import save_tokenizer
 from tests.installed_passes import installing
-from tests.pet.small_tokenizers import tokenizer
-from tests.quantised.writers import FORMATS, gptq
-from tests.quantised.writers import llama as quantised_llama
-from tests.quantised.writers import write as write_quantised
-from tests.runtime import onnx_toy
+from tests.runtime.onnx_generation import onnx_toy
+from tests.runtime.sources.quantised.writers import FORMATS, gptq
+from tests.runtime.sources.quantised.writers import llama as quantised_llama
+from tests.runtime.sources.quantised.writers import write as write_quantised
 
 GOLDEN = Path(__file__).parent / "golden"
 LORA: dict[str, Any] = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}}

@@ -56,7 +56,7 @@ def test_the_tables_are_read() -> None:
     "OutputObjective-passes/core/method/steering.py",
     "Certificate-compiler/folding/certificate.py",
     "Artifact-runtime/artifact/read.py",
-    "ClozeEncoder-runtime/pet/encoding.py",
+    "ClozeEncoder-applications/pet/encoding.py",
 )
 @pytest.mark.parametrize(("term", "path"), [(term, path) for term, _, path in TERMS])
 def test_a_term_is_defined_where_the_glossary_says(term: str, path: str) -> None:
@@ -83,6 +83,17 @@ def test_retired_words_are_no_names() -> None:
         if any(re.search(rf"(^|_){word}($|_)", name) for word in words)
     }
     assert retired == set()
+
+
+def test_the_tree_on_the_page_is_the_package() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree, parents, shown = page.partition("```\ngraftc/\n")[2].partition("```")[0], [PACKAGE], list[Path]()
+    for indent, name in re.findall(r"^( +)(\w+)/", tree, re.MULTILINE):
+        del parents[len(indent) // 2 :]
+        parents.append(parents[-1] / name)
+        shown.append(parents[-1])
+    assert len(shown) == len({*shown}) > 60
+    assert {*shown} == {path.parent for path in TREES if path.name == "__init__.py"} - {PACKAGE}
 
 
 def test_every_folder_says_what_lives_there() -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 import graftc
+from graftc.cli import main
 from graftc.compiler.adapting import ADAPT, EVAL
 from graftc.passes.lowering.lower import LOWER
-from graftc.runtime.cli import main
 from graftc.specs import registry
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec

@@ -13,7 +13,7 @@ from torch import nn
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from tests.families import tiny
-from tests.interop.trl_runs import tokenizer
+from tests.runtime.interop.trl_runs import tokenizer
 
 MODEL = nn.Linear(3, 3)
 SPEC = {"adapt": [{"method": "lora", "target": {"modules": "**"}}]}

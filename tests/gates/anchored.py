@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.adapt import base
-from graftc.compiler.capture import cache
+from graftc.compiler.capture import capture_cache
 from graftc.compiler.capture.anchor import BOUNDS
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.example_inputs import samples_on
@@ -25,9 +25,9 @@ from graftc.passes.core.ir.stored.serialise import program_to_json
 from graftc.runtime.artifact.manifest import canonical_json
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import flat
-from tests.artifact.support import edit_manifest
 from tests.families import tiny
 from tests.gates.mutants import mutants
+from tests.runtime.artifact.support import edit_manifest
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.{q,v}"}}]}
 FAMILIES = ("bert", "gpt2", "llama", "roberta", "t5")
@@ -112,7 +112,7 @@ def _cached(
     model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
     """Return whether a mutant in the cache, where everything except the graph is valid, is caught."""
-    cache.keep(CaptureRequest.of(model, axes), replace(found, traced=mutant, flat=None))
+    capture_cache.keep(CaptureRequest.of(model, axes), replace(found, traced=mutant, flat=None))
     compiled = graftc.compile(SPEC, model).eval()
     return not compiled.compilation.main.cached and _right(compiled, model)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graftc.runtime.artifact.manifest import sealed
-from tests.artifact.support import mend
+from tests.runtime.artifact.support import mend
 
 GRAPHS = tuple(f"programs/0.{kind}.json" for kind in ("base.train", "base.eval", "train", "eval"))
 CERTIFICATE, TENSORS, SPEC = "certificates/fold.json", "adapters.safetensors", "spec.yaml"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import graftc
 from graftc.passes.core.packing.modules import packed_weights
 from graftc.passes.core.packing.packed_tensor import dense as dense_value
-from tests.quantised.test_arrivals import llama
+from tests.runtime.sources.quantised.test_arrivals import llama
 
 peft = pytest.importorskip("peft")
 bnb = pytest.importorskip("bitsandbytes")

@@ -17,7 +17,7 @@ from graftc.runtime.compiled import Compiled
 from graftc.testing import tiny
 from graftc.testing.families import _COMMON, VOCABULARY
 from graftc.testing.perturb import randomise
-from tests.runtime.test_chunked_loss import CALL, IDS, LABELS, LORA, assert_equal, made, step
+from tests.runtime.activations.test_chunked_loss import CALL, IDS, LABELS, LORA, assert_equal, made, step
 
 pytestmark = pytest.mark.gate
 

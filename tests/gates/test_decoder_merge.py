@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.runtime.demo.decoder import load_decoder
+from graftc.applications.demo.decoder import load_decoder
 from graftc.testing import perturb
 
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from graftc.runtime.demo.llm import run_llm_demo
+from graftc.applications.demo.llm import run_llm_demo
 
 pytestmark = pytest.mark.gate
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runtime.distributed_jobs import SHARDED
+from tests.runtime.model.distributed_jobs import SHARDED
 from tests.runtime.processes import together
 
-JOBS = "tests.runtime.distributed_jobs"
+JOBS = "tests.runtime.model.distributed_jobs"
 
 pytestmark = pytest.mark.gate
 

@@ -15,7 +15,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import load_spec
 from tests.gates.every_model import CLOSE, IDENTITY, apart, check_model, seeded
 from tests.gates.random_calls import MUST_RUN, random_call
-from tests.live.models import forced_apart
+from tests.runtime.live.models import forced_apart
 from tests.zoo.every import EVERY
 from tests.zoo.libraries import LIBRARIES, TIMM, timm_model
 from tests.zoo.model import Small

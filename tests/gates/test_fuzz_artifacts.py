@@ -27,13 +27,13 @@ import pytest
 import torch
 
 import graftc
+from graftc.cli import main
 from graftc.runtime.artifact import open_artifact
-from graftc.runtime.cli import main
 from graftc.runtime.loading.verify import verify
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import inputs_for
-from tests.artifact.support import adapted, saved_base
 from tests.gates.mutate import mutate
+from tests.runtime.artifact.support import adapted, saved_base
 
 COUNT = min(3000, int(os.environ.get("GRAFTC_FUZZ", "3000")))
 SAMPLE = 60

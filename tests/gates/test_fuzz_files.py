@@ -27,18 +27,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import graftc
+from graftc.applications.pet.data import load_rows
 from graftc.compiler.missing_weights import require_weights
-from graftc.runtime.models import load_model, quiet_transformers
-from graftc.runtime.pet.data import load_rows
-from graftc.runtime.tensors.folder import Refusal, TensorFolder
-from graftc.runtime.tensors.weights import INDEX
+from graftc.files.tensors.folder import Refusal, TensorFolder
+from graftc.files.tensors.weights import INDEX
+from graftc.runtime.sources.models import load_model, quiet_transformers
 from graftc.specs.errors.diagnostics import GraftError
 from tests.families import tiny
 from tests.gates.file_mutations import data_file, json_file, mutated_quantisation, tensor_file
 from tests.gates.test_fuzz_artifacts import watched
-from tests.quantised.readers import require_values
-from tests.quantised.writers import FORMATS, llama, write
-from tests.streaming.support import peft_adapter
+from tests.runtime.sources.quantised.readers import require_values
+from tests.runtime.sources.quantised.writers import FORMATS, llama, write
+from tests.runtime.streaming.support import peft_adapter
 
 COUNT = int(os.environ.get("GRAFTC_FUZZ", "10000"))
 SECONDS, MEMORY = 2, 300

@@ -23,16 +23,16 @@ from typing import Any
 import pytest
 import torch
 
-from graftc.runtime.models import quiet_transformers
-from graftc.runtime.text.answering import Settings, answer, prompt_ids
-from graftc.runtime.text.opening import TextModel, open_text_model, tokenizer_of
+from graftc.applications.chat.answering import Settings, answer, prompt_ids
+from graftc.applications.chat.opening import TextModel, open_text_model, tokenizer_of
+from graftc.runtime.sources.models import quiet_transformers
 from graftc.specs.errors.diagnostics import GraftError
 from tests.cli.speakers import save_model, save_tokenizer
 from tests.gates.file_mutations import json_file, mutated_quantisation, tensor_file
 from tests.gates.mutate import change, flip
 from tests.gates.test_fuzz_artifacts import watched
-from tests.quantised.readers import require_values
-from tests.quantised.writers import FORMATS, llama, write
+from tests.runtime.sources.quantised.readers import require_values
+from tests.runtime.sources.quantised.writers import FORMATS, llama, write
 from tests.users import snapshot
 
 COUNT = min(1000, int(os.environ.get("GRAFTC_FUZZ", "1000")))

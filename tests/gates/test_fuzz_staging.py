@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from graftc.runtime.files import recover, staged, write_text
+from graftc.files.writing import recover, staged, write_text
 from graftc.runtime.streaming.journal import Journal
 from graftc.specs.errors.diagnostics import GraftError
 from tests.forks import fork

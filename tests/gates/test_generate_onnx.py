@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from graftc.runtime.generate import load
-from tests.runtime import onnx_toy as toy
-from tests.runtime.onnx_folders import VOCABULARY, adapted
+from graftc.runtime.onnx_generation import load
+from tests.runtime.onnx_generation import onnx_toy as toy
+from tests.runtime.onnx_generation.onnx_folders import VOCABULARY, adapted
 
 pytestmark = pytest.mark.gate
 
@@ -90,7 +90,7 @@ def test_no_torch_model_is_loaded(tmp_path: Path) -> None:
     """Neither a model's code nor graftc's compiler is imported, and importing graftc imports none of it."""
     folder = toy.write(tmp_path / "toy")
     code = f"""
-import sys, graftc, graftc.runtime.generate as generate
+import sys, graftc, graftc.runtime.onnx_generation as generate
 assert not {{"torch", "transformers", "onnxruntime"}} & set(sys.modules)
 model = generate.load({str(folder)!r}, threads=1)
 print(model.generate(max_new_tokens=3, do_sample=False, eos_token_id=None).tolist())

@@ -11,8 +11,8 @@ import torch
 import graftc
 from graftc.testing.perturb import perturb
 from tests.gates.test_generation import SPEC
-from tests.interop.trl_runs import tokenizer
 from tests.language_models import language_model
+from tests.runtime.interop.trl_runs import tokenizer
 
 pytestmark = pytest.mark.gate
 

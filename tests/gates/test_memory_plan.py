@@ -11,10 +11,10 @@ import torch
 
 import graftc
 from benchmarks.planner import ASKED, METHODS, PUBLISHED, SIZES, bytes_of_cell, planned
-from graftc.runtime.demo.decoder import load_decoder
+from graftc.applications.demo.decoder import load_decoder
 from graftc.runtime.optim import SM3, AgedAdamW
+from tests.applications.planner import sharded_job
 from tests.measured_memory import peak_of_training
-from tests.planner import sharded_job
 from tests.runtime.processes import together
 
 pytestmark = pytest.mark.gate
@@ -77,7 +77,7 @@ def test_the_planned_peak_is_the_measured_one(base: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", sharded_job.SPECS)
 def test_a_process_of_two_takes_what_is_planned_for_it(name: str, tmp_path: Path) -> None:
-    together("tests.planner.sharded_job:measure", 2, tmp_path, name)
+    together("tests.applications.planner.sharded_job:measure", 2, tmp_path, name)
     sizes = json.loads((tmp_path / f"{name}.json").read_text())
     least, most = sizes["least"], sizes["most"]
     print(f"{name}: planned {sizes['peak'] / 1e6:.1f} MB, measured {least / 1e6:.1f} to {most / 1e6:.1f}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.checkpoints import EVERY, IN_SIXTEEN_BITS, KINDS, Checkpoint, check, check_in_sixteen_bits
+from tests.runtime.interop.checkpoints import EVERY, IN_SIXTEEN_BITS, KINDS, Checkpoint, check, check_in_sixteen_bits
 
 pytestmark = pytest.mark.gate
 

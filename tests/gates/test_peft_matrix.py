@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.judged import run
-from tests.interop.matrix import COUNT, EXPERTS, FIVE, KINDS, PAIRS, Case, cases
+from tests.runtime.interop.judged import run
+from tests.runtime.interop.matrix import COUNT, EXPERTS, FIVE, KINDS, PAIRS, Case, cases
 
 pytest.importorskip("peft")
 

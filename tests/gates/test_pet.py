@@ -23,8 +23,8 @@ import torch
 import graftc
 from benchmarks.masked_minilm import Settings, find_masked_minilm
 from benchmarks.pet_data import few, write_few
-from graftc.runtime.cli import main
-from graftc.runtime.pet.plain import PlainEncoder
+from graftc.applications.pet.plain import PlainEncoder
+from graftc.cli import main
 
 pytestmark = pytest.mark.gate
 

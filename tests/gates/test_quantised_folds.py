@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModel
 
 import graftc
-from graftc.runtime.demo.data import find_model
+from graftc.applications.demo.data import find_model
 from graftc.testing import perturb, tiny
 from tests.packed_bases import FAMILIES, FOLDING, KINDS, adapted, full_precision
 

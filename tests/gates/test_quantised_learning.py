@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.runtime.demo.data import (
+from graftc.applications.demo.data import (
     DataSplit,
     Encoded,
     encode,

@@ -15,7 +15,7 @@ from graftc.compiler.folding.certificate import Certificate
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
-from tests.runtime.routed import FAMILIES, ROLES, near_twins, routed_model
+from tests.runtime.deploy.routed import FAMILIES, ROLES, near_twins, routed_model
 
 ROUNDS = 40
 """Models of each family."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from graftc.passes.core.weights.folds import round_once
 from tests.cli.support import ROOT
-from tests.streaming.support import tensors
+from tests.runtime.streaming.support import tensors
 
 pytestmark = pytest.mark.gate
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import graftc
-from tests.runtime.trainers import Run, check_checkpoint, interrupted
+from tests.runtime.training.trainers import Run, check_checkpoint, interrupted
 
 pytestmark = pytest.mark.gate
 
@@ -25,7 +25,7 @@ SPEC = {
 
 @pytest.fixture(scope="module")
 def names() -> tuple[str, ...]:
-    from graftc.runtime.demo.data import load_r8
+    from graftc.applications.demo.data import load_r8
 
     return load_r8().names
 
@@ -33,7 +33,7 @@ def names() -> tuple[str, ...]:
 def base(labels: int) -> Any:
     from transformers import AutoModelForSequenceClassification
 
-    from graftc.runtime.demo.data import find_model
+    from graftc.applications.demo.data import find_model
 
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_pretrained(find_model(), num_labels=labels)
@@ -42,7 +42,7 @@ def base(labels: int) -> Any:
 def test_sixty_steps_interrupted_and_resumed(names: tuple[str, ...], tmp_path: Path) -> None:
     from transformers import AutoTokenizer, DataCollatorWithPadding
 
-    from graftc.runtime.demo.data import encode, find_model, load_r8
+    from graftc.applications.demo.data import encode, find_model, load_r8
 
     tokenizer = AutoTokenizer.from_pretrained(find_model())
     data = encode(tokenizer, load_r8().train.subset(600))

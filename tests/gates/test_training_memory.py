@@ -12,7 +12,7 @@ import graftc
 from benchmarks.train.contestants import PROJECTIONS, ROLES
 from benchmarks.train.measure import peak_bytes
 from benchmarks.train.models import fill, shared_copy
-from graftc.runtime.demo.decoder import load_decoder
+from graftc.applications.demo.decoder import load_decoder
 
 pytestmark = pytest.mark.gate
 

@@ -10,7 +10,7 @@ import pytest
 
 import graftc
 from graftc.runtime.compiled import Compiled
-from tests.interop.trl_runs import SETTINGS, both, dpo, grpo, kto, logged, reward, scoring, sft
+from tests.runtime.interop.trl_runs import SETTINGS, both, dpo, grpo, kto, logged, reward, scoring, sft
 
 pytestmark = pytest.mark.gate
 
@@ -86,7 +86,7 @@ def test_twenty_steps_of_a_real_model_with_its_chat_template_are_those_of_peft(p
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    from graftc.runtime.demo.decoder import find_decoder, load_decoder
+    from graftc.applications.demo.decoder import find_decoder, load_decoder
 
     tokenizer = AutoTokenizer.from_pretrained(find_decoder())
     assert tokenizer.chat_template

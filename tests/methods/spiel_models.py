@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.passes.methods.reselection import Entries, Reselection
+from graftc.passes.methods.bases.drop_and_grow import Entries, Reselection
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
 

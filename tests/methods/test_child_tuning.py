@@ -19,7 +19,7 @@ from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import DeploymentContract, MethodContract
 from graftc.testing.compare import flat, inputs_for
 from tests.families import tiny
-from tests.runtime.test_selecting import batches, entries
+from tests.runtime.training.test_selecting import batches, entries
 
 CHILD: dict[str, Any] = {"method": "child_tuning"}
 MASK = torch.ops.graftc.grad_mask.default

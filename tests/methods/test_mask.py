@@ -18,7 +18,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb
 from graftc.testing.compare import flat, inputs_for, largest_difference
 from tests.families import tiny
-from tests.runtime.test_selecting import deltas, entries
+from tests.runtime.training.test_selecting import deltas, entries
 
 ops = torch.ops.graftc
 

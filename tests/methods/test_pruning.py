@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.methods.pruning_steps import Penalty, PruningMasks, kept_entries
+from graftc.passes.methods.bases.pruning_controller import Penalty, PruningMasks, kept_entries
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import outputs_of, perturb, same_bits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from graftc.passes.methods.pruning_steps import kept_entries
+from graftc.passes.methods.bases.pruning_controller import kept_entries
 from graftc.runtime.compiled import Compiled
 from graftc.testing import DeploymentContract, MethodContract
 from graftc.testing.contract import Contract

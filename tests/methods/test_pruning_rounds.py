@@ -13,7 +13,7 @@ from graftc.compiler.pipeline import recompile
 from graftc.compiler.steering import live_places
 from graftc.passes.core.method.capabilities import Staged, Transition
 from graftc.passes.core.method.registry import method_for
-from graftc.passes.methods.pruning_steps import kept_entries
+from graftc.passes.methods.bases.pruning_controller import kept_entries
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.specs.methods.pruning import Pruning
 from graftc.testing import outputs_of, same_bits

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import graftc
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
-from graftc.passes.methods.reselection import largest_products
+from graftc.passes.methods.bases.drop_and_grow import largest_products
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
@@ -278,7 +278,7 @@ def test_among_equals_the_first_go() -> None:
 @settings(max_examples=60, deadline=None)
 def test_largest_products_are_those_of_the_outer_product(data: Any) -> None:
     """A stable sort of all products agrees, for blocks of any height and parts of fused weights in both layouts."""
-    import graftc.passes.methods.reselection as module
+    import graftc.passes.methods.bases.drop_and_grow as module
 
     height, width = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 7))
     layout = data.draw(st.sampled_from([Layout.ROWS, Layout.COLUMNS]))

@@ -26,6 +26,7 @@ SECONDS = 300
 SOURCES = (
     "build",
     "catalogue",
+    "diffusion",
     "examine",
     "fields",
     "images_in_text",
@@ -34,6 +35,7 @@ SOURCES = (
     "libraries",
     "lookup",
     "shrink",
+    "text",
 )
 """The modules of this package that a record depends on."""
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import typer.main
 
-from graftc.runtime.cli.app import build_app
-from graftc.runtime.cli.results.publish import SCHEMA_NAMES
+from graftc.cli.app import build_app
+from graftc.cli.results.publish import SCHEMA_NAMES
 from tools.docs.markdown import code, fence, header, table
 
 __all__ = ["commands", "render_cli"]

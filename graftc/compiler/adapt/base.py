@@ -8,9 +8,9 @@ from dataclasses import replace
 from graftc.compiler.adapt.context import Work
 from graftc.compiler.capture.anchor import Anchor, anchor
 from graftc.compiler.capture.as_captured import random_structure
-from graftc.compiler.capture.cache import captured, forget, keep
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.capture import capture as capture_model
+from graftc.compiler.capture.capture_cache import captured, forget, keep
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.capture.untraced import unkept

@@ -26,7 +26,7 @@ from graftc.passes.core.pipeline import Pass, PassGroup
 from graftc.passes.core.sites.sites import Applied, LinearSite, Site
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.graph.added_tokens import insert_tokens
-from graftc.passes.methods.sparse_products import recompute_weights
+from graftc.passes.graph.sparse_products import recompute_weights
 from graftc.specs.errors.diagnostics import GraftError
 
 

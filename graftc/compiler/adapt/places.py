@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from graftc.compiler.adapt.base import take
 from graftc.compiler.adapt.context import Adapting
-from graftc.compiler.cached import is_encoder, is_part, require_every_place, require_no_virtual_tokens
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis
+from graftc.compiler.partial_graphs import is_encoder, is_part, require_every_place, require_no_virtual_tokens
 from graftc.compiler.resolve.called_sites import CalledSites
 from graftc.compiler.resolve.compose import check_units, placed, units
 from graftc.compiler.resolve.embeds import lengthened, planned, require_token_embeddings

@@ -50,7 +50,7 @@ from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.passes.core.ir.updates import updates
 from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.graph.canonicalise import canonicalise
-from graftc.passes.graph.packed import reading_weights
+from graftc.passes.graph.packed_batches import reading_weights
 
 _REPEAT = re.compile(r"@\d+")
 _OF_A_MODEL = re.compile(r"transformers\.models\.\w+\.\w+")
@@ -67,8 +67,8 @@ class Capture:
         seconds: the duration of the capture.
         cached: whether it came from a file.
         notes: messages on what capturing had to change.
-        key: the key that identifies the model and the request (`graftc.compiler.capture.cache.key`); None if there is
-            none.
+        key: the key that identifies the model and the request (`graftc.compiler.capture.capture_cache.key`); None if
+            there is none.
         assigned: attributes of modules that the forward pass assigned while it was traced.
         anchor: the comparison with the model itself.
         alike: the number of calls of layers that were not traced, since they are like others.

@@ -8,7 +8,7 @@ from typing import Any
 
 from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.lowering.lower import lower
-from graftc.passes.lowering.outcome import LoweringOutcome
+from graftc.passes.lowering.step_outcome import LoweringOutcome
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from graftc.compiler.roles.assigned_roles import Labels
 from graftc.compiler.roles.columns import Through
 from graftc.compiler.roles.findings import Heads
 from graftc.compiler.roles.flow import Attention, tensor_nodes
-from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.operators import MOVING, PASSING
 from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.sites.sites import AttentionOperands

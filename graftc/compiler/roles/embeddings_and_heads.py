@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
+from graftc.compiler.roles.assigned_roles import Labels
 from graftc.compiler.roles.columns import Through
 from graftc.compiler.roles.flow import bits, tensor_nodes
-from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.operators import PASSING, RESHAPING
 from graftc.passes.core.elements.calls import innermost
 from graftc.passes.core.sites.calls import op_name

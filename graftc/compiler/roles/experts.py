@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from graftc.compiler.roles.assigned_roles import Labels
 from graftc.compiler.roles.flow import Residual
-from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.maps import Linear
 from graftc.compiler.roles.operators import SOFTMAX
 from graftc.passes.core.sites.calls import op_name

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from graftc.compiler.roles.assigned_roles import Labels
 from graftc.compiler.roles.columns import Through
 from graftc.compiler.roles.experts import read_experts
 from graftc.compiler.roles.flow import bits, tensor_nodes
-from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.maps import Linear
 from graftc.compiler.roles.mixers import mixing, read_mixers
 from graftc.passes.core.sites.calls import op_name

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from graftc.compiler.roles.attention_scores import keys_are_second
 from graftc.compiler.roles.maps import Linear, read_map
 from graftc.compiler.roles.operators import ADDING, MOVING, PASSING, PRODUCTS, RESHAPING, SOFTMAX, VIEWING, WRITING
-from graftc.compiler.roles.scores import keys_are_second
 from graftc.passes.core.ir.shapes import Sizes
 from graftc.passes.core.sites.calls import is_convolution, op_name
 

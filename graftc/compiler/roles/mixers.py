@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
+from graftc.compiler.roles.assigned_roles import Labels
 from graftc.compiler.roles.flow import Residual, bits
 from graftc.compiler.roles.indices import varying
-from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.operators import PADDING, POOLING, RESIZING, RUNNING, SOFTMAX
 from graftc.passes.core.sites.calls import op_name
 

@@ -11,13 +11,13 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, fx
 
+from graftc.compiler.roles.assigned_roles import Labels
 from graftc.compiler.roles.attention import read_attentions, read_heads
 from graftc.compiler.roles.columns import Columns
 from graftc.compiler.roles.embeddings_and_heads import read_ends, read_norms, read_tables
 from graftc.compiler.roles.feedforward import read_branches
 from graftc.compiler.roles.findings import Finding, Structure, Sublayer, Unresolved, place
 from graftc.compiler.roles.flow import Flow
-from graftc.compiler.roles.labels import Labels
 from graftc.compiler.roles.sublayers import read_sublayers
 from graftc.passes.core.elements.ends import last_elements
 from graftc.passes.core.ir.program import Program

@@ -15,9 +15,9 @@ from torch import fx
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import OutputSpec, Program
-from graftc.passes.lowering.absent import without
+from graftc.passes.lowering.dropped_outputs import without
 from graftc.passes.lowering.head import VIEWS, LossHead, NoMatchError, Term, loss_of, read_head, width_of
-from graftc.passes.lowering.outcome import LoweringOutcome
+from graftc.passes.lowering.step_outcome import LoweringOutcome
 
 aten = torch.ops.aten
 

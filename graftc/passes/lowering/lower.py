@@ -12,9 +12,9 @@ from graftc.passes.core.pass_context import Findings, PassHost
 from graftc.passes.core.pipeline import COPIED, Log, Pass, Pipeline
 from graftc.passes.lowering.chunk_losses import STEP, chunk_losses
 from graftc.passes.lowering.head import LossHead
-from graftc.passes.lowering.kept import small_logits
-from graftc.passes.lowering.outcome import LoweringOutcome
+from graftc.passes.lowering.kept_memory import small_logits
 from graftc.passes.lowering.projections import fuse_projections
+from graftc.passes.lowering.step_outcome import LoweringOutcome
 from graftc.specs.document import Spec
 
 

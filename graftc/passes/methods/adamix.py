@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.build.routing import pick, route
+from graftc.passes.core.build.random_experts import pick, route
 from graftc.passes.core.method.capabilities import Collapsing, Observed, Reading
 from graftc.passes.core.method.lowrank import zeros
 from graftc.passes.core.method.steering import OutputObjective

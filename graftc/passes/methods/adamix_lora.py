@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder, Initialiser
-from graftc.passes.core.build.routing import pick, route
+from graftc.passes.core.build.random_experts import pick, route
 from graftc.passes.core.method.capabilities import Collapsing, Observed, Reading
 from graftc.passes.core.method.lowrank import added, check_rank, uniform, zeros
 from graftc.passes.core.method.method import Method

@@ -15,8 +15,8 @@ from graftc.passes.core.method.scoring import Fisher, Scoring
 from graftc.passes.core.method.steering import STEP, AdaptedSite, Controller, no_steps
 from graftc.passes.core.ops.decompositions import SEEDS
 from graftc.passes.core.weights.folds import Fold
+from graftc.passes.methods.bases.sparse import ScoredTensors
 from graftc.passes.methods.full import Stored, TrainedTensors
-from graftc.passes.methods.selection import ScoredTensors
 from graftc.specs.methods.child_tuning import ChildTuning
 
 

@@ -16,8 +16,8 @@ from graftc.passes.core.ops.sparse import written
 from graftc.passes.core.sites.entries import largest, slices_of
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.bases.sparse import ChosenEntries, SparseTensors, budget_of, entry_values, key_of, regions_at
 from graftc.passes.methods.full import Stored
-from graftc.passes.methods.selection import ChosenEntries, SparseTensors, budget_of, entry_values, key_of, regions_at
 from graftc.specs.methods.lt_sft import LTSFT
 
 KEPT = ("indices", "start")

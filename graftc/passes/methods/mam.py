@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graftc.passes.methods.parts import PartsMethod
+from graftc.passes.methods.bases.composed import PartsMethod
 from graftc.specs.methods.mam import MAM
 
 

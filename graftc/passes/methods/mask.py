@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.scoring import Fisher, Movement, Scoring
 from graftc.passes.core.weights.weight_slice import WeightSlice
-from graftc.passes.methods.selection import ChosenEntries, Key, ScoredTensors, largest_entries
+from graftc.passes.methods.bases.sparse import ChosenEntries, Key, ScoredTensors, largest_entries
 from graftc.specs.methods.mask import Mask
 
 

@@ -20,8 +20,7 @@ from graftc.passes.core.ops.pruned import Edge, dropped, edge_of
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.folds import Fold, StandIn, TensorFold
 from graftc.passes.core.weights.weight_slice import SMALL, WeightSlice
-from graftc.passes.methods.full import TrainedTensors
-from graftc.passes.methods.pruning_steps import (
+from graftc.passes.methods.bases.pruning_controller import (
     PENALTY,
     Penalty,
     PruningMasks,
@@ -33,6 +32,7 @@ from graftc.passes.methods.pruning_steps import (
     size_of,
     wide_of,
 )
+from graftc.passes.methods.full import TrainedTensors
 from graftc.specs.methods.pruning import Pruning, kept_of
 from graftc.specs.roles import parse_role
 

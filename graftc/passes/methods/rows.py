@@ -14,8 +14,8 @@ from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.bases.sparse import share
 from graftc.specs.methods.rows import RowSelection
-from graftc.specs.methods.selection import share
 from graftc.specs.patterns import parse_slice
 
 Scores = Callable[[int], Tensor]

@@ -14,9 +14,9 @@ from graftc.passes.core.method.capabilities import Reselecting
 from graftc.passes.core.sites.entries import shares, slices_of
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.bases.drop_and_grow import Reselection
+from graftc.passes.methods.bases.sparse import ChosenEntries, Key, SparseTensors, budget_of, key_of, random_entries
 from graftc.passes.methods.full import Stored
-from graftc.passes.methods.reselection import Reselection
-from graftc.passes.methods.selection import ChosenEntries, Key, SparseTensors, budget_of, key_of, random_entries
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.spiel import PROJECTIONS, SpIEL
 from graftc.specs.roles import parse_role

@@ -13,7 +13,7 @@ from graftc.passes.core.method.capabilities import Observed, Reading
 from graftc.passes.core.sites.sites import Site
 from graftc.passes.core.weights.folds import Fold, Keep
 from graftc.passes.graph.compose import GATE_READING, Member, composed, insert_composed
-from graftc.passes.methods.parts import PartsMethod
+from graftc.passes.methods.bases.composed import PartsMethod
 from graftc.specs.claims import SiteKind
 from graftc.specs.compose import Gate
 from graftc.specs.methods.unipelt import UniPELT

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from graftc.runtime.activations.plan import ActivationPlan
+from graftc.runtime.activations.minimum_cut import ActivationPlan
 
 
 class Choice(NamedTuple):

@@ -21,8 +21,8 @@ from graftc.passes.core.packing.gradients import is_open
 from graftc.passes.core.weights.containers import OWN
 from graftc.runtime.activations.budget import Call, Choices, chosen
 from graftc.runtime.activations.frames import Casts, Frame, FrameCode, Hooks, PartCode, casts_of
+from graftc.runtime.activations.minimum_cut import ActivationPlan, Recomputation, kept_by, plans
 from graftc.runtime.activations.offload import offload_of
-from graftc.runtime.activations.plan import ActivationPlan, Recomputation, kept_by, plans
 from graftc.runtime.activations.recording import Recorded, fake, record
 from graftc.specs.errors.diagnostics import warn
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from graftc.compiler.capture.identity.fingerprint import settings_of
 from graftc.compiler.capture.interface import dtype_of
-from graftc.runtime.reference import MOST_LABELS, Built
+from graftc.runtime.sources.reference import MOST_LABELS, Built
 
 
 def built_of(model: nn.Module) -> Built:

@@ -15,12 +15,12 @@ from torch import Tensor
 from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
+from graftc.files.tensors import file_names
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.runtime.artifact.built import built_of
 from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record, Settings
 from graftc.runtime.artifact.manifest import Input, axes_of
-from graftc.runtime.reference import Built, Kind, Reference
-from graftc.runtime.tensors import file_names
+from graftc.runtime.sources.reference import Built, Kind, Reference
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 

@@ -21,7 +21,7 @@ from graftc.passes.core.weights.store import Store
 from graftc.runtime.artifact.built import built_of
 from graftc.runtime.artifact.manifest import canonical_json
 from graftc.runtime.model.adapted import AdaptedRunner
-from graftc.runtime.reference import Reference
+from graftc.runtime.sources.reference import Reference
 from graftc.specs.errors.diagnostics import warn
 from graftc.version import __version__
 

@@ -9,8 +9,8 @@ from typing import Annotated, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from graftc.runtime.reference import MOST_LABELS
-from graftc.runtime.tensors import file_names
+from graftc.files.tensors import file_names
+from graftc.runtime.sources.reference import MOST_LABELS
 
 MANIFEST_BYTES, GRAPH_BYTES, TEXT_BYTES = file_names.MANIFEST_BYTES, 2**26, 2**24
 """The largest sizes in bytes of a manifest, a graph and any other text."""

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import Field, ValidationError, model_validator
 
 from graftc.compiler.capture.signature import Axis
+from graftc.files.tensors import file_names
 from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.shapes import DTYPES
 from graftc.runtime.artifact.fields import (
@@ -36,8 +37,7 @@ from graftc.runtime.artifact.fields import (
     Size,
 )
 from graftc.runtime.artifact.recorded_passes import RecordedPass
-from graftc.runtime.reference import Built, Kind, Reference
-from graftc.runtime.tensors import file_names
+from graftc.runtime.sources.reference import Built, Kind, Reference
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.strict_json import read_json
 

@@ -8,13 +8,13 @@ from functools import cache
 from typing import Any
 
 from graftc.compiler.capture.interface import config_of
+from graftc.files.destinations import overlap
+from graftc.files.writing import check_destination
 from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.artifact.write import require_values, save
 from graftc.runtime.artifact.written import FOLLOWERS
-from graftc.runtime.destinations import overlap
-from graftc.runtime.files import check_destination
 from graftc.runtime.model.adapted import AdaptedRunner
-from graftc.runtime.models import local_folder
+from graftc.runtime.sources.models import local_folder
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 

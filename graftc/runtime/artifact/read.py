@@ -15,6 +15,8 @@ from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.identity.fingerprint import Identity, TensorIdentity, replaced_tensors, tensor_digest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord, TrainedRecord
+from graftc.files.tensors.folder import Refusal, TensorFolder
+from graftc.files.writing import recover
 from graftc.passes.core.ir.effects import updated
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
@@ -39,9 +41,7 @@ from graftc.runtime.artifact.manifest import (
 )
 from graftc.runtime.artifact.records import content
 from graftc.runtime.artifact.write import file_digest
-from graftc.runtime.files import recover
-from graftc.runtime.folder_kinds import missing, reader_of
-from graftc.runtime.tensors.folder import Refusal, TensorFolder
+from graftc.runtime.sources.folder_kinds import missing, reader_of
 from graftc.specs.document import Spec
 from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError

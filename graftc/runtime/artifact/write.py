@@ -12,6 +12,8 @@ from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.inspect.pass_figures import passes_json
 from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.files.tensors.writing import save_tensors
+from graftc.files.writing import staged
 from graftc.runtime.artifact import entries
 from graftc.runtime.artifact.manifest import (
     ADAPTERS,
@@ -27,12 +29,10 @@ from graftc.runtime.artifact.manifest import (
     sealed,
 )
 from graftc.runtime.artifact.places import is_ours
-from graftc.runtime.files import staged
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.runner import ModelRoot, runner_of
-from graftc.runtime.models import local_folder
-from graftc.runtime.reference import Reference
-from graftc.runtime.tensor_files import save_tensors
+from graftc.runtime.sources.models import local_folder
+from graftc.runtime.sources.reference import Reference
 from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import abridged

@@ -13,7 +13,7 @@ from graftc.compiler.inspect.summary import Summary, summary
 from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.artifact.read import Artifact
 from graftc.runtime.artifact.records import read_model
-from graftc.runtime.reference import Reference
+from graftc.runtime.sources.reference import Reference
 
 if TYPE_CHECKING:
     from graftc.compiler.folding.certificate import Certificate

@@ -8,7 +8,7 @@ from typing import Any
 
 from graftc.compiler.resolve.train import TRAIN
 from graftc.runtime.card.facts import CardFacts
-from graftc.runtime.reference import is_hub_id
+from graftc.runtime.sources.reference import is_hub_id
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import shown

@@ -11,7 +11,7 @@ from graftc.compiler.roles.findings import format_layers
 from graftc.runtime.card.facts import CardCertificate, CardFacts
 from graftc.runtime.card.markdown import code, fenced, table
 from graftc.runtime.card.metadata import card_metadata
-from graftc.runtime.reference import Reference
+from graftc.runtime.sources.reference import Reference
 from graftc.specs.errors.text import abridged
 from graftc.specs.io import dump_spec
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.roles.findings import format_layers
+from graftc.files.tensors.folder import TensorFolder
+from graftc.files.tensors.headers import StoredTensor
+from graftc.files.tensors.weights import INDEX, SINGLE
 from graftc.runtime.compare.difference import Cause, Difference, Matrices, difference
-from graftc.runtime.tensors.folder import TensorFolder
-from graftc.runtime.tensors.headers import StoredTensor
-from graftc.runtime.tensors.weights import INDEX, SINGLE
 
 Status = Literal["added", "removed", "reshaped", "retyped", "changed"]
 COMPARED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")

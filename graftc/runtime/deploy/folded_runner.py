@@ -13,7 +13,7 @@ from graftc.compiler.folding.fold_plan import FoldPlan
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.graph.remove_folded import folded
-from graftc.runtime.deploy.folded_store import folded_store
+from graftc.runtime.deploy.folded_tensors import folded_store
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.root import Root
 from graftc.specs.errors.diagnostics import GraftError

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from graftc.compiler.capture.interface import config_of
+from graftc.files.tensors.writing import save_tensors, writing
+from graftc.files.writing import staged
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_ours
 from graftc.runtime.artifact.write import listed
-from graftc.runtime.companions import companions_of_model
 from graftc.runtime.deploy.folded_runner import FoldedRunner
-from graftc.runtime.files import staged
 from graftc.runtime.interop.transformers import no_place, require_plain, to_transformers
 from graftc.runtime.model.runner import ModelRoot, runner_of
-from graftc.runtime.models import local_folder, quiet_transformers
-from graftc.runtime.tensor_files import save_tensors, writing
+from graftc.runtime.sources.companions import companions_of_model
+from graftc.runtime.sources.models import local_folder, quiet_transformers
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 

@@ -10,8 +10,8 @@ import torch
 from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.folding.requantise import BaseForm
 from graftc.runtime.deploy.merged import Merged, merge
-from graftc.runtime.deploy.merged_tensors import MergedTensors
 from graftc.runtime.deploy.partial import Partial, merge_partially
+from graftc.runtime.deploy.tensor_stream import MergedTensors
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.sharded import in_every_process
 from graftc.runtime.model.views import with_every_adaptation

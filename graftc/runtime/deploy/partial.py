@@ -29,7 +29,7 @@ from graftc.runtime.deploy.comparing import compared
 from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.merged import Merged, fold, require_decided, require_passed
 from graftc.runtime.deploy.merged_folder import write_merged
-from graftc.runtime.deploy.merged_model import base_of
+from graftc.runtime.deploy.merged_source import base_of
 from graftc.runtime.deploy.rounding_noise import rounding_noise
 from graftc.runtime.deploy.widening import unquantised, widened
 from graftc.runtime.export.exporting import ExportingFolded

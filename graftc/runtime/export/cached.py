@@ -23,18 +23,18 @@ from graftc.compiler.capture.past import CACHE, ENCODED, ENCODER, PAST, USE_CACH
 from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis, size_of
 from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.signatures import signature_for
+from graftc.files.writing import staged
 from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
 from graftc.passes.core.ir.program_key import Signature
-from graftc.runtime.companions import companions_of_model
 from graftc.runtime.export.metadata import metadata
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx import prepare_onnx
-from graftc.runtime.files import staged
-from graftc.runtime.generate.genai import genai_config
-from graftc.runtime.generate.names import DECODER, PAIR, Slot, optimum_name
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.generation import Generating, encode
 from graftc.runtime.model.model_runner import ModelRunner
+from graftc.runtime.onnx_generation.genai import genai_config
+from graftc.runtime.onnx_generation.io_names import DECODER, PAIR, Slot, optimum_name
+from graftc.runtime.sources.companions import companions_of_model
 
 _AXES = {BATCH: "batch_size", PAST: "past_sequence_length"}
 _HIDDEN = "last_hidden_state"

@@ -18,16 +18,16 @@ from graftc.compiler.capture.signature import Axis
 from graftc.compiler.live.components import Component, components_of
 from graftc.compiler.live.elements import as_inputs
 from graftc.compiler.pipeline import StartingPoint, compile_model
+from graftc.files.writing import staged
 from graftc.passes.core.elements.calls import input_name
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
-from graftc.runtime.companions import companions_of_model
 from graftc.runtime.export.metadata import metadata
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx import compare, prepare_onnx
 from graftc.runtime.export.writing import FoldEvidence
-from graftc.runtime.files import staged
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.model_runner import ModelRunner
+from graftc.runtime.sources.companions import companions_of_model
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import load_spec
 

@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from graftc.compiler.capture.interface import config_of
+from graftc.files.destinations import only_files
 from graftc.runtime.artifact.write import require_values
-from graftc.runtime.destinations import only_files
 from graftc.runtime.export.cached import export_cached
 from graftc.runtime.export.cached import is_exported as is_cached
 from graftc.runtime.export.exported_signature import exported_signature

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from graftc.compiler.folding.certificate import Certificate
+from graftc.files.tensors.writing import save_tensors
+from graftc.files.writing import check_destination, staged
 from graftc.passes.core.ir.program_key import Signature
 from graftc.runtime.export.inputs import companions_of
 from graftc.runtime.export.metadata import metadata
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx import prepare_onnx
 from graftc.runtime.export.pt2 import prepare_pt2
-from graftc.runtime.files import check_destination, staged
 from graftc.runtime.model.model_runner import ModelRunner
-from graftc.runtime.tensor_files import save_tensors
 
 Format = Literal["onnx", "pt2"]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
-from graftc.runtime.folder_kinds import reader_of
-from graftc.runtime.models import load_folder, load_hub
-from graftc.runtime.reference import Reference
+from graftc.runtime.sources.folder_kinds import reader_of
+from graftc.runtime.sources.models import load_folder, load_hub
+from graftc.runtime.sources.reference import Reference
 from graftc.specs.errors.diagnostics import GraftError
 
 

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from graftc.compiler.arrivals.recorded import packed_as
 from graftc.compiler.capture.identity.fingerprint import Identity, identify
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.pipeline import StartingPoint, compile_model
+from graftc.compiler.quantised_sources.recorded_packing import packed_as
+from graftc.files.tensors.folder import Refusal, TensorFolder
+from graftc.files.tensors.headers import read_shard
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor, weights_of
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.compiled import make_compiled
-from graftc.runtime.folder_kinds import reader_of
 from graftc.runtime.loading.base import find_base
-from graftc.runtime.models import load_as_built
-from graftc.runtime.tensors.folder import Refusal, TensorFolder
-from graftc.runtime.tensors.headers import read_shard
+from graftc.runtime.sources.folder_kinds import reader_of
+from graftc.runtime.sources.models import load_as_built
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.arrivals.recorded import packed_as
 from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import SiteRecord, adapter_tensors, site_records
 from graftc.compiler.missing_weights import require_weights
 from graftc.compiler.pipeline import StartingPoint, compile_model
+from graftc.compiler.quantised_sources.recorded_packing import packed_as
 from graftc.compiler.signatures import add_signature
 from graftc.passes.core import progress
 from graftc.passes.core.build.initial import Initial
@@ -27,7 +27,7 @@ from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import make_compiled
 from graftc.runtime.loading.base import find_base
 from graftc.runtime.loading.checkpoint import checkpoint_file, load_checkpoint
-from graftc.runtime.models import load_as_built
+from graftc.runtime.sources.models import load_as_built
 from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -64,7 +64,7 @@ def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
     """Check a model against the base that an artifact was made from.
 
     Returns:
-        The model, packed if the base was: see `graftc.compiler.arrivals.recorded.packed_as`.
+        The model, packed if the base was: see `graftc.compiler.quantised_sources.recorded_packing.packed_as`.
 
     Raises:
         GraftError: GC087 with what differs, GC089 if its checkpoint lacks tensors.

@@ -32,8 +32,8 @@ from graftc.passes.core.method.base_gradients import wanted
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import computes_in, is_unit
 from graftc.passes.core.weights.store import Store
-from graftc.passes.lowering.asked import warn_of_whole
 from graftc.passes.lowering.lower import lower
+from graftc.passes.lowering.requested_loss import warn_of_whole
 from graftc.passes.lowering.token_losses import token_losses
 from graftc.runtime.activations.training_code import training_code
 from graftc.runtime.model.blocks import Recompute

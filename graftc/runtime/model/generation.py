@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from graftc.compiler.cached import cannot_be_cached, require_rows_of_one
 from graftc.compiler.capture.interface import Interface, is_transformers
 from graftc.compiler.capture.past import (
     CACHES,
@@ -28,6 +27,7 @@ from graftc.compiler.capture.past import (
     new_cache,
 )
 from graftc.compiler.capture.signature import SEQUENCE, TARGET
+from graftc.compiler.partial_graphs import cannot_be_cached, require_rows_of_one
 from graftc.compiler.positions import require_positions
 from graftc.compiler.resolve.train import TRAIN
 from graftc.runtime.model.adapted import AdaptedRunner

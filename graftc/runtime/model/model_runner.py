@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
-from graftc.compiler.cached import cannot_be_cached, gates_over_rows
 from graftc.compiler.capture.interface import Interface, config_of, dtype_of
 from graftc.compiler.capture.isolation import exclusive, is_traced, seldom_collected
 from graftc.compiler.capture.past import CACHE, USE_CACHE, with_cache
@@ -19,6 +18,7 @@ from graftc.compiler.derived import FROM_FORWARD, entered
 from graftc.compiler.derived import program_of as derived_program
 from graftc.compiler.folding.samples import remember
 from graftc.compiler.input_checks import require
+from graftc.compiler.partial_graphs import cannot_be_cached, gates_over_rows
 from graftc.compiler.positions import PositionTable, position_tables
 from graftc.compiler.signatures import signature_for
 from graftc.passes.core.ir.codegen import executable_of
@@ -45,7 +45,7 @@ from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.deferred import CallState, cache_field, deferred_cache, may_return_cache, not_at_once
 from graftc.runtime.model.libraries import refuse_deepspeed
-from graftc.runtime.model.packing import warn_of_packed
+from graftc.runtime.model.packed_batches import warn_of_packed
 from graftc.runtime.model.past import read_past, tokens_of
 from graftc.runtime.model.root import AdaptedView, Root, Runner
 from graftc.specs.errors.diagnostics import GraftError

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from graftc.compiler.cached import require_rows_of_one
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE, MASK, read_cache
 from graftc.compiler.compilation import Compilation
+from graftc.compiler.partial_graphs import require_rows_of_one
 from graftc.specs.errors.diagnostics import GraftError
 
 

@@ -36,7 +36,7 @@ def inspecting_of(runner: AdaptedRunner) -> Any:
 
 
 def presenting_of(runner: AdaptedRunner) -> Any:
-    from graftc.runtime.offered.presenting import Presenting
+    from graftc.runtime.offered.pages_and_cards import Presenting
 
     return Presenting(runner)
 
@@ -54,7 +54,7 @@ def ecosystem_of(runner: AdaptedRunner) -> Any:
 
 
 def referring_of(runner: AdaptedRunner) -> Any:
-    from graftc.runtime.offered.reference import Referring
+    from graftc.runtime.offered.reference_model import Referring
 
     return Referring(runner)
 

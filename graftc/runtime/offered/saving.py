@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from graftc.compiler.capture.isolation import isolated
+from graftc.files.writing import check_destination
 from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.artifact.write import ArtifactEvidence, require_values, save
 from graftc.runtime.deploy.merged import certificate_of
-from graftc.runtime.files import check_destination
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.sharded import written_once
 from graftc.runtime.model.views import with_every_adaptation

@@ -19,7 +19,7 @@ from graftc.passes.core.method.capabilities import Reselecting
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.method.sparse_optimiser import Seen, SparseOptimiser
 from graftc.passes.core.weights.store import Store
-from graftc.passes.methods.selection import SparseTensors, regions_at
+from graftc.passes.methods.bases.sparse import SparseTensors, regions_at
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.model.runner import runner_of
 

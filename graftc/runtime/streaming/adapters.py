@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from graftc.files.tensors.folder import TensorFolder
 from graftc.runtime.artifact.places import is_peft
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.streaming.peft import base_named_by, peft_updates
 from graftc.runtime.streaming.sources import artifact_updates
 from graftc.runtime.streaming.update import AdapterUpdates
-from graftc.runtime.tensors.folder import TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["read_updates"]

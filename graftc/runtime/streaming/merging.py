@@ -15,22 +15,22 @@ import torch
 
 from graftc.compiler.folding.certificate import Certificate, SiteEvidence, require_changed
 from graftc.compiler.folding.retention import Retention
+from graftc.files.held_folder import HeldFolder
+from graftc.files.tensors.folder import TensorFolder
+from graftc.files.tensors.foreign_folders import require_regular_files
+from graftc.files.tensors.headers import Shard
+from graftc.files.tensors.mapped import DTYPES
+from graftc.files.tensors.weights import leads_inside
+from graftc.files.writing import check_apart, check_destination, staged
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_merged
 from graftc.runtime.artifact.write import file_digest, listed
-from graftc.runtime.companions import COMPANIONS
-from graftc.runtime.files import check_apart, check_destination, staged
-from graftc.runtime.held_folder import HeldFolder
+from graftc.runtime.sources.companions import COMPANIONS
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Journal, ShardDone
-from graftc.runtime.streaming.plan import MergePlan, make_plan, stored_config
+from graftc.runtime.streaming.merge_plan import MergePlan, make_plan, stored_config
 from graftc.runtime.streaming.work import BaseTensors, RowTarget, create_file, fold_shard, untouched
-from graftc.runtime.swapped import check_adapter_and_base
-from graftc.runtime.tensors.folder import TensorFolder
-from graftc.runtime.tensors.foreign_folders import require_regular_files
-from graftc.runtime.tensors.headers import Shard
-from graftc.runtime.tensors.mapped import DTYPES
-from graftc.runtime.tensors.weights import leads_inside
+from graftc.runtime.swapped_arguments import check_adapter_and_base
 from graftc.specs.errors.arguments import absolute_path, as_path
 from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError

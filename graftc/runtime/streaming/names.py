@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from graftc.runtime.tensors.folder import TensorFolder
+from graftc.files.tensors.folder import TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["FileNames"]

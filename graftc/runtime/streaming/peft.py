@@ -9,16 +9,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from graftc.files.tensors.folder import TensorFolder
 from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 from graftc.runtime.interop.peft.checks import check_contents, check_copies
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, read_peft, table_form
-from graftc.runtime.models import load_folder
+from graftc.runtime.sources.models import load_folder
 from graftc.runtime.streaming.names import FileNames
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
-from graftc.runtime.tensors.folder import TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import CONFIG, config_bytes, read_config
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from graftc.compiler.capture.identity.fingerprint import tensor_digest
+from graftc.files.tensors.folder import Refusal, TensorFolder
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.passes.core.method.capabilities import RowWise
@@ -19,7 +20,6 @@ from graftc.runtime.artifact.manifest import ADAPTERS, PlaceRecord
 from graftc.runtime.artifact.read import Artifact
 from graftc.runtime.streaming.names import FileNames
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
-from graftc.runtime.tensors.folder import Refusal, TensorFolder
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec

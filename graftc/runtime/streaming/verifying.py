@@ -6,16 +6,16 @@ import os
 
 from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.retention import Retention
+from graftc.files.tensors.folder import TensorFolder
+from graftc.files.tensors.headers import Shard
+from graftc.files.tensors.writing import FLOATING
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.loading.verify import Verification, verify
 from graftc.runtime.streaming.adapters import read_updates
+from graftc.runtime.streaming.merge_plan import MergePlan, make_plan
 from graftc.runtime.streaming.merging import Progress
-from graftc.runtime.streaming.plan import MergePlan, make_plan
 from graftc.runtime.streaming.work import BaseTensors, RowTarget, fold_shard, untouched
-from graftc.runtime.tensor_files import FLOATING
-from graftc.runtime.tensors.folder import TensorFolder
-from graftc.runtime.tensors.headers import Shard
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.text import counted
 

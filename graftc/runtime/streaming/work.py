@@ -17,12 +17,12 @@ from torch import Tensor
 from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.retention import Retention
 from graftc.compiler.folding.rounding import largest, round_into, rounding_of
+from graftc.files.tensors.folder import TensorFolder
+from graftc.files.tensors.headers import Shard, StoredTensor, header_bytes
+from graftc.files.tensors.mapped import DTYPES, MappedFile
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.runtime.streaming.merge_plan import MergePlan
 from graftc.runtime.streaming.places import PlaceFold, ReplacedFold
-from graftc.runtime.streaming.plan import MergePlan
-from graftc.runtime.tensors.folder import TensorFolder
-from graftc.runtime.tensors.headers import Shard, StoredTensor, header_bytes
-from graftc.runtime.tensors.mapped import DTYPES, MappedFile
 
 __all__ = ["BaseTensors", "RowTarget", "ShardReport", "create_file", "fold_shard", "untouched"]
 

@@ -19,7 +19,7 @@ from graftc.passes.core.method.capabilities import Ranked, one_rank
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import Spread, all_whole, sharded_modules
-from graftc.passes.methods.selection import SELECTED
+from graftc.passes.methods.bases.sparse import SELECTED
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.training.callbacks import steering_callback
 from graftc.runtime.training.repeated import Repeating, waited

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from graftc.runtime.files import staged
+from graftc.files.writing import staged
 from graftc.runtime.view.page import page
 from graftc.runtime.view.pictures import Shown, png, svg
 from graftc.specs.errors.diagnostics import GraftError

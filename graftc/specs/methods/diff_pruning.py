@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, Strict
 
 from graftc.specs.claims import Claims, FoldKind
+from graftc.specs.methods.bases.sparse import StagedSpec
 from graftc.specs.methods.full import TENSORS
-from graftc.specs.methods.selection import StagedSpec
 
 __all__ = ["DiffPruning"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from graftc.specs.methods.product import ProductSpec
+from graftc.specs.methods.bases.product import ProductSpec
 from graftc.specs.peft import AS_USUAL, NO_DROPOUT, PeftFormat, PeftPart
 
 __all__ = ["LoHa"]

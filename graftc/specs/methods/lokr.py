@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
-from graftc.specs.methods.product import ProductSpec
+from graftc.specs.methods.bases.product import ProductSpec
 from graftc.specs.peft import AS_USUAL, NO_DROPOUT, PeftFormat, PeftPart
 from graftc.specs.spec_errors import reject
 

@@ -10,8 +10,8 @@ from pydantic import Field
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
+from graftc.specs.methods.bases.composed import AdapterPart, PartsSpec, PrefixPart
 from graftc.specs.methods.he_parallel import HeParallel
-from graftc.specs.methods.parts import AdapterPart, PartsSpec, PrefixPart
 from graftc.specs.methods.prefix import Prefix, Reparameterization
 from graftc.specs.target import Target
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from graftc.specs.claims import Claims, FoldKind
+from graftc.specs.methods.bases.sparse import SelectionSpec
 from graftc.specs.methods.full import TENSORS
-from graftc.specs.methods.selection import SelectionSpec
 
 __all__ = ["Mask"]
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
-from graftc.specs.methods.selection import SelectionSpec
+from graftc.specs.methods.bases.sparse import SelectionSpec
 from graftc.specs.spec_errors import reject
 from graftc.specs.target import Target
 

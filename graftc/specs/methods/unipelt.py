@@ -11,9 +11,9 @@ from graftc.specs.base import Items, MethodSpec, SpecModel
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
+from graftc.specs.methods.bases.composed import PARTS, AdapterPart, PartsSpec
 from graftc.specs.methods.bottleneck import Init
 from graftc.specs.methods.lora import LoRA
-from graftc.specs.methods.parts import PARTS, AdapterPart, PartsSpec
 from graftc.specs.methods.pfeiffer import Pfeiffer
 from graftc.specs.methods.prefix import Prefix
 from graftc.specs.spec_errors import reject

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graftc.files.writing import staged
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of, stored
 from graftc.runtime.export.gguf.writing import Entry, name_of, package, write
-from graftc.runtime.files import staged
 from graftc.runtime.interop.layouts.plain import PlainAdapter, Update
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.methods.lora import LoRA

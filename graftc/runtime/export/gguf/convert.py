@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.files.writing import staged_or_dropped
 from graftc.runtime.export.gguf.adapter import export_adapter
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of
 from graftc.runtime.export.gguf.writing import name_of, package
-from graftc.runtime.files import staged_or_dropped
 from graftc.runtime.interop.layouts.convert import ROUNDING, AdapterSource, ConvertedFolder, compared
 from graftc.runtime.interop.layouts.plain import PlainAdapter
 from graftc.runtime.interop.layouts.reference import unpaired
-from graftc.runtime.models import config_of_folder
+from graftc.runtime.sources.models import config_of_folder
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.options.exports import FileType
 

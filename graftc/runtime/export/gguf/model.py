@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from graftc.compiler.capture.interface import config_of
+from graftc.files.writing import staged
 from graftc.runtime.export.gguf.families import Family, architecture, family_of, heads_of, rope_factors, stored
 from graftc.runtime.export.gguf.vocabulary import add_vocabulary
 from graftc.runtime.export.gguf.writing import Entry, name_of, package, write
-from graftc.runtime.files import staged
 from graftc.runtime.interop.transformers import FoldedModel, no_place, to_transformers
-from graftc.runtime.models import local_folder
+from graftc.runtime.sources.models import local_folder
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.options.exports import FileType
 

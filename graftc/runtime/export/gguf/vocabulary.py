@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from graftc.runtime.tensors.foreign_folders import TOKENIZER_BYTES, require_regular_files
+from graftc.files.tensors.foreign_folders import TOKENIZER_BYTES, require_regular_files
 from graftc.specs.errors.border import library_errors
 from graftc.specs.regular_files import read_regular
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from graftc.runtime.interop.layouts.layout import AdapterLayout
 from graftc.runtime.interop.layouts.plain import EXPERT, PlainAdapter
-from graftc.runtime.models import load_folder
+from graftc.runtime.sources.models import load_folder
 from graftc.specs.errors.diagnostics import GraftError, Place
 
 __all__ = ["require_fitting", "require_usual_experts"]

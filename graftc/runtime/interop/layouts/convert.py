@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.runtime.files import staged_or_dropped
-from graftc.runtime.folder_kinds import missing, reader_of
+from graftc.files.writing import staged_or_dropped
 from graftc.runtime.interop.layouts.base import require_fitting, require_usual_experts
 from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
 from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
@@ -22,7 +21,8 @@ from graftc.runtime.interop.layouts.plain import AttentionSizes, PlainAdapter, c
 from graftc.runtime.interop.layouts.reference import responses
 from graftc.runtime.interop.peft.folder import WEIGHTS, adapter_tensors
 from graftc.runtime.interop.peft.servers import SERVERS, require_served
-from graftc.runtime.models import local_config
+from graftc.runtime.sources.folder_kinds import missing, reader_of
+from graftc.runtime.sources.models import local_config
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, MOST, config_bytes, read_config

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.runtime.folder_kinds import missing, reader_of
+from graftc.files.tensors.writing import save_tensors
 from graftc.runtime.interop.layouts.fusing import apart, together
 from graftc.runtime.interop.layouts.layout import STACKED, AdapterLayout, layout_of
 from graftc.runtime.interop.layouts.plain import EXPERT, AttentionSizes, PlainAdapter, Update
@@ -22,7 +22,7 @@ from graftc.runtime.interop.peft import read_peft
 from graftc.runtime.interop.peft.expert_layouts import SINCE, release_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule, adapter_tensors
 from graftc.runtime.interop.peft.forms import Shaped, to_theirs
-from graftc.runtime.tensor_files import save_tensors
+from graftc.runtime.sources.folder_kinds import missing, reader_of
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, AdapterConfig, config_bytes, read_config

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftc.compiler.arrivals.arrived import arrived
+from graftc.compiler.quantised_sources.convert import arrived
 from graftc.compiler.roles.structure import Structure
 from graftc.runtime.interop.peft.entries import entry_of
 from graftc.runtime.interop.peft.folder import ADDED

@@ -20,16 +20,16 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.select import match_modules
 from graftc.compiler.resolve.train import TRAIN
+from graftc.files.tensors.writing import save_tensors
+from graftc.files.writing import staged
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.weight_slice import Layout
-from graftc.runtime.files import staged
 from graftc.runtime.interop.peft.expert_layouts import SINCE
 from graftc.runtime.interop.peft.expressible import own_places, refuse_inexpressible, task_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
 from graftc.runtime.interop.peft.pairs import Pair, as_data, is_adapted, pairs_of, split, table_of, table_path
 from graftc.runtime.interop.peft.targets import suffixes
-from graftc.runtime.tensor_files import save_tensors
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import CONFIG, read_config

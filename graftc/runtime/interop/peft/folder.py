@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graftc.runtime.folder_kinds import missing, reader_of
+from graftc.files.tensors.folder import Refusal, TensorFolder
+from graftc.files.tensors.writing import FLOATING
 from graftc.runtime.interop.peft.forms import Shaped, filled, to_ours
 from graftc.runtime.interop.peft.keys import Keys, parse
 from graftc.runtime.interop.peft.parameters import adapted_parameters
 from graftc.runtime.interop.peft.targets import is_saved
-from graftc.runtime.tensor_files import FLOATING
-from graftc.runtime.tensors.folder import Refusal, TensorFolder
+from graftc.runtime.sources.folder_kinds import missing, reader_of
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError, Place

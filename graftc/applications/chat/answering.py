@@ -1,0 +1,271 @@
+"""Answers: from a prompt to text, piece by piece, with the tokens and the time that it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from graftc.applications.chat.opening import TextModel
+from graftc.applications.chat.settings import generation_errors, require_settings
+from graftc.applications.chat.templates import require_bounded
+from graftc.runtime.sources.models import quiet_transformers
+from graftc.specs.errors.border import library_errors
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["Answer", "Message", "Settings", "answer", "prepare", "prompt_ids"]
+
+Message = Mapping[str, str]
+"""A message of a chat: its ``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
+
+Finish = Literal["stop", "length", "interrupted"]
+"""Why an answer ends: the model ended it, it has the maximum length, or it was stopped."""
+
+_WARM = 4
+"""The most prompt tokens with which graphs are prepared."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of generation; None means the value of the model's ``generation_config``.
+
+    Attributes:
+        max_new_tokens: the most tokens of an answer.
+        sample: whether to draw tokens; otherwise the most likely one is taken.
+        temperature: the number by which logits are divided before tokens are drawn.
+        top_k: the number of the most likely tokens to draw from.
+        top_p: the probability that the fewest tokens to draw from have together.
+        num_beams: the number of beams of a beam search.
+        seed: the seed of what is drawn, for each answer.
+        use_cache: whether to keep keys and values of tokens; otherwise the whole text is computed at every step.
+    """
+
+    max_new_tokens: int = 256
+    sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    num_beams: int | None = None
+    seed: int | None = None
+    use_cache: bool = True
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of ``generate``."""
+        arguments = {
+            **{"do_sample": self.sample, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p},
+            **{"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens},
+        }
+        return {**{name: value for name, value in arguments.items() if value is not None}, "use_cache": self.use_cache}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer of a model.
+
+    Attributes:
+        text: the text, without special tokens.
+        ids: the new tokens, including those that end a text.
+        prompt_tokens: the number of tokens of the prompt.
+        cached: how many of these were in a cache already.
+        finish: why the answer ends.
+        first: seconds until the first token was available; None if all tokens came at once.
+        seconds: seconds of the whole answer.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    prompt_tokens: int
+    cached: int
+    finish: Finish
+    first: float | None
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The rate of the tokens after the first one, which waits for the prompt; None for a single token."""
+        if self.first is None:
+            return len(self.ids) / self.seconds if self.ids and self.seconds > 0 else None
+        took = self.seconds - self.first
+        return (len(self.ids) - 1) / took if len(self.ids) > 1 and took > 0 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the answer as plain data."""
+        return {
+            **{"text": self.text, "ids": list(self.ids), "prompt_tokens": self.prompt_tokens, "cached": self.cached},
+            **{"new_tokens": len(self.ids), "finish": self.finish, "first_token_seconds": self.first},
+            **{"seconds": self.seconds, "tokens_per_second": self.tokens_per_second},
+        }
+
+
+def prompt_ids(model: TextModel, prompt: str | Sequence[Message]) -> Tensor:
+    """Return the tokens of a prompt, int64 ``[1, length]``.
+
+    The prompt is a text that the model continues, or a chat whose next message is the assistant's.
+
+    Raises:
+        GraftError: GC147 if there is no chat template, or it does not take such messages; GC090 for an empty text;
+            GC146 for tokens that the model does not have.
+    """
+    tokenizer = model.tokenizer
+    if isinstance(prompt, str):
+        with library_errors("GC146", "the tokenizer fails"):
+            ids = list(tokenizer(prompt)["input_ids"])
+    else:
+        ids = _rendered(tokenizer, prompt)
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    if not ids:
+        raise GraftError("GC090", "the prompt is empty, and the model has no token that begins a text")
+    table = _table(model)
+    if table is not None and max(ids) >= table:
+        message = f"the tokenizer gives token {max(ids)}, and the model has {table} tokens"
+        raise GraftError("GC146", message, hint="name the model's own tokenizer: --tokenizer NAME")
+    return torch.tensor([ids], dtype=torch.int64, device=model.device)
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        hint = "use a model that is tuned for chat, or graftc generate"
+        raise GraftError("GC147", "the model's tokenizer has no chat template", hint=hint)
+    roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+    with library_errors("GC147", f"the chat template does not take messages of {roles}"):
+        given = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": True}
+        require_bounded(tokenizer.get_chat_template(), messages, given)
+        listed = [dict(message) for message in messages]
+        return list(tokenizer.apply_chat_template(listed, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _table(model: TextModel) -> int | None:
+    try:
+        return int(model.model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def prepare(model: TextModel, settings: Settings) -> None:
+    """Capture the graphs of a compiled model in advance.
+
+    Answers then begin at once, and their times are those of the model.
+    """
+    if model.compiled is None:
+        return
+    ids = prompt_ids(model, [{"role": "user", "content": "a"}] if _chats(model) else "a")[:, :_WARM]
+    quick = Settings(max_new_tokens=3, sample=False, num_beams=settings.num_beams, use_cache=settings.use_cache)
+    answer(model, ids, quick)
+
+
+def _chats(model: TextModel) -> bool:
+    return bool(getattr(model.tokenizer, "chat_template", None))
+
+
+def answer(
+    model: TextModel,
+    ids: Tensor,
+    settings: Settings,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+    stopped: Callable[[], bool] = lambda: False,
+    past: Any = None,
+    cached: int = 0,
+) -> Answer:
+    """Generate what follows a prompt.
+
+    Args:
+        model: the model that generates.
+        ids: the tokens of the prompt, ``[1, length]``.
+        settings: how to generate.
+        say: a callback that gets the text piece by piece as it is generated; all at once with beams.
+        stopped: a function that returns whether to stop, called after every token.
+        past: a cache that contains the first ``cached`` tokens of the prompt; the others and the answer are added to
+            it.
+        cached: the number of these tokens.
+
+    Raises:
+        GraftError: GC031 for a prompt that fills all positions of the model; and as the model's ``generate``.
+    """
+    length = int(ids.shape[1])
+    room = None if model.positions is None else model.positions - length
+    if room is not None and room < 1:
+        message = f"the prompt has {length} tokens, and the model has {model.positions} positions"
+        raise GraftError("GC031", message, hint="shorten it; /reset forgets a conversation")
+    require_settings(model.source.generation_config, settings.num_beams)
+    options = {**settings.options(), **_ends(model)}
+    options["max_new_tokens"] = min(settings.max_new_tokens, room or settings.max_new_tokens)
+    name = model.cache_name
+    if past is not None and name is not None:
+        options[name] = past
+    streamer = None
+    if getattr(model.source.generation_config, "stop_strings", None) is not None:
+        options["tokenizer"] = model.tokenizer
+    beams = settings.num_beams or getattr(model.source.generation_config, "num_beams", None) or 1
+    if beams == 1:
+        streamer = options["streamer"] = _streamer_class()(model.tokenizer, say)
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
+    asked = False
+
+    def ask(sequences: Tensor, *_: Any, **__: Any) -> Tensor:
+        nonlocal asked
+        asked = asked or stopped()
+        return torch.full((sequences.shape[0],), asked, dtype=torch.bool, device=sequences.device)
+
+    begun = time.perf_counter()
+    with torch.no_grad(), quiet_transformers(), generation_errors():
+        generated = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[ask], **options
+        )
+    seconds = time.perf_counter() - begun
+    if not isinstance(generated, Tensor):  # the settings request more than tokens
+        generated = generated.sequences
+    new = generated[0, 1 if model.has_encoder else length :].tolist()
+    text = model.tokenizer.decode(new, skip_special_tokens=True)
+    if streamer is None:
+        say(text)
+    first = streamer.first - begun if streamer is not None and streamer.first is not None else None
+    ended = bool(new) and new[-1] in options["eos_token_id"]
+    finish: Finish = "stop" if ended else "interrupted" if asked else "length"
+    return Answer(text, tuple(new), length, cached, finish, first, seconds)
+
+
+def _ends(model: TextModel) -> dict[str, Any]:
+    """Return the end and padding tokens for ``generate``.
+
+    The tokenizer's end token, which may end the turns of a chat, is one of the end tokens besides the model's.
+    """
+    eos = model.source.generation_config.eos_token_id
+    listed = [eos] if isinstance(eos, int) else list(eos or [])
+    end = model.tokenizer.eos_token_id
+    ends = list(dict.fromkeys([*listed, *([end] if end is not None else [])]))
+    pad = model.source.generation_config.pad_token_id
+    if pad is None:
+        pad = model.tokenizer.pad_token_id if model.tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    return {"eos_token_id": ends, "pad_token_id": pad}
+
+
+@cache
+def _streamer_class() -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        """A streamer that passes text on as it is generated, and records when the first token arrives."""
+
+        def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.say = say
+            self.first: float | None = None
+
+        def put(self, value: Tensor) -> None:
+            if not self.next_tokens_are_prompt and self.first is None:
+                self.first = time.perf_counter()
+            super().put(value)  # type: ignore[no-untyped-call]
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if text:
+                self.say(text)
+
+    return Streamer

@@ -1,0 +1,240 @@
+"""Loading of what generates text: an artifact, a folder of transformers, or a PEFT adapter, with its tokenizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from graftc.compiler.capture.interface import Interface
+from graftc.compiler.capture.past import cache_name
+from graftc.compiler.missing_weights import require_weights
+from graftc.files.tensors.foreign_folders import require_regular_files
+from graftc.runtime.api import import_peft, load
+from graftc.runtime.artifact.manifest import MANIFEST
+from graftc.runtime.artifact.places import is_peft
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.loading.checkpoint import is_checkpoint
+from graftc.runtime.model.runner import runner_of
+from graftc.runtime.onnx_generation import load as load_graphs
+from graftc.runtime.onnx_generation.io_names import DECODER, PAIR
+from graftc.runtime.sources.models import load_folder, load_model_and_inputs, local_folder, quiet_transformers
+from graftc.specs.compose import Bank
+from graftc.specs.errors.border import library_errors
+from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
+
+__all__ = ["Kind", "TextModel", "moved", "open_text_model", "tokenizer_of"]
+
+Kind = Literal["artifact", "model", "onnx", "peft"]
+"""The contents of a folder: an artifact, a whole model, graphs for ONNX Runtime, or a PEFT adapter."""
+
+_TOKENIZER = ("tokenizer*.json", "vocab.*", "*.model", "merges.txt", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model that generates, with its tokenizer.
+
+    Attributes:
+        kind: the contents of the folder.
+        model: the model to call: a compiled model, or one of transformers.
+        source: the model of transformers that it is, or is made from.
+        tokenizer: the tokenizer, of transformers.
+        compiled: the compiled model; None for a whole model.
+    """
+
+    kind: Kind
+    model: Any
+    source: Any
+    tokenizer: Any
+    compiled: Compiled | None = None
+
+    @property
+    def generate(self) -> Callable[..., Any]:
+        """The model's ``generate``, as in transformers."""
+        method: Callable[..., Any] = self.model.generate
+        return method
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def text_config(self) -> Any:
+        """The config of the part that generates text."""
+        return self.source.config.get_text_config()
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the model consists of an encoder and a decoder."""
+        return bool(getattr(self.source.config, "is_encoder_decoder", False))
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that a text may have; None if the model sets no limit."""
+        limit = None if self.has_encoder else getattr(self.text_config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @property
+    def cache_name(self) -> str | None:
+        """The name of the argument that takes a cache; None if the model takes none."""
+        forward = getattr(type(self.source), "forward", None)
+        return None if forward is None else cache_name(inspect.signature(forward).parameters)
+
+    def choose(self, adapter: str) -> None:
+        """Make calls use one adaptation of a bank.
+
+        Raises:
+            GraftError: GC091 if the model has no bank; GC038 for a name that no bank contains.
+        """
+        banks = [c for c in self.compiled.spec.compose if isinstance(c, Bank)] if self.compiled is not None else []
+        if not banks or self.compiled is None:
+            raise GraftError("GC091", f"there is no adaptation {adapter!r} to choose: the model has no bank of them")
+        holding = [bank for bank in banks if adapter in bank.members]
+        for bank in holding or banks[:1]:
+            self.compiled.activate(adapter, bank.name)
+
+    def base_only(self) -> AbstractContextManager[None]:
+        """Return a context manager under which the model computes what its base computes.
+
+        Raises:
+            GraftError: GC090 if it has no adaptations.
+        """
+        if self.compiled is None:
+            raise GraftError("GC090", "a whole model has no base beside it", hint="leave out --base")
+        return self.compiled.disabled()
+
+
+def open_text_model(
+    folder: Path,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    *,
+    device: str | None = None,
+) -> TextModel:
+    """Load the model of a folder, in eval mode, with its tokenizer.
+
+    Args:
+        folder: an artifact, a model of transformers, graphs for ONNX Runtime, or a PEFT adapter.
+        model: the base of an artifact or adapter, as the command line takes it; by default the one that an artifact
+            names.
+        tokenizer: a folder or hub id that has one; by default that of the folder or of the base.
+        device: the device to move the model to; by default it stays where it is loaded.
+
+    Raises:
+        GraftError: GC032 for a folder that contains no model, GC089 if it lacks tensors of the model, GC142 for a model
+            that does not generate, GC146 if there is no tokenizer; and as `graftc.load`.
+    """
+    kind, text_model, compiled = _loaded(folder, model)
+    source = text_model if compiled is None else compiled.compilation.source
+    _require_generating(source, compiled)
+    text_tokenizer = tokenizer_of(tokenizer, [folder, local_folder(source)])
+    if device is not None:
+        text_model = moved(text_model, device)
+    return TextModel(kind, text_model.eval(), source, text_tokenizer, compiled)
+
+
+def _loaded(folder: Path, model: str | None) -> tuple[Kind, Any, Compiled | None]:
+    if not folder.is_dir():
+        raise GraftError("GC032", f"there is no folder {str(folder)!r}", hint=_neighbour(folder))
+    if (folder / MANIFEST).is_file() or is_checkpoint(folder):
+        compiled = load(folder, model)
+        return "artifact", compiled, compiled
+    if is_peft(folder) and model is not None:
+        base, inputs = load_model_and_inputs(model)
+        compiled = import_peft(folder, base, inputs)
+        return "peft", compiled, compiled
+    if model is not None:
+        raise GraftError("GC090", f"{str(folder)!r} is not an adapter, and takes no --model", hint="leave out --model")
+    if not any(folder.glob("*.safetensors")) and any((folder / name).is_file() for name in (DECODER, PAIR[1])):
+        return "onnx", load_graphs(folder), None
+    loaded = load_folder(folder)
+    require_weights(loaded)
+    return "model", loaded, None
+
+
+def _neighbour(folder: Path) -> str | None:
+    try:
+        names = [p.name for p in folder.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return None
+    close = nearest(folder.name, names, n=1)
+    return f"did you mean {str(folder.parent / close[0])!r}?" if close else None
+
+
+def _require_generating(source: Any, compiled: Compiled | None) -> None:
+    if compiled is not None:
+        can = runner_of(compiled).can_generate()
+    else:
+        can = source.can_generate() and (not isinstance(source, nn.Module) or Interface(source).cache is not None)
+    if not can:
+        name = type(source).__name__
+        raise GraftError("GC142", f"{name} does not generate", hint="take a model with a language model head")
+
+
+def moved(model: Any, device: str) -> Any:
+    """Move a model to a device and return it.
+
+    Raises:
+        GraftError: GC090 if there is no device of this name.
+    """
+    try:
+        where = torch.device(device)
+        if where.type == "meta":
+            raise GraftError("GC090", f"the device {device!r} computes nothing", hint="name another, such as cpu")
+        return model.to(where)
+    except (RuntimeError, AssertionError) as error:
+        raise GraftError("GC090", f"there is no device {device!r}: {first_line(error)}") from error
+
+
+def tokenizer_of(named: str | None, places: Sequence[Path | None]) -> Any:
+    """Load the tokenizer that a user names, or else that of the first folder that has one.
+
+    Raises:
+        GraftError: GC146 if there is none, or it cannot be read.
+    """
+    if named is not None:
+        return _read(named)
+    place = next((p for p in places if p is not None and _has_tokenizer(p)), None)
+    if place is None:
+        shown = " or ".join(repr(str(p)) for p in dict.fromkeys(places) if p is not None)
+        raise GraftError("GC146", f"there is no tokenizer in {shown}", hint="name a folder or hub id: --tokenizer NAME")
+    return _read(str(place))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) is not None for pattern in _TOKENIZER)
+
+
+def _read(place: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if (folder := Path(place).expanduser()).is_dir():
+        place = str(folder)
+        if not _has_tokenizer(folder):  # transformers would create an empty one
+            raise GraftError("GC146", f"there is no tokenizer in {place!r}", hint="give a folder with a tokenizer.json")
+        require_regular_files(folder, "GC146")
+    hint = "name a folder or hub id: --tokenizer NAME"
+    with quiet_transformers(), library_errors("GC146", f"the tokenizer of {place!r} cannot be read", hint=hint):
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+
+
+@contextmanager
+def adapted(model: TextModel, *, adapter: str | None, base: bool) -> Iterator[None]:
+    """Run the block with the named adaptation of a bank, or with the base alone.
+
+    Raises:
+        GraftError: as `TextModel.choose` and `TextModel.base_only`.
+    """
+    if adapter is not None:
+        model.choose(adapter)
+    with model.base_only() if base else nullcontext():
+        yield

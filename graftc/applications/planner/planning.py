@@ -1,0 +1,192 @@
+"""Memory planning before training: the peak of a step, and what fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from graftc.applications.planner.memory_plan import MemoryPlan
+from graftc.applications.planner.optimisers import Make
+from graftc.applications.planner.sizes import bytes_of, shown
+from graftc.applications.planner.workbench import TOKENS, Training, Workbench
+from graftc.compiler.capture.interface import ExampleInputs
+from graftc.compiler.capture.source_model import require_plain
+from graftc.passes.core import progress
+from graftc.runtime.api import SpecLike, spec_for
+from graftc.runtime.sources.models import load_model_and_inputs
+from graftc.runtime.swapped_arguments import check_spec_and_model
+from graftc.specs.document import Spec
+from graftc.specs.errors.calls import public
+from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.io import early_spec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+"""The dtypes that a base may have, by name."""
+
+_MOST = 2**40
+"""The most tokens of a batch: beyond this, sizes of tensors overflow."""
+
+_SHORT = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
+
+
+@public("graftc.plan")
+def plan(
+    spec: SpecLike,
+    model: nn.Module | str,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    batch: int = 1,
+    sequence: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    checkpoint: bool | Literal["layers"] | None = None,
+    optimizer: str | Make | None = None,
+    devices: int = 1,
+    device: str = "cuda",
+    accumulate: bool = False,
+    budget: int | str | None = None,
+    cache: bool = True,
+) -> MemoryPlan:
+    """Return the memory that training takes on each device at its peak, before it starts.
+
+    A training step is run on tensors without memory, with the recomputation, checkpointing and chunked loss of the
+    spec, and so is a step of the optimiser. The model may be on the meta device.
+
+    Args:
+        spec: as for `graftc.compile`.
+        model: a module, or the name of one as the command line takes it, which is created without weights.
+        example_inputs: as for `graftc.compile`.
+        batch: the rows on each device.
+        sequence: the tokens of each row; required by models that take sequences.
+        dtype: the dtype of the base, ``"bfloat16"`` for example; by default its own.
+        checkpoint: whether layers are computed again in the backward pass; by default as in the spec.
+        optimizer: ``adamw``, ``sgd``, ``sgd-momentum``, ``adafactor``, ``adamw8bit``, ``aged-adamw`` or ``sm3``, or a
+            function that makes one of a list of parameters. By default ``adamw``, and for SpIEL that of its variant.
+            The state of ``adamw8bit`` is that of bitsandbytes by declaration; it is not run.
+        devices: the number of devices that share parameters, gradients and state by FSDP2, with a unit for each layer
+            and one for the rest.
+        device: the kind of device: ``cpu`` or an accelerator, on which torch's optimisers process all tensors at once
+            and chunks of a loss are larger.
+        accumulate: whether gradients of other micro-batches exist already.
+        budget: the bytes of each device, ``"24GB"`` for example; the largest batch and sequence that fit are searched
+            for.
+        cache: whether to keep captured graphs in the user's cache folder.
+
+    Raises:
+        GraftError: as `graftc.compile`; GC073 for arguments of another kind, and if nothing trains, GC091 for an
+            unknown optimizer, GC130 for what cannot be sharded, GC143 for sequences that the model does not take, GC154
+            for a budget that is not a number of bytes, GC155 if not even the smallest step fits.
+    """
+    check_spec_and_model("graftc.plan", spec, model)
+    room = None if budget is None else bytes_of(budget)
+    rows, tokens = _count("batch", batch), None if sequence is None else _count("sequence", sequence)
+    if rows * (tokens or 1) > _MOST:
+        raise GraftError("GC073", f"a batch of {rows} x {tokens} tokens", hint=f"plan for at most {_MOST:,} tokens")
+    _known_device(device)
+    with progress.working("planning", model if isinstance(model, str) else type(model).__name__):
+        bench = workbench(
+            spec,
+            model,
+            example_inputs,
+            dtype=dtype,
+            checkpoint=checkpoint,
+            cache=cache,
+            optimizer=optimizer,
+            devices=devices,
+            device=device,
+            accumulate=accumulate,
+        )
+        result = bench.plan(rows, tokens)
+        return result if room is None else fitted(bench, result, room)
+
+
+def workbench(
+    spec: SpecLike,
+    model: nn.Module | str,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    checkpoint: bool | Literal["layers"] | None = None,
+    cache: bool = True,
+    **training: Any,
+) -> Workbench:
+    """Build the workbench that plans steps; arguments are those of `plan`."""
+    early = early_spec(Path(spec)) if isinstance(spec, str | Path) else spec
+    if isinstance(model, str):
+        module, given = load_model_and_inputs(model, meta=True)
+        model, example_inputs = module, given if example_inputs is None else example_inputs
+    loaded = spec_for(early, model, example_inputs)
+    require_plain(model)
+    options = Training(**{**training, "devices": _count("devices", training.get("devices", 1))})
+    spec = checkpointed(loaded, checkpoint)
+    return Workbench(spec, model, example_inputs, options, dtype=_dtype(dtype), cache=cache)
+
+
+def checkpointed(spec: Spec, checkpoint: bool | Literal["layers"] | None) -> Spec:
+    """Return the spec with checkpointing switched on or off; None returns it unchanged."""
+    if checkpoint is None:
+        return spec
+    if checkpoint not in (True, False, "layers"):
+        raise GraftError("GC073", f"checkpoint is {checkpoint!r}", hint="True recomputes layers, False keeps them")
+    return spec.model_copy(update={"checkpoint": "layers" if checkpoint else None})
+
+
+def fitted(bench: Workbench, plan: MemoryPlan, room: int) -> MemoryPlan:
+    """Return the plan with the largest sizes that fit.
+
+    Raises:
+        GraftError: GC155 if not even one row of the shortest sequences fits.
+    """
+    fitting = bench.fitted(plan, room)
+    if not fitting.largest_batch and not fitting.largest_sequence:
+        smallest = bench.plan(1, min(plan.sequence or TOKENS, TOKENS))
+        if smallest.peak > room:
+            raise _nothing_fits(smallest, room)
+    return fitting
+
+
+def _nothing_fits(smallest: MemoryPlan, room: int) -> GraftError:
+    tokens = "" if smallest.sequence is None else f" of {smallest.sequence} tokens"
+    message = f"one row{tokens} takes {shown(smallest.peak)}, and there are {shown(room)}"
+    parts = {
+        "what stays": smallest.resident,
+        "activations": smallest.step,
+        "gradients and the optimizer's step": smallest.gradients + smallest.update,
+    }
+    ways = []
+    if not smallest.checkpoint:
+        ways.append("set checkpoint: layers")
+    if smallest.devices == 1 and smallest.resident > room // 2:
+        ways.append("share the model among devices")
+    hint = f"the smallest is {shown(smallest.peak)}" + (f"; {' or '.join(ways)}" if ways else "")
+    details = [f"{name}: {shown(size)}" for name, size in parts.items()]
+    return GraftError("GC155", message, hint=hint, details=details)
+
+
+def _dtype(given: Any) -> torch.dtype | None:
+    if given is None or given in DTYPES.values():
+        return given  # type: ignore[no-any-return]
+    name = _SHORT.get(str(given), str(given).removeprefix("torch."))
+    if name not in DTYPES:
+        close = nearest(name, [*DTYPES, *_SHORT], n=1)
+        raise GraftError("GC073", f"dtype is {given!r}", hint=f"did you mean {close[0]!r}?" if close else _all(DTYPES))
+    return DTYPES[name]
+
+
+def _all(names: Any) -> str:
+    return f"there is: {', '.join(names)}"
+
+
+def _known_device(given: Any) -> None:
+    try:
+        torch.device(given)
+    except (RuntimeError, TypeError) as error:
+        raise GraftError("GC073", f"device is {given!r}", hint="give cuda, cpu or another kind of torch's") from error
+
+
+def _count(name: str, given: Any) -> int:
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise GraftError("GC073", f"{name} is {given!r}", hint="give a number from 1")
+    return given

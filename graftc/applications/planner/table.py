@@ -1,0 +1,134 @@
+"""A table of what fits: methods side by side, with and without options that save memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+from graftc.applications.planner.memory_plan import MemoryPlan
+from graftc.applications.planner.planning import workbench
+from graftc.specs.document import Spec
+from graftc.specs.errors.diagnostics import GraftError, GraftWarning, unknown_name
+from graftc.specs.registry import method_specs
+
+USUAL = ("lora", "dora", "ia3", "spiel-MA", "spiel-AG", "full")
+"""The methods of a table if none are named."""
+
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "spiel-MA": {"method": "spiel", "variant": "MA"},
+    "spiel-AG": {"method": "spiel", "variant": "AG"},
+    "full": {"method": "full", "target": {"modules": "**"}},
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train.
+
+    Attributes:
+        method: the name of the method in the table.
+        quantize: how the base is stored; None if it is unchanged.
+        checkpoint: whether layers are computed again in the backward pass.
+        chunked: whether head and loss are computed for some rows at a time.
+        plan: the memory that it takes; None if it is not possible.
+        reason: why it is not possible.
+    """
+
+    method: str
+    quantize: str | None
+    checkpoint: bool
+    chunked: bool
+    plan: MemoryPlan | None
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the row as plain values."""
+        options = {"method": self.method, "quantize": self.quantize, "checkpoint": self.checkpoint}
+        plan = None if self.plan is None else self.plan.to_json()
+        return {**options, "chunked": self.chunked, "plan": plan, "reason": self.reason}
+
+
+def specs_of(names: Sequence[str], like: Spec) -> dict[str, Spec]:
+    """Return a spec with only one method for each name.
+
+    A name is a tag, ``spiel-MA``, ``spiel-AG``, or ``full:GLOB`` for the modules that train in full.
+
+    Args:
+        names: the names, in the order of the rows.
+        like: a spec whose first target is used for methods that have none by default.
+
+    Raises:
+        GraftError: GC091 for an unknown name.
+    """
+    specs: dict[str, Spec] = {}
+    for name in names:
+        tag, _, modules = name.partition(":")
+        if tag not in _VARIANTS and tag not in method_specs():
+            raise unknown_name("method", tag, [*_VARIANTS, *method_specs()])
+        adaptation: dict[str, Any] = {"method": tag, **_VARIANTS.get(tag, {})}
+        target = method_specs()[adaptation["method"]].spec_class.model_fields["target"]
+        if modules:
+            adaptation["target"] = {"modules": modules}
+        elif target.is_required() and "target" not in adaptation:
+            adaptation["target"] = like.adapt[0].target
+        specs[name] = Spec.model_validate({"adapt": [adaptation]})
+    return specs
+
+
+class Size(NamedTuple):
+    """The size for which peaks are computed.
+
+    Attributes:
+        batch, sequence: the rows and tokens of a step.
+        budget: the bytes that are available; if None, the largest sizes are not searched for.
+    """
+
+    batch: int
+    sequence: int | None
+    budget: int | None
+
+
+def rows(
+    specs: dict[str, Spec],
+    model: Any,
+    example_inputs: Any,
+    size: Size,
+    told: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> Iterator[Row]:
+    """Yield the rows of a table.
+
+    Args:
+        specs: the specs, by the name of their row.
+        model, example_inputs, options: as for `graftc.plan`.
+        size: the size for which peaks are computed.
+        told: a callback that gets a message on what is being planned.
+    """
+    stored: list[str | None] = [None, "nf4"]
+    for (name, spec), quantize, chunked, checkpoint in product(specs.items(), stored, (False, True), (False, True)):
+        told(f"planning {name}")
+        changed = _changed(spec, quantize, chunked)
+        try:
+            with warnings.catch_warnings():
+                if chunked:  # there is no such row if the loss is not over a vocabulary
+                    warnings.simplefilter("error", GraftWarning)
+                bench = workbench(changed, model, example_inputs, checkpoint=checkpoint, **options)
+                plan = bench.plan(size.batch, size.sequence)
+            if size.budget is not None:
+                plan = bench.fitted(plan, size.budget)
+        except GraftWarning:
+            continue
+        except GraftError as error:
+            yield Row(name, quantize, checkpoint, chunked, None, f"{error.code}: {error.message}")
+        else:
+            yield Row(name, quantize, checkpoint, chunked, plan)
+
+
+def _changed(spec: Spec, quantize: str | None, chunked: bool) -> Spec:
+    document = spec.model_dump(exclude_unset=True)
+    if quantize is not None:
+        document["base"] = {"quantize": quantize}
+    return Spec.model_validate({**document, "memory": {"loss": "chunked" if chunked else "whole"}})

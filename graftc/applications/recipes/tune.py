@@ -1,0 +1,200 @@
+"""Recipes: methods that take several trainings, which run as one and can be resumed after an interruption."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graftc.applications.recipes.folder import begin_recipe, make_folder, recorded_seed
+from graftc.compiler.capture.interface import ExampleInputs
+from graftc.files.writing import alone_in
+from graftc.runtime.api import SpecLike, compile, spec_for
+from graftc.runtime.compiled import Compiled
+from graftc.runtime.loading.load import load
+from graftc.runtime.seeds import seed_everything, starting_seed
+from graftc.runtime.swapped_arguments import check_spec_and_model
+from graftc.runtime.training.selecting import Loss
+from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import as_path, as_seed, kind_of
+from graftc.specs.errors.calls import public
+from graftc.specs.errors.diagnostics import GraftError
+
+RESULT = "result"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a recipe.
+
+    Attributes:
+        number: its number, from 1.
+        total: the number of trainings.
+        folder: a folder for the training's own files, such as checkpoints; None for a recipe that keeps nothing. It is
+            created when the training begins, and still exists when a training that was interrupted runs again.
+    """
+
+    number: int
+    total: int
+    folder: Path | None
+
+
+Train = Callable[[Compiled, Stage], object]
+"""A function that trains a model in place."""
+
+
+@public("graftc.tune")
+def tune(
+    spec: SpecLike,
+    model: nn.Module,
+    train: Train,
+    *,
+    examples: Iterable[Mapping[str, Any]] | None = None,
+    loss: Loss | None = None,
+    folder: str | Path | None = None,
+    example_inputs: ExampleInputs | None = None,
+    seed: int | None = None,
+) -> Compiled:
+    """Run every training that a spec takes: ``train`` is called once for each, on the model that is to train.
+
+    Before each, random numbers of Python, NumPy and torch are seeded from ``seed`` and the number of the training, so
+    that a training depends on nothing before it except what it starts from. With a folder, that is kept there: if a run
+    is killed at any moment, the same call resumes at the beginning of the training that was interrupted, and ends with
+    the same tensors.
+
+    Args:
+        spec: a `Spec`, a mapping, or the path of a file.
+        model: the base; never changed.
+        train: a function that trains a model, which is in train mode. It creates its own optimiser, since different
+            tensors train in every training.
+        examples: the examples by which entries are chosen, for methods that need them; see `Compiled.select`.
+        loss: the loss of these examples.
+        folder: the folder for the result and what trainings start from; it is created if it is missing.
+        example_inputs: as for `graftc.compile`.
+        seed: the seed of initial values and of the random numbers of trainings; by default the one that the folder was
+            begun with, or ``torch.initial_seed()`` if there is none, as for `graftc.compile`.
+
+    Returns:
+        The trained model, in eval mode.
+
+    Raises:
+        GraftError: GC056 if examples are needed and there are none, GC058 for a folder that contains another recipe or
+            other files, GC063 if another run uses the folder, GC064 if it cannot be written, GC073 for arguments of
+            another kind, and as `graftc.compile`.
+    """
+    check_spec_and_model("graftc.tune", spec, model)
+    loaded = spec_for(spec, model, example_inputs)
+    if not callable(train):
+        raise GraftError("GC073", f"train is {kind_of(train)}", hint="give a function of a model and a Stage")
+    place = as_path(folder) if folder is not None else None
+    if seed is None:
+        begun = recorded_seed(place) if place is not None else None
+        seed = starting_seed() if begun is None else begun
+    chosen = as_seed(seed)
+    kept = _Kept(place, loaded, chosen) if place is not None else None
+    with alone_in(kept.folder if kept is not None else None):
+        number, compiled = kept.latest(model) if kept is not None else (0, None)
+        if compiled is None:
+            number, compiled = 1, compile(loaded, model, example_inputs, seed=chosen)
+            if compiled.unselected:
+                compiled = _selected(compiled, examples, loss, chosen)
+                if kept is not None:
+                    kept.keep(compiled, number)
+        return _trained(compiled, number, train, kept, chosen)
+
+
+def _selected(
+    compiled: Compiled, examples: Iterable[Mapping[str, Any]] | None, loss: Loss | None, seed: int
+) -> Compiled:
+    """Return the model with the entries that examples choose.
+
+    Raises:
+        GraftError: GC056 if there are no examples.
+    """
+    if examples is None:
+        names = ", ".join(map(repr, compiled.unselected))
+        raise GraftError("GC056", f"{names} chooses its entries by examples", hint="give tune examples")
+    _seed(seed, 0)
+    selected: Compiled = compiled.select(examples, loss=loss)
+    return selected
+
+
+def _trained(compiled: Compiled, number: int, train: Train, kept: _Kept | None, seed: int) -> Compiled:
+    """Run every training that is not done yet, and return the trained model.
+
+    Args:
+        compiled: the model that the next training starts from.
+        number: the number of that training; 0 if all are done.
+        train: the function that trains.
+        kept: the recipe's folder, for what trainings start from; None to keep nothing.
+        seed: the seed of random numbers.
+    """
+    while number:
+        total = number + compiled.stages_left
+        start = (
+            {name: tensor.clone() for name, tensor in compiled.adapter_state_dict().items()} if total > number else {}
+        )
+        _seed(seed, number)
+        train(compiled.train(), Stage(number, total, kept.scratch(number) if kept is not None else None))
+        compiled.eval()
+        if number == total:
+            if kept is not None:
+                kept.keep(compiled, 0)
+            break
+        compiled = compiled.advance(start)
+        number += 1
+        if kept is not None:
+            kept.keep(compiled, number)
+    return compiled.eval()
+
+
+def _seed(seed: int, number: int) -> None:
+    seed_everything((seed * 1_000_003 + number) % 2**32)
+
+
+class _Kept:
+    """The folder of a recipe: ``recipe.json``, what each training starts from, and the result, as artifacts.
+
+    Raises:
+        GraftError: as `begin_recipe`.
+    """
+
+    def __init__(self, folder: Path, spec: Spec, seed: int) -> None:
+        self.folder = folder
+        begin_recipe(folder, {"spec": spec.model_dump(mode="json"), "seed": seed})
+
+    def latest(self, model: nn.Module) -> tuple[int, Compiled | None]:
+        """Return the number of the training to resume, and the model that it starts from.
+
+        If all trainings are done, these are 0 and the trained model; if nothing is kept, 0 and None.
+        """
+        if (self.folder / RESULT).exists():
+            return 0, self._load(RESULT, model)
+        numbers = [int(path.name.partition("-")[2]) for path in self.folder.glob("stage-*")]
+        if not numbers:
+            return 0, None
+        return max(numbers), self._load(f"stage-{max(numbers)}", model)
+
+    def _load(self, name: str, model: nn.Module) -> Compiled:
+        try:
+            return load(self.folder / name, model)
+        except GraftError as error:
+            if error.code != "GC087":
+                raise
+            message = f"{self.folder} holds a recipe of another base"
+            raise GraftError("GC058", message, details=[error.message]) from error
+
+    def keep(self, compiled: Compiled, number: int) -> None:
+        """Save what a training starts from; number 0 is the result."""
+        compiled.save(self.folder / (f"stage-{number}" if number else RESULT), certify=False)
+        before = self.folder / f"training-{number - 1}"
+        if number > 1 and before.exists():
+            shutil.rmtree(before, ignore_errors=True)
+
+    def scratch(self, number: int) -> Path:
+        """Create and return a folder for a training's own files."""
+        return make_folder(self.folder / f"training-{number}")

@@ -1,0 +1,65 @@
+"""The Typer application: its commands, and the options that belong to no command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from graftc.cli.commands.card import card
+from graftc.cli.commands.chat import chat
+from graftc.cli.commands.check import check
+from graftc.cli.commands.compile import compile
+from graftc.cli.commands.convert import convert
+from graftc.cli.commands.demo import demo
+from graftc.cli.commands.diff import diff
+from graftc.cli.commands.export import export
+from graftc.cli.commands.generate import generate
+from graftc.cli.commands.import_peft import import_peft
+from graftc.cli.commands.inspect import inspect
+from graftc.cli.commands.merge import merge
+from graftc.cli.commands.methods import methods
+from graftc.cli.commands.pet import pet
+from graftc.cli.commands.roles import roles
+from graftc.cli.commands.schema import schema
+from graftc.cli.commands.verify import verify
+from graftc.cli.output import without_colours
+
+__all__ = ["build_app"]
+
+_EPILOG = (
+    "MODEL is a local transformers folder, a hub id, or package.module:callable that returns an nn.Module, "
+    "or (model, example_inputs). "
+    "Exit status: 0 done, 1 the answer is no, 2 usage or spec error, 3 the files or the model failed."
+)
+
+
+def build_app() -> typer.Typer:
+    """Build the application with every command."""
+    app = typer.Typer(
+        add_completion=True,
+        rich_markup_mode=None if without_colours() else "rich",
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(epilog=_EPILOG)(_graftc)
+    working = (compile, import_peft, inspect, merge, convert, export, card, verify, diff, generate, chat, pet)
+    for command in (*working, check, roles, methods, schema, demo):
+        app.command()(command)
+    return app
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from graftc.version import __version__
+
+        typer.echo(f"graftc {__version__}")
+        raise typer.Exit
+
+
+def _graftc(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compile declarative specs of parameter-efficient fine-tuning against PyTorch models."""

@@ -1,0 +1,171 @@
+"""``graftc chat``: a conversation with a model that has a chat template."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from graftc.cli.options import BaseOption, Json
+from graftc.cli.speaking import (
+    AdapterOption,
+    BaseAlone,
+    DeviceOption,
+    MaxNewTokens,
+    NoCache,
+    NumBeams,
+    SampleOption,
+    SeedOption,
+    SystemOption,
+    Temperature,
+    TextArgument,
+    TokenizerOption,
+    TopK,
+    TopP,
+)
+
+if TYPE_CHECKING:
+    from graftc.applications.chat.answering import Answer
+    from graftc.applications.chat.conversation import Conversation
+
+__all__ = ["chat"]
+
+_HELP = "/reset forgets the conversation, /exit leaves; an interrupt (Ctrl-C) stops an answer"
+_PROMPT = ">>> "
+
+
+def chat(
+    directory: TextArgument,
+    system: SystemOption = None,
+    max_new_tokens: MaxNewTokens = 512,
+    sample: SampleOption = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    num_beams: NumBeams = None,
+    seed: SeedOption = None,
+    adapter: AdapterOption = None,
+    base: BaseAlone = False,
+    no_cache: NoCache = False,
+    model: BaseOption = None,
+    tokenizer: TokenizerOption = None,
+    device: DeviceOption = None,
+    json: Json = False,
+) -> None:
+    """Talk with a model. Lines are what you say, also those of a pipe; /reset forgets the conversation, /exit leaves,
+    and an interrupt stops an answer.
+    """
+    from contextlib import ExitStack
+
+    from graftc.cli.output import print_json, steps, working
+    from graftc.cli.speaking import Drawing, Speaker, opened, settings
+
+    drawing = Drawing(sample, temperature, top_k, top_p, seed)
+    given = settings(max_new_tokens, drawing, num_beams, no_cache)
+    with ExitStack() as stack:
+        with working(json) as warnings, steps(json) as step:
+            speaker = Speaker(directory, model, tokenizer, device, adapter, base)
+            ready, how = stack.enter_context(opened(speaker, given, step))
+            from graftc.applications.chat.conversation import Conversation
+
+            conversation = Conversation(ready, how, system)
+        turns = _talk(conversation, json)
+    if json:
+        from graftc.cli.results import ChatResult
+
+        result = {"path": str(directory), "kind": ready.kind, "adapter": adapter, "base": base, "system": system}
+        print_json(ChatResult.model_validate({**result, **given, "turns": turns, "warnings": warnings}))
+
+
+def _talk(conversation: Conversation, json: bool) -> list[dict[str, object]]:
+    """Hold the conversation until the user leaves, and return its turns."""
+    from graftc.cli.output import print_coded
+    from graftc.cli.speaking import report, writer
+    from graftc.specs.errors.diagnostics import GraftError
+
+    write = writer(sys.stdout)
+    live = sys.stdin.isatty() and not json
+    tell = _teller() if live else (lambda _: None)
+    tell(_HELP)
+    turns: list[dict[str, object]] = []
+    answers = []
+    for said in _lines(live, tell):
+        if said == "/exit":
+            break
+        if said in ("/reset", "/help"):
+            if said == "/reset":
+                conversation.reset()
+            tell("forgotten" if said == "/reset" else _HELP)
+            continue
+        try:
+            answer = _turn(conversation, said, (lambda _: None) if json else write)
+        except GraftError as error:
+            if not live:
+                raise
+            print_coded(error, "red")
+            continue
+        answers.append(answer)
+        turns.append({"said": said, **answer.to_json()})
+        if not json:
+            write("\n")
+        if live:
+            report([answer])
+    if not live and not json:
+        report(answers)
+    return turns
+
+
+def _turn(conversation: Conversation, said: str, write: Callable[[str], None]) -> Answer:
+    """Return an answer, which an interrupt cuts short."""
+    from graftc.cli.interrupts import Stop, interrupts
+    from graftc.cli.output import working
+
+    stop = Stop()
+    with working(False), interrupts(stop):
+        return conversation.say(said, write, lambda: stop.asked)
+
+
+def _lines(live: bool, tell: Callable[[str], None]) -> Iterator[str]:
+    """Yield the user's lines, without empty ones."""
+    from graftc.cli.speaking import stdin_text
+
+    if not live:
+        yield from (line.strip() for line in stdin_text() if line.strip())
+        return
+    while True:
+        said = _asked(tell)
+        if said is None:
+            return
+        if said:
+            yield said
+
+
+def _asked(tell: Callable[[str], None]) -> str | None:
+    """Read a line from a terminal; return None at its end. An interrupt clears the line."""
+    import contextlib
+
+    from graftc.cli.interrupts import interrupts
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (lines can be edited then)
+
+    def clear() -> None:
+        raise KeyboardInterrupt
+
+    try:
+        with interrupts(clear):
+            return input(_PROMPT).strip()
+    except EOFError:
+        tell("")
+        return None
+    except KeyboardInterrupt:
+        tell("\n/exit leaves")
+        return ""
+
+
+def _teller() -> Callable[[str], None]:
+    """Return a function that prints remarks outside of the conversation, on the standard error."""
+    from graftc.cli.output import error_console
+
+    to = error_console()
+    return lambda text: to.print(text, style="dim", soft_wrap=True, markup=False)

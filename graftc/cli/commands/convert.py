@@ -1,0 +1,244 @@
+"""``graftc convert``: conversion of adaptations to LoRA, and of adapter folders from one layout to another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftc.cli.options import BaseOption, DryRun, Force, Json, Out, destination
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import counted
+
+if TYPE_CHECKING:
+    from graftc.runtime.deploy.convert import Converted
+    from graftc.runtime.interop.layouts.convert import ConvertedFolder
+
+__all__ = ["convert"]
+
+LORA, GGUF = "lora", "gguf"
+_OF_ARTIFACTS = ("names", "rank", "error", "into-base")
+_OF_FOLDERS = ("from", "add", "join", "split")
+
+
+def _several(word: str, metavar: str, text: str) -> Any:
+    return typer.Option(f"--{word}", metavar=metavar, help=f"{text}; may be repeated.", show_default=False)
+
+
+def convert(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="An artifact, or an adapter folder: adapter_config.json with adapter_model.safetensors.",
+            show_default=False,
+        ),
+    ],
+    out: Out = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="FORM",
+            help="lora, for an artifact; for an adapter folder a layout: peft, vllm, sglang, tinker, unsloth, "
+            "torchtune; or gguf, which needs --model. Default: lora or peft.",
+            show_default=False,
+        ),
+    ] = None,
+    model: BaseOption = None,
+    names: Annotated[
+        list[str] | None, _several("names", "NAME", "An adaptation of the artifact to convert, not all of them")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", metavar="N", min=1, help="Rank of the LoRAs. Default: whatever loses nothing."),
+    ] = None,
+    error: Annotated[
+        float | None,
+        typer.Option(
+            "--error",
+            metavar="X",
+            help="Take the smallest rank of each site whose relative error (Frobenius norm) is at most this.",
+            show_default=False,
+        ),
+    ] = None,
+    into_base: Annotated[
+        list[str] | None,
+        _several("into-base", "NAME", "What to fold into a base inside of the new artifact: an adaptation, or trained"),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="LAYOUT",
+            help="The layout of the adapter folder. Default: what its keys say.",
+            show_default=False,
+        ),
+    ] = None,
+    add: Annotated[
+        list[Path] | None, _several("add", "DIR2", "Another adapter folder of the same base, added to the first")
+    ] = None,
+    join: Annotated[list[str] | None, _several("join", "WHAT", "Fuse maps into one: qkv or gate_up")] = None,
+    split: Annotated[list[str] | None, _several("split", "WHAT", "Take fused maps apart: qkv or gate_up")] = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Convert an artifact's adaptations to LoRA, or an adapter folder to another layout, and measure what changed."""
+    from graftc.cli.output import print_json, steps, working
+
+    given: dict[str, Any] = {"names": names, "rank": rank, "error": error, "into-base": into_base}
+    given |= {"from": source, "add": add, "join": join, "split": split}
+    place = destination(out, dry_run=dry_run)
+    with working(json) as warnings, steps(json) as step:
+        from graftc.runtime.artifact.places import is_peft
+
+        if is_peft(directory):
+            _require_none(given, _OF_ARTIFACTS, "an adapter folder")
+            step("converting")
+            converted = _of_folder(_folder(directory, place, to, model, _Layout(source, add, join, split), force))
+        else:
+            _require_none(given, _OF_FOLDERS, "an artifact")
+            step("loading")
+            _require_lora(to)
+            wanted = {"names": names, "rank": rank, "error": error, "into_base": into_base or ()}
+            converted = _of_artifact(_artifact(directory, place, model, wanted, force, step))
+
+    from graftc.cli.deployed import files_in, print_files
+
+    files = files_in(place)
+    result = {
+        **{"source": str(directory), "out": None if place is None else str(place), "dry_run": dry_run},
+        **{**converted, "files": files, "warnings": warnings},
+    }
+    if json:
+        from graftc.cli.results import ConvertResult
+
+        print_json(ConvertResult.model_validate(result))
+        return
+    _show(result)
+    print_files(place, files)
+
+
+def _require_none(given: dict[str, Any], words: tuple[str, ...], what: str) -> None:
+    for word in words:
+        if given[word] is not None:
+            raise GraftError("GC090", f"--{word} is not for {what}", hint="graftc convert --help says what is")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The options for the layout of an adapter folder, and for joining and splitting its maps."""
+
+    source: str | None
+    add: list[Path] | None
+    join: list[str] | None
+    split: list[str] | None
+
+
+def _folder(
+    directory: Path,
+    place: Path | None,
+    to: str | None,
+    model: str | None,
+    layout: _Layout,
+    force: bool,
+) -> ConvertedFolder:
+    from graftc.runtime.interop.layouts.convert import AdapterSource, convert_folder
+
+    base = None if model is None else Path(model)
+
+    def origin() -> AdapterSource:
+        return AdapterSource.of(directory, layout.source, layout.add or (), base)
+
+    if to == LORA:
+        raise GraftError("GC090", "an adapter folder is converted to a layout", hint="for example --to vllm")
+    if to == GGUF:
+        from graftc.runtime.export.gguf.convert import convert_to_gguf
+
+        if layout.join or layout.split:
+            raise GraftError("GC090", "GGUF has the maps of the base", hint="leave out --join and --split")
+        return convert_to_gguf(origin(), place, base, force=force)
+    join, apart = layout.join or (), layout.split or ()
+    return convert_folder(origin(), place, to or "peft", join=join, apart=apart, force=force)
+
+
+def _require_lora(to: str | None) -> None:
+    if to not in (None, LORA):
+        hint = "graftc export --format peft writes an adapter folder, which graftc convert takes to other layouts"
+        raise GraftError("GC090", f"an artifact is not converted to {to!r}", hint=hint)
+
+
+def _artifact(
+    directory: Path,
+    place: Path | None,
+    model: str | None,
+    wanted: Mapping[str, Any],
+    force: bool,
+    step: Any,
+) -> Converted:
+    from graftc.files.writing import check_apart, check_destination
+    from graftc.runtime.api import load
+    from graftc.runtime.artifact.places import is_ours
+    from graftc.runtime.model.runner import runner_of
+
+    if place is not None:
+        check_apart(place, directory, model)
+        check_destination(place, force=force, replaceable=is_ours)
+    compiled = load(directory, model)
+    step("converting")
+    converted: Converted = runner_of(compiled).convert(**wanted)
+    if place is not None:
+        step("writing")
+        converted.save(place, force=force)
+    return converted
+
+
+def _of_folder(converted: ConvertedFolder) -> dict[str, Any]:
+    maps = [
+        {"adaptation": None, "site": m.path, "rank": None, "full_rank": None, "error": m.error, "probed": m.error}
+        for m in converted.maps
+    ]
+    return {
+        **{
+            "from_form": converted.source,
+            "to_form": converted.target,
+            "sites": maps,
+            "largest_error": converted.largest_error,
+        },
+        **{"rank": converted.rank, "outputs": None, "largest_output": None, "into_base": []},
+    }
+
+
+def _of_artifact(converted: Converted) -> dict[str, Any]:
+    return {
+        **{"from_form": "artifact", "to_form": LORA, "sites": [vars(site) for site in converted.sites]},
+        **{"largest_error": converted.largest_error, "rank": max(site.rank for site in converted.sites)},
+        **{"outputs": dict(converted.outputs), "largest_output": converted.largest_output},
+        "into_base": [] if converted.partial is None else list(converted.partial.folded),
+    }
+
+
+def _show(result: dict[str, Any]) -> None:
+    from graftc.cli.output import console
+
+    to = console()
+    lines = {
+        "converted:": f"{result['from_form']} to {result['to_form']}, {counted(len(result['sites']))}, "
+        f"rank {result['rank']} at most",
+        "largest error:": f"{result['largest_error']:.1e} of a site's update",
+    }
+    if result["outputs"] is not None:
+        largest = max(result["outputs"].values(), default=0.0)
+        lines["outputs:"] = f"within {largest:.1e} of the original's, whose largest is {result['largest_output']:.1e}"
+    if result["into_base"]:
+        lines["folded into a base:"] = ", ".join(result["into_base"])
+    for word, text in lines.items():
+        to.print(f"{word:<22}{text}", soft_wrap=True, markup=False)
+    worst = sorted(result["sites"], key=lambda site: -site["error"])[:3] if result["largest_error"] > 1e-6 else []
+    for site in worst:
+        ranks = "" if site["rank"] is None else f", rank {site['rank']} of {site['full_rank']}"
+        to.print(f"{'':<22}{site['site']}: {site['error']:.1e}{ranks}", soft_wrap=True, markup=False)

@@ -1,0 +1,144 @@
+"""``graftc generate``: text that a model generates from prompts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graftc.cli.options import BaseOption, Json
+from graftc.cli.speaking import (
+    AdapterOption,
+    BaseAlone,
+    DeviceOption,
+    MaxNewTokens,
+    NoCache,
+    NumBeams,
+    SampleOption,
+    SeedOption,
+    SystemOption,
+    Temperature,
+    TextArgument,
+    TokenizerOption,
+    TopK,
+    TopP,
+)
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.regular_files import JSON_BYTES
+
+__all__ = ["generate"]
+
+
+def generate(
+    directory: TextArgument,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", metavar="TEXT", help="What to go on with; may be given several times."),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file",
+            metavar="FILE",
+            help="A file with the prompt; - is the standard input, which is read where there is neither --prompt nor "
+            "--file.",
+            show_default=False,
+        ),
+    ] = None,
+    lines: Annotated[bool, typer.Option("--lines", help="Every line of the file is a prompt.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are what a user says: put them into the chat template.")
+    ] = False,
+    system: SystemOption = None,
+    max_new_tokens: MaxNewTokens = 256,
+    sample: SampleOption = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    num_beams: NumBeams = None,
+    seed: SeedOption = None,
+    adapter: AdapterOption = None,
+    base: BaseAlone = False,
+    no_cache: NoCache = False,
+    model: BaseOption = None,
+    tokenizer: TokenizerOption = None,
+    device: DeviceOption = None,
+    json: Json = False,
+) -> None:
+    """Generate text: on the standard output as it is made, one answer after the other. Speed goes to the standard
+    error.
+    """
+    from contextlib import ExitStack
+
+    from graftc.cli.interrupts import Stop, interrupts
+    from graftc.cli.output import print_json, steps, working
+    from graftc.cli.process import INTERRUPTED
+    from graftc.cli.speaking import Drawing, Speaker, opened, report, settings, writer
+
+    drawing = Drawing(sample, temperature, top_k, top_p, seed)
+    given = settings(max_new_tokens, drawing, num_beams, no_cache)
+    if system is not None and not chat:
+        raise GraftError("GC090", "--system begins a chat, and the prompts are not chats", hint="add --chat")
+    prompts = _prompts(prompt, file, lines)
+    write, stop = writer(sys.stdout), Stop()
+    with working(json) as warnings, ExitStack() as stack:
+        with steps(json) as step:
+            speaker = Speaker(directory, model, tokenizer, device, adapter, base)
+            ready, how = stack.enter_context(opened(speaker, given, step))
+            from graftc.applications.chat.answering import answer, prompt_ids
+
+            begin = [{"role": "system", "content": system}] if system is not None else []
+            asked = [[*begin, {"role": "user", "content": text}] if chat else text for text in prompts]
+            ids = [prompt_ids(ready, each) for each in asked]
+        answers = []
+        with interrupts(stop):
+            for number, each in enumerate(ids):
+                if stop.asked:
+                    break
+                if number and not json:
+                    write("\n")
+                say = (lambda _: None) if json else write
+                answers.append(answer(ready, each, how, say=say, stopped=lambda: stop.asked))
+                if not json:
+                    write("\n")
+    if json:
+        from graftc.cli.results import GenerateResult
+
+        answered = [{"prompt": p, **a.to_json()} for p, a in zip(prompts, answers, strict=False)]
+        result = {"path": str(directory), "kind": ready.kind, "adapter": adapter, "base": base, "chat": chat}
+        print_json(GenerateResult.model_validate({**result, **given, "answers": answered, "warnings": warnings}))
+    else:
+        report(answers)
+    if stop.asked:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _prompts(given: list[str] | None, file: Path | None, lines: bool) -> list[str]:
+    from graftc.cli.speaking import stdin_text
+
+    if given and (file is not None or lines):
+        other = "--file" if file is not None else "--lines"
+        raise GraftError("GC090", f"the prompts are given, and {other} asks for others", hint=f"leave out {other}")
+    if given:
+        return given
+    if file is None or str(file) == "-":
+        if file is None and sys.stdin.isatty():
+            raise GraftError("GC090", "missing option '--prompt'", hint="--prompt TEXT, or --file FILE")
+        where, text = "the standard input", stdin_text().read(JSON_BYTES + 1)
+    else:
+        where = repr(str(file))
+        try:
+            with file.open(encoding="utf-8") as opened:  # this may be a pipe, such as the shell's <(...)
+                text = opened.read(JSON_BYTES + 1)
+        except (OSError, UnicodeDecodeError) as error:
+            strerror = getattr(error, "strerror", None)
+            reason = strerror.lower() if strerror else "it is not UTF-8"
+            raise GraftError("GC090", f"{where} cannot be read: {reason}") from error
+    if len(text) > JSON_BYTES:
+        raise GraftError("GC090", f"{where} has more than {JSON_BYTES:,} characters", hint="give a file with a prompt")
+    prompts = [line for line in text.splitlines() if line.strip()] if lines else [text.removesuffix("\n")]
+    if not any(each.strip() for each in prompts):
+        raise GraftError("GC090", "there is no prompt in what was read", hint="--prompt TEXT, or --file FILE")
+    return prompts

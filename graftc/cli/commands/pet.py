@@ -1,0 +1,199 @@
+"""``graftc pet``: a classifier from patterns and few labelled rows."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from graftc.cli import completion
+from graftc.cli.options import Json, ModelOption
+from graftc.cli.process import interrupted
+
+if TYPE_CHECKING:
+    from graftc.applications.pet.result import PetResult
+
+__all__ = ["pet"]
+
+TOKENIZER = "tokenizer"
+"""The name of the folder, within a run's, that contains its tokenizer."""
+
+
+def pet(
+    spec: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SPEC",
+            help="Patterns, words, and how to train: a .yaml, .json or .toml file.",
+            show_default=False,
+            autocompletion=completion.specs,
+        ),
+    ],
+    model: ModelOption,
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="A folder with rows: train (labelled; may be missing), unlabelled, test (may be missing), each as "
+            ".jsonl, .csv or .tsv.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            help="The folder of the run: stages, results.json, the artifact `classifier` and its `tokenizer`. A run "
+            "that was cut off goes on there.",
+            show_default=False,
+        ),
+    ],
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of all random numbers.")] = 0,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            metavar="NAME",
+            help="Folder or hub id of the tokenizer. Default: beside the model.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="NAME", help="Where to train, such as cuda. Default: the CPU."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train a classifier from patterns and few labelled rows (PET, iPET): members fill blanks, label what is
+    unlabelled, and a classifier learns from it.
+    """
+    from graftc.cli.output import print_json, steps, working
+    from graftc.specs.pet.io import load_pet_spec
+
+    with _resumable(), working(json) as warnings, steps(json) as step:
+        loaded = load_pet_spec(spec)  # before torch is imported
+        step("loading the model")
+        from graftc.applications.chat.opening import moved, tokenizer_of
+        from graftc.applications.pet.data import load_pet_data
+        from graftc.applications.pet.recipe import pet as run
+        from graftc.applications.recipes.folder import RECIPE
+        from graftc.files.writing import check_apart, check_folder
+        from graftc.runtime.sources.models import load_model, local_folder, quiet_transformers
+
+        check_apart(out, spec, data, model)
+        check_folder(out, RECIPE)
+        rows = load_pet_data(data, loaded.labels, loaded.slots)
+        base = load_model(model)
+        words = tokenizer_of(tokenizer, [Path(model).expanduser(), local_folder(base)])
+        if device is not None:
+            base = moved(base, device)
+        counts = {"labelled": rows.train, "unlabelled": rows.unlabelled, "test": rows.test}
+        said = ", ".join(f"{len(part) if part else 0:,} {name}" for name, part in counts.items())
+        step(f"training, rows: {said}")
+        with quiet_transformers(), _told(json, f"rows: {said}"):
+            result = run(loaded, base, words, rows, folder=out, seed=seed)
+            kept = _keep_tokenizer(words, out)
+    if json:
+        from graftc.cli.results import PetRunResult
+
+        given = {"spec": str(spec), "data": str(data), "model": model, "out": str(out), "seed": seed}
+        given["tokenizer"] = str(kept)
+        print_json(PetRunResult.model_validate({**given, **result.to_json(), "warnings": warnings}))
+        return
+    _print(result, out, kept)
+
+
+def _keep_tokenizer(tokenizer: Any, out: Path) -> Path:
+    """Write the run's tokenizer, and return its folder.
+
+    It is written each time, since nothing shows whether an existing one is complete.
+    """
+    from graftc.files.tensors.writing import writing
+    from graftc.files.writing import staged
+
+    place = out / TOKENIZER
+    with staged(place, force=True, replaceable=Path.is_dir) as staging, writing(place):
+        tokenizer.save_pretrained(staging)
+    return place
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    """Run a block that the same command can resume, and say so when it is interrupted."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or interrupted():  # libraries turn it into other errors
+            _say("interrupted: run the same command again to go on")
+        raise
+
+
+@contextlib.contextmanager
+def _told(as_json: bool, first: str) -> Iterator[None]:
+    """Print a line on the standard error each time that training enters a new phase, while the block runs.
+
+    On a terminal, which shows progress already, and with JSON nothing is printed.
+    """
+    from graftc.passes.core.progress import listening
+
+    if as_json or sys.stderr.isatty():
+        yield
+        return
+    _say(first)
+    last = ""
+
+    def tell(at: str, seconds: float) -> None:
+        nonlocal last
+        now, colon, _ = at.partition(":")
+        # Phases of a compile have no colon, and there is a compile between any two trainings.
+        if now != last and (colon or now.startswith("asking")):
+            last = now
+            _say(f"{now}, after {seconds:.0f} s")
+
+    with listening(tell):
+        yield
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(Exception):  # a message that cannot be printed is not a failure
+        print(text, file=sys.stderr, flush=True)
+
+
+def _print(result: PetResult, out: Path, tokenizer: Path) -> None:
+    from graftc.cli.output import console, print_table
+
+    to = console()
+    judged = [name for name in ("labelled", "test") if result.rows[name]]
+    columns = ["", "weight", *(f"{when}, {name}" for when in ("untrained", "trained") for name in judged)]
+    rows = [
+        [
+            f"{member.pattern} #{member.repetition + 1}",
+            f"{member.weight:.3f}",
+            *_percents(member.untrained, judged),
+            *_percents(member.trained, judged),
+        ]
+        for member in result.members
+    ]
+    blank = [""] * len(judged)
+    rows.append(["ensemble", "", *blank, *_percents(result.ensemble, judged)])
+    rows.append(["classifier", "", *blank, *_percents(result.final, judged)])
+    print_table(to, columns, rows, right=columns[1:])
+    for number, generation in enumerate(result.generations, 1):
+        low, high = min(generation.examples), max(generation.examples)
+        some = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        lacking = ", ".join(f"{label} {count:g}" for label, count in generation.missing.items() if count)
+        line = f"generation {number}: {some} more rows for each member"
+        to.print(f"{line}; too few of {lacking}" if lacking else line, soft_wrap=True, markup=False)
+    to.print(f"wrote {out / 'classifier'}", soft_wrap=True, markup=False)
+    to.print(f"its tokenizer: {tokenizer}", soft_wrap=True, markup=False)
+
+
+def _percents(accuracies: Mapping[str, Any], judged: list[str]) -> list[str]:
+    return [f"{100 * accuracies[name]:.1f} %" for name in judged]

@@ -1,0 +1,78 @@
+"""Shell completion for the arguments of commands. It imports no torch and never fails: an empty list is valid."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+__all__ = ["artifacts", "methods", "models", "schemas", "specs"]
+
+_SPECS = (".yaml", ".yml", ".json", ".toml")
+
+
+def specs(incomplete: str) -> list[str]:
+    """Return spec files, and the folders that lead to them."""
+    return _paths(incomplete, lambda path: path.suffix.lower() in _SPECS)
+
+
+def models(incomplete: str) -> list[str]:
+    """Return folders, and the ids of models in the hub's cache."""
+    folders = _paths(incomplete, lambda path: False)
+    return [*folders, *_hub_ids(incomplete)]
+
+
+def artifacts(incomplete: str) -> list[str]:
+    """Return folders."""
+    return _paths(incomplete, lambda path: False)
+
+
+def methods(incomplete: str) -> list[tuple[str, str]]:
+    """Return methods with their summaries."""
+    try:
+        from graftc.specs.listing import methods as listing
+
+        known = [(info.tag, info.summary) for info in listing()]
+    except Exception:  # a broken plugin is reported when a command runs, not during completion
+        return []
+    return [(tag, summary) for tag, summary in known if tag.startswith(incomplete)]
+
+
+def schemas(incomplete: str) -> list[str]:
+    """Return the names of published schemas."""
+    from graftc.cli.results.publish import SCHEMA_NAMES
+
+    return [name for name in SCHEMA_NAMES if name.startswith(incomplete)]
+
+
+def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
+    """Return the files that match, and folders with a trailing slash; hidden ones only if a dot was typed."""
+    head, _, start = incomplete.rpartition("/")
+    folder = Path(f"{head}/" if "/" in incomplete else ".").expanduser()
+    prefix = incomplete[: len(incomplete) - len(start)]
+    return [f"{prefix}{name}" for name in _entries(folder, start, wanted)]
+
+
+def _entries(folder: Path, start: str, wanted: Callable[[Path], bool]) -> Iterator[str]:
+    for path in _listed(folder):
+        if not path.name.startswith(start) or (path.name.startswith(".") and not start):
+            continue
+        if path.is_dir():
+            yield f"{path.name}/"
+        elif wanted(path):
+            yield path.name
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _hub_ids(incomplete: str) -> Iterable[str]:
+    """Return ids from the names of the cache's folders: importing huggingface_hub takes too long for a completion."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    names = [p.name.removeprefix("models--").replace("--", "/") for p in _listed(cache) if p.name[:8] == "models--"]
+    return [name for name in names if incomplete and name.startswith(incomplete)]

@@ -1,0 +1,116 @@
+"""The output of the commands that fold and write: certificates, what does not fold, files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftc.specs.errors.text import counted
+
+if TYPE_CHECKING:
+    from graftc.compiler.folding.certificate import Certificate
+
+__all__ = ["files_in", "print_certificate", "print_files", "print_tensors"]
+
+
+def files_in(path: Path | None, companions: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the files of a folder, or a file and its companions, with their sizes; empty if nothing was written."""
+    if path is None:
+        return []
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files += [beside for name in companions if (beside := path.with_name(name)).is_file()]
+    return [{"path": file.as_posix(), "bytes": file.stat().st_size} for file in files]
+
+
+def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) -> None:
+    """Print a certificate's summary and evidence, and what does not fold."""
+    from graftc.cli.output import console
+    from graftc.compiler.folding.route_evidence import routed
+
+    lines: list[str] = []
+    if certificate is not None:
+        weights, averaged = (*_requantised(certificate), *_retained(certificate)), _averaged(certificate)
+        lines.append(f"{'certificate:':<22}{certificate.summary}")
+        lines += [f"{'':<22}{failure}" for failure in certificate.failures()]
+        lines += weights
+        lines += [f"{'routes:':<22}{line}" for line in routed(certificate.routes)]
+        lines += [f"{'averaged:':<22}{name}, {e:.1e} from the mean of all routes" for name, e in averaged.items()]
+    lines += [f"{'does not fold:':<22}{name}: {reason}" for name, reason in kept.items()]
+    for line in lines:
+        console().print(line, soft_wrap=True, markup=False)
+
+
+def _requantised(certificate: Certificate) -> Iterator[str]:
+    """Yield a line about the error of packing folded weights again."""
+    weights = {item.tensor: item for item in certificate.requantised}
+    if not weights:
+        return
+    kinds = ", ".join(dict.fromkeys(item.packing.partition(" ")[0] for item in weights.values()))
+    worst = max(certificate.requantised, key=lambda item: item.error)
+    count = "1 weight" if len(weights) == 1 else f"{len(weights)} weights"
+    rows, disturbed = (sum(getattr(item, name) for item in weights.values()) for name in ("rows", "disturbed"))
+    yield (
+        f"{'requantised:':<22}{count} ({kinds}), not exact: error at most {_percent(worst.error)} at {worst.site}, "
+        f"{disturbed} of {rows} untouched rows changed"
+    )
+
+
+def _retained(certificate: Certificate) -> Iterator[str]:
+    """Yield lines about the share of the update that rounding kept, where it is least, and where nothing changed."""
+    retention = certificate.retention
+    if not retention.wanted:
+        return
+    yield (
+        f"{'retention:':<22}{_percent(retention.norm)} of the update in {certificate.dtype}, "
+        f"{_percent(retention.entries)} of its entries, error {retention.error:.1e}"
+    )
+    changed = [site for site in certificate.sites if site.retention.wanted]
+    least = min(changed, key=lambda site: site.retention.norm)
+    if len(changed) > 1:
+        yield f"{'':<22}least at {least.site}: {_percent(least.retention.norm)}"
+    if unchanged := certificate.unchanged:
+        count = "1 site" if len(unchanged) == 1 else f"{len(unchanged)} sites"
+        more = f" and {len(unchanged) - 3} more" if len(unchanged) > 3 else ""
+        yield f"{'unchanged:':<22}{count}: {', '.join(unchanged[:3])}{more}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _averaged(certificate: Certificate) -> dict[str, float]:
+    """Return the largest error of averaging experts, for each adaptation that has them."""
+    errors: dict[str, float] = {}
+    for item in certificate.collapses:
+        errors[item.adaptation] = max(item.error, errors.get(item.adaptation, 0.0))
+    return errors
+
+
+def print_files(path: Path | None, files: Sequence[Mapping[str, Any]]) -> None:
+    """Print what was written."""
+    from graftc.cli.output import console, number
+
+    if path is None:
+        console().print("nothing was written (--dry-run)")
+        return
+    size = number(sum(file["bytes"] for file in files))
+    count = "1 file" if len(files) == 1 else f"{len(files)} files"
+    console().print(f"{'wrote:':<22}{path}, {count}, {size} bytes", soft_wrap=True, markup=False)
+
+
+def print_tensors(title: str, tensors: Sequence[Mapping[str, str]], needs: str | None = None, most: int = 40) -> None:
+    """Print the tensors of a PEFT checkpoint with their names here, and the option that the server needs.
+
+    Only the first ones are printed; ``--json`` lists all of them.
+    """
+    from graftc.cli.output import console
+
+    to = console()
+    to.print(f"{title}: {counted(len(tensors), 'tensor')}", soft_wrap=True, markup=False)
+    for pair in tensors[:most]:
+        to.print(f"  {pair['key']} = {pair['tensor']}", soft_wrap=True, markup=False)
+    if len(tensors) > most:
+        to.print(f"  and {len(tensors) - most} more, which --json lists", soft_wrap=True, markup=False)
+    if needs is not None:
+        to.print(f"{'the server needs:':<22}{needs}", markup=False)

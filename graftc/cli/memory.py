@@ -1,0 +1,199 @@
+"""``graftc check --memory``: the memory of a training step, and the sizes that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+if TYPE_CHECKING:
+    from graftc.applications.planner.memory_plan import MemoryPlan
+    from graftc.applications.planner.table import Row
+
+__all__ = [
+    "Accumulate",
+    "Asked",
+    "BaseDType",
+    "Batch",
+    "Checkpoint",
+    "Device",
+    "Devices",
+    "Memory",
+    "MemoryBudget",
+    "Methods",
+    "Optimizer",
+    "PlannedMemory",
+    "Tokens",
+    "plan_memory",
+    "print_memory",
+]
+
+_PANEL = "Memory of a training step"
+
+
+class BaseType(StrEnum):
+    """What a base can be in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+Memory: TypeAlias = Annotated[
+    bool, typer.Option("--memory", help="Work out what a training step takes.", rich_help_panel=_PANEL)
+]
+Batch: TypeAlias = Annotated[
+    int, typer.Option("--batch", metavar="N", min=1, help="Rows of each device.", rich_help_panel=_PANEL)
+]
+Tokens: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--seq",
+        metavar="N",
+        min=1,
+        help="Tokens of each row; needed by models that take sequences.",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+BaseDType: TypeAlias = Annotated[
+    BaseType | None,
+    typer.Option("--dtype", help="Type of the base. Default: its own.", show_default=False, rich_help_panel=_PANEL),
+]
+Checkpoint: TypeAlias = Annotated[
+    bool | None,
+    typer.Option(
+        "--checkpoint/--no-checkpoint",
+        help="Compute layers again in the backward pass. Default: the spec's.",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+Optimizer: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--optimizer",
+        metavar="NAME",
+        help="adamw, sgd, sgd-momentum, adafactor, adamw8bit, aged-adamw or sm3. Default: adamw; for SpIEL its own.",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+Devices: TypeAlias = Annotated[
+    int,
+    typer.Option("--devices", metavar="N", min=1, help="How many share the model by FSDP2.", rich_help_panel=_PANEL),
+]
+Device: TypeAlias = Annotated[
+    str, typer.Option("--device", metavar="KIND", help="What they are: cuda, cpu, ...", rich_help_panel=_PANEL)
+]
+Accumulate: TypeAlias = Annotated[
+    bool,
+    typer.Option("--accumulate", help="Gradients of other micro-batches are there already.", rich_help_panel=_PANEL),
+]
+MemoryBudget: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        metavar="SIZE",
+        help="Bytes of each device, as 24GB: the largest batch and sequence that fit. Implies --memory.",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+Methods: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--methods",
+        metavar="NAMES",
+        help="A table of other methods too: lora,ia3,full:GLOB,..., or usual. Implies --memory.",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of planning.
+
+    Attributes:
+        batch, sequence: the size of a step.
+        budget: the budget as written by the user.
+        methods: the methods as written by the user.
+        options: the other options, as `graftc.plan` takes them.
+    """
+
+    batch: int
+    sequence: int | None
+    budget: str | None
+    methods: str | None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """The result of planning.
+
+    Attributes:
+        plan: the plan for the spec.
+        rows: the rows of the table, empty without one.
+    """
+
+    plan: MemoryPlan
+    rows: Sequence[Row]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result as plain data."""
+        return {"plan": self.plan.to_json(), "table": [row.to_json() for row in self.rows]}
+
+
+def plan_memory(spec: Any, model: Any, inputs: Any, asked: Asked, told: Callable[[str], None]) -> PlannedMemory:
+    """Plan the memory for a spec, and for other methods if they are requested."""
+    from graftc.applications.planner.planning import fitted, workbench
+    from graftc.applications.planner.sizes import bytes_of
+    from graftc.applications.planner.table import USUAL, Size, rows, specs_of
+
+    budget = None if asked.budget is None else bytes_of(asked.budget)
+    named = [name.strip() for name in (asked.methods or "").split(",") if name.strip()]
+    others = specs_of(USUAL if named == ["usual"] else named, spec)
+    told("planning")
+    bench = workbench(spec, model, inputs, **asked.options)
+    plan = bench.plan(asked.batch, asked.sequence)
+    if budget is not None:
+        plan = fitted(bench, plan, budget) if not others else bench.fitted(plan, budget)
+    options = {name: value for name, value in asked.options.items() if name not in ("checkpoint", "optimizer")}
+    size = Size(asked.batch, asked.sequence, budget)
+    return PlannedMemory(plan, list(rows(others, model, inputs, size, told, **options)))
+
+
+def print_memory(planned: PlannedMemory) -> None:
+    """Print the plan and the table."""
+    from graftc.applications.planner.sizes import shown
+    from graftc.cli.output import console, print_table
+
+    to = console()
+    to.print()
+    to.print(str(planned.plan), soft_wrap=True, markup=False)
+    if not planned.rows:
+        return
+    to.print()
+    bounded = planned.plan.budget is not None
+    columns = ["method", "base", "checkpointing", "loss", "optimizer", "peak"]
+    columns += ["fits", "largest batch", "longest sequence"] if bounded else []
+    lines = []
+    for row in planned.rows:
+        line = [row.method, row.quantize or "as it is", "yes" if row.checkpoint else "no"]
+        line += ["chunked" if row.chunked else "whole"]
+        if row.plan is None:
+            lines.append([*line, row.reason, *[""] * (len(columns) - 5)])
+            continue
+        line += [row.plan.optimizer, shown(row.plan.peak)]
+        if bounded:
+            longest = row.plan.largest_sequence
+            line += ["yes" if row.plan.fits else "no", str(row.plan.largest_batch)]
+            line += ["" if longest is None else str(longest)]
+        lines.append(line)
+    print_table(to, columns, lines, right=columns[5:])

@@ -1,0 +1,176 @@
+"""Arguments and options that commands share, each with one name and one help text."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+from graftc.cli import completion
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = [
+    "AllowUnchanged",
+    "ArtifactArgument",
+    "BaseChoice",
+    "BaseFormOption",
+    "BaseOption",
+    "Budget",
+    "Certify",
+    "DType",
+    "DTypeOption",
+    "DryRun",
+    "ExportFormat",
+    "Force",
+    "FormatOption",
+    "Json",
+    "Meta",
+    "ModelArgument",
+    "ModelOption",
+    "Out",
+    "Seed",
+    "SpecArgument",
+    "destination",
+]
+
+_MODEL_HELP = (
+    "A transformers folder, a hub id, or package.module:callable; the callable returns the model, or (model, "
+    "example_inputs) if graftc cannot infer its inputs: tensors by name, or in the order of forward's parameters."
+)
+
+
+class ExportFormat(StrEnum):
+    """What ``graftc export`` can write."""
+
+    ONNX = "onnx"
+    ONNX_GENERATE = "onnx-generate"
+    PT2 = "pt2"
+    GGUF = "gguf"
+    PEFT = "peft"
+
+
+class DType(StrEnum):
+    """What a merged model can be in, other than its base's own type."""
+
+    FLOAT32 = "float32"
+
+
+class BaseChoice(StrEnum):
+    """What a merge makes of a quantised base's weights."""
+
+    FULL = "full"
+    REQUANTIZED = "requantized"
+
+
+AllowUnchanged: TypeAlias = Annotated[
+    bool, typer.Option("--allow-unchanged", help="Accept a fold that changes no tensor of the base.")
+]
+Certify: TypeAlias = Annotated[
+    bool, typer.Option("--certify/--no-certify", help="Fold, and put the certificate into the artifact.")
+]
+ArtifactArgument: TypeAlias = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="An artifact: a folder that graftc compile wrote.",
+        show_default=False,
+        autocompletion=completion.artifacts,
+    ),
+]
+BaseOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="The base, if it is not the one that the artifact names. " + _MODEL_HELP,
+        show_default=False,
+        autocompletion=completion.models,
+    ),
+]
+Budget: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        metavar="X",
+        min=0,
+        help="Largest allowed absolute difference of outputs. Default: the spec's, or a bound by dtype.",
+        show_default=False,
+    ),
+]
+DTypeOption: TypeAlias = Annotated[
+    DType | None,
+    typer.Option(
+        "--dtype",
+        help="Widen a base in 16 bits first, so that rounding takes nothing of the update. Default: the base's.",
+        show_default=False,
+    ),
+]
+BaseFormOption: TypeAlias = Annotated[
+    BaseChoice | None,
+    typer.Option(
+        "--base",
+        help="What becomes of a quantised base's weights: all in full precision, or those that change packed again, "
+        "which exports hold and no folder does.",
+        show_default=False,
+    ),
+]
+DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Do everything except writing.")]
+Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite --out if it exists.")]
+FormatOption: TypeAlias = Annotated[
+    ExportFormat, typer.Option("--format", "-f", help="What to write.", show_default=False)
+]
+Json: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print JSON on the standard output, errors included, and nothing else there.")
+]
+Meta: TypeAlias = Annotated[
+    bool, typer.Option("--meta", help="Build the model without weights; a folder needs only its config.json.")
+]
+ModelArgument: TypeAlias = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False, autocompletion=completion.models),
+]
+ModelOption: TypeAlias = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", metavar="MODEL", help=_MODEL_HELP, show_default=False, autocompletion=completion.models
+    ),
+]
+Out: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", metavar="PATH", help="Where to write; not needed with --dry-run.", show_default=False),
+]
+Seed: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        show_default=False,
+        help="Seed of the adapters' initial values; torch's own by default. The artifact keeps it.",
+    ),
+]
+SpecArgument: TypeAlias = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SPEC",
+        help="A spec: a .yaml, .json or .toml file.",
+        show_default=False,
+        autocompletion=completion.specs,
+    ),
+]
+
+
+def destination(out: Path | None, *, dry_run: bool) -> Path | None:
+    """Return the path to write to; None with ``--dry-run``.
+
+    Raises:
+        GraftError: GC090 if ``--out`` is missing.
+    """
+    if dry_run:
+        return None
+    if out is None:
+        raise GraftError("GC090", "missing option '--out'", hint="--out PATH says where to write, --dry-run needs none")
+    return out

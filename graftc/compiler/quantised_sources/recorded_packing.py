@@ -1,0 +1,75 @@
+"""A base packed as a file recorded it, whether its own files are packed or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.missing_weights import same_fresh
+from graftc.compiler.quantised_sources.convert import arrived
+from graftc.compiler.quantised_sources.packed_modules import plain_linear
+from graftc.compiler.resolve.quantise import is_turned
+from graftc.compiler.resolve.untie import sharing_copy
+from graftc.passes.core.ir.shapes import DTYPES
+from graftc.passes.core.packing.modules import hold_packed
+from graftc.passes.core.packing.packing import PackedType, packing_of, swapped
+
+
+def packed_as(model: nn.Module, packings: Mapping[str, str]) -> nn.Module:
+    """Return a model as it was when it was recorded, or the model itself if nothing has to be packed.
+
+    Modules that arrive quantised are converted, and what is dense here and was packed is packed in the same way, which
+    gives the same codes if the base is the same.
+
+    A spec's ``base`` and libraries that quantise while loading leave a dense checkpoint on the disk; the codes are
+    compared then.
+
+    Args:
+        model: the model, which is not changed.
+        packings: packings as in `graftc.compiler.capture.identity.fingerprint.Identity.packings`; one that is invalid
+            or does not fit is skipped.
+
+    Raises:
+        GraftError: GC162 as for `arrived`.
+    """
+    result = arrived(model)
+    wanted = {name: own for name, text in packings.items() if (own := _fitting(result, name, text)) is not None}
+    if wanted:
+        result = sharing_copy(result)
+        for name, own in wanted.items():
+            with suppress(RuntimeError, ValueError, IndexError):  # sizes that such a packing does not support
+                _pack(result, name, own)
+        same_fresh(model, result)
+    return result
+
+
+def _fitting(model: nn.Module, name: str, text: str) -> PackedType | None:
+    path, _, last = name.rpartition(".")
+    words, _, kind = text.partition("; ")
+    try:
+        module, packing, dtype = model.get_submodule(path), packing_of(words), DTYPES[kind]
+    except (AttributeError, ValueError, KeyError):
+        return None
+    weight = module._parameters.get(last)
+    if weight is None or weight.dtype != dtype or weight.dim() < 2:
+        return None
+    turned = is_turned(module) and not packing.transposed
+    return PackedType(packing, swapped(weight.shape) if turned else tuple(weight.shape), dtype)
+
+
+def _pack(model: nn.Module, name: str, own: PackedType) -> None:
+    path, _, last = name.rpartition(".")
+    module: Any = model.get_submodule(path)
+    weight: Tensor = module._parameters[last].detach()
+    turned = is_turned(module) and not own.packing.transposed
+    with torch.no_grad():
+        parts = own.packing.packed(weight.T if turned else weight)
+    if turned:
+        parent, _, inner = path.rpartition(".")
+        setattr(model.get_submodule(parent), inner, plain_linear(module, (own, parts)))
+    else:
+        hold_packed(module, {last: (own, parts)})

@@ -1,0 +1,272 @@
+"""Collection of findings: roles assigned so far, the stack that a node belongs to, and what is left without a role."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.roles.columns import Columns, Through
+from graftc.compiler.roles.computed_weights import parameter_rows
+from graftc.compiler.roles.findings import Finding, Heads, Structure, Sublayer, Unresolved, format_runs, place
+from graftc.compiler.roles.flow import Attention, Flow, bits
+from graftc.compiler.roles.maps import Linear
+from graftc.passes.core.weights.runs import Runs, runs_of
+from graftc.specs.claims import SiteKind
+
+
+class Labels:
+    """The findings of a graph while they are being collected.
+
+    Attributes:
+        flow, columns: the facts that findings are derived from.
+        roles: the roles assigned so far to each source node, with their columns (None for all of them).
+        stream: numbers of the sources that residual streams start from or go through.
+        encoder_only: whether the graph is that of an encoder alone.
+        encoder: nodes of the encoder, as a bit set of positions, in a graph with cross-attention.
+        crosses: attentions whose keys come from a different stream than their queries.
+        mixing: nodes that mix positions without attention, as a bit set; None until requested.
+    """
+
+    def __init__(self, flow: Flow, columns: Columns, *, encoder: bool = False) -> None:
+        self.flow, self.columns, self.encoder_only = flow, columns, encoder
+        self.findings: list[Finding] = []
+        self.unresolved: dict[fx.Node, Unresolved] = {}
+        self.roles: dict[fx.Node, dict[str, Tensor | None]] = defaultdict(dict)
+        self.encoder = 0
+        self.crosses: set[fx.Node] = set()
+        self.mixing: int | None = None
+        self.stream = self._stream()
+        self._mapped: dict[fx.Node, tuple[Tensor, int] | None] = {}
+
+    # --- queries ---------------------------------------------------------------------------------------
+
+    def nearest(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nearest sources above ``node``, in graph order."""
+        return [self.columns.sources[i] for i in bits(self.columns.front.get(node, 0))]
+
+    def nearest_linears(self, node: fx.Node) -> list[fx.Node]:
+        """Return the linear maps among the nearest sources."""
+        return [n for n in self.nearest(node) if n in self.flow.linears]
+
+    def linear_columns(self, node: fx.Node) -> dict[fx.Node, Tensor]:
+        """Return the linear maps that ``node`` has columns of, each with those columns."""
+        columns = {self.columns.sources[i]: c for i, c in self.columns.columns(node).items()}
+        return {n: c for n, c in columns.items() if n in self.flow.linears}
+
+    def has_role(self, node: fx.Node, columns: Tensor | None = None) -> bool:
+        """Return whether any of these columns of a source (default all) has a role."""
+        roles = self.roles.get(node, {})
+        if columns is None:
+            return bool(roles)
+        return any(own is None or bool(torch.isin(columns, own).any()) for own in roles.values())
+
+    def _stream(self) -> set[int]:
+        """Return the sources that a residual stream starts from or goes through, across any number of linear maps."""
+        numbers: set[int] = set()
+        pending = [r.stream for r in self.flow.residuals.values()]
+        while pending:
+            for number in bits(self.columns.front.get(pending.pop(), 0)):
+                source = self.columns.sources[number]
+                if number not in numbers:
+                    numbers.add(number)
+                    if source in self.flow.linears:
+                        pending.append(self.flow.linears[source].input)
+        return numbers
+
+    def in_stream(self, node: fx.Node) -> bool:
+        """Return whether a source is part of a residual stream, or of the values that the stream starts from."""
+        return self.columns.number.get(node, -1) in self.stream
+
+    def inside(self, base: fx.Node, branch: fx.Node) -> list[fx.Node]:
+        """Return the weights and attentions from ``base`` to ``branch``, in graph order."""
+        flow, at = self.flow, self.flow.at[base]
+        later = (flow.above[flow.at[branch]] | 1 << flow.at[branch]) & flow.working & ~((1 << at + 1) - 1)
+        return [flow.order[i] for i in bits(later) if flow.above[i] >> at & 1]
+
+    def between(self, base: fx.Node, node: fx.Node, branch: fx.Node) -> bool:
+        """Return whether ``node`` lies on the way from ``base`` to ``branch``."""
+        return self.flow.is_above(base, node) and (node is branch or self.flow.is_above(node, branch))
+
+    # --- recording -------------------------------------------------------------------------------------
+
+    def prefix(self, node: fx.Node, attention: fx.Node | None = None) -> str:
+        """Return ``encoder.``, ``decoder.`` or ``decoder.cross.`` in a model of two stacks; empty for other models."""
+        if self.encoder_only:
+            return "encoder."
+        if not self.crosses:
+            return ""
+        if attention is not None and attention in self.crosses:
+            return "decoder.cross."
+        return "encoder." if self.encoder >> self.flow.at[node] & 1 else "decoder."
+
+    def module(self, node: fx.Node) -> str:
+        """Return the path of the node's owning module."""
+        return str(node.meta.get("module", ""))
+
+    def linear(
+        self,
+        role: str,
+        linear: Linear,
+        columns: Tensor | None,
+        evidence: str,
+        *,
+        attention: fx.Node | None = None,
+        bare: bool = False,
+    ) -> None:
+        """Assign a role to a linear map, for some or all of its output columns."""
+        if columns is not None and columns.numel() == linear.out:
+            columns = None
+        roles = self.roles[linear.node]
+        if role in roles:
+            before = roles[role]
+            if before is None or (columns is not None and bool(torch.isin(columns, before).all())):
+                return
+            self.findings = [f for f in self.findings if f.node is not linear.node or not f.role.endswith(role)]
+            columns = None if columns is None else torch.unique(torch.cat([before, columns]))
+            columns = None if columns is not None and columns.numel() == linear.out else columns
+        roles[role] = columns
+        kind = SiteKind.EXPERTS if linear.experts else SiteKind.LINEAR
+        rows = self._stored_rows(linear, columns)
+        parameter = linear.parameter
+        if rows is not None:
+            evidence += f", rows {format_runs(rows)} of {self.short(linear.node)}"
+        if not self._is_stored(linear):
+            parameters = " and ".join(str(n.target) for n in self.flow.parameters(linear.weight))
+            self.fail(
+                linear.node, f"is {role}, but its weight is computed from {parameters}, whose rows cannot be told"
+            )
+            parameter, rows = None, None
+        prefix = "" if bare else self.prefix(linear.node, attention)
+        self.add(role, kind, linear.node, parameter, evidence, rows=rows, prefix=prefix)
+
+    def short(self, node: fx.Node) -> str:
+        """Return the last part of the owning module's path."""
+        return self.module(node).rpartition(".")[2] or node.name
+
+    def _is_stored(self, linear: Linear) -> bool:
+        """Return whether the rows of the weight are rows of one stored parameter."""
+        if linear.parameter is None:
+            return False
+        return linear.experts or linear.weight.op == "get_attr" or self._map(linear) is not None
+
+    def _map(self, linear: Linear) -> tuple[Tensor, int] | None:
+        if linear.node not in self._mapped:
+            self._mapped[linear.node] = parameter_rows(self.flow, linear)
+        return self._mapped[linear.node]
+
+    def _stored_rows(self, linear: Linear, columns: Tensor | None) -> Runs | None:
+        """Return the rows of the stored parameter behind these output columns; None for all of them."""
+        mapped = self._map(linear)
+        if mapped is None:
+            return None if columns is None else runs_of(columns)
+        rows, total = mapped
+        own = torch.unique(rows if columns is None else rows[columns])
+        return None if own.numel() == total else runs_of(own)
+
+    def add(
+        self,
+        role: str,
+        kind: SiteKind,
+        node: fx.Node,
+        parameter: str | None,
+        evidence: str,
+        *,
+        rows: Runs | None = None,
+        prefix: str | None = None,
+    ) -> None:
+        """Record a finding whose role gets a prefix, by default that of its node."""
+        module = self.module(node)
+        layer, stack = place(module)
+        full = (self.prefix(node, None) if prefix is None else prefix) + role
+        self.findings.append(Finding(full, kind, node, module, parameter, rows, layer, stack, 0, evidence))
+
+    def fail(self, node: fx.Node, reason: str) -> None:
+        """Record why a weight or table has no role; only the first reason is kept."""
+        if node not in self.unresolved:
+            module = self.module(node)
+            self.unresolved[node] = Unresolved(module, reason, *place(module))
+
+    # --- results ---------------------------------------------------------------------------------------
+
+    def report_rest(self) -> None:
+        """Record a reason for every linear map without a role, and for rows of fused maps that no role covers."""
+        for node, linear in {**self.flow.linears, **self.flow.depthwise}.items():
+            roles = self.roles.get(node)
+            if not roles:
+                self.fail(node, self._why(node))
+            elif all(c is not None for c in roles.values()) and not linear.experts:
+                taken = torch.zeros(linear.out, dtype=torch.bool)
+                for columns in roles.values():
+                    taken[columns] = True
+                free = torch.nonzero(~taken).flatten()
+                if free.numel():
+                    self.fail(node, f"rows {format_runs(runs_of(free))} reach nothing that gives them a role")
+
+    def _why(self, node: fx.Node) -> str:
+        reason = self._misfit(node)
+        linear = self.flow.linears.get(node)
+        other = [f.role for f in self.findings if linear is not None and f.parameter == linear.parameter is not None]
+        return f"{reason}; another use of the weight is {other[0]}" if other else reason
+
+    def _misfit(self, node: fx.Node) -> str:
+        below = [n for n in self.flow.attentions.values() if self._scores_from(node, n)]
+        if below:
+            return f"reaches the scores of {below[0].name} beside its queries and keys"
+        linear = self.flow.linears.get(node)
+        if linear is not None and not self.flow.is_data(linear.input):
+            return "reads nothing of the data: what it computes is a constant"
+        if node in self.flow.depthwise:
+            return "a convolution of each channel with itself, in no branch that mixes positions without attention"
+        if self.in_stream(node):
+            return "lies on the residual stream itself (projects the embeddings, or joins two streams)"
+        gated = [n for n in self.flow.attentions if self._gates(node, n)]
+        if gated:
+            return f"is a gate on the output of {self.flow.attentions[gated[0]].name}"
+        if not any(self.flow.is_above(node, r) for r in self.flow.residuals):
+            return "lies in no residual branch and does not feed the output projection"
+        return "its place in the residual branch is not one of the known ones"
+
+    def _gates(self, node: fx.Node, attention: fx.Node) -> bool:
+        """Return whether an output projection reads this map together with an attention."""
+        both = [1 << self.columns.number[n] for n in (node, attention) if n in self.columns.number]
+        projections = (n for n, roles in self.roles.items() if "attn.o" in roles)
+        fronts = (self.columns.front.get(self.flow.linears[n].input, 0) for n in projections)
+        return len(both) == 2 and any(front & both[0] and front & both[1] for front in fronts)
+
+    def _scores_from(self, node: fx.Node, attention: Attention) -> bool:
+        number = self.columns.number.get(node)
+        return number is not None and any(
+            self.columns.front.get(source, 0) >> number & 1
+            for source in attention.node.all_input_nodes
+            if source is not attention.value
+        )
+
+    def structure(self, sublayers: Sequence[Sublayer], heads: Mapping[fx.Node, Heads]) -> Structure:
+        """Return the collected structure, in graph order."""
+        at = self.flow.at
+        users: dict[tuple[str, str], set[fx.Node]] = defaultdict(set)
+        for node, linear in {**self.flow.linears, **self.flow.depthwise}.items():
+            users[self.module(node), linear.parameter or ""].add(node)
+        for finding in self.findings:
+            users[finding.module, finding.parameter or ""].add(finding.node)
+        order = {key: sorted(nodes, key=at.__getitem__) for key, nodes in users.items()}
+        findings = [replace(f, use=order[f.module, f.parameter or ""].index(f.node)) for f in self.findings]
+        findings.sort(key=lambda f: at[f.node])
+        rest = [u for n, u in sorted(self.unresolved.items(), key=lambda item: at[item[0]]) if not self._settled(n)]
+        return Structure(tuple(findings), tuple(rest), tuple(sublayers), heads)
+
+    def _settled(self, node: fx.Node) -> bool:
+        """Return whether all of a weight has received a role after all."""
+        roles = self.roles.get(node)
+        linear = self.flow.linears.get(node)
+        return bool(roles) and linear is not None and self._is_stored(linear) and None in (roles or {}).values()
+
+    def journey(self, node: fx.Node) -> str:
+        """Return the operations between a value's sources and the value, for evidence: `` through norm and rotary``."""
+        through = self.columns.through.get(node, Through.NOTHING)
+        words = [w for mark, w in ((Through.NORM, "norm"), (Through.ROTARY, "rotary")) if through & mark]
+        return " through " + " and ".join(words) if words else ""

@@ -1,0 +1,212 @@
+"""Destinations: the paths that may be written, and what that would replace. Does not import torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from graftc.files.held_folder import foreign_folder
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import quoted
+
+__all__ = [
+    "SEALED",
+    "cannot_write",
+    "check_apart",
+    "check_destination",
+    "check_folder",
+    "check_path",
+    "holds",
+    "only_files",
+    "overlap",
+]
+
+
+SEALED: Mapping[str, str] = MappingProxyType({"manifest.json": "artifact", "graftc.json": "merged"})
+"""Files that list all others in their folder, and what they declare the folder to be."""
+
+_MOST = 64 * 2**20
+
+
+def only_files(path: Path) -> bool:
+    """Return whether ``force`` may replace what is at a path, by the default rule: only files."""
+    return path.is_file()
+
+
+def check_destination(
+    path: Path,
+    *,
+    force: bool = False,
+    companions: Sequence[str] = (),
+    replaceable: Callable[[Path], bool] = only_files,
+) -> None:
+    """Refuse early what `staged` would refuse after the work is done.
+
+    A folder that contains one of another user's is never replaced.
+
+    Raises:
+        GraftError: GC063 for what may not be replaced or added to; GC064 for a path that nothing can have.
+    """
+    check_path(path)
+    _check_sealed(path)
+    for taken in (path, *(path.with_name(name) for name in companions)):
+        if not os.path.lexists(taken):
+            continue
+        if not force:
+            raise GraftError(
+                "GC063", f"{taken} exists", hint="choose another path, or replace it: --force, or force=True"
+            )
+        if taken.is_symlink():
+            continue
+        if taken.is_dir() and (other := _foreign(taken)) is not None:
+            hint = "choose another path, or let its owner remove it"
+            raise GraftError("GC063", f"{other} belongs to another user, so it is not replaced", hint=hint)
+        if replaceable(taken) if taken == path else taken.is_file():
+            continue
+        what = "a folder that graftc did not write" if taken.is_dir() else "no folder that graftc wrote"
+        raise GraftError("GC063", f"{taken} is {what}, so it is not replaced", hint="choose another path or remove it")
+
+
+def check_path(path: Path) -> None:
+    """Refuse a path that nothing can have, or that other tools could not name.
+
+    Raises:
+        GraftError: GC064.
+    """
+    text, reason = str(path), None
+    if "\0" in text:
+        reason = "it has a NUL character"
+    elif _HALF.search(text):
+        reason = "it is not Unicode text"
+    elif too_long := [part for part in path.parts if len(os.fsencode(part)) > _LONGEST_NAME]:
+        reason = f"a name of {len(os.fsencode(too_long[0]))} bytes is too long"
+    if reason is not None:
+        raise GraftError("GC064", f"{quoted(text)} cannot be written: {reason}", hint="choose another path")
+
+
+_HALF = re.compile("[\ud800-\udbff]|[\udc00-\udc7f]|[\udd00-\udfff]")
+"""Surrogates other than those by which Python represents bytes that are not text, which a path may have."""
+_LONGEST_NAME = 255
+
+
+def _foreign(folder: Path) -> Path | None:
+    try:
+        return foreign_folder(folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def _check_sealed(path: Path) -> None:
+    """Refuse a destination in a folder whose files graftc has all listed: one more would make it unsafe to read."""
+    inner = Path(os.path.realpath(path.parent))
+    for folder in (inner, *inner.parents):
+        for name, kind in SEALED.items():
+            if _says(folder / name, kind):
+                what = "an artifact" if kind == "artifact" else "a merged model"
+                message = f"{path} is in {folder}, which is {what}: another file in it would make it unreadable"
+                raise GraftError("GC063", message, hint="write to a folder beside it")
+
+
+def _says(file: Path, kind: str) -> bool:
+    try:
+        if not file.is_file() or file.stat().st_size > _MOST:
+            return False
+        return re.search(rf'"{kind}":\s*"graftc"'.encode(), file.read_bytes()) is not None
+    except OSError:  # such an artifact cannot be read either
+        return False
+
+
+def check_folder(path: Path, mark: str) -> None:
+    """Refuse early a folder that cannot be created, or that contains something, but not the file that marks it.
+
+    Args:
+        path: the folder, which need not exist.
+        mark: the name of the file that says what the folder is.
+
+    Raises:
+        GraftError: GC063 if something else is there; GC064 if it cannot be created.
+    """
+    check_path(path)
+    try:
+        if not os.path.isdir(path):
+            _check_makeable(path)
+            return
+        # The remains of a killed write of the mark do not count as other content.
+        others = [name for name in os.listdir(path) if not name.startswith(f".{mark}.graftc-")]
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    if others and mark not in others:
+        message = f"{path} holds other things: there is no {mark} in it"
+        raise GraftError("GC063", message, hint="choose a new folder, or an empty one")
+
+
+def _check_makeable(path: Path) -> None:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    else:
+        what = "is a link to what is not there" if os.path.islink(path) else "exists, and is not a folder"
+        raise GraftError("GC063", f"{path} {what}", hint="choose another path or remove it")
+    path = path.absolute()
+    above = path.parent
+    while not os.path.lexists(above):
+        above = above.parent
+    for name in path.relative_to(above).parts:  # each may be too long, which only the file system can tell
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(above / name)
+    if not os.path.isdir(above):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+
+
+def check_apart(path: Path, *sources: str | Path | None) -> None:
+    """Refuse a destination that is one of the sources, is in one, or is a folder above one; links are followed.
+
+    Args:
+        path: the destination.
+        sources: files and folders that are read; anything else, such as a hub id, is ignored.
+
+    Raises:
+        GraftError: GC063; GC064 for a path that nothing can have.
+    """
+    check_path(path)
+    for source in sources:
+        if source is None or not os.path.lexists(existing := Path(source).expanduser()):
+            continue
+        if holds(path, existing) or (existing.is_dir() and holds(existing, path)):
+            raise overlap(path, source)
+
+
+def holds(folder: Path, path: Path) -> bool:
+    """Return whether a path is a folder or something in it, after following links."""
+    outer, inner = (Path(os.path.realpath(p)) for p in (folder, path))
+    return inner.is_relative_to(outer)
+
+
+def overlap(path: Path, source: str | Path) -> GraftError:
+    where = "is" if os.path.realpath(path) == os.path.realpath(source) else "overlaps"
+    message = f"{path} {where} {source}, which is read for it"
+    return GraftError("GC063", message, hint="write to a folder beside it")
+
+
+def cannot_write(path: Path, error: OSError) -> GraftError:
+    """Return the error for a write that the system refuses."""
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        hint = "another process has written it; --force, or force=True, replaces it"
+        return GraftError("GC063", f"{path} has appeared meanwhile", hint=hint)
+    hints = {
+        errno.ENOSPC: "the disk is full: make room or choose another disk",
+        errno.EDQUOT: "the quota is used up: make room or choose another disk",
+        errno.EACCES: "choose a folder that you may write to",
+        errno.EROFS: "the file system is read-only: choose another folder",
+        errno.ENOTDIR: "something in the path is a file",
+    }
+    reason = error.strerror or str(error)
+    return GraftError("GC064", f"{path} cannot be written: {reason}", hint=hints.get(error.errno or 0))

@@ -1,0 +1,179 @@
+"""Writing files and folders so that a destination is absent or complete, whatever happens on the way.
+
+What is written goes into a *staging folder* beside the destination, ``.NAME.graftc-RANDOM``: first ``new/NAME`` (and
+files that belong to it), then, when all of it is on the disk, a journal ``commit.json``. From then on the write counts
+as done: only renaming is left, which the next run finishes if this one is killed. A staging folder without a journal is
+discarded by the next run. The process that owns one holds a lock on it, which ends with the process.
+
+Work that takes long can be *resumed*: its staging folder is named after the work, and contains a note ``resume.json``.
+If the process is killed, the folder stays until the same work is resumed in it, or other work is to be put in the same
+place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from graftc.files.commit import NEW, commit
+from graftc.files.destinations import (
+    cannot_write,
+    check_apart,
+    check_destination,
+    check_folder,
+    holds,
+    only_files,
+    overlap,
+)
+from graftc.files.held_folder import HeldFolder
+from graftc.files.staging import discard_others, recover, recover_in, staging_folder
+from graftc.specs.errors.arguments import absolute_path
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = [
+    "alone_in",
+    "check_apart",
+    "check_destination",
+    "check_folder",
+    "recover",
+    "staged",
+    "staged_or_dropped",
+    "write_text",
+]
+
+
+@contextlib.contextmanager
+def staged(
+    path: Path,
+    *,
+    force: bool = False,
+    companions: Sequence[str] = (),
+    replaceable: Callable[[Path], bool] = only_files,
+    sources: Iterable[str | Path | None] = (),
+    resume: str | None = None,
+    keep_modes: bool = False,
+) -> Iterator[Path]:
+    """Yield a path of the same name to write a file or a folder to, and put it in place when the block succeeds.
+
+    Args:
+        path: the destination. Missing folders above it are created.
+        force: whether to replace what is there. A link is replaced itself, never what it points to.
+        companions: names of files that may be written beside the destination and belong to it.
+        replaceable: a function that returns whether ``force`` may replace what is there; by default files only.
+        sources: paths that are still read while this one is written: replacing them or a folder above them is refused.
+        resume: SHA-256 of everything that determines what is written. What a killed run of the same work has left is
+            there again; the staging folder, two levels above the yielded path, is for notes about it.
+        keep_modes: whether files keep the permissions that they are given; by default they also get those of new files.
+
+    Raises:
+        GraftError: GC063 if something is there and may not be replaced, or another process does the same work; GC064 if
+            writing fails. The destination is unchanged then.
+    """
+    path = absolute_path(path)
+    check_destination(path, force=force, companions=companions, replaceable=replaceable)
+    for source in sources:
+        if source is not None and holds(path, Path(source)):
+            raise overlap(path, source)
+    created: list[Path] = []
+    mode_of_files = None if keep_modes else 0o666 & ~_umask()
+    try:
+        created = _make_parents(path.parent)
+        with HeldFolder.open(path.parent, follow=True) as parent:
+            recover_in(parent)
+            check_destination(path, force=force, companions=companions, replaceable=replaceable)
+            discard_others(parent, path.name, resume)
+            with staging_folder(parent, path.name, resume) as staging:
+                yield staging.path / NEW / path.name
+                commit(staging, parent, path.name, companions, force, mode_of_files)
+        created = []
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        for folder in created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def staged_or_dropped(
+    path: Path | None,
+    name: str,
+    *,
+    force: bool = False,
+    replaceable: Callable[[Path], bool] = only_files,
+    sources: Iterable[str | Path | None] = (),
+) -> Iterator[Path]:
+    """Yield a path as `staged` does; without a destination, one called ``name`` that is deleted when the block ends.
+
+    The latter is for what is only checked.
+
+    Raises:
+        GraftError: as `staged`.
+    """
+    if path is None:
+        with tempfile.TemporaryDirectory() as place:
+            yield Path(place) / name
+        return
+    with staged(path, force=force, replaceable=replaceable, sources=sources) as staging:
+        yield staging
+
+
+def write_text(path: Path, text: str, *, force: bool = False) -> Path:
+    """Write a UTF-8 text file, completely or not at all.
+
+    Raises:
+        GraftError: as `staged`.
+    """
+    with staged(path, force=force) as file:
+        file.write_text(text, encoding="utf-8")
+    return path
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Create a folder and those above it if they are missing, and return the new ones, the innermost first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    created: list[Path] = []
+    for step in reversed(missing):
+        step.mkdir(exist_ok=True)
+        created.insert(0, step)
+    return created
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path | None) -> Iterator[None]:
+    """Lock a folder while the block runs, against every other process, thread or call that locks it.
+
+    Nothing is locked if there is no folder, it cannot be opened, or the system has no such locks.
+
+    Raises:
+        GraftError: GC063 if another one has locked it.
+    """
+    opened: HeldFolder | None = None
+    try:
+        if folder is not None:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                opened = HeldFolder.open(folder, follow=True)
+        if opened is not None:
+            opened.lock()
+    except BlockingIOError as error:
+        assert opened is not None
+        opened.close()
+        hint = "wait until it has ended, or take another folder"
+        raise GraftError("GC063", f"another run is at work in {folder}", hint=hint) from error
+    try:
+        yield
+    finally:
+        if opened is not None:
+            opened.close()
+
+
+def _umask() -> int:
+    current = os.umask(0o077)
+    os.umask(current)
+    return current

@@ -1,0 +1,268 @@
+"""Training of some entries of base tensors, as indices and deltas; only the deltas are parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.tensors import tensor_name
+from graftc.passes.core.method.capabilities import Reselecting, Scored, Transition
+from graftc.passes.core.method.lowrank import zeros
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.method.steering import AdaptedSite
+from graftc.passes.core.sites.entries import drawn, largest, shares, slices_of
+from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
+from graftc.passes.core.weights.folds import Fold, TensorFold
+from graftc.passes.core.weights.store import Store
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.full import Stored
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.bases.sparse import BudgetSpec
+from graftc.specs.roles import parse_role
+
+S = TypeVar("S", bound=BudgetSpec)
+SELECTED = "selected"
+"""Part name of the buffer that says whether examples have chosen."""
+
+Key = tuple[str, str]
+"""The Store name of a tensor and the rows of it, as text."""
+
+
+@dataclass(frozen=True)
+class ChosenEntries:
+    """The entries that an adaptation selects.
+
+    Attributes:
+        counts: number of entries of each tensor.
+        indices: the entries of each tensor if they are newly selected; otherwise empty, since they exist already.
+        placed: tensors that have been replaced in this Program.
+    """
+
+    counts: Mapping[Key, int]
+    indices: Mapping[Key, Tensor]
+    placed: set[Key] = field(default_factory=set)
+
+
+class SparseTensors(Method[S, Stored]):
+    """``W' = W + scatter(indices, delta)`` for tensors of the base, wherever they are read.
+
+    For every tensor with a selected entry, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) contains the
+    places in the stored tensor, in ascending order, and ``<tensor>_delta: f32[k]`` starts at zeros. A subclass
+    determines which entries are selected.
+    """
+
+    stands_in = True
+    biases: ClassVar[bool] = True
+    """Whether entries of the biases of maps are selected too."""
+
+    def applies(self, spec: S, site: Site) -> bool:
+        """Return whether the site has tensors; a head that produces the outputs is left out."""
+        head = any(parse_role(role).name == "head" for role in site.roles)
+        return isinstance(site, LinearSite | NormSite | ParameterSite) and not head
+
+    def prepare(self, spec: S, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
+        """Select the entries, unless they are selected already.
+
+        Raises:
+            GraftError: GC020 if the budget is zero entries of the target, or more than all; GC053 for given indices
+                that are not entries of their tensor.
+        """
+        if isinstance(self, Scored) and self.scoring(spec) is not None:
+            build.keep_buffer(SELECTED, lambda device: torch.zeros(1, dtype=torch.bool, device=device))
+        places = self.tensors_of(sites, build.store)
+        names = {key: tensor_name(site, build.adaptation, f"{r.part}_indices") for key, (site, r) in places.items()}
+        known = {key: build.known(name) for key, name in names.items()}
+        regions = {key: region for key, (_, region) in places.items()}
+        if not any(indices is not None for indices in known.values()):
+            return self.choose(spec, regions, build)
+        for key, indices in known.items():
+            if indices is not None and names[key] in build.values:
+                self._check(names[key], regions[key], indices)
+        return ChosenEntries({key: 0 if own is None else own.numel() for key, own in known.items()}, {})
+
+    def tensors_of(
+        self, sites: Sequence[Stored], store: Store | Mapping[str, Tensor]
+    ) -> dict[Key, tuple[Stored, WeightSlice]]:
+        """Return all tensors, each once with the first site that has it."""
+        tensors: dict[Key, tuple[Stored, WeightSlice]] = {}
+        for site in sites:
+            for region in slices_of(site, store, biases=self.biases):
+                tensors.setdefault(key_of(region), (site, region))
+        return tensors
+
+    def _check(self, name: str, region: WeightSlice, indices: Tensor) -> None:
+        """Check given indices, since kernels use them unchecked."""
+        if indices.device.type == "meta":
+            return
+        ordered = indices.sort().values if isinstance(self, Reselecting) else indices
+        good = indices.dim() == 1 and not indices.is_floating_point() and bool((ordered[1:] > ordered[:-1]).all())
+        if not good or not (int(ordered[0]) >= 0 and int(ordered[-1]) < region.numel):
+            order = "different" if isinstance(self, Reselecting) else "ascending"
+            raise GraftError("GC053", f"{name} are no {order} numbers below {region.numel}")
+
+    def choose(self, spec: S, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
+        """Choose the initial entries at random, from each tensor a number in proportion to its size."""
+        sizes = [region.size for region in regions.values()]
+        counts = dict(zip(regions, shares(budget_of(spec, sum(sizes)), sizes), strict=True))
+        return ChosenEntries(counts, {} if build.without_values else random_entries(counts, regions, build))
+
+    def insert(self, spec: S, site: Stored, shared: ChosenEntries, build: Builder) -> None:
+        """Replace the base's tensors at the site with the changed ones.
+
+        Raises:
+            GraftError: GC021 if another adaptation trains one of them as a whole, or takes it as constant.
+        """
+        for region in slices_of(site, build.store, biases=self.biases):
+            key = key_of(region)
+            if not shared.counts[key] or key in shared.placed:
+                continue
+            shared.placed.add(key)
+            build.stand_in(region, partial(self._changed, build, region, shared))
+
+    def _changed(self, build: Builder, region: WeightSlice, shared: ChosenEntries, tensor: fx.Node) -> fx.Node:
+        key = key_of(region)
+        count = shared.counts[key]
+        make = _placed(region, shared.indices.get(key), count)
+        indices = build.buffer(f"{region.part}_indices", make)
+        wide = torch.promote_types(build.store.get(region.tensor).dtype, torch.float32)
+        delta = build.parameter(f"{region.part}_delta", (count,), zeros, dtype=wide)
+        return build.call(torch.ops.graftc.sparse_weight.default, tensor, indices, delta, part=region.part)
+
+    def fold(self, spec: S, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
+        """Fold the sums into the base's tensors."""
+        parts = [name.removesuffix("_delta") for name in tensors if name.endswith("_delta")]
+        return TensorFold({part: partial(_added, tensors, part) for part in parts})
+
+
+class ScoredTensors(SparseTensors[S], Scored[S]):
+    """`SparseTensors` whose entries may be chosen by examples: those with the greatest scores."""
+
+    def scored(self, places: Sequence[AdaptedSite[S]]) -> Sequence[str]:
+        """Return the names of the base's tensors at the places, each once."""
+        return list(dict.fromkeys(region.tensor for _, region in regions_at(places, biases=self.biases)))
+
+    def selected(self, spec: S, places: Sequence[AdaptedSite[S]], scores: Mapping[str, Tensor]) -> Transition[S]:
+        """Select the entries with the greatest scores."""
+        placed = {key_of(region): (place, region) for place, region in regions_at(places, biases=self.biases)}
+        regions = {key: region for key, (_, region) in placed.items()}
+        chosen = largest_entries(spec, regions, lambda key: regions[key].entries(scores[key[0]]), each=self.each(spec))
+        values = {tensor_name(None, _name(spec), SELECTED): torch.ones(1, dtype=torch.bool)}
+        for key, (place, region) in placed.items():
+            values |= entry_values(place, region, chosen.indices[key])
+        return Transition(spec, values)
+
+    def each(self, spec: S) -> bool:
+        """Return whether each tensor gets a number of entries in proportion to its size."""
+        return False
+
+
+def budget_of(spec: BudgetSpec, total: int) -> int:
+    """Return the number of entries that train, out of ``total``.
+
+    Raises:
+        GraftError: GC020 if that is zero, or more than all.
+    """
+    count = spec.budget(total)
+    if 0 < count <= total:
+        return count
+    field = spec.budget_field
+    message = f"{spec.method} would train {count} of the target's {total} entries"
+    raise GraftError("GC020", message, place=Place(path=field), hint=f"{'raise' if not count else 'lower'} {field}")
+
+
+def regions_at(
+    places: Sequence[AdaptedSite[S]], *, biases: bool = True
+) -> Iterator[tuple[AdaptedSite[S], WeightSlice]]:
+    """Yield every tensor once, with the first place that has it."""
+    seen: set[Key] = set()
+    for place in places:
+        for region in slices_of(place.site, place.base, biases=biases):
+            if key_of(region) not in seen:
+                seen.add(key_of(region))
+                yield place, region
+
+
+def entry_values(
+    place: AdaptedSite[S], region: WeightSlice, numbers: Tensor, delta: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors for entries of one tensor, by their Store names; none if there are no entries.
+
+    Args:
+        place: the place of the tensor.
+        region: the part of the tensor.
+        numbers: numbers of entries of that part.
+        delta: differences of these entries; zeros by default.
+    """
+    if not numbers.numel():
+        return {}
+    indices, order = region.places(numbers).sort()
+    wide = torch.promote_types(place.base[region.tensor].dtype, torch.float32)
+    start = torch.zeros(numbers.shape, device=numbers.device) if delta is None else delta[order]
+    names = (tensor_name(place.site, _name(place.spec), f"{region.part}_{kind}") for kind in ("indices", "delta"))
+    return dict(zip(names, (indices, start.to(wide)), strict=True))
+
+
+def _name(spec: BudgetSpec) -> str:
+    assert spec.name is not None
+    return spec.name
+
+
+def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, WeightSlice], build: Builder) -> dict[Key, Tensor]:
+    """Draw ``counts`` entries of the tensors, from the adaptation's seed and the tensors' names."""
+    return {
+        key: drawn(count, regions[key].size, build.generator(f"{build.adaptation}:{key[0]}:{key[1]}"))
+        for key, count in counts.items()
+        if count
+    }
+
+
+def largest_entries(
+    spec: BudgetSpec, regions: Mapping[Key, WeightSlice], score: Callable[[Key], Tensor], *, each: bool = False
+) -> ChosenEntries:
+    """Choose the entries with the greatest scores.
+
+    They are chosen from all tensors together; with ``each``, every tensor gets a number of entries in proportion to its
+    size.
+    """
+    sizes = [region.size for region in regions.values()]
+    count = budget_of(spec, sum(sizes))
+    makers = [partial(score, key) for key in regions]
+    if each:
+        chosen = [largest([m], own)[0] for m, own in zip(makers, shares(count, sizes), strict=True)]
+    else:
+        chosen = largest(makers, count)
+    return ChosenEntries(
+        {k: n.numel() for k, n in zip(regions, chosen, strict=True)}, dict(zip(regions, chosen, strict=True))
+    )
+
+
+def key_of(region: WeightSlice) -> Key:
+    """Return the key that distinguishes a part of a tensor from others."""
+    return region.tensor, str(region)
+
+
+def _placed(region: WeightSlice, numbers: Tensor | None, count: int) -> Callable[[torch.device], Tensor]:
+    """Return a function that makes the indices.
+
+    Without ``numbers``, on the meta device or for tensors that are given, it makes zeros, of which only the type
+    counts.
+    """
+
+    def make(device: torch.device) -> Tensor:
+        if numbers is None:
+            return torch.zeros(count, dtype=region.index_dtype, device=device)
+        return region.places(numbers).sort().values.to(device)
+
+    return make
+
+
+def _added(tensors: Mapping[str, Tensor], part: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of the base, float64, with its deltas added."""
+    indices, delta = tensors[f"{part}_indices"].long(), tensors[f"{part}_delta"]
+    return tensor.reshape(-1).index_add(0, indices, delta.to(tensor.dtype)).reshape(tensor.shape)

@@ -1,1 +1,0 @@
-"""Commands that make files to publish with an artifact. They read the artifact, and write next to it."""

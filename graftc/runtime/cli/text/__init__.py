@@ -1,1 +1,0 @@
-"""The commands that generate text, ``graftc generate`` and ``graftc chat``, with their shared parts and interrupts."""

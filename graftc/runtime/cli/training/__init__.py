@@ -1,1 +1,0 @@
-"""Commands that train: whole recipes, from files to an artifact."""

@@ -1,0 +1,80 @@
+"""Presentation of a compiled model: a page, pictures and a model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from graftc.compiler.capture.isolation import isolated
+from graftc.runtime.card.facts import CardCertificate, CardFacts
+from graftc.runtime.card.page import render_card
+from graftc.runtime.deploy.merged import certificate_of
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.views import with_every_adaptation
+from graftc.runtime.offered.state import StateDicts
+from graftc.runtime.sources.reference import Reference
+from graftc.runtime.view.contents import contents
+from graftc.runtime.view.evidence import evidence_of
+from graftc.runtime.view.view import ModelView
+
+
+class Presenting:
+    """Presents a compiled model to readers.
+
+    Args:
+        runner: the Runner of the model.
+    """
+
+    def __init__(self, runner: AdaptedRunner) -> None:
+        self.runner = runner
+
+    @with_every_adaptation
+    def view(self, *, certify: bool = False, log: str | Path | None = None) -> ModelView:
+        """Return a view of the rewritten graph, with figures, steps, and what folds.
+
+        A notebook shows it as a page; ``view().save("view.html")`` writes the page, or a picture of the graph.
+
+        Args:
+            certify: whether to fold the model and show the certificate, which requires the values of its base.
+            log: a training log, for curves: a file of `graftc.TrainingLog`, or the Trainer's ``trainer_state.json``.
+
+        Raises:
+            GraftError: GC123 for a file that is not a log, when the view is first used.
+        """
+        runner = self.runner
+        return ModelView(lambda: contents(runner.snapshot, evidence_of(runner, certify, log)))
+
+    @isolated()
+    @with_every_adaptation
+    def card(
+        self,
+        *,
+        certify: bool = True,
+        base_model: str | None = None,
+        license: str | None = None,
+        language: Sequence[str] = (),
+        tags: Sequence[str] = (),
+    ) -> str:
+        """Return a model card in Markdown with the hub's metadata; ``graftc card DIR`` creates that of an artifact.
+
+        Args:
+            certify: whether to fold what folds, as `save` does, and report the result.
+            base_model: the hub's id of the base; by default the one that transformers has recorded for the model.
+            license, language, tags: metadata as the hub takes them: ``"apache-2.0"``, ``["en"]``, any words.
+
+        Raises:
+            GraftError: GC073 for metadata that the hub does not take, GC051 as for `save`.
+        """
+        runner = self.runner
+        certificate, kept = certificate_of(runner) if certify else (None, {})
+        facts = CardFacts.of(
+            runner.snapshot,
+            name="",
+            base=Reference.of(runner.compilation.source),
+            fingerprint=StateDicts(runner).identity().fingerprint,
+            dtype=str(runner.dtype).removeprefix("torch."),
+            certificate=None if certificate is None else CardCertificate.of(certificate),
+            kept=kept,
+            versions={},
+        )
+        return render_card(facts, base_model=base_model, license=license, language=language, tags=tags)[0]

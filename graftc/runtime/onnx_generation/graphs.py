@@ -1,0 +1,204 @@
+"""One graph in ONNX Runtime: its inputs are bound in place, its outputs are torch tensors on ONNX Runtime's memory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from graftc.runtime.onnx_generation.io_names import Slot, slots_of
+from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
+
+__all__ = ["CPU", "OnnxGraph", "Provider", "providers_for"]
+
+Provider = str | tuple[str, Mapping[str, Any]]
+CPU = "CPUExecutionProvider"
+_CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
+
+# By a type's name in a session: torch's dtype, and the number in onnx.TensorProto.
+_TYPES: dict[str, tuple[torch.dtype, int]] = {
+    "tensor(float)": (torch.float32, 1),
+    "tensor(int32)": (torch.int32, 6),
+    "tensor(int64)": (torch.int64, 7),
+    "tensor(bool)": (torch.bool, 9),
+    "tensor(float16)": (torch.float16, 10),
+    "tensor(double)": (torch.float64, 11),
+    "tensor(bfloat16)": (torch.bfloat16, 16),
+}
+
+_OURS = frozenset(
+    {
+        "input_ids",
+        "input_features",
+        "attention_mask",
+        "position_ids",
+        "token_type_ids",
+        "decoder_input_ids",
+        "decoder_attention_mask",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+    }
+)
+"""The inputs, except the cache, that a call can give."""
+
+
+class _Input(NamedTuple):
+    """The type of a graph's input and its sizes, of which those that vary are not numbers."""
+
+    dtype: torch.dtype
+    number: int
+    shape: tuple[int | str | None, ...]
+
+
+def runtime() -> Any:
+    """Return the package ``onnxruntime``.
+
+    Raises:
+        GraftError: GC061 if it is not installed.
+    """
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise GraftError(
+            "GC061",
+            "generating from ONNX files needs the package onnxruntime",
+            hint="pip install 'graftc[onnx-runtime]'",
+        ) from error
+
+
+def providers_for(asked: Sequence[Provider] | None) -> list[Any]:
+    """Return the requested execution providers; by default CUDA, if this build and machine support it, and the CPU.
+
+    Raises:
+        GraftError: GC073 for one that this build of onnxruntime does not have.
+    """
+    available = runtime().get_available_providers()
+    if asked is None:
+        return [_CUDA[0], CPU] if _CUDA[0] in available and torch.cuda.is_available() else [CPU]
+    if isinstance(asked, str):
+        asked = [asked]
+    for provider in asked:
+        name = provider if isinstance(provider, str) else provider[0]
+        if name not in available:
+            close = nearest(str(name), available)
+            hint = f"did you mean {close}?" if close else f"this build of onnxruntime has {', '.join(available)}"
+            raise GraftError("GC073", f"there is no execution provider {name!r}", hint=hint)
+    return list(asked)
+
+
+class OnnxGraph:
+    """An ONNX file in a session.
+
+    Args:
+        path: the file; external data is read from its own folder only.
+        providers: execution providers, the first of which determines the device.
+        options: ``onnxruntime.SessionOptions``.
+
+    Attributes:
+        inputs: the type and sizes of each input, by name.
+        past: names of the inputs that contain a cache, by slot.
+        present: names of the outputs that contain a cache, by slot.
+        device: the device of floating-point tensors.
+
+    Raises:
+        GraftError: GC144 for a file that ONNX Runtime does not load, or for inputs that no call can give.
+    """
+
+    def __init__(self, path: Path, providers: Sequence[Any], options: Any) -> None:
+        self.path = path
+        if not path.is_file():
+            raise GraftError("GC144", f"{path} is not a file")
+        try:
+            self.session = runtime().InferenceSession(str(path), options, providers=list(providers))
+        except Exception as error:
+            raise GraftError("GC144", f"ONNX Runtime does not load {path}: {first_line(error)}") from error
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        unknown = [i.name for i in inputs if i.type not in _TYPES]
+        if unknown:
+            raise GraftError("GC144", f"{path.name} has inputs of unknown types: {', '.join(unknown)}")
+        self.inputs = {i.name: _Input(*_TYPES[i.type], tuple(i.shape)) for i in inputs}
+        self.outputs = [o.name for o in outputs]
+        self.past, self.present = slots_of(self.inputs), slots_of(self.outputs)
+        strange = sorted(set(self.inputs) - _OURS - set(self.past.values()))
+        if strange:
+            hint = "graphs with one file for the first and the later steps (use_cache_branch) are not read"
+            raise GraftError("GC144", f"{path.name} has inputs that no call gives: {', '.join(strange)}", hint=hint)
+        self._sizes = {slot: self._fixed(slot) for slot in self.past}
+        self.device = self._device()
+
+    def _device(self) -> torch.device:
+        provider = self.session.get_providers()[0]
+        if provider not in _CUDA:
+            return torch.device("cpu")
+        return torch.device("cuda", int(self.session.get_provider_options()[provider].get("device_id", 0)))
+
+    def sizes(self, slot: Slot) -> tuple[int, int]:
+        """Return the number of heads and their width in a tensor of the cache."""
+        return self._sizes[slot]
+
+    def _fixed(self, slot: Slot) -> tuple[int, int]:
+        shape = self.inputs[self.past[slot]].shape
+        # transformers' exporter writes numbers as names.
+        heads, width = (str(shape[i]) if len(shape) == 4 else "" for i in (1, 3))
+        if not heads.isdecimal() or not width.isdecimal():
+            shown = ", ".join(str(size) for size in shape)
+            message = f"{self.path.name}: {self.past[slot]} is [{shown}], not [batch, heads, length, head_dim]"
+            raise GraftError("GC144", message, hint="heads and head_dim are numbers, batch and length are names")
+        return int(heads), int(width)
+
+    def dtype(self, slot: Slot) -> torch.dtype:
+        """Return the type of a tensor of the cache."""
+        return self.inputs[self.past[slot]].dtype
+
+    def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Run the graph on those of the tensors that it takes.
+
+        Returns:
+            Its outputs by name, on its device, in memory that ONNX Runtime allocated and that they keep alive.
+
+        Raises:
+            GraftError: GC145 for an input that is missing or of another rank, or if the graph fails.
+        """
+        binding = self.session.io_binding()
+        alive = [self._bind(binding, name, given.get(name)) for name in self.inputs]
+        cuda = self.device.type == "cuda"
+        for name in self.outputs:
+            binding.bind_output(name, self.device.type, self.device.index or 0)
+        if cuda:  # ONNX Runtime uses a stream of its own
+            torch.cuda.current_stream(self.device).synchronize()
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:
+            raise GraftError("GC145", f"ONNX Runtime fails in {self.path.name}: {first_line(error)}") from error
+        if cuda:
+            binding.synchronize_outputs()
+        del alive
+        return {name: _as_torch(value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+
+    def _bind(self, binding: Any, name: str, tensor: Tensor | None) -> Tensor:
+        """Bind an input, and return its buffer, which has to stay alive until the graph has run."""
+        expected = self.inputs[name]
+        if tensor is None:
+            raise GraftError("GC145", f"{self.path.name} takes {name}, which the call does not give")
+        if tensor.dim() != len(expected.shape):
+            message = f"{name} is {tuple(tensor.shape)}, and {self.path.name} takes {len(expected.shape)} axes"
+            raise GraftError("GC145", message)
+        # Integers are used in shapes, which are computed on the host.
+        place = self.device if expected.dtype.is_floating_point else torch.device("cpu")
+        tensor = tensor.to(place, expected.dtype).contiguous()
+        # An empty tensor has no address, but ONNX Runtime requires one.
+        buffer = tensor if tensor.numel() else tensor.new_empty(1)
+        binding.bind_input(name, place.type, place.index or 0, expected.number, tuple(tensor.shape), buffer.data_ptr())
+        return buffer
+
+
+def _as_torch(value: Any) -> Tensor:
+    """Return an output as a tensor, without a copy unless the build of onnxruntime lacks DLPack."""
+    if hasattr(value, "__dlpack__"):
+        return from_dlpack(value.__dlpack__())
+    return torch.from_numpy(value.numpy())

@@ -1,0 +1,358 @@
+"""Models that generate from graphs in ONNX Runtime, through transformers' own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
+
+from graftc.runtime.onnx_generation import caches
+from graftc.runtime.onnx_generation.graphs import OnnxGraph
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["OnnxCausalLM", "OnnxModel", "OnnxSeq2SeqLM"]
+
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""The name that this release of transformers has for the cache in a call and in its outputs."""
+
+_IMPLEMENTATIONS = (None, "dynamic", "hybrid")
+
+
+def table_of(config: Any) -> int | None:
+    """Return the number of positions in a table of them; None if positions are computed, or relative."""
+    config = config.get_text_config(decoder=True)
+    if getattr(config, "rope_parameters", None) is not None or getattr(config, "alibi", False):
+        return None
+    size = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
+class OnnxModel(GenerationMixin):
+    """The base class of both kinds of model.
+
+    `generate` is `transformers.GenerationMixin.generate`, with everything that it supports: greedy search, sampling,
+    beams, assisted generation, padding on the left, streamers, stopping criteria.
+
+    Attributes:
+        config: the source model's config.
+        generation_config: its generation defaults.
+        decoder_graph: the graph of a step.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    _is_stateful = False
+    _seq2seq = False
+
+    def __init__(self, config: Any, generation_config: Any, graph: OnnxGraph) -> None:
+        self.config, self.generation_config, self.decoder_graph = config, generation_config, graph
+        self._table = table_of(config)
+        self._require(graph, "logits", past=True)
+
+    def _require(self, graph: OnnxGraph, output: str, *, past: bool) -> None:
+        """Check that a graph has an output and, with ``past``, that it returns the complete cache that it takes.
+
+        Raises:
+            GraftError: GC144 if it does not.
+        """
+        name = graph.path.name
+        if output not in graph.outputs:
+            raise GraftError("GC144", f"{name} has no output {output}; it has {', '.join(graph.outputs)}")
+        if not past:
+            return
+        own = [slot for slot in graph.past if slot.attention == "self"]
+        if not own:
+            hint = "export the graphs for generation; an encoder, or a graph without a cache, has no decode step"
+            raise GraftError("GC144", f"{name} takes no keys and values of earlier tokens", hint=hint)
+        lost = [graph.past[slot] for slot in own if slot not in graph.present]
+        layers = {slot.layer for slot in own}
+        if lost or layers != set(range(len(layers))) or len(own) != 2 * len(layers):
+            shown = f"it does not give {lost[0]} back" if lost else "layers are missing"
+            raise GraftError("GC144", f"the cache of {name} is not complete: {shown}")
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the graphs run."""
+        return self.decoder_graph.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type of keys and values."""
+        return self.decoder_graph.dtype(next(iter(self.decoder_graph.past)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one call; subclasses implement it."""
+        raise NotImplementedError
+
+    def can_generate(self) -> bool:
+        """Return True, for pipelines."""
+        return True
+
+    def is_remote_code(self) -> bool:
+        """Return False, since no code comes with the files."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """Return an empty dictionary, since no implementation can be chosen."""
+        return {}
+
+    def eval(self) -> Self:
+        """Return the model, which has no other mode."""
+        return self
+
+    def to(self, device: Any = None) -> Self:
+        """Return the model if it is on the device already.
+
+        Raises:
+            GraftError: GC073 for another device.
+        """
+        wanted = torch.device(device) if device is not None else self.device
+        if wanted.type != self.device.type or (wanted.index or 0) != (self.device.index or 0):
+            hint = (
+                "choose it when loading: load(folder, providers=['CUDAExecutionProvider']); pipelines take device='cpu'"
+            )
+            raise GraftError("GC073", f"the graphs run on {self.device}, not on {wanted}", hint=hint)
+        return self
+
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = generation_config.cache_implementation
+        if kind not in _IMPLEMENTATIONS:
+            hint = "leave cache_implementation out: graphs take a dynamic cache"
+            raise GraftError("GC140", f"graphs in ONNX Runtime have no {kind} cache", hint=hint)
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
+        return prepare(generation_config, *args, **kwargs)
+
+    def _cache(self, given: Mapping[str, Any], use_cache: bool | None) -> tuple[Any, bool]:
+        """Return the cache to read and write, and whether it is returned."""
+        cache = next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
+        wanted = use_cache is not False
+        return (caches.empty(seq2seq=self._seq2seq) if cache is None else cache), wanted
+
+    def _refuse(self, given: Mapping[str, Any]) -> None:
+        """Raise if there are arguments that the graphs do not support, unless they are None or False."""
+        known = {"cache", "past_key_values", "return_dict"}
+        unread = [n for n, value in given.items() if n not in known and value is not None and value is not False]
+        if unread:
+            raise GraftError("GC145", f"the graphs take and give nothing for {', '.join(sorted(unread))}")
+
+    def _within(self, total: int, mask: Tensor | None, positions: Tensor | None) -> None:
+        """Check positions against the table; the tensors are read only if there are more tokens than positions.
+
+        Raises:
+            GraftError: GC143 for a position beyond the table.
+        """
+        if self._table is None or total <= self._table:
+            return
+        if positions is not None:
+            total = int(positions.max()) + 1
+        elif mask is not None:
+            total = int(mask.sum(-1).max())
+        if total > self._table:
+            message = f"token {total} of a row has no position: the model has a table of {self._table}"
+            raise GraftError("GC143", message)
+
+    def _run(self, graph: OnnxGraph, given: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
+        """Run a graph, after checking its tokens, since ONNX counts ids below zero from the end of a table.
+
+        Raises:
+            GraftError: GC145 for a token that is not in the vocabulary.
+        """
+        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        if isinstance(size, int) and tokens.numel() and not tokens.is_floating_point():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= size:
+                message = f"token {low if low < 0 else high} is not in the vocabulary of {size}"
+                raise GraftError("GC145", message, hint="take ids from the model's own tokenizer")
+        return graph(given)
+
+
+def _mask(mask: Tensor | None, batch: int, length: int, like: Tensor, name: str) -> Tensor:
+    """Return the mask over all tokens; by default it is all ones."""
+    if mask is None:
+        return torch.ones((batch, length), dtype=torch.int64, device=like.device)
+    if tuple(mask.shape) != (batch, length):
+        hint = f"it has one number for each token, those in the cache included: [{batch}, {length}]"
+        raise GraftError("GC145", f"{name} is {list(mask.shape)}", hint=hint)
+    return mask
+
+
+def _last(logits: Tensor, keep: int) -> Tensor:
+    return logits[:, -keep:] if keep else logits
+
+
+class OnnxCausalLM(OnnxModel):
+    """A decoder: one graph for the prompt and for every later token."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Compute the logits of new tokens.
+
+        Args:
+            input_ids: int64 ``[batch, tokens]``, the tokens that are not in the cache.
+            attention_mask: ``[batch, cached + tokens]``, 0 at padding; by default all ones.
+            position_ids: int64 ``[batch, tokens]``; by default they continue from the cache.
+            token_type_ids: token types, for graphs that take them.
+            use_cache: if False, no cache is returned.
+            logits_to_keep: the number of last tokens whose logits are returned; 0 for all.
+            **kwargs: ``cache`` (once ``past_key_values``): a `DynamicCache`, which is written in place.
+
+        Returns:
+            ``logits`` ``[batch, tokens, vocabulary]``, and the cache.
+
+        Raises:
+            GraftError: GC140 for a cache of another model, GC145 for inputs that do not fit, GC143 for positions beyond
+                the model's table.
+        """
+        self._refuse(kwargs)
+        if input_ids is None or input_ids.dim() != 2 or not input_ids.numel():
+            shown = "missing" if input_ids is None else f"{list(input_ids.shape)}"
+            raise GraftError("GC145", f"input_ids is {shown}", hint="give [batch, tokens], one token at least")
+        graph, (batch, tokens) = self.decoder_graph, input_ids.shape
+        cache, wanted = self._cache(kwargs, use_cache)
+        past = caches.read(graph, cache, batch, seq2seq=False)
+        start = caches.length_of(cache, seq2seq=False)
+        self._within(start + tokens, attention_mask, position_ids)
+        given = {**past, "input_ids": input_ids}
+        if "attention_mask" in graph.inputs:
+            given["attention_mask"] = _mask(attention_mask, batch, start + tokens, input_ids, "attention_mask")
+        elif attention_mask is not None and not bool(attention_mask.all()):
+            raise GraftError("GC145", f"{graph.path.name} takes no attention_mask", hint="give rows without padding")
+        if "position_ids" in graph.inputs:
+            if position_ids is None:
+                position_ids = torch.arange(start, start + tokens, device=input_ids.device).unsqueeze(0)
+            elif tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
+                raise GraftError("GC145", f"position_ids is {list(position_ids.shape)}", hint=f"[{batch}, {tokens}]")
+            given["position_ids"] = position_ids.expand(batch, -1)
+        if token_type_ids is not None:
+            given["token_type_ids"] = token_type_ids
+        outputs = self._run(graph, given, input_ids)
+        if wanted:
+            caches.write(graph, cache, outputs, seq2seq=False)
+        logits = _last(outputs["logits"], logits_to_keep)
+        return CausalLMOutputWithPast(logits=logits, **({_CACHE: cache} if wanted else {}))
+
+
+class Encoder:
+    """The encoder in the form in which transformers' loop calls it."""
+
+    def __init__(self, graph: OnnxGraph) -> None:
+        self.graph = graph
+        inputs = [name for name in graph.inputs if not name.endswith("attention_mask")]
+        self.main_input_name = inputs[0] if inputs else "input_ids"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> BaseModelOutput:
+        return self.forward(*args, **kwargs)
+
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutput:
+        """Compute the encoder's last states ``[batch, tokens, width]``."""
+        tokens = input_ids if input_ids is not None else kwargs.get(self.main_input_name)
+        if tokens is None:
+            raise GraftError("GC145", f"{self.main_input_name} is missing")
+        batch, length = tokens.shape[0], tokens.shape[-1]
+        given = {self.main_input_name: tokens}
+        if "attention_mask" in self.graph.inputs:
+            given["attention_mask"] = _mask(attention_mask, batch, length, tokens, "attention_mask")
+        return BaseModelOutput(last_hidden_state=self.graph(given)["last_hidden_state"])
+
+
+class OnnxSeq2SeqLM(OnnxModel):
+    """An encoder and a decoder.
+
+    The first decoder call computes keys and values of the encoder's states, later ones take them from the cache.
+    """
+
+    _seq2seq = True
+
+    def __init__(
+        self, config: Any, generation_config: Any, encoder: OnnxGraph, first: OnnxGraph, later: OnnxGraph
+    ) -> None:
+        super().__init__(config, generation_config, later)
+        self._require(encoder, "last_hidden_state", past=False)
+        self._require(first, "logits", past=False)
+        lost = sorted(later.past[slot] for slot in later.past if slot not in first.present)
+        if lost:
+            raise GraftError("GC144", f"{first.path.name} does not give what {later.path.name} takes as {lost[0]}")
+        self.encoder, self.first_graph = Encoder(encoder), first
+        self.main_input_name = self.encoder.main_input_name
+
+    def get_encoder(self, modality: str | None = None) -> Encoder:
+        """Return the encoder."""
+        return self.encoder
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> Seq2SeqLMOutput:
+        """Compute the logits of new tokens of the decoder.
+
+        Args:
+            input_ids: int64 ``[batch, tokens]`` of the encoder; not needed with ``encoder_outputs``.
+            attention_mask: ``[batch, tokens]`` of the encoder, 0 at padding; by default all ones.
+            decoder_input_ids: int64 ``[batch, new]``, the tokens that are not in the cache.
+            decoder_attention_mask: ``[batch, cached + new]``, for graphs that take it; with others, only all ones are
+                accepted.
+            encoder_outputs: the encoder's outputs.
+            use_cache: if False, no cache is returned.
+            logits_to_keep: the number of last tokens whose logits are returned; 0 for all.
+            **kwargs: ``cache`` (once ``past_key_values``): an `EncoderDecoderCache`, which is written in place.
+
+        Returns:
+            ``logits`` ``[batch, new, vocabulary]``, the cache, and the encoder's states.
+
+        Raises:
+            GraftError: as `OnnxCausalLM.forward`.
+        """
+        own = {name: kwargs.pop(name) for name in (self.main_input_name,) if name in kwargs}
+        self._refuse(kwargs)
+        if decoder_input_ids is None or decoder_input_ids.dim() != 2 or not decoder_input_ids.numel():
+            shown = "missing" if decoder_input_ids is None else f"{list(decoder_input_ids.shape)}"
+            raise GraftError("GC145", f"decoder_input_ids is {shown}", hint="give [batch, tokens], one token at least")
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids, attention_mask, **own)
+        states, (batch, new) = encoder_outputs[0], decoder_input_ids.shape
+        cache, wanted = self._cache(kwargs, use_cache)
+        graph = self.decoder_graph if caches.cross_is_there(cache) else self.first_graph
+        past = caches.read(graph, cache, batch, seq2seq=True)
+        start = caches.length_of(cache, seq2seq=True)
+        if start and graph is self.first_graph:
+            raise GraftError("GC140", "the cache holds tokens of the decoder, and nothing of the encoder")
+        self._within(start + new, decoder_attention_mask, None)
+        given = {**past, "input_ids": decoder_input_ids, "encoder_hidden_states": states}
+        if "encoder_attention_mask" in graph.inputs:
+            given["encoder_attention_mask"] = _mask(attention_mask, batch, states.shape[1], states, "attention_mask")
+        if "decoder_attention_mask" in graph.inputs:
+            given["decoder_attention_mask"] = _mask(
+                decoder_attention_mask, batch, start + new, decoder_input_ids, "decoder_attention_mask"
+            )
+        elif decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
+            raise GraftError("GC145", f"{graph.path.name} takes no decoder_attention_mask")
+        outputs = self._run(graph, given, decoder_input_ids)
+        if wanted:
+            caches.write(graph, cache, outputs, seq2seq=True)
+        logits = _last(outputs["logits"], logits_to_keep)
+        return Seq2SeqLMOutput(logits=logits, encoder_last_hidden_state=states, **({_CACHE: cache} if wanted else {}))

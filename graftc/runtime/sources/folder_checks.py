@@ -1,0 +1,253 @@
+"""Checks of a model folder of unknown origin, before transformers reads any of it and afterwards.
+
+The config determines how much time and memory transformers takes, and transformers casts what the files contain to the
+type of the model's tensors: both are checked against the files.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.nn.modules import module as registrations
+
+from graftc.files.tensors.folder import Refusal, TensorFolder
+from graftc.files.tensors.weights import UnsafeFileError, embedded_adapter, weight_files
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import shown
+from graftc.specs.regular_files import JSON_BYTES, read_regular
+
+__all__ = ["WEIGHTS", "ModelFolder", "bounded_building", "check_stored_types", "open_model_folder", "plain_config"]
+
+WEIGHTS = ("*.safetensors", "*.bin")
+_REFUSAL = Refusal("GC032", "GC101", "download the model again")
+_VALUES = 2**19
+"""The maximum number of values in a config."""
+_COUNT = 100_000
+"""The maximum number of layers or labels in a config, if nothing else limits it."""
+_MODULES, _MODULES_PER_TENSOR = 2_000, 20
+_MODULES_UNKNOWN = 200_000
+_BYTES, _TIMES, _TIMES_PACKED = 2**27, 8, 64
+"""Limits of the bytes of a model's tensors: a fixed part, and multiples of the size of the files; a weight of 1 bit may
+become one of 32."""
+_SUFFIXES = ("weight", "bias")
+_EIGHT_BITS = "F8_"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that has been checked.
+
+    Attributes:
+        path: the folder.
+        stored: the tensors in its files; None if they are pickles, or there are none.
+        bytes: the size of its weights.
+        quantised: whether its config says that they are quantised.
+    """
+
+    path: Path
+    stored: TensorFolder | None
+    bytes: int
+    quantised: bool
+
+
+def open_model_folder(folder: Path, where: str, *, weights: bool = True) -> ModelFolder:
+    """Check the config of a folder and the headers of its files.
+
+    Args:
+        folder: a folder with a ``config.json``.
+        where: its name in errors.
+        weights: whether its weights are to be loaded.
+
+    Raises:
+        GraftError: GC032 for a config that cannot be used, files that are damaged, or more layers than they have
+            tensors for; GC101 for names that lead out of the folder.
+    """
+    config = plain_config(folder, where)
+    quantised = bool(config.get("quantization_config"))
+    if not weights:
+        return ModelFolder(folder, None, 0, quantised)
+    if (adapter := embedded_adapter(folder)) is not None:
+        message = f"{where!r} holds a model and {adapter}, which transformers would put on top of it"
+        _fail(message, f"move {adapter} and its tensors to a folder of their own")
+    try:
+        safe = weight_files(folder) is not None
+    except UnsafeFileError as error:
+        raise _REFUSAL.error(folder, str(error), unsafe=True) from error
+    except (OSError, ValueError):
+        safe = True  # opening the files below raises the same as a coded error
+    if not safe:
+        return ModelFolder(folder, None, sum(file.stat().st_size for file in folder.glob("*.bin")), quantised)
+    stored = TensorFolder(folder, _REFUSAL, strict=False)
+    most = max(_counted(config, "layer"), default=0)
+    if most > max(len(stored), _MODULES):
+        message = f"the config of {where!r} has {most} layers, and its files have {len(stored)} tensors"
+        _fail(message, "take a complete checkpoint")
+    return ModelFolder(folder, stored, stored.size, quantised)
+
+
+def _fail(message: str, hint: str, cause: BaseException | None = None, code: str = "GC032") -> NoReturn:
+    raise GraftError(code, message, hint=hint) from cause
+
+
+def plain_config(folder: Path, where: str, code: str = "GC032") -> dict[str, Any]:
+    """Return the config of a folder as plain data, after checks that limit the work of reading it.
+
+    Args:
+        folder: a folder with a ``config.json``.
+        where: its name in errors.
+        code: the code of the error.
+
+    Raises:
+        GraftError: with this code, for what is not a config of a model, is too large, or has too many layers or labels.
+    """
+    hint = "take the config.json from where the model came"
+    try:
+        raw = read_regular(folder / "config.json", JSON_BYTES)
+        if sum(map(raw.count, (b",", b"[", b"{"))) > _VALUES:
+            raise ValueError(f"it has more than {_VALUES:,} values")
+        data = json.loads(raw)
+    except RecursionError as error:
+        _fail(f"the config.json of {where!r} cannot be read: it is too deep", hint, error, code)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        _fail(f"the config.json of {where!r} cannot be read: {reason}", hint, error, code)
+    if not isinstance(data, dict):
+        _fail(f"the config.json of {where!r} cannot be read: it is not a table", hint, code=code)
+    names = data.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        _fail(f"the config.json of {where!r} has architectures that are not names: {shown(names)}", hint, code=code)
+    for word, what in (("layer", "layers"), ("num_labels", "labels")):
+        if (most := max(_counted(data, word), default=0)) > _COUNT:
+            _fail(f"the config.json of {where!r} asks for {most:,} {what}, more than {_COUNT:,}", hint, code=code)
+    return data
+
+
+def _counted(settings: Mapping[Any, Any], word: str) -> Iterator[int]:
+    """Yield the numbers in a config that count something, such as layers."""
+    waiting: list[Any] = [settings]
+    while waiting:
+        mapping = waiting.pop()
+        for name, value in mapping.items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif type(value) is int and (name == word or name.endswith((f"{word}s", f"_{word}"))):
+                yield value
+
+
+@contextmanager
+def bounded_building(folder: ModelFolder, where: str) -> Iterator[None]:
+    """Refuse any model much larger than its files that this thread builds while the block runs.
+
+    Raises:
+        GraftError: GC032 as soon as a model has too many modules, or its tensors too many bytes.
+    """
+    known = folder.stored
+    modules = _MODULES_UNKNOWN if known is None else _MODULES + _MODULES_PER_TENSOR * len(known)
+    most = None if not folder.bytes else _BYTES + (_TIMES_PACKED if folder.quantised else _TIMES) * folder.bytes
+    thread, counts = threading.get_ident(), [0, 0]
+
+    def count(*_: object) -> None:
+        if threading.get_ident() == thread:
+            counts[0] += 1
+            if counts[0] > modules:
+                has = "" if known is None else f", and its files have {len(known)} tensors"
+                _fail(f"the config of {where!r} makes a model of more than {modules:,} modules{has}", _LARGER)
+
+    def measure(_: nn.Module, name: str, tensor: Tensor | None) -> None:
+        if threading.get_ident() == thread and tensor is not None and most is not None:
+            counts[1] += tensor.numel() * tensor.element_size()
+            if counts[1] > most:
+                _fail(
+                    f"the config of {where!r} makes a model of more than {most:,} bytes, a {name} of "
+                    f"{list(tensor.shape)} among them, and its files have {folder.bytes:,}",
+                    _LARGER,
+                )
+
+    hooks = [
+        registrations.register_module_module_registration_hook(count),
+        registrations.register_module_parameter_registration_hook(measure),
+        registrations.register_module_buffer_registration_hook(measure),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+_LARGER = "take the config.json and the weights from where the model came, together"
+
+
+def check_stored_types(
+    model: nn.Module, stored: TensorFolder, code: str, where: str, read: Collection[str] = ()
+) -> None:
+    """Refuse stored weights that would be misread.
+
+    These are integers where the model has floating-point numbers, and weights that have not been multiplied by the
+    scales beside them.
+
+    Args:
+        model: the model as transformers has loaded it.
+        stored: the tensors in the files.
+        code: the code of the error.
+        where: the folder's name.
+        read: names of tensors that the caller has interpreted itself.
+
+    Raises:
+        GraftError: with this code, naming every such tensor.
+    """
+    integral = [n for n, t in stored.entries.items() if n not in read and not t.dtype.startswith(("F", "BF"))]
+    beside = [name for name in stored if name not in read and _is_beside(name, stored, read)]
+    wrong = []
+    known = model.state_dict() if integral or beside else {}
+    targets = target_names(model, [*integral, *beside], known)
+    for name in integral:
+        tensor = known.get(targets[name])
+        if tensor is not None and tensor.is_floating_point():
+            wrong.append(f"{name} is stored as {stored.entries[name].dtype}, which is not a type of weights")
+    for name in beside:
+        if targets[name] not in known:
+            wrong.append(f"{name.rpartition('.')[0]}.weight would be loaded as it is, without {name}")
+    if wrong:
+        hint = "take the checkpoint anew from where it came, with its own config.json"
+        raise GraftError(code, f"{where}: {wrong[0]}", hint=hint, details=wrong[1:20])
+
+
+def _is_beside(name: str, stored: TensorFolder, read: Collection[str]) -> bool:
+    """Return whether a tensor describes a weight that is loaded without it."""
+    module, _, last = name.rpartition(".")
+    weight = stored.entries.get(f"{module}.weight")
+    if weight is None or weight.name in read or last in _SUFFIXES:
+        return False
+    return bool(read) or weight.dtype.startswith(_EIGHT_BITS)
+
+
+def target_names(model: Any, names: Iterable[str], known: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tensors of a model that transformers loads stored ones into, by stored name."""
+    return {name: target for name, (target, _) in converted_names(model, names, known).items()}
+
+
+def converted_names(model: Any, names: Iterable[str], known: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
+    """Return `target_names`, each with the pattern of the conversion that the stored tensor is a part of, or None."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    wanted = list(names)
+    if not wanted:
+        return {}
+    conversions = get_model_conversion_mapping(model, None, None)
+    own = dict(known)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    targets: dict[str, tuple[str, str | None]] = {}
+    for name in wanted:
+        target, source = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
+        targets[name] = (name, None) if target not in known and name in known else (target, source)
+    return targets

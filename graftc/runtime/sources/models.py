@@ -1,0 +1,400 @@
+"""Loading models from a transformers folder, a hub id, or a callable that returns a module.
+
+A user's argument may be any of these (`load_model`). A name in a file is data: `load_folder` and `load_hub` take only a
+folder or an id, and never import or call what it names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from graftc.compiler.capture.identity.fingerprint import settings_of
+from graftc.compiler.capture.interface import ExampleInputs
+from graftc.compiler.missing_weights import mark_fresh
+from graftc.compiler.quantised_sources.convert import arrived
+from graftc.compiler.quiet import quiet_quantisers
+from graftc.runtime.sources.callables import from_callable
+from graftc.runtime.sources.folder_checks import (
+    WEIGHTS,
+    ModelFolder,
+    bounded_building,
+    check_stored_types,
+    open_model_folder,
+)
+from graftc.runtime.sources.folder_kinds import missing, reader_of
+from graftc.runtime.sources.quantised.load import FORMATS, load_quantised, quantization_of, require_read
+from graftc.runtime.sources.reference import Built, is_callable, is_hub_id
+from graftc.specs.errors.border import library_errors
+from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
+from graftc.specs.regular_files import read_regular
+
+__all__ = [
+    "config_of_folder",
+    "from_checkpoint",
+    "load_as_built",
+    "load_folder",
+    "load_hub",
+    "load_model",
+    "load_model_and_inputs",
+    "local_folder",
+]
+
+_FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
+
+
+def local_folder(model: nn.Module) -> Path | None:
+    """Return the folder, perhaps in the hub's cache, that transformers loaded a model from; None for other models."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        return None
+    return Path(name) if Path(name).is_dir() else _cached_config(name, getattr(model.config, "_commit_hash", None))
+
+
+def local_config(name: str) -> Path | None:
+    """Return the folder on this machine that has the config of a folder or hub id; None if there is none."""
+    return Path(name) if (Path(name) / "config.json").is_file() else _cached_config(name)
+
+
+def _cached_config(name: str, revision: str | None = None) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def load_model(text: str, *, meta: bool = False, revision: str | None = None, built: Built | None = None) -> nn.Module:
+    """Load the model that a MODEL argument names, in eval mode and otherwise as its source provides it.
+
+    Args:
+        text: a folder whose ``config.json`` names the class in ``architectures``; the id of such a repository on the
+            hub (only its cached files without a network); or ``package.module:callable``, called without arguments,
+            which may be imported from the current folder.
+        meta: whether to build it on the meta device. A folder then needs no weights, and a hub id only its config.
+        revision: commit of a hub's repository; the newest by default.
+        built: the class, labels, dtype and settings to build it with; by default those of the folder or repository.
+
+    Raises:
+        GraftError: GC032 with the reason, and the nearest alternative if there is one.
+    """
+    return load_model_and_inputs(text, meta=meta, revision=revision, built=built)[0]
+
+
+def load_as_built(text: str, built: Built) -> nn.Module:
+    """Load the model that a MODEL argument names, built as another was or, if that fails, as its files say.
+
+    Raises:
+        GraftError: as `load_model`.
+    """
+    try:
+        return load_model(text, built=built)
+    except GraftError as error:
+        if error.code != "GC032":
+            raise
+        return load_model(text)
+
+
+def load_model_and_inputs(
+    text: str, *, meta: bool = False, revision: str | None = None, built: Built | None = None
+) -> tuple[nn.Module, ExampleInputs | None]:
+    """Load a model as `load_model` does, with example inputs if a callable returns ``(model, example_inputs)``.
+
+    They are tensors by name or in order, or one tensor, for models whose interface does not determine their inputs.
+
+    Raises:
+        GraftError: as `load_model`.
+    """
+    inputs: ExampleInputs | None = None
+    folder = Path(text).expanduser()
+    if is_callable(text):
+        model, inputs = from_callable(text, meta)
+    elif folder.is_dir():
+        model = load_folder(folder, meta=meta, built=built)
+    elif folder.is_file():
+        hint = reader_of(folder) or f"did you mean {str(folder.parent)!r}?"
+        _fail(f"{text!r} is a file, not a transformers folder", hint)
+    elif not is_hub_id(text):
+        _fail(f"there is no folder {text!r}", _neighbour(folder) or _FORMS)
+    else:
+        model = load_hub(text, meta=meta, revision=revision, built=built)
+    return model.eval(), inputs
+
+
+def _fail(message: str, hint: str | None = None, *, cause: BaseException | None = None, details: Any = ()) -> NoReturn:
+    raise GraftError("GC032", message, hint=hint, details=details) from cause
+
+
+# --- transformers folders and hub ids ---------------------------------------------------------------------------
+
+
+def load_folder(
+    folder: Path, *, meta: bool = False, built: Built | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Load the model of a transformers folder, in eval mode. No code in the folder is run.
+
+    Args:
+        folder: the folder.
+        meta: whether to build it on the meta device.
+        built: the class, labels and dtype to build it with; by default those of its config.
+        dtype: the element type of its tensors, instead of the one in ``built``.
+
+    Raises:
+        GraftError: GC032; GC161 and GC163 for quantised folders that cannot be read.
+    """
+    _check_folder(folder, meta)
+    with quiet_transformers():
+        model: nn.Module = _from_transformers(str(folder), folder, meta, built, dtype)
+    return model
+
+
+def load_hub(
+    name: str,
+    *,
+    meta: bool = False,
+    revision: str | None = None,
+    built: Built | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Load the model of a hub's repository, in eval mode, even if a folder here has that name. None of its code is run.
+
+    See `load_folder`.
+
+    Raises:
+        GraftError: GC032.
+    """
+    with quiet_transformers():
+        try:
+            folder = _snapshot(name, meta, revision)
+        except Exception as error:
+            hint = _neighbour(Path(name)) or _cached(name) or _FORMS
+            _fail(f"{name!r} is not a folder here, and the hub has no such model: {_reason(error)}", hint, cause=error)
+        model = _from_transformers(name, folder, meta, built, dtype)
+    model.config._name_or_path, model.config._commit_hash = name, folder.name
+    loaded: nn.Module = model
+    return loaded
+
+
+def _snapshot(name: str, meta: bool, revision: str | None) -> Path:
+    """Return a repository's folder in the hub's cache; transformers would prefer a folder of this name to the hub."""
+    from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    config_file = try_to_load_from_cache(name, "config.json", revision=revision)
+    cached = Path(config_file).parent if isinstance(config_file, str) else None
+    if cached is not None and HF_HUB_OFFLINE:
+        return cached
+    try:
+        files = ["config.json"] if meta else list_repo_files(name, revision=revision)
+        safe = any("/" not in file and file.endswith(".safetensors") for file in files)
+        wanted = files if meta else ["*.json", "*.safetensors" if safe else "*.bin"]
+        downloaded = snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"])
+    except OSError:  # no network, or no such repository
+        if cached is None:
+            raise
+        return cached
+    return Path(downloaded)
+
+
+def _from_transformers(
+    text: str, folder: Path, meta: bool, built: Built | None = None, wanted: torch.dtype | None = None
+) -> Any:
+    looked_at = open_model_folder(folder, text, weights=not meta)
+    config = _config(text, folder)
+    cls = _architecture(text, config)
+    options: dict[str, Any] = {}
+    if built is not None:
+        cls = _built_as(built.architecture, cls, config)
+        _set(config, built.settings)
+        if built.labels is not None and isinstance(getattr(config, "id2label", None), dict):
+            config.id2label = dict(enumerate(built.labels))
+            config.label2id = {label: number for number, label in enumerate(built.labels)}
+        dtype = getattr(torch, built.dtype, None)
+        options = {"dtype": dtype} if isinstance(dtype, torch.dtype) and dtype.is_floating_point else {}
+    if wanted is not None:
+        options = {"dtype": wanted}
+    with library_errors("GC032", f"{cls.__name__} cannot be loaded from {text!r}"):
+        if not meta:
+            require_read(config, text)
+            return from_checkpoint(cls, folder, text, looked_at=looked_at, config=config, **options)
+        with torch.device("meta"), bounded_building(looked_at, text):
+            model: nn.Module = cls._from_config(config, **_dtype(config))
+        return model.to("meta").eval()
+
+
+def from_checkpoint(
+    cls: Any, folder: Path, where: str, *, looked_at: ModelFolder | None = None, **options: Any
+) -> nn.Module:
+    """Load a model of a transformers class, or of an auto class, with the weights of a folder, in eval mode.
+
+    Tensors that the folder lacks are drawn with a fixed seed, and recorded: see `graftc.compiler.missing_weights` for
+    how they may be used.
+
+    Args:
+        cls: the class.
+        folder: a transformers folder.
+        where: its name in errors.
+        looked_at: the result of `open_model_folder`, which is called by default.
+        options: options of ``from_pretrained``.
+
+    Raises:
+        GraftError: GC032 and GC101 as `open_model_folder`, and GC032 if the files have types that weights do not have;
+            GC161 and GC163 for quantised folders.
+    """
+    own = looked_at or open_model_folder(folder, where)
+    with torch.random.fork_rng(devices=()), bounded_building(own, where):
+        torch.manual_seed(0)
+        quantization = quantization_of(options["config"]) if "config" in options else None
+        if quantization is not None and quantization.get("quant_method") in FORMATS:
+            model, loading_info = load_quantised(cls, own, where, quantization, **options)
+        else:
+            model, loading_info = cls.from_pretrained(
+                folder, trust_remote_code=False, output_loading_info=True, **options
+            )
+            if own.stored is not None:
+                check_stored_types(model, own.stored, "GC032", where)
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in loading_info["mismatched_keys"]]
+    mark_fresh(model, {*loading_info["missing_keys"], *mismatched}, where)
+    return arrived(model)
+
+
+def _check_folder(folder: Path, meta: bool) -> None:
+    if not (folder / "config.json").is_file():
+        adapter = folder / "adapter_config.json"
+        if adapter.is_file():
+            _fail(f"{str(folder)!r} holds a PEFT adapter, not a model", _base_of(adapter))
+        inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        hint = f"did you mean {str(folder / inner[0])!r}?" if inner else reader_of(folder) or _FORMS
+        _fail(f"{str(folder)!r} {missing(folder, 'config.json')}", hint)
+    if not meta and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
+        _fail(f"{str(folder)!r} has a config.json but no weights", "add --meta to work without weights")
+
+
+def _base_of(adapter: Path) -> str | None:
+    try:
+        base = json.loads(read_regular(adapter)).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return f"give its base model: {base}" if base else None
+
+
+def config_of_folder(folder: Path, where: str) -> Any:
+    """Return the config of a folder as transformers reads it, after checking it.
+
+    Args:
+        folder: a folder with a ``config.json``.
+        where: its name in errors.
+
+    Raises:
+        GraftError: GC032 if it cannot be read or is not a config of a model.
+    """
+    open_model_folder(folder, where, weights=False)
+    return _config(where, folder)
+
+
+def _config(text: str, folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    with library_errors("GC032", f"the config.json of {text!r} cannot be read"):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _architecture(text: str, config: Any) -> Any:
+    import transformers
+
+    names = getattr(config, "architectures", None)
+    if not names:
+        message = f"the config of {text!r} does not say which class it is for"
+        _fail(message, 'add "architectures": ["BertModel"], or the class that it is, to config.json')
+    cls = getattr(transformers, names[0], None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        shared = os.path.commonprefix
+        known = [n for n in dir(transformers) if n[:1].isupper() and len(shared([n, names[0]])) > 2]
+        close = nearest(names[0], known, n=1)
+        own = "a class of your own loads as package.module:callable"
+        _fail(f"transformers has no model {names[0]!r}", f"did you mean {close[0]!r}?" if close else own)
+    return cls
+
+
+def _built_as(name: str, cls: Any, config: Any) -> Any:
+    """Return the class of transformers that a file names, if it is for the same config; otherwise ``cls``."""
+    import transformers
+
+    named = getattr(transformers, name, None) if name.isidentifier() else None
+    fits = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+    return named if fits and getattr(named, "config_class", None) is type(config) else cls
+
+
+def _set(config: Any, settings: Mapping[str, Any]) -> None:
+    """Set the values of a config that a file gives: numbers and truth values that the config also has.
+
+    A value that would make the model larger is ignored, and so is text, which may name code.
+    """
+    for name, value in settings_of(config).items():
+        wanted = settings.get(name)
+        grows = type(value) is int and type(wanted) is int and wanted > value
+        if type(wanted) is type(value) and not isinstance(value, str) and wanted != value and not grows:
+            setattr(config, name, wanted)
+
+
+def _dtype(config: Any) -> dict[str, Any]:
+    """Return the dtype that loading the weights would result in, as an option."""
+    dtype = getattr(config, "dtype", None)
+    return {} if dtype is None else {"dtype": dtype}
+
+
+def _neighbour(path: Path) -> str | None:
+    """Return a hint that names the nearest folder beside a path that does not exist; None if none is near."""
+    try:
+        names = [p.name for p in path.parent.iterdir() if (p / "config.json").is_file()]
+    except OSError:
+        return None
+    close = nearest(path.name, names, n=1)
+    return f"did you mean {str(path.parent / close[0])!r}?" if close else None
+
+
+def _cached(text: str) -> str | None:
+    """Return a hint that names the nearest model in the hub's cache; None if none is near."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    try:
+        folders = [p.name.removeprefix("models--") for p in Path(HF_HUB_CACHE).glob("models--*")]
+    except OSError:
+        return None
+    close = nearest(text, [name.replace("--", "/", 1) for name in folders], n=1)
+    return f"did you mean {close[0]!r}, which is in the cache?" if close else None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Suppress progress bars and warnings of transformers while the block runs, as for a head without weights.
+
+    The output of quantisers' libraries, which it imports unasked, is suppressed as well.
+    """
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with quiet_quantisers():
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _reason(error: BaseException) -> str:
+    return first_line(error).rstrip(".")

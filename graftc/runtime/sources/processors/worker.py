@@ -1,0 +1,125 @@
+"""A separate process in which the processor of a folder makes an example, in bounded time and memory.
+
+It is run as a script, by `graftc.runtime.sources.processors.example`, and imports nothing of graftc. Arguments are the
+folder, ``image`` or ``audio``, and the file to write: arrays by name, as `numpy.savez` does. It writes JSON to the
+standard output, one line: null, or why there is no such file.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+_QUESTION = "What is this?"
+_EDGE = 64
+"""The width and height of the image, in pixels; processors resize it."""
+_PIECES = ("do_image_splitting", "crop_to_patches", "do_pan_and_scan")
+"""Settings by which image processors cut an image into several; one is enough here."""
+_ROWS = 2
+_SECONDS, _WAY_SECONDS = 60, 10
+"""Processor seconds for the whole process, and for one way to call a processor."""
+_MEMORY, _FILE = 6 * 2**30, 2**28
+
+
+def main(folder: str, kind: str, file: str) -> str | None:
+    """Write an example, and return None; return the reason if there is no example."""
+    _limit()
+    try:
+        arrays = _arrays(folder, kind)
+        np.savez(file, **arrays)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _limit() -> None:
+    with suppress(ImportError):  # Windows has no limits
+        import resource
+
+        limits = {resource.RLIMIT_CPU: _SECONDS, resource.RLIMIT_DATA: _MEMORY, resource.RLIMIT_FSIZE: _FILE}
+        for what, most in limits.items():
+            with suppress(ValueError, OSError):  # there is a lower limit already
+                resource.setrlimit(what, (most, most))
+
+
+def _arrays(folder: str, kind: str) -> dict[str, Any]:
+    from transformers import AutoProcessor
+
+    auto: Any = AutoProcessor
+    processor: Any = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    images = getattr(processor, "image_processor", None)
+    for setting in _PIECES:
+        if hasattr(images, setting):
+            setattr(images, setting, False)
+    failed: Exception | None = None
+    for way in _ways(processor, kind):
+        try:
+            batch = _in_time(way)
+        except Exception as error:
+            failed = failed or error
+            continue
+        return {name: value.numpy() for name, value in batch.items() if hasattr(value, "numpy")}
+    raise failed or TypeError(f"{type(processor).__name__} takes no {kind}")
+
+
+def _in_time(way: Callable[[], Any]) -> Any:
+    """Return the result of a call.
+
+    Raises:
+        TimeoutError: if it takes too long.
+    """
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {_WAY_SECONDS} seconds")
+
+    if not hasattr(signal, "setitimer"):
+        return way()
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, _WAY_SECONDS)
+    try:
+        return way()
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _ways(processor: Any, kind: str) -> Iterator[Callable[[], Any]]:
+    """Yield the calls that processors take, that of the chat template first."""
+    shown = _image() if kind == "image" else _sound(processor)
+    if isinstance(getattr(processor, "chat_template", None), str):
+        yield lambda: _chat(processor, kind, shown)
+    token = getattr(processor, f"{kind}_token", None)
+    marked = [f"{token}\n{_QUESTION}" if isinstance(token, str) else _QUESTION] * _ROWS
+    given = "images" if kind == "image" else "audio"
+    options = {"return_tensors": "pt", "padding": True}
+    yield lambda: processor(text=marked, **{given: [[shown]] * _ROWS}, **options)
+    yield lambda: processor(text=marked, **{given: [shown] * _ROWS}, **options)
+
+
+def _chat(processor: Any, kind: str, shown: Any) -> Any:
+    content = [{"type": kind, kind: shown}, {"type": "text", "text": _QUESTION}]
+    asked = [[{"role": "user", "content": content}]] * _ROWS
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    return processor.apply_chat_template(asked, processor_kwargs={"padding": True}, **options)
+
+
+def _image() -> Any:
+    from PIL import Image
+
+    across = np.broadcast_to(np.linspace(0, 255, _EDGE).astype(np.uint8), (_EDGE, _EDGE))
+    return Image.fromarray(np.stack([across, across.T, 255 - across], -1))
+
+
+def _sound(processor: Any) -> Any:
+    """Return a second of a sine wave."""
+    rate = getattr(getattr(processor, "feature_extractor", None), "sampling_rate", 16000)
+    return np.sin(np.arange(rate, dtype=np.float32) * 0.05)
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(main(*sys.argv[1:])))

@@ -1,0 +1,77 @@
+"""The tensors of a folder by name, read when they are requested."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from graftc.files.tensors.folder import Refusal, TensorFolder
+from graftc.specs.errors.diagnostics import GraftError
+
+_ANEW = "take the checkpoint anew from where it came"
+REFUSAL = Refusal("GC163", "GC101", _ANEW)
+
+
+class FolderTensors:
+    """The tensors in the safetensors files of a folder.
+
+    Args:
+        stored: the tensors of a transformers model.
+
+    Attributes:
+        stored: the tensors as given.
+        read: the names of the tensors that have been read.
+    """
+
+    def __init__(self, stored: TensorFolder) -> None:
+        self.stored, self.read = stored, set[str]()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stored
+
+    def ending(self, suffix: str) -> Iterator[str]:
+        """Return the names that end with a suffix, without it and in order."""
+        return (name.removesuffix(suffix) for name in sorted(self.stored) if name.endswith(suffix))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the sizes of a tensor."""
+        return self.stored.entries[name].shape
+
+    def kind(self, name: str) -> str:
+        """Return the element type of a tensor as the file names it: ``F8_E4M3``."""
+        return self.stored.entries[name].dtype
+
+    def get(self, name: str, *dtypes: torch.dtype, shape: Sequence[int | None] | None = None) -> Tensor:
+        """Read a tensor.
+
+        Args:
+            name: its name.
+            dtypes: the element types that it may have; any if none are given.
+            shape: the sizes that it must have, None for any size.
+
+        Raises:
+            GraftError: GC163 if it is missing, or has another type or shape.
+        """
+        if name not in self.stored:
+            damaged(f"{self.stored.path} has no {name}")
+        tensor = self.stored[name]
+        self.read.add(name)
+        if dtypes and tensor.dtype not in dtypes:
+            damaged(f"{name} is {_named(tensor.dtype)}, not {' or '.join(map(_named, dtypes))}")
+        fits = shape is None or len(shape) == tensor.dim()
+        if shape is not None and not (fits and all(w in (None, s) for w, s in zip(shape, tensor.shape, strict=True))):
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            damaged(f"{name} is {list(tensor.shape)}, not [{wanted}]")
+        return tensor
+
+
+def damaged(message: str, *, cause: BaseException | None = None) -> NoReturn:
+    """Raise GC163 for tensors that do not fit together."""
+    raise GraftError("GC163", message, hint=_ANEW) from cause
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

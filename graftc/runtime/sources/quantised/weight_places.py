@@ -1,0 +1,150 @@
+"""The places of a folder's quantised weights in a model that has no weights yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftc.compiler.resolve.quantise import is_turned
+from graftc.passes.core.packing.affine import Affine
+from graftc.passes.core.packing.floating import Floating
+from graftc.passes.core.packing.modules import Packed
+from graftc.passes.core.packing.ordered import Ordered
+from graftc.passes.core.packing.packing import PackedType
+from graftc.passes.core.packing.row_scaled import RowScaled
+from graftc.runtime.sources.folder_checks import converted_names
+from graftc.runtime.sources.quantised.folder_tensors import damaged
+from graftc.runtime.sources.quantised.weights import StoredWeight, unread
+
+_BY_ROWS = (Affine, RowScaled, Floating)
+"""Families, but for `Ordered`, whose parts are of rows, so that those of experts stack."""
+
+
+@dataclass(frozen=True)
+class PackedPlace:
+    """A parameter that is packed.
+
+    Attributes:
+        module: the module that has it.
+        parameter: its name there.
+        read: a function that reads its codes.
+    """
+
+    module: nn.Module
+    parameter: str
+    read: Callable[[], Packed]
+
+
+def places_of(model: Any, stored: Iterable[StoredWeight]) -> list[PackedPlace]:
+    """Return the parameters that quantised weights are for, and take them out of the model.
+
+    Loading then does not miss them. Modules that transpose become plain linear maps.
+
+    Args:
+        model: a model of transformers, on the meta device.
+        stored: the weights.
+
+    Raises:
+        GraftError: GC163 if the model has no place for a weight, GC161 if several weights that form one cannot be
+            joined without quantising again.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, dot_natural_key
+
+    converters = [e for e in get_model_conversion_mapping(model, None, None) if isinstance(e, WeightConverter)]
+    ordered, known = sorted(stored, key=lambda weight: dot_natural_key(weight.name)), model.state_dict()
+    names = converted_names(model, [weight.name for weight in ordered], known)
+    by_target: dict[str, list[tuple[str | None, StoredWeight]]] = {}
+    for weight in ordered:
+        target, source = names[weight.name]
+        if target not in known:
+            damaged(f"{type(model).__name__} has no place for {weight.name}")
+        by_target.setdefault(target, []).append((source, weight))
+    places = []
+    for target, weights in by_target.items():
+        path, _, name = target.rpartition(".")
+        module = model.get_submodule(path)
+        if weights[0][0] is None and name == "weight":
+            module = _as_linear(model, path, module)
+        parameter = module._parameters.get(name)
+        if parameter is None:
+            damaged(f"{target} of {type(model).__name__} is not a parameter")
+        shape, dtype = tuple(parameter.shape), parameter.dtype
+        if weights[0][0] is None:
+            read = _single(weights[0][1], shape, dtype)
+        else:
+            sources = {source: converter for converter in converters for source in converter.source_patterns}
+            read = _joined(target, weights, sources[str(weights[0][0])], shape, dtype)
+        module._parameters[name] = None
+        module.__dict__[name] = parameter.detach()  # for code that initialises all tensors of a module; it is on meta
+        module._is_hf_initialized = True
+        places.append(PackedPlace(module, name, read))
+    return places
+
+
+def _as_linear(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Return a linear map ``[out, in]``: the module itself, or what replaces it in the model if it is ``[in, out]``."""
+    if not is_turned(module):
+        return module
+    weight = module._parameters["weight"]
+    assert weight is not None
+    linear = nn.Linear(weight.shape[0], weight.shape[1], dtype=weight.dtype, device="meta")
+    linear.train(module.training)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, linear)
+    return linear
+
+
+def _single(weight: StoredWeight, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Packed]:
+    return lambda: weight.read(shape, dtype)
+
+
+def _joined(
+    target: str,
+    weights: Sequence[tuple[str | None, StoredWeight]],
+    converter: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Callable[[], Packed]:
+    """Return a function that reads the weights of experts, which are one weight in the model."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    known = len(converter.operations) in (1, 2)
+    known = known and all(map(isinstance, converter.operations, (MergeModulelist, Concatenate)))
+    parts = [[weight for source, weight in weights if source == pattern] for pattern in converter.source_patterns]
+    if not known or len(shape) != 3:
+        unread(f"{target} is made of {len(weights)} weights in a way that quantised ones are not")
+    if any(len(part) != shape[0] for part in parts) or shape[1] % len(parts):
+        damaged(f"{target} is of {shape[0]} experts, and {[len(part) for part in parts]} weights are there")
+
+    def read() -> Packed:
+        single = shape[1] // len(parts), shape[2]
+        packed = [[weight.read(single, dtype) for weight in weights] for weights in parts]
+        kinds = {own for weights in packed for own, _ in weights}
+        own = next(iter(kinds))
+        if len(kinds) > 1 or not _joins(own, single):
+            unread(f"{target} is made of weights that are quantised in ways that do not join")
+        packing = own.packing
+        if isinstance(packing, Floating) and packing.rows == 0:
+            packing = replace(packing, rows=single[0])
+        stacked = [[torch.stack(part) for part in zip(*(p for _, p in weights), strict=True)] for weights in packed]
+        whole = tuple(_cat(part) for part in zip(*stacked, strict=True))
+        return PackedType(packing, shape, dtype), whole
+
+    return read
+
+
+def _joins(own: PackedType, single: tuple[int, int]) -> bool:
+    """Return whether parts consist of rows, and blocks end at the last row of each weight."""
+    if not isinstance(own.packing, _BY_ROWS) or isinstance(own.packing, Ordered):
+        return False
+    rows = getattr(own.packing, "rows", 1)
+    return not rows or single[0] % rows == 0
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts), dim=1) if len(parts) > 1 else parts[0]

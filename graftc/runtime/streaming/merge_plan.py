@@ -1,0 +1,180 @@
+"""The plan of a merge, checked as a whole before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftc.files.tensors.folder import TensorFolder
+from graftc.files.tensors.headers import Shard, StoredTensor
+from graftc.files.tensors.writing import FLOATING
+from graftc.runtime.streaming.places import FoldPlace, places_of
+from graftc.runtime.streaming.unfolded import BlockMaps
+from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.regular_files import read_regular
+
+__all__ = ["MergePlan", "make_plan", "stored_config"]
+
+_SHOWN = 30
+"""How many wrong tensors an error lists."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that is to be done.
+
+    Attributes:
+        checkpoint: the base.
+        updates: the adapter.
+        places: the places to fold, by rows.
+        dtype: the type that 16-bit tensors are written in; None for their own.
+        maps: compiled maps, each used for all places of a kind.
+    """
+
+    checkpoint: TensorFolder
+    updates: AdapterUpdates
+    places: tuple[FoldPlace, ...]
+    dtype: str | None
+    maps: BlockMaps = field(default_factory=BlockMaps, repr=False)
+
+    @cached_property
+    def replacements(self) -> dict[str, Replacement]:
+        """Trained copies, by the names of the tensors that they replace."""
+        return {item.tensor: item for item in self.updates.replacements}
+
+    def places_in(self, shard: Shard) -> list[FoldPlace]:
+        """Return the places whose weight or bias is in a file."""
+
+        def touched(place: FoldPlace) -> bool:
+            names = {place.weight.tensor} | ({place.bias.tensor} if place.bias is not None else set())
+            return not names.isdisjoint(shard.tensors)
+
+        return [place for place in self.places if touched(place)]
+
+    def replaced_in(self, shard: Shard) -> list[Replacement]:
+        """Return the trained copies that replace tensors of a file."""
+        return [item for name, item in self.replacements.items() if name in shard.tensors]
+
+    def written(self, stored: StoredTensor) -> str:
+        """Return the element type that a tensor is written in."""
+        widened = self.dtype is not None and stored.dtype in ("F16", "BF16")
+        return self.dtype if widened and self.dtype is not None else stored.dtype
+
+
+def make_plan(checkpoint: TensorFolder, updates: AdapterUpdates, dtype: str | None = None) -> MergePlan:
+    """Return the plan of a merge, after checking that the adapter fits the checkpoint.
+
+    Args:
+        checkpoint: the base.
+        updates: the adapter.
+        dtype: ``"F32"``, or None for the base's own types.
+
+    Raises:
+        GraftError: GC102 with everything that does not fit, GC103 if the base is quantised, GC104 if the adapter
+            changes no stored tensor.
+    """
+    _check_floating(checkpoint, updates)
+    tensors = checkpoint.entries
+    wrong = [problem for update in updates.updates for problem in _wrong_slices(update, tensors)]
+    wrong += [problem for item in updates.replacements for problem in _wrong_copy(item, tensors)]
+    if not updates.updates and not updates.replacements:
+        raise GraftError("GC104", "the adapter changes no stored tensor")
+    _raise(checkpoint, wrong)
+    plan = MergePlan(checkpoint, updates, tuple(places_of(updates.updates)), dtype)
+    _raise(checkpoint, [problem for place in plan.places for problem in _wrong_parts(plan, place)])
+    return plan
+
+
+def _raise(checkpoint: TensorFolder, wrong: list[str]) -> None:
+    if not wrong:
+        return
+    more = [f"... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+    raise GraftError(
+        "GC102",
+        f"the adapter does not fit {checkpoint.path}: {wrong[0]}",
+        hint="give the base that the adapter was trained on",
+        details=[*wrong[1:_SHOWN], *more],
+    )
+
+
+def stored_config(folder: Path) -> dict[str, Any]:
+    """Return the config of a model's folder; empty if there is none.
+
+    Raises:
+        GraftError: GC100 if it cannot be read, or is not a table.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise GraftError("GC100", f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise GraftError("GC100", f"{path} is not a table")
+    return data
+
+
+def _check_floating(checkpoint: TensorFolder, updates: AdapterUpdates) -> None:
+    config = stored_config(checkpoint.path)
+    hint = "merge in memory (--base full), without --stream; or give the model it was quantised from: --model FOLDER"
+    if config.get("quantization_config"):
+        raise GraftError("GC103", f"{checkpoint.path} is quantised, and rounding is no longer what it was", hint=hint)
+    tensors = checkpoint.entries
+    changed = [own.tensor for u in updates.updates for own in (u.weight, u.bias) if own is not None]
+    changed += [item.tensor for item in updates.replacements]
+    for name in changed:
+        stored = tensors.get(name)
+        if stored is not None and stored.dtype not in FLOATING:
+            raise GraftError("GC103", f"{name} of {checkpoint.path} is stored as {stored.dtype}", hint=hint)
+
+
+def _wrong_slices(update: SiteUpdate, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+    for own in (update.weight, update.bias):
+        if own is None:
+            continue
+        stored = tensors.get(own.tensor)
+        if stored is None:
+            yield f"there is no {own.tensor}, which {update.adaptation!r} changes"
+        elif stored.shape != own.shape:
+            yield f"{own.tensor} is {list(stored.shape)}, and {update.adaptation!r} is for {list(own.shape)}"
+
+
+def _wrong_copy(item: Replacement, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
+    stored = tensors.get(item.tensor)
+    if stored is None:
+        yield f"there is no {item.tensor}, which {item.adaptation!r} replaces"
+    elif stored.shape != tuple(item.value.shape):
+        yield f"{item.tensor} is {list(stored.shape)}, and {item.adaptation!r} has {list(item.value.shape)} for it"
+    elif not bool(torch.isfinite(item.value).all()):
+        yield f"what {item.adaptation!r} has for {item.tensor} is not finite"
+
+
+def _wrong_parts(plan: MergePlan, place: FoldPlace) -> Iterator[str]:
+    """Yield what is wrong with the adapter's tensors at a place: sizes that do not fit, or values that are not finite.
+
+    Raises:
+        GraftError: GC103 for a missing tensor.
+    """
+    full = plan.maps.of(place.chain, place.weight.count)
+    for update in place.chain:
+        where = f"{update.adaptation!r} at {update.site}"
+        for part, shape in full.shapes[update.adaptation].items():
+            tensor = update.parts.get(part)
+            if tensor is None:
+                message = f"{where} has no {part} in its file, which follows from the model"
+                hint = "import it with graftc import-peft, and merge the artifact"
+                raise GraftError("GC103", message, hint=hint)
+            actual = tuple(tensor.shape)
+            least = len(actual) == len(shape) and all(a >= b for a, b in zip(actual, shape, strict=True))
+            if not (actual == shape or (least and part in full.shared[update.adaptation])):
+                yield f"{part} of {where} is {list(actual)}, not {list(shape)}"
+            elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                yield f"{part} of {where} is not finite"

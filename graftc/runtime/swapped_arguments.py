@@ -1,0 +1,140 @@
+"""Detecting swapped or misplaced arguments of `compile` and similar functions, by what they are."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from graftc.runtime.sources.folder_kinds import is_adapter, reader_of
+from graftc.specs.base_model import SpecModel
+from graftc.specs.errors.arguments import as_path
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import shown
+from graftc.specs.foreign import is_foreign
+
+__all__ = ["check_adapter_and_base", "check_folder_and_model", "check_spec_and_model"]
+
+_OTHERS = ("a tokenizer", "example inputs", "a config of transformers")
+_SPECS = ("a spec", "a config of PEFT")
+
+
+def check_spec_and_model(function: str, spec: Any, model: Any, call: str = "spec, model") -> None:
+    """Raise an error that says what was passed as the spec or the model, if it is another object used in training.
+
+    Args:
+        function: the name of the function that was called, for the hint.
+        spec, model: its first two arguments.
+        call: the names of its arguments, for the hint.
+
+    Raises:
+        GraftError: GC073.
+    """
+    one, two = _kind(spec), _kind(model)
+    usage = f"{function}({call})"
+    if one in ("a model", *_OTHERS):
+        message = f"{one} stands where the spec goes: {_shown(spec)}"
+        if one == "a model" and two in (*_SPECS, "a path"):
+            raise _swapped(message, two, usage)
+        raise GraftError("GC073", message, hint=f"{usage}: first what to adapt, then the model")
+    if two in (*_SPECS, *_OTHERS):
+        message = f"{two} stands where the model goes: {_shown(model)}"
+        raise GraftError("GC073", message, hint=f"{usage}: the model is an nn.Module")
+
+
+def check_folder_and_model(function: str, folder: Any, model: Any, *, by_name: bool = False) -> None:
+    """Raise an error that says what was passed as a folder, or as the model for its content, if it is neither.
+
+    Args:
+        function: the name of the function that was called, for the hint.
+        folder, model: its first two arguments; both may be None.
+        by_name: whether the model may also be given as a path or an id.
+
+    Raises:
+        GraftError: GC073.
+    """
+    one, two = _kind(folder), _kind(model)
+    usage = f"{function}(folder, model)"
+    if one in ("a model", *_SPECS, *_OTHERS) and not _are_paths(folder):
+        message = f"{one} stands where the folder goes: {_shown(folder)}"
+        if one == "a model" and (two == "a path" or _are_paths(model)):
+            raise _swapped(message, "a path" if two == "a path" else "paths", usage)
+        hint = f"{usage}: first where the files are, then their base"
+        if one in _SPECS:
+            hint = "graftc.compile(spec, model) makes an adapted model of a spec"
+        raise GraftError("GC073", message, hint=hint)
+    if two in (*_SPECS, *_OTHERS) or (two == "a path" and not by_name):
+        message = f"{two} stands where the model goes: {_shown(model)}"
+        reader = reader_of(as_path(model)) if two == "a path" and model else None
+        raise GraftError("GC073", message, hint=f"{usage}: {reader or 'the model is an nn.Module'}")
+
+
+def check_adapter_and_base(function: str, adapter: Any, base: Any) -> None:
+    """Refuse the folders of an adapter and of its base if they are swapped, or anything else that was passed as one.
+
+    Args:
+        function: the name of the function that was called, for the hint.
+        adapter, base: its first two arguments; the second may be None.
+
+    Raises:
+        GraftError: GC073.
+    """
+    usage = f"{function}(adapter, model)"
+    for value, place in ((adapter, "adapter"), (base, "base")):
+        if (kind := _kind(value)) not in ("", "a path"):
+            message = f"{kind} stands where the folder of the {place} goes: {_shown(value)}"
+            raise GraftError("GC073", message, hint=f"{usage}: both are folders, and compiled.merge() merges in memory")
+    if _kind(adapter) == _kind(base) == "a path" and is_adapter(as_path(base)) and not is_adapter(as_path(adapter)):
+        message = f"{_shown(base)} is an adapter and stands where the base goes"
+        raise GraftError("GC073", message, hint=f"swap them: {usage}")
+
+
+def _swapped(message: str, other: str, usage: str) -> GraftError:
+    return GraftError("GC073", f"{message}, and {other} where the model goes", hint=f"swap them: {usage}")
+
+
+def _shown(value: Any) -> str:
+    return shown(os.fspath(value)) if isinstance(value, str | os.PathLike) else f"a {type(value).__name__}"
+
+
+def _are_paths(value: Any) -> bool:
+    """Return whether a value is several folders, in order or by name."""
+    values = list(value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ())
+    return bool(values) and all(isinstance(path, str | os.PathLike) for path in values)
+
+
+def _kind(value: Any) -> str:
+    """Return what a value is in a training, in words; an empty string for anything else."""
+    if isinstance(value, nn.Module):
+        return "a model"
+    if isinstance(value, str | os.PathLike):
+        return "a path"
+    if is_foreign(value):
+        return "a config of PEFT"
+    if isinstance(value, SpecModel):
+        return "a spec"
+    if _is_a(value, "transformers.tokenization_utils_base", "PreTrainedTokenizerBase") or _is_a(
+        value, "transformers.processing_utils", "ProcessorMixin"
+    ):
+        return "a tokenizer"
+    if _is_a(value, "transformers.configuration_utils", "PreTrainedConfig"):
+        return "a config of transformers"
+    if isinstance(value, torch.Tensor):
+        return "example inputs"
+    if isinstance(value, Mapping):
+        if any(isinstance(part, torch.Tensor) for part in value.values()):
+            return "example inputs"
+        return "a spec" if "adapt" in value or "patterns" in value else ""
+    if isinstance(value, list | tuple) and value and all(isinstance(part, torch.Tensor) for part in value):
+        return "example inputs"
+    return ""
+
+
+def _is_a(value: Any, module: str, name: str) -> bool:
+    """Return whether a value is an instance of a class, which need not have been imported."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and isinstance(value, kind)

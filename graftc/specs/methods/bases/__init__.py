@@ -1,0 +1,1 @@
+"""Bases that several specs of methods share; none of them is a method."""
