@@ -12,10 +12,10 @@ _FACADE = {
     "GraftWarning": "graftc.specs.errors.diagnostics",
     "Spec": "graftc.specs.document",
     "load_spec": "graftc.specs.io",
-    "Certificate": "graftc.compiler.folding.certificate",
+    "Certificate": "graftc.records.certificate",
     "Compiled": "graftc.runtime.compiled",
     "Merged": "graftc.runtime.deploy.merged",
-    "Report": "graftc.compiler.inspect.report",
+    "Report": "graftc.records.report",
     "Selection": "graftc.compiler.resolve.selection",
     "compile": "graftc.runtime.api",
     "check": "graftc.runtime.api",
@@ -28,7 +28,7 @@ _FACADE = {
     "tune": "graftc.applications.recipes.tune",
     "pet": "graftc.applications.pet.recipe",
     "plan": "graftc.applications.planner.planning",
-    "MemoryPlan": "graftc.applications.planner.memory_plan",
+    "MemoryPlan": "graftc.records.memory",
     "methods": "graftc.specs.listing",
     "TrainingLog": "graftc.runtime.training.log",
     "read_log": "graftc.runtime.training.curves",
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 
     from graftc import extend, testing
     from graftc.applications.pet.recipe import pet
-    from graftc.applications.planner.memory_plan import MemoryPlan
     from graftc.applications.planner.planning import plan
     from graftc.applications.recipes.tune import tune
-    from graftc.compiler.folding.certificate import Certificate
-    from graftc.compiler.inspect.report import Report
     from graftc.compiler.resolve.selection import Selection
+    from graftc.records.certificate import Certificate
+    from graftc.records.memory import MemoryPlan
+    from graftc.records.report import Report
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, import_peft, load, load_base, roles, select
     from graftc.runtime.compiled import Compiled

@@ -6,24 +6,8 @@ from typing import Annotated
 
 import typer
 
-from graftc.cli.commands.card import card
-from graftc.cli.commands.chat import chat
-from graftc.cli.commands.check import check
-from graftc.cli.commands.compile import compile
-from graftc.cli.commands.convert import convert
-from graftc.cli.commands.demo import demo
-from graftc.cli.commands.diff import diff
-from graftc.cli.commands.export import export
-from graftc.cli.commands.generate import generate
-from graftc.cli.commands.import_peft import import_peft
-from graftc.cli.commands.inspect import inspect
-from graftc.cli.commands.merge import merge
-from graftc.cli.commands.methods import methods
-from graftc.cli.commands.pet import pet
-from graftc.cli.commands.roles import roles
-from graftc.cli.commands.schema import schema
-from graftc.cli.commands.verify import verify
 from graftc.cli.output import without_colours
+from graftc.cli.registry import commands
 
 __all__ = ["build_app"]
 
@@ -43,9 +27,8 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(epilog=_EPILOG)(_graftc)
-    working = (compile, import_peft, inspect, merge, convert, export, card, verify, diff, generate, chat, pet)
-    for command in (*working, check, roles, methods, schema, demo):
-        app.command()(command)
+    for name, command in commands().items():
+        app.command(name)(command)
     return app
 
 

@@ -40,9 +40,9 @@ def methods(incomplete: str) -> list[tuple[str, str]]:
 
 def schemas(incomplete: str) -> list[str]:
     """Return the names of published schemas."""
-    from graftc.cli.results.publish import SCHEMA_NAMES
+    from graftc.cli.schemas import schema_names
 
-    return [name for name in SCHEMA_NAMES if name.startswith(incomplete)]
+    return [name for name in schema_names() if name.startswith(incomplete)]
 
 
 def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:

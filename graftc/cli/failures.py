@@ -40,10 +40,8 @@ def show_failure(error: Exception, out: Watched, *, as_json: bool) -> int:
     from graftc.cli.output import print_coded, print_json
 
     if as_json:
-        from graftc.cli.results.base import ErrorResult
-
         with contextlib.suppress(OSError):  # `finish` reports it
-            print_json(ErrorResult.model_validate({"error": coded.to_json()}))
+            print_json({"error": coded.to_json()})
     else:
         print_coded(coded, "red")
     return coded.exit_code

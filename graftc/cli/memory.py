@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
+from graftc.records.memory import PlannedMemory
+from graftc.specs.errors.text import size_text
+
 if TYPE_CHECKING:
-    from graftc.applications.planner.memory_plan import MemoryPlan
-    from graftc.applications.planner.table import Row
+    pass
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = [
     "Accumulate",
-    "Asked",
     "BaseDType",
     "Batch",
     "Checkpoint",
@@ -25,7 +29,7 @@ __all__ = [
     "MemoryBudget",
     "Methods",
     "Optimizer",
-    "PlannedMemory",
+    "PlanningOptions",
     "Tokens",
     "plan_memory",
     "print_memory",
@@ -116,7 +120,7 @@ Methods: TypeAlias = Annotated[
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanningOptions:
     """The options of planning.
 
     Attributes:
@@ -133,64 +137,47 @@ class Asked:
     options: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class PlannedMemory:
-    """The result of planning.
-
-    Attributes:
-        plan: the plan for the spec.
-        rows: the rows of the table, empty without one.
-    """
-
-    plan: MemoryPlan
-    rows: Sequence[Row]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the result as plain data."""
-        return {"plan": self.plan.to_json(), "table": [row.to_json() for row in self.rows]}
-
-
-def plan_memory(spec: Any, model: Any, inputs: Any, asked: Asked, told: Callable[[str], None]) -> PlannedMemory:
+def plan_memory(
+    spec: Any, model: Any, inputs: Any, given: PlanningOptions, told: Callable[[str], None]
+) -> PlannedMemory:
     """Plan the memory for a spec, and for other methods if they are requested."""
     from graftc.applications.planner.planning import fitted, workbench
     from graftc.applications.planner.sizes import bytes_of
     from graftc.applications.planner.table import USUAL, Size, rows, specs_of
 
-    budget = None if asked.budget is None else bytes_of(asked.budget)
-    named = [name.strip() for name in (asked.methods or "").split(",") if name.strip()]
+    budget = None if given.budget is None else bytes_of(given.budget)
+    named = [name.strip() for name in (given.methods or "").split(",") if name.strip()]
     others = specs_of(USUAL if named == ["usual"] else named, spec)
     told("planning")
-    bench = workbench(spec, model, inputs, **asked.options)
-    plan = bench.plan(asked.batch, asked.sequence)
+    bench = workbench(spec, model, inputs, **given.options)
+    plan = bench.plan(given.batch, given.sequence)
     if budget is not None:
         plan = fitted(bench, plan, budget) if not others else bench.fitted(plan, budget)
-    options = {name: value for name, value in asked.options.items() if name not in ("checkpoint", "optimizer")}
-    size = Size(asked.batch, asked.sequence, budget)
-    return PlannedMemory(plan, list(rows(others, model, inputs, size, told, **options)))
+    options = {name: value for name, value in given.options.items() if name not in ("checkpoint", "optimizer")}
+    size = Size(given.batch, given.sequence, budget)
+    return PlannedMemory(plan, tuple(rows(others, model, inputs, size, told, **options)))
 
 
-def print_memory(planned: PlannedMemory) -> None:
+def print_memory(planned: PlannedMemory, to: Console) -> None:
     """Print the plan and the table."""
-    from graftc.applications.planner.sizes import shown
-    from graftc.cli.output import console, print_table
+    from graftc.cli.output import print_table
 
-    to = console()
     to.print()
     to.print(str(planned.plan), soft_wrap=True, markup=False)
-    if not planned.rows:
+    if not planned.table:
         return
     to.print()
     bounded = planned.plan.budget is not None
     columns = ["method", "base", "checkpointing", "loss", "optimizer", "peak"]
     columns += ["fits", "largest batch", "longest sequence"] if bounded else []
     lines = []
-    for row in planned.rows:
+    for row in planned.table:
         line = [row.method, row.quantize or "as it is", "yes" if row.checkpoint else "no"]
         line += ["chunked" if row.chunked else "whole"]
         if row.plan is None:
             lines.append([*line, row.reason, *[""] * (len(columns) - 5)])
             continue
-        line += [row.plan.optimizer, shown(row.plan.peak)]
+        line += [row.plan.optimizer, size_text(row.plan.peak)]
         if bounded:
             longest = row.plan.largest_sequence
             line += ["yes" if row.plan.fits else "no", str(row.plan.largest_batch)]

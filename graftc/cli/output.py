@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from graftc.passes.core.progress import listening
 from graftc.specs.errors.diagnostics import GraftWarning
-from graftc.specs.errors.text import printable
+from graftc.specs.errors.text import encodable, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from graftc.cli.results.base import Result
-    from graftc.passes.core.pass_context import PassRecord
+    from graftc.records.passes import PassRecord
 
 __all__ = [
     "console",
@@ -64,17 +63,16 @@ def error_console() -> Console:
     return console(sys.stderr)
 
 
-def print_json(result: Result | Mapping[str, Any]) -> None:
+def print_json(data: Mapping[str, Any]) -> None:
     """Print JSON on the standard output, one key a line.
 
     A value that JSON cannot represent is a bug, and does not become null.
     """
-    data = result if isinstance(result, Mapping) else result.to_json()
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(encodable(data), indent=2, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        text = json.dumps(data, indent=2, allow_nan=False)
+        text = json.dumps(encodable(data), indent=2, allow_nan=False)
     # Characters that JSON does not escape may still control a terminal.
     sys.stdout.write(printable(text, r"\u{:04x}") + "\n")
     sys.stdout.flush()
@@ -116,14 +114,14 @@ def print_table(
     to.print(table)
 
 
-def print_figures(passes: Iterable[PassRecord]) -> None:
+def print_figures(passes: Iterable[PassRecord], to: Console) -> None:
     """Print the figures that passes of plugins report, and an empty line; print nothing if there are none."""
-    from graftc.compiler.inspect.pass_figures import COLUMNS, figure_rows
+    from graftc.records.passes import FIGURE_COLUMNS, figure_rows
 
     rows = [row.cells() for row in figure_rows(passes)]
     if rows:
-        print_table(console(), COLUMNS, rows, right=COLUMNS[-1:])
-        console().print()
+        print_table(to, FIGURE_COLUMNS, rows, right=FIGURE_COLUMNS[-1:])
+        to.print()
 
 
 def print_lines(to: Console, lines: Iterable[str], style: Callable[[str], str]) -> None:

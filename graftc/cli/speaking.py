@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO, TypeAlias
 
 import typer
+from annotated_types import Ge
 
 from graftc.cli import completion
+from graftc.records.diagnostics import Diagnostic
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import printable
+from graftc.specs.records.record import Record
 
 if TYPE_CHECKING:
-    from graftc.applications.chat.answering import Answer, Settings
+    from graftc.applications.chat.answering import Settings
     from graftc.applications.chat.opening import TextModel
+    from graftc.records.answers import Answer
 
 __all__ = [
     "AdapterOption",
@@ -27,6 +32,7 @@ __all__ = [
     "NumBeams",
     "SampleOption",
     "SeedOption",
+    "SpokenResult",
     "SystemOption",
     "Temperature",
     "TextArgument",
@@ -107,6 +113,50 @@ DeviceOption: TypeAlias = Annotated[
 NoCache: TypeAlias = Annotated[
     bool, typer.Option("--no-cache", help="Compute the whole text for every token: slow, but any adaptation can.")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpokenResult(Record):
+    """Who answered, and how. What is null of drawing tokens is as the model's `generation_config` says."""
+
+    path: str
+    """The DIR argument."""
+
+    kind: Literal["artifact", "model", "onnx", "peft"]
+    """What it holds: an artifact, a whole model, or an adapter of PEFT's."""
+
+    adapter: str | None
+    """The `--adapter` option."""
+
+    base: bool
+    """Whether the base answered, without adaptations."""
+
+    max_new_tokens: Annotated[int, Ge(1)]
+    """Tokens of an answer at most."""
+
+    sample: bool | None
+    """Whether tokens were drawn."""
+
+    temperature: float | None
+    """What logits were divided by."""
+
+    top_k: int | None
+    """From how many tokens was drawn."""
+
+    top_p: float | None
+    """What probability these had together."""
+
+    num_beams: int | None
+    """Beams of the search."""
+
+    seed: int | None
+    """Seed of what was drawn, for each answer."""
+
+    use_cache: bool
+    """Whether keys and values of tokens were kept."""
+
+    warnings: tuple[Diagnostic, ...] = ()
+    """Warnings."""
 
 
 class Drawing(NamedTuple):
@@ -191,22 +241,22 @@ def writer(to: TextIO) -> Callable[[str], None]:
     return write
 
 
-def speed(answers: list[Answer]) -> str:
+def speed(answers: Sequence[Answer]) -> str:
     """Return a line with the time that answers took."""
     tokens, seconds = sum(len(a.ids) for a in answers), sum(a.seconds for a in answers)
     parts = [f"{tokens} {'token' if tokens == 1 else 'tokens'} in {seconds:.1f} s"]
-    streamed = [(len(a.ids) - 1, a.seconds - a.first) for a in answers if a.first is not None and len(a.ids) > 1]
+    firsts = [(len(a.ids) - 1, a.seconds, first) for a in answers if (first := a.first_token_seconds) is not None]
+    streamed = [(count, seconds - first) for count, seconds, first in firsts if count > 0]
     if streamed and (took := sum(each for _, each in streamed)) > 0:
         parts.append(f"{sum(count for count, _ in streamed) / took:.1f} tokens/s")
     elif seconds > 0:
         parts.append(f"{tokens / seconds:.1f} tokens/s")
-    firsts = [a.first for a in answers if a.first is not None]
     if firsts:
-        parts.append(f"the first after {sum(firsts) / len(firsts):.2f} s")
+        parts.append(f"the first after {sum(first for *_, first in firsts) / len(firsts):.2f} s")
     return ", ".join(parts)
 
 
-def report(answers: list[Answer]) -> None:
+def report(answers: Sequence[Answer]) -> None:
     """Print the time that answers took, on the standard error."""
     from graftc.cli.output import error_console
 

@@ -23,10 +23,10 @@ from graftc.compiler.roles.structure import Structure
 from graftc.compiler.source_watch import SourceWatch
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Entry, Mode, ProgramKey, Signature, Stage
-from graftc.passes.core.pass_context import PassRecord
 from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, SiteKey
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.tensor_edits import TensorEdits
+from graftc.records.passes import PassRecord
 from graftc.specs.compose import CompositionSpec
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError

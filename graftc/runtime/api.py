@@ -19,7 +19,7 @@ from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, request
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.inspect.report import Report, report
+from graftc.compiler.inspect.report import report
 from graftc.compiler.inspect.snapshot import Snapshot, base_snapshot
 from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import StartingPoint, compile_model
@@ -30,6 +30,7 @@ from graftc.compiler.roles.structure import Structure, roles_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.progress import asked
 from graftc.passes.core.weights.store import Store
+from graftc.records.report import Report
 from graftc.runtime.artifact.written import follow
 from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.model.runner import Source, runner_of

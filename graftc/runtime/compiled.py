@@ -19,10 +19,10 @@ from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.requantise import BaseForm
-from graftc.compiler.inspect.report import Report
 from graftc.compiler.inspect.summary import summary
 from graftc.compiler.inspect.tree import model_tree
 from graftc.passes.core.ir.program_key import Mode
+from graftc.records.report import Report
 from graftc.runtime import offered
 from graftc.runtime.interop.wrapping import refuse_wrapping
 from graftc.runtime.model.printed import printed
@@ -36,9 +36,9 @@ from graftc.specs.compose import Parallel
 from graftc.specs.options.exports import FileType
 
 if TYPE_CHECKING:
-    from graftc.compiler.inspect.explanation import Explanation
     from graftc.compiler.inspect.snapshot import Snapshot
     from graftc.compiler.roles.structure import Structure
+    from graftc.records.explanation import Explanation
     from graftc.runtime.deploy.merged import Merged
     from graftc.runtime.deploy.partial import Partial
     from graftc.runtime.deploy.tensor_stream import MergedTensors

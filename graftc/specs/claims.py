@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
 
-__all__ = ["Claims", "FoldKind", "SiteKind"]
+from graftc.specs.records.record import Listed, Record
+
+__all__ = ["Claims", "FoldKind", "MethodInfo", "SiteKind"]
 
 
 class SiteKind(StrEnum):
@@ -29,32 +32,35 @@ class FoldKind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Claims:
-    """The claims of one method.
-
-    Attributes:
-        sites: the kinds of site that it can adapt; never empty.
-        identity_at_init: whether the adapted model computes exactly what the base computes before training.
-        folds: whether and how it folds.
-        bankable: whether several adaptations of one shape can share a bank. Default False.
-        inert: names of tensor parts that legitimately have no gradient at first, or patterns of them (``*_gate``).
-            Default none.
-        up: names of the parts that are the factor next to the output in a low-rank product ``B A``, to which LoRA+
-            (Hayou et al. 2024) gives a larger learning rate. Default none.
-        undecayed: names of parts, or patterns of them, that have two axes or more although they are gates, scores or
-            biases, so that weight decay does not apply to them, as for vectors. Default none.
+class Claims(Record, unstated=("up", "undecayed")):
+    """What a method claims about itself; the contract tests check it.
 
     Raises:
         ValueError: if ``sites`` is empty.
     """
 
-    sites: frozenset[SiteKind]
+    sites: Annotated[frozenset[SiteKind], Listed()]
+    """The kinds of site that it can adapt."""
+
     identity_at_init: bool
+    """Whether the adapted model computes exactly what the base computes before training."""
+
     folds: FoldKind
+    """Whether and how it folds into base weights."""
+
     bankable: bool = False
-    inert: frozenset[str] = field(default_factory=frozenset)
-    up: frozenset[str] = field(default_factory=frozenset)
-    undecayed: frozenset[str] = field(default_factory=frozenset)
+    """Whether several adaptations of one shape can share a bank."""
+
+    inert: Annotated[frozenset[str], Listed()] = frozenset()
+    """Parts that legitimately get no gradient at first."""
+
+    up: frozenset[str] = frozenset()
+    """Names of the parts that are the factor next to the output in a low-rank product ``B A``, to which LoRA+ (Hayou et
+    al. 2024) gives a larger learning rate."""
+
+    undecayed: frozenset[str] = frozenset()
+    """Names of parts, or patterns of them, that have two axes or more although they are gates, scores or biases, so
+    that weight decay does not apply to them, as for vectors."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", frozenset(SiteKind(s) for s in self.sites))
@@ -63,3 +69,23 @@ class Claims:
             object.__setattr__(self, name, frozenset(getattr(self, name)))
         if not self.sites:
             raise ValueError("a method claims at least one kind of site")
+
+
+@dataclass(frozen=True)
+class MethodInfo(Record, published="MethodData"):
+    """One method."""
+
+    tag: str
+    """What a spec writes as `method`."""
+
+    summary: str
+    """One sentence."""
+
+    paper: str
+    """The papers to cite, separated by `; `; empty where there is none."""
+
+    claims: Claims
+    """What it claims."""
+
+    module: str
+    """The module that defines its spec; a plugin's lies outside of graftc."""

@@ -9,9 +9,10 @@ EVIDENCE = {
     **{"site": "a", "adaptations": ["x"], "change": 0.5, "algebra": 0.0, "rounding": 0.5},
     "retention": RETENTION,
 }
+UNCHANGED = {**EVIDENCE, "site": "b", "retention": {"norm": 0.0, "error": 1.0, "entries": 0.0}}
 ANCHOR = {"inputs": "input_ids", "mode": "eval", "difference": 0.0, "bound": 1e-5, "exact": True, "skipped": ""}
 CERTIFICATE: dict[str, Any] = {
-    **{"passed": True, "sites": [EVIDENCE], "outputs": {"logits": 1e-6}, "budget": 1e-4, "structure": "1"},
+    **{"passed": True, "sites": [EVIDENCE, UNCHANGED], "outputs": {"logits": 1e-6}, "budget": 1e-4, "structure": "1"},
     **{"base_structure": "1", "additions": [], "fingerprint": "2", "dtype": "float32", "notes": []},
     "collapses": [{"adaptation": "x", "site": "a", "routings": 4, "error": 0.1}],
     "anchors": [ANCHOR],
@@ -46,17 +47,21 @@ REPORT: dict[str, Any] = {
     },
 }
 AGREEMENT = {"passed": True, "same_predictions": 1.0, "largest_difference": 1e-6, "tolerance": 1e-4}
+SCORE, BETTER = {"accuracy": 0.5, "macro_f1": 0.5}, {"accuracy": 0.9, "macro_f1": 0.9}
 DEMO: dict[str, Any] = {
     **{"passed": True, "failures": [], "quick": True, "examples": {"train": 9, "test": 3}},
-    "scores": {side: {"accuracy": 0.5, "macro_f1": 0.5} for side in ("before", "after")} | {"baseline": None},
+    "scores": {"before": SCORE, "after": BETTER, "baseline": None},
     **{"report": REPORT, "certificate": CERTIFICATE, "transformers": AGREEMENT, "onnx": AGREEMENT},
     **{"seconds": {"training": 0.5}, "files": {"model": "folded"}},
 }
-SCORE = {"accuracy": 0.5, "macro_f1": 0.5}
 LLM_DEMO: dict[str, Any] = {
     **{"passed": True, "failures": [], "quick": True, "examples": {"train": 9, "test": 3}},
     "training": {"steps": 3, "batch": 3, "losses_apart": None},
-    "scores": {side: {"likelihood": SCORE, "generation": 0.5} for side in ("untuned", "graftc")} | {"peft": None},
+    "scores": {
+        "untuned": {"likelihood": SCORE, "generation": 0.5},
+        "graftc": {"likelihood": BETTER, "generation": 0.9},
+        "peft": None,
+    },
     "answers": [{"text": "a", "topic": "b", "before": "c", "after": "b"}],
     **{"report": REPORT, "certificate": CERTIFICATE},
     "same_tokens": {"merged": {"passed": True, "prompts": 2, "same": 2, "tokens": 8}},

@@ -16,7 +16,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from graftc.cli import main
-from graftc.cli.results import published_schema
+from graftc.cli.schemas import published_schema
 from tests import warm
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cli"

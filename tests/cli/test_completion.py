@@ -11,7 +11,7 @@ import pytest
 
 from graftc.cli import completion
 from graftc.cli.options import destination
-from graftc.cli.results import SCHEMA_NAMES
+from graftc.cli.schemas import schema_names
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
 from tests.cli.support import ROOT, run_here
@@ -50,7 +50,7 @@ def test_a_shell_is_offered_commands_options_and_values() -> None:
     assert {"compile", "methods", "schema", "roles", "check"} <= set(offered("graftc "))
     assert offered("graftc chec") == ["check"]
     assert offered("graftc methods ") == list(method_specs())
-    assert set(offered("graftc schema ")) == set(SCHEMA_NAMES)
+    assert set(offered("graftc schema ")) == set(schema_names())
     assert {"--model", "--meta", "--json"} <= set(offered("graftc check --"))
     assert offered("graftc check ") == ["home/", "models/", "my spec.json", "one.yaml", "two.toml"]
     assert offered("graftc check one.yaml --model mod") == ["models/"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from graftc.cli.results import published_schema
+from graftc.cli.schemas import published_schema
 from tests.cli.support import run_here
 from tests.families import tiny
 from tests.runtime.interop.adapters import base, written

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from graftc.records.demo import DemoResult, LLMResult
+from graftc.records.reading import from_json
 from tests.cli.samples import DEMO, LLM_DEMO
 from tests.cli.support import run_here
 
@@ -30,13 +33,15 @@ def test_options_status_and_json(
     status: int,
 ) -> None:
     seen: list[tuple[Path, bool]] = []
-    result = {**sample, "passed": passed}
+    record = from_json(LLMResult if llm else DemoResult, json.dumps({**sample, "out": place, "warnings": []}))
+    if not passed:
+        record = replace(record, certificate=replace(record.certificate, structure="other"))
 
     def fake(out: Path, quick: bool = False, console: Console | None = None) -> Any:
         seen.append((out, quick))
         assert console is not None
         console.print("working")
-        return SimpleNamespace(failures=() if passed else ("it fails",), to_json=lambda: result)
+        return record
 
     monkeypatch.setattr(f"graftc.applications.demo.{runs}", fake)
     which = ["--llm"] if llm else []
@@ -44,5 +49,5 @@ def test_options_status_and_json(
     assert (plain.status, plain.out, plain.err) == (status, "working\n", "")
     data = run_here(capsys, "demo", *which, "--json")
     assert data.status == status and data.err == "working\n"
-    assert data.data == {**result, "out": place, "warnings": []}
+    assert data.data == record.to_json() and data.data["passed"] == passed
     assert seen == [(Path("there"), True), (Path(place), False)]

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from safetensors.torch import load_file
 
 import graftc
-from graftc.cli.results import published_schema
+from graftc.cli.schemas import published_schema
 from graftc.runtime.sources.models import load_model
 from graftc.testing import perturb
 from tests.cli.support import Outcome, check_golden, run_here, run_warm

@@ -16,7 +16,7 @@ import graftc
 from graftc.compiler.inspect.diff import diff
 from graftc.compiler.inspect.history import history
 from graftc.compiler.inspect.summary import summary
-from graftc.passes.core.ir.graph_formats import dot_text, graph_data, graphml_text
+from graftc.passes.core.ir.graph_formats import dot_text, graph_record, graphml_text
 from graftc.runtime.artifact import open_artifact
 from tests.cli.support import Outcome, check_golden, run_here, run_warm
 from tests.families import bert
@@ -68,7 +68,7 @@ def test_every_view_is_that_of_the_live_model(live: Any, capsys: pytest.CaptureF
     chosen = ["--graph", "--diff", "--history", "--lowering", "--explain", "%query.down_1", "--mode", mode]
     data = shown(capsys, *chosen, "--json").data
     program = live.program(mode)
-    assert data["graph"] == {"text": live.print_graph(mode), **graph_data(program)}
+    assert data["graph"] == graph_record(program).to_json() and data["graph"]["text"] == live.print_graph(mode)
     assert data["diff"] == json.loads(json.dumps(diff(live.program(mode, base=True), program).to_json()))
     assert data["history"] == [{**row.to_json(), "seconds": None} for row in history(live.snapshot, mode, lowered=True)]
     assert data["lowering"] == live.lowering().to_json()

@@ -8,7 +8,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 import graftc
-from graftc.cli.results import published_schema
+from graftc.cli.schemas import published_schema
 from tests.cli.support import run_here
 from tests.families import bert
 

@@ -15,10 +15,10 @@ from graftc.compiler.capture.capture_cache import key
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.inspect.explain import explain
 from graftc.compiler.inspect.history import history
-from graftc.compiler.inspect.pass_figures import figure_rows
 from graftc.passes.core.added_passes import extended
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.lowering.lower import LOWER
+from graftc.records.passes import figure_rows
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graftc.compiler.capture.signature import Axis
-from graftc.compiler.roles.findings import Finding
+from graftc.records.roles import Finding
 from tests.compiler.perturbation import attention_of, moved, noise, own_rows, perturbed, stored_rows
 from tests.compiler.structure_cases import VALUES, Captured, captured
 from tests.compiler.structure_models import HEADS, INNER, D

@@ -12,11 +12,12 @@ import pytest
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
 import graftc
-from graftc.compiler.inspect.explain import Explanation, explain
+from graftc.compiler.inspect.explain import explain
 from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.core.ir.printer import Printer, printed_tensor
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.program_key import Mode
+from graftc.records.explanation import Below, Explanation
 from tests.cli.support import check_golden
 from tests.families import tiny
 
@@ -195,7 +196,7 @@ def test_a_place_above_others_counts_what_is_below(snapshot: Snapshot) -> None:
     assert len(sites) == 4 and all(site.startswith("bert.encoder.layer.") for site in sites)
     below = [n for n in snapshot.program().graph.nodes if str(n.meta.get("module")).startswith("bert.encoder.")]
     below = [n for n in below if n.op != "get_attr"]
-    assert answer.below == (len(below), sum(provenance(n) is not None for n in below))
+    assert answer.below == Below(len(below), sum(provenance(n) is not None for n in below))
     assert not explain(snapshot, "bert.pooler").origins
     check_golden("explain_above", answer.text())
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import graftc
-from graftc.compiler.inspect.history import history, history_columns
+from graftc.compiler.inspect.history import history
 from graftc.compiler.inspect.report import report
 from graftc.compiler.inspect.summary import summary
 from graftc.passes.core.ir.program import provenance
+from graftc.records.graphs import history_columns
 from tests.families import tiny
 
 SPEC: Any = {

@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graftc
-from graftc.compiler.folding.certificate import Certificate, SiteEvidence
-from graftc.compiler.folding.retention import Retention
-from graftc.compiler.inspect.report import AdaptationReport, Report
-from graftc.compiler.inspect.snapshot import TensorRecord
-from graftc.compiler.inspect.tree import TreeNode, TreeTensor
+from graftc.records.certificate import Certificate, Retention, SiteEvidence
+from graftc.records.report import AdaptationReport, Report
+from graftc.records.tree import TreeNode, TreeTensor
 from graftc.specs.errors.markup import Html, bullets, escaped, folded, joined, table, tag
 from tests.families import tiny
 
@@ -135,12 +133,12 @@ def test_any_text_is_text(words: list[str], summary: str) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_are_text(name: str) -> None:
-    report = Report((AdaptationReport(name, name, 1, 2, 3, 4, 5.0),), 9, 2, 1, 2, 0.1, 1.0, 0.0, 0.0, False, (name,))
+    report = Report((AdaptationReport(1, 2, 3, 4, 5.0, name, name),), 9, 2, 1, 2, 0.1, 1.0, 0.0, 0.0, False, (name,))
     evidence = SiteEvidence(name, (name, name), 1.0, 1.0, 0.0, Retention())
     certificate = Certificate((evidence,), {name: 3.0}, 0.1, name, "other", (name,), notes=(name,))
-    record = TensorRecord("f32", (2, 3))
-    tree = TreeNode(name, ("a", "b"), (name,), (TreeTensor(name, record, name),), (), (), 6, 2)
-    plain = page(TreeNode("n", ("a", "b"), ("x",), (TreeTensor("x", record, "x"),), (), (), 6, 2))
+    tensors = [TreeTensor(each, "f32", (2, 3), False, True, each) for each in (name, "x")]
+    tree = TreeNode(name, ("a", "b"), (name,), 6, 2, (tensors[0],), (), ())
+    plain = page(TreeNode("n", ("a", "b"), ("x",), 6, 2, (tensors[1],), (), ()))
     for value in (report, certificate, tree, Html(table((name,), [(name,)])), Html(folded(name, name, shown=True))):
         parsed = page(value)
         assert len(parsed.text) < 5_000

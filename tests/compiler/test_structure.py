@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
-from graftc.compiler.roles.findings import format_layers, format_runs
 from graftc.compiler.roles.structure import Finding, find_structure
 from graftc.passes.core.weights.runs import runs_of
 from graftc.specs.claims import SiteKind
+from graftc.specs.errors.text import format_layers, format_runs
 from graftc.specs.roles import parse_role
 from tests.compiler.perturbation import attention_of, moved, noise, own_rows, perturbed, stored_rows
 from tests.compiler.structure_cases import VALUES, Captured, Einsum, Misnamed, Odd, Packed, captured, family

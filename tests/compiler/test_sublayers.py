@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.roles.findings import Sublayer
+from graftc.records.roles import Sublayer
 from tests.compiler.structure_cases import Captured, family
 
 PRE = (

@@ -10,7 +10,8 @@ import pytest
 
 import graftc
 from graftc.compiler.inspect.report import report
-from graftc.compiler.inspect.tree import TreeNode, model_tree
+from graftc.compiler.inspect.tree import model_tree
+from graftc.records.tree import TreeNode
 from tests.cli.support import check_golden
 from tests.families import tiny
 

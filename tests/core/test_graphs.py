@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 import graftc
-from graftc.passes.core.ir.graph_formats import dot_text, graph_data, graphml_text, to_networkx
+from graftc.passes.core.ir.graph_formats import dot_text, graph_record, graphml_text, to_networkx
 from graftc.passes.core.ir.printer import Printer, format_program
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program, provenance
 from tests import warm
@@ -188,9 +188,9 @@ def test_dot_quotes_what_needs_it() -> None:
 
 
 def test_plain_data_has_the_same_keys_for_every_node(compiled: Any) -> None:
-    data = graph_data(compiled.program())
+    data = graph_record(compiled.program()).to_json()
     assert {tuple(node) for node in data["nodes"]} == {
-        ("name", "adaptation", "method", "site", "part", "order", "op", "target", "type", "module", "text")
+        ("name", "order", "op", "target", "type", "module", "text", "adaptation", "method", "site", "part")
     }
     assert [node["order"] for node in data["nodes"]] == list(range(len(data["nodes"])))
     names = {node["name"] for node in data["nodes"]}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graftc.compiler.folding.retention import Retention
+from graftc.compiler.folding.retention import retention_of
+from graftc.records.certificate import Retention
 
 
 def _found(base: torch.Tensor, update: torch.Tensor, dtype: torch.dtype) -> Retention:
     exact = base.double() + update
-    return Retention.of(base, exact, exact.to(dtype))
+    return retention_of(base, exact, exact.to(dtype))
 
 
 def test_by_hand() -> None:

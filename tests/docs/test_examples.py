@@ -30,7 +30,7 @@ from graftc.applications.chat.conversation import Conversation
 from graftc.applications.chat.opening import open_text_model
 from graftc.applications.pet.data import load_rows
 from graftc.applications.pet.encoding import ClozeEncoder
-from graftc.cli.results.publish import published_schema
+from graftc.cli.schemas import published_schema
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.onnx_generation import load as load_graphs
 from graftc.runtime.sources.models import load_model

@@ -54,7 +54,7 @@ def test_the_tables_are_read() -> None:
     "WeightSlice-passes/core/weights/weight_slice.py",
     "Site-passes/core/sites/sites.py",
     "OutputObjective-passes/core/method/steering.py",
-    "Certificate-compiler/folding/certificate.py",
+    "Certificate-records/certificate.py",
     "Artifact-runtime/artifact/read.py",
     "ClozeEncoder-applications/pet/encoding.py",
 )

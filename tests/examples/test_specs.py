@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from graftc.cli.results import DIALECT, published_schema
+from graftc.cli.schemas import DIALECT, published_schema
 from tests.cli.support import run_here
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

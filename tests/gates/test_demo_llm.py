@@ -18,7 +18,7 @@ def test_the_real_model_learns_as_with_peft_and_says_the_same_in_every_form(quic
     result = run_llm_demo(tmp_path / "out", quick=quick, console=Console(width=110))
     print(json.dumps({key: result.to_json()[key] for key in ("scores", "training", "same_tokens", "seconds")}))
     assert result.passed, result.failures
-    assert (result.peft is None) == quick
+    assert (result.scores.peft is None) == quick
     assert result.seconds["total"] < (240 if quick else 900)
-    for before, after in zip(result.untuned.accuracies, result.tuned.accuracies, strict=True):
+    for before, after in zip(result.scores.untuned.accuracies, result.scores.graftc.accuracies, strict=True):
         assert after >= before + 0.20

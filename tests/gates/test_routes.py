@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import graftc
-from graftc.compiler.folding.certificate import Certificate
+from graftc.records.certificate import Certificate
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb

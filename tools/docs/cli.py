@@ -9,7 +9,7 @@ from typing import Any
 import typer.main
 
 from graftc.cli.app import build_app
-from graftc.cli.results.publish import SCHEMA_NAMES
+from graftc.cli.schemas import schema_names
 from tools.docs.markdown import code, fence, header, table
 
 __all__ = ["commands", "render_cli"]
@@ -69,7 +69,7 @@ def render_cli() -> str:
 
 
 def _schemas() -> str:
-    return ", ".join(f"[{name}](schemas/{name}.json)" for name in SCHEMA_NAMES)
+    return ", ".join(f"[{name}](schemas/{name}.json)" for name in schema_names())
 
 
 def _command(name: str, command: Any) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from graftc.cli.results import published_schemas
+from graftc.cli.schemas import published_schemas
 from tools.docs.cli import render_cli
 from tools.docs.errors import render_errors
 from tools.docs.methods import render_methods

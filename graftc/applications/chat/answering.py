@@ -14,11 +14,12 @@ from torch import Tensor
 from graftc.applications.chat.opening import TextModel
 from graftc.applications.chat.settings import generation_errors, require_settings
 from graftc.applications.chat.templates import require_bounded
+from graftc.records.answers import Answer
 from graftc.runtime.sources.models import quiet_transformers
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["Answer", "Message", "Settings", "answer", "prepare", "prompt_ids"]
+__all__ = ["Message", "Settings", "answer", "prepare", "prompt_ids"]
 
 Message = Mapping[str, str]
 """A message of a chat: its ``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
@@ -61,45 +62,6 @@ class Settings:
             **{"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens},
         }
         return {**{name: value for name, value in arguments.items() if value is not None}, "use_cache": self.use_cache}
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer of a model.
-
-    Attributes:
-        text: the text, without special tokens.
-        ids: the new tokens, including those that end a text.
-        prompt_tokens: the number of tokens of the prompt.
-        cached: how many of these were in a cache already.
-        finish: why the answer ends.
-        first: seconds until the first token was available; None if all tokens came at once.
-        seconds: seconds of the whole answer.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    prompt_tokens: int
-    cached: int
-    finish: Finish
-    first: float | None
-    seconds: float
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """The rate of the tokens after the first one, which waits for the prompt; None for a single token."""
-        if self.first is None:
-            return len(self.ids) / self.seconds if self.ids and self.seconds > 0 else None
-        took = self.seconds - self.first
-        return (len(self.ids) - 1) / took if len(self.ids) > 1 and took > 0 else None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the answer as plain data."""
-        return {
-            **{"text": self.text, "ids": list(self.ids), "prompt_tokens": self.prompt_tokens, "cached": self.cached},
-            **{"new_tokens": len(self.ids), "finish": self.finish, "first_token_seconds": self.first},
-            **{"seconds": self.seconds, "tokens_per_second": self.tokens_per_second},
-        }
 
 
 def prompt_ids(model: TextModel, prompt: str | Sequence[Message]) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from graftc.applications.chat.answering import Answer, Message, Settings, answer, prompt_ids
+from graftc.applications.chat.answering import Message, Settings, answer, prompt_ids
 from graftc.applications.chat.opening import TextModel
+from graftc.records.answers import Answer
 
 __all__ = ["Conversation"]
 

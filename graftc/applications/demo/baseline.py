@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from graftc.applications.demo.data import Encoded
-from graftc.applications.demo.training import Scores, predict, score
+from graftc.applications.demo.training import predict, score
+from graftc.records.demo import Scores
 from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:

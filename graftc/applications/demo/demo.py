@@ -12,11 +12,11 @@ from rich.text import Text
 
 from graftc.applications.demo.baseline import embed, logistic_regression
 from graftc.applications.demo.data import Dataset, DataSplit, Encoded, encode, find_model, load_r8, training_batches
-from graftc.applications.demo.result import DemoResult, PredictionAgreement
 from graftc.applications.demo.stages import RESULT, SEED, Stages, both_scores, claim, require
-from graftc.applications.demo.training import Scores, score
+from graftc.applications.demo.training import score
 from graftc.compiler.missing_weights import require_weights
 from graftc.files.writing import check_apart
+from graftc.records.demo import DemoResult, DemoScores, ExampleCounts, PredictionAgreement, Scores
 from graftc.runtime.sources.models import from_checkpoint, quiet_transformers
 from graftc.specs.io import parse_spec
 
@@ -128,16 +128,15 @@ class _Demo(Stages):
         self.stop_the_clock()
         result = DemoResult(
             quick=self.quick,
-            examples=(len(self.training), len(self.test)),
-            before=before,
-            after=after,
-            baseline=baseline,
-            report=compiled.report.to_json(),
-            certificate=merged.certificate.to_json(),
+            examples=ExampleCounts(len(self.training), len(self.test)),
+            scores=DemoScores(before, after, baseline),
+            report=compiled.report,
+            certificate=merged.certificate,
             transformers=reloaded,
             onnx=onnx,
-            seconds=self.seconds,
+            seconds=self.rounded_seconds,
             files=dict(_FILES),
+            out=str(self.out),
         )
         self.finish(result)
         return result
@@ -166,7 +165,7 @@ class _Demo(Stages):
         for line in diff.splitlines():
             style = {"+": "green", "-": "red", "@": "bold"}.get(line[:1], "dim")
             self.console.print(Text(line, style=style), soft_wrap=True)
-        self.show_report(compiled.report.to_json())
+        self.show_report(compiled.report)
         return compiled
 
     def _logits(self, model: torch.nn.Module) -> torch.Tensor:

@@ -19,11 +19,19 @@ from graftc.applications.demo.chat import topics_of
 from graftc.applications.demo.data import Dataset, load_r8
 from graftc.applications.demo.decoder import find_decoder
 from graftc.applications.demo.generation import BATCH, greedy, onnx_generator
-from graftc.applications.demo.llm_result import LLMResult, TokenAgreement, TopicAnswer, TopicScores
 from graftc.applications.demo.stages import RESULT, SEED, Stages, claim, require, size_of
 from graftc.applications.demo.training import TrainingRun, score
 from graftc.compiler.missing_weights import require_weights
 from graftc.files.writing import check_apart
+from graftc.records.demo import (
+    AllTopicScores,
+    DemoTraining,
+    ExampleCounts,
+    LLMResult,
+    TokenAgreement,
+    TopicAnswer,
+    TopicScores,
+)
 from graftc.runtime.sources.models import from_checkpoint, quiet_transformers
 from graftc.specs.io import parse_spec
 
@@ -147,19 +155,17 @@ class _LLMDemo(Stages):
         files = {purpose: name for purpose, name in _FILES.items() if name in (*_WRITTEN_LAST, *os.listdir(self.out))}
         result = LLMResult(
             quick=self.quick,
-            examples=(len(self.training), len(self.test)),
-            steps=(plan.steps, plan.batch),
-            untuned=untuned,
-            tuned=tuned,
-            peft=peft,
-            losses_apart=apart,
+            examples=ExampleCounts(len(self.training), len(self.test)),
+            training=DemoTraining(plan.steps, plan.batch, apart),
+            scores=AllTopicScores(untuned, tuned, peft),
             answers=answers,
-            report=compiled.report.to_json(),
-            certificate=merged.certificate.to_json(),
+            report=compiled.report,
+            certificate=merged.certificate,
             same_tokens=same,
-            seconds=self.seconds,
+            seconds=self.rounded_seconds,
             files=files,
             bytes={what: size_of(self.out / name) for what, name in files.items() if name not in _WRITTEN_LAST},
+            out=str(self.out),
         )
         (self.out / _FILES["page"]).write_text(result.page(), encoding="utf-8")
         self.finish(result)
@@ -209,7 +215,7 @@ class _LLMDemo(Stages):
         self.show_spec(SPEC, _FILES["spec"])
         compiled = graftc.compile(parse_spec(SPEC), model, self.training.collate(range(2), labels=False), seed=0)
         (self.out / _FILES["graph diff"]).write_text(compiled.diff(), encoding="utf-8")
-        self.show_report(compiled.report.to_json())
+        self.show_report(compiled.report)
         return compiled
 
     def _train(self, model: torch.nn.Module) -> TrainingRun:

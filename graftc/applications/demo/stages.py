@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -25,14 +25,16 @@ from rich.table import Table
 from rich.text import Text
 
 from graftc.applications.demo.data import Batched, training_batches
-from graftc.applications.demo.training import Scores, TrainingRun, predict, train
+from graftc.applications.demo.training import TrainingRun, predict, train
+from graftc.records.demo import DemoResult, LLMResult, Scores
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
 
 if TYPE_CHECKING:
-    from graftc.compiler.folding.certificate import Certificate
+    from graftc.records.certificate import Certificate
+    from graftc.records.report import Report
 
-__all__ = ["RESULT", "SEED", "Outcome", "Stages", "both_scores", "claim", "require", "size_of"]
+__all__ = ["RESULT", "SEED", "Stages", "both_scores", "claim", "require", "size_of"]
 
 RESULT = "demo.json"
 """The file with the result, which identifies a folder as a demo's."""
@@ -41,21 +43,6 @@ SEED = 0
 """The seed of all random choices of a demo."""
 
 _PACKAGES = {"sklearn": "scikit-learn"}
-
-
-class Outcome(Protocol):
-    """The result of a demo."""
-
-    @property
-    def files(self) -> Mapping[str, str]:
-        """The names in the folder of the files that were written, by purpose."""
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """The promises of the demo that this run did not keep."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the outcome as plain data."""
 
 
 class Stages:
@@ -134,24 +121,29 @@ class Stages:
         self.console.print(Text(spec.rstrip(), style="cyan"), soft_wrap=True)
         (self.out / name).write_text(spec, encoding="utf-8")
 
-    def show_report(self, report: dict[str, Any]) -> None:
-        """Print what the adaptations add, from the plain data of ``Compiled.report``."""
+    @property
+    def rounded_seconds(self) -> dict[str, float]:
+        """The duration of each stage, as records state it."""
+        return {name: round(value, 2) for name, value in self.seconds.items()}
+
+    def show_report(self, report: Report) -> None:
+        """Print what the adaptations add."""
         table = Table(title="what is added", title_justify="left")
         for name in ("adaptation", "method", "sites", "trainable", "KiB", "FLOPs per token"):
             table.add_column(name, justify="left" if name in ("adaptation", "method") else "right")
-        for entry in report["adaptations"]:
+        for entry in report.adaptations:
             table.add_row(
-                entry["name"],
-                entry["method"],
-                f"{entry['sites']:,}",
-                f"{entry['trainable_parameters']:,}",
-                f"{entry['bytes'] / 1024:,.0f}",
-                f"{entry['flops_per_token']:,.0f}",
+                entry.name,
+                entry.method,
+                f"{entry.sites:,}",
+                f"{entry.trainable_parameters:,}",
+                f"{entry.bytes / 1024:,.0f}",
+                f"{entry.flops_per_token:,.0f}",
             )
         self.console.print(table)
         self.console.print(
-            f"{report['trainable_parameters']:,} adapter parameters beside {report['base_parameters']:,} "
-            f"of the model: {report['percent']:.2f} % of both"
+            f"{report.trainable_parameters:,} adapter parameters beside {report.base_parameters:,} "
+            f"of the model: {report.percent:.2f} % of both"
         )
 
     def show_scores(self, title: str, columns: tuple[str, ...], rows: Mapping[str, tuple[float, ...]]) -> None:
@@ -177,7 +169,7 @@ class Stages:
         """Record the time of the whole run."""
         self.seconds["total"] = time.perf_counter() - self._start
 
-    def finish(self, outcome: Outcome) -> None:
+    def finish(self, outcome: DemoResult | LLMResult) -> None:
         """Write the result, and print the files that were written and the promises that were not kept."""
         text = json.dumps(outcome.to_json(), indent=2, ensure_ascii=False) + "\n"
         (self.out / RESULT).write_text(text, encoding="utf-8")

@@ -10,23 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from graftc.applications.demo.data import Batched, evaluation_batches
+from graftc.records.demo import Scores
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Scores", "TrainingRun", "predict", "score", "train"]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Accuracy and macro-F1 (the mean over classes of each one's F1), as fractions."""
-
-    accuracy: float
-    macro_f1: float
-
-    def to_json(self) -> dict[str, float]:
-        """Return both scores, rounded to six digits."""
-        return {"accuracy": round(self.accuracy, 6), "macro_f1": round(self.macro_f1, 6)}
+__all__ = ["TrainingRun", "predict", "score", "train"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from graftc.applications.pet.classifier import Classifier
 from graftc.applications.pet.data import PetData, TextRows, load_pet_data
 from graftc.applications.pet.ensemble import accuracy, member_weights, mixed_logits
 from graftc.applications.pet.members import Answers, trained_answers, try_members, untrained_answers
-from graftc.applications.pet.result import Accuracies, GenerationResult, MemberResult, PetResult
+from graftc.applications.pet.result import PetResult
 from graftc.applications.pet.sets import Line, new_sets, set_of
 from graftc.applications.pet.stages import KeptStages
 from graftc.applications.pet.task import Examples, Task
@@ -29,6 +29,7 @@ from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.quantised_sources.convert import arrived
 from graftc.files.writing import alone_in
 from graftc.passes.core import progress
+from graftc.records.pet import Accuracy, PetGeneration, PetMember, PetRows
 from graftc.runtime.swapped_arguments import check_spec_and_model
 from graftc.specs.errors.arguments import as_path, as_seed, kind_of
 from graftc.specs.errors.calls import public
@@ -215,7 +216,7 @@ def _run(task: Task, final: Classifier) -> PetResult:
     )
     after = _judged(task, answers)
     members = [
-        MemberResult(
+        PetMember(
             pattern=str(task.spec.patterns[member.pattern].name),
             repetition=member.repetition,
             weight=float(weights[member.number]),
@@ -228,7 +229,7 @@ def _run(task: Task, final: Classifier) -> PetResult:
         classifier=classifier,
         labels=task.spec.labels,
         soft_labels=torch.softmax(mixed["unlabelled"], dim=1),
-        rows={"labelled": len(task.labelled), "unlabelled": len(task.unlabelled), "test": len(task.test)},
+        rows=PetRows(len(task.labelled), len(task.unlabelled), len(task.test)),
         members=members,
         generations=generations,
         ensemble=_accuracies(task, mixed),
@@ -244,21 +245,21 @@ def _forget(task: Task, generation: int) -> None:
         task.stages.forget(f"generation-{generation}/{stage}")
 
 
-def _judged(task: Task, answers: Answers) -> list[Accuracies]:
+def _judged(task: Task, answers: Answers) -> list[Accuracy]:
     """Return the accuracies of every member."""
     return [
         _accuracies(task, {name: logits[member.number] for name, logits in answers.items()}) for member in task.members
     ]
 
 
-def _accuracies(task: Task, logits: Mapping[str, Tensor]) -> Accuracies:
+def _accuracies(task: Task, logits: Mapping[str, Tensor]) -> Accuracy:
     rows = task.asked
-    return {name: accuracy(logits[name], rows[name].answers) if name in rows else None for name in _JUDGED}
+    return Accuracy(*(accuracy(logits[name], rows[name].answers) if name in rows else None for name in _JUDGED))
 
 
-def _generation(lines: Sequence[Line], labels: Sequence[str]) -> GenerationResult:
+def _generation(lines: Sequence[Line], labels: Sequence[str]) -> PetGeneration:
     missing = [sum(line["missing"][label] for line in lines) / len(lines) for label in range(len(labels))]
-    return GenerationResult([len(line["rows"]) for line in lines], dict(zip(labels, missing, strict=True)))
+    return PetGeneration(tuple(len(line["rows"]) for line in lines), dict(zip(labels, missing, strict=True)))
 
 
 def _digest(data: Any) -> str:

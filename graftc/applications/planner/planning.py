@@ -8,19 +8,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from graftc.applications.planner.memory_plan import MemoryPlan
 from graftc.applications.planner.optimisers import Make
-from graftc.applications.planner.sizes import bytes_of, shown
+from graftc.applications.planner.sizes import bytes_of
 from graftc.applications.planner.workbench import TOKENS, Training, Workbench
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.source_model import require_plain
 from graftc.passes.core import progress
+from graftc.records.memory import MemoryPlan
 from graftc.runtime.api import SpecLike, spec_for
 from graftc.runtime.sources.models import load_model_and_inputs
 from graftc.runtime.swapped_arguments import check_spec_and_model
 from graftc.specs.document import Spec
 from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.text import size_text
 from graftc.specs.io import early_spec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -149,7 +150,7 @@ def fitted(bench: Workbench, plan: MemoryPlan, room: int) -> MemoryPlan:
 
 def _nothing_fits(smallest: MemoryPlan, room: int) -> GraftError:
     tokens = "" if smallest.sequence is None else f" of {smallest.sequence} tokens"
-    message = f"one row{tokens} takes {shown(smallest.peak)}, and there are {shown(room)}"
+    message = f"one row{tokens} takes {size_text(smallest.peak)}, and there are {size_text(room)}"
     parts = {
         "what stays": smallest.resident,
         "activations": smallest.step,
@@ -160,8 +161,8 @@ def _nothing_fits(smallest: MemoryPlan, room: int) -> GraftError:
         ways.append("set checkpoint: layers")
     if smallest.devices == 1 and smallest.resident > room // 2:
         ways.append("share the model among devices")
-    hint = f"the smallest is {shown(smallest.peak)}" + (f"; {' or '.join(ways)}" if ways else "")
-    details = [f"{name}: {shown(size)}" for name, size in parts.items()]
+    hint = f"the smallest is {size_text(smallest.peak)}" + (f"; {' or '.join(ways)}" if ways else "")
+    details = [f"{name}: {size_text(size)}" for name, size in parts.items()]
     return GraftError("GC155", message, hint=hint, details=details)
 
 

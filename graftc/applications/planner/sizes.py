@@ -33,11 +33,3 @@ def bytes_of(given: Any) -> int:
         )
         raise GraftError("GC154", f"{given!r} is not a number of bytes", hint=near)
     return count
-
-
-def shown(count: int) -> str:
-    """Return a number of bytes in readable form."""
-    for unit, name in ((1000**3, "GB"), (1000**2, "MB"), (1000, "kB")):
-        if abs(count) >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{count} B"

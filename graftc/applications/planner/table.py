@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
-from graftc.applications.planner.memory_plan import MemoryPlan
 from graftc.applications.planner.planning import workbench
+from graftc.records.memory import FitRow
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning, unknown_name
 from graftc.specs.registry import method_specs
@@ -22,33 +21,6 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "spiel-AG": {"method": "spiel", "variant": "AG"},
     "full": {"method": "full", "target": {"modules": "**"}},
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to train.
-
-    Attributes:
-        method: the name of the method in the table.
-        quantize: how the base is stored; None if it is unchanged.
-        checkpoint: whether layers are computed again in the backward pass.
-        chunked: whether head and loss are computed for some rows at a time.
-        plan: the memory that it takes; None if it is not possible.
-        reason: why it is not possible.
-    """
-
-    method: str
-    quantize: str | None
-    checkpoint: bool
-    chunked: bool
-    plan: MemoryPlan | None
-    reason: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as plain values."""
-        options = {"method": self.method, "quantize": self.quantize, "checkpoint": self.checkpoint}
-        plan = None if self.plan is None else self.plan.to_json()
-        return {**options, "chunked": self.chunked, "plan": plan, "reason": self.reason}
 
 
 def specs_of(names: Sequence[str], like: Spec) -> dict[str, Spec]:
@@ -98,7 +70,7 @@ def rows(
     size: Size,
     told: Callable[[str], None] = lambda _: None,
     **options: Any,
-) -> Iterator[Row]:
+) -> Iterator[FitRow]:
     """Yield the rows of a table.
 
     Args:
@@ -122,9 +94,9 @@ def rows(
         except GraftWarning:
             continue
         except GraftError as error:
-            yield Row(name, quantize, checkpoint, chunked, None, f"{error.code}: {error.message}")
+            yield FitRow(name, quantize, checkpoint, chunked, None, f"{error.code}: {error.message}")
         else:
-            yield Row(name, quantize, checkpoint, chunked, plan)
+            yield FitRow(name, quantize, checkpoint, chunked, plan)
 
 
 def _changed(spec: Spec, quantize: str | None, chunked: bool) -> Spec:

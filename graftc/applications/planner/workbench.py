@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from graftc.applications.planner.fitting import largest
 from graftc.applications.planner.inputs import Inputs
-from graftc.applications.planner.memory_plan import MemoryPlan
 from graftc.applications.planner.optimisers import Make, State, state_of, usual
 from graftc.applications.planner.sharding import communication, shard_bytes
 from graftc.compiler.capture.interface import ExampleInputs
@@ -20,6 +19,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.signatures import signature_for
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.weights.sharding import Spread
+from graftc.records.memory import MemoryPlan
 from graftc.runtime.activations.workspaces import running_on
 from graftc.runtime.api import compile
 from graftc.runtime.model.runner import runner_of

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graftc.cli.options import ArtifactArgument, Json
+from graftc.cli.command import CommandRun, command
+from graftc.cli.options import ArtifactArgument
+from graftc.records.cards import CardMetadata
+from graftc.records.results import CommandResult
 
-__all__ = ["card"]
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
+@dataclass(frozen=True, kw_only=True)
+class CardResult(CommandResult, behind={"metadata": ("warnings",)}):
+    """`graftc card DIR --json`."""
+
+    artifact: str
+    """The artifact's folder."""
+
+    out: str | None = None
+    """The file that was written; null where none was."""
+
+    card: str
+    """The card, Markdown."""
+
+    metadata: CardMetadata
+    """Its metadata."""
+
+
+@command()
 def card(
+    run: CommandRun,
     directory: ArtifactArgument,
     out: Annotated[
         Path | None,
@@ -48,32 +72,25 @@ def card(
         typer.Option("--tag", metavar="TAG", help="One more tag; may be given several times.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out if it exists.")] = False,
-    json: Json = False,
-) -> None:
+) -> CardResult:
     """Write a model card for the Hugging Face hub: metadata, figures, places, spec, what folds, how to use it."""
-    from graftc.cli.output import console, print_json, working
+    from graftc.files.writing import write_text
+    from graftc.runtime.artifact import open_artifact
+    from graftc.runtime.card.facts import artifact_facts
+    from graftc.runtime.card.page import render_card
 
-    with working(json) as warnings:
-        from graftc.files.writing import check_apart, check_destination, write_text
-        from graftc.runtime.artifact import open_artifact
-        from graftc.runtime.card.facts import artifact_facts
-        from graftc.runtime.card.page import render_card
+    run.out, run.force = out, force
+    run.require_destination(directory)
+    facts = artifact_facts(open_artifact(directory))
+    text, metadata = render_card(facts, base_model=base_model, license=license, language=language or (), tags=tag or ())
+    if out is not None:
+        write_text(out, text, force=force)
+    return CardResult(artifact=str(directory), out=None if out is None else str(out), card=text, metadata=metadata)
 
-        if out is not None:
-            check_apart(out, directory)
-            check_destination(out, force=force)
-        facts = artifact_facts(open_artifact(directory))
-        chosen = {"base_model": base_model, "license": license}
-        text, metadata = render_card(facts, **chosen, language=language or (), tags=tag or ())
-        if out is not None:
-            write_text(out, text, force=force)
-    if json:
-        from graftc.cli.results import CardResult
 
-        written = None if out is None else str(out)
-        result = {"artifact": str(directory), "out": written, "card": text, "metadata": metadata, "warnings": warnings}
-        print_json(CardResult.model_validate(result))
-    elif out is None:
-        console().print(text, end="", soft_wrap=True, markup=False)
+@card.shows
+def _show(result: CardResult, to: Console) -> None:
+    if result.out is None:
+        to.print(result.card, end="", soft_wrap=True, markup=False)
     else:
-        console().print(f"wrote {out}", soft_wrap=True, markup=False)
+        to.print(f"wrote {result.out}", soft_wrap=True, markup=False)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graftc.cli.options import BaseOption, Json
+from graftc.cli.command import CommandRun, command
+from graftc.cli.options import BaseOption
 from graftc.cli.speaking import (
     AdapterOption,
     BaseAlone,
@@ -16,6 +18,7 @@ from graftc.cli.speaking import (
     NumBeams,
     SampleOption,
     SeedOption,
+    SpokenResult,
     SystemOption,
     Temperature,
     TextArgument,
@@ -23,18 +26,30 @@ from graftc.cli.speaking import (
     TopK,
     TopP,
 )
+from graftc.records.answers import Answer, Turn
 
 if TYPE_CHECKING:
-    from graftc.applications.chat.answering import Answer
     from graftc.applications.chat.conversation import Conversation
 
-__all__ = ["chat"]
 
 _HELP = "/reset forgets the conversation, /exit leaves; an interrupt (Ctrl-C) stops an answer"
 _PROMPT = ">>> "
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChatResult(SpokenResult):
+    """`graftc chat DIR --json`."""
+
+    system: str | None
+    """The `--system` option."""
+
+    turns: tuple[Turn, ...]
+    """All turns in their order, those before `/reset` too."""
+
+
+@command(live=True)
 def chat(
+    run: CommandRun,
     directory: TextArgument,
     system: SystemOption = None,
     max_new_tokens: MaxNewTokens = 512,
@@ -50,34 +65,35 @@ def chat(
     model: BaseOption = None,
     tokenizer: TokenizerOption = None,
     device: DeviceOption = None,
-    json: Json = False,
-) -> None:
+) -> ChatResult:
     """Talk with a model. Lines are what you say, also those of a pipe; /reset forgets the conversation, /exit leaves,
     and an interrupt stops an answer.
     """
     from contextlib import ExitStack
 
-    from graftc.cli.output import print_json, steps, working
     from graftc.cli.speaking import Drawing, Speaker, opened, settings
 
     drawing = Drawing(sample, temperature, top_k, top_p, seed)
     given = settings(max_new_tokens, drawing, num_beams, no_cache)
     with ExitStack() as stack:
-        with working(json) as warnings, steps(json) as step:
+        with run.working():
             speaker = Speaker(directory, model, tokenizer, device, adapter, base)
-            ready, how = stack.enter_context(opened(speaker, given, step))
+            ready, how = stack.enter_context(opened(speaker, given, run.step))
             from graftc.applications.chat.conversation import Conversation
 
             conversation = Conversation(ready, how, system)
-        turns = _talk(conversation, json)
-    if json:
-        from graftc.cli.results import ChatResult
-
-        result = {"path": str(directory), "kind": ready.kind, "adapter": adapter, "base": base, "system": system}
-        print_json(ChatResult.model_validate({**result, **given, "turns": turns, "warnings": warnings}))
+        turns = _talk(conversation, run.as_json)
+    return ChatResult(
+        path=str(directory), kind=ready.kind, adapter=adapter, base=base, system=system, **given, turns=turns
+    )
 
 
-def _talk(conversation: Conversation, json: bool) -> list[dict[str, object]]:
+@chat.shows
+def _show(result: ChatResult, to: object) -> None:
+    """Show nothing more: answers were printed as they came."""
+
+
+def _talk(conversation: Conversation, json: bool) -> tuple[Turn, ...]:
     """Hold the conversation until the user leaves, and return its turns."""
     from graftc.cli.output import print_coded
     from graftc.cli.speaking import report, writer
@@ -87,7 +103,7 @@ def _talk(conversation: Conversation, json: bool) -> list[dict[str, object]]:
     live = sys.stdin.isatty() and not json
     tell = _teller() if live else (lambda _: None)
     tell(_HELP)
-    turns: list[dict[str, object]] = []
+    turns: list[Turn] = []
     answers = []
     for said in _lines(live, tell):
         if said == "/exit":
@@ -105,14 +121,14 @@ def _talk(conversation: Conversation, json: bool) -> list[dict[str, object]]:
             print_coded(error, "red")
             continue
         answers.append(answer)
-        turns.append({"said": said, **answer.to_json()})
+        turns.append(Turn(**vars(answer), said=said))
         if not json:
             write("\n")
         if live:
             report([answer])
     if not live and not json:
         report(answers)
-    return turns
+    return tuple(turns)
 
 
 def _turn(conversation: Conversation, said: str, write: Callable[[str], None]) -> Answer:

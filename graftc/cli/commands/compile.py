@@ -3,80 +3,96 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graftc.cli.options import Certify, DryRun, Force, Json, ModelOption, Out, Seed, SpecArgument, destination
+from graftc.cli.command import CommandRun, command
+from graftc.cli.options import Certify, ModelOption, Seed, SpecArgument
+from graftc.cli.printing import print_certificate, print_files
+from graftc.cli.reports import CheckedReport, checked, print_report
+from graftc.records.certificate import Certificate
+from graftc.records.files import WrittenFile
 
-__all__ = ["compile"]
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompileResult(CheckedReport, unstated=("kept",)):
+    """`graftc compile SPEC --model MODEL --out DIR --json`."""
+
+    out: str | None = None
+    """The artifact's folder; null with `--dry-run`."""
+
+    dry_run: bool = False
+    """Whether nothing was written."""
+
+    files: tuple[WrittenFile, ...] = ()
+    """The artifact's files; with `--dry-run`, none."""
+
+    fingerprint: str
+    """Fingerprint of the base."""
+
+    certificate: Certificate | None
+    """Evidence that the adaptations fold; null where that was not asked for or they do not."""
+
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Adaptations that do not fold, with the reason."""
+
+
+@command(writes=True)
 def compile(
+    run: CommandRun,
     spec: SpecArgument,
     model: ModelOption,
-    out: Out = None,
     seed: Seed = None,
     certify: Certify = True,
     full: Annotated[
         bool, typer.Option("--full", help="Identify the base by all its values instead of a sample of each tensor.")
     ] = False,
-    dry_run: DryRun = False,
-    force: Force = False,
-    json: Json = False,
-) -> None:
+) -> CompileResult:
     """Compile a spec against a model and write an artifact: adapters, graphs, sites, and a reference to the base."""
-    from graftc.cli.output import print_json, steps, working
     from graftc.specs.io import early_spec
 
-    to = destination(out, dry_run=dry_run)
-    with working(json) as warnings, steps(json) as step:
-        # Before torch is imported: a misspelt field should be reported at once.
-        loaded_spec = early_spec(spec)
-        if to is not None:
-            from graftc.files.writing import check_apart, check_destination
-            from graftc.runtime.artifact.places import is_artifact
+    # Before torch is imported: a misspelt field should be reported at once.
+    loaded_spec = early_spec(spec)
+    if run.out is not None:
+        from graftc.runtime.artifact.places import is_artifact
 
-            check_apart(to, spec, model)
-            check_destination(to, force=force, replaceable=is_artifact)
-        step("loading the model")
+        run.require_destination(spec, model, replaceable=is_artifact)
+    run.step("loading the model")
 
-        from graftc.runtime.api import compile as compile_spec
-        from graftc.runtime.artifact.write import ArtifactEvidence, save
-        from graftc.runtime.deploy.merged import certificate_of
-        from graftc.runtime.sources.models import load_model_and_inputs
+    from graftc.runtime.api import compile as compile_spec
+    from graftc.runtime.artifact.write import ArtifactEvidence, save
+    from graftc.runtime.deploy.merged import certificate_of
+    from graftc.runtime.sources.models import load_model_and_inputs
 
-        started = time.perf_counter()
-        loaded, inputs = load_model_and_inputs(model)
-        seconds = time.perf_counter() - started
-        step("compiling")
-        compiled = compile_spec(loaded_spec, loaded, inputs, seed=seed)
-        step("certifying")
-        certificate, kept = certificate_of(compiled) if certify else (None, {})
-        if to is None:
-            fingerprint = compiled.compilation.identity(full=full).fingerprint
-        else:
-            step("writing")
-            written = save(compiled, to, ArtifactEvidence(certificate, kept, model, full), force=force)
-            fingerprint = written.base.fingerprint
-        report = compiled.report
+    started = time.perf_counter()
+    loaded, inputs = load_model_and_inputs(model)
+    seconds = time.perf_counter() - started
+    run.step("compiling")
+    compiled = compile_spec(loaded_spec, loaded, inputs, seed=seed)
+    run.step("certifying")
+    certificate, kept = certificate_of(compiled) if certify else (None, {})
+    if run.out is None:
+        fingerprint = compiled.compilation.identity(full=full).fingerprint
+    else:
+        run.step("writing")
+        evidence = ArtifactEvidence(certificate, kept, model, full)
+        fingerprint = save(compiled, run.out, evidence, force=run.force).base.fingerprint
+    return CompileResult(
+        **checked(compiled.report, spec, model, loaded, seconds),
+        fingerprint=fingerprint,
+        certificate=certificate,
+        kept=kept,
+    )
 
-    from graftc.cli.commands.check import print_report, totals
-    from graftc.cli.deployed import files_in, print_certificate, print_files
 
-    files = files_in(to)
-    if json:
-        from graftc.cli.results import CompileResult
-
-        result = {
-            **{"spec": str(spec), "model": model, "class": type(loaded).__name__},
-            **{"out": None if to is None else str(to), "dry_run": dry_run, "files": files},
-            **{**report.to_json(), "totals": totals(report), "load_seconds": seconds},
-            **{"fingerprint": fingerprint, "certificate": certificate.to_json() if certificate else None},
-            "warnings": warnings,
-        }
-        print_json(CompileResult.model_validate(result))
-        return
-    print_report(str(spec), type(loaded).__name__, report, seconds)
-    print_certificate(certificate, kept)
-    print_files(to, files)
+@compile.shows
+def _show(result: CompileResult, to: Console) -> None:
+    print_report(result, to)
+    print_certificate(result.certificate, result.kept, to)
+    print_files(result.out, result.files, to)

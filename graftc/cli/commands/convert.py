@@ -8,16 +8,56 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from annotated_types import Ge
 
-from graftc.cli.options import BaseOption, DryRun, Force, Json, Out, destination
+from graftc.cli.command import CommandRun, command
+from graftc.cli.options import BaseOption
+from graftc.cli.printing import print_files
+from graftc.records.conversion import ConvertedSite
+from graftc.records.results import WrittenResult
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from graftc.runtime.deploy.convert import Converted
     from graftc.runtime.interop.layouts.convert import ConvertedFolder
 
-__all__ = ["convert"]
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertResult(
+    WrittenResult, published="ConvertResult", behind={"source": ("out", "dry_run"), "into_base": ("files", "warnings")}
+):
+    """`graftc convert DIR --out DIR2 --json`."""
+
+    source: str
+    """The DIR argument."""
+
+    from_form: str
+    """`artifact`, or the layout of the adapter folder."""
+
+    to_form: str
+    """`lora`, or the layout that was written."""
+
+    rank: Annotated[int, Ge(1)]
+    """The largest rank."""
+
+    largest_error: Annotated[float, Ge(0)]
+    """The worst site's error."""
+
+    sites: tuple[ConvertedSite, ...]
+    """Every site or map."""
+
+    outputs: Mapping[str, float] | None = None
+    """By output, the largest absolute difference between both models on random inputs; null for an adapter folder."""
+
+    largest_output: float | None = None
+    """The largest absolute number among these outputs; null for an adapter folder."""
+
+    into_base: tuple[str, ...] = ()
+    """What was folded into a base inside of the new artifact."""
+
 
 LORA, GGUF = "lora", "gguf"
 _OF_ARTIFACTS = ("names", "rank", "error", "into-base")
@@ -28,7 +68,9 @@ def _several(word: str, metavar: str, text: str) -> Any:
     return typer.Option(f"--{word}", metavar=metavar, help=f"{text}; may be repeated.", show_default=False)
 
 
+@command(writes=True)
 def convert(
+    run: CommandRun,
     directory: Annotated[
         Path,
         typer.Argument(
@@ -37,7 +79,6 @@ def convert(
             show_default=False,
         ),
     ],
-    out: Out = None,
     to: Annotated[
         str | None,
         typer.Option(
@@ -83,44 +124,60 @@ def convert(
     ] = None,
     join: Annotated[list[str] | None, _several("join", "WHAT", "Fuse maps into one: qkv or gate_up")] = None,
     split: Annotated[list[str] | None, _several("split", "WHAT", "Take fused maps apart: qkv or gate_up")] = None,
-    dry_run: DryRun = False,
-    force: Force = False,
-    json: Json = False,
-) -> None:
+) -> ConvertResult:
     """Convert an artifact's adaptations to LoRA, or an adapter folder to another layout, and measure what changed."""
-    from graftc.cli.output import print_json, steps, working
+    from graftc.runtime.artifact.places import is_peft
 
     given: dict[str, Any] = {"names": names, "rank": rank, "error": error, "into-base": into_base}
     given |= {"from": source, "add": add, "join": join, "split": split}
-    place = destination(out, dry_run=dry_run)
-    with working(json) as warnings, steps(json) as step:
-        from graftc.runtime.artifact.places import is_peft
+    if is_peft(directory):
+        _require_none(given, _OF_ARTIFACTS, "an adapter folder")
+        run.step("converting")
+        folder = _folder(run, directory, to, model, _Layout(source, add, join, split))
+        return ConvertResult(
+            source=str(directory),
+            from_form=folder.source,
+            to_form=folder.target,
+            rank=folder.rank,
+            largest_error=folder.largest_error,
+            sites=folder.sites,
+        )
+    _require_none(given, _OF_FOLDERS, "an artifact")
+    _require_lora(to)
+    wanted = {"names": names, "rank": rank, "error": error, "into_base": into_base or ()}
+    converted = _artifact(run, directory, model, wanted)
+    return ConvertResult(
+        source=str(directory),
+        from_form="artifact",
+        to_form=LORA,
+        rank=max(site.rank or 0 for site in converted.sites),
+        largest_error=converted.largest_error,
+        sites=converted.sites,
+        outputs=dict(converted.outputs),
+        largest_output=converted.largest_output,
+        into_base=() if converted.partial is None else tuple(converted.partial.folded),
+    )
 
-        if is_peft(directory):
-            _require_none(given, _OF_ARTIFACTS, "an adapter folder")
-            step("converting")
-            converted = _of_folder(_folder(directory, place, to, model, _Layout(source, add, join, split), force))
-        else:
-            _require_none(given, _OF_FOLDERS, "an artifact")
-            step("loading")
-            _require_lora(to)
-            wanted = {"names": names, "rank": rank, "error": error, "into_base": into_base or ()}
-            converted = _of_artifact(_artifact(directory, place, model, wanted, force, step))
 
-    from graftc.cli.deployed import files_in, print_files
-
-    files = files_in(place)
-    result = {
-        **{"source": str(directory), "out": None if place is None else str(place), "dry_run": dry_run},
-        **{**converted, "files": files, "warnings": warnings},
+@convert.shows
+def _show(result: ConvertResult, to: Console) -> None:
+    lines = {
+        "converted:": f"{result.from_form} to {result.to_form}, {counted(len(result.sites))}, "
+        f"rank {result.rank} at most",
+        "largest error:": f"{result.largest_error:.1e} of a site's update",
     }
-    if json:
-        from graftc.cli.results import ConvertResult
-
-        print_json(ConvertResult.model_validate(result))
-        return
-    _show(result)
-    print_files(place, files)
+    if result.outputs is not None:
+        largest = max(result.outputs.values(), default=0.0)
+        lines["outputs:"] = f"within {largest:.1e} of the original's, whose largest is {result.largest_output:.1e}"
+    if result.into_base:
+        lines["folded into a base:"] = ", ".join(result.into_base)
+    for word, text in lines.items():
+        to.print(f"{word:<22}{text}", soft_wrap=True, markup=False)
+    worst = sorted(result.sites, key=lambda site: -site.error)[:3] if result.largest_error > 1e-6 else []
+    for site in worst:
+        ranks = "" if site.rank is None else f", rank {site.rank} of {site.full_rank}"
+        to.print(f"{'':<22}{site.site}: {site.error:.1e}{ranks}", soft_wrap=True, markup=False)
+    print_files(result.out, result.files, to)
 
 
 def _require_none(given: dict[str, Any], words: tuple[str, ...], what: str) -> None:
@@ -139,14 +196,7 @@ class _Layout:
     split: list[str] | None
 
 
-def _folder(
-    directory: Path,
-    place: Path | None,
-    to: str | None,
-    model: str | None,
-    layout: _Layout,
-    force: bool,
-) -> ConvertedFolder:
+def _folder(run: CommandRun, directory: Path, to: str | None, model: str | None, layout: _Layout) -> ConvertedFolder:
     from graftc.runtime.interop.layouts.convert import AdapterSource, convert_folder
 
     base = None if model is None else Path(model)
@@ -161,9 +211,9 @@ def _folder(
 
         if layout.join or layout.split:
             raise GraftError("GC090", "GGUF has the maps of the base", hint="leave out --join and --split")
-        return convert_to_gguf(origin(), place, base, force=force)
+        return convert_to_gguf(origin(), run.out, base, force=run.force)
     join, apart = layout.join or (), layout.split or ()
-    return convert_folder(origin(), place, to or "peft", join=join, apart=apart, force=force)
+    return convert_folder(origin(), run.out, to or "peft", join=join, apart=apart, force=run.force)
 
 
 def _require_lora(to: str | None) -> None:
@@ -172,73 +222,17 @@ def _require_lora(to: str | None) -> None:
         raise GraftError("GC090", f"an artifact is not converted to {to!r}", hint=hint)
 
 
-def _artifact(
-    directory: Path,
-    place: Path | None,
-    model: str | None,
-    wanted: Mapping[str, Any],
-    force: bool,
-    step: Any,
-) -> Converted:
-    from graftc.files.writing import check_apart, check_destination
+def _artifact(run: CommandRun, directory: Path, model: str | None, wanted: Mapping[str, Any]) -> Converted:
     from graftc.runtime.api import load
     from graftc.runtime.artifact.places import is_ours
     from graftc.runtime.model.runner import runner_of
 
-    if place is not None:
-        check_apart(place, directory, model)
-        check_destination(place, force=force, replaceable=is_ours)
+    run.require_destination(directory, model, replaceable=is_ours)
+    run.step("loading")
     compiled = load(directory, model)
-    step("converting")
+    run.step("converting")
     converted: Converted = runner_of(compiled).convert(**wanted)
-    if place is not None:
-        step("writing")
-        converted.save(place, force=force)
+    if run.out is not None:
+        run.step("writing")
+        converted.save(run.out, force=run.force)
     return converted
-
-
-def _of_folder(converted: ConvertedFolder) -> dict[str, Any]:
-    maps = [
-        {"adaptation": None, "site": m.path, "rank": None, "full_rank": None, "error": m.error, "probed": m.error}
-        for m in converted.maps
-    ]
-    return {
-        **{
-            "from_form": converted.source,
-            "to_form": converted.target,
-            "sites": maps,
-            "largest_error": converted.largest_error,
-        },
-        **{"rank": converted.rank, "outputs": None, "largest_output": None, "into_base": []},
-    }
-
-
-def _of_artifact(converted: Converted) -> dict[str, Any]:
-    return {
-        **{"from_form": "artifact", "to_form": LORA, "sites": [vars(site) for site in converted.sites]},
-        **{"largest_error": converted.largest_error, "rank": max(site.rank for site in converted.sites)},
-        **{"outputs": dict(converted.outputs), "largest_output": converted.largest_output},
-        "into_base": [] if converted.partial is None else list(converted.partial.folded),
-    }
-
-
-def _show(result: dict[str, Any]) -> None:
-    from graftc.cli.output import console
-
-    to = console()
-    lines = {
-        "converted:": f"{result['from_form']} to {result['to_form']}, {counted(len(result['sites']))}, "
-        f"rank {result['rank']} at most",
-        "largest error:": f"{result['largest_error']:.1e} of a site's update",
-    }
-    if result["outputs"] is not None:
-        largest = max(result["outputs"].values(), default=0.0)
-        lines["outputs:"] = f"within {largest:.1e} of the original's, whose largest is {result['largest_output']:.1e}"
-    if result["into_base"]:
-        lines["folded into a base:"] = ", ".join(result["into_base"])
-    for word, text in lines.items():
-        to.print(f"{word:<22}{text}", soft_wrap=True, markup=False)
-    worst = sorted(result["sites"], key=lambda site: -site["error"])[:3] if result["largest_error"] > 1e-6 else []
-    for site in worst:
-        ranks = "" if site["rank"] is None else f", rank {site['rank']} of {site['full_rank']}"
-        to.print(f"{'':<22}{site['site']}: {site['error']:.1e}{ranks}", soft_wrap=True, markup=False)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from graftc.cli.options import Json
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from graftc.applications.demo.stages import Outcome
-
-__all__ = ["demo"]
+from graftc.cli.command import CommandRun, command
+from graftc.records.demo import DemoResult, LLMResult
 
 
+@command(live=True)
 def demo(
+    run: CommandRun,
     llm: Annotated[
         bool, typer.Option("--llm", help="Fine-tune a chat model, SmolLM2-135M-Instruct, instead of an encoder.")
     ] = False,
@@ -31,31 +28,25 @@ def demo(
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and texts, and nothing to compare with.")] = False,
-    json: Json = False,
-) -> None:
+) -> DemoResult | LLMResult:
     """Run the whole path on a pretrained model and Reuters R8: compile, train, fold, certify, save, export."""
-    import sys
+    from graftc.cli.output import console
 
-    from graftc.cli.output import console, print_json, working
+    to = console(sys.stderr if run.as_json else sys.stdout)
+    result: DemoResult | LLMResult
+    with run.working():
+        if llm:
+            from graftc.applications.demo.llm import run_llm_demo
 
-    to = console(sys.stderr if json else sys.stdout)
-    place = out or Path("demo-llm-out" if llm else "demo-out")
-    with working(json) as warnings:
-        result = _run(llm, place, quick, to)
-    if json:
-        from graftc.cli.results import DemoData, LLMDemoData
+            result = run_llm_demo(out or Path("demo-llm-out"), quick=quick, console=to)
+        else:
+            from graftc.applications.demo.demo import run_demo
 
-        data = {**result.to_json(), "out": str(place), "warnings": warnings}
-        print_json((LLMDemoData if llm else DemoData).model_validate(data))
-    if result.failures:
-        raise typer.Exit(1)
+            result = run_demo(out or Path("demo-out"), quick=quick, console=to)
+    run.status = 1 if result.failures else 0
+    return result
 
 
-def _run(llm: bool, out: Path, quick: bool, to: Console) -> Outcome:
-    if llm:
-        from graftc.applications.demo.llm import run_llm_demo
-
-        return run_llm_demo(out, quick=quick, console=to)
-    from graftc.applications.demo.demo import run_demo
-
-    return run_demo(out, quick=quick, console=to)
+@demo.shows
+def _show(result: DemoResult | LLMResult, to: object) -> None:
+    """Show nothing more: the demo has printed its stages."""

@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from graftc.cli.command import CommandRun, command
 from graftc.cli.completion import models
-from graftc.cli.options import Json
+from graftc.records.comparison import Comparison, WeightsDiff
+from graftc.records.diagnostics import Diagnostic
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.records.record import stated
 
 if TYPE_CHECKING:
-    from graftc.runtime.artifact.compare import Comparison
-    from graftc.runtime.compare.folders import FolderDifference
+    from rich.console import Console
 
-__all__ = ["diff"]
+
+@dataclass(frozen=True, kw_only=True)
+class DiffResult(Comparison, behind={"": ("a", "b")}):
+    """`graftc diff A B --json`. The exit status is 1 where they differ."""
+
+    a: str
+    """The first folder: an artifact's, or a model's."""
+
+    b: str
+    """The second folder."""
+
+    weights: WeightsDiff | None = None
+    """What differs between two models, of which the fields above are empty; null of artifacts."""
+
+    warnings: tuple[Diagnostic, ...] = ()
+    """Warnings."""
+
+    @stated
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return Comparison.same.__get__(self) if self.weights is None else self.weights.same
+
 
 _Folder = Annotated[
     Path, typer.Argument(help="An artifact, or a folder of a model.", show_default=False, autocompletion=models)
 ]
 
 
+@command()
 def diff(
+    run: CommandRun,
     a: _Folder,
     b: _Folder,
     html: Annotated[
@@ -35,44 +61,47 @@ def diff(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --html.")] = False,
-    json: Json = False,
-) -> None:
+) -> DiffResult:
     """Show what differs between two artifacts (base, spec, sites, tensors, graph) or between the weights of two model
     folders, with what could have made it. Exit status 1 if anything does.
     """
-    from graftc.cli.output import print_json, steps, time_left, working
+    run.out, run.force = html, force
+    run.require_destination(a, b)
+    if _are_models(a, b):
+        if html is not None:
+            raise GraftError("GC090", "--html shows graphs, and these folders hold weights", hint="leave it out")
+        from graftc.cli.output import time_left
+        from graftc.runtime.compare.folders import compare_folders
 
-    weights: FolderDifference | None = None
-    with working(json) as warnings, steps(json) as step:
-        _check(html, force, a, b)
-        from graftc.runtime.artifact import open_artifact
-        from graftc.runtime.artifact.compare import compare, nothing
-
-        if _are_models(a, b):
-            if html is not None:
-                from graftc.specs.errors.diagnostics import GraftError
-
-                raise GraftError("GC090", "--html shows graphs, and these folders hold weights", hint="leave it out")
-            from graftc.runtime.compare.folders import compare_folders
-
-            weights, comparison = compare_folders(a, b, time_left(step, "comparing weights")), nothing()
-        else:
-            comparison = compare(open_artifact(a), open_artifact(b))
-            if html is not None:
-                step("writing the page")
-                _write_page(a, b, comparison, html, force)
-    same = comparison.same if weights is None else weights.same
-    if json:
-        from graftc.cli.results import DiffResult
-
-        data = {**_data(comparison), "same": same, "weights": None if weights is None else _weights(weights)}
-        print_json(DiffResult.model_validate({**data, "a": str(a), "b": str(b), "warnings": warnings}))
-    elif weights is None:
-        _print(comparison)
+        weights = compare_folders(a, b, time_left(run.step, "comparing weights"))
+        result = DiffResult(a=str(a), b=str(b), weights=weights)
     else:
-        _print_weights(weights)
-    if not same:
-        raise typer.Exit(1)
+        from graftc.runtime.artifact import open_artifact
+        from graftc.runtime.artifact.compare import compare
+
+        result = DiffResult(a=str(a), b=str(b), **vars(compare(open_artifact(a), open_artifact(b))))
+        if html is not None:
+            run.step("writing the page")
+            _write_page(a, b, result, html, force)
+    run.status = 0 if result.same else 1
+    return result
+
+
+@diff.shows
+def _show(result: DiffResult, to: Console) -> None:
+    from graftc.cli.output import print_lines
+
+    if result.weights is not None:
+        _print_weights(result.weights, to)
+        return
+    if result.same:
+        to.print("no difference")
+        return
+    colours = {"+": "green", "-": "red", "@": "cyan", "~": "yellow"}
+    for name, lines in _sections(result).items():
+        if lines:
+            print_lines(to, [name], lambda _: "bold")
+            print_lines(to, [f"  {line}" for line in lines], lambda line: colours.get(line[2:3], ""))
 
 
 def _are_models(a: Path, b: Path) -> bool:
@@ -98,33 +127,7 @@ def _has_config(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def _data(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "same": comparison.same,
-        "base": list(comparison.base),
-        "spec": comparison.spec,
-        "sites": {
-            "added": list(comparison.added),
-            "removed": list(comparison.removed),
-            "changed": list(comparison.changed),
-        },
-        "tensors": [{"name": t.name, "status": t.status, "largest_difference": t.largest} for t in comparison.tensors],
-        "graph": comparison.graph,
-    }
-
-
-def _check(html: Path | None, force: bool, *folders: Path) -> None:
-    from graftc.files.writing import check_apart, check_destination
-
-    if html is not None:
-        for folder in folders:
-            check_apart(html, folder)
-        check_destination(html, force=force)
-
-
-def _write_page(a: Path, b: Path, comparison: Comparison, html: Path, force: bool) -> None:
-    from dataclasses import replace
-
+def _write_page(a: Path, b: Path, result: DiffResult, html: Path, force: bool) -> None:
     from graftc.files.writing import write_text
     from graftc.runtime.artifact import open_artifact
     from graftc.runtime.view.contents import contents
@@ -132,7 +135,7 @@ def _write_page(a: Path, b: Path, comparison: Comparison, html: Path, force: boo
     from graftc.runtime.view.page import page
 
     before, after = open_artifact(a), open_artifact(b)
-    sections = _sections(comparison)
+    sections = _sections(result)
     sections["spec"] = [
         line for line in sections["spec"] if not line.startswith(("--- ", "+++ "))
     ]  # these lines contain paths of this machine
@@ -142,38 +145,25 @@ def _write_page(a: Path, b: Path, comparison: Comparison, html: Path, force: boo
     write_text(html, page(contents(after.snapshot, evidence, before.snapshot)), force=force)
 
 
-def _sections(comparison: Comparison) -> dict[str, list[str]]:
+def _sections(result: DiffResult) -> dict[str, list[str]]:
     marks = [
-        *(f"+ {p}" for p in comparison.added),
-        *(f"- {p}" for p in comparison.removed),
-        *(f"~ {p}" for p in comparison.changed),
+        *(f"+ {p}" for p in result.sites.added),
+        *(f"- {p}" for p in result.sites.removed),
+        *(f"~ {p}" for p in result.sites.changed),
     ]
     signs = {"added": "+", "removed": "-", "changed": "~", "moved": "~"}
-    tensors = [
-        f"{signs[t.status]} {t.name} ({t.status}" + (f", by at most {t.largest:.3g})" if t.largest is not None else ")")
-        for t in comparison.tensors
-    ]
+    tensors = [f"{signs[t.status]} {t.name} ({t.status}{_by(t.largest_difference)})" for t in result.tensors]
     return {
-        "base": _capped([f"~ {difference}" for difference in comparison.base]),
-        "spec": comparison.spec.splitlines(),
+        "base": _capped([f"~ {difference}" for difference in result.base]),
+        "spec": result.spec.splitlines(),
         "places": marks,
         "tensors": tensors,
-        "graph (eval)": comparison.graph.splitlines(),
+        "graph (eval)": result.graph.splitlines(),
     }
 
 
-def _print(comparison: Comparison) -> None:
-    from graftc.cli.output import console, print_lines
-
-    to = console()
-    if comparison.same:
-        to.print("no difference")
-        return
-    colours = {"+": "green", "-": "red", "@": "cyan", "~": "yellow"}
-    for name, lines in _sections(comparison).items():
-        if lines:
-            print_lines(to, [name], lambda _: "bold")
-            print_lines(to, [f"  {line}" for line in lines], lambda line: colours.get(line[2:3], ""))
+def _by(largest: float | None) -> str:
+    return "" if largest is None else f", by at most {largest:.3g}"
 
 
 def _capped(lines: list[str], most: int = 5) -> list[str]:
@@ -181,28 +171,10 @@ def _capped(lines: list[str], most: int = 5) -> list[str]:
     return lines if len(lines) <= most + 1 else [*lines[:most], f"... and {len(lines) - most} more"]
 
 
-def _weights(difference: FolderDifference) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    def numbers(item: Any) -> dict[str, Any] | None:
-        if item.difference is None:
-            return None
-        data = {**asdict(item.difference), "cause": item.difference.cause.value}
-        data |= {key: data[key] if math.isfinite(data[key]) else None for key in ("largest", "norm")}
-        return data
-
-    tensors = [
-        {**{"name": t.name, "status": t.status, "base": t.base, "other": t.other}, "difference": numbers(t)}
-        for t in difference.tensors
-    ]
-    return {"equal": difference.equal, "tensors": tensors}
-
-
-def _print_weights(difference: FolderDifference) -> None:
-    from graftc.cli.output import console, print_lines
+def _print_weights(difference: WeightsDiff, to: Console) -> None:
+    from graftc.cli.output import print_lines
     from graftc.runtime.compare.folders import lines, summary
 
-    to = console()
     equal = f"{difference.equal} tensors are equal" if difference.equal != 1 else "1 tensor is equal"
     if difference.same:
         to.print(f"no difference: {equal}")

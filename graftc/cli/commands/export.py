@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from annotated_types import Ge
 
+from graftc.cli.command import CommandRun, command
 from graftc.cli.options import (
     AllowUnchanged,
     ArtifactArgument,
@@ -15,31 +18,68 @@ from graftc.cli.options import (
     BaseFormOption,
     BaseOption,
     Budget,
-    DryRun,
     ExportFormat,
-    Force,
     FormatOption,
-    Json,
-    Out,
-    destination,
 )
+from graftc.cli.printing import print_certificate, print_files, print_tensors
+from graftc.records.certificate import Certificate
+from graftc.records.files import PeftTensor
+from graftc.records.results import WrittenResult
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.options.exports import ExportOption, misplaced
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from graftc.compiler.folding.requantise import BaseForm
     from graftc.runtime.compiled import Compiled
     from graftc.runtime.deploy.merged import Merged
     from graftc.runtime.deploy.partial import Partial
     from graftc.runtime.export.exporting import Exporting
 
-__all__ = ["export"]
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult(
+    WrittenResult,
+    published="ExportResult",
+    unstated=("title", "needs"),
+    behind={"format": ("out", "dry_run"), "merged": ("files",), "max_rank": ("warnings",)},
+):
+    """`graftc export DIR --format FORMAT --out PATH --json`."""
+
+    artifact: str
+    """The artifact's folder."""
+
+    format: str
+    """The format."""
+
+    out: str | None = None
+    """The file that was written; null with `--dry-run`."""
+
+    merged: bool
+    """Whether the adaptations were folded first."""
+
+    certificate: Certificate | None
+    """The evidence for the fold; null where nothing was folded."""
+
+    tensors: tuple[PeftTensor, ...]
+    """With `--format peft`, every tensor that was written, and what it is here; empty otherwise."""
+
+    max_rank: Annotated[int | None, Ge(1)]
+    """With `--for`, the largest rank with which the server has to be started, its `--max-lora-rank`; null otherwise."""
+
+    title: str = ""
+    """What stands above the tensors, for people; empty where there are none."""
+
+    needs: str | None = None
+    """The option that the server needs, for people."""
 
 
+@command(writes=True)
 def export(
+    run: CommandRun,
     directory: ArtifactArgument,
     format: FormatOption,
-    out: Out = None,
     model: BaseOption = None,
     merge: Annotated[
         bool | None,
@@ -90,69 +130,56 @@ def export(
             show_default=False,
         ),
     ] = None,
-    dry_run: DryRun = False,
-    force: Force = False,
-    json: Json = False,
-) -> None:
+) -> ExportResult:
     """Export to ONNX (onnx-generate: with a cache, to generate), .pt2 or GGUF, folded and certified, or the adapters
     alone to PEFT's format or (--no-merge) to GGUF; files are checked before they appear.
     """
-    from graftc.cli.output import print_json, steps, working
+    from graftc.runtime.export.exporters import EXPORTERS
 
     names = inputs or []
     of_format = {"--inputs": names, "--dtype": dtype, "--for": server, "--max-rank": max_rank}
     of_fold = {"--budget": budget, "--base": base, "--allow-unchanged": allow_unchanged}
     _check_options(format, of_format, of_fold, merge)
-    to = destination(out, dry_run=dry_run)
     options: dict[str, Any] = {_OPTIONS[word]: value for word, value in of_format.items()}
-    with working(json) as warnings, steps(json) as step:
-        from graftc.files.writing import check_apart, check_destination
-        from graftc.runtime.export.exporters import EXPORTERS
+    exporter = EXPORTERS[format.value]
+    folds = exporter.folds and merge is not False
+    run.beside = () if run.out is None else exporter.companions(run.out, names)
+    exporter.check(options)
+    run.require_destination(directory, model, replaceable=exporter.replaceable)
+    run.step("loading")
+    from graftc.runtime.api import load
+    from graftc.runtime.export.exporting import ready_export
 
-        exporter = EXPORTERS[format.value]
-        folds = exporter.folds and merge is not False
-        companions = () if to is None else exporter.companions(to, names)
-        exporter.check(options)
-        if to is not None:
-            check_apart(to, directory, model)
-            check_destination(to, force=force, companions=companions, replaceable=exporter.replaceable)
-        step("loading")
-        from graftc.runtime.api import load
+    compiled = load(directory, model)
+    if names:
+        from graftc.runtime.export.inputs import require_known
 
-        compiled = load(directory, model)
-        if names:
-            from graftc.runtime.export.inputs import require_known
+        require_known(compiled, names)
+    if folds:
+        run.step("folding and certifying")
+    deployed = _folded(compiled, budget, names, base, allow_unchanged) if folds else compiled.eval()
+    run.step("exporting")
+    ready = ready_export(_exporting(deployed), format.value, options)
+    if run.out is not None:
+        ready.write(run.out, run.force)
+    return ExportResult(
+        artifact=str(directory),
+        format=format.value,
+        merged=folds,
+        certificate=deployed.certificate if folds else None,
+        tensors=tuple(ready.tensors),
+        max_rank=ready.max_rank,
+        title=ready.title,
+        needs=ready.needs,
+    )
 
-            require_known(compiled, names)
-        if folds:
-            step("folding and certifying")
-        deployed = _folded(compiled, budget, names, base, allow_unchanged) if folds else compiled.eval()
-        step("exporting")
-        from graftc.runtime.export.exporting import ready_export
 
-        ready = ready_export(_exporting(deployed), format.value, options)
-        if to is not None:
-            ready.write(to, force)
-
-    from graftc.cli.deployed import files_in, print_certificate, print_files, print_tensors
-
-    files = files_in(to, companions)
-    certificate = deployed.certificate if folds else None
-    if json:
-        from graftc.cli.results import ExportResult
-
-        result = {
-            **{"artifact": str(directory), "format": format.value, "out": None if to is None else str(to)},
-            **{"dry_run": dry_run, "merged": folds, "files": files},
-            **{"certificate": certificate.to_json() if certificate else None, "tensors": ready.tensors},
-            **{"max_rank": ready.max_rank, "warnings": warnings},
-        }
-        print_json(ExportResult.model_validate(result))
-        return
-    print_certificate(certificate, {})
-    if ready.title:
-        print_tensors(ready.title, ready.tensors, ready.needs)
-    print_files(to, files)
+@export.shows
+def _show(result: ExportResult, to: Console) -> None:
+    print_certificate(result.certificate, {}, to)
+    if result.title:
+        print_tensors(result.title, result.tensors, to, result.needs)
+    print_files(result.out, result.files, to)
 
 
 _OPTIONS: Mapping[str, ExportOption] = MappingProxyType(

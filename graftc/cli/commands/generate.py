@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from graftc.cli.options import BaseOption, Json
+from graftc.cli.command import CommandRun, command
+from graftc.cli.options import BaseOption
 from graftc.cli.speaking import (
     AdapterOption,
     BaseAlone,
@@ -18,20 +20,34 @@ from graftc.cli.speaking import (
     NumBeams,
     SampleOption,
     SeedOption,
+    SpokenResult,
     SystemOption,
     Temperature,
     TextArgument,
     TokenizerOption,
     TopK,
     TopP,
+    report,
 )
+from graftc.records.answers import GeneratedAnswer
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.regular_files import JSON_BYTES
 
-__all__ = ["generate"]
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateResult(SpokenResult):
+    """`graftc generate DIR --json`."""
+
+    chat: bool
+    """Whether prompts were put into the chat template."""
+
+    answers: tuple[GeneratedAnswer, ...]
+    """One for each prompt, in their order; fewer where it was interrupted."""
 
 
+@command(live=True)
 def generate(
+    run: CommandRun,
     directory: TextArgument,
     prompt: Annotated[
         list[str] | None,
@@ -65,26 +81,25 @@ def generate(
     model: BaseOption = None,
     tokenizer: TokenizerOption = None,
     device: DeviceOption = None,
-    json: Json = False,
-) -> None:
+) -> GenerateResult:
     """Generate text: on the standard output as it is made, one answer after the other. Speed goes to the standard
     error.
     """
     from contextlib import ExitStack
 
     from graftc.cli.interrupts import Stop, interrupts
-    from graftc.cli.output import print_json, steps, working
+    from graftc.cli.output import steps, working
     from graftc.cli.process import INTERRUPTED
-    from graftc.cli.speaking import Drawing, Speaker, opened, report, settings, writer
+    from graftc.cli.speaking import Drawing, Speaker, opened, settings, writer
 
     drawing = Drawing(sample, temperature, top_k, top_p, seed)
     given = settings(max_new_tokens, drawing, num_beams, no_cache)
     if system is not None and not chat:
         raise GraftError("GC090", "--system begins a chat, and the prompts are not chats", hint="add --chat")
     prompts = _prompts(prompt, file, lines)
-    write, stop = writer(sys.stdout), Stop()
-    with working(json) as warnings, ExitStack() as stack:
-        with steps(json) as step:
+    write, stop = (lambda _: None) if run.as_json else writer(sys.stdout), Stop()
+    with working(run.as_json) as run.warnings, ExitStack() as stack:
+        with steps(run.as_json) as step:
             speaker = Speaker(directory, model, tokenizer, device, adapter, base)
             ready, how = stack.enter_context(opened(speaker, given, step))
             from graftc.applications.chat.answering import answer, prompt_ids
@@ -92,27 +107,25 @@ def generate(
             begin = [{"role": "system", "content": system}] if system is not None else []
             asked = [[*begin, {"role": "user", "content": text}] if chat else text for text in prompts]
             ids = [prompt_ids(ready, each) for each in asked]
-        answers = []
+        answers: list[GeneratedAnswer] = []
         with interrupts(stop):
-            for number, each in enumerate(ids):
+            for text, each in zip(prompts, ids, strict=True):
                 if stop.asked:
                     break
-                if number and not json:
+                if answers:
                     write("\n")
-                say = (lambda _: None) if json else write
-                answers.append(answer(ready, each, how, say=say, stopped=lambda: stop.asked))
-                if not json:
-                    write("\n")
-    if json:
-        from graftc.cli.results import GenerateResult
+                said = answer(ready, each, how, say=write, stopped=lambda: stop.asked)
+                answers.append(GeneratedAnswer(**vars(said), prompt=text))
+                write("\n")
+    run.status = INTERRUPTED if stop.asked else 0
+    return GenerateResult(
+        path=str(directory), kind=ready.kind, adapter=adapter, base=base, chat=chat, **given, answers=tuple(answers)
+    )
 
-        answered = [{"prompt": p, **a.to_json()} for p, a in zip(prompts, answers, strict=False)]
-        result = {"path": str(directory), "kind": ready.kind, "adapter": adapter, "base": base, "chat": chat}
-        print_json(GenerateResult.model_validate({**result, **given, "answers": answered, "warnings": warnings}))
-    else:
-        report(answers)
-    if stop.asked:
-        raise typer.Exit(INTERRUPTED)
+
+@generate.shows
+def _show(result: GenerateResult, to: object) -> None:
+    report(result.answers)
 
 
 def _prompts(given: list[str] | None, file: Path | None, lines: bool) -> list[str]:

@@ -2,17 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graftc.cli.options import Certify, DryRun, Force, Json, ModelOption, Out, destination
+from graftc.cli.command import CommandRun, command
+from graftc.cli.options import Certify, ModelOption
+from graftc.cli.printing import print_certificate, print_files, print_tensors
+from graftc.records.certificate import Certificate
+from graftc.records.files import PeftTensor, WrittenFile
+from graftc.records.results import WrittenResult
 
-__all__ = ["import_peft"]
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImportPeftResult(
+    WrittenResult,
+    published="ImportPeftResult",
+    unstated=("kept",),
+    behind={"model": ("out", "dry_run"), "tensors": ("files",), "certificate": ("warnings",)},
+):
+    """`graftc import-peft DIR... --model MODEL --out DIR2 --json`."""
+
+    adapters: tuple[str, ...]
+    """The checkpoints' folders."""
+
+    peft_types: tuple[str, ...]
+    """PEFT's name of the method of each."""
+
+    methods: tuple[str, ...]
+    """The method that says the same here, of each."""
+
+    model: str
+    """The base, as given."""
+
+    out: str | None = None
+    """The artifact's folder; null with `--dry-run`."""
+
+    tensors: tuple[PeftTensor, ...]
+    """Every tensor of the checkpoints that was taken over, and what it is here."""
+
+    files: tuple[WrittenFile, ...] = ()
+    """The artifact's files."""
+
+    certificate: Certificate | None
+    """Evidence that the adaptations fold; null where that was not asked for or they do not."""
+
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """Adaptations that do not fold, with the reason."""
+
+
+@command(writes=True)
 def import_peft(
+    run: CommandRun,
     directories: Annotated[
         list[Path],
         typer.Argument(
@@ -22,7 +69,6 @@ def import_peft(
         ),
     ],
     model: ModelOption,
-    out: Out = None,
     name: Annotated[
         str | None,
         typer.Option(
@@ -33,64 +79,50 @@ def import_peft(
         ),
     ] = None,
     certify: Certify = True,
-    dry_run: DryRun = False,
-    force: Force = False,
-    json: Json = False,
-) -> None:
+) -> ImportPeftResult:
     """Read PEFT checkpoints and write an artifact; every tensor must have a place in the model."""
-    from graftc.cli.output import print_json, steps, working
+    from graftc.runtime.artifact.places import is_artifact
+    from graftc.runtime.interop.peft.folder import read_peft
 
-    to = destination(out, dry_run=dry_run)
-    with working(json) as warnings, steps(json) as step:
-        from graftc.files.writing import check_apart, check_destination
-        from graftc.runtime.artifact.places import is_artifact
-        from graftc.runtime.interop.peft.folder import read_peft
+    for directory in directories:
+        run.require_destination(directory, model, replaceable=is_artifact)
+    single = len(directories) == 1
+    adapters = [read_peft(directory, name if single else None) for directory in directories]
+    run.step("loading the model")
+    from graftc.runtime.api import import_peft as import_from
+    from graftc.runtime.artifact.write import ArtifactEvidence, save
+    from graftc.runtime.deploy.merged import certificate_of
+    from graftc.runtime.interop.peft.expert_layouts import pairs_in
+    from graftc.runtime.interop.peft.pairs import peft_tensors
+    from graftc.runtime.interop.peft.several import names_of
+    from graftc.runtime.model.runner import runner_of
+    from graftc.runtime.offered.adapters import Adapters
+    from graftc.runtime.sources.models import load_model_and_inputs
 
-        if to is not None:
-            for directory in directories:
-                check_apart(to, directory, model)
-            check_destination(to, force=force, replaceable=is_artifact)
-        single = len(directories) == 1
-        adapters = [read_peft(directory, name if single else None) for directory in directories]
-        step("loading the model")
-        from graftc.runtime.api import import_peft as import_from
-        from graftc.runtime.artifact.write import ArtifactEvidence, save
-        from graftc.runtime.deploy.merged import certificate_of
-        from graftc.runtime.interop.peft.expert_layouts import pairs_in
-        from graftc.runtime.interop.peft.pairs import as_data
-        from graftc.runtime.interop.peft.several import names_of
-        from graftc.runtime.model.runner import runner_of
-        from graftc.runtime.offered.adapters import Adapters
-        from graftc.runtime.sources.models import load_model_and_inputs
+    loaded, inputs = load_model_and_inputs(model)
+    run.step("compiling")
+    compiled = import_from(directories[0] if single else directories, loaded, inputs, name=name)
+    run.step("certifying")
+    certificate, kept = certificate_of(compiled) if certify else (None, {})
+    if run.out is not None:
+        run.step("writing")
+        save(compiled, run.out, ArtifactEvidence(certificate, kept, model), force=run.force)
+    alone = [compiled] if single else Adapters(runner_of(compiled)).each_alone(names_of(directories))
+    pairs = (pairs_in(given, part.compilation) for given, part in zip(adapters, alone, strict=True))
+    return ImportPeftResult(
+        adapters=tuple(map(str, directories)),
+        peft_types=tuple(given.config.peft_type for given in adapters),
+        methods=tuple(str(given.config.format[0].tag()) for given in adapters),
+        model=model,
+        tensors=peft_tensors(dict.fromkeys(pair for group in pairs for pair in group)),
+        certificate=certificate,
+        kept=kept,
+    )
 
-        loaded, inputs = load_model_and_inputs(model)
-        step("compiling")
-        compiled = import_from(directories[0] if single else directories, loaded, inputs, name=name)
-        step("certifying")
-        certificate, kept = certificate_of(compiled) if certify else (None, {})
-        if to is not None:
-            step("writing")
-            save(compiled, to, ArtifactEvidence(certificate, kept, model), force=force)
-        alone = [compiled] if single else Adapters(runner_of(compiled)).each_alone(names_of(directories))
-        pairs = (pairs_in(given, part.compilation) for given, part in zip(adapters, alone, strict=True))
-        tensors = as_data(list(dict.fromkeys(pair for group in pairs for pair in group)))
 
-    from graftc.cli.deployed import files_in, print_certificate, print_files, print_tensors
-
-    files = files_in(to)
-    methods = [str(given.config.format[0].tag()) for given in adapters]
-    types = [given.config.peft_type for given in adapters]
-    if json:
-        from graftc.cli.results import ImportPeftResult
-
-        result = {
-            **{"adapters": [str(directory) for directory in directories], "peft_types": types, "methods": methods},
-            "model": model,
-            **{"out": None if to is None else str(to), "dry_run": dry_run, "tensors": tensors, "files": files},
-            **{"certificate": certificate.to_json() if certificate else None, "warnings": warnings},
-        }
-        print_json(ImportPeftResult.model_validate(result))
-        return
-    print_tensors(", ".join(f"{kind} as {method}" for kind, method in zip(types, methods, strict=True)), tensors)
-    print_certificate(certificate, kept)
-    print_files(to, files)
+@import_peft.shows
+def _show(result: ImportPeftResult, to: Console) -> None:
+    methods = zip(result.peft_types, result.methods, strict=True)
+    print_tensors(", ".join(f"{kind} as {method}" for kind, method in methods), result.tensors, to)
+    print_certificate(result.certificate, result.kept, to)
+    print_files(result.out, result.files, to)

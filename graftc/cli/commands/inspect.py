@@ -2,24 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from graftc.cli.options import ArtifactArgument, Json
+from graftc.cli.command import CommandRun, command
+from graftc.cli.options import ArtifactArgument
+from graftc.records.explanation import Explanation
+from graftc.records.graphs import (
+    OUTCOME_COLUMNS,
+    Diff,
+    GraphRecord,
+    HistoryRow,
+    LoweringOutcome,
+    history_columns,
+    outcome_rows,
+)
+from graftc.records.results import CommandResult
+from graftc.records.summary import Summary
+from graftc.records.tree import TreeNode
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from graftc.compiler.inspect.snapshot import Snapshot
-    from graftc.compiler.inspect.summary import Summary
     from graftc.runtime.artifact.read import Artifact
 
-__all__ = ["inspect"]
+
+@dataclass(frozen=True, kw_only=True)
+class InspectResult(CommandResult, behind={"files": ("warnings",)}):
+    """`graftc inspect DIR --json`. What was not asked for is null."""
+
+    artifact: str
+    """The artifact's folder."""
+
+    mode: Literal["train", "eval"]
+    """Which of the two graphs."""
+
+    summary: Summary
+    """What is adapted, and how much trains."""
+
+    graph: GraphRecord | None
+    """With `--graph`: the rewritten graph."""
+
+    diff: Diff | None
+    """With `--diff`: what changed from the base's graph."""
+
+    history: tuple[HistoryRow, ...] | None
+    """With `--history`: what every step did."""
+
+    lowering: tuple[LoweringOutcome, ...] | None
+    """With `--lowering`: what steps of lowering found in the training graph."""
+
+    tree: TreeNode | None
+    """With `--tree`: the model's modules with what was added to them."""
+
+    explanation: Explanation | None
+    """With `--explain`: why something is there."""
+
+    files: tuple[str, ...]
+    """The files that were written."""
 
 
 class GraphMode(StrEnum):
@@ -29,7 +74,9 @@ class GraphMode(StrEnum):
     EVAL = "eval"
 
 
+@command()
 def inspect(
+    run: CommandRun,
     directory: ArtifactArgument,
     graph: Annotated[bool, typer.Option("--graph", help="Print the rewritten graph.")] = False,
     diff: Annotated[
@@ -94,136 +141,75 @@ def inspect(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
-    json: Json = False,
-) -> None:
+) -> InspectResult:
     """Look at a rewritten graph: a summary, or what the options ask for. Needs no base model."""
-    from graftc.cli.output import console, print_json, working
-
-    with working(json) as warnings:
-        from graftc.runtime.artifact import open_artifact
-
-        given = {"graphml": graphml, "dot": dot, "html": html, "svg": svg, "png": png, "explorer": model_explorer}
-        targets = {kind: path for kind, path in given.items() if path is not None}
-        _check(directory, targets, force)
-        artifact = open_artifact(directory)
-        snapshot = artifact.snapshot
-        wanted = {"graph": graph, "diff": diff, "history": history, "lowering": lowering, "tree": tree}
-        wanted["explanation"] = explain is not None
-        views = {name: view for name, view in _views(snapshot, mode.value, explain).items() if wanted[name]}
-        shown = {name: make() for name, make in views.items()}
-        files = _write(_writers(artifact, mode.value, log), targets, force) if targets else []
-        if json or not (shown or files):
-            from graftc.compiler.inspect.summary import summary
-
-            shown["summary"] = _summary_view(str(directory), summary(snapshot))
-    if json:
-        from graftc.cli.results import InspectResult
-
-        data = {name: shown[name].data if name in shown else None for name in ("summary", *wanted)}
-        result = {"artifact": str(directory), "mode": mode.value, **data, "files": files, "warnings": warnings}
-        print_json(InspectResult.model_validate(result))
-        return
-    to = console()
-    for index, view in enumerate(shown.values()):
-        if index:
-            to.print()
-        view.show(to)
-    for file in files:
-        to.print(f"wrote {file}", soft_wrap=True, markup=False)
-
-
-@dataclass(frozen=True)
-class _View:
-    """One view, as JSON data and as a function that prints it."""
-
-    data: Any
-    show: Callable[[Console], None]
-
-
-def _views(snapshot: Snapshot, mode: Any, name: str | None) -> dict[str, Callable[[], _View]]:
-    """Return the functions that make each view; none is made yet."""
-    return {
-        "graph": lambda: _graph_view(snapshot, mode),
-        "diff": lambda: _diff_view(snapshot, mode),
-        "history": lambda: _history_view(snapshot, mode),
-        "lowering": lambda: _lowering_view(snapshot),
-        "tree": lambda: _tree_view(snapshot),
-        "explanation": lambda: _explanation_view(snapshot, name or "", mode),
-    }
-
-
-def _graph_view(snapshot: Snapshot, mode: Any) -> _View:
-    from graftc.passes.core.ir.graph_formats import graph_data
-    from graftc.passes.core.ir.printer import format_program
-
-    program = snapshot.program(mode)
-    text = format_program(program)
-    data = {"text": text, **graph_data(program)}
-    return _View(data, lambda to: _lines(to, text, lambda line: "green" if "  # + " in line else ""))
-
-
-def _diff_view(snapshot: Snapshot, mode: Any) -> _View:
-    from graftc.compiler.inspect.diff import diff
-
-    changes = diff(snapshot.program(mode, base=True), snapshot.program(mode))
-    text = changes.text() or f"{mode}: nothing changed\n"
-    colours = {"+": "green", "-": "red", "@": "cyan"}
-    return _View(changes.to_json(), lambda to: _lines(to, text, lambda line: colours.get(line[:1], "")))
-
-
-def _history_view(snapshot: Snapshot, mode: Any) -> _View:
-    from graftc.compiler.inspect.history import history, history_columns
-
-    rows = history(snapshot, mode, lowered=True)
-
-    def show(to: Console) -> None:
-        from graftc.cli.output import print_table
-
-        columns, lines = history_columns(rows)
-        print_table(to, columns, lines, right=("added", "removed", "nodes", "inserted", "seconds"))
-
-    return _View([row.to_json() for row in rows], show)
-
-
-def _lowering_view(snapshot: Snapshot) -> _View:
-    from graftc.compiler.inspect.lowering import COLUMNS, lowering
-
-    outcomes = lowering(snapshot)
-
-    def show(to: Console) -> None:
-        from graftc.cli.output import print_table
-
-        print_table(to, COLUMNS, list(outcomes.rows()), right=("sites",))
-
-    return _View(outcomes.to_json(), show)
-
-
-def _tree_view(snapshot: Snapshot) -> _View:
+    from graftc.compiler.inspect.diff import diff as diff_graphs
+    from graftc.compiler.inspect.explain import explain as explain_name
+    from graftc.compiler.inspect.history import history as history_of
+    from graftc.compiler.inspect.lowering import lowering as lowering_of
+    from graftc.compiler.inspect.summary import summary
     from graftc.compiler.inspect.tree import model_tree
+    from graftc.passes.core.ir.graph_formats import graph_record
+    from graftc.runtime.artifact import open_artifact
 
-    modules = model_tree(snapshot)
-    mark = "  + "
-    return _View(modules.to_json(), lambda to: _lines(to, modules.text(), lambda line: "green" if mark in line else ""))
-
-
-def _explanation_view(snapshot: Snapshot, name: str, mode: Any) -> _View:
-    from graftc.compiler.inspect.explain import explain
-
-    explanation = explain(snapshot, name, mode)
-    first = explanation.title
-    return _View(
-        explanation.to_json(), lambda to: _lines(to, explanation.text(), lambda line: "bold" if line == first else "")
+    given = {"graphml": graphml, "dot": dot, "html": html, "svg": svg, "png": png, "explorer": model_explorer}
+    targets = {kind: path for kind, path in given.items() if path is not None}
+    run.force = force
+    for run.out in targets.values():
+        run.require_destination(directory)
+    artifact = open_artifact(directory)
+    which: Any = mode.value
+    snapshot = artifact.snapshot
+    return InspectResult(
+        artifact=str(directory),
+        mode=which,
+        summary=summary(snapshot),
+        graph=graph_record(snapshot.program(which)) if graph else None,
+        diff=diff_graphs(snapshot.program(which, base=True), snapshot.program(which)) if diff else None,
+        history=history_of(snapshot, which, lowered=True) if history else None,
+        lowering=lowering_of(snapshot).outcomes if lowering else None,
+        tree=model_tree(snapshot) if tree else None,
+        explanation=None if explain is None else explain_name(snapshot, explain, which),
+        files=_written(artifact, which, log, targets, force),
     )
 
 
-def _summary_view(directory: str, summary: Summary) -> _View:
-    return _View(summary.to_json(), lambda to: _print_summary(to, directory, summary))
+@inspect.shows
+def _show(result: InspectResult, to: Console) -> None:
+    from graftc.cli.output import print_table
+
+    shows: list[Callable[[], None]] = []
+    if (graph := result.graph) is not None:
+        shows.append(lambda: _lines(to, graph.text, lambda line: "green" if "  # + " in line else ""))
+    if (diff := result.diff) is not None:
+        colours = {"+": "green", "-": "red", "@": "cyan"}
+        text = diff.text() or f"{result.mode}: nothing changed\n"
+        shows.append(lambda: _lines(to, text, lambda line: colours.get(line[:1], "")))
+    if result.history is not None:
+        columns, rows = history_columns(result.history)
+        right = ("added", "removed", "nodes", "inserted", "seconds")
+        shows.append(lambda: print_table(to, columns, rows, right=right))
+    if (outcomes := result.lowering) is not None:
+        shows.append(lambda: print_table(to, OUTCOME_COLUMNS, list(outcome_rows(outcomes)), right=("sites",)))
+    if (tree := result.tree) is not None:
+        shows.append(lambda: _lines(to, tree.text(), lambda line: "green" if "  + " in line else ""))
+    if (explanation := result.explanation) is not None:
+        shows.append(lambda: _lines(to, explanation.text(), lambda line: "bold" if line == explanation.title else ""))
+    if not (shows or result.files):
+        shows.append(lambda: _print_summary(to, result))
+    for index, show in enumerate(shows):
+        if index:
+            to.print()
+        show()
+    for file in result.files:
+        to.print(f"wrote {file}", soft_wrap=True, markup=False)
 
 
-def _print_summary(to: Console, directory: str, summary: Summary) -> None:
+def _print_summary(to: Console, result: InspectResult) -> None:
     from graftc.cli.output import number, print_figures, print_table
 
-    to.print(f"{directory}: {summary.model}, adapted", soft_wrap=True, markup=False)
+    summary = result.summary
+    to.print(f"{result.artifact}: {summary.model}, adapted", soft_wrap=True, markup=False)
     to.print()
     columns = ("adaptation", "method", "roles", "layers", "places", "trainable", "frozen", "tensors", "nodes")
     rows = [
@@ -238,7 +224,7 @@ def _print_summary(to: Console, directory: str, summary: Summary) -> None:
     ]
     print_table(to, columns, rows, right=columns[4:])
     to.print()
-    print_figures(summary.passes)
+    print_figures(summary.passes, to)
     facts = [
         (
             "trainable parameters",
@@ -258,23 +244,20 @@ def _lines(to: Console, text: str, style: Callable[[str], str]) -> None:
     print_lines(to, text.splitlines(), style)
 
 
-def _check(directory: Path, targets: dict[str, Path], force: bool) -> None:
-    from graftc.files.writing import check_apart, check_destination
-
-    for path in targets.values():
-        check_apart(path, directory)
-        check_destination(path, force=force)
-
-
-def _write(writers: dict[str, Callable[[], str | bytes]], targets: dict[str, Path], force: bool) -> list[str]:
+def _written(
+    artifact: Artifact, mode: Any, log: Path | None, targets: Mapping[str, Path], force: bool
+) -> tuple[str, ...]:
     """Make the contents of all files, then write them, and return their paths."""
+    if not targets:
+        return ()
     from graftc.files.writing import staged
 
+    writers = _writers(artifact, mode, log)
     contents = [(path, writers[kind]()) for kind, path in targets.items()]
     for path, content in contents:
         with staged(path, force=force) as file:
             file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return [str(path) for path in targets.values()]
+    return tuple(map(str, targets.values()))
 
 
 def _writers(artifact: Artifact, mode: Any, log: Path | None) -> dict[str, Callable[[], str | bytes]]:

@@ -2,36 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from graftc.cli.options import (
-    AllowUnchanged,
-    ArtifactArgument,
-    BaseFormOption,
-    BaseOption,
-    Budget,
-    DryRun,
-    DType,
-    DTypeOption,
-    Force,
-    Json,
-    Out,
-    destination,
-)
+from graftc.cli.command import CommandRun, command
+from graftc.cli.options import AllowUnchanged, ArtifactArgument, BaseFormOption, BaseOption, Budget, DType, DTypeOption
+from graftc.cli.printing import print_certificate, print_files
+from graftc.records.certificate import Certificate
+from graftc.records.merging import Streamed, Unfolded
+from graftc.records.results import WrittenResult
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
-__all__ = ["merge"]
+
+@dataclass(frozen=True, kw_only=True)
+class MergeResult(
+    WrittenResult, published="MergeResult", behind={"artifact": ("out", "dry_run"), "streamed": ("files", "warnings")}
+):
+    """`graftc merge DIR --out DIR2 --json`."""
+
+    artifact: str
+    """The artifact's folder."""
+
+    out: str | None = None
+    """What was written: a transformers folder, or an artifact where it is partial; null with `--dry-run`."""
+
+    partial: bool
+    """Whether some adaptations stay beside the base."""
+
+    folded: tuple[str, ...]
+    """Names of the adaptations that were folded into the base."""
+
+    kept: tuple[Unfolded, ...] = ()
+    """The adaptations that stay, with the reason."""
+
+    certificate: Certificate | None
+    """The evidence for the fold; null where nothing folds."""
+
+    streamed: Streamed | None = None
+    """What else there is to say of a merge file by file; null of one in memory."""
 
 
+@command(writes=True)
 def merge(
+    run: CommandRun,
     directory: ArtifactArgument,
-    out: Out = None,
     model: BaseOption = None,
     budget: Budget = None,
     partial: Annotated[
@@ -52,57 +72,48 @@ def merge(
     dtype: DTypeOption = None,
     base: BaseFormOption = None,
     allow_unchanged: AllowUnchanged = False,
-    dry_run: DryRun = False,
-    force: Force = False,
-    json: Json = False,
-) -> None:
+) -> MergeResult:
     """Fold, certify, and write a folder that transformers loads. What cannot be folded is named in the error."""
-    from graftc.cli.output import print_json, steps, time_left, working
     from graftc.runtime.artifact.places import is_ours, is_peft
 
-    to = destination(out, dry_run=dry_run)
     if stream or is_peft(directory):
         _require_files_alone(partial, budget)
-        chosen = {"dtype": _element_type(dtype), "allow_unchanged": allow_unchanged, "force": force}
-        _merge_files(directory, to, model, chosen, json)
-        return
-    with working(json) as warnings, steps(json) as step:
-        from graftc.files.writing import check_apart, check_destination
+        return _merge_files(run, directory, model, dtype, allow_unchanged)
+    run.require_destination(directory, model, replaceable=is_ours)
+    run.step("loading")
+    from graftc.cli.output import time_left
+    from graftc.runtime.api import load
+    from graftc.runtime.deploy.partial import merge_what_folds
 
-        if to is not None:
-            check_apart(to, directory, model)
-            check_destination(to, force=force, replaceable=is_ours)
-        step("loading")
-        from graftc.runtime.api import load
-        from graftc.runtime.deploy.partial import merge_what_folds
+    compiled = load(directory, model)
+    advance = time_left(run.step, "folding and certifying")
+    options: Any = {"dtype": _element_type(dtype), "base": base, "allow_unchanged": allow_unchanged}
+    if partial:
+        merged = merge_what_folds(compiled, budget, advance, **options)
+    else:
+        merged = compiled.merge(budget=budget, progress=advance, **options)
+    if run.out is not None:
+        run.step("writing")
+        merged.save(run.out, force=run.force)
+    return MergeResult(
+        artifact=str(directory),
+        partial=bool(merged.kept),
+        folded=tuple(merged.folded),
+        kept=tuple(Unfolded(name, reason) for name, reason in merged.kept.items()),
+        certificate=merged.certificate,
+    )
 
-        compiled = load(directory, model)
-        advance = time_left(step, "folding and certifying")
-        options: Any = {"dtype": _element_type(dtype), "base": base, "allow_unchanged": allow_unchanged}
-        if partial:
-            merged = merge_what_folds(compiled, budget, advance, **options)
-        else:
-            merged = compiled.merge(budget=budget, progress=advance, **options)
-        if to is not None:
-            step("writing")
-            merged.save(to, force=force)
 
-    from graftc.cli.deployed import files_in, print_certificate, print_files
+@merge.shows
+def _show(result: MergeResult, to: Console) -> None:
+    from graftc.cli.output import number
 
-    files = files_in(to)
-    if json:
-        from graftc.cli.results import MergeResult
-
-        result = {
-            **{"artifact": str(directory), "out": None if to is None else str(to), "dry_run": dry_run},
-            **{"partial": bool(merged.kept), "folded": list(merged.folded), "files": files},
-            "kept": [{"name": name, "reason": reason} for name, reason in merged.kept.items()],
-            **{"certificate": merged.certificate.to_json(), "streamed": None, "warnings": warnings},
-        }
-        print_json(MergeResult.model_validate(result))
-        return
-    print_certificate(merged.certificate, merged.kept)
-    print_files(to, files)
+    print_certificate(result.certificate, {each.name: each.reason for each in result.kept}, to)
+    if (streamed := result.streamed) is not None:
+        files = streamed.resumed_files
+        resumed = f"; {number(files)} files were done already" if files else ""
+        to.print(f"{'untouched:':<22}{number(streamed.untouched_tensors)} tensors, bit for bit{resumed}", markup=False)
+    print_files(result.out, result.files, to)
 
 
 def _require_files_alone(partial: bool, budget: float | None) -> None:
@@ -120,42 +131,30 @@ def _require_files_alone(partial: bool, budget: float | None) -> None:
 
 
 def _merge_files(
-    directory: Path,
-    to: Path | None,
-    model: str | None,
-    options: Mapping[str, Any],
-    json: bool,
-) -> None:
-    """Merge file by file, without loading the model, and print the result."""
-    from graftc.cli.output import print_json, steps, throughput, working
+    run: CommandRun, directory: Path, model: str | None, dtype: DType | None, allow_unchanged: bool
+) -> MergeResult:
+    """Merge file by file, without loading the model."""
+    from graftc.cli.output import throughput
 
-    with working(json) as warnings, steps(json) as step:
-        step("reading")
-        from graftc.runtime.streaming.merging import merge_checkpoint
+    run.step("reading")
+    from graftc.runtime.streaming.merging import merge_checkpoint
 
-        merged = merge_checkpoint(directory, model, to, progress=throughput(step, "merging"), **options)
-
-    from graftc.cli.deployed import files_in, print_certificate, print_files
-
-    files = files_in(to)
-    if json:
-        from graftc.cli.results import MergeResult
-
-        result = {
-            **{"artifact": str(directory), "out": None if to is None else str(to), "dry_run": to is None},
-            **{"partial": False, "folded": list(merged.folded), "kept": [], "files": files},
-            "certificate": merged.certificate.to_json(),
-            "streamed": {"untouched_tensors": merged.untouched, "resumed_files": merged.resumed},
-            "warnings": warnings,
-        }
-        print_json(MergeResult.model_validate(result))
-        return
-    print_certificate(merged.certificate, {})
-    from graftc.cli.output import console, number
-
-    resumed = f"; {number(merged.resumed)} files were done already" if merged.resumed else ""
-    console().print(f"{'untouched:':<22}{number(merged.untouched)} tensors, bit for bit{resumed}", markup=False)
-    print_files(to, files)
+    merged = merge_checkpoint(
+        directory,
+        model,
+        run.out,
+        dtype=_element_type(dtype),
+        allow_unchanged=allow_unchanged,
+        force=run.force,
+        progress=throughput(run.step, "merging"),
+    )
+    return MergeResult(
+        artifact=str(directory),
+        partial=False,
+        folded=tuple(merged.folded),
+        certificate=merged.certificate,
+        streamed=Streamed(merged.untouched, merged.resumed),
+    )
 
 
 def _element_type(dtype: DType | None) -> torch.dtype | None:

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from graftc.cli import completion
-from graftc.cli.options import Json
+from graftc.cli.command import CommandRun, command
+from graftc.specs.claims import MethodInfo
+from graftc.specs.records.record import Record
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from graftc.specs.registry import SpecEntry
 
-__all__ = ["methods"]
-
 _COMMON = ("name", "method", "target", "dtype")
 _BOUNDS = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
 
 
+@dataclass(frozen=True)
+class MethodsResult(Record):
+    """`graftc methods --json`."""
+
+    methods: tuple[MethodInfo, ...]
+    """Every method, in the order of their tags."""
+
+
+@dataclass(frozen=True)
+class MethodPage(MethodInfo, published="MethodPage"):
+    """`graftc methods NAME --json`."""
+
+    description: str
+    """The whole text about it."""
+
+    schema: dict[str, Any]
+    """JSON Schema of its adaptations."""
+
+
+@command()
 def methods(
+    run: CommandRun,
     name: Annotated[
         str | None,
         typer.Argument(
@@ -30,35 +52,32 @@ def methods(
             autocompletion=completion.methods,
         ),
     ] = None,
-    json: Json = False,
-) -> None:
+) -> MethodsResult | MethodPage:
     """List the methods with their claims, or show one method's page."""
-    from graftc.cli.output import console, print_json
+    from graftc.specs.listing import method_info
     from graftc.specs.listing import methods as listing
     from graftc.specs.registry import method_specs, unknown_method
 
     if name is None:
-        if json:
-            from graftc.cli.results import MethodsResult
-
-            print_json(MethodsResult.model_validate({"methods": [info.to_json() for info in listing()]}))
-        else:
-            _print_list(console())
-        return
+        return MethodsResult(tuple(listing()))
     entry = method_specs().get(name)
     if entry is None:
         raise unknown_method(name)
-    if json:
-        from graftc.cli.results import MethodPage
+    return MethodPage(
+        **vars(method_info(entry)), description=_description(entry), schema=entry.spec_class.model_json_schema()
+    )
 
-        print_json(MethodPage.model_validate(_page_data(entry)))
+
+@methods.shows
+def _show(result: MethodsResult | MethodPage, to: Console) -> None:
+    if isinstance(result, MethodPage):
+        _print_page(to, result)
     else:
-        _print_page(console(), entry)
+        _print_list(to, result)
 
 
-def _print_list(to: Console) -> None:
+def _print_list(to: Console, result: MethodsResult) -> None:
     from graftc.cli.output import print_table
-    from graftc.specs.listing import methods as listing
 
     rows = [
         (
@@ -69,30 +88,22 @@ def _print_list(to: Console) -> None:
             _yes(info.claims.bankable),
             info.summary.replace("`", ""),
         )
-        for info in listing()
+        for info in result.methods
     ]
     print_table(to, ("method", "sites", "identity at init", "folds", "bankable", "summary"), rows)
     to.print()
     to.print("graftc methods NAME shows a method's fields and papers.")
 
 
-def _page_data(entry: SpecEntry) -> dict[str, Any]:
-    from graftc.specs.listing import method_info
-
-    return method_info(entry).to_json() | {
-        "description": _description(entry),
-        "schema": entry.spec_class.model_json_schema(),
-    }
-
-
-def _print_page(to: Console, entry: SpecEntry) -> None:
+def _print_page(to: Console, page: MethodPage) -> None:
     from rich.text import Text
 
     from graftc.cli.output import print_table
+    from graftc.specs.registry import method_specs
 
-    claims = entry.claims
-    to.print(Text(entry.tag, style="bold"))
-    to.print(Text(_description(entry)), soft_wrap=True)
+    claims = page.claims
+    to.print(Text(page.tag, style="bold"))
+    to.print(Text(page.description), soft_wrap=True)
     to.print()
     facts = [
         ("sites", ", ".join(sorted(claims.sites))),
@@ -102,20 +113,19 @@ def _print_page(to: Console, entry: SpecEntry) -> None:
     ]
     if claims.inert:
         facts.append(("no gradient at first", ", ".join(sorted(claims.inert))))
-    facts += [("paper", paper) for paper in entry.paper.split("; ") if paper]
-    facts.append(("module", entry.module))
+    facts += [("paper", paper) for paper in page.paper.split("; ") if paper]
+    facts.append(("module", page.module))
     for name, fact in facts:
         to.print(Text(f"{name + ':':<18}{fact}"), soft_wrap=True)
     to.print()
-    schema = entry.spec_class.model_json_schema()
     rows = [
         (name, _type(field), _default(field), str(field.get("description", "")).replace("`", "").replace("\n", " "))
-        for name, field in schema["properties"].items()
+        for name, field in page.schema["properties"].items()
         if name not in _COMMON
     ]
     print_table(to, ("field", "type", "default", "meaning"), rows)
     to.print()
-    to.print(Text(_example(entry), style="cyan"), soft_wrap=True)
+    to.print(Text(_example(method_specs()[page.tag]), style="cyan"), soft_wrap=True)
 
 
 def _description(entry: SpecEntry) -> str:

@@ -5,25 +5,72 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from annotated_types import Ge
 
 from graftc.cli import completion
-from graftc.cli.options import Json, ModelOption
+from graftc.cli.command import CommandRun, command
+from graftc.cli.options import ModelOption
 from graftc.cli.process import interrupted
+from graftc.records.pet import Accuracy, PetGeneration, PetMember, PetRows
+from graftc.records.results import CommandResult
 
 if TYPE_CHECKING:
-    from graftc.applications.pet.result import PetResult
+    from rich.console import Console
 
-__all__ = ["pet"]
 
 TOKENIZER = "tokenizer"
 """The name of the folder, within a run's, that contains its tokenizer."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PetRunResult(CommandResult, behind={"classifier": ("warnings",)}):
+    """`graftc pet SPEC --json`."""
+
+    spec: str
+    """The SPEC argument."""
+
+    data: str
+    """The `--data` option."""
+
+    model: str
+    """The MODEL argument."""
+
+    out: str
+    """The folder of the run; its `classifier` is an artifact."""
+
+    tokenizer: str
+    """The folder of the classifier's tokenizer, in that of the run."""
+
+    seed: Annotated[int, Ge(0)]
+    """Seed of all random numbers."""
+
+    labels: tuple[str, ...]
+    """The labels, in the order of logits."""
+
+    rows: PetRows
+    """How many rows there are."""
+
+    members: tuple[PetMember, ...]
+    """The ensemble."""
+
+    generations: tuple[PetGeneration, ...]
+    """Generations behind the first; none without `ipet`."""
+
+    ensemble: Accuracy
+    """Of the ensemble."""
+
+    classifier: Accuracy
+    """Of the classifier."""
+
+
+@command(live=True)
 def pet(
+    run: CommandRun,
     spec: Annotated[
         Path,
         typer.Argument(
@@ -69,20 +116,18 @@ def pet(
         str | None,
         typer.Option("--device", metavar="NAME", help="Where to train, such as cuda. Default: the CPU."),
     ] = None,
-    json: Json = False,
-) -> None:
+) -> PetRunResult:
     """Train a classifier from patterns and few labelled rows (PET, iPET): members fill blanks, label what is
     unlabelled, and a classifier learns from it.
     """
-    from graftc.cli.output import print_json, steps, working
     from graftc.specs.pet.io import load_pet_spec
 
-    with _resumable(), working(json) as warnings, steps(json) as step:
+    with _resumable(), run.working():
         loaded = load_pet_spec(spec)  # before torch is imported
-        step("loading the model")
+        run.step("loading the model")
         from graftc.applications.chat.opening import moved, tokenizer_of
         from graftc.applications.pet.data import load_pet_data
-        from graftc.applications.pet.recipe import pet as run
+        from graftc.applications.pet.recipe import pet as run_pet
         from graftc.applications.recipes.folder import RECIPE
         from graftc.files.writing import check_apart, check_folder
         from graftc.runtime.sources.models import load_model, local_folder, quiet_transformers
@@ -96,18 +141,53 @@ def pet(
             base = moved(base, device)
         counts = {"labelled": rows.train, "unlabelled": rows.unlabelled, "test": rows.test}
         said = ", ".join(f"{len(part) if part else 0:,} {name}" for name, part in counts.items())
-        step(f"training, rows: {said}")
-        with quiet_transformers(), _told(json, f"rows: {said}"):
-            result = run(loaded, base, words, rows, folder=out, seed=seed)
+        run.step(f"training, rows: {said}")
+        with quiet_transformers(), _told(run.as_json, f"rows: {said}"):
+            result = run_pet(loaded, base, words, rows, folder=out, seed=seed)
             kept = _keep_tokenizer(words, out)
-    if json:
-        from graftc.cli.results import PetRunResult
+    return PetRunResult(
+        spec=str(spec),
+        data=str(data),
+        model=model,
+        out=str(out),
+        tokenizer=str(kept),
+        seed=seed,
+        labels=tuple(result.labels),
+        rows=result.rows,
+        members=tuple(result.members),
+        generations=tuple(result.generations),
+        ensemble=result.ensemble,
+        classifier=result.final,
+    )
 
-        given = {"spec": str(spec), "data": str(data), "model": model, "out": str(out), "seed": seed}
-        given["tokenizer"] = str(kept)
-        print_json(PetRunResult.model_validate({**given, **result.to_json(), "warnings": warnings}))
-        return
-    _print(result, out, kept)
+
+@pet.shows
+def _show(result: PetRunResult, to: Console) -> None:
+    from graftc.cli.output import print_table
+
+    judged = [name for name in ("labelled", "test") if result.rows[name]]
+    columns = ["", "weight", *(f"{when}, {name}" for when in ("untrained", "trained") for name in judged)]
+    rows = [
+        [
+            f"{member.pattern} #{member.repetition + 1}",
+            f"{member.weight:.3f}",
+            *_percents(member.untrained, judged),
+            *_percents(member.trained, judged),
+        ]
+        for member in result.members
+    ]
+    blank = [""] * len(judged)
+    rows.append(["ensemble", "", *blank, *_percents(result.ensemble, judged)])
+    rows.append(["classifier", "", *blank, *_percents(result.classifier, judged)])
+    print_table(to, columns, rows, right=columns[1:])
+    for number, generation in enumerate(result.generations, 1):
+        low, high = min(generation.examples), max(generation.examples)
+        some = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        lacking = ", ".join(f"{label} {count:g}" for label, count in generation.missing.items() if count)
+        line = f"generation {number}: {some} more rows for each member"
+        to.print(f"{line}; too few of {lacking}" if lacking else line, soft_wrap=True, markup=False)
+    to.print(f"wrote {Path(result.out) / 'classifier'}", soft_wrap=True, markup=False)
+    to.print(f"its tokenizer: {result.tokenizer}", soft_wrap=True, markup=False)
 
 
 def _keep_tokenizer(tokenizer: Any, out: Path) -> Path:
@@ -164,35 +244,6 @@ def _told(as_json: bool, first: str) -> Iterator[None]:
 def _say(text: str) -> None:
     with contextlib.suppress(Exception):  # a message that cannot be printed is not a failure
         print(text, file=sys.stderr, flush=True)
-
-
-def _print(result: PetResult, out: Path, tokenizer: Path) -> None:
-    from graftc.cli.output import console, print_table
-
-    to = console()
-    judged = [name for name in ("labelled", "test") if result.rows[name]]
-    columns = ["", "weight", *(f"{when}, {name}" for when in ("untrained", "trained") for name in judged)]
-    rows = [
-        [
-            f"{member.pattern} #{member.repetition + 1}",
-            f"{member.weight:.3f}",
-            *_percents(member.untrained, judged),
-            *_percents(member.trained, judged),
-        ]
-        for member in result.members
-    ]
-    blank = [""] * len(judged)
-    rows.append(["ensemble", "", *blank, *_percents(result.ensemble, judged)])
-    rows.append(["classifier", "", *blank, *_percents(result.final, judged)])
-    print_table(to, columns, rows, right=columns[1:])
-    for number, generation in enumerate(result.generations, 1):
-        low, high = min(generation.examples), max(generation.examples)
-        some = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        lacking = ", ".join(f"{label} {count:g}" for label, count in generation.missing.items() if count)
-        line = f"generation {number}: {some} more rows for each member"
-        to.print(f"{line}; too few of {lacking}" if lacking else line, soft_wrap=True, markup=False)
-    to.print(f"wrote {out / 'classifier'}", soft_wrap=True, markup=False)
-    to.print(f"its tokenizer: {tokenizer}", soft_wrap=True, markup=False)
 
 
 def _percents(accuracies: Mapping[str, Any], judged: list[str]) -> list[str]:

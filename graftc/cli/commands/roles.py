@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from graftc.cli.options import Json, Meta, ModelArgument
+from graftc.cli.command import CommandRun, command
+from graftc.cli.options import Meta, ModelArgument
+from graftc.records.results import CommandResult
+from graftc.records.roles import Finding, Sublayer, Unresolved, role_rows, unresolved_rows
 from graftc.specs.errors.text import counted
 
 if TYPE_CHECKING:
-    from graftc.compiler.roles.structure import Structure
-
-__all__ = ["roles"]
+    from rich.console import Console
 
 
+@dataclass(frozen=True, kw_only=True)
+class RolesResult(CommandResult, behind={"sublayers": ("warnings",)}):
+    """`graftc roles MODEL --json`."""
+
+    model: str
+    """The MODEL argument."""
+
+    class_: str
+    """Name of the model's class."""
+
+    findings: tuple[Finding, ...]
+    """Roles, in graph order."""
+
+    unresolved: tuple[Unresolved, ...]
+    """Weights without a role, with the reason."""
+
+    sublayers: tuple[Sublayer, ...]
+    """Branches of the residual stream, in graph order."""
+
+
+@command()
 def roles(
+    run: CommandRun,
     model: ModelArgument,
     meta: Meta = False,
     html: Annotated[
@@ -26,47 +50,43 @@ def roles(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --html.")] = False,
-    json: Json = False,
-) -> None:
+) -> RolesResult:
     """Show the roles found in a model, with the evidence, and what was not resolved."""
-    from graftc.cli.output import print_json, steps, working
+    if html is not None:
+        from graftc.files.writing import check_destination
 
-    with working(json) as warnings, steps(json) as step:
-        if html is not None:
-            from graftc.files.writing import check_destination
+        check_destination(html, force=force)
+    run.step("loading the model")
+    from graftc.runtime.api import captured_roles
+    from graftc.runtime.sources.models import load_model_and_inputs
 
-            check_destination(html, force=force)
-        step("loading the model")
-        from graftc.runtime.api import captured_roles
-        from graftc.runtime.sources.models import load_model_and_inputs
+    loaded, inputs = load_model_and_inputs(model, meta=meta)
+    run.step("finding roles")
+    structure, snapshot = captured_roles(loaded, inputs)
+    if html is not None:
+        from graftc.files.writing import write_text
+        from graftc.runtime.view.contents import role_contents
+        from graftc.runtime.view.page import page
 
-        loaded, inputs = load_model_and_inputs(model, meta=meta)
-        step("finding roles")
-        structure, snapshot = captured_roles(loaded, inputs)
-        if html is not None:
-            from graftc.files.writing import write_text
-            from graftc.runtime.view.contents import role_contents
-            from graftc.runtime.view.page import page
-
-            step("writing the page")
-            write_text(html, page(role_contents(snapshot, structure)), force=force)
-    if json:
-        from graftc.cli.results import RolesResult
-
-        places = {"model": model, "class": type(loaded).__name__}
-        print_json(RolesResult.model_validate({**places, **structure.to_json(), "warnings": warnings}))
-    else:
-        _print(type(loaded).__name__, structure)
+        run.step("writing the page")
+        write_text(html, page(role_contents(snapshot, structure)), force=force)
+    return RolesResult(
+        model=model,
+        class_=type(loaded).__name__,
+        findings=structure.findings,
+        unresolved=structure.unresolved,
+        sublayers=structure.sublayers,
+    )
 
 
-def _print(name: str, structure: Structure) -> None:
-    from graftc.cli.output import console, print_table
+@roles.shows
+def _show(result: RolesResult, to: Console) -> None:
+    from graftc.cli.output import print_table
 
-    to = console()
-    kinds = counted(len(structure.by_role()), "role")
-    to.print(f"{name}: {counted(len(structure.findings))} of {kinds}, {len(structure.unresolved)} unresolved")
+    kinds = counted(len({f.role for f in result.findings}), "role")
+    to.print(f"{result.class_}: {counted(len(result.findings))} of {kinds}, {len(result.unresolved)} unresolved")
     to.print()
-    print_table(to, ("role", "place", "rows", "layers", "evidence"), structure.rows(), whole=("place",))
-    if structure.unresolved:
+    print_table(to, ("role", "place", "rows", "layers", "evidence"), role_rows(result.findings), whole=("place",))
+    if result.unresolved:
         to.print()
-        print_table(to, ("unresolved", "layers", "reason"), structure.unresolved_rows())
+        print_table(to, ("unresolved", "layers", "reason"), unresolved_rows(result.unresolved))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from graftc.cli import completion
-from graftc.cli.options import Json
-
-__all__ = ["schema"]
+from graftc.cli.command import CommandRun, command
 
 
+@command()
 def schema(
+    run: CommandRun,
     name: Annotated[
         str,
         typer.Argument(
@@ -21,10 +21,8 @@ def schema(
             autocompletion=completion.schemas,
         ),
     ] = "spec",
-    json: Json = True,
-) -> None:
+) -> dict[str, Any]:
     """Print a JSON Schema, for editors and validators: of a spec, or of what a command prints."""
-    from graftc.cli.output import print_json
-    from graftc.cli.results.publish import published_schema
+    from graftc.cli.schemas import published_schema
 
-    print_json(published_schema(name))
+    return published_schema(name)

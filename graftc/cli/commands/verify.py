@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from graftc.cli import completion
-from graftc.cli.options import ArtifactArgument, Json
+from graftc.cli.command import CommandRun, command
+from graftc.cli.options import ArtifactArgument
+from graftc.records.results import CommandResult
+from graftc.records.verification import Check
 
 if TYPE_CHECKING:
-    from graftc.runtime.loading.verify import Verification
-
-__all__ = ["verify"]
+    from rich.console import Console
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyResult(CommandResult, behind={"checks": ("warnings",)}):
+    """`graftc verify DIR --json`. The exit status is 1 where it did not pass."""
+
+    artifact: str
+    """The artifact's folder."""
+
+    passed: bool
+    """Whether every check that was done holds."""
+
+    checks: tuple[Check, ...]
+    """The checks, in the order they were done."""
+
+
+@command()
 def verify(
+    run: CommandRun,
     directory: ArtifactArgument,
     model: Annotated[
         str | None,
@@ -44,43 +62,34 @@ def verify(
     files_only: Annotated[
         bool, typer.Option("--files-only", help="Check the files only; the base is not needed.")
     ] = False,
-    json: Json = False,
-) -> None:
+) -> VerifyResult:
     """Recompute an artifact's hashes, base, sites, graphs and certificate, or what a merged folder was made of."""
-    from graftc.cli.output import console, print_json, print_table, steps, working
+    if adapter is None:
+        from graftc.runtime.loading.verify import verify as verify_folder
 
-    with working(json) as warnings, steps(json) as step:
-        if adapter is not None:
-            verification = _against_adapter(directory, adapter, model, step)
-        else:
-            from graftc.runtime.loading.verify import verify as verify_folder
-
-            verification = verify_folder(directory, model, files_only=files_only, step=step)
-    if json:
-        from graftc.cli.results import VerifyResult
-
-        checks = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in verification.checks]
-        result = {"artifact": str(directory), "passed": verification.passed, "checks": checks, "warnings": warnings}
-        print_json(VerifyResult.model_validate(result))
+        verification = verify_folder(directory, model, files_only=files_only, step=run.step)
     else:
-        to = console()
-        words = {True: "passed", False: "FAILED", None: "-"}
-        print_table(to, ("check", "", "found"), [(c.name, words[c.passed], c.detail) for c in verification.checks])
-        to.print()
-        to.print(f"{directory}: {_verdict(verification)}", soft_wrap=True, markup=False)
-    if not verification.passed:
-        raise typer.Exit(1)
+        from graftc.cli.output import throughput
+        from graftc.runtime.streaming.verifying import verify_checkpoint
+
+        advance = throughput(run.step, "folding and comparing")
+        verification = verify_checkpoint(directory, adapter, model, progress=advance)
+    run.status = 0 if verification.passed else 1
+    return VerifyResult(artifact=str(directory), passed=verification.passed, checks=tuple(verification.checks))
 
 
-def _against_adapter(directory: Path, adapter: Path, model: str | None, step: Callable[[str], None]) -> Verification:
-    from graftc.cli.output import throughput
-    from graftc.runtime.streaming.verifying import verify_checkpoint
+@verify.shows
+def _show(result: VerifyResult, to: Console) -> None:
+    from graftc.cli.output import print_table
 
-    return verify_checkpoint(directory, adapter, model, progress=throughput(step, "folding and comparing"))
+    words = {True: "passed", False: "FAILED", None: "-"}
+    print_table(to, ("check", "", "found"), [(c.name, words[c.passed], c.detail) for c in result.checks])
+    to.print()
+    to.print(f"{result.artifact}: {_verdict(result.checks)}", soft_wrap=True, markup=False)
 
 
-def _verdict(verification: Verification) -> str:
-    failed = next((check.name for check in verification.checks if check.passed is False), None)
+def _verdict(checks: Sequence[Check]) -> str:
+    failed = next((check.name for check in checks if check.passed is False), None)
     if failed is None:
         return "verified"
     return "NOT verified: its base is not here, or is another" if failed == "base" else "NOT as it was written"

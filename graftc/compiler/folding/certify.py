@@ -22,9 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.folding.certificate import SiteEvidence
 from graftc.compiler.folding.evaluating import evaluate, evaluate_all
-from graftc.compiler.folding.retention import Retention
 from graftc.compiler.folding.rounding import furthest, largest, retained, round_into
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import Use, linear_use
@@ -32,6 +30,7 @@ from graftc.passes.core.sites.uses import PROBES, Lookup
 from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.graph.remove_folded import added_bias
+from graftc.records.certificate import Retention, SiteEvidence
 
 LARGE = 2**21
 """Elements from which on outputs are looked up, and compared, in parts."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.folding.certificate import CollapseEvidence
 from graftc.compiler.folding.evaluating import evaluate
 from graftc.compiler.folding.samples import samples
 from graftc.compiler.folding.virtual_keys import are_constant, slot_parameters, slot_values
@@ -28,6 +27,7 @@ from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import SiteKey
 from graftc.passes.core.weights.folds import round_once
 from graftc.passes.graph.compose import GATE
+from graftc.records.certificate import CollapseEvidence
 from graftc.specs.base import MethodSpec
 from graftc.specs.document import Spec
 

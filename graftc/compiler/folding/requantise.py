@@ -15,14 +15,13 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from graftc.compiler.folding.certificate import PackingEvidence
 from graftc.compiler.folding.certify import Folded
-from graftc.compiler.folding.retention import Retention
 from graftc.compiler.folding.rounding import retained
 from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.weights.folds import FoldStep, LazyTensors
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.records.certificate import PackingEvidence, Retention
 from graftc.specs.errors.diagnostics import GraftError
 
 BaseForm: TypeAlias = Literal["full", "requantized"]

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from graftc.compiler.folding.retention import Retention
+from graftc.compiler.folding.retention import retention_of, retention_of_error
 from graftc.passes.core.weights import folds
+from graftc.records.certificate import Retention
 
 PIECE = 2**18
 """Elements that are rounded and checked at a time."""
@@ -52,7 +53,7 @@ def _rounding(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool) -> tup
         error, other = (part[: own.numel()].view(own.shape) for part in spare)
         error.copy_(to).sub_(own)
         worst = largest(worst, _in_last_place(error, own, to.dtype, other))
-        left += Retention.of_error(before, own, error, other)
+        left += retention_of_error(before, own, error, other)
     return worst, left
 
 
@@ -60,7 +61,7 @@ def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
     """Return how much of an update is left, for tensors of any size and layout."""
     left = Retention()
     for parts in pieces(base, exact, rounded):
-        left += Retention.of(*parts)
+        left += retention_of(*parts)
     return left
 
 

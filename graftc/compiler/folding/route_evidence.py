@@ -2,81 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.passes.core.ops.route import RouteChoice
+from graftc.records.certificate import RouteEvidence
 
 TIMES = 4.0
 """How far apart two scores may be for rounding to swap them, in multiples of a score's noise: outputs may differ by
 twice what a different rounding changes, and each of the two scores may move by that much."""
 
 
-@dataclass(frozen=True)
-class RouteEvidence:
-    """The choices of one router (or of any other node that chooses among values by size), unfolded and folded.
-
-    Attributes:
-        choice: the name of the node that chooses, in the base's graph.
-        module: the module that contains it.
-        choices: the number of choices that were compared: one for each row of scores, such as a token.
-        flips: the number of these in which the folded model would have chosen differently.
-        gap: among those, the largest difference between a chosen score and the one that the other model chose instead,
-            in either model.
-        noise: how far scores move when folded weights are rounded differently, as far as that had to be tried: at least
-            a unit in the last place of the largest score, in the model's type.
-        bound: the largest gap that rounding explains.
-    """
-
-    choice: str
-    module: str
-    choices: int
-    flips: int = 0
-    gap: float = 0.0
-    noise: float = 0.0
-    bound: float = 0.0
-
-    @property
-    def passed(self) -> bool:
-        """Whether rounding explains the different choices."""
-        return not self.flips or self.gap <= self.bound
-
-    def failure(self) -> str:
-        """Return the reason why it did not pass, as a readable message."""
-        return (
-            f"{self.module or 'the model'} chose differently in {self.flips} of {self.choices} cases ({self.choice}), "
-            f"between scores up to {self.gap:.2e} apart; rounding explains at most {self.bound:.2e}"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON data."""
-        gap = self.gap if math.isfinite(self.gap) else None
-        return {**vars(self), "gap": gap, "passed": self.passed}
-
-
 def worse(one: RouteEvidence, other: RouteEvidence) -> RouteEvidence:
     """Return the worse of two comparisons of the same choice."""
-    return max(one, other, key=lambda item: (not item.passed, item.gap, item.flips))
-
-
-def routed(routes: Sequence[RouteEvidence]) -> list[str]:
-    """Return a readable line on how often the folded model's routers chose differently; no line if they never did."""
-    other = [route for route in routes if route.flips]
-    if not other:
-        return []
-    flips, choices = (sum(getattr(route, name) for route in routes) for name in ("flips", "choices"))
-    worst = max(other, key=lambda route: route.gap / route.bound if route.bound else route.gap)
-    return [
-        f"the routers chose differently in {flips} of {choices} cases, between scores at most {worst.gap:.1e} apart in "
-        f"{worst.module or worst.choice}, where rounding explains up to {worst.bound:.1e}; outputs were compared with "
-        "the same choices imposed on both models"
-    ]
+    return max(one, other, key=lambda item: (not item.passed, item.distance, item.flips))
 
 
 @dataclass(frozen=True)

@@ -4,85 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 from torch import fx
 
-from graftc.compiler.roles.findings import format_layers
 from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.printer import Printer, printed_tensor
 from graftc.passes.core.ir.program import Program, provenance
-
-
-@dataclass(frozen=True)
-class DiffChange:
-    """One change, and the layers that it was made in.
-
-    Attributes:
-        layers: paths of the layers; a single empty path means outside the layers.
-        lines: a unified diff of canonical text, in which paths and numbers are relative to the layer.
-        added, removed, changed: number of nodes in each of the layers; a changed node has different arguments.
-    """
-
-    layers: tuple[str, ...]
-    lines: tuple[str, ...]
-    added: int
-    removed: int
-    changed: int
-
-    @property
-    def title(self) -> str:
-        """The layers of the change, in words."""
-        return title(self.layers)
-
-
-@dataclass(frozen=True)
-class Diff:
-    """All changes from one Program to another."""
-
-    mode: str
-    changes: tuple[DiffChange, ...]
-
-    @property
-    def added(self) -> int:
-        """The number of nodes added in all layers."""
-        return sum(c.added * len(c.layers) for c in self.changes)
-
-    @property
-    def removed(self) -> int:
-        """The number of nodes removed in all layers."""
-        return sum(c.removed * len(c.layers) for c in self.changes)
-
-    @property
-    def changed(self) -> int:
-        """The number of nodes with different arguments in all layers."""
-        return sum(c.changed * len(c.layers) for c in self.changes)
-
-    def text(self) -> str:
-        """Return the diff as text for users; empty if nothing changed."""
-        if not self.changes:
-            return ""
-        lines = [f"{self.mode}: {self.added} nodes added, {self.removed} removed, {self.changed} read other values"]
-        for change in self.changes:
-            lines += [f"@@ {change.title} @@", *change.lines]
-        return "\n".join(lines) + "\n"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the diff as plain values."""
-        changes = [
-            {
-                "layers": list(c.layers),
-                "added": c.added,
-                "removed": c.removed,
-                "changed": c.changed,
-                "lines": list(c.lines),
-            }
-            for c in self.changes
-        ]
-        totals = {"added": self.added, "removed": self.removed, "changed": self.changed}
-        return {"mode": self.mode, **totals, "changes": changes}
+from graftc.records.graphs import Diff, DiffChange
 
 
 def diff_programs(before: Program, after: Program, context: int = 1) -> str:
@@ -116,22 +45,11 @@ def diff(before: Program, after: Program, context: int = 1) -> Diff:
 def _change(layers: list[str], lines: tuple[str, ...]) -> DiffChange:
     gone, come = (Counter(line[1:].split(": ", 1)[0] for line in lines if line[0] == mark) for mark in "-+")
     changed = (gone & come).total()
-    return DiffChange(tuple(layers), lines, come.total() - changed, gone.total() - changed, changed)
+    return DiffChange(tuple(layers), come.total() - changed, gone.total() - changed, changed, lines)
 
 
 def _stack(layer: str) -> str:
     return layer.rpartition(".")[0]
-
-
-def title(layers: Sequence[str]) -> str:
-    """Return the layers of one stack as text: ``h.0 ... 3: 4 layers alike``."""
-    if len(layers) == 1:
-        return layers[0] or "outside the layers"
-    stack, numbers = _stack(layers[0]), [int(layer.rpartition(".")[2]) for layer in layers]
-    spans = format_layers(numbers)
-    if "," not in spans:
-        spans = f"{min(numbers)} ... {max(numbers)}"
-    return f"{stack + '.' if stack else ''}{spans}: {len(layers)} layers alike"
 
 
 class _Names:

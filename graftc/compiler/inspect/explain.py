@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 from torch import fx
 
-from graftc.compiler.inspect.explanation import Explanation, NodeFact, TensorFact, ValueFact
 from graftc.compiler.inspect.history import CAPTURE
 from graftc.compiler.inspect.lookup import Found, Index
-from graftc.compiler.inspect.origins import Origin, shared_origin
+from graftc.compiler.inspect.origins import shared_origin
 from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.core.ir.printer import printed_tensor
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.weights.names import module_of
+from graftc.records.explanation import NOTHING_BELOW, Below, Explanation, NodeFact, Origin, TensorFact, ValueFact
 
 __all__ = ["Explanation", "explain"]
 
@@ -92,7 +93,7 @@ def _place(index: Index, name: str, entry: Found) -> Explanation:
     own = [n for n in index.nodes if str(n.meta.get("module") or "") == path]
     tensors = [tensor for tensor in index.tensors if module_of(tensor) == path]
     under = [n for n in index.nodes if str(n.meta.get("module") or "").startswith(f"{path}.")]
-    below = len(under), sum(provenance(n) is not None for n in under)
+    below = Below(len(under), sum(provenance(n) is not None for n in under))
     return _place_of(index, name, path, causes, own, tensors, below)
 
 
@@ -103,7 +104,7 @@ def _place_of(
     causes: Sequence[Origin],
     nodes: Iterable[fx.Node],
     tensors: Iterable[str],
-    below: tuple[int, int] = (0, 0),
+    below: Below = NOTHING_BELOW,
 ) -> Explanation:
     facts = tuple(_tensor_fact(index, tensor) for tensor in dict.fromkeys(tensors))
     node_facts = tuple(_node_fact(index, node) for node in nodes)
@@ -140,7 +141,7 @@ def _node_fact(index: Index, node: fx.Node) -> NodeFact:
     return NodeFact(
         index.names[node],
         node.name,
-        node.op,
+        cast("Any", node.op),
         index.printer.line(node),
         str(node.meta.get("module") or ""),
         _origin(index, origin).step if origin else CAPTURE,

@@ -13,13 +13,14 @@ from typing import Any
 from torch import fx
 
 from graftc.compiler.inspect.costs import Costs
-from graftc.compiler.inspect.history import HistoryRow, history
+from graftc.compiler.inspect.history import history
 from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.core.ir.history import Changes, Reads, names_read
 from graftc.passes.core.ir.printer import Printer, target_name
 from graftc.passes.core.ir.program import Program, above, mutates, provenance
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.weights.names import module_of
+from graftc.records.graphs import HistoryRow
 
 OPERATIONS = ("placeholder", "get_attr", "call_function", "output")
 STAYS = -1

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import takewhile
-from typing import Any
 
 from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.core.ir.history import HistoryEntry
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.lowering.lower import lower
+from graftc.records.graphs import HistoryRow
 
 CAPTURE = "capture"
 """The step that base nodes come from."""
 
 _VERIFY, _INSERT = "verify", "insert("
-
-
-@dataclass(frozen=True)
-class HistoryRow:
-    """One step of the pipeline.
-
-    Attributes:
-        step: name of the step.
-        added, removed: number of nodes that the step added and removed.
-        nodes: number of nodes after it.
-        inserted: number of those nodes that adaptations inserted.
-        verified: whether the verifier ran on its result.
-        seconds: time that it took; None if unknown.
-    """
-
-    step: str
-    added: int
-    removed: int
-    nodes: int
-    inserted: int
-    verified: bool
-    seconds: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the row as plain values."""
-        return asdict(self)
 
 
 def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -> tuple[HistoryRow, ...]:
@@ -78,16 +52,3 @@ def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -
             rows.append(HistoryRow(entry.step, entry.added, entry.removed, nodes, inserted, False, None))
         rows[-1] = replace(rows[-1], inserted=sum(provenance(node) is not None for node in run.graph.nodes))
     return tuple(rows)
-
-
-def history_columns(rows: tuple[HistoryRow, ...]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the column names and lines of a table of `history`; times are included only if any are known."""
-    timed = any(row.seconds is not None for row in rows)
-    columns = ("step", "added", "removed", "nodes", "inserted", "verified", *(["seconds"] if timed else []))
-    lines = []
-    for row in rows:
-        changes = (f"+{row.added}" if row.added else "", f"-{row.removed}" if row.removed else "")
-        seconds = ([f"{row.seconds:.3f}" if row.seconds is not None else ""]) if timed else []
-        line = (row.step, *changes, str(row.nodes), str(row.inserted), "yes" if row.verified else "", *seconds)
-        lines.append(line)
-    return columns, lines

@@ -8,11 +8,12 @@ from functools import cached_property
 
 from torch import fx
 
-from graftc.compiler.inspect.origins import Origin, origins
+from graftc.compiler.inspect.origins import origins
 from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.core.ir.printer import Printer, printed_tensor
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.weights.names import module_of
+from graftc.records.explanation import Origin
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
 _SHOWN = 10

@@ -4,76 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TrainedRecord
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
-from graftc.compiler.roles.findings import format_runs
+from graftc.records.explanation import Origin
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import Place
+from graftc.specs.errors.text import format_runs
 from graftc.specs.patterns import as_items, expand_braces, glob_to_regex
 from graftc.specs.roles import widen
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The reason why an adaptation is at a place.
-
-    Attributes:
-        adaptation, method: name and method of the adaptation; the ``train`` list is ``trained``, new tokens are
-            ``tokens``, and a plugin's pass has its own name.
-        step: the pass that inserted it.
-        site: the place; empty for what all places of the adaptation share.
-        module: path of its module.
-        kind: the kind of site.
-        roles: its roles in the architecture, most specific first.
-        evidence: why it has its role; empty if a target named it by path.
-        layer, stack: index of its layer and path of the layer list; None and empty outside the layers.
-        rows: its own rows of the weight, as text; empty for all of them.
-        selected_by: the parts of the target that match it, such as ``"role attn.q"``.
-        place: the place in the spec that says so.
-        tensors: Store names of the adaptation's tensors there.
-    """
-
-    adaptation: str
-    method: str
-    step: str
-    site: str
-    module: str
-    kind: str
-    roles: tuple[str, ...]
-    evidence: str
-    layer: int | None
-    stack: str
-    rows: str
-    selected_by: tuple[str, ...]
-    place: Place
-    tensors: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the origin as plain values."""
-        return {
-            "adaptation": self.adaptation,
-            "method": self.method,
-            "step": self.step,
-            "site": self.site,
-            "module": self.module,
-            "kind": self.kind,
-            "roles": list(self.roles),
-            "evidence": self.evidence,
-            "layer": self.layer,
-            "stack": self.stack,
-            "rows": self.rows,
-            "selected_by": list(self.selected_by),
-            "file": self.place.file,
-            "line": self.place.line,
-            "column": self.place.column,
-            "path": self.place.path,
-            "source": self.place.text,
-            "tensors": list(self.tensors),
-        }
 
 
 def origins(snapshot: Snapshot) -> tuple[Origin, ...]:
@@ -88,7 +28,9 @@ def shared_origin(snapshot: Snapshot, adaptation: str) -> Origin:
     """Return the origin of what belongs to an adaptation as a whole."""
     method = snapshot.spec.owners.get(adaptation, adaptation)
     place = _spec_place(snapshot, adaptation, "")
-    return Origin(adaptation, method, _step(snapshot, adaptation), "", "", "", (), "", None, "", "", (), place, ())
+    return Origin(
+        adaptation, method, _step(snapshot, adaptation), "", "", "", (), "", None, "", "", (), *_fields(place), ()
+    )
 
 
 def _of_site(snapshot: Snapshot, record: SiteRecord) -> Origin:
@@ -107,7 +49,7 @@ def _of_site(snapshot: Snapshot, record: SiteRecord) -> Origin:
         record.stack,
         "" if record.rows is None else format_runs(record.rows),
         tuple(text for _, text in selectors),
-        _spec_place(snapshot, record.adaptation, selectors[0][0] if selectors else ""),
+        *_fields(_spec_place(snapshot, record.adaptation, selectors[0][0] if selectors else "")),
         tuple(record.tensors.values()),
     )
 
@@ -136,9 +78,13 @@ def _of_trained(snapshot: Snapshot, record: TrainedRecord) -> Origin:
         "",
         "" if record.rows is None else format_runs(record.rows),
         tuple(text for _, text in selected),
-        _spec_place(snapshot, owner, selected[0][0] if selected else ""),
+        *_fields(_spec_place(snapshot, owner, selected[0][0] if selected else "")),
         (record.tensor,),
     )
+
+
+def _fields(place: Place) -> tuple[str | None, int | None, int | None, str, str | None]:
+    return place.file, place.line, place.column, place.path, place.text
 
 
 def _ends(path: str) -> Iterator[int]:

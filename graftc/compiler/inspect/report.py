@@ -6,139 +6,23 @@ The task head is not counted (it trains anyway); percentages are of base plus ad
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import Tensor, fx, nn
 
-from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.compilation import Compilation, Resolution
 from graftc.compiler.folding.collapse import collapsed_parameters
 from graftc.compiler.inspect.costs import Costs
-from graftc.compiler.inspect.pass_figures import COLUMNS, figure_rows, passes_json
 from graftc.compiler.inspect.snapshot import adapter_tensors
-from graftc.compiler.inspect.stacks import StackReport, stacks
+from graftc.compiler.inspect.stacks import stacks
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.steering import live_places
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.method.capabilities import Resized
 from graftc.passes.core.method.registry import method_for
-from graftc.passes.core.pass_context import PassRecord
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.store import Store
-from graftc.specs.errors.markup import Html, bullets, folded, table
-
-
-@dataclass(frozen=True)
-class AdaptationReport:
-    """The cost of one adaptation.
-
-    Attributes:
-        name, method: name and method of the adaptation.
-        sites: number of sites that it adapts.
-        trainable_parameters: number of elements that train.
-        frozen_parameters: number of elements that it adds and that do not train.
-        bytes: size of all tensors that it adds and keeps: parameters, and the state of controllers and selections.
-        flops_per_token: FLOPs added to a forward pass in eval mode, two per multiply-add, over batch times sequence.
-    """
-
-    name: str
-    method: str
-    sites: int
-    trainable_parameters: int
-    frozen_parameters: int
-    bytes: int
-    flops_per_token: float
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """The time that a step of compiling took, summed over all its runs.
-
-    Attributes:
-        name: name of the step, as in the history of a graph: ``capture``, ``roles``, ``insert(attention)``, ``verify``.
-        seconds: time spent in the graphs of the first signature.
-    """
-
-    name: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """The cost of a Compilation.
-
-    Attributes:
-        adaptations: one entry for each adaptation, the ``train:`` list last.
-        base_parameters: number of elements of the base's parameters; tied ones are counted once.
-        trainable_parameters: number of trainable elements of all adaptations, without the task head and the ``train:``
-            list.
-        trained_in_full: number of elements of the modules in ``train:``.
-        deployed_parameters: number of elements to ship beside the base if nothing is folded; of averaged experts, one
-            counts; of adaptations that a later training or the end of this one prunes, what remains counts. Ranks
-            without an effect count (`Compiled.rank_pattern` has them): their tensors ship as well.
-        percent: ``100 t / (base + t)``.
-        flops_per_token: FLOPs of the base's linear maps and attention-free products.
-        capture_seconds, rewrite_seconds: time spent capturing and rewriting.
-        notes: what capturing had to change, and what could not be examined.
-        anchors: comparisons of the base's graphs with the source model itself.
-        steps: time spent in each step, in the order in which the steps began.
-        passes: passes of plugins that the graphs went through, with the figures that they report.
-        stacks: how much of each stack of layers is a graph.
-    """
-
-    adaptations: tuple[AdaptationReport, ...]
-    base_parameters: int
-    trainable_parameters: int
-    trained_in_full: int
-    deployed_parameters: int
-    percent: float
-    flops_per_token: float
-    capture_seconds: float
-    rewrite_seconds: float
-    cached: bool
-    notes: tuple[str, ...] = ()
-    anchors: tuple[Anchor, ...] = ()
-    steps: tuple[StepReport, ...] = ()
-    passes: tuple[PassRecord, ...] = ()
-    stacks: tuple[StackReport, ...] = ()
-
-    def _repr_html_(self) -> str:
-        """Return HTML for notebooks: what trains, a table of the adaptations, notes and collapsed steps."""
-        total = f"{self.trainable_parameters:,} of {self.base_parameters + self.trainable_parameters:,}"
-        facts = [f"trainable parameters: {total} ({self.percent:.4f}%)"]
-        facts += [f"trained in full: {self.trained_in_full:,}"] if self.trained_in_full else []
-        facts.append(f"deployed beside the base: {self.deployed_parameters:,}")
-        headings = ("adaptation", "method", "sites", "trainable", "frozen", "bytes", "FLOPs per token")
-        rows = [
-            (
-                a.name,
-                a.method,
-                a.sites,
-                *(f"{n:,}" for n in (a.trainable_parameters, a.frozen_parameters, a.bytes)),
-                f"{a.flops_per_token:,.0f}",
-            )
-            for a in self.adaptations
-        ]
-        seconds = self.capture_seconds + self.rewrite_seconds
-        steps = table(("step", "seconds"), [(s.name, f"{s.seconds:.2f}") for s in self.steps], ("seconds",))
-        figures = [row.cells() for row in figure_rows(self.passes)]
-        parts = [bullets(facts), table(headings, rows, headings[2:]), bullets(self.notes)]
-        parts += [table(COLUMNS, figures, COLUMNS[-1:])] if figures else []
-        return Html("".join(parts) + folded(f"compiled in {seconds:.1f} s", steps))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the whole report as JSON data."""
-        return {
-            **asdict(self),
-            "adaptations": [asdict(a) for a in self.adaptations],
-            "notes": list(self.notes),
-            "steps": [asdict(s) for s in self.steps],
-            "anchors": [{**a.to_json(), "seconds": a.seconds} for a in self.anchors],
-            "passes": passes_json(self.passes),
-            "stacks": [each.to_json() for each in self.stacks],
-        }
+from graftc.records.report import AdaptationReport, Report, StepReport
 
 
 def report(compilation: Compilation) -> Report:
@@ -230,11 +114,11 @@ class _Counts:
         kept = self._tensors.get(name, [])
         tensors = [tensor for tensor in kept if isinstance(tensor, nn.Parameter)]
         return AdaptationReport(
-            name,
-            method,
-            sites,
-            sum(t.numel() for t in tensors if t.requires_grad),
-            sum(t.numel() for t in tensors if not t.requires_grad),
-            sum(t.numel() * t.element_size() for t in kept),
-            self._costs.total_flops(self._nodes.get(name, [])),
+            name=name,
+            method=method,
+            sites=sites,
+            trainable_parameters=sum(t.numel() for t in tensors if t.requires_grad),
+            frozen_parameters=sum(t.numel() for t in tensors if not t.requires_grad),
+            bytes=sum(t.numel() * t.element_size() for t in kept),
+            flops_per_token=self._costs.total_flops(self._nodes.get(name, [])),
         )

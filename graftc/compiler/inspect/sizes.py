@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
-from graftc.compiler.roles.findings import format_layers
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
+from graftc.specs.errors.text import format_layers
 from graftc.specs.roles import widen
 
 

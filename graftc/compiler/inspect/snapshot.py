@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import place_of
-from graftc.compiler.roles.findings import Finding, Structure
+from graftc.compiler.roles.findings import Structure
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
-from graftc.passes.core.pass_context import PassRecord
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.tensor_edits import TensorEdit
+from graftc.records.passes import PassRecord
+from graftc.records.roles import Finding
 from graftc.specs.document import Spec
 
 

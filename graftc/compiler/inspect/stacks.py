@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
 
 from torch import nn
 
@@ -13,34 +11,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.live.elements import hold_all, is_live, layers_of, maps_of
 from graftc.passes.core.elements.calls import elements_in, innermost
 from graftc.passes.core.ir.program import Program
-
-StackLevel = Literal["graph", "layers", "modules", "none"]
-"""A part of the one graph of the model; graphs of its layers, or of parts that hold all their tensors; graphs of single
-maps; none, and nothing is adapted."""
-
-
-@dataclass(frozen=True)
-class StackReport:
-    """A stack of repeated layers.
-
-    Attributes:
-        stack: path of the list that contains the layers.
-        layers: number of layers.
-        parameters: number of elements in the layers; tied tensors are counted once.
-        level: how much of the layers is a graph.
-        reason: what prevents the next level, with the line of code if it is known; empty if nothing does, and for a
-            model that was loaded.
-    """
-
-    stack: str
-    layers: int
-    parameters: int
-    level: StackLevel
-    reason: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as plain values."""
-        return asdict(self)
+from graftc.records.report import StackLevel, StackReport
 
 
 def stacks(compilation: Compilation, base: Program) -> tuple[StackReport, ...]:

@@ -12,13 +12,15 @@ from torch import fx, nn
 from graftc.compiler.resolve.candidates import Candidate
 from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
 from graftc.compiler.resolve.token_embeddings import token_embeddings
-from graftc.compiler.roles.findings import Finding, Structure, format_runs
+from graftc.compiler.roles.findings import Structure
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, NormSite, ParameterSite, Site, SublayerSite
 from graftc.passes.core.weights.runs import Runs
 from graftc.passes.core.weights.store import Store
+from graftc.records.roles import Finding
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import format_runs
 from graftc.specs.roles import ROLES, parse_role
 
 __all__ = ["ModelStructure", "Selectable", "SelectedPlace", "selectable"]

@@ -10,12 +10,11 @@ from graftc.compiler.resolve.candidates import Candidate
 from graftc.compiler.resolve.select import Meant, meant
 from graftc.compiler.resolve.selectable import Selectable, SelectedPlace
 from graftc.compiler.resolve.targets import exact_target, kinds_of
-from graftc.compiler.roles.findings import format_layers
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.markup import Html, bullets, joined, lines, table, tag
-from graftc.specs.errors.text import counted, one_line
+from graftc.specs.errors.text import counted, format_layers, one_line
 from graftc.specs.patterns import as_items, write_items
 from graftc.specs.target import AsTarget, Target
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from graftc.compiler.resolve.candidates import Candidate
 from graftc.compiler.resolve.token_embeddings import TokenEmbeddings
-from graftc.compiler.roles.findings import Finding, Structure, Sublayer, place
+from graftc.compiler.roles.findings import Structure, place
 from graftc.compiler.roles.layer_values import attended, value_sites
 from graftc.compiler.roles.parameters import other_parameters
 from graftc.compiler.roles.positions import PositionsAbove
@@ -35,6 +35,7 @@ from graftc.passes.core.sites.uses import Experts, Lookup
 from graftc.passes.core.sites.views import only_moves
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.records.roles import Finding, Sublayer
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import widen
 

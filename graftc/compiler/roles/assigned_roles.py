@@ -11,11 +11,13 @@ from torch import Tensor, fx
 
 from graftc.compiler.roles.columns import Columns, Through
 from graftc.compiler.roles.computed_weights import parameter_rows
-from graftc.compiler.roles.findings import Finding, Heads, Structure, Sublayer, Unresolved, format_runs, place
+from graftc.compiler.roles.findings import Heads, Structure, place
 from graftc.compiler.roles.flow import Attention, Flow, bits
 from graftc.compiler.roles.maps import Linear
 from graftc.passes.core.weights.runs import Runs, runs_of
+from graftc.records.roles import Finding, Sublayer, Unresolved
 from graftc.specs.claims import SiteKind
+from graftc.specs.errors.text import format_runs
 
 
 class Labels:
@@ -188,7 +190,7 @@ class Labels:
         """Record why a weight or table has no role; only the first reason is kept."""
         if node not in self.unresolved:
             module = self.module(node)
-            self.unresolved[node] = Unresolved(module, reason, *place(module))
+            self.unresolved[node] = Unresolved(module, *place(module), reason)
 
     # --- results ---------------------------------------------------------------------------------------
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import fx
 
-from graftc.compiler.roles.findings import Finding, Structure, Sublayer
+from graftc.compiler.roles.findings import Structure
 from graftc.passes.core.ir.program import is_above, marks_above
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import SiteKey, TokenNumbers, ValueSite
+from graftc.records.roles import Finding, Sublayer
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import parse_role
 
@@ -36,12 +38,12 @@ class LayerRun:
     @property
     def entry(self) -> fx.Node:
         """The value that the layer reads: the stream that its first branch is added to."""
-        return min(sublayer.stream for sublayer in self.sublayers)
+        return cast("fx.Node", min(sublayer.stream for sublayer in self.sublayers))
 
     @property
     def exit(self) -> fx.Node:
         """The value that the layer returns: the output of its last branch."""
-        return max(sublayer.output for sublayer in self.sublayers)
+        return cast("fx.Node", max(sublayer.output for sublayer in self.sublayers))
 
     @property
     def stem(self) -> str:
@@ -109,7 +111,7 @@ def attended(attention: fx.Node, sublayers: Iterable[Sublayer]) -> fx.Node | Non
     for sublayer in sublayers:
         attends = any(role.endswith("attn.sublayer") for role in sublayer.roles)
         if attends and sublayer.projection > attention and is_above(sublayer.projection, attention):
-            return sublayer.normed
+            return cast("fx.Node", sublayer.normed)
     return None
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.roles.embeddings_and_heads import counts_tokens
-from graftc.compiler.roles.findings import Finding
 from graftc.passes.core.ir.program import above, gives_tensors, marks_above
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import Positions
+from graftc.records.roles import Finding
 from graftc.specs.roles import parse_role
 
 aten = torch.ops.aten

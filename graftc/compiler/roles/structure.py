@@ -16,12 +16,13 @@ from graftc.compiler.roles.attention import read_attentions, read_heads
 from graftc.compiler.roles.columns import Columns
 from graftc.compiler.roles.embeddings_and_heads import read_ends, read_norms, read_tables
 from graftc.compiler.roles.feedforward import read_branches
-from graftc.compiler.roles.findings import Finding, Structure, Sublayer, Unresolved, place
+from graftc.compiler.roles.findings import Structure, place
 from graftc.compiler.roles.flow import Flow
 from graftc.compiler.roles.sublayers import read_sublayers
 from graftc.passes.core.elements.ends import last_elements
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import Sizes
+from graftc.records.roles import Finding, Sublayer, Unresolved
 
 __all__ = ["Finding", "Structure", "Sublayer", "Unresolved", "find_structure", "place", "roles_of"]
 

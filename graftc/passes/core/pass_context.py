@@ -12,6 +12,7 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.pipeline import Pass
 from graftc.passes.core.sites.sites import Site
 from graftc.passes.core.weights.store import Store
+from graftc.records.passes import PassFigure, PassRecord
 from graftc.specs.document import Spec
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, nearest
@@ -21,46 +22,6 @@ if TYPE_CHECKING:
 
 SITES, PLACES = "sites", "places"
 """The facts behind `PassContext.sites` and `PassContext.adapted`."""
-
-
-@dataclass(frozen=True)
-class PassFigure:
-    """A number that a plugin's pass reports.
-
-    Attributes:
-        name: the name of the number.
-        site: the site that it belongs to; empty if it belongs to the whole model.
-        layer, stack: the index of the site's layer and the path of the list of layers; None and empty outside of them.
-        value: the number.
-    """
-
-    name: str
-    site: str
-    layer: int | None
-    stack: str
-    value: float
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    """A record of a plugin's pass that a Program has gone through.
-
-    Attributes:
-        pipeline, name: the pipeline in which it ran, and its name.
-        distribution, version: the package that provides it.
-        rewrites: whether it may change the graph.
-        figures: the numbers that it reported, in order.
-    """
-
-    pipeline: str
-    name: str
-    distribution: str
-    version: str
-    rewrites: bool
-    figures: tuple[PassFigure, ...] = ()
-
-    def __str__(self) -> str:
-        return f"the pass {self.name!r} of {self.distribution} {self.version}".rstrip()
 
 
 @dataclass

@@ -17,7 +17,7 @@ from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import OutputSpec, Program
 from graftc.passes.lowering.dropped_outputs import without
 from graftc.passes.lowering.head import VIEWS, LossHead, NoMatchError, Term, loss_of, read_head, width_of
-from graftc.passes.lowering.step_outcome import LoweringOutcome
+from graftc.records.graphs import LoweringOutcome
 
 aten = torch.ops.aten
 

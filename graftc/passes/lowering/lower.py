@@ -14,7 +14,7 @@ from graftc.passes.lowering.chunk_losses import STEP, chunk_losses
 from graftc.passes.lowering.head import LossHead
 from graftc.passes.lowering.kept_memory import small_logits
 from graftc.passes.lowering.projections import fuse_projections
-from graftc.passes.lowering.step_outcome import LoweringOutcome
+from graftc.records.graphs import LoweringOutcome
 from graftc.specs.document import Spec
 
 

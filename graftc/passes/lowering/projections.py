@@ -22,7 +22,7 @@ from graftc.passes.core.ir.printer import target_name
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ops.projections import projections
 from graftc.passes.lowering.maps import Map, Matcher
-from graftc.passes.lowering.step_outcome import LoweringOutcome
+from graftc.records.graphs import LoweringOutcome
 
 STEP = "projections"
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from graftc.passes.core.ir.program import Program
 from graftc.passes.lowering.chunk_losses import STEP
-from graftc.passes.lowering.step_outcome import LoweringOutcome
+from graftc.records.graphs import LoweringOutcome
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import warn
 

@@ -18,7 +18,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.files.tensors import file_names
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.runtime.artifact.built import built_of
-from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, Record, Settings
+from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, ManifestEntry, Settings
 from graftc.runtime.artifact.manifest import Input, axes_of
 from graftc.runtime.sources.reference import Built, Kind, Reference
 from graftc.specs.errors.diagnostics import GraftError
@@ -29,7 +29,7 @@ MOST = 16 * 2**20
 """The size in bytes of the largest record that is read."""
 
 
-class BaseRecord(Record):
+class BaseRecord(ManifestEntry):
     """The model that was adapted."""
 
     kind: Kind | None
@@ -76,7 +76,7 @@ class BaseRecord(Record):
         return Reference(self.kind, self.reference, self.revision, built=self.built)
 
 
-class StateRecord(Record):
+class StateRecord(ManifestEntry):
     """What the tensors of a state dict belong to."""
 
     artifact: Literal["graftc.state"]

@@ -4,65 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from graftc.compiler.folding.differences import largest_difference
 from graftc.compiler.inspect.diff import diff_programs
 from graftc.compiler.inspect.snapshot import SiteRecord
-from graftc.compiler.roles.findings import format_runs
+from graftc.records.comparison import Comparison, SiteChanges, TensorChange
 from graftc.runtime.artifact.manifest import SPEC
 from graftc.runtime.artifact.read import Artifact
+from graftc.specs.errors.text import format_runs
 from graftc.specs.io import dump_spec
-
-
-@dataclass(frozen=True)
-class TensorDifference:
-    """One adapter tensor that is not the same in both artifacts.
-
-    Attributes:
-        name: its name; ``old -> new`` if it has moved.
-        status: what happened to it.
-        largest: the largest absolute difference of its values; None if there are not two tensors of one shape.
-    """
-
-    name: str
-    status: Literal["added", "removed", "changed", "moved"]
-    largest: float | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The differences of two artifacts; all of them are empty if both do the same to the same model.
-
-    Attributes:
-        base: the ways in which the adapted models differ.
-        spec: a unified diff of the specs.
-        added, removed, changed: adapted places, as text.
-        tensors: adapter tensors that differ.
-        graph: a diff of the eval graphs, with equal layers collapsed.
-    """
-
-    base: tuple[str, ...]
-    spec: str
-    added: tuple[str, ...]
-    removed: tuple[str, ...]
-    changed: tuple[str, ...]
-    tensors: tuple[TensorDifference, ...]
-    graph: str
-
-    @property
-    def same(self) -> bool:
-        """Whether nothing differs."""
-        places = self.added or self.removed or self.changed
-        return not (self.base or self.spec or places or self.tensors or self.graph)
-
-
-def nothing() -> Comparison:
-    """Return a comparison without differences."""
-    return Comparison((), "", (), (), (), (), "")
 
 
 def compare(a: Artifact, b: Artifact) -> Comparison:
@@ -76,12 +28,14 @@ def compare(a: Artifact, b: Artifact) -> Comparison:
     return Comparison(
         tuple(a.identity.differences(b.identity)),
         "\n".join(difflib.unified_diff(old, new, str(a.path / SPEC), str(b.path / SPEC), lineterm="")),
-        tuple(place for place in after if place not in before),
-        tuple(place for place in before if place not in after),
-        tuple(
-            f"{place}: {before[place]} -> {after[place]}"
-            for place in before
-            if place in after and before[place] != after[place]
+        SiteChanges(
+            tuple(place for place in after if place not in before),
+            tuple(place for place in before if place not in after),
+            tuple(
+                f"{place}: {before[place]} -> {after[place]}"
+                for place in before
+                if place in after and before[place] != after[place]
+            ),
         ),
         tuple(_tensors(a, b)),
         diff_programs(a.program(), b.program()),
@@ -100,7 +54,7 @@ def _rows(record: SiteRecord) -> str:
     return "all rows" if record.rows is None else f"rows {format_runs(record.rows)}"
 
 
-def _tensors(a: Artifact, b: Artifact) -> Iterator[TensorDifference]:
+def _tensors(a: Artifact, b: Artifact) -> Iterator[TensorChange]:
     old, new = a.manifest.adapters, b.manifest.adapters
     gone = {entry.sha256: name for name, entry in old.items() if name not in new}
     come = {entry.sha256: name for name, entry in new.items() if name not in old}
@@ -108,14 +62,14 @@ def _tensors(a: Artifact, b: Artifact) -> Iterator[TensorDifference]:
     values = (a.tensors(), b.tensors()) if any(new.get(n) not in (None, e) for n, e in old.items()) else ({}, {})
     for name, entry in old.items():
         if name in moved:
-            yield TensorDifference(f"{name} -> {moved[name]}", "moved")
+            yield TensorChange(f"{name} -> {moved[name]}", "moved", None)
         elif name not in new:
-            yield TensorDifference(name, "removed")
+            yield TensorChange(name, "removed", None)
         elif new[name] != entry:
-            yield TensorDifference(name, "changed", _largest(values[0][name], values[1][name]))
+            yield TensorChange(name, "changed", _largest(values[0][name], values[1][name]))
     for name in new:
         if name not in old and name not in moved.values():
-            yield TensorDifference(name, "added")
+            yield TensorChange(name, "added", None)
 
 
 def _largest(a: Tensor, b: Tensor) -> float | None:

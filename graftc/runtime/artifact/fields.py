@@ -64,7 +64,7 @@ AxisName: TypeAlias = Annotated[str, AfterValidator(_axis)]
 Size: TypeAlias = Annotated[int, Field(ge=0, le=2**24)] | AxisName
 
 
-class Record(BaseModel):
+class ManifestEntry(BaseModel):
     """Base of everything in a manifest: frozen, closed, nothing converted."""
 
     model_config = ConfigDict(
@@ -72,7 +72,7 @@ class Record(BaseModel):
     )
 
 
-class File(Record):
+class File(ManifestEntry):
     """One file of the folder."""
 
     bytes: Count

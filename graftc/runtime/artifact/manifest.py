@@ -19,6 +19,7 @@ from graftc.compiler.capture.signature import Axis
 from graftc.files.tensors import file_names
 from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.shapes import DTYPES
+from graftc.records.passes import PassRecord
 from graftc.runtime.artifact.fields import (
     MANIFEST_BYTES,
     ClassName,
@@ -29,14 +30,13 @@ from graftc.runtime.artifact.fields import (
     File,
     Flag,
     Labels,
+    ManifestEntry,
     Name,
-    Record,
     Runs,
     Settings,
     Shape,
     Size,
 )
-from graftc.runtime.artifact.recorded_passes import RecordedPass
 from graftc.runtime.sources.reference import Built, Kind, Reference
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.strict_json import read_json
@@ -52,7 +52,7 @@ _FILE = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
 _TENSOR = re.compile(r"[^.]+(\.[^.]+)*")
 
 
-class Versions(Record):
+class Versions(ManifestEntry):
     """What wrote the artifact."""
 
     graftc: str
@@ -68,7 +68,7 @@ class Versions(Record):
     """Of transformers."""
 
 
-class BaseTensor(Record):
+class BaseTensor(ManifestEntry):
     """One tensor of the base."""
 
     dtype: str
@@ -84,7 +84,7 @@ class BaseTensor(Record):
     """A parameter, or else a buffer."""
 
 
-class Base(Record):
+class Base(ManifestEntry):
     """The model that the artifact adapts: where it was, and how to tell it."""
 
     kind: Kind | None
@@ -137,7 +137,7 @@ class Base(Record):
         return Built(self.model.rpartition(".")[2], self.labels, self.dtype, self.settings)
 
 
-class AdapterTensor(Record):
+class AdapterTensor(ManifestEntry):
     """One tensor that graftc added."""
 
     dtype: DType
@@ -153,7 +153,7 @@ class AdapterTensor(Record):
     """Of its values."""
 
 
-class PlaceRecord(Record):
+class PlaceRecord(ManifestEntry):
     """One adapted place."""
 
     adaptation: str
@@ -199,7 +199,7 @@ class PlaceRecord(Record):
     """The adaptation's tensors there, by part."""
 
 
-class Trained(Record):
+class Trained(ManifestEntry):
     """A base tensor that a trained copy stands in for."""
 
     owner: str
@@ -215,7 +215,7 @@ class Trained(Record):
     """The trained copy."""
 
 
-class Input(Record):
+class Input(ManifestEntry):
     """One input that the graphs were asked for."""
 
     name: Name
@@ -240,7 +240,7 @@ GraphName: TypeAlias = Literal[
 """The name of one of a signature's graphs."""
 
 
-class Captured(Record):
+class Captured(ManifestEntry):
     """One captured graph of the base."""
 
     graph: GraphName
@@ -256,7 +256,7 @@ class Captured(Record):
     """Tensors that it mentions beside the model's own."""
 
 
-class Graph(Record):
+class Graph(ManifestEntry):
     """One graph of a signature."""
 
     file: str
@@ -266,7 +266,7 @@ class Graph(Record):
     """Digest of everything its outputs depend on."""
 
 
-class SignatureRecord(Record):
+class SignatureRecord(ManifestEntry):
     """One set of inputs with its graphs."""
 
     inputs: tuple[Input, ...]
@@ -287,7 +287,7 @@ class SignatureRecord(Record):
     holds an operator that no file can name."""
 
 
-class Kept(Record):
+class Kept(ManifestEntry):
     """An adaptation that does not fold."""
 
     name: str
@@ -297,7 +297,7 @@ class Kept(Record):
     """Why."""
 
 
-class Manifest(Record):
+class Manifest(ManifestEntry):
     """Everything that an artifact says of itself."""
 
     artifact: Literal["graftc"] = "graftc"
@@ -336,7 +336,7 @@ class Manifest(Record):
     kept: tuple[Kept, ...]
     """Adaptations that do not fold."""
 
-    passes: tuple[RecordedPass, ...] = ()
+    passes: tuple[PassRecord, ...] = ()
     """Passes of plugins that the graphs went through; left out where there are none."""
 
     files: dict[str, File]

@@ -22,8 +22,8 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import DTYPES
 from graftc.passes.core.ir.stored.serialise import program_from_json
-from graftc.passes.core.pass_context import PassFigure, PassRecord
 from graftc.passes.core.sites.sites import SiteKey
+from graftc.records.passes import PassRecord
 from graftc.runtime.artifact.fields import GRAPH_BYTES, MANIFEST_BYTES, TEXT_BYTES
 from graftc.runtime.artifact.manifest import (
     ADAPTERS,
@@ -113,13 +113,7 @@ class Artifact:
     @property
     def passes(self) -> tuple[PassRecord, ...]:
         """The passes of plugins that its graphs went through."""
-        return tuple(
-            PassRecord(
-                *(own.pipeline, own.name, own.distribution, own.version, own.rewrites),
-                tuple(PassFigure(f.name, f.site, f.layer, f.stack, f.value) for f in own.figures),
-            )
-            for own in self.manifest.passes
-        )
+        return self.manifest.passes
 
     def sites(self) -> Iterator[SiteRecord]:
         """Yield every adapted place."""

@@ -3,63 +3,48 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
+from graftc.records.certificate import Certificate
+from graftc.records.reading import from_json
 from graftc.runtime.artifact.fields import TEXT_BYTES, File
 from graftc.runtime.artifact.manifest import damaged, first_error
+from graftc.specs.records.record import Record
 from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["KeptCertificate", "MergedRecord", "content", "read_model"]
+__all__ = ["MergedRecord", "content", "read_record"]
 
 
-class KeptCertificate(BaseModel):
-    """What is read of the certificate of a fold; there is more in it, for people."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-
-    class SiteRecord(BaseModel):
-        """One folded place."""
-
-        model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-        site: str
-
-    passed: bool
-    base_structure: str
-    structure: str
-    additions: tuple[str, ...]
-    dtype: str
-    fingerprint: str
-    sites: tuple[SiteRecord, ...]
-    outputs: dict[str, float]
-
-
-class MergedRecord(BaseModel):
+@dataclass(frozen=True)
+class MergedRecord(Record):
     """What is read of the record of a merged model."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+    files: Mapping[str, File]
+    """The files of the folder, by name."""
 
-    files: dict[str, File]
-    certificate: KeptCertificate
-
-
-Read = TypeVar("Read", bound=BaseModel)
+    certificate: Certificate
+    """The certificate of the fold."""
 
 
-def read_model(model: type[Read], path: Path, where: str, file: str) -> Read:
-    """Read a file as a pydantic model.
+R = TypeVar("R")
+
+
+def read_record(cls: type[R], path: Path, where: str, file: str) -> R:
+    """Read a file as a record.
 
     Raises:
-        GraftError: GC082 if it is not a record.
+        GraftError: GC082 if it is not one.
     """
     try:
         raw = content(path, TEXT_BYTES)
         read_json(raw, TEXT_BYTES)
-        return model.model_validate_json(raw)
+        return from_json(cls, raw)
     except ValidationError as error:
         raise damaged(where, file, first_error(error)) from error
     except (OSError, ValueError) as error:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from graftc.compiler.capture.identity.fingerprint import Identity
-from graftc.compiler.folding.certificate import Certificate
-from graftc.compiler.inspect.pass_figures import passes_json
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.files.tensors.writing import save_tensors
 from graftc.files.writing import staged
+from graftc.records.certificate import Certificate
 from graftc.runtime.artifact import entries
 from graftc.runtime.artifact.manifest import (
     ADAPTERS,
@@ -147,7 +146,7 @@ def _write(
         "constants": entries.tensors(constants),
         "certificate": CERTIFICATE if certificate is not None else None,
         "kept": [{"name": name, "reason": reason} for name, reason in evidence.kept.items()],
-        **({"passes": passes_json(passes)} if (passes := compilation.main.passes) else {}),
+        **({"passes": [each.to_json() for each in passes]} if (passes := compilation.main.passes) else {}),
         "files": dict(listed(folder)),
     }
     text = sealed(data)

@@ -4,58 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
 from graftc.compiler.inspect.snapshot import Snapshot
-from graftc.compiler.inspect.summary import Summary, summary
+from graftc.compiler.inspect.summary import summary
 from graftc.passes.core.weights.names import owner_of
+from graftc.records.certificate import Certificate
+from graftc.records.summary import Summary
 from graftc.runtime.artifact.read import Artifact
-from graftc.runtime.artifact.records import read_model
+from graftc.runtime.artifact.records import read_record
 from graftc.runtime.sources.reference import Reference
 
-if TYPE_CHECKING:
-    from graftc.compiler.folding.certificate import Certificate
-
-__all__ = ["CardCertificate", "CardFacts", "artifact_facts"]
-
-
-class CardCertificate(BaseModel):
-    """What a card says of a certificate; there is more in its file."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-
-    class SiteRecord(BaseModel):
-        """The evidence of one place."""
-
-        model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-
-        site: str
-        algebra: float
-        rounding: float
-
-    class RouteRecord(BaseModel):
-        """How often the models chose differently at one place."""
-
-        model_config = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-
-        choices: int
-        flips: int
-
-    passed: bool
-    dtype: str
-    sites: tuple[SiteRecord, ...]
-    outputs: dict[str, float]
-    budget: float | None
-    additions: tuple[str, ...]
-    routes: tuple[RouteRecord, ...] = ()
-
-    @classmethod
-    def of(cls, certificate: Certificate) -> CardCertificate:
-        """Return the record of a live certificate."""
-        data = certificate.to_json()
-        return cls.model_validate({**data, **{name: tuple(data[name]) for name in ("sites", "additions", "routes")}})
+__all__ = ["CardFacts", "artifact_facts"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +42,7 @@ class CardFacts:
     base: Reference
     fingerprint: str
     dtype: str
-    certificate: CardCertificate | None
+    certificate: Certificate | None
     kept: Mapping[str, str]
     versions: Mapping[str, str]
 
@@ -109,10 +69,10 @@ def artifact_facts(artifact: Artifact) -> CardFacts:
         GraftError: GC082 for a file that is not a certificate, GC091 if the artifact has no graphs.
     """
     manifest = artifact.manifest
-    certificate: CardCertificate | None = None
+    certificate: Certificate | None = None
     if manifest.certificate is not None:
         file = manifest.certificate
-        certificate = read_model(CardCertificate, artifact.path / file, str(artifact.path), file)
+        certificate = read_record(Certificate, artifact.path / file, str(artifact.path), file)
     return CardFacts.of(
         artifact.snapshot,
         name=artifact.path.name,

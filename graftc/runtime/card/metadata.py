@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from graftc.compiler.resolve.train import TRAIN
+from graftc.records.cards import CardMetadata
 from graftc.runtime.card.facts import CardFacts
 from graftc.runtime.sources.reference import is_hub_id
 from graftc.specs.errors.arguments import kind_of
@@ -45,8 +46,8 @@ def card_metadata(
     license: str | None = None,
     language: Sequence[str] = (),
     tags: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Return metadata by field, without the fields about which nothing is known.
+) -> CardMetadata:
+    """Return the metadata of a card.
 
     Args:
         facts: the facts about the model.
@@ -69,16 +70,15 @@ def card_metadata(
     named = facts.base.text if facts.base.kind == "hub" and base_model is None else base_model
     known = method_specs()
     methods = [a.method for a in facts.summary.adaptations if a.method in known and a.name != TRAIN]
-    fields: dict[str, Any] = {
-        "library_name": LIBRARY,
-        "base_model": named,
-        "base_model_relation": "adapter" if named is not None else None,
-        "pipeline_tag": task_of(facts.summary.model),
-        "license": license,
-        "language": list(dict.fromkeys(language)),
-        "tags": list(dict.fromkeys([LIBRARY, *methods, *tags])),
-    }
-    return {field: value for field, value in fields.items() if value}
+    return CardMetadata(
+        library_name=LIBRARY,
+        base_model=named or None,
+        base_model_relation="adapter" if named is not None else None,
+        pipeline_tag=task_of(facts.summary.model),
+        license=license,
+        language=tuple(dict.fromkeys(language)),
+        tags=tuple(dict.fromkeys([LIBRARY, *methods, *tags])),
+    )
 
 
 def task_of(model: str) -> str | None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from graftc.compiler.inspect.snapshot import SiteRecord
-from graftc.compiler.roles.findings import format_layers
-from graftc.runtime.card.facts import CardCertificate, CardFacts
+from graftc.records.cards import CardMetadata
+from graftc.records.certificate import Certificate
+from graftc.runtime.card.facts import CardFacts
 from graftc.runtime.card.markdown import code, fenced, table
 from graftc.runtime.card.metadata import card_metadata
 from graftc.runtime.sources.reference import Reference
-from graftc.specs.errors.text import abridged
+from graftc.specs.errors.text import abridged, format_layers
 from graftc.specs.io import dump_spec
 
 __all__ = ["render_card"]
@@ -32,7 +32,7 @@ def render_card(
     license: str | None = None,
     language: Sequence[str] = (),
     tags: Sequence[str] = (),
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str, CardMetadata]:
     """Return the card, and its metadata.
 
     Args:
@@ -45,13 +45,14 @@ def render_card(
     import yaml
 
     metadata = card_metadata(facts, base_model, license, language, tags)
-    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=False, default_flow_style=False)
+    known = {field: value for field, value in metadata.to_json().items() if value}
+    front = yaml.safe_dump(known, sort_keys=False, allow_unicode=False, default_flow_style=False)
     parts = [f"---\n{front}---", *_sections(facts, metadata)]
     return "\n\n".join(parts) + "\n", metadata
 
 
-def _sections(facts: CardFacts, metadata: Mapping[str, Any]) -> Iterator[str]:
-    base = metadata.get("base_model") or _place(facts.base)
+def _sections(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
+    base = metadata.base_model or _place(facts.base)
     title = code(facts.name) if facts.name else f"An adapted {code(facts.summary.model)}"
     yield f"# {title}"
     methods = ", ".join(dict.fromkeys(code(a.method) for a in facts.summary.adaptations)) or "nothing"
@@ -149,15 +150,14 @@ def _folding(facts: CardFacts) -> Iterator[str]:
         yield table(("adaptation", "why"), [(code(name), code(why, 400)) for name, why in facts.kept.items()])
 
 
-def _evidence(certificate: CardCertificate) -> Iterator[tuple[str, str]]:
+def _evidence(certificate: Certificate) -> Iterator[tuple[str, str]]:
     sites = certificate.sites
     yield "places", f"{len(sites):,}"
     if sites:
         yield "largest difference in float64, unfolded against folded", f"{max(s.algebra for s in sites):.1e}"
         yield "largest rounding, in units in the last place", f"{max(s.rounding for s in sites):.3f}"
     for name, value in list(certificate.outputs.items())[:10]:
-        budget = "" if certificate.budget is None else f" (at most {certificate.budget:.1e})"
-        yield f"largest difference of the output {code(name)}", f"{value:.1e}{budget}"
+        yield f"largest difference of the output {code(name)}", f"{value:.1e} (at most {certificate.budget:.1e})"
     if flips := sum(route.flips for route in certificate.routes):
         choices = sum(route.choices for route in certificate.routes)
         yield "choices that routers make differently once folded", f"{flips:,} of {choices:,}"
@@ -166,9 +166,9 @@ def _evidence(certificate: CardCertificate) -> Iterator[tuple[str, str]]:
         yield "biases that folding adds", ", ".join(code(name) for name in certificate.additions[:5])
 
 
-def _use(facts: CardFacts, metadata: Mapping[str, Any]) -> Iterator[str]:
+def _use(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
     folder = facts.name if _WORD.fullmatch(facts.name) and len(facts.name) <= 100 else "DIR"
-    base = metadata.get("base_model") or ""
+    base = metadata.base_model or ""
     named = base if _is_argument(base) else "MODEL"
     yield f"`pip install graftc`. {f'`{folder}`' if folder != 'DIR' else '`DIR`'} is the artifact's folder" + (
         ", and `MODEL` the base: a folder, a hub id, or in Python the model itself." if named == "MODEL" else "."
@@ -197,8 +197,8 @@ def _is_argument(text: str) -> bool:
     return len(text) <= 200 and not text.startswith("-") and (_PATH.fullmatch(text) is not None)
 
 
-def _warnings(facts: CardFacts, metadata: Mapping[str, Any]) -> Iterator[str]:
-    if "base_model" not in metadata:
+def _warnings(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
+    if metadata.base_model is None:
         yield "The card names no base on the hub: `--base-model OWNER/NAME` does."
     if facts.certificate is None and not facts.kept:
         yield "Nothing was certified: whether merging computes the same function is checked when it is done."

@@ -5,65 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from graftc.compiler.folding.rounding import largest, power_below
+from graftc.records.comparison import Cause, Difference
 from graftc.runtime.compare.rank import estimate_rank
 
 Read = Callable[[int, int], Tensor]
 """Rows of a stored matrix, from the first to the one behind the last, as they are stored."""
 BLOCK = 2**20
 """Elements that are looked at at a time."""
-
-
-class Cause(StrEnum):
-    """A possible cause of a difference."""
-
-    LOW_RANK = "low rank"
-    """A product of two thin matrices: LoRA and its relatives."""
-    ROW_SCALING = "row scaling"
-    """Each row times a number: a vector on outputs, as IA3 has."""
-    COLUMN_SCALING = "column scaling"
-    """Each column times a number: a vector on inputs."""
-    ROWS = "rows"
-    """Some rows in full: tokens, or outputs that were trained."""
-    ENTRIES = "entries"
-    """Few entries: sparse fine-tuning."""
-    VECTOR = "vector"
-    """A bias, a norm, or another vector that was trained."""
-    FULL = "full"
-    """All of it: full fine-tuning, or an update of high rank such as DoRA's."""
-    ROUNDING = "rounding"
-    """No more than rounding makes: the same weights that went through another type or another order of sums."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The measured difference between two versions of a tensor.
-
-    Attributes:
-        largest: the largest absolute difference of an element.
-        norm: norm of the difference, divided by that of the base; infinite if the latter is zero.
-        entries: share of the elements that differ.
-        rows, columns: number of rows and columns that differ anywhere; None if the tensor is not a matrix or the
-            difference is not finite.
-        rank: for a matrix, the number of directions of the difference above what rounding causes; None if there are
-            more than are looked for, if scaling explains the difference, or if the tensor is not a matrix.
-        explained: share of the difference's squared norm in those directions, or in the scaling; None without either.
-        cause: what could have caused it.
-    """
-
-    largest: float
-    norm: float
-    entries: float
-    rows: int | None = None
-    columns: int | None = None
-    rank: int | None = None
-    explained: float | None = None
-    cause: Cause = Cause.FULL
 
 
 @dataclass
@@ -179,10 +132,10 @@ def difference(pair: Matrices, *, matrix: bool) -> Difference:
     sums = pair.sums()
     rows, columns = pair.shape
     norm = math.sqrt(sums.update / sums.base) if sums.base else math.inf
-    result = Difference(sums.largest, norm, sums.changed / max(1, rows * columns), cause=Cause.VECTOR)
+    result = Difference(sums.largest, norm, sums.changed / max(1, rows * columns), cause="vector")
     if not math.isfinite(sums.update) or not matrix:
         return result
-    result = replace(result, rows=int(sums.rows.sum()), columns=int(sums.columns.sum()), cause=Cause.FULL)
+    result = replace(result, rows=int(sums.rows.sum()), columns=int(sums.columns.sum()), cause="full")
     # Rows and columns that are equal on both sides have no rounding noise.
     row_noise, column_noise = sums.row_noise * sums.rows, sums.column_noise * sums.columns
     noise = min(float(row_noise.sum()), float(column_noise.sum()))
@@ -194,12 +147,12 @@ def difference(pair: Matrices, *, matrix: bool) -> Difference:
     estimate = estimate_rank(pair.times, pair.transposed_times, changed, pair.shape, spread)
     if estimate is not None:
         rank, squares = estimate
-        cause = Cause.LOW_RANK if rank else Cause.ROUNDING
+        cause: Cause = "low rank" if rank else "rounding"
         return replace(result, rank=rank, explained=min(1.0, squares / sums.update), cause=cause)
     filled = sums.changed / max(1, (result.rows or 0) * (result.columns or 0))
     if filled >= 0.5 and (result.rows or 0) < rows:
-        return replace(result, cause=Cause.ROWS)
-    return replace(result, cause=Cause.ENTRIES) if filled < 0.5 else result
+        return replace(result, cause="rows")
+    return replace(result, cause="entries") if filled < 0.5 else result
 
 
 def _scaling(pair: Matrices, sums: _Sums, noise: float) -> tuple[Cause, float] | None:
@@ -207,10 +160,11 @@ def _scaling(pair: Matrices, sums: _Sums, noise: float) -> tuple[Cause, float] |
 
     A single row or column cannot be told from other changes.
     """
-    for cause, changed, (products, squares), shape in (
-        (Cause.ROW_SCALING, sums.rows, sums.row_products, (-1, 1)),
-        (Cause.COLUMN_SCALING, sums.columns, sums.column_products, (1, -1)),
-    ):
+    directions: list[tuple[Cause, Tensor, tuple[Tensor, Tensor], tuple[int, int]]] = [
+        ("row scaling", sums.rows, sums.row_products, (-1, 1)),
+        ("column scaling", sums.columns, sums.column_products, (1, -1)),
+    ]
+    for cause, changed, (products, squares), shape in directions:
         if min(pair.shape) < 2 or int(changed.sum()) < 2:
             continue
         scale = torch.where(squares > 0, products / squares.clamp_min(1e-300), 1.0)

@@ -8,75 +8,37 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graftc.compiler.roles.findings import format_layers
 from graftc.files.tensors.folder import TensorFolder
 from graftc.files.tensors.headers import StoredTensor
 from graftc.files.tensors.weights import INDEX, SINGLE
-from graftc.runtime.compare.difference import Cause, Difference, Matrices, difference
+from graftc.records.comparison import Cause, Difference, WeightChange, WeightsDiff
+from graftc.runtime.compare.difference import Matrices, difference
+from graftc.specs.errors.text import format_layers
 
-Status = Literal["added", "removed", "reshaped", "retyped", "changed"]
 COMPARED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
 """Element types that are compared in numbers; of others it is told whether their bytes are the same."""
 
 
-@dataclass(frozen=True)
-class WeightDifference:
-    """One tensor that differs between two folders.
-
-    Attributes:
-        name: name of the tensor.
-        status: whether only the second folder has it, only the first has it, or both have it: with other sizes, with
-            another element type and the same values, or with other values.
-        base, other: element type and sizes in the first and in the second folder, as ``BF16[4, 48]``; empty if it is
-            missing.
-        difference: the measured difference, if the values differ and can be compared.
-    """
-
-    name: str
-    status: Status
-    base: str
-    other: str
-    difference: Difference | None = None
-
-
-@dataclass(frozen=True)
-class FolderDifference:
-    """The differences between two model folders.
-
-    Attributes:
-        tensors: the tensors that differ, by name, layers in the order of their numbers.
-        equal: number of tensors that are equal.
-    """
-
-    tensors: tuple[WeightDifference, ...]
-    equal: int
-
-    @property
-    def same(self) -> bool:
-        """Whether nothing differs."""
-        return not self.tensors
-
-    def alike(self) -> list[tuple[str, list[WeightDifference]]]:
-        """Return the differing tensors, grouped by layers that differ alike.
-
-        Each group has one name with its layers: ``h.{0-3}.attn.q``.
-        """
-        groups: dict[tuple[Any, ...], list[WeightDifference]] = {}
-        for item in self.tensors:
-            change = item.difference
-            key = (_LAYER.sub(r"\1*\2", item.name, count=1), item.status, item.base, item.other)
-            groups.setdefault((*key, change and change.cause), []).append(item)
-        return [(_named([item.name for item in items]), items) for items in groups.values()]
-
-
 _LAYER = re.compile(r"(\.|^)\d+(\.)")
+
+
+def alike(comparison: WeightsDiff) -> list[tuple[str, list[WeightChange]]]:
+    """Return the differing tensors, grouped by layers that differ alike.
+
+    Each group has one name with its layers: ``h.{0-3}.attn.q``.
+    """
+    groups: dict[tuple[Any, ...], list[WeightChange]] = {}
+    for item in comparison.tensors:
+        change = item.difference
+        key = (_LAYER.sub(r"\1*\2", item.name, count=1), item.status, item.base, item.other)
+        groups.setdefault((*key, change and change.cause), []).append(item)
+    return [(_named([item.name for item in items]), items) for items in groups.values()]
 
 
 def _named(names: list[str]) -> str:
@@ -92,7 +54,7 @@ def is_model_folder(path: Path) -> bool:
     return any((path / name).is_file() for name in (SINGLE, INDEX))
 
 
-def compare_folders(a: Path, b: Path, advance: Callable[[float], None] = lambda _: None) -> FolderDifference:
+def compare_folders(a: Path, b: Path, advance: Callable[[float], None] = lambda _: None) -> WeightsDiff:
     """Compare the weights of two folders, the second with the first.
 
     Args:
@@ -106,7 +68,7 @@ def compare_folders(a: Path, b: Path, advance: Callable[[float], None] = lambda 
     first, second = TensorFolder(a), TensorFolder(b)
     mine, theirs = first.entries, second.entries
     total = max(1, sum(math.prod(stored.shape) for stored in mine.values()))
-    differences: list[WeightDifference] = []
+    differences: list[WeightChange] = []
     done = equal = 0
     with first, second, torch.no_grad():
         for name, stored in mine.items():
@@ -115,13 +77,11 @@ def compare_folders(a: Path, b: Path, advance: Callable[[float], None] = lambda 
             differences += [] if item is None else [item]
             done += math.prod(stored.shape)
             advance(done / total)
-    differences += [
-        WeightDifference(name, "added", "", str(stored)) for name, stored in theirs.items() if name not in mine
-    ]
-    return FolderDifference(tuple(sorted(differences, key=_by_name)), equal)
+    differences += [WeightChange(name, "added", "", str(stored)) for name, stored in theirs.items() if name not in mine]
+    return WeightsDiff(equal, tuple(sorted(differences, key=_by_name)))
 
 
-def _by_name(item: WeightDifference) -> list[tuple[int, str]]:
+def _by_name(item: WeightChange) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in item.name.split(".")]
 
 
@@ -134,26 +94,26 @@ def _rows(tensor: Tensor) -> Callable[[int, int], Tensor]:
 
 def _compared(
     name: str, stored: StoredTensor, other: StoredTensor | None, folders: Iterable[TensorFolder]
-) -> WeightDifference | None:
+) -> WeightChange | None:
     """Return how a tensor differs; None if it does not."""
     if other is None:
-        return WeightDifference(name, "removed", str(stored), "")
+        return WeightChange(name, "removed", str(stored), "")
     if stored.shape != other.shape:
-        return WeightDifference(name, "reshaped", str(stored), str(other))
+        return WeightChange(name, "reshaped", str(stored), str(other))
     if 0 in stored.shape:
-        return None if stored.dtype == other.dtype else WeightDifference(name, "retyped", str(stored), str(other))
+        return None if stored.dtype == other.dtype else WeightChange(name, "retyped", str(stored), str(other))
     rows = stored.shape[0] if len(stored.shape) > 1 else 1
     (a, b), shape = (_rows(folder[name]) for folder in folders), stored.shape
     pair = Matrices(a, b, (rows, math.prod(shape) // rows))
     if stored.dtype not in COMPARED or other.dtype not in COMPARED:
         same = stored.dtype == other.dtype and all(torch.equal(mine, theirs) for _, mine, theirs in pair.blocks())
-        return None if same else WeightDifference(name, "changed", str(stored), str(other))
+        return None if same else WeightChange(name, "changed", str(stored), str(other))
     if pair.equal():
-        return None if stored.dtype == other.dtype else WeightDifference(name, "retyped", str(stored), str(other))
-    return WeightDifference(name, "changed", str(stored), str(other), difference(pair, matrix=len(shape) == 2))
+        return None if stored.dtype == other.dtype else WeightChange(name, "retyped", str(stored), str(other))
+    return WeightChange(name, "changed", str(stored), str(other), difference(pair, matrix=len(shape) == 2))
 
 
-def summary(comparison: FolderDifference) -> list[str]:
+def summary(comparison: WeightsDiff) -> list[str]:
     """Return a line for each possible cause of the differences, those of most tensors first."""
     counts: dict[Cause, list[Difference]] = {}
     for item in comparison.tensors:
@@ -164,14 +124,14 @@ def summary(comparison: FolderDifference) -> list[str]:
 
 
 _MAKERS: Mapping[Cause, str] = {
-    Cause.LOW_RANK: "a low-rank update{}, as LoRA's",
-    Cause.ROW_SCALING: "a vector on outputs, as IA3's",
-    Cause.COLUMN_SCALING: "a vector on inputs, as IA3's on feed-forwards",
-    Cause.ROWS: "training some rows, as of tokens",
-    Cause.ENTRIES: "training some entries",
-    Cause.VECTOR: "training a bias, a norm or another tensor that is not a matrix",
-    Cause.FULL: "full fine-tuning, or an update of high rank, as DoRA's",
-    Cause.ROUNDING: "no more than rounding",
+    "low rank": "a low-rank update{}, as LoRA's",
+    "row scaling": "a vector on outputs, as IA3's",
+    "column scaling": "a vector on inputs, as IA3's on feed-forwards",
+    "rows": "training some rows, as of tokens",
+    "entries": "training some entries",
+    "vector": "training a bias, a norm or another tensor that is not a matrix",
+    "full": "full fine-tuning, or an update of high rank, as DoRA's",
+    "rounding": "no more than rounding",
 }
 
 
@@ -182,11 +142,11 @@ def _ranks(items: Iterable[Difference]) -> str:
     return f" of rank {ranks[0]}" if len(ranks) == 1 else f" of rank {ranks[0]} to {ranks[-1]}"
 
 
-def lines(comparison: FolderDifference) -> Iterator[str]:
+def lines(comparison: WeightsDiff) -> Iterator[str]:
     """Yield one line for each tensor, or for those of layers that differ alike, with a sign in front."""
     signs = {"added": "+", "removed": "-"}
     text = {"added": "added", "removed": "removed", "retyped": "the same values", "reshaped": "other sizes"}
-    for name, items in comparison.alike():
+    for name, items in alike(comparison):
         first = items[0]
         count = f" ({len(items)} tensors)" if len(items) > 1 else ""
         types = " -> ".join(dict.fromkeys(filter(None, (first.base, first.other))))
@@ -197,11 +157,11 @@ def lines(comparison: FolderDifference) -> Iterator[str]:
 
 def _numbers(differences: list[Difference]) -> str:
     cause = differences[0].cause
-    parts = [_ranks(differences).removeprefix(" of ") or cause.value]
+    parts = [_ranks(differences).removeprefix(" of ") or cause]
     explained = min((each.explained for each in differences if each.explained is not None), default=None)
-    if explained is not None and cause != Cause.ROUNDING:
+    if explained is not None and cause != "rounding":
         parts.append(f"which is {100 * explained:.1f} % of it")
-    if cause == Cause.ROWS:
+    if cause == "rows":
         parts.append(f"at most {max(each.rows or 0 for each in differences)}")
     norms = dict.fromkeys(
         f"{norm:.1e}" for norm in (min(d.norm for d in differences), max(d.norm for d in differences))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from graftc.compiler.folding.certificate import DEFAULT_BUDGET, Certificate
+from graftc.compiler.folding.certificate import DEFAULT_BUDGET
 from graftc.compiler.folding.certify import Advance, Folded
 from graftc.compiler.folding.collapse import collapse_evidence
 from graftc.compiler.folding.requantise import BaseForm, Repacked
 from graftc.compiler.folding.steps import recasting
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.graph.remove_folded import take_out
+from graftc.records.certificate import Certificate
 from graftc.runtime.deploy.comparing import compared
 from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.rounding_noise import rounding_noise
@@ -94,7 +95,7 @@ def certify(
         fingerprint=origin.compilation.identity().fingerprint,
         dtype=str(runner.dtype).removeprefix("torch."),
         collapses=collapse_evidence(compilation),
-        anchors=compilation.main.anchors,
+        anchors=tuple(anchor.record for anchor in compilation.main.anchors),
         retention=folded.retention,
         notes=notes,
         requantised=repacked.evidence,

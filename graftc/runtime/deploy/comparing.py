@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.folding.differences import largest_difference, largest_number
-from graftc.compiler.folding.route_evidence import TIMES, Flips, RouteEvidence, moved, score_noise
+from graftc.compiler.folding.route_evidence import TIMES, Flips, moved, score_noise
 from graftc.compiler.folding.samples import samples
 from graftc.passes.core.ops.route import Routes
+from graftc.records.certificate import RouteEvidence
 from graftc.runtime.model.evaluation import Evaluation
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.specs.errors.diagnostics import GraftError, first_line

@@ -24,6 +24,7 @@ from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.weight_slice import Layout
+from graftc.records.conversion import ConvertedSite
 from graftc.runtime.artifact.write import save
 from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, stored_dtype, target_of, values_of
 from graftc.runtime.deploy.merged_folder import write_merged
@@ -44,28 +45,6 @@ from graftc.specs.methods.lora import LoRA
 _PROBES = 16
 _SLACK = 1e-6
 """How far a probe of the new LoRA may be from the wanted update beyond the measured error, relative to the update."""
-
-
-@dataclass(frozen=True)
-class ConvertedSite:
-    """One site of a converted adaptation.
-
-    Attributes:
-        adaptation: the name of the adaptation.
-        site: the site, as text.
-        rank: the rank of the LoRA there, without the zeros that pad it.
-        full_rank: the rank of the wanted update: the number of its singular values above rounding.
-        error: the Frobenius distance of the LoRA's update, its factors rounded as they are stored, from the wanted one,
-            over the norm of the latter.
-        probed: the same, estimated by random vectors through the fold of the LoRA as it was compiled.
-    """
-
-    adaptation: str
-    site: str
-    rank: int
-    full_rank: int
-    error: float
-    probed: float
 
 
 @dataclass(frozen=True)
@@ -289,7 +268,7 @@ class _Conversion:
                         errors[name, str(site.key)] = distance(response, wanted)
         checked = []
         for item in self._found:
-            probed = errors.get((item.adaptation, item.site), 1.0)
+            probed = errors.get((str(item.adaptation), item.site), 1.0)
             # The estimate of an error from 16 vectors is off by more than a factor of 3 only once in a million times.
             if not probed <= 3 * item.error + _SLACK:
                 message = f"the LoRA {item.adaptation!r} adds {probed:.1e} of something else at {item.site}"

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.folding.certify import Folded
 from graftc.compiler.folding.fold_plan import FoldPlan
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.graph.remove_folded import folded
+from graftc.records.certificate import Certificate
 from graftc.runtime.deploy.folded_tensors import folded_store
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.root import Root

@@ -9,11 +9,12 @@ from typing import Any, Generic, get_args
 import torch
 
 from graftc.compiler.capture.interface import ExampleInputs
-from graftc.compiler.folding.certificate import Certificate, require_changed
+from graftc.compiler.folding.certificate import require_changed
 from graftc.compiler.folding.certify import Advance, fold_tensors
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
 from graftc.compiler.folding.requantise import BaseForm, Repacked, requantised
 from graftc.passes.graph.remove_folded import take_out
+from graftc.records.certificate import Certificate
 from graftc.runtime.deploy.certifying import FoldRequest, certify
 from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.merged_folder import save_merged

@@ -12,7 +12,7 @@ from torch import nn
 
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.folding.certificate import Certificate, require_changed
+from graftc.compiler.folding.certificate import require_changed
 from graftc.compiler.folding.certify import Advance
 from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values
 from graftc.compiler.folding.requantise import BaseForm
@@ -22,6 +22,7 @@ from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.weights.names import owner_of
+from graftc.records.certificate import Certificate
 from graftc.runtime.artifact.manifest import Manifest
 from graftc.runtime.artifact.write import save
 from graftc.runtime.deploy.certifying import FoldRequest

@@ -21,11 +21,11 @@ from torch import Tensor
 
 from graftc.compiler.capture.past import CACHE, ENCODED, ENCODER, PAST, USE_CACHE, fill_cache, new_cache, read_cache
 from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis, size_of
-from graftc.compiler.folding.certificate import Certificate
 from graftc.compiler.signatures import signature_for
 from graftc.files.writing import staged
 from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
 from graftc.passes.core.ir.program_key import Signature
+from graftc.records.certificate import Certificate
 from graftc.runtime.export.metadata import metadata
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx import prepare_onnx

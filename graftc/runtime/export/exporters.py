@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from graftc.compiler.capture.interface import config_of
 from graftc.files.destinations import only_files
+from graftc.records.files import PeftTensor
 from graftc.runtime.artifact.write import require_values
 from graftc.runtime.export.cached import export_cached
 from graftc.runtime.export.cached import is_exported as is_cached
@@ -66,7 +67,7 @@ class ReadyExport:
 
     write: Callable[[Path, bool], object]
     title: str = ""
-    tensors: Sequence[Mapping[str, str]] = ()
+    tensors: Sequence[PeftTensor] = ()
     max_rank: int | None = None
     needs: str | None = None
 

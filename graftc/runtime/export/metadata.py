@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from graftc.compiler.folding.certificate import Certificate
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.weights.names import owner_of
+from graftc.records.certificate import Certificate
 from graftc.runtime.artifact.built import built_of
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.specs.io import dump_spec

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from graftc.compiler.folding.certificate import Certificate
 from graftc.files.tensors.writing import save_tensors
 from graftc.files.writing import check_destination, staged
 from graftc.passes.core.ir.program_key import Signature
+from graftc.records.certificate import Certificate
 from graftc.runtime.export.inputs import companions_of
 from graftc.runtime.export.metadata import metadata
 from graftc.runtime.export.module import ExportModule

@@ -21,7 +21,7 @@ from graftc.passes.core import progress
 from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.ir import program_key as keys
 from graftc.passes.core.ir.printer import structural_hash
-from graftc.passes.core.pass_context import PassRecord
+from graftc.records.passes import PassRecord
 from graftc.runtime.artifact.manifest import MANIFEST, SignatureRecord, damaged
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import make_compiled

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from graftc.compiler.folding.certificate import Certificate
 from graftc.passes.core.ir.printer import structural_hash, value_numbers
 from graftc.passes.core.ir.program import Program
+from graftc.records.certificate import Certificate
+from graftc.records.verification import Check
 from graftc.runtime.artifact.entries import versions
 from graftc.runtime.artifact.fields import MANIFEST_BYTES
 from graftc.runtime.artifact.manifest import MANIFEST, SCHEMA_VERSION, unsealed
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.read import Artifact, check_files, files_of, open_artifact
-from graftc.runtime.artifact.records import KeptCertificate, MergedRecord, content, read_model
+from graftc.runtime.artifact.records import MergedRecord, content, read_record
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.loading.load import base_of, different_graph, load_artifact
 from graftc.specs.errors.arguments import absolute_path
@@ -28,21 +29,6 @@ from graftc.specs.errors.text import counted
 
 if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
-
-
-@dataclass(frozen=True)
-class Check:
-    """The result of one check.
-
-    Attributes:
-        name: what was checked.
-        passed: whether it is as it should be; None if it was not checked.
-        detail: what was found, or why it was not checked.
-    """
-
-    name: str
-    passed: bool | None
-    detail: str
 
 
 @dataclass
@@ -197,7 +183,7 @@ def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, s
     if artifact.manifest.certificate is None:
         return None, "the artifact has none"
     file = artifact.manifest.certificate
-    kept = read_model(KeptCertificate, artifact.path / file, str(artifact.path), file)
+    kept = read_record(Certificate, artifact.path / file, str(artifact.path), file)
     certificate, _ = certificate_of(compiled)
     if certificate is None:
         return False, "nothing folds any more"
@@ -213,13 +199,12 @@ def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, s
     )
 
 
-def _disagreement(kept: KeptCertificate, certificate: Certificate) -> str | None:
+def _disagreement(kept: Certificate, certificate: Certificate) -> str | None:
     """Return the first difference of a kept certificate, apart from numbers, which depend on the machine."""
-    now = certificate.to_json()
+    before, now = kept.to_json(), certificate.to_json()
     for key in ("passed", "base_structure", "structure", "additions", "dtype", "fingerprint"):
-        kept_value = list(kept.additions) if key == "additions" else getattr(kept, key)
-        if kept_value != now[key]:
-            return f"the kept certificate has another {key}: {kept_value}, not {now[key]}"
+        if before[key] != now[key]:
+            return f"the kept certificate has another {key}: {before[key]}, not {now[key]}"
     if [s.site for s in kept.sites] != [s.site for s in certificate.sites]:
         return "the kept certificate is of other sites"
     return None
@@ -231,7 +216,7 @@ def _verify_merged(folder: Path, where: str) -> Verification:
 
     def record() -> MergedRecord:
         unsealed(content(folder / RECORD, MANIFEST_BYTES), where, "merged", SCHEMA_VERSION, RECORD)
-        return read_model(MergedRecord, folder / RECORD, where, RECORD)
+        return read_record(MergedRecord, folder / RECORD, where, RECORD)
 
     def files() -> tuple[bool, str]:
         listed = {name: (entry.bytes, entry.sha256) for name, entry in record().files.items()}

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.roles.findings import format_runs
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.containers import additions, module_text
 from graftc.passes.core.weights.names import module_of
 from graftc.passes.core.weights.runs import Runs
 from graftc.passes.core.weights.store import Store
 from graftc.specs.base import MethodSpec
+from graftc.specs.errors.text import format_runs
 
 
 @dataclass

@@ -26,7 +26,7 @@ from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_mo
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
 from graftc.passes.graph.packed_batches import reading_parts
-from graftc.passes.lowering.step_outcome import LoweringOutcome
+from graftc.records.graphs import LoweringOutcome
 from graftc.runtime.activations.budget import Choices
 from graftc.runtime.hooks.boundaries import heard_module, learn_modules, stopping, unknown_modules, without_stops
 from graftc.runtime.hooks.embeddings import call_hooks

@@ -6,14 +6,16 @@ from typing import Any, cast
 
 from graftc.compiler.inspect.diff import diff_programs
 from graftc.compiler.inspect.explain import explain
-from graftc.compiler.inspect.explanation import Explanation
 from graftc.compiler.inspect.lowering import Lowered, lowering
 from graftc.compiler.inspect.model_explorer import model_explorer
-from graftc.compiler.inspect.report import Report, report
-from graftc.compiler.inspect.tree import TreeNode, model_tree
+from graftc.compiler.inspect.report import report
+from graftc.compiler.inspect.tree import model_tree
 from graftc.compiler.signatures import signature_for
 from graftc.passes.core.ir.printer import format_program
 from graftc.passes.core.ir.program_key import Mode
+from graftc.records.explanation import Explanation
+from graftc.records.report import Report
+from graftc.records.tree import TreeNode
 from graftc.runtime.activations.summary import Activations
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.simulated_step import simulated_step

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from graftc.compiler.capture.isolation import isolated
-from graftc.runtime.card.facts import CardCertificate, CardFacts
+from graftc.runtime.card.facts import CardFacts
 from graftc.runtime.card.page import render_card
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.model.adapted import AdaptedRunner
@@ -73,7 +73,7 @@ class Presenting:
             base=Reference.of(runner.compilation.source),
             fingerprint=StateDicts(runner).identity().fingerprint,
             dtype=str(runner.dtype).removeprefix("torch."),
-            certificate=None if certificate is None else CardCertificate.of(certificate),
+            certificate=certificate,
             kept=kept,
             versions={},
         )

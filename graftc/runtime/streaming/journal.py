@@ -13,7 +13,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftc.compiler.folding.certificate import SiteEvidence
+from graftc.records.certificate import SiteEvidence
 from graftc.runtime.artifact.write import file_digest
 from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json

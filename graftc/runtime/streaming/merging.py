@@ -13,8 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from graftc.compiler.folding.certificate import Certificate, SiteEvidence, require_changed
-from graftc.compiler.folding.retention import Retention
+from graftc.compiler.folding.certificate import require_changed
 from graftc.files.held_folder import HeldFolder
 from graftc.files.tensors.folder import TensorFolder
 from graftc.files.tensors.foreign_folders import require_regular_files
@@ -22,6 +21,7 @@ from graftc.files.tensors.headers import Shard
 from graftc.files.tensors.mapped import DTYPES
 from graftc.files.tensors.weights import leads_inside
 from graftc.files.writing import check_apart, check_destination, staged
+from graftc.records.certificate import Certificate, Retention, SiteEvidence
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_merged
 from graftc.runtime.artifact.write import file_digest, listed

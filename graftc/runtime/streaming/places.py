@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.compiler.folding.certificate import SiteEvidence
-from graftc.compiler.folding.retention import Retention
 from graftc.compiler.folding.rounding import furthest, largest
 from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.folding import fold_at
@@ -18,6 +16,7 @@ from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import SiteKey
 from graftc.passes.core.weights.folds import Keep, WeightFold
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.records.certificate import Retention, SiteEvidence
 from graftc.runtime.streaming.unfolded import BlockMap, BlockMaps
 from graftc.runtime.streaming.update import Replacement, SiteUpdate
 from graftc.specs.errors.diagnostics import GraftError

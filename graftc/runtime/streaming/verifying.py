@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 
-from graftc.compiler.folding.certificate import SiteEvidence
-from graftc.compiler.folding.retention import Retention
 from graftc.files.tensors.folder import TensorFolder
 from graftc.files.tensors.headers import Shard
 from graftc.files.tensors.writing import FLOATING
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.records.certificate import Retention, SiteEvidence
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.loading.verify import Verification, verify
 from graftc.runtime.streaming.adapters import read_updates

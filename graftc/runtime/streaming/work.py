@@ -14,13 +14,12 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from graftc.compiler.folding.certificate import SiteEvidence
-from graftc.compiler.folding.retention import Retention
 from graftc.compiler.folding.rounding import largest, round_into, rounding_of
 from graftc.files.tensors.folder import TensorFolder
 from graftc.files.tensors.headers import Shard, StoredTensor, header_bytes
 from graftc.files.tensors.mapped import DTYPES, MappedFile
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.records.certificate import Retention, SiteEvidence
 from graftc.runtime.streaming.merge_plan import MergePlan
 from graftc.runtime.streaming.places import PlaceFold, ReplacedFold
 

@@ -10,16 +10,19 @@ from typing import Any
 from graftc.compiler.inspect.frames import Frames, frames, plain_frames
 from graftc.compiler.inspect.sizes import StatedSizes
 from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
-from graftc.compiler.inspect.summary import AdaptationSummary, summary
+from graftc.compiler.inspect.summary import summary
 from graftc.compiler.inspect.tree import model_tree
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
-from graftc.compiler.roles.findings import Finding, Structure, format_layers, format_runs
+from graftc.compiler.roles.findings import Structure
 from graftc.compiler.roles.structure import roles_of
 from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.weights.names import module_of, owner_of, parsed
+from graftc.records.roles import Finding
+from graftc.records.summary import AdaptationSummary
 from graftc.specs.document import Spec
+from graftc.specs.errors.text import format_layers, format_runs
 from graftc.specs.io import dump_spec
 from graftc.specs.source import read_yaml
 from graftc.version import __version__

@@ -10,17 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from graftc.compiler.folding.certificate import ALGEBRA_BOUND, ROUNDING_BOUND
 from graftc.compiler.folding.fold_plan import fold_plan
 from graftc.compiler.inspect.sizes import StatedSizes
 from graftc.passes.core.method.capabilities import Figured
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.names import parsed
+from graftc.records.certificate import ALGEBRA_BOUND, ROUNDING_BOUND, Certificate
 from graftc.runtime.artifact.read import Artifact
-from graftc.runtime.artifact.records import read_model
+from graftc.runtime.artifact.records import read_record
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.training.curves import Curve, read_log
@@ -32,59 +31,9 @@ LOGS = ("training_log.jsonl", "trainer_state.json")
 """Names of logs that are looked up in the directory that contains an artifact."""
 
 
-class _Shown(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
-
-
-class _Retention(_Shown):
-    """How much of an update rounding left."""
-
-    norm: float
-    error: float
-    entries: float
-
-
-class _SiteEvidence(_Shown):
-    """What probing showed at one place."""
-
-    site: str
-    adaptations: tuple[str, ...]
-    change: float
-    algebra: float
-    rounding: float
-    retention: _Retention | None = None
-
-
-class _Route(_Shown):
-    """How often the models chose differently at one place."""
-
-    choice: str
-    module: str
-    choices: int
-    flips: int
-    gap: float | None
-    bound: float
-
-
-class ShownCertificate(_Shown):
-    """What is shown of a certificate."""
-
-    passed: bool
-    sites: tuple[_SiteEvidence, ...]
-    outputs: dict[str, float]
-    budget: float | None = None
-    largest_difference: float | None = None
-    dtype: str = ""
-    additions: tuple[str, ...] = ()
-    unchanged: tuple[str, ...] = ()
-    retention: _Retention | None = None
-    routes: tuple[_Route, ...] = ()
-    failures: tuple[str, ...] = ()
-
-
-def _shown(certificate: ShownCertificate) -> dict[str, Any]:
+def _shown(certificate: Certificate) -> dict[str, Any]:
     bounds = {"algebra": ALGEBRA_BOUND, "rounding": ROUNDING_BOUND}
-    return {**_finite(certificate.model_dump(mode="json")), "bounds": bounds}
+    return {**_finite(certificate.to_json()), "failures": certificate.failures(), "bounds": bounds}
 
 
 def evidence_of_artifact(artifact: Artifact, log: Path | None = None) -> Evidence:
@@ -100,8 +49,8 @@ def evidence_of_artifact(artifact: Artifact, log: Path | None = None) -> Evidenc
     manifest, certificate = artifact.manifest, None
     if manifest.certificate is not None:
         where = str(artifact.path)
-        loaded = read_model(ShownCertificate, artifact.path / manifest.certificate, where, manifest.certificate)
-        certificate = _shown(loaded)
+        read = read_record(Certificate, artifact.path / manifest.certificate, where, manifest.certificate)
+        certificate = _shown(read)
     kept = {record.name: record.reason for record in manifest.kept}
     tried = manifest.certificate is not None or bool(kept)
     beside = (artifact.path.absolute().parent / name for name in LOGS)
@@ -169,11 +118,7 @@ def evidence_of(compiled: AdaptedRunner, certify: bool = False, log: str | Path 
     if not certify:
         return replace(known, kept=fold_plan(compilation).reasons())
     certificate, kept = certificate_of(compiled)
-    shown = None
-    if certificate is not None:
-        data = {**certificate.to_json(), "failures": certificate.failures()}
-        record = ShownCertificate.model_validate(data, strict=False)
-        shown = _shown(record)
+    shown = None if certificate is None else _shown(certificate)
     return replace(known, certificate=shown, kept=kept)
 
 

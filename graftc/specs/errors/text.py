@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -107,3 +107,29 @@ def some(words: Sequence[str], most: int = 40) -> str:
     """Return the first words of a list, and how many more there are."""
     rest = len(words) - most
     return ", ".join(words[:most]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def format_runs(runs: Sequence[tuple[int, int]], limit: int = 4) -> str:
+    """Return runs as text, ``0:48,96:144``; if there are more than ``limit``, the first ones and the total number."""
+    text = ",".join(f"{a}:{b}" for a, b in runs[:limit])
+    return text if len(runs) <= limit else f"{text},... ({len(runs)} runs)"
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """Return layer numbers as text: ``0-11``, ``0,2,4``."""
+    numbers = sorted(set(layers))
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes with a unit: ``1.50 GB``."""
+    for unit, name in ((1000**3, "GB"), (1000**2, "MB"), (1000, "kB")):
+        if abs(count) >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count} B"

@@ -12,37 +12,41 @@ from rich.console import Console
 
 from graftc.applications.demo import demo, stages
 from graftc.applications.demo.data import find_model
-from graftc.applications.demo.result import DemoResult, PredictionAgreement
-from graftc.applications.demo.training import Scores
+from graftc.records.certificate import Certificate
+from graftc.records.demo import DemoResult, DemoScores, ExampleCounts, PredictionAgreement, Scores
+from graftc.records.reading import from_json
+from graftc.records.report import Report
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
+from tests.cli.samples import CERTIFICATE, REPORT
 
+SCORES = DemoScores(Scores(0.1, 0.1), Scores(0.9, 0.8), Scores(0.9, 0.7))
 GOOD = DemoResult(
     quick=False,
-    examples=(10, 5),
-    before=Scores(0.1, 0.1),
-    after=Scores(0.9, 0.8),
-    baseline=Scores(0.9, 0.7),
-    report={},
-    certificate={"passed": True},
+    examples=ExampleCounts(10, 5),
+    scores=SCORES,
+    report=from_json(Report, json.dumps(REPORT)),
+    certificate=from_json(Certificate, json.dumps(CERTIFICATE)),
     transformers=PredictionAgreement(1.0, 1e-6, 1e-4),
     onnx=PredictionAgreement(1.0, 1e-6, 1e-4),
+    seconds={},
+    files={},
 )
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"baseline": Scores(0.5, 0.8)}, "baseline"),
-        ({"before": Scores(0.9, 0.1)}, "accuracy"),
-        ({"certificate": {"passed": False}}, "certificate"),
-        ({"certificate": {}}, "certificate"),
+        ({"scores": replace(SCORES, baseline=Scores(0.5, 0.8))}, "baseline"),
+        ({"scores": replace(SCORES, before=Scores(0.9, 0.1))}, "accuracy"),
+        ({"certificate": replace(GOOD.certificate, structure="other")}, "certificate"),
+        ({"certificate": replace(GOOD.certificate, sites=(), collapses=())}, "certificate"),
         ({"transformers": PredictionAgreement(1.0, 2e-4, 1e-4)}, "transformers"),
         ({"onnx": PredictionAgreement(1.0, float("nan"), 1e-4)}, "ONNX"),
     ],
 )
 def test_each_broken_promise_is_a_failure(change: dict[str, Any], word: str) -> None:
-    assert GOOD.passed and GOOD.failures == () and replace(GOOD, baseline=None).passed
+    assert GOOD.passed and GOOD.failures == () and replace(GOOD, scores=replace(SCORES, baseline=None)).passed
     result = replace(GOOD, **change)
     assert not result.passed
     assert len(result.failures) == 1 and word in result.failures[0]
@@ -101,10 +105,10 @@ def test_the_quick_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.Monk
     result = demo.run_demo(tmp_path / "out", quick=True, console=Console(file=text, width=100))
     assert result.passed, result.failures
     assert torch.equal(torch.random.get_rng_state(), state), "the caller's random numbers are its own"
-    assert result.baseline is None and result.examples == (384, 100)
-    assert result.after.accuracy > 0.65 > 0.5 > result.before.accuracy
+    assert result.scores.baseline is None and result.examples == ExampleCounts(384, 100)
+    assert result.scores.after.accuracy > 0.65 > 0.5 > result.scores.before.accuracy
     assert result.transformers.same_predictions == result.onnx.same_predictions == 1.0
-    assert result.report["trainable_parameters"] == 2 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))
+    assert result.report.trainable_parameters == 2 * 8 * (4 * (384 + 384) + 2 * (384 + 1536))
 
     out = tmp_path / "out"
     assert json.loads((out / "demo.json").read_text()) == result.to_json()

@@ -20,39 +20,52 @@ from graftc.applications.demo.chat import Topics, topics_of
 from graftc.applications.demo.data import Dataset, DataSplit, load_r8
 from graftc.applications.demo.decoder import find_decoder
 from graftc.applications.demo.generation import greedy
-from graftc.applications.demo.llm_result import LLMResult, TokenAgreement, TopicScores
-from graftc.applications.demo.training import Scores
-from graftc.cli.results import LLMDemoData
+from graftc.records.certificate import Certificate
+from graftc.records.demo import (
+    AllTopicScores,
+    DemoTraining,
+    ExampleCounts,
+    LLMResult,
+    Scores,
+    TokenAgreement,
+    TopicScores,
+)
+from graftc.records.reading import from_json
+from graftc.records.report import Report
 from graftc.specs.io import parse_spec
+from tests.cli.samples import CERTIFICATE, REPORT
 
+SCORES = AllTopicScores(
+    TopicScores(Scores(0.1, 0.1), 0.0), TopicScores(Scores(0.9, 0.8), 0.9), TopicScores(Scores(0.9, 0.8), 0.89)
+)
 GOOD = LLMResult(
     quick=False,
-    examples=(16, 5),
-    steps=(2, 8),
-    untuned=TopicScores(Scores(0.1, 0.1), 0.0),
-    tuned=TopicScores(Scores(0.9, 0.8), 0.9),
-    peft=TopicScores(Scores(0.9, 0.8), 0.89),
-    losses_apart=1e-6,
+    examples=ExampleCounts(16, 5),
+    training=DemoTraining(2, 8, 1e-6),
+    scores=SCORES,
     answers=(),
-    report={},
-    certificate={"passed": True},
+    report=from_json(Report, json.dumps(REPORT)),
+    certificate=from_json(Certificate, json.dumps(CERTIFICATE)),
     same_tokens={"merged": TokenAgreement(8, 8, 16)},
+    seconds={},
+    files={},
+    bytes={},
 )
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"untuned": TopicScores(Scores(0.75, 0.1), 0.0)}, "by likelihood, tuning"),
-        ({"untuned": TopicScores(Scores(0.1, 0.1), 0.75)}, "by generation, tuning"),
-        ({"peft": TopicScores(Scores(0.92, 0.8), 0.9)}, "by likelihood, the accuracy"),
-        ({"peft": TopicScores(Scores(0.9, 0.8), float("nan"))}, "by generation, the accuracy"),
-        ({"certificate": {}}, "certificate"),
+        ({"scores": replace(SCORES, untuned=TopicScores(Scores(0.75, 0.1), 0.0))}, "by likelihood, tuning"),
+        ({"scores": replace(SCORES, untuned=TopicScores(Scores(0.1, 0.1), 0.75))}, "by generation, tuning"),
+        ({"scores": replace(SCORES, peft=TopicScores(Scores(0.92, 0.8), 0.9))}, "by likelihood, the accuracy"),
+        ({"scores": replace(SCORES, peft=TopicScores(Scores(0.9, 0.8), float("nan")))}, "by generation, the accuracy"),
+        ({"certificate": replace(GOOD.certificate, structure="other")}, "certificate"),
         ({"same_tokens": {"merged": TokenAgreement(8, 7, 16)}}, "merged generates other tokens"),
     ],
 )
 def test_each_broken_promise_is_a_failure(change: dict[str, Any], word: str) -> None:
-    assert GOOD.passed and GOOD.failures == () and replace(GOOD, peft=None).passed
+    assert GOOD.passed and GOOD.failures == () and replace(GOOD, scores=replace(SCORES, peft=None)).passed
     result = replace(GOOD, **change)
     assert not result.passed
     assert len(result.failures) == 1 and word in result.failures[0]
@@ -166,15 +179,15 @@ def test_the_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     result = llm.run_llm_demo(out, console=Console(file=text, width=100))
     assert result.passed, result.failures
     assert torch.equal(torch.random.get_rng_state(), state), "the caller's random numbers are its own"
-    assert result.examples == (96, 24) and result.peft is not None
-    assert result.losses_apart is not None and result.losses_apart < 1e-4
+    assert result.examples == ExampleCounts(96, 24) and result.scores.peft is not None
+    assert result.training.losses_apart is not None and result.training.losses_apart < 1e-4
     labels = news.test.subset(24).labels
-    assert result.tuned.likelihood.accuracy == labels.count(2) / len(labels) > 0.4
+    assert result.scores.graftc.likelihood.accuracy == labels.count(2) / len(labels) > 0.4
     assert {"merged", "artifact, reloaded", "PEFT adapter, in PEFT", "ONNX, in ONNX Runtime"} < set(result.same_tokens)
     assert all(form.same == 2 for form in result.same_tokens.values())
 
     assert json.loads((out / "demo.json").read_text(encoding="utf-8")) == result.to_json()
-    LLMDemoData.model_validate({**result.to_json(), "out": str(out), "warnings": []})
+    assert from_json(LLMResult, json.dumps(result.to_json())).to_json() == result.to_json()
     assert {*result.files.values()} == {path.name for path in out.iterdir()}
     page = (out / "demo.md").read_text(encoding="utf-8")
     for word in ("<|im_start|>assistant", "tuned with PEFT", "certified", "adapter, in PEFT: the same tokens for 2"):

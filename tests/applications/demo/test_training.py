@@ -10,7 +10,8 @@ from torch import nn
 
 from graftc.applications.demo.baseline import embed, logistic_regression
 from graftc.applications.demo.data import Encoded
-from graftc.applications.demo.training import Scores, predict, score, train
+from graftc.applications.demo.training import predict, score, train
+from graftc.records.demo import Scores
 
 
 class Toy(nn.Module):

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from transformers import AutoTokenizer
 
 from graftc.applications.recipes.folder import RECIPE
-from graftc.cli.results import published_schema
+from graftc.cli.schemas import published_schema
 from graftc.files.writing import check_folder
 from graftc.passes.core import progress
 from graftc.specs.errors.diagnostics import GraftError

@@ -240,13 +240,14 @@ CERTIFICATES: dict[str, Change | str] = {
 
 @pytest.mark.parametrize("name", CERTIFICATES)
 def test_a_certificate(name: str, artifact: Path) -> None:
-    from graftc.runtime.artifact.records import KeptCertificate, read_model
+    from graftc.records.certificate import Certificate
+    from graftc.runtime.artifact.records import read_record
 
     edit_json(artifact, "certificates/fold.json", CERTIFICATES[name])
     file = open_artifact(artifact).manifest.certificate
     assert file is not None
     with pytest.raises(GraftError) as caught:
-        read_model(KeptCertificate, artifact / file, str(artifact), file)
+        read_record(Certificate, artifact / file, str(artifact), file)
     assert caught.value.code == "GC082"
 
 

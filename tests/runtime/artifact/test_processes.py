@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 import graftc
-from graftc.compiler.folding.certificate import Certificate
+from graftc.records.certificate import Certificate
 from graftc.runtime.sources.models import load_model
 from graftc.testing import FAMILIES, perturb
 from tests import warm

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler.folding.route_evidence import Flips, RouteEvidence, moved, routed, score_noise
+from graftc.compiler.folding.route_evidence import Flips, moved, score_noise
 from graftc.passes.core.ops.route import RouteChoice, Routes, route
 from graftc.passes.core.weights.folds import LazyTensors
 from graftc.passes.graph.route_choices import choices_of, route_choices
+from graftc.records.certificate import RouteEvidence, routed
 from graftc.runtime.deploy import certifying, comparing, folded_runner
 from graftc.runtime.deploy.folded_tensors import folded_store
 from graftc.runtime.model.evaluation import Evaluation

@@ -13,9 +13,10 @@ from torch import fx
 
 from graftc.passes.core.ir.history import positions
 from graftc.passes.core.ir.layers import layer_path, repeated_layers
-from graftc.passes.core.ir.printer import Printer, target_name
+from graftc.passes.core.ir.printer import Printer, format_program, target_name
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.weights.names import module_of
+from graftc.records.graphs import GraphEdge, GraphNode, GraphRecord
 
 _PROVENANCE = ("adaptation", "method", "site", "part")
 PALETTE = ("#9dc3e6", "#f4b183", "#a9d18e", "#f19ca7", "#c9a6e4", "#ffd966")
@@ -56,13 +57,12 @@ def _attributes(node: fx.Node, printer: Printer) -> dict[str, str]:
     return attributes if origin is None else {**attributes, **{key: origin[key] for key in _PROVENANCE}}
 
 
-def graph_data(program: Program) -> dict[str, Any]:
-    """Return the graph of `to_networkx` as JSON data: edges, and nodes with the same attributes, None if absent."""
-    graph = to_networkx(program)
-    absent = dict.fromkeys(_PROVENANCE)
-    nodes = [{"name": name, **absent, **data} for name, data in graph.nodes(data=True)]
-    edges = [{"source": a, "target": b, "position": data["position"]} for a, b, data in graph.edges(data=True)]
-    return {"nodes": nodes, "edges": edges}
+def graph_record(program: Program) -> GraphRecord:
+    """Return the graph of `to_networkx` with its canonical text."""
+    graph, absent = to_networkx(program), dict.fromkeys(_PROVENANCE)
+    nodes = (GraphNode(**{"name": name, **absent, **data}) for name, data in graph.nodes(data=True))
+    edges = (GraphEdge(source, target, data["position"]) for source, target, data in graph.edges(data=True))
+    return GraphRecord(format_program(program), tuple(nodes), tuple(edges))
 
 
 def graphml_text(program: Program) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from graftc.files.writing import staged_or_dropped
+from graftc.records.conversion import ConvertedSite
 from graftc.runtime.interop.layouts.base import require_fitting, require_usual_experts
 from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
 from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
@@ -29,26 +30,12 @@ from graftc.specs.foreign.config import CONFIG, MOST, config_bytes, read_config
 from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["AdapterSource", "ConvertedFolder", "ProbedMap", "compared", "convert_folder", "is_adapter_folder"]
+__all__ = ["AdapterSource", "ConvertedFolder", "compared", "convert_folder", "is_adapter_folder"]
 
 PROBES = 4
 ROUNDING: Mapping[torch.dtype, float] = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """How far an update may be off where a factor had to be scaled, and so rounded again, by its type."""
 _EXACT = 1e-12
-
-
-@dataclass(frozen=True)
-class ProbedMap:
-    """One map of a base, with the error of its conversion.
-
-    Attributes:
-        path: path of the map; ``<...>.experts.3.gate_proj`` for an expert's.
-        error: distance between what the written files and the source add on random inputs, divided by the norm of the
-            latter.
-    """
-
-    path: str
-    error: float
 
 
 @dataclass(frozen=True)
@@ -59,20 +46,20 @@ class ConvertedFolder:
         out: the folder; None if nothing was written.
         source: name of the layout that was read.
         target: name of the layout that was written.
-        maps: all maps, probed.
+        sites: all maps, probed.
         rank: the largest rank that was written.
     """
 
     out: Path | None
     source: str
     target: str
-    maps: tuple[ProbedMap, ...]
+    sites: tuple[ConvertedSite, ...]
     rank: int
 
     @property
     def largest_error(self) -> float:
         """The largest error of any map."""
-        return max((probed.error for probed in self.maps), default=0.0)
+        return max((probed.error for probed in self.sites), default=0.0)
 
 
 def is_adapter_folder(path: Path) -> bool:
@@ -204,7 +191,7 @@ def _written(
     return ConvertedFolder(None, source.layout.name, target.name, maps, rank)
 
 
-def compared(wanted: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed: float) -> tuple[ProbedMap, ...]:
+def compared(wanted: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed: float) -> tuple[ConvertedSite, ...]:
     """Return the error of every map of both sides, of which either may fuse what the other keeps separate.
 
     Raises:
@@ -220,12 +207,12 @@ def compared(wanted: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed
             error = 0.0 if (a is None or b is None) and not bool(other.any()) else 1.0
         else:
             error = float((b - a).norm() / a.norm().clamp_min(1e-300)) if bool(a.any()) else float(b.norm())
-        maps.append(ProbedMap(path, error))
+        maps.append(ConvertedSite(None, path, None, None, error, error))
     wrong = sorted((m for m in maps if not m.error <= allowed), key=lambda m: -m.error)
     if wrong:
-        message = f"the written adapter gives another update at {len(wrong)} of {len(maps)} maps: {wrong[0].path}"
+        message = f"the written adapter gives another update at {len(wrong)} of {len(maps)} maps: {wrong[0].site}"
         hint = "the source may have another layout than it was taken for: say which with --from"
-        raise GraftError("GC067", message, hint=hint, details=tuple(f"{m.path}: {m.error:.1e}" for m in wrong))
+        raise GraftError("GC067", message, hint=hint, details=tuple(f"{m.site}: {m.error:.1e}" for m in wrong))
     return tuple(maps)
 
 

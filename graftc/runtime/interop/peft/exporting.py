@@ -25,10 +25,11 @@ from graftc.files.writing import staged
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.weight_slice import Layout
+from graftc.records.files import PeftTensor
 from graftc.runtime.interop.peft.expert_layouts import SINCE
 from graftc.runtime.interop.peft.expressible import own_places, refuse_inexpressible, task_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
-from graftc.runtime.interop.peft.pairs import Pair, as_data, is_adapted, pairs_of, split, table_of, table_path
+from graftc.runtime.interop.peft.pairs import Pair, is_adapted, pairs_of, peft_tensors, split, table_of, table_path
 from graftc.runtime.interop.peft.targets import suffixes
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
@@ -55,9 +56,9 @@ class PeftExport:
     pairs: Sequence[Pair]
     tensors: Mapping[str, Tensor]
 
-    def sites(self) -> list[dict[str, str]]:
-        """Return the pairs as plain data: the key in the file, and site, part and name of the tensor here."""
-        return as_data(self.pairs)
+    def sites(self) -> tuple[PeftTensor, ...]:
+        """Return the records of the pairs."""
+        return peft_tensors(self.pairs)
 
 
 def is_exported(path: Path) -> bool:
@@ -102,7 +103,7 @@ def export_peft(export: PeftExport, path: Path, *, force: bool = False) -> PeftE
     with staged(path, force=force, replaceable=is_exported) as folder:
         folder.mkdir()
         _write_json(folder / CONFIG, dict(export.config))
-        _write_json(folder / SITES, {"format": "peft", "sites": export.sites()})
+        _write_json(folder / SITES, {"format": "peft", "sites": [site.to_json() for site in export.sites()]})
         save_tensors(export.tensors, folder / WEIGHTS, metadata={"format": "pt"})
         _check(folder, export)
     return export

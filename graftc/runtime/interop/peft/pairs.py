@@ -6,7 +6,7 @@ pairs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.sites.sites import AttentionSite, EmbeddingSite, LinearSite, Site, SiteKey
 from graftc.passes.core.weights.weight_slice import Layout
+from graftc.records.files import PeftTensor
 from graftc.runtime.interop.peft.forms import Shaped, to_ours, to_theirs
 from graftc.runtime.interop.peft.keys import MODEL, ROOT, tensor_key
 from graftc.specs.base import MethodSpec
@@ -26,10 +27,10 @@ from graftc.specs.peft import Form, PeftFormat
 
 __all__ = [
     "Pair",
-    "as_data",
     "is_adapted",
     "is_projection",
     "pairs_of",
+    "peft_tensors",
     "repeats",
     "split",
     "table_of",
@@ -326,6 +327,6 @@ def repeats(compilation: Compilation, resolved: Resolved) -> bool:
     return attends and bool(getattr(getattr(compilation.model, "config", None), "is_encoder_decoder", False))
 
 
-def as_data(pairs: Sequence[Pair]) -> list[dict[str, str]]:
-    """Return pairs as plain data: the key in peft's file, and site, part and name of the tensor here."""
-    return [{"key": p.key, "site": p.site, "part": p.part, "tensor": p.tensor} for p in pairs]
+def peft_tensors(pairs: Iterable[Pair]) -> tuple[PeftTensor, ...]:
+    """Return the records of pairs."""
+    return tuple(PeftTensor(pair.key, pair.site, pair.part, pair.tensor) for pair in pairs)

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from graftc.records.certificate import Certificate, routed
+from graftc.records.files import PeftTensor, WrittenFile
 from graftc.specs.errors.text import counted
 
 if TYPE_CHECKING:
-    from graftc.compiler.folding.certificate import Certificate
+    from rich.console import Console
 
-__all__ = ["files_in", "print_certificate", "print_files", "print_tensors"]
-
-
-def files_in(path: Path | None, companions: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Return the files of a folder, or a file and its companions, with their sizes; empty if nothing was written."""
-    if path is None:
-        return []
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    files += [beside for name in companions if (beside := path.with_name(name)).is_file()]
-    return [{"path": file.as_posix(), "bytes": file.stat().st_size} for file in files]
+__all__ = ["print_certificate", "print_files", "print_tensors"]
 
 
-def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) -> None:
+def print_certificate(certificate: Certificate | None, kept: Mapping[str, str], to: Console) -> None:
     """Print a certificate's summary and evidence, and what does not fold."""
-    from graftc.cli.output import console
-    from graftc.compiler.folding.route_evidence import routed
-
     lines: list[str] = []
     if certificate is not None:
         weights, averaged = (*_requantised(certificate), *_retained(certificate)), _averaged(certificate)
@@ -38,7 +27,7 @@ def print_certificate(certificate: Certificate | None, kept: Mapping[str, str]) 
         lines += [f"{'averaged:':<22}{name}, {e:.1e} from the mean of all routes" for name, e in averaged.items()]
     lines += [f"{'does not fold:':<22}{name}: {reason}" for name, reason in kept.items()]
     for line in lines:
-        console().print(line, soft_wrap=True, markup=False)
+        to.print(line, soft_wrap=True, markup=False)
 
 
 def _requantised(certificate: Certificate) -> Iterator[str]:
@@ -87,29 +76,28 @@ def _averaged(certificate: Certificate) -> dict[str, float]:
     return errors
 
 
-def print_files(path: Path | None, files: Sequence[Mapping[str, Any]]) -> None:
+def print_files(path: str | None, files: Sequence[WrittenFile], to: Console) -> None:
     """Print what was written."""
-    from graftc.cli.output import console, number
+    from graftc.cli.output import number
 
     if path is None:
-        console().print("nothing was written (--dry-run)")
+        to.print("nothing was written (--dry-run)")
         return
-    size = number(sum(file["bytes"] for file in files))
+    size = number(sum(file.bytes for file in files))
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
-    console().print(f"{'wrote:':<22}{path}, {count}, {size} bytes", soft_wrap=True, markup=False)
+    to.print(f"{'wrote:':<22}{path}, {count}, {size} bytes", soft_wrap=True, markup=False)
 
 
-def print_tensors(title: str, tensors: Sequence[Mapping[str, str]], needs: str | None = None, most: int = 40) -> None:
+def print_tensors(
+    title: str, tensors: Sequence[PeftTensor], to: Console, needs: str | None = None, most: int = 40
+) -> None:
     """Print the tensors of a PEFT checkpoint with their names here, and the option that the server needs.
 
     Only the first ones are printed; ``--json`` lists all of them.
     """
-    from graftc.cli.output import console
-
-    to = console()
     to.print(f"{title}: {counted(len(tensors), 'tensor')}", soft_wrap=True, markup=False)
     for pair in tensors[:most]:
-        to.print(f"  {pair['key']} = {pair['tensor']}", soft_wrap=True, markup=False)
+        to.print(f"  {pair.key} = {pair.tensor}", soft_wrap=True, markup=False)
     if len(tensors) > most:
         to.print(f"  and {len(tensors) - most} more, which --json lists", soft_wrap=True, markup=False)
     if needs is not None:

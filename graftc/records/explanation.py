@@ -1,152 +1,207 @@
-"""The result of an explanation: facts about nodes, tensors and places, as data and as text."""
+"""The reasons why something is in a graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from graftc.compiler.inspect.origins import Origin
-from graftc.passes.core.ir.program_key import Mode
+from annotated_types import Ge
 
+from graftc.specs.errors.diagnostics import Place
+from graftc.specs.records.record import Record, stated
 
-@dataclass(frozen=True)
-class TensorFact:
-    """Facts about a tensor.
-
-    Attributes:
-        name: the printed name.
-        tensor: its Store name.
-        type: its type, such as ``"f32[4, 48]"``.
-        trainable: whether it trains.
-        aliases: other names of a tied tensor.
-        copies: printed names of the trained copies that replace it, or rows of it.
-    """
-
-    name: str
-    tensor: str
-    type: str
-    trainable: bool
-    aliases: tuple[str, ...]
-    copies: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the fact as plain values."""
-        return {
-            "name": self.name,
-            "tensor": self.tensor,
-            "type": self.type,
-            "trainable": self.trainable,
-            "aliases": list(self.aliases),
-            "copies": list(self.copies),
-        }
+__all__ = ["NOTHING_BELOW", "Below", "Explanation", "NodeFact", "Origin", "TensorFact", "ValueFact"]
 
 
 @dataclass(frozen=True)
-class ValueFact:
-    """A value that is read, or the reader of one.
+class Origin(Record):
+    """Why an adaptation is at a place."""
 
-    Attributes:
-        name: the printed name.
-        adaptation: the adaptation that inserted it; empty for nodes of the base.
-    """
-
-    name: str
     adaptation: str
+    """Its name; the `train:` list is `trained`, new tokens are `tokens`."""
+
+    method: str
+    """Its method's tag."""
+
+    step: str
+    """The step that inserted it."""
+
+    site: str
+    """The place; empty for what all places of the adaptation share."""
+
+    module: str
+    """Path of its module."""
+
+    kind: str
+    """What kind of site it is."""
+
+    roles: tuple[str, ...]
+    """What it does in the architecture, most specific first."""
+
+    evidence: str
+    """Why it has its role; empty where a target named it by path."""
+
+    layer: Annotated[int | None, Ge(0)]
+    """Index of its layer; null outside the layers."""
+
+    stack: str
+    """Path of the list of layers; empty outside the layers."""
+
+    rows: str
+    """The rows of the weight that are its own; empty for all of them."""
+
+    selected_by: tuple[str, ...]
+    """What of the target matches it."""
+
+    file: str | None
+    """The spec's file, where it was one."""
+
+    line: Annotated[int | None, Ge(1)]
+    """The line in it."""
+
+    column: Annotated[int | None, Ge(1)]
+    """The column in it."""
+
+    path: str
+    """The place in the spec, such as `adapt[0].target.role`."""
+
+    source: str | None
+    """The text of that line."""
+
+    tensors: tuple[str, ...]
+    """Names of the adaptation's tensors there."""
+
+    @property
+    def place(self) -> Place:
+        """The place in the spec that says so."""
+        return Place(self.file, self.line, self.column, self.path, self.source)
+
+
+@dataclass(frozen=True)
+class ValueFact(Record, published="ValueData"):
+    """A value that is read, or what reads one."""
+
+    name: str
+    """As printed."""
+
+    adaptation: str
+    """The adaptation that inserted it; empty for the base's own."""
 
     def __str__(self) -> str:
         return f"{self.name}  + {self.adaptation}" if self.adaptation else self.name
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fact as plain values."""
-        return {"name": self.name, "adaptation": self.adaptation}
-
 
 @dataclass(frozen=True)
-class NodeFact:
-    """Facts about a node.
-
-    Attributes:
-        name: the printed name.
-        node: its name in the fx graph.
-        op: its kind in the fx graph.
-        text: its printed line.
-        module: path of the module that it belongs to.
-        step: the step that created it: ``capture``, or the pass that inserted it.
-        adaptation, method, part: the adaptation that inserted it, with its method and the part; empty for nodes of the
-            base.
-        reads, read_by: the values that it reads, and those that read it.
-    """
+class NodeFact(Record, behind={"step": ("inserted",)}):
+    """A node, and what is around it."""
 
     name: str
+    """As printed."""
+
     node: str
-    op: str
-    text: str
-    module: str
-    step: str
-    adaptation: str
-    method: str
-    part: str
-    reads: tuple[ValueFact, ...]
-    read_by: tuple[ValueFact, ...]
+    """Its name in the fx graph."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fact as plain values."""
-        return {
-            "name": self.name,
-            "node": self.node,
-            "op": self.op,
-            "text": self.text,
-            "module": self.module,
-            "step": self.step,
-            "inserted": bool(self.adaptation),
-            "adaptation": self.adaptation,
-            "method": self.method,
-            "part": self.part,
-            "reads": [value.to_json() for value in self.reads],
-            "read_by": [value.to_json() for value in self.read_by],
-        }
+    op: Literal["placeholder", "get_attr", "call_function", "output"]
+    """What kind of node it is there."""
+
+    text: str
+    """Its printed line."""
+
+    module: str
+    """Path of the module that it belongs to."""
+
+    step: str
+    """What made it: `capture`, or the step that inserted it."""
+
+    adaptation: str
+    """Which one; empty for the base's own."""
+
+    method: str
+    """That one's method."""
+
+    part: str
+    """As what it was inserted."""
+
+    reads: tuple[ValueFact, ...]
+    """The values that it reads."""
+
+    read_by: tuple[ValueFact, ...]
+    """What reads it."""
+
+    @stated
+    def inserted(self) -> bool:
+        """Whether an adaptation inserted it."""
+        return bool(self.adaptation)
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """The reason why something is in a graph.
-
-    Attributes:
-        name: the requested name.
-        kind: the kind of thing that the name refers to.
-        mode: the mode of the graph.
-        title: the printed line of a value, the name and type of a tensor, or the path of a place.
-        origins: the adaptations behind it; for a node or tensor of the base, those at its place.
-        nodes: the value itself, the nodes that read a tensor, or the nodes of a place.
-        tensors: the tensors that a value reads, the tensor itself, or the tensors of a place.
-        others: other values whose names differ only in their number.
-        below: for a place, the number of nodes in modules below it, and how many of those were inserted.
-    """
+class TensorFact(Record):
+    """A tensor."""
 
     name: str
-    kind: Literal["value", "tensor", "place"]
-    mode: Mode
-    title: str
-    origins: tuple[Origin, ...]
-    nodes: tuple[NodeFact, ...]
-    tensors: tuple[TensorFact, ...]
-    others: tuple[str, ...] = ()
-    below: tuple[int, int] = (0, 0)
+    """As printed."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the explanation as plain values."""
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "mode": self.mode,
-            "title": self.title,
-            "origins": [origin.to_json() for origin in self.origins],
-            "nodes": [node.to_json() for node in self.nodes],
-            "tensors": [tensor.to_json() for tensor in self.tensors],
-            "others": list(self.others),
-            "below": {"nodes": self.below[0], "inserted": self.below[1]},
-        }
+    tensor: str
+    """Its whole name."""
+
+    type: str
+    """Its type, such as `f32[4, 48]`."""
+
+    trainable: bool
+    """Whether it trains."""
+
+    aliases: tuple[str, ...]
+    """Other names of a tied tensor."""
+
+    copies: tuple[str, ...]
+    """Printed names of trained copies that stand in for it, or for rows of it."""
+
+
+@dataclass(frozen=True)
+class Below(Record):
+    """What modules below a place have."""
+
+    nodes: Annotated[int, Ge(0)]
+    """How many nodes."""
+
+    inserted: Annotated[int, Ge(0)]
+    """How many of those were inserted."""
+
+
+NOTHING_BELOW = Below(0, 0)
+
+
+@dataclass(frozen=True)
+class Explanation(Record):
+    """Why something is in the graph."""
+
+    name: str
+    """What was asked for."""
+
+    kind: Literal["value", "tensor", "place"]
+    """What it turned out to be."""
+
+    mode: Literal["train", "eval"]
+    """Which graph."""
+
+    title: str
+    """The printed line of a value, the name and type of a tensor, the path of a place."""
+
+    origins: tuple[Origin, ...]
+    """The adaptations behind it; for what is the base's own, those at its place."""
+
+    nodes: tuple[NodeFact, ...]
+    """The value itself, the nodes that read a tensor, or the nodes of a place."""
+
+    tensors: tuple[TensorFact, ...]
+    """What a value reads, the tensor itself, or the tensors of a place."""
+
+    others: tuple[str, ...] = ()
+    """Other values of the same name, but for their number."""
+
+    below: Below = NOTHING_BELOW
+    """For a place, what modules below it have."""
 
     def text(self) -> str:
         """Return the explanation as text for users."""
@@ -211,8 +266,8 @@ def _place_lines(e: Explanation) -> Iterable[str]:
     if e.nodes:
         yield f"  nodes in the {e.mode} graph"
         yield from (f"    {node.text}" for node in e.nodes)
-    if e.below[0]:
-        yield f"  {e.below[0]} nodes in modules below, {e.below[1]} of them inserted"
+    if e.below.nodes:
+        yield f"  {e.below.nodes} nodes in modules below, {e.below.inserted} of them inserted"
 
 
 def _adapted_lines(e: Explanation) -> Iterable[str]:

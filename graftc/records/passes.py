@@ -1,16 +1,66 @@
-"""Figures reported by passes of plugins, as rows; figures that are the same in several layers share one row."""
+"""Passes of plugins that graphs went through."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
-from graftc.compiler.roles.findings import format_layers
-from graftc.passes.core.pass_context import PassFigure, PassRecord
+from annotated_types import Ge
 
-COLUMNS = ("pass", "figure", "site", "layers", "value")
+from graftc.specs.errors.text import format_layers
+from graftc.specs.records.record import Record
+
+__all__ = ["FIGURE_COLUMNS", "FigureRow", "PassFigure", "PassRecord", "figure_rows"]
+
+FIGURE_COLUMNS = ("pass", "figure", "site", "layers", "value")
 """Names of the columns of a table of `figure_rows`."""
+
+
+@dataclass(frozen=True)
+class PassFigure(Record, closed=True):
+    """A figure that a pass of a plugin reports."""
+
+    name: str
+    """What it is."""
+
+    site: str
+    """The place that it is of; empty where it is of the whole model."""
+
+    layer: Annotated[int | None, Ge(0)]
+    """Index of the place's layer; null outside of the layers."""
+
+    stack: str
+    """Path of the list of layers; empty outside of them."""
+
+    value: float
+    """The number."""
+
+
+@dataclass(frozen=True)
+class PassRecord(Record, published="PassData", closed=True):
+    """A pass of a plugin that the graphs went through."""
+
+    pipeline: str
+    """The pipeline that it was added to: `adapt` or `eval`."""
+
+    name: str
+    """Its name, as in the history of a graph."""
+
+    distribution: str
+    """The package that brings it."""
+
+    version: str
+    """The package's version."""
+
+    rewrites: bool
+    """Whether it may change graphs."""
+
+    figures: tuple[PassFigure, ...] = ()
+    """What it reports of the graphs of the first signature."""
+
+    def __str__(self) -> str:
+        return f"the pass {self.name!r} of {self.distribution} {self.version}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -32,7 +82,7 @@ class FigureRow:
     value: float
 
     def cells(self) -> tuple[str, ...]:
-        """Return one line of a table, in the order of `COLUMNS`."""
+        """Return one line of a table, in the order of `FIGURE_COLUMNS`."""
         number = f"{self.value:,.0f}" if self.value.is_integer() else f"{self.value:,.6g}"
         return self.step, self.name, self.site or "whole model", self.layers, number
 
@@ -51,8 +101,3 @@ def _without_layer(figure: PassFigure) -> str:
     own = f"{figure.stack}.{figure.layer}."
     within = figure.layer is not None and figure.site.startswith(own)
     return f"{figure.stack}.*.{figure.site.removeprefix(own)}" if within else figure.site
-
-
-def passes_json(records: Iterable[PassRecord]) -> list[dict[str, Any]]:
-    """Return the records as plain values."""
-    return [{**asdict(record), "figures": [asdict(figure) for figure in record.figures]} for record in records]

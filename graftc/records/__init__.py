@@ -1,0 +1,4 @@
+"""Records: what graftc states about models, folds and files, as frozen data without torch.
+
+Each field is documented once, by the text below it. Writing, reading and JSON Schema follow from the class.
+"""

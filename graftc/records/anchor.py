@@ -1,0 +1,46 @@
+"""The comparison of a graph with the model that it was captured from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from graftc.specs.records.record import Record, stated
+
+__all__ = ["AnchorRecord", "TimedAnchor"]
+
+
+@dataclass(frozen=True)
+class AnchorRecord(Record, published="AnchorData", behind={"bound": ("exact",)}):
+    """How a base graph compares with the source model itself, run on the same inputs."""
+
+    inputs: str
+    """What both were called with: names of tensors, and flags."""
+
+    mode: Literal["train", "eval"]
+    """The mode of both."""
+
+    difference: Annotated[float | None, Ge(0)]
+    """The largest difference of any output or updated buffer, over its largest element; null where it was not looked
+    at."""
+
+    bound: Annotated[float, Ge(0)]
+    """What `difference` may be where kernels are others."""
+
+    skipped: str = ""
+    """Why it was not looked at; empty where it was."""
+
+    @stated
+    def exact(self) -> bool:
+        """Whether all are equal to the bit."""
+        return self.difference == 0
+
+
+@dataclass(frozen=True)
+class TimedAnchor(AnchorRecord):
+    """The same, with its cost."""
+
+    seconds: Annotated[float, Ge(0)] = field(default=0.0, compare=False)
+    """How long it took."""

@@ -1,0 +1,35 @@
+"""The result of a conversion to LoRA or to another layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+
+from graftc.specs.records.record import Record
+
+__all__ = ["ConvertedSite"]
+
+
+@dataclass(frozen=True)
+class ConvertedSite(Record):
+    """What became of one site, or of one map of an adapter folder."""
+
+    adaptation: str | None
+    """The adaptation; null for an adapter folder."""
+
+    site: str
+    """Where: a site, or the path of a map in the base; `<...>.experts.3.gate_proj` for an expert's."""
+
+    rank: int | None
+    """Rank of the LoRA there; null for an adapter folder."""
+
+    full_rank: int | None
+    """Rank of the original update; null for an adapter folder."""
+
+    error: Annotated[float, Ge(0)]
+    """Distance of the new update from the original one, over the norm of that (Frobenius norm)."""
+
+    probed: Annotated[float, Ge(0)]
+    """The same on random inputs, computed from what was made: the compiled LoRA, or the written files."""

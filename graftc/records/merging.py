@@ -1,0 +1,34 @@
+"""What a merge left beside the base, and what it did file by file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+
+from graftc.specs.records.record import Record
+
+__all__ = ["Streamed", "Unfolded"]
+
+
+@dataclass(frozen=True)
+class Unfolded(Record, published="KeptData"):
+    """An adaptation that stays beside the base."""
+
+    name: str
+    """Its name."""
+
+    reason: str
+    """Why it does not fold."""
+
+
+@dataclass(frozen=True)
+class Streamed(Record):
+    """A merge that was done file by file."""
+
+    untouched_tensors: Annotated[int, Ge(0)]
+    """How many tensors are the base's, bit for bit."""
+
+    resumed_files: Annotated[int, Ge(0)]
+    """How many files a run that was killed had done already."""

@@ -1,0 +1,33 @@
+"""What the results of commands have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graftc.records.diagnostics import Diagnostic
+from graftc.records.files import WrittenFile
+from graftc.specs.records.record import Record
+
+__all__ = ["CommandResult", "WrittenResult"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandResult(Record):
+    """The result of a command, which the command line completes (`graftc.cli.command`)."""
+
+    warnings: tuple[Diagnostic, ...] = ()
+    """Warnings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenResult(CommandResult):
+    """The result of a command that writes a folder or files."""
+
+    out: str | None = None
+    """What was written; null with `--dry-run`."""
+
+    dry_run: bool = False
+    """Whether nothing was written."""
+
+    files: tuple[WrittenFile, ...] = ()
+    """The files that were written."""
