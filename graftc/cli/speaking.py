@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO, TypeAlias
 
 import typer
-from annotated_types import Ge
 
 from graftc.cli import completion
-from graftc.records.diagnostics import Diagnostic
+from graftc.records.answers import Answer, Settings
+from graftc.records.results import CommandResult
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import printable
-from graftc.specs.records.record import Record
 
 if TYPE_CHECKING:
-    from graftc.applications.chat.answering import Settings
     from graftc.applications.chat.opening import TextModel
-    from graftc.records.answers import Answer
 
 __all__ = [
     "AdapterOption",
@@ -116,7 +113,9 @@ NoCache: TypeAlias = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpokenResult(Record):
+class SpokenResult(
+    Settings, CommandResult, behind={"": ("path", "kind", "adapter", "base"), "use_cache": ("warnings",)}
+):
     """Who answered, and how. What is null of drawing tokens is as the model's `generation_config` says."""
 
     path: str
@@ -131,36 +130,9 @@ class SpokenResult(Record):
     base: bool
     """Whether the base answered, without adaptations."""
 
-    max_new_tokens: Annotated[int, Ge(1)]
-    """Tokens of an answer at most."""
-
-    sample: bool | None
-    """Whether tokens were drawn."""
-
-    temperature: float | None
-    """What logits were divided by."""
-
-    top_k: int | None
-    """From how many tokens was drawn."""
-
-    top_p: float | None
-    """What probability these had together."""
-
-    num_beams: int | None
-    """Beams of the search."""
-
-    seed: int | None
-    """Seed of what was drawn, for each answer."""
-
-    use_cache: bool
-    """Whether keys and values of tokens were kept."""
-
-    warnings: tuple[Diagnostic, ...] = ()
-    """Warnings."""
-
 
 class Drawing(NamedTuple):
-    """The options for choosing tokens, as `graftc.applications.chat.answering.Settings` describes them."""
+    """The options for choosing tokens, as `graftc.records.answers.Settings` describes them."""
 
     sample: bool | None
     temperature: float | None
@@ -221,7 +193,7 @@ def opened(
     if adapter is not None and base:
         raise GraftError("GC090", "--base leaves out what --adapter chooses", hint="leave one out")
     step("loading")
-    from graftc.applications.chat.answering import Settings, prepare
+    from graftc.applications.chat.answering import prepare
     from graftc.applications.chat.opening import adapted, open_text_model
 
     ready, how = open_text_model(directory, model, tokenizer, device=device), Settings(**given)

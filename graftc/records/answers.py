@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
 from graftc.specs.records.record import Record, stated
 
-__all__ = ["Answer", "GeneratedAnswer", "Turn"]
+__all__ = ["Answer", "GeneratedAnswer", "Settings", "Turn"]
 
 
 @dataclass(frozen=True)
@@ -65,3 +65,40 @@ class Turn(Answer):
 
     said: str
     """What the user said."""
+
+
+@dataclass(frozen=True)
+class Settings(Record):
+    """How answers are generated; null is as the model's ``generation_config`` says."""
+
+    max_new_tokens: Annotated[int, Ge(1)] = 256
+    """Tokens of an answer at most."""
+
+    sample: bool | None = None
+    """Whether tokens were drawn."""
+
+    temperature: float | None = None
+    """What logits were divided by."""
+
+    top_k: int | None = None
+    """From how many tokens was drawn."""
+
+    top_p: float | None = None
+    """What probability these had together."""
+
+    num_beams: int | None = None
+    """Beams of the search."""
+
+    seed: int | None = None
+    """Seed of what was drawn, for each answer."""
+
+    use_cache: bool = True
+    """Whether keys and values of tokens were kept."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments of ``generate``."""
+        arguments = {
+            **{"do_sample": self.sample, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p},
+            **{"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens},
+        }
+        return {**{name: value for name, value in arguments.items() if value is not None}, "use_cache": self.use_cache}

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from graftc.records.certificate import Certificate
-from graftc.records.diagnostics import Diagnostic
 from graftc.records.report import Report
+from graftc.records.results import CommandResult
 from graftc.specs.records.record import Record, stated
 
 GAIN = 0.20
@@ -95,8 +95,45 @@ class PredictionAgreement(Record, published="AgreementData", behind={"": ("passe
         return self.largest_difference <= self.tolerance
 
 
-@dataclass(frozen=True)
-class DemoResult(Record, published="DemoData", behind={"": ("passed", "failures")}):
+@dataclass(frozen=True, kw_only=True)
+class DemoOutcome(CommandResult):
+    """What both demos have."""
+
+    report: Report
+    """What the adaptation adds."""
+
+    certificate: Certificate
+    """The evidence for the fold."""
+
+    seconds: Mapping[str, float]
+    """How long each stage took."""
+
+    files: Mapping[str, str]
+    """What was written, by purpose."""
+
+    out: str = ""
+    """The folder that was written to."""
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """The promises of the demo that this run did not keep."""
+        raise NotImplementedError
+
+    @stated
+    def passed(self) -> bool:
+        """Whether the demo showed all that it promises."""
+        return not self.failures
+
+
+_END = ("seconds", "files", "out", "warnings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult(
+    DemoOutcome,
+    published="DemoData",
+    behind={"": ("passed", "failures"), "scores": ("report", "certificate"), "onnx": _END},
+):
     """`graftc demo --json`. The exit status is 1 where it did not pass."""
 
     quick: bool
@@ -108,29 +145,11 @@ class DemoResult(Record, published="DemoData", behind={"": ("passed", "failures"
     scores: DemoScores
     """Scores on the test split."""
 
-    report: Report
-    """What the adaptation adds."""
-
-    certificate: Certificate
-    """The evidence for the fold."""
-
     transformers: PredictionAgreement
     """The folded model, reloaded by plain transformers."""
 
     onnx: PredictionAgreement
     """The folded model in ONNX Runtime."""
-
-    seconds: Mapping[str, float]
-    """How long each stage took."""
-
-    files: Mapping[str, str]
-    """What was written, by purpose."""
-
-    out: str = ""
-    """The folder that was written to."""
-
-    warnings: tuple[Diagnostic, ...] = ()
-    """Warnings."""
 
     @stated
     def failures(self) -> tuple[str, ...]:
@@ -147,11 +166,6 @@ class DemoResult(Record, published="DemoData", behind={"": ("passed", "failures"
         if not self.onnx.passed:
             problems.append("ONNX Runtime computes something else")
         return tuple(problems)
-
-    @stated
-    def passed(self) -> bool:
-        """Whether the demo showed all that it promises."""
-        return not self.failures
 
 
 @dataclass(frozen=True)
@@ -244,8 +258,16 @@ class TokenAgreement(Record, published="TokensData", behind={"": ("passed",)}):
         return self.same == self.prompts
 
 
-@dataclass(frozen=True)
-class LLMResult(Record, published="LLMDemoData", behind={"": ("passed", "failures")}):
+@dataclass(frozen=True, kw_only=True)
+class LLMResult(
+    DemoOutcome,
+    published="LLMDemoData",
+    behind={
+        "": ("passed", "failures"),
+        "answers": ("report", "certificate"),
+        "same_tokens": ("seconds", "files", "bytes", "out", "warnings"),
+    },
+):
     """`graftc demo --llm --json`. The exit status is 1 where it did not pass."""
 
     quick: bool
@@ -263,29 +285,11 @@ class LLMResult(Record, published="LLMDemoData", behind={"": ("passed", "failure
     answers: tuple[TopicAnswer, ...]
     """Some test texts, with answers before and after."""
 
-    report: Report
-    """What the adaptation adds."""
-
-    certificate: Certificate
-    """The evidence for the fold."""
-
     same_tokens: Mapping[str, TokenAgreement]
     """Other forms of the tuned model against the compiled one."""
 
-    seconds: Mapping[str, float]
-    """How long each stage took."""
-
-    files: Mapping[str, str]
-    """What was written, by purpose."""
-
     bytes: Mapping[str, int]
     """How large that is, by purpose."""
-
-    out: str = ""
-    """The folder that was written to."""
-
-    warnings: tuple[Diagnostic, ...] = ()
-    """Warnings."""
 
     @stated
     def failures(self) -> tuple[str, ...]:
@@ -303,11 +307,6 @@ class LLMResult(Record, published="LLMDemoData", behind={"": ("passed", "failure
             problems.append("the certificate of the fold did not pass")
         problems += [f"{name} generates other tokens" for name, form in self.same_tokens.items() if not form.passed]
         return tuple(problems)
-
-    @stated
-    def passed(self) -> bool:
-        """Whether the demo showed all that it promises."""
-        return not self.failures
 
     def page(self) -> str:
         """Return the result as Markdown."""

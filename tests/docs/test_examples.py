@@ -25,12 +25,13 @@ from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache
 
 import graftc
-from graftc.applications.chat.answering import Settings, answer, prompt_ids
+from graftc.applications.chat.answering import answer, prompt_ids
 from graftc.applications.chat.conversation import Conversation
 from graftc.applications.chat.opening import open_text_model
 from graftc.applications.pet.data import load_rows
 from graftc.applications.pet.encoding import ClozeEncoder
 from graftc.cli.schemas import published_schema
+from graftc.records.answers import Settings
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.onnx_generation import load as load_graphs
 from graftc.runtime.sources.models import load_model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -14,12 +13,12 @@ from torch import Tensor
 from graftc.applications.chat.opening import TextModel
 from graftc.applications.chat.settings import generation_errors, require_settings
 from graftc.applications.chat.templates import require_bounded
-from graftc.records.answers import Answer
+from graftc.records.answers import Answer, Settings
 from graftc.runtime.sources.models import quiet_transformers
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["Message", "Settings", "answer", "prepare", "prompt_ids"]
+__all__ = ["Message", "answer", "prepare", "prompt_ids"]
 
 Message = Mapping[str, str]
 """A message of a chat: its ``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
@@ -29,39 +28,6 @@ Finish = Literal["stop", "length", "interrupted"]
 
 _WARM = 4
 """The most prompt tokens with which graphs are prepared."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of generation; None means the value of the model's ``generation_config``.
-
-    Attributes:
-        max_new_tokens: the most tokens of an answer.
-        sample: whether to draw tokens; otherwise the most likely one is taken.
-        temperature: the number by which logits are divided before tokens are drawn.
-        top_k: the number of the most likely tokens to draw from.
-        top_p: the probability that the fewest tokens to draw from have together.
-        num_beams: the number of beams of a beam search.
-        seed: the seed of what is drawn, for each answer.
-        use_cache: whether to keep keys and values of tokens; otherwise the whole text is computed at every step.
-    """
-
-    max_new_tokens: int = 256
-    sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    num_beams: int | None = None
-    seed: int | None = None
-    use_cache: bool = True
-
-    def options(self) -> dict[str, Any]:
-        """Return the arguments of ``generate``."""
-        arguments = {
-            **{"do_sample": self.sample, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p},
-            **{"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens},
-        }
-        return {**{name: value for name, value in arguments.items() if value is not None}, "use_cache": self.use_cache}
 
 
 def prompt_ids(model: TextModel, prompt: str | Sequence[Message]) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from graftc.applications.chat.answering import Message, Settings, answer, prompt_ids
+from graftc.applications.chat.answering import Message, answer, prompt_ids
 from graftc.applications.chat.opening import TextModel
-from graftc.records.answers import Answer
+from graftc.records.answers import Answer, Settings
 
 __all__ = ["Conversation"]
 
