@@ -28,7 +28,7 @@ from graftc.compiler.resolve.selectable import ModelStructure, Selectable, selec
 from graftc.compiler.resolve.selection import Selection
 from graftc.compiler.roles.structure import Structure, roles_of
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.progress import asked
+from graftc.passes.core.progress import shown
 from graftc.passes.core.weights.store import Store
 from graftc.records.report import Report
 from graftc.runtime.artifact.written import follow
@@ -85,7 +85,7 @@ def compile(
     loaded = spec_for(spec, model, example_inputs, cache=cache)
     axes, flags = _request(model, example_inputs)
     with seldom_collected():
-        with asked(progress):
+        with shown(progress):
             compilation = compile_model(loaded, model, axes, flags=flags, start=StartingPoint(chosen, cache))
         check_fresh(compilation)
         return cast("Compiled[Source]", make_compiled(compilation))

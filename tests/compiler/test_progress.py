@@ -83,7 +83,7 @@ def test_who_is_told(
     monkeypatch.setenv("TERM", term)
     if setting is not None:
         monkeypatch.setenv("GRAFTC_PROGRESS", setting)
-    with progress.asked(asked):
+    with progress.shown(asked):
         text = slow(monkeypatch, stream(), 0.05)
     assert bool(text) == shown
     assert stream is Terminal or text.count("\r") == 0

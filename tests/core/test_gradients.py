@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graftc.passes.core.ops import gradients
 from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
+from graftc.passes.core.ops.hashing import wrapped
 
 view = torch.ops.graftc.grad_mask.default
 masked = torch.ops.graftc.masked_gradient.default
@@ -117,8 +118,7 @@ def test_parts_are_all_of_it() -> None:
     assert sum(count for count, _ in parts) == tensor.numel() and max(count for count, _ in parts) <= 2**31
     assert all(a + count == b for (count, a), (_, b) in pairwise(parts))
     numbers = [0, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**33 + 5]
-    wrapped = [gradients._wrapped(number) for number in numbers]
-    assert wrapped == [0, 2**31 - 1, -(2**31), -1, 0, 5]
+    assert [wrapped(number) for number in numbers] == [0, 2**31 - 1, -(2**31), -1, 0, 5]
 
 
 def test_layouts_make_no_difference() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graftc.passes.core.ops.decompositions import DECOMPOSITIONS, dropout_mask
+from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
+from graftc.passes.core.ops.dropout import dropout_mask
 
 SEED = torch.tensor([123_456_789_012_345])
 op = torch.ops.graftc.seeded_dropout.default

@@ -46,7 +46,7 @@ def parameters(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
 def is_operator(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Return whether a function implements an operator, whose schema has a parameter for each argument."""
     marks = [ast.unparse(mark) for mark in node.decorator_list]
-    return any(mark.startswith("torch.library.") or mark.endswith(".register_fake") for mark in marks)
+    return any(mark.startswith(("torch.library.", "operator(")) for mark in marks)
 
 
 def public() -> set[CodeType]:

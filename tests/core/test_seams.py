@@ -12,12 +12,14 @@ import torch
 from torch import fx
 
 import graftc
-from graftc.passes.core.build.builder import Builder, _Forwarded
-from graftc.passes.core.build.nodes import Nodes, Part
-from graftc.passes.core.build.seams import Seams
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.nodes import Nodes, Seams
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 from tests.families import tiny
+
+PARTS = Builder.__mro__[1:-1]
+"""The classes that the Builder is made of."""
 
 SEAMS = {"make", "mix", "read", "write"}
 ROLES: dict[str, Any] = {"target": {"role": ["attn.q", "ffn.down"]}}
@@ -37,18 +39,26 @@ PASSED: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"adapt": [{"method": "pruning", "variant": "iterative", "stage": 2}]}),
     ("gpt2", {"adapt": [{"method": "lora", **ROLES}], "tokens": {"add": ["<new>"]}}),
     ("bert", {"adapt": [{"method": "lora", **ROLES, "init": "loftq"}], "base": {"quantize": "nf4"}}),
+    (
+        "bert",
+        {"adapt": [{"method": "lora", **ROLES, "name": name} for name in "ab"], "compose": {"bank": ["a", "b"]}},
+    ),
 ]
 """Specs that together call everything public of the Builder."""
 
 
-def forwarded() -> dict[str, str]:
-    """Return the public functions of the Builder that its parts implement: their names there, by their own."""
-    names = {name: value.method.__qualname__ for name, value in vars(Builder).items() if isinstance(value, _Forwarded)}
-    return {**names, "call": "Nodes.call"}
+def public() -> dict[str, type]:
+    """Return the public functions of the Builder, each with the part that implements it."""
+    return {
+        name: part
+        for part in PARTS
+        for name, value in vars(part).items()
+        if inspect.isroutine(value) and not name.startswith("_")
+    }
 
 
 def part_class(name: str) -> type:
-    return next(cls for cls in (Nodes, *Part.__subclasses__()) if cls.__name__ == name)
+    return next(cls for cls in PARTS if cls.__name__ == name)
 
 
 class Watch:
@@ -95,14 +105,13 @@ class Watch:
 def watching(patch: pytest.MonkeyPatch) -> Watch:
     """Install a `Watch`."""
     watch = Watch()
-    for name, qualified in forwarded().items():
-        owner, _, own = qualified.partition(".")
-        patch.setattr(part_class(owner), own, watch.public(name, getattr(part_class(owner), own)))
+    for name, part in public().items():
+        patch.setattr(part, name, watch.public(name, getattr(part, name)))
     for seam in ("make", "write"):
         patch.setattr(Seams, seam, watch.seam(seam, getattr(Seams, seam)))
     for add in ("add_parameter", "add_buffer"):
         patch.setattr(Store, add, watch.needs("make", add, getattr(Store, add)))
-    patch.setattr(Nodes, "redirect", watch.needs("write", "redirect", Nodes.redirect))
+    patch.setattr(Nodes, "_redirect", watch.needs("write", "redirect", Nodes._redirect))
     uses = fx.Node.replace_all_uses_with
     patch.setattr(fx.Node, "replace_all_uses_with", watch.needs("write", "replace_all_uses_with", uses))
     return watch
@@ -118,7 +127,7 @@ def test_nothing_of_the_builder_goes_past_the_seams(monkeypatch: pytest.MonkeyPa
     for family, spec in PASSED:
         graftc.compile(spec, tiny(family))
     assert watch.past == set()
-    assert forwarded().keys() - watch.called == set()
+    assert public().keys() - watch.called == set()
 
 
 @pytest.mark.slow
@@ -145,20 +154,20 @@ def test_going_past_a_seam_is_noticed(
     assert {entry.partition(":")[0] for entry in watch.past} == {name}
 
 
-def compositions(cls: type = Seams) -> list[type]:
-    return [derived for sub in cls.__subclasses__() for derived in (sub, *compositions(sub))]
+def derived(cls: type) -> list[type]:
+    return [each for sub in cls.__subclasses__() for each in (sub, *derived(sub))]
 
 
 def test_a_composition_defines_the_seams_alone() -> None:
     """A composition defines only seams, its own data and private members; there is one class of builders."""
-    every = compositions()
+    every = derived(Seams)
     assert {cls.__name__ for cls in every} >= {"Chosen", "Rows", "Collecting"}
     for cls in every:
         public = {n for n, v in vars(cls).items() if inspect.isroutine(v) and not n.startswith("_")}
         assert public <= SEAMS, cls
     assert {n for n, v in vars(Seams).items() if inspect.isroutine(v)} == SEAMS
     assert Builder.__subclasses__() == []
-    assert all(not part.__subclasses__() for part in (Nodes, *Part.__subclasses__()))
+    assert {*derived(Nodes)} == {Builder, *PARTS} - {Nodes}
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_what_is_reported_of_several() -> None:
 
 def test_every_pair_has_one_rule() -> None:
     """No pair of modes is in two exclusions, so messages do not depend on the order of the rules."""
-    pairs = [pair for rule in EXCLUSIONS for pair in itertools.product(rule.held, rule.new)]
+    pairs = [pair for rule in EXCLUSIONS for pair in itertools.product(rule.existing, rule.new)]
     assert len(pairs) == len(set(pairs)) and set(pairs) == set(EXCLUDED)
 
 

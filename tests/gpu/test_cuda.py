@@ -52,7 +52,7 @@ def test_moving_from_the_cpu_keeps_the_function(family: str) -> None:
 
 
 def test_recomputed_masks_are_the_same_on_both_devices() -> None:
-    from graftc.passes.core.ops.decompositions import dropout_mask
+    from graftc.passes.core.ops.dropout import dropout_mask
 
     seed = torch.tensor([987_654_321_987])
     mask = dropout_mask(torch.empty(64, 33), seed, 0.3)

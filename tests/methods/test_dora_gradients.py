@@ -179,7 +179,8 @@ def test_gradients_with_dropout(dropout_on: str, bias: bool) -> None:
 
 def drawn_mask(x: Tensor) -> Tensor:
     """Return the factors by which dropout multiplies ``x`` after ``manual_seed(5)``."""
-    from graftc.passes.core.ops.decompositions import SEEDS, dropout_mask
+    from graftc.passes.core.ops.dropout import dropout_mask
+    from graftc.passes.core.ops.hashing import SEEDS
 
     torch.manual_seed(5)
     seed = torch.randint_like(torch.zeros(1, dtype=torch.int64), 0, SEEDS)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.runtime.training.callbacks import steering_callback
 from graftc.testing import outputs_of, same_bits
 from graftc.testing.compare import inputs_for
 from tests.families import tiny
@@ -287,9 +286,7 @@ def test_a_step_that_is_thrown_away_leaves_nothing() -> None:
             from types import SimpleNamespace
 
             state = SimpleNamespace(max_steps=100, global_step=0)
-            steering_callback(skipped).on_optimizer_step(
-                None, state, None, optimizer=SimpleNamespace(step_was_skipped=True)
-            )
+            skipped.callback().on_optimizer_step(None, state, None, optimizer=SimpleNamespace(step_was_skipped=True))
         assert wanted(skipped) == []
         train(skipped, optimiser, [number])
     same_state(plain, skipped)

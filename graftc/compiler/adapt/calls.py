@@ -67,9 +67,9 @@ class _Template:
 
         The nodes of the adapted Program are given by name.
         """
-        given, outputs = one.given, one.made
+        given, outputs = one.given, one.body_results
         wanted = sorted({*above(outputs, stop=given), *given, *base.placeholders()})
-        inside = set(region(set(now.given), now.made, now.body))
+        inside = set(region(set(now.given), now.body_results, now.body))
         return cls(base, given, outputs, {node: adapted[node.name] for node in wanted}, one.body, inside)
 
     def copy(self, path: str) -> tuple[Program, dict[fx.Node, fx.Node]]:
@@ -222,7 +222,7 @@ def _require_same(
     if any(node.meta.get("custom") for node in given):
         raise UnlikeBodyError(f"something is inserted in front of {now.path}")
     same: dict[fx.Node, fx.Node] = dict(zip(now.given, given, strict=True))
-    pending = list(zip(now.made, results, strict=True))
+    pending = list(zip(now.body_results, results, strict=True))
     first = max(now.given)
     origins = {theirs: ours for ours, theirs in nodes.items()}
     while pending:

@@ -15,10 +15,8 @@ from graftc.compiler.resolve.resolver import Resolved, Resolver
 from graftc.compiler.resolve.sitetable import BlockedSite
 from graftc.compiler.roles.structure import Structure
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.build.initial import Initial
-from graftc.passes.core.build.nodes import Nodes
-from graftc.passes.core.build.seams import Seams
-from graftc.passes.core.build.tensors import ParameterStart
+from graftc.passes.core.build.initial import Initial, ParameterStart
+from graftc.passes.core.build.nodes import Seams
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.pass_context import Findings, PassHost
 from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, Site, SiteKey, ValueSite
@@ -101,7 +99,7 @@ class Adapting(PassHost):
         return self.compilation.store
 
     @property
-    def asked(self) -> Spec:
+    def whole_spec(self) -> Spec:
         """The spec that the user asked for."""
         return self.compilation.spec
 
@@ -132,6 +130,6 @@ class Adapting(PassHost):
         of_call = isinstance(table, CalledSites) and table.call_of(site.key.module) is not None
         return of_call and not isinstance(site, ValueSite)
 
-    def builder(self, program: Program, adaptation: str, method: str, seams: Seams[Nodes] | None = None) -> Builder:
+    def builder(self, program: Program, adaptation: str, method: str, seams: Seams | None = None) -> Builder:
         """Return a builder that inserts the nodes of an adaptation."""
         return Builder(program, self.store, adaptation, method, self.work.initial, seams=seams)

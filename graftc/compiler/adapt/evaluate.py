@@ -38,9 +38,9 @@ class Evaluating(PassHost):
         return self.adapting.store
 
     @property
-    def asked(self) -> Spec:
+    def whole_spec(self) -> Spec:
         """The spec that the user asked for."""
-        return self.adapting.asked
+        return self.adapting.whole_spec
 
     def inserting(self, program: Program, owner: str) -> Builder:
         """Return a builder that inserts nodes in the name of ``owner``."""

@@ -16,8 +16,7 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.tokens import TOKENS, token_sites
 from graftc.compiler.resolve.train import TRAIN, insert_train
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.build.nodes import Nodes
-from graftc.passes.core.build.seams import Seams
+from graftc.passes.core.build.nodes import Seams
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.method.folding import fold_at
 from graftc.passes.core.method.insertion import insert_at, prepare
@@ -66,7 +65,7 @@ def _adaptations(program: Program, context: Adapting) -> Sequence[Pass[Adapting]
 def _insert(program: Program, context: Adapting, unit: Unit) -> None:
     compilation = context.compilation
 
-    def new(name: str, method: str, seams: Seams[Nodes] | None = None) -> Builder:
+    def new(name: str, method: str, seams: Seams | None = None) -> Builder:
         return context.builder(program, name, method, seams)
 
     if unit.composition is not None:

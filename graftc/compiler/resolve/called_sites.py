@@ -85,7 +85,7 @@ class CalledSites(SiteTable):
         """Return the counterpart at a call of a site of the body."""
         if not isinstance(site, ValueSite):
             return self._moves[one.path].site(site)
-        if site.node not in (*one.given, *one.made):
+        if site.node not in (*one.given, *one.body_results):
             raise UnlikeBodyError(f"{site.key} is within the body")
         return self._edges[one.path].site(site)
 
@@ -131,7 +131,7 @@ class CalledSites(SiteTable):
 
 def _edges(one: FunctionCall) -> dict[fx.Node, fx.Node]:
     """Return what a call is given and returns, by what the body is given and computes."""
-    results = {one.made[index]: node for node, index in one.results.items()}
+    results = {one.body_results[index]: node for node, index in one.results.items()}
     return {**dict(zip(one.given, one.inputs, strict=True)), **results}
 
 

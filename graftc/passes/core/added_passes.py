@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import EntryPoint
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.pass_context import PassContext, PassHost
@@ -89,8 +89,7 @@ def _loaded(point: EntryPoint, origin: Plugin) -> AddedPass:
         fault = f"something {kind_of(loaded)} as a pass", "name an AddedPass(Pass(...), after=...)"
     if fault is not None:
         raise GraftError("GC077", f"{origin} registers {fault[0]}", place=origin.place, hint=fault[1])
-    added: AddedPass = replace(loaded, what=replace(loaded.what, origin=origin))
-    return added
+    return cast("AddedPass", replace(loaded, what=replace(loaded.what, origin=origin)))
 
 
 def _fault(added: AddedPass) -> tuple[str, str] | None:

@@ -63,7 +63,7 @@ class PassHost:
         return None
 
     @property
-    def asked(self) -> Spec:
+    def whole_spec(self) -> Spec:
         """The spec that the user asked for."""
         raise NotImplementedError
 
@@ -104,7 +104,7 @@ class PassContext:
     @property
     def spec(self) -> Spec:
         """The document that is compiled."""
-        return self._host.asked
+        return self._host.whole_spec
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -209,8 +209,7 @@ class PassContext:
                 f"says that it ensures {missing[0]!r}, and leaves nothing under that name",
                 f"set context[{missing[0]!r}]",
             )
-        changed: Program | None = after
-        return changed
+        return after
 
     def _required(self, fact: str) -> None:
         if fact not in self._own.requires:

@@ -245,7 +245,8 @@ class Pipeline(Generic[C]):
                 continue
             pending.append(each.name)
             if number < group.each or number == last or len(program.graph.nodes) >= 2 * size:
-                log.verified(program, context.store, _between(pending))
+                stage = pending[0] if len(set(pending)) == 1 else f"{pending[0]} to {pending[-1]}"
+                log.verified(program, context.store, stage)
                 pending, size = [], len(program.graph.nodes)
         return program
 
@@ -301,8 +302,7 @@ def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: L
 
 def _shape(program: Program) -> tuple[Any, ...]:
     """Return what a `Recorder` does not compare: operators, literals and types of nodes, edits and inputs."""
-    nodes = program.graph.nodes
-    said = [(n.name, n.target, repr(n.args), repr(n.kwargs), id(n.meta.get("val"))) for n in nodes]
+    said = [(n.name, n.target, repr(n.args), repr(n.kwargs), id(n.meta.get("val"))) for n in program.graph.nodes]
     return said, len(program.edits), len(program.tensor_edits), program.inputs, program.flags, program.mode
 
 
@@ -321,8 +321,3 @@ def _named(each: Pass[C] | PassGroup[C]) -> str:
 
 def _place(each: Pass[C] | PassGroup[C]) -> Place | None:
     return each.origin.place if isinstance(each, Pass) and each.origin is not None else None
-
-
-def _between(names: Sequence[str]) -> str:
-    """Return a stage of several passes, in words."""
-    return names[0] if len(set(names)) == 1 else f"{names[0]} to {names[-1]}"

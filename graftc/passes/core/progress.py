@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TextIO
+
+from graftc.passes.core.contexts import having
 
 AFTER, EVERY = 2.0, 1.0
 """Seconds until something is shown, and between two times that it is."""
@@ -39,7 +41,7 @@ class _Work:
 
 _WORK: ContextVar[_Work | None] = ContextVar("_WORK", default=None)
 _LISTENER: ContextVar[Listener | None] = ContextVar("_LISTENER", default=None)
-_ASKED: ContextVar[bool | None] = ContextVar("_ASKED", default=None)
+_SHOWN: ContextVar[bool | None] = ContextVar("_SHOWN", default=None)
 
 
 def step(name: str) -> None:
@@ -49,27 +51,14 @@ def step(name: str) -> None:
         work.step = name
 
 
-@contextmanager
-def listening(listener: Listener) -> Iterator[None]:
+def listening(listener: Listener) -> AbstractContextManager[None]:
     """Report work in this thread to a listener while the block runs, and show nothing else."""
-    token = _LISTENER.set(listener)
-    try:
-        yield
-    finally:
-        _LISTENER.reset(token)
+    return having(_LISTENER, listener)
 
 
-@contextmanager
-def asked(shown: bool | None) -> Iterator[None]:
+def shown(show: bool | None) -> AbstractContextManager[None]:
     """Show or hide work in this thread while the block runs; None leaves that unchanged."""
-    if shown is None:
-        yield
-        return
-    token = _ASKED.set(shown)
-    try:
-        yield
-    finally:
-        _ASKED.reset(token)
+    return having(_SHOWN, _SHOWN.get() if show is None else show)
 
 
 @contextmanager
@@ -96,12 +85,11 @@ def working(doing: str, name: str) -> Iterator[None]:
             wait = EVERY
 
     thread = threading.Thread(target=tell, name="graftc progress", daemon=True)
-    token = _WORK.set(work)
     thread.start()
     try:
-        yield
+        with having(_WORK, work):
+            yield
     finally:
-        _WORK.reset(token)
         over.set()
         thread.join()
         if line is not None and work.seconds >= AFTER:
@@ -109,13 +97,11 @@ def working(doing: str, name: str) -> Iterator[None]:
 
 
 def _wanted() -> bool:
-    shown = _ASKED.get()
-    if shown is not None:
-        return shown
+    show = _SHOWN.get()
+    if show is not None:
+        return show
     setting = os.environ.get("GRAFTC_PROGRESS", "").lower()
-    if setting in ("on", "off", "1", "0"):
-        return setting in ("on", "1")
-    return _is_terminal(sys.stderr)
+    return setting in ("on", "1") if setting in ("on", "off", "1", "0") else _is_terminal(sys.stderr)
 
 
 def _is_terminal(stream: TextIO) -> bool:

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from graftc.passes.core.build.batch import Batch
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.build.nodes import Nodes
-from graftc.passes.core.build.seams import Change, NewTensor, Seams, Window
+from graftc.passes.core.build.nodes import Nodes, Seams
+from graftc.passes.core.build.requests import Change, NewTensor, Window
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.method.capabilities import Reading
 from graftc.passes.core.method.lowrank import normal, zeros
@@ -64,7 +64,7 @@ class Ahead:
     window: Window
 
 
-class Collecting(Seams[Nodes]):
+class Collecting(Seams):
     """The seams of an adaptation whose additions are collected instead of made.
 
     Args:

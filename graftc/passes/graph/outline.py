@@ -113,7 +113,9 @@ def _require_one_block(one: FunctionCall, written: Written, uses: Mapping[str, i
     if uses[one.body] != 1:
         raise UnlikeBodyError(f"{one.body} is not one block")
     _, inputs, outputs = written[one.body]
-    if set(region(set(one.given), one.made, one.body)).intersection(inputs) or not set(one.made) <= set(outputs):
+    if set(region(set(one.given), one.body_results, one.body)).intersection(inputs) or not set(one.body_results) <= set(
+        outputs
+    ):
         raise UnlikeBodyError(f"{one.body} is computed in several places")
 
 
@@ -124,7 +126,7 @@ def _called(
 
     Also return the nodes that it reads, and the nodes that pick its results, by index.
     """
-    given, body_results = dict(zip(one.given, one.inputs, strict=True)), one.made
+    given, body_results = dict(zip(one.given, one.inputs, strict=True)), one.body_results
     read = [given.get(node, node) for node in inputs]
     results = {outputs.index(body_results[index]): node for node, index in one.results.items()}
     named = [next((node.name for at, node in results.items() if at == place), "") for place in range(len(outputs))]

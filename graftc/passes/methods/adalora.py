@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.capabilities import Ranked, RowWise
-from graftc.passes.core.method.lowrank import added, factors, gated, normal, zeros
-from graftc.passes.core.method.method import Method
-from graftc.passes.core.method.steering import AdaptedSite, Controller, TensorObjective, check_phases, unknown_length
+from graftc.passes.core.method.capabilities import Ranked
+from graftc.passes.core.method.lowrank import factors, gated, normal, zeros
+from graftc.passes.core.method.steering import AdaptedSite, TensorObjective, unknown_length, zero_state
 from graftc.passes.core.sites.sites import LinearSite
-from graftc.passes.core.weights.folds import Fold, weight_fold
+from graftc.passes.methods.bases.low_rank import LowRankMethod, add_branch
+from graftc.passes.methods.bases.scheduled import ScheduledController, check_phases
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.adalora import AdaLoRA
 
@@ -26,7 +25,7 @@ TRIPLET = ("A", "E", "B")
 """The parameters of a site; triplet i is a row of A, an element of E and a column of B."""
 
 
-class RankBudget(Controller[AdaLoRA]):
+class RankBudget(ScheduledController[AdaLoRA]):
     """A controller of the ranks of all sites: how many are left after a step, and which.
 
     The importance of an entry is the product of two moving averages: of ``I = |w dL/dw|`` with ``beta1``, and of the
@@ -34,21 +33,14 @@ class RankBudget(Controller[AdaLoRA]):
     over its row of A and its column of B.
     """
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        if self.spec.total_steps is not None:
-            self.begin(self.spec.total_steps)
-
-    def begin(self, total: int) -> None:
-        """Set the number of optimiser steps; ``total_steps`` of the spec takes precedence.
+    def check_length(self, total: int) -> None:
+        """Check that the phases leave a step to prune in.
 
         Raises:
-            GraftError: GC026 if the phases leave no step to prune in.
+            GraftError: GC026 if they do not.
         """
-        total = self.spec.total_steps or total
         if self.initial != self.target:
             check_phases(self.spec, total)
-        super().begin(total)
 
     @property
     def initial(self) -> int:
@@ -128,11 +120,9 @@ class RankBudget(Controller[AdaLoRA]):
         scores = torch.cat([self.importance(place).flatten() for place in self.places])
         best = scores.argsort(descending=True, stable=True)[:budget]
         kept = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
-        start = 0
-        for place in self.places:
-            own = place.tensors["kept"]
-            own.copy_(kept[start : start + own.numel()].view_as(own))
-            start += own.numel()
+        masks = [place.tensors["kept"] for place in self.places]
+        for own, chosen in zip(masks, torch.split(kept, [mask.numel() for mask in masks]), strict=True):
+            own.copy_(chosen.view_as(own))
 
 
 class Orthogonality(TensorObjective[AdaLoRA]):
@@ -155,7 +145,7 @@ class Orthogonality(TensorObjective[AdaLoRA]):
                 yield torch.linalg.vector_norm(gram - eye, dim=(-2, -1))
 
 
-class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA], RowWise[AdaLoRA]):
+class AdaLoRAMethod(LowRankMethod[AdaLoRA], Ranked[AdaLoRA]):
     """``y = W x + b + s B diag(E) A drop(x)`` with ``A: [rank, in]``, ``E: [rank]`` and ``B: [out, rank]``.
 
     ``s`` is ``alpha / (rank + 1e-5)`` with the initial rank, as in the authors' code; the paper does not have it. ``E``
@@ -189,28 +179,13 @@ class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA], RowWise[AdaLoR
         e = build.parameter("E", shape, zeros, dtype=site.dtype)
         for part, node in zip(TRIPLET, (a, e, b), strict=True):
             for kind in ("sensitivity", "uncertainty"):
-                build.keep_buffer(f"{part}_{kind}", partial(_zeros, tuple(node.meta["val"].shape)))
+                build.keep_buffer(f"{part}_{kind}", zero_state(node.meta["val"].shape))
         build.keep_buffer("kept", lambda device: torch.ones(shape, dtype=torch.bool, device=device))
-        recompute = spec.dropout_mask == "recomputed"
-        x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
-        build.add(site, build.low_rank(site, x, *gated(build, site, a, b, e), spec.scaling))
+        add_branch(spec, site, build, *gated(build, site, a, b, e), spec.scaling)
 
-    def fold(self, spec: AdaLoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Fold the update into the weight: ``W' = W + s B diag(E) A``."""
-
-        def change(weight: Tensor) -> Tensor:
-            gated = tensors["B"] * tensors["E"][..., None, :]
-            return added(weight, gated, tensors["A"], spec.scaling)
-
-        return weight_fold(change)
-
-    def row_axes(self, spec: AdaLoRA) -> Mapping[str, int]:
-        """Return the row axis of ``B``."""
-        return {"B": -2}
-
-    def fewest_rows(self, spec: AdaLoRA) -> int:
-        """Return the rank, which must not exceed the number of rows; 1 if the spec accepts a higher rank."""
-        return 1 if spec.excess_rank else spec.rank
+    def update(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+        """Return ``B diag(E)``, ``A`` and the scale."""
+        return tensors["B"] * tensors["E"][..., None, :], tensors["A"], spec.scaling
 
     def figures(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return ``rank``, the number of triplets that the budget leaves; initially all of them."""
@@ -219,7 +194,3 @@ class AdaLoRAMethod(Method[AdaLoRA, LinearSite], Ranked[AdaLoRA], RowWise[AdaLoR
     def live_ranks(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return a mask of the triplets whose E is not zero."""
         return tensors["E"].detach() != 0
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.zeros(shape, device=device)

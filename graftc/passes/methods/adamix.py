@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -100,12 +100,7 @@ class AdaMixMethod(BottleneckAdapter[AdaMix], Collapsing[AdaMix], Observed[AdaMi
 
 def route_of(part: str) -> Reading:
     """Return the reading ``PART_route``: the number of the expert of ``part`` that a forward pass has picked."""
-    return Reading(f"{part}_route", part, (torch.ops.aten.index_select.default,), _chosen)
-
-
-def _chosen(args: Sequence[Any], _: Tensor) -> Tensor:
-    number: Tensor = args[2]
-    return number.squeeze()
+    return Reading(f"{part}_route", part, (torch.ops.aten.index_select.default,), lambda args, _: args[2].squeeze())
 
 
 def mean(tensor: Tensor, side: str, share: str) -> Tensor:

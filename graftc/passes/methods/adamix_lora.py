@@ -16,6 +16,7 @@ from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.passes.methods.adamix import Agreement, mean, route_of
+from graftc.passes.methods.bases.low_rank import add_branch
 from graftc.specs.base import MethodSpec
 from graftc.specs.methods.adamix_lora import AdaMixLoRA
 from graftc.specs.methods.lora import LoRA
@@ -40,9 +41,7 @@ class AdaMixLoRAMethod(Method[AdaMixLoRA, LinearSite], Collapsing[AdaMixLoRA], O
         check_rank(site, spec.rank)
         a = _factor(spec, build, site, "A", (*site.leading, spec.rank, site.in_features), uniform)
         b = _factor(spec, build, site, "B", (*site.leading, site.out_features, spec.rank), zeros)
-        recompute = spec.dropout_mask == "recomputed"
-        x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
-        build.add(site, build.low_rank(site, x, a, b, spec.scaling))
+        add_branch(spec, site, build, a, b, spec.scaling)
 
     def fold(self, spec: AdaMixLoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """Fold the means of the experts into the weight: ``W' = W + s mean(B) mean(A)``."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.lowrank import zeros
 from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.entries import slices_of
 from graftc.passes.core.sites.sites import ExpertsSite, LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.folds import Fold, StandIn, WeightFold
 from graftc.specs.methods.bitfit import BitFit
@@ -39,16 +40,10 @@ class BitFitMethod(Method[BitFit, LinearSite | NormSite | ParameterSite]):
         Raises:
             GraftError: GC021 if another adaptation also trains it.
         """
-        if isinstance(site, LinearSite):
-            if site.own_bias is not None:
-                build.overlay(site.own_bias)
-            else:
-                build.add(site, build.parameter("added", (site.out_features,), zeros, dtype=site.dtype), "bias")
-        elif isinstance(site, NormSite):
-            assert site.bias is not None
-            build.overlay(site.bias)
+        if isinstance(site, LinearSite) and site.own_bias is None:
+            build.add(site, build.parameter("added", (site.out_features,), zeros, dtype=site.dtype), "bias")
         else:
-            build.overlay(site.tensor)
+            build.overlay(slices_of(site, build.store)[-1])
 
     def fold(self, spec: BitFit, site: LinearSite | NormSite | ParameterSite, tensors: Mapping[str, Tensor]) -> Fold:
         """Let trained copies stand in for the base's biases; an added bias remains a bias."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder, Initialiser
-from graftc.passes.core.method.lowrank import normal, uniform, zeros
+from graftc.passes.core.method.lowrank import normal, ones, uniform, within, zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import LinearSite, SublayerSite
+from graftc.passes.core.sites.sites import LinearSite, SublayerSite, unsupported
 from graftc.passes.core.sites.uses import Dense
 from graftc.passes.core.weights.folds import Fold, Keep
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -52,8 +52,7 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
             build.add_at(site, wiring.adds_to, delta, wiring.reads)
             return
         if not isinstance(site.use, Dense):
-            message = f"{site.key} is not a product with a matrix that stands behind its input"
-            raise GraftError("GC017", message, hint="leave it out with exclude")
+            raise unsupported(site, "is not a product with a matrix that stands behind its input")
         read = build.input(site) if wiring.reads == "input" else build.output(site)
         inward = wiring.adds_to == "input"
         width = site.in_features if inward else site.out_features
@@ -81,7 +80,7 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
         if norm in ("after", "both"):
             delta = _normed(build, delta, width, dtype, "norm_after")
         if spec.scale == "learned":
-            scale = build.parameter("scale", (1,), _ones, dtype=dtype)
+            scale = build.parameter("scale", (1,), ones, dtype=dtype)
             return build.call(aten.mul.Tensor, delta, build.along(scale, delta), part="scale")
         return delta if spec.scale == 1 else build.call(aten.mul.Tensor, delta, spec.scale, part="scale")
 
@@ -112,13 +111,9 @@ def _activated(spec: BottleneckSpec, build: Builder, x: fx.Node) -> fx.Node:
 
 
 def _normed(build: Builder, x: fx.Node, width: int, dtype: torch.dtype, part: str) -> fx.Node:
-    weight = build.parameter(f"{part}_weight", (width,), _ones, dtype=dtype)
+    weight = build.parameter(f"{part}_weight", (width,), ones, dtype=dtype)
     bias = build.parameter(f"{part}_bias", (width,), zeros, dtype=dtype)
     return build.layer_norm(x, weight, bias, part)
-
-
-def _ones(tensor: Tensor, generator: torch.Generator) -> None:
-    tensor.fill_(1)
 
 
 def initialiser(spec: BottleneckSpec, part: str) -> Initialiser:
@@ -131,8 +126,7 @@ def initialiser(spec: BottleneckSpec, part: str) -> Initialiser:
 
 
 def _xavier(tensor: Tensor, generator: torch.Generator) -> None:
-    bound = math.sqrt(6 / sum(tensor.shape[-2:]))
-    tensor.uniform_(-bound, bound, generator=generator)
+    within(math.sqrt(6 / sum(tensor.shape[-2:])))(tensor, generator)
 
 
 def _truncated(deviation: float) -> Initialiser:

@@ -13,7 +13,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.capabilities import Scored, Transition
 from graftc.passes.core.method.scoring import Fisher, Scoring
 from graftc.passes.core.method.steering import STEP, AdaptedSite, Controller, no_steps
-from graftc.passes.core.ops.decompositions import SEEDS
+from graftc.passes.core.ops.hashing import SEEDS
 from graftc.passes.core.weights.folds import Fold
 from graftc.passes.methods.bases.sparse import ScoredTensors
 from graftc.passes.methods.full import Stored, TrainedTensors

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.operations import drawn_beside
 from graftc.passes.core.method.capabilities import Resized, Staged, Transition
-from graftc.passes.core.method.lowrank import zeros
+from graftc.passes.core.method.lowrank import constant, zeros
 from graftc.passes.core.method.steering import AdaptedSite, TensorObjective
 from graftc.passes.core.ops.hashing import SEEDS
-from graftc.passes.core.sites.entries import largest, slices_of
+from graftc.passes.core.sites.entries import largest
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.folds import Fold, TensorFold
 from graftc.passes.core.weights.weight_slice import WeightSlice
-from graftc.passes.methods.bases.sparse import ChosenEntries, SparseTensors, budget_of, entry_values, key_of, regions_at
+from graftc.passes.methods.bases.sparse import ChosenEntries, SparseTensors, budget_of, entry_values, regions_at
 from graftc.passes.methods.full import Stored
 from graftc.specs.methods.diff_pruning import DiffPruning
 
@@ -78,20 +79,14 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
         budget_of(spec, sum(counts.values()))
         return ChosenEntries(counts, {})
 
-    def insert(self, spec: DiffPruning, site: Stored, shared: ChosenEntries, build: Builder) -> None:
-        """Replace the base's tensors at the site with the changed ones.
-
-        Raises:
-            GraftError: GC021 if another adaptation trains one of them as a whole, or takes it as constant.
-        """
+    def place(
+        self, spec: DiffPruning, site: Stored, region: WeightSlice, shared: ChosenEntries, build: Builder
+    ) -> None:
+        """Replace a part of a tensor with the changed one, or in the second training run its remaining entries."""
         if spec.stage > 1:
-            super().insert(spec, site, shared, build)
-            return
-        for region in slices_of(site, build.store, biases=self.biases):
-            key = key_of(region)
-            if key not in shared.placed:
-                shared.placed.add(key)
-                build.stand_in(region, partial(_gated, spec, build, region), within=True)
+            super().place(spec, site, region, shared, build)
+        else:
+            build.stand_in(region, partial(_gated, spec, build, region), within=True)
 
     def fold(self, spec: DiffPruning, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
         """Fold the sums into the base's tensors, with gates that have no noise."""
@@ -148,21 +143,12 @@ def _entries(places: Sequence[AdaptedSite[DiffPruning]]) -> int:
 
 def _gated(spec: DiffPruning, build: Builder, region: WeightSlice, tensor: fx.Node) -> fx.Node:
     dtype = torch.promote_types(build.store.get(region.tensor).dtype, torch.float32)
-    part, shape, start = region.part, region.own_shape, _constant(spec.initial_alpha)
+    part, shape, start = region.part, region.own_shape, constant(spec.initial_alpha)
     w = build.parameter(f"{part}_w", shape, zeros, dtype=dtype)
     alpha = build.parameter(f"{part}_alpha", shape, start, dtype=dtype)
     group = build.parameter(f"{part}_group", (1,), start, dtype=dtype) if spec.structured else None
-    # The seed is drawn beside the weight, so that a recomputed layer uses the same one.
-    like = build.call(aten.new_zeros.default, tensor, [1], dtype=torch.int64, part="seed")
-    seed = build.call(aten.randint_like.low_dtype, like, 0, SEEDS, part="seed")
+    seed = drawn_beside(build, tensor, SEEDS, "seed")
     return build.call(torch.ops.graftc.gated_weight.default, tensor, w, alpha, group, seed, *spec.stretch, part=part)
-
-
-def _constant(value: float) -> Initialiser:
-    def fill(tensor: Tensor, generator: torch.Generator) -> None:
-        tensor.fill_(value)
-
-    return fill
 
 
 def _added(site: Site, part: str, own: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:

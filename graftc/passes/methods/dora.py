@@ -16,6 +16,7 @@ from graftc.passes.core.method.method import Method
 from graftc.passes.core.ops.magnitude import SMALLEST, TINY, norm_of_squares, squares
 from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, SiteKey
 from graftc.passes.core.weights.folds import Fold, weight_fold
+from graftc.passes.methods.bases.low_rank import dropped_input
 from graftc.specs.methods.dora import DoRA
 
 aten = torch.ops.aten
@@ -57,8 +58,7 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
         whole = base.offset is None and build.output(site).meta["val"].dtype != torch.float16
         if pair:
             x = build.input(site)
-            recompute = spec.dropout_mask == "recomputed"
-            dropped = build.dropout(x, spec.dropout, recompute=recompute, scope=spec.dropout_scope)
+            dropped = dropped_input(spec, x, build)
             if dropped is not x and spec.dropout_on == "input":
                 weight = build.cast(base.weight, x.meta["val"].dtype)
                 lost = build.map(site, build.call(aten.sub.Tensor, x, dropped, part="lost"), weight, part="lost")
@@ -86,7 +86,7 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
 
     def fewest_rows(self, spec: DoRA) -> int:
         """Return the rank, which must not exceed the number of rows; 1 if the spec accepts that or has no update."""
-        return 1 if spec.excess_rank else spec.rank if spec.direction else 1
+        return spec.rank if spec.direction and not spec.excess_rank else 1
 
     def from_weight(self, spec: DoRA, weight: Tensor) -> Mapping[str, Tensor]:
         """Return the squared norms of the weight's rows, which the graph reads as a constant."""
@@ -112,8 +112,7 @@ def _scaled_up(build: Builder, b: fx.Node, scale: fx.Node, whole: bool) -> fx.No
         vanishes = build.call(aten.eq.Scalar, factor, 0, part="scaled up")
         factor = build.call(aten.where.ScalarSelf, vanishes, TINY, factor, part="scaled up")
     column = build.call(aten.unsqueeze.default, factor, -1, part="scaled up")
-    product = build.call(aten.mul.Tensor, b, column, part="scaled up")
-    return build.cast(product, b.meta["val"].dtype)
+    return build.cast(build.call(aten.mul.Tensor, b, column, part="scaled up"), b.meta["val"].dtype)
 
 
 def _scale(

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.capabilities import Ranked, RowWise
-from graftc.passes.core.method.lowrank import added, factors, gated, uniform, zeros
-from graftc.passes.core.method.method import Method
+from graftc.passes.core.method.capabilities import Ranked
+from graftc.passes.core.method.lowrank import factors, gated, uniform, zeros
 from graftc.passes.core.sites.sites import LinearSite
-from graftc.passes.core.weights.folds import Fold, weight_fold
+from graftc.passes.methods.bases.low_rank import LowRankMethod, add_branch
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.methods.dylora import DyLoRA
 
@@ -35,7 +34,7 @@ class Drawn:
     gates: Mapping[torch.dtype, fx.Node]
 
 
-class DyLoRAMethod(Method[DyLoRA, LinearSite], Ranked[DyLoRA], RowWise[DyLoRA]):
+class DyLoRAMethod(LowRankMethod[DyLoRA], Ranked[DyLoRA]):
     """``y = W x + b + (alpha / r) B[:, :r] A[:r] drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
     All sites use the same ``r`` in a pass; it is drawn outside the layers, so a layer that is recomputed in the
@@ -66,33 +65,17 @@ class DyLoRAMethod(Method[DyLoRA, LinearSite], Ranked[DyLoRA], RowWise[DyLoRA]):
         if spec.frozen:
             a = _only_last(build, a, build.call(aten.unsqueeze.default, shared.last, -1, part="last"))
             b = _only_last(build, b, shared.last)
-        recompute = spec.dropout_mask == "recomputed"
-        x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
-        build.add(site, build.low_rank(site, x, *gated(build, site, a, b, shared.gates[site.dtype])))
+        add_branch(spec, site, build, *gated(build, site, a, b, shared.gates[site.dtype]))
 
-    def fold(self, spec: DyLoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Fold the update of the deployed rank into the weight: ``W' = W + (alpha / r) B[:, :r] A[:r]``."""
+    def update(self, spec: DyLoRA, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+        """Return the factors of the deployed rank, ``B[:, :r]`` and ``A[:r]``, and ``alpha / r``."""
         rank = int(tensors[DEPLOYED])
-
-        def change(weight: Tensor) -> Tensor:
-            a, b = tensors["A"][..., :rank, :], tensors["B"][..., :rank]
-            return added(weight, b, a, spec.alpha / rank)
-
-        return weight_fold(change)
-
-    def row_axes(self, spec: DyLoRA) -> Mapping[str, int]:
-        """Return the row axis of ``B``."""
-        return {"B": -2}
-
-    def fewest_rows(self, spec: DyLoRA) -> int:
-        """Return the rank, since a rank above the number of rows is refused."""
-        return spec.rank
+        return tensors["B"][..., :rank], tensors["A"][..., :rank, :], spec.alpha / rank
 
     def live_ranks(self, spec: DyLoRA, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return a mask of the first ranks, as many as are deployed."""
         a = tensors["A"]
-        numbers = torch.arange(spec.rank, device=a.device).expand(a.shape[:-1])
-        return numbers < tensors[DEPLOYED]
+        return torch.arange(spec.rank, device=a.device).expand(a.shape[:-1]) < tensors[DEPLOYED]
 
     def deploy_rank(self, spec: DyLoRA, shared: Mapping[str, Tensor], rank: int) -> None:
         """Set the deployed rank, which is at least 1 and at most the rank of the spec."""

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.entries import slices_of
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.specs.base import MethodSpec
@@ -35,15 +36,8 @@ class TrainedTensors(Method[S, Stored]):
         Raises:
             GraftError: GC021 if another adaptation also trains them.
         """
-        overlay = partial(build.overlay, through=partial(self.read, spec, shared, build))
-        if isinstance(site, LinearSite):
-            for own in site.slices:
-                overlay(own)
-        elif isinstance(site, NormSite):
-            for tensor in filter(None, (site.weight, site.bias)):
-                overlay(tensor)
-        else:
-            overlay(site.tensor)
+        for own in slices_of(site, build.store):
+            build.overlay(own, through=partial(self.read, spec, shared, build))
 
     def read(self, spec: S, shared: Any, build: Builder, trained: fx.Node) -> fx.Node:
         """Return the node to read in place of a base tensor: the trained tensor, or one of the same value."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.sites.entries import slices_of
 from graftc.passes.core.sites.sites import LinearSite, NormSite, SublayerSite
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.passes.methods.bottleneck import BottleneckAdapter
@@ -28,8 +29,8 @@ class HoulsbyMethod(BottleneckAdapter[Houlsby]):
         if not isinstance(site, NormSite):
             super().insert(spec, site, shared, build)
             return
-        for tensor in filter(None, (site.weight, site.bias)):
-            build.overlay(tensor)
+        for own in slices_of(site, build.store):
+            build.overlay(own)
 
     def fold(self, spec: Houlsby, site: LinearSite | SublayerSite | NormSite, tensors: Mapping[str, Tensor]) -> Fold:
         """Keep the adapters in the graph; trained normalisations stand in for the base's."""

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.capabilities import RowWise
+from graftc.passes.core.method.lowrank import ones
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.sites.sites import LinearSite, unsupported
 from graftc.passes.core.weights.folds import Fold, WeightFold
 from graftc.passes.core.weights.weight_slice import Layout
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.methods.ia3 import IA3
 
 aten = torch.ops.aten
@@ -39,12 +39,12 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
             GraftError: GC017 for the input of a table, which is indices, and for that of some rows of a convolution in
                 groups.
         """
-        inward = _scales_input(spec, site.roles)
+        inward = spec.side_at(site.roles) == "input"
         size = site.use.entries if inward else site.out_features
-        scale = build.parameter("l", (size,), _ones, dtype=site.dtype)
+        scale = build.parameter("l", (size,), ones, dtype=site.dtype)
         if inward:
             if site.use.grouped and not site.columns.whole:
-                raise GraftError("GC017", f"{site.key} is part of a convolution in groups, whose input is not its own")
+                raise unsupported(site, "is part of a convolution in groups, whose input is not its own", None)
             build.scale_input(site, scale)
         else:
             rows = build.per_row(site, scale)
@@ -52,7 +52,7 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
 
     def fold(self, spec: IA3, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """Fold the vector into the weight: ``W' = diag(l) W`` and ``b' = l * b``, or ``W' = W diag(l)``."""
-        scale, inward = tensors["l"], _scales_input(spec, site.roles)
+        scale, inward = tensors["l"], spec.side_at(site.roles) == "input"
 
         def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             if inward:
@@ -75,7 +75,7 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
 
     def standing_alone(self, spec: IA3, roles: Sequence[str]) -> IA3:
         """Return the spec with the side that the roles determine."""
-        return spec.model_copy(update={"side": "input" if _scales_input(spec, roles) else "output"})
+        return spec.model_copy(update={"side": spec.side_at(roles)})
 
 
 def _scaled_columns(weight: Tensor, scale: Tensor, site: LinearSite) -> Tensor:
@@ -89,11 +89,3 @@ def _scaled_columns(weight: Tensor, scale: Tensor, site: LinearSite) -> Tensor:
     groups, points = scale.shape[-1] // channels, weight.shape[-1] // channels
     wide = scale.reshape(groups, channels, 1).expand(groups, channels, points).reshape(groups, 1, -1)
     return (weight.reshape(groups, -1, weight.shape[-1]) * wide).reshape(weight.shape)
-
-
-def _ones(tensor: Tensor, generator: torch.Generator) -> None:
-    tensor.fill_(1)
-
-
-def _scales_input(spec: IA3, roles: Sequence[str]) -> bool:
-    return spec.side_at(roles) == "input"

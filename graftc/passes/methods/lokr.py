@@ -53,8 +53,7 @@ class LoKrMethod(Method[LoKr, LinearSite]):
 
         def change(weight: Tensor) -> Tensor:
             small, large = (tensors[n] if n in tensors else tensors[f"{n}B"] @ tensors[f"{n}A"] for n in "CD")
-            kron = torch.einsum("...ij,...kl->...ikjl", small, large)
-            return weight + spec.scaling * kron.reshape(weight.shape)
+            return weight + spec.scaling * torch.einsum("...ij,...kl->...ikjl", small, large).reshape(weight.shape)
 
         return weight_fold(change)
 

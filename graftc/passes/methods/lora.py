@@ -8,21 +8,20 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder, Initialiser
-from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.lowrank import added, factors, normal, uniform, within, zeros
-from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, ParameterSite, SiteKey
 from graftc.passes.core.weights.folds import Fold, Keep, weight_fold
+from graftc.passes.methods.bases.low_rank import LowRankMethod, add_branch, dropped_input
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.lora import LoRA
 
 aten = torch.ops.aten
 
 
-class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
+class LoRAMethod(LowRankMethod[LoRA]):
     """``y = W x + b + s B A drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
     ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732).
@@ -60,9 +59,15 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
             GraftError: GC002 if a branch across the groups of a convolution is impossible, as when they do not divide
                 the rank; GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``.
         """
-        down, up = _starts(spec, site, build)
         if _meets_groups(spec, site):
-            return self._insert_across(spec, site, build)
+            add_branch(spec, site, build, *_across_groups(spec, site, build), spec.scaling)
+        else:
+            self._insert_beside(spec, site, build)
+        if spec.bias == "lora_only" and site.own_bias is not None:
+            build.overlay(site.own_bias)
+
+    def _insert_beside(self, spec: LoRA, site: LinearSite, build: Builder) -> None:
+        down, up = _starts(spec, site, build)
         excess = spec.excess_rank and spec.init not in (*_FROM_WEIGHT, "loftq")  # a weight has no further directions
         a, b = factors(build, site, spec.rank, down, up, freeze_down=spec.freeze_a, excess_rank=excess)
         x = build.input(site)
@@ -70,9 +75,7 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
             # If the input is not contiguous, torch picks another product for a weight that requires a gradient, and the
             # start would not cancel bit for bit.
             x = build.call(aten.contiguous.default, x, part="contiguous")
-        recompute = spec.dropout_mask == "recomputed"
-        dropped = build.dropout(x, spec.dropout, recompute=recompute, scope=spec.dropout_scope)
-        delta = build.low_rank(site, dropped, a, b, spec.scaling)
+        delta = build.low_rank(site, dropped_input(spec, x, build), a, b, spec.scaling)
         if spec.init in _FROM_WEIGHT:
             a0, b0 = (
                 build.parameter(f"{part}0", tuple(node.meta["val"].shape), start, dtype=site.dtype, trainable=False)
@@ -81,33 +84,10 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
             start = build.low_rank(site, x, a0, b0, spec.scaling)
             delta = build.call(aten.sub.Tensor, delta, start, part="minus start")
         build.add(site, delta)
-        if spec.bias == "lora_only" and site.own_bias is not None:
-            build.overlay(site.own_bias)
-
-    def _insert_across(self, spec: LoRA, site: LinearSite, build: Builder) -> None:
-        groups = site.use.entries // site.own.shape[1]
-        if spec.rank % groups or not site.columns.whole or spec.init not in ("kaiming", "gaussian", "random"):
-            message = (
-                f"{site.key} has {groups} groups, across which LoRA takes a rank that these divide, not {spec.rank}"
-            )
-            if not spec.rank % groups:
-                message = f"{site.key} has {groups} groups, across which LoRA starts anew and adapts all rows"
-            hint = "choose another rank, or leave the site out with exclude"
-            raise GraftError("GC002", message, place=Place(path="across_groups"), hint=hint)
-        columns = site.in_features * groups
-        down = normal(1 / spec.rank) if spec.init == "gaussian" else uniform
-        a = build.parameter("A", (spec.rank, columns), down, dtype=site.dtype, trainable=not spec.freeze_a)
-        up = within(1 / math.sqrt(spec.rank // groups)) if spec.init == "random" else zeros
-        b = build.parameter("B", (site.out_features, spec.rank // groups), up, dtype=site.dtype)
-        recompute = spec.dropout_mask == "recomputed"
-        x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
-        build.add(site, build.low_rank(site, x, a, b, spec.scaling))
-        if spec.bias == "lora_only" and site.own_bias is not None:
-            build.overlay(site.own_bias)
 
     def repeats(self, spec: LoRA) -> bool:
         """Return whether what is inserted depends only on the spec and the types of the site's own tensors."""
-        return spec.init in ("kaiming", "gaussian", "random") and spec.bias == "none"
+        return spec.init in _ANEW and spec.bias == "none"
 
     def reads_channels(self, spec: LoRA) -> bool:
         """Return whether the branch reads the channels of all groups of a convolution."""
@@ -122,24 +102,44 @@ class LoRAMethod(Method[LoRA, LinearSite], RowWise[LoRA]):
             return Keep("its update reads the channels of all groups, which the convolution does not")
 
         def change(weight: Tensor) -> Tensor:
-            weight = added(weight, tensors["B"], tensors["A"], spec.scaling)
+            weight = added(weight, *self.update(spec, tensors))
             if "A0" in tensors:
                 weight = added(weight, tensors["B0"], tensors["A0"], -spec.scaling)
             return weight
 
         return weight_fold(change)
 
+    def update(self, spec: LoRA, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+        """Return ``B``, ``A`` and the scale."""
+        return tensors["B"], tensors["A"], spec.scaling
+
     def row_axes(self, spec: LoRA) -> Mapping[str, int]:
         """Return the row axes of ``B`` and ``B0``."""
         return {"B": -2, "B0": -2}
 
-    def fewest_rows(self, spec: LoRA) -> int:
-        """Return the rank, which must not exceed the number of rows; 1 if the spec accepts a higher rank."""
-        return 1 if spec.excess_rank else spec.rank
-
 
 def _meets_groups(spec: LoRA, site: LinearSite) -> bool:
     return spec.across_groups and site.use.grouped
+
+
+def _across_groups(spec: LoRA, site: LinearSite, build: Builder) -> tuple[fx.Node, fx.Node]:
+    """Create factors that span all groups of a convolution.
+
+    Raises:
+        GraftError: GC002 if that is impossible.
+    """
+    groups = site.use.entries // site.own.shape[1]
+    if spec.rank % groups or not site.columns.whole or spec.init not in _ANEW:
+        message = f"{site.key} has {groups} groups, across which LoRA takes a rank that these divide, not {spec.rank}"
+        if not spec.rank % groups:
+            message = f"{site.key} has {groups} groups, across which LoRA starts anew and adapts all rows"
+        hint = "choose another rank, or leave the site out with exclude"
+        raise GraftError("GC002", message, place=Place(path="across_groups"), hint=hint)
+    columns, rank = site.in_features * groups, spec.rank // groups
+    down = normal(1 / spec.rank) if spec.init == "gaussian" else uniform
+    up = within(1 / math.sqrt(rank)) if spec.init == "random" else zeros
+    a = build.parameter("A", (spec.rank, columns), down, dtype=site.dtype, trainable=not spec.freeze_a)
+    return a, build.parameter("B", (site.out_features, rank), up, dtype=site.dtype)
 
 
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -168,6 +168,8 @@ def _single(weight: Tensor) -> Tensor:
 
 
 _FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
+_ANEW = ("kaiming", "gaussian", "random")
+"""Initialisations by numbers that are drawn one by one, whatever the weight is."""
 
 
 def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:

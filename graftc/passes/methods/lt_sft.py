@@ -11,12 +11,12 @@ from torch import Tensor
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.tensors import tensor_name
 from graftc.passes.core.method.capabilities import Staged, Transition
-from graftc.passes.core.method.steering import AdaptedSite, TensorObjective
+from graftc.passes.core.method.steering import AdaptedSite, TensorObjective, zero_state
 from graftc.passes.core.ops.sparse import written
-from graftc.passes.core.sites.entries import largest, slices_of
+from graftc.passes.core.sites.entries import largest
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.passes.core.weights.weight_slice import WeightSlice
-from graftc.passes.methods.bases.sparse import ChosenEntries, SparseTensors, budget_of, entry_values, key_of, regions_at
+from graftc.passes.methods.bases.sparse import ChosenEntries, SparseTensors, budget_of, entry_values, regions_at
 from graftc.passes.methods.full import Stored
 from graftc.specs.methods.lt_sft import LTSFT
 
@@ -58,25 +58,17 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
         budget_of(spec, sum(region.size for _, region in self.tensors_of(sites, build.store).values()))
         return ChosenEntries({}, {})
 
-    def insert(self, spec: LTSFT, site: Stored, shared: ChosenEntries, build: Builder) -> None:
-        """Replace the base's tensors with trained copies, or with changed tensors in a sparse training run.
-
-        Raises:
-            GraftError: GC021 if another adaptation trains one of them, or takes it as constant.
-        """
+    def place(self, spec: LTSFT, site: Stored, region: WeightSlice, shared: ChosenEntries, build: Builder) -> None:
+        """Replace a part of a tensor with a trained copy, or with the changed one in a sparse training run."""
         if not spec.dense:
-            super().insert(spec, site, shared, build)
+            super().place(spec, site, region, shared, build)
             return
-        for region in slices_of(site, build.store):
-            if key_of(region) in shared.placed:
-                continue
-            shared.placed.add(key_of(region))
-            build.overlay(region)
-            for kind in KEPT:
-                part = f"{region.part}_{kind}"
-                known = build.known(tensor_name(site, build.adaptation, part))
-                if known is not None:
-                    build.keep_buffer(part, partial(_like, known))
+        build.overlay(region)
+        for kind in KEPT:
+            part = f"{region.part}_{kind}"
+            known = build.known(tensor_name(site, build.adaptation, part))
+            if known is not None:
+                build.keep_buffer(part, zero_state(known.shape, known.dtype))
 
     def fold(self, spec: LTSFT, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
         """Fold the sums into the base's tensors, or let the trained copies stand in for them."""
@@ -151,7 +143,3 @@ def _dense_values(spec: LTSFT, place: AdaptedSite[LTSFT], region: WeightSlice) -
     trained = region.take(written(base, indices, delta))
     parts = {region.part: trained, f"{region.part}_indices": indices, f"{region.part}_start": delta}
     return {tensor_name(place.site, name, part): value.clone() for part, value in parts.items()}
-
-
-def _like(tensor: Tensor, device: torch.device) -> Tensor:
-    return torch.zeros_like(tensor, device=device)

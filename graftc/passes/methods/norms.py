@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.entries import slices_of
 from graftc.passes.core.sites.sites import NormSite
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.specs.methods.norms import Norms
@@ -23,8 +24,8 @@ class NormsMethod(Method[Norms, NormSite]):
         Raises:
             GraftError: GC021 if another adaptation also trains them.
         """
-        for tensor in filter(None, (site.weight, site.bias)):
-            build.overlay(tensor)
+        for own in slices_of(site, build.store):
+            build.overlay(own)
 
     def fold(self, spec: Norms, site: NormSite, tensors: Mapping[str, Tensor]) -> Fold:
         """Let the trained copies stand in for the base's tensors."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +12,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.method.lowrank import normal, zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.sites import TokenNumbers, ValueSite
+from graftc.passes.core.sites.sites import TokenNumbers, ValueSite, unsupported
 from graftc.passes.core.weights.folds import Fold, Keep
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.pasta import Pasta
@@ -48,8 +49,7 @@ class PastaMethod(Method[Pasta, ValueSite]):
         value, numbers = build.value(site), _tokens(site).numbers
         sizes = [[expression(s) for s in node.meta["val"].shape] for node in (value, numbers)]
         if sizes[0][:-1] != sizes[1]:
-            message = f"{site.key} has other positions than the tokens that the model reads"
-            raise GraftError("GC017", message, hint="leave it out with exclude")
+            raise unsupported(site, "has other positions than the tokens that the model reads")
         start = zeros if spec.init == "zeros" else normal(spec.init_std)
         vectors = build.parameter("vectors", (spec.vectors, site.width), start, dtype=site.dtype)
         none = build.call(aten.zeros_like.default, build.call(aten.slice.Tensor, vectors, -2, 0, 1), part="table")
@@ -64,8 +64,8 @@ class PastaMethod(Method[Pasta, ValueSite]):
 
 def _tokens(site: ValueSite) -> TokenNumbers:
     if site.tokens is None:
-        message = f"{site.key} is not made of tokens that are looked up in a table by an input"
-        raise GraftError("GC017", message, hint="give the model token ids, or leave the place out with exclude")
+        reason = "is not made of tokens that are looked up in a table by an input"
+        raise unsupported(site, reason, "give the model token ids, or leave the place out with exclude")
     return site.tokens
 
 
@@ -79,10 +79,8 @@ def _check_ids(spec: Pasta, tokens: TokenNumbers) -> None:
 
 def _slots(spec: Pasta, build: Builder, numbers: fx.Node) -> fx.Node:
     matches = [build.call(aten.eq.Scalar, numbers, token, part="special") for token in spec.special_tokens]
-    special = matches[0]
-    for other in matches[1:]:
-        special = build.call(aten.logical_or.default, special, other, part="special")
-    special = build.call(aten.to.dtype, special, torch.int64, part="special")
+    any_match = reduce(partial(build.call, aten.logical_or.default, part="special"), matches)
+    special = build.call(aten.to.dtype, any_match, torch.int64, part="special")
     counted = build.call(aten.cumsum.default, special, 1, part="slot")
     capped = build.call(aten.clamp_max.default, counted, spec.vectors, part="slot")
     return build.call(aten.mul.Tensor, capped, special, part="slot")

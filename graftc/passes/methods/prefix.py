@@ -116,8 +116,7 @@ class PrefixedAttention(Method[S, AttentionSite], Collapsing[S]):
         heads = (("keys", site.keys, own.keys), ("values", site.values, own.values))
         for part, columns, like in heads:
             table = _table(spec, site, build, part, int(columns.max()) + 1, shared, like.meta["val"].dtype)
-            headed = _headed(build, build.dropout(table, spec.dropout), columns, part)
-            prefix.append(build.batched(headed, like, part))
+            prefix.append(build.batched(_headed(build, build.dropout(table, spec.dropout), columns, part), like, part))
         build.attend(site, *prefix, window=spec.window)
 
     def fold(self, spec: S, site: AttentionSite, tensors: Mapping[str, Tensor]) -> Fold:

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import unknown_token
 from graftc.passes.core.build.builder import Builder, Initialiser
-from graftc.passes.core.method.lowrank import normal
+from graftc.passes.core.method.lowrank import normal, within
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import ValueSite
 from graftc.passes.core.weights.folds import Fold, Keep
@@ -61,7 +61,7 @@ def initialiser(spec: VirtualTokenSpec, site: ValueSite, build: Builder) -> Init
         GraftError: GC039 for a token that the vocabulary does not have.
     """
     if spec.init == "uniform":
-        return _uniform
+        return within(0.5)
     if spec.init == "normal":
         return normal(spec.init_std)
     size = build.vocabulary(site)
@@ -81,7 +81,3 @@ def initialiser(spec: VirtualTokenSpec, site: ValueSite, build: Builder) -> Init
         tensor.copy_(torch.cat([*rows, *([build.embedded(site, drawn)] if rest else [])]))
 
     return fill
-
-
-def _uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    tensor.uniform_(-0.5, 0.5, generator=generator)

@@ -15,7 +15,8 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.tensors import tensor_name
 from graftc.passes.core.method.capabilities import Resized, Staged, Transition
 from graftc.passes.core.method.lowrank import zeros
-from graftc.passes.core.method.steering import AdaptedSite, check_phases
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.method.steering import AdaptedSite, zero_state
 from graftc.passes.core.ops.pruned import Edge, dropped, edge_of
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.folds import Fold, StandIn, TensorFold
@@ -27,12 +28,12 @@ from graftc.passes.methods.bases.pruning_controller import (
     deployed_of,
     left_of,
     logit,
-    part_name,
+    own_of,
     prunes,
     size_of,
     wide_of,
 )
-from graftc.passes.methods.full import TrainedTensors
+from graftc.passes.methods.bases.scheduled import check_phases
 from graftc.specs.methods.pruning import Pruning, kept_of
 from graftc.specs.roles import parse_role
 
@@ -54,7 +55,7 @@ class Start:
     placed: set[WeightSlice] = field(default_factory=set)
 
 
-class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
+class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Pruning]):
     """``W' = W * M`` in place of ``W``, wherever it is read.
 
     In addition to the copy of the weight, ``<tensor>_scores`` has the weight's shape if scores train;
@@ -63,7 +64,7 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
     tensors and the copy.
     """
 
-    site_classes = (LinearSite,)
+    stands_in = True
     controller = PruningMasks
     objective = Penalty
 
@@ -73,17 +74,17 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
         every = spec.target.modules == "**" and spec.target.role is None and spec.target.regex is None
         return isinstance(site, LinearSite) and not head and (site.layer is not None or not every)
 
-    def prepare(self, spec: Pruning, sites: Sequence[Site], build: Builder) -> Start:
+    def prepare(self, spec: Pruning, sites: Sequence[LinearSite], build: Builder) -> Start:
         """Compute the state that concerns all sites together.
 
         Raises:
             GraftError: GC026 if the phases leave no step of ``total_steps`` to prune in.
         """
         if spec.variant == "soft_movement":
-            build.keep_buffer(PENALTY, lambda device: torch.zeros(1, device=device))
+            build.keep_buffer(PENALTY, zero_state([1]))
         if spec.total_steps is not None and prunes(spec):
             check_phases(spec, spec.total_steps)
-        maps = {_key(site): site for site in sites if isinstance(site, LinearSite)}
+        maps = {_key(site): site for site in sites}
         if spec.allocation != "global" or build.without_values or _is_known(spec, maps.values(), build):
             return Start()
         scores = {key: _magnitudes(_base(site, build)) for key, site in maps.items()}
@@ -92,13 +93,12 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
         edges = dict(zip(scores, edge_of([own.flatten() for own in scores.values()], kept), strict=True))
         return Start(edges if spec.stage == 1 else {}, {k: _within(scores[k], [e]) for k, e in edges.items()})
 
-    def insert(self, spec: Pruning, site: Site, shared: Start, build: Builder) -> None:
+    def insert(self, spec: Pruning, site: LinearSite, shared: Start, build: Builder) -> None:
         """Replace the weight with what remains of it.
 
         Raises:
             GraftError: GC021 if another adaptation also trains it.
         """
-        assert isinstance(site, LinearSite)
         if spec.stage == 1:
             build.overlay(site.own, through=partial(self._pruned, spec, site, shared, build))
         elif _key(site) not in shared.placed:
@@ -108,7 +108,7 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
     def _pruned(self, spec: Pruning, site: LinearSite, shared: Start, build: Builder, trained: fx.Node) -> fx.Node:
         if spec.variant == "iterative" or not prunes(spec):
             return trained
-        part, base = part_name(site), _base(site, build)
+        part, base = site.own.part, _base(site, build)
         wide, groups = wide_of(base), 1 if spec.allocation == "global" else math.prod(site.leading)
 
         @cache
@@ -130,7 +130,7 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
         return build.call(torch.ops.graftc.pruned_weight.default, trained, scores, threshold, last, part="pruned")
 
     def _sparse(self, spec: Pruning, site: LinearSite, shared: Start, build: Builder) -> fx.Node:
-        part, base = part_name(site), _base(site, build)
+        part, base = site.own.part, _base(site, build)
         kept = build.known(tensor_name(site, build.adaptation, f"{part}_indices"))
         if kept is None:
             kept = shared.kept.get(_key(site))
@@ -143,10 +143,9 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
         empty = build.call(aten.expand.default, zero, list(base.shape), part="zeros")
         return build.call(torch.ops.graftc.sparse_weight.default, empty, indices, values, part="kept")
 
-    def fold(self, spec: Pruning, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
+    def fold(self, spec: Pruning, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """Replace the base's weight with ``W'``, zeros included."""
-        assert isinstance(site, LinearSite)
-        part = part_name(site)
+        part = site.own.part
         sparse = f"{part}_values" in tensors
         if not sparse and f"{part}_threshold" not in tensors:
             return StandIn()
@@ -176,12 +175,11 @@ class PruningMethod(TrainedTensors[Pruning], Staged[Pruning], Resized[Pruning]):
         assert spec.name is not None and spec.stage < self.stages(spec)
         values: dict[str, Tensor] = {}
         for place, own, kept in _next(spec, places):
-            site = place.site
-            assert isinstance(site, LinearSite)
-            source = site.own.take(place.base[site.own.tensor]).detach() if spec.rewind else own
-            name = partial(tensor_name, site, spec.name)
-            values[name(f"{part_name(site)}_indices")] = kept.to(torch.int32 if own.numel() < SMALL else torch.int64)
-            values[name(f"{part_name(site)}_values")] = source.reshape(-1)[kept]
+            region = own_of(place)
+            source = region.take(place.base[region.tensor]).detach() if spec.rewind else own
+            name = partial(tensor_name, place.site, spec.name)
+            values[name(f"{region.part}_indices")] = kept.to(torch.int32 if own.numel() < SMALL else torch.int64)
+            values[name(f"{region.part}_values")] = source.reshape(-1)[kept]
         return Transition(spec.model_copy(update={"stage": spec.stage + 1}), values, spec.rewind)
 
     def deployed(self, spec: Pruning, places: Sequence[AdaptedSite[Pruning]]) -> int:
@@ -205,7 +203,7 @@ def _next(
         edges = edge_of([s.flatten() for s in scores], kept)
         numbers = [_within(s, [edge]) for s, edge in zip(scores, edges, strict=True)]
     else:
-        groups = [math.prod(place.site.leading) for place in places if isinstance(place.site, LinearSite)]
+        groups = [math.prod(own_of(place).leading) for place in places]
         shares = [place.spec.remaining(spec.stage) for place in places]
         numbers = [_largest(s, n, share) for s, n, share in zip(scores, groups, shares, strict=True)]
     for place, (own, _), kept_numbers in zip(places, remaining, numbers, strict=True):
@@ -217,7 +215,7 @@ def _is_known(spec: Pruning, sites: Iterable[LinearSite], build: Builder) -> boo
     if spec.stage == 1 and spec.initial_density == 1:
         return True
     kind = "last" if spec.stage == 1 else "indices"
-    return all(build.known(tensor_name(s, build.adaptation, f"{part_name(s)}_{kind}")) is not None for s in sites)
+    return all(build.known(tensor_name(s, build.adaptation, f"{s.own.part}_{kind}")) is not None for s in sites)
 
 
 def _magnitudes(weight: Tensor) -> Tensor:

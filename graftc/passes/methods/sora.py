@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.capabilities import Ranked, RowWise
-from graftc.passes.core.method.lowrank import added, factors, gated, normal, uniform, zeros
-from graftc.passes.core.method.method import Method
+from graftc.passes.core.method.capabilities import Ranked
+from graftc.passes.core.method.lowrank import factors, gated, normal, uniform, zeros
 from graftc.passes.core.method.steering import Controller, TensorObjective
 from graftc.passes.core.sites.sites import LinearSite
-from graftc.passes.core.weights.folds import Fold, weight_fold
+from graftc.passes.methods.bases.low_rank import LowRankMethod, add_branch
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.methods.sora import SoRA
 
@@ -76,7 +75,7 @@ class Sparsity(TensorObjective[SoRA]):
         return self.spec.l1 * torch.cat([place.tensors["gate"].flatten().float() for place in self.places]).abs().mean()
 
 
-class SoRAMethod(Method[SoRA, LinearSite], Ranked[SoRA], RowWise[SoRA]):
+class SoRAMethod(LowRankMethod[SoRA], Ranked[SoRA]):
     """``y = W x + b + s B (g * (A drop(x)))`` with ``A: [rank, in]``, ``g: [rank]`` and ``B: [out, rank]``.
 
     ``s`` is ``alpha / rank``. ``g`` multiplies the smaller factor. Each expert has its own gates.
@@ -93,26 +92,11 @@ class SoRAMethod(Method[SoRA, LinearSite], Ranked[SoRA], RowWise[SoRA]):
         """
         a, b = factors(build, site, spec.rank, uniform, zeros)
         gate = build.parameter("gate", (*site.leading, spec.rank), normal(1), dtype=site.dtype)
-        recompute = spec.dropout_mask == "recomputed"
-        x = build.dropout(build.input(site), spec.dropout, recompute=recompute, scope=spec.dropout_scope)
-        build.add(site, build.low_rank(site, x, *gated(build, site, a, b, gate), spec.scaling))
+        add_branch(spec, site, build, *gated(build, site, a, b, gate), spec.scaling)
 
-    def fold(self, spec: SoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Fold the update into the weight: ``W' = W + s B diag(g) A``."""
-
-        def change(weight: Tensor) -> Tensor:
-            gated = tensors["B"] * tensors["gate"][..., None, :]
-            return added(weight, gated, tensors["A"], spec.scaling)
-
-        return weight_fold(change)
-
-    def row_axes(self, spec: SoRA) -> Mapping[str, int]:
-        """Return the row axis of ``B``."""
-        return {"B": -2}
-
-    def fewest_rows(self, spec: SoRA) -> int:
-        """Return the rank, since a rank above the number of rows is refused."""
-        return spec.rank
+    def update(self, spec: SoRA, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+        """Return ``B diag(g)``, ``A`` and the scale."""
+        return tensors["B"] * tensors["gate"][..., None, :], tensors["A"], spec.scaling
 
     def live_ranks(self, spec: SoRA, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return a mask of the ranks whose gate is not zero."""

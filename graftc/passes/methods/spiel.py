@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.capabilities import Reselecting
-from graftc.passes.core.sites.entries import shares, slices_of
+from graftc.passes.core.method.steering import zero_state
+from graftc.passes.core.sites.entries import shares
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.bases.drop_and_grow import Reselection
@@ -53,7 +52,7 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
         chosen = super().prepare(spec, sites, build)
         if spec.variant == "AG":
             count = sum(1 for own in chosen.counts.values() if own)
-            build.keep_buffer("seen", partial(_zeros, count, torch.int64))
+            build.keep_buffer("seen", zero_state([count], torch.int64))
         return chosen
 
     def choose(self, spec: SpIEL, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
@@ -70,17 +69,14 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
             raise GraftError("GC020", message, place=Place(path=field), hint=f"raise {field}")
         return ChosenEntries(counts, {} if build.without_values else random_entries(counts, regions, build))
 
-    def insert(self, spec: SpIEL, site: Stored, shared: ChosenEntries, build: Builder) -> None:
-        """Replace the base's tensors and, with ``AG``, make the buffers of a window."""
-        before = set(shared.placed)
-        super().insert(spec, site, shared, build)
-        for region in slices_of(site, build.store, biases=self.biases) if spec.variant == "AG" else ():
-            key = key_of(region)
-            if key in shared.placed and key not in before:
-                places = partial(_zeros, shared.counts[key], region.index_dtype)
-                build.keep_buffer(f"{region.part}_candidates", places)
-                for kind in ("gradient", "sum", "square"):
-                    build.keep_buffer(f"{region.part}_{kind}", partial(_zeros, shared.counts[key], torch.float32))
+    def place(self, spec: SpIEL, site: Stored, region: WeightSlice, shared: ChosenEntries, build: Builder) -> None:
+        """Replace a tensor of the base and, with ``AG``, make the buffers of a window."""
+        super().place(spec, site, region, shared, build)
+        count = shared.counts[key_of(region)]
+        if spec.variant == "AG" and count:
+            build.keep_buffer(f"{region.part}_candidates", zero_state([count], region.index_dtype))
+            for kind in ("gradient", "sum", "square"):
+                build.keep_buffer(f"{region.part}_{kind}", zero_state([count]))
 
 
 def _budget(spec: SpIEL, regions: Mapping[Any, WeightSlice]) -> int:
@@ -93,7 +89,3 @@ def _budget(spec: SpIEL, regions: Mapping[Any, WeightSlice]) -> int:
         message = f"{spec.method} would train {count} of the target's {total} entries"
         raise GraftError("GC020", message, place=Place(path="equivalent_rank"), hint="lower equivalent_rank")
     return count
-
-
-def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(count, dtype=dtype, device=device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -12,19 +11,10 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.capabilities import Observed, Reading
 from graftc.passes.core.sites.sites import Site
 from graftc.passes.core.weights.folds import Fold, Keep
-from graftc.passes.graph.compose import GATE_READING, Member, composed, insert_composed
+from graftc.passes.graph.compose import GATE_READING, composed, insert_composed
 from graftc.passes.methods.bases.composed import PartsMethod
-from graftc.specs.claims import SiteKind
 from graftc.specs.compose import Gate
 from graftc.specs.methods.unipelt import UniPELT
-
-
-@dataclass(frozen=True)
-class _Gated:
-    """The builder of the parts up to their gates, and what the places of each part share."""
-
-    own: Member
-    shared: Mapping[SiteKind, Any]
 
 
 class UniPELTMethod(PartsMethod[UniPELT], Observed[UniPELT]):
@@ -34,9 +24,12 @@ class UniPELTMethod(PartsMethod[UniPELT], Observed[UniPELT]):
     """
 
     def prepare(self, spec: UniPELT, sites: Sequence[Site], build: Builder) -> Any:
-        """Prepare the parts with a builder that collects what they would add."""
+        """Prepare the parts with a builder that collects what they would add.
+
+        Return that builder and what the places of each part share.
+        """
         own = composed(build, build.adaptation, build.method, attends=True)
-        return _Gated(own, super().prepare(spec, sites, own.build))
+        return own, super().prepare(spec, sites, own.build)
 
     def insert(self, spec: UniPELT, site: Site, shared: Any, build: Builder) -> None:
         """Insert the part that belongs to the site, multiplied by its gate.
@@ -44,9 +37,10 @@ class UniPELTMethod(PartsMethod[UniPELT], Observed[UniPELT]):
         Raises:
             GraftError: GC036 and GC037 if the site has no rows that a gate could apply to.
         """
-        with shared.own.build.on(site):
-            super().insert(spec, site, shared.shared, shared.own.build)
-            insert_composed(Gate(gate=(build.adaptation,), tokens=spec.tokens), build, site, [shared.own])
+        own, shared_by_part = shared
+        with own.build.on(site):
+            super().insert(spec, site, shared_by_part, own.build)
+            insert_composed(Gate(gate=(build.adaptation,), tokens=spec.tokens), build, site, [own])
 
     def readings(self, spec: UniPELT) -> Sequence[Reading]:
         """Return a reading of the value of the part's gate."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder, Initialiser
 from graftc.passes.core.method.capabilities import RowWise
-from graftc.passes.core.method.lowrank import added, gated
+from graftc.passes.core.method.lowrank import added, constant, gated, within, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.core.weights.folds import Fold, weight_fold
@@ -20,12 +19,8 @@ from graftc.specs.methods.vera import VeRA
 aten = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Projections:
-    """The nodes of the shared matrices: ``a: [rank, largest in]`` and ``b: [largest out, rank]``."""
-
-    a: fx.Node
-    b: fx.Node
+Projections = tuple[fx.Node, fx.Node]
+"""The nodes of the shared matrices, ``[rank, largest in]`` and ``[largest out, rank]``."""
 
 
 class VeRAMethod(Method[VeRA, LinearSite], RowWise[VeRA]):
@@ -41,17 +36,17 @@ class VeRAMethod(Method[VeRA, LinearSite], RowWise[VeRA]):
         a_shape = (spec.rank, max(site.in_features for site in sites))
         b_shape = (max(site.out_features for site in sites), spec.rank)
         dtype = sites[0].dtype
-        return Projections(
+        return (
             build.parameter("A", a_shape, _drawn(spec, ()), dtype=dtype, trainable=False),
             build.parameter("B", b_shape, _drawn(spec, a_shape), dtype=dtype, trainable=False),
         )
 
     def insert(self, spec: VeRA, site: LinearSite, shared: Projections, build: Builder) -> None:
         """Insert the branch, which uses the site's part of the matrices."""
-        d = build.parameter("d", (spec.rank,), _constant(spec.d_initial), dtype=site.dtype)
-        b = build.parameter("b", (site.out_features,), _constant(0), dtype=site.dtype)
-        down = build.call(aten.slice.Tensor, shared.a, 1, 0, site.in_features, part="own columns")
-        up = build.call(aten.slice.Tensor, shared.b, 0, 0, site.out_features, part="own rows")
+        d = build.parameter("d", (spec.rank,), constant(spec.d_initial), dtype=site.dtype)
+        b = build.parameter("b", (site.out_features,), zeros, dtype=site.dtype)
+        down = build.call(aten.slice.Tensor, shared[0], 1, 0, site.in_features, part="own columns")
+        up = build.call(aten.slice.Tensor, shared[1], 0, 0, site.out_features, part="own rows")
         x = build.dropout(build.input(site), spec.dropout)
         delta = build.low_rank(site, x, *gated(build, site, down, up, d))
         build.add(site, build.call(aten.mul.Tensor, delta, b, part="b"))
@@ -71,14 +66,6 @@ class VeRAMethod(Method[VeRA, LinearSite], RowWise[VeRA]):
         return {"B": -2, "b": -1}
 
 
-def _constant(value: float) -> Initialiser:
-    return lambda tensor, _: _fill(tensor, value)
-
-
-def _fill(tensor: Tensor, value: float) -> None:
-    tensor.fill_(value)
-
-
 def _drawn(spec: VeRA, before: tuple[int, ...]) -> Initialiser:
     """Return an initialiser that is uniform within ``sqrt(6 / columns)``.
 
@@ -90,7 +77,6 @@ def _drawn(spec: VeRA, before: tuple[int, ...]) -> Initialiser:
             generator = torch.Generator().manual_seed(spec.projection_seed)
             if before:
                 torch.empty(before).uniform_(generator=generator)
-        bound = math.sqrt(6 / tensor.shape[-1])
-        tensor.uniform_(-bound, bound, generator=generator)
+        within(math.sqrt(6 / tensor.shape[-1]))(tensor, generator)
 
     return fill

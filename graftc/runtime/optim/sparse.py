@@ -162,8 +162,7 @@ class AgedAdamW(_Attached):
         compiled: Compiled | None = None,
     ) -> None:
         _check({"lr": lr, "eps": eps, "weight_decay": weight_decay}, {"betas[0]": betas[0], "betas[1]": betas[1]})
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, compiled)
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}, compiled)
 
     def _state(self, p: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
@@ -295,11 +294,7 @@ def _bounds(state: dict[str, Any], p: Tensor, gradient: Tensor) -> Tensor:
 
 def _unbias(age: Tensor, beta: float) -> Tensor:
     """Return ``1 - beta^age`` without loss of precision if it is small."""
-    return torch.expm1(age * _log(beta)).neg_()
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta else -math.inf
+    return torch.expm1(age * (math.log(beta) if beta else -math.inf)).neg_()
 
 
 def _zeros_like(p: Tensor, size: int | None = None) -> Tensor:

@@ -1,79 +1,22 @@
-"""Callbacks for the transformers Trainer."""
+"""The callback for the transformers Trainer that steers a training."""
 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any
 
 from graftc.runtime.training.watching import Watch, is_plain, watch
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
-
-
-class StepLog(Protocol):
-    """The interface that the logging callback writes to; `TrainingLog` implements it."""
-
-    def expect(self, number: int) -> None:
-        """Announce the number of the next step."""
-
-    def step(self, number: int | None = None, /, **values: Any) -> bool:
-        """Record that an optimiser step has been taken."""
-
-    def note(self, number: int, /, **values: Any) -> None:
-        """Write numbers to the log."""
-
-    def close(self) -> None:
-        """Stop observing: later forward passes do not belong to the training."""
-
-
-def steering_callback(compiled: Any) -> TrainerCallback:
-    """Return a callback that adds objectives and lets controllers step, once per optimiser step.
-
-    Args:
-        compiled: a compiled model, or its Runner.
-    """
-    return cast("TrainerCallback", _of_trainer(_Steering)(compiled))
-
-
-def logging_callback(log: StepLog) -> TrainerCallback:
-    """Return a callback that writes a training log: figures after optimiser steps, and what the Trainer logs."""
-    return cast("TrainerCallback", _of_trainer(_Logging)(log))
-
 
 @cache
-def _of_trainer(kind: type) -> Any:
+def for_trainer(kind: type) -> Any:
     """Return a class of callbacks as a subclass of transformers' `TrainerCallback`."""
     from transformers import TrainerCallback
 
-    return type(kind.__name__, (kind, TrainerCallback), {"__doc__": kind.__doc__, "__module__": __name__})
+    return type(kind.__name__, (kind, TrainerCallback), {"__doc__": kind.__doc__, "__module__": kind.__module__})
 
 
-class _Logging:
-    """A callback that passes the Trainer's steps and logs to a `StepLog`; the Trainer logs after the step itself."""
-
-    def __init__(self, log: StepLog) -> None:
-        self.log = log
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Announce the first step, whose number the Trainer knows."""
-        self.log.expect(state.global_step + 1)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Record the step, after the optimiser and the controllers."""
-        self.log.step(state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Write what the Trainer logs about training and evaluation."""
-        kept = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
-        self.log.note(state.global_step, **{n: v for n, v in kept.items() if n not in ("step", "time", "figures")})
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop observing: later forward passes do not belong to the training."""
-        self.log.close()
-
-
-class _Steering:
+class SteeringCallback:
     """A callback that steers the training of a compiled model.
 
     Objectives depend on adapter tensors only, so their gradient is computed once, before that of the first micro-batch,

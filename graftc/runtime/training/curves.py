@@ -91,11 +91,8 @@ def last_step(path: Path) -> int | None:
             lines = file.read(min(size, LINE_BYTES)).split(b"\n")
     except OSError:
         return None
-    for line in reversed(lines):
-        step = _step_of(_parsed(line)) if line.strip() else None
-        if step is not None:
-            return step
-    return None
+    steps = (_step_of(_parsed(line)) for line in reversed(lines) if line.strip())
+    return next((step for step in steps if step is not None), None)
 
 
 def _no_log(path: Path, what: str) -> GraftError:
@@ -177,14 +174,11 @@ class _Reader:
             self._ignore(number)
             return
         self.entries += 1
-        for (group, name, holds), value in numbers.items():
-            series = self._series.get((group, name))
-            if series is None:
-                if len(self._series) >= MOST_CURVES:
-                    self._ignore(number)
-                    break
-                series = self._series[group, name] = _Series(self._points, holds)
-            series.add(step, value, self._before)
+        for (group, name, lasts), value in numbers.items():
+            if (group, name) not in self._series and len(self._series) >= MOST_CURVES:
+                self._ignore(number)
+                break
+            self._series.setdefault((group, name), _Series(self._points, lasts)).add(step, value, self._before)
 
     def _follows(self, step: int) -> bool:
         """Return whether an entry can belong to this step, and remove the points that it replaces."""
@@ -212,25 +206,22 @@ class _Reader:
 
 def _numbers(entry: Mapping[str, Any]) -> dict[tuple[str, str, bool], float] | None:
     """Return numbers by group, name and whether they hold until they change; None if the entry is not one of a log."""
-    numbers: dict[tuple[str, str, bool], float] = {}
-    for key, value in entry.items():
-        if key in _NO_CURVES:
-            continue
-        if _is_number(value):
-            numbers["evaluation" if key.startswith("eval_") else "training", key, False] = float(value)
     figures = entry.get("figures", {})
-    if not isinstance(figures, dict):
+    nested = figures.values() if isinstance(figures, dict) else [None]
+    if not all(isinstance(sites, dict) and all(isinstance(v, dict) for v in sites.values()) for sites in nested):
         return None
-    for adaptation, sites in figures.items():
-        if not isinstance(sites, dict):
-            return None
-        for site, values in sites.items():
-            if not isinstance(values, dict):
-                return None
-            for figure, value in values.items():
-                if _is_number(value):
-                    numbers[f"{adaptation}: {figure}", site, True] = float(value)
-    return numbers
+    numbers = {
+        ("evaluation" if key.startswith("eval_") else "training", key, False): float(value)
+        for key, value in entry.items()
+        if key not in _NO_CURVES and _is_number(value)
+    }
+    return numbers | {
+        (f"{adaptation}: {figure}", site, True): float(value)
+        for adaptation, sites in figures.items()
+        for site, values in sites.items()
+        for figure, value in values.items()
+        if _is_number(value)
+    }
 
 
 def _is_number(value: Any) -> bool:
@@ -242,11 +233,11 @@ class _Series:
 
     Args:
         most: the largest number of points.
-        held: whether a value holds until the next one.
+        lasts: whether a value holds until the next one.
     """
 
-    def __init__(self, most: int, kept: bool) -> None:
-        self._most, self._held = most - 1, kept  # the last point is stored separately
+    def __init__(self, most: int, lasts: bool) -> None:
+        self._most, self._lasts = most - 1, lasts  # the last point is stored separately
         self._kept: list[tuple[int, float]] = []
         self._stride = 1
         self._seen = 0
@@ -254,7 +245,7 @@ class _Series:
 
     def add(self, step: int, value: float, before: int) -> None:
         """Add a point; ``before`` is the step of the previous entry."""
-        if self._held and self.last is not None and self.last[0] < before and self.last[1] != value:
+        if self._lasts and self.last is not None and self.last[0] < before and self.last[1] != value:
             self._put(before, self.last[1])
         self._put(step, value)
 
@@ -281,6 +272,6 @@ class _Series:
     def curve(self, name: str, group: str, end: int) -> Curve:
         """Return the points as a curve."""
         assert self.last is not None
-        last = (end, self.last[1]) if self._held else self.last
+        last = (end, self.last[1]) if self._lasts else self.last
         every = [*self._kept, last] if not self._kept or self._kept[-1][0] < last[0] else self._kept
         return {"name": name, "group": group, "steps": [s for s, _ in every], "values": [v for _, v in every]}

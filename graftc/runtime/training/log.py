@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -18,11 +18,11 @@ from graftc.passes.core.weights.sharding import sharded_modules
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.runner import ModelRoot, runner_of
-from graftc.runtime.training.callbacks import logging_callback
+from graftc.runtime.training.callbacks import for_trainer
 from graftc.runtime.training.curves import last_step
 from graftc.runtime.training.observing import Observer
 from graftc.runtime.training.steering import TrainingSteering
-from graftc.specs.errors.arguments import as_path, kind_of
+from graftc.specs.errors.arguments import as_path, kind_of, require_count
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import encodable
 
@@ -68,9 +68,7 @@ class TrainingLog:
         runner: Any = runner_of(compiled)
         if not isinstance(runner, AdaptedRunner):
             raise GraftError("GC073", "this is not a model that trains", hint="give the result of graftc.compile")
-        if not _is_count(every) or every < 1:
-            shown = repr(every) if _is_count(every) else kind_of(every)
-            raise GraftError("GC073", f"every is {shown}", hint="give a number of optimiser steps from 1")
+        require_count(every, "every", "give a number of optimiser steps from 1", least=1)
         self.path, self.every = as_path(path), every
         _require_outside(self.path)
         self._runner, self._observer = runner, Observer(runner.compilation)
@@ -99,9 +97,7 @@ class TrainingLog:
             GraftError: GC064 if the file cannot be written, GC073 for a value that is not a number.
         """
         number = self._number + 1 if number is None else number
-        if not _is_count(number) or number < 0:
-            shown = repr(number) if _is_count(number) else kind_of(number)
-            raise GraftError("GC073", f"the number of the step is {shown}", hint="count optimiser steps from 1")
+        require_count(number, "the number of the step", "count optimiser steps from 1")
         due = self._due(number)
         if due:
             self._record(number, values, self._changes())
@@ -126,7 +122,7 @@ class TrainingLog:
 
         Pass it after ``compiled.callback()``.
         """
-        return logging_callback(self)
+        return cast("TrainerCallback", for_trainer(_Logging)(self))
 
     def close(self) -> None:
         """Stop observing forward passes."""
@@ -186,8 +182,28 @@ class TrainingLog:
             raise GraftError("GC064", f"{self.path} cannot be written: {error.strerror or error}") from error
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+class _Logging:
+    """A callback that passes the Trainer's steps and logs to a log; the Trainer logs after the step itself."""
+
+    def __init__(self, log: TrainingLog) -> None:
+        self.log = log
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Announce the first step, whose number the Trainer knows."""
+        self.log.expect(state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Record the step, after the optimiser and the controllers."""
+        self.log.step(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Write what the Trainer logs about training and evaluation."""
+        numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
+        self.log.note(state.global_step, **{n: v for n, v in numbers.items() if n not in _OWN})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop observing: later forward passes do not belong to the training."""
+        self.log.close()
 
 
 def _plain(name: str, value: Any) -> float | int | None:

@@ -22,11 +22,11 @@ class Observer:
 
     def __init__(self, compilation: Compilation) -> None:
         self._compilation = compilation
-        self._found: dict[tuple[str, str, str], Tensor] = {}
+        self._observed: dict[tuple[str, str, str], Tensor] = {}
 
     def figures(self) -> list[Figure]:
         """Return the figures of the observed passes."""
-        return [Figure(*whose, value) for whose, value in self._found.items()]
+        return [Figure(*whose, value) for whose, value in self._observed.items()]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -41,7 +41,7 @@ class Observer:
         if not wanted:
             yield
             return
-        with _Mode(wanted, self._found):
+        with _Mode(wanted, self._observed):
             yield
 
 
@@ -50,7 +50,7 @@ class _Mode(TorchFunctionMode):
 
     def __init__(self, wanted: dict[int, list[SiteReading]], observed: dict[tuple[str, str, str], Tensor]) -> None:
         super().__init__()
-        self._wanted, self._found = wanted, observed
+        self._wanted, self._observed = wanted, observed
 
     def __torch_function__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
@@ -59,5 +59,5 @@ class _Mode(TorchFunctionMode):
                 if operator in item.reading.operators:
                     with torch.no_grad():
                         number = item.reading.number(args, result).detach()
-                    self._found[item.adaptation, item.site, item.reading.figure] = number
+                    self._observed[item.adaptation, item.site, item.reading.figure] = number
         return result

@@ -49,61 +49,61 @@ def outputs_of(executable: Installed) -> Outputs:
 def _outputs(program: Program) -> Outputs:
     names = program.outputs.names
     loss = names.index("loss") if "loss" in names else None
-    return Outputs(names, loss, label_shift(program), _reads(program, COUNT))
+    counted = any(str(node.target) == COUNT and node.users for node in program.placeholders())
+    return Outputs(names, loss, label_shift(program), counted)
 
 
-class Repeating:
-    """Runs a Program several times in one call, if objectives compare the passes.
+def repeated(
+    runner: AdaptedRunner, key: ProgramKey, present: Mapping[str, Any], missed: Callable[[], None]
+) -> tuple[Any, ...]:
+    """Run a Program several times in one call, if objectives compare the passes.
 
     Args:
         runner: the Runner of the model.
+        key: the key of the Program.
+        present: the inputs of the call.
         missed: the function to call when a term has been left without its gradient.
+
+    Returns:
+        The flat outputs of the first pass; if they contain a loss, the objectives' terms are added to it.
     """
-
-    def __init__(self, runner: AdaptedRunner, missed: Callable[[], None]) -> None:
-        self.runner, self._missed = runner, missed
-
-    def results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return the flat outputs of the first pass; if they contain a loss, the objectives' terms are added to it."""
-        runner = self.runner
-        first = runner.run(key, present)
-        objectives = runner.steering.outputs
-        if not runner.training or not objectives or runner.base_only:
-            return first
-        if key.entry in ("losses", "scores"):  # there are no outputs to compare
-            self._missed()
-            return first
-        count = max(objective.passes for objective in objectives.values())
-        shape = outputs_of(runner.shown.executables[key])
-        passes = [_named(shape.names, first)]
-        passes += [_named(shape.names, runner.run(key, present)) for _ in range(count - 1)]
-        counted = _counted(present.get(LABELS), shape.shift)
-        terms = [objective.value(passes[: objective.passes], counted) for objective in objectives.values()]
-        term = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-        term = term * share(present, shape.shift) if shape.counted else term
-        loss = first[shape.loss] if shape.loss is not None else None
-        if isinstance(loss, Tensor) and loss.dim() == 0:
-            assert shape.loss is not None
-            return (*first[: shape.loss], loss + term.to(loss.dtype), *first[shape.loss + 1 :])
-        if term.requires_grad:
-            self._wait(term, first)
+    first, objectives = runner.run(key, present), runner.steering.outputs
+    if not runner.training or not objectives or runner.base_only:
         return first
+    if key.entry in ("losses", "scores"):  # there are no outputs to compare
+        missed()
+        return first
+    count = max(objective.passes for objective in objectives.values())
+    shape = outputs_of(runner.shown.executables[key])
+    passes = [_named(shape.names, first)]
+    passes += [_named(shape.names, runner.run(key, present)) for _ in range(count - 1)]
+    counted = _counted(present.get(LABELS), shape.shift)
+    terms = [objective.value(passes[: objective.passes], counted) for objective in objectives.values()]
+    term = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
+    term = term * share(present, shape.shift) if shape.counted else term
+    loss = first[shape.loss] if shape.loss is not None else None
+    if isinstance(loss, Tensor) and loss.dim() == 0:
+        assert shape.loss is not None
+        return (*first[: shape.loss], loss + term.to(loss.dtype), *first[shape.loss + 1 :])
+    if term.requires_grad:
+        _wait(term, first, runner.progress, missed)
+    return first
 
-    def _wait(self, term: Tensor, outputs: tuple[Any, ...]) -> None:
-        """Keep a term for the next `extra_loss`, until the backward pass of the passes that it belongs to."""
-        progress, missed = self.runner.progress, self._missed
-        progress.waiting.append(term)
-        if is_traced():
-            return
 
-        def gone(gradient: Tensor) -> None:
-            if any(waiting is term for waiting in progress.waiting):
-                progress.waiting[:] = [waiting for waiting in progress.waiting if waiting is not term]
-                missed()
+def _wait(term: Tensor, outputs: tuple[Any, ...], progress: Progress, missed: Callable[[], None]) -> None:
+    """Keep a term for the next `extra_loss`, until the backward pass of the passes that it belongs to."""
+    progress.waiting.append(term)
+    if is_traced():
+        return
 
-        output = next((t for t in outputs if isinstance(t, Tensor) and t.requires_grad), None)
-        if output is not None:
-            output.register_hook(gone)  # type: ignore[no-untyped-call]
+    def gone(gradient: Tensor) -> None:
+        if any(waiting is term for waiting in progress.waiting):
+            progress.waiting[:] = [waiting for waiting in progress.waiting if waiting is not term]
+            missed()
+
+    output = next((t for t in outputs if isinstance(t, Tensor) and t.requires_grad), None)
+    if output is not None:
+        output.register_hook(gone)  # type: ignore[no-untyped-call]
 
 
 def waited(progress: Progress) -> list[Tensor]:
@@ -122,10 +122,6 @@ def _counted(labels: Any, shift: int) -> Tensor | None:
         return None
     counted = labels != IGNORED
     return functional.pad(counted[:, shift:], (0, shift)) if shift else counted
-
-
-def _reads(program: Program, name: str) -> bool:
-    return any(str(node.target) == name and node.users for node in program.placeholders())
 
 
 def share(present: Mapping[str, Any], shift: int) -> Tensor | float:

@@ -175,7 +175,7 @@ class Selecting:
                 raise GraftError("GC005", f"two of the models have an adaptation {twice[0]!r}", hint=hint)
             spec = spec.model_copy(update={"adapt": adapt, "compose": compose})
             values |= Selecting(other)._others([TRAIN])
-        return self._made(spec, values)
+        return self._compiled(spec, values)
 
     def _others(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the tensors of all adaptations except these."""
@@ -189,9 +189,9 @@ class Selecting:
             others = {name: start[name] for name in others if name in start} if start is not None else {}
         values = {name: value for transition in transitions.values() for name, value in transition.values.items()}
         adapt = tuple(transitions[str(a.name)].spec if str(a.name) in transitions else a for a in spec.adapt)
-        return self._made(spec.model_copy(update={"adapt": adapt}), {**others, **values})
+        return self._compiled(spec.model_copy(update={"adapt": adapt}), {**others, **values})
 
-    def _made(self, spec: Spec, values: Mapping[str, Tensor]) -> Any:
+    def _compiled(self, spec: Spec, values: Mapping[str, Tensor]) -> Any:
         compiled = self.runner.sibling(spec, values)
         compiled.train(self.runner.training)
         return compiled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -21,10 +21,10 @@ from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import Spread, all_whole, sharded_modules
 from graftc.passes.methods.bases.sparse import SELECTED
 from graftc.runtime.model.adapted import AdaptedRunner
-from graftc.runtime.training.callbacks import steering_callback
-from graftc.runtime.training.repeated import Repeating, waited
-from graftc.specs.errors.arguments import kind_of
-from graftc.specs.errors.diagnostics import GraftError, unknown_name, warn
+from graftc.runtime.training.callbacks import SteeringCallback, for_trainer
+from graftc.runtime.training.repeated import repeated, waited
+from graftc.specs.errors.arguments import require_count
+from graftc.specs.errors.diagnostics import unknown_name, warn
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -68,10 +68,7 @@ class TrainingSteering:
         Raises:
             GraftError: GC026 if a schedule does not fit into that many steps, GC073 if it is not a number of steps.
         """
-        given: Any = total_steps
-        if isinstance(given, bool) or not isinstance(given, int) or given < 0:
-            shown = repr(given) if isinstance(given, int) else kind_of(given)
-            raise GraftError("GC073", f"total_steps is {shown}", hint="give how many optimiser steps there are in all")
+        require_count(total_steps, "total_steps", "give how many optimiser steps there are in all")
         for controller in self.runner.steering.controllers.values():
             controller.begin(total_steps)
 
@@ -101,8 +98,7 @@ class TrainingSteering:
             terms = [objective.value() for objective in self.runner.steering.objectives.values()]
         terms += waited(self.runner.progress)
         if not terms:
-            device = self.runner.compilation.store.device()
-            return torch.zeros((), device=device)
+            return torch.zeros((), device=self.runner.compilation.store.device())
         return torch.stack([term.float() for term in terms]).sum()
 
     def after_step(self) -> None:
@@ -154,7 +150,6 @@ class TrainingSteering:
         Compiled code has no hooks, so controllers are not called there.
         """
         runner, controllers = self.runner, self.runner.steering.controllers
-        repeating = Repeating(runner, self._miss)
         if not is_traced() and controllers:
             if runner.training and torch.is_grad_enabled() and not runner.base_only:
                 spread = Spread.of(runner.compilation.store.root)
@@ -166,13 +161,13 @@ class TrainingSteering:
                 self.pause()
         observer = runner.progress.observer
         if observer is None or is_traced() or not runner.training or key.entry == "scores":
-            return repeating.results(key, present)
+            return repeated(runner, key, present, self._miss)
         with observer.watching():
-            return repeating.results(key, present)
+            return repeated(runner, key, present, self._miss)
 
     def callback(self) -> TrainerCallback:
         """Return a callback for the transformers Trainer that does all of this."""
-        return steering_callback(self.runner)
+        return cast("TrainerCallback", for_trainer(SteeringCallback)(self.runner))
 
     def warn_of_unsteered(self) -> None:
         """Warn (GC025) about adaptations trained without steering: their method works differently without it."""

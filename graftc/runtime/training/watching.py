@@ -27,7 +27,7 @@ _UNREACHED = "had no gradient: the loss does not depend on it, or was computed w
 _ZERO = "had a gradient of zeros only"
 _INFINITE = "had a gradient that is not finite"
 _STOPPED = "did not move: its group has a learning rate of 0"
-_HELD = "did not move, although it had a gradient: something holds its values, or the optimiser passes it over"
+_UNMOVED = "did not move, although it had a gradient: something holds its values, or the optimiser passes it over"
 _ROUNDED = "lost most of its step to rounding: {dtype} is too narrow for steps of this size"
 
 
@@ -66,7 +66,6 @@ class Watch:
     findings: dict[str, str] = field(default_factory=dict)
     done: bool = False
     _seen: list[_Seen] = field(default_factory=list, repr=False)
-    _stages: list[str] = field(default_factory=list, repr=False)
     _banks: list[tuple[str, ...]] = field(default_factory=list, repr=False)
     _hooks: list[Any] = field(default_factory=list, repr=False)
     _left: int = 0
@@ -117,10 +116,10 @@ class Watch:
             if group is None:
                 seen.wrong, seen.sure = _ABSENT, True
             elif id(tensor) in stepped:
-                _look(seen, group)
+                seen.wrong, seen.sure = _problem(seen, group)
 
     @torch.no_grad()
-    def _after(self, turn: Optimizer, last: bool) -> None:
+    def _after(self, last: bool) -> None:
         for seen in self._seen:
             if seen.entries is not None and seen.before is not None:
                 _compare(seen)
@@ -186,15 +185,17 @@ def watch(compiled: nn.Module | Runner, *optimizers: Optimizer, steps: int = 3) 
         raise GraftError("GC073", f"the optimiser is {other}", hint=hint)
     plain = [_unwrapped(optimizer) for optimizer in optimizers]
     runner = runner_of(compiled)
-    check = Watch(_left=steps)
-    check._seen = [_Seen(item) for item in trained_tensors(runner.compilation)]
-    check._banks = [tuple(c.members) for c in runner.spec.compose if isinstance(c, Bank)]
-    check._present = lambda: {id(tensor) for _, tensor in runner.store.adapters()}
+    check = Watch(
+        _seen=[_Seen(item) for item in trained_tensors(runner.compilation)],
+        _banks=[tuple(c.members) for c in runner.spec.compose if isinstance(c, Bank)],
+        _left=steps,
+        _present=lambda: {id(tensor) for _, tensor in runner.store.adapters()},
+    )
     for optimizer in plain:
         last = optimizer is plain[-1]
         check._hooks += [
             optimizer.register_step_pre_hook(lambda turn, args, kwargs: check._begin(plain, turn, args, kwargs)),
-            optimizer.register_step_post_hook(lambda turn, *_, last=last: check._after(turn, last)),
+            optimizer.register_step_post_hook(lambda *_, last=last: check._after(last)),
         ]
     return check
 
@@ -211,35 +212,33 @@ def _unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-def _look(seen: _Seen, group: dict[str, Any]) -> None:
-    """Record the observations of a tensor before its step."""
+def _problem(seen: _Seen, group: dict[str, Any]) -> tuple[str, bool]:
+    """Return the problem of a tensor before its step, and whether later steps cannot change it.
+
+    If there is none so far, the entries that the step should move are recorded, and the last problem is returned.
+    """
     tensor, gradient = local(seen.item.tensor), seen.item.tensor.grad
     if not seen.item.tensor.requires_grad:
-        seen.wrong, seen.sure = _FROZEN, True
-        return
+        return _FROZEN, True
     if gradient is None:
-        seen.wrong, seen.sure = ("" if seen.gradient else _UNREACHED), not seen.gradient
-        return
+        return "" if seen.gradient else _UNREACHED, not seen.gradient
     flat = local(gradient.coalesce().to_dense() if gradient.is_sparse else gradient).reshape(-1)
     size = flat.abs()
     largest = size.topk(min(SAMPLE, size.numel()))
     if not bool(torch.isfinite(largest.values).all()):
-        seen.wrong, seen.sure = _INFINITE, False
-        return
+        return _INFINITE, False
     entries = largest.indices[largest.values > 0]
     if not entries.numel():
         shard = tensor is not seen.item.tensor  # the other processes' parts may have one
-        seen.wrong, seen.sure = ("" if seen.gradient or shard else _ZERO), False
-        return
+        return "" if seen.gradient or shard else _ZERO, False
     seen.gradient = True
     if float(group["lr"]) == 0:
-        scheduled = "initial_lr" in group
-        seen.wrong, seen.sure = ("" if seen.moved else _STOPPED), not scheduled
-        return
+        return "" if seen.moved else _STOPPED, "initial_lr" not in group
     before = tensor.detach().reshape(-1)[entries]
     seen.entries, seen.before = entries, before
     # While B is small, so is the gradient of A: unless the optimiser scales it, the step may be lost in float32.
     seen.visible = bool((before - float(group["lr"]) * flat[entries].to(before.dtype) != before).any())
+    return seen.wrong, seen.sure
 
 
 def _compare(seen: _Seen) -> None:
@@ -249,7 +248,7 @@ def _compare(seen: _Seen) -> None:
     moved = int((tensor[seen.entries] != seen.before).sum())
     narrow = tensor.element_size() < 4
     if not moved and not narrow:
-        seen.wrong = _HELD if seen.visible and not seen.moved else ""
+        seen.wrong = _UNMOVED if seen.visible and not seen.moved else ""
     elif narrow and 2 * moved < seen.entries.numel():
         seen.wrong = _ROUNDED.format(dtype=str(tensor.dtype).removeprefix("torch."))
     else:
@@ -263,19 +262,14 @@ def _warn(messages: dict[str, str], of: int) -> None:
     reasons: dict[str, list[str]] = {}
     for name, text in messages.items():
         reasons.setdefault(text, []).append(name)
-    few = 3
-    details = [f"{', '.join(names[:few])}{_more(names, few)}: {text}" for text, names in reasons.items()]
+    details = [f"{_some(names)}: {text}" for text, names in reasons.items()]
+    hints = [hint for text, hint in _HINTS.items() if any(reason.startswith(text) for reason in reasons)]
     message = f"{len(messages)} of {of} tensors that should train do not"
-    warn("GC059", message, hint=_hint(reasons), details=details)
+    warn("GC059", message, hint="\n".join(hints) or None, details=details)
 
 
-def _more(names: list[str], few: int) -> str:
-    return f" and {len(names) - few} more" if len(names) > few else ""
-
-
-def _hint(reasons: Iterable[str]) -> str | None:
-    hints = [hint for text, hint in _HINTS.items() if any(r.startswith(text) for r in reasons)]
-    return "\n".join(hints) or None
+def _some(names: Sequence[str], few: int = 3) -> str:
+    return ", ".join(names[:few]) + (f" and {len(names) - few} more" if len(names) > few else "")
 
 
 _HINTS = {

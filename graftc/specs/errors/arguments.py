@@ -55,6 +55,17 @@ def as_seed(seed: Any) -> int:
     raise GraftError("GC073", f"the seed is {shown}", hint="give a whole number")
 
 
+def require_count(value: Any, what: str, hint: str, least: int = 0) -> None:
+    """Check that a value is a whole number, and not less than the least.
+
+    Raises:
+        GraftError: GC073 if it is not.
+    """
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise GraftError("GC073", f"{what} is {repr(value) if whole else kind_of(value)}", hint=hint)
+
+
 def as_budget(budget: Any) -> float | None:
     """Return the argument as a budget of a certificate: None, or a number from 0.
 

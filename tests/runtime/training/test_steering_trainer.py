@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.runtime.training.callbacks import steering_callback
 from graftc.specs.errors.diagnostics import GraftWarning
 from tests.families import tiny
 
@@ -207,7 +206,7 @@ def test_a_training_without_the_callback_is_noticed(tmp_path: Path) -> None:
 def test_a_step_that_the_scaler_skips_is_no_step() -> None:
     """Controllers skip it, and the schedule still ends with the training; objectives are scaled."""
     compiled = adapted(ADALORA)
-    callback = steering_callback(compiled)
+    callback = compiled.callback()
     state = SimpleNamespace(max_steps=10, global_step=0)
     scaler = SimpleNamespace(scale=lambda loss: 8 * loss)
     optimizer = SimpleNamespace(step_was_skipped=True, scaler=scaler)

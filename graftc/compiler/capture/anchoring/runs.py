@@ -337,7 +337,7 @@ def _interpret(
         return operator(*args, **kwargs)
 
     def called(one: FunctionCall) -> list[Any]:
-        body, path, outputs = one.body, one.path, one.made
+        body, path, outputs = one.body, one.path, one.body_results
         own = dict(zip(one.given, (values[node] for node in one.inputs), strict=True))
 
         def value(node: fx.Node) -> Any:

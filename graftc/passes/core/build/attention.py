@@ -10,30 +10,23 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import read_tokens
-from graftc.passes.core.build.masks import Masks, most_of, same_size, surplus
-from graftc.passes.core.build.nodes import Nodes, Part
+from graftc.passes.core.build.masks import END, Masks, most_of, same_size, surplus
 from graftc.passes.core.build.position_ids import counted_inputs, recounted, tokens_in_front
-from graftc.passes.core.build.seams import Change, Window
-from graftc.passes.core.ir.program import limited, map_nodes, nodes_in, provenance
+from graftc.passes.core.build.requests import Change, Window
+from graftc.passes.core.ir.program import above, limited, map_nodes, nodes_in, provenance
 from graftc.passes.core.ir.shapes import expression
-from graftc.passes.core.sites.sites import AttentionSite, Positions
+from graftc.passes.core.sites.sites import AttentionSite, Positions, unsupported
 from graftc.specs.errors.diagnostics import GraftError, Place
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
-_END = 2**63 - 1
 _TAKEN = "positions taken"
 _ANY = (2, 2)
 """Tokens to count positions of: padding is 0 or 1 in most vocabularies."""
 
 
-class Attentions(Part):
+class Attentions(Masks):
     """Puts keys and values in front of those of an attention."""
-
-    def __init__(self, nodes: Nodes, masks: Masks) -> None:
-        super().__init__(nodes)
-        self._masks = masks
-        self._widened: dict[tuple[fx.Node, int, Window, bool], fx.Node] = {}
 
     def batched(self, node: fx.Node, like: fx.Node, part: str) -> fx.Node:
         """Expand ``[heads, length, width]`` to every row of ``like: [rows, heads, keys, width]``."""
@@ -53,7 +46,7 @@ class Attentions(Part):
 
     def _shift(self, positions: Positions, length: int) -> None:
         numbers = positions.numbers
-        self._leave_room(positions, numbers, length)
+        self._limit_positions(positions, numbers, length)
         later = self._later(numbers, length)
         later.meta[_TAKEN] = numbers.meta.get(_TAKEN, 0) + length
         self._redirect(numbers, later, lambda user: user is positions.reader, narrow=True)
@@ -67,10 +60,9 @@ class Attentions(Part):
         longer = {
             node: call(aten.cat.default, [tokens_in_front(call, numbers, node, length), node], 1) for node in inputs
         }
-        every = recounted(numbers, longer, call, lambda node: node)
-        return call(aten.slice.Tensor, every, 1, length, _END)
+        return call(aten.slice.Tensor, recounted(numbers, longer, call, lambda node: node), 1, length, END)
 
-    def _leave_room(self, positions: Positions, numbers: fx.Node, length: int) -> None:
+    def _limit_positions(self, positions: Positions, numbers: fx.Node, length: int) -> None:
         """Limit the axis that counts the positions to the rows that are left in their table.
 
         If a call passes position numbers itself, only the caller can know their range.
@@ -100,15 +92,13 @@ class Attentions(Part):
             GraftError: GC017 if the attention is in no residual branch.
         """
         if site.read is None:
-            message = f"{site.key} is in no residual branch, so that nobody knows what it reads"
-            raise GraftError("GC017", message, hint="leave it out with exclude")
-        value = self.program.current(site.read)
-        return self._read(value, "attended", site)
+            raise unsupported(site, "is in no residual branch, so that nobody knows what it reads")
+        return self._read(self.program.current(site.read), "attended", site)
 
     def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
         """Make every query of an attention see keys and values in front of its own, ``[rows, heads, length, width]``.
 
-        A mask or bias is recomputed for keys in front of the text (`longer`), so that a bias of positions extends to
+        A mask or bias is recomputed for keys in front of the text (`Masks`), so that a bias of positions extends to
         them. If that is not possible, it gets columns that let everything through. A causal attention without a mask
         stays causal: zero queries are put in front as well and their results are cut off, so that the fused kernel
         keeps its mask. An attention that is written out is computed again, starting from keys and values.
@@ -146,7 +136,7 @@ class Attentions(Part):
         options = {name: args[name] for name in ("scale", "enable_gqa") if args.get(name) is not None}
         after = self.call(node.target, query, key, value, *rest, part="attend", **options)
         if causal and not isinstance(mask, fx.Node):
-            after = self.call(aten.slice.Tensor, after, 2, length, 2**63 - 1, part="attend")
+            after = self.call(aten.slice.Tensor, after, 2, length, END, part="attend")
         return after
 
     def _current_attention(self, site: AttentionSite) -> fx.Node:
@@ -155,8 +145,8 @@ class Attentions(Part):
         tag = provenance(node)
         if node.target is _SDPA or tag is None or tag["part"] == "attend":
             return node
-        message = f"{site.key} has been replaced by something that is not an attention"
-        raise GraftError("GC017", message, hint="put the prefix before what adds to the heads")
+        reason = "has been replaced by something that is not an attention"
+        raise unsupported(site, reason, "put the prefix before what adds to the heads")
 
     # --- masks -----------------------------------------------------------------------------------------
 
@@ -177,22 +167,20 @@ class Attentions(Part):
         Raises:
             GraftError: GC017 for a bias of fixed size that depends on positions, or if the window cannot be followed.
         """
-        key = (mask, length, window, sees)
-        if key not in self._widened:
-            self._widened[key] = self._made_wider(site, mask, length, window, sees)
-        return self._widened[key]
+        key = ("mask", mask, length, window, sees)
+        return self._once(key, lambda: self._new_wider(site, mask, length, window, sees))
 
-    def _made_wider(self, site: AttentionSite, mask: fx.Node, length: int, window: Window, sees: bool) -> fx.Node:
+    def _new_wider(self, site: AttentionSite, mask: fx.Node, length: int, window: Window, sees: bool) -> fx.Node:
         own = mask.meta["val"].dtype == torch.bool
         if own and window == "visible":
             return self._in_front(mask, length, sees)
-        wide = self._masks.longer(mask, self._keys(site), length)
+        wide = self._longer_mask(mask, self._keys(site), length)
         if wide is None:
             if window == "masked" and not _is_input(mask):
                 message = f"what the window of {site.key} would hide of a prefix cannot be told from this graph"
                 hint = "use window: visible, or inputs whose sequence may vary"
                 raise GraftError("GC017", message, place=Place(path="window"), hint=hint)
-            if not own and not self._masks.hides_only(mask):
+            if not own and not self._hides_only(mask):
                 message = f"the bias of {site.key} for keys in front of the text cannot be told from this graph"
                 hint = "use inputs whose sequence may vary, or leave it out with exclude"
                 raise GraftError("GC017", message, hint=hint)
@@ -216,7 +204,7 @@ class Attentions(Part):
         count = surplus(value.shape[-1], self._keys(site), most_of(self.program))
         assert count is not None
         front = self.call(aten.slice.Tensor, wide, -1, 0, count, part="mask")
-        rest = self.call(aten.slice.Tensor, wide, -1, count, 2**63 - 1, part="mask")
+        rest = self.call(aten.slice.Tensor, wide, -1, count, END, part="mask")
         least = torch.finfo(value.dtype).min / 2
         hidden = self.call(aten.lt.Scalar, front, least, part="mask")
         front = self.call(aten.masked_fill.Scalar, front, hidden, 0.0, part="mask")
@@ -246,9 +234,9 @@ class Attentions(Part):
             if len(before) != len(now) or not all(map(same_size, before, now)):
                 raise ValueError("it has another shape")
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
-            message = f"{site.key} is written out in a way that no keys can be put in front of"
+            reason = "is written out in a way that no keys can be put in front of"
             hint = "load the model with attn_implementation='sdpa', where it has that, or leave it out with exclude"
-            raise GraftError("GC017", message, hint=hint) from error
+            raise unsupported(site, reason, hint) from error
         return again[node]
 
     def _foremost(self, site: AttentionSite, operand: fx.Node) -> fx.Node:
@@ -277,7 +265,7 @@ class Attentions(Part):
             return self._wider(site, source, spot.length, spot.window, sees)
         if value.is_floating_point() and reader.target in (aten.add.Tensor, aten.baddbmm.default):
             return self._wider(site, source, spot.length, spot.window)
-        wide = self._masks.longer(source, self._keys(site), spot.length)
+        wide = self._longer_mask(source, self._keys(site), spot.length)
         if wide is None:
             raise ValueError(f"{source.name} cannot be made longer")
         return wide
@@ -308,15 +296,8 @@ def _is_input(mask: fx.Node) -> bool:
 
 def _between(last: fx.Node, first: list[fx.Node], query: fx.Node) -> list[fx.Node]:
     """Return the calls from some operands to ``last``, in graph order, except those on the way to the query."""
-    above: set[fx.Node] = set()
-    pending = [last]
-    while pending:
-        node = pending.pop()
-        if node not in above and node not in first and node is not query:
-            above.add(node)
-            pending += node.all_input_nodes
-    below: set[fx.Node] = set(first)
-    for node in sorted(above):
-        if not below.isdisjoint(node.all_input_nodes):
+    ends, below = {*first, query}, set(first)
+    for node in above([last], stop=ends):
+        if node not in ends and not below.isdisjoint(node.all_input_nodes):
             below.add(node)
     return sorted(below.difference(first))

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial, reduce
 
 import torch
 from torch import fx
 
 from graftc.passes.core.build.batch import Batch
-from graftc.passes.core.build.nodes import Nodes
-from graftc.passes.core.build.seams import Change, NewTensor, Reading, Seams
+from graftc.passes.core.build.nodes import Nodes, Seams
+from graftc.passes.core.build.requests import Change, NewTensor, Reading
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.sites.uses import Dense
 from graftc.specs.errors.diagnostics import GraftError
@@ -25,7 +26,7 @@ Mixing = Callable[[Nodes, list[fx.Node]], fx.Node]
 """Makes one tensor of those of all members, all of one shape."""
 
 
-class Chosen(Seams[Nodes]):
+class Chosen(Seams):
     """The seams of several adaptations of one shape that are built as one: chosen, or mixed, for the whole call.
 
     Args:
@@ -176,9 +177,6 @@ def average(factors: Sequence[float]) -> Mixing:
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
         terms = [nodes.call(aten.mul.Tensor, n, f, part="average") for n, f in zip(results, factors, strict=True)]
-        total = terms[0]
-        for term in terms[1:]:
-            total = nodes.call(aten.add.Tensor, total, term, part="average")
-        return total
+        return reduce(partial(nodes.call, aten.add.Tensor, part="average"), terms)
 
     return mix

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.ir.cleaning import on_device
 from graftc.passes.core.ir.eval_mode import to_eval
-from graftc.passes.core.ir.program import InputSpec, Program, follow, map_nodes
+from graftc.passes.core.ir.program import InputSpec, Program, above, follow, map_nodes
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError, Place
 
@@ -67,7 +67,7 @@ def computed(
         links: the nodes that are read in place of others, for example from *after* to *before* of edits.
     """
     values: dict[fx.Node, Any] = {}
-    for node in _needed(nodes, links):
+    for node in above(nodes, sources=lambda node: [follow(source, links) for source in node.all_input_nodes]):
         if node.op == "placeholder":
             values[node] = given(node)
         elif node.op == "get_attr":
@@ -77,17 +77,6 @@ def computed(
             args, kwargs = on_device(node.target, args, kwargs, device)
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return [values[node] for node in nodes]
-
-
-def _needed(nodes: Sequence[fx.Node], links: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
-    needed: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += [follow(source, links) for source in node.all_input_nodes]
-    return sorted(needed)
 
 
 def unknown_token(number: int, entries: int, path: str) -> GraftError:

@@ -22,10 +22,8 @@ BATCH = "batch"
 
 def batch_input(program: Program) -> fx.Node | None:
     """Return an input whose first axis counts the rows of the batch, or None if there is none."""
-    for spec, node in zip(program.inputs, program.placeholders(), strict=True):
-        if spec.shape[:1] == (BATCH,):
-            return node
-    return None
+    inputs = zip(program.inputs, program.placeholders(), strict=True)
+    return next((node for spec, node in inputs if spec.shape[:1] == (BATCH,)), None)
 
 
 class Batch:
@@ -44,8 +42,7 @@ class Batch:
         if source is None:
             message = f"none of the inputs {', '.join(program.signature)} has a batch of any size"
             raise GraftError("GC037", message, hint="choose for the whole call")
-        self._call = call
-        self._source = source
+        self._call, self._source = call, source
         self._size = expression(source.meta["val"].shape[0])
         self._first: dict[fx.Node, fx.Node] = {}
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+Initialiser = Callable[[Tensor, torch.Generator], None]
+"""Fills a float32 CPU tensor in place, drawing from the generator only."""
 
 
 @dataclass(frozen=True)
@@ -25,3 +29,20 @@ class Initial:
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     originals: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     narrow: Collection[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class ParameterStart:
+    """The initial state of a parameter.
+
+    Attributes:
+        shape: its sizes.
+        init: a function that fills a float32 CPU tensor with its first values.
+        dtype: the element type that it is stored in.
+        trains: whether it trains.
+    """
+
+    shape: tuple[int, ...]
+    init: Initialiser
+    dtype: torch.dtype
+    trains: bool

@@ -5,26 +5,19 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from graftc.passes.core.build.nodes import Nodes, Part
 from graftc.passes.core.build.operations import Operations
-from graftc.passes.core.build.seams import Change
+from graftc.passes.core.build.requests import Change
 from graftc.passes.core.build.tensors import Tensors
 from graftc.passes.core.ir.program import provenance
-from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.sites.sites import LinearSite, unsupported
 from graftc.passes.core.sites.uses import Convolution, Dense
-from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
 DROPOUTS = (torch.ops.graftc.masked_dropout.default, torch.ops.graftc.seeded_dropout.default)
 
 
-class LinearMaps(Part):
+class LinearMaps(Tensors, Operations):
     """Reads the inputs and results of maps, applies other weights as a map applies its own, and changes results."""
-
-    def __init__(self, nodes: Nodes, tensors: Tensors, operations: Operations) -> None:
-        super().__init__(nodes)
-        self._index = tensors.index
-        self._along, self._product = operations.along, operations.product
 
     def input(self, site: LinearSite) -> fx.Node:
         """Return the input of the site in the base's own layout, which `map` and `low_rank` can handle.
@@ -49,8 +42,7 @@ class LinearMaps(Part):
         if not site.use.grouped:
             return site.use.map(self.call, x, weight, part)
         if weight.meta["val"].shape[-2] != site.out_features:
-            message = f"{site.key} is a convolution in groups, where nothing but its own rows can be applied"
-            raise GraftError("GC017", message, hint="leave it out with exclude")
+            raise unsupported(site, "is a convolution in groups, where nothing but its own rows can be applied")
         return self._own_columns(site, site.use.map(self.call, x, self._every_row(site, weight), part))
 
     def low_rank(self, site: LinearSite, x: fx.Node, a: fx.Node, b: fx.Node, scale: float = 1) -> fx.Node:
@@ -71,21 +63,19 @@ class LinearMaps(Part):
 
         Groups are counted over all rows of a use.
         """
-        columns = site.columns
-        if columns.whole:
+        if site.columns.whole:
             return own
-        shape = [columns.total, int(own.meta["val"].shape[-1])]
+        shape = [site.columns.total, int(own.meta["val"].shape[-1])]
         zeros = self.call(aten.new_zeros.default, own, shape, part="all rows")
-        return columns.write(self._emit("all rows"), zeros, own, lambda: self._index(columns), axis=0)
+        return self._with_rows(site.columns, zeros, own, "all rows", 0)
 
     def _own_columns(self, site: LinearSite, result: fx.Node) -> fx.Node:
-        columns = site.columns
-        return columns.read(self._emit("own rows"), result, lambda: self._index(columns), axis=-1)
+        return self._rows(site.columns, result, "own rows", -1)
 
     def per_row(self, site: LinearSite, value: fx.Node) -> fx.Node:
         """Return ``value: [..., rows]`` (experts lead), one for each own row, as it broadcasts to `output`."""
         if _has_rows(site, value, 1):
-            return self._along(value, self.output(site))
+            return self.along(value, self.output(site))
         return site.use.per_row(self.call, site.use.input, value)
 
     def offset(self, site: LinearSite) -> fx.Node | None:
@@ -93,9 +83,7 @@ class LinearMaps(Part):
         addend = site.use.addend
         if addend is None:
             return self.bias(site)
-        columns = site.columns
-        own = columns.read(self._emit("own rows"), addend, lambda: self._index(columns), axis=site.use.axis)
-        return site.use.columns_last(self.call, own)
+        return site.use.columns_last(self.call, self._rows(site.columns, addend, "own rows", site.use.axis))
 
     def output(self, site: LinearSite) -> fx.Node:
         """Return the site's own rows of the current result, ``[..., rows]``."""
@@ -103,8 +91,7 @@ class LinearMaps(Part):
 
     def _own(self, site: LinearSite) -> fx.Node:
         """Return the site's own part of the result, in the base's layout."""
-        columns, use = site.columns, site.use
-        return columns.read(self._emit("own rows"), use.output, lambda: self._index(columns), axis=use.axis)
+        return self._rows(site.columns, site.use.output, "own rows", site.use.axis)
 
     def set_output(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
         """Make ``own`` (``[..., rows]``) the site's result for everything that reads it."""
@@ -112,19 +99,19 @@ class LinearMaps(Part):
         self._write(change, lambda node: self._put(site, site.use.columns_home(self.call, node), part))
 
     def _put(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
-        before, columns, axis = site.use.output, site.columns, site.use.axis
-        after = columns.write(self._emit(part or "write rows"), before, own, lambda: self._index(columns), axis=axis)
-        self._finish(site, before, after)
+        before, mine = site.use.output, str(site.key)
+        after = self._with_rows(site.columns, before, own, part or "write rows", site.use.axis)
+        self._redirect(before, after, lambda user: not _is_at(user, mine))
+        site.use.output = after
 
     def add(self, site: LinearSite, delta: fx.Node, part: str = "add") -> None:
         """Add ``delta``, ``[..., rows]`` as `output` is or ``[rows]``, to the site's result."""
-        change = Change("sum", (delta,), source=lambda: self.input(site))
-        self._write(change, lambda node: self._add(site, node, part))
+        self._write(Change("sum", (delta,), source=lambda: self.input(site)), lambda node: self._add(site, node, part))
 
     def _add(self, site: LinearSite, delta: fx.Node, part: str) -> None:
         if isinstance(site.use, Dense) or delta.meta["val"].dim() == 1:
             value = self.output(site)
-            self.set_output(site, self.call(aten.add.Tensor, value, self._along(delta, value), part=part))
+            self.set_output(site, self.call(aten.add.Tensor, value, self.along(delta, value), part=part))
             return
 
         def put(node: fx.Node) -> None:
@@ -132,11 +119,6 @@ class LinearMaps(Part):
             self._put(site, self.call(aten.add.Tensor, self._own(site), node, part=part))
 
         self._write(Change("output", (delta,), site.use.output), put)
-
-    def _finish(self, site: LinearSite, before: fx.Node, after: fx.Node) -> None:
-        mine = str(site.key)
-        self._redirect(before, after, lambda user: not _is_at(user, mine))
-        site.use.output = after
 
     def set_input(self, site: LinearSite, node: fx.Node) -> None:
         """Replace the input of the site, and of everything inserted there so far, with ``node``.
@@ -181,9 +163,8 @@ class LinearMaps(Part):
 
     def _put_first(self, site: LinearSite, own: fx.Node) -> None:
         """Make ``own`` the site's part of the base's result, before everything that is inserted there."""
-        use, columns = site.use, site.columns
-        before = use.node
-        after = columns.write(self._emit("write rows"), before, own, lambda: self._index(columns), axis=use.axis)
+        use, before = site.use, site.use.node
+        after = self._with_rows(site.columns, before, own, "write rows", use.axis)
         self._redirect(before, after, lambda user: True)
         use.output = after if use.output is before else use.output
 
@@ -197,13 +178,13 @@ class LinearMaps(Part):
         """
         x, axis = self.input(site), site.use.scaled_axis
         if axis is None:
-            message = f"{site.key} is a map of indices: it has no input axis that could be scaled"
-            raise GraftError("GC017", message, hint="scale its output, or leave it out with exclude")
+            reason = "is a map of indices: it has no input axis that could be scaled"
+            raise unsupported(site, reason, "scale its output, or leave it out with exclude")
         trailing = (x.meta["val"].dim() - axis if axis >= 0 else -axis) - 1
         if trailing:
             scale = self.call(aten.view.default, scale, [site.use.entries, *[1] * trailing], part="scale")
         else:
-            scale = self._along(scale, x)
+            scale = self.along(scale, x)
         self.set_input(site, self.call(aten.mul.Tensor, x, scale, part="scale"))
 
     def weight(self, site: LinearSite) -> fx.Node:
@@ -213,9 +194,7 @@ class LinearMaps(Part):
     def bias(self, site: LinearSite) -> fx.Node | None:
         """Return the site's own rows of the bias, ``[rows]``, or None if there is none."""
         own = site.own_bias
-        if own is None:
-            return None
-        return own.read(self._emit("bias rows"), self._current(own.tensor), lambda: self._index(own))
+        return None if own is None else self._rows(own, self._current(own.tensor), "bias rows")
 
     def is_overlaid(self, name: str) -> bool:
         """Return whether anything trained replaces a base tensor or some of its rows."""

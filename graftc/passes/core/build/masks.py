@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -11,9 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import computed
-from graftc.passes.core.build.nodes import Nodes, Part
+from graftc.passes.core.build.nodes import Nodes
 from graftc.passes.core.ir.past_inputs import past_length
-from graftc.passes.core.ir.program import Program, is_random, limited, map_nodes, nodes_in
+from graftc.passes.core.ir.program import Program, above, is_random, limited, map_nodes, nodes_in
 from graftc.passes.core.ir.shapes import expression
 
 aten = torch.ops.aten
@@ -27,20 +29,23 @@ _LIKE = {
 
 _NUMBERS = (13, 101)
 _LEAST, _LONGEST = 2, 2**24
-_END = 2**63 - 1
+END = 2**63 - 1
+"""Where a slice ends that goes as far as there are entries."""
+
 _ROWS = 2
 _HIDDEN = -1e3
 """An addend to scores hides a key where it is at most this."""
 
 
-class Masks(Part):
+class Masks(Nodes):
     """Replays the calls that compute a mask, as if the text had more tokens in front."""
 
-    def __init__(self, nodes: Nodes) -> None:
-        super().__init__(nodes)
-        self._replayed: dict[tuple[Any, int], dict[fx.Node, fx.Node]] = {}
+    @cached_property
+    def _replayed(self) -> dict[tuple[Any, int], dict[fx.Node, fx.Node]]:
+        """The nodes that replace others in longer texts, by the growing size and by how many tokens are in front."""
+        return {}
 
-    def longer(self, mask: fx.Node, size: Any, length: int) -> fx.Node | None:
+    def _longer_mask(self, mask: fx.Node, size: Any, length: int) -> fx.Node | None:
         """Return ``mask`` as the model would compute it with ``length`` more tokens in front that are not padding.
 
         The rows of these tokens are cut off again, so that only columns are added.
@@ -79,7 +84,7 @@ class Masks(Part):
                 del replayed[node]
             return None
 
-    def hides_only(self, bias: fx.Node) -> bool:
+    def _hides_only(self, bias: fx.Node) -> bool:
         """Return whether a bias of fixed size is known to be zero except where it hides a key.
 
         A bias that depends on activations, token ids or a mask of pairs counts as such, since its values for other keys
@@ -142,7 +147,7 @@ class Masks(Part):
 
     def _cut(self, mask: fx.Node, again: fx.Node, symbol: Any, length: int) -> fx.Node | None:
         before, after = mask.meta["val"].shape, again.meta["val"].shape
-        self._leave_room(after[-1], before[-1] + length, symbol, length)
+        self._limit_tokens(after[-1], before[-1] + length, symbol, length)
         most = most_of(self.program)
         if not same_size(after[-1], before[-1] + length, most):
             return None
@@ -151,28 +156,24 @@ class Masks(Part):
                 continue
             if not same_size(new, old + length, most):
                 return None
-            again = self._like(mask, self.call(aten.slice.Tensor, again, axis, length, _END, part="mask"))
+            again = self._like(mask, self.call(aten.slice.Tensor, again, axis, length, END, part="mask"))
         return again
 
-    def _leave_room(self, actual: Any, wanted: Any, symbol: Any, length: int) -> None:
+    def _limit_tokens(self, actual: Any, wanted: Any, symbol: Any, length: int) -> None:
         """Limit the axis that counts tokens to sizes for which the mask covers all keys: some are cut from a table."""
         rest = expression(actual) - expression(wanted)
         if isinstance(rest, int) or rest.free_symbols != {symbol} or rest.subs(symbol, _LEAST) != 0:
             return
-        low, high = _LEAST, 2 * _LEAST
-        while high < _LONGEST and rest.subs(symbol, high) == 0:
-            low, high = high, 2 * high
-        if high >= _LONGEST:
+        sizes = range(_LONGEST)
+        most = bisect_left(sizes, True, lo=_LEAST, key=lambda size: rest.subs(symbol, size) != 0) - 1
+        if most == sizes[-1]:
             return
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if rest.subs(symbol, middle) == 0 else (low, middle)
         program = self.program
         names = {name for name, size, _ in _named_sizes(program) if size == symbol}
-        why = f"{self.adaptation!r} takes {length} of the {low + length} positions that attention has biases for"
+        why = f"{self.adaptation!r} takes {length} of the {most + length} positions that attention has biases for"
         for name in names:
             program.limits.setdefault(name, why)
-        program.inputs = limited(program.inputs, dict.fromkeys(names, low))
+        program.inputs = limited(program.inputs, dict.fromkeys(names, most))
 
 
 def _named_sizes(program: Program) -> Iterator[tuple[str, Any, int | None]]:
@@ -239,9 +240,7 @@ def _growth(size: Any, symbol: Any) -> int | None:
 
 def _read(node: fx.Node) -> Iterable[fx.Node]:
     """Return the nodes that a call's values depend on."""
-    if node.op != "call_function":
-        return ()
-    if node.target is aten.sym_size.int:
+    if node.op != "call_function" or node.target is aten.sym_size.int:
         return ()
     if node.target in _LIKE:
         return nodes_in((node.args[1:], dict(node.kwargs)))
@@ -252,17 +251,8 @@ def _read(node: fx.Node) -> Iterable[fx.Node]:
 
 def _cone(mask: fx.Node, symbol: Any) -> list[fx.Node] | None:
     """Return everything that a mask is computed from, in graph order, or None if it cannot be made longer."""
-    cone: set[fx.Node] = set()
-    pending = [mask]
-    while pending:
-        node = pending.pop()
-        if node in cone:
-            continue
-        cone.add(node)
-        if not _known_in_front(node, symbol):
-            return None
-        pending += _read(node)
-    return sorted(cone)
+    cone = above([mask], sources=_read)
+    return cone if all(_known_in_front(node, symbol) for node in cone) else None
 
 
 def _known_in_front(node: fx.Node, symbol: Any) -> bool:
@@ -270,8 +260,7 @@ def _known_in_front(node: fx.Node, symbol: Any) -> bool:
     if is_random(node):
         return False
     if node.target is aten.sym_size.int:
-        expr = expression(node.meta["val"])
-        return _growth(expr, symbol) in (0, 1)
+        return _growth(expression(node.meta["val"]), symbol) in (0, 1)
     if node.op != "placeholder":
         return True
     value = node.meta["val"]

@@ -1,17 +1,17 @@
-"""The insertion of nodes of one adaptation into one Program, which all parts of the `Builder` share."""
+"""The insertion of nodes of one adaptation into one Program, which all parts of the `Builder` build on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from graftc.passes.core.build.initial import Initial
-from graftc.passes.core.build.seams import Change, Reading, Seams
+from graftc.passes.core.build.initial import Initial, ParameterStart
+from graftc.passes.core.build.requests import Change, NewTensor, Reading
 from graftc.passes.core.ir.edits import Edit
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.new_nodes import create_node
@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 
 class Nodes:
-    """Inserts nodes of one adaptation into one Program.
+    """Inserts nodes of one adaptation into one Program: the base of all parts of the `Builder`.
 
     Args:
         program: the Program, changed in place.
@@ -33,8 +33,14 @@ class Nodes:
         method: its method's tag.
         initial: the source of the values of new tensors.
         seams: the composition of the adaptation with others; by default there is none.
-        within: the `Nodes` of the composing adaptation, if any. Nodes inserted at a site then count as that
+        within: the builder of the composing adaptation, if any. Nodes inserted at a site then count as that
             adaptation's own, which keep reading what was there before.
+
+    Attributes:
+        adaptation: the adaptation whose tensors are being created.
+        parts: the Store names of the adaptation's tensors, by site and part; those that all sites share are under None.
+        starts: the initial states of the parameters that were created here, by name.
+        seed, values: the seed of initial values, and existing tensors by name, which are used instead of them.
     """
 
     def __init__(
@@ -43,34 +49,34 @@ class Nodes:
         store: Store,
         adaptation: str,
         method: str,
-        initial: Initial,
-        seams: Seams[Nodes] | None = None,
+        initial: Initial | None = None,
+        *,
+        seams: Seams | None = None,
         within: Nodes | None = None,
     ) -> None:
-        self.program = program
-        self.store = store
-        self.adaptation = adaptation
-        self.method = method
-        self.initial = initial
+        self.program, self.store, self.adaptation, self.method = program, store, adaptation, method
+        self.initial = Initial() if initial is None else initial
+        self.seed, self.values = self.initial.seed, self.initial.values
         self.seams = seams if seams is not None else Seams()
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
-        self.starts: dict[str, Any] = {}
+        self.starts: dict[str, ParameterStart] = {}
         self._types = Inference(program)
-        self._within = within
-        self.attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
-        self.current: Site | None = None
+        self._composing = within
+        self._attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
+        self._site: Site | None = None
         self._emitted: set[fx.Node] = set()
-        self._first: fx.Node | None = None
+        self._first_computed: fx.Node | None = None
+        self._known: dict[Hashable, fx.Node] = {}
 
     @contextmanager
     def on(self, site: Site) -> Iterator[None]:
         """Run the block with ``site`` as the current site, which new nodes belong to."""
-        previous = self.current, self._emitted
-        self.current, self._emitted = site, set() if self._within is None else self._within._emitted
+        previous = self._site, self._emitted
+        self._site, self._emitted = site, set() if self._composing is None else self._composing._emitted
         try:
             yield
         finally:
-            self.current, self._emitted = previous
+            self._site, self._emitted = previous
 
     @contextmanager
     def owned(self, adaptation: str, parts: dict[SiteKey | None, dict[str, str]]) -> Iterator[None]:
@@ -83,7 +89,13 @@ class Nodes:
             self.adaptation, self.parts = previous
 
     def call(self, target: Any, *args: Any, part: str = "", **kwargs: Any) -> fx.Node:
-        """Implement `Builder.call`."""
+        """Insert a call after the latest of its arguments and return its node.
+
+        Args:
+            target: the operator to call.
+            args, kwargs: its arguments: nodes and literals.
+            part: a readable label of the node within the adaptation (for example ``"down"``).
+        """
         graph = self.program.graph
         sources = nodes_in((args, kwargs))
         computed = [n for n in sources if n.op != "get_attr"]
@@ -96,8 +108,8 @@ class Nodes:
         for source in sources:
             if source.op == "get_attr" and source > node:
                 node.prepend(source)
-        if self._first is not None and node < self._first:
-            self._first = node
+        if self._first_computed is not None and node < self._first_computed:
+            self._first_computed = node
         node.meta.update(val=self._types.call(target, args, kwargs), **self._tags(part))
         self._emitted.add(node)
         return node
@@ -108,23 +120,25 @@ class Nodes:
         The map reads the values as these calls leave them.
         """
         memory = memory_of(self.program)
-        if not memory.writes or not isinstance(self.current, LinearSite):
+        if not memory.writes or not isinstance(self._site, LinearSite):
             return []
-        reader = self.current.use.node
+        reader = self._site.use.node
         own = frozenset[fx.Node]().union(*map(memory.roots, sources))
         return [write for write, roots in memory.writes.items() if own & roots and write < reader]
 
     def _first_call(self) -> fx.Node:
         """Return the first node after inputs and tensors, cached because there may be thousands of tensors."""
-        if self._first is None or self._first._erased:
-            self._first = next(n for n in self.program.graph.nodes if n.op in ("call_function", "output"))
-        return self._first
+        if self._first_computed is None or self._first_computed._erased:
+            self._first_computed = next(n for n in self.program.graph.nodes if n.op in ("call_function", "output"))
+        return self._first_computed
 
     def _tags(self, part: str) -> dict[str, Any]:
-        site = str(self.current.key) if self.current is not None else ""
-        origin = {"adaptation": self.adaptation, "method": self.method, "site": site, "part": part}
-        module = self.current.key.module if self.current is not None else ""
-        return {"module": module, "custom": {"graftc": origin}}
+        origin = {"adaptation": self.adaptation, "method": self.method, "site": self._site_text, "part": part}
+        return {"module": self._site.key.module if self._site is not None else "", "custom": {"graftc": origin}}
+
+    @property
+    def _site_text(self) -> str:
+        return str(self._site.key) if self._site is not None else ""
 
     def fake(self) -> FakeTensorMode:
         """Return the fake mode that the nodes' values belong to."""
@@ -132,17 +146,20 @@ class Nodes:
 
     def attribute(self, name: str, part: str = "") -> fx.Node:
         """Return the node that reads a tensor of the Store."""
-        known: fx.Node | None = self.attributes.get(name)
-        if known is not None:
-            return known
-        graph = self.program.graph
-        with graph.inserting_before(self._first_call()):
-            node = graph.get_attr(name)
-        node.meta = {"val": self._types.tensor(self.store.get(name)), **self._tags(part)}
-        self.attributes[name] = node
-        return node
+        if name not in self._attributes:
+            graph = self.program.graph
+            with graph.inserting_before(self._first_call()):
+                node = self._attributes[name] = graph.get_attr(name)
+            node.meta = {"val": self._types.tensor(self.store.get(name)), **self._tags(part)}
+        return self._attributes[name]
 
-    def kept_in(self, dtype: torch.dtype) -> torch.dtype:
+    def _once(self, key: Hashable, make: Callable[[], fx.Node]) -> fx.Node:
+        """Return the node of a key, which is created with ``make`` when it is first requested."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+    def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
         """Return the element type that a tensor of the adaptation is stored in if the graph computes in ``dtype``."""
         if self.adaptation in self.initial.narrow or not dtype.is_floating_point:
             return dtype
@@ -154,22 +171,22 @@ class Nodes:
             return node
         return self.call(aten.to.dtype, node, dtype, part="cast")
 
-    def emit(self, part: str) -> Callable[..., fx.Node]:
+    def _emit(self, part: str) -> Callable[..., fx.Node]:
         """Return `call` as a function of the target and its positional arguments alone."""
         return lambda target, *args: self.call(target, *args, part=part)
 
-    def size(self, node: fx.Node, axis: int) -> Any:
+    def _size(self, node: fx.Node, axis: int) -> Any:
         """Return the size of an axis: a number, or a node that computes it."""
         size = node.meta["val"].shape[axis]
         return size if isinstance(expression(size), int) else self.call(aten.sym_size.int, node, axis, part="size")
 
-    def device(self) -> torch.device:
+    def _device(self) -> torch.device:
         """Return the device of the current site's tensors."""
-        if isinstance(self.current, LinearSite):
-            return self.store.get(self.current.own.tensor).device
-        return self.store.device(self.current.key.module if self.current is not None else "")
+        if isinstance(self._site, LinearSite):
+            return self.store.get(self._site.own.tensor).device
+        return self.store.device(self._site.key.module if self._site is not None else "")
 
-    def redirect(
+    def _redirect(
         self, before: fx.Node, after: fx.Node, take: Callable[[fx.Node], bool], *, narrow: bool = False
     ) -> None:
         """Make the users of a node that ``take`` selects read another one, as an edit; only inside `Seams.write`."""
@@ -178,37 +195,11 @@ class Nodes:
         before.replace_all_uses_with(
             after, delete_user_cb=lambda u: u is not after and u not in self._emitted and take(u)
         )
-        site = str(self.current.key) if self.current is not None else ""
-        self.program.edits.add(Edit(self.adaptation, site, before, after, narrow))
-
-
-class Part:
-    """A part of the `Builder`; it works with the nodes that all parts share."""
-
-    def __init__(self, nodes: Nodes) -> None:
-        self._nodes = nodes
-        self.program, self.store, self.initial = nodes.program, nodes.store, nodes.initial
-        self.call, self.attribute = nodes.call, nodes.attribute
-        self._attributes, self._emit, self._redirect = nodes.attributes, nodes.emit, nodes.redirect
-        self._size, self._device = nodes.size, nodes.device
-
-    @property
-    def adaptation(self) -> str:
-        """The adaptation whose tensors are being created."""
-        return self._nodes.adaptation
-
-    @property
-    def parts(self) -> dict[SiteKey | None, dict[str, str]]:
-        """The Store names of the tensors created so far, by site and part; new ones are recorded here."""
-        return self._nodes.parts
-
-    @property
-    def _site(self) -> Site | None:
-        return self._nodes.current
+        self.program.edits.add(Edit(self.adaptation, self._site_text, before, after, narrow))
 
     def _read(self, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
         """Return a value of the model, obtained through the seams."""
-        return self._nodes.seams.read(self._nodes, node, kind, site)
+        return self.seams.read(self, node, kind, site)
 
     def _write(self, change: Change, put: Callable[..., None]) -> None:
         """Change values of the model through the seams.
@@ -222,4 +213,63 @@ class Part:
             after = torch.promote_types(mine, theirs) if change.kind == "sum" else mine
             if after != theirs:
                 raise TypeError(f"it gives values of {mine} for values of {theirs}")
-        self._nodes.seams.write(self._nodes, change, put)
+        self.seams.write(self, change, put)
+
+
+class Seams:
+    """The operations of the `Builder` that a composition of adaptations intercepts.
+
+    There are two pairs. A tensor of an adaptation is created through `make` and put into the graph by `mix`; a value of
+    the model is obtained from `read` and changed through `write`. Everything in between is written once, for tensors
+    with and without an axis of rows before their own.
+
+    These are the seams of a single adaptation: every tensor is one tensor, and every value is the model's own. A
+    composition is a subclass. It may override these four methods and nothing else of the Builder.
+    """
+
+    composed: ClassVar[bool] = False
+    """Whether several adaptations are built at once."""
+
+    def make(self, nodes: Nodes, new: NewTensor) -> Sequence[str]:
+        """Create a tensor of the adaptation.
+
+        Args:
+            nodes: the `Nodes` of the adaptation that the tensor belongs to.
+            new: the tensor.
+
+        Returns:
+            The Store names of the tensors that are created: one, or one for each member.
+        """
+        return [new.create(new.trainable)]
+
+    def mix(self, nodes: Nodes, new: NewTensor, names: Sequence[str]) -> fx.Node:
+        """Return the node that the method gets for a tensor.
+
+        Args:
+            nodes: the `Nodes` that insert the calls that compute it.
+            new: the tensor.
+            names: the names that `make` returned.
+        """
+        (name,) = names
+        return nodes.cast(nodes.attribute(name, new.part), new.dtype)
+
+    def read(self, nodes: Nodes, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
+        """Return a value of the model in the form that the method gets.
+
+        Args:
+            nodes: the `Nodes` that insert the calls that compute it.
+            node: the value in the model's own axes.
+            kind: the kind of value.
+            site: the site that the value belongs to.
+        """
+        return node
+
+    def write(self, nodes: Nodes, change: Change, put: Callable[..., None]) -> None:
+        """Change values of the model.
+
+        Args:
+            nodes: the `Nodes` that insert the calls that this needs.
+            change: the change to make.
+            put: a function that makes the change; takes one node for each of those that are ``given``.
+        """
+        put(*change.given)

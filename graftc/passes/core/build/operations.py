@@ -11,30 +11,25 @@ from typing import Literal
 import torch
 from torch import fx
 
-from graftc.passes.core.build.nodes import Nodes, Part
+from graftc.passes.core.build.nodes import Nodes
 from graftc.passes.core.ir.shapes import expression
-from graftc.passes.core.ops.decompositions import SEEDS
-from graftc.passes.core.sites.sites import SiteKey
+from graftc.passes.core.ops.hashing import SEEDS
 
 aten = torch.ops.aten
 DropoutScope = Literal["input", "target"]
 
 
-class Operations(Part):
+class Operations(Nodes):
     """Inserts operations that do not depend on the kind of site."""
-
-    def __init__(self, nodes: Nodes) -> None:
-        super().__init__(nodes)
-        self._dropouts: dict[tuple[fx.Node, float, bool, SiteKey | None], fx.Node] = {}
 
     def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None, part: str = "") -> fx.Node:
         """Return ``weight x + bias`` over the last axis of ``x`` for ``weight: [out, in]`` and ``bias: [out]``."""
         if weight.meta["val"].dim() == 2:
             return self.call(aten.linear.default, x, weight, bias, part=part)
-        result = self.product(x, weight, part)
+        result = self._product(x, weight, part)
         return result if bias is None else self.call(aten.add.Tensor, result, self.along(bias, result), part=part)
 
-    def product(self, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
+    def _product(self, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
         """Return ``weight: [rows, out, in]`` applied to ``x: [rows, ..., in]``; one without rows is applied to all."""
         across = self.call(aten.transpose.int, weight, -1, -2, part=part)
         dims = x.meta["val"].dim()
@@ -90,15 +85,20 @@ class Operations(Part):
         if p == 0 or not node.meta["val"].is_floating_point():
             return node
         own = self._site.key if scope == "target" and self._site is not None else None
-        key = (node, p, recompute, own)
-        if key not in self._dropouts:
-            if recompute:
-                # The seed is drawn next to the activation, so that a recomputed layer uses the same one.
-                like = self.call(aten.new_zeros.default, node, [1], dtype=torch.int64, part="seed")
-                seed = self.call(aten.randint_like.low_dtype, like, 0, SEEDS, part="seed")
-                dropped = self.call(torch.ops.graftc.seeded_dropout.default, node, seed, p, part="dropout")
-            else:
-                mask = self.call(torch.ops.graftc.random_mask.default, node, p, part="mask")
-                dropped = self.call(torch.ops.graftc.masked_dropout.default, node, mask, p, part="dropout")
-            self._dropouts[key] = dropped
-        return self._dropouts[key]
+        return self._once(("dropout", node, p, recompute, own), lambda: self._dropped(node, p, recompute))
+
+    def _dropped(self, node: fx.Node, p: float, recompute: bool) -> fx.Node:
+        if recompute:
+            seed = drawn_beside(self, node, SEEDS, "seed")
+            return self.call(torch.ops.graftc.seeded_dropout.default, node, seed, p, part="dropout")
+        mask = self.call(torch.ops.graftc.random_mask.default, node, p, part="mask")
+        return self.call(torch.ops.graftc.masked_dropout.default, node, mask, p, part="dropout")
+
+
+def drawn_beside(build: Nodes, like: fx.Node, high: int, part: str) -> fx.Node:
+    """Return a random number below ``high``, ``int64[1]``, drawn again in every forward pass.
+
+    It is drawn next to a value, so that a layer that is recomputed in the backward pass uses the same one.
+    """
+    zero = build.call(aten.new_zeros.default, like, [1], dtype=torch.int64, part=part)
+    return build.call(aten.randint_like.low_dtype, zero, 0, high, part=part)

@@ -50,14 +50,11 @@ def recounted(
     """
     replaced = dict(longer)
     for node in above([numbers]):
-        if node in replaced:
-            continue
-        if not any(source in replaced for source in node.all_input_nodes):
-            continue
-        args, kwargs = map_nodes(
-            (node.args, dict(node.kwargs)), lambda source: replaced[source] if source in replaced else same(source)
-        )
-        replaced[node] = call(node.target, *args, **kwargs)
+        if node not in replaced and any(source in replaced for source in node.all_input_nodes):
+            args, kwargs = map_nodes(
+                (node.args, dict(node.kwargs)), lambda source: replaced[source] if source in replaced else same(source)
+            )
+            replaced[node] = call(node.target, *args, **kwargs)
     return replaced[numbers]
 
 

@@ -12,15 +12,14 @@ import torch
 from torch import fx
 
 from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.operations import drawn_beside
 
 aten = torch.ops.aten
 
 
 def route(build: Builder, experts: fx.Node) -> fx.Node:
     """Return a number of ``[0, M)`` for ``experts: [M, ...]``, drawn again in every forward pass, ``int64[1]``."""
-    count = int(experts.meta["val"].shape[0])
-    like = build.call(aten.new_zeros.default, experts, [1], dtype=torch.int64, part="route")
-    return build.call(aten.randint_like.low_dtype, like, 0, count, part="route")
+    return drawn_beside(build, experts, int(experts.meta["val"].shape[0]), "route")
 
 
 def pick(build: Builder, experts: fx.Node, chosen: fx.Node, part: str = "expert") -> fx.Node:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.build.nodes import Part
-from graftc.passes.core.build.seams import Change
+from graftc.passes.core.build.nodes import Nodes
+from graftc.passes.core.build.requests import Change
 from graftc.passes.core.ir.edits import Edit, Edits
-from graftc.passes.core.ir.program import is_random, map_nodes, provenance
-from graftc.passes.core.sites.sites import SublayerSite, ValueSite
+from graftc.passes.core.ir.program import above, is_random, map_nodes, provenance
+from graftc.passes.core.sites.sites import SublayerSite, ValueSite, unsupported
 from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
@@ -19,24 +19,20 @@ AGAIN = "again"
 """The part of what is computed a second time."""
 
 
-class Branches(Part):
+class Branches(Nodes):
     """Reads the values of a sublayer and adds to them, and replaces the inputs and outputs of layers."""
 
     def value(self, site: ValueSite) -> fx.Node:
         """Return the current value of a site, with everything inserted there so far."""
-        return self._read(self._value(site), "value", site)
-
-    def _value(self, site: ValueSite) -> fx.Node:
-        return self.program.current(site.node)
+        return self._read(self.program.current(site.node), "value", site)
 
     def set_value(self, site: ValueSite, node: fx.Node) -> None:
         """Replace a value with ``node``, computed from `value` and of the same sizes, for everything that reads it.
 
         That includes projections, the residual, and the outputs if the value is one of them.
         """
-        before = self._value(site)
-        change = Change("value", (node,), before)
-        self._write(change, lambda after: self._redirect(before, after, lambda user: True))
+        before = self.program.current(site.node)
+        self._write(Change("value", (node,), before), lambda after: self._redirect(before, after, lambda user: True))
 
     def at(self, site: SublayerSite, place: str) -> fx.Node:
         """Return the current value at a place of a sublayer, with everything inserted there so far.
@@ -53,8 +49,8 @@ class Branches(Part):
     def _at(self, site: SublayerSite, place: str) -> fx.Node:
         node = getattr(site, place)
         if node is None:
-            message = f"{site.key} ends in more than one map, so that it has no {place} activation"
-            raise GraftError("GC017", message, hint="read or add at its branch, or leave it out with exclude")
+            reason = f"ends in more than one map, so that it has no {place} activation"
+            raise unsupported(site, reason, "read or add at its branch, or leave it out with exclude")
         return self.program.current(node, str(site.key))
 
     def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
@@ -72,16 +68,10 @@ class Branches(Part):
         Raises:
             GraftError: GC017 if anything random is in between, or if ``delta`` does not fit.
         """
+        change = Change("sum", (delta,), self._at(site, place), lambda: self.at(site, read), (place, read))
+        self._write(change, lambda own: self._add_at(site, place, own, read))
 
-        def source() -> fx.Node:
-            return self.at(site, read)
-
-        def put(own: fx.Node) -> None:
-            self._add(site, place, own, read)
-
-        self._write(Change("sum", (delta,), self._at(site, place), source, (place, read)), put)
-
-    def _add(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
+    def _add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
         value, source = self._at(site, place), self._at(site, read)
         try:
             after = self.call(aten.add.Tensor, value, self._shaped(delta, value), part="add")
@@ -132,11 +122,6 @@ def _between(start: fx.Node, end: fx.Node, edits: Edits) -> list[fx.Node]:
         own = edit is None or edit.before in below or (tag is not None and tag["part"] == AGAIN)
         if own and not below.isdisjoint(node.all_input_nodes):
             below.add(node)
-    between: set[fx.Node] = set()
-    pending = [end]
-    while pending:
-        node = pending.pop()
-        if node in below and node is not start and node not in between:
-            between.add(node)
-            pending += node.all_input_nodes
-    return sorted(node for node in between if isinstance(node.meta.get("val"), Tensor | tuple | list))
+    below.discard(start)
+    between = above(below & {end}, sources=lambda node: below & {*node.all_input_nodes})
+    return [node for node in between if isinstance(node.meta.get("val"), Tensor | tuple | list)]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.build.nodes import Part
-from graftc.passes.core.build.seams import Change, NewTensor
+from graftc.passes.core.build.initial import Initialiser, ParameterStart
+from graftc.passes.core.build.nodes import Nodes
+from graftc.passes.core.build.requests import Change, NewTensor
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.names import adapter_name
 from graftc.passes.core.weights.tensor_edits import EditMode, TensorEdit
@@ -18,25 +18,6 @@ from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
-Initialiser = Callable[[Tensor, torch.Generator], None]
-"""Fills a float32 CPU tensor in place, drawing from the generator only."""
-
-
-@dataclass(frozen=True)
-class ParameterStart:
-    """The initial state of a parameter.
-
-    Attributes:
-        shape: its sizes.
-        init: a function that fills a float32 CPU tensor with its first values.
-        dtype: the element type that it is stored in.
-        trains: whether it trains.
-    """
-
-    shape: tuple[int, ...]
-    init: Initialiser
-    dtype: torch.dtype
-    trains: bool
 
 
 def _is_exact(stored: torch.dtype, wanted: torch.dtype) -> bool:
@@ -55,13 +36,12 @@ def tensor_name(site: Site | None, adaptation: str, part: str) -> str:
     return adapter_name(site.key.module, adaptation, site.scope, site.key.part, part)
 
 
-class Tensors(Part):
+class Tensors(Nodes):
     """The part of the `Builder` that creates the tensors of one adaptation, each once: Programs share them."""
 
     def _new(self, new: NewTensor) -> fx.Node:
         """Create a tensor through the seams and return its node."""
-        nodes = self._nodes
-        return nodes.seams.mix(nodes, new, nodes.seams.make(nodes, new))
+        return self.seams.mix(self, new, self.seams.make(self, new))
 
     def parameter(
         self,
@@ -84,7 +64,7 @@ class Tensors(Part):
         """
 
         def create(trains: bool) -> str:
-            return self.begin(part, ParameterStart(shape, init, self._nodes.kept_in(dtype), trains))
+            return self.begin(part, ParameterStart(shape, init, self._kept_in(dtype), trains))
 
         return self._new(NewTensor(part, "parameter", create, trainable, dtype=dtype))
 
@@ -99,7 +79,7 @@ class Tensors(Part):
         if name not in self.store:
             value = self._initial(name, start.shape, start.init, start.dtype)
             self.store.add_parameter(name, value, trainable=start.trains)
-            self._nodes.starts[name] = start
+            self.starts[name] = start
         return name
 
     def trained(self, part: str, value: Callable[[], Tensor], *, dtype: torch.dtype | None = None) -> fx.Node:
@@ -116,8 +96,8 @@ class Tensors(Part):
             name = self._enter(part)
             if name not in self.store:
                 first = value().detach()
-                kept = first.dtype if dtype is None else self._nodes.kept_in(dtype)
-                self.store.add_parameter(name, self._first(name, first.to(kept, copy=True)), trainable=trains)
+                kept = first.dtype if dtype is None else self._kept_in(dtype)
+                self.store.add_parameter(name, self._given_or(name, first.to(kept, copy=True)), trainable=trains)
             return name
 
         return self._new(NewTensor(part, "parameter", create, dtype=dtype))
@@ -160,8 +140,7 @@ class Tensors(Part):
             part: the state's name within the adaptation.
             value: a function that computes its first value on a device; element type and sizes are final.
         """
-        name = self.keep_buffer(part, value)
-        return self.attribute(name, part)
+        return self.attribute(self.keep_buffer(part, value), part)
 
     def keep_buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> str:
         """Create state as `buffer` does, but without a node, for a controller alone to read; return its Store name."""
@@ -169,10 +148,10 @@ class Tensors(Part):
         def create(trains: bool) -> str:
             name = self._enter(part)
             if name not in self.store:
-                self.store.add_buffer(name, self._first(name, value(self._device())), persistent=True)
+                self.store.add_buffer(name, self._given_or(name, value(self._device())), persistent=True)
             return name
 
-        (name,) = self._nodes.seams.make(self._nodes, NewTensor(part, "state", create))
+        (name,) = self.seams.make(self, NewTensor(part, "state", create))
         return name
 
     def drawn(self, deployed: fx.Node, low: int, high: int, part: str = "draw") -> fx.Node:
@@ -193,7 +172,7 @@ class Tensors(Part):
         init(value, self.generator(name))
         return value.to(device=device, dtype=dtype)
 
-    def _first(self, name: str, own: Tensor) -> Tensor:
+    def _given_or(self, name: str, own: Tensor) -> Tensor:
         """Return the value given for a tensor, in the type of its own first value, or that one if none is given."""
         return self._given(name, tuple(own.shape), own.dtype, own.device) if name in self.initial.values else own
 
@@ -266,10 +245,9 @@ class Tensors(Part):
         trained = self.trained_rows(own)
         current = self._attributes.get(own.tensor)
         if is_new and current is not None:
-            numbers = index if index is not None else lambda: self.index(own)
-            replacement = self._nodes.cast(through(trained), current.meta["val"].dtype)
-            after = own.write(self._emit("overlay"), current, replacement, numbers)
-            self._replace(current, after)
+            numbers = index if index is not None else lambda: self._index(own)
+            replacement = self.cast(through(trained), current.meta["val"].dtype)
+            self._replace(current, own.write(self._emit("overlay"), current, replacement, numbers))
         return trained
 
     def trained_rows(self, own: WeightSlice) -> fx.Node:
@@ -278,8 +256,7 @@ class Tensors(Part):
         It has the sizes that the rows are stored in and is at least float32 (see `overlay`). The caller puts it in
         place wherever the rows are read.
         """
-        new = NewTensor(own.part, "copy", lambda trains: self._trained_rows(own), base=own.tensor)
-        return self._new(new)
+        return self._new(NewTensor(own.part, "copy", lambda trains: self._trained_rows(own), base=own.tensor))
 
     def _trained_rows(self, own: WeightSlice) -> str:
         own, part = own.as_stored, own.part
@@ -289,8 +266,8 @@ class Tensors(Part):
         name = self._enter(part)
         if name not in self.store:
             rows = own.take(self.store.get(own.tensor).detach())
-            rows = rows.to(self._nodes.kept_in(rows.dtype))
-            first = self._first(name, rows)
+            rows = rows.to(self._kept_in(rows.dtype))
+            first = self._given_or(name, rows)
             self.store.add_parameter(name, first.clone() if first is rows else first, trainable=True)
         self._edit_tensor(own, EditMode.TRAINED, name)
         return name
@@ -309,8 +286,7 @@ class Tensors(Part):
         self._edit_tensor(own, EditMode.REPLACED)
         node, current = make(), self._attributes.get(own.tensor)
         if current is not None:
-            after = own.write(self._emit("instead"), current, node, lambda: self.index(own))
-            self._replace(current, after)
+            self._replace(current, self._with_rows(own, current, node, "instead"))
 
     def known(self, name: str) -> Tensor | None:
         """Return a tensor of the adaptation by its Store name if it exists: created for another Program, or given."""
@@ -334,16 +310,23 @@ class Tensors(Part):
         read = self._attributes.get(own.tensor)
         if read is not None:
             current = self.program.current(read)
-            changed = self._within(current, make, own) if within else make(current)
+            if within:
+                changed = self._with_rows(own, current, make(self._rows(own, current, "own rows")), "write rows")
+            else:
+                changed = make(current)
             self._replace(current, changed)
 
     def _replace(self, current: fx.Node, after: fx.Node) -> None:
         """Make everything that reads the current form of a base tensor read ``after``."""
         self._write(Change("tensor", (after,)), lambda node: self._redirect(current, node, lambda user: True))
 
-    def _within(self, tensor: fx.Node, make: Callable[[fx.Node], fx.Node], own: WeightSlice) -> fx.Node:
-        part = own.read(self._emit("own rows"), tensor, lambda: self.index(own))
-        return own.write(self._emit("write rows"), tensor, make(part), lambda: self.index(own))
+    def _rows(self, own: WeightSlice, node: fx.Node, part: str, axis: int | None = None) -> fx.Node:
+        """Return the part of a value that a slice selects along an axis; see `WeightSlice.read`."""
+        return own.read(self._emit(part), node, lambda: self._index(own), axis)
+
+    def _with_rows(self, own: WeightSlice, node: fx.Node, rows: fx.Node, part: str, axis: int | None = None) -> fx.Node:
+        """Return a value with other rows in the place of those that `_rows` selects; see `WeightSlice.write`."""
+        return own.write(self._emit(part), node, rows, lambda: self._index(own), axis)
 
     def settled(self, part: str, value: Callable[[torch.Generator], Tensor]) -> tuple[fx.Node, Tensor]:
         """Return numbers that determine how the graph is built.
@@ -370,7 +353,7 @@ class Tensors(Part):
         site = self._site.key if self._site is not None else None
         self.program.tensor_edits.add(TensorEdit(self.adaptation, own, mode, site, trained))
 
-    def index(self, own: WeightSlice) -> fx.Node:
+    def _index(self, own: WeightSlice) -> fx.Node:
         """Return the node of a constant with row numbers, shared by everything that selects the same rows."""
         digest = hashlib.sha256(str(own.spans).encode()).hexdigest()[:12]
         assert self._site is not None

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import computed
-from graftc.passes.core.build.nodes import Nodes, Part
+from graftc.passes.core.build.masks import END
+from graftc.passes.core.build.requests import Change
 from graftc.passes.core.build.residual import Branches
-from graftc.passes.core.build.seams import Change
 from graftc.passes.core.build.tensors import Tensors
 from graftc.passes.core.ir.program import VirtualTokens, above
 from graftc.passes.core.ir.shapes import expression
@@ -18,17 +18,12 @@ from graftc.specs.errors.diagnostics import GraftError
 aten = torch.ops.aten
 
 
-class Virtual(Part):
+class Virtual(Tensors, Branches):
     """Fills virtual tokens, both where words are looked up and at any layer."""
-
-    def __init__(self, nodes: Nodes, tensors: Tensors, branches: Branches) -> None:
-        super().__init__(nodes)
-        self._numbers, self._value, self._set_value = tensors.numbers, branches.value, branches.set_value
 
     def virtual(self, site: ValueSite) -> VirtualTokens:
         """Return the adaptation's virtual tokens in the sequence of a site."""
-        candidates = self.program.virtual
-        return next(v for v in candidates if v.owner == self.adaptation and site.key in v.sites)
+        return next(v for v in self.program.virtual if v.owner == self.adaptation and site.key in v.sites)
 
     def fill(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
         """Make ``vectors: [length, width]``, or ``[batch, length, width]``, the word vectors of a run."""
@@ -41,19 +36,19 @@ class Virtual(Part):
 
         These are ``[length, width]``, or ``[batch, length, width]``.
         """
-        value, start = self._value(site), self.virtual(site).starts[run]
+        value, start = self.value(site), self.virtual(site).starts[run]
         expanded = self._for_rows(vectors, value, part)
         length = int(expanded.meta["val"].shape[1])
         if isinstance(start, fx.Node):
-            index = self.call(aten.add.Tensor, start, self._numbers(f"offsets_{run}", torch.arange(length)), part=part)
+            index = self.call(aten.add.Tensor, start, self.numbers(f"offsets_{run}", torch.arange(length)), part=part)
             width = int(value.meta["val"].shape[-1])
             index = self.call(aten.expand.default, self.call(aten.unsqueeze.default, index, -1), [-1, -1, width])
-            self._set_value(site, self.call(aten.scatter.src, value, 1, index, expanded, part=part))
+            self.set_value(site, self.call(aten.scatter.src, value, 1, index, expanded, part=part))
             return
-        pieces = [expanded, self.call(aten.slice.Tensor, value, 1, start + length, 2**63 - 1, part=part)]
+        pieces = [expanded, self.call(aten.slice.Tensor, value, 1, start + length, END, part=part)]
         if start:
             pieces.insert(0, self.call(aten.slice.Tensor, value, 1, 0, start, part=part))
-        self._set_value(site, self.call(aten.cat.default, pieces, 1, part=part))
+        self.set_value(site, self.call(aten.cat.default, pieces, 1, part=part))
 
     def _for_rows(self, vectors: fx.Node, like: fx.Node, part: str) -> fx.Node:
         """Expand ``[length, width]``, or ``[1, length, width]``, to every row of ``like``."""

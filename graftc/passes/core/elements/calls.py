@@ -210,7 +210,7 @@ def elements_in(flags: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
 
 def input_name(path: str, index: int) -> str:
     """Return the name of an element's tensor among a graph's inputs; its characters are valid in a parameter's name."""
-    name = re.sub(r"\W", lambda found: f"_{ord(found[0]):x}_", path.replace(".", "__"))
+    name = re.sub(r"\W", lambda match: f"_{ord(match[0]):x}_", path.replace(".", "__"))
     return f"{name}__{index}"
 
 

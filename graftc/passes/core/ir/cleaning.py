@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 
-from graftc.passes.core.ir.program import Program, mutates
-
-_HAS_DEVICE: dict[Any, bool] = {}
+from graftc.passes.core.ir.program import Program, above, mutates
 
 
 def remove_dead(program: Program) -> None:
@@ -27,14 +26,7 @@ def live(program: Program) -> set[fx.Node]:
 
     A node that an edit has replaced may have no reader left, and is then not among them.
     """
-    nodes: set[fx.Node] = set()
-    pending = [n for n in program.graph.nodes if n.op in ("placeholder", "output") or mutates(n)]
-    while pending:
-        node = pending.pop()
-        if node not in nodes:
-            nodes.add(node)
-            pending += node.all_input_nodes
-    return nodes
+    return set(above(n for n in program.graph.nodes if n.op in ("placeholder", "output") or mutates(n)))
 
 
 def on_device(
@@ -49,16 +41,19 @@ def on_device(
     """
     if device is None or not takes_device(target):
         return args, kwargs
-    place = next(i for i, argument in enumerate(target._schema.arguments) if argument.name == "device")
-    if place < len(args):
+    place = _device_place(target)
+    if place is not None and place < len(args):
         return (*args[:place], device, *args[place + 1 :]), kwargs
     return args, {**kwargs, "device": device}
 
 
 def takes_device(target: Any) -> bool:
     """Return whether an operator creates a tensor on a device named by a ``device`` argument."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if target not in _HAS_DEVICE:
-        _HAS_DEVICE[target] = any(a.name == "device" for a in target._schema.arguments)
-    return _HAS_DEVICE[target]
+    return isinstance(target, torch._ops.OpOverload) and _device_place(target) is not None
+
+
+@cache
+def _device_place(target: Any) -> int | None:
+    """Return the position of an operator's ``device`` argument; None if it has none."""
+    names = [argument.name for argument in target._schema.arguments]
+    return names.index("device") if "device" in names else None

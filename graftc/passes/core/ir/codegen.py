@@ -44,21 +44,21 @@ class RecentCode:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._held: OrderedDict[Hashable, Any] = OrderedDict()
+        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._entries)
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """Return the value of a key, which is created with ``make`` if it is missing."""
         with self._lock:
-            if key not in self._held:
-                self._held[key] = make()
-            self._held.move_to_end(key)
-            value: Value = self._held[key]
-            while len(self._held) > self.most:
-                self._held.popitem(last=False)
+            if key not in self._entries:
+                self._entries[key] = make()
+            self._entries.move_to_end(key)
+            value: Value = self._entries[key]
+            while len(self._entries) > self.most:
+                self._entries.popitem(last=False)
         return value
 
 
@@ -88,7 +88,7 @@ class Executable:
         """Return ``f(module, *inputs)``, which reads the tensors and layers of a module, or of one like it, on every
         call.
         """
-        values = [_tensor(module, name) for name in self.tensors] + [_module(module, path) for path in self.layers]
+        values = [_tensor(module, name) for name in self.tensors] + [_module(path) for path in self.layers]
         return RECENT.get((self.function, *values), lambda: _reading(self.function, values))
 
 
@@ -131,8 +131,7 @@ def _digest(*parts: object) -> str:
 def placed(graph: fx.Graph, device: torch.device) -> fx.Graph:
     """Return a copy of a graph for one device, with the operators that run there."""
     result = fx.Graph()
-    output = result.graph_copy(graph, {})
-    result.output(output)
+    result.output(result.graph_copy(graph, {}))
     for node in result.nodes:
         if node.op == "call_function" and takes_device(node.target) and not _follows_input(node.target):
             node.kwargs = {**node.kwargs, "device": device}
@@ -235,14 +234,14 @@ def _read_first(graph: fx.Graph) -> tuple[dict[str, str], dict[str, str]]:
     return tensors, layers
 
 
-def _module(module: nn.Module, path: str) -> str:
+def _module(path: str) -> str:
     return "self" + "".join(f"._modules[{segment!r}]" for segment in path.split(".") if segment)
 
 
 def _tensor(module: nn.Module, name: str) -> str:
     path, _, last = name.rpartition(".")
     table = "_parameters" if _owner(module, path)._parameters.get(last) is not None else "_buffers"
-    return f"{_module(module, path)}.{table}[{last!r}]"
+    return f"{_module(path)}.{table}[{last!r}]"
 
 
 def tensor_at(module: nn.Module, name: str) -> Tensor:

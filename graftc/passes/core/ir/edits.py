@@ -51,8 +51,8 @@ class Edits(Sequence[Edit]):
         self._edits: list[Edit] = []
         self._starting: dict[fx.Node, list[int]] = {}
         self._next: dict[tuple[fx.Node, str | None], int] = {}
-        self._made: dict[fx.Node, int] = {}
-        self._made_for: dict[tuple[fx.Node, str], int] = {}
+        self._ending: dict[fx.Node, int] = {}
+        self._ending_at: dict[tuple[fx.Node, str], int] = {}
         self._ahead: dict[str | None, dict[fx.Node, fx.Node]] = {}
         for edit in edits:
             self._record(edit)
@@ -105,7 +105,7 @@ class Edits(Sequence[Edit]):
 
     def origin(self, node: fx.Node) -> Edit | None:
         """Return the edit, narrow or not, that a node is the replacement of; None if there is none."""
-        index = self._made.get(node)
+        index = self._ending.get(node)
         return None if index is None else self._edits[index]
 
     def current(self, node: fx.Node, site: str | None = None) -> fx.Node:
@@ -137,7 +137,7 @@ class Edits(Sequence[Edit]):
 
     def unchanged_input(self, node: fx.Node, site: str) -> fx.Node:
         """Return the node that a site would read instead of a node without its own narrow edits."""
-        while (index := self._made_for.get((node, site))) is not None:
+        while (index := self._ending_at.get((node, site))) is not None:
             node = self._edits[index].before
         return node
 
@@ -148,9 +148,9 @@ class Edits(Sequence[Edit]):
         self._edits.append(edit)
         self._starting.setdefault(edit.before, []).append(at)
         self._next[edit.before, scope] = at
-        self._made[edit.after] = at
+        self._ending[edit.after] = at
         if scope is not None:
-            self._made_for[edit.after, scope] = at
+            self._ending_at[edit.after, scope] = at
 
     def _rebase(self, before: fx.Node, after: fx.Node) -> None:
         """Let the edits that start from ``before`` start from ``after``.

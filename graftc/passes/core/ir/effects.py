@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -53,8 +54,7 @@ class Memory:
             given = dict(_arguments(node))
             shared = self._of(v for name, v in given.items() if _shares(node.target, name) and not _is_product(node, v))
             self._roots[node] = shared or frozenset({node})
-            written = self._of(v for name, v in given.items() if _writes(node, name, given))
-            if written:
+            if written := self._of(v for name, v in given.items() if _writes(node, name, given)):
                 self.writes[node] = written
         self._written = frozenset[fx.Node]().union(*self.writes.values())
 
@@ -113,14 +113,15 @@ def _arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
 def _shares(target: Any, name: str) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return target is operator.getitem and name == "0"
-    if target not in _ALIASES:
-        schema = target._schema
-        whole = target.namespace == "aten" and schema.name.removeprefix("aten::") in SHARING
-        _ALIASES[target] = frozenset(a.name for a in schema.arguments if whole or a.alias_info is not None)
-    return name in _ALIASES[target]
+    return name in _aliased(target)
 
 
-_ALIASES: dict[Any, Collection[str]] = {}
+@cache
+def _aliased(target: Any) -> Collection[str]:
+    """Return the names of the arguments whose memory the result of an operator may share."""
+    schema = target._schema
+    whole = target.namespace == "aten" and schema.name.removeprefix("aten::") in SHARING
+    return frozenset(a.name for a in schema.arguments if whole or a.alias_info is not None)
 
 
 def _is_product(node: fx.Node, operands: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import fx
@@ -90,8 +91,6 @@ def to_eval(
         applies = applies or (node.target in _DROPPING and only is not None and silent(place) in only)
         applies = applies and node.op == "call_function" and (base or inserted)
         rule = RULES.get(node.target) if applies and node.target not in keep else None
-        if rule is _erase:
-            erased[node] = node.all_input_nodes[0]
         if rule is not None:
             erased |= rule(node) or {}
     edits = result.edits.mapped(lambda n: follow(n, erased))
@@ -101,11 +100,21 @@ def to_eval(
     return result
 
 
-def _erase(node: fx.Node) -> None:
-    source = node.args[0]
+Replaced = dict[fx.Node, fx.Node] | None
+"""The nodes that a rule has erased, each with the one that is read instead; None if there is none."""
+
+
+def _replace(node: fx.Node, source: Any) -> Replaced:
+    """Let the readers of a node read another one, and erase it."""
     assert isinstance(source, fx.Node)
     node.replace_all_uses_with(source)
     node.graph.erase_node(node)
+    return {node: source}
+
+
+def _erase(node: fx.Node) -> Replaced:
+    """Let the readers of a node read its first argument."""
+    return _replace(node, node.args[0])
 
 
 def _attention(node: fx.Node) -> None:
@@ -120,42 +129,35 @@ def _attention(node: fx.Node) -> None:
 
 
 def _batch_norm(node: fx.Node) -> None:
-    args = list(node.args)
-    args[5] = False
-    node.args = tuple(args)
+    node.update_arg(5, False)
 
 
-def _counter(node: fx.Node) -> None:
+def _counter(node: fx.Node) -> Replaced:
     """Remove the in-place count of batches: a buffer plus one."""
     source = node.args[0]
-    if isinstance(source, fx.Node) and str(source.target).endswith("num_batches_tracked"):
-        node.replace_all_uses_with(source)
-        node.graph.erase_node(node)
+    counts = isinstance(source, fx.Node) and str(source.target).endswith("num_batches_tracked")
+    return _erase(node) if counts else None
 
 
-def _drop_path(node: fx.Node) -> dict[fx.Node, fx.Node]:
-    """Replace stochastic depth, ``(x / keep) * floor(uniform + keep)``, by ``x``, which is returned for the product."""
+def _drop_path(node: fx.Node) -> Replaced:
+    """Replace stochastic depth, ``(x / keep) * floor(uniform + keep)``, by ``x``, which is read in place of it."""
     erased: dict[fx.Node, fx.Node] = {}
     source = node.args[0]
     operands = source.args if isinstance(source, fx.Node) and source.target is aten.add.Tensor else ()
     if not any(isinstance(x, fx.Node) and x.target is aten.rand.default for x in operands):
-        return erased
+        return None
     for user in list(node.users):
         scaled = next((x for x in user.args if x is not node), None)
         if user.target is aten.mul.Tensor and isinstance(scaled, fx.Node) and scaled.target is aten.div.Tensor:
-            value = scaled.args[0]
-            assert isinstance(value, fx.Node)
-            user.replace_all_uses_with(value)
-            node.graph.erase_node(user)
-            erased[user] = value
+            erased |= _replace(user, scaled.args[0]) or {}
     return erased
 
 
-def _drawn(node: fx.Node) -> None:
+def _drawn(node: fx.Node) -> Replaced:
     """Replace a number that an adaptation draws while training by the one that it is deployed with."""
     source = node.args[0]
-    if provenance(node) is not None and isinstance(source, fx.Node) and source.op == "get_attr":
-        _erase(node)
+    deployed = provenance(node) is not None and isinstance(source, fx.Node) and source.op == "get_attr"
+    return _erase(node) if deployed else None
 
 
 def _mean_of_experts(node: fx.Node) -> None:
@@ -164,29 +166,27 @@ def _mean_of_experts(node: fx.Node) -> None:
         node.target, node.args = aten.mean.dim, (node.args[0], [0], True)
 
 
-def _detached(node: fx.Node) -> None:
+def _detached(node: fx.Node) -> Replaced:
     """Remove a stopped gradient that an adaptation chooses at random: eval mode draws no choice.
 
     A value that is always a constant for the backward pass remains one.
     """
-    if provenance(node) is not None and any(user.target is aten.where.self for user in node.users):
-        _erase(node)
+    chooses = provenance(node) is not None and any(user.target is aten.where.self for user in node.users)
+    return _erase(node) if chooses else None
 
 
-def _alike(node: fx.Node) -> None:
+def _alike(node: fx.Node) -> Replaced:
     """Remove the choice of an adaptation between a value and the same value without its gradient."""
     _, a, b = node.args
-    if provenance(node) is not None and a is b and isinstance(a, fx.Node):
-        node.replace_all_uses_with(a)
-        node.graph.erase_node(node)
+    return _replace(node, a) if provenance(node) is not None and a is b else None
 
 
 def _lost(node: fx.Node) -> None:
     """Clear the argument for what is lost to a dropout, or for the noise of gates: eval mode has neither."""
-    node.args = (*node.args[:4], None, *node.args[5:])
+    node.update_arg(4, None)
 
 
-RULES: dict[object, Callable[[fx.Node], dict[fx.Node, fx.Node] | None]] = {
+RULES: dict[object, Callable[[fx.Node], Replaced]] = {
     aten.dropout.default: _erase,
     torch.ops.graftc.masked_dropout.default: _erase,
     torch.ops.graftc.seeded_dropout.default: _erase,

@@ -1,9 +1,9 @@
 """Functions: a layer that a graph repeats is written out once, and the layers that do the same call it.
 
-The body of a function is a part of the graph: the nodes between the values that it is `given` and those that it has
-`made`. A call says that the same is computed from other values, with the tensors of another module. The first, the
-second and the last layer of a row are written out, since what a layer does may depend on what comes before and after
-it; the second one is the body that the layers in between call.
+The body of a function is a part of the graph: the nodes between the values that it is `given` and its `body_results`.
+A call says that the same is computed from other values, with the tensors of another module. The first, the second and
+the last layer of a row are written out, since what a layer does may depend on what comes before and after it; the
+second one is the body that the layers in between call.
 
 `inlined` writes out every call.
 """
@@ -20,7 +20,7 @@ from torch import fx
 
 from graftc.passes.core.ir.history import Changes, HistoryEntry, Reads
 from graftc.passes.core.ir.new_nodes import copy_node
-from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program import Program, above
 
 
 class UnlikeBodyError(Exception):
@@ -69,7 +69,7 @@ class FunctionCall:
         return list(self.node.args[3])  # type: ignore[arg-type]
 
     @property
-    def made(self) -> list[fx.Node]:
+    def body_results(self) -> list[fx.Node]:
         """The values that the body has made."""
         return list(self.node.args[4])  # type: ignore[arg-type]
 
@@ -128,19 +128,12 @@ def region(
         writes: nodes that change values in place. Those of the layer are part of the body, although nothing that it has
             made refers to them.
     """
-    computed: set[fx.Node] = set()
-    above: set[fx.Node] = set(given)
-    pending = [node for node in (*results, *(w for w in writes if in_layer(w, body))) if node not in above]
-    while pending:
-        node = pending.pop()
-        if node not in above:
-            above.add(node)
-            pending += node.all_input_nodes
-    for node in sorted(above.difference(given)):
+    computed: dict[fx.Node, None] = {}
+    for node in above([*results, *(w for w in writes if in_layer(w, body))], stop=given):
         own = (s in computed or s in given or (s.op == "get_attr" and _is_own(s, body)) for s in node.all_input_nodes)
-        if node.op == "call_function" and (in_layer(node, body) or any(own)):
-            computed.add(node)
-    return sorted(computed)
+        if node not in given and node.op == "call_function" and (in_layer(node, body) or any(own)):
+            computed[node] = None
+    return list(computed)
 
 
 class Bodies:
@@ -159,7 +152,7 @@ class Bodies:
         """Return the nodes that the body of a call computes; see the function `region`."""
         key = _body_key(one)
         if key not in self._regions:
-            self._regions[key] = region(set(one.given), one.made, one.body, self._writes)
+            self._regions[key] = region(set(one.given), one.body_results, one.body, self._writes)
         return self._regions[key]
 
     def tensors(self, one: FunctionCall) -> list[str]:
@@ -173,7 +166,7 @@ class Bodies:
 
 
 def _body_key(one: FunctionCall) -> tuple[Any, ...]:
-    return one.body, *one.given, *one.made
+    return one.body, *one.given, *one.body_results
 
 
 def _is_own(attribute: fx.Node, body: str) -> bool:
@@ -268,7 +261,7 @@ def expand(
     for one in calls(graph):
         if chosen is not None and one.node not in chosen:
             continue
-        given, body_values, body, path = one.given, one.made, one.body, one.path
+        given, body_values, body, path = one.given, one.body_results, one.body, one.path
         inside = bodies.region(one)
         attributes.add(body, path)
         copies: dict[fx.Node, fx.Node] = dict(zip(given, one.inputs, strict=True))
@@ -347,7 +340,7 @@ def split(program: Program, groups: Mapping[str, Sequence[Sequence[str]]]) -> Pr
     for _, *others in groups.values():
         for path, *rest in others:
             one = FunctionCall(nodes[path])
-            results, inputs = one.made, one.inputs
+            results, inputs = one.body_results, one.inputs
             copies = expand(result.graph, {one.node})[one.node]
             for other in rest:
                 node = nodes[other]
@@ -359,18 +352,18 @@ def prune(graph: fx.Graph) -> None:
     """Let bodies make only what is read of some call, and be given only what differs in some call."""
     bodies: dict[tuple[Any, ...], list[FunctionCall]] = {}
     for one in calls(graph):
-        bodies.setdefault((one.body, *one.made), []).append(one)
+        bodies.setdefault((one.body, *one.body_results), []).append(one)
     for group in bodies.values():
         differs = [any(a is not b for a, b in pairs) for pairs in zip(*map(_pairs, group), strict=True)]
         for one in group:
             kept = [pair for pair, varies in zip(_pairs(one), differs, strict=True) if varies]
             given, inputs = [a for a, _ in kept], [b for _, b in kept]
-            one.node.args = (one.path, one.body, inputs, given, one.made)
+            one.node.args = (one.path, one.body, inputs, given, one.body_results)
         used = sorted({index for one in group for index in one.results.values()})
-        if len(used) == len(group[0].made):
+        if len(used) == len(group[0].body_results):
             continue
         for one in group:
-            results, body_values = one.results, one.made
+            results, body_values = one.results, one.body_results
             one.node.args = (one.path, one.body, one.inputs, one.given, [body_values[index] for index in used])
             one.node.meta["val"] = [one.node.meta["val"][index] for index in used]
             for user, index in results.items():
@@ -392,7 +385,7 @@ def cut(graph: fx.Graph) -> Iterator[dict[str, dict[fx.Node, fx.Node]]]:
     kept: list[tuple[fx.Node, Any, Any]] = []
     instead: dict[str, dict[fx.Node, fx.Node]] = {}
     for one in calls(graph):
-        body_values = one.made
+        body_values = one.body_results
         for user, index in one.results.items():
             for reader in list(user.users):
                 kept.append((reader, reader.args, reader.kwargs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.functions import Bodies, FunctionCall, call, calls, renamed
-from graftc.passes.core.ir.program import Program
+from graftc.passes.core.ir.program import Program, above
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -66,16 +66,9 @@ class _Reached:
         self._bodies = bodies
         self._writers = _Writers(program.graph)
         self._known: dict[Any, tuple[list[fx.Node], list[fx.Node]]] = {}
-        reached: set[fx.Node] = set()
-        pending = [node for node in program.output_node.all_input_nodes if _carries_gradient(node)]
-        while pending:
-            node = pending.pop()
-            if node in reached:
-                continue
-            reached.add(node)
-            if node.op == "get_attr":
-                self.tensors.add(str(node.target))
-            pending += [source for source in self._sources(node) if _carries_gradient(source)]
+        start = filter(_carries_gradient, program.output_node.all_input_nodes)
+        reached = above(start, sources=lambda node: filter(_carries_gradient, self._sources(node)))
+        self.tensors.update(str(node.target) for node in reached if node.op == "get_attr")
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """Return the values that a value is computed from.
@@ -87,9 +80,9 @@ class _Reached:
         if not isinstance(source, fx.Node) or source.target is not call:
             return [] if node.target is call else [*node.all_input_nodes, *self._writers.of(node)]
         one, index = FunctionCall(source), node.args[1]
-        key = (one.body, *one.given, *one.made, index)
+        key = (one.body, *one.given, *one.body_results, index)
         if key not in self._known:
-            result: fx.Node = one.made[index]  # type: ignore[index]
+            result: fx.Node = one.body_results[index]  # type: ignore[index]
             self._known[key] = _leading_to(one, result, self._bodies.region(one), self._writers)
         sources, tensors = self._known[key]
         self.tensors |= {renamed(str(tensor.target), one.body, one.path) for tensor in tensors}
@@ -116,19 +109,11 @@ def _leading_to(
     one: FunctionCall, result: fx.Node, computed: Sequence[fx.Node], writers: _Writers
 ) -> tuple[list[fx.Node], list[fx.Node]]:
     """Return values from outside a body, and tensors, from which a gradient path leads to a value that it has made."""
-    inside, given = set(computed), set(one.given)
-    sources: dict[fx.Node, None] = {}
-    tensors: dict[fx.Node, None] = {}
-    pending, met = [result], set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        if node in met or not _carries_gradient(node):
-            continue
-        met.add(node)
-        if node.op == "get_attr":
-            tensors[node] = None
-        elif node in given or node not in inside:
-            sources[node] = None
-        else:
-            pending += [*node.all_input_nodes, *writers.of(node)]
-    return list(sources), list(tensors)
+    inside = set(computed).difference(one.given)
+
+    def sources(node: fx.Node) -> Iterable[fx.Node]:
+        return filter(_carries_gradient, [*node.all_input_nodes, *writers.of(node)] if node in inside else ())
+
+    reached = above(filter(_carries_gradient, [result]), sources=sources)
+    ends = [node for node in reached if node not in inside]
+    return [n for n in ends if n.op != "get_attr"], [n for n in ends if n.op == "get_attr"]

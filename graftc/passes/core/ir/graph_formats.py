@@ -73,8 +73,7 @@ def graphml_text(program: Program) -> str:
     named.add_nodes_from(plain.nodes(data=True))
     for index, (source, reader, data) in enumerate(plain.edges(data=True)):
         named.add_edge(source, reader, key=f"e{index}", **data)
-    lines = nx.generate_graphml(named, named_key_ids=True)
-    return "\n".join(['<?xml version="1.0" encoding="utf-8"?>', *lines]) + "\n"
+    return "\n".join(['<?xml version="1.0" encoding="utf-8"?>', *nx.generate_graphml(named, named_key_ids=True)]) + "\n"
 
 
 def dot_text(program: Program) -> str:

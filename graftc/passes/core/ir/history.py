@@ -61,11 +61,6 @@ class HistoryEntry:
     seconds: float
     changes: Changes | None = None
 
-    @property
-    def modified(self) -> bool:
-        """Whether the step added or removed any nodes."""
-        return bool(self.added or self.removed)
-
 
 class Recorder:
     """Records the state of a graph, to determine afterwards what a step has changed.
@@ -188,10 +183,5 @@ def map_nodes(value: Any, fn: Callable[[fx.Node], Any]) -> Any:
 def nodes_in(value: Any) -> list[fx.Node]:
     """Return every node in ``value`` (arguments of a node), in order, once for each occurrence."""
     nodes: list[fx.Node] = []
-
-    def note(node: fx.Node) -> fx.Node:
-        nodes.append(node)
-        return node
-
-    map_nodes(value, note)
+    map_nodes(value, nodes.append)
     return nodes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,11 +34,11 @@ class Inference:
         """Return the value of an operator that is called with nodes and literals."""
         key = (target, self._device, types_of(args), types_of(kwargs))
         if key not in self._known:
+            inputs, options = map_nodes((args, dict(kwargs)), lambda n: n.meta["val"])
+            if takes_device(target):
+                options = {"device": self._device, **options}
             # Some operators expand to symbolic sizes only with their Python decompositions.
             with enable_python_dispatcher(), self.fake:
-                inputs, options = map_nodes((args, dict(kwargs)), lambda n: n.meta["val"])
-                if takes_device(target):
-                    options = {"device": self._device, **options}
                 self._known[key] = target(*inputs, **options)
         return self._known[key]
 
@@ -48,5 +48,4 @@ class Inference:
         if key not in self._known:
             with self.fake:
                 self._known[key] = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-        value: Tensor = self._known[key]
-        return value
+        return cast("Tensor", self._known[key])

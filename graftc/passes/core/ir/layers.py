@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 
 from graftc.passes.core.ir.program import Program
 
+_LAYER = re.compile(r"([^.]*\.)*?\d+(?![^.])")
+"""The segments of a path up to the first that is a number."""
+
 
 def layer_path(module: str) -> str:
     """Return a path up to and including its first numbered segment; empty if there is none."""
-    segments = module.split(".")
-    for index, segment in enumerate(segments):
-        if segment.isdigit():
-            return ".".join(segments[: index + 1])
-    return ""
+    match = _LAYER.match(module)
+    return match[0] if match is not None else ""
 
 
 def repeated_layers(program: Program) -> set[str]:

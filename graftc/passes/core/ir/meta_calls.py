@@ -29,7 +29,7 @@ class MetaCall:
     error: Exception | None = None
 
 
-_MADE: dict[Any, MetaCall] = {}
+_OUTCOMES: dict[Any, MetaCall] = {}
 _TENSORS: dict[Any, Tensor] = {}
 _MOST = 20_000
 """Calls that are remembered: graphs of one model, and those of others like it, make the same ones."""
@@ -73,16 +73,16 @@ class MetaCalls:
             return _TENSORS.setdefault((value.dtype, value.shape, value.stride()), value)
         return type(value)(map(self._one, value)) if type(value) in (list, tuple) else value
 
-    def made(self, node: fx.Node) -> MetaCall:
+    def outcome(self, node: fx.Node) -> MetaCall:
         """Return the outcome of the call of a node."""
         key = (node.target, self._key(node.args), self._key(node.kwargs))
-        outcome = _MADE.get(key)
+        outcome = _OUTCOMES.get(key)
         if outcome is None:
             outcome = self._run(node)
-            if len(_MADE) >= _MOST:
-                _MADE.clear()
+            if len(_OUTCOMES) >= _MOST:
+                _OUTCOMES.clear()
                 _TENSORS.clear()
-            _MADE[key] = outcome
+            _OUTCOMES[key] = outcome
         return outcome
 
     def _run(self, node: fx.Node) -> MetaCall:

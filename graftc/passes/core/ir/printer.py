@@ -141,8 +141,7 @@ class Printer:
 
 def format_program(program: Program) -> str:
     """Return the canonical text of a Program."""
-    header = f"program {program.entry} ({program.mode})"
-    return "\n".join([header, *Printer(program).lines()]) + "\n"
+    return "\n".join([f"program {program.entry} ({program.mode})", *Printer(program).lines()]) + "\n"
 
 
 def format_around(program: Program, node: fx.Node, context: int = 4) -> str:

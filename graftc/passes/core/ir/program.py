@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import fx
@@ -46,10 +47,7 @@ class InputSpec:
 def from_two(inputs: Iterable[InputSpec], names: Collection[str]) -> tuple[InputSpec, ...]:
     """Return inputs whose axes with some names have sizes of at least 2."""
 
-    def bounds(size: int | str, low: int, high: int | None) -> tuple[int, int | None]:
-        return (max(2, low), high) if size in names else (low, high)
-
-    return _bounded(inputs, bounds)
+    return _bounded(inputs, lambda size, low, high: (max(2, low) if size in names else low, high))
 
 
 def limited(inputs: Iterable[InputSpec], most: Mapping[str, int]) -> tuple[InputSpec, ...]:
@@ -246,9 +244,7 @@ class InputCheck:
 
 def provenance(node: fx.Node) -> dict[str, str] | None:
     """Return what inserted a node: ``adaptation``, ``method``, ``site`` and ``part``; None for the base's own nodes."""
-    custom = node.meta.get("custom") or {}
-    origin: dict[str, str] | None = custom.get("graftc")
-    return origin
+    return cast("dict[str, str] | None", (node.meta.get("custom") or {}).get("graftc"))
 
 
 def follow(node: fx.Node, links: Mapping[fx.Node, fx.Node]) -> fx.Node:
@@ -264,12 +260,22 @@ def gives_tensors(node: fx.Node) -> bool:
     return any(isinstance(each, torch.Tensor) for each in (value if isinstance(value, list | tuple) else (value,)))
 
 
-def above(nodes: Iterable[fx.Node], stop: Collection[fx.Node] = ()) -> list[fx.Node]:
-    """Return some nodes and everything that they are computed from, in graph order, not going beyond ``stop``."""
+def above(
+    nodes: Iterable[fx.Node],
+    stop: Collection[fx.Node] = (),
+    sources: Callable[[fx.Node], Iterable[fx.Node]] = attrgetter("all_input_nodes"),
+) -> list[fx.Node]:
+    """Return some nodes and everything that they are computed from, in graph order, not going beyond ``stop``.
+
+    Args:
+        nodes: the nodes to start from.
+        stop: nodes whose sources are not looked at.
+        sources: a function that returns the sources of a node to go on with; by default all nodes that it reads.
+    """
     reached = set(nodes)
     pending = [node for node in reached if node not in stop]
     while pending:
-        for source in pending.pop().all_input_nodes:
+        for source in sources(pending.pop()):
             if source not in reached:
                 reached.add(source)
                 pending += [source] if source not in stop else []
@@ -288,17 +294,8 @@ def marks_above(graph: fx.Graph, marks: Mapping[fx.Node, int]) -> dict[fx.Node, 
 
 
 def is_above(node: fx.Node, other: fx.Node) -> bool:
-    """Return whether a node is computed from another one; nodes before the other one are not visited."""
-    reached, pending = {node}, [node]
-    while pending:
-        current = pending.pop()
-        if current is other:
-            return True
-        for source in current.all_input_nodes:
-            if source not in reached and not source < other:
-                reached.add(source)
-                pending.append(source)
-    return False
+    """Return whether a node is computed from another one, or is that node."""
+    return other in above([node], sources=lambda each: [s for s in each.all_input_nodes if not s < other])
 
 
 def memory_of(program: Program) -> Memory:

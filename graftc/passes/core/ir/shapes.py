@@ -64,12 +64,10 @@ class SymbolNames:
     def size(self, size: Any) -> str:
         """Return one size as text."""
         expr = expression(size)
-        text = self._memo.get(expr)
-        if text is None:
+        if expr not in self._memo:
             self._register(expr)
-            renamed = expr.xreplace(self._names) if isinstance(expr, sympy.Basic) else expr
-            text = self._memo[expr] = str(renamed)
-        return text
+            self._memo[expr] = str(expr.xreplace(self._names) if isinstance(expr, sympy.Basic) else expr)
+        return self._memo[expr]
 
     def type(self, value: Any) -> str:
         """Return a value's type as text: ``f32[s0, s1, 384]``, a symbolic size, or a tuple of those."""
@@ -97,12 +95,10 @@ class Sizes:
         expr = expression(size)
         if isinstance(expr, int | float):
             return expr
-        result = self._memo.get(expr)
-        if result is None:
-            values = {symbol: self._assign(str(symbol)) for symbol in expr.free_symbols}
-            number = expr.subs(values)
-            result = self._memo[expr] = float(number) if isinstance(size, torch.SymFloat) else int(number)
-        return result
+        if expr not in self._memo:
+            number = expr.subs({symbol: self._assign(str(symbol)) for symbol in expr.free_symbols})
+            self._memo[expr] = float(number) if isinstance(size, torch.SymFloat) else int(number)
+        return self._memo[expr]
 
     def shape(self, value: torch.Tensor) -> tuple[int, ...]:
         """Return a tensor's shape as numbers."""
@@ -115,14 +111,15 @@ _CALLS: Mapping[str, tuple[Any, Callable[..., int]]] = {
     "Max": (Max, max),
     "Min": (Min, min),
 }
-_OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.FloorDiv: FloorDiv,
-    ast.Mod: Mod,
-    ast.Pow: operator.pow,
+_OPERATORS: Mapping[type[ast.operator], tuple[Any, Callable[[int, int], int]]] = {
+    ast.Add: (operator.add, operator.add),
+    ast.Sub: (operator.sub, operator.sub),
+    ast.Mult: (operator.mul, operator.mul),
+    ast.FloorDiv: _CALLS["FloorDiv"],
+    ast.Mod: _CALLS["Mod"],
+    ast.Pow: (operator.pow, operator.pow),
 }
+"""For expressions, and for numbers."""
 _LONGEST, _DEEPEST, _LARGEST = 1000, 40, 2**63
 _SYMBOL = re.compile(r"[a-z]\d{1,4}", re.ASCII)
 _SYMBOLS = 256
@@ -155,13 +152,9 @@ class FakeContext:
         if name not in self._symbols:
             if len(self._symbols) >= _SYMBOLS:
                 raise ValueError("not a size: too many symbols")
-            env = self.mode.shape_env
-            assert env is not None
-            hint = 3 + 4 * len(self._symbols)
-            source = ConstantSource(f"graftc_{name}")
-            self._symbols[name] = env.create_symbol(
-                hint,
-                source,
+            self._symbols[name] = self._env.create_symbol(
+                3 + 4 * len(self._symbols),
+                ConstantSource(f"graftc_{name}"),
                 dynamic_dim=DimDynamic.DYNAMIC,
                 constraint_dim=None,
                 do_not_specialize_zero_one=True,
@@ -174,18 +167,13 @@ class FakeContext:
             if len(text) > _LONGEST:
                 raise ValueError(f"not a size: {text[:20]}...")
             expr, value = self._parse(ast.parse(text, mode="eval").body)
-            if expr.is_number:
-                self._sizes[text] = value
-            else:
-                env = self.mode.shape_env
-                assert env is not None
-                self._sizes[text] = env.create_symintnode(expr, hint=value)
+            self._sizes[text] = value if expr.is_number else self._env.create_symintnode(expr, hint=value)
         return self._sizes[text]
 
-    def _hint(self, symbol: Any) -> int:
-        env = self.mode.shape_env
-        assert env is not None
-        return int(env.backed_var_to_val[symbol])
+    @property
+    def _env(self) -> ShapeEnv:
+        assert self.mode.shape_env is not None
+        return self.mode.shape_env
 
     def _parse(self, node: ast.expr, depth: int = 0) -> tuple[Any, int]:
         """Return an expression, and its value for the hints of its symbols.
@@ -194,15 +182,15 @@ class FakeContext:
         """
         if depth > _DEEPEST:
             raise ValueError("not a size: too deep")
-        parsed = self._made(node, depth)
+        parsed = self._parsed(node, depth)
         if abs(parsed[1]) >= _LARGEST:
             raise ValueError("not a size: too large")
         return parsed
 
-    def _made(self, node: ast.expr, depth: int) -> tuple[Any, int]:
+    def _parsed(self, node: ast.expr, depth: int) -> tuple[Any, int]:
         if isinstance(node, ast.Name) and _SYMBOL.fullmatch(node.id):
             symbol = self.symbol(node.id)
-            return symbol, self._hint(symbol)
+            return symbol, int(self._env.backed_var_to_val[symbol])
         if isinstance(node, ast.Constant) and type(node.value) is int:
             return sympy.Integer(node.value), node.value
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
@@ -212,12 +200,8 @@ class FakeContext:
             (a, left), (b, right) = self._parse(node.left, depth + 1), self._parse(node.right, depth + 1)
             if isinstance(node.op, ast.Pow) and not (b.is_Integer and 0 <= right <= 8):
                 raise ValueError(f"not a size: an exponent of {right}")
-            if isinstance(node.op, ast.FloorDiv | ast.Mod):
-                return _OPERATORS[type(node.op)](a, b), left // right if isinstance(
-                    node.op, ast.FloorDiv
-                ) else left % right
-            apply = _OPERATORS[type(node.op)]
-            return apply(a, b), apply(left, right)
+            symbolic, apply = _OPERATORS[type(node.op)]
+            return symbolic(a, b), apply(left, right)
         if (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Name)
@@ -260,15 +244,13 @@ def _type(value: Any) -> Any:
 
 def fake_mode_of(program: Program) -> FakeTensorMode:
     """Return the fake mode that a Program's values belong to."""
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        mode = getattr(value, "fake_mode", None)
-        if isinstance(mode, FakeTensorMode):
-            return mode
-    raise ValueError("the program has no fake values")
+    modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in program.graph.nodes)
+    mode = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
+    if mode is None:
+        raise ValueError("the program has no fake values")
+    return mode
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the elements of a tensor that is not on the meta device, in order, as the bytes in memory."""
-    view: memoryview = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return view
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from graftc.passes.core.packing.gradients import Removable, listen, tap_of
+from graftc.passes.core.packing.gradients import listen, tap_of
 from graftc.passes.core.packing.packed_tensor import PackedTensor
 
 
@@ -27,16 +27,16 @@ class BaseGradients:
 
     def __init__(self, receive: Callable[[str, Tensor], None]) -> None:
         self._receive = receive
-        self._held: dict[str, tuple[Tensor, list[RemovableHandle | Removable]]] = {}
+        self._wanted: dict[str, tuple[Tensor, list[RemovableHandle]]] = {}
 
     def want(self, tensors: Mapping[str, Tensor]) -> None:
         """Let tensors, by name, have gradients in the passes that follow."""
         for name, given in tensors.items():
             tensor = given.parts[0] if isinstance(given, PackedTensor) else given
-            previous, handles = self._held.get(name, (None, []))
+            previous, handles = self._wanted.get(name, (None, []))
             if not tensor.is_floating_point():  # the codes of a packed weight
                 if previous is not tensor or not handles:
-                    self._held[name] = tensor, [listen(tensor, partial(self._hand_over, name))]
+                    self._wanted[name] = tensor, [listen(tensor, partial(self._hand_over, name))]
                 _let_want(tensor, True)
                 continue
             _let_want(tensor, True)
@@ -44,7 +44,7 @@ class BaseGradients:
                 # The first hook gets the gradient even if another holder's second hook has already run.
                 first = tensor.register_hook(partial(self._hand_over, name))  # type: ignore[no-untyped-call]
                 second = tensor.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
-                self._held[name] = tensor, [first, second]
+                self._wanted[name] = tensor, [first, second]
 
     @torch.no_grad()
     def _hand_over(self, name: str, gradient: Tensor) -> None:
@@ -53,27 +53,27 @@ class BaseGradients:
     @property
     def waiting(self) -> bool:
         """Whether `want` has been called since the last `release`."""
-        return bool(self._held)
+        return bool(self._wanted)
 
     def pause(self) -> None:
         """Stop further passes from giving gradients; those of passes that have been run are still handed over."""
-        for name, (tensor, handles) in list(self._held.items()):
+        for name, (tensor, handles) in list(self._wanted.items()):
             _let_want(tensor, False)
             if not handles:
-                del self._held[name]
+                del self._wanted[name]
 
     def release(self) -> None:
         """Stop wanting gradients of any tensor, and remove the hooks."""
         self.pause()
-        for _, handles in self._held.values():
+        for _, handles in self._wanted.values():
             for handle in handles:
                 handle.remove()
-        self._held.clear()
+        self._wanted.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BaseGradients:
         """Return a copy for a copied model, which has no passes to give gradients and no hooks on its tensors."""
         copied = BaseGradients(copy.deepcopy(self._receive, memo))
-        copied._held = {name: (copy.deepcopy(tensor, memo), []) for name, (tensor, _) in self._held.items()}
+        copied._wanted = {name: (copy.deepcopy(tensor, memo), []) for name, (tensor, _) in self._wanted.items()}
         return copied
 
 

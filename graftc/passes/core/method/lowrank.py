@@ -54,8 +54,7 @@ def factors(
     a = build.parameter(
         f"A{number}", (*site.leading, rank, site.in_features), down, dtype=site.dtype, trainable=not freeze_down
     )
-    b = build.parameter(f"B{number}", (*site.leading, site.out_features, rank), up, dtype=site.dtype)
-    return a, b
+    return a, build.parameter(f"B{number}", (*site.leading, site.out_features, rank), up, dtype=site.dtype)
 
 
 def gated(build: Builder, site: LinearSite, a: fx.Node, b: fx.Node, gate: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -97,6 +96,18 @@ def normal(deviation: float) -> Initialiser:
         tensor.normal_(0, deviation, generator=generator)
 
     return fill
+
+
+def constant(value: float) -> Initialiser:
+    """Return an initialiser that gives all entries one value."""
+
+    def fill(tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.fill_(value)
+
+    return fill
+
+
+ones = constant(1)
 
 
 def zeros(tensor: Tensor, generator: torch.Generator) -> None:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import (
@@ -70,6 +70,5 @@ def _method(entry: SpecEntry) -> Method[Any, Any]:
     for value in (value for name, value in vars(module).items() if not name.startswith("_")):
         is_method = inspect.isclass(value) and issubclass(value, Method) and not inspect.isabstract(value)
         if is_method and getattr(value, "spec_class", None) is entry.spec_class:
-            method: Method[Any, Any] = value()
-            return method
+            return cast("Method[Any, Any]", value())
     raise GraftError("GC071", f"{entry.method_module} has no Method whose spec_class is {entry.spec_class.__name__}")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,43 +18,11 @@ from torch import Tensor
 from graftc.passes.core.sites.sites import Site
 from graftc.passes.core.weights.sharding import Spread
 from graftc.specs.base import MethodSpec
-from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.diagnostics import GraftError
 
 S = TypeVar("S", bound=MethodSpec)
 STEP = "step"
 """Part name of the buffer that counts optimiser steps; every adaptation with a controller has one."""
-
-
-class Phased(Protocol):
-    """A spec whose schedule has phases at both ends of the training in which nothing is pruned."""
-
-    @property
-    def name(self) -> str | None:
-        """The name of the adaptation."""
-
-    @property
-    def warmup_steps(self) -> int:
-        """The number of steps in the phase at the beginning."""
-
-    @property
-    def final_steps(self) -> int:
-        """The number of steps in the phase at the end."""
-
-
-def check_phases(spec: Phased, total: int) -> None:
-    """Check that the phases of a schedule fit into the number of optimiser steps.
-
-    Raises:
-        GraftError: GC026 if they leave no step to prune in.
-    """
-    if spec.warmup_steps + spec.final_steps >= total:
-        raise GraftError(
-            "GC026",
-            f"{spec.name!r} has {spec.warmup_steps} steps of warm-up and {spec.final_steps} final ones, which leaves "
-            f"none of {total} to prune in",
-            place=Place(path="warmup_steps" if spec.warmup_steps else "final_steps"),
-            hint="lower warmup_steps or final_steps, or train longer",
-        )
 
 
 def unknown_length(what: str) -> GraftError:
@@ -63,9 +31,13 @@ def unknown_length(what: str) -> GraftError:
     return GraftError("GC026", f"{what} falls over the whole training", hint=hint)
 
 
-def no_steps(device: torch.device) -> Tensor:
-    """Return the first value of the buffer `STEP`."""
-    return torch.zeros(1, dtype=torch.int64, device=device)
+def zero_state(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Callable[[torch.device], Tensor]:
+    """Return a function from a device to zeros there: the first value of state, for `Builder.buffer`."""
+    return lambda device: torch.zeros(tuple(shape), dtype=dtype, device=device)
+
+
+no_steps = zero_state([1], torch.int64)
+"""The first value of the buffer `STEP`."""
 
 
 @dataclass(frozen=True)

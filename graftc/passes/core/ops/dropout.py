@@ -1,16 +1,16 @@
-"""Dropout that keeps one byte per element for the backward pass: one operator draws the mask, another applies it.
+"""Dropout that keeps one byte per element for the backward pass, or a seed.
 
-Only `random_mask` draws. `masked_dropout` is a function of its arguments, so that any number of values can lose the
-same entries.
+For the former, one operator draws the mask, another applies it. Only `random_mask` draws. `masked_dropout` is a
+function of its arguments, so that any number of values can lose the same entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from graftc.passes.core.ops.declaring import its_own_gradient, like_first, operator
+from graftc.passes.core.ops.hashing import hashed
 
 LEVELS = 2**16
 """The probability of dropping an element is a multiple of one over this."""
@@ -37,7 +37,11 @@ def random_mask_decomposed(like: Tensor, p: float) -> Tensor:
     return torch.rand_like(like, dtype=torch.float32) >= level(p) / LEVELS
 
 
-@torch.library.custom_op("graftc::random_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _mask_like(like: Tensor, p: float) -> Tensor:
+    return like.new_empty(like.shape, dtype=torch.bool)
+
+
+@operator(_mask_like, plain=random_mask_decomposed, tags=[torch.Tag.nondeterministic_seeded])
 def random_mask(like: Tensor, p: float) -> Tensor:
     """Draw the mask of elements that stay from torch's generator of the device.
 
@@ -61,17 +65,17 @@ def random_mask(like: Tensor, p: float) -> Tensor:
     return mask.view(like.shape)
 
 
-@random_mask.register_fake
-def _(like: Tensor, p: float) -> Tensor:
-    return like.new_empty(like.shape, dtype=torch.bool)
-
-
 def masked_dropout_decomposed(x: Tensor, mask: Tensor, p: float) -> Tensor:
     """Compute `masked_dropout` in ATen."""
     return torch.where(mask, x, 0.0) * factor(p)
 
 
-@torch.library.custom_op("graftc::masked_dropout", mutates_args=(), tags=(torch.Tag.pointwise,))
+@operator(
+    like_first,
+    plain=masked_dropout_decomposed,
+    gradient=its_own_gradient("masked_dropout"),
+    tags=[torch.Tag.pointwise],
+)
 def masked_dropout(x: Tensor, mask: Tensor, p: float) -> Tensor:
     """Return ``x`` with elements dropped and the rest scaled up; only the mask is kept for the backward pass.
 
@@ -90,25 +94,33 @@ def masked_dropout(x: Tensor, mask: Tensor, p: float) -> Tensor:
     return torch.where(mask, x, x.new_zeros(()), out=result).mul_(factor(p))
 
 
-@masked_dropout.register_fake
-def _(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    return torch.empty_like(x)
+def dropout_mask(like: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Return the mask of elements that stay, ``bool`` of ``like``'s shape: a hash of their numbers, keyed by the seed.
+
+    Args:
+        like: tensor that determines the shape and device.
+        seed: ``int64[1]``.
+        p: probability of dropping an element.
+    """
+    number = torch.arange(like.numel(), device=like.device, dtype=torch.int32)
+    return torch.ge(hashed(number, seed), min(int(p * 2**31), 2**31 - 1)).view(like.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-    _, mask, ctx.p = inputs
-    ctx.save_for_backward(mask)
+def seeded_dropout_decomposed(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Compute `seeded_dropout` in ATen."""
+    return x * dropout_mask(x, seed, p).to(x.dtype) * (1 / (1 - p))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (mask,) = ctx.saved_tensors
-    return torch.ops.graftc.masked_dropout(grad, mask, ctx.p), None, None
+@operator(like_first, plain=seeded_dropout_decomposed, gradient=its_own_gradient("seeded_dropout"))
+def seeded_dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Apply dropout, keeping only its seed for the backward pass, where the mask is computed again.
 
+    Args:
+        x: floating point, any shape.
+        seed: ``int64[1]``, drawn in the graph, so that each forward pass has its own and recomputation the same one.
+        p: probability of dropping an element, in ``[0, 1)``.
 
-masked_dropout.register_autograd(_backward, setup_context=_setup)
-
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.graftc.random_mask.default: random_mask_decomposed,
-    torch.ops.graftc.masked_dropout.default: masked_dropout_decomposed,
-}
-"""ATen forms by operator: what exports write instead."""
+    Returns:
+        ``x`` with elements dropped and the rest scaled by ``1 / (1 - p)``.
+    """
+    return seeded_dropout_decomposed(x, seed, p)

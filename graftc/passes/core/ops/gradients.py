@@ -7,21 +7,17 @@ micro-batch of a step, for a layer that is recomputed and on every device, and i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from graftc.passes.core.ops.hashing import avalanche, counted, halves
+from graftc.passes.core.ops.declaring import DECOMPOSITIONS, its_own_gradient, like_first, operator
+from graftc.passes.core.ops.hashing import avalanche, counted, halves, wrapped
 
 _PART, _LARGE_PART = 2**16, 2**22
 """How many elements are masked at a time, on a CPU, where their numbers stay in the cache, and on other devices."""
-
-
-def _level(p: float) -> int:
-    """Return the least of the 2**32 signed numbers that keep an element."""
-    return 2**31 - max(1, round(p * 2**32))
 
 
 def _parts(tensor: Tensor, most: int, first: int = 0) -> Iterator[tuple[Tensor, int]]:
@@ -41,20 +37,19 @@ def _masked(grad: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
     spread = 2 * high + 1
     most = _PART if grad.device.type == "cpu" else _LARGE_PART
     numbers = torch.arange(min(grad.numel(), most), device=grad.device, dtype=torch.int32) * spread
+    least = 2**31 - max(1, round(p * 2**32))  # of the 2**32 signed numbers, those from here on keep an element
     result, zero = torch.empty_like(grad), grad.new_zeros(())
     for (part, first), (given, _) in zip(_parts(result, most), _parts(grad, most), strict=True):
-        z = avalanche(numbers[: part.numel()] + (spread * _wrapped(first) + low))
+        z = avalanche(numbers[: part.numel()] + (spread * wrapped(first) + low))
         # On a CPU this takes a third of the time of `masked_fill_`.
-        torch.where((z >= _level(p)).view(part.shape), given, zero, out=part).mul_(1 / p)
+        torch.where((z >= least).view(part.shape), given, zero, out=part).mul_(1 / p)
     return result
 
 
-def _wrapped(number: int) -> int:
-    """Return the ``int32`` with the lower 32 bits of a number; elements of large tensors are numbered beyond it."""
-    return (number + 2**31) % 2**32 - 2**31
+_SETUP, _BACKWARD = its_own_gradient("masked_gradient")
 
 
-@torch.library.custom_op("graftc::masked_gradient", mutates_args=())
+@operator(like_first, gradient=(_SETUP, _BACKWARD))
 def masked_gradient(grad: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
     """Return ``grad`` with some elements kept and divided by ``p``, and zeros elsewhere, whatever their values were.
 
@@ -74,24 +69,6 @@ def masked_gradient(grad: Tensor, step: Tensor, seed: Tensor, p: float) -> Tenso
     return _masked(grad, step, seed, p)
 
 
-@masked_gradient.register_fake
-def _(grad: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
-    return torch.empty_like(grad)
-
-
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
-    _, step, seed, ctx.p = inputs
-    ctx.save_for_backward(step, seed)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    step, seed = ctx.saved_tensors
-    return torch.ops.graftc.masked_gradient(grad, step, seed, ctx.p), None, None, None
-
-
-masked_gradient.register_autograd(_backward, setup_context=_setup)
-
-
 class _GradMask(torch.autograd.Function):
     """A view whose gradient is masked."""
 
@@ -99,12 +76,18 @@ class _GradMask(torch.autograd.Function):
     def forward(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
         return weight.view_as(weight)
 
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
+    setup_context = staticmethod(_SETUP)
+    backward = staticmethod(_BACKWARD)
 
 
-def _grad_mask(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
-    """Implement ``graftc::grad_mask``: return a view of ``weight`` whose gradient goes through `masked_gradient`.
+# An `operator` may not return a view of its input. A composite one may: tracers see the view that it consists of, and
+# autograd sees the function above.
+torch.library.define("graftc::grad_mask", "(Tensor(a) weight, Tensor step, Tensor seed, float p) -> Tensor(a)")
+
+
+@torch.library.impl("graftc::grad_mask", "CompositeImplicitAutograd")
+def grad_mask(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
+    """Return a view of ``weight`` whose gradient goes through `masked_gradient`.
 
     Args:
         weight: the trained tensor; any floating-point type and shape.
@@ -112,8 +95,7 @@ def _grad_mask(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
         seed: ``int64[1]``, for this tensor alone.
         p: probability of keeping an element's gradient, in ``(0, 1]``.
     """
-    result: Tensor = _GradMask.apply(weight, step, seed, p)  # type: ignore[no-untyped-call, unused-ignore]
-    return result
+    return cast("Tensor", _GradMask.apply(weight, step, seed, p))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def grad_mask_decomposed(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -121,15 +103,4 @@ def grad_mask_decomposed(weight: Tensor, step: Tensor, seed: Tensor, p: float) -
     return weight.view_as(weight)
 
 
-# A custom_op may not return a view of its input. A composite operator may: tracers see the view that it consists of,
-# and autograd sees the function above.
-_LIBRARY = torch.library.Library("graftc", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define(  # type: ignore[no-untyped-call]
-    "grad_mask(Tensor(a) weight, Tensor step, Tensor seed, float p) -> Tensor(a)"
-)
-_LIBRARY.impl("grad_mask", _grad_mask, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
-
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.graftc.grad_mask.default: grad_mask_decomposed,
-}
-"""ATen forms by operator: what exports write instead."""
+DECOMPOSITIONS[torch.ops.graftc.grad_mask.default] = grad_mask_decomposed

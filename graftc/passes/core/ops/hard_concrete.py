@@ -7,13 +7,14 @@ the backward pass. Everything is computed part by part: intermediate tensors are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graftc.passes.core.ops.hashing import hashed
+from graftc.passes.core.ops.declaring import like_first_by_rows, operator
+from graftc.passes.core.ops.hashing import hashed, wrapped
 
 EDGE = 1e-4
 """How far the noise stays from 0 and from 1."""
@@ -39,8 +40,7 @@ def noise(count: int, seed: Tensor, dtype: torch.dtype, start: int = 0) -> Tenso
         dtype: dtype of the computation and of the result.
         start: number of the first entry. Numbers that are equal modulo ``2**32`` have the same noise.
     """
-    first = (start + 2**31) % 2**32 - 2**31
-    numbers = torch.arange(count, device=seed.device, dtype=torch.int32) + first
+    numbers = torch.arange(count, device=seed.device, dtype=torch.int32) + wrapped(start)
     bits = hashed(numbers, seed) & (2**_BITS - 1)
     uniform: Tensor = bits.to(dtype).add_(0.5).mul_((1 - 2 * EDGE) / 2**_BITS).add_(EDGE)
     return uniform.logit_()
@@ -72,45 +72,13 @@ def _parts(size: int, device: torch.device) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, size, step))
 
 
-@torch.library.custom_op("graftc::gated_weight", mutates_args=())
-def gated_weight(
-    weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
-) -> Tensor:
-    """Return ``weight + z z_group w``, where gates ``z`` follow from ``alpha``, and ``z_group`` from ``group``.
-
-    Args:
-        weight: any shape.
-        w: differences, of the weight's shape, in a dtype at least as wide, in which everything is computed.
-        alpha: locations of the gates, like ``w``.
-        group: ``[1]`` in the dtype of ``w``: the location of one more gate, for all entries; None for no such gate.
-        seed: ``int64[1]``, drawn in the graph, so that each forward pass has its own and recomputation the same one;
-            None for gates without noise.
-        low: lower end of the range that gates are stretched to before they are clipped, below 0.
-        high: upper end of that range, above 1.
-
-    Returns:
-        A contiguous tensor of the weight's shape and dtype, each entry rounded once, also under autocast.
-    """
-    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    source, filled = weight.reshape(-1), result.view(-1)
-    differences, places = w.reshape(-1), alpha.reshape(-1)
-    outer = None if group is None else _unclipped(group, seed, low, high, _GROUP).clamp_(0, 1)
-    for part in _parts(w.numel(), w.device):
-        delta = _unclipped(places[part], seed, low, high, part.start).clamp_(0, 1).mul_(differences[part])
-        if outer is not None:
-            delta.mul_(outer)
-        filled[part] = delta.add_(source[part])
-    return result
+def _gradients_like(
+    grad: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return like_first_by_rows(w), like_first_by_rows(alpha), w.new_empty(1 if group is not None else 0)
 
 
-@gated_weight.register_fake
-def _(
-    weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
-) -> Tensor:
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("graftc::gated_gradients", mutates_args=())
+@operator(_gradients_like)
 def gated_gradients(
     grad: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,18 +113,7 @@ def gated_gradients(
     return grad_w, grad_alpha, total if raw_outer is None else total.mul_(_slope(raw_outer, low, high))
 
 
-@gated_gradients.register_fake
-def _(
-    grad: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    like_w, like_alpha = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (w, alpha))
-    return like_w, like_alpha, w.new_empty(1 if group is not None else 0)
-
-
-Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None", "Tensor | None", float, float]
-
-
-def _setup(ctx: Any, inputs: Inputs, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     _, w, alpha, group, seed, ctx.low, ctx.high = inputs
     ctx.save_for_backward(w, alpha, group, seed)
 
@@ -171,7 +128,32 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad if needs[0] else None, *own, None, None, None
 
 
-gated_weight.register_autograd(_backward, setup_context=_setup)
+@operator(like_first_by_rows, plain=gated_weight_decomposed, gradient=(_setup, _backward))
+def gated_weight(
+    weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
+) -> Tensor:
+    """Return ``weight + z z_group w``, where gates ``z`` follow from ``alpha``, and ``z_group`` from ``group``.
 
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {torch.ops.graftc.gated_weight.default: gated_weight_decomposed}
-"""ATen forms by operator: what exports write instead."""
+    Args:
+        weight: any shape.
+        w: differences, of the weight's shape, in a dtype at least as wide, in which everything is computed.
+        alpha: locations of the gates, like ``w``.
+        group: ``[1]`` in the dtype of ``w``: the location of one more gate, for all entries; None for no such gate.
+        seed: ``int64[1]``, drawn in the graph, so that each forward pass has its own and recomputation the same one;
+            None for gates without noise.
+        low: lower end of the range that gates are stretched to before they are clipped, below 0.
+        high: upper end of that range, above 1.
+
+    Returns:
+        A contiguous tensor of the weight's shape and dtype, each entry rounded once, also under autocast.
+    """
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    source, filled = weight.reshape(-1), result.view(-1)
+    differences, places = w.reshape(-1), alpha.reshape(-1)
+    outer = None if group is None else _unclipped(group, seed, low, high, _GROUP).clamp_(0, 1)
+    for part in _parts(w.numel(), w.device):
+        delta = _unclipped(places[part], seed, low, high, part.start).clamp_(0, 1).mul_(differences[part])
+        if outer is not None:
+            delta.mul_(outer)
+        filled[part] = delta.add_(source[part])
+    return result

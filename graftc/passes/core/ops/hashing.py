@@ -23,6 +23,11 @@ def hashed(numbers: Tensor, seed: Tensor) -> Tensor:
     return avalanche(numbers * (2 * high + 1) + low) & 0x7FFFFFFF
 
 
+def wrapped(number: int) -> int:
+    """Return the ``int32`` with the lower 32 bits of a number; elements of large tensors are numbered beyond it."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
 def avalanche(z: Tensor) -> Tensor:
     """Mix ``int32`` numbers, each on its own, so that every bit of a result depends on all bits of its number."""
     z = (z ^ ((z >> 16) & 0xFFFF)) * 0x7FEB352D

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graftc.passes.core.ops.autocasting import autocast_dtype, cast
+from graftc.passes.core.ops.declaring import operator
 from graftc.specs.errors.diagnostics import GraftError
 
 NONE, MEAN, SUM = 0, 1, 2
@@ -83,7 +85,7 @@ class _Chunks:
 
     def loss(self, xs: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the losses of rows, ``[n, 1]``, and the factor from exponentials to their gradient."""
-        form, logits = self.form, self._made(xs)
+        form, logits = self.form, self._scaled_products(xs)
         most = logits.amax(-1, keepdim=True)
         logits.sub_(most)
         own = logits.gather(1, labels)
@@ -106,7 +108,7 @@ class _Chunks:
             factor = factor * (1 + 2 * form.square * logsumexp)
         return losses, factor
 
-    def _made(self, xs: Sequence[Tensor]) -> Tensor:
+    def _scaled_products(self, xs: Sequence[Tensor]) -> Tensor:
         count = len(xs[0])
         narrow, logits, form = self._narrow[:count], self._logits[:count], self.form
         filled = 0
@@ -153,7 +155,26 @@ class _Chunks:
         return grad, grad if grad.dtype == self._narrow.dtype else self._narrow[:count].copy_(grad)
 
 
-@torch.library.custom_op("graftc::head_loss_forward", mutates_args=())
+def _outputs_like(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    labels: Tensor,
+    outer: Tensor | None,
+    *options: Any,
+) -> list[Tensor]:
+    form, needed = Form(*options[:-1]), options[-1]
+    wide = torch.promote_types(weights[0].dtype, torch.float32)
+    result = [weights[0].new_empty(labels.shape if form.reduction == NONE else (), dtype=wide)]
+    result.append(result[0].new_empty(()))
+    result += [result[0].new_empty(len(labels), 4)] if form.statistics else []
+    grads = [torch.empty_like(x) for x in xs]
+    grads += [w.new_empty(w.shape, dtype=wide) for w in weights]
+    grads.append(weights[0].new_empty(vocabulary_of(weights, form.starts), dtype=wide))
+    return result + [grad for grad, need in zip(grads, needed, strict=True) if need]
+
+
+@operator(_outputs_like)
 def head_loss_forward(
     xs: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -228,33 +249,6 @@ def _all_chunks(given: Any, labels: Tensor, outer: Tensor | None, form: Form, ne
     return result
 
 
-@head_loss_forward.register_fake
-def _(
-    xs: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    bias: Tensor | None,
-    labels: Tensor,
-    outer: Tensor | None,
-    starts: Sequence[int],
-    ignored: int,
-    reduction: int,
-    smoothing: float,
-    scale: float,
-    cap: float | None,
-    square: float,
-    statistics: bool,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    wide = torch.promote_types(weights[0].dtype, torch.float32)
-    result = [weights[0].new_empty(labels.shape if reduction == NONE else (), dtype=wide)]
-    result.append(result[0].new_empty(()))
-    result += [result[0].new_empty(len(labels), 4)] if statistics else []
-    grads = [torch.empty_like(x) for x in xs]
-    grads += [w.new_empty(w.shape, dtype=wide) for w in weights]
-    grads.append(weights[0].new_empty(vocabulary_of(weights, starts), dtype=wide))
-    return result + [grad for grad, need in zip(grads, needed, strict=True) if need]
-
-
 class _HeadLoss(torch.autograd.Function):
     """The autograd function of `head_loss`. Its tensors are ``xs``, ``weights`` and the bias, which may be None."""
 
@@ -305,10 +299,9 @@ class _HeadLoss(torch.autograd.Function):
 
 def _forward(
     form: Form, needed: Sequence[bool], count: int, labels: Tensor, outer: Tensor | None, *tensors: Tensor | None
-) -> list[Tensor]:
+) -> Any:
     xs, weights, bias = tensors[:count], tensors[count:-1], tensors[-1]
-    outputs: list[Tensor] = torch.ops.graftc.head_loss_forward(xs, weights, bias, labels, outer, *form, needed)
-    return outputs
+    return torch.ops.graftc.head_loss_forward(xs, weights, bias, labels, outer, *form, needed)
 
 
 def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -372,11 +365,8 @@ def head_loss(
 def _recorded(
     xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, labels: Tensor, form: Form
 ) -> tuple[Tensor, Tensor]:
-    device = labels.device.type
-    tensors = [*xs, *weights, bias]
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    dtype = autocast_dtype(labels)
+    tensors = [t if t is None else cast(t, dtype) for t in (*xs, *weights, bias)]
     recorded = torch.is_grad_enabled()
     needed = tuple(t is not None and recorded and t.requires_grad for t in tensors)
     outputs: tuple[Tensor, Tensor] = _HeadLoss.apply(form, needed, len(xs), labels, *tensors)  # type: ignore[no-untyped-call]

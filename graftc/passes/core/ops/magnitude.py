@@ -10,11 +10,13 @@ readers often keep as well.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from graftc.passes.core.ops.declaring import like_first, operator
 
 aten = torch.ops.aten
 
@@ -113,7 +115,49 @@ def _cancelling(
             yield where, rows, (weight[where][rows].double(), a[where].double(), b[where][rows].double())
 
 
-@torch.library.custom_op("graftc::row_norm", mutates_args=())
+def _norm_like(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return square.new_empty(torch.broadcast_shapes(square.shape[1:], b.shape[:-1]))  # type: ignore[no-untyped-call]
+
+
+def _norm_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _norm_backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor, None]:
+    square, weight, a, b, norm = ctx.saved_tensors
+    wide = square.dtype
+    grads = torch.ops.graftc.row_norm_backward(grad, square, weight, a.to(wide), b.to(wide), norm, ctx.scale)
+    return None, None, grads[0].to(a.dtype), grads[1].to(b.dtype), None
+
+
+def _factors_like(grad: Tensor, square: Tensor, weight: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a), torch.empty_like(b)
+
+
+@operator(_factors_like)
+def row_norm_backward(
+    grad: Tensor, square: Tensor, weight: Tensor, a: Tensor, b: Tensor, norm: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `row_norm` for ``a`` and ``b``, both in the dtype of ``square``."""
+    clamped = norm.square() <= 1.000001 * SMALLEST
+    each = torch.where(clamped, 0, scale * grad / norm)[..., None]
+    if weight.device.type != "cpu":
+        adapted = torch.cat(_adapted(weight, a, b, scale), dim=-2)
+        return (each * b).transpose(-1, -2) @ adapted, each * (adapted @ a.transpose(-1, -2))
+    cancels = _expanded(square, weight, a, b, scale)[1]
+    usual = each.masked_fill(cancels[..., None], 0)
+    rows = usual * b
+    grad_b = usual * (wide_product(weight, a) + scale * (b @ (a @ a.transpose(-1, -2))))
+    grad_a = _back_product(weight, rows) + scale * (rows.transpose(-1, -2) @ b) @ a
+    for where, numbers, own in _cancelling(cancels, weight, a, b):
+        adapted, factor = torch.cat(_adapted(*own, scale)), each[where][numbers]
+        grad_b[where].index_copy_(0, numbers, (factor * (adapted @ own[1].transpose(-1, -2))).to(grad_b.dtype))
+        grad_a[where] += ((factor * own[2]).transpose(-1, -2) @ adapted).to(grad_a.dtype)
+    return grad_a, grad_b
+
+
+@operator(_norm_like, plain=row_norm_decomposed, gradient=(_norm_setup, _norm_backward))
 def row_norm(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return the norms of the rows of ``weight + scale * b @ a``, in the dtype of ``square`` also under autocast.
 
@@ -142,55 +186,6 @@ def row_norm(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float)
         return total.clamp_min_(SMALLEST).sqrt_()
 
 
-@row_norm.register_fake
-def _(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return square.new_empty(torch.broadcast_shapes(square.shape[1:], b.shape[:-1]))  # type: ignore[no-untyped-call]
-
-
-def _norm_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float], output: Tensor) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output)
-
-
-def _norm_backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor, None]:
-    square, weight, a, b, norm = ctx.saved_tensors
-    wide = square.dtype
-    grads = torch.ops.graftc.row_norm_backward(grad, square, weight, a.to(wide), b.to(wide), norm, ctx.scale)
-    return None, None, grads[0].to(a.dtype), grads[1].to(b.dtype), None
-
-
-@torch.library.custom_op("graftc::row_norm_backward", mutates_args=())
-def row_norm_backward(
-    grad: Tensor, square: Tensor, weight: Tensor, a: Tensor, b: Tensor, norm: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `row_norm` for ``a`` and ``b``, both in the dtype of ``square``."""
-    clamped = norm.square() <= 1.000001 * SMALLEST
-    each = torch.where(clamped, 0, scale * grad / norm)[..., None]
-    if weight.device.type != "cpu":
-        adapted = torch.cat(_adapted(weight, a, b, scale), dim=-2)
-        return (each * b).transpose(-1, -2) @ adapted, each * (adapted @ a.transpose(-1, -2))
-    cancels = _expanded(square, weight, a, b, scale)[1]
-    usual = each.masked_fill(cancels[..., None], 0)
-    rows = usual * b
-    grad_b = usual * (wide_product(weight, a) + scale * (b @ (a @ a.transpose(-1, -2))))
-    grad_a = _back_product(weight, rows) + scale * (rows.transpose(-1, -2) @ b) @ a
-    for where, numbers, own in _cancelling(cancels, weight, a, b):
-        adapted, factor = torch.cat(_adapted(*own, scale)), each[where][numbers]
-        grad_b[where].index_copy_(0, numbers, (factor * (adapted @ own[1].transpose(-1, -2))).to(grad_b.dtype))
-        grad_a[where] += ((factor * own[2]).transpose(-1, -2) @ adapted).to(grad_a.dtype)
-    return grad_a, grad_b
-
-
-@row_norm_backward.register_fake
-def _(
-    grad: Tensor, square: Tensor, weight: Tensor, a: Tensor, b: Tensor, norm: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(a), torch.empty_like(b)
-
-
-row_norm.register_autograd(_norm_backward, setup_context=_norm_setup)
-
-
 def rescale_decomposed(
     x: Tensor, scale: Tensor, delta: Tensor | None, offset: Tensor | None, lost: Tensor | None, whole: bool
 ) -> Tensor:
@@ -206,57 +201,12 @@ def _fixed(offset: Tensor | None, lost: Tensor | None) -> Tensor | None:
     return lost + offset
 
 
-@torch.library.custom_op("graftc::rescale", mutates_args=())
-def rescale(
-    x: Tensor, scale: Tensor, delta: Tensor | None, offset: Tensor | None, lost: Tensor | None, whole: bool
-) -> Tensor:
-    """Return ``scale * x + delta + (1 - scale) * (offset + lost)``.
-
-    A result is scaled, except for what is fixed in it, and something that is scaled already is added. With a scale of
-    one and a delta of zero, no bit of ``x`` changes. Arithmetic is in the wider dtype of ``x`` and ``scale``, the
-    result in that of ``x``, also under autocast.
-
-    Args:
-        x: any shape.
-        scale: broadcasts to ``x``.
-        delta: like ``x``.
-        offset: broadcasts to ``x``; a bias, in train and eval mode alike.
-        lost: broadcasts to ``x``; what a dropout has removed from ``x`` in training. None in eval mode.
-        whole: whether ``delta`` was computed with the detached ``scale`` as a factor, so that the gradient of ``scale``
-            has to account for both of its uses, which takes the result alone. Neither ``offset`` nor ``lost`` may be
-            given then; a scale of zero counts as `TINY`, here and in ``delta``, which 16-bit floats with five bits of
-            exponent cannot represent.
-
-    Returns:
-        A tensor like ``x``.
-    """
-    if whole:
-        scale = _nonzero(scale)
-    result = torch.empty_like(x)  # in the layout of x, which readers may have been compiled for
-    if delta is None:
-        torch.mul(x, scale, out=result)
-    else:
-        torch.addcmul(delta, x, scale, out=result)
-    for fixed in (offset, lost):
-        if fixed is not None:
-            result += (1 - scale) * fixed
-    return result
-
-
-def _nonzero(scale: Tensor) -> Tensor:
+def nonzero(scale: Tensor) -> Tensor:
+    """Return a scale that is safe to divide by: zeros become `TINY`."""
     return torch.where(scale == 0, TINY, scale)
 
 
-@rescale.register_fake
-def _(
-    x: Tensor, scale: Tensor, delta: Tensor | None, offset: Tensor | None, lost: Tensor | None, whole: bool
-) -> Tensor:
-    return torch.empty_like(x)
-
-
-def _rescale_setup(
-    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool], output: Tensor
-) -> None:
+def _rescale_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     x, scale, _, offset, lost, ctx.whole = inputs
     ctx.shapes = tuple(None if t is None else (t.shape, t.dtype) for t in (offset, lost))
     ctx.shift = lost is None and offset is not None and offset.shape == scale.shape
@@ -271,7 +221,7 @@ def _rescale_setup(
 def _rescale_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     scale, kept, offset = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    used = _nonzero(scale) if ctx.whole else scale
+    used = nonzero(scale) if ctx.whole else scale
     grad_x = (grad * used).to(grad.dtype) if needs[0] else None
     grad_scale = None
     if kept is not None:
@@ -313,10 +263,38 @@ def _sum_to(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return value.to(dtype)
 
 
-rescale.register_autograd(_rescale_backward, setup_context=_rescale_setup)
+@operator(like_first, plain=rescale_decomposed, gradient=(_rescale_setup, _rescale_backward))
+def rescale(
+    x: Tensor, scale: Tensor, delta: Tensor | None, offset: Tensor | None, lost: Tensor | None, whole: bool
+) -> Tensor:
+    """Return ``scale * x + delta + (1 - scale) * (offset + lost)``.
 
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.graftc.row_norm.default: row_norm_decomposed,
-    torch.ops.graftc.rescale.default: rescale_decomposed,
-}
-"""ATen forms by operator: what exports write instead."""
+    A result is scaled, except for what is fixed in it, and something that is scaled already is added. With a scale of
+    one and a delta of zero, no bit of ``x`` changes. Arithmetic is in the wider dtype of ``x`` and ``scale``, the
+    result in that of ``x``, also under autocast.
+
+    Args:
+        x: any shape.
+        scale: broadcasts to ``x``.
+        delta: like ``x``.
+        offset: broadcasts to ``x``; a bias, in train and eval mode alike.
+        lost: broadcasts to ``x``; what a dropout has removed from ``x`` in training. None in eval mode.
+        whole: whether ``delta`` was computed with the detached ``scale`` as a factor, so that the gradient of ``scale``
+            has to account for both of its uses, which takes the result alone. Neither ``offset`` nor ``lost`` may be
+            given then; a scale of zero counts as `TINY`, here and in ``delta``, which 16-bit floats with five bits of
+            exponent cannot represent.
+
+    Returns:
+        A tensor like ``x``.
+    """
+    if whole:
+        scale = nonzero(scale)
+    result = torch.empty_like(x)  # in the layout of x, which readers may have been compiled for
+    if delta is None:
+        torch.mul(x, scale, out=result)
+    else:
+        torch.addcmul(delta, x, scale, out=result)
+    for fixed in (offset, lost):
+        if fixed is not None:
+            result += (1 - scale) * fixed
+    return result

@@ -14,6 +14,20 @@ Weights = Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
 """A weight with its bias and its scale, for each map."""
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """Multiply with the operator that the base itself uses, so that equal weights give equal bits.
+
+    Args:
+        x: ``[..., in]``; ``[n, in]`` with ``transposed``.
+        weight: ``[out, in]``, or ``[in, out]`` with ``transposed``.
+        bias: ``[out]``.
+        transposed: whether the weight is stored as ``[in, out]``.
+    """
+    if not transposed:
+        return nn.functional.linear(x, weight, bias)
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
 def plain_projections(
     x: Tensor,
     sources: Sequence[Tensor],
@@ -28,8 +42,7 @@ def plain_projections(
     drop = torch.ops.graftc.masked_dropout
     read = [x, *(z if p is None else drop(x, z, p) for z, p in zip(sources, dropped, strict=True))]
     results = [
-        linear(x, weight, bias) if not columns else x @ weight if bias is None else torch.addmm(bias, x, weight)
-        for columns, (weight, bias, _) in zip(transposed, weights, strict=True)
+        product(x, weight, bias, columns) for columns, (weight, bias, _) in zip(transposed, weights, strict=True)
     ]
     scaled = {number for number, (_, _, scale) in enumerate(weights) if scale is not None}
     for (of, source, scale, runs), (a, b, columns) in zip(updates, factors, strict=True):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.ops.autocasting import cast
-from graftc.passes.core.ops.magnitude import column_sums
+from graftc.passes.core.ops.magnitude import column_sums, nonzero
 from graftc.passes.core.ops.masked_products import add_masked_product, masked, product_of_masked
-from graftc.passes.core.ops.projection_plan import Given, LowRankUpdate, Plan, apart, joined, nonzero, rows, stacked
+from graftc.passes.core.ops.projection_plan import Given, LowRankUpdate, Plan, apart, joined, rows, stacked
 
 
 class Backward:
@@ -34,10 +34,9 @@ class Backward:
         self._of_hidden = grads[count:]
         self._outputs = saved[ctx.given : ctx.given + count]
         self._hidden = apart(self._plan, saved[ctx.given + count :], self._ranks)
-        wanted = [any(self._needs.factors[n][0] for n in numbers) for numbers in self._plan.of]
-        self._first = wanted
+        self._first = [any(self._needs.factors[n][0] for n in numbers) for numbers in self._plan.of]
         self._second = [self._needs.sources[self._plan.read(s)] for s in range(self._plan.sources)]
-        self._below = [a or b for a, b in zip(wanted, self._second, strict=True)]
+        self._below = [a or b for a, b in zip(self._first, self._second, strict=True)]
         self._sums: list[Tensor | None] = [None] * self._plan.sources
         self._narrow: list[Tensor | None] = [None] * len(self._plan.updates)
         self._factors: list[list[Tensor | None]] = [[None] * 3 for _ in self._plan.updates]

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from graftc.passes.core.ops.autocasting import cast
 from graftc.passes.core.ops.dropout import factor
-from graftc.passes.core.ops.magnitude import TINY
 from graftc.passes.core.ops.plain_projections import Runs, Weights
 
 
@@ -117,11 +116,6 @@ def apart(plan: Plan, stacked: Sequence[Tensor | None], ranks: Sequence[int]) ->
 def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     """Concatenate tensors along an axis; a single one is returned unchanged."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
-
-
-def nonzero(scale: Tensor) -> Tensor:
-    """Return a scale that is safe to divide by: zeros become `TINY`."""
-    return torch.where(scale == 0, TINY, scale)
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from graftc.passes.core.ops.autocasting import autocast_dtype, cast, without_autocast
+from graftc.passes.core.ops.magnitude import nonzero
 from graftc.passes.core.ops.masked_products import masked_product
-from graftc.passes.core.ops.plain_projections import Runs, Weights, plain_projections
+from graftc.passes.core.ops.plain_projections import Runs, Weights, plain_projections, product
 from graftc.passes.core.ops.projection_gradients import Backward
 from graftc.passes.core.ops.projection_plan import (
     Given,
@@ -25,7 +26,6 @@ from graftc.passes.core.ops.projection_plan import (
     Plan,
     apart,
     flat,
-    nonzero,
     plan_of,
     rows,
     stacked,
@@ -139,10 +139,8 @@ class _Projections(torch.autograd.Function):
 
 
 def _mapped(x: Tensor, transposed: bool, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    weight, bias = cast(weight, dtype), None if bias is None else cast(bias, dtype)
-    if transposed:
-        return x @ weight if bias is None else torch.addmm(bias, x, weight)
-    return nn.functional.linear(x.contiguous(), weight, bias)
+    own = x if transposed else x.contiguous()
+    return product(own, cast(weight, dtype), None if bias is None else cast(bias, dtype), transposed)
 
 
 def _narrowed(plan: Plan, given: Given, source: int, down: Tensor) -> Tensor:

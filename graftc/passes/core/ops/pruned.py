@@ -7,11 +7,13 @@ exactly as many entries stay as requested, and both passes compute the same mask
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from graftc.passes.core.ops.declaring import like_first, operator
 
 Edge = tuple[Tensor, Tensor]
 """A threshold and a last place, for a group or for several."""
@@ -42,7 +44,22 @@ def pruned_weight_decomposed(weight: Tensor, scores: Tensor | None, threshold: T
     return weight.masked_fill(dropped(used.to(threshold.dtype), threshold, last), 0)
 
 
-@torch.library.custom_op("graftc::pruned_weight", mutates_args=())
+def _setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    weight, scores, threshold, last = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    own = straight = None
+    if needs[0]:
+        own = grad.masked_fill(dropped(weight.abs() if scores is None else scores, threshold, last), 0)
+    if scores is not None and needs[1]:
+        straight = grad.to(scores.dtype) * weight
+    return own, straight, None, None
+
+
+@operator(like_first, plain=pruned_weight_decomposed, gradient=(_setup, _backward))
 def pruned_weight(weight: Tensor, scores: Tensor | None, threshold: Tensor, last: Tensor) -> Tensor:
     """Return ``weight`` with zeros where `dropped` is true.
 
@@ -60,29 +77,6 @@ def pruned_weight(weight: Tensor, scores: Tensor | None, threshold: Tensor, last
         A new tensor like ``weight``.
     """
     return weight.clone().masked_fill_(dropped(weight.abs() if scores is None else scores, threshold, last), 0)
-
-
-@pruned_weight.register_fake
-def _(weight: Tensor, scores: Tensor | None, threshold: Tensor, last: Tensor) -> Tensor:
-    return torch.empty_like(weight)
-
-
-def _setup(ctx: Any, inputs: tuple[Tensor, Tensor | None, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-    weight, scores, threshold, last = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    own = straight = None
-    if needs[0]:
-        own = grad.masked_fill(dropped(weight.abs() if scores is None else scores, threshold, last), 0)
-    if scores is not None and needs[1]:
-        straight = grad.to(scores.dtype) * weight
-    return own, straight, None, None
-
-
-pruned_weight.register_autograd(_backward, setup_context=_setup)
 
 
 def edge_of(scores: Sequence[Tensor], kept: int) -> list[Edge]:
@@ -115,9 +109,3 @@ def edge_of(scores: Sequence[Tensor], kept: int) -> list[Edge]:
 
 def _number(value: int, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=torch.int64, device=like.device)
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.graftc.pruned_weight.default: pruned_weight_decomposed,
-}
-"""ATen forms by operator: what exports write instead."""

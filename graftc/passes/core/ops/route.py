@@ -6,13 +6,16 @@ everything downstream then comes from different experts. Runs with the same choi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from graftc.passes.core.contexts import having
+from graftc.passes.core.ops.declaring import operator
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,19 @@ class Routes:
     imposed: Mapping[str, RouteChoice] = field(default_factory=dict)
     seen: dict[str, RouteChoice] = field(default_factory=dict)
 
-    @contextmanager
-    def taken(self) -> Iterator[None]:
+    def taken(self) -> AbstractContextManager[None]:
         """Record here what `route` chooses, and impose the given choices, while the block runs."""
-        token = _CURRENT.set(self)
-        try:
-            yield
-        finally:
-            _CURRENT.reset(token)
+        return having(_CURRENT, self)
 
 
 _CURRENT: ContextVar[Routes | None] = ContextVar("routes", default=None)
 
 
-@torch.library.custom_op("graftc::route", mutates_args=())
+def _choice_like(scores: Tensor, chosen: Tensor, dim: int | None, name: str) -> tuple[Tensor, Tensor]:
+    return scores.new_empty(chosen.shape), torch.empty_like(chosen)
+
+
+@operator(_choice_like)
 def route(scores: Tensor, chosen: Tensor, dim: int | None, name: str) -> tuple[Tensor, Tensor]:
     """Return the choice that a run has to take: its own, or the one imposed on it (`Routes.taken`).
 
@@ -80,8 +82,3 @@ def route(scores: Tensor, chosen: Tensor, dim: int | None, name: str) -> tuple[T
     pair = rows.gather(-1, taken), taken.clone()
     values, numbers = (each.movedim(-1, axis) if keeps_axis else each.reshape(chosen.shape) for each in pair)
     return values.contiguous(), numbers.contiguous()
-
-
-@route.register_fake
-def _(scores: Tensor, chosen: Tensor, dim: int | None, name: str) -> tuple[Tensor, Tensor]:
-    return scores.new_empty(chosen.shape), torch.empty_like(chosen)

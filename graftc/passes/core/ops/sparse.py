@@ -8,11 +8,14 @@ entry. `sparse_linear` keeps its input for the backward pass and computes ``W'``
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from graftc.passes.core.ops.declaring import like_first_by_rows, operator
+from graftc.passes.core.ops.plain_projections import product
 
 aten = torch.ops.aten
 
@@ -28,20 +31,16 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta 
 def written(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
     """Return ``W'`` in the dtype of ``weight``, stored row by row, with each entry rounded once."""
     result = weight.clone(memory_format=torch.contiguous_format)
-    _write(result, indices, delta)
-    return result
-
-
-def _write(weight: Tensor, indices: Tensor, delta: Tensor) -> None:
-    flat = weight.view(-1)
+    flat, places = result.view(-1), indices.long()
     if weight.dtype == delta.dtype:
-        flat.put_(indices.long(), delta, accumulate=True)
-        return
+        flat.put_(places, delta, accumulate=True)
+        return result
     values = (flat.index_select(0, indices).to(delta.dtype) + delta).to(weight.dtype)
     if torch.are_deterministic_algorithms_enabled():
-        flat.scatter_(0, indices.long(), values)
+        flat.scatter_(0, places, values)
     else:  # takes half the time on a CPU; indices have no duplicates, so the result is the same
-        flat.put_(indices.long(), values)
+        flat.put_(places, values)
+    return result
 
 
 def sparse_weight_decomposed(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
@@ -52,7 +51,20 @@ def sparse_weight_decomposed(weight: Tensor, indices: Tensor, delta: Tensor) -> 
     return flat.scatter(0, places, values).reshape(weight.shape)
 
 
-@torch.library.custom_op("graftc::sparse_weight", mutates_args=())
+def _weight_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
+    _, indices, delta = inputs
+    ctx.dtype = delta.dtype
+    ctx.save_for_backward(indices)
+
+
+def _weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    (indices,) = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    own = grad.reshape(-1).index_select(0, indices).to(ctx.dtype) if needs[2] else None
+    return grad if needs[0] else None, None, own
+
+
+@operator(like_first_by_rows, plain=sparse_weight_decomposed, gradient=(_weight_setup, _weight_backward))
 def sparse_weight(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
     """Return ``weight`` with ``delta`` added at some of its entries.
 
@@ -70,27 +82,6 @@ def sparse_weight(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
     return written(weight, indices, delta)
 
 
-@sparse_weight.register_fake
-def _(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
-
-
-def _weight_setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    _, indices, delta = inputs
-    ctx.dtype = delta.dtype
-    ctx.save_for_backward(indices)
-
-
-def _weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-    (indices,) = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    own = grad.reshape(-1).index_select(0, indices).to(ctx.dtype) if needs[2] else None
-    return grad if needs[0] else None, None, own
-
-
-sparse_weight.register_autograd(_weight_backward, setup_context=_weight_setup)
-
-
 def sparse_linear_decomposed(
     x: Tensor,
     weight: Tensor,
@@ -103,66 +94,16 @@ def sparse_linear_decomposed(
     """Compute `sparse_linear` in ATen."""
     for places, delta in zip(indices, deltas, strict=True):
         weight = sparse_weight_decomposed(weight, places, delta)
-    return _product(x, weight, bias, transposed)
+    return product(x, weight, bias, transposed)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Multiply with the operator that the base itself uses, so that equal weights give equal bits."""
-    if not transposed:
-        return torch.nn.functional.linear(x, weight, bias)
-    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
-
-
-@torch.library.custom_op("graftc::sparse_linear", mutates_args=())
-def sparse_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    indices: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    transposed: bool,
-    sampled: bool,
+def _linear_like(
+    x: Tensor, weight: Tensor, bias: Tensor | None, indices: Any, deltas: Any, transposed: bool, *_: Any
 ) -> Tensor:
-    """Apply a linear map with ``W'``: ``weight`` with each of ``deltas`` added at its ``indices``, in order.
-
-    ``W'`` is computed again in the backward pass. The gradient of the full weight exists only while the gradients of
-    its entries are taken from it, and not at all with ``sampled``.
-
-    Args:
-        x: ``[..., in]``; ``[n, in]`` with ``transposed``.
-        weight: ``[out, in]``, or ``[in, out]`` with ``transposed``.
-        bias: ``[out]``.
-        indices: for each change, the entries of the stored weight, ``int32[k]`` or ``int64[k]``.
-        deltas: for each change, ``[k]``, in a dtype at least as wide as the weight's.
-        transposed: whether the weight is stored as ``[in, out]``.
-        sampled: whether to compute the gradients of the entries one by one, which requires their indices in ascending
-            order and is supported for 32 and 64 bits; ignored for other element types and under autocast.
-
-    Returns:
-        ``[..., out]``, in the dtype of autocast if it is enabled.
-    """
-    for places, delta in zip(indices, deltas, strict=True):
-        weight = written(weight, places, delta)
-    return _product(x, weight, bias, transposed)
+    return product(x, weight, bias, transposed)
 
 
-@sparse_linear.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    indices: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    transposed: bool,
-    sampled: bool,
-) -> Tensor:
-    return _product(x, weight, bias, transposed)
-
-
-Inputs = tuple[Tensor, Tensor, "Tensor | None", Sequence[Tensor], Sequence[Tensor], bool, bool]
-
-
-def _linear_setup(ctx: Any, inputs: Inputs, output: Tensor) -> None:
+def _linear_setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     x, weight, bias, indices, deltas, ctx.transposed, ctx.sampled = inputs
     ctx.count, ctx.bias = len(indices), None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight, *indices, *deltas)
@@ -200,10 +141,44 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, weight_grad if need_weight else None, grad_bias, [None] * ctx.count, delta_grads, None, None
 
 
-sparse_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+@operator(_linear_like, plain=sparse_linear_decomposed, gradient=(_linear_setup, _linear_backward))
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    transposed: bool,
+    sampled: bool,
+) -> Tensor:
+    """Apply a linear map with ``W'``: ``weight`` with each of ``deltas`` added at its ``indices``, in order.
+
+    ``W'`` is computed again in the backward pass. The gradient of the full weight exists only while the gradients of
+    its entries are taken from it, and not at all with ``sampled``.
+
+    Args:
+        x: ``[..., in]``; ``[n, in]`` with ``transposed``.
+        weight: ``[out, in]``, or ``[in, out]`` with ``transposed``.
+        bias: ``[out]``.
+        indices: for each change, the entries of the stored weight, ``int32[k]`` or ``int64[k]``.
+        deltas: for each change, ``[k]``, in a dtype at least as wide as the weight's.
+        transposed: whether the weight is stored as ``[in, out]``.
+        sampled: whether to compute the gradients of the entries one by one, which requires their indices in ascending
+            order and is supported for 32 and 64 bits; ignored for other element types and under autocast.
+
+    Returns:
+        ``[..., out]``, in the dtype of autocast if it is enabled.
+    """
+    for places, delta in zip(indices, deltas, strict=True):
+        weight = written(weight, places, delta)
+    return product(x, weight, bias, transposed)
 
 
-@torch.library.custom_op("graftc::sampled_product", mutates_args=())
+def _sampled_like(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
+    return left.new_empty(indices.shape)
+
+
+@operator(_sampled_like)
 def sampled_product(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
     """Compute some entries of ``left.mT @ right`` without the others.
 
@@ -224,15 +199,3 @@ def sampled_product(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
     product = torch.sparse.sampled_addmm(pattern, left.mT, right, beta=0.0)
     values: Tensor = product.values()
     return values.clone() if values._base is not None else values
-
-
-@sampled_product.register_fake
-def _(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
-    return left.new_empty(indices.shape)
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.graftc.sparse_weight.default: sparse_weight_decomposed,
-    torch.ops.graftc.sparse_linear.default: sparse_linear_decomposed,
-}
-"""ATen forms by operator: what exports write instead."""

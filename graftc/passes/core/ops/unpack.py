@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from graftc.passes.core.ops.declaring import DECOMPOSITIONS, operator
 from graftc.passes.core.packing import affine, blockwise, floating, half_quadratic, ordered, row_scaled
 from graftc.passes.core.packing.gradients import tapped
 from graftc.passes.core.packing.packing import packing_of, swapped
-
-__all__ = ["DECOMPOSITIONS", "FAMILIES", "UNPACK", "unpack", "unpack_decomposed", "unpacked"]
 
 FAMILIES = (affine, blockwise, floating, half_quadratic, ordered, row_scaled)
 """Modules that have packings: importing them makes their kinds known."""
 
 
-def unpack_decomposed(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Compute `unpack` in ATen."""
+def unpack_decomposed(
+    parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype, alone: bool = True
+) -> Tensor:
+    """Compute `unpack`, or `unpacked`, in ATen."""
     return packing_of(packing).values(parts, shape, dtype)
 
 
-@torch.library.custom_op("graftc::unpack", mutates_args=())
+def _values_like(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if packing_of(packing).transposed:
+        return parts[0].new_empty(swapped(shape), dtype=dtype).transpose(-1, -2)
+    return parts[0].new_empty(shape, dtype=dtype)
+
+
+@operator(_values_like, plain=unpack_decomposed)
 def unpack(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return the values of a packed weight. They have no gradient: codes are not trained.
 
@@ -35,13 +42,6 @@ def unpack(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: t
         dtype: dtype of its values.
     """
     return packing_of(packing).values(parts, shape, dtype, traced=False)
-
-
-@unpack.register_fake
-def _(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    if packing_of(packing).transposed:
-        return parts[0].new_empty(swapped(shape), dtype=dtype).transpose(-1, -2)
-    return parts[0].new_empty(shape, dtype=dtype)
 
 
 UNPACK = torch.ops.graftc.unpack.default
@@ -60,21 +60,12 @@ def unpacked(
         alone: whether this is the only read of the weight, so that its gradient, if requested, comes from here alone.
     """
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled():
-        values: Tensor = checkpoint(_unpack_tensors, packing, shape, dtype, *parts, use_reentrant=False)
-        return values
+        return cast("Tensor", checkpoint(_unpack_tensors, packing, shape, dtype, *parts, use_reentrant=False))
     return tapped(UNPACK(parts, packing, shape, dtype), parts[0], alone)
 
 
 def _unpack_tensors(packing: str, shape: Sequence[int], dtype: torch.dtype, *parts: Tensor) -> Tensor:
-    values: Tensor = UNPACK(parts, packing, shape, dtype)
-    return values
+    return cast("Tensor", UNPACK(parts, packing, shape, dtype))
 
 
-def _plainly(
-    parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype, alone: bool = True
-) -> Tensor:
-    return unpack_decomposed(parts, packing, shape, dtype)
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Tensor]] = {UNPACK: unpack_decomposed, unpacked: _plainly}
-"""ATen forms by operator."""
+DECOMPOSITIONS[unpacked] = unpack_decomposed

@@ -60,13 +60,11 @@ class Affine(Packing):
             scale = ((most - least) / (high - low)).clamp(min=tiny)
             zero = (low - torch.round(least / scale)).clamp(low, high)
         code = torch.clamp(torch.round(grouped * (1 / scale)) + zero, low, high)
-        code, zeros = code.flatten(-2)[..., :width], zero.squeeze(-1)
+        stored = torch.int8 if self.is_wide else torch.uint8
+        codes, zeros = (part.to(stored).view(torch.uint8) for part in (code.flatten(-2)[..., :width], zero.squeeze(-1)))
         scales = as_bytes(scale.squeeze(-1).to(self.scales_type))
-        if self.kind == "int8":
-            return code.to(torch.int8).view(torch.uint8), scales
-        if self.is_wide:
-            return code.to(torch.int8).view(torch.uint8), scales, zeros.to(torch.int8).view(torch.uint8)
-        return halves(code.to(torch.uint8)), scales, zeros.to(torch.uint8)
+        parts = codes if self.is_wide else halves(codes), scales, zeros
+        return parts[: len(self.parts)]
 
     def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
         """Keep the rows in which no value has changed."""
@@ -103,12 +101,10 @@ class Affine(Packing):
 
     def numbers(self, codes: Tensor, width: int, dtype: torch.dtype) -> Tensor:
         """Return the codes as numbers, ``[..., rows, width]``."""
-        if self.is_wide:
-            return codes.view(torch.int8).to(dtype)
-        return from_halves(codes, width).to(dtype)
+        return self.zeros(codes if self.is_wide else from_halves(codes, width), dtype)
 
     def zeros(self, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the zero points as numbers."""
+        """Return zero points as numbers, or codes of which each has a byte."""
         return (zeros.view(torch.int8) if self.is_wide else zeros).to(dtype)
 
 

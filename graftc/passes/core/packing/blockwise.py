@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -110,8 +111,7 @@ class Blockwise(Packing):
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Return the parts of a weight, with the codes whose values are nearest."""
-        table = table_of(self.kind).to(weight.device)
-        values, order = table.sort()
+        values, order = table_of(self.kind).to(weight.device).sort()
         largest, scaled = _scaled(weight.reshape(-1).float(), self.group)
         scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
         code = order[torch.bucketize(scaled, (values[1:] + values[:-1]) / 2, out_int32=True)].to(torch.uint8)
@@ -132,8 +132,7 @@ class Blockwise(Packing):
         """
         if self.double or self.group % 2:
             return packed
-        size = same.numel()
-        blocks = torch.nn.functional.pad(same.reshape(-1), (0, -size % self.group), value=True)
+        blocks = torch.nn.functional.pad(same.reshape(-1), (0, -same.numel() % self.group), value=True)
         kept = blocks.reshape(-1, self.group).all(1)
         codes = kept.repeat_interleave(self.group // 2)[: len(packed[0])]
         each = (codes.reshape(-1, 1), kept.reshape(-1, 1))
@@ -148,8 +147,7 @@ class Blockwise(Packing):
         """Look the values of the codes up in the table, and scale them."""
         codes, size = parts[0], math.prod(shape)
         pairs = torch.nn.functional.embedding(codes.reshape(-1).int(), _constant(_pairs(self.kind), codes))
-        values = pairs.reshape(-1)[:size]
-        scaled = _times(values, self._scales(parts[1:], _constant), self.group)
+        scaled = _times(pairs.reshape(-1)[:size], self._scales(parts[1:], _constant), self.group)
         return scaled.reshape(tuple(shape)).to(dtype)
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -194,8 +192,7 @@ def dequantize_4bit() -> Callable[..., Tensor] | None:
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
     importlib.import_module("bitsandbytes")
-    operator: Callable[..., Tensor] = torch.ops.bitsandbytes.dequantize_4bit.default
-    return operator
+    return cast("Callable[..., Tensor]", torch.ops.bitsandbytes.dequantize_4bit.default)
 
 
 def _scaled(values: Tensor, group: int) -> tuple[Tensor, Tensor]:

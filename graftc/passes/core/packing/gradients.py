@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.hooks import RemovableHandle
 
 Receive = Callable[[Tensor], None]
 """Gets the gradient of a weight."""
@@ -19,12 +21,12 @@ class Tap:
     """Passes the gradients of one packed weight on to receivers.
 
     Attributes:
-        receivers: the functions that get them, also for passes that have already run.
+        receivers: the functions that get them, also for passes that have already run, by the numbers of their handles.
         open: whether the passes that follow provide any.
     """
 
     def __init__(self) -> None:
-        self.receivers: list[Receive] = []
+        self.receivers: OrderedDict[int, Receive] = OrderedDict()
         self.open = False
         self._sum: Tensor | None = None
 
@@ -48,26 +50,13 @@ class Tap:
 
     def _hand_over(self, gradient: Tensor) -> None:
         with torch.no_grad():
-            for receive in list(self.receivers):
+            for receive in list(self.receivers.values()):
                 receive(gradient)
-
-
-class Removable:
-    """The handle that `listen` returns: its `remove` ends the listening."""
-
-    def __init__(self, tap: Tap, receive: Receive) -> None:
-        self._tap, self._receive = tap, receive
-
-    def remove(self) -> None:
-        """Stop passing gradients on to the receiver."""
-        if self._receive in self._tap.receivers:
-            self._tap.receivers.remove(self._receive)
 
 
 def tap_of(codes: Tensor) -> Tap | None:
     """Return the tap of the weight with these codes; None if there has been no receiver."""
-    tap: Tap | None = getattr(codes, _TAP, None)
-    return tap
+    return cast("Tap | None", getattr(codes, _TAP, None))
 
 
 def is_open(codes: Tensor) -> bool:
@@ -76,14 +65,15 @@ def is_open(codes: Tensor) -> bool:
     return tap is not None and tap.open
 
 
-def listen(codes: Tensor, receive: Receive) -> Removable:
-    """Register a receiver of the gradients of the weight with these codes."""
+def listen(codes: Tensor, receive: Receive) -> RemovableHandle:
+    """Register a receiver of the gradients of the weight with these codes, until the handle is removed."""
     tap = tap_of(codes)
     if tap is None:
         tap = Tap()
         setattr(codes, _TAP, tap)
-    tap.receivers.append(receive)
-    return Removable(tap, receive)
+    handle = RemovableHandle(tap.receivers)
+    tap.receivers[handle.id] = receive
+    return handle
 
 
 def pass_on(codes: Tensor, copied: Tensor) -> Tensor:
@@ -105,8 +95,7 @@ def tapped(value: Tensor, codes: Tensor, alone: bool) -> Tensor:
     if tap is None or not tap.open or not torch.is_grad_enabled():
         return value
     wants = torch.zeros((), device=value.device, requires_grad=True)
-    result: Tensor = _Tapped.apply(value, wants, tap, alone)  # type: ignore[no-untyped-call]
-    return result
+    return cast("Tensor", _Tapped.apply(value, wants, tap, alone))  # type: ignore[no-untyped-call]
 
 
 class _Tapped(Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from functools import cache, partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,7 @@ _TYPES = "_graftc_packed"
 
 def packed_types(module: nn.Module | type) -> Mapping[str, PackedType]:
     """Return the packed weights of a module itself, by their names in it; most modules have none."""
-    packed: Mapping[str, PackedType] = getattr(module, _TYPES, types.MappingProxyType({}))
-    return packed
+    return cast("Mapping[str, PackedType]", getattr(module, _TYPES, types.MappingProxyType({})))
 
 
 def held_weight(module: nn.Module, name: str) -> Tensor:
@@ -98,12 +97,11 @@ def _class_of(cls: Any, packed: tuple[tuple[str, PackedType], ...]) -> type[nn.M
     cls = _source_of(cls)
     space: dict[str, Any] = {_TYPES: dict(packed), "__module__": cls.__module__, "__doc__": cls.__doc__}
     for name, _ in packed:
-        space[name] = property(partial(_read, name))
-    packed_class: type[nn.Module] = types.new_class(cls.__name__, (cls,), {}, lambda own: own.update(space))
-    return packed_class
+        space[name] = property(partial(_value, name))
+    return types.new_class(cls.__name__, (cls,), {}, lambda own: own.update(space))
 
 
-def _read(name: str, module: nn.Module) -> Tensor:
+def _value(name: str, module: nn.Module) -> Tensor:
     return held_weight(module, name)
 
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -81,8 +81,7 @@ class Packing(ABC):
                 codes to the bit, in packings where that is possible.
         """
         turned = same.transpose(-1, -2) if self.transposed else same
-        updated = self.keeping(self.packed(weight), parts, turned.contiguous())
-        return tuple(part.contiguous() for part in updated)
+        return tuple(part.contiguous() for part in self.keeping(self.packed(weight), parts, turned.contiguous()))
 
     def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
         """Return the new parts, with the old ones for groups that are unchanged; ``same`` has the axes of the codes."""
@@ -146,15 +145,11 @@ def packing_of(text: str) -> Packing:
         raise ValueError(f"no packing is called {kind!r}")
     cls = PACKINGS[kind]
     known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls) if field.name != "kind"}
-    fields: dict[str, Any] = {}
-    for item in given:
-        name, _, value = item.partition("=")
-        if name not in known or name in fields or not value.isdecimal() or len(value) > 9:
-            raise ValueError(f"{text!r} is not a packing")
-        fields[name] = type(known[name])(int(value))
-    if fields.get("via", 0) >= len(VIA):
+    pairs = [item.partition("=")[::2] for item in given]
+    numbers = {name: int(value) for name, value in pairs if name in known and value.isdecimal() and len(value) <= 9}
+    if len(numbers) < len(given) or numbers.get("via", 0) >= len(VIA):
         raise ValueError(f"{text!r} is not a packing")
-    return cls(kind, **fields)
+    return cls(kind, **{name: type(known[name])(number) for name, number in numbers.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,8 +184,7 @@ class PackedType:
 
     def value(self, parts: Sequence[Tensor]) -> Tensor:
         """Compute the weight from its parts."""
-        weight: Tensor = torch.ops.graftc.unpack(list(parts), self.packing.text, list(self.shape), self.dtype)
-        return weight
+        return cast("Tensor", torch.ops.graftc.unpack(list(parts), self.packing.text, list(self.shape), self.dtype))
 
 
 def weight_name(codes: str) -> str:

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 
-_NAMES: dict[Any, str] = {}
-
 
 def op_name(node: fx.Node) -> str:
     """Return a node's operator name without namespace, overload and in-place mark; empty if it calls none."""
-    if node.op != "call_function":
-        return ""
-    name = _NAMES.get(node.target)
-    if name is None:
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            name = target._schema.name.split("::")[1]
-            name = name if name.endswith("__") else name.removesuffix("_")
-        else:
-            name = "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
-        _NAMES[target] = name
-    return name
+    return _name(node.target) if node.op == "call_function" else ""
+
+
+@cache
+def _name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.split("::")[1]
+        return name if name.endswith("__") else name.removesuffix("_")
+    return "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
 
 
 @dataclass(frozen=True)
@@ -75,8 +71,7 @@ def products(node: fx.Node) -> tuple[ProductOperands, ...]:
 
     The result is empty if the call is no product.
     """
-    name = op_name(node)
-    return _GROUPED if is_grouped(node) else _PRODUCTS.get(name, ())
+    return _GROUPED if is_grouped(node) else _PRODUCTS.get(op_name(node), ())
 
 
 def is_grouped(node: fx.Node) -> bool:

@@ -131,12 +131,13 @@ def moved(node: fx.Node, operand: Callable[[Any], Any]) -> Any:
     unknown: list[Any] = []
 
     def known(leaf: Any) -> Any:
-        numbers = operand(leaf)
-        if numbers is None:
+        """Return the numbers that represent a node or a symbolic size; anything else is returned unchanged."""
+        numbers = operand(leaf) if isinstance(leaf, fx.Node | torch.SymInt) else leaf
+        if numbers is None and leaf is not None:
             unknown.append(leaf)
         return numbers
 
-    args, kwargs = _replaced(node.args, known), _replaced(node.kwargs, known)
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), known)
     if unknown:
         return None
     if move is Move.PAD:
@@ -179,14 +180,3 @@ def moved_along(
         if current is None:
             return None
     return current if isinstance(current, Tensor) else None
-
-
-def _replaced(value: Any, known: Callable[[Any], Any]) -> Any:
-    """Return arguments with the numbers that represent them in place of nodes and symbolic sizes."""
-    if isinstance(value, fx.Node | torch.SymInt):
-        return known(value)
-    if isinstance(value, list | tuple):
-        return [_replaced(item, known) for item in value]
-    if isinstance(value, Mapping):
-        return {name: _replaced(item, known) for name, item in value.items()}
-    return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +15,7 @@ from graftc.passes.core.weights.folds import Fold
 from graftc.passes.core.weights.site_key import SiteKey
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.claims import SiteKind
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.roles import parse_role
 
 __all__ = [
@@ -33,7 +34,12 @@ __all__ = [
     "Use",
     "ValueSite",
     "linear_use",
+    "unsupported",
 ]
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    return cast("torch.dtype", node.meta["val"].dtype)
 
 
 @dataclass(eq=False)
@@ -57,6 +63,11 @@ class Site:
     def scope(self) -> str:
         """The name part that separates its tensors from those of other sites of its module; empty if not needed."""
         return ""
+
+
+def unsupported(site: Site, reason: str, hint: str | None = "leave it out with exclude") -> GraftError:
+    """Return the error (GC017) for a site that does not support an adaptation; the reason follows its name."""
+    return GraftError("GC017", f"{site.key} {reason}", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -131,8 +142,7 @@ class LinearSite(Site):
     @property
     def dtype(self) -> torch.dtype:
         """The element type of the result."""
-        dtype: torch.dtype = self.use.node.meta["val"].dtype
-        return dtype
+        return _dtype(self.use.node)
 
 
 @dataclass(eq=False)
@@ -285,8 +295,7 @@ class SublayerSite(Site):
     @property
     def dtype(self) -> torch.dtype:
         """The element type of the residual stream's branch."""
-        dtype: torch.dtype = self.branch.meta["val"].dtype
-        return dtype
+        return _dtype(self.branch)
 
 
 @dataclass(frozen=True)
@@ -329,8 +338,7 @@ class ValueSite(Site):
     @property
     def dtype(self) -> torch.dtype:
         """The element type of the value."""
-        dtype: torch.dtype = self.node.meta["val"].dtype
-        return dtype
+        return _dtype(self.node)
 
 
 @dataclass(eq=False)

@@ -113,8 +113,7 @@ class Use(ABC):
 
     def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
         """Return ``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., k, rank]``, as ``[..., k]``."""
-        hidden = _scaled(call, self.map(call, x, a, "down"), scale)
-        return self.widen(call, hidden, b)
+        return self.widen(call, _scaled(call, self.map(call, x, a, "down"), scale), b)
 
     def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
         """Return ``b`` applied to a result of `map`."""
@@ -135,6 +134,11 @@ class Use(ABC):
     @abstractmethod
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
         """Return random values, float64 unless they are indices, for everything that the call reads from the data."""
+
+    def _random_input(self, generator: torch.Generator, *sizes: int) -> dict[fx.Node, Tensor]:
+        """Return a random input whose last axes have the given sizes, and all before them a size of 1."""
+        leading = (1,) * (self.input.meta["val"].dim() - len(sizes))
+        return {self.input: torch.randn(*leading, *sizes, generator=generator, dtype=torch.float64)}
 
 
 class Dense(Use):
@@ -160,8 +164,7 @@ class Dense(Use):
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
         """Return `PROBES` random rows for the input."""
-        leading = (1,) * (self.input.meta["val"].dim() - 2)
-        return {self.input: torch.randn(*leading, PROBES, self.in_features, generator=generator, dtype=torch.float64)}
+        return self._random_input(generator, PROBES, self.in_features)
 
 
 class LeftProduct(Use):
@@ -184,8 +187,7 @@ class LeftProduct(Use):
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
         """Return `PROBES` random columns for the input."""
-        leading = (1,) * (self.input.meta["val"].dim() - 2)
-        return {self.input: torch.randn(*leading, self.in_features, PROBES, generator=generator, dtype=torch.float64)}
+        return self._random_input(generator, self.in_features, PROBES)
 
 
 class Convolution(Use):
@@ -211,7 +213,7 @@ class Convolution(Use):
     @property
     def groups(self) -> int:
         """The number of groups of channels, which are convolved separately."""
-        return int(self.node.args[6]) if len(self.node.args) > 6 else 1  # type: ignore[arg-type]
+        return int(self._setting(6, 1))
 
     @property
     def grouped(self) -> bool:
@@ -226,15 +228,13 @@ class Convolution(Use):
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
         """Return the convolution of ``x`` with the weight as its kernel, channels last."""
         kernel = self.weight.restore(call, weight, part)
-        result = call(self.node.target, x, kernel, None, *self.node.args[3:], part=part)
-        return self.columns_last(call, result)
+        return self.columns_last(call, call(self.node.target, x, kernel, None, *self.node.args[3:], part=part))
 
     def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
         """Return the low-rank map of a patch at every place; with groups, the factors are multiplied first."""
         if self.groups == 1:
             return super().low_rank(call, x, a, b, scale)
-        product = call(aten.matmul.default, _scaled(call, b, scale), a, part="product")
-        return self.map(call, x, product, "up")
+        return self.map(call, x, call(aten.matmul.default, _scaled(call, b, scale), a, part="product"), "up")
 
     def across(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
         """Return a low-rank map whose first factor spans all groups, as ``[..., rows]``.
@@ -270,8 +270,7 @@ class Convolution(Use):
         dims = len(self._kernel) - 1
         stride, dilation = (_spread(self._setting(i, 1), dims) for i in (3, 5))
         sizes = [d * (k - 1) + 1 + 3 * s for k, s, d in zip(self._kernel[1:], stride, dilation, strict=True)]
-        channels = self._kernel[0] * self.groups
-        return {self.input: torch.randn(2, channels, *sizes, generator=generator, dtype=torch.float64)}
+        return self._random_input(generator, 2, self.entries, *sizes)
 
     def _setting(self, index: int, default: Any) -> Any:
         return self.node.args[index] if len(self.node.args) > index else default
@@ -313,12 +312,9 @@ class Experts(Use):
         assert self.view is not None
         stored = self.weight.restore(call, weight, part)
         operand = self.view.replay(lambda target, *args: call(target, *args, part=part), stored)
-        if self.node.target is aten.baddbmm.default:
-            return call(aten.bmm.default, x, operand, part=part)
-        if self.node.target is aten.linear.default:
-            return call(aten.linear.default, x, operand, part=part)
-        rest = self.node.args[self.weight_index + 1 :]
-        return call(self.node.target, x, operand, *rest, part=part)
+        target = aten.bmm.default if self.node.target is aten.baddbmm.default else self.node.target
+        plain = target in (aten.bmm.default, aten.linear.default)
+        return call(target, x, operand, *(() if plain else self.node.args[self.weight_index + 1 :]), part=part)
 
     def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
         """Return ``b`` applied to a result of `map`, with one matrix per expert."""

@@ -30,11 +30,15 @@ OWN = "_graftc"
 """The one attribute of a module in the tree that is graftc's own."""
 
 
+_TABLES = ("_modules", "_parameters", "_buffers")
+"""Attributes of a module with its children and tensors."""
+
 _SHOWN = 3
 """Up to so many names of adaptations that are alike in a module are written out."""
 
 
 C = TypeVar("C", bound="Container")
+Entry = TypeVar("Entry")
 
 
 class Tree(nn.Module):
@@ -56,7 +60,7 @@ class Tree(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         own = vars(self)
-        if OWN in own and any(name in own[table] for table in ("_modules", "_parameters", "_buffers")):
+        if OWN in own and any(name in own[table] for table in _TABLES):
             raise _fixed(self, name)
         nn.Module.__delattr__(self, name)
 
@@ -67,27 +71,26 @@ class Tree(nn.Module):
         """Return the module at the path ``target``, whose segments may be names of methods."""
         module: nn.Module = self
         for segment in target.split(".") if target else ():
-            child = module._modules.get(segment)
-            if child is None:
-                raise AttributeError(f"{module._get_name()} has no child {segment!r}")  # type: ignore[no-untyped-call]
-            module = child
+            name = module._get_name()  # type: ignore[no-untyped-call]
+            module = _entry(module._modules, segment, f"{name} has no child {segment!r}")
         return module
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """Return the parameter called ``target``, which may be the name of a method."""
         path, _, name = target.rpartition(".")
-        parameter = self.get_submodule(path)._parameters.get(name)
-        if parameter is None:
-            raise AttributeError(f"there is no parameter {target!r}")
-        return parameter
+        return _entry(self.get_submodule(path)._parameters, name, f"there is no parameter {target!r}")
 
     def get_buffer(self, target: str) -> torch.Tensor:
         """Return the buffer called ``target``, which may be the name of a method."""
         path, _, name = target.rpartition(".")
-        buffer = self.get_submodule(path)._buffers.get(name)
-        if buffer is None:
-            raise AttributeError(f"there is no buffer {target!r}")
-        return buffer
+        return _entry(self.get_submodule(path)._buffers, name, f"there is no buffer {target!r}")
+
+
+def _entry(table: Mapping[str, Entry | None], name: str, message: str) -> Entry:
+    entry = table.get(name)
+    if entry is None:
+        raise AttributeError(message)
+    return entry
 
 
 def additions(module: nn.Module) -> dict[str, nn.Module]:
@@ -219,9 +222,9 @@ class Container(Tree):
         vars(container).update(attributes)
         container._graftc.constants = module._graftc.constants if isinstance(module, Container) else dict(attributes)
         vars(container)["training"] = module.training
-        container._modules.update((name, None) for name, child in module._modules.items() if child is None)
-        container._parameters.update((name, None) for name, tensor in module._parameters.items() if tensor is None)
-        container._buffers.update((name, None) for name, tensor in module._buffers.items() if tensor is None)
+        for table in _TABLES:
+            absent = [name for name, entry in getattr(module, table).items() if entry is None]
+            getattr(container, table).update(dict.fromkeys(absent))
         return container
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -248,8 +251,7 @@ class Container(Tree):
         """
         if len(inputs) == 1 and isinstance(inputs[0], UnitCall):
             return inputs[0].run()
-        name = type(self).__name__
-        raise GraftError("GC043", f"{name} computes nothing by itself", hint="call the compiled model")
+        raise GraftError("GC043", f"{type(self).__name__} computes nothing by itself", hint="call the compiled model")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Implement `torch.nn.Module.register_parameter`.

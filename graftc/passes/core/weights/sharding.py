@@ -63,9 +63,8 @@ def computes_on(unit: nn.Module) -> str | None:
 
     None if the unit has no sharded parameter.
     """
-    meshes = (tensor.device_mesh for tensor in unit.parameters() if is_sharded(tensor))  # type: ignore[attr-defined]
-    mesh = next(meshes, None)
-    return None if mesh is None else str(mesh.device_type)
+    sharded: Any = filter(is_sharded, unit.parameters())
+    return next((str(tensor.device_mesh.device_type) for tensor in sharded), None)
 
 
 def gathered(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ tensors live under their site's module path, ``<module path>.graftc.<adaptation>
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,15 +32,6 @@ def _adopt(module: nn.Module, old: nn.Module) -> None:
     module._buffers.update(old._buffers)
     module._non_persistent_buffers_set |= old._non_persistent_buffers_set
     module._modules.update(old._modules)
-
-
-def _register(container: nn.Module, name: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
-    """Register a tensor in a container under any name: PyTorch refuses those that are attributes of a module."""
-    if isinstance(tensor, nn.Parameter):
-        container._parameters[name] = tensor
-        return
-    container._buffers[name] = tensor
-    (set.discard if persistent else set.add)(container._non_persistent_buffers_set, name)
 
 
 def _names(model: nn.Module) -> Iterator[str]:
@@ -95,14 +87,13 @@ class Store:
         seen: dict[int, tuple[str, torch.Tensor]] = {}
         self.shape(model)
         for path, module in model.named_modules(remove_duplicate=False):
-            container = self.container(path)
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    self._mirror(container, path, name, parameter, seen, persistent=True)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    persistent = name not in module._non_persistent_buffers_set
-                    self._mirror(container, path, name, buffer, seen, persistent=persistent)
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    fqn, persistent = f"{path}.{name}".lstrip("."), name not in module._non_persistent_buffers_set
+                    owner, handle = seen.setdefault(id(tensor), (fqn, _handle(tensor)))
+                    if owner != fqn:
+                        self.aliases[fqn] = owner
+                    self._register(fqn, handle, persistent=persistent)
             for name, own in packed_types(module).items():
                 self._hold_packed(f"{path}.{name}".lstrip("."), own)
 
@@ -135,36 +126,22 @@ class Store:
             if path and self.owner(parent)._modules.get(name) is None:
                 self.owner(parent)._modules[name] = Container.like(module)
 
-    def _mirror(
-        self,
-        container: nn.Module,
-        path: str,
-        name: str,
-        tensor: torch.Tensor,
-        seen: dict[int, tuple[str, torch.Tensor]],
-        *,
-        persistent: bool,
-    ) -> None:
-        fqn = f"{path}.{name}" if path else name
-        if id(tensor) in seen:
-            owner, handle = seen[id(tensor)]
-            if owner != fqn:
-                self.aliases[fqn] = owner
-        else:
-            detached = tensor.detach()
-            is_parameter = isinstance(tensor, nn.Parameter)
-            handle = nn.Parameter(detached, requires_grad=False) if is_parameter else detached
-            seen[id(tensor)] = (fqn, handle)
-        _register(container, name, handle, persistent=persistent)
+    def _register(self, fqn: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
+        """Register a tensor under any name: PyTorch refuses those that are attributes of a module."""
+        path, _, name = fqn.rpartition(".")
+        container = self.container(path)
+        if isinstance(tensor, nn.Parameter):
+            container._parameters[name] = tensor
+            return
+        container._buffers[name] = tensor
+        (set.discard if persistent else set.add)(container._non_persistent_buffers_set, name)
 
     def container(self, path: str) -> nn.Module:
         """Return the container at ``path``, creating it if there is none: some layers have no tensor."""
-        module = self.root
-        for segment in path.split(".") if path else ():
-            child = module._modules.get(segment)
-            if child is None:
-                child = module._modules[segment] = Container()
-            module = _unwrapped(child)
+        module, missing = self._reached(path)
+        for segment in missing:
+            child = module._modules[segment] = Container()
+            module = child
         return module
 
     def nearest(self, path: str) -> nn.Module:
@@ -173,20 +150,20 @@ class Store:
 
     def owner(self, path: str) -> nn.Module:
         """Return the container at ``path`` (``""`` is the root). Raises `KeyError` if there is none."""
-        module, whole = self._reached(path)
-        if not whole:
+        module, missing = self._reached(path)
+        if missing:
             raise KeyError(path)
         return module
 
-    def _reached(self, path: str) -> tuple[nn.Module, bool]:
-        """Return the last container on the way to ``path``, and whether it is the one there."""
-        module = self.root
-        for segment in path.split(".") if path else ():
+    def _reached(self, path: str) -> tuple[nn.Module, list[str]]:
+        """Return the last container on the way to ``path``, and the segments of the path from there on."""
+        module, segments = self.root, path.split(".") if path else []
+        for number, segment in enumerate(segments):
             child = module._modules.get(segment)
             if child is None:
-                return module, False
+                return module, segments[number:]
             module = _unwrapped(child)
-        return module, True
+        return module, []
 
     def replace_container(self, path: str, kind: type[C]) -> C:
         """Put a container of another kind at ``path``; it adopts the contents of the previous one."""
@@ -203,27 +180,26 @@ class Store:
         self.root = root
 
     def __contains__(self, fqn: str) -> bool:
-        if fqn in self.packed:
-            return True
-        path, _, name = fqn.rpartition(".")
-        try:
-            owner = self.owner(path)
-        except KeyError:
-            return False
-        return owner._parameters.get(name) is not None or owner._buffers.get(name) is not None
+        return fqn in self.packed or self._stored(fqn) is not None
 
     def get(self, fqn: str) -> torch.Tensor:
         """Return the tensor called ``fqn``; packed weights as a `PackedTensor`. Raises `KeyError` if there is none."""
-        path, _, name = fqn.rpartition(".")
-        owner = self.owner(path)
         if fqn in self.packed:
-            return self._packed(fqn)
-        tensor: torch.Tensor | None = owner._parameters.get(name)
-        if tensor is None:
-            tensor = owner._buffers.get(name)
+            own = self.packed[fqn]
+            return PackedTensor(own, [self.get(name) for name in own.names(fqn)], gathered)
+        tensor = self._stored(fqn)
         if tensor is None:
             raise KeyError(fqn)
         return tensor
+
+    def _stored(self, fqn: str) -> torch.Tensor | None:
+        """Return the tensor of this name in the tree; None if there is none."""
+        path, _, name = fqn.rpartition(".")
+        owner, missing = self._reached(path)
+        if missing:
+            return None
+        parameter = owner._parameters.get(name)
+        return owner._buffers.get(name) if parameter is None else parameter
 
     def full(self, fqn: str) -> torch.Tensor:
         """Return the full value of the tensor called ``fqn``, detached.
@@ -232,34 +208,23 @@ class Store:
         """
         return dense(gathered(self.get(fqn)))
 
-    def _packed(self, fqn: str) -> PackedTensor:
-        own = self.packed[fqn]
-        return PackedTensor(own, [self.get(name) for name in own.names(fqn)], gathered)
-
     def is_buffer(self, fqn: str) -> bool:
         """Return whether the tensor called ``fqn`` is not a parameter. Raises `KeyError` if there is none."""
         return fqn not in self.packed and not isinstance(self.get(fqn), nn.Parameter)
 
     def add_parameter(self, fqn: str, tensor: torch.Tensor, *, trainable: bool) -> None:
         """Add an adapter tensor. Raises `KeyError` when the name is taken."""
-        if fqn in self:
-            raise KeyError(f"{fqn} exists")
-        path, _, name = fqn.rpartition(".")
-        _register(self.container(path), name, nn.Parameter(tensor, requires_grad=trainable))
+        self.put(fqn, nn.Parameter(tensor, requires_grad=trainable))
 
     def add_buffer(self, fqn: str, tensor: torch.Tensor, *, persistent: bool) -> None:
         """Add a constant. Raises `KeyError` when the name is taken."""
-        if fqn in self:
-            raise KeyError(f"{fqn} exists")
-        path, _, name = fqn.rpartition(".")
-        _register(self.container(path), name, tensor, persistent=persistent)
+        self.put(fqn, tensor, persistent=persistent)
 
     def put(self, fqn: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
         """Add an adapter tensor unchanged, as a parameter or a buffer. Raises `KeyError` when the name is taken."""
         if fqn in self:
             raise KeyError(f"{fqn} exists")
-        path, _, name = fqn.rpartition(".")
-        _register(self.container(path), name, tensor, persistent=persistent)
+        self._register(fqn, tensor, persistent=persistent)
 
     def drop(self, fqn: str) -> None:
         """Remove an adapter tensor, and graftc's containers that are empty afterwards.
@@ -316,7 +281,7 @@ class Store:
         own = (source if value is None else value.to(source)).detach().clone()
         path, _, last = name.rpartition(".")
         self.updated[name] = adapter_name(path, SOURCE, last)
-        _register(self.container(self.updated[name].rpartition(".")[0]), last, source.detach(), persistent=False)
+        self._register(self.updated[name], source.detach(), persistent=False)
         self.replace(name, nn.Parameter(own, requires_grad=False) if isinstance(source, nn.Parameter) else own)
 
     def replace(self, name: str, value: torch.Tensor) -> None:
@@ -330,9 +295,10 @@ class Store:
         """
         name = self.canonical(name)
         for alias in (name, *self.tied(name)):
-            owner = self.owner(alias.rpartition(".")[0])
+            path, _, last = alias.rpartition(".")
+            owner = self.owner(path)
             table: dict[str, Any] = owner._parameters if isinstance(value, nn.Parameter) else owner._buffers
-            table[alias.rpartition(".")[2]] = value
+            table[last] = value
 
     def _require_alone(self, name: str, source: torch.Tensor) -> None:
         """Raise GC030 if a tensor shares memory with another one: of two copies, only one would be written to."""
@@ -357,9 +323,7 @@ class Store:
         if owner in self.packed:
             self.packed[name], self.aliases[name] = self.packed[owner], owner
             return
-        tensor = self.get(owner)
-        path, _, last = name.rpartition(".")
-        _register(self.container(path), last, tensor)
+        self._register(name, self.get(owner))
         self.aliases[name] = owner
 
     def canonical(self, fqn: str) -> str:
@@ -379,8 +343,9 @@ class Store:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every name with its tensor, including tied names, in the order of the source model."""
-        for named in (self.root.named_parameters, self.root.named_buffers):
-            yield from ((plain(name), tensor) for name, tensor in named(remove_duplicate=False))
+        parameters = self.root.named_parameters(remove_duplicate=False)
+        for name, tensor in chain(parameters, self.root.named_buffers(remove_duplicate=False)):
+            yield plain(name), tensor
 
     def base(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield base tensors by owning name (tied names once); for packed weights, their parts."""
@@ -406,10 +371,9 @@ class Store:
             except KeyError:
                 continue
             prefix = f"{path}." if path else ""
-            for named in (owner.named_parameters, owner.named_buffers):
-                for name, tensor in named():
-                    if not self.is_adapter(prefix + name):
-                        return tensor.device
+            for name, tensor in chain(owner.named_parameters(), owner.named_buffers()):
+                if not self.is_adapter(prefix + name):
+                    return tensor.device
         return torch.device("cpu")
 
     def adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -417,6 +381,12 @@ class Store:
         for name, tensor in self.tensors():
             if self.is_adapter(name):
                 yield name, tensor
+
+
+def _handle(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a handle of the same storage, frozen if it is that of a parameter."""
+    detached = tensor.detach()
+    return nn.Parameter(detached, requires_grad=False) if isinstance(tensor, nn.Parameter) else detached
 
 
 def plain(name: str) -> str:

@@ -55,41 +55,41 @@ class Exclusion:
     """The modes of two edits of overlapping rows that exclude one another.
 
     Attributes:
-        held: modes of the existing edit.
+        existing: modes of the existing edit.
         new: modes of the later edit.
-        message: template of the error message; ``{new}`` and ``{held}`` are the owners, ``{rows}`` and ``{tensor}``
+        message: template of the error message; ``{new}`` and ``{existing}`` are the owners, ``{rows}`` and ``{tensor}``
             those of the later edit.
         hint: template of the hint about what to do.
         same_owner: whether the rule applies within one adaptation as well.
     """
 
-    held: frozenset[EditMode]
+    existing: frozenset[EditMode]
     new: frozenset[EditMode]
     message: str
     hint: str
     same_owner: bool = True
 
 
-_TWICE = "{new!r} and {held!r} would both train {rows} of {tensor}"
+_TWICE = "{new!r} and {existing!r} would both train {rows} of {tensor}"
 _LEAVE_OUT = "leave the tensor out of one of them"
-_FIXED = "{new!r} would train {rows} of {tensor}, whose values are constants to {held!r}"
-_BEFORE = "put {new!r} before {held!r} in the spec, or leave the place out of one of them"
+_FIXED = "{new!r} would train {rows} of {tensor}, whose values are constants to {existing!r}"
+_BEFORE = "put {new!r} before {existing!r} in the spec, or leave the place out of one of them"
 
 EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion(
-        held=frozenset({EditMode.TRAINED, EditMode.REPLACED}),
+        existing=frozenset({EditMode.TRAINED, EditMode.REPLACED}),
         new=frozenset({EditMode.TRAINED, EditMode.ADDED, EditMode.REPLACED}),
         message=_TWICE,
         hint=_LEAVE_OUT,
     ),
     Exclusion(
-        held=frozenset({EditMode.ADDED}),
+        existing=frozenset({EditMode.ADDED}),
         new=frozenset({EditMode.TRAINED, EditMode.REPLACED}),
         message=_TWICE,
         hint=_LEAVE_OUT,
     ),
     Exclusion(
-        held=frozenset({EditMode.CONSTANT}),
+        existing=frozenset({EditMode.CONSTANT}),
         new=frozenset({EditMode.TRAINED, EditMode.ADDED, EditMode.REPLACED}),
         message=_FIXED,
         hint=_BEFORE,
@@ -103,7 +103,7 @@ add to the same rows, and what is read as a constant may have been changed befor
 class TensorEdits(Collection[TensorEdit]):
     """The tensor edits of one Program, in the order in which they were made.
 
-    A lookup by tensor or owner takes time in proportion to the number of its results.
+    A lookup takes time in proportion to the number of edits of the tensor, or of the owner.
 
     Args:
         edits: edits to record without checking them against one another.
@@ -111,7 +111,7 @@ class TensorEdits(Collection[TensorEdit]):
 
     def __init__(self, edits: Iterable[TensorEdit] = ()) -> None:
         self._edits: list[TensorEdit] = []
-        self._at: dict[tuple[str, EditMode], list[int]] = {}
+        self._at: dict[str, list[TensorEdit]] = {}
         self._of: dict[str, list[TensorEdit]] = {}
         for edit in edits:
             self._record(edit)
@@ -135,9 +135,9 @@ class TensorEdits(Collection[TensorEdit]):
         for rule in EXCLUSIONS:
             if edit.mode not in rule.new:
                 continue
-            for existing in self.at(own.tensor, rule.held):
+            for existing in self.at(own.tensor, rule.existing):
                 if (rule.same_owner or existing.owner != owner) and existing.own.overlaps(own):
-                    words = {"new": owner, "held": existing.owner, "rows": own, "tensor": own.tensor}
+                    words = {"new": owner, "existing": existing.owner, "rows": own, "tensor": own.tensor}
                     raise GraftError("GC021", rule.message.format(**words), hint=rule.hint.format(**words))
 
     def add(self, edit: TensorEdit) -> None:
@@ -151,7 +151,7 @@ class TensorEdits(Collection[TensorEdit]):
 
     def at(self, tensor: str, modes: Collection[EditMode] = tuple(EditMode)) -> list[TensorEdit]:
         """Return the edits of a tensor, by its Store name, in the given modes, by default in any."""
-        return [self._edits[n] for n in sorted(n for mode in modes for n in self._at.get((tensor, mode), ()))]
+        return [edit for edit in self._at.get(tensor, ()) if edit.mode in modes]
 
     def of(self, owner: str) -> tuple[TensorEdit, ...]:
         """Return the edits of an adaptation."""
@@ -176,6 +176,6 @@ class TensorEdits(Collection[TensorEdit]):
         return TensorEdits(edit for edit in self._edits if edit.owner not in owners)
 
     def _record(self, edit: TensorEdit) -> None:
-        self._at.setdefault((edit.own.tensor, edit.mode), []).append(len(self._edits))
+        self._at.setdefault(edit.own.tensor, []).append(edit)
         self._edits.append(edit)
         self._of.setdefault(edit.owner, []).append(edit)

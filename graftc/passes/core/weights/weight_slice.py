@@ -295,8 +295,7 @@ class WeightSlice:
         if self.layout is Layout.COLUMNS:
             return call(aten.transpose.int, operand, -1, -2, part=part)
         if self.layout is Layout.KERNEL:
-            rows = int(operand.meta["val"].shape[0])
-            return call(aten.view.default, operand, [rows, *self.shape[1:]], part=part)
+            return call(aten.view.default, operand, [int(operand.meta["val"].shape[0]), *self.shape[1:]], part=part)
         return operand
 
     @property

@@ -51,14 +51,14 @@ class PartsMethod(Method[S, Site], Collapsing[S]):
 
     def insert(self, spec: S, site: Site, shared: Mapping[SiteKind, Any], build: Builder) -> None:
         """Insert the part that belongs to the site."""
-        own = spec.part_specs()[site.kind]
+        method, own = _part(spec, site.kind)
         with _within(PARTS[site.kind]):
-            method_for(own.method).insert(own, site, shared[site.kind], build)
+            method.insert(own, site, shared[site.kind], build)
 
     def fold(self, spec: S, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """Return the fold of the part at the site."""
-        own = spec.part_specs()[site.kind]
-        return method_for(own.method).fold(own, site, tensors)
+        method, own = _part(spec, site.kind)
+        return method.fold(own, site, tensors)
 
     def collapse(self, spec: S) -> MethodSpec | None:
         """Return the spec with trained keys and values instead of the network that computes them; None without one."""
@@ -68,10 +68,15 @@ class PartsMethod(Method[S, Site], Collapsing[S]):
         """Return the keys and values that the network of a prefix computes; without a prefix, the site's tensors."""
         if "keys_out" not in tensors:
             return {part: value for part, value in tensors.items() if part not in _SHARED}
-        own = spec.part_specs()[SiteKind.ATTENTION]
-        part = method_for(own.method)
-        assert isinstance(part, Collapsing)
-        return part.collapsed(own, tensors)
+        method, own = _part(spec, SiteKind.ATTENTION)
+        assert isinstance(method, Collapsing)
+        return method.collapsed(own, tensors)
+
+
+def _part(spec: PartsSpec, kind: SiteKind) -> tuple[Method[Any, Any], MethodSpec]:
+    """Return the method of a part with its spec."""
+    own = spec.part_specs()[kind]
+    return method_for(own.method), own
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from graftc.passes.core.method.base_gradients import BaseGradients
 from graftc.passes.core.method.sparse_optimiser import Seen, SparseOptimiser
-from graftc.passes.core.method.steering import AdaptedSite, Controller, unknown_length
+from graftc.passes.core.method.steering import AdaptedSite, unknown_length
 from graftc.passes.core.sites.entries import largest
 from graftc.passes.core.weights.sharding import Spread
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.bases.scheduled import ScheduledController
 from graftc.passes.methods.bases.sparse import regions_at
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.methods.spiel import SpIEL
@@ -45,7 +47,7 @@ class Entries:
         return self.place.tensors[f"{self.region.part}_{kind}"]
 
 
-class Reselection(Controller[SpIEL]):
+class Reselection(ScheduledController[SpIEL]):
     """A controller that replaces entries after optimiser steps ``t`` with ``t % interval == accumulation_steps``.
 
     Steps count from 1. Everything that a window has gathered is in buffers, so a training run that is resumed within a
@@ -58,12 +60,6 @@ class Reselection(Controller[SpIEL]):
         self._chosen: set[int] = set()
         self._warned: set[str] = set()
         self._turnover: dict[int, float] = {}
-        if self.spec.total_steps is not None:
-            self.begin(self.spec.total_steps)
-
-    def begin(self, total: int) -> None:
-        """Set the number of optimiser steps; ``total_steps`` of the spec takes precedence."""
-        super().begin(self.spec.total_steps or total)
 
     @cached_property
     def entries(self) -> list[Entries]:
@@ -163,9 +159,9 @@ class Reselection(Controller[SpIEL]):
 
     @cached_property
     def _by_tensor(self) -> dict[str, list[Entries]]:
-        by_tensor: dict[str, list[Entries]] = {}
+        by_tensor: dict[str, list[Entries]] = defaultdict(list)
         for entries in self.entries:
-            by_tensor.setdefault(entries.region.tensor, []).append(entries)
+            by_tensor[entries.region.tensor].append(entries)
         return by_tensor
 
     def _gather(self, name: str, gradient: Tensor) -> None:
@@ -344,8 +340,7 @@ def largest_products(region: WeightSlice, active: Tensor, rows: Tensor, columns:
             scores.masked_fill_(others[start:stop], -torch.inf)
         edges = torch.tensor([start * width, stop * width], device=device, dtype=taken.dtype)
         low, high = torch.searchsorted(taken, edges).tolist()
-        flat = scores.view(-1)
-        return flat.index_fill_(0, taken[low:high].long() - start * width, -torch.inf)
+        return scores.view(-1).index_fill_(0, taken[low:high].long() - start * width, -torch.inf)
 
     starts = range(0, rows.numel(), height)
     by_block = largest([partial(products, start) for start in starts], min(count, region.size - active.numel()))

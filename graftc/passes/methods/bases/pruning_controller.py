@@ -5,43 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from graftc.passes.core.method.steering import AdaptedSite, Controller, TensorObjective, check_phases, unknown_length
+from graftc.passes.core.method.steering import AdaptedSite, TensorObjective, unknown_length
 from graftc.passes.core.ops.pruned import Edge, dropped, edge_of
 from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.bases.scheduled import ScheduledController, check_phases
 from graftc.specs.methods.pruning import Pruning, kept_of
 
 PENALTY = "penalty"
 """Part name of the weight of the penalty as it is now."""
 
 
-class PruningMasks(Controller[Pruning]):
+class PruningMasks(ScheduledController[Pruning]):
     """A controller that determines after each step which entries are kept, from their current scores."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        if self.spec.total_steps is not None:
-            self.begin(self.spec.total_steps)
 
     @classmethod
     def wanted(cls, spec: Pruning) -> bool:
         """Return whether the adaptation, or one of its sites, is pruned between steps."""
         return spec.variant != "iterative" and (prunes(spec) or any(o.density for o in spec.overrides))
 
-    def begin(self, total: int) -> None:
-        """Set the number of optimiser steps; ``total_steps`` of the spec takes precedence.
+    def check_length(self, total: int) -> None:
+        """Check that the phases leave a step to prune in.
 
         Raises:
-            GraftError: GC026 if the phases leave no step to prune in.
+            GraftError: GC026 if they do not.
         """
-        total = self.spec.total_steps or total
         if self.moves:
             check_phases(self.spec, total)
-        super().begin(total)
 
     @property
     def moves(self) -> bool:
@@ -125,10 +119,15 @@ class Penalty(TensorObjective[Pruning]):
         return (self.shared[PENALTY] * torch.stack(means).mean()).squeeze()
 
 
+def own_of(place: AdaptedSite[Pruning]) -> WeightSlice:
+    """Return the rows of the weight at a place."""
+    assert isinstance(place.site, LinearSite)
+    return place.site.own
+
+
 def part_of(place: AdaptedSite[Pruning]) -> str | None:
     """Return the name of a place's weight within its module; None if it is not pruned between steps."""
-    assert isinstance(place.site, LinearSite)
-    part = part_name(place.site)
+    part = own_of(place).part
     return part if f"{part}_threshold" in place.tensors else None
 
 
@@ -154,14 +153,11 @@ def deployed_of(place: AdaptedSite[Pruning], size: int) -> int:
 
 def left_of(place: AdaptedSite[Pruning]) -> tuple[Tensor, Tensor]:
     """Return the weight of a place and a mask of its remaining entries, both in the shape of the stored weight."""
-    site = place.site
-    assert isinstance(site, LinearSite)
-    part = part_name(site)
+    part, shape = own_of(place).part, own_of(place).own_shape
     if part in place.tensors:
         own = place.tensors[part].detach()
         return own, torch.ones_like(own, dtype=torch.bool)
     values, indices = place.tensors[f"{part}_values"].detach(), place.tensors[f"{part}_indices"].long()
-    shape = site.own.own_shape
     own, left = values.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=values.device)
     own.view(-1)[indices], left.view(-1)[indices] = values, True
     return own, left
@@ -169,8 +165,7 @@ def left_of(place: AdaptedSite[Pruning]) -> tuple[Tensor, Tensor]:
 
 def size_of(place: AdaptedSite[Pruning]) -> int:
     """Return the number of entries of a place that train."""
-    assert isinstance(place.site, LinearSite)
-    part = part_name(place.site)
+    part = own_of(place).part
     return place.tensors[part if part in place.tensors else f"{part}_values"].numel()
 
 
@@ -202,8 +197,3 @@ def logit(p: float) -> float:
 def wide_of(tensor: Tensor) -> torch.dtype:
     """Return the dtype of the scores of a weight: float32 or wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def part_name(site: LinearSite) -> str:
-    """Return the name of a site's weight within its module."""
-    return site.own.part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, TypeVar
@@ -15,7 +15,7 @@ from graftc.passes.core.build.tensors import tensor_name
 from graftc.passes.core.method.capabilities import Reselecting, Scored, Transition
 from graftc.passes.core.method.lowrank import zeros
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.method.steering import AdaptedSite
+from graftc.passes.core.method.steering import AdaptedSite, zero_state
 from graftc.passes.core.sites.entries import drawn, largest, shares, slices_of
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.folds import Fold, TensorFold
@@ -27,6 +27,7 @@ from graftc.specs.methods.bases.sparse import BudgetSpec
 from graftc.specs.roles import parse_role
 
 S = TypeVar("S", bound=BudgetSpec)
+Owner = TypeVar("Owner")
 SELECTED = "selected"
 """Part name of the buffer that says whether examples have chosen."""
 
@@ -74,7 +75,7 @@ class SparseTensors(Method[S, Stored]):
                 that are not entries of their tensor.
         """
         if isinstance(self, Scored) and self.scoring(spec) is not None:
-            build.keep_buffer(SELECTED, lambda device: torch.zeros(1, dtype=torch.bool, device=device))
+            build.keep_buffer(SELECTED, zero_state([1], torch.bool))
         places = self.tensors_of(sites, build.store)
         names = {key: tensor_name(site, build.adaptation, f"{r.part}_indices") for key, (site, r) in places.items()}
         known = {key: build.known(name) for key, name in names.items()}
@@ -90,11 +91,8 @@ class SparseTensors(Method[S, Stored]):
         self, sites: Sequence[Stored], store: Store | Mapping[str, Tensor]
     ) -> dict[Key, tuple[Stored, WeightSlice]]:
         """Return all tensors, each once with the first site that has it."""
-        tensors: dict[Key, tuple[Stored, WeightSlice]] = {}
-        for site in sites:
-            for region in slices_of(site, store, biases=self.biases):
-                tensors.setdefault(key_of(region), (site, region))
-        return tensors
+        every = _each_once(sites, lambda site: slices_of(site, store, biases=self.biases))
+        return {key_of(region): (site, region) for site, region in every}
 
     def _check(self, name: str, region: WeightSlice, indices: Tensor) -> None:
         """Check given indices, since kernels use them unchecked."""
@@ -119,17 +117,18 @@ class SparseTensors(Method[S, Stored]):
             GraftError: GC021 if another adaptation trains one of them as a whole, or takes it as constant.
         """
         for region in slices_of(site, build.store, biases=self.biases):
-            key = key_of(region)
-            if not shared.counts[key] or key in shared.placed:
-                continue
-            shared.placed.add(key)
+            if key_of(region) not in shared.placed:
+                shared.placed.add(key_of(region))
+                self.place(spec, site, region, shared, build)
+
+    def place(self, spec: S, site: Stored, region: WeightSlice, shared: ChosenEntries, build: Builder) -> None:
+        """Replace a part of a tensor of the base, once in a Program, if any of its entries train."""
+        if shared.counts[key_of(region)]:
             build.stand_in(region, partial(self._changed, build, region, shared))
 
     def _changed(self, build: Builder, region: WeightSlice, shared: ChosenEntries, tensor: fx.Node) -> fx.Node:
-        key = key_of(region)
-        count = shared.counts[key]
-        make = _placed(region, shared.indices.get(key), count)
-        indices = build.buffer(f"{region.part}_indices", make)
+        count, numbers = shared.counts[key_of(region)], shared.indices.get(key_of(region))
+        indices = build.buffer(f"{region.part}_indices", partial(_placed, region, numbers, count))
         wide = torch.promote_types(build.store.get(region.tensor).dtype, torch.float32)
         delta = build.parameter(f"{region.part}_delta", (count,), zeros, dtype=wide)
         return build.call(torch.ops.graftc.sparse_weight.default, tensor, indices, delta, part=region.part)
@@ -152,7 +151,7 @@ class ScoredTensors(SparseTensors[S], Scored[S]):
         placed = {key_of(region): (place, region) for place, region in regions_at(places, biases=self.biases)}
         regions = {key: region for key, (_, region) in placed.items()}
         chosen = largest_entries(spec, regions, lambda key: regions[key].entries(scores[key[0]]), each=self.each(spec))
-        values = {tensor_name(None, _name(spec), SELECTED): torch.ones(1, dtype=torch.bool)}
+        values = {tensor_name(None, str(spec.name), SELECTED): torch.ones(1, dtype=torch.bool)}
         for key, (place, region) in placed.items():
             values |= entry_values(place, region, chosen.indices[key])
         return Transition(spec, values)
@@ -179,13 +178,20 @@ def budget_of(spec: BudgetSpec, total: int) -> int:
 def regions_at(
     places: Sequence[AdaptedSite[S]], *, biases: bool = True
 ) -> Iterator[tuple[AdaptedSite[S], WeightSlice]]:
-    """Yield every tensor once, with the first place that has it."""
+    """Iterate over the tensors at places, each once with the first place that has it."""
+    return _each_once(places, lambda place: slices_of(place.site, place.base, biases=biases))
+
+
+def _each_once(
+    owners: Sequence[Owner], slices: Callable[[Owner], Iterable[WeightSlice]]
+) -> Iterator[tuple[Owner, WeightSlice]]:
+    """Yield every part of a tensor once, with the first of its owners."""
     seen: set[Key] = set()
-    for place in places:
-        for region in slices_of(place.site, place.base, biases=biases):
+    for owner in owners:
+        for region in slices(owner):
             if key_of(region) not in seen:
                 seen.add(key_of(region))
-                yield place, region
+                yield owner, region
 
 
 def entry_values(
@@ -204,13 +210,8 @@ def entry_values(
     indices, order = region.places(numbers).sort()
     wide = torch.promote_types(place.base[region.tensor].dtype, torch.float32)
     start = torch.zeros(numbers.shape, device=numbers.device) if delta is None else delta[order]
-    names = (tensor_name(place.site, _name(place.spec), f"{region.part}_{kind}") for kind in ("indices", "delta"))
+    names = (tensor_name(place.site, str(place.spec.name), f"{region.part}_{kind}") for kind in ("indices", "delta"))
     return dict(zip(names, (indices, start.to(wide)), strict=True))
-
-
-def _name(spec: BudgetSpec) -> str:
-    assert spec.name is not None
-    return spec.name
 
 
 def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, WeightSlice], build: Builder) -> dict[Key, Tensor]:
@@ -247,19 +248,15 @@ def key_of(region: WeightSlice) -> Key:
     return region.tensor, str(region)
 
 
-def _placed(region: WeightSlice, numbers: Tensor | None, count: int) -> Callable[[torch.device], Tensor]:
-    """Return a function that makes the indices.
+def _placed(region: WeightSlice, numbers: Tensor | None, count: int, device: torch.device) -> Tensor:
+    """Return the indices.
 
-    Without ``numbers``, on the meta device or for tensors that are given, it makes zeros, of which only the type
+    Without ``numbers``, on the meta device or for tensors that are given, they are zeros, of which only the type
     counts.
     """
-
-    def make(device: torch.device) -> Tensor:
-        if numbers is None:
-            return torch.zeros(count, dtype=region.index_dtype, device=device)
-        return region.places(numbers).sort().values.to(device)
-
-    return make
+    if numbers is None:
+        return torch.zeros(count, dtype=region.index_dtype, device=device)
+    return region.places(numbers).sort().values.to(device)
 
 
 def _added(tensors: Mapping[str, Tensor], part: str, tensor: Tensor) -> Tensor:

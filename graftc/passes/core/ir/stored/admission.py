@@ -77,13 +77,9 @@ def _sizes(program: Program) -> str | None:
         values = value if isinstance(value, list) else [value]
         if len(values) > PARTS or (node.op == "call_function" and _parts(node) > PARTS):
             return f"{node.name} gives more than {PARTS} tensors"
-        if any(isinstance(v, Tensor) and _elements(v) > most for v in values):
+        if any(isinstance(v, Tensor) and math.prod(map(_number, v.shape)) > most for v in values):
             return f"{node.name} has more than {most} elements"
     return None
-
-
-def _elements(value: Tensor) -> int:
-    return math.prod(_number(size) for size in value.shape)
 
 
 def _number(size: Any) -> int:

@@ -15,7 +15,7 @@ import operator
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -295,8 +295,7 @@ def _identifier(text: Any) -> str:
     plain = type(text) is str and text.isidentifier() and unicodedata.normalize("NFKC", text) == text
     if not plain or keyword.iskeyword(text) or text == "self":
         raise SerialisationError(f"name {text!r}")
-    name: str = text
-    return name
+    return str(text)
 
 
 def _encode(value: Any, index: Mapping[fx.Node, int], symbols: SymbolNames) -> Any:
@@ -410,5 +409,4 @@ def _output_class(text: str, fields: tuple[str, ...]) -> type[Any]:
     known = getattr(cls, "__dataclass_fields__", getattr(cls, "_fields", ())) if own else ()
     if not own or not set(fields) <= set(known):
         raise SerialisationError(f"output class {text!r}")
-    result: type[Any] = cls
-    return result
+    return cast("type[Any]", cls)

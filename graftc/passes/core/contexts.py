@@ -1,0 +1,20 @@
+"""Values of context variables for the time that a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+@contextmanager
+def having(variable: ContextVar[Value], value: Value) -> Iterator[None]:
+    """Give a variable another value while the block runs."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

@@ -1,0 +1,66 @@
+"""Low-rank branches beside linear maps: how they read their input, and how their products fold."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, fx
+
+from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.method.capabilities import RowWise
+from graftc.passes.core.method.lowrank import added
+from graftc.passes.core.method.method import Method
+from graftc.passes.core.sites.sites import LinearSite
+from graftc.passes.core.weights.folds import Fold, weight_fold
+from graftc.specs.base import MethodSpec
+from graftc.specs.methods.adalora import AdaLoRA
+from graftc.specs.methods.adamix_lora import AdaMixLoRA
+from graftc.specs.methods.dora import DoRA
+from graftc.specs.methods.dylora import DyLoRA
+from graftc.specs.methods.lora import LoRA
+from graftc.specs.methods.sora import SoRA
+
+S = TypeVar("S", bound=MethodSpec)
+
+
+DroppingSpec = AdaLoRA | AdaMixLoRA | DoRA | DyLoRA | LoRA | SoRA
+"""Specs of branches that drop entries of their input."""
+
+
+def dropped_input(spec: DroppingSpec, x: fx.Node, build: Builder) -> fx.Node:
+    """Return the input of a branch after the dropout of its spec."""
+    return build.dropout(x, spec.dropout, recompute=spec.dropout_mask == "recomputed", scope=spec.dropout_scope)
+
+
+def add_branch(spec: DroppingSpec, site: LinearSite, build: Builder, a: fx.Node, b: fx.Node, scale: float = 1) -> None:
+    """Add ``scale * b a drop(x)`` to the result of a site."""
+    x = dropped_input(spec, build.input(site), build)
+    build.add(site, build.low_rank(site, x, a, b, scale))
+
+
+class LowRankMethod(Method[S, LinearSite], RowWise[S]):
+    """``W' = W + s B A`` with ``A: [rank, in]`` and ``B: [out, rank]``."""
+
+    @abstractmethod
+    def update(self, spec: S, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+        """Return ``B``, ``A`` and ``s`` of one site.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+            tensors: the site's own tensors by part, float64, and those that all sites share.
+        """
+
+    def fold(self, spec: S, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
+        """Fold the update into the weight: ``W' = W + s B A``."""
+        return weight_fold(lambda weight: added(weight, *self.update(spec, tensors)))
+
+    def row_axes(self, spec: S) -> Mapping[str, int]:
+        """Return the row axis of ``B``."""
+        return {"B": -2}
+
+    def fewest_rows(self, spec: S) -> int:
+        """Return the rank, which must not exceed the number of rows; 1 if the spec accepts a higher rank."""
+        own: Any = spec
+        return 1 if getattr(own, "excess_rank", False) else int(own.rank)

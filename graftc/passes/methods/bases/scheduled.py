@@ -1,0 +1,55 @@
+"""Controllers with a schedule over the whole training, whose length their spec may give."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from graftc.passes.core.method.steering import Controller
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.adalora import AdaLoRA
+from graftc.specs.methods.pruning import Pruning
+from graftc.specs.methods.spiel import SpIEL
+
+S = TypeVar("S", AdaLoRA, Pruning, SpIEL)
+
+
+class ScheduledController(Controller[S]):
+    """A controller that knows the number of optimiser steps from the start if its spec has ``total_steps``."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self.spec.total_steps is not None:
+            self.begin(self.spec.total_steps)
+
+    def begin(self, total: int) -> None:
+        """Set the number of optimiser steps; ``total_steps`` of the spec takes precedence.
+
+        Raises:
+            GraftError: GC026 if the schedule does not fit into that many.
+        """
+        total = self.spec.total_steps or total
+        self.check_length(total)
+        super().begin(total)
+
+    def check_length(self, total: int) -> None:
+        """Check that the schedule fits into a number of optimiser steps.
+
+        Raises:
+            GraftError: GC026 if it does not.
+        """
+
+
+def check_phases(spec: AdaLoRA | Pruning, total: int) -> None:
+    """Check that the phases of a schedule fit into the number of optimiser steps.
+
+    Raises:
+        GraftError: GC026 if they leave no step to prune in.
+    """
+    if spec.warmup_steps + spec.final_steps >= total:
+        raise GraftError(
+            "GC026",
+            f"{spec.name!r} has {spec.warmup_steps} steps of warm-up and {spec.final_steps} final ones, which leaves "
+            f"none of {total} to prune in",
+            place=Place(path="warmup_steps" if spec.warmup_steps else "final_steps"),
+            hint="lower warmup_steps or final_steps, or train longer",
+        )
