@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.compat.operators import ASSERT_SCALAR, IS_ALL_TRUE
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.program import InputCheck, OutputSpec, Program, above, is_random
 from graftc.passes.core.weights.store import Store
@@ -46,7 +47,7 @@ def checks_of(program: Program, messages: list[str]) -> tuple[InputCheck, ...]:
         program: the graph as captured, with its assertions.
         messages: the subject of each assertion, in order.
     """
-    asserted = program.graph.find_nodes(op="call_function", target=aten._is_all_true.default)
+    asserted = program.graph.find_nodes(op="call_function", target=IS_ALL_TRUE)
     texts = messages if len(messages) == len(asserted) else [""] * len(asserted)
     pairs = zip(asserted, texts, strict=True)
     return tuple(check for node, text in pairs if (check := _check(program, node, text)) is not None)
@@ -84,7 +85,7 @@ def _is_asserted(node: fx.Node) -> bool:
         if user in seen:
             continue
         seen.add(user)
-        if user.target is aten._assert_scalar.default:
+        if user.target is ASSERT_SCALAR:
             asserted = True
         elif user.op == "output" or isinstance(user.meta.get("val"), Tensor):
             return False

@@ -157,7 +157,8 @@ class HeldFolder:
             if stat.S_ISDIR(kind):
                 if depth == _DEEPEST:
                     return False
-                with self.inner(name) as inner:
+                inner: HeldFolder = self.inner(name)
+                with inner:
                     if not inner._is_private(beside, links=links, closed=closed, depth=depth + 1):
                         return False
         return True

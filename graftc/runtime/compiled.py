@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.modules import printed_as
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.compilation import Compilation
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from graftc.specs.document import Spec
 
 
+@printed_as(lambda compiled: type(compiled._graftc.compilation.model).__name__)
 class Compiled(ModelRoot, Generic[M]):
     """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
 
@@ -347,9 +349,6 @@ class Compiled(ModelRoot, Generic[M]):
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; a ``forward`` that TRL sets on the model is passed through `answering`."""
         super().__setattr__(name, answering(self._graftc, value) if name == "forward" else value)
-
-    def _get_name(self) -> str:
-        return type(self._graftc.compilation.model).__name__
 
 
 def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compiled]:

@@ -124,7 +124,7 @@ def parse_spec(
     if is_foreign(data):
         return (from_config or _for_any_model)(data, source.file or "the config")
     spec = checked(Spec, data, source)
-    spec._source = source
+    spec._source = source  # noqa: SLF001
     return spec
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from graftc.compat import pytree
 from graftc.compiler.capture.example_inputs import random_inputs
 from graftc.runtime.model.generation import encode
 from graftc.runtime.model.runner import ModelRoot, runner_of

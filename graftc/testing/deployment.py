@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from graftc.compat.dynamo import failing_on_recompiles
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.model.runner import ModelRoot
 from graftc.specs.claims import FoldKind
@@ -96,17 +97,15 @@ def check_compile(runner: ModelRoot, backend: str = "inductor") -> None:
         AssertionError: if its outputs differ from those of eager execution by more than 1e-4.
         torch._dynamo.exc.RecompileError: if a batch size makes it compile again.
     """
-    import torch._dynamo as dynamo
-
-    dynamo.reset()
+    torch.compiler.reset()
     compiled: Any = torch.compile(runner, fullgraph=True, dynamic=True, backend=backend)
     calls = [inputs_for(runner, (batch, 9), seed=batch) for batch in BATCHES]
     expected = [outputs_of(runner, inputs) for inputs in calls]
     try:
         results = [outputs_of(compiled, calls[0])]
-        with dynamo.config.patch(error_on_recompile=True):
+        with failing_on_recompiles():
             results += [outputs_of(compiled, inputs) for inputs in calls[1:]]
     finally:
-        dynamo.reset()
+        torch.compiler.reset()
     for a, b in zip(results, expected, strict=True):
         assert largest_difference(a, b) <= 1e-4

@@ -16,6 +16,7 @@ from graftc.applications.pet.plain import PlainEncoder, pad_id, positions_of
 from graftc.applications.pet.task import Fields, Task
 from graftc.applications.pet.training import Batch, draws, logits_of, train_classifier
 from graftc.applications.recipes.tune import Stage, tune
+from graftc.compat.hooks import forward_hooks
 from graftc.compiler.missing_weights import mark_fresh
 from graftc.files.tensors.writing import writing
 from graftc.passes.core import progress
@@ -65,7 +66,7 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
         raise GraftError("GC182", message, hint="classifier: {kind: cloze}") from error
     finally:
         torch.random.set_rng_state(state)
-    classifier.config._name_or_path = ""  # it is not stored anywhere yet
+    classifier.config.name_or_path = ""  # it is not stored anywhere yet
     prefix = classifier.base_model_prefix
     # Encoder-decoders have no part of that name; their own tensors are named as in the part.
     source, part = getattr(model, prefix, model), getattr(classifier, prefix, None)
@@ -119,7 +120,7 @@ def _require_alike(source: nn.Module, part: nn.Module, lost: Collection[str], mo
             continue
         if type(counterpart) is not type(module):
             what = f"is a {_class_of(counterpart)}, and in a new classifier a {_class_of(module)}"
-        elif "forward" in vars(counterpart) or counterpart._forward_hooks or counterpart._forward_pre_hooks:
+        elif "forward" in vars(counterpart) or forward_hooks(counterpart):
             what = "has a forward or hooks of its own, which a new classifier would not have"
         elif path in places:
             what = "is stored in another form than in a new classifier"

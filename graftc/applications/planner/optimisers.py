@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from graftc.compat.pytree import tree_leaves
+from graftc.compat.tensors import storage_sizes
 from graftc.runtime import optim
 from graftc.runtime.activations.simulated import Tracking, highest
 from graftc.runtime.compiled import Compiled
@@ -134,7 +135,7 @@ def state_of(simulation: Simulation, optimizer: str | Make, device: str, process
             message = f"{what} cannot be tried on tensors without values: {type(error).__name__}: {error}"
             raise GraftError("GC073", message.splitlines()[0], hint="give the name of a similar one") from error
     tensors = [leaf for leaf in tree_leaves(list(optimiser.state.values())) if isinstance(leaf, Tensor)]
-    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    sizes = storage_sizes(tensors)
     return State(sum(sizes.values()), highest(tracking.levels))
 
 

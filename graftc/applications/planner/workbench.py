@@ -14,6 +14,7 @@ from graftc.applications.planner.fitting import largest
 from graftc.applications.planner.inputs import Inputs
 from graftc.applications.planner.optimisers import Make, State, state_of, usual
 from graftc.applications.planner.sharding import communication, shard_bytes
+from graftc.compat.tensors import storage_sizes
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.signatures import signature_for
@@ -192,7 +193,7 @@ def _originals(compilation: Compilation, processes: int) -> int:
 
 
 def _bytes(tensors: Any) -> int:
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    storages = storage_sizes(tensors)
     return sum(storages.values())
 
 

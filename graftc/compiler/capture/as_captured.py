@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from graftc.compat.hooks import FORWARD
+from graftc.compat.modes import TorchDispatchMode
+from graftc.compat.modules import BUFFERS, CHILDREN, PARAMETERS
 from graftc.compiler.capture.as_traced import AsTraced
 from graftc.compiler.capture.assignments import Attributes
 from graftc.compiler.capture.interface import Flags, declared, is_transformers, parameters
@@ -29,7 +31,7 @@ from graftc.passes.core.ir.program import is_random
 
 aten = torch.ops.aten
 _SEED = 20
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_TABLES = (PARAMETERS, BUFFERS, CHILDREN, *FORWARD)
 
 
 @contextmanager
@@ -191,7 +193,7 @@ def keeps_name(name: str) -> bool:
 
     It converts names to lower case, and numbers those that mean something in the code that it generates.
     """
-    return name == name.lower() and fx.Graph()._graph_namespace.create_name(name, None) == name
+    return name == name.lower() and fx.Graph().create_node("placeholder", name, name=name).name == name
 
 
 def traced_names(inputs: Iterable[str]) -> dict[str, str]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from graftc.compat.operators import SAFE_SOFTMAX
+
 __all__ = ["AsTraced", "kernels_as_chosen", "math_attention"]
 
 _ATTENTION = F.scaled_dot_product_attention
@@ -119,7 +121,7 @@ def math_attention(
     scores = torch.matmul(query * math.copysign(factor, full_scale), key.transpose(-2, -1) * factor)
     if attn_mask is not None:
         scores = scores + attn_mask
-    weights = torch.ops.aten._safe_softmax(scores, -1)
+    weights = SAFE_SOFTMAX(scores, -1)
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
     return torch.matmul(weights, value).to(own)

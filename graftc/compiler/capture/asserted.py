@@ -9,23 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
+from graftc.compat.checks import check, told_of_value_checks
 from graftc.compiler.capture.refusals import UntraceableError, of_the_model
 
 
 @contextmanager
 def noted(asserted: list[str]) -> Iterator[None]:
     """Append a description of every value check that the block makes to ``asserted``."""
-    original: Any = torch._check_tensor_all
-
-    def check(condition: Any, message: Any = None) -> None:
-        asserted.append(_about(message))
-        original(condition, message)
-
-    with mock.patch.object(torch, "_check_tensor_all", check):
+    with told_of_value_checks(lambda message: asserted.append(_about(message))):
         yield
 
 
@@ -63,4 +57,4 @@ def hold_for_all_values(condition: Any, message: Any = "", error: Any = None) ->
         if not torch.compiler.is_exporting():
             return
         raise UntraceableError(RuntimeError(f"a graph would not hold for all inputs: {message}"))
-    torch._check(condition)  # type: ignore[no-untyped-call]
+    check(condition)

@@ -13,9 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graftc.compat.hooks import forward_hooks
+from graftc.compat.modules import CHILDREN, PARAMETERS
+from graftc.compat.tensors import version_of
+
 _LIBRARIES = ("torch.", "transformers.", "graftc.")
 _TORCHS_OWN = frozenset(vars(nn.Module()))
-_TABLES = ("_parameters", "_modules")
+_TABLES = (PARAMETERS, CHILDREN)
 _MISSING = object()
 
 
@@ -32,14 +36,14 @@ class Attributes:
         self._held = {
             name: contents for name, value in self._values.items() if (contents := _Held.of(value)) is not None
         }
-        self._versions = {name: _version(value) for name, value in self._values.items() if isinstance(value, Tensor)}
+        self._versions = {name: version_of(value) for name, value in self._values.items() if isinstance(value, Tensor)}
         self._tables = {name: dict(self._now[name]) for name in _TABLES}
 
     def changed(self) -> list[str]:
         """Return the names of attributes that were replaced, have other contents, or are tensors written in place."""
         now = {name: value for name, value in self._now.items() if name not in _TORCHS_OWN}
         names = [name for name in {**self._values, **now} if not self._same(name, now)]
-        names += [name for name, version in self._versions.items() if _version(self._values[name]) != version]
+        names += [name for name, version in self._versions.items() if version_of(self._values[name]) != version]
         for table, before in self._tables.items():
             own = self._now[table]
             names += [n for n in {**before, **own} if own.get(n, _MISSING) is not before.get(n, _MISSING)]
@@ -122,10 +126,6 @@ def _items(value: Any) -> dict[Any, Any] | list[Any]:
     return list(value) if _is_container(value) else dict(vars(value))
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 @contextmanager
 def noticed(model: nn.Module) -> Iterator[list[str]]:
     """Yield a list that receives, after the block, the attributes that were assigned in it, as ``path.attribute``.
@@ -142,8 +142,11 @@ def noticed(model: nn.Module) -> Iterator[list[str]]:
 
 def is_the_users(module: nn.Module) -> bool:
     """Return whether the user wrote a module's class, its forward or one of its hooks."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    code: list[Any] = [type(module), *hooks, *([vars(module)["forward"]] if "forward" in vars(module) else [])]
+    code: list[Any] = [
+        type(module),
+        *forward_hooks(module).values(),
+        *([vars(module)["forward"]] if "forward" in vars(module) else []),
+    ]
     return any(not (_home(item) + ".").startswith(_LIBRARIES) for item in code)
 
 

@@ -20,10 +20,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
-from torch._ops import HigherOrderOperator
 
+from graftc.compat import pytree
+from graftc.compat.dynamo import without_call_cache
+from graftc.compat.graphs import OUTSIDE_MODULES
+from graftc.compat.operators import HigherOrderOperator
+from graftc.compat.transformers import export_patches
 from graftc.compiler.capture.alike.repeats import Repeats, traced_once
 from graftc.compiler.capture.alike.written import written_once
 from graftc.compiler.capture.anchored import Anchor
@@ -184,7 +187,7 @@ def _export(
         given = {traced[name]: inputs[name].clone() for name in shown}
         shapes = {traced[name]: dict(dynamic[name]) for name in shown}
         # Caching calls costs more than it saves if sizes are symbols: a fifth to two fifths of a capture.
-        unremembered = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+        unremembered = without_call_cache()
         # torch prints the graph of a failed capture, and also logs and warns: the error says it in one line.
         with ExitStack() as stack:
             if repeats is not None:
@@ -237,17 +240,16 @@ def _patches(model: nn.Module) -> Iterator[None]:
 
             exporter: Any = exporter_dynamo
             exporter.register_cache_pytrees_for_model(model)
-            stack.enter_context(_patches_of_what_is_there(utils))
+            stack.enter_context(_patches_of_what_is_there())
             stack.enter_context(utils.apply_patches("dynamo"))
             stack.enter_context(mock.patch.object(exporter, "torch_compilable_check", hold_for_all_values))
         yield
 
 
 @contextmanager
-def _patches_of_what_is_there(utils: Any) -> Iterator[None]:
+def _patches_of_what_is_there() -> Iterator[None]:
     """Restrict the patches of transformers to imported model code while the block runs; others would import it."""
-    every: dict[str, list[Any]] | None = getattr(utils, "_PATCHES", None)
-    if every is None:
+    if (every := export_patches()) is None:
         yield
         return
     before = every["dynamo"]
@@ -345,7 +347,7 @@ def _require_plain(module: fx.GraphModule, node: fx.Node) -> None:
 def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
-    return "" if path.startswith("_empty_nn_module_stack") else _REPEAT.sub("", path)
+    return "" if path.startswith(OUTSIDE_MODULES) else _REPEAT.sub("", path)
 
 
 def _numbered(exported: torch.export.ExportedProgram) -> dict[str, str]:

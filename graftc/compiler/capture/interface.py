@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.transformers import attention_of
 from graftc.compiler.capture.past import CACHE, CACHES, ENCODED, USE_CACHE, cache_name
 from graftc.passes.core.packing.modules import packed_types
 from graftc.specs.errors.arguments import as_mapping, kind_of
@@ -218,8 +219,7 @@ def _sizes_of_kernels(config: Any) -> frozenset[str]:
     """
     from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
-    kind = str(getattr(config, "_attn_implementation", None))
-    return frozenset() if "flash" in kind else frozenset(FlashAttentionKwargs.__annotations__)
+    return frozenset() if "flash" in attention_of(config) else frozenset(FlashAttentionKwargs.__annotations__)
 
 
 def _keywords(rest: inspect.Parameter, conventional: bool) -> frozenset[str] | None:

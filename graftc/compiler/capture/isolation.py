@@ -15,11 +15,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.modules.module as torch_module
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.overrides import _pop_mode, _push_mode
 
-from graftc.passes.core.modes import no_modes
+from graftc.compat.hooks import global_hooks
+from graftc.compat.modes import no_function_modes, no_modes
 from graftc.passes.core.weights.source_lock import source_lock
 
 
@@ -32,7 +31,7 @@ def isolated() -> Iterator[None]:
     (deterministic algorithms, ``torch.backends``) and anomaly detection are unchanged.
     """
     with ExitStack() as stack:
-        stack.enter_context(_no_function_modes())
+        stack.enter_context(no_function_modes())
         stack.enter_context(no_modes())
         stack.enter_context(_no_autocast())
         stack.enter_context(torch.inference_mode(False))
@@ -81,17 +80,6 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() and get_proxy_mode() is not None
 
 
-@contextmanager
-def _no_function_modes() -> Iterator[None]:
-    """Suspend function modes while the block runs; the default device is such a mode as well."""
-    modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        for mode in reversed(modes):
-            _push_mode(mode)  # type: ignore[no-untyped-call]
-
-
 class _OfOthers:
     """A hook on every module that runs in all threads except one."""
 
@@ -108,8 +96,9 @@ def _no_global_hooks() -> Iterator[None]:
 
     A backward hook changes what is recorded wherever there is one.
     """
-    forward = (torch_module._global_forward_pre_hooks, torch_module._global_forward_hooks)
-    backward = (torch_module._global_backward_pre_hooks, torch_module._global_backward_hooks)
+    tables = global_hooks()
+    forward = (tables["global_forward_pre_hooks"], tables["global_forward_hooks"])
+    backward = (tables["global_backward_pre_hooks"], tables["global_backward_hooks"])
     before: list[dict[int, Any]] = [dict(table) for table in (*forward, *backward)]
     for table in forward:
         table.update({number: _OfOthers(hook, threading.get_ident()) for number, hook in table.items()})
@@ -142,7 +131,7 @@ def _no_autocast() -> Iterator[None]:
 
 
 def _device_types() -> list[str]:
-    known = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla", "ipu", "maia", torch._C._get_privateuse1_backend_name())
+    known = ("cpu", "cuda", "xpu", "mps", "mtia", "hpu", "xla", "ipu", "maia", torch.device("privateuseone").type)
     return [kind for kind in known if torch.amp.is_autocast_available(kind)]
 
 

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from graftc.compat import pytree
+from graftc.compat.modes import TorchDispatchMode
+from graftc.compat.operators import schema_of
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -62,7 +63,7 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         options = kwargs or {}
-        schema = getattr(func, "_schema", None)
+        schema = schema_of(func) if isinstance(func, torch._ops.OpOverload) else None
         written = self._written(schema, args, options) if schema is not None and schema.is_mutable else {}
         if written:
             return self._tried(func, args, options, written)

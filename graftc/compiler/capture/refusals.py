@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
+from graftc.compat.fake_tensors import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from graftc.compiler.capture.parameter_uses import reads_parameters
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from graftc.compat import pytree
+from graftc.compat.checks import check
 from graftc.compiler.capture.interface import COUNT, Flags, Interface, parameters
 from graftc.compiler.capture.past import CACHE, ENCODED, PAST, Past, described_past, has_encoder, require_no_cache
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
@@ -183,10 +184,10 @@ def tie_sizes(axes: Sequence[Axis], inputs: Mapping[str, Tensor]) -> None:
         for dim, size in enumerate(axis.axes):
             if isinstance(size, str):
                 actual = inputs[axis.name].shape[dim]
-                torch._check(actual == first.setdefault(size, actual))  # type: ignore[no-untyped-call, unused-ignore]
+                check(actual == first.setdefault(size, actual))
     for name in first:
         if is_sum(name):
-            torch._check(first[name] == size_of(name, first, 0))  # type: ignore[no-untyped-call, unused-ignore]
+            check(first[name] == size_of(name, first, 0))
 
 
 def split(present: Mapping[str, Any]) -> tuple[dict[str, Tensor], Flags]:

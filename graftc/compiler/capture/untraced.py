@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graftc.compat.hooks import BACKWARD
 from graftc.compiler.capture.identity.sources import home_of, names_of
 
 _STATES = {
@@ -24,7 +25,6 @@ _STATES = {
     "is_contiguous": "how an input lies in memory",
     "requires_grad": "whether a tensor wants a gradient",
 }
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def unkept(model: nn.Module) -> list[str]:
@@ -32,7 +32,7 @@ def unkept(model: nn.Module) -> list[str]:
     notes: dict[str, None] = {}
     classes: set[type] = set()
     for path, module in model.named_modules():
-        if any(vars(module)[table] for table in _BACKWARD_HOOKS):
+        if any(vars(module)[table] for table in BACKWARD):
             notes[f"a hook on the backward pass of {path or 'the model'}"] = None
         own = vars(module).get("forward")
         if type(module) not in classes or own is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.compat.operators import GROUPED_MM
 from graftc.passes.core.ir.cleaning import on_device
 from graftc.passes.core.ir.program import map_nodes
 
@@ -120,5 +121,5 @@ def grouped_mm(
     return result if bias is None else result + bias
 
 
-_REFERENCES: Mapping[Any, Callable[..., Any]] = MappingProxyType({aten._grouped_mm.default: grouped_mm})
+_REFERENCES: Mapping[Any, Callable[..., Any]] = MappingProxyType({GROUPED_MM: grouped_mm})
 """Operators without a kernel for float64, and what computes the same."""

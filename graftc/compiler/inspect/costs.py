@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import Sizes
 from graftc.passes.core.sites.sites import linear_use
@@ -67,7 +68,7 @@ def _is_view(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    return any(returned.alias_info is not None for returned in target._schema.returns)
+    return any(returned.alias_info is not None for returned in schema_of(target).returns)
 
 
 def _summed(node: fx.Node) -> Sequence[Any]:

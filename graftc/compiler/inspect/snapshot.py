@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.modules import transient_of
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import place_of
 from graftc.compiler.roles.findings import Structure
@@ -187,7 +188,7 @@ def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
     """
     for name, tensor in store.adapters():
         path, _, last = name.rpartition(".")
-        if isinstance(tensor, nn.Parameter) or last not in store.owner(path)._non_persistent_buffers_set:
+        if isinstance(tensor, nn.Parameter) or last not in transient_of(store.owner(path)):
             yield name, tensor
     for name in store.updated:
         yield name, store.get(name)

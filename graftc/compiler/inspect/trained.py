@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor, fx
 
+from graftc.compat.modules import children_of
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.roles.findings import place
 from graftc.passes.core.ir.layers import repeated_layers
@@ -151,4 +152,4 @@ def _layers(compilation: Compilation, program: Program) -> dict[str, int]:
     branches = {s.stack for s in compilation.main.structure.sublayers if s.stack}
     stacks = branches or {path.rpartition(".")[0] for path in repeated_layers(program)}
     containers = {stack: compilation.store.container(stack) for stack in stacks}
-    return {stack: sum(name.isdigit() for name in c._modules) for stack, c in containers.items()}
+    return {stack: sum(name.isdigit() for name in children_of(c)) for stack, c in containers.items()}

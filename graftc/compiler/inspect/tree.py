@@ -14,6 +14,19 @@ from graftc.records.tree import Addition, TreeNode, TreeTensor
 from graftc.specs.errors.text import format_runs
 
 
+def _rows(node: TreeNode, depth: int) -> Iterator[tuple[str, str, str, str]]:
+    if depth == 0:
+        yield "module", "base", "trained", "roles and tensors"
+    times = f"{node.alike} x " if node.alike > 1 else ""
+    base, trained = (f"{times}{n:,}" if n else "" for n in (node.base_parameters, node.trainable_parameters))
+    roles = f"[{', '.join(node.roles)}] " if node.roles else ""
+    yield "  " * depth + node.name, base, trained, roles + ", ".join(map(str, node.tensors))
+    for addition in node.added:
+        yield "", "", "", str(addition)
+    for child in node.children:
+        yield from _rows(child, depth + 1)
+
+
 @dataclass
 class _Module:
     """A module while the tree is being built."""

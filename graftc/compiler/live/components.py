@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from graftc.compat import pytree
 from graftc.compiler.capture.as_captured import without_caches
 from graftc.compiler.live.elements import layers_of, maps_of
 from graftc.passes.core.elements.calls import CallStructure

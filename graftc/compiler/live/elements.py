@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.hooks import CALL_HOOKS
+from graftc.compat.modules import children_of, parameters_of
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.live.own_state import written_in_place
@@ -34,17 +36,6 @@ from graftc.passes.core.elements.tables import contents, put_since, tables_among
 from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.program_key import Mode
 from graftc.specs.errors.diagnostics import GraftError
-
-CALL_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-"""Tables of what happens around a call of a module."""
 
 
 class Elements:
@@ -131,9 +122,9 @@ def maps_of(model: nn.Module) -> list[str]:
     """
     maps: list[str] = []
     for path, module in model.named_modules():
-        plain = not module._modules or type(module).__module__.startswith("torch.nn.modules.")
+        plain = not children_of(module) or type(module).__module__.startswith("torch.nn.modules.")
         inside = path.startswith(tuple(f"{outer}." for outer in maps[-1:]))
-        if path and plain and not inside and any(tensor is not None for tensor in module._parameters.values()):
+        if path and plain and not inside and any(tensor is not None for tensor in parameters_of(module).values()):
             maps.append(path)
     return maps
 

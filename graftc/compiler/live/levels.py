@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from graftc.compat.modes import TorchDispatchMode
+from graftc.compat.operators import LOCAL_SCALAR
 from graftc.compiler.capture.anchor import anchor
 from graftc.compiler.capture.as_captured import as_captured
 from graftc.compiler.capture.capture import capture
@@ -287,4 +288,4 @@ class _OfMemory(TorchFunctionMode):
 
 
 _OF_MEMORY = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
-_VALUES = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+_VALUES = (LOCAL_SCALAR, torch.ops.aten.is_nonzero.default)

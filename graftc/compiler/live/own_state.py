@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.modules import buffers_of
 from graftc.compiler.resolve.untie import sharing_copy
 
 
@@ -16,11 +17,6 @@ def copies(tensors: Collection[Tensor]) -> list[Tensor]:
     """Return copies of tensors; copies share memory with one another if the tensors do."""
     with torch.inference_mode(False):
         return copy.deepcopy([tensor.detach() for tensor in tensors])
-
-
-def version(tensor: Tensor) -> int:
-    """Return the number of times that a tensor has been written to; 0 if torch does not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def with_own_buffers(model: nn.Module) -> nn.Module:
@@ -36,7 +32,7 @@ def written_in_place(module: nn.Module) -> Iterator[None]:
 
     A replacement of a different shape or type is left alone: it serves only this call, as a longer position table does.
     """
-    tables = [each._buffers for each in module.modules()]
+    tables = [buffers_of(each) for each in module.modules()]
     before = [(table, name, buffer) for table in tables for name, buffer in table.items() if buffer is not None]
 
     def write(*_: object) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.tensors import version_of
 from graftc.compiler.capture.as_captured import as_before
 from graftc.compiler.capture.assignments import Attributes, is_the_users
 from graftc.compiler.capture.parameter_uses import ParameterUses, observed
 from graftc.compiler.live.elements import Recorded, without_autocast
-from graftc.compiler.live.own_state import version, with_own_buffers
+from graftc.compiler.live.own_state import with_own_buffers
 from graftc.passes.core.elements.calls import CallStructure, innermost
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -53,7 +54,7 @@ def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Cal
         GraftError: GC030 if it does not run in its current mode, or writes to a parameter.
     """
     own = with_own_buffers(model)
-    before = {name: (buffer, version(buffer)) for name, buffer in own.named_buffers()}
+    before = {name: (buffer, version_of(buffer)) for name, buffer in own.named_buffers()}
     watch = _Watch(own, parts, maps)
     uses = ParameterUses(own, lambda: not watch.active)
     with torch.no_grad(), torch.random.fork_rng(devices=()), observed(uses), watch.hooked():
@@ -71,7 +72,7 @@ def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Cal
             own.train(not own.training)
             watch.begin()
             _run_if_it_runs(own, run)
-    written = tuple(name for name, (buffer, count) in before.items() if version(buffer) != count)
+    written = tuple(name for name, (buffer, count) in before.items() if version_of(buffer) != count)
     return RecordedRun(calls, written, tuple(uses.read), watch.entered, watch.untaken)
 
 

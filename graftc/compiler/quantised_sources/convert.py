@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from graftc.compat.modules import parameters_of
 from graftc.compiler.missing_weights import same_fresh
 from graftc.compiler.quantised_sources import bitsandbytes, torchao
 from graftc.compiler.resolve.untie import sharing_copy
@@ -76,7 +77,7 @@ def _converter(path: str, module: nn.Module) -> Converter | None:
             return bitsandbytes.converter(path, module)
         if package in (*_READ_HERE, *_UNKNOWN):
             raise _refused(path, f"a {type(module).__name__} of {package}", read_here=package in _READ_HERE)
-    kinds = {type(tensor) for tensor in module._parameters.values() if tensor is not None}
+    kinds = {type(tensor) for tensor in parameters_of(module).values() if tensor is not None}
     packages = {cls.__module__.partition(".")[0]: cls.__name__ for kind in kinds for cls in reversed(kind.__mro__)}
     if "torchao" in packages:
         return torchao.converter(path, module)
@@ -100,7 +101,7 @@ def _element_type(model: nn.Module, without: Collection[int]) -> torch.dtype:
     for module in model.modules():
         if id(module) in without:
             continue
-        for tensor in module._parameters.values():
+        for tensor in parameters_of(module).values():
             if tensor is not None and tensor.is_floating_point():
                 count[tensor.dtype] += tensor.numel()
     return max(count, key=lambda dtype: count[dtype], default=torch.float32)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from graftc.compat.modules import parameters_of
 from graftc.passes.core.ops.unpack import FAMILIES
 from graftc.passes.core.packing.modules import Packed, hold_packed
 
@@ -24,7 +25,7 @@ def plain_linear(like: nn.Module, packed: Packed) -> nn.Linear:
     own, _ = packed
     rows, width = own.shape
     linear = nn.Linear(width, rows, bias=False, device="meta")
-    bias = like._parameters.get("bias")
+    bias = parameters_of(like).get("bias")
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(own.dtype), requires_grad=bias.requires_grad)
     linear.train(like.training)
@@ -44,7 +45,7 @@ def with_packed(module: nn.Module, packed: Mapping[str, Packed]) -> nn.Module:
         name: copy.copy(value) if name.startswith("_") and isinstance(value, dict | set) else value
         for name, value in module.__dict__.items()
     }
-    copied._parameters = {name: _handle(tensor) for name, tensor in module._parameters.items()}
+    parameters_of(copied).update({name: _handle(tensor) for name, tensor in parameters_of(module).items()})
     hold_packed(copied, packed)
     return copied  # type: ignore[no-any-return]
 

@@ -7,8 +7,9 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from graftc.compat.modules import parameters_of
 from graftc.compiler.missing_weights import same_fresh
 from graftc.compiler.quantised_sources.convert import arrived
 from graftc.compiler.quantised_sources.packed_modules import plain_linear
@@ -54,7 +55,7 @@ def _fitting(model: nn.Module, name: str, text: str) -> PackedType | None:
         module, packing, dtype = model.get_submodule(path), packing_of(words), DTYPES[kind]
     except (AttributeError, ValueError, KeyError):
         return None
-    weight = module._parameters.get(last)
+    weight = parameters_of(module).get(last)
     if weight is None or weight.dtype != dtype or weight.dim() < 2:
         return None
     turned = is_turned(module) and not packing.transposed
@@ -64,7 +65,7 @@ def _fitting(model: nn.Module, name: str, text: str) -> PackedType | None:
 def _pack(model: nn.Module, name: str, own: PackedType) -> None:
     path, _, last = name.rpartition(".")
     module: Any = model.get_submodule(path)
-    weight: Tensor = module._parameters[last].detach()
+    weight = module.get_parameter(last).detach()
     turned = is_turned(module) and not own.packing.transposed
     with torch.no_grad():
         parts = own.packing.packed(weight.T if turned else weight)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.modules import parameters_of
 from graftc.compiler.quantised_sources.packed_modules import plain_linear, with_packed
 from graftc.passes.core.packing.affine import Affine
 from graftc.passes.core.packing.floating import Floating
@@ -24,7 +25,7 @@ def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype],
     Raises:
         GraftError: GC162 for layouts that are made for a kernel, and for modules with children.
     """
-    for name, tensor in module._parameters.items():
+    for name, tensor in parameters_of(module).items():
         if _is_quantised(tensor) and not _is_laid_out(tensor):
             message = f"{path}.{name} is a {type(tensor).__name__} of torchao, whose layout is made for a kernel"
             raise GraftError("GC162", message, hint=_WAY_OUT)
@@ -36,7 +37,7 @@ def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype],
 def rounds_inputs(module: nn.Module) -> bool:
     """Return whether the library also rounds the inputs of a module."""
     names = ("act_quant_kwargs", "activation_quantization")
-    return any(getattr(tensor, name, None) is not None for tensor in module._parameters.values() for name in names)
+    return any(getattr(tensor, name, None) is not None for tensor in parameters_of(module).values() for name in names)
 
 
 def _is_quantised(tensor: Any) -> bool:
@@ -52,7 +53,7 @@ def _is_laid_out(tensor: Any) -> bool:
 def _convert(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
     packed = {
         name: packed_tensor(f"{path}.{name}", tensor)
-        for name, tensor in module._parameters.items()
+        for name, tensor in parameters_of(module).items()
         if _is_quantised(tensor)
     }
     if type(module) is nn.Linear and list(packed) == ["weight"]:

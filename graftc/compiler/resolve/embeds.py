@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import fx, nn
 
+from graftc.compat.operators import UNSAFE_VIEW
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.interface import Flags
 from graftc.compiler.capture.signature import Axis
@@ -26,8 +27,12 @@ from graftc.passes.graph.sequences import Lengthened
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
 
-_VIEWS = tuple(getattr(torch.ops.aten, name).default for name in ("view", "reshape", "_unsafe_view"))
-_VIEWS += (torch.ops.aten.unflatten.int,)
+_VIEWS = (
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+    UNSAFE_VIEW,
+    torch.ops.aten.unflatten.int,
+)
 _HINT = "use a method that adds no virtual tokens, for example prefix"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from graftc.compat.modules import parameters_of
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.resolve.select import match_modules
 from graftc.compiler.resolve.untie import sharing_copy
@@ -90,7 +91,7 @@ def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]
         path, _, last = name.rpartition(".")
         if any(path == out or path.startswith(f"{out}.") for out in skipped):
             continue
-        weight = modules[path]._parameters.get(last)
+        weight = parameters_of(modules[path]).get(last)
         others |= weight is not None and weight.dtype not in _PACKABLE
         if weight is not None and weight.dtype in _PACKABLE:
             chosen.setdefault(path, {})[last] = packing_for(options, transposed=layout is Layout.COLUMNS)
@@ -106,10 +107,12 @@ def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]
 def _pack(model: nn.Module, chosen: Mapping[str, Mapping[str, Packing]]) -> None:
     """Pack weights of a model; those that are one tensor stay one, in all modules that have them."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    wanted = {id(modules[path]._parameters[name]): own for path, part in chosen.items() for name, own in part.items()}
+    wanted = {
+        id(parameters_of(modules[path])[name]): own for path, part in chosen.items() for name, own in part.items()
+    }
     parts: dict[int, Packed] = {}
     for module in dict.fromkeys(modules.values()):
-        tensors = {n: p for n, p in module._parameters.items() if p is not None and id(p) in wanted}
+        tensors = {n: p for n, p in parameters_of(module).items() if p is not None and id(p) in wanted}
         for parameter in tensors.values():
             if id(parameter) not in parts:
                 parts[id(parameter)] = packed_parameter(parameter, wanted[id(parameter)])
@@ -119,5 +122,5 @@ def _pack(model: nn.Module, chosen: Mapping[str, Mapping[str, Packing]]) -> None
 
 def is_turned(module: nn.Module) -> bool:
     """Return whether a module is a linear map whose weight is ``[in, out]``, as transformers' ``Conv1D``."""
-    weight, outputs = module._parameters.get("weight"), getattr(module, "nf", None)
+    weight, outputs = parameters_of(module).get("weight"), getattr(module, "nf", None)
     return weight is not None and weight.dim() == 2 and type(outputs) is int and weight.shape[1] == outputs

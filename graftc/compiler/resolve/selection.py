@@ -125,16 +125,12 @@ class Selection(AsTarget):
         items: Any = given[0] if len(given) == 1 else given
         current = None if self._written is None else getattr(self._written, name)
         if self._written is None or (current is not None and name != "exclude"):
-            narrowed = self._like(Target(**{name: items}))
-            narrowed._within, narrowed._said, narrowed._before = self._keys, self._expression, self._faults
-            narrowed._match()
-            return narrowed
+            before = {"_within": self._keys, "_said": self._expression, "_before": self._faults}
+            return self._like(Target(**{name: items}), **before)
         fields: dict[str, Any] = {f: getattr(self._written, f) for f in self._written.model_fields_set}
         if current is not None:
             items = (*as_items(current), *given)
-        narrowed = self._like(Target(**{**fields, name: items}))
-        narrowed._match()
-        return narrowed
+        return self._like(Target(**{**fields, name: items}))
 
     # --- combining -----------------------------------------------------------------------------------------
 
@@ -150,23 +146,27 @@ class Selection(AsTarget):
     def _combined(self, sign: str, other: object, combine: Any) -> Selection:
         if not isinstance(other, Selection):
             return NotImplemented  # type: ignore[no-any-return]
-        if not self._same_model(other):
-            message = f"one selection is of {self._places.model}, the other of {other._places.model} with other places"
+        two: Selection = other
+        if not self._same_model(two):
+            message = f"one selection is of {self._places.model}, the other of {two._places.model} with other places"
             raise GraftError("GC073", message, hint="select both in the same model")
-        combined = self._like(None)
-        combined._within, combined._found = None, Meant()
-        combined._said = f"({self._expression}) {sign} ({other._expression})"
-        combined._keys = combine(self._keys, other._keys)
-        combined._before = tuple(dict.fromkeys((*self._faults, *other._faults)))
-        combined._method = self._method if self._method == other._method else None
-        combined._remarks = tuple(dict.fromkeys((*self._remarks, *other._remarks, *self._fused_with(other))))
-        return combined
+        return self._like(
+            None,
+            _within=None,
+            _found=Meant(),
+            _said=f"({self._expression}) {sign} ({two._expression})",
+            _keys=combine(self._keys, two._keys),
+            _before=tuple(dict.fromkeys((*self._faults, *two._faults))),
+            _method=self._method if self._method == two._method else None,
+            _remarks=tuple(dict.fromkeys((*self._remarks, *two._remarks, *self._fused_with(two)))),
+        )
 
     def _fused_with(self, other: Selection) -> list[str]:
         """Return a note if one selection has rows of a fused weight and the other one the whole weight: two places."""
-        for one, two in ((self, other), (other, self)):
-            whole = {c.module for c in two._chosen if not c.part and c.kind in _WEIGHTS}
-            part = next((c for c in one._chosen if c.part and c.module in whole), None)
+        chosen = (self._chosen, other._chosen)
+        for one, two in (chosen, chosen[::-1]):
+            whole = {c.module for c in two if not c.part and c.kind in _WEIGHTS}
+            part = next((c for c in one if c.part and c.module in whole), None)
             if part is not None:
                 names = f"{one_line(part.name)} and {one_line(part.module)}"
                 return [f"note: {names} are two places, rows of a weight and the whole; name a role on both sides"]
@@ -179,12 +179,14 @@ class Selection(AsTarget):
     def _same_model(self, other: Selection) -> bool:
         return self._places is other._places or self._places.candidates == other._places.candidates
 
-    def _like(self, written: Target | None) -> Selection:
-        """Return a copy with another target, not matched yet."""
+    def _like(self, written: Target | None, **changed: Any) -> Selection:
+        """Return a copy with another target, matched if there is one, and other attributes."""
         copied = object.__new__(type(self))
-        for name in self.__slots__:
-            setattr(copied, name, getattr(self, name))
-        copied._written = written
+        own = {name: getattr(self, name) for name in self.__slots__}
+        for name, value in {**own, "_written": written, **changed}.items():
+            setattr(copied, name, value)
+        if written is not None:
+            copied._match()
         return copied
 
     def _match(self) -> None:

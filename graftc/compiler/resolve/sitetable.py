@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from graftc.compat.modules import parameters_of
 from graftc.compiler.resolve.candidates import Candidate
 from graftc.compiler.resolve.token_embeddings import TokenEmbeddings
 from graftc.compiler.roles.findings import Structure, place
@@ -305,7 +306,7 @@ class SiteTable:
         """Add weights without a site as blocked candidates, so that naming one shows the reason."""
         present = {candidate.module for candidate in self.candidates}
         for path, module in self.modules.items():
-            weight = packed_types(module).get("weight", module._parameters.get("weight"))
+            weight = packed_types(module).get("weight", parameters_of(module).get("weight"))
             if weight is None or len(weight.shape) < 2 or path in present:
                 continue
             layer, stack = place(path)

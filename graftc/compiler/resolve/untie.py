@@ -8,9 +8,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
+from graftc.compat import pytree
+from graftc.compat.modules import buffers_of, parameters_of
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.capture.signature import Axis
@@ -32,7 +33,7 @@ def sharing_copy(model: nn.Module, instead: Mapping[int, Any] = MappingProxyType
             tensor
             for module in model.modules()
             if id(module) not in instead
-            for tensor in (*module._parameters.values(), *module._buffers.values())
+            for tensor in (*parameters_of(module).values(), *buffers_of(module).values())
             if tensor is not None and id(tensor) not in instead
         )
         return copy.deepcopy(model, {**{id(tensor): _handle(tensor) for tensor in tensors}, **instead})
@@ -114,8 +115,8 @@ def _untie(root: nn.Module, module: nn.Module, path: str) -> bool:
     }
     changed = False
     for inner in module.modules():
-        for name, parameter in inner._parameters.items():
+        for name, parameter in parameters_of(inner).items():
             if parameter is not None and id(parameter) in outside:
-                inner._parameters[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+                parameters_of(inner)[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
                 changed = True
     return changed

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graftc.compat.operators import ASSERT_TENSOR_METADATA, TO_COPY, schema_of
 from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.inference import Inference
@@ -39,7 +40,7 @@ def canonicalise(program: Program) -> Program:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is aten._assert_tensor_metadata.default:
+        if node.target is ASSERT_TENSOR_METADATA:
             graph.erase_node(node)
             continue
         _functional(node, types)
@@ -158,12 +159,12 @@ def _padded(args: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]
 def _functional(node: fx.Node, types: Inference) -> None:
     """Replace an in-place call on a value without other readers by the functional call, cast to the value's type."""
     target = node.target
-    if not (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable):
+    if not (isinstance(target, torch._ops.OpOverload) and schema_of(target).is_mutable):
         return
-    name = target._schema.name.split("::")[1]
+    _, name, overload_name = str(target).split(".")
     source = node.args[0] if node.args else None
     functional = getattr(aten, name.removesuffix("_"), None)
-    overload = getattr(functional, target._overloadname, None) if name.endswith("_") else None
+    overload = getattr(functional, overload_name, None) if name.endswith("_") else None
     if overload is None or not isinstance(source, fx.Node) or source.op != "call_function":
         return
     if set(source.users) != {node} or _is_view(source):
@@ -183,7 +184,7 @@ def _is_view(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    return any(argument.alias_info is not None for argument in target._schema.arguments)
+    return any(argument.alias_info is not None for argument in schema_of(target).arguments)
 
 
 def _drop_device(node: fx.Node) -> None:
@@ -196,7 +197,7 @@ def _trim_defaults(node: fx.Node) -> None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return
-    arguments = target._schema.arguments
+    arguments = schema_of(target).arguments
     args = list(node.args)
     while args and len(args) <= len(arguments):
         argument = arguments[len(args) - 1]
@@ -280,7 +281,7 @@ RULES: dict[Any, Rule] = {
     aten.to.device: _to,
     aten.to.dtype_layout: _to,
     aten.to.other: _to,
-    aten._to_copy.default: _to,
+    TO_COPY: _to,
     aten.lift_fresh_copy.default: _constant_copy,
     aten.detach_.default: _constant_copy,
     aten.detach.default: _constant_copy,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graftc.compat.operators import TO_COPY
 from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.layers import layer_path
@@ -36,7 +37,7 @@ _ELEMENTWISE = frozenset(
         aten.sigmoid.default,
         aten.tanh.default,
         aten.to.dtype,
-        aten._to_copy.default,
+        TO_COPY,
         aten.type_as.default,
         aten.clone.default,
         aten.contiguous.default,

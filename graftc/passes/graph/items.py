@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program, nodes_in
 from graftc.passes.core.ir.shapes import expression
@@ -83,7 +84,7 @@ def _number(item: fx.Node, source: Any, types: Inference) -> Any:
 
 def _writes(node: fx.Node) -> bool:
     target = node.target
-    mutable = isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    mutable = isinstance(target, torch._ops.OpOverload) and schema_of(target).is_mutable
     return mutable and target not in _SAME
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 import graftc.passes.core.ops.route  # noqa: F401 (registers the operator)
+from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.program import Program, provenance
@@ -84,7 +85,7 @@ def _numbers(node: fx.Node) -> bool:
 
 def _axis(node: fx.Node) -> int | None:
     """Return the axis along which a choice is made; None for all elements."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = schema_of(node.target).arguments  # type: ignore[arg-type]
     at, default = next((i, a.default_value) for i, a in enumerate(schema) if a.name == "dim")
     axis = node.kwargs.get("dim", node.args[at] if len(node.args) > at else default)
     assert axis is None or isinstance(axis, int)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graftc.compat.operators import TO_COPY, UNSAFE_VIEW
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.ops.head_loss import MEAN
@@ -25,7 +26,7 @@ _SAME = frozenset(
         aten.to.dtype,
         aten.to.device,
         aten.to.dtype_layout,
-        aten._to_copy.default,
+        TO_COPY,
         aten.type_as.default,
         aten.contiguous.default,
         aten.clone.default,
@@ -34,7 +35,7 @@ _SAME = frozenset(
 )
 """Operators that change nothing but how values are stored."""
 
-VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+VIEWS = (aten.view.default, aten.reshape.default, UNSAFE_VIEW)
 _MOVES = (*VIEWS, aten.flatten.using_ints, aten.slice.Tensor, aten.index.Tensor)
 _FACTORS = (aten.mul.Tensor, aten.mul.Scalar)
 _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)

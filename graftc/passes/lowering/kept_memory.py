@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.layers import layer_path, repeated_layers
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import Sizes, expression
@@ -68,7 +69,7 @@ def _bytes(node: fx.Node, sizes: Sizes, *, view: bool = False) -> int:
 def _is_new(node: fx.Node) -> bool:
     """Return whether a call creates a tensor of its own: casts to the same type and views do not."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not any(r.alias_info for r in target._schema.returns):
+    if not isinstance(target, torch._ops.OpOverload) or not any(r.alias_info for r in schema_of(target).returns):
         return isinstance(target, torch._ops.OpOverload)
     source = node.args[0]
     value = source.meta.get("val") if isinstance(source, fx.Node) else None

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.tensors import storage_key, version_of
+
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 """Functions that pack and unpack, as `torch.autograd.graph.saved_tensors_hooks` takes them."""
 
@@ -73,13 +75,13 @@ class _Part:
         tensor_at = frame.code.tensor_at
         self.roots: list[Any] | None = None
         # Keep the tensors themselves, since others may have replaced them by the backward pass.
-        self.parameters = [(p.detach(), p._version) for p in (tensor_at(self.module, n) for n in code.parameters)]
+        self.parameters = [(p.detach(), version_of(p)) for p in (tensor_at(self.module, n) for n in code.parameters)]
         self.slots: dict[int, weakref.ref[_Slot]] = {}
 
     def compute(self) -> None:
         """Fill the slots that still exist."""
         assert self.roots is not None
-        if any(parameter._version != version for parameter, version in self.parameters):
+        if any(version_of(parameter) != version for parameter, version in self.parameters):
             raise RuntimeError(_CHANGED)
         roots = [root.get() if isinstance(root, _Kept) else root for root in self.roots]
         with ExitStack() as stack:
@@ -136,7 +138,7 @@ class _Kept:
         if self.hooks is not None:
             return self.hooks[1](self.tensor)
         tensor: Tensor = self.tensor
-        if tensor._version != self.version:
+        if version_of(tensor) != self.version:
             raise RuntimeError(_CHANGED)
         return tensor
 
@@ -155,7 +157,7 @@ class _Saved:
     def __init__(self, tensor: Tensor) -> None:
         # A result that its own operator saves would keep the operator alive.
         self.held: Any = tensor if tensor.grad_fn is None else tensor.detach()
-        self.version = tensor._version
+        self.version = version_of(tensor)
 
     def become(self, slot: _Slot) -> None:
         """Release the tensor, whose value a slot has."""
@@ -167,7 +169,7 @@ class _Saved:
         """Return the tensor."""
         source = self.held
         if isinstance(source, Tensor):
-            if source._version != self.version:
+            if version_of(source) != self.version:
                 raise RuntimeError(_CHANGED)
             return source
         if isinstance(source, _Slot):
@@ -216,22 +218,22 @@ class Frame:
     def pack(self, tensor: Tensor) -> _Saved:
         """Take a tensor that autograd saves, and return the object to keep instead."""
         saved = _Saved(tensor)
-        self.open.setdefault(tensor.untyped_storage()._cdata, []).append(saved)
+        self.open.setdefault(storage_key(tensor), []).append(saved)
         return saved
 
     def keep(self, index: int, value: Any) -> None:
         """Keep a value that others are recomputed from."""
         if isinstance(value, Tensor):
-            value = _Kept(value.detach(), value._version, self.hooks)
+            value = _Kept(value.detach(), version_of(value), self.hooks)
         self.kept[index] = value
 
     def mark(self, index: int, value: Tensor) -> None:
         """Release what was saved of a value that the code no longer reads and that is to be recomputed."""
-        waiting = self.open.pop(value.untyped_storage()._cdata, None)
+        waiting = self.open.pop(storage_key(value), None)
         if waiting is None:
             return
-        if not _is_whole(value) or any(s.held.dtype != value.dtype or s.version != value._version for s in waiting):
-            self.open[value.untyped_storage()._cdata] = waiting
+        if not _is_whole(value) or any(s.held.dtype != value.dtype or s.version != version_of(value) for s in waiting):
+            self.open[storage_key(value)] = waiting
             return
         number, place = self.code.targets[index]
         part = self.parts.get(number)

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from graftc.compat.tensors import storage_key
+
 LEAST = 2**20
 """Bytes of the smallest tensor that is offloaded; smaller ones are not worth the time."""
 
@@ -94,7 +96,7 @@ class Offload:
     def pack(self, own: Collection[int], tensor: Tensor) -> Any:
         """Offload a tensor; tensors of the model, whose storages are ``own``, small ones and those on the CPU stay."""
         storage = tensor.untyped_storage()
-        if storage.nbytes() < LEAST or storage._cdata in own or tensor.device.type == "cpu":
+        if storage.nbytes() < LEAST or storage_key(tensor) in own or tensor.device.type == "cpu":
             return tensor
         before = None if self._last is None else self._last()
         sent = _Sent(self._copies.away(tensor), before)

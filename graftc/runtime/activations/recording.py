@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from graftc.compat.fake_tensors import FakeTensorMode
+from graftc.compat.modes import TorchDispatchMode
+from graftc.compat.operators import CPU_FLASH_ATTENTION, OTHER_FUSED_ATTENTION
+from graftc.compat.pytree import tree_flatten, tree_map_only
+from graftc.compat.tensors import storage_key
 from graftc.passes.core.ir.codegen import tensor_at
 from graftc.passes.core.packing.gradients import pass_on
 
 aten = torch.ops.aten
 _ATTENTIONS = (
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_fused_attention_overrideable,
+    CPU_FLASH_ATTENTION,
+    OTHER_FUSED_ATTENTION,
 )
 """Fused attentions for which torch does not count operations."""
 
@@ -76,7 +78,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
+        packet = func.overloadpacket
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         elif packet in _ATTENTIONS:
@@ -136,9 +138,8 @@ def record(
         return kept
 
     def storage_of(tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
-        address: int = storage._cdata
-        recorded.sizes[address] = storage.nbytes()
+        address = storage_key(tensor)
+        recorded.sizes[address] = tensor.untyped_storage().nbytes()
         return address
 
     counting = _Counting()

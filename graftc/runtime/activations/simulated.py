@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from graftc.compat.modes import TorchDispatchMode
+from graftc.compat.operators import LOCAL_SCALAR
+from graftc.compat.pytree import tree_leaves
 from graftc.runtime.activations.workspaces import WORKSPACES
 
 Part = Hashable
@@ -43,7 +44,7 @@ class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:  # return some value to code that reads one
+        if func is LOCAL_SCALAR:  # return some value to code that reads one
             return 1.0 if args[0].is_floating_point() else 0 if args[0].dtype != torch.bool else False
         # Arguments existed before, or have been tracked since they were created.
         given = {id(storage) for storage in map(_storage, tree_leaves((args, kwargs))) if storage is not None}

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from graftc.compat.autograd import is_transformed, saved_tensor_hooks
+from graftc.compat.fake_tensors import FakeTensorMode
+from graftc.compat.modes import no_modes
+from graftc.compat.tensors import storage_key, storage_sizes
 from graftc.compiler.capture.isolation import is_traced
 from graftc.passes.core.ir.codegen import RECENT, Function, code_of, placed, tensor_at
-from graftc.passes.core.modes import no_modes
 from graftc.passes.core.ops.unpack import unpacked
 from graftc.passes.core.packing.gradients import is_open
 from graftc.passes.core.weights.containers import OWN
@@ -114,12 +116,7 @@ class TrainingCode:
 
     def __call__(self, module: nn.Module, *inputs: Any) -> Any:
         """Run the graph."""
-        if (
-            (self.plain and not self._unpacks)
-            or is_traced()
-            or not torch.is_grad_enabled()
-            or torch._C._functorch.peek_interpreter_stack() is not None
-        ):
+        if (self.plain and not self._unpacks) or is_traced() or not torch.is_grad_enabled() or is_transformed():
             return self.function(module, *inputs)
         kind = self.kind(module, inputs)
         hooks, choices = _hooks(), choices_of(module)
@@ -147,7 +144,7 @@ class TrainingCode:
     def _taken_away(self, module: nn.Module) -> Hooks:
         """Return hooks that move what is kept to the host's memory, except the model's own tensors."""
         assert self._away is not None
-        own = {tensor_at(module, name).untyped_storage()._cdata for name in self._names}
+        own = {storage_key(tensor_at(module, name)) for name in self._names}
         offload = offload_of(self._away)
         return partial(offload.pack, own), offload.unpack
 
@@ -195,7 +192,7 @@ class TrainingCode:
             codes = tuple(self._framed(module, recorded, plan.parts) if plan.parts else None for plan in available)
             self.planned[kind] = Planned(available, codes)
         planned = self.planned[kind].plans
-        given = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in inputs if isinstance(t, Tensor)}
+        given = storage_sizes(t for t in inputs if isinstance(t, Tensor))
         kept = tuple(kept_by(plan.parts, recorded) for plan in planned)
         return Call(choices, key, planned, kept, recorded.saved_bytes, sum(given.values())), recorded.results
 
@@ -241,7 +238,7 @@ def _seen(value: Any) -> Any:
 
 def _hooks() -> Hooks | None:
     """Return the hooks of saved tensors that are in force besides those of frames."""
-    hooks: Hooks | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = saved_tensor_hooks()
     frame = getattr(hooks[0], "__self__", None) if hooks is not None else None
     return frame.hooks if isinstance(frame, Frame) else hooks
 

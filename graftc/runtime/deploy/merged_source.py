@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from graftc.compat.modules import parameters_of
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.interop.transformers import to_transformers
@@ -27,7 +28,7 @@ def base_of(merged: ModelRoot | FoldedRunner) -> Any:
     model: nn.Module = sharing_copy(runner.compilation.model)
     tensors = runner.folded_state_dict()
     for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in parameters_of(module).items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(tensors[f"{path}.{name}".lstrip(".")], requires_grad=False)
+                parameters_of(module)[name] = nn.Parameter(tensors[f"{path}.{name}".lstrip(".")], requires_grad=False)
     return model

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from graftc.compat.modules import transient_of
 from graftc.compiler.capture.identity.fingerprint import tensor_digest
 from graftc.compiler.capture.isolation import isolated
 from graftc.compiler.folding.fold_plan import fold_plan
@@ -94,7 +95,7 @@ def _own(store: Store, name: str) -> Tensor:
 def _kept(store: Store, name: str) -> bool:
     """Return whether the source model's state dict contains the tensor."""
     path, _, last = name.rpartition(".")
-    return name not in store.constants and last not in store.owner(path)._non_persistent_buffers_set
+    return name not in store.constants and last not in transient_of(store.owner(path))
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:

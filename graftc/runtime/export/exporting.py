@@ -24,7 +24,7 @@ class Exporting:
         runner: the Runner of the model.
     """
 
-    _evidence: FoldEvidence = UNFOLDED
+    evidence: FoldEvidence = UNFOLDED
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
@@ -63,7 +63,7 @@ class ExportingFolded(Exporting):
 
     def __init__(self, runner: ModelRunner, evidence: FoldEvidence) -> None:
         super().__init__(runner)
-        self._evidence = evidence
+        self.evidence = evidence
 
 
 def ready_export(exporting: Exporting, format: str, given: Mapping[str, Any]) -> ReadyExport:
@@ -78,4 +78,4 @@ def ready_export(exporting: Exporting, format: str, given: Mapping[str, Any]) ->
         GraftError: for an option or a model that the format does not take.
     """
     options, runner = options_for(format, given), exporting.runner.complete()
-    return EXPORTERS[format].prepare(ExportJob(runner, options, exporting._evidence))
+    return EXPORTERS[format].prepare(ExportJob(runner, options, exporting.evidence))

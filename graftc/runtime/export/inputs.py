@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from graftc.compat.modules import parameters_of, transient_of
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.weights.names import owner_of
@@ -93,10 +94,10 @@ def without(root: Store, program: Program, names: Iterable[str], constants: Mapp
             continue
         path, _, last = name.rpartition(".")
         owner, tensor = root.owner(path), root.get(name)
-        if last in owner._parameters:
-            store.container(path)._parameters[last] = owner._parameters[last]
+        if last in parameters_of(owner):
+            parameters_of(store.container(path))[last] = parameters_of(owner)[last]
         else:
-            persistent = last not in owner._non_persistent_buffers_set
+            persistent = last not in transient_of(owner)
             store.add_buffer(name, tensor, persistent=persistent)
     return store
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch.nn.modules.module as torch_module
 from torch import Tensor, fx, nn
 
+from graftc.compat.hooks import forward_hooks, hooks_after, hooks_before
 from graftc.passes.core.ir.functions import in_layer
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
@@ -129,8 +129,8 @@ def begin(path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
     values_at = _reader(values, run.cache)
     args, kwargs = mapped(call.args, values_at), mapped(call.kwargs, values_at)
     run.begun.append((path, args, kwargs))
-    for number, hook in _tables(module, "forward_pre_hooks"):
-        if number in module._forward_pre_hooks_with_kwargs:
+    for hook, with_kwargs in hooks_before(module):
+        if with_kwargs:
             before = dict(kwargs)
             _require_unchanged(path, hook(module, args, kwargs), (args, kwargs))
             same = kwargs.keys() == before.keys() and all(kwargs[name] is before[name] for name in before)
@@ -153,8 +153,7 @@ def end(path: str, begun: tuple[Any, ...], values: tuple[Any, ...], whole: bool)
     module, call = run.module.get_submodule(path), run.module_calls()[path]
     pending = Pending(None, path, "", (), call)
     results = given(pending, values)
-    for number, hook in _tables(module, "forward_hooks"):
-        with_kwargs = number in module._forward_hooks_with_kwargs
+    for hook, with_kwargs in hooks_after(module):
         replacement = hook(module, args, *([kwargs] if with_kwargs else []), results)
         results = results if replacement is None else replacement
     outputs: tuple[Any, ...] = taken(pending, results)
@@ -167,16 +166,10 @@ def _reader(values: Sequence[Any], cache: Any) -> Callable[[Any], Any]:
     return lambda leaf: values[leaf.at] if leaf.at is not None else (cache if leaf.cache else leaf.held)
 
 
-def _tables(module: nn.Module, name: str) -> list[tuple[int, Any]]:
-    everywhere: Mapping[int, Any] = getattr(torch_module, f"_global_{name}")
-    own: Mapping[int, Any] = getattr(module, f"_{name}")
-    return [*everywhere.items(), *own.items()]
-
-
 def heard_module(root: nn.Module, path: str) -> nn.Module | None:
     """Return a module that has hooks; None if it has none, or none any more."""
     module = root.get_submodule(path)
-    return module if module._forward_hooks or module._forward_pre_hooks else None
+    return module if forward_hooks(module) else None
 
 
 def _require_unchanged(path: str, returned: Any, given: Any) -> None:

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
-import torch.nn.modules.module as torch_module
 from torch import Tensor, nn
 
+from graftc.compat.hooks import BACKWARD, FORWARD, has_global_hooks
+from graftc.compat.modules import children_of
 from graftc.passes.core.weights.containers import OWN, of_fsdp
 from graftc.specs.errors.diagnostics import GraftError
 
-_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HINT = "put the hook on the compiled model or on the source model"
 
 
@@ -174,7 +174,7 @@ def is_running() -> bool:
 
 def hooks_everywhere() -> bool:
     """Return whether there are hooks on every module of the process."""
-    return bool(torch_module._has_any_global_hook())  # type: ignore[no-untyped-call]
+    return has_global_hooks()
 
 
 def is_heard(module: nn.Module) -> bool:
@@ -182,14 +182,14 @@ def is_heard(module: nn.Module) -> bool:
     if hooks_everywhere():
         return True
     modules = (module, *_within(module))
-    tables = (vars(each)[name] for each in modules for name in _TABLES)
+    tables = (vars(each)[name] for each in modules for name in (*FORWARD, *BACKWARD))
     return any(not of_fsdp(hook) for table in tables for hook in table.values())
 
 
 def _within(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules inside a wrapper, down to the layer itself."""
-    while OWN not in vars(module) and len(module._modules) == 1:
-        (inner,) = module._modules.values()
+    while OWN not in vars(module) and len(children_of(module)) == 1:
+        (inner,) = children_of(module).values()
         if inner is None:
             return
         yield (module := inner)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.modules import buffers_of, parameters_of
 from graftc.compiler.capture.interface import config_of
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.weights.store import Store
@@ -84,14 +85,14 @@ def to_transformers(merged: FoldedModel) -> Any:
     placed: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        for name in list(module._parameters):
-            if module._parameters[name] is not None:
+        for name in list(parameters_of(module)):
+            if parameters_of(module)[name] is not None:
                 value = tensors[prefix + name]
                 owner = merged.store.canonical(prefix + name)
-                module._parameters[name] = placed.setdefault(owner, nn.Parameter(value.clone()))
-        for name in list(module._buffers):
-            if module._buffers[name] is not None:
-                module._buffers[name] = tensors[prefix + name].clone()
+                parameters_of(module)[name] = placed.setdefault(owner, nn.Parameter(value.clone()))
+        for name in list(buffers_of(module)):
+            if buffers_of(module)[name] is not None:
+                buffers_of(module)[name] = tensors[prefix + name].clone()
     model.tie_weights()
     if getattr(source, "generation_config", None) is not None:
         model.generation_config = copy.deepcopy(source.generation_config)

@@ -16,8 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from graftc.compat import pytree
+from graftc.compat.tensors import version_of, wrapper
 from graftc.passes.core.elements.behind import FLATTENING, LOSS, FollowingCall, ResultNumber, may_follow
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -62,7 +63,7 @@ class _Call:
 
     def watch(self, tensors: Sequence[Tensor]) -> None:
         """Record the versions of tensors."""
-        self.versions += [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+        self.versions += [(tensor, version_of(tensor)) for tensor in tensors]
 
     def add(self, step: FollowingCall, form: Tensor) -> ResultNumber:
         """Add a step to run later and the form of its result, and return the number of the result."""
@@ -110,7 +111,7 @@ class _Call:
         Raises:
             GraftError: GC031 if a tensor that the call reads has been written to since.
         """
-        if any(tensor._version != version for tensor, version in self.versions):
+        if any(version_of(tensor) != version for tensor, version in self.versions):
             message = f"what {self.path} reads was written to before its logits were read"
             raise GraftError("GC031", message, hint="leave out memory: {loss: chunked}")
         device, enabled, dtype = self.autocast
@@ -134,9 +135,7 @@ class DeferredLogits(Tensor):
             call: the call of the head.
             result: the number of the result in that call.
         """
-        logits = Tensor._make_wrapper_subclass(
-            DeferredLogits, form.shape, dtype=form.dtype, device=device, requires_grad=True
-        )
+        logits = wrapper(DeferredLogits, form.shape, form.dtype, device, requires_grad=True)
         logits._graftc_call, logits._graftc_result = call, result
         return logits
 
@@ -147,7 +146,7 @@ class DeferredLogits(Tensor):
         """Record a function that reads no value, and compute the values for any other function."""
         named = dict(kwargs or {})
         if func in _OF_FORM:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch.DisableTorchFunctionSubclass():
                 return func(*args, **named)
         operands = [leaf for leaf in pytree.tree_leaves((args, named)) if isinstance(leaf, DeferredLogits)]
         first = operands[0]

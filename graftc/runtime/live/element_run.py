@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.modules import children_of
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.signature import fits
 from graftc.compiler.compilation import Compilation
@@ -299,6 +300,6 @@ def _alike(compilation: Compilation, path: str) -> list[str]:
 
     known = calls_in(compilation.flags)
     wanted = kind(path, known[path])
-    if not model.get_submodule(path)._modules:
+    if not children_of(model.get_submodule(path)):
         return [path]
     return [other for other, structure in known.items() if kind(other, structure) == wanted]

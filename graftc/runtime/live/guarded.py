@@ -10,9 +10,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
+from graftc.compat import pytree
 from graftc.runtime.live.element_run import GraphRunner
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -70,12 +70,12 @@ class Guarded(torch.Tensor):
         """
         options = kwargs or {}
         if func in _SAME:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch.DisableTorchFunctionSubclass():
                 return guarded(func(*args, **options), args[0]._graftc_name, args[0]._graftc_adaptations)
         if func not in _ALLOWED:
             read = pytree.tree_leaves((args[1:] if _writes(func) else args, dict(options)))
             _refuse_adapted(leaf for leaf in read if isinstance(leaf, Guarded))
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch.DisableTorchFunctionSubclass():
             return func(*args, **options)
 
 

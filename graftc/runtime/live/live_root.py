@@ -10,9 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.autograd import is_transformed
+from graftc.compat.hooks import CALL_HOOKS, backward_hooks
+from graftc.compat.modules import buffers_of, parameters_of
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.live.elements import CALL_HOOKS, is_live
+from graftc.compiler.live.elements import is_live
 from graftc.compiler.live.refusals import adapted_tensors
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.elements.calls import elements_in
@@ -177,7 +180,9 @@ class LiveRoot:
             vars(module)["training"] = container.training
             if path and (hooked or any(vars(container)[hooks] for hooks in CALL_HOOKS)):
                 self._hook(path, module, container)
-            for table in (module._parameters, *([module._buffers] if id(module) in self._inside else [])):
+            tables: list[dict[str, Any]] = [parameters_of(module)]
+            tables += [buffers_of(module)] if id(module) in self._inside else []
+            for table in tables:
                 for name, tensor in table.items():
                     if tensor is not None:
                         table[name] = self._seen(runner, f"{prefix}{name}")
@@ -223,5 +228,5 @@ def _may_wait(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], kwa
     if runner.shown.compilation.spec.memory.loss == "whole" or not is_head(module):
         return False
     training = module.training and torch.is_grad_enabled() and not is_traced()
-    watched = module._backward_hooks or module._backward_pre_hooks or torch._C._functorch.peek_interpreter_stack()
+    watched = is_transformed() or bool(backward_hooks(module))
     return training and not watched and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)

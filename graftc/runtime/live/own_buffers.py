@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from graftc.compat.modules import buffers_of
+from graftc.compat.tensors import version_of
 from graftc.compiler.capture.isolation import exclusive
-from graftc.compiler.live.own_state import copies, version
+from graftc.compiler.live.own_state import copies
 from graftc.passes.core.weights.store import Store
 
 
@@ -39,8 +41,8 @@ class _Copied:
 
     def holds(self, source: Tensor) -> bool:
         """Return whether the copy still has the value of a tensor."""
-        same = self.source is source and self.source_version == version(source)
-        return same and self.own_version == version(self.own)
+        same = self.source is source and self.source_version == version_of(source)
+        return same and self.own_version == version_of(self.own)
 
 
 class OwnBuffers:
@@ -54,7 +56,7 @@ class OwnBuffers:
         self._places = [
             _Place(f"{path}.{last}" if path else last, module, last)
             for path, module in modules
-            for last, buffer in module._buffers.items()
+            for last, buffer in buffers_of(module).items()
             if buffer is not None
         ]
         self._copied: dict[str, _Copied] = {}
@@ -85,14 +87,14 @@ class OwnBuffers:
                 else:
                     self._put(place, copied.own if base else self._other.get(place.name, copied.own))
             for (place, tensor), own in zip(stale, copies([tensor for _, tensor in stale]), strict=True):
-                known[place.name] = _Copied(tensor, version(tensor), own, version(own))
+                known[place.name] = _Copied(tensor, version_of(tensor), own, version_of(own))
                 self._put(place, own)
                 if not base:
                     self._other.pop(place.name, None)
 
     def _put(self, place: _Place, value: Tensor) -> None:
-        place.module._buffers[place.last] = value
-        self._bound[place.name] = value, version(value)
+        buffers_of(place.module)[place.last] = value
+        self._bound[place.name] = value, version_of(value)
 
     def keep(self, store: Store) -> None:
         """Give the Store the buffers that a call has written to or replaced.
@@ -118,9 +120,9 @@ class OwnBuffers:
         Values of another shape or type are stored here instead.
         """
         for place in self._places:
-            (bound, count), now = self._bound[place.name], place.module._buffers.get(place.last)
+            (bound, count), now = self._bound[place.name], buffers_of(place.module).get(place.last)
             owned = store.canonical(place.name) in store.updated
-            if now is None or (now is bound and (owned or version(now) == count)):
+            if now is None or (now is bound and (owned or version_of(now) == count)):
                 continue
             if now.shape != bound.shape or now.dtype != bound.dtype:
                 self._other[place.name] = now

@@ -7,14 +7,12 @@ or `graftc.auto`, lets ``AutoConfig`` and the ``AutoModel`` classes load it, as 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from graftc.compat.transformers import LOADING_OPTIONS, auto_classes, loaded_by
 from graftc.compiler.capture.interface import config_of
 from graftc.runtime.artifact.pretrained import FOLDER, adapted_config
 from graftc.runtime.compiled import Compiled
@@ -24,7 +22,7 @@ from graftc.specs.errors.diagnostics import GraftError
 _IGNORED = frozenset(
     {
         *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "trust_remote_code"),
-        *("use_safetensors", "weights_only", "code_revision", "_commit_hash", "_from_auto", "adapter_kwargs"),
+        *("use_safetensors", "weights_only", "code_revision", "adapter_kwargs", *LOADING_OPTIONS),
     }
 )
 """Options of ``from_pretrained`` that determine where files come from, and do not apply to a folder."""
@@ -44,7 +42,7 @@ class _Loader:
     """The class that an ``Auto`` class takes for the class of the model in such a folder."""
 
     config_class = AdaptedConfig
-    auto: type[_BaseAutoModelClass]
+    auto: type[Any]
 
     @classmethod
     def from_pretrained(
@@ -66,28 +64,16 @@ class _Loader:
             raise GraftError("GC072", message, hint="load the base with it, and give it: graftc.load(path, model=base)")
         compiled = load(place / FOLDER)
         source = type(compiled.compilation.model)
-        mapping: Any = cls.auto._model_mapping
-        loadable = mapping.get(type(config_of(compiled.compilation.model)), None)
-        if source not in (loadable if isinstance(loadable, tuple | list) else (loadable,)):
+        if source not in loaded_by(cls.auto, config_of(compiled.compilation.model)):
             message = f"{place} has a {source.__name__}, which {cls.auto.__name__} does not load"
             raise GraftError("GC072", message, hint=f"graftc.load({str(place / FOLDER)!r}) loads it")
         return compiled
 
 
-def _auto_classes() -> Iterator[type[_BaseAutoModelClass]]:
-    for candidate in vars(modeling_auto).values():
-        if (
-            isinstance(candidate, type)
-            and issubclass(candidate, _BaseAutoModelClass)
-            and getattr(candidate, "_model_mapping", None)
-        ):
-            yield candidate
-
-
 def register() -> None:
     """Register such folders with the ``Auto`` classes, which can then load them; calling it again does nothing."""
     AutoConfig.register(AdaptedConfig.model_type, AdaptedConfig, exist_ok=True)
-    for auto in set(_auto_classes()):
+    for auto in set(auto_classes()):
         loader = type(f"Adapted{auto.__name__}", (_Loader,), {"auto": auto})
         auto.register(AdaptedConfig, loader, exist_ok=True)
 

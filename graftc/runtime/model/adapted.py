@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from graftc.compat.fsdp import computing_dtype
+from graftc.compat.modules import parameters_of
 from graftc.compiler.capture.isolation import exclusive, is_traced
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
@@ -30,7 +32,7 @@ from graftc.passes.core.ir.program_key import Entry, Mode, Modes, ProgramKey, Si
 from graftc.passes.core.ir.updates import as_source
 from graftc.passes.core.method.base_gradients import wanted
 from graftc.passes.core.weights.names import owner_of
-from graftc.passes.core.weights.sharding import computes_in, is_unit
+from graftc.passes.core.weights.sharding import is_unit
 from graftc.passes.core.weights.store import Store
 from graftc.passes.lowering.lower import lower
 from graftc.passes.lowering.requested_loss import warn_of_whole
@@ -158,8 +160,8 @@ class AdaptedRunner(ModelRunner):
             GraftError: GC044 if a base tensor has been unfrozen, which code of `torch.compile` does not notice; GC130
                 if FSDP2 computes in another type than the graphs.
         """
-        if is_unit(self.module) and computes_in(self.module) not in (None, self.dtype):
-            own, other = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, computes_in(self.module)))
+        if is_unit(self.module) and computing_dtype(self.module) not in (None, self.dtype):
+            own, other = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, computing_dtype(self.module)))
             message = f"FSDP2 computes in {other}, and the graphs were captured in {own}"
             raise GraftError("GC130", message, hint=f"load the base in {other}, or leave out param_dtype")
         if torch.is_grad_enabled() and not is_traced():
@@ -170,7 +172,9 @@ class AdaptedRunner(ModelRunner):
         if "frozen" not in self.derived:
             parameters = [name for name, tensor in self.store.base() if isinstance(tensor, nn.Parameter)]
             split = ((name, *name.rpartition(".")) for name in parameters)
-            self.derived["frozen"] = [(self.store.owner(path)._parameters, last, name) for name, path, _, last in split]
+            self.derived["frozen"] = [
+                (parameters_of(self.store.owner(path)), last, name) for name, path, _, last in split
+            ]
         for table, name, path in self.derived["frozen"]:
             tensor = table[name]
             if tensor.requires_grad and not wanted(tensor):

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from graftc.compat.modules import children_of
 from graftc.passes.core.weights.containers import Container, Node, UnitCall
 from graftc.passes.core.weights.store import Store
 
@@ -61,7 +62,7 @@ def install_base_model(
     """
     prefix = getattr(model, "base_model_prefix", None)
     config = getattr(model, "config", None)
-    if not isinstance(prefix, str) or not isinstance(model._modules.get(prefix), nn.Module):
+    if not isinstance(prefix, str) or not isinstance(children_of(model).get(prefix), nn.Module):
         return None
     if not hasattr(config, "output_hidden_states"):
         return None

@@ -13,6 +13,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from graftc.compat.hooks import forward_hooks
 from graftc.passes.core.ir.codegen import Function
 from graftc.passes.core.weights.containers import Container, Node, of_fsdp
 from graftc.runtime.activations.budget import Choices
@@ -78,7 +79,7 @@ class LayerCode(Node):
     def enter(self, module: nn.Module, *inputs: Any) -> Any:
         """Call the module; a layer with hooks is called as the source's layer is."""
         if self.hearing.live:  # the source's own module calls the hooks
-            return module.forward(*inputs) if module._forward_hooks or module._forward_pre_hooks else module(*inputs)
+            return module.forward(*inputs) if forward_hooks(module) else module(*inputs)
         if self.hearing.hooked or self.hearing.everywhere:
             key, *given = inputs
             if is_heard(module) and is_running():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graftc.compat.tensors import version_of
 from graftc.compiler.capture.interface import Interface
 from graftc.compiler.capture.past import CACHES, ENCODER, USE_CACHE, new_cache
 from graftc.specs.errors.diagnostics import GraftError
@@ -62,7 +63,7 @@ class CallState:
         watched = [v for v in kept.values() if isinstance(v, Tensor) and not v.is_inference()]
 
         def now() -> tuple[Any, ...]:
-            return (*(tensor._version for tensor in watched), *tensors())
+            return (*(version_of(tensor) for tensor in watched), *tensors())
 
         on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         autocast = torch.get_autocast_dtype(device) if on else None

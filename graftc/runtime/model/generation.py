@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.hooks import without_hooks
+from graftc.compat.transformers import given_by_caller, loop_steps
 from graftc.compiler.capture.interface import Interface, is_transformers
 from graftc.compiler.capture.past import (
     CACHES,
@@ -114,7 +116,8 @@ class Generating:
         """Generate over graphs with a cache."""
         assistant, others = kwargs.get("assistant_model"), []
         if isinstance(assistant, Root) and isinstance(assistant._graftc, ModelRunner):
-            others = [Generating(assistant._graftc)._running({})]
+            assisting = Generating(assistant._graftc)
+            others = [assisting._running({})]
             kwargs = {**kwargs, "assistant_model": others[0]}
         running = self._running(kwargs)
         try:
@@ -287,8 +290,7 @@ def stand_in(runner: ModelRunner, source: nn.Module) -> Any:
         name: value for name, value in vars(source).items() if name not in ("forward", "config", "generation_config")
     }
     vars(instance).update(attributes)
-    hooks = [name for name, value in attributes.items() if name.endswith("_hooks") or "_hooks_" in name]
-    vars(instance).update({name: type(attributes[name])() for name in hooks if isinstance(attributes[name], dict)})
+    vars(instance).update(without_hooks(attributes))
     vars(instance)["_graftc_runner"] = runner
     return instance
 
@@ -330,6 +332,73 @@ def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
     return forward
 
 
+def _expanded(
+    instance: _StandIn,
+    expand: Callable[..., Any],
+    expand_size: int = 1,
+    is_encoder_decoder: bool = False,
+    input_ids: Any = None,
+    **model_kwargs: Any,
+) -> Any:
+    """Expand the inputs, and the choices among adaptations with them: each row of the prompt may become several."""
+    compilation = instance._graftc_runner.shown.compilation
+    given = {name: model_kwargs.pop(name) for name in compilation.controls if name in model_kwargs}
+    prompt = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
+    if prompt is not None:
+        given = rows_for(compilation, given, int(prompt.shape[0]), prompt.device)
+    return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs, **given)
+
+
+def _ending(
+    instance: _StandIn, criteria_of: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Return the model's own criteria, after checking that the length that every text reaches has positions."""
+    criteria = criteria_of(generation_config, *args, **kwargs)
+    longest = generation_config.max_length if len(criteria) == 1 else generation_config.min_length
+    most = Generating(instance._graftc_runner).most_tokens
+    if most is not None and longest is not None:  # the last token is not passed to a call
+        initial = (
+            instance._graftc_initial.length
+            if instance._graftc_initial is not None and instance._graftc_initial.shifted
+            else 0
+        )
+        require_positions(int(longest) - 1 - getattr(generation_config, _PADDING, 0), most - initial)
+    return criteria
+
+
+def _cached(
+    instance: Any,
+    prepare: Callable[..., Any],
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: Any = None,
+) -> None:
+    """Create a cache whose layers keep all tokens unless the call gives one, and put initial contents in front."""
+    kind = generation_config.cache_implementation
+    if kind not in _GROWING:
+        message = f"a compiled model's graphs take no cache of the kind {kind!r}"
+        raise GraftError("GC140", message, hint="leave cache_implementation out: the cache grows with the text")
+    name = cache_name(inspect.signature(instance.forward).parameters)
+    given = model_kwargs.get(name) if name is not None else None
+    mask = model_kwargs.get(MASK)
+    if mask is not None and not has_encoder(instance):
+        setattr(generation_config, _PADDING, int((mask == 0).sum(-1).min()))
+    if given is not None:
+        given_by_caller(given)
+    elif generation_config.use_cache is not False and name is not None:
+        model_kwargs[name] = new_cache(has_encoder(instance))
+    cache = model_kwargs.get(name) if name is not None else None
+    if cache is None:
+        vars(instance).update(_graftc_initial=None, _graftc_runner=instance._graftc_whole or instance._graftc_runner)
+    elif instance._graftc_initial is not None:
+        rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        instance._graftc_initial.put_in_front(cache, rows)
+        vars(instance)["_graftc_cache"] = cache
+
+
+@loop_steps(rows=_expanded, criteria=_ending, compiles=lambda *_, **__: False, cache=_cached)
 class _StandIn:
     """The part of a stand-in that passes generation on to a Runner."""
 
@@ -354,64 +423,6 @@ class _StandIn:
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """Return the encoder, whose calls are those of the Runner."""
         return _Encoder(self._graftc_runner, super().get_encoder(*args, **kwargs))  # type: ignore[misc]
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
-    ) -> Any:
-        """Expand the inputs, and the choices among adaptations with them: each row of the prompt may become several."""
-        compilation = self._graftc_runner.shown.compilation
-        given = {name: model_kwargs.pop(name) for name in compilation.controls if name in model_kwargs}
-        prompt = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
-        if prompt is not None:
-            given = rows_for(compilation, given, int(prompt.shape[0]), prompt.device)
-        expand = super()._expand_inputs_for_generation  # type: ignore[misc]
-        return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs, **given)
-
-    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's own criteria, after checking that the length that every text reaches has positions."""
-        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)  # type: ignore[misc]
-        longest = generation_config.max_length if len(criteria) == 1 else generation_config.min_length
-        most = Generating(self._graftc_runner).most_tokens
-        if most is not None and longest is not None:  # the last token is not passed to a call
-            initial = (
-                self._graftc_initial.length if self._graftc_initial is not None and self._graftc_initial.shifted else 0
-            )
-            require_positions(int(longest) - 1 - getattr(generation_config, _PADDING, 0), most - initial)
-        return criteria
-
-    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
-        return False
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: Any,
-        model_kwargs: dict[str, Any],
-        mode: Any,
-        batch_size: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Create a cache whose layers keep all tokens unless the call gives one, and put initial contents in front."""
-        kind = generation_config.cache_implementation
-        if kind not in _GROWING:
-            message = f"a compiled model's graphs take no cache of the kind {kind!r}"
-            raise GraftError("GC140", message, hint="leave cache_implementation out: the cache grows with the text")
-        name = cache_name(inspect.signature(self.forward).parameters)  # type: ignore[attr-defined]
-        given = model_kwargs.get(name) if name is not None else None
-        mask = model_kwargs.get(MASK)
-        if mask is not None and not has_encoder(self):  # type: ignore[arg-type]
-            setattr(generation_config, _PADDING, int((mask == 0).sum(-1).min()))
-        if given is not None:
-            given._is_user_defined = True
-        elif generation_config.use_cache is not False and name is not None:
-            model_kwargs[name] = new_cache(has_encoder(self))  # type: ignore[arg-type]
-        cache = model_kwargs.get(name) if name is not None else None
-        if cache is None:
-            vars(self).update(_graftc_initial=None, _graftc_runner=self._graftc_whole or self._graftc_runner)
-        elif self._graftc_initial is not None:
-            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            self._graftc_initial.put_in_front(cache, rows)
-            vars(self)["_graftc_cache"] = cache
 
     def let_go(self) -> None:
         """Remove the initial contents from the cache at the end of the loop, so that it contains only the text."""

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from graftc.compat.modules import buffers_of, parameters_of
 from graftc.passes.core.weights.containers import additions
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.tensor_edits import EditMode, TensorEdit, TensorEdits
@@ -57,9 +58,9 @@ class Head(nn.Module):
 
     def _tensor(self, name: str) -> Tensor | None:
         module = self._store.owner(self._path)
-        tensor: Tensor | None = module._parameters.get(name)
+        tensor: Tensor | None = parameters_of(module).get(name)
         if tensor is None:
-            tensor = module._buffers.get(name)
+            tensor = buffers_of(module).get(name)
         if tensor is None:
             return None
         copies, others = _changes(self._store, self._path, self._edits)
@@ -83,7 +84,7 @@ def head_at(store: Store, path: str, edits: TensorEdits) -> nn.Module:
 def _changes(store: Store, path: str, edits: TensorEdits) -> tuple[list[TensorEdit], list[str]]:
     """Return the edits that train copies of a head's tensors, and the owners of other changes to it."""
     module = store.owner(path)
-    names = [_owning(store, f"{path}.{name}") for name in (*module._parameters, *module._buffers)]
+    names = [_owning(store, f"{path}.{name}") for name in (*parameters_of(module), *buffers_of(module))]
     every = [edit for name in names for edit in edits.at(name)]
     copies = [edit for edit in every if edit.mode is EditMode.TRAINED]
     others = [edit.owner for edit in every if edit.mode is EditMode.REPLACED]

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from torch import nn
 
+from graftc.compat.modules import children_of
 from graftc.passes.core.weights.containers import deepspeed
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -40,7 +41,9 @@ ELSEWHERE = {
 
 def taken_over(model: nn.Module) -> dict[str, Any]:
     """Return copies of what a source model says about itself, by name; names of its children are left out."""
-    attributes = {name: getattr(model, name) for name in COPIED if hasattr(model, name) and name not in model._modules}
+    attributes = {
+        name: getattr(model, name) for name in COPIED if hasattr(model, name) and name not in children_of(model)
+    }
     if not isinstance(attributes.get("accepts_loss_kwargs"), bool):  # decided as the Trainer does
         rest = inspect.signature(model.forward).parameters.values()
         attributes["accepts_loss_kwargs"] = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in rest)
@@ -73,6 +76,7 @@ def refuse_deepspeed() -> None:
     Raises:
         GraftError: GC072.
     """
-    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
-    if state is not None and state._shared_state.get("deepspeed_plugins"):
+    state = sys.modules.get("accelerate.state")
+    # The state of a process that has none yet would be made by asking for it.
+    if state is not None and state.is_initialized() and getattr(state.AcceleratorState(), "deepspeed_plugins", None):
         raise deepspeed()

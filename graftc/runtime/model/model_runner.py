@@ -10,6 +10,9 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 
+from graftc.compat.hooks import forward_hooks
+from graftc.compat.modules import children_of
+from graftc.compat.tensors import version_of
 from graftc.compiler.capture.interface import Interface, config_of, dtype_of
 from graftc.compiler.capture.isolation import exclusive, is_traced, seldom_collected
 from graftc.compiler.capture.past import CACHE, USE_CACHE, with_cache
@@ -84,7 +87,7 @@ class ModelRunner(Runner):
         self.main_input_name = getattr(model, "main_input_name", names[0] if names else "")
         if (config := config_of(model)) is not None:
             self.config = copy.deepcopy(config)
-        own = (name for name in OF_GENERATING if hasattr(model, name) and name not in model._modules)
+        own = (name for name in OF_GENERATING if hasattr(model, name) and name not in children_of(model))
         vars(self).update(copy.deepcopy({name: getattr(model, name) for name in own}))
 
     def adopt(self, module: Root) -> None:
@@ -200,7 +203,7 @@ class ModelRunner(Runner):
         outputs = self._chosen(dict(present), chosen, False)
         field = cache_field(outputs)
         if field is not None and self.keeps_cache():
-            again = copy.copy(self)  # in its present state, whatever calls leave out later
+            again: ModelRunner = copy.copy(self)  # in its present state, whatever calls leave out later
             inputs = {name: call.inputs[name] for name in present}
             choice = {name: call.inputs[name] for name in chosen}
 
@@ -225,8 +228,8 @@ class ModelRunner(Runner):
         if known is None or known[0] != key:
             known = self.derived["adapters"] = key, [tensor for _, tensor in self.store.adapters()]
         table = self.module.get_submodule(self.hooked) if self.hooked is not None else None
-        hooks = () if table is None else (*table._forward_pre_hooks, *table._forward_hooks)
-        return (*key, hooks, sum(tensor._version for tensor in known[1] if not tensor.is_inference()))
+        hooks = () if table is None else tuple(forward_hooks(table))
+        return (*key, hooks, sum(map(version_of, known[1])))
 
     def run_part(self, present: dict[str, Any], plain: bool, entry: Entry = "forward") -> Any:
         """Return the outputs for tensors and flags by name."""
@@ -353,9 +356,9 @@ class ModelRunner(Runner):
         for path, p in everywhere(program.graph, dropouts(program)).items():
             parent, _, name = path.rpartition(".")
             holder = self.store.container(parent)
-            if holder._modules.get(name) is None:
+            if children_of(holder).get(name) is None:
                 training = self.store.owner(module_of(path)).training
-                holder._modules[name] = Container.like(nn.Dropout(p)).train(training)
+                children_of(holder)[name] = Container.like(nn.Dropout(p)).train(training)
 
     def shared(self) -> list[Any]:
         """Return what a copy of the module shares with it: graphs, which contain no tensors, and the source model."""

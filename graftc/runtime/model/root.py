@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from graftc.compat.modules import BUFFERS, CHILDREN, PARAMETERS
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.capture.past import CACHE
 from graftc.compiler.compilation import Compilation
@@ -329,7 +330,7 @@ class Root(Tree):
     def __getattr__(self, name: str) -> Any:
         """Return the child or tensor of this name, or else the Runner's own attribute."""
         attributes = vars(self)
-        for table in ("_parameters", "_buffers", "_modules"):
+        for table in (PARAMETERS, BUFFERS, CHILDREN):
             if name in attributes.get(table, ()):
                 return attributes[table][name]
         if OWN in attributes and not name.startswith("__"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, NoReturn, ParamSpec
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.modules import applied_by
 from graftc.passes.core.weights.containers import (
     OWN,
     constant,
@@ -60,6 +61,22 @@ def runner_of(module: nn.Module | Runner) -> Any:
     return runner
 
 
+def _moved(root: ModelRoot, fn: Callable[[Tensor], Tensor], convert: Callable[[], Any]) -> Any:
+    """Move the tensors and retarget the graphs; refuse another dtype, which needs another capture."""
+    runner = root._graftc
+    moved = fn(torch.empty(0, dtype=runner.dtype, device=runner.device))
+    if moved.dtype != runner.dtype:
+        message = f"the graphs were captured in {runner.dtype} and cannot run in {moved.dtype}"
+        raise GraftError("GC033", message, hint=f"load the base model in {moved.dtype} and compile that")
+    require_types(root, fn)
+    before = runner.device
+    result = convert()
+    if runner.device != before:
+        runner.relower()
+    return result
+
+
+@applied_by(_moved)
 class ModelRoot(Root):
     """A module with the interface of a source model."""
 
@@ -80,20 +97,6 @@ class ModelRoot(Root):
         own = vars(self).get(OWN)
         if own is not None and name in own.constants and value != own.constants[name]:
             constant(self, name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move the tensors and retarget the graphs; refuse another dtype, which needs another capture."""
-        runner = self._graftc
-        moved = fn(torch.empty(0, dtype=runner.dtype, device=runner.device))
-        if moved.dtype != runner.dtype:
-            message = f"the graphs were captured in {runner.dtype} and cannot run in {moved.dtype}"
-            raise GraftError("GC033", message, hint=f"load the base model in {moved.dtype} and compile that")
-        require_types(self, fn)
-        before = runner.device
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if runner.device != before:
-            runner.relower()
-        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Return a model with tensors of its own, including the base's; ties are kept.

@@ -19,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import nn
 
+from graftc.compat.fsdp import process_store
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.weights.sharding import is_sharded, sharded_modules
 from graftc.passes.core.weights.store import Store
@@ -73,7 +74,7 @@ class Meeting:
 
     @property
     def _store(self) -> Any:
-        return torch.distributed.distributed_c10d._get_default_store()
+        return process_store()
 
     @property
     def first(self) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graftc.compat.fake_tensors import FakeTensorMode
 from graftc.passes.core.ir.functions import calls
 from graftc.passes.core.ir.program_key import ProgramKey, Signature
 from graftc.passes.graph.outline import outline

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graftc.compat.modules import transient_of
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_values
@@ -329,4 +330,4 @@ def _as(fqn: str, names: Mapping[str, str]) -> str:
 
 def _persists(store: Store, fqn: str) -> bool:
     path, _, last = fqn.rpartition(".")
-    return last not in store.owner(path)._non_persistent_buffers_set
+    return last not in transient_of(store.owner(path))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
+from graftc.compat.modules import printed_kind
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.blocks import Recompute
 from graftc.specs.errors.diagnostics import GraftError, nearest
@@ -66,7 +67,7 @@ class Checkpointing:
             message = f"every_n_layers is {every_n_layers!r}"
             raise GraftError("GC072", message, hint="1 recomputes every layer, 2 every second one")
         if not self.runner.blocks:
-            name = self.runner.module._get_name()  # type: ignore[no-untyped-call]
+            name = printed_kind(self.runner.module)
             raise GraftError("GC034", f"{name} has no repeated layers to checkpoint")
         self.runner.recompute = Recompute(options, bool(offload)), every_n_layers
         self.runner.tell_blocks()

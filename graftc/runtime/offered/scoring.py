@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any
 
 from torch import Tensor
 
+from graftc.compat.trl import FUSED, fused_forward
 from graftc.passes.core.ir.program_key import Entry
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.training.repeated import outputs_of
 from graftc.specs.errors.diagnostics import GraftError
-
-FUSED = "fused_lm_head"
-"""The argument with which the forward that TRL sets on a model returns log-probabilities instead of logits."""
 
 _IGNORED = -100
 _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -89,25 +86,19 @@ def answering(runner: AdaptedRunner, forward: Callable[..., Any]) -> Callable[..
         runner: the Runner of the model.
         forward: the forward that is set on the model.
     """
-    function = getattr(forward, "__func__", None)
-    code = getattr(function, "__code__", None)
-    if function is None or code is None or FUSED not in code.co_varnames:
+    fused = fused_forward(forward)
+    if fused is None or not fused.plain or not {*fused.fields} <= {"log_probs", *_STATISTICS}:
         return forward
-    closure = inspect.getclosurevars(function)
-    wanted: Any = closure.nonlocals.get("outputs")
-    output: Any = closure.globals.get("FusedCausalLMOutput")
-    plain = closure.nonlocals.get("temperature") == 1 and closure.nonlocals.get("cast_lm_head_to_fp32") is False
-    known = isinstance(wanted, tuple) and {*wanted} <= {"log_probs", *_STATISTICS} and output is not None
     # Objectives request entropies alone; together with other metrics they are only a metric.
-    if not known or not plain or set(wanted) == {"log_probs", "entropy"}:
+    if {*fused.fields} == {"log_probs", "entropy"}:
         return forward
 
     @wraps(forward)
     def answer(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get(FUSED):
             options = {name: value for name, value in kwargs.items() if name != FUSED and value is not None}
-            if (fields := TokenScoring(runner).fused(args, options, wanted)) is not None:
-                return output(**fields)
+            if (fields := TokenScoring(runner).fused(args, options, fused.fields)) is not None:
+                return fused.output(**fields)
         return forward(*args, **kwargs)
 
     return answer

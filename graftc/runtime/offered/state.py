@@ -8,6 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.modules import transient_of
+from graftc.compat.tensors import version_of
 from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
 from graftc.passes.core.weights.sharding import copy_whole, gathered, is_sharded, local
@@ -91,7 +93,7 @@ class StateDicts:
         """Return the identity of the source model, computed again after one of its tensors has been written to."""
         source = self.runner.compilation.source
         with source_lock():
-            version = [(id(tensor), tensor._version) for tensor in [*source.parameters(), *source.buffers()]]
+            version = [(id(tensor), version_of(tensor)) for tensor in [*source.parameters(), *source.buffers()]]
         known = self.runner.derived.get("identity")
         if known is None or known[0] != version:
             known = version, self.runner.compilation.identity()
@@ -101,7 +103,7 @@ class StateDicts:
     def persists(self, name: str) -> bool:
         """Return whether a tensor is in state dicts of the source."""
         path, _, last = name.rpartition(".")
-        return last not in self.runner.store.owner(path)._non_persistent_buffers_set
+        return last not in transient_of(self.runner.store.owner(path))
 
     def kept(self) -> set[str]:
         """Return the names of the tensors in a state dict."""

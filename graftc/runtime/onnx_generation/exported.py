@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from graftc.compat.structures import structure_text
 from graftc.files.writing import staged
 from graftc.runtime.onnx_generation.io_names import Slot, slots_of
 from graftc.specs.errors.arguments import as_path
@@ -115,7 +116,6 @@ def _is_ours(path: Path) -> bool:
 def _structure(layers: int) -> str:
     """Return the outputs' structure as transformers' exporter records it: logits, and a cache of plain layers."""
     import torch
-    from torch.utils import _pytree
     from transformers import DynamicCache
     from transformers.exporters import exporter_dynamo
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -128,4 +128,4 @@ def _structure(layers: int) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         output: Any = CausalLMOutputWithPast(logits=empty, cache=cache)
-        return _pytree.treespec_dumps(_pytree.tree_flatten(output)[1])
+        return structure_text(output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
+from graftc.compat.transformers import loop_steps
 from graftc.runtime.onnx_generation import caches
 from graftc.runtime.onnx_generation.graphs import OnnxGraph
 from graftc.specs.errors.diagnostics import GraftError
@@ -31,6 +32,16 @@ def table_of(config: Any) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
+def _growing(model: OnnxModel, prepare: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Prepare a cache; refuse a kind that the graphs do not take."""
+    kind = generation_config.cache_implementation
+    if kind not in _IMPLEMENTATIONS:
+        hint = "leave cache_implementation out: graphs take a dynamic cache"
+        raise GraftError("GC140", f"graphs in ONNX Runtime have no {kind} cache", hint=hint)
+    return prepare(generation_config, *args, **kwargs)
+
+
+@loop_steps(cache=_growing)
 class OnnxModel(GenerationMixin):
     """The base class of both kinds of model.
 
@@ -121,14 +132,6 @@ class OnnxModel(GenerationMixin):
             )
             raise GraftError("GC073", f"the graphs run on {self.device}, not on {wanted}", hint=hint)
         return self
-
-    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        kind = generation_config.cache_implementation
-        if kind not in _IMPLEMENTATIONS:
-            hint = "leave cache_implementation out: graphs take a dynamic cache"
-            raise GraftError("GC140", f"graphs in ONNX Runtime have no {kind} cache", hint=hint)
-        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
-        return prepare(generation_config, *args, **kwargs)
 
     def _cache(self, given: Mapping[str, Any], use_cache: bool | None) -> tuple[Any, bool]:
         """Return the cache to read and write, and whether it is returned."""

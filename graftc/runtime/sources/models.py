@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from graftc.compat.transformers import commit_of, path_of, set_commit
 from graftc.compiler.capture.identity.fingerprint import settings_of
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.missing_weights import mark_fresh
@@ -52,10 +53,10 @@ _FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
 
 def local_folder(model: nn.Module) -> Path | None:
     """Return the folder, perhaps in the hub's cache, that transformers loaded a model from; None for other models."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    name = path_of(getattr(model, "config", None))
     if not name:
         return None
-    return Path(name) if Path(name).is_dir() else _cached_config(name, getattr(model.config, "_commit_hash", None))
+    return Path(name) if Path(name).is_dir() else _cached_config(name, commit_of(model.config))
 
 
 def local_config(name: str) -> Path | None:
@@ -180,7 +181,8 @@ def load_hub(
             hint = _neighbour(Path(name)) or _cached(name) or _FORMS
             _fail(f"{name!r} is not a folder here, and the hub has no such model: {_reason(error)}", hint, cause=error)
         model = _from_transformers(name, folder, meta, built, dtype)
-    model.config._name_or_path, model.config._commit_hash = name, folder.name
+    model.config.name_or_path = name
+    set_commit(model.config, folder.name)
     loaded: nn.Module = model
     return loaded
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from graftc.compat.transformers import commit_of, path_of
 from graftc.specs.errors.arguments import absolute_path
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Reference:
             text: the MODEL argument that it was loaded by, if there was one.
         """
         config = getattr(model, "config", None)
-        text = text or getattr(config, "_name_or_path", None)
+        text = text or path_of(config)
         if not isinstance(text, str) or not text:
             return cls()
         if is_callable(text):
@@ -94,7 +95,7 @@ class Reference:
         folder = Path(text).expanduser()
         reference = cls("folder", str(absolute_path(folder)))
         if not folder.is_dir():
-            reference = cls("hub", text, getattr(config, "_commit_hash", None))
+            reference = cls("hub", text, commit_of(config))
         return reference if reference.flaw() is None else cls()
 
     def seen_from(self, folder: Path) -> Reference:

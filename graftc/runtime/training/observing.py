@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from graftc.compat.modules import is_compiled
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.figures import Figure, SiteReading, live_readings
 
@@ -32,7 +33,7 @@ class Observer:
     def watching(self) -> Iterator[None]:
         """Observe a forward pass while the block runs."""
         # Compiled code is guarded by the active modes: it would be recompiled, with nothing in it to observe.
-        if any(module._compiled_call_impl is not None for module in self._compilation.store.root.modules()):
+        if any(is_compiled(module) for module in self._compilation.store.root.modules()):
             yield
             return
         wanted: dict[int, list[SiteReading]] = {}

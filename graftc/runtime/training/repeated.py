@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from graftc.compat.operators import TO_COPY
 from graftc.compiler.capture.interface import COUNT
 from graftc.compiler.capture.isolation import is_traced
 from graftc.passes.core.ir.program import Program
@@ -144,7 +145,7 @@ _ALIKE = frozenset(
         aten.to.dtype,
         aten.to.device,
         aten.to.dtype_layout,
-        aten._to_copy.default,
+        TO_COPY,
     }
 )
 """Operators that leave labels at their positions, or append others after them."""

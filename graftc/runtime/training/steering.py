@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from graftc.compat.modules import parameters_of
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.figures import Figure, Figures, as_numbers, live_figures
 from graftc.compiler.resolve.resolver import Resolved
@@ -128,7 +129,7 @@ class TrainingSteering:
         if not names or not any(sharded_modules(store.root)):
             return nullcontext()
         owners = {name.rpartition(".")[0] for name, _ in store.adapters() if owner_of(name) in names}
-        return all_whole([store.owner(path)._parameters for path in sorted(owners)], write=write)
+        return all_whole([parameters_of(store.owner(path)) for path in sorted(owners)], write=write)
 
     def skip_step(self) -> None:
         """Record that the gradients since the last `after_step` have been discarded; call it instead of `after_step`.

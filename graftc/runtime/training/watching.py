@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from graftc.compat.hooks import has_step_hooks
 from graftc.compiler.inspect.trained import TrainedTensor, trained_tensors
 from graftc.passes.core.weights.sharding import local
 from graftc.runtime.model.root import Runner
@@ -70,6 +71,15 @@ class Watch:
     _hooks: list[Any] = field(default_factory=list, repr=False)
     _left: int = 0
     _present: Callable[[], set[int]] = field(default=set, repr=False)
+    _optimizers: Sequence[Optimizer] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        for optimizer in self._optimizers:
+            last = optimizer is self._optimizers[-1]
+            self._hooks += [
+                optimizer.register_step_pre_hook(self._begin),
+                optimizer.register_step_post_hook(lambda turn, *_, last=last: self._after(turn, last)),
+            ]
 
     @property
     def watched(self) -> int:
@@ -82,16 +92,16 @@ class Watch:
             hook.remove()
         self._hooks.clear()
         self._seen.clear()
-        self.done = True
+        self._optimizers, self.done = (), True
 
     def _begin(
-        self, optimizers: Sequence[Optimizer], turn: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, turn: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Inspect gradients before the step; if the step has a closure, after the closure's first call."""
         place = "closure" in kwargs
         closure = kwargs.get("closure") if place else next(iter(args[1:]), None)
         if not callable(closure):
-            self._before(optimizers, turn)
+            self._before(turn)
             return None
         calls = 0
 
@@ -100,14 +110,14 @@ class Watch:
             loss = closure()
             calls += 1
             if calls == 1:
-                self._before(optimizers, turn)
+                self._before(turn)
             return loss
 
         return (args, {**kwargs, "closure": looked_at}) if place else ((args[0], looked_at, *args[2:]), kwargs)
 
     @torch.no_grad()
-    def _before(self, optimizers: Iterable[Optimizer], turn: Optimizer) -> None:
-        groups = {id(p): group for o in optimizers for group in o.param_groups for p in group["params"]}
+    def _before(self, turn: Optimizer) -> None:
+        groups = {id(p): group for o in self._optimizers for group in o.param_groups for p in group["params"]}
         stepped = {id(p) for group in turn.param_groups for p in group["params"]}
         for seen in self._seen:
             tensor = seen.item.tensor
@@ -207,7 +217,7 @@ def is_plain(optimizer: Any) -> bool:
 
 def _unwrapped(optimizer: Any) -> Any:
     """Return the optimiser inside wrappers; those of Accelerate are optimisers that lack the hooks."""
-    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+    while not has_step_hooks(optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 

@@ -95,26 +95,7 @@ class _Coded(Exception):  # noqa: N818
 
     def __str__(self) -> str:
         """Return the text for users, safe for a terminal: control characters are escaped."""
-        return printable("\n".join(self._lines()))
-
-    def _lines(self, *, nested: bool = False) -> list[str]:
-        """Return the lines of the text. A nested detail omits a hint that is only the remedy of its code."""
-        lines = [f"{self.code}: {self.message}"]
-        if self.place is not None and str(self.place):
-            lines.append(f"  --> {self.place}")
-        if not (nested and self.hint == CATALOGUE[self.code].remedy):
-            lines += [f"  {'hint:' if i == 0 else '     '} {part}" for i, part in enumerate(self.hint.split("\n"))]
-        if self.corrected is not None:
-            number = self.place.line if self.place is not None and self.place.line is not None else ""
-            if self.place is not None and self.place.text is not None:
-                lines.append(f"  {number:>4} - {self.place.text}".rstrip())
-            lines.append(f"  {number:>4} + {self.corrected}".rstrip())
-        for detail in self.details:
-            coded = detail._lines(nested=True) if isinstance(detail, GraftError) else None
-            first, *rest = coded or str(detail).split("\n")
-            lines.append(f"  {'also' if coded else '-'} {first}")
-            lines += [f"  {line}" for line in rest]
-        return lines
+        return printable("\n".join(_lines(self)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the same as plain data, including details; unknown values are None."""
@@ -136,6 +117,26 @@ class _Coded(Exception):  # noqa: N818
     def _others(self) -> dict[str, Any]:
         """Return the arguments that it was created with, except its code and its message."""
         return {name: getattr(self, name) for name in ("place", "hint", "details", "fix", "corrected")}
+
+
+def _lines(error: _Coded, *, nested: bool = False) -> list[str]:
+    """Return the lines of the text. A nested detail omits a hint that is only the remedy of its code."""
+    lines = [f"{error.code}: {error.message}"]
+    if error.place is not None and str(error.place):
+        lines.append(f"  --> {error.place}")
+    if not (nested and error.hint == CATALOGUE[error.code].remedy):
+        lines += [f"  {'hint:' if i == 0 else '     '} {part}" for i, part in enumerate(error.hint.split("\n"))]
+    if error.corrected is not None:
+        number = error.place.line if error.place is not None and error.place.line is not None else ""
+        if error.place is not None and error.place.text is not None:
+            lines.append(f"  {number:>4} - {error.place.text}".rstrip())
+        lines.append(f"  {number:>4} + {error.corrected}".rstrip())
+    for detail in error.details:
+        coded = _lines(detail, nested=True) if isinstance(detail, GraftError) else None
+        first, *rest = coded or str(detail).split("\n")
+        lines.append(f"  {'also' if coded else '-'} {first}")
+        lines += [f"  {line}" for line in rest]
+    return lines
 
 
 class GraftError(_Coded):

@@ -35,7 +35,7 @@ def parse_pet_spec(text: str, *, format: Format = "yaml", file: str | None = Non
     """
     data, source = parse_document(text, format, file, "patterns: [...] and verbalizer: {...}")
     spec = checked(PetSpec, data, source)
-    spec._source = source
+    spec._source = source  # noqa: SLF001
     return spec
 
 

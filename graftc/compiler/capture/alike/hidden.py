@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from graftc.compat.modules import BUFFERS, PARAMETERS
 from graftc.compiler.capture.alike.modules import Layer
 from graftc.passes.core.ir.past_inputs import is_past, past_place
 
@@ -22,7 +23,7 @@ SEEN_FIRST = 2
 """How many layers at the front of a group stay in sight: the first runs, and the second is written out like it."""
 FEWEST = 6
 """Layers of a group, from which on it pays: of fewer, none is a call."""
-_TABLES = ("_parameters", "_buffers")
+_TABLES = (PARAMETERS, BUFFERS)
 
 
 class Hidden:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from graftc.compat.modules import buffers_of, parameters_of
 from graftc.compiler.capture.alike.code import LooksElsewhere
 from graftc.compiler.capture.identity.capture_key import held_by_modules
 
@@ -103,7 +104,7 @@ def _described(name: str, module: nn.Module, contents: Sequence[Any], numbers: d
             rest.append([attribute, value])
     tensors = [
         [key, None if t is None else (t.dtype, t.device, tuple(t.shape), t.stride(), t.requires_grad, type(t))]
-        for table in (module._parameters, module._buffers)
+        for table in (parameters_of(module), buffers_of(module))
         for key, t in table.items()
     ]
     return [name, kind, children, rest, buffers, tensors]

@@ -21,9 +21,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn, overrides
-from torch.utils import _python_dispatch
+from torch import Tensor, fx, nn
 
+from graftc.compat.hooks import FORWARD
+from graftc.compat.modes import modes_in_force
+from graftc.compat.modules import buffers_of
 from graftc.compiler.capture.alike.caches import CrossedCache, LayerNumber, crossed
 from graftc.compiler.capture.alike.hidden import Hidden
 from graftc.compiler.capture.alike.modules import Layer, Place, alike
@@ -151,7 +153,7 @@ class Repeats:
 
     def _traced(self, call: TracedCall, tensors: list[Tensor], given: Any, run: Callable[[], Any]) -> Any:
         modules = list(call.layer.module.modules())
-        before = [(module, Attributes(module), dict(module._buffers)) for module in modules]
+        before = [(module, Attributes(module), dict(buffers_of(module))) for module in modules]
         inside = [tensor for cache in call.caches for tensor in cache.tensors]
         BEGIN(call.number, [*tensors, *inside])
         self._open = call
@@ -176,7 +178,7 @@ class Repeats:
             call.parts = [_taken_apart(part, operands, outputs, call.caches) for part in written if part is not None]
             same = _told(given, after, []) == call.key[0] and all(a is b for a, b in zip(after, tensors, strict=True))
             unchanged = [
-                not snapshot.changed() and _same(module._buffers, buffers) for module, snapshot, buffers in before
+                not snapshot.changed() and _same(buffers_of(module), buffers) for module, snapshot, buffers in before
             ]
             call.reusable = same and all(unchanged) and not more and len(call.parts) == len(written)
             call.reusable &= number is not None or not call.slots
@@ -369,12 +371,9 @@ def _state(module: nn.Module) -> Any:
         if torch.amp.is_autocast_available(kind)
     ]
     state = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast]
-    function_modes: Any = overrides._get_current_function_mode_stack
-    modes = [*function_modes(), *_python_dispatch._get_current_dispatch_mode_stack()]
-    inside = [
-        (m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in module.modules() if m is not module
-    ]
-    return [state, modes, module.training, inside]
+    others = [vars(each) for each in module.modules() if each is not module]
+    inside = [(each["training"], *(len(each[table]) for table in FORWARD)) for each in others]
+    return [state, modes_in_force(), module.training, inside]
 
 
 def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graftc.compat.modules import buffers_of, parameters_of
+from graftc.compat.tensors import version_of
+
 
 def with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mapping[str, str]) -> dict[str, Tensor]:
     """Replace the tensors of a model by ones that a pass may write to, and return the copies by name.
@@ -34,8 +37,9 @@ def with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mappin
 
     for module in model.modules():
         own = vars(module)
-        own["_parameters"].update({name: frozen(parameter) for name, parameter in own["_parameters"].items()})
-        own["_buffers"].update({n: copied(b) for n, b in own["_buffers"].items() if b is not None})
+        parameters, buffers = parameters_of(module), buffers_of(module)
+        parameters.update({name: frozen(parameter) for name, parameter in parameters.items()})
+        buffers.update({name: copied(buffer) for name, buffer in buffers.items() if buffer is not None})
         own.update({name: copied(value) for name, value in own.items() if type(value) is Tensor})
     owned = [(n, t) for n, t in model.named_parameters(remove_duplicate=False) if aliases.get(n, n) in written]
     return dict([*owned, *model.named_buffers(remove_duplicate=False)])
@@ -43,4 +47,4 @@ def with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mappin
 
 def is_written(tensor: Tensor) -> bool:
     """Return whether a copy has been written to."""
-    return not tensor.is_inference() and tensor._version > 0
+    return version_of(tensor) > 0

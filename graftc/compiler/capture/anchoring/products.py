@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
+from graftc.compat.tensors import version_of
+
 aten = torch.ops.aten
 _OPERATORS: Mapping[Any, Any] = {linear: aten.linear.default, torch.addmm: aten.addmm.default}
 """The operators of a graph, by the functions that a model calls."""
@@ -49,7 +51,7 @@ class Products:
     def keep(self, operator: Any, args: Sequence[Any], result: Tensor) -> None:
         """Keep the result of a call, if it is a product with a stored tensor."""
         if operator in _KEPT and _is_plain(result) and (key := self._key(operator, args)) is not None:
-            self._known[key].append((args, _versions(args), result, result._version))
+            self._known[key].append((args, _versions(args), result, version_of(result)))
             self._order.append((key, result.numel() * result.element_size()))
             self._bytes += self._order[-1][1]
             while self._bytes > self._most and len(self._order) > 1:  # the oldest result of a key is its first
@@ -62,7 +64,7 @@ class Products:
         if operator not in _KEPT or (key := self._key(operator, args)) is None:
             return None
         for before, versions, result, version in self._known.get(key, ()):
-            written = versions != _versions(before) or version != result._version
+            written = versions != _versions(before) or version != version_of(result)
             if not written and all(map(_same, before, args)):
                 return result.clone()
         return None
@@ -129,4 +131,4 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _versions(args: Sequence[Any]) -> list[int]:
-    return [arg._version for arg in args]
+    return [version_of(arg) for arg in args]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx
 
+from graftc.compat import pytree
 from graftc.compiler.capture.anchoring.differing import difference_of
 from graftc.compiler.capture.anchoring.own_tensors import is_written, with_own_tensors
 from graftc.compiler.capture.anchoring.products import Computing, Products, products_of

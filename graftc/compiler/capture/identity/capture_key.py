@@ -25,9 +25,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.nn.modules.module as torch_module
 from torch import nn
 
+from graftc.compat.hooks import BACKWARD, FORWARD, global_hooks
+from graftc.compat.modules import RUN_BY_CALLS, children_of, is_compiled, transient_of
+from graftc.compat.operators import OperatorBase, OpOverloadPacket
+from graftc.compat.transformers import ABOUT_ORIGIN
 from graftc.compiler.capture.identity.fingerprint import config_digest
 from graftc.compiler.capture.identity.objects import (
     VALUES,
@@ -46,14 +49,8 @@ from graftc.passes.core.ir.shapes import raw_bytes
 LARGEST_TENSOR = 65536
 """Bytes of a tensor beside parameters and buffers; larger ones are not kept with a capture."""
 
-_RUN_BY_CALLS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RECORDING = "transformers.utils.output_capturing"
 """Its hooks are put on a model by its first forward pass, a captured one as well."""
-
-_ASIDE = frozenset(
-    {"name_or_path", "_name_or_path", "_commit_hash", "_original_object_hash", "_output_capturing_hooks_installed"}
-)
-"""Attributes that say where a model came from, or whether it has run, and a hash that is another in each process."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), type(NotImplemented))
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, pathlib.PurePath, range)
@@ -64,7 +61,7 @@ _PROTOCOL = """
     isub imul imatmul itruediv ifloordiv imod ipow ilshift irshift iand ior ixor int float complex index round trunc
     floor ceil str format get set delete torch_function torch_dispatch instancecheck subclasscheck class_getitem
 """
-_CALLS = frozenset({"forward", "train", "_call_impl", "_wrapped_call_impl", *(f"__{n}__" for n in _PROTOCOL.split())})
+_CALLS = frozenset({"forward", "train", *RUN_BY_CALLS, *(f"__{n}__" for n in _PROTOCOL.split())})
 """Methods that run without being mentioned."""
 
 _MADE = _CALLS | {"__init__", "__new__", "__post_init__"}
@@ -205,10 +202,9 @@ class _Walk:
 
     def run(self) -> list[Any]:
         """Return what `holdings` returns for the model."""
-        for kind, hooks in vars(torch_module).items():
-            ours = kind.startswith("_global_") and kind.endswith("_hooks") and "state" not in kind
-            if ours and not all(unheard(hook) or _is_own(hook) for hook in hooks.values()):
-                raise UnknownHoldingError(kind.strip("_"), "hooks on every module of the process")
+        for kind, hooks in global_hooks().items():
+            if not all(unheard(hook) or _is_own(hook) for hook in hooks.values()):
+                raise UnknownHoldingError(kind, "hooks on every module of the process")
         tensors = self._stored()
         modules = [self.module(path, module) for path, module in self._model.named_modules(remove_duplicate=False)]
         code = self._reached()
@@ -235,11 +231,11 @@ class _Walk:
         if self._paths[id(module)] != path:
             return [path, "is", self._paths[id(module)]]
         attributes = vars(module)
-        for table in _RUN_BY_CALLS:
+        for table in (*FORWARD, *BACKWARD):
             for hook in attributes[table].values():
                 if getattr(hook, "__module__", None) != _RECORDING or not isinstance(hook, types.FunctionType):
                     raise UnknownHoldingError(path or "the model", f"a hook ({table.strip('_')})")
-        if module._compiled_call_impl is not None:
+        if is_compiled(module):
             raise UnknownHoldingError(path or "the model", "a compiled call")
         number = self._class(type(module))
         known = self._classes[type(module)]
@@ -248,9 +244,9 @@ class _Walk:
                 raise UnknownHoldingError(_join(path, name), "replaces a method of the class")
         values = [
             [name, self._value(attributes[name], _join(path, name), strict=True)]
-            for name in sorted(attributes.keys() - _MODULE - _ASIDE)
+            for name in sorted(attributes.keys() - _MODULE - ABOUT_ORIGIN)
         ]
-        return [path, number, list(module._modules), values, sorted(module._non_persistent_buffers_set)]
+        return [path, number, list(children_of(module)), values, sorted(transient_of(module))]
 
     def _value(self, value: Any, where: str, *, strict: bool) -> Any:
         """Return a value as JSON data; one that cannot be written down raises if ``strict``, or is just its type."""
@@ -302,7 +298,7 @@ class _Walk:
             return ["pattern", repr(value.pattern), int(value.flags)]
         if isinstance(value, slice):
             return ["slice", inner((value.start, value.stop, value.step))]
-        if isinstance(value, torch._ops.OperatorBase | torch._ops.OpOverloadPacket):
+        if isinstance(value, OperatorBase | OpOverloadPacket):
             return ["operator", str(value)]
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
             return [kind, str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
@@ -328,7 +324,7 @@ class _Walk:
         elif isinstance(value, VALUES):
             data.append(next(base for base in VALUES if isinstance(value, base)).__repr__(value))
         state = {**(attributes or {}), **slots_of(value)}
-        data.append([[name, inner(state[name], f".{name}")] for name in sorted(state.keys() - _ASIDE)])
+        data.append([[name, inner(state[name], f".{name}")] for name in sorted(state.keys() - ABOUT_ORIGIN)])
         return data
 
     def _opaque(self, value: Any, where: str, what: str, strict: bool) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.compat.operators import UNSAFE_VIEW
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import expression
 from graftc.specs.errors.diagnostics import GraftError
@@ -114,5 +115,5 @@ class Batch:
         return self._call(aten.sym_size.int, node, axis, part="size")
 
 
-_FOLDING = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten._unsafe_view.default})
+_FOLDING = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints, UNSAFE_VIEW})
 _MIXING = frozenset({aten.index_select.default, aten.index.Tensor, aten.permute.default, aten.transpose.int})

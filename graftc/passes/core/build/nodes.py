@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graftc.passes.core.build.initial import Initial, ParameterStart
 from graftc.passes.core.build.requests import Change, NewTensor, Reading
@@ -111,7 +110,7 @@ class Nodes:
         if self._first_computed is not None and node < self._first_computed:
             self._first_computed = node
         node.meta.update(val=self._types.call(target, args, kwargs), **self._tags(part))
-        self._emitted.add(node)
+        self.emitted.add(node)
         return node
 
     def _writes_before(self, sources: Sequence[fx.Node]) -> list[fx.Node]:
@@ -193,7 +192,7 @@ class Nodes:
         if after is before:
             return
         before.replace_all_uses_with(
-            after, delete_user_cb=lambda u: u is not after and u not in self._emitted and take(u)
+            after, delete_user_cb=lambda u: u is not after and u not in self.emitted and take(u)
         )
         self.program.edits.add(Edit(self.adaptation, self._site_text, before, after, narrow))
 

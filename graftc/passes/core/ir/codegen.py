@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from graftc.compat.modules import BUFFERS, CHILDREN, PARAMETERS, buffers_of, children_of, parameters_of
+from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.cleaning import takes_device
 from graftc.passes.core.ir.grouped_heads import share_heads
 from graftc.passes.core.weights.containers import OWN
@@ -180,7 +182,7 @@ def _reading(function: Function, values: Sequence[str]) -> Function:
 
 def _follows_input(target: Any) -> bool:
     """Return whether an operator creates its tensor on the device of an input by default."""
-    return any(isinstance(a.type, torch.TensorType) for a in target._schema.arguments)
+    return any(isinstance(a.type, torch.TensorType) for a in schema_of(target).arguments)
 
 
 def call(module: nn.Module, *inputs: Any) -> Any:
@@ -248,13 +250,13 @@ def tensor_at(module: nn.Module, name: str) -> Tensor:
     """Return the parameter or buffer that code reads by a name."""
     path, _, last = name.rpartition(".")
     owner = _owner(module, path)
-    parameter = owner._parameters.get(last)
-    tensor = owner._buffers[last] if parameter is None else parameter
+    parameter = parameters_of(owner).get(last)
+    tensor = buffers_of(owner)[last] if parameter is None else parameter
     assert tensor is not None
     return tensor
 
 
 def _owner(module: nn.Module, path: str) -> nn.Module:
     for segment in path.split(".") if path else ():
-        module = module._modules[segment]  # type: ignore[assignment]
+        module = children_of(module)[segment]  # type: ignore[assignment]
     return module

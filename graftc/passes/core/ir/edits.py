@@ -32,7 +32,7 @@ class Edit:
     narrow: bool = False
 
     @property
-    def _scope(self) -> str | None:
+    def scope(self) -> str | None:
         """The only site that sees the edit; None if every reader does."""
         return self.site if self.narrow else None
 
@@ -142,7 +142,7 @@ class Edits(Sequence[Edit]):
         return node
 
     def _record(self, edit: Edit) -> None:
-        at, scope = len(self._edits), edit._scope
+        at, scope = len(self._edits), edit.scope
         if scope is not None and edit.before in self._ahead.get(scope, ()):
             del self._ahead[scope]  # the site's path branches off here
         self._edits.append(edit)
@@ -161,6 +161,6 @@ class Edits(Sequence[Edit]):
             self._ahead.clear()
         for at in self._starting.pop(before, ()):
             edit = self._edits[at] = replace(self._edits[at], before=after)
-            self._next.pop((before, edit._scope), None)
-            self._next[after, edit._scope] = max(at, self._next.get((after, edit._scope), at))
+            self._next.pop((before, edit.scope), None)
+            self._next[after, edit.scope] = max(at, self._next.get((after, edit.scope), at))
             self._starting.setdefault(after, []).append(at)

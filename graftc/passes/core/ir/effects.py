@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.program_key import Mode
 
 aten = torch.ops.aten
@@ -106,7 +107,7 @@ def _arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
     if not isinstance(target, torch._ops.OpOverload):
         yield from ((str(i), value) for i, value in enumerate(node.args))
         return
-    yield from zip((argument.name for argument in target._schema.arguments), node.args, strict=False)
+    yield from zip((argument.name for argument in schema_of(target).arguments), node.args, strict=False)
     yield from node.kwargs.items()
 
 
@@ -133,7 +134,7 @@ def _is_product(node: fx.Node, operands: Any) -> bool:
 
 
 def _may_write(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and (target in _STATISTICS or target._schema.is_mutable)
+    return isinstance(target, torch._ops.OpOverload) and (target in _STATISTICS or schema_of(target).is_mutable)
 
 
 def _writes(node: fx.Node, name: str, given: dict[str, Any]) -> bool:
@@ -142,4 +143,6 @@ def _writes(node: fx.Node, name: str, given: dict[str, Any]) -> bool:
         return False
     if target in _STATISTICS:
         return name in ("running_mean", "running_var") and given.get(_STATISTICS[target]) is not False
-    return any(a.name == name and a.alias_info is not None and a.alias_info.is_write for a in target._schema.arguments)
+    return any(
+        a.name == name and a.alias_info is not None and a.alias_info.is_write for a in schema_of(target).arguments
+    )

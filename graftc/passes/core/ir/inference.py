@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 
+from graftc.compat.fake_tensors import enable_python_dispatcher
 from graftc.passes.core.ir.cleaning import takes_device
 from graftc.passes.core.ir.program import Program, map_nodes
 from graftc.passes.core.ir.shapes import fake_mode_of, types_of

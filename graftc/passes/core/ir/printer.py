@@ -28,9 +28,7 @@ _ROWS = re.compile(r"\[([^\[\]]*)\](?:#\d+)?$")
 def target_name(target: Any) -> str:
     """Return a call target as text: ``aten.linear``, ``aten.add.Tensor``, ``getitem``."""
     if isinstance(target, torch._ops.OpOverload):
-        namespace, name = target.namespace, target._schema.name.split("::")[1]
-        overload = target._overloadname
-        return f"{namespace}.{name}" if overload == "default" else f"{namespace}.{name}.{overload}"
+        return str(target).removesuffix(".default")
     if target is operator.getitem:
         return "getitem"
     return str(getattr(target, "__name__", target))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import fx
 
+from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.history import HistoryEntry
@@ -82,38 +83,40 @@ class OutputSpec:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the flat outputs, in order: field names, numbered if a field contains several."""
-        return tuple(self._names(""))
-
-    def _names(self, prefix: str) -> Iterable[str]:
-        if self.kind == "leaf":
-            yield prefix or "output"
-        for index, child in enumerate(self.children):
-            name = self.fields[index] if self.fields else str(index)
-            yield from child._names(f"{prefix}.{name}" if prefix else name)
+        return tuple(_names(self, ""))
 
     def build(self, leaves: Iterable[Any]) -> Any:
         """Rebuild the model's own output object from flat values."""
-        return self._build(iter(leaves))
+        return _built(self, iter(leaves))
 
-    def _build(self, leaves: Any) -> Any:
-        if self.kind == "leaf":
-            return next(leaves)
-        if self.kind == "none":
-            return None
-        values = [child._build(leaves) for child in self.children]
-        if self.kind == "tuple":
-            return tuple(values)
-        if self.kind == "list":
-            return values
-        mapping = dict(zip(self.fields, values, strict=True))
-        if self.kind == "dict":
-            return mapping
-        assert self.cls is not None
-        output = self.cls(**mapping)
-        if isinstance(output, OrderedDict) and tuple(output) != self.fields:  # fields set after construction come last
-            for name in filter(output.__contains__, self.fields):
-                output.move_to_end(name)
-        return output
+
+def _names(spec: OutputSpec, prefix: str) -> Iterable[str]:
+    if spec.kind == "leaf":
+        yield prefix or "output"
+    for index, child in enumerate(spec.children):
+        name = spec.fields[index] if spec.fields else str(index)
+        yield from _names(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _built(spec: OutputSpec, leaves: Any) -> Any:
+    if spec.kind == "leaf":
+        return next(leaves)
+    if spec.kind == "none":
+        return None
+    values = [_built(child, leaves) for child in spec.children]
+    if spec.kind == "tuple":
+        return tuple(values)
+    if spec.kind == "list":
+        return values
+    mapping = dict(zip(spec.fields, values, strict=True))
+    if spec.kind == "dict":
+        return mapping
+    assert spec.cls is not None
+    output = spec.cls(**mapping)
+    if isinstance(output, OrderedDict) and tuple(output) != spec.fields:  # fields set after construction come last
+        for name in filter(output.__contains__, spec.fields):
+            output.move_to_end(name)
+    return output
 
 
 @dataclass(frozen=True)
@@ -308,7 +311,7 @@ def memory_of(program: Program) -> Memory:
 def mutates(node: fx.Node) -> bool:
     """Return whether a call changes one of its arguments in place."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(target, torch._ops.OpOverload) and schema_of(target).is_mutable
 
 
 def is_random(node: fx.Node) -> bool:

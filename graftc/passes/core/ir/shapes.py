@@ -11,11 +11,10 @@ from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
-from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
+from graftc.compat.fake_tensors import FakeTensorMode
+from graftc.compat.symbols import ConstantSource, FloorDiv, Max, Min, Mod
 from graftc.passes.core.ir.program import Program
 
 DTYPE_NAMES: dict[torch.dtype, str] = {

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
+from graftc.compat.fake_tensors import is_faking
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.folds import Fold, Keep, StandIn, TensorFold, WeightFold
@@ -81,7 +81,7 @@ class _Check:
             TypeError,
             ValueError,
         ) as error:
-            if isinstance(error, torch.OutOfMemoryError) or detect_fake_mode() is not None:
+            if isinstance(error, torch.OutOfMemoryError) or is_faking():
                 raise
             raise self.wrong(f"fails: {first_line(error)}") from error
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
+from graftc.compat.autograd import has_forward_gradients, is_transformed
+from graftc.compat.fake_tensors import FakeTensor
 from graftc.passes.core.ops.autocasting import autocast_dtype, cast, without_autocast
 from graftc.passes.core.ops.magnitude import nonzero
 from graftc.passes.core.ops.masked_products import masked_product
@@ -83,8 +83,8 @@ def _watched(tensors: Sequence[Tensor | None]) -> bool:
     """Return whether anything but autograd observes the computation, which an autograd function would hide from it."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
+        or is_transformed()
+        or has_forward_gradients()
         or any(t is not None and type(t) not in _PLAIN for t in tensors)
     )
 

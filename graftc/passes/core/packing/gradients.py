@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.hooks import RemovableHandle
 
+from graftc.compat.autograd import after_backward
+
 Receive = Callable[[Tensor], None]
 """Gets the gradient of a weight."""
 
@@ -39,7 +41,7 @@ class Tap:
             self._hand_over(gradient)
         elif self._sum is None:
             self._sum = gradient.clone()
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+            after_backward(self._finish)
         else:
             self._sum += gradient
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.modules import parameters_of
 from graftc.passes.core.packing.packed_tensor import PackedTensor
 from graftc.passes.core.packing.packing import PackedType, Packing
 
@@ -32,7 +33,7 @@ def held_weight(module: nn.Module, name: str) -> Tensor:
 
 
 def _part(module: nn.Module, name: str) -> Tensor:
-    parameter = module._parameters[name]
+    parameter = parameters_of(module)[name]
     assert parameter is not None
     return parameter
 
@@ -45,16 +46,16 @@ def hold_packed(module: nn.Module, packed: Mapping[str, Packed]) -> None:
         packed: types and parts, by names of its parameters. Parts that are parameters are stored themselves, so that
             several modules can share them.
     """
-    parameters = dict(module._parameters)
-    module._parameters.clear()
+    parameters = dict(parameters_of(module))
+    parameters_of(module).clear()
     for name, parameter in parameters.items():
         if name not in packed:
-            module._parameters[name] = parameter
+            parameters_of(module)[name] = parameter
             continue
         own, parts = packed[name]
         for part, value in zip(own.names(name), parts, strict=True):
             own_part = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-            module._parameters[part] = own_part
+            parameters_of(module)[part] = own_part
     all_types = {**packed_types(module), **{name: own for name, (own, _) in packed.items()}}
     cls: Any = type(module)
     module.__class__ = _class_of(cls, tuple(all_types.items()))
@@ -72,16 +73,16 @@ def hold_values(module: nn.Module, dtype: torch.dtype | None = None) -> None:
         return
     first = {own.names(name)[0]: name for name, own in packed.items()}
     parts = {part for name, own in packed.items() for part in own.names(name)}
-    parameters = dict(module._parameters)
+    parameters = dict(parameters_of(module))
     values = {name: held_weight(module, name) for name in packed}
-    module._parameters.clear()
+    parameters_of(module).clear()
     for name, parameter in parameters.items():
         if name in first:
             weight = first[name]
             value = values[weight] if dtype is None else values[weight].to(dtype)
-            module._parameters[weight] = nn.Parameter(value, requires_grad=False)
+            parameters_of(module)[weight] = nn.Parameter(value, requires_grad=False)
         elif name not in parts:
-            module._parameters[name] = parameter
+            parameters_of(module)[name] = parameter
     cls: Any = type(module)
     module.__class__ = _source_of(cls)
 

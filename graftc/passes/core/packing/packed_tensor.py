@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from graftc.compat import pytree
+from graftc.compat.tensors import wrapper
 from graftc.passes.core.packing.packing import PackedType
 
 aten = torch.ops.aten
@@ -37,9 +38,7 @@ class PackedTensor(Tensor):
         cls, own: PackedType, parts: Sequence[Tensor], read: Callable[[Tensor], Tensor] = Tensor.detach
     ) -> PackedTensor:
         """Create a tensor without values that has the sizes and types of the weight."""
-        tensor: PackedTensor = Tensor._make_wrapper_subclass(
-            cls, own.shape, strides=own.strides, dtype=own.dtype, device=parts[0].device
-        )
+        tensor: PackedTensor = wrapper(cls, own.shape, own.dtype, parts[0].device, strides=own.strides)
         tensor.own, tensor.parts, tensor.read = own, tuple(parts), read
         return tensor
 

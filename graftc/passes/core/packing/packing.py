@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from graftc.passes.core.modes import no_modes
+from graftc.compat.modes import no_modes
 from graftc.passes.core.packing.forms import EvenSteps, TableEntries
 
 PACKINGS: dict[str, type[Packing]] = {}

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from graftc.compat.fake_tensors import FakeTensor
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import SMALL, WeightSlice

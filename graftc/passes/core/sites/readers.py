@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from graftc.passes.core.ir.program import above, is_random
@@ -16,7 +17,9 @@ def linear_use(node: fx.Node) -> Use | None:
 
     Returns None if it is not a linear map, or if its weight is computed by more than views of a stored tensor.
     """
-    if node.op != "call_function" or getattr(node.target, "_overloadname", "default") not in ("default", "padding"):
+    if node.op != "call_function":
+        return None
+    if isinstance(node.target, torch._ops.OpOverload) and not str(node.target).endswith((".default", ".padding")):
         return None
     name = op_name(node)
     if name == "embedding":

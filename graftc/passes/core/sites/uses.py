@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.compat.operators import GROUPED_MM
 from graftc.passes.core.ir.program import above
 from graftc.passes.core.ir.shapes import Sizes
 from graftc.passes.core.sites.views import View
@@ -302,7 +303,7 @@ class Experts(Use):
     def _aligned(self, call: Call, value: fx.Node, axis: int, part: str) -> fx.Node:
         """Return a value with zeros after an axis, as long as the kernel requires (rows of 16 bytes)."""
         tensor = value.meta["val"]
-        unit = _ALIGNMENT // tensor.element_size() if self.node.target is aten._grouped_mm.default else 1
+        unit = _ALIGNMENT // tensor.element_size() if self.node.target is GROUPED_MM else 1
         missing = -tensor.shape[axis] % unit
         if not missing:
             return value

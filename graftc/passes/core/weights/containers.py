@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import nn
 
+from graftc.compat.modules import STORED_VERSION, applied_by, buffers_of, children_of, parameters_of, printed_kind
 from graftc.passes.core.weights.names import RESERVED
 from graftc.passes.core.weights.sharding import is_sharded
 from graftc.specs.errors.diagnostics import GraftError, warn
@@ -22,7 +23,7 @@ SOURCE = "_source"
 """Under which of these the values are that base tensors have in the source model where graphs write to them."""
 
 _OF_THE_SOURCE = frozenset(
-    {"__doc__", "__dict__", "__weakref__", "__module__", "__annotations__", "extra_repr", "_version"}
+    {"__doc__", "__dict__", "__weakref__", "__module__", "__annotations__", "extra_repr", STORED_VERSION}
 )
 """What a container has from its source module's class, though every module has it."""
 
@@ -49,12 +50,11 @@ class Tree(nn.Module):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = vars(self)
-        if OWN in own:
-            child = own["_modules"].get(name)
+        if OWN in vars(self):
+            child = children_of(self).get(name)
             if child is not None and value is not child and not _wraps(value, child):
                 raise _fixed(self, name)
-            if value is None and (own["_parameters"].get(name) is not None or own["_buffers"].get(name) is not None):
+            if value is None and (parameters_of(self).get(name) is not None or buffers_of(self).get(name) is not None):
                 raise _fixed(self, name)
         nn.Module.__setattr__(self, name, value)
 
@@ -95,8 +95,12 @@ def _entry(table: Mapping[str, Entry | None], name: str, message: str) -> Entry:
 
 def additions(module: nn.Module) -> dict[str, nn.Module]:
     """Return the containers of the tensors that adaptations have in a module itself, by adaptation name."""
-    reserved = module._modules.get(RESERVED)
-    return {n: c for n, c in reserved._modules.items() if c is not None and n != SOURCE} if reserved is not None else {}
+    reserved = children_of(module).get(RESERVED)
+    return (
+        {n: c for n, c in children_of(reserved).items() if c is not None and n != SOURCE}
+        if reserved is not None
+        else {}
+    )
 
 
 Notes = Callable[[str, nn.Module], Iterable[tuple[str, str]]]
@@ -129,7 +133,7 @@ def module_text(module: nn.Module, notes: Notes = tensor_notes, path: str = "") 
     own = module.extra_repr().splitlines()
     lines = [*own, *(f"+ {_named(names)}: {text}" for text, names in alike.items())]
     children: list[tuple[str, str]] = []
-    for name, child in module._modules.items():
+    for name, child in children_of(module).items():
         if name != RESERVED:
             below = f"{path}.{name}" if path else name
             children.append((name, module_text(child, notes, below) if isinstance(child, Tree) else repr(child)))
@@ -138,7 +142,7 @@ def module_text(module: nn.Module, notes: Notes = tensor_notes, path: str = "") 
         (first, text), *others = group
         head = f"({first}-{others[-1][0]}): {len(others) + 1} x " if others else f"({first}): "
         lines += (head + text).splitlines()
-    kind = module._get_name()  # type: ignore[no-untyped-call]
+    kind = printed_kind(module)
     if len(lines) < 2 and lines == own:
         return f"{kind}({''.join(own)})"
     return "\n".join([f"{kind}(", *(f"  {line}" for line in lines), ")"])
@@ -174,7 +178,7 @@ def require_types(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor])
 
 
 def _fixed(module: nn.Module, name: str) -> GraftError:
-    message = f"{name} of {module._get_name()} is a part of the graphs"  # type: ignore[no-untyped-call]
+    message = f"{name} of {printed_kind(module)} is a part of the graphs"
     return GraftError("GC043", message, hint="change it in the source model, and compile that")
 
 
@@ -201,6 +205,13 @@ class UnitCall:
     run: Callable[[], Any]
 
 
+def _keeping_types(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], convert: Callable[[], Any]) -> Any:
+    """Convert the tensors in a module. Raises GC033 if the type of one would change."""
+    require_types(module, fn)
+    return convert()
+
+
+@applied_by(_keeping_types)
 class Container(Tree):
     """A node of the Store's tree: contains tensors and containers, computes nothing.
 
@@ -235,11 +246,6 @@ class Container(Tree):
         own = vars(self).get(OWN)
         if own is not None and name in own.constants and value != own.constants[name] and not is_silent(self):
             constant(self, name)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Implement `torch.nn.Module._apply`. Raises GC033 if the type of a tensor would change."""
-        require_types(self, fn)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Run a `UnitCall`; refuse any other call, since the graphs of the whole model compute what a module does.
@@ -313,9 +319,12 @@ class Container(Tree):
     register_backward_hook = _no_hook
 
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
 def is_silent(module: nn.Module) -> bool:
     """Return whether a module is a dropout with a probability of zero, which is the same as its eval mode."""
-    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0
+    return isinstance(module, _DROPOUTS) and module.p == 0
 
 
 def drops_nothing(module: nn.Module) -> bool:
@@ -323,7 +332,7 @@ def drops_nothing(module: nn.Module) -> bool:
 
     An attention reads the dropout probability of such a child and never calls it.
     """
-    own = [child for child in module._modules.values() if isinstance(child, nn.modules.dropout._DropoutNd)]
+    own = [child for child in children_of(module).values() if isinstance(child, _DROPOUTS)]
     return is_silent(module) or (bool(own) and all(map(is_silent, own)))
 
 
@@ -385,7 +394,7 @@ def _class_like(kind: type[C], source: type) -> type[C]:
         def item(self: Any, index: Any) -> Any:
             if not isinstance(index, slice):
                 return source.__getitem__(self, index)
-            chosen = list(self._modules.values())[index]
+            chosen: list[Any] = list(children_of(self).values())[index]
             return nn.Sequential(*chosen) if issubclass(source, nn.Sequential) else nn.ModuleList(chosen)
 
         space["__getitem__"] = item

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.tensors import version_of
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a ``DTensor``."""
@@ -28,13 +30,6 @@ def is_unit(module: nn.Module) -> bool:
 def sharded_modules(root: nn.Module) -> Iterator[nn.Module]:
     """Iterate over the modules of a tree that FSDP2 has sharded as units."""
     return filter(is_unit, root.modules())
-
-
-def computes_in(unit: nn.Module) -> torch.dtype | None:
-    """Return the dtype that FSDP2's `MixedPrecisionPolicy` casts a unit's parameters to; None if it casts none."""
-    state = getattr(unit, "_get_fsdp_state", lambda: None)()
-    dtype = getattr(getattr(state, "_mp_policy", None), "param_dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ def all_whole(tables: Iterable[dict[str, Any]], *, write: bool) -> Iterator[None
     places = [(table, name) for table in tables for name, t in table.items() if t is not None and is_sharded(t)]
     shards = [table[name] for table, name in places]
     full = [_writable(tensor) if write else whole(tensor) for tensor in shards]
-    versions = [tensor._version for tensor in full]
+    versions = [version_of(tensor) for tensor in full]
     try:
         for (table, name), tensor in zip(places, full, strict=True):
             table[name] = tensor
@@ -143,7 +138,7 @@ def all_whole(tables: Iterable[dict[str, Any]], *, write: bool) -> Iterator[None
     if write:
         with torch.no_grad():
             for tensor, own, version in zip(full, shards, versions, strict=True):
-                if tensor._version != version:
+                if version_of(tensor) != version:
                     copy_whole(own, tensor, source=None)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from graftc.compat.fsdp import WRAPPED
+from graftc.compat.modules import buffers_of, children_of, parameters_of, transient_of
 from graftc.passes.core.packing.modules import packed_types
 from graftc.passes.core.packing.packed_tensor import PackedTensor, dense
 from graftc.passes.core.packing.packing import PackedType, weight_name
@@ -23,22 +25,19 @@ from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.specs.errors.diagnostics import GraftError
 
-_WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
-"""Under which names wrappers of modules hold what they wrap."""
-
 
 def _adopt(module: nn.Module, old: nn.Module) -> None:
-    module._parameters.update(old._parameters)
-    module._buffers.update(old._buffers)
-    module._non_persistent_buffers_set |= old._non_persistent_buffers_set
-    module._modules.update(old._modules)
+    parameters_of(module).update(parameters_of(old))
+    buffers_of(module).update(buffers_of(old))
+    transient_of(module).update(transient_of(old))
+    children_of(module).update(children_of(old))
 
 
 def _names(model: nn.Module) -> Iterator[str]:
     """Yield the names of all modules, parameters and buffers of a model."""
     for path, module in model.named_modules(remove_duplicate=False):
         yield path
-        yield from (f"{path}.{name}".lstrip(".") for name in (*module._parameters, *module._buffers))
+        yield from (f"{path}.{name}".lstrip(".") for name in (*parameters_of(module), *buffers_of(module)))
 
 
 class Store:
@@ -123,8 +122,8 @@ class Store:
         """Create containers like the modules of a model, below the root."""
         for path, module in model.named_modules(remove_duplicate=False):
             parent, _, name = path.rpartition(".")
-            if path and self.owner(parent)._modules.get(name) is None:
-                self.owner(parent)._modules[name] = Container.like(module)
+            if path and children_of(self.owner(parent)).get(name) is None:
+                children_of(self.owner(parent))[name] = Container.like(module)
 
     def _register(self, fqn: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
         """Register a tensor under any name: PyTorch refuses those that are attributes of a module."""
@@ -171,7 +170,7 @@ class Store:
         replacement = kind.like(old)
         _adopt(replacement, old)
         parent, _, name = path.rpartition(".")
-        self.owner(parent)._modules[name] = replacement
+        children_of(self.owner(parent))[name] = replacement
         return replacement
 
     def rehome(self, root: nn.Module) -> None:
@@ -233,8 +232,8 @@ class Store:
         """
         path, _, name = fqn.rpartition(".")
         owner = self.owner(path)
-        (owner._parameters if name in owner._parameters else owner._buffers).pop(name)
-        owner._non_persistent_buffers_set.discard(name)
+        (parameters_of(owner) if name in parameters_of(owner) else buffers_of(owner)).pop(name)
+        transient_of(owner).discard(name)
         self._drop_empty(path)
 
     def drop_container(self, path: str) -> None:
@@ -248,9 +247,9 @@ class Store:
     def _drop_empty(self, path: str) -> None:
         while RESERVED in path.split("."):
             owner, (path, _, name) = self.owner(path), path.rpartition(".")
-            if owner._parameters or owner._buffers or owner._modules:
+            if parameters_of(owner) or buffers_of(owner) or children_of(owner):
                 return
-            del self.owner(path)._modules[name]
+            del children_of(self.owner(path))[name]
 
     def add_constant(self, fqn: str, tensor: torch.Tensor) -> None:
         """Add a tensor that the source model created while it was captured; a known name is skipped."""
@@ -261,7 +260,7 @@ class Store:
     def drop_constant(self, fqn: str) -> None:
         """Remove a tensor that `add_constant` added."""
         path, _, name = fqn.rpartition(".")
-        del self.owner(path)._buffers[name]
+        del buffers_of(self.owner(path))[name]
         self.constants.discard(fqn)
 
     def own(self, name: str, value: torch.Tensor | None = None) -> None:
@@ -316,7 +315,7 @@ class Store:
             self.add_parameter(name, value, trainable=own.requires_grad if trainable is None else trainable)
         else:
             path, _, last = name.rpartition(".")
-            self.add_buffer(name, value, persistent=last not in other.owner(path)._non_persistent_buffers_set)
+            self.add_buffer(name, value, persistent=last not in transient_of(other.owner(path)))
 
     def alias(self, name: str, owner: str) -> None:
         """Give the tensor called ``owner`` another name."""
@@ -391,12 +390,12 @@ def _handle(tensor: torch.Tensor) -> torch.Tensor:
 
 def plain(name: str) -> str:
     """Return a tensor's name without the modules that libraries have wrapped around its owners."""
-    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPERS) if "._" in f".{name}" else name
+    return ".".join(segment for segment in name.split(".") if segment not in WRAPPED) if "._" in f".{name}" else name
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    modules = module._modules
-    for name in _WRAPPERS:  # a plain loop, since every lookup in the tree comes here
+    modules = children_of(module)
+    for name in WRAPPED:  # a plain loop, since every lookup in the tree comes here
         if (inner := modules.get(name)) is not None:
             return _unwrapped(inner)
     return module

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from graftc.compat.modules import buffers_of, parameters_of
+from graftc.compat.peft import merged_projections
 from graftc.compiler.quantised_sources.convert import arrived
 from graftc.compiler.roles.structure import Structure
 from graftc.runtime.interop.peft.entries import entry_of
@@ -247,8 +249,7 @@ def _older_names(peft: ModuleType, config: AdapterConfig, model: nn.Module) -> M
     from peft.utils import transformers_weight_conversion as conversion
 
     convert: Any = getattr(conversion, "convert_peft_config_for_transformers", None)
-    tables: Mapping[str, Mapping[str, str]] = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {})
-    for table in tables.values() if convert is not None and config.peft_type == "LORA" else ():
+    for table in merged_projections() if convert is not None and config.peft_type == "LORA" else ():
         probe = peft.LoraConfig(target_modules=sorted(table))
         with contextlib.suppress(ValueError):  # raised if the model has only some of these names
             convert(probe, model=model, conversions=None)
@@ -328,7 +329,7 @@ def _without_storage(model: nn.Module) -> nn.Module:
     """Return a copy of a model whose tensors only have sizes; ties are kept."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        for tensor in (*parameters_of(module).values(), *buffers_of(module).values()):
             if isinstance(tensor, nn.Parameter):
                 memo[id(tensor)] = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
             elif tensor is not None:

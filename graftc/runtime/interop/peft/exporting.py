@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.compat.transformers import path_of
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.select import match_modules
@@ -142,7 +143,7 @@ def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]
     table = table_of(main.spec)
     assert table is not None
     source = compilation.source
-    name = getattr(getattr(source, "config", None), "_name_or_path", "") or None
+    name = path_of(getattr(source, "config", None)) or None
     saved = _saved(compilation)
     config: dict[str, Any] = {
         **{"peft_type": table.types[0], "task_type": task_of(compilation, saved), "inference_mode": True},

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graftc.compat.modules import parameters_of
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.train import TRAIN
@@ -279,7 +280,7 @@ def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:
     depths: dict[SiteKey, int] = {}
     for module, keys in groups.items():
         if len(keys) > 1:
-            order = list(compilation.store.owner(module)._parameters)
+            order = list(parameters_of(compilation.store.owner(module)))
             keys = sorted(keys, key=lambda key: order.index(key.name) if key.name in order else len(order))
         depths |= {key: len(keys) - 1 - number for number, key in enumerate(keys)}
     return depths

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from graftc.compat.transformers import not_quantised
 from graftc.compiler.quiet import tell
 from graftc.files.tensors.folder import TensorFolder
 from graftc.passes.core.packing.modules import Packed, hold_packed
@@ -122,7 +123,7 @@ def load_quantised(cls: Any, folder: ModelFolder, where: str, options: Mapping[s
         for name in _OURS:
             module.__dict__.pop(name, None)
         if (inner := getattr(module, "config", None)) is not None:
-            inner.__dict__.pop("_is_quantized", None)
+            not_quantised(inner)
     model.config.quantization_config = dict(options)
     return model, info
 

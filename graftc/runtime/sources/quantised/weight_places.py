@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftc.compat.modules import parameters_of
+from graftc.compat.transformers import leave_as_it_is
 from graftc.compiler.resolve.quantise import is_turned
 from graftc.passes.core.packing.affine import Affine
 from graftc.passes.core.packing.floating import Floating
@@ -70,7 +72,7 @@ def places_of(model: Any, stored: Iterable[StoredWeight]) -> list[PackedPlace]:
         module = model.get_submodule(path)
         if weights[0][0] is None and name == "weight":
             module = _as_linear(model, path, module)
-        parameter = module._parameters.get(name)
+        parameter = parameters_of(module).get(name)
         if parameter is None:
             damaged(f"{target} of {type(model).__name__} is not a parameter")
         shape, dtype = tuple(parameter.shape), parameter.dtype
@@ -79,9 +81,9 @@ def places_of(model: Any, stored: Iterable[StoredWeight]) -> list[PackedPlace]:
         else:
             sources = {source: converter for converter in converters for source in converter.source_patterns}
             read = _joined(target, weights, sources[str(weights[0][0])], shape, dtype)
-        module._parameters[name] = None
+        parameters_of(module)[name] = None
         module.__dict__[name] = parameter.detach()  # for code that initialises all tensors of a module; it is on meta
-        module._is_hf_initialized = True
+        leave_as_it_is(module)
         places.append(PackedPlace(module, name, read))
     return places
 
@@ -90,7 +92,7 @@ def _as_linear(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
     """Return a linear map ``[out, in]``: the module itself, or what replaces it in the model if it is ``[in, out]``."""
     if not is_turned(module):
         return module
-    weight = module._parameters["weight"]
+    weight = parameters_of(module)["weight"]
     assert weight is not None
     linear = nn.Linear(weight.shape[0], weight.shape[1], dtype=weight.dtype, device="meta")
     linear.train(module.training)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.effects import flaw
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.verify import SIZE_CHOICES, check_types
@@ -90,7 +91,9 @@ def _number(size: Any) -> int:
 def _parts(node: fx.Node) -> int:
     """Return the number of tensors that a call gives, before it is made."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or not any("List" in str(r.type) for r in target._schema.returns):
+    if not isinstance(target, torch._ops.OpOverload) or not any(
+        "List" in str(r.type) for r in schema_of(target).returns
+    ):
         return 1
     source = node.args[0] if node.args else None
     value = source.meta["val"] if isinstance(source, fx.Node) else None

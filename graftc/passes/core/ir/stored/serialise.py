@@ -257,10 +257,8 @@ def _encode_target(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
         return _path(target) if node.op == "get_attr" else target
-    if isinstance(target, torch._ops.OpOverload):
-        name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
-        if name in OPERATORS:
-            return name
+    if isinstance(target, torch._ops.OpOverload) and str(target) in OPERATORS:
+        return str(target)
     if target in _FUNCTION_NAMES:
         return _FUNCTION_NAMES[target]
     raise SerialisationError(f"operator {target} at {node.name}")

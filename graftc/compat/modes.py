@@ -1,4 +1,4 @@
-"""Suspension of torch's modes, which intercept operators, in one thread.
+"""Modes, which intercept operators and functions of torch, and their suspension in one thread.
 
 torch has a stack of modes for each thread, and one for the whole process, for modes that trace before autograd. Code
 that suspends modes, as printing a tensor does, also removes those of another thread that is in the middle of a trace,
@@ -14,8 +14,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import _ops
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import _ops, overrides
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
+
+__all__ = ["TorchDispatchMode", "modes_in_force", "no_function_modes", "no_modes"]
 
 _operators: Any = _ops
 
@@ -66,3 +72,24 @@ def no_modes() -> Iterator[None]:
     else:
         with _stacks.separate(), _disable_current_modes():
             yield
+
+
+@contextmanager
+def no_function_modes() -> Iterator[None]:
+    """Suspend this thread's function modes while the block runs; the default device is such a mode as well.
+
+    The public ways only let calls pass by the innermost one.
+    """
+    functions: Any = overrides
+    modes = [functions._pop_mode() for _ in range(torch._C._len_torch_function_stack())]
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            functions._push_mode(mode)
+
+
+def modes_in_force() -> list[Any]:
+    """Return the modes of this thread, those of functions first; torch has no public list of them."""
+    functions: Any = overrides
+    return [*functions._get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]

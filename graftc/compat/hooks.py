@@ -1,0 +1,69 @@
+"""Tables of hooks: of a module, of all modules of the process, and of an optimiser.
+
+torch lets code register hooks, and has no public way to ask which there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.modules.module as torch_module
+from torch import nn
+
+FORWARD = ("_forward_hooks", "_forward_pre_hooks")
+"""The tables of a module whose hooks its forward pass calls."""
+
+BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+"""The tables of a module whose hooks its backward pass calls."""
+
+CALL_HOOKS = (
+    *FORWARD,
+    *("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+    *BACKWARD,
+)
+"""Tables of what happens around a call of a module."""
+
+
+def forward_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return the hooks that a call of a module calls before and after its forward, by their numbers."""
+    return {**module._forward_pre_hooks, **module._forward_hooks}
+
+
+def backward_hooks(module: nn.Module) -> dict[int, Any]:
+    """Return the hooks that the backward pass of a module calls, by their numbers."""
+    return {**module._backward_pre_hooks, **module._backward_hooks}
+
+
+def hooks_before(module: nn.Module) -> list[tuple[Any, bool]]:
+    """Return what is called before a module's forward, hooks on all modules first, and whether it takes keywords."""
+    hooks = {**torch_module._global_forward_pre_hooks, **module._forward_pre_hooks}
+    return [(hook, number in module._forward_pre_hooks_with_kwargs) for number, hook in hooks.items()]
+
+
+def hooks_after(module: nn.Module) -> list[tuple[Any, bool]]:
+    """Return what is called after a module's forward, hooks on all modules first, and whether it takes keywords."""
+    hooks = {**torch_module._global_forward_hooks, **module._forward_hooks}
+    return [(hook, number in module._forward_hooks_with_kwargs) for number, hook in hooks.items()]
+
+
+def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a module that are tables of hooks, each emptied."""
+    names = [name for name in attributes if name.endswith("_hooks") or "_hooks_" in name]
+    return {name: type(attributes[name])() for name in names if isinstance(attributes[name], dict)}
+
+
+def global_hooks() -> dict[str, dict[int, Any]]:
+    """Return the tables of hooks on all modules of the process, by names such as ``global_forward_hooks``."""
+    tables = vars(torch_module).items()
+    return {name.strip("_"): table for name, table in tables if name.startswith("_global_") and name.endswith("_hooks")}
+
+
+def has_global_hooks() -> bool:
+    """Return whether calls of all modules call hooks."""
+    return bool(torch_module._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
+def has_step_hooks(optimizer: Any) -> bool:
+    """Return whether an optimiser has torch's tables of hooks, which wrappers of torch's class may lack."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks")
