@@ -110,7 +110,7 @@ class TreeNode(Record, published="TreeData", behind={"paths": ("alike",)}):
 
     def lines(self) -> list[str]:
         """Return the tree as aligned lines: module, base and trained parameters, roles and tensors."""
-        rows = list(self._rows(0))
+        rows = list(self.rows(0))
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = []
         for name, base, trained, details in rows:
@@ -126,7 +126,8 @@ class TreeNode(Record, published="TreeData", behind={"paths": ("alike",)}):
     def __str__(self) -> str:
         return self.text()
 
-    def _rows(self, depth: int) -> Iterator[tuple[str, str, str, str]]:
+    def rows(self, depth: int) -> Iterator[tuple[str, str, str, str]]:
+        """Yield the lines of a table, each as its columns; ``depth`` is that of the node."""
         if depth == 0:
             yield "module", "base", "trained", "roles and tensors"
         times = f"{self.alike} x " if self.alike > 1 else ""
@@ -136,7 +137,7 @@ class TreeNode(Record, published="TreeData", behind={"paths": ("alike",)}):
         for addition in self.added:
             yield "", "", "", str(addition)
         for child in self.children:
-            yield from child._rows(depth + 1)
+            yield from child.rows(depth + 1)
 
     def _repr_html_(self) -> str:
         """Return HTML for notebooks: the tree, with the contents of every module collapsed."""

@@ -174,7 +174,8 @@ class Selecting:
                 hint = "give each a name of its own in its spec, before it is trained"
                 raise GraftError("GC005", f"two of the models have an adaptation {twice[0]!r}", hint=hint)
             spec = spec.model_copy(update={"adapt": adapt, "compose": compose})
-            values |= Selecting(other)._others([TRAIN])
+            selecting = Selecting(other)
+            values |= selecting._others([TRAIN])
         return self._compiled(spec, values)
 
     def _others(self, names: Iterable[str]) -> dict[str, Tensor]:

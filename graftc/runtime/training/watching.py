@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,7 @@ class Watch:
             last = optimizer is self._optimizers[-1]
             self._hooks += [
                 optimizer.register_step_pre_hook(self._begin),
-                optimizer.register_step_post_hook(lambda turn, *_, last=last: self._after(turn, last)),
+                optimizer.register_step_post_hook(lambda *_, last=last: self._after(last)),
             ]
 
     @property
@@ -195,19 +195,13 @@ def watch(compiled: nn.Module | Runner, *optimizers: Optimizer, steps: int = 3) 
         raise GraftError("GC073", f"the optimiser is {other}", hint=hint)
     plain = [_unwrapped(optimizer) for optimizer in optimizers]
     runner = runner_of(compiled)
-    check = Watch(
+    return Watch(
         _seen=[_Seen(item) for item in trained_tensors(runner.compilation)],
         _banks=[tuple(c.members) for c in runner.spec.compose if isinstance(c, Bank)],
         _left=steps,
         _present=lambda: {id(tensor) for _, tensor in runner.store.adapters()},
+        _optimizers=plain,
     )
-    for optimizer in plain:
-        last = optimizer is plain[-1]
-        check._hooks += [
-            optimizer.register_step_pre_hook(lambda turn, args, kwargs: check._begin(plain, turn, args, kwargs)),
-            optimizer.register_step_post_hook(lambda *_, last=last: check._after(last)),
-        ]
-    return check
 
 
 def is_plain(optimizer: Any) -> bool:

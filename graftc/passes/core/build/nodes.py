@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from graftc.compat.fake_tensors import FakeTensorMode
+from graftc.compat.graphs import is_erased
 from graftc.passes.core.build.initial import Initial, ParameterStart
 from graftc.passes.core.build.requests import Change, NewTensor, Reading
 from graftc.passes.core.ir.edits import Edit
@@ -63,19 +65,19 @@ class Nodes:
         self._composing = within
         self._attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
         self._site: Site | None = None
-        self._emitted: set[fx.Node] = set()
+        self.emitted: set[fx.Node] = set()
         self._first_computed: fx.Node | None = None
         self._known: dict[Hashable, fx.Node] = {}
 
     @contextmanager
     def on(self, site: Site) -> Iterator[None]:
         """Run the block with ``site`` as the current site, which new nodes belong to."""
-        previous = self._site, self._emitted
-        self._site, self._emitted = site, set() if self._composing is None else self._composing._emitted
+        previous = self._site, self.emitted
+        self._site, self.emitted = site, set() if self._composing is None else self._composing.emitted
         try:
             yield
         finally:
-            self._site, self._emitted = previous
+            self._site, self.emitted = previous
 
     @contextmanager
     def owned(self, adaptation: str, parts: dict[SiteKey | None, dict[str, str]]) -> Iterator[None]:
@@ -127,7 +129,7 @@ class Nodes:
 
     def _first_call(self) -> fx.Node:
         """Return the first node after inputs and tensors, cached because there may be thousands of tensors."""
-        if self._first_computed is None or self._first_computed._erased:
+        if self._first_computed is None or is_erased(self._first_computed):
             self._first_computed = next(n for n in self.program.graph.nodes if n.op in ("call_function", "output"))
         return self._first_computed
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.program import Program, above, mutates
 
 
@@ -55,5 +56,5 @@ def takes_device(target: Any) -> bool:
 @cache
 def _device_place(target: Any) -> int | None:
     """Return the position of an operator's ``device`` argument; None if it has none."""
-    names = [argument.name for argument in target._schema.arguments]
+    names = [argument.name for argument in schema_of(target).arguments]
     return names.index("device") if "device" in names else None

@@ -237,12 +237,12 @@ def _read_first(graph: fx.Graph) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _module(path: str) -> str:
-    return "self" + "".join(f"._modules[{segment!r}]" for segment in path.split(".") if segment)
+    return "self" + "".join(f".{CHILDREN}[{segment!r}]" for segment in path.split(".") if segment)
 
 
 def _tensor(module: nn.Module, name: str) -> str:
     path, _, last = name.rpartition(".")
-    table = "_parameters" if _owner(module, path)._parameters.get(last) is not None else "_buffers"
+    table = PARAMETERS if parameters_of(_owner(module, path)).get(last) is not None else BUFFERS
     return f"{_module(path)}.{table}[{last!r}]"
 
 

@@ -120,7 +120,7 @@ def _shares(target: Any, name: str) -> bool:
 @cache
 def _aliased(target: Any) -> Collection[str]:
     """Return the names of the arguments whose memory the result of an operator may share."""
-    schema = target._schema
+    schema = schema_of(target)
     whole = target.namespace == "aten" and schema.name.removeprefix("aten::") in SHARING
     return frozenset(a.name for a in schema.arguments if whole or a.alias_info is not None)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.compat.tensors import is_view
 from graftc.passes.core.ops.declaring import like_first_by_rows, operator
 from graftc.passes.core.ops.plain_projections import product
 
@@ -198,4 +199,4 @@ def sampled_product(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
     )
     product = torch.sparse.sampled_addmm(pattern, left.mT, right, beta=0.0)
     values: Tensor = product.values()
-    return values.clone() if values._base is not None else values
+    return values.clone() if is_view(values) else values

@@ -19,7 +19,7 @@ def op_name(node: fx.Node) -> str:
 @cache
 def _name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.split("::")[1]
+        name = str(target).split(".")[1]
         return name if name.endswith("__") else name.removesuffix("_")
     return "getitem" if target is operator.getitem else getattr(target, "__name__", str(target))
 

@@ -14,7 +14,17 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import nn
 
-from graftc.compat.modules import STORED_VERSION, applied_by, buffers_of, children_of, parameters_of, printed_kind
+from graftc.compat.modules import (
+    BUFFERS,
+    CHILDREN,
+    PARAMETERS,
+    STORED_VERSION,
+    applied_by,
+    buffers_of,
+    children_of,
+    parameters_of,
+    printed_kind,
+)
 from graftc.passes.core.weights.names import RESERVED
 from graftc.passes.core.weights.sharding import is_sharded
 from graftc.specs.errors.diagnostics import GraftError, warn
@@ -31,7 +41,7 @@ OWN = "_graftc"
 """The one attribute of a module in the tree that is graftc's own."""
 
 
-_TABLES = ("_modules", "_parameters", "_buffers")
+_TABLES = (CHILDREN, PARAMETERS, BUFFERS)
 """Attributes of a module with its children and tensors."""
 
 _SHOWN = 3
@@ -71,19 +81,19 @@ class Tree(nn.Module):
         """Return the module at the path ``target``, whose segments may be names of methods."""
         module: nn.Module = self
         for segment in target.split(".") if target else ():
-            name = module._get_name()  # type: ignore[no-untyped-call]
-            module = _entry(module._modules, segment, f"{name} has no child {segment!r}")
+            name = printed_kind(module)
+            module = _entry(children_of(module), segment, f"{name} has no child {segment!r}")
         return module
 
     def get_parameter(self, target: str) -> nn.Parameter:
         """Return the parameter called ``target``, which may be the name of a method."""
         path, _, name = target.rpartition(".")
-        return _entry(self.get_submodule(path)._parameters, name, f"there is no parameter {target!r}")
+        return _entry(parameters_of(self.get_submodule(path)), name, f"there is no parameter {target!r}")
 
     def get_buffer(self, target: str) -> torch.Tensor:
         """Return the buffer called ``target``, which may be the name of a method."""
         path, _, name = target.rpartition(".")
-        return _entry(self.get_submodule(path)._buffers, name, f"there is no buffer {target!r}")
+        return _entry(buffers_of(self.get_submodule(path)), name, f"there is no buffer {target!r}")
 
 
 def _entry(table: Mapping[str, Entry | None], name: str, message: str) -> Entry:

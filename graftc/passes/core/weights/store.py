@@ -86,9 +86,9 @@ class Store:
         seen: dict[int, tuple[str, torch.Tensor]] = {}
         self.shape(model)
         for path, module in model.named_modules(remove_duplicate=False):
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            for name, tensor in (*parameters_of(module).items(), *buffers_of(module).items()):
                 if tensor is not None:
-                    fqn, persistent = f"{path}.{name}".lstrip("."), name not in module._non_persistent_buffers_set
+                    fqn, persistent = f"{path}.{name}".lstrip("."), name not in transient_of(module)
                     owner, handle = seen.setdefault(id(tensor), (fqn, _handle(tensor)))
                     if owner != fqn:
                         self.aliases[fqn] = owner
@@ -130,16 +130,16 @@ class Store:
         path, _, name = fqn.rpartition(".")
         container = self.container(path)
         if isinstance(tensor, nn.Parameter):
-            container._parameters[name] = tensor
+            parameters_of(container)[name] = tensor
             return
-        container._buffers[name] = tensor
-        (set.discard if persistent else set.add)(container._non_persistent_buffers_set, name)
+        buffers_of(container)[name] = tensor
+        (set.discard if persistent else set.add)(transient_of(container), name)
 
     def container(self, path: str) -> nn.Module:
         """Return the container at ``path``, creating it if there is none: some layers have no tensor."""
         module, missing = self._reached(path)
         for segment in missing:
-            child = module._modules[segment] = Container()
+            child = children_of(module)[segment] = Container()
             module = child
         return module
 
@@ -158,7 +158,7 @@ class Store:
         """Return the last container on the way to ``path``, and the segments of the path from there on."""
         module, segments = self.root, path.split(".") if path else []
         for number, segment in enumerate(segments):
-            child = module._modules.get(segment)
+            child = children_of(module).get(segment)
             if child is None:
                 return module, segments[number:]
             module = _unwrapped(child)
@@ -197,8 +197,8 @@ class Store:
         owner, missing = self._reached(path)
         if missing:
             return None
-        parameter = owner._parameters.get(name)
-        return owner._buffers.get(name) if parameter is None else parameter
+        parameter = parameters_of(owner).get(name)
+        return buffers_of(owner).get(name) if parameter is None else parameter
 
     def full(self, fqn: str) -> torch.Tensor:
         """Return the full value of the tensor called ``fqn``, detached.
@@ -296,7 +296,7 @@ class Store:
         for alias in (name, *self.tied(name)):
             path, _, last = alias.rpartition(".")
             owner = self.owner(path)
-            table: dict[str, Any] = owner._parameters if isinstance(value, nn.Parameter) else owner._buffers
+            table: dict[str, Any] = parameters_of(owner) if isinstance(value, nn.Parameter) else buffers_of(owner)
             table[last] = value
 
     def _require_alone(self, name: str, source: torch.Tensor) -> None:
