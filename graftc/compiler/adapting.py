@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from graftc.compiler.adapt.base import anchored, take
 from graftc.compiler.adapt.calls import CALLS
@@ -17,9 +17,8 @@ from graftc.compiler.capture.anchor import Anchor
 from graftc.compiler.capture.as_captured import draws
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.isolation import seldom_collected
-from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, inputs_of_program
-from graftc.compiler.compilation import CalledResolution, Compilation, Graphs, Places, Resolution
+from graftc.compiler.compilation import CalledResolution, Compilation, Graphs, Resolution
 from graftc.compiler.partial_graphs import require_every_edit, require_tokens_alone
 from graftc.compiler.resolve.treated import TreatedUnlikeError
 from graftc.passes.core import progress
@@ -62,64 +61,28 @@ EVAL: Pipeline[Evaluating] = Pipeline("eval", [EVALUATE], {"adapted"})
 """From an adapted Program to that of eval mode."""
 
 
-def adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str] = ()) -> tuple[Graphs, Resolution]:
+def adapt_signature(work: Work) -> tuple[Graphs, Resolution]:
     """Capture one signature and adapt it.
 
     The first signature determines which places are adapted; the others adapt the same places.
-
-    Args:
-        work: the work on the signature: its Compilation, and the source of values for new tensors.
-        request: the calls of the source model that it is for, in train mode.
-        controls: inputs in addition to these, which choose among adaptations.
     """
     with progress.working("compiling", type(work.compilation.source).__name__), seldom_collected():
-        return _adapt_signature(work, request, controls)
+        log = Log()
+        capture = take(work, work.request, log)
+        checked = log.entries[len(capture.traced.history) :]
+        adapted = _with_calls(work, capture, checked) if may_call(work, capture) else None
+        return _adapt(work, capture, checked) if adapted is None else adapted
 
 
-def _adapt_signature(work: Work, request: CaptureRequest, controls: Sequence[str]) -> tuple[Graphs, Resolution]:
-    log, compilation = Log(), work.compilation
-    capture = take(work, request, log)
-    checked = tuple(log.entries[len(capture.traced.history) :])
-    taken = Taken(request, capture, controls, compilation.places() if compilation.signatures else None, checked)
-    if may_call(compilation, taken):
-        adapted = _with_calls(work, taken)
-        if adapted is not None:
-            return adapted
-    return _adapt(work, taken)
-
-
-@dataclass(frozen=True)
-class Taken:
-    """A capture that is to be adapted.
-
-    Attributes:
-        request: the request for the capture.
-        capture: the capture, compared with the source model.
-        controls: inputs in addition to the source model's, by which a call chooses among adaptations.
-        places: the places where the first signature is adapted; None for the first signature itself.
-        checked: entries of its history about the comparison with the model.
-        called: whether equal layers call functions.
-        anchors: comparisons of the graphs of both modes with the model, if they are known.
-    """
-
-    request: CaptureRequest
-    capture: Capture
-    controls: Sequence[str]
-    places: Places | None
-    checked: tuple[HistoryEntry, ...]
-    called: bool = False
-    anchors: tuple[Anchor, ...] = ()
-
-
-def may_call(compilation: Compilation, taken: Taken) -> bool:
+def may_call(work: Work, capture: Capture) -> bool:
     """Return whether layers of a capture may call functions.
 
     This requires that some layers are calls, and that nothing in the spec and no plugin applies to the whole model.
     """
-    if compilation.every_layer:
+    if work.compilation.every_layer:
         return False
-    spec, function_calls = compilation.spec, calls(taken.capture.traced.graph)
-    plain = not (taken.controls or spec.tokens or spec.train or spec.compose) and spec.cloze is None
+    spec, function_calls = work.compilation.spec, calls(capture.traced.graph)
+    plain = not (work.controls or spec.tokens or spec.train or spec.compose) and spec.cloze is None
     return (
         plain
         and bool(function_calls)
@@ -128,39 +91,41 @@ def may_call(compilation: Compilation, taken: Taken) -> bool:
     )
 
 
-def _with_calls(work: Work, taken: Taken) -> tuple[Graphs, Resolution] | None:
+def _with_calls(work: Work, capture: Capture, checked: Sequence[HistoryEntry]) -> tuple[Graphs, Resolution] | None:
     """Adapt a capture whose repeated layers are calls; return None if every layer has to be written out.
 
     Errors in a spec are raised by the written-out graphs, so that their messages name the same places.
+
+    Args:
+        work: the work on the signature.
+        capture: the capture, compared with the source model.
+        checked: entries of its history about the comparison.
     """
     compilation = work.compilation
-    apart = Work(compilation, work.initial, notes=work.notes)
+
+    def adapted(program: Program) -> tuple[Graphs, Resolution]:
+        with _added_or_not(compilation.store):
+            return _adapt(replace(work, parts={}), replace(capture, traced=program), checked, called=True)
+
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                with _added_or_not(compilation.store):
-                    graphs, resolution = _adapt(apart, replace(taken, called=True))
+                graphs, resolution = adapted(capture.traced)
             except TreatedUnlikeError as unlike:
-                more = record_baseline(split(taken.capture.traced, unlike.groups))
-                capture = replace(taken.capture, traced=more)
-                apart = Work(compilation, work.initial, notes=work.notes)
-                with _added_or_not(compilation.store):
-                    graphs, resolution = _adapt(apart, replace(taken, capture=capture, called=True))
+                graphs, resolution = adapted(record_baseline(split(capture.traced, unlike.groups)))
     except (UnlikeBodyError, GraftError):
         return None
     for each in caught:
         again(each)
-    called = CalledResolution(replace(resolution, captures=(taken.capture,)))
-    later, anchors = Initial(compilation.seed, narrow=compilation.narrow), resolution.anchors
+    initial, anchors = Initial(compilation.seed, narrow=compilation.narrow), resolution.anchors
 
     def write_out() -> tuple[Graphs, Resolution]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _adapt(Work(compilation, later), replace(taken, anchors=anchors))
+            return _adapt(replace(work, initial=initial, parts={}, notes=[]), capture, checked, anchors=anchors)
 
-    called.later(write_out)
-    return graphs, called
+    return graphs, CalledResolution(replace(resolution, captures=(capture,)), write_out)
 
 
 @contextmanager
@@ -179,17 +144,33 @@ def _added_or_not(store: Store) -> Iterator[None]:
         raise
 
 
-def _adapt(work: Work, taken: Taken) -> tuple[Graphs, Resolution]:
-    compilation, request, main, called = work.compilation, taken.request, taken.capture, taken.called
-    train = Adapting(work, request, main, taken.places, taken.controls, called)
+def _adapt(
+    work: Work,
+    main: Capture,
+    checked: Sequence[HistoryEntry],
+    *,
+    called: bool = False,
+    anchors: Sequence[Anchor] = (),
+) -> tuple[Graphs, Resolution]:
+    """Adapt a capture of train mode, and derive eval mode or capture it as well.
+
+    Args:
+        work: the work on the signature.
+        main: the capture, compared with the source model.
+        checked: entries of its history about the comparison.
+        called: whether equal layers call functions.
+        anchors: comparisons of the graphs of both modes with the model, if they are known.
+    """
+    compilation, request = work.compilation, work.request
+    train = Adapting(work, request, main, work.places, called)
     source = train.base
-    log = Log([*source.history, *taken.checked])
+    log = Log([*source.history, *checked])
     program = _adapted(train, log)
     program.history = list(log.entries)
     captures, source_eval = list(train.captures), to_eval(source)
     eval_base = record_baseline(source_eval if train.base is source else to_eval(train.base))
-    derived = [anchor for anchor in taken.anchors if anchor.mode == "eval"]
-    if not taken.anchors:
+    derived = [anchor for anchor in anchors if anchor.mode == "eval"]
+    if not anchors:
         derived = [
             anchored(compilation, c, source_eval if c is main else to_eval(c.program), request.axes)
             for c in train.captures
@@ -199,9 +180,9 @@ def _adapt(work: Work, taken: Taken) -> tuple[Graphs, Resolution]:
         # Eval mode is more than train mode without dropout, so it needs a capture of its own.
         if called:
             raise UnlikeBodyError("each mode has a capture of its own")
-        in_eval = request.in_mode("eval")
+        in_eval = replace(request, mode="eval")
         direct = take(work, in_eval, Log())
-        eval_adapting = Adapting(work, in_eval, direct, train, taken.controls)
+        eval_adapting = Adapting(work, in_eval, direct, train)
         evaluating = Evaluating(eval_adapting, _adapted(eval_adapting, Log()), False, eval_adapting.base)
         captures += eval_adapting.captures
         source_eval, eval_base, derived = direct.program, eval_adapting.base, []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -96,14 +96,10 @@ class Resolution:
         """Whether all captures came from files."""
         return all(capture.cached for capture in self.captures)
 
-    @property
+    @cached_property
     def places_as_run(self) -> Places:
         """The places where its graphs are adapted, in the graphs that are run."""
         return Places(self.resolved, self.trained)
-
-    def with_notes(self, notes: tuple[str, ...]) -> Resolution:
-        """Return the same Resolution with other notes."""
-        return replace(self, notes=notes)
 
     def add_constants(self, store: Store) -> None:
         """Add the tensors that the graphs use beyond the model's own, if a Store does not have them yet."""
@@ -119,46 +115,32 @@ class CalledResolution(Resolution):
     What describes the graphs with every layer written out is computed when it is first requested.
 
     Args:
-        found: the Resolution with calls; `places` keeps its sites.
+        resolution: the Resolution with calls, whose places are those of the graphs that are run.
+        write_out: a function that returns the graphs with every layer written out, and their Resolution.
     """
 
-    places: Places
-    _make: Callable[[], tuple[Graphs, Resolution]] | None
+    _write_out: Callable[[], tuple[Graphs, Resolution]]
     _graphs: Graphs
 
-    def __init__(self, resolution: Resolution) -> None:
+    def __init__(self, resolution: Resolution, write_out: Callable[[], tuple[Graphs, Resolution]]) -> None:
         own = {name: value for name, value in vars(resolution).items() if name not in _WRITTEN_OUT}
-        vars(self).update(own, places=Places(resolution.resolved, resolution.trained), _make=None, _graphs={})
-
-    @property
-    def places_as_run(self) -> Places:
-        """The places in the graphs with calls, which are those that are run."""
-        return self.places
-
-    def with_notes(self, notes: tuple[str, ...]) -> Resolution:
-        """Replace the notes in place, and return the Resolution itself."""
-        vars(self)["notes"] = notes
-        return self
-
-    def later(self, make: Callable[[], tuple[Graphs, Resolution]]) -> None:
-        """Set the function that makes the graphs with every layer written out, and their Resolution."""
-        vars(self)["_make"] = make
+        vars(self).update(own, places_as_run=resolution.places_as_run, _write_out=write_out, _graphs={})
 
     @property
     def graphs(self) -> Graphs:
         """The graphs with every layer written out, made when they are first requested."""
-        if self._make is None:
-            return self._graphs
-        with exclusive():
-            if self._make is not None:  # another thread may have made them in the meantime
-                graphs, resolution = self._make()
-                vars(self).update({name: vars(resolution)[name] for name in _WRITTEN_OUT}, _graphs=graphs, _make=None)
+        if not self._graphs:
+            with exclusive():
+                if not self._graphs:  # another thread may have made them in the meantime
+                    graphs, resolution = self._write_out()
+                    written_out = {name: vars(resolution)[name] for name in _WRITTEN_OUT}
+                    vars(self).update(written_out, _graphs=graphs, _write_out=None)
         return self._graphs
 
     @property
     def is_written_out(self) -> bool:
         """Whether the graphs with every layer written out have been made."""
-        return self._make is None
+        return bool(self._graphs)
 
     def __getattr__(self, name: str) -> Any:
         if name not in _WRITTEN_OUT or not self.graphs:
@@ -174,7 +156,7 @@ class SignatureTable:
 
     Attributes:
         programs: every graph, in which equal layers may call functions.
-        found: the Resolution of each signature, the first one first.
+        resolutions: the Resolution of each signature, the first one first.
         parts: the tensors of all of them.
         notes: notes for display on what capturing any of them had to change.
         first_call: inputs of the first call of the first signature, if random ones make no sense and no caller has
@@ -183,20 +165,20 @@ class SignatureTable:
 
     def __init__(self) -> None:
         self.programs: dict[ProgramKey, Program] = {}
-        self.found: dict[Signature, Resolution] = {}
+        self.resolutions: dict[Signature, Resolution] = {}
         self.parts: dict[str, dict[SiteKey | None, dict[str, str]]] = {}
         self.notes: tuple[str, ...] = ()
         self.first_call: Mapping[str, Tensor] | None = None
         self._by_inputs: dict[tuple[str, ...], list[Signature]] = {}
 
-    def add(self, graphs: Graphs, resolution: Resolution) -> None:
-        """Add the graphs of a new signature; other threads find it only when it is complete."""
+    def add(self, graphs: Graphs, resolution: Resolution, notes: Iterable[str]) -> None:
+        """Add the graphs of a new signature, and notes on it; other threads find it only when it is complete."""
         signature = resolution.signature
         self.programs |= {ProgramKey(entry, mode, signature, stage): p for (entry, mode, stage), p in graphs.items()}
-        self.found[signature] = resolution
+        self.resolutions[signature] = resolution
         for owner, sites in resolution.parts.items():
             self.parts.setdefault(owner, {}).update(sites)
-        self.notes += tuple(note for note in resolution.notes if note not in self.notes)
+        self.notes += tuple(note for note in notes if note not in self.notes)
         self._by_inputs.setdefault(signature.inputs, []).append(signature)
 
     def find(self, inputs: Mapping[str, Any]) -> Signature | None:
@@ -252,7 +234,7 @@ class Compilation:
     @property
     def signatures(self) -> Mapping[Signature, Resolution]:
         """The Resolution of each signature, the first one first."""
-        return self.table.found
+        return self.table.resolutions
 
     @property
     def parts(self) -> Mapping[str, Parts]:
@@ -314,8 +296,7 @@ class Compilation:
         """Return the graphs of a signature by the names that they have in files.
 
         These are ``train``, ``eval``, ``base.train``, ``base.eval``, and what was captured for these if there are
-        virtual
-        tokens (``tokens.train``, ``embeds.train``) or if eval mode could not be derived.
+        virtual tokens (``tokens.train``, ``embeds.train``) or if eval mode could not be derived.
         """
         stages: tuple[tuple[str, Stage], ...] = (("base.", "base"), ("", "adapted"))
         modes: tuple[Mode, ...] = ("train", "eval")

@@ -58,7 +58,7 @@ def _check(program: Program, node: fx.Node, text: str) -> InputCheck | None:
         return None
     condition = node.args[0]
     assert isinstance(condition, fx.Node)
-    needed = {condition, *above([condition])}
+    needed = set(above([condition]))
     if len(needed) > _LARGEST or any(map(_of_more_than_inputs, needed)):
         return None
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()

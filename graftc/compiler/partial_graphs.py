@@ -60,19 +60,15 @@ def require_every_place(
     main = compilation.places()
     places = {str(site.key) for r in [*read, *(r for part in parts for r in part.resolved)] for site, _ in r.places}
     tensors = {site.tensor for sites in [trained, *(part.trained for part in parts)] for site in sites}
-    for resolved in main.resolved:
-        for site, _ in resolved.places:
-            if str(site.key) not in places:
-                raise _missing(program, str(site.key), resolved.name)
-    for parameter in main.trained:
-        if parameter.tensor not in tensors:
-            raise _missing(program, parameter.tensor, TRAIN)
-
-
-def _missing(program: Program, place: str, owner: str) -> GraftError:
-    error = not_read(program, place, owner)
-    hint = "encoder_outputs come from compiled.get_encoder()(...), whose adaptations the decoder's graph does not have"
-    return GraftError(error.code, error.message, hint=hint) if ENCODED in program.signature else error
+    missing = [(str(site.key), r.name) for r in main.resolved for site, _ in r.places if str(site.key) not in places]
+    missing += [(parameter.tensor, TRAIN) for parameter in main.trained if parameter.tensor not in tensors]
+    for place, owner in missing:
+        error = not_read(program, place, owner)
+        if ENCODED not in program.signature:
+            raise error
+        source = "encoder_outputs come from compiled.get_encoder()(...)"
+        hint = f"{source}, whose adaptations the decoder's graph does not have"
+        raise GraftError(error.code, error.message, hint=hint)
 
 
 def require_every_edit(compilation: Compilation, program: Program, base: Program) -> None:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from graftc.compiler.capture.capture_cache import Known
 from graftc.compiler.capture.identity.capture_key import walked_once
-from graftc.compiler.capture.interface import Flags
+from graftc.compiler.capture.interface import Flags, has_values
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.refusals import told
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.live.refusals import refuse_read
-from graftc.compiler.preparing import Level, Prepared, explained, prepare
+from graftc.compiler.preparing import Prepared, explained, prepare
+from graftc.compiler.preparing import StartingPoint as StartingPoint
 from graftc.compiler.signatures import add_first
 from graftc.compiler.source_watch import SourceWatch
 from graftc.passes.core.build.initial import Initial
@@ -24,31 +23,6 @@ from graftc.passes.core.elements.calls import CALLS
 from graftc.passes.core.weights.store import Store
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
-
-
-@dataclass(frozen=True)
-class StartingPoint:
-    """Inputs of a compilation in addition to the spec and the model.
-
-    Attributes:
-        seed: the seed that initial values are drawn from.
-        use_cache: whether to look up and keep the captured graph in the user's cache folder.
-        values: adapter tensors to start from instead of initial values, by name.
-        known: captures to use instead of capturing, by their key.
-        every_layer: whether to write every layer out from the beginning, for callers that inspect graphs and run none.
-        level: how much of the model is one graph; by default as much as possible.
-        because: the reason why it is not all of it.
-        shown: called with a model that is taken apart to see how it calls its layers; see `Prepared`.
-    """
-
-    seed: int = 0
-    use_cache: bool = True
-    values: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    known: Known = field(default_factory=dict, repr=False)
-    every_layer: bool = False
-    level: Level | None = None
-    because: str = ""
-    shown: Callable[[nn.Module], Any] | None = None
 
 
 @exclusive()
@@ -78,28 +52,18 @@ def compile_model(
     try:
         return _compiled(spec, model, axes, flags, start)
     except GraftError as error:
-        asked = start.level is not None or spec.capture == "graph"
-        if asked or error.code not in _NO_GRAPH or not _has_values(model):
+        if start.level is not None or spec.capture == "graph" or error.code not in _NO_GRAPH or not has_values(model):
             raise
         graph_error = error
     # Not in the handler: that error would become the context of later ones, which says why a trace has failed.
     try:
-        return _compiled(spec, model, axes, flags, replace(start, level="layers", because=_why(graph_error)))
+        reason = told(graph_error.__cause__ or graph_error)  # without the inputs that the model was called with
+        return _compiled(spec, model, axes, flags, replace(start, level="layers", because=reason))
     except GraftError as error:
         if error.code == "GC030" and spec.capture != "layers":
             details = (*graph_error.details, f"taken apart: {error.message}")
             raise GraftError(graph_error.code, graph_error.message, hint=graph_error.hint, details=details) from error
         raise
-
-
-def _has_values(model: nn.Module) -> bool:
-    """Return whether a model can be run."""
-    return all(tensor.device.type != "meta" for tensor in (*model.parameters(), *model.buffers()))
-
-
-def _why(refused: GraftError) -> str:
-    """Return the reason why a model is not one graph, without the inputs that it was called with."""
-    return told(refused.__cause__ or refused)
 
 
 _NO_GRAPH = ("GC030", "GC041")
@@ -110,8 +74,7 @@ def _compiled(
     spec: Spec, model: nn.Module, axes: Sequence[Axis] | None, flags: Flags, start: StartingPoint
 ) -> Compilation:
     """Compile a model at one level."""
-    asked = Prepared(spec, model, model, axes, flags, start.use_cache, start.known)
-    prepared = prepare(replace(asked, level=start.level or "graph", because=start.because, shown=start.shown))
+    prepared = prepare(Prepared(spec, model, model, axes, flags, start))
     store = Store.mirror(prepared.model)
     compilation = Compilation(
         spec,
@@ -121,14 +84,14 @@ def _compiled(
         SourceWatch(prepared.source),
         start.seed,
         start.use_cache,
-        prepared.known,
+        prepared.start.known,
         every_layer=start.every_layer,
         in_the_way=prepared.in_the_way,
     )
     originals = {name: tensor.detach() for name, tensor in prepared.unpacked.items() if name in store.packed}
     initial = Initial(start.seed, start.values, originals, compilation.narrow)
     try:
-        if prepared.level != "graph":  # no graph shows the writes between graphs
+        if start.takes_apart:  # no graph shows the writes between graphs
             for name in (*prepared.written, *(n for n in start.values if n in store and store.is_buffer(n))):
                 store.own(name, start.values.get(name))
         add_first(compilation, prepared.axes, prepared.flags, initial, prepared.notes)

@@ -16,7 +16,7 @@ from graftc.compiler.capture.past import CACHE, PAST, Past
 from graftc.compiler.capture.signature import BATCH, size_of
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.past_inputs import is_past
-from graftc.passes.core.ir.program import InputSpec, Program
+from graftc.passes.core.ir.program import InputSpec, Program, above
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
@@ -128,20 +128,10 @@ def _tables(program: Program, store: Store) -> Iterator[PositionTable]:
 
 def _inputs_of(index: fx.Node) -> set[str] | None:
     """Return the names of the inputs that an index is computed from; None if weights are involved."""
-    names: set[str] = set()
-    seen: set[fx.Node] = set()
-    pending = [index]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.op == "placeholder":
-            names.add(str(node.target))
-        elif node.op == "get_attr" and node.meta["val"].is_floating_point():
-            return None
-        pending += node.all_input_nodes
-    return names
+    sources = above([index])
+    if any(node.op == "get_attr" and node.meta["val"].is_floating_point() for node in sources):
+        return None
+    return {str(node.target) for node in sources if node.op == "placeholder"}
 
 
 def _long(spec: InputSpec, length: int, device: torch.device) -> Tensor:

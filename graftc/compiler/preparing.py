@@ -9,8 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graftc.compiler.capture.attempts import first_capture
 from graftc.compiler.capture.capture import Capture
@@ -18,7 +17,7 @@ from graftc.compiler.capture.capture_cache import Known, captured, key
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import Flags, device_of
 from graftc.compiler.capture.request import CaptureRequest
-from graftc.compiler.capture.signature import Axis, Structured
+from graftc.compiler.capture.signature import Axis
 from graftc.compiler.capture.source_model import require_plain
 from graftc.compiler.live.elements import as_inputs, layers_of, maps_of, union_of
 from graftc.compiler.live.levels import taken_apart
@@ -41,6 +40,37 @@ runs."""
 
 
 @dataclass(frozen=True)
+class StartingPoint:
+    """Inputs of a compilation in addition to the spec and the model.
+
+    Attributes:
+        seed: the seed that initial values are drawn from.
+        use_cache: whether to look up and keep the captured graph in the user's cache folder.
+        values: adapter tensors to start from instead of initial values, by name.
+        known: captures to use instead of capturing, by their key.
+        every_layer: whether to write every layer out from the beginning, for callers that inspect graphs and run none.
+        level: how much of the model is one graph; by default as much as possible.
+        because: the reason why it is not all of it.
+        shown: called with a model that is taken apart to see how it calls its layers; one call on its inputs by
+            default.
+    """
+
+    seed: int = 0
+    use_cache: bool = True
+    values: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    known: Known = field(default_factory=dict, repr=False)
+    every_layer: bool = False
+    level: Level | None = None
+    because: str = ""
+    shown: Callable[[nn.Module], Any] | None = None
+
+    @property
+    def takes_apart(self) -> bool:
+        """Whether only parts of the model are graphs."""
+        return self.level not in (None, "graph")
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A model while it is prepared for capture.
 
@@ -50,16 +80,12 @@ class Prepared:
         source: the model as it was given, with its weights packed if the spec requests it.
         axes: its inputs; None for the model's usual ones.
         flags: other keyword arguments of its calls.
-        use_cache: whether to look up and keep captured graphs in the user's cache folder.
-        known: captures that exist already, by their key.
+        start: what exists already, and how much of the model is one graph.
         unpacked: the parameters from before the spec had them packed, by name.
-        level: how much of the model is one graph.
-        because: the reason why it is not all of it.
-        notes: messages about that for people.
+        notes: messages for people about what is not one graph.
         in_the_way: the reasons by the path of a stack of layers, with the model's own under the empty path.
         written: names of the buffers that the Python between graphs writes to.
         read: names of the parameters that it reads.
-        shown: called with the model to see how it calls its layers; one call on its inputs by default.
     """
 
     spec: Spec
@@ -67,52 +93,12 @@ class Prepared:
     source: nn.Module
     axes: Sequence[Axis] | None = None
     flags: Flags = ()
-    use_cache: bool = True
-    known: Known = field(default_factory=dict, repr=False)
+    start: StartingPoint = StartingPoint()
     unpacked: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)
-    level: Level = "graph"
-    because: str = ""
     notes: tuple[str, ...] = ()
     in_the_way: Mapping[str, str] = field(default_factory=dict)
     written: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
-    shown: Callable[[nn.Module], Any] | None = None
-
-
-def _same(error: GraftError, prepared: Prepared) -> GraftError:
-    return error
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """One step of the preparation.
-
-    Attributes:
-        name: its name, for people.
-        asked: returns whether the step is requested.
-        apply: returns the model with the step taken.
-        explain: returns the reason why a model with the step taken cannot be captured, in the words of the spec.
-    """
-
-    name: str
-    asked: Callable[[Prepared], bool]
-    apply: Callable[[Prepared], Prepared]
-    explain: Callable[[GraftError, Prepared], GraftError] = _same
-
-
-def _plain(prepared: Prepared) -> Prepared:
-    require_plain(prepared.model)
-    return prepared
-
-
-def _arrive(prepared: Prepared) -> Prepared:
-    model = arrived(prepared.model)
-    return replace(prepared, model=model, source=model)
-
-
-def _refuse_whole(prepared: Prepared) -> Prepared:
-    refuse_whole(prepared.spec, type(prepared.source).__name__)
-    return prepared
 
 
 def _quantise(prepared: Prepared) -> Prepared:
@@ -120,12 +106,14 @@ def _quantise(prepared: Prepared) -> Prepared:
 
     Graphs read weights however they are stored, so the capture that locates them also fits the packed model.
     """
-    model, spec = prepared.model, prepared.spec
+    model, spec, start = prepared.model, prepared.spec, prepared.start
+    if spec.base.quantize is None:
+        return prepared
     aliases = Store.mirror(model).aliases
 
     def attempt(axes: Sequence[Axis]) -> tuple[CaptureRequest, Capture]:
         request = CaptureRequest(model, tuple(axes), prepared.flags, aliases=aliases)
-        return request, captured(request, use_cache=prepared.use_cache, known=prepared.known)
+        return request, captured(request, use_cache=start.use_cache, known=start.known)
 
     request, capture = first_capture(model, prepared.axes, attempt)
     packed = same_fresh(model, quantised(model, spec.base, linear_maps(capture)))
@@ -134,13 +122,14 @@ def _quantise(prepared: Prepared) -> Prepared:
         prepared,
         model=packed,
         source=packed,  # so that nothing keeps the original weights alive
-        known={**prepared.known, **({} if name is None else {name: capture.again})},
+        start=start if name is None else replace(start, known={**start.known, name: capture.again}),
         unpacked=dict(model.named_parameters(remove_duplicate=False)),
     )
 
 
 def _untie(prepared: Prepared) -> Prepared:
-    return replace(prepared, model=untied(prepared.model, prepared.spec.untie, prepared.axes))
+    untie = prepared.spec.untie
+    return replace(prepared, model=untied(prepared.model, untie, prepared.axes)) if untie else prepared
 
 
 def _make_room(prepared: Prepared) -> Prepared:
@@ -158,14 +147,17 @@ def _take_apart(prepared: Prepared) -> Prepared:
 
     Flags that already say how a layer is called come from an earlier Compilation.
     """
+    start = prepared.start
+    if not start.takes_apart:
+        return prepared
     if elements := elements_in(prepared.flags):
         return replace(prepared, model=union_of(prepared.model, elements))
     model, axes = prepared.model, prepared.axes
     shown = default_axes(model) if axes is None else axes
     device = device_of(model)
-    inputs = {**{axis.name: _given(axis, device) for axis in shown}, **dict(prepared.flags)}
-    run = prepared.shown or (lambda own: own(**inputs))
-    apart = taken_apart(model, run, maps_alone=prepared.level == "modules")
+    inputs = {**{axis.name: axis.given(device) for axis in shown}, **dict(prepared.flags)}
+    run = start.shown or (lambda own: own(**inputs))
+    apart = taken_apart(model, run, maps_alone=start.level == "modules")
     if apart.by_maps and prepared.spec.capture == "layers":
         row, reason = next(iter(apart.by_maps.items()))
         message = f"the layers of {row} cannot be graphs: {reason}"
@@ -174,7 +166,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
     rows = [f"of {row} single maps are graphs, where roles are not known: {why}" for row, why in apart.by_maps.items()]
     rows += [f"of {row} parts of layers are graphs: {why}" for row, why in apart.by_parts.items()]
     rows += [f"the inputs shown do not call {row}, where nothing is adapted" for row in apart.uncalled]
-    notes = (_told(apart.calls, model, prepared.because), *rows)
+    notes = (_told(apart.calls, model, start.because), *rows)
     union = union_of(model, elements_in(flags))
     return replace(
         prepared,
@@ -184,15 +176,8 @@ def _take_apart(prepared: Prepared) -> Prepared:
         notes=notes,
         written=apart.written,
         read=apart.read,
-        in_the_way={"": prepared.because, **apart.by_parts, **apart.by_maps},
+        in_the_way={"": start.because, **apart.by_parts, **apart.by_maps},
     )
-
-
-def _given(axis: Axis, device: torch.device) -> Any:
-    """Return the value given for an input, or an example if there is none."""
-    if isinstance(axis, Structured):
-        return axis.on(device)
-    return axis.example(device) if axis.shown is None else axis.shown.to(device)
 
 
 def _told(elements: Collection[str], model: nn.Module, because: str) -> str:
@@ -206,33 +191,6 @@ def _told(elements: Collection[str], model: nn.Module, because: str) -> str:
     return f"{name} is its own Python between graphs of {of}" + (f": {because}" if because else "")
 
 
-def _not_filling(error: GraftError, prepared: Prepared) -> GraftError:
-    cloze = prepared.spec.cloze
-    return error if cloze is None else not_filling(error, prepared.model, cloze)
-
-
-def _without_a_batch(error: GraftError, prepared: Prepared) -> GraftError:
-    """Turn GC037 into GC149: the inputs of layers need not have a batch axis, so nothing can choose per row."""
-    if error.code != "GC037":
-        return error
-    name = type(prepared.source).__name__
-    message = f"{name} is taken apart into its layers, and what is chosen for each row of a batch is of a whole call"
-    return GraftError("GC149", message, place=error.place, hint="adapt layers and maps instead")
-
-
-PREPARATIONS = (
-    Preparation("plain", lambda _: True, _plain),
-    Preparation("refuse what is of the whole", lambda prepared: prepared.level != "graph", _refuse_whole),
-    Preparation("arrive", lambda _: True, _arrive),
-    Preparation("quantise", lambda prepared: prepared.spec.base.quantize is not None, _quantise),
-    Preparation("untie", lambda prepared: bool(prepared.spec.untie), _untie),
-    Preparation("make room for tokens", lambda prepared: prepared.spec.tokens is not None, _make_room),
-    Preparation("fill blanks", lambda prepared: prepared.spec.cloze is not None, _fill, _not_filling),
-    Preparation("take apart", lambda prepared: prepared.level != "graph", _take_apart, _without_a_batch),
-)
-"""Every step, in order."""
-
-
 def prepare(prepared: Prepared) -> Prepared:
     """Take the steps that the spec requests.
 
@@ -242,9 +200,13 @@ def prepare(prepared: Prepared) -> Prepared:
             part, at its place in the spec.
     """
     try:
-        for step in PREPARATIONS:
-            if step.asked(prepared):
-                prepared = step.apply(prepared)
+        require_plain(prepared.model)
+        if prepared.start.takes_apart:
+            refuse_whole(prepared.spec, type(prepared.source).__name__)
+        model = arrived(prepared.model)
+        prepared = replace(prepared, model=model, source=model)
+        for step in (_quantise, _untie, _make_room, _fill, _take_apart):
+            prepared = step(prepared)
     except GraftError as error:
         located = prepared.spec.locate(error)
         if located is error:
@@ -254,8 +216,17 @@ def prepare(prepared: Prepared) -> Prepared:
 
 
 def explained(error: GraftError, prepared: Prepared) -> GraftError:
-    """Return the reason why a prepared model cannot be captured, in the words of the spec, at its place there."""
-    for step in PREPARATIONS:
-        if step.asked(prepared):
-            error = step.explain(error, prepared)
+    """Return the reason why a prepared model cannot be captured, in the words of the spec, at its place there.
+
+    GC037 becomes GC149 if only parts of the model are graphs: the inputs of layers need not have a batch axis, so
+    nothing can choose per row.
+    """
+    if prepared.spec.cloze is not None:
+        error = not_filling(error, prepared.model, prepared.spec.cloze)
+    if error.code == "GC037" and prepared.start.takes_apart:
+        name = type(prepared.source).__name__
+        message = (
+            f"{name} is taken apart into its layers, and what is chosen for each row of a batch is of a whole call"
+        )
+        error = GraftError("GC149", message, place=error.place, hint="adapt layers and maps instead")
     return prepared.spec.locate(error)

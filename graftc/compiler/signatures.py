@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ def add_first(
             raise _for_other_sizes(compilation.model, shown)
         bound = fixed_notes(tried, adapted[0]["forward", "train", "base"].inputs)
         messages = dict.fromkeys((*notes, *bound, *adapted[1].notes, *fixed_sizes(axes or (), tried)))
-        return _included(compilation, adapted[0], adapted[1].with_notes(tuple(messages)))
+        return _included(compilation, *adapted, messages)
 
     return first_capture(compilation.model, axes, attempt)
 
@@ -204,12 +204,21 @@ def _adapted(
     """Make the graphs of a signature without adding them to the Compilation."""
     always = [name for name, composition in compilation.controls.items() if isinstance(composition, Parallel)]
     request = CaptureRequest(compilation.model, tuple(axes), flags, aliases=compilation.store.aliases)
-    work = Work(compilation, Initial(compilation.seed, narrow=compilation.narrow) if initial is None else initial)
-    return adapt_signature(work, request, list(dict.fromkeys([*always, *chosen])))
+    places = compilation.places() if compilation.signatures else None
+    values = Initial(compilation.seed, narrow=compilation.narrow) if initial is None else initial
+    return adapt_signature(Work(compilation, request, list(dict.fromkeys([*always, *chosen])), places, values))
 
 
-def _included(compilation: Compilation, graphs: Graphs, resolution: Resolution) -> Signature:
-    """Add graphs to the Compilation unless it has their signature, and return the signature."""
+def _included(
+    compilation: Compilation, graphs: Graphs, resolution: Resolution, notes: Iterable[str] | None = None
+) -> Signature:
+    """Add graphs to the Compilation unless it has their signature, and return the signature.
+
+    Args:
+        compilation: the Compilation.
+        graphs, resolution: the graphs and what was resolved in them.
+        notes: notes for display on them; by default those of the Resolution.
+    """
     if resolution.signature not in compilation.signatures:
-        compilation.table.add(graphs, resolution)
+        compilation.table.add(graphs, resolution, resolution.notes if notes is None else notes)
     return resolution.signature

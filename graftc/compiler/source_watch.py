@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from graftc.compiler.capture.identity.capture_key import held_by
+from graftc.compiler.capture.identity.capture_key import digests_of_holdings
 from graftc.specs.errors.diagnostics import warn
 
 
@@ -17,13 +17,13 @@ class SourceWatch:
 
     def __init__(self, source: nn.Module) -> None:
         self._source = source
-        self._before = held_by(source)
+        self._before = digests_of_holdings(source)
 
     def look(self) -> None:
         """Warn if the model has changed: graphs that are made from now on show its present state."""
         if self._before is None:
             return
-        before, now = self._before, held_by(self._source)
+        before, now = self._before, digests_of_holdings(self._source)
         changed = [name for name in {**before, **(now or {})} if now is None or now.get(name) != before.get(name)]
         if not changed:
             return

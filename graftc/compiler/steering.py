@@ -73,10 +73,8 @@ def steerings(compilation: Compilation) -> Steerings:
     controllers: dict[str, Controller[Any]] = {}
     objectives: dict[str, TensorObjective[Any]] = {}
     outputs: dict[str, OutputObjective[Any]] = {}
-    wanted = [item.name for item in compilation.places().resolved if _steers(item.spec)]
-    for resolved in compilation.main.resolved if wanted else ():
-        if resolved.name not in wanted:
-            continue
+    steered = any(_steers(item.spec) for item in compilation.places().resolved)
+    for resolved in compilation.main.resolved if steered else ():
         method = method_for(resolved.spec.method)
         places, shared = live_places(compilation, resolved)
         if method.controller is not None and method.controller.wanted(resolved.spec):

@@ -41,16 +41,15 @@ def take(work: Work, request: CaptureRequest, log: Log) -> Capture:
     """
     compilation = work.compilation
     capture = captured(request, use_cache=compilation.use_cache, known=compilation.known)
-    if capture.cached or capture.alike:
-        try:
-            capture = _checked(compilation, capture, log, request.axes)
-        except Exception as error:  # a cached graph or shared layers may be at fault
-            from_cache = capture.cached
-            capture = _every_layer(compilation, capture, request, log)
-            if from_cache:
-                capture.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
-    else:
+    from_cache = capture.cached
+    try:
         capture = _checked(compilation, capture, log, request.axes)
+    except Exception as error:
+        if not from_cache and not capture.alike:  # neither a cached graph nor shared layers can be at fault
+            raise
+        capture = _every_layer(compilation, capture, request, log)
+        if from_cache:
+            capture.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
     _note(work, capture)
     if compilation.spec.cloze is not None:
         capture = replace(capture, traced=capture.program)

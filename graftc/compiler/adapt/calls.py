@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from itertools import repeat
 from typing import Any
 
 from torch import fx
 
 from graftc.compiler.adapt.context import Adapting
 from graftc.compiler.adapt.insert import RECOMPUTE, insert_single
+from graftc.compiler.capture.alike.written import alike_arguments
 from graftc.compiler.resolve.compose import units
 from graftc.compiler.resolve.moved import SiteMove
 from graftc.passes.core.build.builder import Builder
@@ -48,7 +48,7 @@ class _Template:
 
     Attributes:
         base: the Program before anything was inserted.
-        given, made: the nodes that the body is given and computes there.
+        given, results: the nodes that the body is given and computes there.
         nodes: nodes of the base between what the body is given and what it computes, with those of the adapted Program.
         body: path of the body's layer.
         inside: the nodes that the body computes in the adapted Program.
@@ -56,7 +56,7 @@ class _Template:
 
     base: Program
     given: list[fx.Node]
-    made: list[fx.Node]
+    results: list[fx.Node]
     nodes: dict[fx.Node, fx.Node]
     body: str
     inside: set[fx.Node]
@@ -87,7 +87,7 @@ class _Template:
             if node.op == "get_attr":
                 new.target = renamed(str(node.target), self.body, path)
             new.meta.update(moved_meta(node, self.body, path))
-        graph.output(tuple(nodes[node] for node in (*self.given, *self.made)))
+        graph.output(tuple(nodes[node] for node in (*self.given, *self.results)))
         program = replace(self.base, graph=graph, edits=Edits(), history=[], tensor_edits=TensorEdits(), memory=None)
         program.limits = dict(self.base.limits)
         return program, {adapted: nodes[node] for node, adapted in self.nodes.items()}
@@ -238,28 +238,12 @@ def _require_same(
             continue
         same[ours] = theirs
         read: list[tuple[fx.Node, fx.Node]] = []
-        alike = ours.op == theirs.op and _like(ours.args, theirs.args, read) and _like(ours.kwargs, theirs.kwargs, read)
-        if ours.op in ("get_attr", "placeholder"):
-            alike = alike and renamed(str(ours.target), now.body, now.path) == theirs.target
-        elif ours.target is not theirs.target:
-            alike = False
-        if not alike:
+        alike = alike_arguments((ours.args, ours.kwargs), (theirs.args, theirs.kwargs), read)
+        named = ours.op in ("get_attr", "placeholder")
+        target = renamed(str(ours.target), now.body, now.path) if named else ours.target
+        if not alike or ours.op != theirs.op or target != theirs.target:
             raise UnlikeBodyError(f"{ours.name} is not what {now.path} computes")
         pending += read
-
-
-def _like(a: Any, b: Any, read: list[tuple[fx.Node, fx.Node]]) -> bool:
-    """Return whether arguments are equal except for nodes, which are collected in pairs."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, fx.Node):
-        read.append((a, b))
-        return True
-    if isinstance(a, tuple | list):
-        return len(a) == len(b) and all(map(_like, a, b, repeat(read)))
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_like(a[key], b[key], read) for key in a)
-    return bool(a == b)
 
 
 CALLS: Pass[Adapting] = Pass(

@@ -30,12 +30,18 @@ class Work:
 
     Attributes:
         compilation: the Compilation that it belongs to, without the signature.
+        request: the calls of the source model that it is for, in train mode.
+        controls: inputs in addition to these, by which a call chooses among adaptations.
+        places: the places where the first signature is adapted; None for the first signature itself.
         initial: the source of values for new tensors.
         parts: the inserted tensors, by adaptation, site and part.
         notes: what capturing had to change, in words for people, unless the Compilation says it already.
     """
 
     compilation: Compilation
+    request: CaptureRequest
+    controls: Sequence[str]
+    places: Places | None
     initial: Initial
     parts: dict[str, dict[SiteKey | None, dict[str, str]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -55,7 +61,6 @@ class Adapting(PassHost):
         capture: the result of the request.
         places: the places to adapt: those of the first signature, or of the same signature in train mode; None if the
             spec's targets decide.
-        controls: inputs in addition to the source model's, by which a call chooses among adaptations.
         called: whether equal layers call functions; otherwise every layer is written out.
         base: the Program that is adapted, which stays unchanged.
         captures: the captures that it was made of.
@@ -71,7 +76,6 @@ class Adapting(PassHost):
     request: CaptureRequest
     capture: Capture
     places: Places | Adapting | None
-    controls: Sequence[str]
     called: bool = False
     base: Program = field(init=False)
     captures: list[Capture] = field(init=False)
@@ -99,7 +103,7 @@ class Adapting(PassHost):
         return self.compilation.store
 
     @property
-    def whole_spec(self) -> Spec:
+    def requested_spec(self) -> Spec:
         """The spec that the user asked for."""
         return self.compilation.spec
 
@@ -121,8 +125,7 @@ class Adapting(PassHost):
     @property
     def attentions(self) -> tuple[AttentionSite, ...]:
         """Every attention of the Program."""
-        every = (site for sites in self.resolver.table.entries for site in sites)
-        return tuple(site for site in every if isinstance(site, AttentionSite))
+        return tuple(site for site in self.every_site if isinstance(site, AttentionSite))
 
     def is_called(self, site: Site) -> bool:
         """Return whether a site is inside a layer that calls a function; inputs and outputs of layers are not."""

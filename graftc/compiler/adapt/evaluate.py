@@ -38,9 +38,9 @@ class Evaluating(PassHost):
         return self.adapting.store
 
     @property
-    def whole_spec(self) -> Spec:
+    def requested_spec(self) -> Spec:
         """The spec that the user asked for."""
-        return self.adapting.whole_spec
+        return self.adapting.requested_spec
 
     def inserting(self, program: Program, owner: str) -> Builder:
         """Return a builder that inserts nodes in the name of ``owner``."""

@@ -16,7 +16,6 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.tokens import TOKENS, token_sites
 from graftc.compiler.resolve.train import TRAIN, insert_train
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.build.nodes import Seams
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.method.folding import fold_at
 from graftc.passes.core.method.insertion import insert_at, prepare
@@ -30,7 +29,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def _controls(program: Program, context: Adapting) -> None:
-    add_controls(program, context.compilation.spec, context.controls, dtype_of(context.compilation.model))
+    add_controls(program, context.compilation.spec, context.work.controls, dtype_of(context.compilation.model))
 
 
 def _tokens(program: Program, context: Adapting) -> Sequence[Pass[Adapting]]:
@@ -63,13 +62,9 @@ def _adaptations(program: Program, context: Adapting) -> Sequence[Pass[Adapting]
 
 
 def _insert(program: Program, context: Adapting, unit: Unit) -> None:
-    compilation = context.compilation
-
-    def new(name: str, method: str, seams: Seams | None = None) -> Builder:
-        return context.builder(program, name, method, seams)
-
     if unit.composition is not None:
-        for owner, parts in insert_unit(unit, program, compilation.spec, new, _adapt).items():
+        builder = partial(context.builder, program)
+        for owner, parts in insert_unit(unit, program, context.compilation.spec, builder, _adapt).items():
             context.work.enter(owner, parts)
         return
     (item,) = unit.members
@@ -143,7 +138,7 @@ CONTROLS = Pass(
     _controls,
     {"places"},
     {"controls"},
-    wanted=lambda program, context: bool(context.controls),
+    wanted=lambda program, context: bool(context.work.controls),
 )
 """Add the inputs by which a call chooses among adaptations."""
 

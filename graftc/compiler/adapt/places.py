@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from graftc.compiler.adapt.base import take
 from graftc.compiler.adapt.context import Adapting
@@ -91,7 +92,7 @@ def _lengthen(program: Program, context: Adapting) -> Program:
     compilation, plan = context.compilation, context.plan
 
     def again(axes: Sequence[Axis], flags: Flags) -> Capture:
-        return take(context.work, context.request.with_inputs(axes, flags), Log())
+        return take(context.work, replace(context.request, axes=tuple(axes), flags=flags), Log())
 
     try:
         base, body = lengthened(compilation.model, context.resolver.table, plan, again)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graftc.compiler.capture.anchored import Anchor as Anchor
 from graftc.compiler.capture.anchoring.runs import NoRunError, Runs
-from graftc.compiler.capture.interface import dtype_of
+from graftc.compiler.capture.interface import dtype_of, has_values
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, described
 from graftc.passes.core.ir.past_inputs import is_past
@@ -48,18 +48,18 @@ def anchor(request: CaptureRequest, program: Program, constants: Mapping[str, Te
     mode, bound = request.mode, BOUNDS.get(dtype_of(model), BOUNDS[torch.float32])
     inputs = described(request.axes, request.flags)
 
-    def made(difference: float | None, **more: Any) -> Anchor:
+    def result(difference: float | None, **more: Any) -> Anchor:
         return Anchor(inputs, mode, difference, bound, seconds=time.perf_counter() - started, **more)
 
-    if any(tensor.device.type == "meta" for tensor in [*model.parameters(), *model.buffers()]):
-        return made(None, skipped="the model is on the meta device")
+    if not has_values(model):
+        return result(None, skipped="the model is on the meta device")
     if other := _other_interface(program, request.axes):
-        return made(float("inf"), differing=(other,))
+        return result(float("inf"), differing=(other,))
     run = Runs(request, program, constants)
     try:
         ours, on = run.first()
     except NoRunError as error:
-        return made(None, skipped=f"the model does not run on sample inputs: {error}")
+        return result(None, skipped=f"the model does not run on sample inputs: {error}")
     sampled = on == "samples"
     worst, differing = run.against(ours, bound)
     for seed in range(1, _MORE_SAMPLES):
@@ -76,14 +76,14 @@ def anchor(request: CaptureRequest, program: Program, constants: Mapping[str, Te
         stepped, differing = run.steps(ours, bound)
         worst = max(worst, stepped)
     special = run.special_ones(bound) if sampled and not differing else ()
-    return made(worst, differing=tuple(differing), assigned=tuple(run.assigned), plain=on == "ones", from_two=special)
+    return result(worst, differing=tuple(differing), assigned=tuple(run.assigned), plain=on == "ones", from_two=special)
 
 
 def _other_interface(program: Program, axes: Sequence[Axis]) -> str | None:
     """Return a description of the inputs that a graph takes if they are not the requested ones, otherwise None."""
-    asked = [(axis.name, axis.dtype, len(axis.axes)) for axis in axes]
+    requested = [(axis.name, axis.dtype, len(axis.axes)) for axis in axes]
     takes = [(spec.name, spec.dtype, len(spec.shape)) for spec in program.inputs]
     names = [str(node.target) for node in program.placeholders()]
-    if sorted(asked, key=str) != sorted(takes, key=str) or names != list(program.signature):
+    if sorted(requested, key=str) != sorted(takes, key=str) or names != list(program.signature):
         return f"it takes {', '.join(program.signature)}"
     return None

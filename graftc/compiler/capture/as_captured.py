@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -20,7 +20,7 @@ from graftc.compat.hooks import FORWARD
 from graftc.compat.modes import TorchDispatchMode
 from graftc.compat.modules import BUFFERS, CHILDREN, PARAMETERS
 from graftc.compiler.capture.as_traced import AsTraced
-from graftc.compiler.capture.assignments import Attributes
+from graftc.compiler.capture.assignments import Attributes, has_same_items
 from graftc.compiler.capture.interface import Flags, declared, is_transformers, parameters
 from graftc.compiler.capture.past import ENCODER, assembled, has_encoder, taken_apart
 from graftc.compiler.capture.request import CaptureRequest
@@ -31,7 +31,8 @@ from graftc.passes.core.ir.program import is_random
 
 aten = torch.ops.aten
 _SEED = 20
-_TABLES = (PARAMETERS, BUFFERS, CHILDREN, *FORWARD)
+_ABSENT = object()
+_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
 @contextmanager
@@ -47,7 +48,9 @@ def as_captured(request: CaptureRequest) -> Iterator[list[str]]:
     model = request.model
     with as_before(model), torch.no_grad():
         model.train(request.mode == "train")
-        notes = _without_random_structure(model)
+        notes = random_structure(model)
+        for owner, name, off, _ in list(_random_structure(model)):
+            setattr(owner, name, off)
         as_traced = AsTraced() if elements_in(request.flags) else nullcontext()
         with _without_state(model), _flat_forward(model, request.axes, request.flags), as_traced:
             yield notes
@@ -61,11 +64,10 @@ def as_before(model: nn.Module) -> Iterator[None]:
     outputs) and configs (losses write to them).
     """
     modules = list(model.modules())
-    attributes = [dict(vars(module)) for module in modules]
     containers = [Attributes(module) for module in modules]
-    tables = [{name: dict(vars(module)[name]) for name in _TABLES} for module in modules]
-    configs = _configs(model)
-    settings = [dict(vars(config)) for config in configs]
+    tables = [vars(owner) for owner in (*modules, *_configs(model))]
+    tables += [vars(module)[name] for module in modules for name in _TABLES]
+    items = [dict(table) for table in tables]
     fastpath = torch.backends.mha.get_fastpath_enabled()
     # In eval mode, attention of torch.nn would take another path, which zeroes padded rows.
     torch.backends.mha.set_fastpath_enabled(False)
@@ -73,25 +75,32 @@ def as_before(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-        for module, values, kept, contents in zip(modules, attributes, tables, containers, strict=True):
+        for contents in containers:
             contents.restore()
-            _restore(vars(module), values)
-            for name in _TABLES:
-                _restore(vars(module)[name], kept[name])
-        for config, before in zip(configs, settings, strict=True):
-            _restore(vars(config), before)
+        for table, before in zip(tables, items, strict=True):
+            if not has_same_items(table, before):
+                table.clear()
+                table.update(before)
+
+
+@contextmanager
+def replaced(table: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Replace one entry of a table, or add it, while the block runs; what the block does to other entries stays."""
+    before = table.get(name, _ABSENT)
+    table[name] = value
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            del table[name]
+        else:
+            table[name] = before
 
 
 def _configs(model: nn.Module) -> list[Any]:
     """Return the configs of a model and of the models in it, each once; submodules may have copies of their own."""
     configs = {id(config): config for m in model.modules() if hasattr(config := getattr(m, "config", None), "to_dict")}
     return list(configs.values())
-
-
-def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
-    if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
-        now.clear()
-        now.update(before)
 
 
 def _random_structure(model: nn.Module) -> Iterator[tuple[Any, str, Any, str]]:
@@ -115,14 +124,6 @@ def random_structure(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(note for *_, note in _random_structure(model)))
 
 
-def _without_random_structure(model: nn.Module) -> list[str]:
-    """Switch off random decisions made in Python, and return notes on them."""
-    switches = list(_random_structure(model))
-    for owner, name, off, _ in switches:
-        setattr(owner, name, off)
-    return list(dict.fromkeys(note for *_, note in switches))
-
-
 @contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
     """Run the block with a model in eval mode that keeps no cache unless a call asks for one; restore it afterwards."""
@@ -141,16 +142,17 @@ def _switch_off_caches(model: nn.Module) -> None:
 @contextmanager
 def _without_state(model: nn.Module) -> Iterator[None]:
     """Run the block with a model that remembers nothing between calls: no cache, and nothing derived from one."""
-    with ExitStack() as stack:
-        if is_transformers(model):
-            from transformers.exporters import exporter_dynamo
+    if not is_transformers(model):
+        yield
+        return
+    from transformers.exporters import exporter_dynamo
 
-            exporter: Any = exporter_dynamo
-            stack.enter_context(exporter.reset_model_state(model))
-            _switch_off_caches(model)
-            for config in _configs(model):
-                if getattr(config, "return_dict", True) is False:
-                    config.return_dict = True
+    exporter: Any = exporter_dynamo
+    with exporter.reset_model_state(model):
+        _switch_off_caches(model)
+        for config in _configs(model):
+            if getattr(config, "return_dict", True) is False:
+                config.return_dict = True
         yield
 
 
@@ -160,8 +162,6 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
     settings, original = dict(flags), model.forward
     alone = bool(settings.pop(ENCODER, False))
     called: Any = model.get_encoder() if alone else model  # type: ignore[operator]
-    owned = "forward" in vars(model)
-    before = vars(model).get("forward")
     names = parameters(called)
     positional = [n for n, p in declared(called).items() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
 
@@ -173,19 +173,9 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
         run: Any = model.get_encoder() if alone else original  # type: ignore[operator]
         return taken_apart(run(*first, **given))
 
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(axis.name, kind, default=None) for axis in axes]
-    )
-    forward.__module__ = getattr(original, "__module__", __name__)
-    vars(model)["forward"] = forward
-    try:
+    module = getattr(original, "__module__", __name__)
+    with replaced(vars(model), "forward", _taking(forward, [axis.name for axis in axes], module)):
         yield
-    finally:
-        if owned:
-            vars(model)["forward"] = before
-        else:
-            del vars(model)["forward"]
 
 
 def keeps_name(name: str) -> bool:
@@ -205,65 +195,29 @@ def traced_names(inputs: Iterable[str]) -> dict[str, str]:
 
 
 @contextmanager
-def standing_in(model: nn.Module, stand_ins: Mapping[str, str]) -> Iterator[None]:
-    """Replace a model's forward by one with fewer inputs while the block runs; some are passed for others as well.
+def called_with(model: nn.Module, sources: Mapping[str, str]) -> Iterator[None]:
+    """Replace a model's forward, while the block runs, by one that takes other inputs, some in place of several.
 
     Args:
-        model: the model, in its capture state; its forward is restored afterwards.
-        stand_ins: the names of the inputs that are left out, each with the name of the one passed in its place.
+        model: the model, in its capture state.
+        sources: for each of the model's inputs, the name of the one that is passed for it.
     """
-    if not stand_ins:
-        yield
-        return
-    every = inspect.signature(vars(model)["forward"]).parameters
-
-    def made(called: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(**inputs: torch.Tensor) -> Any:
-            given = ((name, stand_ins.get(name, name)) for name in every)
-            return called(**{name: inputs[source] for name, source in given if source in inputs})
-
-        return _with_signature(forward, called, [p for name, p in every.items() if name not in stand_ins])
-
-    with wrapped(model, made):
-        yield
-
-
-@contextmanager
-def wrapped(model: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """Replace the forward of a model in its capture state by ``wrap(forward)`` while the block runs."""
     called = vars(model)["forward"]
-    vars(model)["forward"] = wrap(called)
-    try:
+
+    def forward(**inputs: torch.Tensor) -> Any:
+        return called(**{name: inputs[source] for name, source in sources.items() if source in inputs})
+
+    with replaced(vars(model), "forward", _taking(forward, dict.fromkeys(sources.values()), called.__module__)):
         yield
-    finally:
-        vars(model)["forward"] = called
 
 
-def _with_signature(
-    forward: Callable[..., Any], called: Callable[..., Any], parameters: Sequence[inspect.Parameter]
-) -> Callable[..., Any]:
-    forward.__signature__ = inspect.Signature(list(parameters))  # type: ignore[attr-defined]
-    forward.__module__ = called.__module__
+def _taking(forward: Callable[..., Any], names: Iterable[str], module: str) -> Callable[..., Any]:
+    """Return a forward with a signature of inputs with these names, as the tracer needs it."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, default=None) for name in names]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    forward.__module__ = module
     return forward
-
-
-@contextmanager
-def renamed(model: nn.Module, traced: Mapping[str, str]) -> Iterator[None]:
-    """Let the forward of a model in its capture state take its inputs under the tracer's names while the block runs."""
-    originals = {given: name for name, given in traced.items()}
-    if all(given == name for given, name in originals.items()):
-        yield
-        return
-
-    def made(called: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(**inputs: torch.Tensor) -> Any:
-            return called(**{originals[given]: value for given, value in inputs.items()})
-
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        return _with_signature(forward, called, [inspect.Parameter(given, kind) for given in originals])
-
-    with wrapped(model, made):
-        yield
 
 
 def draws(node: fx.Node) -> bool:
@@ -301,9 +255,7 @@ def same_draws(device: torch.device, wanted: bool) -> Iterator[None]:
     """
     devices = [] if device.type == "cpu" else [device]
     module = torch.get_device_module(device)
-    before = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
+    before, numpy_state = random.getstate(), np.random.get_state()
 
     def seed() -> None:
         torch.default_generator.manual_seed(_SEED)
@@ -313,15 +265,10 @@ def same_draws(device: torch.device, wanted: bool) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         seed()
         random.seed(_SEED)
-        if numpy is not None:
-            numpy.random.seed(_SEED)
+        np.random.seed(_SEED)
         try:
-            if wanted:
-                with _EachFromTheSeed(seed):
-                    yield
-            else:
+            with _EachFromTheSeed(seed) if wanted else nullcontext():
                 yield
         finally:
             random.setstate(before)
-            if numpy is not None:
-                numpy.random.set_state(numpy_state)
+            np.random.set_state(numpy_state)

@@ -33,17 +33,17 @@ class Attributes:
     def __init__(self, module: nn.Module) -> None:
         self._now = vars(module)
         self._values = {name: value for name, value in self._now.items() if name not in _TORCHS_OWN}
-        self._held = {
-            name: contents for name, value in self._values.items() if (contents := _Held.of(value)) is not None
+        self._contents = {
+            name: contents for name, value in self._values.items() if (contents := _Contents.of(value)) is not None
         }
-        self._versions = {name: version_of(value) for name, value in self._values.items() if isinstance(value, Tensor)}
+        self._versions = {name: version(value) for name, value in self._values.items() if isinstance(value, Tensor)}
         self._tables = {name: dict(self._now[name]) for name in _TABLES}
 
     def changed(self) -> list[str]:
         """Return the names of attributes that were replaced, have other contents, or are tensors written in place."""
         now = {name: value for name, value in self._now.items() if name not in _TORCHS_OWN}
         names = [name for name in {**self._values, **now} if not self._same(name, now)]
-        names += [name for name, version in self._versions.items() if version_of(self._values[name]) != version]
+        names += [name for name, count in self._versions.items() if version(self._values[name]) != count]
         for table, before in self._tables.items():
             own = self._now[table]
             names += [n for n in {**before, **own} if own.get(n, _MISSING) is not before.get(n, _MISSING)]
@@ -51,27 +51,27 @@ class Attributes:
 
     def _same(self, name: str, now: Mapping[str, Any]) -> bool:
         value = now.get(name, _MISSING)
-        contents = self._held.get(name)
+        contents = self._contents.get(name)
         return contents.same(value) if contents is not None else value is self._values.get(name, _MISSING)
 
     def restore(self) -> None:
         """Restore the contents of containers and plain objects; the caller restores the attributes themselves."""
-        for contents in self._held.values():
+        for contents in self._contents.values():
             if not contents.same(contents.value):
                 contents.restore()
 
 
-class _Held:
+class _Contents:
     """The contents of a container, or the attributes of a plain object, to a depth of two."""
 
     def __init__(self, value: Any, depth: int) -> None:
         self.value = value
         self.items = _items(value)
-        inner = enumerate(self.items.values() if isinstance(self.items, dict) else self.items)
-        self.inner = {i: contents for i, item in inner if depth and (contents := _Held.of(item, depth - 1)) is not None}
+        inner = {key: _Contents.of(item, depth - 1) for key, item in self.items.items()} if depth else {}
+        self.inner = {key: contents for key, contents in inner.items() if contents is not None}
 
     @classmethod
-    def of(cls, value: Any, depth: int = 1) -> _Held | None:
+    def of(cls, value: Any, depth: int = 1) -> _Contents | None:
         """Return the contents of a value; None if it is neither a container nor a plain object."""
         return cls(value, depth) if _is_container(value) or _is_plain(value) else None
 
@@ -82,22 +82,21 @@ class _Held:
         """
         if other is not self.value and not (_is_container(other) and type(other) is type(self.value)):
             return False
-        now, before = _items(other), self.items
-        if len(now) != len(before):
+        now = _items(other)
+        if list(now) != list(self.items):
             return False
-        if isinstance(now, dict) and isinstance(before, dict):
-            if list(now) != list(before):
-                return False
-            now, before = list(now.values()), list(before.values())
-        pairs = enumerate(zip(now, before, strict=True))
-        return all(self.inner[i].same(a) if i in self.inner else _copied(a, b) for i, (a, b) in pairs)
+        return all(
+            self.inner[key].same(now[key]) if key in self.inner else _copied(now[key], item)
+            for key, item in self.items.items()
+        )
 
     def restore(self) -> None:
         """Restore the recorded contents."""
         target = self.value if _is_container(self.value) else vars(self.value)
+        items = self.items if isinstance(target, dict) else self.items.values()
         if not isinstance(target, tuple):
             target.clear()
-            (target.update if isinstance(target, dict | set) else target.extend)(self.items)
+            (target.update if isinstance(target, dict | set) else target.extend)(items)
         for contents in self.inner.values():
             contents.restore()
 
@@ -120,10 +119,21 @@ def _is_plain(value: Any) -> bool:
     return not (type(value).__module__ + ".").startswith(_LIBRARIES)
 
 
-def _items(value: Any) -> dict[Any, Any] | list[Any]:
+def _items(value: Any) -> dict[Any, Any]:
+    """Return the items of a dict, of any other container by number, or the attributes of an object by name."""
     if isinstance(value, dict):
         return dict(value)
-    return list(value) if _is_container(value) else dict(vars(value))
+    return dict(enumerate(value)) if _is_container(value) else dict(vars(value))
+
+
+def has_same_items(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
+    """Return whether a mapping has the keys that it had, each with the same object."""
+    return now.keys() == before.keys() and all(now[key] is value for key, value in before.items())
+
+
+def version(tensor: Tensor) -> int:
+    """Return the number of times that a tensor has been written to; 0 if torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from typing import TypeVar
 from torch import nn
 
 from graftc.compiler.capture.defaults import default_signatures
-from graftc.compiler.capture.refusals import asked_once, by_values
+from graftc.compiler.capture.refusals import by_values, own_errors_once
 from graftc.compiler.capture.signature import Axis, less_dynamic, require_tensors
 from graftc.specs.errors.diagnostics import GraftError
 
 T = TypeVar("T")
 
 
-@asked_once()
+@own_errors_once()
 def first_capture(model: nn.Module, axes: Sequence[Axis] | None, run: Callable[[Sequence[Axis]], T]) -> T:
     """Return the result of ``run`` for the first signature that can be captured.
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -30,7 +30,7 @@ from graftc.compat.transformers import export_patches
 from graftc.compiler.capture.alike.repeats import Repeats, traced_once
 from graftc.compiler.capture.alike.written import written_once
 from graftc.compiler.capture.anchored import Anchor
-from graftc.compiler.capture.as_captured import as_captured, renamed, standing_in, traced_names, wrapped
+from graftc.compiler.capture.as_captured import as_captured, called_with, replaced, traced_names
 from graftc.compiler.capture.as_traced import kernels_as_chosen
 from graftc.compiler.capture.asserted import hold_for_all_values, noted
 from graftc.compiler.capture.assignments import noticed
@@ -135,31 +135,26 @@ def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | 
     Raises:
         _SeenError: if the attempt needs what was hidden.
     """
-    model, axes, inputs = request.model, request.axes, request.examples()
-    repeats: Repeats | None = None
-    with ExitStack() as stack:
-        notes = stack.enter_context(as_captured(request))
-        stack.enter_context(_patches(model))
-        if elements_in(request.flags):
-            stack.enter_context(kernels_as_chosen())
+    model, axes, inputs, repeats = request.model, request.axes, request.examples(), Repeats()
+    once = traced_once(model, inputs if hide else None) if alike else nullcontext(repeats)
+    chosen = kernels_as_chosen() if elements_in(request.flags) else nullcontext()
+    asserted: list[str] = []
+    with as_captured(request) as notes, _patches(model), chosen:
         try:
-            with ExitStack() as tracing:
-                repeats = tracing.enter_context(traced_once(model, inputs if hide else None)) if alike else None
-                assigned = tracing.enter_context(noticed(model))
-                asserted: list[str] = []
+            with once as repeats, noticed(model) as assigned:
                 exported, sizes = _export(model, axes, inputs, repeats, asserted)
                 result = _program(exported, sizes.specs(), request.aliases, asserted, repeats)
             require_products(result.traced.graph)
         except Exception as error:
-            if repeats is not None and len(repeats.hidden) and not by_values(error):
+            if len(repeats.hidden) and not by_values(error):
                 raise _SeenError from error
             final = in_any_trace(request, inputs, error)
-            if repeats is not None and repeats.calls and not final:
+            if repeats.calls and not final:
                 return None
             raise not_captured(request, inputs, error) from (UntraceableError(error) if final else error)
-    if repeats is not None and repeats.hidden.missed:
+    if repeats.hidden.missed:
         raise _SeenError
-    result.alike = repeats.reused if repeats is not None else 0
+    result.alike = repeats.reused
     if assigned and result.alike:
         return None
     result.traced.mode, result.traced.flags = request.mode, request.flags
@@ -172,53 +167,44 @@ def _export(
     model: nn.Module,
     axes: Sequence[Axis],
     inputs: Mapping[str, torch.Tensor],
-    repeats: Repeats | None,
+    repeats: Repeats,
     asserted: list[str],
 ) -> tuple[torch.export.ExportedProgram, InputSizes]:
     """Export with every axis as dynamic as it can be, and again with the axes fixed that turned out to be bound."""
-    auto, stand_ins = torch.export.Dim.AUTO, {} if repeats is None else repeats.hidden.stand_ins
-    shown = [name for name in inputs if name not in stand_ins]
+    auto, hidden = torch.export.Dim.AUTO, repeats.hidden
+    shown = [name for name in inputs if name not in hidden.stand_ins]
     dynamic = {a.name: {i: auto for i in range(len(a.axes)) if _may_vary(a, i)} for a in axes}
     traced = traced_names(shown)
+    passed = {axis.name: hidden.stand_ins.get(axis.name, axis.name) for axis in axes}
     while True:
-        if repeats is not None:
-            repeats.restart()
+        repeats.restart()
         asserted.clear()
         given = {traced[name]: inputs[name].clone() for name in shown}
         shapes = {traced[name]: dict(dynamic[name]) for name in shown}
         # Caching calls costs more than it saves if sizes are symbols: a fifth to two fifths of a capture.
-        unremembered = without_call_cache()
-        # torch prints the graph of a failed capture, and also logs and warns: the error says it in one line.
-        with ExitStack() as stack:
-            if repeats is not None:
-                stack.enter_context(repeats.hidden.out_of_sight())
-                stack.enter_context(wrapped(model, repeats.hidden.watched))
-            for context in (standing_in(model, stand_ins), renamed(model, traced), unremembered, noted(asserted)):
-                stack.enter_context(context)
-            stack.enter_context(quiet(["torch"], logging.CRITICAL))
-            stack.enter_context(_without_traces())
+        unremembered = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+        # The tracer would look up the source line of every node.
+        untold = mock.patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
+        with (
+            hidden.out_of_sight(),
+            replaced(vars(model), "forward", hidden.watched(vars(model)["forward"])),
+            called_with(model, {name: traced[source] for name, source in passed.items()}),
+            unremembered,
+            noted(asserted),
+            # torch prints the graph of a failed capture, and also logs and warns: the error says it in one line.
+            quiet(["torch"], logging.CRITICAL),
+            untold,
+        ):
             exported = torch.export.export(model, (), given, strict=False, dynamic_shapes=shapes)
         nodes = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
         own = dict(zip(shown, (nodes[name] for name in exported.graph_signature.user_inputs), strict=True))
-        sizes = InputSizes(axes, [own[stand_ins.get(axis.name, axis.name)] for axis in axes])
+        sizes = InputSizes(axes, [own[passed[axis.name]] for axis in axes])
         undecided = sizes.undecided()
         if not undecided:
             return exported, sizes
         for name, dims in undecided.items():
             for dim in dims:
                 del dynamic[name][dim]
-
-
-@contextmanager
-def _without_traces() -> Iterator[None]:
-    """Keep the tracer from looking up the source line of every node while the block runs."""
-    config, name = vars(fx.config), "do_not_emit_stack_traces"
-    before = config.get(name)
-    config.update({} if before is None else {name: True})
-    try:
-        yield
-    finally:
-        config.update({} if before is None else {name: before})
 
 
 def _may_vary(axis: Axis, dim: int) -> bool:
@@ -234,15 +220,15 @@ def _may_vary(axis: Axis, dim: int) -> bool:
 @contextmanager
 def _patches(model: nn.Module) -> Iterator[None]:
     """Apply the patches that the tracer needs while the block runs."""
-    with ExitStack() as stack:
-        if is_transformers(model):
-            from transformers.exporters import exporter_dynamo, utils
+    if not is_transformers(model):
+        yield
+        return
+    from transformers.exporters import exporter_dynamo, utils
 
-            exporter: Any = exporter_dynamo
-            exporter.register_cache_pytrees_for_model(model)
-            stack.enter_context(_patches_of_what_is_there())
-            stack.enter_context(utils.apply_patches("dynamo"))
-            stack.enter_context(mock.patch.object(exporter, "torch_compilable_check", hold_for_all_values))
+    exporter: Any = exporter_dynamo
+    exporter.register_cache_pytrees_for_model(model)
+    checks = mock.patch.object(exporter, "torch_compilable_check", hold_for_all_values)
+    with _patches_of_what_is_there(utils), utils.apply_patches("dynamo"), checks:
         yield
 
 
@@ -253,11 +239,8 @@ def _patches_of_what_is_there() -> Iterator[None]:
         yield
         return
     before = every["dynamo"]
-    every["dynamo"] = [patch for patch in before if _is_there(patch[0])]
-    try:
+    with replaced(every, "dynamo", [patch for patch in before if _is_there(patch[0])]):
         yield
-    finally:
-        every["dynamo"] = before
 
 
 def _is_there(path: str) -> bool:
@@ -271,13 +254,12 @@ def _program(
     inputs: tuple[InputSpec, ...],
     canonical: Mapping[str, str],
     asserted: list[str],
-    repeats: Repeats | None = None,
+    repeats: Repeats,
 ) -> Capture:
     names = _numbered(exported)
     module = exported.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    if repeats is not None:
-        written_once(module.graph, repeats, names, [spec.name for spec in inputs])
+    written_once(module.graph, repeats, names, [spec.name for spec in inputs])
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     attributes: dict[str, fx.Node] = {}
@@ -380,19 +362,15 @@ def _constants(
     values = {names[number]: value for number, value in exported.constants.items()}
     constants: dict[str, torch.Tensor] = {}
     for node in program.graph.find_nodes(op="get_attr"):
-        target = str(node.target)
-        if target in own:
-            continue
-        owner = target.rpartition(".")[0]
-        value = values.get(target)
-        if not isinstance(value, torch.Tensor):
+        owner, point, name = str(node.target).rpartition(".")
+        value = values.get(f"{owner}{point}{name}")
+        if node.target in own or not isinstance(value, torch.Tensor):
             continue
         digest = hashlib.sha256(f"{value.dtype}{tuple(value.shape)}".encode())
-        if value.device.type != "meta":
+        if not value.is_meta:
             digest.update(raw_bytes(value))
-        renamed = f"{owner}.constant_{digest.hexdigest()[:12]}" if owner else f"constant_{digest.hexdigest()[:12]}"
-        constants[renamed] = value.detach()
-        node.target = renamed
+        node.target = f"{owner}{point}constant_{digest.hexdigest()[:12]}"
+        constants[node.target] = value.detach()
     return constants
 
 

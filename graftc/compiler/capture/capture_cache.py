@@ -64,23 +64,20 @@ def key(request: CaptureRequest) -> str | None:
 
 
 def _key(request: CaptureRequest) -> str:
+    import transformers
+
+    versions = [platform.python_version(), torch.__version__, transformers.__version__, __version__]
     content = {
         "model": holdings(request.model),
         "axes": [(a.name, str(a.dtype), list(a.axes)) for a in request.axes],
         "flags": [list(flag) for flag in request.flags],
         "mode": request.mode,
-        "versions": _versions(),
+        "versions": versions,
         "code": own_digest(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         **({"passes": passes} if (passes := registered()) else {}),
     }
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _versions() -> list[str]:
-    import transformers
-
-    return [platform.python_version(), torch.__version__, transformers.__version__, __version__]
 
 
 def lookup(request: CaptureRequest) -> Capture | None:
@@ -138,8 +135,6 @@ def _read(wanted: str | None, device: torch.device) -> Capture | None:
         text = _content(path)
     except OSError:
         return None
-    if text is None:
-        return None
     try:
         digest, _, content = text.partition(b"\n")
         if digest.decode() != hashlib.sha256(content).hexdigest():
@@ -157,15 +152,19 @@ def _read(wanted: str | None, device: torch.device) -> Capture | None:
     return Capture(program, constants, time.perf_counter() - started, cached=True, notes=notes, key=wanted)
 
 
-def _content(path: Path) -> bytes | None:
-    """Return the contents of a file; None unless it is a file of this user that no other user may write to."""
+def _content(path: Path) -> bytes:
+    """Return the contents of a file.
+
+    Raises:
+        OSError: if there is none, or if it is not a file of this user that no other user may write to.
+    """
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags), "rb") as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > _LARGEST_FILE:
-            return None
-        if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-            return None
+        usual = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size <= _LARGEST_FILE
+        others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        if not usual or (hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or others_write)):
+            raise PermissionError(f"{path} is not trusted")
         return file.read(min(status.st_size, _LARGEST_FILE) + 1)  # bounds the memory that reading takes
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graftc.compiler.capture.interface import declared, dtype_of, parameters
+from graftc.compiler.capture.past import has_encoder
 from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -48,7 +49,7 @@ def default_signatures(model: nn.Module) -> Iterator[list[Axis]]:
         raise _unknown(model, unknown)
     if names[0] in _MASKED and "attention_mask" in known:
         names.append("attention_mask")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in known:
+    if has_encoder(model) and "decoder_input_ids" in known:
         names.append("decoder_input_ids")
     yield _ordered(model, names)
     if "input_ids" in names and "pixel_values" in known and "pixel_values" not in names:

@@ -41,8 +41,7 @@ def random_inputs(
             attention for them depends on the kernel: zeros in torch, a mean elsewhere.
         fixed_sizes: sizes of named axes to which ``sizes`` does not apply.
     """
-    device = store.device()
-    return samples_on(device, program, seed, sizes, config, front=front, fixed_sizes=fixed_sizes)
+    return samples_on(store.device(), program, seed, sizes, config, front=front, fixed_sizes=fixed_sizes)
 
 
 def samples_on(
@@ -89,16 +88,12 @@ def _sizes(program: Program, sizes: Sequence[int], fixed_sizes: Mapping[str, int
 
 def _padding(rows: int, length: int, *, front: bool) -> Tensor:
     """Return the padding of a batch of texts, ``bool[rows, length]``."""
-    count = min(2, (length - 1) // 3)
+    count, middle = max(0, min(2, (length - 1) // 3)), length // 2
     padding = torch.zeros(rows, length, dtype=torch.bool)
-    if count < 1:
-        return padding
-    middle = length // 2
     behind = slice(length - count, length)
     places = (slice(0, count) if front else behind, slice(middle, middle + count), behind)
-    for row in range(rows):
-        if row % 4 < len(places):
-            padding[row, places[row % 4]] = True
+    for row, place in enumerate(places):
+        padding[row::4, place] = True
     return padding
 
 

@@ -51,6 +51,11 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def has_values(model: nn.Module) -> bool:
+    """Return whether a model can be run: none of its tensors is on the meta device."""
+    return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Return the dtype of the model's first floating-point parameter, or else of its first packed weight.
 
@@ -90,21 +95,18 @@ class Interface:
         self._defaults = {n: p.default for n, p in by_name.items() if p.default is not inspect.Parameter.empty}
         self._conventional = is_transformers(model)
         self.cache = cache_name(self.parameters) if self._conventional else None
-        rest = next((p for p in by_name.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
-        extra = _keywords(rest, self._conventional) if rest is not None else frozenset()
-        if extra and "labels" in by_name:  # remaining keywords are passed to the loss as well
-            extra |= _loss_keywords(model)
-        if self._conventional:  # so that every model gives the same error, with a cache or without
-            extra = frozenset([*(extra or ()), "use_cache"])
-        self._accepted = None if extra is None else frozenset(self.parameters) | extra
         config = getattr(model, "config", None) if self._conventional else None
         self._ignored = _sizes_of_kernels(config) if self._conventional else frozenset()
+        self._plain = getattr(config, "return_dict", None) is False
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in by_name.values())
+        self._accepted = None if takes_any else frozenset(self.parameters)
+        if self._conventional:
+            self._accepted = frozenset([*self.parameters, *_more_keywords(model, by_name)])
         self._usual = {
             name: bool(getattr(config, name, False))
             for name in self._accepted or ()
             if config is not None and name.startswith("output_")
         }
-        self._plain = getattr(config, "return_dict", None) is False
 
     def optional(self, name: str) -> bool:
         """Return whether ``forward`` can be called without an input."""
@@ -177,7 +179,9 @@ class Interface:
             elif structures and isinstance(value, list | tuple | dict):
                 present[name] = value
             else:
-                self._refuse(name, value)
+                message = f"input {name!r} is a {type(value).__name__}, not a tensor"
+                hint = "a graph takes tensors, and flags that are bool, int, float or str"
+                raise GraftError("GC031", message, hint=hint)
         if CACHE in present:
             present[USE_CACHE] = True
         if not self._conventional:
@@ -197,13 +201,6 @@ class Interface:
         usual = self._usual.get(name) if usual is None else usual
         return type(value) is type(usual) and bool(value == usual)
 
-    def _refuse(self, name: str, value: Any) -> None:
-        raise GraftError(
-            "GC031",
-            f"input {name!r} is a {type(value).__name__}, not a tensor",
-            hint="a graph takes tensors, and flags that are bool, int, float or str",
-        )
-
 
 def _encoded(value: Any) -> Any:
     """Return the hidden state in an encoder's output or in a tuple; any other value is returned unchanged."""
@@ -222,21 +219,23 @@ def _sizes_of_kernels(config: Any) -> frozenset[str]:
     return frozenset() if "flash" in attention_of(config) else frozenset(FlashAttentionKwargs.__annotations__)
 
 
-def _keywords(rest: inspect.Parameter, conventional: bool) -> frozenset[str] | None:
-    """Return the names that ``**kwargs`` takes: those of its typed dictionary and transformers' own; None for any."""
-    if not conventional:
-        return None
+def _more_keywords(model: nn.Module, by_name: Mapping[str, inspect.Parameter]) -> set[str]:
+    """Return the names that a model of transformers takes in addition to those that its ``forward`` declares.
+
+    If it declares ``**kwargs``, these are the names of its typed dictionary, transformers' own, and those of the loss,
+    to which they are passed as well.
+    """
+    names = {"use_cache"}  # so that every model gives the same error, with a cache or without
+    rest = next((p for p in by_name.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+    if rest is None:
+        return names
     from transformers.utils.generic import TransformersKwargs
 
-    names: set[str] = {"return_dict", *TransformersKwargs.__annotations__}
+    names |= {"return_dict", *TransformersKwargs.__annotations__}
     for described in typing.get_args(rest.annotation):
         names.update(getattr(described, "__annotations__", {}))
-    return frozenset(names)
-
-
-def _loss_keywords(model: nn.Module) -> frozenset[str]:
-    loss = getattr(model, "loss_function", None)
-    if loss is None:
-        return frozenset()
-    known = inspect.signature(loss).parameters.values()
-    return frozenset(p.name for p in known if p.kind in _NAMED and p.default is not inspect.Parameter.empty)
+    loss = getattr(model, "loss_function", None) if "labels" in by_name else None
+    if loss is not None:
+        known = inspect.signature(loss).parameters.values()
+        names.update(p.name for p in known if p.kind in _NAMED and p.default is not inspect.Parameter.empty)
+    return names

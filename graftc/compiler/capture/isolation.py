@@ -11,7 +11,7 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,13 +30,14 @@ def isolated() -> Iterator[None]:
     default device the CPU, and no mode intercepts functions or operators. Flags that only choose among kernels
     (deterministic algorithms, ``torch.backends``) and anomaly detection are unchanged.
     """
-    with ExitStack() as stack:
-        stack.enter_context(no_function_modes())
-        stack.enter_context(no_modes())
-        stack.enter_context(_no_autocast())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(_default_dtype)
+    with (
+        _no_function_modes(),
+        no_modes(),
+        _no_autocast(),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _default_dtype,
+    ):
         yield
 
 

@@ -16,17 +16,6 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 @contextmanager
-def reads_parameters(model: nn.Module) -> Iterator[None]:
-    """Refuse writes of other values to a model's parameters while the block runs: they raise GC030 and have no effect.
-
-    Args:
-        model: the model whose parameters are protected.
-    """
-    with observed(ParameterUses(model)):
-        yield
-
-
-@contextmanager
 def observed(mode: TorchDispatchMode) -> Iterator[None]:
     """Let a mode see the operators that a model calls while the block runs.
 
@@ -38,13 +27,13 @@ def observed(mode: TorchDispatchMode) -> Iterator[None]:
 
 
 class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode that records which parameters of a model operators read while ``asked`` returns true.
+    """A dispatch mode that records which parameters of a model operators read while ``recording`` returns true.
 
     Writing other values to a parameter raises GC030 and has no effect.
 
     Args:
         model: the model whose parameters are observed.
-        asked: a function that returns whether reads are recorded now.
+        recording: a function that returns whether reads are recorded now.
 
     Attributes:
         read: names of the parameters that were read, in order.
@@ -52,10 +41,10 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
-    def __init__(self, model: nn.Module, asked: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, model: nn.Module, recording: Callable[[], bool] = lambda: False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.read: dict[str, None] = {}
-        self._model, self._asked = type(model).__name__, asked
+        self._model, self._recording = type(model).__name__, recording
         by_memory = {_memory(parameter): name for name, parameter in model.named_parameters()}
         self._names = {memory: name for memory, name in by_memory.items() if memory}  # wrapped and empty ones: 0
 
@@ -67,7 +56,7 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = self._written(schema, args, options) if schema is not None and schema.is_mutable else {}
         if written:
             return self._tried(func, args, options, written)
-        if self._asked() and not _is_view(schema):
+        if self._recording() and not _is_view(schema):
             tensors = (leaf for leaf in pytree.tree_leaves((args, options)) if isinstance(leaf, Tensor))
             self.read |= {name: None for tensor in tensors if (name := self._name(tensor)) is not None}
         return func(*args, **options)

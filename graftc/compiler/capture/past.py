@@ -60,11 +60,6 @@ class Past:
     tensors: Mapping[str, Tensor]
     length: int
 
-    @property
-    def described(self) -> str:
-        """A description that distinguishes it from the past of other calls."""
-        return described_past(self.tensors)
-
 
 def described_past(names: Iterable[str]) -> str:
     """Return a description that distinguishes a past with tensors of these names from others."""
@@ -282,10 +277,12 @@ def fill_cache(cache: Any, tensors: Mapping[str, Tensor]) -> Any:
     for name, tensor in tensors.items():
         kind, number, part = past_place(name)
         layer = _layer(kinds[kind], number)
-        if part == "key":
-            _set(layer, tensor)
-        else:
+        if part == "value":
             layer.values = tensor
+            continue
+        layer.keys, layer.dtype, layer.device, layer.is_initialized = tensor, tensor.dtype, tensor.device, True
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = tensor.shape[2]
     if "cross" in kinds and any(is_cross(name) for name in tensors):
         cache.is_updated = dict.fromkeys(range(len(kinds["cross"].layers)), True)
     return cache
@@ -297,12 +294,6 @@ def _layer(cache: Any, number: int) -> Any:
     while len(cache.layers) <= number:
         cache.layers.append(DynamicLayer())  # type: ignore[no-untyped-call]
     return cache.layers[number]
-
-
-def _set(layer: Any, keys: Tensor) -> None:
-    layer.keys, layer.dtype, layer.device, layer.is_initialized = keys, keys.dtype, keys.device, True
-    if hasattr(layer, "cumulative_length"):
-        layer.cumulative_length = keys.shape[2]
 
 
 def cache_name(parameters: Iterable[str]) -> str | None:

@@ -31,7 +31,7 @@ class InputSizes:
     """The sizes of a captured graph's inputs.
 
     Args:
-        axes: the axes that were asked for.
+        axes: the requested axes.
         placeholders: the graph's inputs, with their types.
     """
 
@@ -50,8 +50,8 @@ class InputSizes:
 
     @cached_property
     def _bound_and_limits(self) -> tuple[set[Any], dict[Any, int]]:
-        """The bound symbols and the limits of others, see `_held`."""
-        return _held(self.environment, self.places) if self.places else (set(), {})
+        """The bound symbols and the limits of others, see `_bound_and_limited`."""
+        return _bound_and_limited(self.environment, self.places) if self.places else (set(), {})
 
     def undecided(self) -> dict[str, set[int]]:
         """Return the axes, by input, that vary in the graph although it is valid for their captured size only.
@@ -78,10 +78,12 @@ class InputSizes:
             ranges: list[tuple[int, int | None]] = []
             for captured, size in zip(axis.sizes, value.shape, strict=True):
                 symbol = _expression(size)
-                shape.append((self._name(symbol) if symbol is not None else None) or captured)
-                fixed = (captured, captured)
-                own = _range(self.environment, symbol, captured) if symbol is not None else fixed
-                ranges.append(_up_to(own, limits.get(symbol)))
+                if symbol is None:
+                    shape.append(captured)
+                    ranges.append((captured, captured))
+                else:
+                    shape.append(self._name(symbol) or captured)
+                    ranges.append(_range(self.environment, symbol, captured, limits.get(symbol)))
             specs.append(InputSpec(axis.name, axis.dtype, tuple(shape), tuple(ranges)))
         if specs:
             specs[0] = replace(specs[0], apart=tuple(self._apart()))
@@ -109,12 +111,12 @@ class InputSizes:
         return name if before is None else f"{before}+{more}"
 
 
-def fixed_sizes(asked: Iterable[Axis], captured: Iterable[Axis]) -> list[str]:
+def fixed_sizes(requested: Iterable[Axis], captured: Iterable[Axis]) -> list[str]:
     """Return messages on sizes that are fixed as shown because the model does not run with any others."""
     names = {axis.name: axis.axes for axis in captured}
     return [
         f"size {own} of axis {dim} of {axis.name} is fixed: the model cannot be captured with any other"
-        for axis in asked
+        for axis in requested
         for dim, (name, own) in enumerate(zip(axis.axes, names.get(axis.name, ()), strict=False))
         if isinstance(name, str) and isinstance(own, int)
     ]
@@ -139,26 +141,32 @@ def _expression(size: Any) -> Any:
     return None if not isinstance(size, torch.SymInt) or size.node.expr.is_number else size.node.expr
 
 
-def _range(environment: Any, symbol: Any, captured: int) -> tuple[int, int | None]:
-    """Return the smallest and the largest size, on the captured side of any sizes that the graph does not support."""
+def _range(environment: Any, symbol: Any, captured: int, limit: int | None) -> tuple[int, int | None]:
+    """Return the smallest and the largest size, on the captured side of any sizes that the graph does not support.
+
+    Args:
+        environment: the sizes and guards of the trace.
+        symbol, captured: the size that varies, and its value in the trace.
+        limit: the largest size that guards allow; None if they set no limit.
+    """
     if not symbol.is_symbol:  # a sum, of sizes that have ranges of their own
         return 0, None
     bounds = environment.var_to_range[symbol]
-    low, high = int(bounds.lower), bounds.upper
-    finite = isinstance(high, int | sympy.Integer) and int(high) < _UNBOUNDED
-    low, most = low if low > _LEAST else 0, int(high) if finite else None
+    least, most = int(bounds.lower), [] if limit is None else [limit]
+    least = least if least > _LEAST else 0
+    if isinstance(bounds.upper, int | sympy.Integer) and int(bounds.upper) < _UNBOUNDED:
+        most.append(int(bounds.upper))
     for guard in environment.guards:
         if isinstance(guard.expr, sympy.Ne) and symbol in guard.expr.args:
             other = next(side for side in guard.expr.args if side != symbol)
-            if other.is_number and int(other) >= _LEAST:
-                if int(other) > captured:
-                    most = int(other) - 1 if most is None else min(most, int(other) - 1)
-                else:
-                    low = max(low, int(other) + 1)
-    return low, most
+            if other.is_number and int(other) > captured:
+                most.append(int(other) - 1)
+            elif other.is_number and int(other) >= _LEAST:
+                least = max(least, int(other) + 1)
+    return least, min(most, default=None)
 
 
-def _held(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> tuple[set[Any], dict[Any, int]]:
+def _bound_and_limited(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> tuple[set[Any], dict[Any, int]]:
     """Return the symbols that guards bind to their captured sizes, and the largest sizes of those that they only limit.
 
     An unnamed axis is bound by any guard except a plain range. A named one is bound by what remains of a guard, once
@@ -195,11 +203,6 @@ def _limit(environment: Any, guard: Any, captured: int) -> int | None:
     holds = [_holds(guard, (size,)) for size in sizes]
     count = sum(holds)
     return sizes[count - 1] if 0 < count < len(sizes) and all(holds[:count]) and captured <= sizes[count - 1] else None
-
-
-def _up_to(own: tuple[int, int | None], most: int | None) -> tuple[int, int | None]:
-    low, high = own
-    return own if most is None else (low, most if high is None else min(high, most))
 
 
 def _guards(environment: Any) -> list[Any]:

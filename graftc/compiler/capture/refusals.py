@@ -6,17 +6,18 @@ import inspect
 import logging
 import os
 import traceback
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from graftc.compat.fake_tensors import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from graftc.compiler.capture.parameter_uses import reads_parameters
+from graftc.compiler.capture.interface import has_values
+from graftc.compiler.capture.parameter_uses import ParameterUses, observed
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.quiet import quiet
@@ -87,7 +88,7 @@ def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
     if by_values(error):
         return True
     model, place = request.model, _place(error)
-    if not place or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers(), *inputs.values())):
+    if not place or not has_values(model) or any(tensor.is_meta for tensor in inputs.values()):
         return False
     mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     try:
@@ -120,10 +121,14 @@ def told(error: BaseException) -> str:
 
 def place_now() -> str:
     """Return the place in the model's code from which this is called; empty if there is none."""
-    for frame, line in traceback.walk_stack(inspect.currentframe()):
+    return next(_places(traceback.walk_stack(inspect.currentframe())), "")
+
+
+def _places(frames: Iterable[tuple[FrameType, int]]) -> Iterator[str]:
+    """Yield the places of frames that are in the model's code."""
+    for frame, line in frames:
         if of_the_model(frame.f_code.co_filename):
-            return f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"
-    return ""
+            yield f"{frame.f_code.co_filename}:{line} in {frame.f_code.co_name}"
 
 
 def of_the_model(file: str) -> bool:
@@ -136,30 +141,30 @@ def _place(error: BaseException) -> str:
     place = ""
     each: BaseException | None = error
     while each is not None and not place:
-        for frame, line in traceback.walk_tb(each.__traceback__):
-            file = frame.f_code.co_filename
-            if of_the_model(file):
-                place = f"{file}:{line} in {frame.f_code.co_name}"
+        places = list(_places(traceback.walk_tb(each.__traceback__)))
+        place = places[-1] if places else ""
         each = each.__cause__ or each.__context__
     return place
 
 
-_ASKED: ContextVar[dict[Hashable, Exception | None] | None] = ContextVar("what a model itself raises", default=None)
+_OWN_ERRORS: ContextVar[dict[Hashable, Exception | None] | None] = ContextVar(
+    "what a model itself raises", default=None
+)
 
 
 @contextmanager
-def asked_once() -> Iterator[None]:
+def own_errors_once() -> Iterator[None]:
     """Find out at most once in the block what a model raises itself, however many captures of the same inputs fail."""
-    token = _ASKED.set({})
+    token = _OWN_ERRORS.set({})
     try:
         yield
     finally:
-        _ASKED.reset(token)
+        _OWN_ERRORS.reset(token)
 
 
 def _own_error(request: CaptureRequest, inputs: Mapping[str, Tensor]) -> Exception | None:
     """Return what the model itself raises; None if it runs, or if that cannot be tried."""
-    known = _ASKED.get()
+    known = _OWN_ERRORS.get()
     key = (request.mode, request.flags, *((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items()))
     if known is None:
         return _run_once(request.model, inputs)
@@ -171,12 +176,12 @@ def _own_error(request: CaptureRequest, inputs: Mapping[str, Tensor]) -> Excepti
 def _run_once(model: nn.Module, inputs: Mapping[str, Tensor]) -> Exception | None:
     """Run the model on a copy of the inputs, and return the error that it raises, or None."""
     tensors = [*model.parameters(), *model.buffers(), *inputs.values()]
-    if any(tensor.device.type == "meta" for tensor in tensors):
+    if any(tensor.is_meta for tensor in tensors):
         return None
     buffers = {path: buffer.clone() for path, buffer in model.named_buffers()}
-    devices = [tensor.device for tensor in tensors if tensor.device.type == "cuda"]
+    devices = list(dict.fromkeys(tensor.device for tensor in tensors if tensor.is_cuda))
     try:
-        with torch.random.fork_rng(list(dict.fromkeys(devices))), torch.no_grad(), reads_parameters(model):
+        with torch.random.fork_rng(devices), torch.no_grad(), observed(ParameterUses(model)):
             torch.func.functional_call(model, buffers, (), {name: tensor.clone() for name, tensor in inputs.items()})
     except Exception as error:
         return error

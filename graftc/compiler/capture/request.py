@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.defaults import default_axes
 from graftc.compiler.capture.interface import Flags, device_of
-from graftc.compiler.capture.signature import Axis, described, less_dynamic
+from graftc.compiler.capture.signature import Axis, described
 from graftc.passes.core.ir.program_key import Mode
 
 
@@ -63,22 +63,6 @@ class CaptureRequest:
         """Return the tensors that the caller has shown, by name; empty unless there are values for every input."""
         shown = {axis.name: axis.shown for axis in self.axes if axis.shown is not None and not axis.shown.is_meta}
         return {name: value.to(self.device) for name, value in shown.items()} if len(shown) == len(self.axes) else {}
-
-    def in_mode(self, mode: Mode) -> CaptureRequest:
-        """Return the same request in another mode."""
-        return replace(self, mode=mode)
-
-    def with_inputs(self, axes: Sequence[Axis], flags: Flags) -> CaptureRequest:
-        """Return the same request for other inputs."""
-        return replace(self, axes=tuple(axes), flags=flags)
-
-    def less_dynamic(self, tensors: Mapping[str, Tensor] | None = None) -> Iterator[CaptureRequest]:
-        """Yield the same request with ever fewer sizes that vary.
-
-        See `graftc.compiler.capture.signature.less_dynamic`.
-        """
-        for axes in less_dynamic(self.axes, tensors):
-            yield replace(self, axes=tuple(axes))
 
     def __str__(self) -> str:
         """Return the inputs and flags, for messages."""

@@ -82,6 +82,10 @@ class Axis:
             return self.shown.to(device, self.dtype)
         return torch.ones(self.sizes, dtype=self.dtype, device=device)
 
+    def given(self, device: torch.device) -> Any:
+        """Return the caller's value, or an example if there is none."""
+        return self.example(device) if self.shown is None else self.shown.to(device)
+
     def smallest(self, device: torch.device) -> Tensor:
         """Return the same tensor with size 1 for every named axis; an input that is captured as shown is unchanged."""
         if self.as_shown and self.shown is not None:
@@ -105,7 +109,7 @@ class Structured(Axis):
         """Return the input with this name and value."""
         return cls(name, torch.float32, (), structure=structure)
 
-    def on(self, device: torch.device) -> Any:
+    def given(self, device: torch.device) -> Any:
         """Return the caller's value with its tensors moved to a device."""
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self.structure)
 
@@ -132,7 +136,7 @@ def inputs_of(present: Mapping[str, Any]) -> tuple[str, ...]:
         if isinstance(value, Tensor):
             descriptions.append(f"{name}:{DTYPE_NAMES.get(value.dtype, 'other')}[{value.dim()}]")
         elif isinstance(value, Past):
-            descriptions.append(value.described)
+            descriptions.append(described_past(value.tensors))
         else:
             descriptions.append(f"{name}={value!r}")
     return tuple(sorted(descriptions))
@@ -155,15 +159,11 @@ def fits(inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> bool:
     """
     first: dict[str, Any] = {}
     past = present.get(CACHE)
-    tensors = past.tensors if isinstance(past, Past) else {}
-    seen: set[str] = set()
-    for spec in inputs:
-        if is_past(spec.name):  # all of one kind have the same length, so one is enough
-            kind = spec.name.partition("_")[0]
-            if kind in seen:
-                continue
-            seen.add(kind)
-        shape = tensors[spec.name].shape if is_past(spec.name) else present[spec.name].shape
+    tensors = {**present, **past.tensors} if isinstance(past, Past) else present
+    # Keys and values of one kind have the same length, so one of them is enough.
+    one_of_each = {spec.name.partition("_")[0] if is_past(spec.name) else spec.name: spec for spec in reversed(inputs)}
+    for spec in one_of_each.values():
+        shape = tensors[spec.name].shape
         for dim, (low, high) in enumerate(spec.ranges):
             size = shape[dim]
             if size < low or (high is not None and size > high):
@@ -231,28 +231,26 @@ def axes_of(model: nn.Module, inputs: Mapping[str, Tensor], like: Sequence[Axis]
     Raises:
         GraftError: GC031 for a value that is not a tensor.
     """
-    known = parameters(model)
-    position = {name: index for index, name in enumerate(known)}
+    position = {name: index for index, name in enumerate(parameters(model))}
     past = [name for name in inputs if is_past(name)]
     own = [item for item in inputs.items() if not is_past(item[0])]
-    ordered = sorted(own, key=lambda item: (position.get(item[0], len(known)), item[0]))
+    ordered = sorted(own, key=lambda item: (position.get(item[0], len(position)), item[0]))
     for name, value in ordered:
         if not isinstance(value, Tensor):
             raise GraftError("GC031", f"input {name!r} is a {type(value).__name__}, not a tensor")
     pairs = has_encoder(model)
     if past:
         axes = [Axis(name, value.dtype, _axes_beside_past(name, value, inputs, pairs)) for name, value in ordered]
-        return axes + [Axis(name, inputs[name].dtype, _axes_of_past(name, inputs[name])) for name in past]
+        for name in past:
+            _, heads, _, width = inputs[name].shape
+            axes.append(Axis(name, inputs[name].dtype, (BATCH, heads, SEQUENCE if is_cross(name) else PAST, width)))
+        return axes
     before = {axis.name: axis.axes for axis in like or () if axis.name in inputs}
     before = {name: axes for name, axes in before.items() if len(axes) == inputs[name].dim()}
     sizes = _actual_sizes(ordered, before)
     return [
         Axis(n, v.dtype, _known(before[n], v, sizes) if n in before else _axes(n, v, sizes, pairs)) for n, v in ordered
     ]
-
-
-def _axes_of_past(name: str, value: Tensor) -> tuple[int | str, ...]:
-    return BATCH, value.shape[1], SEQUENCE if is_cross(name) else PAST, value.shape[3]
 
 
 def _axes_beside_past(name: str, value: Tensor, inputs: Mapping[str, Tensor], pairs: bool) -> tuple[int | str, ...]:
@@ -282,12 +280,9 @@ def less_dynamic(axes: Sequence[Axis], inputs: Mapping[str, Tensor] | None = Non
         inputs: tensors whose sizes replace the names that are dropped; by default the caller's tensors, or the
             examples.
     """
-    seen: list[list[Axis]] = []
-    for kept in (None, (BATCH,), ()):
-        candidate = [_fixed(axis, kept, _sizes_of(axis, inputs)) for axis in axes]
-        if candidate not in seen:
-            seen.append(candidate)
-            yield candidate
+    levels: tuple[Container[str] | None, ...] = (None, (BATCH,), ())
+    candidates = (tuple(_fixed(axis, named, _sizes_of(axis, inputs)) for axis in axes) for named in levels)
+    yield from map(list, dict.fromkeys(candidates))
 
 
 def fixed_where_bound(axes: Sequence[Axis], inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> list[Axis]:
@@ -313,9 +308,9 @@ def _sizes_of(axis: Axis, inputs: Mapping[str, Tensor] | None) -> Sequence[int]:
     return axis.sizes if axis.shown is None else axis.shown.shape
 
 
-def _fixed(axis: Axis, kept: Container[str] | None, sizes: Sequence[int]) -> Axis:
-    named = zip(axis.axes, sizes, strict=True)
-    return replace(axis, axes=tuple(a if kept is None or a in kept else int(size) for a, size in named))
+def _fixed(axis: Axis, named: Container[str] | None, sizes: Sequence[int]) -> Axis:
+    own = zip(axis.axes, sizes, strict=True)
+    return replace(axis, axes=tuple(a if named is None or a in named else int(size) for a, size in own))
 
 
 def _actual_sizes(ordered: Sequence[tuple[str, Tensor]], known: Mapping[str, tuple[int | str, ...]]) -> dict[str, int]:

@@ -59,9 +59,8 @@ def _of_code(cls: type, own: Any) -> Iterator[str]:
             value = function.__globals__.get(name)
             if isinstance(value, type) and issubclass(value, torch.autograd.Function):
                 yield f"{where} has a backward pass of its own, {value.__name__}"
-            for called in (_function(value), _function(getattr(cls, name, None))):
-                if called is not None:
-                    pending.append(called)
+            called = (_function(value), _function(getattr(cls, name, None)))
+            pending += [function for function in called if function is not None]
 
 
 def _function(value: Any) -> FunctionType | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 
 from graftc.compat import pytree
 from graftc.compiler.capture.as_captured import without_caches
-from graftc.compiler.live.elements import layers_of, maps_of
+from graftc.compiler.capture.capture import output_spec
+from graftc.compiler.live.elements import hooked, layers_of, maps_of
 from graftc.passes.core.elements.calls import CallStructure
 from graftc.passes.core.ir.layers import layer_path
 from graftc.specs.errors.diagnostics import GraftError, first_line
@@ -59,13 +59,14 @@ def components_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Com
         message = f"{type(model).__name__} has one stack of layers, and so no components"
         raise GraftError("GC060", message, hint='format "onnx" writes it as a whole')
     run = _Run(model, composite, inputs)
-    with torch.no_grad(), without_caches(model), torch.random.fork_rng(devices=()), run.hooked():
+    watched = hooked(model, run.paths, run.before, run.after)
+    with torch.no_grad(), without_caches(model), torch.random.fork_rng(devices=()), watched:
         try:
             model(**inputs)
         except Exception as error:
             message = f"{type(model).__name__} does not run on the inputs given: {first_line(error)}"
             raise GraftError("GC060", message, hint="give a batch that the model takes") from error
-    return list(run.found.values()), run.left_out
+    return list(run.components.values()), run.left_out
 
 
 def _stacks(rows: Collection[str], path: str) -> int:
@@ -73,13 +74,18 @@ def _stacks(rows: Collection[str], path: str) -> int:
 
 
 class _Run:
-    """Hooks that record the calls of the outermost modules that are not composite."""
+    """Hooks that record the calls of the outermost modules that are not composite.
+
+    Attributes:
+        paths: the paths of the modules that are not composite and have parameters.
+        components: those that were called, by path.
+        left_out: those that no graph covers, with the reasons.
+    """
 
     def __init__(self, model: nn.Module, composite: Collection[str], inputs: Mapping[str, Any]) -> None:
-        self.found: dict[str, Component] = {}
+        self.components: dict[str, Component] = {}
         self.left_out: dict[str, str] = {}
-        self._model = model
-        self._paths = [
+        self.paths = [
             path
             for path, module in model.named_modules()
             if path not in composite and any(True for _ in module.parameters())
@@ -88,38 +94,22 @@ class _Run:
         self._known = {id(value): name for name, value in inputs.items() if isinstance(value, Tensor)}
         self._alive: list[Any] = list(inputs.values())  # kept alive so that no id is reused
 
-    def hooked(self) -> ExitStack:
-        """Register hooks that record calls, and return a stack that removes them on exit."""
-        stack = ExitStack()
-        for path in self._paths:
-            module = self._model.get_submodule(path)
-            for handle in (
-                module.register_forward_pre_hook(self._before(path)),
-                module.register_forward_hook(self._after(path), with_kwargs=True),
-            ):
-                stack.callback(handle.remove)
-        return stack
+    def before(self, path: str, *_: Any) -> None:
+        """Note that a module is called."""
+        self._active.append(path)
 
-    def _before(self, path: str) -> Callable[..., None]:
-        def note(*_: Any) -> None:
-            self._active.append(path)
-
-        return note
-
-    def _after(self, path: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            self._active.pop()
-            if self._active or path in self.found or path in self.left_out:
-                return
-            if layer_path(path):
-                self.left_out[path] = "it is one of several in a list, called by the model's own Python"
-                return
-            try:
-                self.found[path] = self._component(path, module, args, kwargs, result)
-            except GraftError as error:
-                self.left_out[path] = error.message
-
-        return note
+    def after(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Record the first call of a module, unless another one contains it."""
+        self._active.pop()
+        if self._active or path in self.components or path in self.left_out:
+            return
+        if layer_path(path):
+            self.left_out[path] = "it is one of several in a list, called by the model's own Python"
+            return
+        try:
+            self.components[path] = self._component(path, module, args, kwargs, result)
+        except GraftError as error:
+            self.left_out[path] = error.message
 
     def _component(self, path: str, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Component:
         structure, tensors = CallStructure.of(path, module, args, kwargs)
@@ -151,13 +141,6 @@ def _names(module: nn.Module, args: Any, kwargs: Any) -> dict[int, str]:
 
 def _named_leaves(result: Any) -> dict[str, Tensor]:
     """Return the tensors of an output, by the names that a graph has for them."""
-    if isinstance(result, Tensor):
-        return {"output": result}
-    pairs: Iterable[tuple[Any, Any]] = result.items() if isinstance(result, Mapping) else ()
-    if isinstance(result, list | tuple):
-        pairs = enumerate(result)
-    leaves: dict[str, Tensor] = {}
-    for key, value in pairs:
-        inner = _named_leaves(value)
-        leaves |= {str(key) if name == "output" else f"{key}.{name}": leaf for name, leaf in inner.items()}
-    return leaves
+    leaves, spec = pytree.tree_flatten(result)
+    names = output_spec(spec).names
+    return {name: leaf for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)}

@@ -8,8 +8,8 @@ shown; the model's own Python calls its parts (`graftc.runtime.live`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,12 +52,12 @@ class Elements:
             tensors = [inputs[name] for name in input_names(path, inputs)]
             module: nn.Module = self.get_submodule(path)  # type: ignore[attr-defined]
             args, kwargs = structure.build(module, tensors)
-            before, tables = (_held(args), _held(kwargs)), tables_among(args, kwargs)
+            before, tables = _identities([args, kwargs]), tables_among(args, kwargs)
             in_tables = contents(tables)
             decisions = Decisions(structure.decisions(mode_of(module)))
             with decisions if structure.decides else nullcontext(), written_in_place(module):
                 outputs[path] = structure.finish(module(*args, **kwargs), module, tensors)
-            if before != (_held(args), _held(kwargs)):
+            if before != _identities([args, kwargs]):
                 message = f"{path} puts something into a list or dict that it is called with"
                 raise GraftError("GC030", message, hint="a graph gives nothing but its results")
             if structure.boxed:
@@ -76,11 +76,48 @@ def mode_of(module: nn.Module) -> Mode:
     return "train" if module.training else "eval"
 
 
-def _held(value: Any) -> Any:
+def _identities(value: Any) -> Any:
     """Return the identities of everything in nested containers, for comparison."""
     if isinstance(value, list | tuple):
-        return [_held(item) for item in value]
-    return {key: _held(item) for key, item in value.items()} if isinstance(value, dict) else id(value)
+        return [_identities(item) for item in value]
+    return {key: _identities(item) for key, item in value.items()} if isinstance(value, dict) else id(value)
+
+
+@contextmanager
+def hooked(
+    model: nn.Module,
+    paths: Iterable[str],
+    before: Callable[..., None],
+    after: Callable[..., None],
+    *,
+    always_after: bool = False,
+) -> Iterator[None]:
+    """Call functions before and after the calls of modules while the block runs.
+
+    Args:
+        model: the model with the modules.
+        paths: the modules' paths.
+        before: called with a module's path, the module, and the positional and keyword arguments.
+        after: called with the same and the result.
+        always_after: whether to call ``after`` if a call fails as well.
+    """
+    with ExitStack() as stack:
+        for path in paths:
+            module = model.get_submodule(path)
+            first = module.register_forward_pre_hook(_hook(before, path), with_kwargs=True)
+            last = module.register_forward_hook(_hook(after, path), with_kwargs=True, always_call=always_after)
+            stack.callback(first.remove)
+            stack.callback(last.remove)
+        yield
+
+
+def _hook(function: Callable[..., None], path: str) -> Callable[..., None]:
+    """Return a hook of graftc's own, as `is_the_users` knows it by its module."""
+
+    def hook(*call: Any) -> None:
+        function(path, *call)
+
+    return hook
 
 
 def is_live(model: nn.Module) -> bool:

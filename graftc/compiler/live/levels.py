@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -66,35 +66,36 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
     """
     layers, maps = [] if maps_alone else layers_of(model), maps_of(model)
     seen = record(model, layers, maps, run)
-    union, calls, read = union_of(with_own_buffers(model), layers), dict(seen.calls), dict.fromkeys(seen.read)
-    whole_layers, reasons = _whole(union, seen, layers)
-    calls, whole = {**calls, **whole_layers}, list(whole_layers)
-    rows = {path.rpartition(".")[0]: None for path in layers}
-    called = [row for row in rows if any(path.startswith(f"{row}.") for path in calls)]
+    union = union_of(with_own_buffers(model), layers)
+    graphs, reasons = _whole(union, seen, layers)
+    calls, read, whole = {**seen.calls, **graphs}, dict.fromkeys(seen.read), list(graphs)
     used = {*maps}.intersection(calls)
     map_counts = Counter(holder for path in used for holder in accumulate(path.split("."), "{}.{}".format))
-    pending = _inside(model, {*layers} - {*whole}, map_counts)
+    pending = _inside(model, {*layers} - {*graphs}, map_counts)
     while pending:
         # Layers that are graphs are watched again, so that what they read does not count as read between graphs.
         deeper = record(model, [*whole, *pending], maps, run)
-        calls, read = {**deeper.calls, **calls}, read | dict.fromkeys(deeper.read)
         graphs, _ = _whole(union_of(with_own_buffers(model), pending), deeper, pending)
-        calls, whole = {**calls, **graphs}, [*whole, *graphs]
+        calls, read = {**deeper.calls, **calls, **graphs}, read | dict.fromkeys(deeper.read)
+        whole += graphs
         pending = _inside(model, {*pending} - {*graphs}, map_counts)
     inside = tuple(f"{path}." for path in whole)
     single = {p for p in maps if p in calls and p not in seen.entered and not p.startswith(inside)}
-    reading = {kind for kind, p in _kinds(model, calls, single).items() if tried(union, {p: calls[p]})}
+    one_of_each = {_kind(model, calls, path): path for path in single}
+    reading = {kind for kind, p in one_of_each.items() if tried(union, {p: calls[p]})}
     chosen = [p for p in _in_order(calls) if p in whole or (p in single and _kind(model, calls, p) not in reading)]
     if not chosen:
         hint = "layers are modules in a list, and maps modules with parameters, each called as a module"
         raise GraftError("GC030", f"{type(model).__name__} calls no layer and no map", hint=hint)
-    own = {row: [path for path in layers if path.rpartition(".")[0] == row] for row in reasons}
-    by_maps = {row: why for row, why in reasons.items() if not hold_all(model, own[row], whole)}
+    rows: dict[str, list[str]] = defaultdict(list)
+    for path in layers:
+        rows[path.rpartition(".")[0]].append(path)
+    by_maps = {row: why for row, why in reasons.items() if not hold_all(model, rows[row], whole)}
     return TakenApart(
         {path: calls[path] for path in chosen},
         {row: why for row, why in reasons.items() if row not in by_maps},
         by_maps,
-        tuple(row for row in rows if row not in called),
+        tuple(row for row in rows if not any(path.startswith(f"{row}.") for path in seen.calls)),
         seen.written,
         tuple(read),
     )
@@ -113,21 +114,18 @@ def _whole(union: nn.Module, seen: RecordedRun, paths: Sequence[str]) -> tuple[R
     reasons: dict[str, str] = {}
     known: dict[object, str] = {}
     calls: dict[str, tuple[CallStructure, Sequence[Tensor]]] = {}
-    for path in paths:
-        if path not in seen.calls:
-            continue
-        if path in seen.entered:
-            reasons.setdefault(place_in_row(path), seen.entered[path])
-            continue
-        calls[path] = seen.calls[path]
-        if _reason(union, path, calls, known).startswith(READS):
-            calls |= deciding(union, {path: seen.calls[path]})
-        if reason := _reason(union, path, calls, known):
+    for path in filter(seen.calls.__contains__, paths):
+        reason = seen.entered.get(path, "")
+        if not reason:
+            calls[path] = seen.calls[path]
+            if _reason(union, path, calls, known).startswith(READS):
+                calls |= deciding(union, {path: seen.calls[path]})
+            reason = _reason(union, path, calls, known)
+        if reason:
             reasons.setdefault(place_in_row(path), reason)
     whole = {path: call for path, call in calls.items() if place_in_row(path) not in reasons}
-    for path in paths:
-        if path in seen.untaken:
-            reasons.setdefault(place_in_row(path), seen.untaken[path])
+    for path in filter(seen.untaken.__contains__, paths):
+        reasons.setdefault(place_in_row(path), seen.untaken[path])
     return whole, reasons
 
 
@@ -176,11 +174,6 @@ def _kind(model: nn.Module, calls: Recorded, path: str) -> Kind:
     return tuple(type(module) for module in model.get_submodule(path).modules()), calls[path][0].text
 
 
-def _kinds(model: nn.Module, calls: Recorded, paths: Iterable[str]) -> dict[Kind, str]:
-    """Return one element of each kind."""
-    return {_kind(model, calls, path): path for path in paths}
-
-
 def _in_the_way(union: nn.Module, call: Recorded) -> str:
     """Return why a layer cannot be one graph; empty if it can."""
     if reason := tried(union, call):
@@ -199,6 +192,7 @@ def _in_the_way(union: nn.Module, call: Recorded) -> str:
     return comparison.skipped if comparison.difference is None else ""
 
 
+_MODES: tuple[Mode, ...] = ("train", "eval")
 READS = "its Python reads the values of tensors"
 """The reason given for a layer whose Python depends on tensor values."""
 
@@ -213,15 +207,11 @@ def deciding(union: nn.Module, call: Recorded) -> Recorded:
     ((path, (structure, tensors)),) = call.items()
     union = with_own_buffers(union)
     taken: dict[str, list[bool]] = {}
-    modes: tuple[Mode, ...] = ("train", "eval")
-    for mode in modes:
-        own = structure.deciding({})
-        axes, flags = as_inputs({path: (own, tensors)})
-        request = CaptureRequest(union, tuple(axes), flags, mode)
-        with as_captured(request), torch.random.fork_rng(devices=()), Decisions(structure.decisions(mode)) as decisions:
-            with suppress(Exception):  # it needs other inputs in this mode, or is refused for another reason
-                union(**request.examples())
-            taken[mode] = decisions.taken
+    for mode in _MODES:
+        decisions = Decisions(structure.decisions(mode))
+        with suppress(Exception):  # it needs other inputs in this mode, or is refused for another reason
+            _run(union, {path: (structure.deciding({}), tensors)}, mode, decisions)
+        taken[mode] = decisions.taken
     return {path: (structure.deciding(taken), tensors)}
 
 
@@ -232,15 +222,12 @@ def tried(union: nn.Module, call: Recorded) -> str:
         union: the union of the model's elements.
         call: how one element is called.
     """
-    axes, flags = as_inputs(call)
     union = with_own_buffers(union)
-    modes: tuple[Mode, ...] = ("train", "eval")
-    for mode in modes:
-        request = CaptureRequest(union, tuple(axes), flags, mode)
+    for mode in _MODES:
         values = _ReadValues()
         try:
-            with as_captured(request), torch.random.fork_rng(devices=()), observed(values), _OfMemory(values):
-                union(**request.examples())
+            with observed(values):
+                _run(union, call, mode, _OfMemory(values))
         except GraftError as error:
             return error.message
         except Exception as error:
@@ -248,6 +235,14 @@ def tried(union: nn.Module, call: Recorded) -> str:
         if values.read:
             return f"{READS}, at {values.place}" if values.place else READS
     return ""
+
+
+def _run(union: nn.Module, call: Recorded, mode: Mode, watching: AbstractContextManager[Any]) -> None:
+    """Run an element by itself in a mode, in a context that watches what its Python does."""
+    axes, flags = as_inputs(call)
+    request = CaptureRequest(union, tuple(axes), flags, mode)
+    with as_captured(request), torch.random.fork_rng(devices=()), watching:
+        union(**request.examples())
 
 
 class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]

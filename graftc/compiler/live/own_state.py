@@ -43,9 +43,8 @@ def written_in_place(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(now)
                 table[name] = buffer
 
-    handle = module.register_forward_hook(write) if before else None
+    handle = module.register_forward_hook(write)
     try:
         yield
     finally:
-        if handle is not None:
-            handle.remove()
+        handle.remove()

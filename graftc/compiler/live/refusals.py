@@ -38,14 +38,14 @@ def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
         objective = get_origin(method.objective) or method.objective
         if objective is not None and issubclass(objective, OutputObjective) and objective.wanted(adaptation):
             yield path, "objectives that compare several passes"
-    if any(isinstance(composition, Bank | Parallel | Split | Gate) for composition in spec.compose):
-        yield "compose", "rows that choose among adaptations"
-    if spec.tokens is not None:
-        yield "tokens", "added tokens"
-    if spec.cloze is not None:
-        yield "cloze", "blanks"
-    if spec.base.quantize is not None:
-        yield "base.quantize", "packed weights"
+    by_rows = any(isinstance(composition, Bank | Parallel | Split | Gate) for composition in spec.compose)
+    others = (
+        (by_rows, "compose", "rows that choose among adaptations"),
+        (spec.tokens is not None, "tokens", "added tokens"),
+        (spec.cloze is not None, "cloze", "blanks"),
+        (spec.base.quantize is not None, "base.quantize", "packed weights"),
+    )
+    yield from ((path, what) for is_there, path, what in others if is_there)
 
 
 def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:

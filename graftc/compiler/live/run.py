@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from graftc.compat.tensors import version_of
 from graftc.compiler.capture.as_captured import as_before
-from graftc.compiler.capture.assignments import Attributes, is_the_users
+from graftc.compiler.capture.assignments import Attributes, is_the_users, version
 from graftc.compiler.capture.parameter_uses import ParameterUses, observed
-from graftc.compiler.live.elements import Recorded, without_autocast
+from graftc.compiler.live.elements import Recorded, hooked, without_autocast
 from graftc.compiler.live.own_state import with_own_buffers
 from graftc.passes.core.elements.calls import CallStructure, innermost
 from graftc.specs.errors.diagnostics import GraftError
@@ -57,7 +56,8 @@ def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Cal
     before = {name: (buffer, version_of(buffer)) for name, buffer in own.named_buffers()}
     watch = _Watch(own, parts, maps)
     uses = ParameterUses(own, lambda: not watch.active)
-    with torch.no_grad(), torch.random.fork_rng(devices=()), observed(uses), watch.hooked():
+    watched = hooked(own, watch.paths, watch.before, watch.after, always_after=True)
+    with torch.no_grad(), torch.random.fork_rng(devices=()), observed(uses), watched:
         with as_before(own):
             try:
                 run(own)
@@ -71,36 +71,31 @@ def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Cal
         with as_before(own):
             own.train(not own.training)
             watch.begin()
-            _run_if_it_runs(own, run)
-    written = tuple(name for name, (buffer, count) in before.items() if version_of(buffer) != count)
+            try:
+                run(own)
+            except GraftError:
+                raise
+            except Exception:
+                pass  # it needs other inputs in this mode
+    written = tuple(name for name, (buffer, count) in before.items() if version(buffer) != count)
     return RecordedRun(calls, written, tuple(uses.read), watch.entered, watch.untaken)
 
 
-def _run_if_it_runs(model: nn.Module, run: Callable[[nn.Module], Any]) -> None:
-    try:
-        run(model)
-    except GraftError:
-        raise
-    except Exception:  # it needs other inputs in this mode
-        return
-
-
-@dataclass
 class _State:
-    """The attributes and modes of the modules in an element."""
+    """The attributes and modes of the modules in an element, as they were at a certain time."""
 
-    modules: Mapping[str, nn.Module]
-    attributes: list[Attributes] = field(default_factory=list)
-    modes: list[bool] = field(default_factory=list)
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.update()
 
-    def keep(self) -> None:
-        self.attributes = [Attributes(module) for module in self.modules.values()]
-        self.modes = [module.training for module in self.modules.values()]
+    def update(self) -> None:
+        """Record the present state."""
+        self._recorded = [(name, module, Attributes(module), module.training) for name, module in self.modules.items()]
 
     def changed(self) -> str:
-        """Return the first attribute or mode that has changed since `keep`; empty if none has."""
-        for name, attributes, mode in zip(self.modules, self.attributes, self.modes, strict=True):
-            changed = attributes.changed() or (["training"] if self.modules[name].training != mode else [])
+        """Return the first attribute or mode that has changed since then; empty if none has."""
+        for name, module, attributes, mode in self._recorded:
+            changed = attributes.changed() or (["training"] if module.training != mode else [])
             if changed:
                 return f"{name}.{changed[0]}".lstrip(".")
         return ""
@@ -110,7 +105,7 @@ class _State:
 
         Attributes that layers of libraries keep from call to call, such as tables that grow with a text, are ignored.
         """
-        for (name, module), attributes in zip(self.modules.items(), self.attributes, strict=True):
+        for name, module, attributes, _ in self._recorded:
             if is_the_users(module) and (changed := attributes.changed()):
                 return f"{name}.{changed[0]}".lstrip(".")
         return ""
@@ -129,35 +124,24 @@ class _Watch:
         self.calls: dict[str, tuple[CallStructure, Sequence[Tensor]]] = {}
         self.entered: dict[str, str] = {}
         self.untaken: dict[str, str] = {}
-        self._model = model
         known = frozenset(parts)
         outer = [*parts, *(path for path in maps if not innermost(path, known))]
         self._states = {path: _State(dict(model.get_submodule(path).named_modules())) for path in outer}
         self._inside = {
             f"{path}.{name}".rstrip("."): path for path, state in self._states.items() for name in state.modules
         }
-        self._paths = frozenset([*parts, *maps])
-        self.begin()
+        self._recorded = frozenset([*parts, *maps])
+
+    @property
+    def paths(self) -> Iterable[str]:
+        """The paths of all modules in elements."""
+        return self._inside
 
     def begin(self) -> None:
-        """Clear the running elements, and remember the state of all elements."""
+        """Clear the running elements, and record the state of all elements."""
         self.active.clear()
         for state in self._states.values():
-            state.keep()
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Record calls while the block runs."""
-        handles = []
-        for path in self._inside:
-            module = self._model.get_submodule(path)
-            handles.append(module.register_forward_pre_hook(self._before(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(self._after(path), always_call=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            state.update()
 
     def look_at_all(self) -> None:
         """Check for changes that were made to elements after their last calls."""
@@ -169,34 +153,29 @@ class _Watch:
         if changed:
             self.entered.setdefault(path, f"the model's own Python sets its {changed}")
 
-    def _before(self, path: str) -> Callable[..., None]:
-        element, wanted = self._inside[path], path in self._paths
+    def before(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record the first call of a layer, a part or a map, and what the model's own Python did to its element."""
+        element = self._inside[path]
+        if not self.active:
+            if path == element:
+                self._look(path)
+            else:
+                self.entered.setdefault(element, f"the model's own Python calls {path} by itself")
+        self.active.append(path)
+        if path in self._recorded and path not in self.calls:
+            try:
+                structure, tensors = CallStructure.of(path, module, args, kwargs)
+            except GraftError as error:  # it remains part of the model's own Python
+                self.untaken.setdefault(path, error.message)
+                return
+            self.calls[path] = structure, without_autocast(tensors, module)
 
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self.active:
-                if path == element:
-                    self._look(path)
-                else:
-                    self.entered.setdefault(element, f"the model's own Python calls {path} by itself")
-            self.active.append(path)
-            if wanted and path not in self.calls:
-                try:
-                    structure, tensors = CallStructure.of(path, module, args, kwargs)
-                except GraftError as error:  # it remains part of the model's own Python
-                    self.untaken.setdefault(path, error.message)
-                    return
-                self.calls[path] = structure, without_autocast(tensors, module)
-
-        return note
-
-    def _after(self, path: str) -> Callable[..., None]:
-        def note(*_: Any) -> None:
-            while self.active and self.active.pop() != path:
-                continue
-            if not self.active:
-                state, element = self._states[self._inside[path]], self._inside[path]
-                if path == element and (changed := state.assigned()):
-                    self.entered.setdefault(element, f"its Python assigns {changed}")
-                state.keep()
-
-        return note
+    def after(self, path: str, *_: Any) -> None:
+        """Record what the call of an element has assigned, once no element is running any more."""
+        while self.active and self.active.pop() != path:
+            continue
+        if not self.active:
+            state, element = self._states[self._inside[path]], self._inside[path]
+            if path == element and (changed := state.assigned()):
+                self.entered.setdefault(element, f"its Python assigns {changed}")
+            state.update()

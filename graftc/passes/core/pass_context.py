@@ -63,7 +63,7 @@ class PassHost:
         return None
 
     @property
-    def whole_spec(self) -> Spec:
+    def requested_spec(self) -> Spec:
         """The spec that the user asked for."""
         raise NotImplementedError
 
@@ -104,7 +104,7 @@ class PassContext:
     @property
     def spec(self) -> Spec:
         """The document that is compiled."""
-        return self._host.whole_spec
+        return self._host.requested_spec
 
     @property
     def sites(self) -> tuple[Site, ...]:

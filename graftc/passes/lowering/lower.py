@@ -37,7 +37,7 @@ class LoweringContext(PassHost):
     findings: Findings = field(default_factory=Findings)
 
     @property
-    def whole_spec(self) -> Spec:
+    def requested_spec(self) -> Spec:
         """The spec of the model."""
         return self.spec
 

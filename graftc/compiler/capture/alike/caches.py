@@ -7,13 +7,15 @@ uses; selecting the layer's part is the only use in which layers may differ.
 
 from __future__ import annotations
 
+import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+from graftc.compiler.capture.assignments import has_same_items
 from graftc.compiler.capture.past import kinds_of
 
 _CACHES = "transformers.cache_utils"
@@ -30,12 +32,12 @@ class LayerNumber:
 
     Args:
         number: its value.
-        read: a function that is called when the number is used for anything except selecting a part.
-        found: a function that is called when the number has been used to select a part.
+        on_read: a function that is called when the number is used for anything except selecting a part.
+        on_select: a function that is called when the number is used to select a part.
     """
 
-    def __init__(self, number: int, read: Callable[[], None], other_part: Callable[[], None]) -> None:
-        self.number, self.read, self.found = number, read, other_part
+    def __init__(self, number: int, on_read: Callable[[], None], on_select: Callable[[], None]) -> None:
+        self.number, self.on_read, self.on_select = number, on_read, on_select
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -43,7 +45,7 @@ def _operator(name: str) -> Callable[..., Any]:
 
     def operate(self: LayerNumber, *others: Any) -> Any:
         if sys._getframe(1).f_globals.get("__name__") != _CACHES:
-            self.read()
+            self.on_read()
         return plain(self.number, *(other.number if type(other) is LayerNumber else other for other in others))
 
     return operate
@@ -53,52 +55,45 @@ for _name in _OPERATORS.split():
     setattr(LayerNumber, f"__{_name}__", _operator(f"__{_name}__"))
 
 
-class _Parts(list[Any]):
-    """The layers of a cache, from which a `LayerNumber` selects a layer's own; any other access calls ``more``."""
+class _ByLayer:
+    """Entries for layers, from which a `LayerNumber` selects a layer's own; any other access calls ``more``."""
 
-    def __init__(self, contents: list[Any], more: Callable[[], None]) -> None:
-        super().__init__(contents)
+    def __init__(self, entries: Any, more: Callable[[], None]) -> None:
+        super().__init__(entries)  # type: ignore[call-arg]
         self._more = more
 
     def __getitem__(self, at: Any) -> Any:
-        return super().__getitem__(_place(at, self._more))
+        return super().__getitem__(self._place(at))  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[Any]:
         self._more()
-        return super().__iter__()
+        entries: Iterator[Any] = super().__iter__()  # type: ignore[misc]
+        return entries
+
+    def _place(self, at: Any) -> Any:
+        if type(at) is LayerNumber:
+            at.on_select()
+            return at.number
+        self._more()
+        return at
 
 
-class _Flags(dict[Any, Any]):
-    """The flags that a cache has for its layers, by number; accesses are handled as in `_Parts`."""
+class _Parts(_ByLayer, list[Any]):
+    """The layers of a cache."""
 
-    def __init__(self, contents: dict[Any, Any], more: Callable[[], None]) -> None:
-        super().__init__(contents)
-        self._more = more
 
-    def __getitem__(self, at: Any) -> Any:
-        return super().__getitem__(_place(at, self._more))
+class _Flags(_ByLayer, dict[Any, Any]):
+    """The flags that a cache has for its layers, by number."""
 
     def get(self, at: Any, default: Any = None) -> Any:
         """Return the flag of a layer, as `dict.get` does."""
-        return super().get(_place(at, self._more), default)
+        return super().get(self._place(at), default)
 
     def __setitem__(self, at: Any, value: Any) -> None:
-        super().__setitem__(_place(at, self._more), value)
+        super().__setitem__(self._place(at), value)
 
     def __contains__(self, at: Any) -> bool:
-        return super().__contains__(_place(at, self._more))
-
-    def __iter__(self) -> Iterator[Any]:
-        self._more()
-        return super().__iter__()
-
-
-def _place(at: Any, more: Callable[[], None]) -> Any:
-    if type(at) is LayerNumber:
-        at.found()
-        return at.number
-    more()
-    return at
+        return super().__contains__(self._place(at))
 
 
 class CrossedCache:
@@ -116,7 +111,7 @@ class CrossedCache:
         self.cache = cache
         self._kinds = kinds_of(cache)
         self._layers = {kind: list(own.layers) for kind, own in self._kinds.items()}
-        self._held = {kind: [dict(vars(layer)) for layer in layers] for kind, layers in self._layers.items()}
+        self._attributes = {kind: [dict(vars(layer)) for layer in layers] for kind, layers in self._layers.items()}
         self._own = {kind: _without_layers(own) for kind, own in self._kinds.items()}
         self._flags = dict(getattr(cache, "is_updated", {}))
         self.described = type(cache), tuple(self._kinds)
@@ -124,12 +119,13 @@ class CrossedCache:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors that were in the cache."""
-        values = (value for layers in self._held.values() for layer in layers for value in layer.values())
+        values = (value for layers in self._attributes.values() for layer in layers for value in layer.values())
         return [value for value in values if isinstance(value, Tensor)]
 
     def part(self, number: int) -> dict[str, Any]:
         """Return the recorded part of a layer: attributes of the cache's layers by kind, and the cache's flag."""
-        parts: dict[str, Any] = {k: dict(h[number]) if number < len(h) else None for k, h in self._held.items()}
+        layers = self._attributes.items()
+        parts: dict[str, Any] = {kind: dict(own[number]) if number < len(own) else None for kind, own in layers}
         return {**parts, "known": self._flags.get(number)}
 
     def written(self, number: int | None) -> dict[str, Any] | None:
@@ -140,24 +136,22 @@ class CrossedCache:
         Args:
             number: the layer's number; None if it has not looked for a part.
         """
-        for kind, own in self._kinds.items():
-            before, now = self._layers[kind], own.layers
-            grown = len(now) > len(before)
-            same = len(now) >= len(before) and all(a is b for a, b in zip(before, now, strict=False))
-            if not same or _without_layers(own) != self._own[kind] or (grown and len(now) - 1 != number):
+        after = CrossedCache(self.cache)
+        for kind, before in self._layers.items():
+            now, most = after._layers[kind], len(before) + (number == len(before))
+            same = len(before) <= len(now) <= most and all(map(operator.is_, before, now))
+            pairs = enumerate(zip(self._attributes[kind], after._attributes[kind], strict=False))
+            others = all(has_same_items(*pair) for at, pair in pairs if at != number)
+            if not same or not others or self._own[kind] != after._own[kind]:
                 return None
-            pairs = zip(self._held[kind], map(vars, before), strict=True)
-            others = (_identical(*pair) for at, pair in enumerate(pairs) if at != number)
-            if len(now) > len(before) + 1 or not all(others):
-                return None
-        flags = dict(getattr(self.cache, "is_updated", {}))
-        if not _identical(*({at: flag for at, flag in f.items() if at != number} for f in (self._flags, flags))):
+        flags = ({at: flag for at, flag in cache._flags.items() if at != number} for cache in (self, after))
+        if not has_same_items(*flags):
             return None
         if number is None:
             return {}
-        own, after = self.part(number), CrossedCache(self.cache).part(number)
-        begun = any(_has_tensors(after[kind]) and not _has_tensors(own[kind]) for kind in self._kinds)
-        return None if begun else after
+        own, written = self.part(number), after.part(number)
+        begun = any(_has_tensors(written[kind]) and not _has_tensors(own[kind]) for kind in self._kinds)
+        return None if begun else written
 
     def put(self, number: int, part: dict[str, Any]) -> None:
         """Replace the part of a layer."""
@@ -202,9 +196,8 @@ def crossed(value: Any) -> CrossedCache | None:
         return None
     for own in kinds_of(value).values():
         plain = type(own) is DynamicCache and not own.offloading and type(own.layers) is list
-        if not plain or any(type(layer) is not DynamicLayer for layer in own.layers):
-            return None
-        if own.layer_class_to_replicate not in (None, DynamicLayer):
+        usual = plain and own.layer_class_to_replicate in (None, DynamicLayer)
+        if not usual or any(type(layer) is not DynamicLayer for layer in own.layers):
             return None
     return CrossedCache(value)
 
@@ -215,7 +208,3 @@ def _without_layers(own: Any) -> dict[str, Any]:
 
 def _has_tensors(part: dict[str, Any] | None) -> bool:
     return any(isinstance(value, Tensor) for value in (part or {}).values())
-
-
-def _identical(before: Mapping[Any, Any], now: Mapping[Any, Any]) -> bool:
-    return before.keys() == now.keys() and all(now[name] is value for name, value in before.items())

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graftc.compiler.capture.identity.objects import closure_of
 from graftc.compiler.capture.identity.sources import home_of, home_of_module
 
 _ASKING = frozenset({"vars", "id", "globals", "locals"})
@@ -87,11 +88,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 def _mentioned(function: FunctionType, codes: list[CodeType]) -> Iterator[Any]:
     """Yield the closure values and the globals that code names, and what it names in user modules among them."""
     names = {name for code in codes for name in code.co_names}
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # still empty
-            continue
+    yield from (value for _, filled, value in closure_of(function) if filled)
     for name in names & function.__globals__.keys():
         value = function.__globals__[name]
         yield value

@@ -9,7 +9,7 @@ afterwards, so every access to something hidden is recorded, and the capture sta
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,10 +48,6 @@ class Hidden:
 
     def __len__(self) -> int:
         return len(self._layers)
-
-    def note_miss(self) -> None:
-        """Record that something accessed a hidden tensor."""
-        self.missed = True
 
     def watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return the model's forward, wrapped so that iterating over the tables is recorded as well while it runs."""
@@ -101,57 +97,33 @@ def _stand_ins(slots: set[int], inputs: Mapping[str, Tensor]) -> dict[str, str]:
     return stand_ins
 
 
-class _HiddenTable(dict[str, Tensor | None]):
+class _HiddenTable(MutableMapping[str, Tensor | None]):
     """An empty table that records accesses to the names that it had."""
 
     def __init__(self, hidden: Hidden, table: Mapping[str, Any]) -> None:
-        super().__init__()
         self._hidden, self._names = hidden, frozenset(table)
-
-    def __contains__(self, name: object) -> bool:
-        self._look(name)
-        return super().__contains__(name)
+        self._tensors: dict[str, Tensor | None] = {}
 
     def __getitem__(self, name: str) -> Tensor | None:
-        self._look(name)
-        return super().__getitem__(name)
+        if name in self._names:
+            self._hidden.missed = True
+        return self._tensors[name]
 
     def __setitem__(self, name: str, tensor: Tensor | None) -> None:
-        self._hidden.note_miss()  # a tensor that is set here is lost when the table is restored
-        super().__setitem__(name, tensor)
+        self._hidden.missed = True  # a tensor that is set here is lost when the table is restored
+        self._tensors[name] = tensor
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return the default, and record the access."""
-        self._look(name)
-        return super().get(name, default)
+    def __delitem__(self, name: str) -> None:
+        del self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
         self._go_through()
-        return super().__iter__()
+        return iter(self._tensors)
 
     def __len__(self) -> int:
         self._go_through()
-        return super().__len__()
-
-    def keys(self) -> Any:
-        """Return an empty view; the access is recorded, as for the other methods."""
-        self._go_through()
-        return super().keys()
-
-    def values(self) -> Any:
-        """Return an empty view, and record the access."""
-        self._go_through()
-        return super().values()
-
-    def items(self) -> Any:
-        """Return an empty view, and record the access."""
-        self._go_through()
-        return super().items()
-
-    def _look(self, name: object) -> None:
-        if name in self._names:
-            self._hidden.note_miss()
+        return len(self._tensors)
 
     def _go_through(self) -> None:
         if self._names and self._hidden.running:
-            self._hidden.note_miss()
+            self._hidden.missed = True

@@ -11,7 +11,7 @@ from torch import nn
 
 from graftc.compat.modules import buffers_of, parameters_of
 from graftc.compiler.capture.alike.code import LooksElsewhere
-from graftc.compiler.capture.identity.capture_key import held_by_modules
+from graftc.compiler.capture.identity.capture_key import holdings_of_modules
 
 FEWEST = 4
 """Layers that are alike, from which on it pays: the first and the last one are traced."""
@@ -54,7 +54,7 @@ def alike(model: nn.Module) -> list[Layer]:
     both = (model.named_parameters, model.named_buffers)
     tensors = Counter(id(tensor) for named in both for _, tensor in named(remove_duplicate=False))
     modules = dict(model.named_modules())
-    holdings = held_by_modules(model)
+    holdings = holdings_of_modules(model)
     elsewhere = LooksElsewhere()
     known = {path: own for path, own in holdings.items() if not (_names_modules(own[2]) or elsewhere.of(modules[path]))}
     repeated: list[Layer] = []

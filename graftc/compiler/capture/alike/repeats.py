@@ -15,13 +15,16 @@ part (`caches`). The last layer is traced as well, and has to do the same as the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn, overrides
+from torch.utils import _python_dispatch
 
 from graftc.compat.hooks import FORWARD
 from graftc.compat.modes import modes_in_force
@@ -29,21 +32,18 @@ from graftc.compat.modules import buffers_of
 from graftc.compiler.capture.alike.caches import CrossedCache, LayerNumber, crossed
 from graftc.compiler.capture.alike.hidden import Hidden
 from graftc.compiler.capture.alike.modules import Layer, Place, alike
-from graftc.compiler.capture.assignments import Attributes
+from graftc.compiler.capture.as_captured import replaced
+from graftc.compiler.capture.assignments import Attributes, has_same_items
 from graftc.passes.core.ir.shapes import expression
 
 _LIBRARY: Any = torch.library.Library("graftc_capture", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define("begin(int call, Tensor[] inputs) -> ()")
-_LIBRARY.define("end(int call, Tensor[] outputs) -> ()")
+_LIBRARY.define("mark(bool begins, int call, Tensor[] tensors) -> ()")
 _LIBRARY.define("again(int call, int layer, Tensor[] inputs) -> Tensor[]")
-BEGIN: Any = torch.ops.graftc_capture.begin.default
-"""Stands in front of what is traced of a call: its number, the tensors that it is given."""
-END: Any = torch.ops.graftc_capture.end.default
-"""Stands behind it: its number, the tensors that it made."""
+MARK: Any = torch.ops.graftc_capture.mark.default
+"""Stands in front of and behind what is traced of a call: the call's number, the tensors that it is given or made."""
 AGAIN: Any = torch.ops.graftc_capture.again.default
 """Stands for a call that is not traced: the number of the one that was, the layer's, the tensors that it is given."""
-for _mark in (BEGIN, END):
-    fx.node.has_side_effect(_mark)  # keeps it in the graph although its result is unused
+fx.node.has_side_effect(MARK)  # keeps it in the graph although its result is unused
 
 
 @dataclass(eq=False)
@@ -59,7 +59,7 @@ class TracedCall:
         caches: the caches that it was called with.
         result: how its result is assembled from given and created tensors.
         parts: how its own part of each cache is assembled after the call.
-        made: the types of the tensors that it created.
+        created: the types of the tensors that it created.
         given: the indices, among all tensors that it was given, of its arguments and of the tensors in caches that
             belong to its part.
         slots: the numbers of the layer that select its own part of a cache.
@@ -74,7 +74,7 @@ class TracedCall:
     read: set[Place] = field(default_factory=set)
     result: Any = None
     parts: Any = None
-    made: list[tuple[Any, ...]] = field(default_factory=list)
+    created: list[tuple[Any, ...]] = field(default_factory=list)
     given: list[int] = field(default_factory=list)
     slots: set[Place] = field(default_factory=set)
     reusable: bool = False
@@ -104,15 +104,18 @@ class TracedCall:
 class Repeats:
     """The calls that were traced once, and the calls that they represent.
 
+    Args:
+        layers: the layers that are like others; by default all layers are traced.
+        inputs: the model's inputs by name, if tensors of layers are to be hidden from the tracer.
+
     Attributes:
-        layers: the layers that are like others.
-        hidden: the layers among them whose tensors are hidden from the tracer.
+        hidden: the layers among them whose tensors are hidden.
         calls: their traced calls, by number.
         reused: the number of calls that were not traced.
     """
 
-    def __init__(self, layers: Sequence[Layer], hidden: Hidden) -> None:
-        self.layers, self.hidden = layers, hidden
+    def __init__(self, layers: Sequence[Layer] = (), inputs: Mapping[str, Tensor] | None = None) -> None:
+        self.layers, self.hidden = layers, Hidden(() if inputs is None else layers, inputs or {})
         self.calls: list[TracedCall] = []
         self.reused = 0
         self._number = {id(layer): number for number, layer in enumerate(layers)}
@@ -155,7 +158,7 @@ class Repeats:
         modules = list(call.layer.module.modules())
         before = [(module, Attributes(module), dict(buffers_of(module))) for module in modules]
         inside = [tensor for cache in call.caches for tensor in cache.tensors]
-        BEGIN(call.number, [*tensors, *inside])
+        MARK(True, call.number, [*tensors, *inside])
         self._open = call
         more: list[None] = []
         try:
@@ -178,14 +181,15 @@ class Repeats:
             call.parts = [_taken_apart(part, operands, outputs, call.caches) for part in written if part is not None]
             same = _told(given, after, []) == call.key[0] and all(a is b for a, b in zip(after, tensors, strict=True))
             unchanged = [
-                not snapshot.changed() and _same(buffers_of(module), buffers) for module, snapshot, buffers in before
+                not snapshot.changed() and has_same_items(module._buffers, buffers)
+                for module, snapshot, buffers in before
             ]
             call.reusable = same and all(unchanged) and not more and len(call.parts) == len(written)
             call.reusable &= number is not None or not call.slots
         except _UntoldError:
             outputs.clear()
-        call.made = [(t.dtype, t.device, tuple(t.shape), t.stride()) for t in outputs]
-        END(call.number, outputs)
+        call.created = [(t.dtype, t.device, tuple(t.shape), t.stride()) for t in outputs]
+        MARK(False, call.number, outputs)
         return result
 
     def read(self, place: Place, value: Any) -> Any:
@@ -201,17 +205,13 @@ class Repeats:
 _TRACING: list[Repeats] = []
 
 
-def _nothing(call: int, tensors: list[Tensor]) -> None:
-    return None
-
-
 def _again(call: int, layer: int, inputs: list[Tensor]) -> list[Tensor]:
-    types = _TRACING[-1].calls[call].made
+    types = _TRACING[-1].calls[call].created
     return [torch.empty_strided(size, stride, dtype=dtype, device=device) for dtype, device, size, stride in types]
 
 
-for _name, _fake in (("begin", _nothing), ("end", _nothing), ("again", _again)):
-    torch.library.register_fake(f"graftc_capture::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_fake("graftc_capture::mark", lambda begins, call, tensors: None, lib=_LIBRARY)
+torch.library.register_fake("graftc_capture::again", _again, lib=_LIBRARY)
 
 
 @contextmanager
@@ -223,30 +223,25 @@ def traced_once(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) ->
         inputs: the model's inputs by name, if tensors of the other layers are to be hidden from the tracer, see
             `graftc.compiler.capture.alike.hidden`.
     """
-    layers = alike(model)
-    repeats = Repeats(layers, Hidden([] if inputs is None else layers, inputs or {}))
+    repeats = Repeats(alike(model), inputs)
     with ExitStack() as stack:
         for layer in repeats.layers:
-            stack.enter_context(_called_through(repeats, layer))
-        stack.enter_context(_watched(repeats))
+            stack.enter_context(replaced(vars(layer.module), "forward", _called_through(repeats, layer)))
+        for kind, name, descriptor in _descriptors(repeats):
+            stack.enter_context(mock.patch.object(kind, name, descriptor, create=True))
         _TRACING.append(repeats)
         stack.callback(_TRACING.pop)
         yield repeats
 
 
-@contextmanager
-def _called_through(repeats: Repeats, layer: Layer) -> Iterator[None]:
+def _called_through(repeats: Repeats, layer: Layer) -> Callable[..., Any]:
     original = layer.module.forward
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return repeats.call(layer, original, args, kwargs)
 
-    vars(layer.module)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(layer.module)["forward"]
+    return forward
 
 
 class _Watched:
@@ -269,9 +264,8 @@ class _Watched:
         del vars(owner)[self._name]
 
 
-@contextmanager
-def _watched(repeats: Repeats) -> Iterator[None]:
-    """Record reads of the numbers in which layers of a group differ while the block runs."""
+def _descriptors(repeats: Repeats) -> list[tuple[type, str, _Watched]]:
+    """Return descriptors for classes and attributes that record reads of the numbers in which layers differ."""
     paths: dict[int, str] = {}
     watched: set[tuple[type, str]] = set()
     for layer in repeats.layers:
@@ -282,13 +276,7 @@ def _watched(repeats: Repeats) -> Iterator[None]:
     def read(module: nn.Module, name: str, value: Any) -> Any:
         return repeats.read((paths[id(module)], name), value) if id(module) in paths else value
 
-    try:
-        for kind, name in watched:
-            setattr(kind, name, _Watched(name, read))
-        yield
-    finally:
-        for kind, name in watched:
-            delattr(kind, name)
+    return [(kind, name, _Watched(name, read)) for kind, name in watched]
 
 
 # --- what a call depends on, and what it returns -----------------------------------------------------------
@@ -301,63 +289,86 @@ class _UntoldError(Exception):
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
+def _flat(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """Return the contents of nested lists, tuples and dicts, and their structure; other containers are contents."""
+    return pytree.tree_flatten(value, is_leaf=_is_content)
+
+
+def _is_content(value: Any) -> bool:
+    if type(value) is dict:
+        return any(type(key) not in _PLAIN for key in value)
+    return type(value) not in (list, tuple)
+
+
 def _told(value: Any, tensors: list[Tensor], caches: list[CrossedCache] | None = None) -> Any:
     """Return a value as data, in which tensors are described by their types and by which of them are the same object.
 
     Tensors are collected in order, and so are caches if ``caches`` is given.
     """
+    contents, structure = _flat(value)
+    return [structure, [_told_content(each, tensors, caches) for each in contents]]
+
+
+def _told_content(value: Any, tensors: list[Tensor], caches: list[CrossedCache] | None) -> list[Any]:
     if type(value) in _PLAIN:
         return [type(value), value]
     if isinstance(value, Tensor):
-        at = next((i for i, known in enumerate(tensors) if known is value), None)
+        at = _index(value, tensors)
         if at is not None:
             return ["known", at]
-        if value.layout != torch.strided or value.is_conj() or value.is_neg():
-            raise _UntoldError
-        tensors.append(value)
+        _collect(value, tensors)
         sizes = [expression(size) for size in (*value.shape, *value.stride(), value.storage_offset())]
         return ["new", value.dtype, value.device, value.dim(), sizes, value.requires_grad, type(value)]
-    if type(value) in (list, tuple):
-        return [type(value), [_told(item, tensors, caches) for item in value]]
-    if type(value) is dict:
-        return [dict, [(_told(key, tensors), _told(item, tensors, caches)) for key, item in value.items()]]
     if caches is not None and (cache := crossed(value)) is not None:
-        if not any(known.cache is value for known in caches):
+        known = [each.cache for each in caches]
+        if _index(value, known) is None:
             caches.append(cache)
-        return ["cache", [known.cache is value for known in caches].index(True), cache.described]
+        return ["cache", _index(value, [*known, value]), cache.described]
     raise _UntoldError
+
+
+def _index(value: Any, among: Iterable[Any]) -> int | None:
+    """Return the index of an object among others; None if it is none of them."""
+    return next((index for index, other in enumerate(among) if other is value), None)
+
+
+def _collect(tensor: Tensor, tensors: list[Tensor]) -> None:
+    """Add a tensor to others.
+
+    Raises:
+        _UntoldError: if its dtype, sizes and strides do not describe it.
+    """
+    if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+        raise _UntoldError
+    tensors.append(tensor)
 
 
 def _taken_apart(value: Any, given: list[Tensor], created: list[Tensor], caches: Sequence[CrossedCache]) -> Any:
     """Return a result as data; tensors become indices among the given or the created ones, which are collected."""
-    if isinstance(value, Tensor):
-        for kind, known in (("given", given), ("made", created)):
-            at = next((i for i, tensor in enumerate(known) if tensor is value), None)
-            if at is not None:
-                return kind, at
-        if value.layout != torch.strided or value.is_conj() or value.is_neg() or value.requires_grad:
-            raise _UntoldError
-        created.append(value)
-        return "made", len(created) - 1
-    if type(value) in (list, tuple):
-        return type(value), [_taken_apart(item, given, created, caches) for item in value]
-    if type(value) is dict:
-        return dict, [_taken_apart(item, given, created, caches) for item in value.items()]
+    contents, structure = _flat(value)
+    return [_reference(each, given, created, caches) for each in contents], structure
+
+
+def _reference(
+    value: Any, given: list[Tensor], created: list[Tensor], caches: Sequence[CrossedCache]
+) -> tuple[str, Any]:
     if type(value) in _PLAIN:
         return "plain", value
-    at = next((i for i, known in enumerate(caches) if known.cache is value), None)
-    if at is not None:
-        return "cache", at
-    raise _UntoldError
+    for kind, known in (("given", given), ("created", created), ("cache", [each.cache for each in caches])):
+        at = _index(value, known)
+        if at is not None:
+            return kind, at
+    if not isinstance(value, Tensor) or value.requires_grad:
+        raise _UntoldError
+    _collect(value, created)
+    return "created", len(created) - 1
 
 
 def _put_together(data: Any, given: Sequence[Tensor], created: Sequence[Tensor], caches: Sequence[CrossedCache]) -> Any:
-    kind, content = data
-    if kind in ("given", "made"):
-        return (given if kind == "given" else created)[content]
-    if kind == "cache":
-        return caches[content].cache
-    return content if kind == "plain" else kind(_put_together(item, given, created, caches) for item in content)
+    references, structure = data
+    known = {"given": given, "created": created, "cache": [each.cache for each in caches]}
+    contents = [content if kind == "plain" else known[kind][content] for kind, content in references]
+    return pytree.tree_unflatten(contents, structure)
 
 
 def _state(module: nn.Module) -> Any:
@@ -371,10 +382,9 @@ def _state(module: nn.Module) -> Any:
         if torch.amp.is_autocast_available(kind)
     ]
     state = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast]
-    others = [vars(each) for each in module.modules() if each is not module]
-    inside = [(each["training"], *(len(each[table]) for table in FORWARD)) for each in others]
-    return [state, modes_in_force(), module.training, inside]
-
-
-def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    return now.keys() == before.keys() and all(now[name] is value for name, value in before.items())
+    function_modes: Any = overrides._get_current_function_mode_stack
+    modes = [*function_modes(), *_python_dispatch._get_current_dispatch_mode_stack()]
+    inside = [
+        (m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in module.modules() if m is not module
+    ]
+    return [state, modes, module.training, inside]

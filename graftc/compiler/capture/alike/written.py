@@ -6,8 +6,9 @@ See `graftc.compiler.capture.alike.repeats`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from graftc.compiler.capture.alike.modules import Layer
-from graftc.compiler.capture.alike.repeats import AGAIN, BEGIN, END, Repeats, TracedCall
+from graftc.compiler.capture.alike.repeats import AGAIN, MARK, Repeats, TracedCall
 from graftc.passes.core.ir.functions import call
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.past_inputs import past_name, past_place
@@ -57,7 +58,7 @@ class _Segment:
     call: TracedCall
     given: list[fx.Node]
     nodes: list[fx.Node] = field(default_factory=list)
-    made: list[fx.Node] = field(default_factory=list)
+    results: list[fx.Node] = field(default_factory=list)
 
     @property
     def prefix(self) -> str:
@@ -71,42 +72,38 @@ class _Writing:
         self._names = {node: name for name, node in self._tensors.items()}
         self._segments: dict[int, _Segment] = {}
         self._marks: set[fx.Node] = set()
-        self._again: list[fx.Node] = []
+        self._again: dict[int, list[fx.Node]] = defaultdict(list)
         current: _Segment | None = None
         for node in graph.nodes:
-            if node.target is BEGIN:
-                current = _Segment(repeats.calls[node.args[0]], list(node.args[1]))
-                self._segments[node.args[0]] = current
+            if node.target is MARK:
+                begins, number, tensors = node.args
+                traced = repeats.calls[number]
                 self._marks.add(node)
-            elif node.target is END:
-                segment = self._segments[node.args[0]]
-                segment.given = [segment.given[at] for at in segment.call.given]
-                segment.made = list(node.args[1])
-                current = None
-                self._marks.add(node)
+                if begins:
+                    current = self._segments[number] = _Segment(traced, [tensors[at] for at in traced.given])
+                else:
+                    self._segments[number].results = list(tensors)
+                    current = None
             elif node.target is AGAIN:
-                self._again.append(node)
+                self._again[node.args[0]].append(node)
             elif current is not None and node.op != "get_attr" and not _is_size(node):
                 current.nodes.append(node)
 
     def run(self) -> None:
-        for number in sorted({_number(node) for node in self._again}):
+        for number in sorted(self._again):
             segment = self._segments[number]
             self._read_uncast(segment)
             self._require_closed(segment)
             for other in self._segments.values():
                 if other.call.layer.is_last and segment.call.stands_for(other.call):
                     self._require_same(segment, other)
-        waiting: dict[int, list[fx.Node]] = defaultdict(list)
-        for node in self._again:
-            waiting[_number(node)].append(node)
-        for again in waiting.values():
-            given, body, outputs = self._write_out(again[0])
-            for node in again[1:]:
-                if len(again) > FEWEST_CALLS:
-                    self._call(node, given, body, outputs)
-                else:
+        for first, *others in self._again.values():
+            given, body, outputs = self._write_out(first)
+            for node in others:
+                if len(others) < FEWEST_CALLS:
                     self._write_out(node)
+                else:
+                    self._call(node, given, body, outputs)
         for node in self._marks:
             self._graph.erase_node(node)
 
@@ -124,18 +121,18 @@ class _Writing:
                     placeholders[name] = self._graph.placeholder(name)
                 placeholders[name].meta = dict(first.meta)
             last = placeholders[name]
-        for node in self._again:
+        slots: dict[fx.Node, int | None] = {}
+        for node in chain.from_iterable(self._again.values()):
             inputs_of, segment, layer = self._read(node)
-            count, slot = segment.call.arguments, segment.call.slot(layer)
-            for at in range(count, len(inputs_of)):
+            slot = slots[node] = segment.call.slot(layer)
+            for at in range(segment.call.arguments, len(inputs_of)):
                 if inputs_of[at] in stood_in and slot is not None:
                     kind, _, part = past_place(stood_in[inputs_of[at]])
                     inputs_of[at] = placeholders[past_name(kind, slot, part)]
             node.args = (*node.args[:2], inputs_of)
         for first, name in stood_in.items():
-            slot = past_place(name)[1]
             for user in first.users:
-                own = user.target is AGAIN and self._read(user)[1].call.slot(self._read(user)[2]) == slot
+                own = slots.get(user) == past_place(name)[1]
                 if not (own or user in self._marks or _is_size(user)):
                     raise NotAlikeError(f"{user} reads {name}, which stood in for others")
 
@@ -147,7 +144,7 @@ class _Writing:
         """
         inside = {*segment.nodes, *self._marks}
         for node in segment.nodes:
-            source = node.args[0] if node.target is _CAST and node not in segment.made else None
+            source = node.args[0] if node.target is _CAST and node not in segment.results else None
             if not isinstance(source, fx.Node) or source.meta["val"].dtype != node.meta["val"].dtype:
                 continue
             for user in [user for user in node.users if user not in inside]:
@@ -162,7 +159,7 @@ class _Writing:
                 if not (own or source in inside or source in segment.given or _is_size(source)):
                     raise NotAlikeError(f"{path} reads {source}, which is not its own")
             outside = [user for user in node.users if user not in inside and not _is_size(user)]
-            if node not in segment.made and not self._marks.issuperset(outside):
+            if node not in segment.results and not self._marks.issuperset(outside):
                 raise NotAlikeError(f"{node} of {path} is used outside of it")
             if free_unbacked_symbols(node.meta.get("val")):
                 raise NotAlikeError(f"sizes in {path} depend on data")
@@ -182,13 +179,15 @@ class _Writing:
             return source if source in known else tensor(source, b)
 
         known = {*b.given, *b.nodes}
-        alike = len(a.nodes) == len(b.nodes) and len(a.made) == len(b.made)
+        alike = len(a.nodes) == len(b.nodes) and len(a.results) == len(b.results)
         alike = alike and (a.call.result, a.call.parts) == (b.call.result, b.call.parts)
         for one, other in zip(a.nodes, b.nodes, strict=False):
             alike = alike and one.target is other.target and _type(one.meta.get("val")) == _type(other.meta.get("val"))
-            alike = alike and _told([one.args, one.kwargs], first) == _told([other.args, other.kwargs], second)
+            read: list[tuple[fx.Node, fx.Node]] = []
+            alike = alike and alike_arguments((one.args, one.kwargs), (other.args, other.kwargs), read)
+            alike = alike and all(first(source) == second(like) for source, like in read)
             same[one] = other
-        if not alike or [same[node] for node in a.made] != b.made:
+        if not alike or [same[node] for node in a.results] != b.results:
             raise NotAlikeError(f"{b.call.layer.path} does not do what {a.call.layer.path} does")
 
     def _write_out(self, again: fx.Node) -> tuple[list[fx.Node], str, list[fx.Node]]:
@@ -205,7 +204,7 @@ class _Writing:
             for node in segment.nodes:
                 new = copies[node] = copy_node(self._graph, node, copied)
                 new.meta.update(val=node.meta.get("val"), nn_module_stack=_moved(node, segment, layer.path))
-        outputs = [copies[node] for node in segment.made]
+        outputs = [copies[node] for node in segment.results]
         picked: Any
         for user in list(again.users):  # each selects one of the outputs
             _, picked = user.args
@@ -238,26 +237,24 @@ def _moved(node: fx.Node, segment: _Segment, path: str) -> dict[str, tuple[str, 
     return {key: (path + at[len(before) :], cls) for key, at, cls in inside}
 
 
-def _told(value: Any, name: Callable[[fx.Node], Any]) -> Any:
-    """Return arguments as data that compares equal if the arguments do; ``name`` is called for nodes."""
-    if isinstance(value, fx.Node):
-        return name(value)
-    if isinstance(value, list | tuple):
-        return [_told(item, name) for item in value]
-    if isinstance(value, dict):
-        return {key: _told(item, name) for key, item in value.items()}
-    return type(value), value
+def alike_arguments(a: Any, b: Any, read: list[tuple[fx.Node, fx.Node]]) -> bool:
+    """Return whether arguments of two nodes are equal except for nodes, which are collected in pairs."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, fx.Node):
+        read.append((a, b))
+        return True
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(alike_arguments, a, b, repeat(read)))
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(alike_arguments(a[key], b[key], read) for key in a)
+    return a is b or bool(a == b)
 
 
 def _type(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.dtype, value.device, value.dim(), [expression(size) for size in (*value.shape, *value.stride())]
     return [_type(item) for item in value] if isinstance(value, list | tuple) else expression(value)
-
-
-def _number(node: fx.Node) -> int:
-    number: Any = node.args[0]
-    return int(number)
 
 
 def _is_size(node: fx.Node) -> bool:

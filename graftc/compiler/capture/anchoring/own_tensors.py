@@ -43,8 +43,3 @@ def with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mappin
         own.update({name: copied(value) for name, value in own.items() if type(value) is Tensor})
     owned = [(n, t) for n, t in model.named_parameters(remove_duplicate=False) if aliases.get(n, n) in written]
     return dict([*owned, *model.named_buffers(remove_duplicate=False)])
-
-
-def is_written(tensor: Tensor) -> bool:
-    """Return whether a copy has been written to."""
-    return version_of(tensor) > 0

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, fx
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
 
 from graftc.compat import pytree
 from graftc.compiler.capture.anchoring.differing import difference_of
-from graftc.compiler.capture.anchoring.own_tensors import is_written, with_own_tensors
+from graftc.compiler.capture.anchoring.own_tensors import with_own_tensors
 from graftc.compiler.capture.anchoring.products import Computing, Products, products_of
 from graftc.compiler.capture.as_captured import as_captured, draws, same_draws
-from graftc.compiler.capture.assignments import noticed
+from graftc.compiler.capture.assignments import noticed, version
 from graftc.compiler.capture.capture import output_spec
 from graftc.compiler.capture.example_inputs import samples_on
 from graftc.compiler.capture.identity.sources import home_of_module
@@ -63,8 +64,7 @@ class Runs:
         self._model, self._device = model, request.device
         self._draws = any(draws(node) for node in program.graph.nodes)
         self.assigned: dict[str, None] = {}
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        self._tensors = {aliases.get(name, name): tensor.detach() for name, tensor in named}
+        self._tensors = {aliases.get(name, name): tensor.detach() for name, tensor in _named_tensors(model)}
         self._tensors |= {name: tensor.detach() for name, tensor in constants.items()}
         self._tensors |= packed_weights(model)
         buffers = {aliases.get(n, n) for n, _ in model.named_buffers(remove_duplicate=False)}
@@ -82,23 +82,23 @@ class Runs:
         The kind of the inputs is returned as well.
         """
         failure: NoRunError | None = None
-        while self._length >= _SHORT:
-            try:
-                return self.model(self._text() if self._generates_alike else self.sample(0)), "samples"
-            except NoRunError as error:
-                failure = failure or error
-                self._length //= 2  # a table of positions may have fewer rows
-        as_shown, shown = any(axis.as_shown for axis in self._request.axes), self._request.shown()
-        others: dict[RunInputs, Mapping[str, Tensor]] = {"samples" if as_shown else "ones": self._request.examples()}
-        if shown and fits(self._program.inputs, shown):
-            others["shown"] = shown
-        for kind, inputs in others.items():
+        for kind, inputs in self._choices():
             try:
                 return self.model(inputs), kind
             except NoRunError as error:
                 failure = failure or error
         assert failure is not None
         raise failure
+
+    def _choices(self) -> Iterator[tuple[RunInputs, Mapping[str, Tensor]]]:
+        """Yield the inputs to try in turn, with their kinds."""
+        while self._length >= _SHORT:
+            yield "samples", self._text() if self._generates_alike else self.sample(0)
+            self._length //= 2  # a table of positions may have fewer rows
+        as_shown, shown = any(axis.as_shown for axis in self._request.axes), self._request.shown()
+        yield "samples" if as_shown else "ones", self._request.examples()
+        if shown and fits(self._program.inputs, shown):
+            yield "shown", shown
 
     def special_ones(self, bound: float) -> tuple[str, ...]:
         """Return the named sizes for which the model, at 1, computes something else than its graph.
@@ -108,16 +108,12 @@ class Runs:
         are only tried all together and in eval mode: a pass over the weights takes as long for a token as for a text.
         """
         names, library = self._ones, self._is_of_a_library
-        if (
-            self._ones_hold
-            or not names
-            or (library and (self._program.mode == "train" or not self._differs_at(names, bound)))
-        ):
+        if self._ones_hold or not names or (library and self._program.mode == "train"):
             return ()
-        if len(names) == 1:
-            return names if library or self._differs_at(names, bound) else ()
+        if library and not self._differs_at(names, bound):
+            return ()
         special: list[str] = []
-        for together in self._independent(names):
+        for together in self._independent(names) if len(names) > 1 else ():
             if len(together) == 1 or self._differs_at(together, bound):
                 special += (name for name in together if self._differs_at([name], bound))
         return tuple(special) or (names if library or self._differs_at(names, bound) else ())
@@ -128,10 +124,9 @@ class Runs:
         Elements of a live model have sizes of their own, and none reads the results of another one.
         """
         own = {f"{axis.name}__{at}" for axis in self._request.axes if axis.as_shown for at in range(len(axis.axes))}
-        groups: dict[tuple[str, ...], list[str]] = {}
+        groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for name in names:
-            key = tuple(name.rsplit("__", 2)[1:]) if name in own else (name,)
-            groups.setdefault(key, []).append(name)
+            groups[tuple(name.rsplit("__", 2)[1:]) if name in own else (name,)].append(name)
         return list(groups.values())
 
     @property
@@ -247,13 +242,13 @@ class Runs:
         model = self._model
         given = {name: tensor.clone() for name, tensor in inputs.items()}
         with same_draws(self._device, self._draws), as_captured(self._request):
-            kept = with_own_tensors(model, {self._aliases.get(n, n) for n in self._program.updates}, self._aliases)
+            own = with_own_tensors(model, {self._aliases.get(n, n) for n in self._program.updates}, self._aliases)
             try:
                 with noticed(model) as assigned, Computing(self._products):
                     outputs = model(**given)
             except Exception as error:
                 raise NoRunError(first_line(error)) from error
-            buffers = self._updated(kept)
+            buffers = self._updated(own)
         self.assigned |= dict.fromkeys(assigned)
         leaves, spec = pytree.tree_flatten(outputs)
         run = ModelRun(inputs, output_spec(spec), leaves, buffers)
@@ -261,15 +256,14 @@ class Runs:
             raise NoRunError("no output is a number")
         return run
 
-    def _updated(self, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _updated(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors that the model wrote to or replaced, by name."""
         updated: dict[str, Tensor] = {}
-        named = [*self._model.named_parameters(remove_duplicate=False)]
-        for name, now in [*named, *self._model.named_buffers(remove_duplicate=False)]:
-            before, declared = kept.get(name), self._aliases.get(name, name) in self._program.updates
+        for name, now in _named_tensors(self._model):
+            before, declared = own.get(name), self._aliases.get(name, name) in self._program.updates
             if before is None or before.shape != now.shape:
                 continue
-            if now is not before or declared or is_written(before):
+            if now is not before or declared or version(before) > 0:
                 updated[self._aliases.get(name, name)] = now
         return updated
 
@@ -286,7 +280,7 @@ class Runs:
         except Exception as error:
             return float("inf"), [f"it fails where the model does not: {first_line(error)}"]
         declared = {self._aliases.get(name, name) for name in program.updates}
-        written = {n: t for n, t in tensors.items() if n in declared or (n in self._writable and is_written(t))}
+        written = {n: t for n, t in tensors.items() if n in declared or (n in self._writable and version(t) > 0)}
         updated = {name: written.get(name, self._tensors.get(name)) for name in [*run.buffers, *written]}
         names = [f"output {name}" for name in program.outputs.names] + [f"the update of {name}" for name in updated]
         ours = [*run.leaves, *(run.buffers.get(name, self._tensors.get(name)) for name in updated)]
@@ -365,6 +359,11 @@ def _interpret(
             if not readers[source]:
                 del values[source]
     raise ValueError("the graph has no outputs")
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a model, under all of their names."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 def _returned_past(run: ModelRun) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import pathlib
 import re
 import types
 import weakref
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
@@ -64,7 +64,7 @@ _PROTOCOL = """
 _CALLS = frozenset({"forward", "train", *RUN_BY_CALLS, *(f"__{n}__" for n in _PROTOCOL.split())})
 """Methods that run without being mentioned."""
 
-_MADE = _CALLS | {"__init__", "__new__", "__post_init__"}
+_CREATED = _CALLS | {"__init__", "__new__", "__post_init__"}
 """The same for classes of which code may make instances."""
 
 _OUTSIDE_NAMES = """
@@ -75,6 +75,14 @@ __doc__ __annotations__ _getframe stack currentframe
 _OUTSIDE = frozenset(_OUTSIDE_NAMES.split())
 """What gives code and values that no model holds: the environment, files, modules by their names, settings of torch. A
 model whose own code mentions any is not kept."""
+
+_MADE_OF_PARTS: tuple[tuple[type, str, Callable[[Any], Sequence[Any]]], ...] = (
+    (functools.partial, "partial", lambda value: (value.func, value.args, value.keywords)),
+    (types.MethodType, "method", lambda value: (value.__func__, value.__self__)),
+    (weakref.ref, "reference", lambda value: (value(),)),
+    (slice, "slice", lambda value: ((value.start, value.stop, value.step),)),
+)
+"""Types with what their values are made of."""
 
 _BUILTINS = (
     types.BuiltinFunctionType,
@@ -90,14 +98,13 @@ _METHODS = (types.FunctionType, staticmethod, classmethod, functools.partialmeth
 class UnknownHoldingError(Exception):
     """Raised for something that a capture may depend on and that cannot be written down.
 
-    Attributes:
+    Args:
         where: the module's path and the attribute.
         what: the reason.
     """
 
     def __init__(self, where: str, what: str) -> None:
         super().__init__(f"{where}: {what}")
-        self.where, self.what = where, what
 
 
 def holdings(model: nn.Module) -> list[Any]:
@@ -138,7 +145,7 @@ def walked_once() -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def held_by(model: nn.Module) -> dict[str, str] | None:
+def digests_of_holdings(model: nn.Module) -> dict[str, str] | None:
     """Return digests of what the modules of a model hold, by the path of each attribute, and of the code they reach.
 
     The result is None if something cannot be written down. Of a config, only what distinguishes one base from another
@@ -162,7 +169,7 @@ def held_by(model: nn.Module) -> dict[str, str] | None:
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in contents.items()}
 
 
-def held_by_modules(model: nn.Module) -> dict[str, list[Any]]:
+def holdings_of_modules(model: nn.Module) -> dict[str, list[Any]]:
     """Return what each module of a model holds, by path, as JSON data that is equal for modules that hold the same.
 
     The data is the module's class, the names of its submodules, its attributes, and the buffers that are not in
@@ -195,8 +202,8 @@ class _Walk:
         self._functions: list[tuple[types.FunctionType, str]] = []
         self._classes: dict[type, dict[str, list[Any]]] = {}
         self._pending: list[tuple[type, Set[str]]] = []
-        self._made: set[type] = set()
-        self._found: list[Any] = []
+        self._created: set[type] = set()
+        self._code: list[Any] = []
         self._names: set[str] = set()
         self._fresh: set[str] = set()
 
@@ -284,21 +291,16 @@ class _Walk:
             return [kind, value.name, inner(value.value)]
         if isinstance(value, _NAMED):
             return [kind, str(value)]
-        if isinstance(value, functools.partial):
-            return ["partial", inner(value.func), inner(value.args), inner(value.keywords)]
-        if isinstance(value, types.MethodType):
-            return ["method", inner(value.__func__), inner(value.__self__)]
+        for cls, name, parts in _MADE_OF_PARTS:
+            if isinstance(value, cls):
+                return [name, *map(inner, parts(value))]
         if isinstance(value, _BUILTINS):
             owner = getattr(value, "__self__", None)
             bound = owner is not None and not isinstance(owner, types.ModuleType | type)
             return ["builtin", str(getattr(value, "__module__", "")), value.__qualname__, inner(owner) if bound else ""]
-        if isinstance(value, weakref.ref):
-            return ["reference", inner(value())]
         if isinstance(value, re.Pattern):
             return ["pattern", repr(value.pattern), int(value.flags)]
-        if isinstance(value, slice):
-            return ["slice", inner((value.start, value.stop, value.step))]
-        if isinstance(value, OperatorBase | OpOverloadPacket):
+        if isinstance(value, torch._ops.OperatorBase | torch._ops.OpOverloadPacket):
             return ["operator", str(value)]
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
             return [kind, str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
@@ -370,45 +372,43 @@ class _Walk:
             self._number(cls)
             self._classes[cls] = defined(cls)
             self._pending.append((cls, _CALLS | self._names))
-            self._found.append(["class", self._numbers[id(cls)], cls.__module__, cls.__qualname__])
-        if created and cls not in self._made and home_of_module(cls.__module__) == "user":
-            self._made.add(cls)
-            self._pending.append((cls, _MADE))
+            self._code.append(["class", self._numbers[id(cls)], cls.__module__, cls.__qualname__])
+        if created and cls not in self._created and home_of_module(cls.__module__) == "user":
+            self._created.add(cls)
+            self._pending.append((cls, _CREATED))
         return self._numbers[id(cls)]
 
     def _reached(self) -> list[Any]:
         """Return the code of everything that calls of the modules may reach, until nothing new is found."""
-        code = self._found
         while self._functions or self._pending or self._fresh:
             pending, self._pending = self._pending, []
             functions, self._functions = self._functions, []
             fresh, self._fresh = self._fresh, set()
             self._names |= fresh
-            for cls in list(self._classes) if fresh else ():
-                pending.append((cls, fresh))
+            pending += [(cls, fresh) for cls in self._classes] if fresh else []
             for cls, names in pending:
-                code += self._members(cls, names)
-            code += [self._code(function, where) for function, where in functions]
-        return code
+                self._code += self._members(cls, names)
+            self._code += [self._told_function(function, where) for function, where in functions]
+        return self._code
 
     def _members(self, cls: type, names: Set[str]) -> list[Any]:
         """Return what a class and its bases define under these names."""
         known, number = self._classes[cls], self._numbers[id(cls)]
         strict = home_of_module(cls.__module__) == "user"
         members: list[Any] = []
-        for name in sorted(known.keys() & names):
-            if name in _UNTOLD:
-                continue
+        for name in sorted((known.keys() & names) - _UNTOLD):
             for value in known[name]:
-                if isinstance(value, _DESCRIPTORS):
-                    continue
-                for part in parts_of(value):
+                for part in () if isinstance(value, _DESCRIPTORS) else parts_of(value):
                     if not (isinstance(part, types.FunctionType) and is_fixed(part)):
                         told = self._value(part, f"{cls.__qualname__}.{name}", strict=strict)
                         members.append([number, name, told])
         return members
 
-    def _code(self, function: types.FunctionType, where: str) -> Any:
+    def _told_function(self, function: types.FunctionType, where: str) -> Any:
+        """Return what a function does, and the values that it reaches: defaults, closure, and globals by name.
+
+        Of a module, what the function mentions of it is recorded.
+        """
         home, code = home_of(function), function.__code__
         names = names_of(code) if home != "fixed" else ()
         self._fresh |= set(names) - self._names
@@ -422,50 +422,31 @@ class _Walk:
             function.__name__,
             self._value(function.__defaults__, where, strict=strict),
             self._value(function.__kwdefaults__, where, strict=strict),
-            [self._cell(cell, f"{label}: {n}", strict) for n, cell in closure_of(function)],
+            [
+                self._value(value, f"{label}: {name}", strict=strict) if filled else ["empty"]
+                for name, filled, value in closure_of(function)
+            ],
         ]
         reached: dict[str, Any] = {}
-        scope, entered = function.__globals__, set[int]()
-        for name in names:
-            if name in scope:
-                self._global(name, scope[name], label, names, strict, reached, entered)
-        return ["code", self._numbers[id(function)], label, digest_of(code), parts, sorted(reached.items())]
+        entered: set[int] = set()
 
-    def _cell(self, cell: types.CellType, where: str, strict: bool) -> Any:
-        try:
-            value = cell.cell_contents
-        except ValueError:
-            return ["empty"]
-        return self._value(value, where, strict=strict)
-
-    def _global(
-        self,
-        name: str,
-        value: Any,
-        label: str,
-        names: Sequence[str],
-        strict: bool,
-        reached: dict[str, Any],
-        entered: set[int],
-    ) -> None:
-        """Record a global that a function mentions; for a module, record what the function mentions of it."""
-        if name in reached:
-            return
-        if isinstance(value, types.ModuleType):
-            if id(value) in entered:
+        def reach(name: str, value: Any) -> None:
+            if name in reached:
                 return
-            entered.add(id(value))
-            reached[name] = ["import", value.__name__]
-            inside, fixed = vars(value), home_of_module(value.__name__) == "fixed"
-            for part in names:
-                if part not in inside:
-                    continue
-                own, path = inside[part], f"{name}.{part}"
-                if fixed and not is_foreign(own):
-                    continue
-                self._global(path, own, label, names, strict, reached, entered)
-        else:
-            reached[name] = self._value(value, f"{label}: {name}", strict=strict)
+            if not isinstance(value, types.ModuleType):
+                reached[name] = self._value(value, f"{label}: {name}", strict=strict)
+            elif id(value) not in entered:
+                entered.add(id(value))
+                reached[name] = ["import", value.__name__]
+                inside, fixed = vars(value), home_of_module(value.__name__) == "fixed"
+                for part in names:
+                    if part in inside and (not fixed or is_foreign(inside[part])):
+                        reach(f"{name}.{part}", inside[part])
+
+        for name in names:
+            if name in function.__globals__:
+                reach(name, function.__globals__[name])
+        return ["code", self._numbers[id(function)], label, digest_of(code), parts, sorted(reached.items())]
 
 
 def _join(path: str, name: str) -> str:
@@ -475,14 +456,8 @@ def _join(path: str, name: str) -> str:
 _MODULE = frozenset(vars(nn.Module()))
 """Attributes that every module has: tables of tensors, modules and hooks, and its mode."""
 
-_UNTOLD = frozenset(
-    {"__dict__", "__weakref__", "__module__", "__annotations__", "__doc__", "__slots__", "__abstractmethods__"}
-)
-_UNTOLD |= {
-    "__firstlineno__",
-    "__static_attributes__",
-    "__qualname__",
-    "__annotate__",
-    "__annotate_func__",
-    "_abc_impl",
-}
+_UNTOLD_NAMES = """
+__dict__ __weakref__ __module__ __annotations__ __doc__ __slots__ __abstractmethods__ __firstlineno__
+__static_attributes__ __qualname__ __annotate__ __annotate_func__ _abc_impl
+"""
+_UNTOLD = frozenset(_UNTOLD_NAMES.split())

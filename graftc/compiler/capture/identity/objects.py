@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import types
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -63,8 +63,13 @@ def parts_of(value: Any) -> list[Any]:
     return [value]
 
 
-def closure_of(function: types.FunctionType) -> Iterable[tuple[str, types.CellType]]:
-    return zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+def closure_of(function: types.FunctionType) -> Iterator[tuple[str, bool, Any]]:
+    """Yield the name of each variable that a function closes over, whether it has a value yet, and the value."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+        try:
+            yield name, True, cell.cell_contents
+        except ValueError:
+            yield name, False, None
 
 
 def is_plain(cls: type) -> bool:
