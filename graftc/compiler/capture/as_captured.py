@@ -32,7 +32,7 @@ from graftc.passes.core.ir.program import is_random
 aten = torch.ops.aten
 _SEED = 20
 _ABSENT = object()
-_TABLES = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_TABLES = (PARAMETERS, BUFFERS, CHILDREN, *FORWARD)
 
 
 @contextmanager

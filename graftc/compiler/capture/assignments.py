@@ -36,14 +36,14 @@ class Attributes:
         self._contents = {
             name: contents for name, value in self._values.items() if (contents := _Contents.of(value)) is not None
         }
-        self._versions = {name: version(value) for name, value in self._values.items() if isinstance(value, Tensor)}
+        self._versions = {name: version_of(value) for name, value in self._values.items() if isinstance(value, Tensor)}
         self._tables = {name: dict(self._now[name]) for name in _TABLES}
 
     def changed(self) -> list[str]:
         """Return the names of attributes that were replaced, have other contents, or are tensors written in place."""
         now = {name: value for name, value in self._now.items() if name not in _TORCHS_OWN}
         names = [name for name in {**self._values, **now} if not self._same(name, now)]
-        names += [name for name, count in self._versions.items() if version(self._values[name]) != count]
+        names += [name for name, count in self._versions.items() if version_of(self._values[name]) != count]
         for table, before in self._tables.items():
             own = self._now[table]
             names += [n for n in {**before, **own} if own.get(n, _MISSING) is not before.get(n, _MISSING)]
@@ -129,11 +129,6 @@ def _items(value: Any) -> dict[Any, Any]:
 def has_same_items(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
     """Return whether a mapping has the keys that it had, each with the same object."""
     return now.keys() == before.keys() and all(now[key] is value for key, value in before.items())
-
-
-def version(tensor: Tensor) -> int:
-    """Return the number of times that a tensor has been written to; 0 if torch does not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

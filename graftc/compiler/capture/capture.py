@@ -182,7 +182,7 @@ def _export(
         given = {traced[name]: inputs[name].clone() for name in shown}
         shapes = {traced[name]: dict(dynamic[name]) for name in shown}
         # Caching calls costs more than it saves if sizes are symbols: a fifth to two fifths of a capture.
-        unremembered = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+        unremembered = without_call_cache()
         # The tracer would look up the source line of every node.
         untold = mock.patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
         with (
@@ -228,7 +228,7 @@ def _patches(model: nn.Module) -> Iterator[None]:
     exporter: Any = exporter_dynamo
     exporter.register_cache_pytrees_for_model(model)
     checks = mock.patch.object(exporter, "torch_compilable_check", hold_for_all_values)
-    with _patches_of_what_is_there(utils), utils.apply_patches("dynamo"), checks:
+    with _patches_of_what_is_there(), utils.apply_patches("dynamo"), checks:
         yield
 
 

@@ -31,7 +31,7 @@ def isolated() -> Iterator[None]:
     (deterministic algorithms, ``torch.backends``) and anomaly detection are unchanged.
     """
     with (
-        _no_function_modes(),
+        no_function_modes(),
         no_modes(),
         _no_autocast(),
         torch.inference_mode(False),

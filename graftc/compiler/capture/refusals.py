@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
+from graftc.compat.fake_tensors import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from graftc.compiler.capture.interface import has_values
 from graftc.compiler.capture.parameter_uses import ParameterUses, observed
 from graftc.compiler.capture.request import CaptureRequest

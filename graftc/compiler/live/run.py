@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graftc.compat.tensors import version_of
 from graftc.compiler.capture.as_captured import as_before
-from graftc.compiler.capture.assignments import Attributes, is_the_users, version
+from graftc.compiler.capture.assignments import Attributes, is_the_users
 from graftc.compiler.capture.parameter_uses import ParameterUses, observed
 from graftc.compiler.live.elements import Recorded, hooked, without_autocast
 from graftc.compiler.live.own_state import with_own_buffers
@@ -77,7 +77,7 @@ def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Cal
                 raise
             except Exception:
                 pass  # it needs other inputs in this mode
-    written = tuple(name for name, (buffer, count) in before.items() if version(buffer) != count)
+    written = tuple(name for name, (buffer, count) in before.items() if version_of(buffer) != count)
     return RecordedRun(calls, written, tuple(uses.read), watch.entered, watch.untaken)
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from graftc.compiler.capture.assignments import version
+from graftc.compat.modules import buffers_of
+from graftc.compat.tensors import version_of
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.live.own_state import copies
 from graftc.passes.core.weights.store import Store

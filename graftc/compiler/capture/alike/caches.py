@@ -144,7 +144,7 @@ class CrossedCache:
             others = all(has_same_items(*pair) for at, pair in pairs if at != number)
             if not same or not others or self._own[kind] != after._own[kind]:
                 return None
-        flags = ({at: flag for at, flag in cache._flags.items() if at != number} for cache in (self, after))
+        flags = [{at: flag for at, flag in flags.items() if at != number} for flags in (self._flags, after._flags)]
         if not has_same_items(*flags):
             return None
         if number is None:

@@ -22,10 +22,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn, overrides
-from torch.utils import _python_dispatch
+from torch import Tensor, fx, nn
 
+from graftc.compat import pytree
 from graftc.compat.hooks import FORWARD
 from graftc.compat.modes import modes_in_force
 from graftc.compat.modules import buffers_of
@@ -181,7 +180,7 @@ class Repeats:
             call.parts = [_taken_apart(part, operands, outputs, call.caches) for part in written if part is not None]
             same = _told(given, after, []) == call.key[0] and all(a is b for a, b in zip(after, tensors, strict=True))
             unchanged = [
-                not snapshot.changed() and has_same_items(module._buffers, buffers)
+                not snapshot.changed() and has_same_items(buffers_of(module), buffers)
                 for module, snapshot, buffers in before
             ]
             call.reusable = same and all(unchanged) and not more and len(call.parts) == len(written)
@@ -382,9 +381,6 @@ def _state(module: nn.Module) -> Any:
         if torch.amp.is_autocast_available(kind)
     ]
     state = [torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), autocast]
-    function_modes: Any = overrides._get_current_function_mode_stack
-    modes = [*function_modes(), *_python_dispatch._get_current_dispatch_mode_stack()]
-    inside = [
-        (m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in module.modules() if m is not module
-    ]
-    return [state, modes, module.training, inside]
+    others = [vars(each) for each in module.modules() if each is not module]
+    inside = [(each["training"], *(len(each[table]) for table in FORWARD)) for each in others]
+    return [state, modes_in_force(), module.training, inside]

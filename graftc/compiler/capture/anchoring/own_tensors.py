@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from graftc.compat.modules import buffers_of, parameters_of
-from graftc.compat.tensors import version_of
 
 
 def with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mapping[str, str]) -> dict[str, Tensor]:

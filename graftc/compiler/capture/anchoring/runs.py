@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from graftc.compat import pytree
+from graftc.compat.tensors import version_of
 from graftc.compiler.capture.anchoring.differing import difference_of
 from graftc.compiler.capture.anchoring.own_tensors import with_own_tensors
 from graftc.compiler.capture.anchoring.products import Computing, Products, products_of
 from graftc.compiler.capture.as_captured import as_captured, draws, same_draws
-from graftc.compiler.capture.assignments import noticed, version
+from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.capture import output_spec
 from graftc.compiler.capture.example_inputs import samples_on
 from graftc.compiler.capture.identity.sources import home_of_module
@@ -263,7 +263,7 @@ class Runs:
             before, declared = own.get(name), self._aliases.get(name, name) in self._program.updates
             if before is None or before.shape != now.shape:
                 continue
-            if now is not before or declared or version(before) > 0:
+            if now is not before or declared or version_of(before) > 0:
                 updated[self._aliases.get(name, name)] = now
         return updated
 
@@ -280,7 +280,7 @@ class Runs:
         except Exception as error:
             return float("inf"), [f"it fails where the model does not: {first_line(error)}"]
         declared = {self._aliases.get(name, name) for name in program.updates}
-        written = {n: t for n, t in tensors.items() if n in declared or (n in self._writable and version(t) > 0)}
+        written = {n: t for n, t in tensors.items() if n in declared or (n in self._writable and version_of(t) > 0)}
         updated = {name: written.get(name, self._tensors.get(name)) for name in [*run.buffers, *written]}
         names = [f"output {name}" for name in program.outputs.names] + [f"the update of {name}" for name in updated]
         ours = [*run.leaves, *(run.buffers.get(name, self._tensors.get(name)) for name in updated)]

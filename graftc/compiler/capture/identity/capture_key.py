@@ -300,7 +300,7 @@ class _Walk:
             return ["builtin", str(getattr(value, "__module__", "")), value.__qualname__, inner(owner) if bound else ""]
         if isinstance(value, re.Pattern):
             return ["pattern", repr(value.pattern), int(value.flags)]
-        if isinstance(value, torch._ops.OperatorBase | torch._ops.OpOverloadPacket):
+        if isinstance(value, OperatorBase | OpOverloadPacket):
             return ["operator", str(value)]
         if type(value).__module__ == "numpy" and hasattr(value, "tobytes") and not value.dtype.hasobject:
             return [kind, str(value.dtype), list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
