@@ -21,7 +21,7 @@ from graftc.specs.overrides import Override
 from graftc.specs.peft import PeftFormat
 from graftc.specs.roles import ROLES
 from graftc.specs.schema import AdaptationName, needs_one_of
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import refuse, reject
 from graftc.specs.target import AsTarget, Target
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "RESERVED_NAMES",
     "Items",
     "MethodSpec",
+    "NamedSpec",
     "Override",
     "SpecModel",
     "VirtualRun",
@@ -57,7 +58,20 @@ class VirtualRun:
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 
 
-class MethodSpec(SpecModel):
+class NamedSpec(SpecModel):
+    """Base of the entries of a spec that own tensors under a name."""
+
+    name: AdaptationName | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_usable(cls, value: str | None) -> str | None:
+        if value is not None and (error := check_name(value)) is not None:
+            reject(((), error))
+        return value
+
+
+class MethodSpec(NamedSpec):
     """Base of every method's spec.
 
     A subclass sets ``method: Literal["tag"] = "tag"``, the class variables ``claims`` and ``paper``, its
@@ -108,13 +122,6 @@ class MethodSpec(SpecModel):
     that no small step of an optimiser is lost. `base`: the base's own, but for what a method computes in float32 either
     way, such as DoRA's magnitudes and the deltas of sparse methods. Wider bases have theirs."""
 
-    @field_validator("name")
-    @classmethod
-    def _name_is_usable(cls, value: str | None) -> str | None:
-        if value is not None and (error := check_name(value)) is not None:
-            reject(value, ((), error))
-        return value
-
     @field_validator("target", mode="before")
     @classmethod
     def _target_is_a_mapping(cls, value: Any) -> Any:
@@ -122,11 +129,11 @@ class MethodSpec(SpecModel):
             try:
                 return value.to_target(cls.tag())
             except GraftError as error:
-                reject(value, ((), error))
+                reject(((), error))
         if isinstance(value, str):
-            fix = (value, f"{{role: {value}}}") if value in ROLES else (value, f"{{modules: {value}}}")
+            better = f"{{{'role' if value in ROLES else 'modules'}: {value}}}"
             message = f"target must be a mapping, not {quoted(value)}"
-            reject(value, ((), GraftError("GC002", message, hint=f"did you mean {fix[1]}?", fix=fix)))
+            refuse((), message, hint=f"did you mean {better}?", fix=(value, better))
         return value
 
     @field_validator("target")
@@ -138,7 +145,7 @@ class MethodSpec(SpecModel):
         default = cls.model_fields["target"].default
         if isinstance(default, Target) and default.has_selector:
             return default.model_copy(update={f: getattr(value, f) for f in value.model_fields_set})
-        reject(value, ((), GraftError("GC002", "a target needs role, modules or regex to say where")))
+        refuse((), "a target needs role, modules or regex to say where")
 
     def for_site(
         self,

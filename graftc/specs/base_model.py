@@ -1,19 +1,20 @@
-"""The base class of everything in a spec: frozen, strict, without unknown fields, and with coded errors."""
+"""The base classes of everything in a spec: frozen, strict, without unknown fields, and with coded errors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 from pydantic_core import from_json
 
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.limits import check_limits
 from graftc.specs.schema import SchemaWriter, without_raises
-from graftc.specs.spec_errors import explain
+from graftc.specs.source import Source
+from graftc.specs.spec_errors import explain, refuse
 
-__all__ = ["Items", "SpecModel"]
+__all__ = ["Document", "Items", "SpecModel"]
 
 T = TypeVar("T")
 
@@ -91,3 +92,28 @@ class SpecModel(_Base):
             return super().model_validate(obj, **kwargs)
         except ValidationError as error:
             raise explain(error, cls, obj) from None
+
+
+class Document(SpecModel):
+    """Base of whole documents, which know where in their text each value is."""
+
+    version: Literal[1] = 1
+    """Version of this format."""
+
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _version_is_a_number(cls, version: Any) -> Any:
+        if isinstance(version, bool):  # which equals 1 in Python
+            message = f"spec version {str(version).lower()} is not supported"
+            refuse((), message, hint="this release reads version 1", code="GC007")
+        return version
+
+    def place(self, path: str) -> Place:
+        """Return the place of a path such as ``adapt[0].target.role``, with line and column if it comes from a file."""
+        return self._source.place(path)
+
+    def locate(self, error: GraftError) -> GraftError:
+        """Return the error with file, line, column and corrected line filled in from the path of its place."""
+        return self._source.locate(error)

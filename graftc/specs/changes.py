@@ -30,11 +30,11 @@ def adding(spec: Spec, adaptation: MethodSpec | Mapping[str, Any]) -> Spec:
     """
     (own,) = Spec.model_validate({"adapt": [adaptation]}).adapt
     own_name = adaptation.name if isinstance(adaptation, MethodSpec) else dict(adaptation).get("name")
-    taken = {*(str(a.name) for a in spec.adapt), *(str(c.name) for c in spec.compose)}
+    taken = _names(spec)
     if own_name in taken:
         raise GraftError("GC005", f"the name {own_name!r} is taken", hint="names are unique")
     if own_name is None:
-        own = named(own.model_copy(update={"name": None}), taken)
+        own = named(own.model_copy(update={"name": None}), own.method, taken)
     return spec.model_copy(update={"adapt": (*spec.adapt, own)})
 
 
@@ -46,7 +46,7 @@ def renaming(spec: Spec, old: str, new: str) -> Spec:
     """
     if (error := check_name(new)) is not None:
         raise error
-    if new in {*(str(a.name) for a in spec.adapt), *(str(c.name) for c in spec.compose)}:
+    if new in _names(spec):
         raise GraftError("GC005", f"the name {new!r} is taken", hint="names are unique")
     (own,) = (a for a in spec.adapt if a.name == old)
     adapt = tuple(a.model_copy(update={"name": new}) if a is own else a for a in spec.adapt)
@@ -80,6 +80,10 @@ def leaving(spec: Spec, names: Collection[str], *, train: bool = True) -> Spec:
     adapt = tuple(a for a in spec.adapt if a.name not in gone)
     changes = {"adapt": adapt, "compose": compose, "train": spec.train if train else ()}
     return spec.model_copy(update=changes)
+
+
+def _names(spec: Spec) -> set[str]:
+    return {str(entry.name) for entry in (*spec.adapt, *spec.compose)}
 
 
 def _left(composition: CompositionSpec, gone: Collection[str]) -> CompositionSpec | None:

@@ -10,19 +10,17 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    field_validator,
     model_validator,
 )
 from pydantic.config import JsonDict
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
-from graftc.specs.base import Items, SpecModel, check_name
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.base import Items, NamedSpec
 from graftc.specs.errors.text import quoted
 from graftc.specs.limits import ADAPTATIONS
 from graftc.specs.schema import AdaptationName
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import first_repeat, refuse
 
 __all__ = [
     "Average",
@@ -41,7 +39,7 @@ _SEVERAL: JsonDict = {"minItems": 2, "uniqueItems": True}
 _SOME: JsonDict = {"minItems": 1, "uniqueItems": True}
 
 
-class CompositionSpec(SpecModel):
+class CompositionSpec(NamedSpec):
     """Base of all compositions: a list of adaptations under the name of its kind."""
 
     kind: ClassVar[str]
@@ -50,25 +48,12 @@ class CompositionSpec(SpecModel):
     name: AdaptationName | None = None
     """Unique among adaptations and compositions; prefixes the tensors it owns. Default: its kind."""
 
-    @field_validator("name")
-    @classmethod
-    def _name_is_usable(cls, value: str | None) -> str | None:
-        if value is not None and (error := check_name(value)) is not None:
-            reject(value, ((), error))
-        return value
-
     @model_validator(mode="after")
     def _members_are_told_apart(self) -> Self:
-        members = self.members
-        told: set[str] = set()
-        for index, member in enumerate(members):
-            if member in told:
-                error = GraftError("GC002", f"{quoted(member)} is there already", hint="leave it out")
-                reject(list(members), ((self.kind, index), error))
-            told.add(member)
-        if len(members) < self.least:
-            message = f"{self.kind} is of {self.least} adaptations at least"
-            reject(list(members), ((self.kind,), GraftError("GC002", message)))
+        if (index := first_repeat(self.members)) is not None:
+            refuse((self.kind, index), f"{quoted(self.members[index])} is there already", hint="leave it out")
+        if len(self.members) < self.least:
+            refuse(self.kind, f"{self.kind} is of {self.least} adaptations at least")
         return self
 
     @property
@@ -109,8 +94,7 @@ class Average(CompositionSpec):
     @model_validator(mode="after")
     def _one_weight_each(self) -> Self:
         if self.weights is not None and len(self.weights) != len(self.average):
-            message = f"{len(self.weights)} weights for {len(self.average)} adaptations"
-            reject(list(self.weights), (("weights",), GraftError("GC002", message)))
+            refuse("weights", f"{len(self.weights)} weights for {len(self.average)} adaptations")
         return self
 
     @property
@@ -160,10 +144,10 @@ class Split(CompositionSpec):
     @model_validator(mode="after")
     def _spans_are_in_order(self) -> Self:
         if len(self.at) != len(self.split) - 1:
-            message = f"{len(self.at)} positions make {len(self.at) + 1} spans, for {len(self.split)} adaptations"
-            reject(list(self.at), (("at",), GraftError("GC002", message)))
+            spans = len(self.at) + 1
+            refuse("at", f"{len(self.at)} positions make {spans} spans, for {len(self.split)} adaptations")
         if list(self.at) != sorted(set(self.at)):
-            reject(list(self.at), (("at",), GraftError("GC002", "positions must increase")))
+            refuse("at", "positions must increase")
         return self
 
 
@@ -253,7 +237,7 @@ def _composition(value: Any) -> CompositionSpec:
     kinds = [key for key in value if key in _KINDS] if isinstance(value, Mapping) else []
     if len(kinds) != 1:
         message = f"a composition is of one kind, not of {' and '.join(kinds)}" if kinds else "a composition has a kind"
-        reject(value, ((), GraftError("GC002", message, hint=f"the kinds are: {', '.join(_KINDS)}")))
+        refuse((), message, hint=f"the kinds are: {', '.join(_KINDS)}")
     # The validator itself, not model_validate, so that pydantic keeps the paths of its errors.
     composition: CompositionSpec = _KINDS[kinds[0]].__pydantic_validator__.validate_python(dict(value))
     return composition

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
+from itertools import chain, count
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PrivateAttr, field_validator, model_validator
+from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler, field_validator, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from graftc.specs.bare_entries import MISSING, bare_entries
-from graftc.specs.base import Items, MethodSpec, SpecModel, check_name
+from graftc.specs.base import Items, MethodSpec, NamedSpec, SpecModel, check_name
+from graftc.specs.base_model import Document
 from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack, composition_kinds
-from graftc.specs.errors.diagnostics import GraftError, Place, unknown_name
+from graftc.specs.errors.diagnostics import GraftError, unknown_name
 from graftc.specs.errors.markup import Html, escaped, table, tag
 from graftc.specs.errors.text import quoted, shown
 from graftc.specs.limits import ADAPTATIONS, TOKENS
@@ -22,11 +24,12 @@ from graftc.specs.options.memory import MemoryOptions
 from graftc.specs.options.optimise import OptimiseOptions
 from graftc.specs.patterns import PATTERNS, measure_braces, write_items
 from graftc.specs.registry import method_spec, method_specs, unknown_method
-from graftc.specs.source import Source
-from graftc.specs.spec_errors import CONCRETE, reject
+from graftc.specs.spec_errors import CONCRETE, Problem, refuse, reject
 from graftc.specs.target import PatternList
 
 __all__ = ["Budget", "FoldOptions", "Spec", "Tokens"]
+
+Named = TypeVar("Named", bound=NamedSpec)
 
 
 class _AnyMethod:
@@ -59,14 +62,13 @@ def _adaptation(value: Any) -> MethodSpec:
     if isinstance(value, MethodSpec):
         return value
     if not isinstance(value, Mapping):
-        reject(value, ((), GraftError("GC002", f"an adaptation is a mapping, not {shown(value)}")))
+        refuse((), f"an adaptation is a mapping, not {shown(value)}")
     if "method" not in value:
-        tags = ", ".join(method_specs())
-        reject(value, ((), GraftError("GC002", "an adaptation needs a method", hint=f"the methods are: {tags}")))
+        refuse((), "an adaptation needs a method", hint=f"the methods are: {', '.join(method_specs())}")
     tag = value["method"]
     entry = method_spec(tag) if isinstance(tag, str) else None
     if entry is None:
-        reject(tag, (("method",), unknown_method(tag)))
+        reject((("method",), unknown_method(tag)))
     # The validator itself, not model_validate, so that pydantic keeps the paths of its errors.
     adaptation: MethodSpec = entry.spec_class.__pydantic_validator__.validate_python(dict(value))
     return adaptation
@@ -108,10 +110,10 @@ class Tokens(SpecModel):
         for index, token in enumerate(add):
             if not token or token in told:
                 what = f"the token {quoted(token)} is there already" if token else "a token is empty"
-                reject(list(add), ((index,), GraftError("GC002", what, hint="leave it out")))
+                refuse(index, what, hint="leave it out")
             told.add(token)
         if not add:
-            reject(list(add), ((), GraftError("GC002", "an empty list adds nothing; leave tokens out")))
+            refuse((), "an empty list adds nothing; leave tokens out")
         return add
 
 
@@ -129,15 +131,12 @@ class FoldOptions(SpecModel):
     """The budget that the certificate of a fold must not exceed."""
 
 
-class Spec(SpecModel):
+class Spec(Document):
     """What to do to a model: the same as YAML, JSON, TOML or Python.
 
     Raises:
         GraftError: GC002 to GC012 with the path of what is wrong.
     """
-
-    version: Literal[1] = 1
-    """Version of this format."""
 
     adapt: Items[Adaptation] = Field(max_length=ADAPTATIONS)
     """The adaptations, inserted in this order."""
@@ -176,29 +175,20 @@ class Spec(SpecModel):
     fold: FoldOptions = FoldOptions()
     """Constraints on folding."""
 
-    _source: Source = PrivateAttr(default_factory=Source)
     MISSING: ClassVar[Mapping[str, str]] = MISSING
 
     @model_validator(mode="before")
     @classmethod
     def _is_a_whole_spec(cls, data: Any) -> Any:
         if (error := bare_entries(data)) is not None:
-            reject(data, (("adapt",) if "adapt" in data else (), error))
+            reject((("adapt",) if "adapt" in data else (), error))
         return data
-
-    @field_validator("version", mode="before")
-    @classmethod
-    def _version_is_a_number(cls, version: Any) -> Any:
-        if isinstance(version, bool):  # which equals 1 in Python
-            message = f"spec version {str(version).lower()} is not supported"
-            reject(version, ((), GraftError("GC007", message, hint="this release reads version 1")))
-        return version
 
     @field_validator("adapt")
     @classmethod
     def _names_are_unique(cls, adapt: tuple[MethodSpec, ...]) -> tuple[MethodSpec, ...]:
         first: dict[str, int] = {}
-        problems: list[tuple[tuple[str | int, ...], GraftError]] = []
+        problems: list[Problem] = []
         for index, adaptation in enumerate(adapt):
             if adaptation.name is None:
                 continue
@@ -207,9 +197,9 @@ class Spec(SpecModel):
                 problems.append(((index, "name"), GraftError("GC005", message, hint="names are unique")))
             first.setdefault(adaptation.name, index)
         if problems:
-            reject([{"name": a.name} for a in adapt], *problems)
+            reject(*problems)
         taken = set(first)
-        return tuple(named(a, taken) for a in adapt)
+        return tuple(named(a, a.method, taken) for a in adapt)
 
     @model_validator(mode="after")
     def _patterns_are_few(self) -> Self:
@@ -219,7 +209,7 @@ class Spec(SpecModel):
             if size > PATTERNS:
                 message = f"the patterns of the spec have more than {PATTERNS:,} characters, braces expanded"
                 hint = "'*' and '**' stand for many names at once"
-                reject(self, (("adapt", index, "target"), GraftError("GC009", message, hint=hint)))
+                refuse(("adapt", index, "target"), message, hint=hint, code="GC009")
         return self
 
     @model_validator(mode="after")
@@ -227,14 +217,14 @@ class Spec(SpecModel):
         if not self.compose:
             return self
         taken = {str(a.name) for a in self.adapt} | {str(c.name) for c in self.compose}
-        compose = tuple(_composed(c, taken) for c in self.compose)
+        compose = tuple(named(c, c.kind, taken) for c in self.compose)
         problems = list(self._misfits(compose))
         if problems:
-            reject(list(compose), *((("compose", *where), error) for where, error in problems))
+            reject(*((("compose", *where), error) for where, error in problems))
         object.__setattr__(self, "compose", compose)
         return self
 
-    def _misfits(self, compose: Sequence[CompositionSpec]) -> Iterator[tuple[tuple[str | int, ...], GraftError]]:
+    def _misfits(self, compose: Sequence[CompositionSpec]) -> Iterator[Problem]:
         """Yield the errors of compositions, each with its path."""
         adaptations = dict.fromkeys(str(a.name) for a in self.adapt)
         stackable = adaptations | dict.fromkeys(str(c.name) for c in compose if not isinstance(c, Stack))
@@ -284,14 +274,6 @@ class Spec(SpecModel):
         adaptations = table(("name", "method", "target", "settings"), rows)
         return Html(tag("b", caption) + adaptations + table(("field", "value"), rest))
 
-    def place(self, path: str) -> Place:
-        """Return the place of a path such as ``adapt[0].target.role``, with line and column if it comes from a file."""
-        return self._source.place(path)
-
-    def locate(self, error: GraftError) -> GraftError:
-        """Return the error with file, line, column and corrected line filled in from the path of its place."""
-        return self._source.locate(error)
-
 
 _SHOWN = ("name", "method", "target")
 
@@ -307,31 +289,23 @@ def _written(value: object) -> str:
     return write_items(value) if isinstance(value, tuple) else shown(value, 300)
 
 
-def named(adaptation: MethodSpec, taken: set[str]) -> MethodSpec:
-    """Return the adaptation with its own name, or with the first free one of ``lora``, ``lora_2``, ``lora_3`` ..."""
-    if adaptation.name is not None:
-        return adaptation
-    return adaptation.model_copy(update={"name": _free(adaptation.method, taken)})
+def named(entry: Named, word: str, taken: set[str]) -> Named:
+    """Return an entry with its own name, or with the first free one of ``lora``, ``lora_2``, ``lora_3`` ...
+
+    Args:
+        entry: an adaptation or a composition.
+        word: its method or its kind.
+        taken: names of others; a free one is added.
+    """
+    if entry.name is not None:
+        return entry
+    names = chain([word], (f"{word}_{number}" for number in count(2)))
+    free = next(name for name in names if name not in taken and check_name(name) is None)
+    taken.add(free)
+    return entry.model_copy(update={"name": free})
 
 
 def _no_part(kind: str, member: str, stack: bool) -> GraftError:
     """Return the error for a composition that is a member of one that takes none of its kind."""
     what = "a stack takes adaptations, and compositions that are not stacks" if stack else "its parts are adaptations"
     return GraftError("GC036", f"{quoted(member)} is a composition itself: {kind}", hint=what)
-
-
-def _composed(composition: CompositionSpec, taken: set[str]) -> CompositionSpec:
-    """Return the composition with its own name, or with the first free one of ``bank``, ``bank_2``, ``bank_3`` ..."""
-    if composition.name is not None:
-        return composition
-    return composition.model_copy(update={"name": _free(composition.kind, taken)})
-
-
-def _free(word: str, taken: set[str]) -> str:
-    """Return the first free name of ``word``, ``word_2``, ``word_3`` ..., and mark it as taken."""
-    name, number = word, 1
-    while name in taken or check_name(name) is not None:
-        number += 1
-        name = f"{word}_{number}"
-    taken.add(name)
-    return name

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ValidationError
 
 from graftc.specs.bare_entries import bare_entries
-from graftc.specs.base_model import SpecModel
+from graftc.specs.base_model import Document, SpecModel
 from graftc.specs.document import Spec
 from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
@@ -35,7 +35,7 @@ __all__ = [
     "write_yaml",
 ]
 
-T = TypeVar("T", bound=SpecModel)
+T = TypeVar("T", bound=Document)
 Format = Literal["yaml", "json", "toml"]
 _FORMATS: dict[str, Format] = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
 _READERS = {"yaml": read_yaml, "json": read_json, "toml": read_toml}
@@ -123,9 +123,7 @@ def parse_spec(
     data, source = parse_document(text, format, file, "version: 1 and adapt: [...]", bare_entries)
     if is_foreign(data):
         return (from_config or _for_any_model)(data, source.file or "the config")
-    spec = checked(Spec, data, source)
-    spec._source = source  # noqa: SLF001
-    return spec
+    return checked(Spec, data, source)
 
 
 def parse_document(
@@ -159,7 +157,7 @@ def parse_document(
 
 
 def checked(kind: type[T], data: dict[str, Any], source: Source) -> T:
-    """Return the validated document of a class; errors contain the places of what is wrong.
+    """Return the validated document of a class, which knows its source; errors have the places of what is wrong.
 
     Raises:
         GraftError: GC002 to GC012, and the errors of the class.
@@ -172,6 +170,7 @@ def checked(kind: type[T], data: dict[str, Any], source: Source) -> T:
         raise source.locate(explain(error, kind, data)) from None
     except GraftError as error:
         raise source.locate(error) from None
+    document._source = source
     return document
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from pydantic import Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -22,10 +22,10 @@ from graftc.specs.patterns import (
     suggest,
 )
 from graftc.specs.schema import needs_one_of
-from graftc.specs.spec_errors import reject
-from graftc.specs.target import Layers, Patterns, Roles
+from graftc.specs.spec_errors import refuse
+from graftc.specs.target import Candidate, Layers, Patterns, Roles
 
-__all__ = ["Override", "RankOverride", "SiteLike", "check_used"]
+__all__ = ["Override", "RankOverride", "check_used"]
 
 
 class Override(SpecModel):
@@ -47,14 +47,10 @@ class Override(SpecModel):
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if self.role is None and self.modules is None and self.layers is None:
-            reject(
-                self,
-                ((), GraftError("GC002", "an override needs role, modules or layers to say where it holds")),
-            )
+            refuse((), "an override needs role, modules or layers to say where it holds")
         if not self.changes():
             fields = [f for f in type(self).model_fields if f not in Override.model_fields]
-            hint = f"it may set: {', '.join(fields)}" if fields else None
-            reject(self, ((), GraftError("GC002", "an override changes nothing", hint=hint)))
+            refuse((), "an override changes nothing", hint=f"it may set: {', '.join(fields)}" if fields else None)
         return self
 
     @classmethod
@@ -107,22 +103,7 @@ class RankOverride(Override):
     """Numerator of the scaling at these sites."""
 
 
-class SiteLike(Protocol):
-    """The attributes of a site that an override reads."""
-
-    @property
-    def module(self) -> str: ...
-    @property
-    def roles(self) -> Collection[str]: ...
-    @property
-    def layer(self) -> int | None: ...
-    @property
-    def stack(self) -> str: ...
-    @property
-    def parameter(self) -> str: ...
-
-
-def check_used(overrides: Sequence[Override], sites: Sequence[SiteLike], depth: Mapping[str, int], where: str) -> None:
+def check_used(overrides: Sequence[Override], sites: Sequence[Candidate], depth: Mapping[str, int], where: str) -> None:
     """Check that every override, and every pattern in it, matches a site, and is not shadowed.
 
     Args:
@@ -146,7 +127,7 @@ def check_used(overrides: Sequence[Override], sites: Sequence[SiteLike], depth: 
         taken |= hits
 
 
-def _hits(override: Override, sites: Sequence[SiteLike], depth: Mapping[str, int]) -> set[int]:
+def _hits(override: Override, sites: Sequence[Candidate], depth: Mapping[str, int]) -> set[int]:
     return {
         number
         for number, site in enumerate(sites)
@@ -154,7 +135,7 @@ def _hits(override: Override, sites: Sequence[SiteLike], depth: Mapping[str, int
     }
 
 
-def _check_parts(override: Override, sites: Sequence[SiteLike], depth: Mapping[str, int], path: str) -> None:
+def _check_parts(override: Override, sites: Sequence[Candidate], depth: Mapping[str, int], path: str) -> None:
     for field in ("role", "modules", "layers"):
         value = getattr(override, field)
         for index, item in enumerate(as_items(value)):

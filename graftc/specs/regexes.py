@@ -7,14 +7,11 @@ import time
 import warnings
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import quoted
 from graftc.specs.patterns import PATTERNS
-
-if TYPE_CHECKING:
-    from graftc.specs.errors.diagnostics import Place
 
 __all__ = ["SECONDS", "RegexMatcher", "check_regex"]
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from inspect import getdoc, isclass
+from itertools import chain
 from types import MappingProxyType, ModuleType
 from typing import Any
 
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims
-from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, correction
 from graftc.specs.errors.text import shown
 
 __all__ = ["GROUP", "SpecEntry", "method_spec", "method_specs", "reload_methods", "unknown_method", "with_code"]
@@ -116,12 +117,12 @@ def reload_methods() -> None:
 @cache
 def _discover() -> MappingProxyType[str, SpecEntry]:
     entries: dict[str, SpecEntry] = {}
-    for name in _own().values():
-        for entry in _from_module(name):
-            _add(entries, entry)
-    for point in _plugins():
-        for entry in _from_plugin(point):
-            _add(entries, entry)
+    own = (entry for name in _own().values() for entry in _from_module(name))
+    for entry in chain(own, (entry for point in _plugins() for entry in _from_plugin(point))):
+        other = entries.setdefault(entry.tag, entry)
+        if other.spec_class is not entry.spec_class:
+            message = f"the method '{entry.tag}' is defined in {other.module} and in {entry.module}"
+            raise GraftError("GC070", message, hint="rename one of them or uninstall its package")
     return MappingProxyType(dict(sorted(entries.items())))
 
 
@@ -176,19 +177,9 @@ def _from_plugin(point: EntryPoint) -> list[SpecEntry]:
     return [_entry(c, f"{point.module}.method", module.__name__) for c in classes]
 
 
-def _add(entries: dict[str, SpecEntry], entry: SpecEntry) -> None:
-    other = entries.get(entry.tag)
-    if other is not None and other.spec_class is not entry.spec_class:
-        message = f"the method '{entry.tag}' is defined in {other.module} and in {entry.module}"
-        raise GraftError("GC070", message, hint="rename one of them or uninstall its package")
-    entries[entry.tag] = entry
-
-
 def unknown_method(tag: object) -> GraftError:
     """Return the error GC004 for a tag that no method has, with the nearest tags."""
     tags = list(method_specs())
-    close = nearest(tag, tags) if isinstance(tag, str) else []
     every = f"the methods are: {', '.join(tags)}; one of a plugin needs its package in this environment"
-    hint = f"did you mean '{close[0]}'?" if close else every
-    fix = (str(tag), close[0]) if close else None
+    hint, fix = correction(tag, tags, every)
     return GraftError("GC004", f"method {shown(tag)} is unknown", hint=hint, fix=fix)

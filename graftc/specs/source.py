@@ -68,16 +68,13 @@ def format_path(path: Iterable[str | int]) -> str:
 
 def parse_path(text: str) -> Path:
     """Parse a path that :func:`format_path` has formatted."""
-    steps: list[str | int] = []
-    for match in _STEP.finditer(text):
-        plain, index, quoted = match.groups()
-        if plain is not None:
-            steps.append(plain)
-        elif index is not None:
-            steps.append(int(index))
-        else:
-            steps.append(json.loads(f'"{quoted}"'))
-    return tuple(steps)
+    return tuple(_step(*match.groups()) for match in _STEP.finditer(text))
+
+
+def _step(plain: str | None, index: str | None, quoted: str | None) -> str | int:
+    if plain is not None:
+        return plain
+    return int(index) if index is not None else str(json.loads(f'"{quoted}"'))
 
 
 @dataclass(frozen=True)
@@ -118,10 +115,11 @@ class Source:
     def place(self, path: str, *, key: bool = False) -> Place:
         """Return the place of a path such as ``adapt[0].target.role``, with line and column if they are known."""
         span = self.span(parse_path(path), key=key)
-        if span is None:
-            return Place(self.file, path=path)
-        text = self.line(span.line)
-        return Place(self.file, span.line + 1, span.column + 1, path, text)
+        return Place(self.file, path=path) if span is None else self.at(span.line, span.column, path)
+
+    def at(self, line: int, column: int, path: str = "") -> Place:
+        """Return the place of a line and a column, counted from 0."""
+        return Place(self.file, line + 1, column + 1, path, self.line(line))
 
     def line(self, number: int) -> str | None:
         """Return a line of the text, counted from 0; None if there is none or it is too long to be shown."""
@@ -137,15 +135,7 @@ class Source:
         corrected = error.corrected
         if corrected is None and error.fix is not None:
             corrected = self._corrected(parse_path(place.path), *error.fix, key=key)
-        return GraftError(
-            error.code,
-            error.message,
-            place=self.place(place.path, key=key),
-            hint=error.hint,
-            details=details,
-            fix=error.fix,
-            corrected=corrected,
-        )
+        return error.changed(place=self.place(place.path, key=key), details=details, corrected=corrected)
 
     def _corrected(self, path: Path, wrong: str, right: str, *, key: bool) -> str | None:
         span = (self.keys if key else self.values).get(path)
@@ -230,8 +220,7 @@ def _source(text: str, file: str | None) -> Source:
 
 
 def _too_deep(source: Source, line: int = 0, column: int = 0) -> GraftError:
-    place = Place(source.file, line + 1, column + 1, text=source.line(line))
-    return beyond(f"the spec is nested deeper than {DEPTH} levels", place)
+    return beyond(f"the spec is nested deeper than {DEPTH} levels", source.at(line, column))
 
 
 def _integer(text: str) -> int:
@@ -255,8 +244,7 @@ def _unreadable(
     hint: str | None = None,
     corrected: str | None = None,
 ) -> NoReturn:
-    place = Place(source.file, line + 1, column + 1, text=source.line(line))
-    raise GraftError("GC001", message, place=place, hint=hint, corrected=corrected) from None
+    raise GraftError("GC001", message, place=source.at(line, column), hint=hint, corrected=corrected) from None
 
 
 # A word of a flow collection or a block value, with braces and their content.
@@ -331,8 +319,7 @@ def _loader(source: Source) -> Any:
 
 
 def _too_many(source: Source, line: int, column: int, why: str = "") -> GraftError:
-    place = Place(source.file, line + 1, column + 1, text=source.line(line))
-    return beyond(f"the spec holds more than {VALUES:,} values{why}", place)
+    return beyond(f"the spec holds more than {VALUES:,} values{why}", source.at(line, column))
 
 
 class _Build:

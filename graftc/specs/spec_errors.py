@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import Any, NoReturn, TypeAlias, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
-from graftc.specs.errors.diagnostics import CATALOGUE, GraftError, Place, nearest
+from graftc.specs.errors.diagnostics import CATALOGUE, GraftError, Place, correction
 from graftc.specs.errors.text import quoted, shown
 from graftc.specs.source import format_path
 
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
+__all__ = ["Problem", "explain", "first_repeat", "refuse", "reject"]
 
-__all__ = ["explain", "reject"]
+Problem: TypeAlias = tuple[tuple[str | int, ...], GraftError]
+"""An error, and its path relative to the value that is validated."""
 
 _MISSING = object()
 _SHOWN = 10
@@ -44,18 +44,44 @@ _TYPES = {
 }
 
 
-def reject(value: object, *problems: tuple[tuple[str | int, ...], GraftError]) -> NoReturn:
-    """Fail a validator with coded errors, each at a path relative to the validated value.
+def reject(*problems: Problem) -> NoReturn:
+    """Fail a validator with coded errors.
 
     Raises:
         ValidationError: always; pydantic keeps the paths, and :func:`explain` converts it back.
     """
     lines: list[InitErrorDetails] = []
-    for loc, error in problems:
+    for path, error in problems:
         context: dict[str, Any] = {"text": error.message, "hint": error.hint, "fix": error.fix}
         kind = PydanticCustomError(error.code, "{text}", context)
-        lines.append(InitErrorDetails(type=kind, loc=loc, input=value))
+        lines.append(InitErrorDetails(type=kind, loc=path, input=None))
     raise ValidationError.from_exception_data("spec", lines)
+
+
+def refuse(
+    path: str | int | tuple[str | int, ...],
+    message: str,
+    *,
+    hint: str | None = None,
+    fix: tuple[str, str] | None = None,
+    code: str = "GC002",
+) -> NoReturn:
+    """Fail a validator with one error, by default GC002: the value is not allowed.
+
+    Args:
+        path: a field or an index of the value that is validated, or a longer path; ``()`` for the value itself.
+        message, hint, fix, code: as for `GraftError`.
+
+    Raises:
+        ValidationError: always, as `reject`.
+    """
+    reject((path if isinstance(path, tuple) else (path,), GraftError(code, message, hint=hint, fix=fix)))
+
+
+def first_repeat(values: Sequence[Any]) -> int | None:
+    """Return the index of the first value that is equal to an earlier one; None if all differ."""
+    first = {value: index for index, value in reversed([*enumerate(values)])}
+    return next((index for index, value in enumerate(values) if first[value] != index), None)
 
 
 def explain(error: ValidationError, root: type[BaseModel], data: object) -> GraftError:
@@ -77,7 +103,7 @@ def explain(error: ValidationError, root: type[BaseModel], data: object) -> Graf
         return first
     more = [f"and {len(paths) - len(others) - 1:,} more"] if len(paths) > _SHOWN + 1 else []
     details: list[str | GraftError] = [*others, *more]
-    return GraftError(first.code, first.message, place=first.place, hint=first.hint, details=details, fix=first.fix)
+    return first.changed(details=details)
 
 
 def _is_union(items: list[ErrorDetails]) -> bool:
@@ -138,9 +164,7 @@ def _one(path: tuple[str | int, ...], items: list[ErrorDetails], root: type[Base
 
 
 def _unknown_field(word: str, place: Place, fields: list[str]) -> GraftError:
-    close = nearest(word, fields, n=1)
-    hint = f"did you mean '{close[0]}'?" if close else f"the fields here are: {', '.join(fields)}"
-    fix = (word, close[0]) if close else None
+    hint, fix = correction(word, fields, f"the fields here are: {', '.join(fields)}")
     return GraftError("GC003", f"field {quoted(word)} is unknown", place=place, hint=hint, fix=fix)
 
 
@@ -152,14 +176,8 @@ def _not_listed(
         return GraftError("GC007", f"spec version {shown(value)} is not supported", place=place, hint=hint)
     expected = " or ".join(str(i["ctx"]["expected"]) for i in items if i["type"] == "literal_error")
     choices = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
-    close = nearest(value, choices, n=1) if isinstance(value, str) else []
-    return GraftError(
-        "GC002",
-        f"{name} is {shown(value)}, it must be {expected}",
-        place=place,
-        hint=f"did you mean '{close[0]}'?" if close else None,
-        fix=(str(value), close[0]) if close else None,
-    )
+    hint, fix = correction(value, choices)
+    return GraftError("GC002", f"{name} is {shown(value)}, it must be {expected}", place=place, hint=hint, fix=fix)
 
 
 def _describe(value: object) -> str:
@@ -177,21 +195,14 @@ def _fields_at(root: type[BaseModel], data: object, path: Sequence[str | int]) -
     for step in path:
         value = _child(value, step)
         if isinstance(step, str):
-            models = [m for model in models for m in _models_in(_annotation(model, step))]
+            fields = (model.model_fields.get(step) for model in models)
+            models = [m for field in fields if field is not None for m in _models_in(field.annotation)]
         models = [_concrete(model, value) for model in models]
-    names: dict[str, None] = {}
-    for model in models:
-        names.update(dict.fromkeys(model.model_fields))
-    return list(names)
+    return list(dict.fromkeys(name for model in models for name in model.model_fields))
 
 
 CONCRETE: dict[type[BaseModel], Callable[[Mapping[Any, Any]], type[BaseModel]]] = {}
 """For each base class whose subclass depends on the content of a mapping: the function that determines the subclass."""
-
-
-def _annotation(model: type[BaseModel], field: str) -> Any:
-    info = model.model_fields.get(field)
-    return None if info is None else info.annotation
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 __all__ = ["read_json"]
 
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
-_HALF = re.compile("[\ud800-\udfff]")
 _WHOLE = 2**64
 
 
@@ -35,26 +34,14 @@ def read_json(raw: bytes, most: int, *, values: int | None = None) -> Any:
         data = json.loads(
             text, object_pairs_hook=_once, parse_constant=_constant, parse_int=_whole, parse_float=_finite
         )
+        # UTF-8 has no surrogates, so that only an escape can produce one; two of them may form a character.
+        if _ESCAPED_HALF.search(text):
+            json.dumps(data, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is too deep") from None
-    # UTF-8 has no surrogates, so that only an escape can produce one; two of them may form a character.
-    if _ESCAPED_HALF.search(text) and _has_half(data):
-        raise ValueError("it holds half a character")
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character") from None
     return data
-
-
-def _has_half(data: Any) -> bool:
-    """Return whether a text or a key of the data contains a surrogate."""
-    waiting = [data]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            waiting += [*value, *value.values()]
-        elif isinstance(value, list):
-            waiting += value
-        elif isinstance(value, str) and _HALF.search(value):
-            return True
-    return False
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

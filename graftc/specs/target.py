@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from graftc.specs.base_model import SpecModel
+from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import shown
 from graftc.specs.patterns import (
@@ -22,16 +24,18 @@ from graftc.specs.patterns import (
 from graftc.specs.regexes import check_regex
 from graftc.specs.roles import parse_role
 from graftc.specs.schema import Glob, Layer, Regex, RoleName
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import Problem, refuse, reject
 
 __all__ = [
     "AsTarget",
+    "Candidate",
     "Layers",
     "PatternList",
     "Patterns",
     "Regexes",
     "Roles",
     "Target",
+    "depths",
     "expand_braces",
     "glob_to_regex",
 ]
@@ -45,18 +49,15 @@ def _each(check: Callable[[Any], object], what: str) -> Callable[[Any], Any]:
         if value is None:
             return None
         if many and not value:
-            reject(
-                value,
-                ((), GraftError("GC002", f"an empty list selects nothing; leave it out or name {what}")),
-            )
-        problems: list[tuple[tuple[str | int, ...], GraftError]] = []
+            refuse((), f"an empty list selects nothing; leave it out or name {what}")
+        problems: list[Problem] = []
         for index, item in enumerate(as_items(value)):
             try:
                 check(item)
             except GraftError as error:
                 problems.append(((index,) if many else (), error))
         if problems:
-            reject(value, *problems)
+            reject(*problems)
         return list(value) if many else value
 
     return validate
@@ -87,7 +88,7 @@ def _narrowed(error: GraftError, text: str, branch: str) -> GraftError:
     """Return the error with its fix reduced to the wording in ``text`` if the branch results from expanding braces."""
     if error.fix is None or branch == text:
         return error
-    return GraftError(error.code, error.message, hint=error.hint, fix=smallest_fix(text, *error.fix))
+    return error.changed(fix=smallest_fix(text, *error.fix))
 
 
 def _check_glob(value: Any) -> None:
@@ -195,3 +196,50 @@ class AsTarget(ABC):
 def written_fields(target: Any) -> Any:
     """Return the fields that a target sets, by name, before it is validated; return anything but a target unchanged."""
     return {f: getattr(target, f) for f in target.model_fields_set} if isinstance(target, Target) else target
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One place that a target may select.
+
+    Attributes:
+        key: the caller's key for the place.
+        module: dotted path of its module.
+        roles: every role that it matches, including prefixed forms (``graftc.specs.roles.widen``).
+        kind: its kind of site.
+        layer: its layer from 0 within its stack; None outside of layers.
+        stack: the stack of layers that it belongs to.
+        label: its name in messages; the module path by default.
+        part: whether it is some output rows of a fused weight. A target without ``role`` selects modules as a whole,
+            and then skips parts whose whole is a candidate as well.
+        parameter: name of its parameter if the module has several of its kind, as experts do; empty otherwise.
+    """
+
+    key: Hashable
+    module: str
+    roles: frozenset[str]
+    kind: SiteKind
+    layer: int | None = None
+    stack: str = ""
+    label: str = ""
+    part: bool = False
+    parameter: str = ""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that a pattern may match: that of its module, and that of its parameter."""
+        return (self.module, f"{self.module}.{self.parameter}") if self.parameter else (self.module,)
+
+    @property
+    def name(self) -> str:
+        """The label, or the module path."""
+        return self.label or self.module
+
+
+def depths(candidates: Iterable[Candidate]) -> dict[str, int]:
+    """Return the number of layers of each stack."""
+    out: dict[str, int] = {}
+    for c in candidates:
+        if c.layer is not None:
+            out[c.stack] = max(out.get(c.stack, 0), c.layer + 1)
+    return out

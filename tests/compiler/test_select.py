@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graftc.compiler.resolve.candidates import Candidate, depths
 from graftc.compiler.resolve.select import check_overrides, select
 from graftc.specs import LoRA, SiteKind, Target, widen
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.target import Candidate, depths
 
 LINEAR = frozenset({SiteKind.LINEAR})
 PROJECTIONS = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from graftc.compiler.resolve.candidates import Candidate, depths
 from graftc.compiler.resolve.select import check_overrides, select
 from graftc.specs import GraftError, SiteKind, parse_spec
 from graftc.specs.errors.diagnostics import CATALOGUE
+from graftc.specs.target import Candidate, depths
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "errors"
 BREAK = "=====\n"

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from graftc.compiler.resolve.candidates import Candidate
 from graftc.compiler.resolve.select import select
 from graftc.specs import GraftError, LoRA, SiteKind, Spec, Target, load_spec, parse_spec
 from graftc.specs.errors.text import printable, quoted, shown
 from graftc.specs.patterns import expand_braces, glob_to_regex, measure_braces
 from graftc.specs.regexes import RegexMatcher, check_regex
 from graftc.specs.registry import method_specs
+from graftc.specs.target import Candidate
 
 Q = {"role": "attn.q"}
 LORA = {"method": "lora", "target": Q}

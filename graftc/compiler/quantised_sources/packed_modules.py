@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from graftc.compat.modules import parameters_of
+from graftc.compiler.resolve.untie import another_handle
 from graftc.passes.core.ops.unpack import FAMILIES
 from graftc.passes.core.packing.modules import Packed, hold_packed
 
@@ -45,10 +45,7 @@ def with_packed(module: nn.Module, packed: Mapping[str, Packed]) -> nn.Module:
         name: copy.copy(value) if name.startswith("_") and isinstance(value, dict | set) else value
         for name, value in module.__dict__.items()
     }
-    parameters_of(copied).update({name: _handle(tensor) for name, tensor in parameters_of(module).items()})
+    handles = {name: p if p is None else another_handle(p) for name, p in module._parameters.items()}
+    copied._parameters = handles
     hold_packed(copied, packed)
     return copied  # type: ignore[no-any-return]
-
-
-def _handle(tensor: nn.Parameter | None) -> nn.Parameter | None:
-    return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)

@@ -8,7 +8,6 @@ from itertools import groupby
 
 from torch import fx, nn
 
-from graftc.compiler.resolve.candidates import Candidate
 from graftc.compiler.resolve.moved import SiteMove
 from graftc.compiler.resolve.sitetable import SiteTable
 from graftc.compiler.resolve.token_embeddings import TokenEmbeddings
@@ -18,6 +17,7 @@ from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import LinearSite, Site, ValueSite
 from graftc.passes.core.weights.store import Store
+from graftc.specs.target import Candidate
 
 
 class CalledSites(SiteTable):
@@ -64,18 +64,16 @@ class CalledSites(SiteTable):
 
     def _repeat(self) -> None:
         """Insert the sites of calls after those of the bodies, in the order of the layers."""
-        entries, candidates = self.entries, self.candidates
+        pairs = [*zip(self.candidates, self.entries, strict=True)]
         self.entries, self.candidates = [], []
-        numbered = enumerate(layer_path(entry[0].key.module) in self._bodies for entry in entries)
-        for in_body, group in groupby(numbered, key=lambda pair: pair[1]):
-            numbers = [number for number, _ in group]
-            for number in numbers:
-                self._append(entries[number], candidates[number])
+        for in_body, group in groupby(pairs, key=lambda pair: layer_path(pair[0].module) in self._bodies):
+            run = list(group)
+            for candidate, sites in run:
+                self._append(sites, candidate)
             for one in self._calls if in_body else ():
-                for number in numbers:
-                    if layer_path(entries[number][0].key.module) == one.body:
-                        sites = [self._at(one, site) for site in entries[number]]
-                        self._append(sites, _moved_candidate(candidates[number], one))
+                for candidate, sites in run:
+                    if layer_path(candidate.module) == one.body:
+                        self._append([self._at(one, site) for site in sites], _moved_candidate(candidate, one))
 
     def _append(self, sites: list[Site], candidate: Candidate) -> None:
         self.candidates.append(replace(candidate, key=len(self.entries)))

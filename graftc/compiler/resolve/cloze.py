@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graftc.compiler.capture.defaults import ROW_INPUTS
 from graftc.compiler.capture.interface import config_of, is_transformers
+from graftc.compiler.resolve.token_embeddings import looking_up, output_head
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.options.cloze import ClozeOptions
@@ -121,7 +122,7 @@ def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
         GraftError: GC170 for a model that is not a language model of transformers, or lacks the tokens.
     """
     config = config_of(model)
-    if config is None or not is_transformers(model) or _head(model) is None:
+    if config is None or not is_transformers(model) or output_head(model) is None:
         hint = "give a masked, causal or sequence-to-sequence language model of transformers, with its head"
         raise GraftError("GC170", f"{type(model).__name__} has no head over a vocabulary", place=_PLACE, hint=hint)
     _require_tokens(model, options)
@@ -158,24 +159,17 @@ def not_filling(error: GraftError, model: nn.Module, options: ClozeOptions) -> G
 _PLACE = Place(path="cloze")
 
 
-def _head(model: Any) -> nn.Module | None:
-    try:
-        head: nn.Module | None = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return head
-
-
 def _require_tokens(model: Any, options: ClozeOptions) -> None:
     """Check that the model's table has all tokens.
 
     Raises:
         GraftError: GC170 for a token that it lacks.
     """
-    try:
-        rows = model.get_input_embeddings().weight.shape[0]
-    except (AttributeError, NotImplementedError):
+    weight = getattr(looking_up(model), "weight", None)
+    if weight is None:
         return
+    rows = weight.shape[0]
+    rows = weight.shape[0]
     named: list[tuple[str, int]] = [("blank", options.blank)] if isinstance(options.blank, int) else []
     named += [(f"decoder[{at}]", token) for at, token in enumerate(options.decoder)]
     named += [

@@ -186,18 +186,16 @@ def add_controls(program: Program, spec: Spec, names: Sequence[str], dtype: torc
             message = f"{composition.ids} and {composition.mixture} both choose from {composition.name!r}"
             raise GraftError("GC038", message, hint="give one of them")
         mixture = isinstance(composition, Bank) and name == composition.mixture
-        shape: tuple[int | str, ...] = (BATCH, len(composition.members)) if mixture else (BATCH,)
+        slots = (len(composition.members),) if mixture else ()
         kind = dtype if mixture else torch.int64
         assert source is not None
-        last = program.placeholders()[-1]
-        with program.graph.inserting_after(last):
+        with program.graph.inserting_after(program.placeholders()[-1]):
             node = program.graph.placeholder(name)
-        sizes = [source.meta["val"].shape[0], *shape[1:]]
         with fake_mode_of(program):
-            value = torch.empty(sizes, dtype=kind, device=source.meta["val"].device)
+            value = torch.empty([source.meta["val"].shape[0], *slots], dtype=kind, device=source.meta["val"].device)
         node.meta = {"val": value, "module": ""}
-        slots = ((len(composition.members), len(composition.members)),) if mixture else ()
-        program.inputs = (*program.inputs, InputSpec(name, kind, shape, ((0, None), *slots)))
+        ranges = ((0, None), *((number, number) for number in slots))
+        program.inputs = (*program.inputs, InputSpec(name, kind, (BATCH, *slots), ranges))
 
 
 # --- inserting ----------------------------------------------------------------------------------------------
@@ -247,7 +245,8 @@ def _insert_chosen(unit: Unit, program: Program, new: Callable[..., Builder], in
     elif rows is not None:
         mixing = by_index(rows)
     else:
-        cls, mixing = Chosen, active(unit_build.buffer(ACTIVE, _first_slot))
+        first_slot = unit_build.buffer(ACTIVE, lambda device: torch.zeros(1, dtype=torch.int64, device=device))
+        cls, mixing = Chosen, active(first_slot)
     seams = cls(composition.members, mixing, getattr(composition, "share", ()))
     build = new(unit.name, first.spec.method, seams=seams)
     insert(build, first)
@@ -260,10 +259,6 @@ def _insert_chosen(unit: Unit, program: Program, new: Callable[..., Builder], in
         message = f"{first.spec.method} has no part {unused[0]!r}"
         raise GraftError("GC036", message, place=Place(path="share"), hint=f"it has: {', '.join(parts)}")
     return {**seams.parts, unit.name: {**unit_build.parts, **build.parts}}
-
-
-def _first_slot(device: torch.device) -> Tensor:
-    return torch.zeros(1, dtype=torch.int64, device=device)
 
 
 def _insert_added(unit: Unit, new: Callable[..., Builder]) -> dict[str, Parts]:
@@ -302,12 +297,8 @@ def keep_composed(fold: Fold, unit: Unit) -> Fold:
     """Return a `Keep` with the reason why a composition stays; other units and averaged parameters keep their fold."""
     if unit.composition is None or (isinstance(unit.composition, Average) and unit.of_one_shape):
         return fold
-    reason = (
-        "each call chooses"
-        if unit.of_one_shape
-        else f"what they add goes through a composition ({unit.composition.kind})"
-    )
-    return Keep(reason)
+    added = f"what they add goes through a composition ({unit.composition.kind})"
+    return Keep("each call chooses" if unit.of_one_shape else added)
 
 
 def averaged(

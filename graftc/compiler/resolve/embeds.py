@@ -21,7 +21,7 @@ from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.build.position_ids import counted_inputs
 from graftc.passes.core.ir.program import Program, above
 from graftc.passes.core.ir.shapes import expression
-from graftc.passes.core.sites.sites import Positions, ValueSite
+from graftc.passes.core.sites.sites import ValueSite
 from graftc.passes.graph.lengthen import lengthen
 from graftc.passes.graph.sequences import Lengthened
 from graftc.specs.document import Spec
@@ -145,7 +145,7 @@ def lengthened(
     body_structure = find_structure(body.program.graph, body.constants)
     limits = {stream.ids: _most(body.program, stream, body_structure) for stream in streams}
     for stream in streams:
-        _check_room(program, stream, limits[stream.ids])
+        _check_room(stream, limits[stream.ids])
     body_ends = _ends(body_structure)
     pairs = [(node, body_ends[stack]) for stack, node in ends.items() if stack in body_ends]
     counted = _counted(program, table.structure, body.program, body_structure)
@@ -160,12 +160,8 @@ def _counted(tokens: Program, structure: Structure, body: Program, own: Structur
 
 def _positions(program: Program, structure: Structure) -> dict[str, fx.Node]:
     """Return the numbers of positions, by the table in which they are looked up."""
-    return {str(lookup.table.target): lookup.numbers for lookup in _look_ups(program, structure) if lookup.table}
-
-
-def _look_ups(program: Program, structure: Structure) -> list[Positions]:
-    """Return the lookups of position numbers in tables."""
-    return [lookup for lookup in position_readers(program.graph, structure.findings) if lookup.table is not None]
+    lookups = position_readers(program.graph, structure.findings)
+    return {str(lookup.table.target): lookup.numbers for lookup in lookups if lookup.table is not None}
 
 
 def _ends(structure: Structure) -> dict[str, fx.Node]:
@@ -213,13 +209,13 @@ def _most(body: Program, stream: Lengthened, structure: Structure) -> int | None
     bounds = [spec.ranges[1][1]] if isinstance(spec.shape[1], str) else []
     node = next(node for node in body.placeholders() if str(node.target) == stream.embeds)
     size = expression(node.meta["val"].shape[1])
-    for positions in _look_ups(body, structure):
-        if expression(positions.numbers.meta["val"].shape[-1]) == size:
+    for positions in position_readers(body.graph, structure.findings):
+        if positions.table is not None and expression(positions.numbers.meta["val"].shape[-1]) == size:
             bounds.append(positions.size)
     return min((bound for bound in bounds if bound is not None), default=None)
 
 
-def _check_room(program: Program, stream: Lengthened, limit: int | None) -> None:
+def _check_room(stream: Lengthened, limit: int | None) -> None:
     """Raise GC020 unless the text that a model is captured with has room beside virtual tokens."""
     text = stream.value.meta["val"].shape[1]
     least = text if isinstance(text, int) else int(text.node.hint)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from graftc.compiler.resolve.candidates import Candidate, depths
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import counted, quoted, some
@@ -25,7 +24,7 @@ from graftc.specs.patterns import (
 )
 from graftc.specs.regexes import RegexMatcher
 from graftc.specs.roles import ROLES, parse_role
-from graftc.specs.target import Target
+from graftc.specs.target import Candidate, Target, depths
 
 __all__ = ["ForMethod", "Matching", "Meant", "Missing"]
 
@@ -214,11 +213,8 @@ class Matching:
         return [c for c in chosen if (c.stack, c.layer) in kept]
 
     def extent(self, stacks: Collection[str]) -> str:
-        parts = []
-        for stack in sorted(stacks):
-            last = self.depths[stack] - 1
-            parts.append(f"the layers 0 to {last}" + (f" of '{stack}'" if stack else ""))
-        return " and ".join(parts)
+        lasts = [(stack, self.depths[stack] - 1) for stack in sorted(stacks)]
+        return " and ".join(f"the layers 0 to {last}" + (f" of '{stack}'" if stack else "") for stack, last in lasts)
 
     def exclude(self, chosen: list[Candidate], kept: list[Candidate]) -> list[Candidate]:
         out: set[Hashable] = set()

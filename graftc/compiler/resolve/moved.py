@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, fx
@@ -29,14 +30,10 @@ def nodes_within(value: Any) -> bool:
     return not isinstance(value, bool | int | float | str | Tensor | None)
 
 
-_NAMES: dict[type, tuple[str, ...]] = {}
-
-
-def _names(kind: type) -> tuple[str, ...]:
+@cache
+def _names(kind: Any) -> tuple[str, ...]:
     """Return the fields of a dataclass that a move inspects, computed once per class."""
-    if kind not in _NAMES:
-        _NAMES[kind] = tuple(field.name for field in fields(kind) if field.name != "applied")
-    return _NAMES[kind]
+    return tuple(field.name for field in fields(kind) if field.name != "applied")
 
 
 class SiteMove:
@@ -80,7 +77,7 @@ class SiteMove:
 
     def _copied(self, value: Any) -> Any:
         copied = copy.copy(value)
-        for name in _names(type(value)):
+        for name in _names(type(value)):  # type: ignore[arg-type]  # mypy takes no class for hashable
             now = getattr(value, name)
             moved = self._value(now)
             if moved is not now:

@@ -59,10 +59,11 @@ def linear_maps(capture: Capture) -> dict[str, Layout]:
         if use is not None:
             apart = node in routers or use.input_axis is None or use.grouped
             layouts.setdefault(use.weight.tensor, []).append(None if apart else use.weight.layout)
-    known: dict[str, Layout] = {}
-    for name, read_as in layouts.items():
-        if all(layout is Layout.ROWS or layout is Layout.COLUMNS for layout in read_as) and read_as[0] is not None:
-            known[name] = read_as[0]
+    matrices: dict[str, list[Layout]] = {
+        name: [layout for layout in read_as if layout in (Layout.ROWS, Layout.COLUMNS)]
+        for name, read_as in layouts.items()
+    }
+    known = {name: own[0] for name, own in matrices.items() if len(own) == len(layouts[name])}
     inside = {name: layout for name, layout in known.items() if place(name)[0] is not None}
     return inside if any(place(name)[0] is not None for name in layouts) else known
 
@@ -82,9 +83,7 @@ def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]
     """
     result: nn.Module = sharing_copy(model)
     modules = dict(result.named_modules())
-    skipped = (
-        set(match_modules(options.skip, [path for path in modules if path], "base.skip")) if options.skip else set()
-    )
+    skipped = match_modules(options.skip, [path for path in modules if path], "base.skip")
     chosen: dict[str, dict[str, Packing]] = {}
     others = False
     for name, layout in maps.items():
@@ -97,7 +96,7 @@ def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]
             chosen.setdefault(path, {})[last] = packing_for(options, transposed=layout is Layout.COLUMNS)
     _pack(result, chosen)
     if not any(packed_types(module) for module in result.modules()):
-        hint = "leave quantize out" if not skipped else "skip fewer modules"
+        hint = "skip fewer modules" if skipped else "leave quantize out"
         message = f"{type(model).__name__} has no linear maps in repeated layers that could be quantised"
         message += ", of float32, bfloat16 or float16" if others else ""
         raise GraftError("GC160", message, place=Place(path="base.quantize"), hint=hint)

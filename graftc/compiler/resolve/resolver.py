@@ -81,9 +81,8 @@ class Resolver:
         resolved: list[Resolved] = []
         matcher = RegexMatcher()
         for index, adaptation in enumerate(spec.adapt):
-            where = f"adapt[{index}]"
             try:
-                resolved.append(self._one(adaptation, where, matcher))
+                resolved.append(self._one(adaptation, f"adapt[{index}]", matcher))
             except GraftError as error:
                 raise spec.locate(error) from error
         self._conflicts(spec, resolved)
@@ -105,12 +104,15 @@ class Resolver:
         method = method_for(adaptation.method)
         sites: list[tuple[Site, MethodSpec]] = []
         for candidate in chosen:
-            index = candidate.key
-            assert isinstance(index, int)
-            entry = self.table.entries[index]
-            depth = stack_depths.get(candidate.stack)
-            at = (candidate.module, candidate.roles, candidate.layer)
-            own = adaptation.for_site(*at, depth=depth, parameter=candidate.parameter)
+            assert isinstance(candidate.key, int)
+            entry = self.table.entries[candidate.key]
+            own = adaptation.for_site(
+                candidate.module,
+                candidate.roles,
+                candidate.layer,
+                depth=stack_depths.get(candidate.stack),
+                parameter=candidate.parameter,
+            )
             if not method.applies(own, entry[0]):
                 continue
             if isinstance(entry[0], BlockedSite):
@@ -210,8 +212,7 @@ class Resolver:
                 continue
             place = spec.place(f"adapt[{index}].target")
             for site, _ in resolved.places:
-                reader = resolved.shared.get(place_of(site))
-                if reader is not None:
+                if (reader := resolved.shared.get(place_of(site))) is not None:
                     message = f"{site.key} {reader}: {resolved.name!r} trains there but will not fold"
                     warn("GC024", message, place=place, hint="exclude it, or deploy with the adaptation in the graph")
 
@@ -234,9 +235,6 @@ def _rows(own: WeightSlice) -> str:
 
 
 def _blocked(site: BlockedSite, path: str) -> GraftError:
-    if site.unused:
-        hint = "exclude it, use a model head that reads it, or give example inputs that call it"
-        return GraftError("GC023", f"{site.key.module} {site.reason}", place=Place(path=path), hint=hint)
-    return GraftError(
-        "GC017", f"{site.key.module} {site.reason}", place=Place(path=path), hint="leave it out with exclude"
-    )
+    other = "exclude it, use a model head that reads it, or give example inputs that call it"
+    code, hint = ("GC023", other) if site.unused else ("GC017", "leave it out with exclude")
+    return GraftError(code, f"{site.key.module} {site.reason}", place=Place(path=path), hint=hint)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
-from graftc.compiler.resolve.candidates import Candidate, depths
 from graftc.compiler.resolve.matching import ForMethod, Matching, Meant, Missing
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.overrides import check_used
 from graftc.specs.patterns import match_modules
 from graftc.specs.regexes import RegexMatcher
-from graftc.specs.target import Target
+from graftc.specs.target import Candidate, Target, depths
 
 __all__ = ["Candidate", "Meant", "check_overrides", "depths", "match_modules", "meant", "select"]
 

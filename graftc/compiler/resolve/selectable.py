@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
-from graftc.compiler.resolve.candidates import Candidate
 from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
 from graftc.compiler.resolve.token_embeddings import token_embeddings
-from graftc.compiler.roles.findings import Structure
+from graftc.compiler.roles.findings import Finding, Structure, Unresolved, format_runs, reasons
 from graftc.passes.core.ir.program import Program
+from graftc.passes.core.sites.entries import slices_of
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, NormSite, ParameterSite, Site, SublayerSite
 from graftc.passes.core.weights.runs import Runs
 from graftc.passes.core.weights.store import Store
@@ -22,6 +22,7 @@ from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import format_runs
 from graftc.specs.roles import ROLES, parse_role
+from graftc.specs.target import Candidate
 
 __all__ = ["ModelStructure", "Selectable", "SelectedPlace", "selectable"]
 
@@ -95,17 +96,17 @@ class Selectable:
         model: name of the model's class.
         candidates: the places as the resolver sees them.
         places: the same places with what is known of each, by key.
-        unresolved: stack, layer and description of everything that has no role.
+        unresolved: everything that has no role.
     """
 
     model: str
     candidates: tuple[Candidate, ...]
     places: Mapping[Any, SelectedPlace]
-    unresolved: tuple[tuple[str, int | None, str], ...] = ()
+    unresolved: tuple[Unresolved, ...] = ()
 
     def missing(self, spot: tuple[str, int] | None) -> Sequence[str]:
-        """Return what has no role in a layer, or in the whole model, and why; see `SiteTable.missing`."""
-        return [text for stack, layer, text in self.unresolved if spot is None or (stack, layer) == spot]
+        """Return what has no role in a layer (its stack and number), or in the whole model, and why."""
+        return reasons(self.unresolved, spot)
 
     def require_adaptable(self, place: SelectedPlace) -> None:
         """Raise the error that compiling raises for a place that no method can adapt (GC017, GC023)."""
@@ -136,21 +137,21 @@ def selectable(model: nn.Module, program: Program, store: Store, structure: Stru
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     table = SiteTable(program, store, structure, modules, token_embeddings(model, program))
-    evidence: dict[fx.Node | str, list[Finding]] = {}
+    evidence: dict[fx.Node | str, list[Finding]] = defaultdict(list)
     for finding in structure.findings:
-        evidence.setdefault(finding.node, []).append(finding)
+        evidence[finding.node].append(finding)
         if finding.kind == SiteKind.PARAMETER and finding.parameter is not None:
-            evidence.setdefault(finding.parameter, []).append(finding)
+            evidence[finding.parameter].append(finding)
     places = {c.key: _place(c, table.entries[int(str(c.key))], store, evidence) for c in table.candidates}
-    rest = tuple((u.stack, u.layer, f"{u.module}: {u.reason}") for u in structure.unresolved)
-    return Selectable(type(model).__name__, tuple(table.candidates), places, rest)
+    return Selectable(type(model).__name__, tuple(table.candidates), places, structure.unresolved)
 
 
 def _place(
     candidate: Candidate, sites: Sequence[Site], store: Store, evidence: Mapping[fx.Node | str, Sequence[Finding]]
 ) -> SelectedPlace:
     first = sites[0]
-    tensors, rows, shape, count = _tensors(first, store)
+    slices = slices_of(first, store)
+    own = slices[0] if slices else None
     roles = tuple(dict.fromkeys(role for site in sites for role in site.roles))
     blocked = first if isinstance(first, BlockedSite) else None
     return SelectedPlace(
@@ -160,30 +161,15 @@ def _place(
         candidate.kind,
         candidate.layer,
         candidate.stack,
-        tensors,
-        rows,
-        shape,
-        count,
+        tuple(part.tensor for part in slices),
+        own.rows if own else None,
+        own.own_shape if own else (),
+        sum(part.size for part in slices),
         len(sites),
         blocked.reason if blocked else _evidence(first, evidence),
         blocked.reason if blocked else "",
         blocked.unused if blocked else False,
     )
-
-
-def _tensors(site: Site, store: Store) -> tuple[tuple[str, ...], Runs | None, tuple[int, ...], int]:
-    """Return the names of a site's stored tensors, its rows, its shape and its number of elements."""
-    if isinstance(site, LinearSite):
-        count = sum(own.size for own in site.slices)
-        return tuple(own.tensor for own in site.slices), site.own.rows, site.own.own_shape, count
-    names: tuple[str | None, ...] = ()
-    if isinstance(site, NormSite):
-        names = (site.weight, site.bias)
-    elif isinstance(site, ParameterSite):
-        names = (site.tensor,)
-    shapes = {name: tuple(store.get(name).shape) for name in names if name is not None}
-    count = sum(map(math.prod, shapes.values()))
-    return tuple(shapes), None, next(iter(shapes.values()), ()), count
 
 
 def _evidence(site: Site, evidence: Mapping[fx.Node | str, Sequence[Finding]]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
-from graftc.compiler.resolve.candidates import Candidate
 from graftc.compiler.resolve.select import Meant, meant
 from graftc.compiler.resolve.selectable import Selectable, SelectedPlace
 from graftc.compiler.resolve.targets import exact_target, kinds_of
@@ -44,19 +44,6 @@ class Selection(AsTarget):
     `to_target` raises the error.
     """
 
-    __slots__ = (
-        "_before",
-        "_found",
-        "_keys",
-        "_kinds",
-        "_method",
-        "_places",
-        "_remarks",
-        "_said",
-        "_within",
-        "_written",
-    )
-
     def __init__(self, places: Selectable, *, method: str | None = None) -> None:
         """Select all places that a method takes.
 
@@ -68,13 +55,12 @@ class Selection(AsTarget):
             GraftError: GC004 if the method is unknown.
         """
         self._places, self._method = places, method
-        self._kinds = None if method is None else kinds_of(method)
         self._within: frozenset[Hashable] | None = None
         self._written: Target | None = Target()
         self._said = "" if method is None else f"all that {method} takes"
         self._before: tuple[GraftError, ...] = ()
         self._remarks: tuple[str, ...] = ()
-        self._match()
+        self._meant = self._matched(Target())
 
     # --- narrowing -----------------------------------------------------------------------------------------
 
@@ -125,8 +111,8 @@ class Selection(AsTarget):
         items: Any = given[0] if len(given) == 1 else given
         current = None if self._written is None else getattr(self._written, name)
         if self._written is None or (current is not None and name != "exclude"):
-            before = {"_within": self._keys, "_said": self._expression, "_before": self._faults}
-            return self._like(Target(**{name: items}), **before)
+            steps = {"within": self._keys, "said": self._expression, "before": self._faults}
+            return self._like(Target(**{name: items}), **steps)
         fields: dict[str, Any] = {f: getattr(self._written, f) for f in self._written.model_fields_set}
         if current is not None:
             items = (*as_items(current), *given)
@@ -135,13 +121,13 @@ class Selection(AsTarget):
     # --- combining -----------------------------------------------------------------------------------------
 
     def __or__(self, other: object) -> Selection:
-        return self._combined("|", other, lambda a, b: a | b)
+        return self._combined("|", other, operator.or_)
 
     def __and__(self, other: object) -> Selection:
-        return self._combined("&", other, lambda a, b: a & b)
+        return self._combined("&", other, operator.and_)
 
     def __sub__(self, other: object) -> Selection:
-        return self._combined("-", other, lambda a, b: a - b)
+        return self._combined("-", other, operator.sub)
 
     def _combined(self, sign: str, other: object, combine: Any) -> Selection:
         if not isinstance(other, Selection):
@@ -150,75 +136,75 @@ class Selection(AsTarget):
         if not self._same_model(two):
             message = f"one selection is of {self._places.model}, the other of {two._places.model} with other places"
             raise GraftError("GC073", message, hint="select both in the same model")
+        keys = combine(self._keys, other._keys)
         return self._like(
             None,
-            _within=None,
-            _found=Meant(),
-            _said=f"({self._expression}) {sign} ({two._expression})",
-            _keys=combine(self._keys, two._keys),
-            _before=tuple(dict.fromkeys((*self._faults, *two._faults))),
-            _method=self._method if self._method == two._method else None,
-            _remarks=tuple(dict.fromkeys((*self._remarks, *two._remarks, *self._fused_with(two)))),
+            meant=Meant([c for c in self._places.candidates if c.key in keys]),
+            within=None,
+            said=f"({self._expression}) {sign} ({other._expression})",
+            before=tuple(dict.fromkeys((*self._faults, *other._faults))),
+            method=self._method if self._method == other._method else None,
+            remarks=tuple(dict.fromkeys((*self._remarks, *other._remarks, *self._fused_with(other)))),
         )
 
     def _fused_with(self, other: Selection) -> list[str]:
         """Return a note if one selection has rows of a fused weight and the other one the whole weight: two places."""
-        chosen = (self._chosen, other._chosen)
-        for one, two in (chosen, chosen[::-1]):
-            whole = {c.module for c in two if not c.part and c.kind in _WEIGHTS}
-            part = next((c for c in one if c.part and c.module in whole), None)
+        for one, two in ((self, other), (other, self)):
+            whole = {c.module for c in two._meant.chosen if not c.part and c.kind in _WEIGHTS}
+            part = next((c for c in one._meant.chosen if c.part and c.module in whole), None)
             if part is not None:
                 names = f"{one_line(part.name)} and {one_line(part.module)}"
                 return [f"note: {names} are two places, rows of a weight and the whole; name a role on both sides"]
         return []
 
     @property
-    def _chosen(self) -> list[Candidate]:
-        return [c for c in self._places.candidates if c.key in self._keys]
+    def _keys(self) -> frozenset[Hashable]:
+        return frozenset(c.key for c in self._meant.chosen)
 
     def _same_model(self, other: Selection) -> bool:
         return self._places is other._places or self._places.candidates == other._places.candidates
 
-    def _like(self, written: Target | None, **changed: Any) -> Selection:
-        """Return a copy with another target, matched if there is one, and other attributes."""
-        copied = object.__new__(type(self))
-        own = {name: getattr(self, name) for name in self.__slots__}
-        for name, value in {**own, "_written": written, **changed}.items():
-            setattr(copied, name, value)
+    def _like(self, written: Target | None, **changes: Any) -> Selection:
+        """Return a copy with another target, which is matched, and with other values of some attributes."""
+        copied = copy.copy(self)
+        for name, value in {**changes, "written": written}.items():
+            setattr(copied, f"_{name}", value)
         if written is not None:
-            copied._match()
+            copied._meant = copied._matched(written)
         return copied
-
-    def _match(self) -> None:
-        assert self._written is not None
-        self._found = self._meant(self._written)
-        self._keys = frozenset(c.key for c in self._found.chosen)
 
     @property
     def _faults(self) -> tuple[GraftError, ...]:
         """The errors of all patterns that the selection was made with."""
-        return (*self._before, *self._found.faults)
+        return (*self._before, *self._meant.faults)
 
     @property
     def _notes(self) -> tuple[GraftError, ...]:
-        return (*self._faults, *self._found.gaps)
+        return (*self._faults, *self._meant.gaps)
 
-    def _meant(self, target: Target) -> Meant:
-        kinds, method = self._kinds, self._method or _NO_ROLE
+    def _matched(self, target: Target) -> Meant:
+        kinds = None if self._method is None else kinds_of(self._method)
         if self._within is not None:
             kinds = None
         elif kinds is None and target.role is None:
             kinds = _WEIGHTS
-        candidates, missing = self._places.candidates, self._places.missing
-        return meant(target, candidates, _WHERE, kinds=kinds, method=method, missing=missing, within=self._within)
+        return meant(
+            target,
+            self._places.candidates,
+            _WHERE,
+            kinds=kinds,
+            method=self._method or _NO_ROLE,
+            missing=self._places.missing,
+            within=self._within,
+        )
 
     # --- counting ------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._meant.chosen)
 
     def __iter__(self) -> Iterator[SelectedPlace]:
-        return (self._places.places[c.key] for c in self._chosen)
+        return (self._places.places[c.key] for c in self._meant.chosen)
 
     def __contains__(self, place: object) -> bool:
         """Return whether a place, or any place with that module path or name, is selected."""
@@ -251,7 +237,7 @@ class Selection(AsTarget):
         message = f"the selection has {counted(len(self))}, expected {count}"
         details: list[str | GraftError] = [error.message for error in self._notes]
         if self._written is not None and count:
-            faults = self._meant(self._written.model_copy(update={"expect": count})).faults
+            faults = self._matched(self._written.model_copy(update={"expect": count})).faults
             details[:0] = [detail for error in faults if error.code == "GC013" for detail in error.details]
         raise GraftError("GC013", message, place=Place(path=f"{_WHERE}.expect"), details=list(dict.fromkeys(details)))
 
@@ -283,12 +269,9 @@ class Selection(AsTarget):
     @property
     def _expression(self) -> str:
         """The steps that made the selection, written as fields of a target."""
-        written = []
-        for name in Target.model_fields:
-            value = None if self._written is None else getattr(self._written, name)
-            written += [f"{name}: {write_items(value)}"] if value is not None else []
-        fields = ", ".join(written)
-        return f"({self._said}) & {fields}" if self._said and written else self._said or fields or "all"
+        values = {name: getattr(self._written, name, None) for name in Target.model_fields}
+        fields = ", ".join(f"{name}: {write_items(value)}" for name, value in values.items() if value is not None)
+        return f"({self._said}) & {fields}" if self._said and fields else self._said or fields or "all"
 
     @property
     def _title(self) -> str:

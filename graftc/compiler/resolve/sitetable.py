@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Any
 
 from torch import Tensor, fx, nn
 
-from graftc.compat.modules import parameters_of
-from graftc.compiler.resolve.candidates import Candidate
 from graftc.compiler.resolve.token_embeddings import TokenEmbeddings
-from graftc.compiler.roles.findings import Structure, place
+from graftc.compiler.roles.findings import Finding, Structure, Sublayer, place, reasons
 from graftc.compiler.roles.layer_values import attended, value_sites
-from graftc.compiler.roles.parameters import other_parameters
-from graftc.compiler.roles.positions import PositionsAbove
-from graftc.passes.core.ir.program import Program
+from graftc.compiler.roles.positions import position_readers
+from graftc.passes.core.ir.program import ItemsAbove, Program
 from graftc.passes.core.packing.modules import packed_types
+from graftc.passes.core.sites.entries import slices_of
 from graftc.passes.core.sites.sites import (
     AttentionSite,
     EmbeddingSite,
@@ -39,6 +38,7 @@ from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.records.roles import Finding, Sublayer
 from graftc.specs.claims import SiteKind
 from graftc.specs.roles import widen
+from graftc.specs.target import Candidate
 
 
 @dataclass(eq=False)
@@ -52,15 +52,6 @@ class BlockedSite(Site):
 
     reason: str = ""
     unused: bool = False
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """One stored weight under its module's name for it, with all its uses there."""
-
-    module: str
-    name: str
-    uses: list[Use]
 
 
 class SiteTable:
@@ -78,7 +69,7 @@ class SiteTable:
     Attributes:
         entries: the sites of each candidate: one per use of its tensor.
         candidates: the places that targets select from; a candidate's key is its index in `entries`.
-        weights: stored weights with their uses, by module and parameter name.
+        uses: the uses of stored weights, by module and parameter name.
         token_embeddings: the places where the model looks tokens up.
     """
 
@@ -94,16 +85,19 @@ class SiteTable:
         self.token_embeddings = token_embeddings
         self.entries: list[list[Site]] = []
         self.candidates: list[Candidate] = []
-        self.weights: dict[tuple[str, str], _Weight] = {}
+        self.uses: dict[tuple[str, str], list[Use]] = defaultdict(list)
         self._attributes = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
         self._same: dict[tuple[SiteKey, WeightSlice], list[Site]] = {}
         self._by_node: dict[fx.Node, list[Finding]] = defaultdict(list)
         for finding in structure.findings:
             self._by_node[finding.node].append(finding)
-        self._positions = PositionsAbove(program.graph, structure.findings)
-        read = self._read_uses()
-        for weight in self.weights.values():
-            self._weight(weight)
+        readers = position_readers(program.graph, structure.findings)
+        self._positions = ItemsAbove(program.graph, {positions.reader: positions for positions in readers})
+        for use in filter(None, map(linear_use, program.graph.nodes)):
+            self.uses[self._owner(use)].append(use)
+        for module, name in self.uses:
+            self._weight(module, name)
+        read = {use.node for uses in self.uses.values() for use in uses}
         for finding in structure.findings:
             if finding.kind == SiteKind.ATTENTION:
                 self._attention(finding)
@@ -114,22 +108,12 @@ class SiteTable:
         self._norms()
         self._sublayers()
         self._other_modules()
-        for site in list(other_parameters(store, self._attributes, self.entries)):
-            self._add([site])
-        self._values()
+        self._other_parameters()
+        for sites in value_sites(program.graph, structure, _end):
+            self._add(sites)
         self._token_embeddings(token_embeddings)
 
     # --- weights ---------------------------------------------------------------------------------------
-
-    def _read_uses(self) -> set[fx.Node]:
-        read: set[fx.Node] = set()
-        for node in self.program.graph.nodes:
-            use = linear_use(node)
-            if use is not None:
-                read.add(node)
-                key = self._owner(use)
-                self.weights.setdefault(key, _Weight(*key, [])).uses.append(use)
-        return read
 
     def _owner(self, use: Use) -> tuple[str, str]:
         """Return module and parameter name: the calling module's own name for the tensor, or the first name.
@@ -144,23 +128,25 @@ class SiteTable:
         module, _, name = next(same, chosen).rpartition(".")
         return module, name
 
-    def _weight(self, weight: _Weight) -> None:
-        """Add the sites of the whole weight, if a use reads all of it, and of the rows that roles own."""
-        findings = [f for use in weight.uses for f in self._by_node.get(use.node, ())]
+    def _weight(self, module: str, name: str) -> None:
+        """Add the sites of a whole weight, if a use reads all of it, and of the rows that roles own."""
+        uses = self.uses[module, name]
         spans: dict[WeightSlice, list[Finding]] = {}
-        whole = weight.uses[0].weight.at(None)
-        if any(use.weight.whole for use in weight.uses):
+        whole = uses[0].weight.at(None)
+        if any(use.weight.whole for use in uses):
             spans[whole] = []
-        for finding in findings:
+        for finding in (f for use in uses for f in self._by_node.get(use.node, ())):
             spans.setdefault(whole.at(finding.rows), []).append(finding)
-        for use in weight.uses:  # rows that no role owns and no whole weight covers are selected by name
+        for use in uses:  # rows that no role owns and no whole weight covers are selected by name
             if whole not in spans and not any(own.overlaps(use.weight) for own in spans):
                 spans.setdefault(use.weight, [])
         parts: set[str] = set()
         for own, owners in spans.items():
-            part = "" if own.whole else _unique(owners[0].role.rpartition(".")[2] if owners else "rows", parts)
-            sites = self.linear_sites(SiteKey(weight.module, weight.name, part), own, owners)
-            if sites:
+            word = owners[0].role.rpartition(".")[2] if owners else "rows"
+            words = chain([word], (f"{word}{number}" for number in count(2)))
+            part = "" if own.whole else next(free for free in words if free not in parts)
+            parts.add(part)
+            if sites := self.linear_sites(SiteKey(module, name, part), own, owners):
                 self._add(sites, part=not own.whole and whole in spans)
 
     def linear_sites(
@@ -170,9 +156,8 @@ class SiteTable:
 
         A use that reads the tensor in another layout than the first one has other rows, and counts as another reader.
         """
-        weight = self.weights.get((key.module, key.name))
-        alike = [u for u in weight.uses if u.weight.layout is weight.uses[0].weight.layout] if weight else []
-        uses = [u for u in alike if u.weight.covers(own)]
+        every = self.uses.get((key.module, key.name), [])
+        uses = [u for u in every if u.weight.layout is every[0].weight.layout and u.weight.covers(own)]
         if like is not None:
             roles, layer, stack = like.roles, like.layer, like.stack
         else:
@@ -185,10 +170,13 @@ class SiteTable:
 
         Changes of the tensor itself affect all of these.
         """
-        uses = [use for weight in self.weights.values() for use in weight.uses if use.weight.tensor == site.own.tensor]
+        uses = self._uses_of(site.own.tensor)
         alike = [use for use in uses if use.weight.layout is site.use.weight.layout and use.weight.covers(site.own)]
         where = site.roles, site.layer, site.stack
         return [site_of(use, replace(site.key, use=at), site.own, *where) for at, use in enumerate(alike)]
+
+    def _uses_of(self, tensor: str) -> list[Use]:
+        return [use for uses in self.uses.values() for use in uses if use.weight.tensor == tensor]
 
     def reads(self, tensor: str) -> bool:
         """Return whether the Program reads a tensor of the Store."""
@@ -199,17 +187,11 @@ class SiteTable:
 
         Folding into the weight would change the result of that reader as well.
         """
-        adapted = {site.use.node for site in sites}
         own = sites[0].own
-        name = own.tensor
-        mine = {use.node: use for w in self.weights.values() for use in w.uses if use.weight.tensor == name}
-        for reader in _readers(self._attributes.get(name)):
-            use = mine.get(reader)
-            apart = use is not None and not use.weight.overlaps(own)
-            if reader in adapted or apart:
-                continue
-            return f"{reader.name} in {reader.meta['module'] or 'the model'}"
-        return None
+        apart = {use.node for use in self._uses_of(own.tensor) if not use.weight.overlaps(own)}
+        known = apart | {site.use.node for site in sites}
+        reader = next((node for node in _readers(self._attributes.get(own.tensor)) if node not in known), None)
+        return None if reader is None else f"{reader.name} in {reader.meta['module'] or 'the model'}"
 
     # --- other sites -----------------------------------------------------------------------------------
 
@@ -234,9 +216,15 @@ class SiteTable:
 
     def _parameter(self, finding: Finding) -> None:
         assert finding.parameter is not None
-        module, _, name = finding.parameter.rpartition(".")
-        key = SiteKey(module, name)
+        key = SiteKey(*finding.parameter.rpartition(".")[::2])
         self._add([ParameterSite(key, *_where(finding), kind=SiteKind.PARAMETER, tensor=finding.parameter)])
+
+    def _other_parameters(self) -> None:
+        """Add the parameters of the base that are read and belong to no other site."""
+        known = {own.tensor for sites in self.entries for site in sites for own in slices_of(site, self.store)}
+        for name, _ in self.store.weights():
+            if not self.store.is_buffer(name) and name in self._attributes and name not in known:
+                self._add([parameter_site(name)])
 
     def _norms(self) -> None:
         norms: dict[str, list[Finding]] = defaultdict(list)
@@ -266,24 +254,34 @@ class SiteTable:
 
         Sublayers that end in the same weight are uses of one place; others with the same roles in a layer are numbered.
         """
-        places: dict[tuple[str, str], dict[Any, list[Site]]] = defaultdict(dict)
+        by_role: dict[tuple[str, str], dict[Any, list[Site]]] = defaultdict(dict)
         for sublayer in self.structure.sublayers:
             if not sublayer.roles:
                 continue
             role, last = " ".join(sublayer.roles), _last_map(sublayer.projection)
-            known = places[sublayer.owner, role]
+            known = by_role[sublayer.owner, role]
             end = _end(sublayer)
             sites = known.setdefault(end, [])
             number = list(known).index(end) + 1
             key = SiteKey(sublayer.owner, role, str(number) if number > 1 else "", len(sites))
-            sites.append(_sublayer_site(sublayer, key, last))
-        for known in places.values():
-            for sites in known.values():
-                self._add(sites)
-
-    def _values(self) -> None:
-        """Add the input and the output of every layer; runs of one layer are uses of one place."""
-        for sites in value_sites(self.program.graph, self.structure, _end):
+            sites.append(
+                SublayerSite(
+                    key,
+                    sublayer.roles,
+                    sublayer.layer,
+                    sublayer.stack,
+                    kind=SiteKind.SUBLAYER,
+                    stream=sublayer.stream,
+                    normed=sublayer.normed,
+                    inner=last.input if last is not None else None,
+                    projection=sublayer.projection,
+                    branch=sublayer.branch,
+                    sum=sublayer.sum,
+                    post_norm=sublayer.post_norm,
+                    output=sublayer.output,
+                )
+            )
+        for sites in (sites for known in by_role.values() for sites in known.values()):
             self._add(sites)
 
     def _token_embeddings(self, embeddings: Sequence[TokenEmbeddings]) -> None:
@@ -309,7 +307,6 @@ class SiteTable:
             weight = packed_types(module).get("weight", parameters_of(module).get("weight"))
             if weight is None or len(weight.shape) < 2 or path in present:
                 continue
-            layer, stack = place(path)
             unused = self.store.canonical(f"{path}.weight") not in self._attributes
             reason = (
                 "is not needed for any output of the model, so it would never learn"
@@ -317,27 +314,24 @@ class SiteTable:
                 else "has a weight that is not a linear map's, or is read as more than rows of the stored tensor"
             )
             key = SiteKey(path, "weight")
-            self._add([BlockedSite(key, (), layer, stack, kind=SiteKind.LINEAR, reason=reason, unused=unused)])
+            self._add([BlockedSite(key, (), *place(path), kind=SiteKind.LINEAR, reason=reason, unused=unused)])
 
     def _add(self, sites: Sequence[Site], part: bool = False, named: Iterable[str] | None = None) -> None:
         first = sites[0]
-        roles = frozenset(r for site in sites for role in site.roles for r in widen(role))
-        roles = frozenset(named) if named is not None else roles
+        roles = (r for site in sites for role in site.roles for r in widen(role)) if named is None else named
         label = first.key.module + (f"[{first.key.part}]" if first.key.part else "")
         index = len(self.entries)
         self.entries.append(list(sites))
         parameter = first.key.name if first.kind is SiteKind.EXPERTS else ""
         self.candidates.append(
-            Candidate(index, first.key.module, roles, first.kind, first.layer, first.stack, label, part, parameter)
+            Candidate(
+                index, first.key.module, frozenset(roles), first.kind, first.layer, first.stack, label, part, parameter
+            )
         )
 
     def missing(self, spot: tuple[str, int] | None) -> list[str]:
         """Return what was left without a role in a layer (its stack and number), or in the whole model, and why."""
-        return [
-            f"{entry.module}: {entry.reason}"
-            for entry in self.structure.unresolved
-            if spot is None or (entry.stack, entry.layer) == spot
-        ]
+        return reasons(self.structure.unresolved, spot)
 
     def same(self, site: Site) -> list[Site]:
         """Return the sites here at the place of a site of another Program; empty if the place is not read here."""
@@ -355,6 +349,12 @@ class SiteTable:
         return matching
 
 
+def parameter_site(tensor: str) -> ParameterSite:
+    """Return the site of a whole stored tensor that has no role."""
+    module, _, name = tensor.rpartition(".")
+    return ParameterSite(SiteKey(module, name), (), *place(module), kind=SiteKind.PARAMETER, tensor=tensor)
+
+
 def site_of(
     use: Use, key: SiteKey, own: WeightSlice, roles: tuple[str, ...] = (), layer: int | None = None, stack: str = ""
 ) -> LinearSite:
@@ -365,24 +365,6 @@ def site_of(
     elif isinstance(use, Lookup):
         cls, kind = EmbeddingSite, SiteKind.EMBEDDING
     return cls(key, roles, layer, stack, kind=kind, use=use, own=use.weight.at(own.rows))
-
-
-def _sublayer_site(sublayer: Sublayer, key: SiteKey, last: Use | None) -> SublayerSite:
-    return SublayerSite(
-        key,
-        sublayer.roles,
-        sublayer.layer,
-        sublayer.stack,
-        kind=SiteKind.SUBLAYER,
-        stream=sublayer.stream,
-        normed=sublayer.normed,
-        inner=last.input if last is not None else None,
-        projection=sublayer.projection,
-        branch=sublayer.branch,
-        sum=sublayer.sum,
-        post_norm=sublayer.post_norm,
-        output=sublayer.output,
-    )
 
 
 def _end(sublayer: Sublayer) -> str | fx.Node:
@@ -407,15 +389,6 @@ _MAPS = (SiteKind.LINEAR, SiteKind.EXPERTS, SiteKind.EMBEDDING)
 
 def _where(finding: Finding) -> tuple[tuple[str, ...], int | None, str]:
     return (finding.role,), finding.layer, finding.stack
-
-
-def _unique(word: str, taken: set[str]) -> str:
-    name, number = word, 1
-    while name in taken:
-        number += 1
-        name = f"{word}{number}"
-    taken.add(name)
-    return name
 
 
 def _readers(node: fx.Node | None) -> Iterator[fx.Node]:

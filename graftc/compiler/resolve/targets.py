@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from graftc.compiler.resolve.candidates import Candidate, depths
 from graftc.compiler.resolve.select import meant, select
 from graftc.compiler.resolve.selectable import Selectable
 from graftc.specs.claims import SiteKind
@@ -17,7 +16,7 @@ from graftc.specs.errors.text import counted, one_line, some
 from graftc.specs.limits import TEXT
 from graftc.specs.patterns import layer_entries, write_items
 from graftc.specs.registry import method_specs, unknown_method
-from graftc.specs.target import Target
+from graftc.specs.target import Candidate, Target, depths
 
 __all__ = ["exact_target", "kinds_of"]
 

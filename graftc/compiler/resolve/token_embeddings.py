@@ -43,7 +43,7 @@ def token_embeddings(model: nn.Module, program: Program) -> list[TokenEmbeddings
         if ids not in inputs or embeds not in known:
             continue
         stack = "decoder" if ids.startswith("decoder_") else "encoder" if pair else ""
-        module = _looking_up(model, stack)
+        module = looking_up(model, stack)
         paths = [path for path, own in model.named_modules(remove_duplicate=False) if own is module]
         node = _value(program.graph, paths, inputs[ids])
         if node is not None:
@@ -52,13 +52,21 @@ def token_embeddings(model: nn.Module, program: Program) -> list[TokenEmbeddings
     return lookups
 
 
-def _looking_up(model: nn.Module, stack: str) -> object:
+def looking_up(model: nn.Module, stack: str = "") -> Any:
     """Return the module that looks tokens up, by the convention of transformers; None if a model does not follow it."""
     owner: Any = model
     try:
         if stack:
             owner = owner.get_encoder() if stack == "encoder" else owner.get_decoder()
         return owner.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def output_head(model: Any) -> Any:
+    """Return the head over the vocabulary, by the convention of transformers; None if there is none."""
+    try:
+        return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
         return None
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from graftc.compiler.resolve.sitetable import SiteTable, site_of
+from graftc.compiler.resolve.token_embeddings import looking_up, output_head
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.sites.sites import LinearSite, SiteKey
 from graftc.passes.core.sites.uses import Lookup
@@ -46,7 +47,7 @@ def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
     longer = sharing_copy(model)
     if not hasattr(longer, "resize_token_embeddings"):
         raise _cannot(model)
-    devices = [t.device for t in (table,) if t.device.type == "cuda"]
+    devices = [table.device] if table.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
         longer.resize_token_embeddings(needed, mean_resizing=False)
         for tensor in {id(t): t for t in (_table(longer), _head(longer)) if t is not None}.values():
@@ -94,29 +95,23 @@ _PLACE = Place(path="tokens")
 
 
 def _readers(table: SiteTable, rows: WeightSlice) -> list[LinearSite]:
-    sites: list[LinearSite] = []
-    for weight in table.weights.values():
-        for index, use in enumerate(weight.uses):
-            if use.weight.tensor == rows.tensor:
-                own = use.weight if isinstance(use, Lookup) else use.weight.at(rows.rows)
-                sites.append(site_of(use, SiteKey(weight.module, weight.name, use=index), own))
-    return sites
+    return [
+        site_of(use, SiteKey(*owner, use=index), use.weight if isinstance(use, Lookup) else use.weight.at(rows.rows))
+        for owner, uses in table.uses.items()
+        for index, use in enumerate(uses)
+        if use.weight.tensor == rows.tensor
+    ]
 
 
 def _table(model: Any) -> torch.Tensor:
-    try:
-        weight = model.get_input_embeddings().weight
-    except (AttributeError, NotImplementedError):
-        weight = None
+    weight = getattr(looking_up(model), "weight", None)
     if not isinstance(weight, torch.Tensor):
         raise _cannot(model)
     return weight
 
 
 def _head(model: Any) -> torch.Tensor | None:
-    find = getattr(model, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    weight = getattr(head, "weight", None)
+    weight = getattr(output_head(model), "weight", None)
     return weight if isinstance(weight, torch.Tensor) else None
 
 

@@ -6,12 +6,10 @@ from collections.abc import Collection, Sequence
 
 from graftc.compiler.resolve.resolver import not_read
 from graftc.compiler.resolve.select import match_modules
-from graftc.compiler.resolve.sitetable import SiteTable
-from graftc.compiler.roles.findings import place
+from graftc.compiler.resolve.sitetable import SiteTable, parameter_site
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.sites.sites import ParameterSite, SiteKey
+from graftc.passes.core.sites.sites import ParameterSite
 from graftc.specs.base import OWNERS
-from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
 
@@ -31,9 +29,8 @@ def train_sites(table: SiteTable, spec: Spec) -> list[ParameterSite]:
     sites: dict[str, ParameterSite] = {}
     try:
         paths = match_modules(spec.train, [m for m in table.modules if m])
-        for path in paths:
-            for site in _parameters(table, path, paths):
-                sites.setdefault(site.tensor, site)
+        for site in (site for path in paths for site in _parameters(table, path, paths)):
+            sites.setdefault(site.tensor, site)
     except GraftError as error:
         raise spec.locate(error) from error
     return list(sites.values())
@@ -85,8 +82,5 @@ def _parameters(table: SiteTable, path: str, trained: Collection[str]) -> list[P
                 place=where,
                 hint="leave its module out of train",
             )
-        module, _, last = name.rpartition(".")
-        layer, stack = place(module)
-        key = SiteKey(module, last)
-        sites.append(ParameterSite(key, (), layer, stack, kind=SiteKind.PARAMETER, tensor=name))
+        sites.append(parameter_site(name))
     return sites

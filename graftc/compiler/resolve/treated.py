@@ -44,11 +44,9 @@ def treated_alike(resolved: Sequence[Resolved], function_calls: Sequence[Functio
                 wanted[path].append((number, key, spec))
     groups: dict[str, list[list[str]]] = {body: [[body]] for body in bodies.values()}
     for path, body in bodies.items():
-        if path == body:
-            continue
-        same = next((group for group in groups[body] if wanted[group[0]] == wanted[path]), None)
-        if same is None:
+        alike = next((group for group in groups[body] if wanted[group[0]] == wanted[path]), None)
+        if alike is None:
             groups[body].append([path])
-        else:
-            same.append(path)
+        elif path != body:
+            alike.append(path)
     return groups

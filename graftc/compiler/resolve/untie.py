@@ -36,10 +36,11 @@ def sharing_copy(model: nn.Module, instead: Mapping[int, Any] = MappingProxyType
             for tensor in (*parameters_of(module).values(), *buffers_of(module).values())
             if tensor is not None and id(tensor) not in instead
         )
-        return copy.deepcopy(model, {**{id(tensor): _handle(tensor) for tensor in tensors}, **instead})
+        return copy.deepcopy(model, {**{id(tensor): another_handle(tensor) for tensor in tensors}, **instead})
 
 
-def _handle(tensor: torch.Tensor) -> torch.Tensor:
+def another_handle(tensor: torch.Tensor) -> Any:
+    """Return another parameter, or another tensor if it is none, on the same storage."""
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
     return tensor.detach()
@@ -117,6 +118,6 @@ def _untie(root: nn.Module, module: nn.Module, path: str) -> bool:
     for inner in module.modules():
         for name, parameter in parameters_of(inner).items():
             if parameter is not None and id(parameter) in outside:
-                parameters_of(inner)[name] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+                inner._parameters[name] = another_handle(parameter)
                 changed = True
     return changed

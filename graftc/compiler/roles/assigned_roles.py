@@ -15,7 +15,7 @@ from graftc.compiler.roles.findings import Heads, Structure, place
 from graftc.compiler.roles.flow import Attention, Flow, bits
 from graftc.compiler.roles.maps import Linear
 from graftc.passes.core.weights.runs import Runs, runs_of
-from graftc.records.roles import Finding, Sublayer, Unresolved
+from graftc.passes.core.worklist import Worklist
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.text import format_runs
 
@@ -68,16 +68,13 @@ class Labels:
 
     def _stream(self) -> set[int]:
         """Return the sources that a residual stream starts from or goes through, across any number of linear maps."""
-        numbers: set[int] = set()
-        pending = [r.stream for r in self.flow.residuals.values()]
-        while pending:
-            for number in bits(self.columns.front.get(pending.pop(), 0)):
-                source = self.columns.sources[number]
-                if number not in numbers:
-                    numbers.add(number)
-                    if source in self.flow.linears:
-                        pending.append(self.flow.linears[source].input)
-        return numbers
+        front = self.columns.front
+        numbers = Worklist(n for r in self.flow.residuals.values() for n in bits(front.get(r.stream, 0)))
+        for number in numbers:
+            linear = self.flow.linears.get(self.columns.sources[number])
+            if linear is not None:
+                numbers += bits(front.get(linear.input, 0))
+        return numbers.visited
 
     def in_stream(self, node: fx.Node) -> bool:
         """Return whether a source is part of a residual stream, or of the values that the stream starts from."""
@@ -85,9 +82,7 @@ class Labels:
 
     def inside(self, base: fx.Node, branch: fx.Node) -> list[fx.Node]:
         """Return the weights and attentions from ``base`` to ``branch``, in graph order."""
-        flow, at = self.flow, self.flow.at[base]
-        later = (flow.above[flow.at[branch]] | 1 << flow.at[branch]) & flow.working & ~((1 << at + 1) - 1)
-        return [flow.order[i] for i in bits(later) if flow.above[i] >> at & 1]
+        return self.flow.between(base, branch, self.flow.working)
 
     def between(self, base: fx.Node, node: fx.Node, branch: fx.Node) -> bool:
         """Return whether ``node`` lies on the way from ``base`` to ``branch``."""
@@ -137,10 +132,8 @@ class Labels:
         if rows is not None:
             evidence += f", rows {format_runs(rows)} of {self.short(linear.node)}"
         if not self._is_stored(linear):
-            parameters = " and ".join(str(n.target) for n in self.flow.parameters(linear.weight))
-            self.fail(
-                linear.node, f"is {role}, but its weight is computed from {parameters}, whose rows cannot be told"
-            )
+            names = " and ".join(str(n.target) for n in self.flow.parameters(linear.weight))
+            self.fail(linear.node, f"is {role}, but its weight is computed from {names}, whose rows cannot be told")
             parameter, rows = None, None
         prefix = "" if bare else self.prefix(linear.node, attention)
         self.add(role, kind, linear.node, parameter, evidence, rows=rows, prefix=prefix)
@@ -182,15 +175,13 @@ class Labels:
     ) -> None:
         """Record a finding whose role gets a prefix, by default that of its node."""
         module = self.module(node)
-        layer, stack = place(module)
-        full = (self.prefix(node, None) if prefix is None else prefix) + role
-        self.findings.append(Finding(full, kind, node, module, parameter, rows, layer, stack, 0, evidence))
+        full = (self.prefix(node) if prefix is None else prefix) + role
+        self.findings.append(Finding(full, kind, node, module, parameter, rows, *place(module), 0, evidence))
 
     def fail(self, node: fx.Node, reason: str) -> None:
         """Record why a weight or table has no role; only the first reason is kept."""
-        if node not in self.unresolved:
-            module = self.module(node)
-            self.unresolved[node] = Unresolved(module, *place(module), reason)
+        module = self.module(node)
+        self.unresolved.setdefault(node, Unresolved(module, reason, *place(module)))
 
     # --- results ---------------------------------------------------------------------------------------
 
@@ -234,18 +225,12 @@ class Labels:
 
     def _gates(self, node: fx.Node, attention: fx.Node) -> bool:
         """Return whether an output projection reads this map together with an attention."""
-        both = [1 << self.columns.number[n] for n in (node, attention) if n in self.columns.number]
         projections = (n for n, roles in self.roles.items() if "attn.o" in roles)
-        fronts = (self.columns.front.get(self.flow.linears[n].input, 0) for n in projections)
-        return len(both) == 2 and any(front & both[0] and front & both[1] for front in fronts)
+        return any({node, attention} <= {*self.nearest(self.flow.linears[n].input)} for n in projections)
 
     def _scores_from(self, node: fx.Node, attention: Attention) -> bool:
-        number = self.columns.number.get(node)
-        return number is not None and any(
-            self.columns.front.get(source, 0) >> number & 1
-            for source in attention.node.all_input_nodes
-            if source is not attention.value
-        )
+        read = (source for source in attention.node.all_input_nodes if source is not attention.value)
+        return any(node in self.nearest(source) for source in read)
 
     def structure(self, sublayers: Sequence[Sublayer], heads: Mapping[fx.Node, Heads]) -> Structure:
         """Return the collected structure, in graph order."""

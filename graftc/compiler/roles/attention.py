@@ -12,6 +12,7 @@ from graftc.compiler.roles.flow import Attention, tensor_nodes
 from graftc.compiler.roles.operators import MOVING, PASSING
 from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.sites.sites import AttentionOperands
+from graftc.passes.core.worklist import Worklist
 from graftc.specs.claims import SiteKind
 
 
@@ -20,9 +21,8 @@ def read_attentions(labels: Labels) -> None:
     _find_crosses(labels)
     attentions = [a for a in labels.flow.attentions.values() if not _pools_stream(labels, a)]
     for attention in attentions:
-        name = attention.name
         prefix = labels.prefix(attention.node, attention.node)
-        labels.add("attn", SiteKind.ATTENTION, attention.node, None, f"is {name}", prefix=prefix)
+        labels.add("attn", SiteKind.ATTENTION, attention.node, None, f"is {attention.name}", prefix=prefix)
         for letter, operand in (("q", attention.query), ("k", attention.key), ("v", attention.value)):
             _projection(labels, attention, letter, operand)
     for attention in attentions:
@@ -37,9 +37,8 @@ def _pools_stream(labels: Labels, attention: Attention) -> bool:
         return False
     if all(n in labels.flow.linears for n in labels.nearest(attention.key)):
         return False
-    labels.fail(
-        attention.node, f"{attention.name} weighs values of the stream by a constant query, without projections"
-    )
+    reason = f"{attention.name} weighs values of the stream by a constant query, without projections"
+    labels.fail(attention.node, reason)
     return True
 
 
@@ -54,14 +53,13 @@ def _projection(labels: Labels, attention: Attention, letter: str, operand: fx.N
         labels.linear(f"attn.{letter}", linear, columns, evidence, attention=attention.node)
     if projections:
         return
-    nearest = labels.nearest(operand)
-    if not labels.flow.is_data(operand) and not nearest:
-        reason = f"{letter} of {attention.name} is a constant"
-    elif any(n in labels.flow.linears for n in nearest):
+    linears = labels.nearest_linears(operand)
+    for node in linears:
+        labels.fail(node, f"reaches {letter} of {attention.name}, but its columns cannot be followed")
+    if linears:
         reason = f"columns of {letter} of {attention.name} cannot be followed"
-        for node in nearest:
-            if node in labels.flow.linears:
-                labels.fail(node, f"reaches {letter} of {attention.name}, but its columns cannot be followed")
+    elif not labels.flow.is_data(operand) and not labels.nearest(operand):
+        reason = f"{letter} of {attention.name} is a constant"
     else:
         reason = f"{letter} of {attention.name} has no projection of its own"
     labels.fail(attention.node, reason)
@@ -86,8 +84,7 @@ def _low_rank(labels: Labels, attention: Attention) -> None:
             if node in queries and node in keys and bool(torch.isin(queries[node], keys[node]).any()):
                 labels.fail(node, f"feeds the queries and the keys or values of {attention.name} alike")
                 continue
-            letters = role.removeprefix("lowrank.")
-            evidence = f"feeds the {letters} projection of {attention.name}"
+            evidence = f"feeds the {role.removeprefix('lowrank.')} projection of {attention.name}"
             labels.linear(role, labels.flow.linears[node], columns, evidence, attention=attention.node)
 
 
@@ -123,10 +120,8 @@ def _find_crosses(labels: Labels) -> None:
         flow = labels.flow
         memory = 0
         for node in labels.linear_columns(first.key):
-            at = flow.at[flow.linears[node].input]
-            memory |= flow.above[at] | 1 << at
-        at = flow.at[first.query]
-        labels.encoder = memory & ~(flow.above[at] | 1 << at)
+            memory |= flow.up_to(flow.linears[node].input)
+        labels.encoder = memory & ~flow.up_to(first.query)
 
 
 class _Lines:
@@ -145,26 +140,22 @@ class _Lines:
         labels = self.labels
         roots = {*labels.flow.embeddings, *(n for n in labels.columns.sources if n.op == "placeholder")}
         lines: set[int] = set()
-        pending, seen = labels.nearest(node), set()
-        while pending:
-            source = pending.pop()
-            if source in seen:
-                continue
-            seen.add(source)
+        sources = Worklist(labels.nearest(node))
+        for source in sources:
             number = labels.columns.number[source]
-            if number not in self._parent and source not in roots:
+            if number in self._parent or source in roots:
+                lines.add(self._root(number))
+            else:
                 attention = labels.flow.attentions.get(source)
                 above = [attention.query] if attention else source.all_input_nodes
-                pending += [n for operand in above for n in labels.nearest(operand)]
-            else:
-                lines.add(self._root(number))
+                sources += (n for operand in above for n in labels.nearest(operand))
         return lines
 
     def depends(self, line: int, other: int) -> bool:
         """Return whether a branch of one line reads what the other line starts from."""
         flow, sources = self.labels.flow, self.labels.columns.sources
         members = [(self._root(number), sources[number]) for number in self._parent]
-        starts = sum(1 << flow.at[n] for root, n in members if root == other and n not in flow.residuals)
+        starts = flow.marked(n for root, n in members if root == other and n not in flow.residuals)
         return any(flow.above[flow.at[n]] & starts for root, n in members if root == line and n in flow.residuals)
 
     def _root(self, number: int) -> int:

@@ -9,7 +9,7 @@ layers do with their columns is computed once (`patterns`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from enum import IntFlag
 from typing import Any
 
@@ -34,6 +34,7 @@ from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import map_nodes, nodes_in
 from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.sites.moves import BREAKS, HOLE, Move, move_of, moved
+from graftc.passes.core.worklist import Worklist
 
 
 class Through(IntFlag):
@@ -46,6 +47,15 @@ class Through(IntFlag):
     STATISTIC = 8
     ROOT = 16
     NORMALISED = 32
+
+
+_MARKS: Mapping[Through, Collection[str]] = {
+    Through.NONLINEAR: NONLINEAR,
+    Through.ROTARY: ("cos", "sin"),
+    Through.NORM: NORMALISING,
+    Through.STATISTIC: ("mean", "var", "var_mean", "sum", "linalg_vector_norm", "norm"),
+}
+"""The operators that each kind of operation consists of, except for those that depend on their operands."""
 
 
 class Columns:
@@ -104,12 +114,11 @@ class Columns:
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Return the shape of a tensor node at small sizes; a shape with an empty axis counts as a failure."""
-        shape = self._shapes.get(node)
-        if shape is None:
-            shape = self._shapes[node] = self.flow.sizes.shape(node.meta["val"])
-            if any(size < 1 for size in shape):
+        if node not in self._shapes:
+            self._shapes[node] = self.flow.sizes.shape(node.meta["val"])
+            if any(size < 1 for size in self._shapes[node]):
                 self.failures.append(node)
-        return shape
+        return self._shapes[node]
 
     # --- propagation -----------------------------------------------------------------------------------
 
@@ -168,19 +177,12 @@ class Columns:
         return (-1,)
 
     def _path(self, node: fx.Node, name: str, through: Through) -> Through:
-        if name in NONLINEAR:
-            through |= Through.NONLINEAR
-        elif name in ("cos", "sin"):
-            through |= Through.ROTARY
-        elif name in NORMALISING:
-            through |= Through.NORM
-        elif name in ("mean", "var", "var_mean", "sum", "linalg_vector_norm", "norm"):
-            through |= Through.STATISTIC
-        elif name in ("rsqrt", "sqrt", "reciprocal") or (name == "pow" and node.args[1] in (0.5, -0.5)):
-            through |= Through.ROOT if through & Through.STATISTIC else Through.NOTHING
-        elif name in ("mul", "div"):
-            through = self._product(node, through)
-        return through
+        if name in ("mul", "div"):
+            return self._product(node, through)
+        is_root = name in ("rsqrt", "sqrt", "reciprocal") or (name == "pow" and node.args[1] in (0.5, -0.5))
+        if is_root and through & Through.STATISTIC:
+            return through | Through.ROOT
+        return through | next((mark for mark, names in _MARKS.items() if name in names), Through.NOTHING)
 
     def _product(self, node: fx.Node, through: Through) -> Through:
         """Return the marks of a product.
@@ -202,9 +204,8 @@ class Columns:
         if name == "copy" and self._writes:
             return self._copy(node)
         if name in CREATING:
-            return (
-                Indexed(torch.full(self.shape(node), HOLE), None) if self._writes and self._is_written(node) else None
-            )
+            written = self._writes and self._is_written(node)
+            return Indexed(torch.full(self.shape(node), HOLE), None) if written else None
         first = node.args[0] if node.args else None
         move = move_of(node)
         if move in (Move.PICK, Move.GATHER):
@@ -218,20 +219,27 @@ class Columns:
         if name in POOLING:
             return self._of_first(node, self._pooled)
         if name in RESIZING or node in self.flow.depthwise:
-            return self._of_first(node, self._resized_first)
+            return self._of_first(node, self._resized)
         target = node.target
         tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
         if torch.Tag.pointwise in tags or name in POINTWISE:
             return self._pointwise(node)
         return None
 
-    def _of_first(self, node: fx.Node, run: Callable[[fx.Node, Tensor], Any]) -> Indexed | None:
-        """Return the indices that `run` computes from those of the first operand."""
+    def _of_first(self, node: fx.Node, run: Callable[[fx.Node, Tensor], Tensor | None]) -> Indexed | None:
+        """Return the indices that `run` computes from those of the first operand.
+
+        Operators with several results give positions or the like beside the first one, which are left untracked.
+        """
         indexed = self._index.get(node.args[0])  # type: ignore[arg-type]
         if indexed is None or indexed.index is None:
             return None
         result = run(node, indexed.index)
-        return None if result is None else Indexed(result, indexed.sources)
+        if result is None:
+            return None
+        value = node.meta["val"]
+        several = isinstance(value, list | tuple)
+        return Indexed((result, *(None for _ in value[1:])) if several else result, indexed.sources)
 
     def _moved(self, node: fx.Node, move: Move) -> Indexed | None:
         """Return the indices that the operator itself produces, if columns of an operand that it moves are known."""
@@ -276,7 +284,7 @@ class Columns:
     def _expanded(self, index: Tensor, shape: tuple[int, ...]) -> Tensor:
         return self._patterns.once(("expanded", shape, id(index)), (index,), lambda: index.expand(shape))
 
-    def _pooled(self, node: fx.Node, index: Tensor) -> Any:
+    def _pooled(self, node: fx.Node, index: Tensor) -> Tensor | None:
         """Return the indices after pooling, which keeps columns if everything that is pooled has the same ones."""
         if len(node.args) < 2:
             return None
@@ -284,27 +292,19 @@ class Columns:
         places = {d % index.dim() for d in dims if isinstance(d, int)}
         if len(places) < len(dims) or not places or places & set(self.once(varying, index)):
             return None
-        value = node.meta["val"]
-        pair = isinstance(value, list | tuple)
-        shape = self.flow.sizes.shape(value[0]) if pair else self.shape(node)
+        shape = self._first_shape(node)
         for place in sorted(places, reverse=True):
             index = index.narrow(place, 0, 1) if len(shape) == index.dim() else index.select(place, 0)
-        index = index.expand(shape)
-        return (index, None) if pair else index
+        return index.expand(shape)
 
-    def _resized_first(self, node: fx.Node, index: Tensor) -> Any:
-        """Return the indices after a resize, also of an operator that returns positions beside its values."""
+    def _first_shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Return the shape of a result, or of the first of several."""
         value = node.meta["val"]
-        if not isinstance(value, list | tuple):
-            return self._resized(node, index)
-        resized = self._resized_to(self.flow.sizes.shape(value[0]), index)
-        return None if resized is None else (resized, *(None for _ in value[1:]))
+        return self.flow.sizes.shape(value[0]) if isinstance(value, list | tuple) else self.shape(node)
 
     def _resized(self, node: fx.Node, index: Tensor) -> Tensor | None:
         """Return the indices after a resize, which keeps columns if sizes change along other axes only."""
-        return self._resized_to(self.shape(node), index)
-
-    def _resized_to(self, shape: tuple[int, ...], index: Tensor) -> Tensor | None:
+        shape = self._first_shape(node)
         if len(shape) != index.dim() or not index.numel():
             return None
         axes = self.once(varying, index)
@@ -317,7 +317,8 @@ class Columns:
     def _rowwise(self, node: fx.Node, index: Tensor) -> Tensor | None:
         """Return the indices after picking rows, which keeps columns if all rows have the same ones."""
         shape = self.shape(node)
-        picked = self._picked(node, index)
+        # The operator itself picks the indices if the positions to pick are known.
+        picked: Tensor | None = moved(node, lambda leaf: index if leaf is node.args[0] else self._numbers(leaf))
         if picked is not None:
             return picked
         if not shape or not index.numel():
@@ -329,11 +330,6 @@ class Columns:
             return None
         row = index.reshape(-1, index.shape[-1])[0]
         return row.expand(shape) if torch.equal(index, row.expand_as(index)) else None
-
-    def _picked(self, node: fx.Node, index: Tensor) -> Tensor | None:
-        """Return the indices that the operator itself picks, if the positions to pick are known."""
-        picked: Tensor | None = moved(node, lambda leaf: index if leaf is node.args[0] else self._numbers(leaf))
-        return picked
 
     def _numbers(self, node: Any) -> Tensor | int | None:
         """Return the value of an integer node if it depends only on sizes and known constants."""
@@ -357,14 +353,11 @@ class Columns:
         return result if isinstance(result, Tensor) and result.device.type != "meta" else None
 
     def _is_written(self, node: fx.Node) -> bool:
-        pending, seen = [node], {node}
-        while pending:
-            for user in pending.pop().users:
-                if op_name(user) == "copy":
-                    return True
-                if op_name(user) in SHAPING and user not in seen:
-                    seen.add(user)
-                    pending.append(user)
+        nodes = Worklist([node])
+        for current in nodes:
+            if any(op_name(user) == "copy" for user in current.users):
+                return True
+            nodes += (user for user in current.users if op_name(user) in SHAPING)
         return False
 
     def _copy(self, node: fx.Node) -> Indexed | None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from graftc.compiler.roles.assigned_roles import Labels
 from graftc.compiler.roles.columns import Through
-from graftc.compiler.roles.flow import bits, tensor_nodes
-from graftc.compiler.roles.operators import PASSING, RESHAPING
+from graftc.compiler.roles.flow import tensor_nodes
+from graftc.compiler.roles.operators import PASSING, RESHAPING, beneath
 from graftc.passes.core.elements.calls import innermost
 from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.sites.moves import Move, names_of
+from graftc.passes.core.worklist import Worklist
 from graftc.specs.claims import SiteKind
 
 _SELECTING = names_of(Move.PICK, Move.GATHER) | {"embedding"}
@@ -37,16 +39,14 @@ def read_ends(labels: Labels, ends: Collection[str] | None = None) -> None:
         heads = [node for node in heads if innermost(labels.module(node), ends)]
     for head in heads:
         labels.linear("head", labels.flow.linears[head], None, "the last linear map before the output", bare=True)
-    pending = heads
-    while pending:
-        reader = pending.pop(0)
+    for reader in heads:  # those that feed heads are appended
         above = labels.nearest(labels.flow.linears[reader].input)
         linear = labels.flow.linears.get(above[0]) if len(above) == 1 else None
         if linear is None or linear.mixes or labels.has_role(linear.node) or _feeds_stream(labels, linear.node):
             continue
         evidence = f"feeds {labels.short(reader)} outside the residual branches"
         labels.linear("head.transform", linear, None, evidence, bare=True)
-        pending.append(linear.node)
+        heads.append(linear.node)
 
 
 def _feeds_stream(labels: Labels, node: fx.Node) -> bool:
@@ -111,12 +111,8 @@ def counts_tokens(index: fx.Node) -> bool:
 def _origin(index: object) -> _Origin:
     """Return the origin of integers; of a gather, the values that are picked count, not the positions to pick."""
     origin = _Origin()
-    pending, seen = [index], set()
-    while pending:
-        node = pending.pop()
-        if not isinstance(node, fx.Node) or node in seen or not isinstance(node.meta.get("val"), Tensor):
-            continue
-        seen.add(node)
+    nodes = Worklist(tensor_nodes([index]))
+    for node in nodes:
         name = op_name(node)
         if node.op == "placeholder":
             origin.inputs.add(node.name)
@@ -124,22 +120,20 @@ def _origin(index: object) -> _Origin:
             origin.stored.append(node)
         elif name in _COUNTING:
             origin.counted = True
-        elif name in _SELECTING:
-            pending.append(node.args[0])
         else:
-            pending += node.all_input_nodes
+            nodes += tensor_nodes(node.args[:1] if name in _SELECTING else node.all_input_nodes)
     return origin
 
 
 def _added_positions(labels: Labels) -> None:
     """Label stored matrices that are added to a stream before its first branch, with one row per position."""
     flow, seen = labels.flow, 0
-    adds = sum(1 << flow.at[r] for r in flow.residuals)
+    adds = flow.marked(flow.residuals)
     for residual in flow.residuals.values():
-        before = flow.above[flow.at[residual.stream]] | 1 << flow.at[residual.stream]
+        before = flow.up_to(residual.stream)
         if before & adds:
             continue
-        for node in (flow.order[i] for i in bits(before & ~seen)):
+        for node in flow.nodes(before & ~seen):
             if op_name(node) != "add" or node in flow.residuals:
                 continue
             operands = tensor_nodes(node.args[:2])
@@ -152,15 +146,9 @@ def _added_positions(labels: Labels) -> None:
 
 
 def _stored_matrix(node: fx.Node) -> fx.Node | None:
-    while op_name(node) in PASSING or op_name(node) in _SLICING:
-        source = node.args[0]
-        if not isinstance(source, fx.Node):
-            return None
-        node = source
-    if node.op != "get_attr":
-        return None
-    shape = node.meta["val"].shape
-    return node if len(shape) >= 2 and int(shape[-2]) > 1 else None
+    stored = beneath(node, PASSING | _SLICING)
+    shape: Sequence[Any] = stored.meta["val"].shape if stored.op == "get_attr" else ()
+    return stored if len(shape) >= 2 and int(shape[-2]) > 1 else None
 
 
 # --- normalisations ------------------------------------------------------------------------------------
@@ -196,12 +184,7 @@ def _written_norm(labels: Labels, node: fx.Node) -> None:
 
 def _vector(node: fx.Node) -> str | None:
     """Return the name of the stored vector that ``node`` is, up to casts, reshapes and the addition of a number."""
-    while node.op == "call_function":
-        numeric = op_name(node) == "add" and not isinstance(node.args[1], fx.Node)
-        if not (numeric or op_name(node) in PASSING or op_name(node) in RESHAPING):
-            return None
-        source = node.args[0]
-        if not isinstance(source, fx.Node):
-            return None
-        node = source
+    node = beneath(node, PASSING | RESHAPING)
+    while op_name(node) == "add" and not isinstance(node.args[1], fx.Node) and isinstance(node.args[0], fx.Node):
+        node = beneath(node.args[0], PASSING | RESHAPING)
     return str(node.target) if node.op == "get_attr" and node.meta["val"].dim() == 1 else None

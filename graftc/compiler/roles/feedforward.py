@@ -8,10 +8,11 @@ from torch import fx
 from graftc.compiler.roles.assigned_roles import Labels
 from graftc.compiler.roles.columns import Through
 from graftc.compiler.roles.experts import read_experts
-from graftc.compiler.roles.flow import bits, tensor_nodes
+from graftc.compiler.roles.flow import tensor_nodes
 from graftc.compiler.roles.maps import Linear
 from graftc.compiler.roles.mixers import mixing, read_mixers
 from graftc.passes.core.sites.calls import op_name
+from graftc.passes.core.worklist import Worklist
 
 
 def read_branches(labels: Labels) -> None:
@@ -36,28 +37,29 @@ def _feed_forward(labels: Labels, down: Linear) -> None:
         return
     odd = _unfit(labels, down, linears)
     if odd:
-        for node in (down.node, *(n for n in linears if not labels.has_role(n))):
-            labels.fail(node, odd)
+        _fail(labels, odd, down.node, *(n for n in linears if not labels.has_role(n)))
         return
     if len(linears) < len(inner):
         other = next(n for n in inner if n not in labels.flow.linears)
-        labels.fail(
-            down.node,
-            f"reads {op_name(other) or other.name} beside the output of {labels.module(linears[0])}",
-        )
+        reads = op_name(other) or other.name
+        labels.fail(down.node, f"reads {reads} beside the output of {labels.module(linears[0])}")
         return
     for node in linears:
         before = labels.nearest_linears(labels.flow.linears[node].input)
         stages = [n for n in before if n not in linears and not labels.in_stream(n)]
         if stages:
             labels.fail(down.node, "ends a residual branch of more than two linear maps in a row")
-            for stage in (node, *stages):
-                if not labels.has_role(stage):
-                    labels.fail(stage, "one of more than two linear maps in a row in a residual branch")
+            unlabelled = (stage for stage in (node, *stages) if not labels.has_role(stage))
+            _fail(labels, "one of more than two linear maps in a row in a residual branch", *unlabelled)
             return
-    if not _inner(labels, down, linears):
-        return
-    labels.linear("ffn.down", down, None, "ends a residual branch, reads the inner activation")
+    if _inner(labels, down, linears):
+        labels.linear("ffn.down", down, None, "ends a residual branch, reads the inner activation")
+
+
+def _fail(labels: Labels, reason: str, *nodes: fx.Node) -> None:
+    """Record why some nodes have no role."""
+    for node in nodes:
+        labels.fail(node, reason)
 
 
 def _unfit(labels: Labels, down: Linear, linears: list[fx.Node]) -> str:
@@ -68,10 +70,9 @@ def _unfit(labels: Labels, down: Linear, linears: list[fx.Node]) -> str:
         return "meets a 3-D weight that no router chooses from"
     if any(m.mixes for m in maps):
         return "a convolution over positions stands in its residual branch"
-    between = flow.above[flow.at[down.node]] & mixing(labels)
-    for at in bits(between):
-        if any(flow.above[at] >> flow.at[n] & 1 for n in linears):
-            return f"{flow.order[at].name} mixes positions between it and the other linear map"
+    for node in flow.nodes(flow.above[flow.at[down.node]] & mixing(labels)):
+        if any(flow.is_above(n, node) for n in linears):
+            return f"{node.name} mixes positions between it and the other linear map"
     return ""
 
 
@@ -80,14 +81,13 @@ def _inner(labels: Labels, down: Linear, linears: list[fx.Node]) -> bool:
     product = _gated_product(labels, down.input)
     if product is None:
         if len(linears) > 1:
-            for node in (down.node, *linears):
-                if not labels.has_role(node):
-                    labels.fail(node, "several linear maps meet before the last one, but not as a gated product")
+            unlabelled = (node for node in (down.node, *linears) if not labels.has_role(node))
+            _fail(labels, "several linear maps meet before the last one, but not as a gated product", *unlabelled)
             return False
         columns = labels.linear_columns(down.input).get(linears[0])
         if columns is None:
-            for node in (down.node, linears[0]):
-                labels.fail(node, f"columns of the input of {labels.module(down.node)} cannot be followed")
+            reason = f"columns of the input of {labels.module(down.node)} cannot be followed"
+            _fail(labels, reason, down.node, linears[0])
             return False
         if labels.has_role(linears[0], columns):
             labels.fail(down.node, f"reads {labels.module(linears[0])}, which has another role")
@@ -97,22 +97,21 @@ def _inner(labels: Labels, down: Linear, linears: list[fx.Node]) -> bool:
         return True
     sides = [labels.columns.through[n] & Through.NONLINEAR for n in product]
     if bool(sides[0]) == bool(sides[1]):
-        reason = "both" if sides[0] else "neither"
-        for node in (down.node, *linears):
-            labels.fail(node, f"{reason} of the factors of {product[0].name} * {product[1].name} are nonlinear")
+        which = "both" if sides[0] else "neither"
+        reason = f"{which} of the factors of {product[0].name} * {product[1].name} are nonlinear"
+        _fail(labels, reason, down.node, *linears)
         return False
     explained = {n for side in product for n in labels.linear_columns(side)}
     if explained != set(linears):
-        for node in (down.node, *linears):
-            labels.fail(node, "more reaches the last linear map of the branch than the two factors of a gated product")
+        reason = "more reaches the last linear map of the branch than the two factors of a gated product"
+        _fail(labels, reason, down.node, *linears)
         return False
     gate, up_side = product if sides[0] else product[::-1]
     for role, side in (("ffn.gate", gate), ("ffn.up", up_side)):
         how = "through the nonlinearity" if side is gate else "as the factor beside the gate"
         for node, columns in labels.linear_columns(side).items():
             if not labels.has_role(node, columns):
-                evidence = f"feeds {labels.short(down.node)} {how}"
-                labels.linear(role, labels.flow.linears[node], columns, evidence)
+                labels.linear(role, labels.flow.linears[node], columns, f"feeds {labels.short(down.node)} {how}")
     return True
 
 
@@ -123,21 +122,16 @@ def _nonlinearity(labels: Labels, node: fx.Node) -> str:
 
 def _gated_product(labels: Labels, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Return the factors of the nearest product above ``node`` whose two factors consist of different columns."""
-    pending, seen = [node], {node}
-    while pending:
-        current = pending.pop(0)
+    nodes = Worklist([node], nearest_first=True)
+    for current in nodes:
         if current in labels.columns.number:
             continue
-        if op_name(current) == "mul":
-            factors = tensor_nodes(current.args[:2])
-            if len(factors) == 2:
-                columns = [labels.linear_columns(n) for n in factors]
-                if columns[0] and columns[1] and not _overlap(columns[0], columns[1]):
-                    return factors[0], factors[1]
-        for source in current.all_input_nodes:
-            if source not in seen and labels.columns.front.get(source):
-                seen.add(source)
-                pending.append(source)
+        factors = tensor_nodes(current.args[:2]) if op_name(current) == "mul" else []
+        if len(factors) == 2:
+            first, second = (labels.linear_columns(n) for n in factors)
+            if first and second and not _overlap(first, second):
+                return factors[0], factors[1]
+        nodes += filter(labels.columns.front.get, current.all_input_nodes)
     return None
 
 

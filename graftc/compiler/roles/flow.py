@@ -19,6 +19,7 @@ from graftc.compiler.roles.maps import Linear, read_map
 from graftc.compiler.roles.operators import ADDING, MOVING, PASSING, PRODUCTS, RESHAPING, SOFTMAX, VIEWING, WRITING
 from graftc.passes.core.ir.shapes import Sizes
 from graftc.passes.core.sites.calls import is_convolution, op_name
+from graftc.passes.core.worklist import Worklist
 
 _SDPA = "scaled_dot_product_attention"
 
@@ -118,8 +119,8 @@ class Flow:
             if op_name(node) in SOFTMAX:
                 self._score_nodes(node)
         # A depthwise convolution with a skip is not a branch of a stream: its channels are passed on.
-        self._weighty = sum(1 << self.at[node] for node in (*self.linears, *self.attentions, *self.convolutions))
-        self.working = self._weighty | sum(1 << self.at[node] for node in self.depthwise)
+        self._weighty = self.marked((*self.linears, *self.attentions, *self.convolutions))
+        self.working = self._weighty | self.marked(self.depthwise)
         for node in self.order:
             if op_name(node) in ADDING and node not in self._scoring:
                 self._residual(node)
@@ -150,6 +151,28 @@ class Flow:
         """Return whether ``node`` depends on the values of an input."""
         return bool(self.data >> self.at[node] & 1)
 
+    def marked(self, nodes: Iterable[fx.Node]) -> int:
+        """Return nodes as a bit set of positions."""
+        return sum(1 << self.at[node] for node in nodes)
+
+    def nodes(self, mask: int) -> list[fx.Node]:
+        """Return the nodes of a bit set, in graph order."""
+        return [self.order[position] for position in bits(mask)]
+
+    def up_to(self, node: fx.Node) -> int:
+        """Return a node and its ancestors, as a bit set."""
+        return self.above[self.at[node]] | 1 << self.at[node]
+
+    def between(self, first: fx.Node, last: fx.Node, among: int = -1) -> list[fx.Node]:
+        """Return the nodes computed from ``first`` that are ``last`` or lead to it, in graph order.
+
+        Args:
+            first, last: the ends of the way.
+            among: the only nodes to return, as a bit set; by default, all.
+        """
+        after = self.up_to(last) & among & ~((1 << self.at[first] + 1) - 1)
+        return [node for node in self.nodes(after) if self.is_above(first, node)]
+
     def is_above(self, first: fx.Node, second: fx.Node) -> bool:
         """Return whether ``second`` is computed from ``first``."""
         return bool(self.above[self.at[second]] >> self.at[first] & 1)
@@ -158,7 +181,7 @@ class Flow:
         """Return the stored matrices that a constant expression is computed from."""
         if weight.op == "get_attr":
             return [weight]
-        ancestors = [self.order[i] for i in bits(self.above[self.at[weight]])]
+        ancestors = self.nodes(self.above[self.at[weight]])
         return [n for n in ancestors if n.op == "get_attr" and n.meta["val"].dim() >= 2]
 
     def weights(self, value: Any) -> list[fx.Node]:
@@ -196,7 +219,7 @@ class Flow:
         for weights, value in ((first, second), (second, first)):
             softmax = self._softmax(weights) if self.is_data(value) else None
             scores = self._scores(softmax) if softmax is not None else []
-            if softmax is not None and scores:
+            if scores:
                 near = [s for s in scores if self._share_input(s[1], value)] or scores
                 query, key = near[0]
                 name = self._called("softmax attention")
@@ -210,39 +233,31 @@ class Flow:
                 return node
             if name not in PASSING and name not in MOVING and name not in ("mul", "where", "masked_fill", "nan_to_num"):
                 return None
-            sources = [n for n in tensor_nodes(node.all_input_nodes) if n.meta["val"].is_floating_point()]
-            sources = [n for n in sources if self.is_data(n)]
-            if not sources:
+            sources = filter(self.is_data, tensor_nodes(node.all_input_nodes))
+            source = next((n for n in sources if n.meta["val"].is_floating_point()), None)
+            if source is None:
                 return None
-            node = sources[0]
+            node = source
         return None
 
     def _scores(self, softmax: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
         """Return the operands of the products behind the scores, in the order found going up from the softmax."""
         operands: list[tuple[fx.Node, fx.Node]] = []
-        pending, seen = [softmax.args[0]], set()
-        while pending:
-            node = pending.pop(0)
-            if not isinstance(node, fx.Node) or node in seen or node in self.linears or not self.is_data(node):
+        nodes = Worklist(softmax.all_input_nodes[:1], nearest_first=True)
+        for node in nodes:
+            if node in self.linears or not self.is_data(node):
                 continue
-            seen.add(node)
             name = op_name(node)
             if name in PRODUCTS:
                 factors = _factors(node)
                 if factors is not None:
-                    second = keys_are_second(node, self._between(node, softmax.args[0]), softmax, self.sizes)
+                    second = keys_are_second(node, self.between(node, softmax.all_input_nodes[0]), softmax, self.sizes)
                     self.scores.add(node)
                     if second is not None:
                         operands.append(factors if second else factors[::-1])
             elif name not in ("embedding", _SDPA) and not is_convolution(node):
-                pending += node.all_input_nodes
+                nodes += node.all_input_nodes
         return operands
-
-    def _between(self, first: fx.Node, last: Any) -> list[fx.Node]:
-        """Return the nodes that are computed from ``first`` and are ``last`` or lead to it, in graph order."""
-        above = self.above[self.at[last]] | 1 << self.at[last]
-        after = above & ~((1 << self.at[first] + 1) - 1)
-        return [self.order[i] for i in bits(after) if self.above[i] >> self.at[first] & 1]
 
     def _score_nodes(self, softmax: fx.Node) -> None:
         """Mark nodes on the way to a softmax: sums there add masks and biases to scores and are not residual adds."""
@@ -262,16 +277,12 @@ class Flow:
 
     def _nearest_inputs(self, node: fx.Node) -> set[fx.Node]:
         inputs: set[fx.Node] = set()
-        pending, seen = [node], set()
-        while pending:
-            node = pending.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node in self.linears:
-                inputs.add(self._bare(self.linears[node].input))
+        nodes = Worklist([node])
+        for source in nodes:
+            if source in self.linears:
+                inputs.add(self._bare(self.linears[source].input))
             else:
-                pending += [n for n in node.all_input_nodes if self.is_data(n)]
+                nodes += filter(self.is_data, source.all_input_nodes)
         return inputs
 
     # --- residual adds ---------------------------------------------------------------------------------
@@ -327,11 +338,7 @@ class Flow:
 
     def _computed_from(self, base: fx.Node, branch: fx.Node) -> bool:
         """Return whether a weight or an attention lies on the way from ``base`` to ``branch``."""
-        at = self.at[branch]
-        if not self.is_above(base, branch):
-            return False
-        later = (self.above[at] | 1 << at) & self._weighty & ~((1 << self.at[base] + 1) - 1)
-        return any(self.above[i] >> self.at[base] & 1 for i in bits(later))
+        return self.is_above(base, branch) and bool(self.between(base, branch, self._weighty))
 
 
 def _uncast(node: fx.Node) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -9,8 +10,8 @@ from typing import cast
 import torch
 from torch import fx
 
-from graftc.compiler.roles.findings import Structure
-from graftc.passes.core.ir.program import is_above, marks_above
+from graftc.compiler.roles.findings import Finding, Structure, Sublayer
+from graftc.passes.core.ir.program import ItemsAbove, is_above
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import SiteKey, TokenNumbers, ValueSite
 from graftc.records.roles import Finding, Sublayer
@@ -23,13 +24,11 @@ class LayerRun:
     """One run of one layer, with its sublayers in graph order.
 
     Attributes:
-        owner: the layer's path.
         layer, stack: index of the layer, and path of the list that contains it.
         sublayers: residual branches of the run.
         ends: marks of its sublayers; a mark that appears a second time belongs to another run.
     """
 
-    owner: str
     layer: int
     stack: str
     sublayers: list[Sublayer] = field(default_factory=list)
@@ -62,14 +61,13 @@ def layer_values(
         end: a function that returns what a branch ends in. If an end appears a second time in a layer, the layer has
             started another run.
     """
-    by_owner: dict[str, list[LayerRun]] = {}
+    by_owner: dict[str, list[LayerRun]] = defaultdict(list)
     for sublayer in sublayers:
         if sublayer.layer is None:
             continue
-        runs = by_owner.setdefault(sublayer.owner, [])
-        mark = end(sublayer)
+        runs, mark = by_owner[sublayer.owner], end(sublayer)
         if not runs or mark in runs[-1].ends:
-            runs.append(LayerRun(sublayer.owner, sublayer.layer, sublayer.stack))
+            runs.append(LayerRun(sublayer.layer, sublayer.stack))
         runs[-1].sublayers.append(sublayer)
         runs[-1].ends.add(mark)
     stems: dict[str, str] = {}
@@ -124,13 +122,9 @@ class TokenReaders:
     """
 
     def __init__(self, graph: fx.Graph, findings: Iterable[Finding]) -> None:
-        self._lookups = [
-            f
-            for f in findings
-            if parse_role(f.role).name == "embed" and f.node.target is torch.ops.aten.embedding.default
-        ]
-        own = {finding.node: 1 << number for number, finding in enumerate(self._lookups)}
-        self._above = marks_above(graph, own)
+        lookups = (f for f in findings if parse_role(f.role).name == "embed")
+        embedding = torch.ops.aten.embedding.default
+        self._lookups = ItemsAbove(graph, {f.node: f for f in lookups if f.node.target is embedding})
 
     def of(self, value: fx.Node, stem: str) -> TokenNumbers | None:
         """Return the tokens of ``value: [batch, sequence, ...]``, or None if there are none.
@@ -141,12 +135,12 @@ class TokenReaders:
             value: the value.
             stem: ``encoder.`` or ``decoder.`` if the model has both stacks.
         """
-        mark, sizes = self._above[value], [expression(size) for size in value.meta["val"].shape[:2]]
+        sizes = [expression(size) for size in value.meta["val"].shape[:2]]
         candidates: list[TokenNumbers] = []
-        for number, finding in enumerate(self._lookups):
+        for finding in self._lookups.of(value):
             table, numbers = finding.node.args[:2]
             assert isinstance(table, fx.Node) and isinstance(numbers, fx.Node)
             own = [expression(size) for size in numbers.meta["val"].shape]
-            if mark >> number & 1 and own == sizes and (not stem or finding.role.startswith(stem)):
+            if own == sizes and finding.role.startswith(stem):
                 candidates.append(TokenNumbers(numbers, int(table.meta["val"].shape[0])))
         return max(candidates, key=lambda tokens: tokens.entries, default=None)

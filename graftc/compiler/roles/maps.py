@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.roles.operators import PASSING, SELECTING
+from graftc.compiler.roles.operators import PASSING, SELECTING, beneath
 from graftc.passes.core.sites.calls import is_convolution, op_name, products
 
 
@@ -117,16 +117,11 @@ def _flipped(node: fx.Node, data: fx.Node, weight: fx.Node, weights: Weights, si
 
 def _selected(weight: fx.Node) -> fx.Node | None:
     """Return the stored 3-D tensor that ``weight`` is, or that it picks one or more matrices from."""
-    dims = weight.meta["val"].dim()
-    if dims not in (2, 3):
+    if weight.meta["val"].dim() not in (2, 3):
         return None
-    while weight.op == "call_function" and (op_name(weight) in SELECTING or op_name(weight) in PASSING):
-        source = weight.args[0]
-        if not isinstance(source, fx.Node):
-            return None
-        weight = source
-    value = weight.meta.get("val")
-    return weight if weight.op == "get_attr" and isinstance(value, Tensor) and value.dim() == 3 else None
+    stored = beneath(weight, SELECTING | PASSING)
+    value = stored.meta.get("val")
+    return stored if stored.op == "get_attr" and isinstance(value, Tensor) and value.dim() == 3 else None
 
 
 def _index_expression(node: fx.Node, weights: Weights, size: Size) -> Linear | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from graftc.compiler.roles.assigned_roles import Labels
-from graftc.compiler.roles.flow import Residual, bits
+from graftc.compiler.roles.flow import Residual
 from graftc.compiler.roles.indices import varying
 from graftc.compiler.roles.operators import PADDING, POOLING, RESIZING, RUNNING, SOFTMAX
 from graftc.passes.core.sites.calls import op_name
@@ -24,14 +24,12 @@ _WEIGHING = SOFTMAX | {"logsumexp", "log_softmax"}
 def read_mixers(labels: Labels, residual: Residual) -> None:
     """Label the projections of a branch that mixes positions."""
     flow = labels.flow
-    branch = flow.at[residual.branch]
     inside = labels.inside(residual.base, residual.branch)
-    above = flow.above[branch] | 1 << branch
-    places = [i for i in bits(above & mixing(labels)) if flow.above[i] >> flow.at[residual.base] & 1]
-    attentions = [flow.at[n] for n in inside if n in flow.attentions]
-    soft = [at for at in places if _sums(labels, flow.order[at]) and _weighted(labels, residual, at)]
-    pooled = [at for at in places if op_name(flow.order[at]) in _SUMMING and at not in soft]
-    places = [at for at in places if at not in soft and at not in pooled]
+    places = flow.between(residual.base, residual.branch, mixing(labels))
+    attentions = [n for n in inside if n in flow.attentions]
+    soft = [n for n in places if _sums(labels, n) and _weighted(labels, residual, n)]
+    pooled = [n for n in places if op_name(n) in _SUMMING and n not in soft]
+    places = [n for n in places if n not in soft and n not in pooled]
     mixers: list[fx.Node] = []
     for node in reversed(inside):
         linear = flow.linears.get(node) or flow.depthwise.get(node)
@@ -59,25 +57,21 @@ def read_mixers(labels: Labels, residual: Residual) -> None:
         labels.linear("mixer", linear, None, evidence)
 
 
-def _met(labels: Labels, node: fx.Node, places: list[int]) -> fx.Node | None:
-    """Return the first of these places that a node leads to, reads from or is."""
-    others = (labels.flow.order[at] for at in places)
+def _met(labels: Labels, node: fx.Node, others: list[fx.Node]) -> fx.Node | None:
+    """Return the first of these nodes that a node leads to, reads from or is."""
     flow = labels.flow
     return next((n for n in others if n is node or flow.is_above(node, n) or flow.is_above(n, node)), None)
 
 
-def _weighted(labels: Labels, residual: Residual, at: int) -> bool:
+def _weighted(labels: Labels, residual: Residual, node: fx.Node) -> bool:
     """Return whether a softmax in the branch lies above a node."""
-    flow = labels.flow
-    above = (flow.order[i] for i in bits(flow.above[at] & ~((1 << flow.at[residual.base]) - 1)))
-    return any(op_name(n) in _WEIGHING and flow.is_above(residual.base, n) for n in above)
+    return any(op_name(n) in _WEIGHING for n in labels.flow.between(residual.base, node) if n is not node)
 
 
 def mixing(labels: Labels) -> int:
     """Return the nodes that mix positions and are not part of an attention, as a bit set."""
     if labels.mixing is None:
-        indices = (i for i, node in enumerate(labels.flow.order) if _mixes(labels, node))
-        labels.mixing = sum(1 << i for i in indices)
+        labels.mixing = labels.flow.marked(node for node in labels.flow.order if _mixes(labels, node))
     return labels.mixing
 
 

@@ -6,7 +6,19 @@ groups of them each analysis of a graph accepts.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+from torch import fx
+
+from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.sites.moves import Move, names_of
+
+
+def beneath(node: fx.Node, names: Collection[str]) -> fx.Node:
+    """Return the value that a node is computed from by operators with these names alone, along first operands."""
+    while op_name(node) in names and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def _names(text: str) -> frozenset[str]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.roles.embeddings_and_heads import counts_tokens
-from graftc.passes.core.ir.program import above, gives_tensors, marks_above
+from graftc.compiler.roles.findings import Finding
+from graftc.passes.core.ir.program import above, gives_tensors
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import Positions
 from graftc.records.roles import Finding
@@ -74,24 +75,6 @@ def _of_tokens(numbers: fx.Node) -> bool:
     lengths = {expression(n.meta["val"].shape[a]) for n in counting for a in range(n.meta["val"].dim())} - {1}
     shape = [expression(size) for size in numbers.meta["val"].shape]
     return not lengths or sum(size in lengths for size in shape) <= 1
-
-
-class PositionsAbove:
-    """The calls reading positions that each value of a graph depends on.
-
-    Args:
-        graph: the graph.
-        findings: the roles of the graph.
-    """
-
-    def __init__(self, graph: fx.Graph, findings: Iterable[Finding]) -> None:
-        self._all = position_readers(graph, findings)
-        own = {positions.reader: 1 << number for number, positions in enumerate(self._all)}
-        self._above = marks_above(graph, own)
-
-    def of(self, value: fx.Node) -> tuple[Positions, ...]:
-        """Return the position-reading calls that a value depends on, in graph order."""
-        return tuple(positions for number, positions in enumerate(self._all) if self._above[value] >> number & 1)
 
 
 def _casts(node: fx.Node) -> list[fx.Node]:

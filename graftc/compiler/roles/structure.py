@@ -8,6 +8,7 @@ reported as unresolved with a reason; nothing is guessed.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 
 from torch import Tensor, fx
 
@@ -69,19 +70,14 @@ def roles_of(program: Program, constants: Mapping[str, Tensor] | None = None, *,
 
 def _propagate(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Columns:
     """Propagate columns with small sizes, falling back to the sizes of the capture if those break an operator."""
-    best: Columns | None = None
+    tried: list[Columns] = []
     hints = captured_sizes(graph)
     for sizes in (Sizes(lambda _: _SMALL), Sizes(lambda symbol: hints.get(symbol, _SMALL))):
-        try:
-            columns = Columns(Flow(graph, sizes), constants)
-        except ZeroDivisionError:
-            continue
-        if best is None or len(columns.failures) < len(best.failures):
-            best = columns
-        if not best.failures:
+        with suppress(ZeroDivisionError):
+            tried.append(Columns(Flow(graph, sizes), constants))
+        if tried and not tried[-1].failures:
             break
-    assert best is not None
-    return best
+    return min(tried, key=lambda columns: len(columns.failures))
 
 
 def captured_sizes(graph: fx.Graph) -> dict[str, int]:

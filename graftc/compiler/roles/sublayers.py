@@ -9,12 +9,12 @@ from torch import Tensor, fx
 
 from graftc.compiler.roles.assigned_roles import Labels
 from graftc.compiler.roles.columns import Through
-from graftc.compiler.roles.findings import place
-from graftc.compiler.roles.flow import Residual, bits, tensor_nodes
-from graftc.compiler.roles.operators import NORMALISING, PADDING, PASSING, SHAPING
+from graftc.compiler.roles.findings import Sublayer, place
+from graftc.compiler.roles.flow import Residual, tensor_nodes
+from graftc.compiler.roles.operators import NORMALISING, PADDING, PASSING, SHAPING, beneath
 from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.sites.moves import Move, names_of
-from graftc.records.roles import Sublayer
+from graftc.passes.core.worklist import Worklist
 
 _ARRANGING = SHAPING | names_of(Move.COPY, Move.ITEM)
 _ENDS = {"attn.o": "attn.sublayer", "ffn.down": "ffn.sublayer", "experts": "ffn.sublayer"}
@@ -62,9 +62,7 @@ def _joints(labels: Labels) -> list[_Joint]:
 
 def _terms(labels: Labels, residual: Residual, branch: fx.Node) -> list[fx.Node]:
     """Return the sublayers that a branch is a sum of, or the branch itself."""
-    node = branch
-    while op_name(node) in PASSING and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    node = beneath(branch, PASSING)
     operands = tensor_nodes(node.args[:2]) if op_name(node) == "add" and node not in labels.flow.residuals else []
     if len(operands) == 2:
         first, second = (_kinds(labels, n) for n in operands)
@@ -97,8 +95,8 @@ def _sublayer(labels: Labels, joint: _Joint, branch: fx.Node, post_norm: fx.Node
     return Sublayer(
         roles=roles,
         stream=joint.stream,
-        normed=_normed(labels, joint, branch),
-        projection=_projection(labels, joint, branch),
+        normed=_normed(labels, joint.base, branch),
+        projection=_projection(labels, branch),
         branch=branch,
         sum=joint.sum,
         post_norm=post_norm,
@@ -108,18 +106,14 @@ def _sublayer(labels: Labels, joint: _Joint, branch: fx.Node, post_norm: fx.Node
     )
 
 
-def _normed(labels: Labels, joint: _Joint, branch: fx.Node) -> fx.Node:
+def _normed(labels: Labels, base: fx.Node, branch: fx.Node) -> fx.Node:
     """Return the last value that the whole branch is computed from, before heads, windows or rows are split off."""
-    flow, base = labels.flow, joint.base
+    flow = labels.flow
     common = -1
     for entry in _entries(labels, base, branch):
-        common &= flow.above[flow.at[entry]] | 1 << flow.at[entry]
-    node = base
-    for at in reversed(list(bits(common & ~((1 << flow.at[base]) - 1)))):
-        candidate = flow.order[at]
-        if isinstance(candidate.meta.get("val"), Tensor) and (candidate is base or flow.is_above(base, candidate)):
-            node = candidate
-            break
+        common &= flow.up_to(entry)
+    after = tensor_nodes(flow.between(base, branch, common))
+    node = after[-1] if after else base
     while node is not base and op_name(node) in _ARRANGING | PADDING and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
@@ -141,7 +135,7 @@ def _entries(labels: Labels, base: fx.Node, branch: fx.Node) -> list[fx.Node]:
     return entries
 
 
-def _projection(labels: Labels, joint: _Joint, branch: fx.Node) -> fx.Node:
+def _projection(labels: Labels, branch: fx.Node) -> fx.Node:
     """Return the value that the branch's dropout, norms, scales and shape operators are applied to."""
     path = [branch]
     while path[-1] not in labels.columns.number:
@@ -181,7 +175,7 @@ class _Norms:
 
     def __init__(self, labels: Labels) -> None:
         self.labels = labels
-        self.found: dict[fx.Node, fx.Node] = {}
+        self._norm_of: dict[fx.Node, fx.Node] = {}
         self._behind: dict[int, list[fx.Node]] = defaultdict(list)
         scales = {f.node for f in labels.findings if f.role.endswith("norm")}
         for node in labels.flow.order:
@@ -202,21 +196,17 @@ class _Norms:
             continues = any(r.stream is norm or labels.flow.is_above(norm, r.stream) for r in later)
         else:
             own = labels.nearest(joint.stream)
-            continues = len(own) == 1 and own[0] in self.found
-        if continues:
-            self.found[joint.sum] = norm
-        return norm if continues else None
+            continues = len(own) == 1 and own[0] in self._norm_of
+        if not continues:
+            return None
+        self._norm_of[joint.sum] = norm
+        return norm
 
     def _only_way(self, start: fx.Node, norm: fx.Node) -> bool:
-        pending, seen = [start], {start, norm}
-        while pending:
-            for user in pending.pop().users:
-                if user in seen or not isinstance(user.meta.get("val"), Tensor | tuple | list):
-                    if user.op == "output":
-                        return False
-                    continue
-                if user in self.labels.columns.number:
-                    return False
-                seen.add(user)
-                pending.append(user)
+        nodes = Worklist([start])
+        for node in nodes:
+            readers = [user for user in node.users if user is not norm]
+            if any(user.op == "output" or user in self.labels.columns.number for user in readers):
+                return False
+            nodes += (user for user in readers if isinstance(user.meta.get("val"), Tensor | tuple | list))
         return True

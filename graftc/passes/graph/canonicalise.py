@@ -20,7 +20,8 @@ from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.ir.shapes import expression, same_type
+from graftc.passes.core.worklist import Worklist
 from graftc.passes.graph.items import sizes_for_items
 
 aten = torch.ops.aten
@@ -65,32 +66,21 @@ def _value(node: Any) -> Any:
     return node.meta.get("val") if isinstance(node, fx.Node) else None
 
 
-def _same_type(node: fx.Node, source: fx.Node) -> bool:
-    a, b = _value(node), _value(source)
-    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or a.dtype != b.dtype:
-        return False
-    return len(a.shape) == len(b.shape) and all(
-        expression(x) == expression(y) for x, y in zip(a.shape, b.shape, strict=True)
-    )
-
-
 def _is_number(value: Any, number: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value == number
 
 
 def _pass_through(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
-    return source if isinstance(source, fx.Node) and _same_type(node, source) else None
+    return source if isinstance(source, fx.Node) and same_type(_value(node), _value(source)) else None
 
 
 def _depends_on_input(node: fx.Node) -> bool:
-    seen, pending = {node}, [node]
-    while pending:
-        current = pending.pop()
+    nodes = Worklist([node])
+    for current in nodes:
         if current.op == "placeholder":
             return True
-        pending += [source for source in current.all_input_nodes if source not in seen]
-        seen.update(current.all_input_nodes)
+        nodes += current.all_input_nodes
     return False
 
 
@@ -99,10 +89,8 @@ def _constant_copy(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
     if not isinstance(source, fx.Node) or _depends_on_input(source):
         return None
-    value = _value(source)
-    if source.op == "get_attr" and isinstance(value, torch.nn.Parameter):
-        return None
-    return source
+    trains = source.op == "get_attr" and isinstance(_value(source), torch.nn.Parameter)
+    return None if trains else source
 
 
 def _slice(node: fx.Node) -> fx.Node | None:
@@ -112,9 +100,8 @@ def _slice(node: fx.Node) -> fx.Node | None:
 
 
 def _add(node: fx.Node) -> fx.Node | None:
-    if node.kwargs or len(node.args) != 2 or not _is_number(node.args[1], 0):
-        return None
-    return _pass_through(node)
+    plain = not node.kwargs and len(node.args) == 2 and _is_number(node.args[1], 0)
+    return _pass_through(node) if plain else None
 
 
 def _mul(node: fx.Node) -> fx.Node | None:
@@ -144,7 +131,7 @@ def _to(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
     if not isinstance(source, fx.Node):
         return None
-    if _same_type(node, source) and not _value(node).is_floating_point():
+    if same_type(_value(node), _value(source)) and not _value(node).is_floating_point():
         return source
     node.target = aten.to.dtype
     node.args = (source, _value(node).dtype)

@@ -83,7 +83,7 @@ def _places(node: fx.Node) -> fx.Node | None:
 def _move(program: Program, gather: fx.Node, places: fx.Node) -> None:
     source = gather.args[0]
     assert isinstance(source, fx.Node)
-    axes = tuple(expression(size) for size in source.meta["val"].shape[:2])
+    axes = _axes(source.meta["val"])
 
     def has_rows(node: Any) -> bool:
         value = node.meta["val"] if isinstance(node, fx.Node) else None

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.inference import Inference
-from graftc.passes.core.ir.program import Program, nodes_in
+from graftc.passes.core.ir.program import Program, mutates, nodes_in
 from graftc.passes.core.ir.shapes import expression
 
 aten = torch.ops.aten
@@ -63,7 +63,7 @@ def _number(item: fx.Node, source: Any, types: Inference) -> Any:
         return source
     if not isinstance(value, torch.Tensor) or value.dim() > 0 or value.dtype != torch.int64:
         return None
-    if any(map(_writes, source.users)):
+    if any(mutates(user) and user.target not in _SAME for user in source.users):
         return None
     if source.target is aten.scalar_tensor.default or source.target in _SAME:
         return _number(item, source.args[0], types)
@@ -80,12 +80,6 @@ def _number(item: fx.Node, source: Any, types: Inference) -> Any:
         size = item.graph.call_function(compute, arguments)
     size.meta = {**item.meta, "val": types.call(compute, arguments, {})}
     return size
-
-
-def _writes(node: fx.Node) -> bool:
-    target = node.target
-    mutable = isinstance(target, torch._ops.OpOverload) and schema_of(target).is_mutable
-    return mutable and target not in _SAME
 
 
 def _is_unknown(value: Any) -> bool:

@@ -21,6 +21,7 @@ from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.new_nodes import create_node
 from graftc.passes.core.ir.program import InputSpec, Program, above, limited, map_nodes, nodes_in
 from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.worklist import Worklist
 from graftc.passes.graph.sequences import FILLS, Lengthened, Sequenced
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -109,7 +110,8 @@ class _Composer:
                     f"nobody can say what the input {spec.name} has at virtual tokens",
                     hint="call the model without it",
                 )
-        numbers = [n for n in self.counted.values() if _reads(n, stream.ids)]
+        counted = self.counted.values()
+        numbers = [n for n in counted if stream.ids in {str(node.target) for node in counted_inputs(n)}]
         return Sequenced(self.call, stream, value, along, inputs[stream.ids], *numbers[:1])
 
     def _recounted(self, numbers: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
@@ -146,7 +148,7 @@ class _Composer:
         if node.op == "get_attr":
             self.attributes[str(node.target)] = copied
             copied.meta["val"] = self.types.tensor(node.meta["val"])
-        elif mapping is self.second or any(n.meta["val"] is not m.meta["val"] for n, m in _pairs(node, mapping)):
+        elif mapping is self.second or any(n.meta["val"] is not mapping[n].meta["val"] for n in node.all_input_nodes):
             copied.meta["val"] = self.types.call(node.target, args, kwargs)
         return copied
 
@@ -206,10 +208,6 @@ class _Composer:
         raise GraftError("GC019", f"what comes behind the layers reads {node.name}, the size of a value within")
 
 
-def _reads(numbers: fx.Node, ids: str) -> bool:
-    return any(str(node.target) == ids for node in counted_inputs(numbers))
-
-
 def _cropped(value: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
     for sequence in sequences:
         value = sequence.real(value)
@@ -243,16 +241,9 @@ def _is_size(node: fx.Node) -> bool:
     return node.target is aten.sym_size.int
 
 
-def _pairs(node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
-    return [(source, mapping[source]) for source in node.all_input_nodes]
-
-
 def _below(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     """Return some nodes and everything that is computed from them."""
-    reached, pending = set(nodes), list(nodes)
-    while pending:
-        for user in pending.pop().users:
-            if user not in reached:
-                reached.add(user)
-                pending.append(user)
-    return reached
+    below = Worklist(nodes)
+    for node in below:
+        below += node.users
+    return below.visited

@@ -21,6 +21,7 @@ from graftc.passes.core.ir.functions import FunctionCall, UnlikeBodyError, call,
 from graftc.passes.core.ir.layers import layer_path, repeated_layers
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program import Program, is_random, provenance
+from graftc.passes.core.worklist import Worklist
 
 
 @dataclass(frozen=True)
@@ -172,11 +173,9 @@ def _group(program: Program) -> list[Group]:
         elif run and (order.keeps_place(node) or sources.intersection([*run, *waiting])):
             waiting.append(node)
         else:
-            at = len(done)
-            if at and not done[-1][0]:
-                done[-1][1].append(node)
-            else:
-                done.append(("", [node]))
+            if not done or done[-1][0]:
+                done.append(("", []))
+            done[-1][1].append(node)
     close()
     return done
 
@@ -209,13 +208,11 @@ def _inserted_between(
     They are computed from what adaptations have inserted in that layer, which reads them again, as a mask over a
     prefix. The layer is thus called as often as in the source.
     """
-    between: set[fx.Node] = set()
-    pending, inside, known = list(sources), set(run), set(waiting)
-    while pending:
-        node = pending.pop()
-        if node in known and node not in between:
-            between.add(node)
-            pending += node.all_input_nodes
+    inside, known = set(run), set(waiting)
+    nodes = Worklist(known.intersection(sources))
+    for node in nodes:
+        nodes += known.intersection(node.all_input_nodes)
+    between = nodes.visited
     own = (source for node in between for source in node.all_input_nodes if source in inside)
     moves = all(map(provenance, own)) and not any(map(order.keeps_place, between))
     return [node for node in waiting if node in between] if moves else []
@@ -252,8 +249,8 @@ def _ordered(program: Program, homes: Homes, order: _Order) -> list[fx.Node]:
         moves = path and _may_wait(node, homes, order)
         if moves and all(n in waiting or homes.computing(n) != path for n in node.all_input_nodes):
             waiting.add(node)
-            continue
-        place(node)
+        else:
+            place(node)
     return ordered
 
 
@@ -297,14 +294,9 @@ def _block(
 ) -> tuple[BlockGraph, list[fx.Node], list[fx.Node]]:
     inside = set(nodes)
     prefix = path + "."
-    inputs: dict[fx.Node, None] = {}
-    own: dict[fx.Node, None] = {}
-    for node in nodes:
-        for source in node.all_input_nodes:
-            if source.op == "get_attr" and str(source.target).startswith(prefix):
-                own[source] = None
-            elif source not in inside:
-                inputs[source] = None
+    read = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+    own = [source for source in read if source.op == "get_attr" and str(source.target).startswith(prefix)]
+    inputs = [source for source in read if source not in own]
     outputs = [node for node in nodes if any(user not in inside and user in needed for user in node.users)]
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -318,4 +310,4 @@ def _block(
     results = tuple(mapping[node] for node in outputs)
     graph.output(results[0] if len(results) == 1 else results)
     names = (tuple(node.name for node in values) for values in (inputs, outputs))
-    return BlockGraph(path, use, graph, *names), list(inputs), outputs
+    return BlockGraph(path, use, graph, *names), inputs, outputs

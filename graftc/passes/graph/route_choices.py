@@ -63,13 +63,13 @@ def _ask(graph: fx.Graph, node: fx.Node) -> None:
     if pair:
         own.meta = {**meta, "val": val[1]}
     with graph.inserting_after(own):
-        asked = graph.call_function(torch.ops.graftc.route.default, (_scores(node), own, _axis(node), node.name))
-    asked.meta = {**meta, "val": val if pair else (val, val)}
+        choice = graph.call_function(torch.ops.graftc.route.default, (_scores(node), own, _axis(node), node.name))
+    choice.meta = {**meta, "val": val if pair else (val, val)}
     for user, at in replaced.items():
-        with graph.inserting_after(asked):
-            taken = graph.call_function(operator.getitem, (asked, at))
-        taken.meta = {**meta, "val": asked.meta["val"][at]}
-        user.replace_all_uses_with(taken, lambda reader: reader is not asked)
+        with graph.inserting_after(choice):
+            taken = graph.call_function(operator.getitem, (choice, at))
+        taken.meta = {**meta, "val": choice.meta["val"][at]}
+        user.replace_all_uses_with(taken, lambda reader: reader is not choice)
 
 
 def _scores(node: fx.Node) -> fx.Node:

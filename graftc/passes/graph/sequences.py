@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,12 +77,10 @@ class Sequenced:
         self.ahead = {"front": 0, "after_bos": 0}
         self.bounds: list[tuple[fx.Node, int]] = []  # for runs whose place differs from row to row
         runs = [((i, j), run) for i, (_, _, own) in enumerate(stream.added) for j, run in enumerate(own)]
-        order = ("front", "after_bos")
-        for key, run in sorted(runs, key=lambda item: _rank(item[1].where, order)):
-            if run.where in order:
-                self._insert(key, run)
-            else:
-                self._insert_by_row(key, run)
+        places = ("front", "after_bos")
+        for key, run in sorted(runs, key=lambda item: (item[1].where not in places, item[1].where == "after_bos")):
+            insert = self._insert if run.where in places else self._insert_by_row
+            insert(key, run)
 
     @property
     def length(self) -> Any:
@@ -240,7 +238,3 @@ class Sequenced:
 
 def _is_position(name: str) -> bool:
     return name.removeprefix("decoder_") == "position_ids"
-
-
-def _rank(where: Any, order: Sequence[str]) -> int:
-    return order.index(where) if where in order else len(order)

@@ -127,10 +127,8 @@ def loss_of(node: fx.Node) -> Loss | None:
 def _filled(node: fx.Node, defaults: tuple[Any, ...]) -> list[Any]:
     """Return the arguments of a loss, with defaults for those that are not given."""
     names = ("weight", "reduction", "ignore_index", "label_smoothing")[: len(defaults)]
-    named = (
-        dict(zip(names, defaults, strict=True)) | dict(zip(names, _args(node)[2:], strict=False)) | dict(node.kwargs)
-    )
-    return [*_args(node)[:2], *named.values()]
+    given = dict(zip(names, _args(node)[2:], strict=False))
+    return [*_args(node)[:2], *{**dict(zip(names, defaults, strict=True)), **given, **node.kwargs}.values()]
 
 
 def read_head(head: LossHead) -> None:
@@ -150,14 +148,10 @@ def read_head(head: LossHead) -> None:
     if node.target is aten.log_softmax.int:
         head.chain.add(node)
         node = _args(node)[0]
-    capped = False
     while True:
-        if node.target is aten.tanh.default and not capped:
-            head.cap, outer, capped = outer, 1.0, True
-            head.chain.add(node)
-            node = _args(node)[0]
-            continue
         step = _step(node, moves, outer)
+        if node.target is aten.tanh.default and head.cap is None:
+            head.cap, step = outer, (_args(node)[0], moves, 1.0)
         if step is None:
             break
         head.chain.add(node)

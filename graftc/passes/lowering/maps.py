@@ -12,7 +12,7 @@ from torch import fx
 from graftc.passes.core.ir.cleaning import live
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.shapes import expression
+from graftc.passes.core.ir.shapes import same_type
 from graftc.passes.core.ops.projections import Runs
 
 aten = torch.ops.aten
@@ -356,10 +356,7 @@ def _operands(node: fx.Node) -> tuple[Any, fx.Node | None]:
 
 def _alike(node: Any, other: fx.Node) -> bool:
     """Return whether two values are tensors of the same shape and dtype."""
-    if not isinstance(node, fx.Node):
-        return False
-    a, b = node.meta["val"], other.meta["val"]
-    return a.dtype == b.dtype and list(map(expression, a.shape)) == list(map(expression, b.shape))
+    return isinstance(node, fx.Node) and same_type(node.meta["val"], other.meta["val"])
 
 
 def _is_last(node: fx.Node, axis: Any) -> bool:

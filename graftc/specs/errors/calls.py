@@ -8,7 +8,7 @@ from functools import cache, wraps
 from inspect import Parameter
 from typing import Any, TypeVar, cast
 
-from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, correction
 from graftc.specs.errors.text import counted
 
 __all__ = ["public"]
@@ -52,8 +52,7 @@ def _misfit(name: str, parameters: list[Parameter], args: Sequence[Any], kwargs:
     placed = ordered[: len(args)]
     open_ended = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
     if unknown := [word for word in kwargs if word not in (*ordered, *by_name) and not open_ended]:
-        close = nearest(unknown[0], [*ordered, *by_name], n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join((*ordered, *by_name))}"
+        hint, _ = correction(unknown[0], [*ordered, *by_name], f"it takes {', '.join((*ordered, *by_name))}")
         return GraftError("GC073", f"{name} has no argument {unknown[0]!r}", hint=hint)
     if len(args) > len(ordered):
         most = f"takes {counted(len(ordered), 'argument')} by position, not {len(args)}"

@@ -7,7 +7,7 @@ be guessed, the corrected line. :data:`CATALOGUE` contains all codes.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Self
@@ -49,14 +49,6 @@ class Place:
 class _Coded(Exception):  # noqa: N818
     """The common base of errors and warnings."""
 
-    code: str
-    message: str
-    place: Place | None
-    hint: str
-    details: tuple[str | GraftError, ...]
-    fix: tuple[str, str] | None
-    corrected: str | None
-
     def __init__(
         self,
         code: str,
@@ -75,8 +67,10 @@ class _Coded(Exception):  # noqa: N818
         self.details, self.fix, self.corrected = tuple(details), fix, corrected
         super().__init__(code, message)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.code, self.message, self._others())
+    def changed(self, **changes: Any) -> Self:
+        """Return the same error with other values of some arguments, except its code and its message."""
+        arguments = {name: getattr(self, name) for name in ("place", "hint", "details", "fix", "corrected")}
+        return type(self)(self.code, self.message, **{**arguments, **changes})
 
     def within(self, path: str) -> Self:
         """Return the same error with its place at ``path``; if it has a place already, with that place below ``path``.
@@ -86,7 +80,7 @@ class _Coded(Exception):  # noqa: N818
         """
         inner = self.place.path if self.place is not None else ""
         joined = path + (f".{inner}" if inner and not inner.startswith("[") else inner)
-        return type(self)(self.code, self.message, **{**self._others(), "place": Place(path=joined)})
+        return self.changed(place=Place(path=joined))
 
     @property
     def exit_code(self) -> int:
@@ -113,10 +107,6 @@ class _Coded(Exception):  # noqa: N818
             "details": [d.to_json() if isinstance(d, GraftError) else d for d in self.details],
             "exit_code": self.exit_code,
         }
-
-    def _others(self) -> dict[str, Any]:
-        """Return the arguments that it was created with, except its code and its message."""
-        return {name: getattr(self, name) for name in ("place", "hint", "details", "fix", "corrected")}
 
 
 def _lines(error: _Coded, *, nested: bool = False) -> list[str]:
@@ -160,12 +150,6 @@ class GraftWarning(_Coded, UserWarning):
     """Like :class:`GraftError`, for something that works but deserves attention. Same arguments."""
 
 
-def _rebuild(
-    kind: type[GraftError] | type[GraftWarning], code: str, message: str, others: dict[str, Any]
-) -> GraftError | GraftWarning:
-    return kind(code, message, **others)
-
-
 def warn(
     code: str, message: str, *, place: Place | None = None, hint: str | None = None, details: Sequence[str] = ()
 ) -> None:
@@ -193,11 +177,18 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     return [by_lower[c] for c in close]
 
 
-def alternatives(word: str, known: Iterable[str], what: str) -> str:
+def correction(word: object, known: Iterable[str], otherwise: str = "") -> tuple[str, tuple[str, str] | None]:
+    """Return a hint that names the known word that is most similar to another one, and the pair of both as a fix.
+
+    If none is similar enough, or the word is no text, the hint is ``otherwise``, and there is no fix.
+    """
+    close = nearest(word, known, n=1) if isinstance(word, str) else []
+    return (f"did you mean {quoted(close[0])}?", (str(word), close[0])) if close else (otherwise, None)
+
+
+def alternatives(word: str, known: Collection[str], what: str) -> str:
     """Return the hint for a word that is not among a few: the nearest of them, or ``what`` they are and all of them."""
-    names = list(known)
-    close = nearest(word, names, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"the {what} are {', '.join(names)}"
+    return correction(word, known, f"the {what} are {', '.join(known)}")[0]
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> GraftError:
@@ -209,7 +200,5 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> GraftError:
         known: the existing names.
     """
     names = list(known)
-    close = nearest(name, names, n=1) if isinstance(name, str) else []
-    hint = f"did you mean {quoted(close[0])}?" if close else f"there is: {some(names) or 'none'}"
-    fix = (str(name), close[0]) if close else None
+    hint, fix = correction(name, names, f"there is: {some(names) or 'none'}")
     return GraftError("GC091", f"there is no {kind} {quoted(str(name))}", hint=hint, fix=fix)

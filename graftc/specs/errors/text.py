@@ -15,7 +15,7 @@ _MOST = 100
 
 # C0 and C1 controls except tab and newline, separators that break lines, bidirectional controls, lone surrogates.
 _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-_BREAKS = {"\n": r"\n", "\t": r"\t"}
+_BREAKS = str.maketrans({"\n": r"\n", "\t": r"\t"})
 
 
 def printable(text: str, form: str | None = None) -> str:
@@ -54,7 +54,7 @@ def abridged(text: str, most: int = _MOST) -> str:
 
 def one_line(text: str, most: int = _MOST) -> str:
     """Return the text on one line and printable, `abridged`."""
-    return "".join(_BREAKS.get(char, char) for char in printable(abridged(text, most)))
+    return printable(abridged(text, most)).translate(_BREAKS)
 
 
 def counted(number: int, noun: str = "site") -> str:
@@ -64,8 +64,7 @@ def counted(number: int, noun: str = "site") -> str:
 
 def quoted(text: str | PathLike[str], most: int = _MOST) -> str:
     """Return a name or a pattern as messages show it: in single quotes, on one line, short and printable."""
-    line = "".join(_BREAKS.get(char, char) for char in printable(shortened(str(text), most)))
-    return f"'{line}'"
+    return f"'{printable(shortened(str(text), most)).translate(_BREAKS)}'"
 
 
 class _Short(reprlib.Repr):

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from graftc.specs.base import MethodSpec
-from graftc.specs.errors.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.diagnostics import GraftError, Place, correction
 from graftc.specs.errors.text import quoted, shown, some
 from graftc.specs.peft import PeftFormat
 from graftc.specs.regexes import RegexMatcher
@@ -174,8 +174,7 @@ def _check_fields(config: AdapterConfig, where: str) -> None:
     known = table.known | _INERT | set(AdapterConfig.model_fields)
     unknown = sorted(config.own.keys() - known)
     if unknown:
-        close = nearest(unknown[0], known)
-        hint = f"did you mean {quoted(close[0])}?" if close else "remove it if it is not about the adapter's function"
+        hint, _ = correction(unknown[0], known, "remove it if it is not about the adapter's function")
         message = f"fields are unknown to {config.peft_type}: {some(unknown)}"
         raise GraftError("GC111", message, place=Place(where, path=unknown[0]), hint=hint)
     numbers = (name for name in _NUMBERS if name in table.fields and name in config.own)

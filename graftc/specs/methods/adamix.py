@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -67,6 +66,7 @@ class AdaMix(BottleneckSpec):
     paper: ClassVar[str] = (
         "Wang et al. 2022, AdaMix: Mixture-of-Adaptations for Parameter-efficient Model Tuning (arXiv:2205.12410)"
     )
+    wired: ClassVar[Wiring] = Wiring("projection", "projection")
 
     method: Literal["adamix"] = "adamix"
     """The method's tag."""
@@ -93,7 +93,3 @@ class AdaMix(BottleneckSpec):
 
     consistency: Consistency = Consistency()
     """The loss term that keeps forward passes with different experts consistent."""
-
-    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """Return a wiring that reads and changes the result of the last map, before the dropout."""
-        return Wiring("projection", "projection")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
-from graftc.specs.methods.bottleneck import Activation, BottleneckSpec, Init, Wiring
+from graftc.specs.methods.bottleneck import BottleneckSpec, Init, Wiring
 from graftc.specs.target import Target
 
 __all__ = ["AdapterL"]
@@ -29,6 +28,7 @@ class AdapterL(BottleneckSpec):
     paper: ClassVar[str] = (
         "Lin et al. 2020, Exploring Versatile Generative Language Model Via Parameter-Efficient Transfer Learning"
     )
+    wired: ClassVar[Wiring] = Wiring("output", "output", "before")
 
     method: Literal["adapter_l"] = "adapter_l"
     """The method's tag."""
@@ -39,12 +39,5 @@ class AdapterL(BottleneckSpec):
     bottleneck: int | None = Field(default=64, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
-    activation: Activation = "relu"
-    """The activation function between the two projections."""
-
     init: Init = "bert"
     """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
-
-    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """Return a wiring that reads and changes the output, with a layer norm before the bottleneck."""
-        return Wiring("output", "output", "before")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
-from graftc.specs.methods.bottleneck import Activation, BottleneckSpec, Init, Wiring
+from graftc.specs.methods.bottleneck import BottleneckSpec, Init, Wiring
 from graftc.specs.target import Target
 
 __all__ = ["BapnaFirat"]
@@ -28,6 +27,7 @@ class BapnaFirat(BottleneckSpec):
     )
     mechanism: ClassVar[str | None] = "bottleneck"
     paper: ClassVar[str] = "Bapna and Firat 2019, Simple, Scalable Adaptation for Neural Machine Translation"
+    wired: ClassVar[Wiring] = Wiring("output", "output", "before")
 
     method: Literal["bapna_firat"] = "bapna_firat"
     """The method's tag."""
@@ -38,12 +38,5 @@ class BapnaFirat(BottleneckSpec):
     bottleneck: int | None = Field(default=64, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
-    activation: Activation = "relu"
-    """The activation function between the two projections."""
-
     init: Init = "xavier"
     """How the projections are initialised: `xavier`, uniform in ±sqrt(6 / (in + out))."""
-
-    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """Return a wiring that reads and changes the output, with a layer norm before the bottleneck."""
-        return Wiring("output", "output", "before")

@@ -8,14 +8,23 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from graftc.specs.base import Items, MethodSpec, Override
+from graftc.specs.base import Items, MethodSpec, Override, SpecModel
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
-__all__ = ["Activation", "Bottleneck", "BottleneckOverride", "BottleneckSpec", "Init", "Norm", "Place", "Wiring"]
+__all__ = [
+    "Activation",
+    "Bottleneck",
+    "BottleneckOverride",
+    "BottleneckSpec",
+    "BottleneckWidth",
+    "Init",
+    "Norm",
+    "Place",
+    "Wiring",
+]
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", "identity"]
 """The function between the two projections; `silu` is also called swish, `gelu_tanh` is GELU's tanh approximation."""
@@ -70,14 +79,32 @@ class BottleneckOverride(Override):
     """Probability of dropping an entry of the bottleneck at these sites."""
 
 
-class BottleneckSpec(MethodSpec):
-    """Fields common to all bottleneck adapters. A subclass defines what they read and where they add."""
+class BottleneckWidth(SpecModel):
+    """The two fields that can set the width of a bottleneck."""
 
     bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
     reduction: float | None = Field(default=None, gt=0)
     """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
+
+    @model_validator(mode="after")
+    def _one_width(self) -> Self:
+        if len(self.given_widths()) == 2:
+            message = "bottleneck and reduction both say how wide the bottleneck is"
+            refuse("reduction", message, hint="leave one of them out")
+        return self
+
+    def given_widths(self) -> dict[str, float]:
+        """Return the widths that the user set, by field."""
+        return {f: own for f in WIDTHS if f in self.model_fields_set and (own := getattr(self, f)) is not None}
+
+
+class BottleneckSpec(BottleneckWidth, MethodSpec):
+    """Fields common to all bottleneck adapters. A subclass defines what they read and where they add."""
+
+    wired: ClassVar[Wiring]
+    """What they read and where they add, if that is the same at all sites."""
 
     activation: Activation = "relu"
     """The activation function between the two projections."""
@@ -103,21 +130,10 @@ class BottleneckSpec(MethodSpec):
     """Other values for some sites; the first override that matches a site applies."""
 
     @model_validator(mode="after")
-    def _one_width(self) -> Self:
-        if len(self._given()) == 2:
-            message = "bottleneck and reduction both say how wide the bottleneck is"
-            reject(self, (("reduction",), GraftError("GC002", message, hint="leave one of them out")))
-        return self
-
-    def _given(self) -> set[str]:
-        """Return the width fields that the user set."""
-        return {f for f in WIDTHS if f in self.model_fields_set and getattr(self, f) is not None}
-
-    @model_validator(mode="after")
     def _deviation_is_used(self) -> Self:
         if self.init_std is not None and self.init not in ("bert", "houlsby"):
             message = f"init_std means nothing to the initialiser '{self.init}'"
-            reject(self, (("init_std",), GraftError("GC002", message, hint="use init: bert or init: houlsby")))
+            refuse("init_std", message, hint="use init: bert or init: houlsby")
         return self
 
     def displaced_by(self, changes: Mapping[str, object]) -> Collection[str]:
@@ -126,10 +142,9 @@ class BottleneckSpec(MethodSpec):
 
     def width(self, read: int) -> int:
         """Return the width of the bottleneck if ``read`` entries are read; 0 if `reduction` leaves none."""
-        given = self._given()
-        values = {f: getattr(self, f) if f in given else type(self).model_fields[f].default for f in WIDTHS}
-        chosen = next((f for f in WIDTHS if f in given), None) or next(f for f in WIDTHS if values[f] is not None)
-        return int(values[chosen]) if chosen == "bottleneck" else int(read // values[chosen])
+        defaults = {f: type(self).model_fields[f].default for f in WIDTHS}
+        widths = self.given_widths() or {f: own for f, own in defaults.items() if own is not None}
+        return int(widths["bottleneck"]) if "bottleneck" in widths else int(read // widths["reduction"])
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
         """Return the value that the adapter reads at a site, and the one that it adds to.
@@ -138,7 +153,7 @@ class BottleneckSpec(MethodSpec):
             kind: the kind of the site: a sublayer or a linear map.
             roles: the roles of the site.
         """
-        raise NotImplementedError
+        return self.wired
 
 
 class Bottleneck(BottleneckSpec):
@@ -185,20 +200,20 @@ class Bottleneck(BottleneckSpec):
         odd = [p for p in (reads, adds_to) if linear and p not in (None, "input", "output")]
         if odd:
             message = f"a linear map has an input and an output, no '{odd[0]}'"
-            field = "reads" if reads == odd[0] else "adds_to"
-            reject(self, ((field,), GraftError("GC002", message, hint="use input or output for both")))
+            refuse("reads" if reads == odd[0] else "adds_to", message, hint="use input or output for both")
         if adds_to == "input" and reads is None:
             message = "an adapter that adds to the input of a linear map reads it too"
-            reject(self, (("adds_to",), GraftError("GC002", message, hint="write reads: input beside it")))
+            refuse("adds_to", message, hint="write reads: input beside it")
         if not linear and adds_to is not None and adds_to not in _GOALS:
             message = f"an adapter cannot add to the {adds_to} of a sublayer"
-            hint = "it may add to inner, projection, branch or output"
-            reject(self, (("adds_to",), GraftError("GC002", message, hint=hint)))
-        if not linear and adds_to in ("inner", "projection"):
-            later = _ORDER.index(reads or "branch") > _ORDER.index(adds_to)
-            if later:
-                message = f"an adapter that reads {reads or 'branch'} comes too late to add to {adds_to}"
-                reject(self, (("adds_to",), GraftError("GC002", message, hint="let it add to branch")))
+            refuse("adds_to", message, hint="it may add to inner, projection, branch or output")
+        read = reads or "branch"
+        if not linear and adds_to in ("inner", "projection") and _ORDER.index(read) > _ORDER.index(adds_to):
+            refuse(
+                "adds_to",
+                f"an adapter that reads {read} comes too late to add to {adds_to}",
+                hint="let it add to branch",
+            )
         return self
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
-from graftc.specs.methods.bottleneck import Activation, BottleneckSpec, Init, Wiring
+from graftc.specs.methods.bottleneck import BottleneckSpec, Init, Wiring
 from graftc.specs.target import Target
 
 __all__ = ["HeParallel"]
@@ -37,9 +37,6 @@ class HeParallel(BottleneckSpec):
 
     bottleneck: int | None = Field(default=512, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
-
-    activation: Activation = "relu"
-    """The activation function between the two projections."""
 
     init: Init = "lora"
     """How the projections are initialised: `lora`, the first uniform in ±1/sqrt(in), the second zero."""

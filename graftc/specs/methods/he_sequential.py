@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
-from graftc.specs.methods.bottleneck import Activation, BottleneckSpec, Init, Wiring
+from graftc.specs.methods.bottleneck import BottleneckSpec, Init, Wiring
 from graftc.specs.target import Target
 
 __all__ = ["HeSequential"]
@@ -27,6 +26,7 @@ class HeSequential(BottleneckSpec):
     )
     mechanism: ClassVar[str | None] = "bottleneck"
     paper: ClassVar[str] = "He et al. 2022, Towards a Unified View of Parameter-Efficient Transfer Learning"
+    wired: ClassVar[Wiring] = Wiring("branch", "branch")
 
     method: Literal["he_sequential"] = "he_sequential"
     """The method's tag."""
@@ -37,12 +37,5 @@ class HeSequential(BottleneckSpec):
     bottleneck: int | None = Field(default=512, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""
 
-    activation: Activation = "relu"
-    """The activation function between the two projections."""
-
     init: Init = "lora"
     """How the projections are initialised: `lora`, the first uniform in ±1/sqrt(in), the second zero."""
-
-    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """Return a wiring that reads and changes the branch."""
-        return Wiring("branch", "branch")

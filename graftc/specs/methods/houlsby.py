@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
 from graftc.specs.methods.bottleneck import Activation, BottleneckSpec, Init, Wiring
 from graftc.specs.patterns import as_items
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
 __all__ = ["Houlsby"]
@@ -30,6 +28,7 @@ class Houlsby(BottleneckSpec):
         sites=frozenset({SiteKind.SUBLAYER, SiteKind.NORM}), identity_at_init=False, folds=FoldKind.NONE, bankable=True
     )
     paper: ClassVar[str] = "Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP"
+    wired: ClassVar[Wiring] = Wiring("branch", "branch")
 
     method: Literal["houlsby"] = "houlsby"
     """The method's tag."""
@@ -55,13 +54,8 @@ class Houlsby(BottleneckSpec):
             return self
         if self.target.role is None:
             message = "norms: true adds the role norm to a target of roles, and this one has none"
-            hint = "name roles, or put a second adaptation beside it: {method: norms}"
-            reject(self, (("norms",), GraftError("GC002", message, hint=hint)))
+            refuse("norms", message, hint="name roles, or put a second adaptation beside it: {method: norms}")
         roles = as_items(self.target.role)
         if "norm" not in roles:
             object.__setattr__(self, "target", self.target.model_copy(update={"role": (*roles, "norm")}))
         return self
-
-    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """Return a wiring that reads and changes the branch."""
-        return Wiring("branch", "branch")

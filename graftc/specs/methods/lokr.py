@@ -6,11 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
 from graftc.specs.methods.bases.product import ProductSpec
 from graftc.specs.peft import AS_USUAL, NO_DROPOUT, PeftFormat, PeftPart
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import refuse
 
 __all__ = ["LoKr"]
 
@@ -67,5 +66,5 @@ class LoKr(ProductSpec):
     @classmethod
     def _factor_is_not_zero(cls, value: int) -> int:
         if value == 0:
-            reject(value, ((), GraftError("GC002", "factor is 0, it must be -1 or at least 1")))
+            refuse((), "factor is 0, it must be -1 or at least 1")
         return value

@@ -7,9 +7,10 @@ from typing import ClassVar, Literal, TypeAlias
 
 from pydantic import Field
 
-from graftc.specs.base import Items, MethodSpec, Override
+from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
+from graftc.specs.overrides import RankOverride
 from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, LORA_STARTS, PeftFormat, PeftPart
 
 __all__ = ["LoRA", "LoRAOverride"]
@@ -19,14 +20,11 @@ Initialiser: TypeAlias = Literal["kaiming", "gaussian", "random", "orthogonal", 
 """An initialiser, as described in `LoRA.init`."""
 
 
-class LoRAOverride(Override):
+class LoRAOverride(RankOverride):
     """Other values of LoRA for some of its sites; omitted fields keep the adaptation's value."""
 
     rank: int | None = Field(default=None, ge=1, le=SIZE)
     """Rank of the update at these sites."""
-
-    alpha: float | None = Field(default=None, gt=0)
-    """Numerator of the scaling at these sites."""
 
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability of dropping an input of the branch at these sites."""

@@ -8,9 +8,8 @@ from pydantic import Field, field_validator
 
 from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import first_repeat, refuse
 from graftc.specs.target import Target
 
 __all__ = ["Pasta"]
@@ -67,11 +66,9 @@ class Pasta(MethodSpec):
     @classmethod
     def _tokens_are_told_apart(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if not value:
-            message = "PASTA needs the ids of the special tokens"
-            reject(list(value), ((), GraftError("GC002", message, hint="for BERT: special_tokens: [101, 102]")))
-        for index, token in enumerate(value):
-            if token in value[:index]:
-                reject(list(value), ((index,), GraftError("GC002", f"{token} is there already")))
+            refuse((), "PASTA needs the ids of the special tokens", hint="for BERT: special_tokens: [101, 102]")
+        if (index := first_repeat(value)) is not None:
+            refuse(index, f"{value[index]} is there already")
         return value
 
     @property

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.methods.bottleneck import Activation, BottleneckSpec, Init, Wiring
+from graftc.specs.methods.bottleneck import BottleneckSpec, Init, Wiring
 from graftc.specs.target import Target
 
 __all__ = ["Pfeiffer"]
@@ -31,6 +30,7 @@ class Pfeiffer(BottleneckSpec):
         "Pfeiffer et al. 2021, AdapterFusion: Non-Destructive Task Composition for Transfer Learning; "
         "Pfeiffer et al. 2020, MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer"
     )
+    wired: ClassVar[Wiring] = Wiring("output", "branch")
 
     method: Literal["pfeiffer"] = "pfeiffer"
     """The method's tag."""
@@ -41,12 +41,5 @@ class Pfeiffer(BottleneckSpec):
     reduction: float | None = Field(default=16.0, gt=0)
     """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
 
-    activation: Activation = "relu"
-    """The activation function between the two projections."""
-
     init: Init = "bert"
     """How the projections are initialised: `bert`, normal with standard deviation 0.02."""
-
-    def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """Return a wiring that reads the output, after the norm, and adds to the branch, before it."""
-        return Wiring("output", "branch")

@@ -8,10 +8,9 @@ from pydantic import Field, model_validator
 
 from graftc.specs.base import Items, MethodSpec, Override, SpecModel
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
 from graftc.specs.peft import PeftFormat, PeftPart
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
 __all__ = ["Prefix", "PrefixOverride", "PrefixSpec", "Reparameterization"]
@@ -85,15 +84,13 @@ class PrefixSpec(MethodSpec):
 
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
-        message = None
         if bool(self.init_tokens) != (self.init == "tokens"):
-            message = "init_tokens are what init: tokens starts from"
-        elif self.init_tokens and len(self.init_tokens) != self.length:
-            message = f"{len(self.init_tokens)} tokens to start from, for {self.length} positions"
-        elif self.init_tokens and self.reparameterization is not None:
+            refuse("init_tokens", "init_tokens are what init: tokens starts from")
+        if self.init_tokens and len(self.init_tokens) != self.length:
+            refuse("init_tokens", f"{len(self.init_tokens)} tokens to start from, for {self.length} positions")
+        if self.init_tokens and self.reparameterization is not None:
             message = "a reparameterization gives keys and values that cannot start from those of init_tokens"
-        if message is not None:
-            reject(self.init_tokens, (("init_tokens",), GraftError("GC002", message)))
+            refuse("init_tokens", message)
         return self
 
 

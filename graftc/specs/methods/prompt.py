@@ -9,10 +9,9 @@ from pydantic import Field, model_validator
 
 from graftc.specs.base import Items, MethodSpec, VirtualRun
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
 from graftc.specs.peft import PeftFormat, PeftPart
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
 __all__ = ["Prompt", "VirtualTokenSpec"]
@@ -56,11 +55,9 @@ class VirtualTokenSpec(MethodSpec):
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
         if bool(self.init_tokens) != (self.init == "tokens"):
-            message = "init_tokens are what init: tokens starts from"
-            reject(self.init_tokens, (("init_tokens",), GraftError("GC002", message, hint="give both or neither")))
+            refuse("init_tokens", "init_tokens are what init: tokens starts from", hint="give both or neither")
         if len(self.init_tokens) > self.total:
-            message = f"{len(self.init_tokens)} tokens to start from, for {self.total} virtual ones"
-            reject(self.init_tokens, (("init_tokens",), GraftError("GC002", message)))
+            refuse("init_tokens", f"{len(self.init_tokens)} tokens to start from, for {self.total} virtual ones")
         return self
 
 

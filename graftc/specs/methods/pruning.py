@@ -152,7 +152,7 @@ class Pruning(MethodSpec):
     def _values_fit(self) -> Self:
         problems = [((field,), error) for field, error in self._misfits()]
         if problems:
-            reject(self, *problems)
+            reject(*problems)
         return self
 
     def _misfits(self) -> Iterator[tuple[str, GraftError]]:

@@ -14,7 +14,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.patterns import parse_slice
 from graftc.specs.peft import AS_USUAL, PeftFormat, PeftPart
 from graftc.specs.schema import RowNumber, needs_one_of
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import Problem, refuse, reject
 
 __all__ = ["RowSelection"]
 
@@ -87,15 +87,15 @@ class RowSelection(MethodSpec):
     @classmethod
     def _rows_are_numbers(cls, value: tuple[int | str, ...] | None) -> tuple[int | str, ...] | None:
         if value is not None and not value:
-            reject([], ((), GraftError("GC002", "an empty list names no row", hint='for example: rows: [0, "8:16"]')))
-        problems: list[tuple[tuple[int], GraftError]] = []
+            refuse((), "an empty list names no row", hint='for example: rows: [0, "8:16"]')
+        problems: list[Problem] = []
         for index, entry in enumerate(value or ()):
             try:
                 parse_slice(entry, "row")
             except GraftError as error:
                 problems.append(((index,), error))
         if problems:
-            reject(value, *problems)
+            reject(*problems)
         return value
 
     @field_validator("n_of_m")
@@ -105,30 +105,27 @@ class RowSelection(MethodSpec):
             return value
         if len(value) != 2:
             message = f"n_of_m has {len(value)} numbers, it must have 2"
-            reject(list(value), ((), GraftError("GC002", message, hint="n_of_m: [2, 4] trains 2 rows of every 4")))
+            refuse((), message, hint="n_of_m: [2, 4] trains 2 rows of every 4")
         n, m = value
         if n > m:
-            message = f"{n} rows of every {m} are more than there are"
-            hint = f"did you mean [{m}, {n}]?"
-            reject(list(value), ((), GraftError("GC002", message, hint=hint)))
+            refuse((), f"{n} rows of every {m} are more than there are", hint=f"did you mean [{m}, {n}]?")
         return value
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         given = [way for way in self.one_of if getattr(self, way) is not None]
         if not given:
-            message = "rows needs one of density, rows and n_of_m to say which rows train"
             hint = 'for example density: 0.1, rows: [0, "8:16"] or n_of_m: [2, 4]'
-            reject(self, ((), GraftError("GC002", message, hint=hint)))
+            refuse((), "rows needs one of density, rows and n_of_m to say which rows train", hint=hint)
         if len(given) > 1:
             message = f"{', '.join(given[:-1])} and {given[-1]} each say which rows train"
-            reject(self, ((given[1],), GraftError("GC002", message, hint="leave all but one of them out")))
+            refuse(given[1], message, hint="leave all but one of them out")
         if "block" in self.model_fields_set and self.density is None:
             message = f"block is for density, and here {given[0]} says which rows train"
-            reject(self, (("block",), GraftError("GC002", message, hint="leave it out")))
+            refuse("block", message, hint="leave it out")
         if "selection" in self.model_fields_set and self.rows is not None:
             message = "selection is for n_of_m and density, and here rows names them"
-            reject(self, (("selection",), GraftError("GC002", message, hint="leave it out")))
+            refuse("selection", message, hint="leave it out")
         return self
 
     @classmethod

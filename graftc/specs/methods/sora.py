@@ -6,21 +6,16 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from graftc.specs.base import Items, MethodSpec, Override
+from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
+from graftc.specs.overrides import RankOverride
 
 __all__ = ["SoRA", "SoRAOverride"]
 
 
-class SoRAOverride(Override):
+class SoRAOverride(RankOverride):
     """Other values of SoRA for some of its sites; omitted fields keep the adaptation's value."""
-
-    rank: int | None = Field(default=None, ge=1, le=SIZE)
-    """Rank at these sites."""
-
-    alpha: float | None = Field(default=None, gt=0)
-    """Numerator of the scaling at these sites."""
 
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability of dropping an input of the branch at these sites."""

@@ -7,10 +7,9 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
 from graftc.specs.methods.bases.sparse import SelectionSpec
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
 __all__ = ["PROJECTIONS", "SpIEL"]
@@ -83,10 +82,8 @@ class SpIEL(SelectionSpec):
     def _one_budget(self) -> Self:
         given = [f for f in ("density", "entries", "equivalent_rank") if getattr(self, f) is not None]
         if len(given) > 1:
-            message = f"{given[0]} and {given[1]} both say how many entries train"
-            error = GraftError("GC002", message, hint="give one of them")
-            reject(getattr(self, given[1]), ((given[1],), error))
+            refuse(given[1], f"{given[0]} and {given[1]} both say how many entries train", hint="give one of them")
         if self.accumulation_steps > self.interval:
             message = f"accumulation_steps {self.accumulation_steps} exceeds interval {self.interval}"
-            reject(self.accumulation_steps, (("accumulation_steps",), GraftError("GC002", message)))
+            refuse("accumulation_steps", message)
         return self

@@ -9,14 +9,13 @@ from pydantic import Field, field_validator
 
 from graftc.specs.base import Items, MethodSpec, SpecModel
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
 from graftc.specs.methods.bases.composed import PARTS, AdapterPart, PartsSpec
 from graftc.specs.methods.bottleneck import Init
 from graftc.specs.methods.lora import LoRA
 from graftc.specs.methods.pfeiffer import Pfeiffer
 from graftc.specs.methods.prefix import Prefix
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import first_repeat, refuse
 from graftc.specs.target import Target
 
 __all__ = ["LoRAPart", "UniPELT", "UniPELTAdapter"]
@@ -92,10 +91,9 @@ class UniPELT(PartsSpec):
     @classmethod
     def _parts_are_told_apart(cls, value: tuple[Part, ...]) -> tuple[Part, ...]:
         if not value:
-            reject(list(value), ((), GraftError("GC002", f"the parts are: {', '.join(get_args(Part))}")))
-        for index, part in enumerate(value):
-            if part in value[:index]:
-                reject(list(value), ((index,), GraftError("GC002", f"'{part}' is there already")))
+            refuse((), f"the parts are: {', '.join(get_args(Part))}")
+        if (index := first_repeat(value)) is not None:
+            refuse(index, f"'{value[index]}' is there already")
         return value
 
     @classmethod

@@ -8,10 +8,9 @@ from pydantic import Field, field_validator
 
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
 from graftc.specs.peft import AS_USUAL, PeftFormat, PeftPart
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import refuse
 
 __all__ = ["VeRA"]
 
@@ -64,6 +63,5 @@ class VeRA(MethodSpec):
     @classmethod
     def _d_is_not_zero(cls, value: float) -> float:
         if value == 0:
-            message = "d_initial is 0, with which no gradient would reach b"
-            reject(value, ((), GraftError("GC002", message, hint="the paper starts at 0.1")))
+            refuse((), "d_initial is 0, with which no gradient would reach b", hint="the paper starts at 0.1")
         return value

@@ -9,8 +9,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from graftc.specs.base import SpecModel
-from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import refuse
 from graftc.specs.target import PatternList
 
 QuantizationName: TypeAlias = Literal["int8", "int4", "nf4", "fp4"]
@@ -64,14 +63,12 @@ class BaseOptions(SpecModel):
         if self.quantize is None:
             given = next((name for name in ("group", "double", "skip") if getattr(self, name)), None)
             if given is not None:
-                hint = "add quantize: nf4, or leave it out"
-                reject(self, ((given,), GraftError("GC002", f"{given} says how weights are quantised", hint=hint)))
+                refuse(given, f"{given} says how weights are quantised", hint="add quantize: nf4, or leave it out")
         elif self.double and not blocks:
             message = f"the scales of {self.quantize} are not quantised"
-            reject(self, (("double",), GraftError("GC002", message, hint="leave double out, or quantize: nf4")))
+            refuse("double", message, hint="leave double out, or quantize: nf4")
         elif blocks and self.group is not None and self.group not in BLOCKS:
             nearest = min(BLOCKS, key=lambda size: abs(size - (self.group or 0)))
-            message = f"{self.quantize} has no groups of {self.group}"
             hint = f"write {nearest}; there are groups of {', '.join(map(str, BLOCKS))}"
-            reject(self, (("group",), GraftError("GC002", message, hint=hint)))
+            refuse("group", f"{self.quantize} has no groups of {self.group}", hint=hint)
         return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, GetJsonSchemaHandler, model_validator
@@ -10,10 +9,9 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from graftc.specs.base import Items, SpecModel
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 from graftc.specs.limits import LABELS, PATTERN_TOKENS, VERBALIZERS, WORDS
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import first_repeat, refuse
 
 Label: TypeAlias = Annotated[str, Field(min_length=1)]
 TokenId: TypeAlias = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -70,34 +68,29 @@ class ClozeOptions(SpecModel):
         if (self.blank is None) == (not self.decoder):
             both = "both blank and decoder say where the blank is"
             message = both if self.decoder else "neither blank nor decoder says where the blank is"
-            hint = "give blank, or decoder for models like T5"
-            reject(self, (("blank",), GraftError("GC002", message, hint=hint)))
-        taken = next((n for n, label in enumerate(self.labels) if label in self.labels[:n]), None)
-        if taken is not None:
-            error = GraftError("GC002", f"the label {quoted(self.labels[taken])} is there already", hint="leave it out")
-            reject(self, (("labels", taken), error))
-        for path, error in self._misfits():
-            reject(self, (("verbalizers", *path), error))
+            refuse("blank", message, hint="give blank, or decoder for models like T5")
+        if (number := first_repeat(self.labels)) is not None:
+            message = f"the label {quoted(self.labels[number])} is there already"
+            refuse(("labels", number), message, hint="leave it out")
+        for index, verbalizer in enumerate(self.verbalizers):
+            self._check_verbalizer(verbalizer, ("verbalizers", index))
         return self
 
-    def _misfits(self) -> Iterator[tuple[tuple[int, ...], GraftError]]:
-        for index, verbalizer in enumerate(self.verbalizers):
-            if len(verbalizer) != len(self.labels):
-                message = f"words of {len(verbalizer)} labels, and there are {len(self.labels)}"
-                yield (index,), GraftError("GC002", message, hint=f"in this order: {', '.join(self.labels)}")
-                continue
-            blanks = len(verbalizer[0][0])
-            first: dict[tuple[tuple[int, ...], ...], str] = {}
-            for place, (label, words) in enumerate(zip(self.labels, verbalizer, strict=True)):
-                for number, word in enumerate(words):
-                    if len(word) != blanks:
-                        message = f"a word of {len(word)} tokens; the first word of this verbalizer has {blanks}"
-                        hint = "a word has a token for each blank"
-                        yield (index, place, number), GraftError("GC002", message, hint=hint)
-                    elif blanks > 1 and (self.decoder or self.blank == "last"):
-                        message = f"a word of {blanks} tokens; what comes after a text is one token"
-                        yield (index, place, number), GraftError("GC002", message, hint="choose words of one token")
-                other = first.setdefault(tuple(sorted(map(tuple, words))), label)
-                if other != label:
-                    message = f"the labels {quoted(other)} and {quoted(label)} have the same words"
-                    yield (index, place), GraftError("GC002", message, hint="nothing would tell them apart")
+    def _check_verbalizer(self, verbalizer: Verbalizer, path: tuple[str | int, ...]) -> None:
+        if len(verbalizer) != len(self.labels):
+            message = f"words of {len(verbalizer)} labels, and there are {len(self.labels)}"
+            refuse(path, message, hint=f"in this order: {', '.join(self.labels)}")
+        blanks = len(verbalizer[0][0])
+        first: dict[tuple[tuple[int, ...], ...], str] = {}
+        for index, (label, words) in enumerate(zip(self.labels, verbalizer, strict=True)):
+            for number, word in enumerate(words):
+                if len(word) != blanks:
+                    message = f"a word of {len(word)} tokens; the first word of this verbalizer has {blanks}"
+                    refuse((*path, index, number), message, hint="a word has a token for each blank")
+                if blanks > 1 and (self.decoder or self.blank == "last"):
+                    message = f"a word of {blanks} tokens; what comes after a text is one token"
+                    refuse((*path, index, number), message, hint="choose words of one token")
+            other = first.setdefault(tuple(sorted(map(tuple, words))), label)
+            if other != label:
+                message = f"the labels {quoted(other)} and {quoted(label)} have the same words"
+                refuse((*path, index), message, hint="nothing would tell them apart")

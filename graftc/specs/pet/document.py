@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self
+from itertools import count
+from typing import Literal, Self
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from graftc.specs.base_model import Items, SpecModel
+from graftc.specs.base_model import Document, Items
 from graftc.specs.document import Spec
-from graftc.specs.errors.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.errors.text import quoted, some
 from graftc.specs.pet.pattern import Pattern, PatternSpec
 from graftc.specs.pet.training import ClassifierSpec, IpetOptions, TrainingOptions, everything
 from graftc.specs.pet.verbalizer import Verbalizer
-from graftc.specs.source import Source
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import Problem, reject
 
 __all__ = ["PATTERNS", "SEEDS", "PetSpec"]
 
@@ -25,10 +25,8 @@ PATTERNS = 100
 SEEDS = 100
 """The largest number of members of a pattern."""
 
-_Problem = tuple[tuple[str | int, ...], GraftError]
 
-
-class PetSpec(SpecModel):
+class PetSpec(Document):
     """Pattern-exploiting training: classification as filling blanks, by an ensemble of patterns that labels rows for a
     final classifier (Schick & Schütze 2021, Exploiting Cloze Questions for Few Shot Text Classification and Natural
     Language Inference, EACL).
@@ -36,9 +34,6 @@ class PetSpec(SpecModel):
     Raises:
         GraftError: GC002 to GC012, GC175, GC176 and GC177 with the path of what is wrong.
     """
-
-    version: Literal[1] = 1
-    """Version of this format."""
 
     patterns: Items[Pattern] = Field(min_length=1, max_length=PATTERNS)
     """The patterns; each trains `seeds` members of the ensemble."""
@@ -70,16 +65,6 @@ class PetSpec(SpecModel):
     classifier: ClassifierSpec = ClassifierSpec()
     """The final model."""
 
-    _source: Source = PrivateAttr(default_factory=Source)
-
-    @field_validator("version", mode="before")
-    @classmethod
-    def _version_is_a_number(cls, version: Any) -> Any:
-        if isinstance(version, bool):
-            message = f"spec version {str(version).lower()} is not supported"
-            reject(version, ((), GraftError("GC007", message, hint="this release reads version 1")))
-        return version
-
     @field_validator("patterns")
     @classmethod
     def _names_are_unique(cls, patterns: tuple[PatternSpec, ...]) -> tuple[PatternSpec, ...]:
@@ -88,7 +73,7 @@ class PetSpec(SpecModel):
             p if p.name is not None else p.model_copy(update={"name": _free(number, taken)})
             for number, p in enumerate(patterns, start=1)
         )
-        problems: list[_Problem] = []
+        problems: list[Problem] = []
         names: dict[str, int] = {}
         texts: dict[tuple[str, Verbalizer | None], int] = {}
         for index, pattern in enumerate(named):
@@ -103,17 +88,17 @@ class PetSpec(SpecModel):
                 hint = "more members of one pattern are `seeds`"
                 problems.append(((index,), GraftError("GC175", message, hint=hint)))
         if problems:
-            reject([{"name": p.name} for p in named], *problems)
+            reject(*problems)
         return named
 
     @model_validator(mode="after")
     def _verbalizers_fit(self) -> Self:
         problems = [*self._verbalizer_problems(), *self._member_problems()]
         if problems:
-            reject(self, *problems)
+            reject(*problems)
         return self
 
-    def _verbalizer_problems(self) -> Iterator[_Problem]:
+    def _verbalizer_problems(self) -> Iterator[Problem]:
         common = self.verbalizer
         own = [(index, p.verbalizer) for index, p in enumerate(self.patterns) if p.verbalizer is not None]
         if common is None and len(own) < len(self.patterns):
@@ -127,7 +112,7 @@ class PetSpec(SpecModel):
                 where = "the document's" if common is not None else f"that of patterns[{own[0][0]}]"
                 yield ("patterns", index, "verbalizer"), _other_labels(verbalizer.labels, first.labels, where)
 
-    def _member_problems(self) -> Iterator[_Problem]:
+    def _member_problems(self) -> Iterator[Problem]:
         for path, spec in ((("spec",), self.spec), (("classifier", "spec"), self.classifier.spec)):
             if spec.cloze is not None:
                 hint = "leave it out: patterns and verbalizer say it"
@@ -138,7 +123,7 @@ class PetSpec(SpecModel):
         if self.members == "bank":
             yield from self._bank_problems()
 
-    def _bank_problems(self) -> Iterator[_Problem]:
+    def _bank_problems(self) -> Iterator[Problem]:
         """Yield the reasons why members cannot be slots of one bank."""
         spec = self.spec
         example = "for example spec: {adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]}"
@@ -182,21 +167,10 @@ class PetSpec(SpecModel):
             return first
         return own.ordered(first.labels)
 
-    def place(self, path: str) -> Place:
-        """Return the place of a path such as ``patterns[0].text``, with line and column if it comes from a file."""
-        return self._source.place(path)
-
-    def locate(self, error: GraftError) -> GraftError:
-        """Return the error with file, line, column and corrected line filled in from the path of its place."""
-        return self._source.locate(error)
-
 
 def _free(number: int, taken: set[str]) -> str:
     """Return ``pattern-3`` for the third one, or the next free name, and mark it as taken."""
-    name, more = f"pattern-{number}", number
-    while name in taken:
-        more += 1
-        name = f"pattern-{more}"
+    name = next(name for name in map("pattern-{}".format, count(number)) if name not in taken)
     taken.add(name)
     return name
 

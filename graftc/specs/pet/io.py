@@ -34,9 +34,7 @@ def parse_pet_spec(text: str, *, format: Format = "yaml", file: str | None = Non
         GraftError: the same as for :func:`load_pet_spec`.
     """
     data, source = parse_document(text, format, file, "patterns: [...] and verbalizer: {...}")
-    spec = checked(PetSpec, data, source)
-    spec._source = source  # noqa: SLF001
-    return spec
+    return checked(PetSpec, data, source)
 
 
 def dump_pet_spec(spec: PetSpec) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 from pydantic import BeforeValidator, Field, field_validator
@@ -14,7 +16,7 @@ from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.errors.text import quoted
 from graftc.specs.limits import NAME
 from graftc.specs.pet.verbalizer import Verbalizer
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import refuse, reject
 
 __all__ = ["BLANKS", "LABEL", "Pattern", "PatternPart", "PatternSpec", "parse_pattern"]
 
@@ -48,17 +50,9 @@ def parse_pattern(text: str) -> tuple[PatternPart, ...]:
             blank.
     """
     parts: list[PatternPart] = []
-    literal = ""
-    for kind, piece in _pieces(text):
-        if kind == "text":
-            literal += piece
-            continue
-        if literal:
-            parts.append(PatternPart("text", literal))
-        literal = ""
-        parts.append(PatternPart(kind, piece))
-    if literal:
-        parts.append(PatternPart("text", literal))
+    for kind, same in groupby(_pieces(text), key=attrgetter("kind")):
+        pieces = list(same)
+        parts += [PatternPart("text", "".join(piece.text for piece in pieces))] if kind == "text" else pieces
     slots = [part.text for part in parts if part.kind == "slot"]
     blanks = sum(part.kind == "blank" for part in parts)
     if not blanks:
@@ -74,19 +68,19 @@ def parse_pattern(text: str) -> tuple[PatternPart, ...]:
     return tuple(parts)
 
 
-def _pieces(text: str) -> Iterator[tuple[Literal["text", "slot", "blank"], str]]:
+def _pieces(text: str) -> Iterator[PatternPart]:
     for match in _PIECE.finditer(text):
         piece, name = match.group(), match.group(1)
         if piece in ("{{", "}}"):
-            yield "text", piece[0]
+            yield PatternPart("text", piece[0])
         elif name is not None:
-            yield ("blank", "") if name == _BLANK else ("slot", _field(name))
+            yield PatternPart("blank", "") if name == _BLANK else PatternPart("slot", _field(name))
         elif piece in ("{", "}"):
             other = "}" if piece == "{" else "{"
             message = f"a brace at character {match.start() + 1} has no '{other}'"
             raise GraftError("GC175", f"{message}: {quoted(text)}", hint=_BETTER)
         else:
-            yield "text", piece
+            yield PatternPart("text", piece)
 
 
 def _field(name: str) -> str:
@@ -125,8 +119,7 @@ class PatternSpec(SpecModel):
             better = re.sub(r"[^\w.\-]+", "-", name, flags=re.ASCII).strip("-.")
             message = f"name {quoted(name)} must be letters, digits, '_', '.' and '-', as it names a folder"
             fix = (name, better) if better else None
-            hint = f"for example '{better}'" if better else None
-            reject(name, ((), GraftError("GC002", message, hint=hint, fix=fix)))
+            refuse((), message, hint=f"for example '{better}'" if better else None, fix=fix)
         return name
 
     @field_validator("text")
@@ -135,7 +128,7 @@ class PatternSpec(SpecModel):
         try:
             parse_pattern(text)
         except GraftError as error:
-            reject(text, ((), error))
+            reject(((), error))
         return text
 
     @cached_property
@@ -158,7 +151,7 @@ def _from_text(value: Any) -> Any:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, Mapping | PatternSpec):
-        reject(value, ((), GraftError("GC002", "a pattern is a text or a mapping with a text")))
+        refuse((), "a pattern is a text or a mapping with a text")
     return value
 
 

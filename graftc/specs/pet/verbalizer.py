@@ -11,18 +11,11 @@ from pydantic_core import CoreSchema, core_schema
 
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted, shown
+from graftc.specs.limits import LABELS, WORDS
 from graftc.specs.source import format_path
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import Problem, reject
 
-__all__ = ["LABELS", "WORDS", "Verbalizer"]
-
-LABELS = 1_000
-"""The largest number of labels of a verbalizer."""
-
-WORDS = 100
-"""The largest number of words of a label."""
-
-_Problem = tuple[tuple[str | int, ...], GraftError]
+__all__ = ["Verbalizer"]
 
 
 class Verbalizer(Mapping[str, tuple[str, ...]]):
@@ -92,7 +85,7 @@ def _validated(value: Any) -> Verbalizer:
         return value
     problems = list(_problems(value))
     if problems:
-        reject(value, *problems)
+        reject(*problems)
     return Verbalizer(value)
 
 
@@ -100,7 +93,7 @@ def _listed(words: str | Sequence[str]) -> tuple[str, ...]:
     return (words,) if isinstance(words, str) else tuple(words)
 
 
-def _problems(value: Any) -> Iterator[_Problem]:
+def _problems(value: Any) -> Iterator[Problem]:
     """Yield each problem with its path."""
     if not isinstance(value, Mapping):
         yield (), GraftError("GC002", f"a verbalizer is a mapping from labels to words, not {shown(value)}")
@@ -125,7 +118,7 @@ def _problems(value: Any) -> Iterator[_Problem]:
             yield (label,), GraftError("GC176", message, hint="no model could tell them apart; give one other words")
 
 
-def _label_problems(label: Any, words: Any) -> Iterator[_Problem]:
+def _label_problems(label: Any, words: Any) -> Iterator[Problem]:
     if not isinstance(label, str):
         hint = "labels are texts: write them in quotes"
         yield (), GraftError("GC002", f"a label is a text, not {shown(label)}", hint=hint)

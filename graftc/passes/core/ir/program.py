@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any, Literal, cast
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 from torch import fx
@@ -24,6 +25,8 @@ from graftc.passes.core.weights.tensor_edits import TensorEdits
 
 if TYPE_CHECKING:
     import networkx as nx
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -285,15 +288,25 @@ def above(
     return sorted(reached)
 
 
-def marks_above(graph: fx.Graph, marks: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
-    """Return for every node the marks, as bits, of itself and of everything that it is computed from."""
-    combined: dict[fx.Node, int] = {}
-    for node in graph.nodes:
-        mark = marks.get(node, 0)
-        for source in node.all_input_nodes:
-            mark |= combined[source]
-        combined[node] = mark
-    return combined
+class ItemsAbove(Generic[T]):
+    """Which items of some nodes every value of a graph is computed from.
+
+    Args:
+        graph: the graph.
+        items: the items, by their nodes.
+    """
+
+    def __init__(self, graph: fx.Graph, items: Mapping[fx.Node, T]) -> None:
+        self._items = tuple(items.values())
+        bits = {node: 1 << number for number, node in enumerate(items)}
+        self._marks: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            sources = (self._marks[source] for source in node.all_input_nodes)
+            self._marks[node] = reduce(or_, sources, bits.get(node, 0))
+
+    def of(self, value: fx.Node) -> tuple[T, ...]:
+        """Return the items of a value and of everything that it is computed from, in their order."""
+        return tuple(item for number, item in enumerate(self._items) if self._marks[value] >> number & 1)
 
 
 def is_above(node: fx.Node, other: fx.Node) -> bool:

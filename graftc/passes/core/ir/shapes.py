@@ -222,6 +222,13 @@ class FakeContext:
         return self._tensors[key]
 
 
+def same_type(one: Any, other: Any) -> bool:
+    """Return whether two values are tensors of the same dtype and shape."""
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)) or one.dtype != other.dtype:
+        return False
+    return list(map(expression, one.shape)) == list(map(expression, other.shape))
+
+
 def types_of(value: Any) -> Any:
     """Return the arguments of a call with types instead of values, as a key to look results up by."""
     if isinstance(value, torch.fx.Node):

@@ -9,11 +9,9 @@ from pydantic import Field, model_validator
 
 from graftc.specs.base import MethodSpec, SpecModel
 from graftc.specs.claims import SiteKind
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.limits import SIZE
-from graftc.specs.methods.bottleneck import Activation, Init
+from graftc.specs.methods.bottleneck import WIDTHS, Activation, BottleneckWidth, Init
 from graftc.specs.methods.prefix import Reparameterization
-from graftc.specs.spec_errors import reject
 from graftc.specs.target import written_fields
 
 __all__ = ["AdapterPart", "PartsSpec", "PrefixPart"]
@@ -22,14 +20,8 @@ PARTS: Mapping[SiteKind, str] = {SiteKind.SUBLAYER: "adapter", SiteKind.ATTENTIO
 """The part at each kind of site."""
 
 
-class AdapterPart(SpecModel):
+class AdapterPart(BottleneckWidth):
     """The bottleneck adapters of a method that combines them with other parts."""
-
-    bottleneck: int | None = Field(default=None, ge=1, le=SIZE)
-    """Width of the bottleneck. Give this or `reduction`."""
-
-    reduction: float | None = Field(default=None, gt=0)
-    """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""
 
     activation: Activation = "relu"
     """The activation function between the two projections."""
@@ -40,19 +32,10 @@ class AdapterPart(SpecModel):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability of dropping an entry of the bottleneck during training."""
 
-    @model_validator(mode="after")
-    def _has_one_width(self) -> Self:
-        if self.bottleneck is not None and self.reduction is not None:
-            message = "bottleneck and reduction both say how wide the bottleneck is"
-            reject(self, (("reduction",), GraftError("GC002", message, hint="leave one of them out")))
-        return self
-
     def fields(self, default: Mapping[str, Any]) -> dict[str, Any]:
         """Return the values for the spec of an adapter; ``default`` is its width if none is given."""
-        values = {f: getattr(self, f) for f in type(self).model_fields}
-        given = {f: values.pop(f) for f in ("bottleneck", "reduction")}
-        widths = {f: v for f, v in given.items() if v is not None} or dict(default)
-        return {**values, **widths}
+        values = {f: getattr(self, f) for f in type(self).model_fields if f not in WIDTHS}
+        return {**values, **(self.given_widths() or default)}
 
 
 class PrefixPart(SpecModel):

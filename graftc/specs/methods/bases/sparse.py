@@ -9,8 +9,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from graftc.specs.base import MethodSpec
-from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.spec_errors import reject
+from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
 __all__ = ["BudgetSpec", "SelectionSpec", "StagedSpec", "share"]
@@ -52,8 +51,7 @@ class SelectionSpec(BudgetSpec):
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if self.density is not None and self.entries is not None:
-            error = GraftError("GC002", "density and entries both say how many entries train", hint="leave one out")
-            reject(self.entries, (("entries",), error))
+            refuse("entries", "density and entries both say how many entries train", hint="leave one out")
         return self
 
     def budget(self, total: int) -> int:
