@@ -170,7 +170,7 @@ def checked(kind: type[T], data: dict[str, Any], source: Source) -> T:
         raise source.locate(explain(error, kind, data)) from None
     except GraftError as error:
         raise source.locate(error) from None
-    document._source = source
+    document._source = source  # noqa: SLF001
     return document
 
 

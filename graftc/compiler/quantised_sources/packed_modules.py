@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from graftc.compat.modules import parameters_of
 from graftc.compiler.resolve.untie import another_handle
 from graftc.passes.core.ops.unpack import FAMILIES
 from graftc.passes.core.packing.modules import Packed, hold_packed
@@ -45,7 +46,7 @@ def with_packed(module: nn.Module, packed: Mapping[str, Packed]) -> nn.Module:
         name: copy.copy(value) if name.startswith("_") and isinstance(value, dict | set) else value
         for name, value in module.__dict__.items()
     }
-    handles = {name: p if p is None else another_handle(p) for name, p in module._parameters.items()}
-    copied._parameters = handles
+    handles = {name: p if p is None else another_handle(p) for name, p in parameters_of(module).items()}
+    parameters_of(copied).update(handles)
     hold_packed(copied, packed)
     return copied  # type: ignore[no-any-return]

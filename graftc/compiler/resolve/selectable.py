@@ -11,13 +11,13 @@ from torch import fx, nn
 
 from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
 from graftc.compiler.resolve.token_embeddings import token_embeddings
-from graftc.compiler.roles.findings import Finding, Structure, Unresolved, format_runs, reasons
+from graftc.compiler.roles.findings import Structure, reasons
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.entries import slices_of
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, NormSite, ParameterSite, Site, SublayerSite
 from graftc.passes.core.weights.runs import Runs
 from graftc.passes.core.weights.store import Store
-from graftc.records.roles import Finding
+from graftc.records.roles import Finding, Unresolved
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import format_runs

@@ -136,22 +136,23 @@ class Selection(AsTarget):
         if not self._same_model(two):
             message = f"one selection is of {self._places.model}, the other of {two._places.model} with other places"
             raise GraftError("GC073", message, hint="select both in the same model")
-        keys = combine(self._keys, other._keys)
+        keys = combine(self._keys, two._keys)
         return self._like(
             None,
             meant=Meant([c for c in self._places.candidates if c.key in keys]),
             within=None,
-            said=f"({self._expression}) {sign} ({other._expression})",
-            before=tuple(dict.fromkeys((*self._faults, *other._faults))),
-            method=self._method if self._method == other._method else None,
-            remarks=tuple(dict.fromkeys((*self._remarks, *other._remarks, *self._fused_with(other)))),
+            said=f"({self._expression}) {sign} ({two._expression})",
+            before=tuple(dict.fromkeys((*self._faults, *two._faults))),
+            method=self._method if self._method == two._method else None,
+            remarks=tuple(dict.fromkeys((*self._remarks, *two._remarks, *self._fused_with(two)))),
         )
 
     def _fused_with(self, other: Selection) -> list[str]:
         """Return a note if one selection has rows of a fused weight and the other one the whole weight: two places."""
-        for one, two in ((self, other), (other, self)):
-            whole = {c.module for c in two._meant.chosen if not c.part and c.kind in _WEIGHTS}
-            part = next((c for c in one._meant.chosen if c.part and c.module in whole), None)
+        chosen = (self._meant.chosen, other._meant.chosen)
+        for one, two in (chosen, chosen[::-1]):
+            whole = {c.module for c in two if not c.part and c.kind in _WEIGHTS}
+            part = next((c for c in one if c.part and c.module in whole), None)
             if part is not None:
                 names = f"{one_line(part.name)} and {one_line(part.module)}"
                 return [f"note: {names} are two places, rows of a weight and the whole; name a role on both sides"]
@@ -166,7 +167,7 @@ class Selection(AsTarget):
 
     def _like(self, written: Target | None, **changes: Any) -> Selection:
         """Return a copy with another target, which is matched, and with other values of some attributes."""
-        copied = copy.copy(self)
+        copied: Selection = copy.copy(self)
         for name, value in {**changes, "written": written}.items():
             setattr(copied, f"_{name}", value)
         if written is not None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from graftc.compat.modules import parameters_of
 from graftc.compiler.resolve.token_embeddings import TokenEmbeddings
-from graftc.compiler.roles.findings import Finding, Structure, Sublayer, place, reasons
+from graftc.compiler.roles.findings import Structure, place, reasons
 from graftc.compiler.roles.layer_values import attended, value_sites
 from graftc.compiler.roles.positions import position_readers
 from graftc.passes.core.ir.program import ItemsAbove, Program

@@ -118,6 +118,6 @@ def _untie(root: nn.Module, module: nn.Module, path: str) -> bool:
     for inner in module.modules():
         for name, parameter in parameters_of(inner).items():
             if parameter is not None and id(parameter) in outside:
-                inner._parameters[name] = another_handle(parameter)
+                parameters_of(inner)[name] = another_handle(parameter)
                 changed = True
     return changed

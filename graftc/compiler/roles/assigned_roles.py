@@ -16,6 +16,7 @@ from graftc.compiler.roles.flow import Attention, Flow, bits
 from graftc.compiler.roles.maps import Linear
 from graftc.passes.core.weights.runs import Runs, runs_of
 from graftc.passes.core.worklist import Worklist
+from graftc.records.roles import Finding, Sublayer, Unresolved
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.text import format_runs
 
@@ -181,7 +182,7 @@ class Labels:
     def fail(self, node: fx.Node, reason: str) -> None:
         """Record why a weight or table has no role; only the first reason is kept."""
         module = self.module(node)
-        self.unresolved.setdefault(node, Unresolved(module, reason, *place(module)))
+        self.unresolved.setdefault(node, Unresolved(module, *place(module), reason))
 
     # --- results ---------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,50 +67,13 @@ class Structure:
         return role_rows(self.findings)
 
     def unresolved_rows(self) -> list[tuple[str, str, str]]:
-        """Return table lines of module, layers and reason.
-
-        Equal layers of a stack share a line, with the first reason.
-        """
-        grouped: dict[tuple[str, str], list[Unresolved]] = {}
-        for u in self.unresolved:
-            grouped.setdefault((_starred(u.module, u), _NUMBER.sub("#", u.reason)), []).append(u)
-        return [
-            (module, format_layers(u.layer for u in entries if u.layer is not None), entries[0].reason)
-            for (module, _), entries in grouped.items()
-        ]
-
-
-_NUMBER = re.compile(r"\d+")
-
-
-def _starred(path: str, finding: Finding | Unresolved) -> str:
-    """Return the path with the layer number replaced by a star."""
-    if finding.layer is None:
-        return path
-    return path.replace(f"{finding.stack}.{finding.layer}", f"{finding.stack}.*", 1)
+        """Return `unresolved_rows` of what has no role."""
+        return unresolved_rows(self.unresolved)
 
 
 def reasons(unresolved: Iterable[Unresolved], spot: tuple[str, int] | None) -> list[str]:
     """Return what was left without a role in a layer (its stack and number), or in the whole model, and why."""
     return [f"{u.module}: {u.reason}" for u in unresolved if spot is None or (u.stack, u.layer) == spot]
-
-
-def format_runs(runs: Runs, limit: int = 4) -> str:
-    """Return runs as text, ``0:48,96:144``; if there are more than ``limit``, the first ones and the total number."""
-    text = ",".join(f"{a}:{b}" for a, b in runs[:limit])
-    return text if len(runs) <= limit else f"{text},... ({len(runs)} runs)"
-
-
-def format_layers(layers: Iterable[int]) -> str:
-    """Return layer numbers as text: ``0-11``, ``0,2,4``."""
-    numbers = sorted(set(layers))
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 def place(module: str) -> tuple[int | None, str]:

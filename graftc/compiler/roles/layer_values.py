@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import fx
 
-from graftc.compiler.roles.findings import Finding, Structure, Sublayer
+from graftc.compiler.roles.findings import Structure
 from graftc.passes.core.ir.program import ItemsAbove, is_above
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import SiteKey, TokenNumbers, ValueSite

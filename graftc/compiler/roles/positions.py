@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compiler.roles.embeddings_and_heads import counts_tokens
-from graftc.compiler.roles.findings import Finding
 from graftc.passes.core.ir.program import above, gives_tensors
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import Positions

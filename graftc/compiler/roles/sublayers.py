@@ -9,12 +9,13 @@ from torch import Tensor, fx
 
 from graftc.compiler.roles.assigned_roles import Labels
 from graftc.compiler.roles.columns import Through
-from graftc.compiler.roles.findings import Sublayer, place
+from graftc.compiler.roles.findings import place
 from graftc.compiler.roles.flow import Residual, tensor_nodes
 from graftc.compiler.roles.operators import NORMALISING, PADDING, PASSING, SHAPING, beneath
 from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.sites.moves import Move, names_of
 from graftc.passes.core.worklist import Worklist
+from graftc.records.roles import Sublayer
 
 _ARRANGING = SHAPING | names_of(Move.COPY, Move.ITEM)
 _ENDS = {"attn.o": "attn.sublayer", "ffn.down": "ffn.sublayer", "experts": "ffn.sublayer"}

@@ -13,7 +13,6 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program, mutates, nodes_in
 from graftc.passes.core.ir.shapes import expression

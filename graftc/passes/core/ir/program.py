@@ -6,8 +6,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from operator import attrgetter, or_
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import fx
