@@ -7,7 +7,7 @@ import errno
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from graftc.files.held_folder import HeldFolder
@@ -36,8 +36,7 @@ class _Journal:
     replace: bool
 
     def to_json(self) -> str:
-        data = {"folder": self.folder, "place": self.place, "companions": self.companions, "replace": self.replace}
-        return json.dumps(data)
+        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, raw: bytes) -> _Journal:

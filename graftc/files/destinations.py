@@ -22,7 +22,6 @@ __all__ = [
     "check_folder",
     "check_path",
     "holds",
-    "only_files",
     "overlap",
 ]
 
@@ -33,17 +32,12 @@ SEALED: Mapping[str, str] = MappingProxyType({"manifest.json": "artifact", "graf
 _MOST = 64 * 2**20
 
 
-def only_files(path: Path) -> bool:
-    """Return whether ``force`` may replace what is at a path, by the default rule: only files."""
-    return path.is_file()
-
-
 def check_destination(
     path: Path,
     *,
     force: bool = False,
     companions: Sequence[str] = (),
-    replaceable: Callable[[Path], bool] = only_files,
+    replaceable: Callable[[Path], bool] = Path.is_file,
 ) -> None:
     """Refuse early what `staged` would refuse after the work is done.
 

@@ -119,8 +119,6 @@ def _locked(parent: HeldFolder, name: str) -> HeldFolder:
 
 def discard_others(parent: HeldFolder, name: str, resume: str | None) -> None:
     """Discard what killed runs of this user have left of other work that was to be put in the same place."""
-    if sys.platform == "win32":
-        return
     kept = None if resume is None else _resumable(name, resume)
     begin = f".{name}.graftc-"
     for inner in parent.names():
@@ -133,8 +131,6 @@ def recover(folder: Path) -> None:
 
     What cannot be repaired stays unchanged, and so does what belongs to other users or can be written by them.
     """
-    if sys.platform == "win32":
-        return
     with contextlib.suppress(OSError), HeldFolder.open(folder, follow=True) as parent:
         recover_in(parent)
 
@@ -145,8 +141,6 @@ def recover_in(parent: HeldFolder) -> None:
     Raises:
         OSError: if its names cannot be read.
     """
-    if sys.platform == "win32":
-        return
     for name in parent.names():
         if _STAGING.fullmatch(name):
             _sweep(parent, name)
@@ -160,6 +154,8 @@ def _sweep(parent: HeldFolder, name: str, *, resumable: bool = False) -> None:
         name: its name.
         resumable: whether to discard work that could be resumed as well.
     """
+    if sys.platform == "win32":  # without locks, nothing tells whether the run has been killed
+        return
     with contextlib.suppress(OSError), _locked(parent, name) as staging:
         waits = staging.is_file(_RESUME) and not staging.is_file(JOURNAL)
         if (waits and not resumable) or not staging.is_private():

@@ -25,7 +25,6 @@ from graftc.files.destinations import (
     check_destination,
     check_folder,
     holds,
-    only_files,
     overlap,
 )
 from graftc.files.held_folder import HeldFolder
@@ -51,7 +50,7 @@ def staged(
     *,
     force: bool = False,
     companions: Sequence[str] = (),
-    replaceable: Callable[[Path], bool] = only_files,
+    replaceable: Callable[[Path], bool] = Path.is_file,
     sources: Iterable[str | Path | None] = (),
     resume: str | None = None,
     keep_modes: bool = False,
@@ -103,7 +102,7 @@ def staged_or_dropped(
     name: str,
     *,
     force: bool = False,
-    replaceable: Callable[[Path], bool] = only_files,
+    replaceable: Callable[[Path], bool] = Path.is_file,
     sources: Iterable[str | Path | None] = (),
 ) -> Iterator[Path]:
     """Yield a path as `staged` does; without a destination, one called ``name`` that is deleted when the block ends.
@@ -134,15 +133,10 @@ def write_text(path: Path, text: str, *, force: bool = False) -> Path:
 
 def _make_parents(folder: Path) -> list[Path]:
     """Create a folder and those above it if they are missing, and return the new ones, the innermost first."""
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    created: list[Path] = []
+    missing = [step for step in (folder, *folder.parents) if not step.exists()]
     for step in reversed(missing):
         step.mkdir(exist_ok=True)
-        created.insert(0, step)
-    return created
+    return missing
 
 
 @contextlib.contextmanager
@@ -155,22 +149,19 @@ def alone_in(folder: Path | None) -> Iterator[None]:
         GraftError: GC063 if another one has locked it.
     """
     opened: HeldFolder | None = None
-    try:
-        if folder is not None:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-                opened = HeldFolder.open(folder, follow=True)
-        if opened is not None:
-            opened.lock()
-    except BlockingIOError as error:
-        assert opened is not None
-        opened.close()
-        hint = "wait until it has ended, or take another folder"
-        raise GraftError("GC063", f"another run is at work in {folder}", hint=hint) from error
-    try:
+    if folder is not None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            opened = HeldFolder.open(folder, follow=True)
+    if opened is None:
         yield
-    finally:
-        if opened is not None:
-            opened.close()
+        return
+    with opened:
+        try:
+            opened.lock()
+        except BlockingIOError as error:
+            hint = "wait until it has ended, or take another folder"
+            raise GraftError("GC063", f"another run is at work in {folder}", hint=hint) from error
+        yield
 
 
 def _umask() -> int:

@@ -109,8 +109,7 @@ class Compiled(ModelRoot, Generic[M]):
         Raises:
             GraftError: GC063 if something else is there, GC064 if the artifact cannot be written.
         """
-        written: Path = offered.saving_of(self._graftc).save(path, force=force, base=base, certify=certify, full=full)
-        return written
+        return cast(Path, self._graftc.save(path, force=force, base=base, certify=certify, full=full))
 
     def export(
         self,
@@ -158,9 +157,8 @@ class Compiled(ModelRoot, Generic[M]):
                 anything is written, GC066 for what is not a LoRA in a GGUF adapter, and GC068 for what the server does
                 not take.
         """
-        options: Any = {"inputs": inputs, "dtype": dtype, "server": server, "max_rank": max_rank}
-        written: Path = offered.exporting_of(self._graftc).export(path, format, example_inputs, **options, force=force)
-        return written
+        options = {"inputs": inputs, "dtype": dtype, "server": server, "max_rank": max_rank}
+        return cast(Path, self._graftc.export(path, format, example_inputs, **options, force=force))
 
     def disabled(self, *names: str) -> AbstractContextManager[None]:
         """Run the block without the named adaptations, or with the base alone if none is named.
@@ -177,8 +175,7 @@ class Compiled(ModelRoot, Generic[M]):
         Raises:
             GraftError: GC091 if there is no such adaptation, GC036 for a part of a composition.
         """
-        within: AbstractContextManager[None] = offered.adapters_of(self._graftc).disabled(*names)
-        return within
+        return cast("AbstractContextManager[None]", self._graftc.disabled(*names))
 
     def reference(self) -> ReferenceModel:
         """Return a module that computes what the base computes, in eval mode, over the tensors of this model.
@@ -188,8 +185,7 @@ class Compiled(ModelRoot, Generic[M]):
 
         It has the config, ``base_model`` and ``get_output_embeddings()`` of the base, and no parameters.
         """
-        reference: ReferenceModel = offered.referring_of(self._graftc).reference()
-        return reference
+        return cast("ReferenceModel", self._graftc.reference())
 
     def activate(self, choice: str | int, bank: str | None = None) -> None:
         """Choose the adaptation for calls that do not choose one themselves.
@@ -203,7 +199,7 @@ class Compiled(ModelRoot, Generic[M]):
         Raises:
             GraftError: GC038 if there is no such slot, GC091 if there is no such bank.
         """
-        offered.banks_of(self._graftc).activate(choice, bank)
+        self._graftc.activate(choice, bank)
 
     def train_only(self, *names: str) -> None:
         """Train only these adaptations from now on, or all of them if none is named.
@@ -217,7 +213,7 @@ class Compiled(ModelRoot, Generic[M]):
         Raises:
             GraftError: GC091 if there is no such adaptation.
         """
-        offered.banks_of(self._graftc).train_only(*names)
+        self._graftc.train_only(*names)
 
     def explain(self, name: str, mode: Mode = "eval") -> Explanation:
         """Explain why a printed value, node, place or tensor is in the adapted graph; print the result to read it.
@@ -225,8 +221,7 @@ class Compiled(ModelRoot, Generic[M]):
         Raises:
             GraftError: GC091 if nothing has this name, or several things have.
         """
-        explanation: Explanation = offered.inspecting_of(self._graftc).explain(name, mode)
-        return explanation
+        return cast("Explanation", self._graftc.explain(name, mode))
 
     def merged_state_dict(self, *, digests: bool = False) -> MergedTensors:
         """Return the tensors of the merged model one by one, for trainers that push weights to an inference engine.
@@ -249,8 +244,7 @@ class Compiled(ModelRoot, Generic[M]):
             GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 if an adapter has values that are
                 not finite; during iteration GC051 for such a tensor, GC052 for a bias that the class has no place for.
         """
-        tensors: MergedTensors = offered.merging_of(self._graftc).merged_state_dict(digests=digests)
-        return tensors
+        return cast("MergedTensors", self._graftc.merged_state_dict(digests=digests))
 
     def merge(
         self,
@@ -285,9 +279,8 @@ class Compiled(ModelRoot, Generic[M]):
                 an unknown one and GC036 for a part of a composition; GC165 for a quantised base if ``base`` is missing,
                 GC166 if weights cannot be packed again.
         """
-        options: Any = {"dtype": dtype, "base": base, "allow_unchanged": allow_unchanged}
-        merged = offered.merging_of(self._graftc).merge(names, budget=budget, progress=progress, **options)
-        return cast("Merged[M]", merged)
+        options = {"dtype": dtype, "base": base, "allow_unchanged": allow_unchanged}
+        return cast("Merged[M]", self._graftc.merge(names, budget=budget, progress=progress, **options))
 
     def merge_partially(
         self,
@@ -311,8 +304,7 @@ class Compiled(ModelRoot, Generic[M]):
             GraftError: GC051 over budget, GC052 if the class has no place for a folded tensor, GC104 if what folds
                 changes no tensor; for ``only``, GC050 and GC022 for what does not fold and GC091 for an unknown name.
         """
-        options: Any = {"base": base, "allow_unchanged": allow_unchanged}
-        partial = offered.merging_of(self._graftc).merge_partially(budget, only=only, **options)
+        partial = self._graftc.merge_partially(budget, only=only, base=base, allow_unchanged=allow_unchanged)
         return cast("Partial[M, Compiled[M]]", partial)
 
     def get_extra_state(self) -> Tensor:
@@ -328,8 +320,7 @@ class Compiled(ModelRoot, Generic[M]):
     @property
     def report(self) -> Report:
         """The additions of every adaptation: sites, parameters, bytes, FLOPs per token."""
-        report: Report = offered.inspecting_of(self._graftc).report
-        return report
+        return cast(Report, self._graftc.report)
 
     def __repr__(self) -> str:
         """Return the source's modules as text, each with the adaptations that it has.
@@ -337,9 +328,7 @@ class Compiled(ModelRoot, Generic[M]):
         For an adaptation it contains the shape of the weight, the method, its rank (or another measure of its size) and
         the number of trainable elements. Equal layers are shown once; the last line has totals.
         """
-        return printed(
-            self._graftc.compilation, self, *offered.ecosystem_of(self._graftc).get_nb_trainable_parameters()
-        )
+        return printed(self._graftc.compilation, self, *self._graftc.get_nb_trainable_parameters())
 
     def _repr_html_(self) -> str:
         """Return HTML for notebooks: the adaptations and what they train, and the collapsed tree of modules."""
@@ -386,5 +375,5 @@ def make_compiled(compilation: Compilation) -> Compiled:
         runner.install(key, runner.as_run(key))
     watch_training(runner)
     if compilation.spec.checkpoint == "layers":
-        offered.checkpointing_of(runner).gradient_checkpointing_enable()
+        runner.activation_checkpointing_enable()
     return compiled

@@ -109,29 +109,22 @@ def _are_paths(value: Any) -> bool:
 
 def _kind(value: Any) -> str:
     """Return what a value is in a training, in words; an empty string for anything else."""
-    if isinstance(value, nn.Module):
-        return "a model"
-    if isinstance(value, str | os.PathLike):
-        return "a path"
-    if is_foreign(value):
-        return "a config of PEFT"
-    if isinstance(value, SpecModel):
-        return "a spec"
-    if _is_a(value, "transformers.tokenization_utils_base", "PreTrainedTokenizerBase") or _is_a(
-        value, "transformers.processing_utils", "ProcessorMixin"
-    ):
-        return "a tokenizer"
-    if _is_a(value, "transformers.configuration_utils", "PreTrainedConfig"):
-        return "a config of transformers"
-    if isinstance(value, torch.Tensor):
-        return "example inputs"
-    if isinstance(value, Mapping):
-        if any(isinstance(part, torch.Tensor) for part in value.values()):
-            return "example inputs"
-        return "a spec" if "adapt" in value or "patterns" in value else ""
-    if isinstance(value, list | tuple) and value and all(isinstance(part, torch.Tensor) for part in value):
-        return "example inputs"
-    return ""
+    mapping = value if isinstance(value, Mapping) else {}
+    several = value if isinstance(value, list | tuple) else ()
+    kinds = (
+        ("a model", isinstance(value, nn.Module)),
+        ("a path", isinstance(value, str | os.PathLike)),
+        ("a config of PEFT", is_foreign(value)),
+        ("a spec", isinstance(value, SpecModel)),
+        ("a tokenizer", _is_a(value, "transformers.tokenization_utils_base", "PreTrainedTokenizerBase")),
+        ("a tokenizer", _is_a(value, "transformers.processing_utils", "ProcessorMixin")),
+        ("a config of transformers", _is_a(value, "transformers.configuration_utils", "PreTrainedConfig")),
+        ("example inputs", isinstance(value, torch.Tensor)),
+        ("example inputs", any(isinstance(part, torch.Tensor) for part in mapping.values())),
+        ("example inputs", bool(several) and all(isinstance(part, torch.Tensor) for part in several)),
+        ("a spec", "adapt" in mapping or "patterns" in mapping),
+    )
+    return next((kind for kind, fits in kinds if fits), "")
 
 
 def _is_a(value: Any, module: str, name: str) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from graftc.files.tensors.headers import Shard, StoredTensor
 from graftc.specs.regular_files import open_regular
 
-__all__ = ["DTYPES", "FORMAT_NAMES", "MappedFile"]
+__all__ = ["DTYPES", "MappedFile"]
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -26,7 +26,6 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 """Element types of the format that torch has."""
-FORMAT_NAMES: Mapping[torch.dtype, str] = MappingProxyType({dtype: name for name, dtype in DTYPES.items()})
 
 
 class MappedFile:

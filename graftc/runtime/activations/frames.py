@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,13 +53,11 @@ class FrameCode:
         function: ``f(module, frame, *inputs)``, which calls `keep` and `mark` on the frame.
         parts: the code that recomputes values.
         targets: for each marked value, its part and its place among the part's values.
-        tensor_at: function that returns a parameter of a module by name.
     """
 
     function: Callable[..., Any]
     parts: tuple[PartCode, ...]
     targets: tuple[tuple[int, int], ...]
-    tensor_at: Callable[[nn.Module, str], Tensor]
 
 
 class _Part:
@@ -72,7 +70,6 @@ class _Part:
 
     def __init__(self, code: PartCode, frame: Frame) -> None:
         self.code, self.module, self.casts = code, frame.module, frame.casts
-        tensor_at = frame.code.tensor_at
         self.roots: list[Any] | None = None
         # Keep the tensors themselves, since others may have replaced them by the backward pass.
         self.parameters = [(p.detach(), version_of(p)) for p in (tensor_at(self.module, n) for n in code.parameters)]
@@ -147,12 +144,12 @@ class _Saved:
     """The object that autograd keeps instead of a tensor: first the tensor itself, then the means to get it back.
 
     Attributes:
-        held: a tensor, a slot, or what the caller's own hooks keep.
+        source: the tensor, a slot, or what the caller's own hooks keep.
         version: the version of the tensor when it was saved.
         view: size, strides and offset of the tensor in a slot's value.
     """
 
-    __slots__ = ("held", "version", "view")
+    __slots__ = ("source", "version", "view")
 
     def __init__(self, tensor: Tensor) -> None:
         # A result that its own operator saves would keep the operator alive.
@@ -161,25 +158,19 @@ class _Saved:
 
     def become(self, slot: _Slot) -> None:
         """Release the tensor, whose value a slot has."""
-        tensor = self.held
-        self.view = tensor.shape, tensor.stride(), tensor.storage_offset()
-        self.held = slot
+        self.view = self.source.shape, self.source.stride(), self.source.storage_offset()
+        self.source = slot
 
     def get(self) -> Tensor:
         """Return the tensor."""
-        source = self.held
+        source = self.source
         if isinstance(source, Tensor):
             if version_of(source) != self.version:
                 raise RuntimeError(_CHANGED)
             return source
         if isinstance(source, _Slot):
             return source.get().as_strided(*self.view)
-        tensor: Tensor = source.get()
-        return tensor
-
-
-def _unpack(saved: _Saved) -> Tensor:
-    return saved.get()
+        return cast(Tensor, source.get())
 
 
 def _is_whole(tensor: Tensor) -> bool:
@@ -205,12 +196,12 @@ class Frame:
 
     def run(self, inputs: Sequence[Any]) -> Any:
         """Return the outputs of the call."""
-        with torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack):
+        with torch.autograd.graph.saved_tensors_hooks(self.pack, _Saved.get):
             outputs = self.code.function(self.module, self, *inputs)
         if self.hooks is not None:
             for waiting in self.open.values():
                 for saved in waiting:
-                    saved.held = _Kept(saved.held, saved.version, self.hooks)
+                    saved.source = _Kept(saved.source, saved.version, self.hooks)
         for part in self.parts.values():
             part.roots = [self.kept[index] for index in part.code.roots]
         return outputs

@@ -200,12 +200,10 @@ class _Choice:
             if node in self.owned:
                 free = self.recorded.storages[node] in self.recorded.outputs
                 network.add_edge(inner, outer, capacity=0 if free else self.bytes_of(node))
-            elif self._is_held(node):
-                network.add_edge(inner, outer, capacity=0)
-            elif self._is_tensor(node):
+            elif self._is_tensor(node) and self.recorded.storages.get(node) not in self.recorded.own:
                 network.add_edge(inner, outer)  # a view is kept by keeping its base
-            else:
-                network.add_edge(inner, outer, capacity=0)  # a number
+            else:  # a number, or the model's own tensor, which exists anyway, such as a mask of gradients
+                network.add_edge(inner, outer, capacity=0)
             if self.may_repeat(node, costly):
                 network.add_edge(source, inner, capacity=price * self._cost(node))
                 for operand in node.all_input_nodes:
@@ -247,10 +245,6 @@ class _Choice:
                 tuple(sorted(set().union(*(roots[node] for node in group)))),
                 tuple(sorted(group)),
             )
-
-    def _is_held(self, node: fx.Node) -> bool:
-        """Return whether a node's value is the model's own and exists anyway, such as a mask of gradients."""
-        return self.recorded.storages.get(node) in self.recorded.own
 
     def _is_tensor(self, node: fx.Node) -> bool:
         return node in self.recorded.storages or node in self.recorded.several

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection
-from typing import Any, Protocol
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,19 +21,6 @@ LEAST = 2**20
 
 AHEAD = 2
 """Number of tensors that are fetched before they are requested."""
-
-
-class Copies(Protocol):
-    """The interface for copying between a device and the host."""
-
-    def away(self, tensor: Tensor) -> Any:
-        """Start a copy to the host."""
-
-    def fetch(self, sent: Any) -> Any:
-        """Start a copy back to the device."""
-
-    def arrived(self, fetched: Any) -> Tensor:
-        """Return the tensor on the device, for what runs there from now on."""
 
 
 class StreamCopies:
@@ -89,7 +77,7 @@ class Offload:
         copies: the object that copies between the device and the host.
     """
 
-    def __init__(self, copies: Copies) -> None:
+    def __init__(self, copies: StreamCopies) -> None:
         self._copies = copies
         self._last: weakref.ref[_Sent] | None = None
 
@@ -117,11 +105,7 @@ class Offload:
         return self._copies.arrived(packed.fetched)
 
 
-_OFFLOADS: dict[torch.device, Offload] = {}
-
-
+@cache
 def offload_of(device: torch.device) -> Offload:
     """Return the hooks that offload the tensors of an accelerator."""
-    if device not in _OFFLOADS:
-        _OFFLOADS[device] = Offload(StreamCopies(device))
-    return _OFFLOADS[device]
+    return Offload(StreamCopies(device))

@@ -86,7 +86,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-class _Held:
+class _Kept:
     """The object that autograd keeps instead of a saved tensor."""
 
     __slots__ = ("__weakref__", "tensor")
@@ -102,13 +102,13 @@ def fake(value: Any, mode: FakeTensorMode) -> Any:
     unknown, they are on the CPU, whose operators show most of what they keep.
     """
 
-    def made(tensor: Tensor) -> Tensor:
+    def replacement(tensor: Tensor) -> Tensor:
         device = "cpu" if tensor.device.type == "meta" else tensor.device
         with mode:
-            replacement = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-            return replacement.requires_grad_(tensor.requires_grad) if tensor.requires_grad else replacement
+            new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            return new.requires_grad_() if tensor.requires_grad else new
 
-    return tree_map_only(Tensor, made, value)
+    return tree_map_only(Tensor, replacement, value)
 
 
 def record(
@@ -126,14 +126,14 @@ def record(
     Raises:
         Exception: any error that an operator raises for tensors without values.
     """
-    recorded, saved = Recorded(), weakref.WeakSet[_Held]()
+    recorded, saved = Recorded(), weakref.WeakSet[_Kept]()
     own: set[int] = set()
     values: dict[fx.Node, Any] = {}
     tensors: dict[str, Any] = {}
     waiting = iter(inputs)
 
-    def pack(tensor: Tensor) -> _Held:
-        kept = _Held(tensor)
+    def pack(tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
         saved.add(kept)
         return kept
 

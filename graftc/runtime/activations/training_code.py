@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -183,14 +183,12 @@ class TrainingCode:
             def is_buffer(name: str) -> bool:
                 return not isinstance(tensor_at(module, name), nn.Parameter)
 
-            default = ActivationPlan((), recorded.saved_bytes)
-            only = (unpacked,) if self.plain else None
-            candidates = [default]
+            available = [ActivationPlan((), recorded.saved_bytes)]
             if not self.plain or self._unpacks:
-                candidates = plans(self._graph, recorded, is_buffer, self._budget is not None, only)
-            available = tuple(candidates)
+                only = (unpacked,) if self.plain else None
+                available = plans(self._graph, recorded, is_buffer, self._budget is not None, only)
             codes = tuple(self._framed(module, recorded, plan.parts) if plan.parts else None for plan in available)
-            self.planned[kind] = Planned(available, codes)
+            self.planned[kind] = Planned(tuple(available), codes)
         planned = self.planned[kind].plans
         given = storage_sizes(t for t in inputs if isinstance(t, Tensor))
         kept = tuple(kept_by(plan.parts, recorded) for plan in planned)
@@ -221,13 +219,12 @@ class TrainingCode:
         where = {target: (n, at) for n, part in enumerate(parts) for at, target in enumerate(part.targets)}
         marked = _marked(self._graph, recorded, roots, list(where))
         codes = tuple(_part_code(part, roots, module) for part in parts)
-        return FrameCode(code_of(marked).over(module), codes, tuple(where.values()), tensor_at)
+        return FrameCode(code_of(marked).over(module), codes, tuple(where.values()))
 
 
 def choices_of(module: nn.Module) -> Choices:
     """Return the way in which each kind of call of a module runs."""
-    choices: Choices = vars(module)[OWN].choices
-    return choices
+    return cast(Choices, vars(module)[OWN].choices)
 
 
 def _seen(value: Any) -> Any:
@@ -241,14 +238,6 @@ def _hooks() -> Hooks | None:
     hooks = saved_tensor_hooks()
     frame = getattr(hooks[0], "__self__", None) if hooks is not None else None
     return frame.hooks if isinstance(frame, Frame) else hooks
-
-
-def _keep(frame: Frame, index: int, value: Any) -> None:
-    frame.keep(index, value)
-
-
-def _mark(frame: Frame, index: int, value: Tensor) -> None:
-    frame.mark(index, value)
 
 
 def _marked(graph: fx.Graph, recorded: Recorded, roots: Sequence[fx.Node], targets: Sequence[fx.Node]) -> fx.Graph:
@@ -266,11 +255,11 @@ def _marked(graph: fx.Graph, recorded: Recorded, roots: Sequence[fx.Node], targe
         readers = [user for node in sharing[recorded.storages[target]] for user in (node, *node.users)]
         last = max((user for user in readers if user.op != "output"), key=place.__getitem__)
         with marked.inserting_after(mapping[last]):
-            marked.call_function(_mark, (frame, index, mapping[target]))
+            marked.call_function(Frame.mark, (frame, index, mapping[target]))
     for index, root in enumerate(roots):
         context = marked.inserting_before(first) if root.op == "placeholder" else marked.inserting_after(mapping[root])
         with context:
-            marked.call_function(_keep, (frame, index, mapping[root]))
+            marked.call_function(Frame.keep, (frame, index, mapping[root]))
     return marked
 
 

@@ -88,7 +88,7 @@ class Exporter:
     prepare: Callable[[ExportJob], ReadyExport]
     check: Callable[[Mapping[str, Any]], object] = lambda _: None
     folds: bool = True
-    replaceable: Callable[[Path], bool] = only_files
+    replaceable: Callable[[Path], bool] = Path.is_file
     companions: Callable[[Path, Sequence[str]], tuple[str, ...]] = lambda path, inputs: ()
 
 

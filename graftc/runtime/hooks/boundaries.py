@@ -9,7 +9,7 @@ no module has hooks, code has no such stops.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -18,55 +18,37 @@ from graftc.compat.hooks import forward_hooks, hooks_after, hooks_before
 from graftc.passes.core.ir.functions import in_layer
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
-from graftc.runtime.hooks.layer_calls import LayerCall, Pending, given, mapped, running_call, taken, unknown_call
-from graftc.runtime.hooks.layer_learning import Border, Shown, in_graph, source_calls_at
+from graftc.runtime.hooks.layer_calls import LayerCall, Pending, given, running_call, shown, taken
+from graftc.runtime.hooks.layer_learning import Border, Shown, in_graph, source_calls
 from graftc.specs.errors.diagnostics import GraftError
 
 _HINT = "put it on the compiled model, on a whole layer or on the source model"
 
 
-@dataclass(frozen=True)
-class Boundary:
-    """The nodes where a module begins and ends in a graph, by name.
+def border_of(program: Program, path: str) -> Border | None:
+    """Return the border of a module below layers; None if no node of a graph belongs to it.
 
-    Attributes:
-        path: the path of the module.
-        first, last: its first and its last node, between which all others are.
-        inputs: outside values that exist when it begins: those that it reads, and others that are read later, which the
-            source may pass to the module as well.
-        outputs: its values that are read outside.
-    """
-
-    path: str
-    first: str
-    last: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    @property
-    def border(self) -> Border:
-        """The same boundary, in the form of a layer's border."""
-        return Border(self.path, 0, self.inputs, self.outputs)
-
-
-def boundary_of(program: Program, path: str) -> Boundary | None:
-    """Return the boundary of a module; None if no node of a graph belongs to it.
+    Its inputs are outside values that exist when it begins: those that it reads, and others that are read later, which
+    the source may pass to the module as well.
 
     Args:
         program: the graph.
         path: the path of the module.
     """
-    order = {node: number for number, node in enumerate(program.graph.nodes)}
-    inside = [node for node in order if node.op == "call_function" and in_layer(node, path)]
+    inside = _inside(program.graph, path)
     if not inside:
         return None
+    order = {node: number for number, node in enumerate(program.graph.nodes)}
     known, start = set(inside), order[inside[0]]
     sources = dict.fromkeys(source for node in inside for source in node.all_input_nodes if source not in known)
     inputs = [source for source in sources if source.op != "get_attr" and order[source] < start]
     inputs += [node for node in order if node not in sources and _is_alive(node, order, start)]
     outputs = [node for node in inside if any(user not in known for user in node.users)]
-    names = (tuple(node.name for node in nodes) for nodes in (inputs, outputs))
-    return Boundary(path, inside[0].name, inside[-1].name, *names)
+    return Border(path, 0, *(tuple(node.name for node in nodes) for nodes in (inputs, outputs)))
+
+
+def _inside(graph: fx.Graph, path: str) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_function" and in_layer(node, path)]
 
 
 def _is_alive(node: fx.Node, order: Mapping[fx.Node, int], start: int) -> bool:
@@ -79,31 +61,30 @@ def stopping(program: Program, paths: Iterable[str]) -> Program:
     """Return a copy of a Program that stops at the boundaries of modules, with inner modules within outer ones."""
     stopped = program.copy()
     for path in sorted(paths, key=lambda path: path.count("."), reverse=True):
-        if (boundary := boundary_of(stopped, path)) is not None:
-            _stop(stopped.graph, boundary)
+        if (border := border_of(stopped, path)) is not None:
+            _stop(stopped.graph, border)
     return stopped
 
 
-def _stop(graph: fx.Graph, boundary: Boundary) -> None:
+def _stop(graph: fx.Graph, border: Border) -> None:
     nodes = {node.name: node for node in graph.nodes}
-    own = {"module": boundary.path}
-    inputs, outputs = ([nodes[name] for name in names] for names in (boundary.inputs, boundary.outputs))
-    first, last = nodes[boundary.first], nodes[boundary.last]
-    inside = {node for node in graph.nodes if in_layer(node, boundary.path)}
+    inputs, outputs = ([nodes[name] for name in names] for names in (border.inputs, border.outputs))
+    inside = _inside(graph, border.path)
+    last = inside[-1]
     order = {node: number for number, node in enumerate(graph.nodes)}
-    with graph.inserting_before(first):
-        begun = graph.call_function(begin, (boundary.path, tuple(inputs)))
-        begun.meta = {**own, "val": tuple(node.meta.get("val") for node in inputs)}
+    with graph.inserting_before(inside[0]):
+        begun = graph.call_function(begin, (border.path, tuple(inputs)))
+        begun.meta = {"module": border.path, "val": tuple(node.meta.get("val") for node in inputs)}
         for number, node in enumerate(inputs):
-            _take(graph, begun, number, node, lambda user: user in inside)
+            _take(graph, begun, number, node, set(inside).__contains__)
     whole = all(order[user] > order[last] for node in outputs for user in node.users if user not in inside)
     with graph.inserting_after(last):
-        ended = graph.call_function(end, (boundary.path, begun, tuple(outputs), whole))
-    ended.meta = {**own, "val": tuple(node.meta.get("val") for node in outputs)}
+        ended = graph.call_function(end, (border.path, begun, tuple(outputs), whole))
+    ended.meta = {"module": border.path, "val": tuple(node.meta.get("val") for node in outputs)}
     behind = {node for node, number in order.items() if number > order[last]}
     with graph.inserting_after(ended):
         for number, node in enumerate(outputs):
-            _take(graph, ended, number, node, lambda user: user in behind)
+            _take(graph, ended, number, node, behind.__contains__)
 
 
 def _take(graph: fx.Graph, source: fx.Node, number: int, node: fx.Node, wanted: Callable[[fx.Node], bool]) -> None:
@@ -126,8 +107,7 @@ def begin(path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
     call = run.module_calls().get(path)
     if call is None:  # a list of layers, which is never called
         return values
-    values_at = _reader(values, run.cache)
-    args, kwargs = mapped(call.args, values_at), mapped(call.kwargs, values_at)
+    args, kwargs = (shown(tree, values, run.cache) for tree in (call.args, call.kwargs))
     run.begun.append((path, args, kwargs))
     for hook, with_kwargs in hooks_before(module):
         if with_kwargs:
@@ -151,7 +131,7 @@ def end(path: str, begun: tuple[Any, ...], values: tuple[Any, ...], whole: bool)
         return values
     _, args, kwargs = run.begun.pop()
     module, call = run.module.get_submodule(path), run.module_calls()[path]
-    pending = Pending(None, path, "", (), call)
+    pending = Pending(None, path, "", (), call, run.cache)
     results = given(pending, values)
     for hook, with_kwargs in hooks_after(module):
         replacement = hook(module, args, *([kwargs] if with_kwargs else []), results)
@@ -190,37 +170,32 @@ def _read_only(path: str) -> GraftError:
     return GraftError("GC043", message, hint=_HINT)
 
 
-def learn_modules(shown: Shown, key: ProgramKey, paths: Sequence[str]) -> dict[str, LayerCall]:
+def learn_modules(view: Shown, key: ProgramKey, paths: Sequence[str]) -> dict[str, LayerCall]:
     """Return how modules of the source are called where a graph runs, by path.
 
     Modules without nodes in the graph are left out, and so are those that the source does not call.
 
     Args:
-        shown: the view whose code runs.
+        view: the view whose code runs.
         key: the key of the Program.
         paths: paths of the modules.
     """
-    program, learned = shown.lowered_of(key), dict[str, LayerCall]()
-    boundaries = {path: each for path in paths if (each := original_boundary(program, path)) is not None}
-    calls = source_calls_at(shown.compilation, key, lambda base: _borders(base, boundaries))
-    for (path, _), (call, border) in calls.items():
-        if call.called:
-            learned[path] = in_graph(call, border, boundaries[path].border, program, by_name=True)
-    return learned
+    program = view.lowered_of(key)
+    stops = {path: border for path in paths if (border := original_border(program, path)) is not None}
+
+    def borders(base: Program) -> dict[tuple[str, int], Border]:
+        return {(path, 0): border for path in stops if (border := border_of(base, path)) is not None}
+
+    calls = source_calls(view.compilation, key, borders)
+    return {
+        path: in_graph(call, border, stops[path], program, by_name=True)
+        for (path, _), (call, border) in calls.items()
+        if call.called
+    }
 
 
-def unknown_modules(paths: Iterable[str]) -> dict[str, LayerCall]:
-    """Return unknown calls of modules, by path, for a sharded model, whose tensors no process has in full."""
-    return {path: unknown_call(path) for path in paths}
-
-
-def _borders(base: Program, paths: Mapping[str, Boundary]) -> dict[tuple[str, int], Border]:
-    boundaries = {path: boundary_of(base, path) for path in paths}
-    return {(path, 0): each.border for path, each in boundaries.items() if each is not None}
-
-
-def original_boundary(program: Program, path: str) -> Boundary | None:
-    """Return the boundary of a module in a Program that stops there; None if it does not.
+def original_border(program: Program, path: str) -> Border | None:
+    """Return the border of a module in a Program that stops there; None if it does not.
 
     The names are those of the values that are passed on.
     """
@@ -228,8 +203,7 @@ def original_boundary(program: Program, path: str) -> Boundary | None:
     ended = next((n for n in program.graph.nodes if n.target is end and n.args[0] == path), None)
     if begun is None or ended is None:
         return None
-    inputs, outputs = (tuple(map(_named, values)) for values in (begun.args[1], ended.args[2]))
-    return replace(Boundary(path, begun.name, ended.name, (), ()), inputs=inputs, outputs=outputs)
+    return Border(path, 0, *(tuple(map(_named, values)) for values in (begun.args[1], ended.args[2])))
 
 
 def without_stops(border: Border, program: Program) -> Border:

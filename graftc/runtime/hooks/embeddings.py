@@ -78,6 +78,20 @@ class Embeddings(Container):
         return _looked_up.values[-1]
 
 
+def path_by_getter(model: nn.Module, getter: str) -> str | None:
+    """Return the path of the module that a method of a model returns; None if there is no such method or module.
+
+    Args:
+        model: the model.
+        getter: the name of the method, by the convention of transformers, such as ``get_input_embeddings``.
+    """
+    try:
+        target = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return next((path for path, module in model.named_modules() if module is target), None)
+
+
 def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], None]) -> str | None:
     """Make the table of token embeddings of a compiled model accept hooks.
 
@@ -89,11 +103,7 @@ def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], Non
     Returns:
         The path of the table; None if the model has none, or is one.
     """
-    try:
-        table: Any = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    path: str = next((path for path, module in model.named_modules() if module is table), "")
+    path = path_by_getter(model, "get_input_embeddings")
     if not path:
         return None
     store.replace_container(path, Embeddings)._graftc.changed = changed

@@ -61,13 +61,13 @@ class Leaf:
     Attributes:
         name: the name of the place, for messages.
         at: the index of its value among those of the graph; None if it is not in the graph.
-        held: the value if it is not in the graph.
+        value: the value if it is not in the graph.
         cache: whether it is the cache of the call.
     """
 
     name: str
     at: int | None = None
-    held: Any = None
+    value: Any = None
     cache: bool = False
 
 
@@ -88,7 +88,7 @@ class LayerCall:
 
 def unknown_call(path: str) -> LayerCall:
     """Return the call of a layer that the source does not call as often as the graph does."""
-    arguments, results = (Leaf(name, held=NotInGraph(name, path)) for name in ("its arguments", "its results"))
+    arguments, results = (Leaf(name, value=NotInGraph(name, path)) for name in ("its arguments", "its results"))
     return LayerCall((arguments,), {}, results)
 
 
@@ -135,7 +135,7 @@ class Pending:
     key: str
     inputs: Sequence[Any]
     call: LayerCall
-    given: list[Any] = field(default_factory=list)
+    cache: Any
     raw: Any = None
     shown: Any = None
     ran: bool = False
@@ -165,11 +165,6 @@ def running(call: Running) -> Iterator[None]:
 def running_call() -> Running | None:
     """Return the innermost call of a model with hooks in this thread; None if there is none."""
     return _stacks.running[-1] if _stacks.running else None
-
-
-def is_running() -> bool:
-    """Return whether this thread is in a call of a model whose layers may have hooks."""
-    return bool(_stacks.running)
 
 
 def hooks_everywhere() -> bool:
@@ -212,15 +207,8 @@ def enter(owner: Any, module: Any, key: str, inputs: Sequence[Any]) -> Any:
     if key not in owner.calls:
         run.learn()
     call = owner.calls.get(key) or unknown_call(path)
-    pending = Pending(owner, path, key, inputs, call)
-
-    def shown(leaf: Leaf) -> Any:
-        at_hand = run.cache if leaf.cache else leaf.held
-        value = at_hand if leaf.at is None else inputs[leaf.at]
-        pending.given.append(value)
-        return value
-
-    args, kwargs = mapped(call.args, shown), mapped(call.kwargs, shown)
+    pending = Pending(owner, path, key, inputs, call, run.cache)
+    args, kwargs = (shown(tree, inputs, run.cache) for tree in (call.args, call.kwargs))
     _stacks.pending.append(pending)
     try:
         result = module(*args, **kwargs)
@@ -241,23 +229,15 @@ def inputs_of(pending: Pending, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     Raises:
         GraftError: GC043 if hooks have changed what the graph does not have.
     """
-    inputs = list(pending.inputs)
-    before = iter(pending.given)
-    for leaf, value in _paired(pending, (pending.call.args, pending.call.kwargs), (args, dict(kwargs)), "arguments"):
-        was = next(before)
-        if value is was:
-            continue
-        if leaf.at is None:
-            raise _unchangeable(pending, leaf.name)
-        inputs[leaf.at] = _alike(pending, leaf.name, was, value)
-    return inputs
+    trees = pending.call.args, pending.call.kwargs
+    return _with_changes(pending, pending.inputs, trees, (args, dict(kwargs)), "arguments")
 
 
 def given(pending: Pending, raw: Any) -> Any:
     """Return the result of a layer's ``forward``, given the results of its code."""
     outputs = raw if isinstance(raw, tuple | list) else (raw,)
     pending.raw, pending.ran = raw, True
-    pending.shown = mapped(pending.call.results, lambda leaf: leaf.held if leaf.at is None else outputs[leaf.at])
+    pending.shown = shown(pending.call.results, outputs, pending.cache)
     return pending.shown
 
 
@@ -266,15 +246,31 @@ def taken(pending: Pending, result: Any) -> Any:
     if result is pending.shown:
         return pending.raw
     single = not isinstance(pending.raw, tuple | list)
-    outputs = [pending.raw] if single else list(pending.raw)
-    for leaf, value in _paired(pending, pending.call.results, result, "results"):
-        was = leaf.held if leaf.at is None else outputs[leaf.at]
+    outputs = [pending.raw] if single else pending.raw
+    outputs = _with_changes(pending, outputs, pending.call.results, result, "results")
+    return outputs[0] if single else tuple(outputs)
+
+
+def _with_changes(pending: Pending, values: Sequence[Any], tree: Any, changed: Any, what: str) -> list[Any]:
+    """Return values of the graph with the changes that hooks have made to what they were shown of them.
+
+    Args:
+        pending: the call.
+        values: the values.
+        tree: the leaves of what the hooks were shown.
+        changed: the same as the hooks have left it.
+        what: what it is, for messages.
+    """
+    results = list(values)
+    for leaf, value in _paired(pending, tree, changed, what):
+        was = shown(leaf, values, pending.cache)
         if value is was:
             continue
         if leaf.at is None:
-            raise _unchangeable(pending, leaf.name)
-        outputs[leaf.at] = _alike(pending, leaf.name, was, value)
-    return outputs[0] if single else tuple(outputs)
+            message = f"a hook on {pending.path} changes {leaf.name}, a value that the graph does not have in this form"
+            raise GraftError("GC043", message, hint=_HINT)
+        results[leaf.at] = _alike(pending, leaf.name, was, value)
+    return results
 
 
 def _alike(pending: Pending, name: str, was: Any, value: Any) -> Any:
@@ -290,19 +286,15 @@ def _described(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
-def _unchangeable(pending: Pending, name: str) -> GraftError:
-    message = f"a hook on {pending.path} changes {name}, a value that the graph does not have in this form"
-    return GraftError("GC043", message, hint=_HINT)
-
-
-def mapped(tree: Any, of_leaf: Callable[[Leaf], Any]) -> Any:
-    """Return the tree of values for a tree of leaves."""
+def shown(tree: Any, values: Sequence[Any], cache: Any) -> Any:
+    """Return what hooks get for a tree of leaves, given the values of the graph and the cache of the call."""
     if isinstance(tree, Leaf):
-        return of_leaf(tree)
+        outside = cache if tree.cache else tree.value
+        return outside if tree.at is None else values[tree.at]
     if isinstance(tree, dict):
-        values = {name: mapped(each, of_leaf) for name, each in tree.items()}
-        return values if type(tree) is dict else type(tree)(**values)
-    return type(tree)(mapped(each, of_leaf) for each in tree)
+        members = {name: shown(each, values, cache) for name, each in tree.items()}
+        return members if type(tree) is dict else type(tree)(**members)
+    return type(tree)(shown(each, values, cache) for each in tree)
 
 
 def _paired(pending: Pending, tree: Any, value: Any, what: str) -> Iterator[tuple[Leaf, Any]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -78,24 +79,25 @@ def learn_layers(shown: Shown, store: Store, module: nn.Module, key: ProgramKey)
     """
     if is_unit(module):
         return
-    for (path, use), (call, border) in source_calls(shown.compilation, key).items():
+    for (path, use), (call, border) in source_calls(shown.compilation, key, _borders_of_layers).items():
         code: Any = store.container(path)._graftc
         name = f"{shown.label}{key}#{use}"
         if name in getattr(code, "borders", ()):
             code.calls[name] = in_graph(call, border, code.borders[name], shown.lowered_of(key))
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """An observed call of a layer of the source."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    results: Any
+_ObservedCall: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], Any]
+"""The arguments, keyword arguments and results of a call of a layer of the source."""
 
 
-def source_calls(compilation: Compilation, key: ProgramKey) -> dict[tuple[str, int], tuple[LayerCall, Border]]:
-    """Return how the source's layers are called where a graph runs.
+def _borders_of_layers(program: Program) -> dict[tuple[str, int], Border]:
+    return {(block.path, block.use): Border.of(block) for block in outline(program).blocks}
+
+
+def source_calls(
+    compilation: Compilation, key: ProgramKey, borders_in: Callable[[Program], Mapping[tuple[str, int], Border]]
+) -> dict[tuple[str, int], tuple[LayerCall, Border]]:
+    """Return how modules of the source are called where a graph runs.
 
     Leaves are numbered by the border of the base's graph. The source model is run once on a sample, and is unchanged
     afterwards.
@@ -103,22 +105,7 @@ def source_calls(compilation: Compilation, key: ProgramKey) -> dict[tuple[str, i
     Args:
         compilation: the Compilation with the source and its graphs.
         key: the key of the graph.
-    """
-    return source_calls_at(compilation, key, _borders_of_layers)
-
-
-def _borders_of_layers(program: Program) -> dict[tuple[str, int], Border]:
-    return {(block.path, block.use): Border.of(block) for block in outline(program).blocks}
-
-
-def source_calls_at(
-    compilation: Compilation, key: ProgramKey, borders_in: Callable[[Program], Mapping[tuple[str, int], Border]]
-) -> dict[tuple[str, int], tuple[LayerCall, Border]]:
-    """Return the same as `source_calls`, for any modules.
-
-    Args:
-        compilation, key: as for `source_calls`.
-        borders_in: function that returns the borders of modules in the base's graph, by path and use.
+        borders_in: function that returns the borders of the modules in the base's graph, by path and use.
     """
     program = _base_of(compilation, key)
     borders = borders_in(program)
@@ -131,8 +118,7 @@ def source_calls_at(
     for (path, use), border in borders.items():
         calls = seen.get(path, ())
         uses = sum(other == path for other, _ in borders)
-        one = calls[use] if len(calls) == uses else None
-        call = _matched(one, border, values, bound)
+        call = _matched(calls[use] if len(calls) == uses else None, border, values, bound)
         learned[path, use] = (call if calls or path not in seen else replace(call, called=False)), border
     return learned
 
@@ -144,22 +130,19 @@ def _base_of(compilation: Compilation, key: ProgramKey) -> Program:
 
 def _observed(
     compilation: Compilation, key: ProgramKey, program: Program, paths: set[str]
-) -> tuple[Mapping[str, list[_Seen]], Mapping[str, Tensor]]:
+) -> tuple[Mapping[str, list[_ObservedCall]], Mapping[str, Tensor]]:
     model = compilation.model
     # The compiled model may have been moved without its source.
     samples = samples_on(device_of(model), program, 0, _SIZES, config_of(model), front=False)
-    seen: dict[str, list[_Seen]] = {path: [] for path in paths}
+    seen: dict[str, list[_ObservedCall]] = {path: [] for path in paths}
 
-    def watch(path: str) -> None:
-        def saw(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> None:
-            seen[path].append(_Seen(args, dict(kwargs), results))
-
-        model.get_submodule(path).register_forward_hook(saw, with_kwargs=True)
+    def saw(path: str, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> None:
+        seen[path].append((args, dict(kwargs), results))
 
     axes = compilation.signatures[key.signature].axes
     with as_captured(CaptureRequest(model, axes, program.flags, "eval")):  # restores the tables of hooks
         for path in paths:
-            watch(path)
+            model.get_submodule(path).register_forward_hook(partial(saw, path), with_kwargs=True)
         try:
             model(**{name: tensor.clone() for name, tensor in samples.items()})
         except Exception:  # calls that were not observed are unknown to hooks
@@ -181,11 +164,10 @@ def _values(
     def given(node: fx.Node) -> Tensor:
         return samples[str(node.target)].to(device)
 
-    wanted = [nodes[name] for name in names]
-    return dict(zip(names, computed(wanted, given, tensor, device), strict=True))
+    return dict(zip(names, computed([nodes[name] for name in names], given, tensor, device), strict=True))
 
 
-def _matched(seen: _Seen | None, border: Border, values: Mapping[str, Any], bound: float) -> LayerCall:
+def _matched(seen: _ObservedCall | None, border: Border, values: Mapping[str, Any], bound: float) -> LayerCall:
     if seen is None:
         return unknown_call(border.path)
 
@@ -197,14 +179,14 @@ def _matched(seen: _Seen | None, border: Border, values: Mapping[str, Any], boun
                 at = nearest if nearest is not None and distances[nearest] <= bound else None
                 return Leaf(name, at, None if at is not None else NotInGraph(name, border.path))
             if isinstance(value, _PLAIN) or _is_cache(value):
-                return Leaf(name, held=value, cache=_is_cache(value))
+                return Leaf(name, value=value, cache=_is_cache(value))
             return Leaf(name, None, NotInGraph(name, border.path))
 
         return leaf
 
-    args = tree_of(seen.args, leaves(border.inputs))
-    kwargs = tree_of(seen.kwargs, leaves(border.inputs))
-    return LayerCall(args, kwargs, tree_of(seen.results, leaves(border.outputs)))
+    inputs, outputs = leaves(border.inputs), leaves(border.outputs)
+    args, kwargs, results = seen
+    return LayerCall(tree_of(args, inputs), tree_of(kwargs, inputs), tree_of(results, outputs))
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device)

@@ -88,7 +88,7 @@ def run_element(
     return result
 
 
-Made = tuple[Any, Mapping[str, Any]]
+Outcome = tuple[Any, Mapping[str, Any]]
 """The results of an element, and the other outputs of its graph."""
 
 
@@ -108,7 +108,7 @@ class _Call:
         self._path = str(module._graftc_path)
         self._inputs = {input_name(self._path, index): tensor for index, tensor in enumerate(tensors)}
 
-    def from_known(self) -> Made | None:
+    def from_known(self) -> Outcome | None:
         """Return the results of a known graph that is valid for the call; None if there is none.
 
         The graph that was valid for the element's last call is tried first.
@@ -117,13 +117,13 @@ class _Call:
         if len(holding) > 1:
             holding.sort(key=lambda signature: signature != vars(self._module).get(_LAST))
         for signature in holding:
-            outcome, _ = self._made(signature)
+            outcome, _ = self._outcome(signature)
             if outcome is not None:
                 vars(self._module)[_LAST] = signature
                 return outcome
         return None
 
-    def from_new(self) -> Made:
+    def from_new(self) -> Outcome:
         """Return the results of a new graph.
 
         Raises:
@@ -132,7 +132,7 @@ class _Call:
         structure = self.structure
         for _ in range(_TRIES):
             signature, structure = self._add(structure)
-            outcome, decided = self._made(signature)
+            outcome, decided = self._outcome(signature)
             if outcome is not None:
                 return outcome
             mode = mode_of(self._module)
@@ -152,7 +152,7 @@ class _Call:
             if structure is None or structure.undecided != self.structure:
                 continue
             specs = [spec for spec in base.inputs if spec.name in self._inputs]
-            kinds = [(self._inputs[spec.name], spec) for spec in specs]
+            kinds = ((self._inputs[spec.name], spec) for spec in specs)
             alike = all(_of_type(tensor, spec.dtype) and tensor.dim() == len(spec.shape) for tensor, spec in kinds)
             if alike and len(specs) == len(self._inputs) and fits(specs, self._inputs):
                 signatures.append(signature)
@@ -160,7 +160,7 @@ class _Call:
                     break
         return signatures
 
-    def _made(self, signature: Signature) -> tuple[Made | None, list[bool]]:
+    def _outcome(self, signature: Signature) -> tuple[Outcome | None, list[bool]]:
         """Run the graph of a signature; return its results and the call's decisions.
 
         The results are None if the graph is not valid for these decisions; its effects are undone then.
@@ -175,7 +175,7 @@ class _Call:
         code: ElementCode = executable.known[ELEMENTS][self._path]
         structure = calls_in(executable.program.flags)[self._path]
         taken = structure.decisions(mode_of(self._module))
-        undo = self._undo(executable.once("updated", _updated)) if taken else None
+        undo = self._undo(executable.once("updated", lambda program: tuple(updated(program.graph)))) if taken else None
         results = code.run(runner.module, *(self._inputs[name] for name in code.inputs))
         outputs = code.outputs.build(results if isinstance(results, tuple | list) else (results,))
         decided = torch.stack(outputs[DECIDED]).tolist() if taken and outputs[DECIDED] else []
@@ -247,11 +247,6 @@ class _Call:
 _LAST = "_graftc_last"
 """The attribute of an element with the signature that was valid for its last call."""
 _TRIES = 4
-
-
-def _updated(program: Program) -> tuple[str, ...]:
-    """Return the names of the Store's tensors that a Program writes to."""
-    return tuple(updated(program.graph))
 
 
 ELEMENTS = "elements"

@@ -142,8 +142,8 @@ class LiveRoot:
 
     def _warn_of_whole(self, runner: GraphRunner, outputs: Any) -> None:
         """Warn with GC151, once, if the spec asks for a chunked loss and the loss is not in one graph with a head."""
-        asked = runner.shown.compilation.spec.memory.loss == "chunked" and self.model.training
-        if not asked or self._ran.chunked or self._warned:
+        wanted = runner.shown.compilation.spec.memory.loss == "chunked" and self.model.training
+        if not wanted or self._ran.chunked or self._warned:
             return
         loss = getattr(outputs, "loss", None)
         if isinstance(loss, Tensor) and loss.requires_grad:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -17,19 +16,15 @@ from graftc.compiler.capture.interface import device_of
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.quantised_sources.recorded_packing import packed_as
 from graftc.files.tensors.folder import Refusal, TensorFolder
-from graftc.files.tensors.headers import read_shard
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor, weights_of
 from graftc.runtime.artifact.manifest import MANIFEST
-from graftc.runtime.compiled import make_compiled
+from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.loading.base import find_base
-from graftc.runtime.sources.folder_kinds import reader_of
+from graftc.runtime.sources.folder_kinds import is_state_dict, reader_of
 from graftc.runtime.sources.models import load_as_built
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
 
 WEIGHTS = "model.safetensors"
 
@@ -45,10 +40,7 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path | None:
 def is_checkpoint(path: Path) -> bool:
     """Return whether a folder contains a trainer's checkpoint of a compiled model, and not a model of transformers."""
     file = checkpoint_file(path)
-    try:
-        return file is not None and RECORD in read_shard(file).tensors
-    except (OSError, ValueError):
-        return False
+    return file is not None and is_state_dict(file)
 
 
 def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +23,12 @@ from graftc.passes.core.ir.printer import structural_hash
 from graftc.records.passes import PassRecord
 from graftc.runtime.artifact.manifest import MANIFEST, SignatureRecord, damaged
 from graftc.runtime.artifact.read import Artifact, open_artifact
-from graftc.runtime.compiled import make_compiled
+from graftc.runtime.compiled import Compiled, make_compiled
 from graftc.runtime.loading.base import find_base
 from graftc.runtime.loading.checkpoint import checkpoint_file, load_checkpoint
 from graftc.runtime.sources.models import load_as_built
 from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
 
 
 def load(path: str | os.PathLike[str], model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -26,9 +26,6 @@ from graftc.runtime.loading.load import base_of, different_graph, load_artifact
 from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
-
-if TYPE_CHECKING:
-    from graftc.runtime.compiled import Compiled
 
 
 @dataclass

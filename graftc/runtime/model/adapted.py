@@ -73,13 +73,13 @@ class AdaptedRunner(ModelRunner):
 
     # Other models of the same base
 
-    def made(self, compilation: Compilation) -> Any:
+    def compiled_of(self, compilation: Compilation) -> Any:
         """Return the compiled model of a Compilation."""
         raise NotImplementedError
 
     def over(self, compilation: Compilation) -> AdaptedRunner:
         """Return the Runner of another Compilation: the same Programs over another Store."""
-        return cast(AdaptedRunner, self.made(compilation)._graftc)
+        return cast(AdaptedRunner, self.compiled_of(compilation)._graftc)
 
     def sibling(
         self,
@@ -99,7 +99,7 @@ class AdaptedRunner(ModelRunner):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraftWarning)  # they were given when this model was compiled
             compilation = recompile(self.compilation, spec, values, model, axes)
-        return self.made(compilation).to(self.device)
+        return self.compiled_of(compilation).to(self.device)
 
     def alone(self, names: tuple[str, ...]) -> Any:
         """Compile a model with these adaptations only, ``train:`` and added tokens, and adapter tensors of its own.
@@ -305,13 +305,8 @@ class AdaptedRunner(ModelRunner):
         Raises:
             GraftError: as `without`.
         """
-        off, views = self.leaving.hidden | self.adaptations(tuple(names)), self.views.known
-        if off not in views:
-            with exclusive():
-                views.setdefault(self.shown.off, self.shown)
-                views[off] = self._view(off)
         runner = copy.copy(self)
-        runner.shown = views[off]
+        runner.shown = self._known_view(self.leaving.hidden | self.adaptations(tuple(names)))
         return runner
 
     def complete(self) -> AdaptedRunner:
@@ -359,14 +354,18 @@ class AdaptedRunner(ModelRunner):
         """Show the view without some adaptations."""
         if off == self.shown.off:
             return
+        if off not in self.views.known and is_traced():
+            raise GraftError("GC031", "this has no graph yet; call the model so once before compiling it")
+        self.shown = self._known_view(off)
+
+    def _known_view(self, off: frozenset[str]) -> AdaptedView:
+        """Return the view without some adaptations, which is made when it is first requested."""
         views = self.views.known
         if off not in views:
-            if is_traced():
-                raise GraftError("GC031", "this has no graph yet; call the model so once before compiling it")
-            views[self.shown.off] = self.shown
             with exclusive():
+                views.setdefault(self.shown.off, self.shown)
                 views[off] = self._view(off)
-        self.shown = views[off]
+        return views[off]
 
     def _view(self, off: frozenset[str]) -> AdaptedView:
         """Return a new view without some adaptations; what is shown does not change."""
@@ -387,9 +386,9 @@ class AdaptedRunner(ModelRunner):
 
     def view_of(self, compilation: Compilation, steering: Steerings, off: frozenset[str]) -> AdaptedView:
         """Return a view with its own code for a Compilation over the same tensors; other threads may run this."""
-        self.views.made += 1
+        self.views.count += 1
         beside = copy.copy(self)
-        beside.shown = AdaptedView(compilation, {}, f"{self.views.made}: ", off, steering)
+        beside.shown = AdaptedView(compilation, {}, f"{self.views.count}: ", off, steering)
         for key in (compilation.key("train"), compilation.key("eval")):
             beside.install(key, beside.as_run(key))
         return beside.shown

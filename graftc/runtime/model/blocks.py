@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from graftc.runtime.hooks.layer_calls import (
     given,
     inputs_of,
     is_heard,
-    is_running,
     pending_for,
+    running_call,
 )
 from graftc.runtime.hooks.layer_learning import Border
 
@@ -82,9 +83,26 @@ class LayerCode(Node):
             return module.forward(*inputs) if forward_hooks(module) else module(*inputs)
         if self.hearing.hooked or self.hearing.everywhere:
             key, *given = inputs
-            if is_heard(module) and is_running():
+            if is_heard(module) and running_call() is not None:
                 return enter(self, module, key, given)
         return module(*inputs)
+
+
+def _heard(register: Callable[..., RemovableHandle]) -> Any:
+    """Return a method of `nn.Module` that registers a hook, for layers.
+
+    The hook gets, and may change, what it does in the source model, also in calls with a cache; gradients are those of
+    the source's arguments and results. A value that the graph does not have in the source's form raises GC043 when the
+    hook looks into it.
+    """
+
+    @wraps(register)
+    def registered(self: Block, hook: Any, *args: Any, **options: Any) -> RemovableHandle:
+        if not of_fsdp(hook):
+            self._graftc.hearing.hooked = True
+        return register(self, hook, *args, **options)
+
+    return registered
 
 
 class Block(Container):
@@ -96,35 +114,10 @@ class Block(Container):
         super().__init__()
         self._graftc = LayerCode()
 
-    def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
-        """Register a hook that gets, and may change, what it does in the source model, also in calls with a cache.
-
-        A value that the graph does not have in the source's form raises GC043 when the hook looks into it.
-        """
-        self._hear(hook)
-        return nn.Module.register_forward_hook(self, hook, **options)
-
-    def register_forward_pre_hook(self, hook: Any, **options: Any) -> RemovableHandle:
-        """Register a forward pre-hook, as `register_forward_hook` does."""
-        self._hear(hook)
-        return nn.Module.register_forward_pre_hook(self, hook, **options)
-
-    def register_full_backward_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """Register a backward hook, as `register_forward_hook` does.
-
-        Its gradients are those of the source's arguments and results.
-        """
-        self._hear(hook)
-        return nn.Module.register_full_backward_hook(self, hook, prepend)
-
-    def register_full_backward_pre_hook(self, hook: Any, prepend: bool = False) -> RemovableHandle:
-        """Register a backward pre-hook, as `register_full_backward_hook` does."""
-        self._hear(hook)
-        return nn.Module.register_full_backward_pre_hook(self, hook, prepend)
-
-    def _hear(self, hook: Any) -> None:
-        if not of_fsdp(hook):
-            self._graftc.hearing.hooked = True
+    register_forward_hook = _heard(nn.Module.register_forward_hook)
+    register_forward_pre_hook = _heard(nn.Module.register_forward_pre_hook)
+    register_full_backward_hook = _heard(nn.Module.register_full_backward_hook)
+    register_full_backward_pre_hook = _heard(nn.Module.register_full_backward_pre_hook)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Run a part of a Program, given its key and inputs, or a call that `LayerCode.enter` has prepared.

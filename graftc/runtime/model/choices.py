@@ -117,14 +117,12 @@ def _ids(bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> 
 
 
 def _weights(bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> Tensor:
-    if not isinstance(given, Tensor):
-        given = torch.tensor(given, device=device)
-    slots = len(bank.bank)
-    if not given.is_floating_point() or given.shape[-1:] != (slots,) or given.shape[:-1] not in ((), (1,), (rows,)):
-        message = f"{name} is {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"
+    weights = given if isinstance(given, Tensor) else torch.tensor(given, device=device)
+    slots, shape = len(bank.bank), weights.shape
+    if not weights.is_floating_point() or shape[-1:] != (slots,) or shape[:-1] not in ((), (1,), (rows,)):
+        message = f"{name} is {str(weights.dtype).removeprefix('torch.')}{list(shape)}"
         raise GraftError("GC038", message, hint=f"give a weight for each of the {rows} rows and {slots} slots")
-    chosen: Tensor = given.expand(rows, slots)
-    return chosen
+    return weights.expand(rows, slots)
 
 
 def slot_of(bank: CompositionSpec, choice: str | int) -> int:

@@ -9,10 +9,10 @@ cache is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from graftc.compat.tensors import version_of
 from graftc.compiler.capture.interface import Interface
 from graftc.compiler.capture.past import CACHES, ENCODER, USE_CACHE, new_cache
 from graftc.specs.errors.diagnostics import GraftError
-
-if TYPE_CHECKING:
-    pass
 
 _HINT = "call with use_cache=True, which makes the cache at once"
 
@@ -80,13 +77,10 @@ class CallState:
             message = "the cache of a call is made when it is first used, and what the call read has been written to"
             message += ", or its hooks have changed"
             raise GraftError("GC140", message, hint=_HINT)
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(self.inference))
-            stack.enter_context(torch.set_grad_enabled(self.grad))
-            if self.autocast is not None:
-                stack.enter_context(torch.autocast(self.device, self.autocast))
-            elif torch.amp.is_autocast_available(self.device):
-                stack.enter_context(torch.autocast(self.device, enabled=False))
+        autocast: AbstractContextManager[Any] = nullcontext()
+        if torch.amp.is_autocast_available(self.device):
+            autocast = torch.autocast(self.device, self.autocast, enabled=self.autocast is not None)
+        with torch.inference_mode(self.inference), torch.set_grad_enabled(self.grad), autocast:
             yield
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -281,9 +282,10 @@ def stand_in(runner: ModelRunner, source: nn.Module) -> Any:
         "__doc__": type(source).__doc__,
         "__module__": type(source).__module__,
         "forward": _forward(runner, source),
-        "config": property(lambda self: self._graftc_runner.config),
-        "generation_config": property(lambda self: self._graftc_runner.module.generation_config),
+        "generation_config": property(attrgetter("_graftc_runner.module.generation_config")),
     }
+    of_runner = ("config", "device", "dtype", "training")
+    own |= {name: property(attrgetter(f"_graftc_runner.{name}")) for name in of_runner}
     cls: Any = type(type(source).__name__, (_StandIn, type(source)), own)
     instance = cls.__new__(cls)
     attributes = {
@@ -407,18 +409,6 @@ class _StandIn:
     """The Runner that computes what stands in front in its graphs."""
     _graftc_initial: Any = None
     _graftc_cache: Any = None
-
-    @property
-    def device(self) -> torch.device:
-        return self._graftc_runner.device  # type: ignore[no-any-return]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._graftc_runner.dtype  # type: ignore[no-any-return]
-
-    @property
-    def training(self) -> bool:
-        return bool(self._graftc_runner.training)
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """Return the encoder, whose calls are those of the Runner."""

@@ -244,8 +244,13 @@ class ModelRunner(Runner):
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
     def _look_at(self, key: ProgramKey, present: Mapping[str, Any]) -> None:
-        """Check the sizes and values of a call; the first one of each signature is checked further and remembered."""
-        self._require_positions(key, present)
+        """Check the positions and values of a call; the first one of each signature is checked further and remembered.
+
+        Raises:
+            GraftError: GC143 for more tokens than there are positions.
+        """
+        for table in self.position_tables(key):
+            table.require(present, self.store)
         if self.device.type != "meta":
             require(self.shown.executables[key].program.checks, present, self.store)
         if key.signature in self._looked_at:
@@ -256,15 +261,6 @@ class ModelRunner(Runner):
         resolved = self.shown.compilation.places().resolved if key.stage == "adapted" else ()
         virtual = [item.name for item in resolved if item.spec.virtual_tokens()]
         warn_of_packed(present, virtual, partial(gates_over_rows, self.shown.executables[key].program))
-
-    def _require_positions(self, key: ProgramKey, present: Mapping[str, Any]) -> None:
-        """Check that every token of a call has a position.
-
-        Raises:
-            GraftError: GC143.
-        """
-        for table in self.position_tables(key):
-            table.require(present, self.store)
 
     def position_tables(self, key: ProgramKey) -> tuple[PositionTable, ...]:
         """Return the tables that a Program reads at the positions of tokens.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
@@ -29,13 +29,13 @@ from graftc.passes.graph.outline import outline
 from graftc.passes.graph.packed_batches import reading_parts
 from graftc.records.graphs import LoweringOutcome
 from graftc.runtime.activations.budget import Choices
-from graftc.runtime.hooks.boundaries import heard_module, learn_modules, stopping, unknown_modules, without_stops
+from graftc.runtime.hooks.boundaries import heard_module, learn_modules, stopping, without_stops
 from graftc.runtime.hooks.embeddings import call_hooks
-from graftc.runtime.hooks.layer_calls import Hearing, LayerCall, Running, hooks_everywhere, running
+from graftc.runtime.hooks.layer_calls import Hearing, LayerCall, Running, hooks_everywhere, running, unknown_call
 from graftc.runtime.hooks.layer_learning import Border, learn_layers
 from graftc.runtime.model.blocks import Block
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 _CALLS = "calls of modules"
 
 
@@ -57,12 +57,11 @@ class Installed:
     outcomes: list[LoweringOutcome] = field(default_factory=list)
     known: dict[str, Any] = field(default_factory=dict)
 
-    def once(self, name: str, make: Callable[[Program], Made]) -> Made:
+    def once(self, name: str, make: Callable[[Program], Value]) -> Value:
         """Return a value that follows from the Program, computed when it is first requested."""
         if name not in self.known:
             self.known[name] = make(self.program)
-        value: Made = self.known[name]
-        return value
+        return cast(Value, self.known[name])
 
 
 @dataclass
@@ -264,12 +263,11 @@ class Runner:
         known = self.shown.executables[key].known
         if _CALLS not in known:
             known[_CALLS] = (
-                unknown_modules(self.stops)
+                {path: unknown_call(path) for path in self.stops}
                 if is_unit(self.module)
                 else learn_modules(self.shown, key, sorted(self.stops))
             )
-        calls: dict[str, LayerCall] = known[_CALLS]
-        return calls
+        return cast("dict[str, LayerCall]", known[_CALLS])
 
     def tell(self, path: str) -> None:
         """Have the next call stop where a module begins and ends, for hooks that are registered on it."""

@@ -7,11 +7,12 @@ affine function of their number; between them, it lies between the values at bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import fx
+from torch.utils._pytree import tree_flatten
 
 from graftc.runtime.activations.simulated import Levels, Part
 
@@ -96,28 +97,20 @@ def runs_of(graph: fx.Graph, kind: Callable[[fx.Node], Hashable]) -> list[Run]:
 
 def _shifted(before: Any, after: Any, number: Mapping[fx.Node, int], period: int) -> bool:
     """Return whether values are the same except that calls in them come ``period`` calls later."""
-    if isinstance(before, fx.Node) or isinstance(after, fx.Node):
-        if before is after:
-            return True
-        if not (isinstance(before, fx.Node) and isinstance(after, fx.Node)):
-            return False
-        if before in number or after in number:
-            return number.get(after) == number.get(before, -period - 1) + period
-        same = before.op == after.op == "call_function" and before.target == after.target
-        return same and _shifted((before.args, dict(before.kwargs)), (after.args, dict(after.kwargs)), number, period)
-    if isinstance(before, Mapping):
-        return (
-            isinstance(after, Mapping)
-            and before.keys() == after.keys()
-            and all(_shifted(value, after[key], number, period) for key, value in before.items())
-        )
-    if isinstance(before, Sequence) and not isinstance(before, str):
-        return (
-            isinstance(after, Sequence)
-            and len(before) == len(after)
-            and all(_shifted(a, b, number, period) for a, b in zip(before, after, strict=True))
-        )
-    return bool(before == after)
+    leaves, form = tree_flatten(before)
+    later_leaves, later_form = tree_flatten(after)
+    pairs = zip(leaves, later_leaves, strict=True)
+    return form == later_form and all(_is_shifted(one, other, number, period) for one, other in pairs)
+
+
+def _is_shifted(before: Any, after: Any, number: Mapping[fx.Node, int], period: int) -> bool:
+    """Do as `_shifted` for values that contain no others."""
+    if before is after or not (isinstance(before, fx.Node) and isinstance(after, fx.Node)):
+        return bool(before == after)
+    if before in number or after in number:
+        return number.get(after) == number.get(before, -period - 1) + period
+    same = before.op == after.op == "call_function" and before.target == after.target
+    return same and _shifted((before.args, dict(before.kwargs)), (after.args, dict(after.kwargs)), number, period)
 
 
 def shorten(graph: fx.Graph, counts: Mapping[Run, int]) -> None:

@@ -24,17 +24,6 @@ from graftc.runtime.model.runner import runner_of
 from graftc.runtime.model.shortened import KEPT, Run, Step, deep, runs_of, shorten
 
 
-def simulated_step(runner: AdaptedRunner, signature: Signature, present: Mapping[str, Any]) -> Activations:
-    """Return what a forward and a backward pass keep, and the memory that they take.
-
-    Args:
-        runner: the Runner of the model, which is not changed.
-        signature: the signature of the call.
-        present: tensors and flags of the call, by name; only the sizes of tensors matter.
-    """
-    return Simulation(runner).step(signature, present)
-
-
 class Simulation:
     """A copy of a model on tensors without memory.
 

@@ -78,11 +78,11 @@ class Views:
 
     Attributes:
         known: the views, by the adaptations that they leave out.
-        made: the number of views that have been made so far.
+        count: the number of views that have been made so far.
     """
 
     known: dict[frozenset[str], AdaptedView] = field(default_factory=dict)
-    made: int = 0
+    count: int = 0
 
 
 def with_every_adaptation(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
@@ -109,7 +109,7 @@ def over(compilation: Compilation, known: Compilation) -> Compilation:
 
 
 class Tables:
-    """Adds tensors to a Store's tree and removes them again."""
+    """Adds tensors to a Store's tree, and removes them again if necessary."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -119,10 +119,6 @@ class Tables:
         """Add a tensor by a new name."""
         self._store.put(fqn, tensor, persistent=persistent)
         self._put.append(fqn)
-
-    def drop(self, fqn: str) -> None:
-        """Remove a tensor, and containers that are empty afterwards."""
-        self._store.drop(fqn)
 
     def undo(self) -> None:
         """Remove all tensors that were added."""

@@ -23,25 +23,19 @@ from graftc.compiler.roles.structure import Structure, roles_of
 from graftc.compiler.steering import Steerings, steerings
 from graftc.passes.core.ir.eval_mode import dropouts
 from graftc.passes.core.weights.names import owner_of, parsed, renamed
-from graftc.passes.core.weights.store import Store
 from graftc.runtime.interop.peft.several import entry_of, names_of
-from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.views import Tables, over, tables_of
+from graftc.runtime.offered.state import persists
 from graftc.runtime.training.steering import watch_training
 from graftc.specs.base import MethodSpec
 from graftc.specs.changes import adding, leaving, renaming
+from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 
-class Adapters:
-    """Changes which adaptations a compiled model has, and which of them have an effect.
-
-    Args:
-        runner: the Runner of the model.
-    """
-
-    def __init__(self, runner: AdaptedRunner) -> None:
-        self.runner = runner
+class Adapters(Feature):
+    """Changes which adaptations a compiled model has, and which of them have an effect."""
 
     @exclusive()
     def add(
@@ -94,12 +88,10 @@ class Adapters:
                 changed then.
         """
         self._require_whole()
-        adaptation, path = next(iter(names_of([folder] if name is None else {name: folder}).items()))
-        known = [str(a.name) for a in self.runner.compilation.spec.adapt]
-        if adaptation in known:
-            raise GraftError(
-                "GC005", f"the name {adaptation!r} is taken by another adaptation", hint="give another name"
-            )
+        [(adaptation, path)] = names_of([folder] if name is None else {name: folder}).items()
+        if any(entry.name == adaptation for entry in self.runner.spec.adapt):
+            message = f"the name {adaptation!r} is taken by another adaptation"
+            raise GraftError("GC005", message, hint="give another name")
         base = self.runner.compilation
         capture, flags = base.main.captures[0], base.program("train", "base").flags
 
@@ -123,10 +115,7 @@ class Adapters:
                 tensors are sharded. Nothing has changed then.
         """
         self._require_whole()
-        spec = self.runner.compilation.spec
-        known = [str(a.name) for a in spec.adapt]
-        if name not in known:
-            raise unknown_name("adaptation", name, known)
+        spec = self._spec_with(name)
         if spec.composition_of(name) is not None:
             hint = "an adaptation of a composition goes with it; compile a spec without them"
             raise GraftError("GC036", f"{name!r} is part of a composition", hint=hint)
@@ -146,10 +135,7 @@ class Adapters:
                 is not valid, GC072 if the model's tensors are sharded. Nothing has changed then.
         """
         self._require_whole()
-        spec = self.runner.compilation.spec
-        known = [str(a.name) for a in spec.adapt]
-        if old not in known:
-            raise unknown_name("adaptation", old, known)
+        spec = self._spec_with(old)
         if old == new:
             return
         values = {_as(fqn, {old: new}): tensor for fqn, tensor in adapter_values(self.runner.store)}
@@ -228,9 +214,9 @@ class Adapters:
         try:
             for fqn, tensor in wanted.items():
                 if fqn in existing and existing[fqn][0] != fqn:
-                    tables.put(fqn, existing[fqn][1], persistent=_persists(fresh, fqn))
+                    tables.put(fqn, existing[fqn][1], persistent=persists(fresh, fqn))
                 elif fqn not in existing:
-                    tables.put(fqn, runner.here(tensor), persistent=_persists(fresh, fqn))
+                    tables.put(fqn, runner.here(tensor), persistent=persists(fresh, fqn))
             taken = over(taken, compilation)
             runner.compilation = taken
             steering = _joined(whole, steerings(taken), names)
@@ -244,7 +230,7 @@ class Adapters:
         updated = set(store.updated.values())
         for fqn, (old, tensor) in existing.items():
             if old not in wanted and old not in updated:
-                tables.drop(old)
+                store.drop(old)
             if fqn not in wanted:
                 tensor.grad = None
         store.settled = {_as(fqn, names) for fqn in settled} & wanted.keys() | fresh.settled
@@ -295,6 +281,13 @@ class Adapters:
             for table in tables:
                 for key in [key for key in table if not key.startswith(label)]:
                     del table[key]
+
+    def _spec_with(self, name: str) -> Spec:
+        """Return the spec; raise GC091 if it has no adaptation of a name."""
+        known = [str(a.name) for a in self.runner.spec.adapt]
+        if name not in known:
+            raise unknown_name("adaptation", name, known)
+        return self.runner.spec
 
     def _require_whole(self) -> None:
         """Raise GC072 if tensors are sharded, since engines have already recorded the parameters then."""

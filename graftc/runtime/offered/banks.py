@@ -13,8 +13,8 @@ from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.compose import ACTIVE
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.weights.names import adapter_name, owner_of, renamed
-from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.choices import slot_of
+from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.sharded import in_every_process
 from graftc.specs.compose import Bank, CompositionSpec
 from graftc.specs.document import Spec
@@ -24,15 +24,8 @@ Choice = str | int | Mapping[str, float]
 """A slot by name or number, or a mixture of slots, with a factor for each that takes part."""
 
 
-class Choosing:
-    """Chooses among the adaptations of banks, for later calls or permanently.
-
-    Args:
-        runner: the Runner of the model.
-    """
-
-    def __init__(self, runner: AdaptedRunner) -> None:
-        self.runner = runner
+class Choosing(Feature):
+    """Chooses among the adaptations of banks, for later calls or permanently."""
 
     def activate(self, choice: str | int, bank: str | None = None) -> None:
         """Choose the adaptation for calls that do not choose one themselves.
@@ -47,8 +40,7 @@ class Choosing:
             GraftError: GC038 if there is no such slot, GC091 if there is no such bank.
         """
         composition = _bank(self.runner.compilation.spec, bank)
-        slot = slot_of(composition, choice)
-        self.runner.compilation.store.get(adapter_name("", str(composition.name), ACTIVE)).fill_(slot)
+        self._active_slot(composition).fill_(slot_of(composition, choice))
 
     def active(self, bank: str | None = None) -> str:
         """Return the name of the adaptation for calls that do not choose one themselves.
@@ -57,9 +49,10 @@ class Choosing:
             GraftError: GC091 if there is no such bank.
         """
         composition = _bank(self.runner.compilation.spec, bank)
-        return composition.members[
-            int(self.runner.compilation.store.get(adapter_name("", str(composition.name), ACTIVE)))
-        ]
+        return composition.members[int(self._active_slot(composition))]
+
+    def _active_slot(self, bank: CompositionSpec) -> Tensor:
+        return self.runner.compilation.store.get(adapter_name("", str(bank.name), ACTIVE))
 
     def train_only(self, *names: str) -> None:
         """Train only these adaptations from now on, or all of them if none is named.

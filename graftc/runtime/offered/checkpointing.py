@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from graftc.compat.modules import printed_kind
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.blocks import Recompute
+from graftc.runtime.model.feature import Feature
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(checkpoint).parameters.items()}
@@ -18,15 +19,8 @@ _OPTIONS = [*(n for n, default in _DEFAULTS.items() if default is not inspect.Pa
 """Keyword arguments of `torch.utils.checkpoint.checkpoint`, which reads the last one from its ``**kwargs``."""
 
 
-class Checkpointing:
-    """Switches the recomputation of activations on and off.
-
-    Args:
-        runner: the Runner of the model.
-    """
-
-    def __init__(self, runner: AdaptedRunner) -> None:
-        self.runner = runner
+class Checkpointing(Feature):
+    """Switches the recomputation of activations on and off."""
 
     def activation_checkpointing_enable(
         self,
@@ -47,8 +41,7 @@ class Checkpointing:
             GraftError: GC034 if the model has no repeated layers, GC072 for an option or a value that is not supported.
         """
         # As in transformers: a wrapper around the older name, such as TRL's selective recomputation, stays in effect.
-        wrapped = vars(self.runner.module).get("gradient_checkpointing_enable")
-        enable = self._enable if wrapped is None else wrapped
+        enable = vars(self.runner.module).get("gradient_checkpointing_enable", self._enable)
         enable(activation_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload)
 
     def _enable(
@@ -84,18 +77,19 @@ class Checkpointing:
         offload: bool = False,
     ) -> None:
         """Do as `activation_checkpointing_enable`, under the name that transformers used first."""
-        self._enable(gradient_checkpointing_kwargs, every_n_layers, offload)
+        own = vars(self.runner.module)
+        enable = own.get("activation_checkpointing_enable", self._enable)
+        if "gradient_checkpointing_enable" in own:  # it is the wrapper around this method that calls it
+            enable = self._enable
+        enable(gradient_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload)
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Call `activation_checkpointing_disable`, under the name that transformers used first."""
-        self.activation_checkpointing_disable()
+    gradient_checkpointing_disable = activation_checkpointing_disable
+    """The name that transformers used first."""
 
     @property
     def is_activation_checkpointing(self) -> bool:
         """Whether Blocks recompute their activations."""
         return self.runner.recompute is not None
 
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        """The value of `is_activation_checkpointing`, under the name that transformers used first."""
-        return self.is_activation_checkpointing
+    is_gradient_checkpointing = is_activation_checkpointing
+    """The name that transformers used first."""

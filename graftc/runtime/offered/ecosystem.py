@@ -10,19 +10,13 @@ import torch
 from torch import nn
 
 from graftc.runtime.artifact.pretrained import save_pretrained
-from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.hooks.embeddings import path_by_getter
+from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.head import head_at
 
 
-class Ecosystem:
-    """Implements the methods that transformers, accelerate and peft expect of a model.
-
-    Args:
-        runner: the Runner of the model.
-    """
-
-    def __init__(self, runner: AdaptedRunner) -> None:
-        self.runner = runner
+class Ecosystem(Feature):
+    """Implements the methods that transformers, accelerate and peft expect of a model."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write this model into a folder of another library, as sentence-transformers does for its checkpoints.
@@ -53,7 +47,7 @@ class Ecosystem:
         It is a `Head` if the head is trained. If the head is adapted in another way, reading its weight raises. None if
         there is no head.
         """
-        path = self._path("get_output_embeddings")
+        path = path_by_getter(self.runner.compilation.model, "get_output_embeddings")
         if path is None:
             return None
         return (
@@ -82,16 +76,8 @@ class Ecosystem:
         return sum(tensor.numel() * tensor.element_size() for tensor in counted)
 
     def _at(self, getter: str) -> nn.Module | None:
-        path = self._path(getter)
+        path = path_by_getter(self.runner.compilation.model, getter)
         return None if path is None else self.runner.module.get_submodule(path)
-
-    def _path(self, getter: str) -> str | None:
-        model = self.runner.compilation.model
-        try:
-            target = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            return None
-        return next((path for path, module in model.named_modules() if module is target), None)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of elements of all parameters, including the base's and counting tied ones once.

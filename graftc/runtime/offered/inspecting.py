@@ -17,19 +17,12 @@ from graftc.records.explanation import Explanation
 from graftc.records.report import Report
 from graftc.records.tree import TreeNode
 from graftc.runtime.activations.summary import Activations
-from graftc.runtime.model.adapted import AdaptedRunner
-from graftc.runtime.model.simulated_step import simulated_step
+from graftc.runtime.model.feature import Feature
+from graftc.runtime.model.simulated_step import Simulation
 
 
-class Inspecting:
-    """Inspects a compiled model.
-
-    Args:
-        runner: the Runner of the model.
-    """
-
-    def __init__(self, runner: AdaptedRunner) -> None:
-        self.runner = runner
+class Inspecting(Feature):
+    """Inspects a compiled model."""
 
     @property
     def report(self) -> Report:
@@ -74,7 +67,7 @@ class Inspecting:
         """
         runner = self.runner
         present, _ = runner.interface.read(runner.interface.named((), inputs))
-        return simulated_step(runner, signature_for(runner.shown.compilation, present), present)
+        return Simulation(runner).step(signature_for(runner.shown.compilation, present), present)
 
     def lowering(self) -> Lowered:
         """Return the sites that the lowering steps rewrite, and the reason why each of the others is not rewritten.

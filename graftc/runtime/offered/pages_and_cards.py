@@ -9,7 +9,7 @@ from graftc.compiler.capture.isolation import isolated
 from graftc.runtime.card.facts import CardFacts
 from graftc.runtime.card.page import render_card
 from graftc.runtime.deploy.merged import certificate_of
-from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.views import with_every_adaptation
 from graftc.runtime.offered.state import StateDicts
 from graftc.runtime.sources.reference import Reference
@@ -18,15 +18,8 @@ from graftc.runtime.view.evidence import evidence_of
 from graftc.runtime.view.view import ModelView
 
 
-class Presenting:
-    """Presents a compiled model to readers.
-
-    Args:
-        runner: the Runner of the model.
-    """
-
-    def __init__(self, runner: AdaptedRunner) -> None:
-        self.runner = runner
+class Presenting(Feature):
+    """Presents a compiled model to readers."""
 
     @with_every_adaptation
     def view(self, *, certify: bool = False, log: str | Path | None = None) -> ModelView:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any, Literal, Self, TypeVar
 
 from torch import Tensor, nn
 
 from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.libraries import COPIED
 from graftc.runtime.offered.ecosystem import Ecosystem
 from graftc.runtime.offered.state import StateDicts
@@ -87,30 +89,8 @@ class ReferenceModel(nn.Module):
         return f"of {type(self._runner.module).__name__}"
 
 
-class _Loaded:
-    """A stand-in for the class that TRL loads a reference with.
-
-    Args:
-        reference: the model to return for every path.
-    """
-
-    def __init__(self, reference: ReferenceModel) -> None:
-        self._reference = reference
-
-    def from_pretrained(self, path: str, **settings: Any) -> ReferenceModel:
-        """Return the reference, whatever the path is."""
-        return self._reference
-
-
-class Referring:
-    """Provides the base of a compiled model as a reference model, for trainers of TRL as well.
-
-    Args:
-        runner: the Runner of the model.
-    """
-
-    def __init__(self, runner: AdaptedRunner) -> None:
-        self.runner = runner
+class Referring(Feature):
+    """Provides the base of a compiled model as a reference model, for trainers of TRL as well."""
 
     def reference(self) -> ReferenceModel:
         """Return a module that computes what the base computes, in eval mode, over the tensors of this model.
@@ -154,7 +134,10 @@ class Referring:
         before = args.model_init_kwargs
         if "reward_funcs" in arguments:  # TRL would load them with the changed settings
             arguments["reward_funcs"] = _loaded_rewards(arguments["reward_funcs"], before or {})
-        args.model_init_kwargs = {**(before or {}), "architecture": _Loaded(self.reference())}
+        reference = self.reference()
+        # TRL loads a reference with the class that is named there, from whatever path.
+        loader = SimpleNamespace(from_pretrained=lambda path, **settings: reference)
+        args.model_init_kwargs = {**(before or {}), "architecture": loader}
         try:
             return kind(model=self.runner.module, args=args, **arguments)
         finally:

@@ -50,7 +50,7 @@ class CompiledRunner(AdaptedRunner):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *OFFERED})
 
-    def made(self, compilation: Compilation) -> Any:
+    def compiled_of(self, compilation: Compilation) -> Any:
         """Create the compiled model of another Compilation."""
         return self._make(compilation)
 

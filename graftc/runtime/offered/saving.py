@@ -9,7 +9,7 @@ from graftc.files.writing import check_destination
 from graftc.runtime.artifact.places import is_ours
 from graftc.runtime.artifact.write import ArtifactEvidence, require_values, save
 from graftc.runtime.deploy.merged import certificate_of
-from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.sharded import written_once
 from graftc.runtime.model.views import with_every_adaptation
 from graftc.runtime.progress import during
@@ -17,15 +17,8 @@ from graftc.runtime.training.steering import TrainingSteering
 from graftc.specs.errors.arguments import as_path
 
 
-class Saving:
-    """Writes a compiled model as an artifact.
-
-    Args:
-        runner: the Runner of the model.
-    """
-
-    def __init__(self, runner: AdaptedRunner) -> None:
-        self.runner = runner
+class Saving(Feature):
+    """Writes a compiled model as an artifact."""
 
     @isolated()
     @during("saving")

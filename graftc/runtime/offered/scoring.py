@@ -11,6 +11,7 @@ from torch import Tensor
 from graftc.compat.trl import FUSED, fused_forward
 from graftc.passes.core.ir.program_key import Entry
 from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.feature import Feature
 from graftc.runtime.training.repeated import outputs_of
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -19,15 +20,8 @@ _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """TRL's names of the columns of `head_scores`."""
 
 
-class TokenScoring:
-    """Scores the tokens of texts.
-
-    Args:
-        runner: the Runner of the model.
-    """
-
-    def __init__(self, runner: AdaptedRunner) -> None:
-        self.runner = runner
+class TokenScoring(Feature):
+    """Scores the tokens of texts."""
 
     def token_log_probs(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the log-probability of every label at the position that predicts it, ``[batch, sequence]``.

@@ -14,9 +14,10 @@ from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
 from graftc.passes.core.weights.sharding import copy_whole, gathered, is_sharded, local
 from graftc.passes.core.weights.source_lock import source_lock
-from graftc.passes.core.weights.store import plain
+from graftc.passes.core.weights.store import Store, plain
 from graftc.runtime.artifact.checkpoint_record import RECORD, as_tensor, from_tensor, record_of, weights_of
 from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.root import Root
 from graftc.runtime.model.sharded import Meeting
 from graftc.specs.errors.arguments import as_mapping, kind_of
@@ -24,15 +25,8 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
 
 
-class StateDicts:
-    """Creates and loads the state dicts of a compiled model.
-
-    Args:
-        runner: the Runner of the model.
-    """
-
-    def __init__(self, runner: AdaptedRunner) -> None:
-        self.runner = runner
+class StateDicts(Feature):
+    """Creates and loads the state dicts of a compiled model."""
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return every tensor that graftc added and that has to be kept, by its full name, detached.
@@ -81,7 +75,8 @@ class StateDicts:
         """
         Meeting.of(self.runner.module, "full_state_dict")
         kept = dict(adapter_tensors(self.runner.store))
-        base = {name: tensor for name, tensor in self.runner.store.base() if name not in kept and self.persists(name)}
+        store = self.runner.store
+        base = {name: tensor for name, tensor in store.base() if name not in kept and persists(store, name)}
         return {name: gathered(tensor) for name, tensor in (base | kept).items()}
 
     def record(self) -> Tensor:
@@ -96,8 +91,7 @@ class StateDicts:
             version = [(id(tensor), version_of(tensor)) for tensor in [*source.parameters(), *source.buffers()]]
         known = self.runner.derived.get("identity")
         if known is None or known[0] != version:
-            known = version, self.runner.compilation.identity()
-            self.runner.derived["identity"] = known
+            known = self.runner.derived["identity"] = version, self.runner.compilation.identity()
         return cast(Identity, known[1])
 
     def persists(self, name: str) -> bool:
@@ -119,6 +113,12 @@ class StateDicts:
         names = [name for name, t in self.runner.store.base() if isinstance(t, nn.Parameter) and t.numel()]
         names = [name for name in names if plain(name) not in kept]
         return next((name for name in names if name.startswith(inner)), names[0] if names else None)
+
+
+def persists(store: Store, name: str) -> bool:
+    """Return whether a tensor is in state dicts of its module."""
+    path, _, last = name.rpartition(".")
+    return last not in store.owner(path)._non_persistent_buffers_set
 
 
 def keep_state(module: Root) -> None:
@@ -173,7 +173,7 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
         if name in own and name in kept and isinstance(state[key], Tensor):
             # Copying casts as well; ``assign`` would set a type that the graphs cannot take.
             state[key] = state[key].to(own[name].dtype)
-        if name in own and name not in kept and states.persists(name):
+        if name in own and name not in kept and persists(store, name):
             given = state.pop(key)
             if not isinstance(given, Tensor):
                 raise GraftError("GC073", f"{name} of the state dict is {kind_of(given)}", hint="give tensors by name")

@@ -12,9 +12,9 @@ from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import MASK
 from graftc.passes.core import progress
 from graftc.runtime.activations.training_code import TrainingCode
-from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.evaluation import in_eval_mode
+from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.generation import Generating
 from graftc.runtime.progress import working
 from graftc.specs.errors.arguments import as_mapping
@@ -24,15 +24,8 @@ _PROMPT = 4
 """Number of tokens of the text that tokens are generated after."""
 
 
-class Warming:
-    """Prepares a model for its first calls.
-
-    Args:
-        runner: the Runner of the model.
-    """
-
-    def __init__(self, runner: AdaptedRunner) -> None:
-        self.runner = runner
+class Warming(Feature):
+    """Prepares a model for its first calls."""
 
     def warm_up(self, batch: Mapping[str, Any], *, generate: bool = False) -> None:
         """Do the work of the first calls now: capture and check their graphs, generate code, and plan a training step.

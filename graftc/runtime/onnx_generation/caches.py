@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from graftc.runtime.onnx_generation.graphs import OnnxGraph
 from graftc.runtime.onnx_generation.io_names import Slot
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
-
-if TYPE_CHECKING:
-    from graftc.runtime.onnx_generation.graphs import OnnxGraph
 
 __all__ = ["cross_is_there", "empty", "length_of", "read", "write"]
 

@@ -9,14 +9,15 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from importlib.util import find_spec
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.quiet import quiet_quantisers
-from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
+from graftc.runtime.sources.refusals import reason_of, refuse
+from graftc.specs.errors.diagnostics import GraftError, nearest
 
 __all__ = ["from_callable"]
 
@@ -39,23 +40,23 @@ def _made(text: str, meta: bool) -> tuple[nn.Module, ExampleInputs | None]:
     path, _, name = text.partition(":")
     make = _attribute(_module(path), path, name)
     if not callable(make):
-        _fail(f"{text} is not callable but {type(make).__name__}", "name a function that returns the model")
+        refuse(f"{text} is not callable but {type(make).__name__}", "name a function that returns the model")
     try:
         with torch.device("meta") if meta else nullcontext():
             result = make()
     except (Exception, SystemExit) as error:
         if isinstance(error, GraftError):
             raise
-        _fail(f"{text} failed: {_reason(error)}", cause=error, details=_where(error))
+        refuse(f"{text} failed: {reason_of(error)}", cause=error, details=_where(error))
     model, inputs = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
     if not isinstance(model, nn.Module):
         given = type(result).__name__
-        _fail(f"{text} returned {given}, not an nn.Module", "return the model itself, or (model, example_inputs)")
+        refuse(f"{text} returned {given}, not an nn.Module", "return the model itself, or (model, example_inputs)")
     if isinstance(inputs, torch.Tensor):
         inputs = (inputs,)
     if inputs is not None and not isinstance(inputs, Mapping | tuple | list):
         given = type(inputs).__name__
-        _fail(f"{text} returned example inputs that are a {given}", "return tensors by name, or in order")
+        refuse(f"{text} returned example inputs that are a {given}", "return tensors by name, or in order")
     return (model.to("meta") if meta else model), inputs
 
 
@@ -68,12 +69,12 @@ def _module(path: str) -> Any:
     except ModuleNotFoundError as error:
         missing = error.name or ""
         if path == missing or path.startswith(f"{missing}."):
-            _fail(
+            refuse(
                 f"there is no module {missing!r}", _sibling(missing) or f"searched {cwd!r} and the installed packages"
             )
-        _fail(f"{path} cannot be imported: {_reason(error)}", cause=error, details=_where(error))
+        refuse(f"{path} cannot be imported: {reason_of(error)}", cause=error, details=_where(error))
     except (Exception, SystemExit) as error:
-        _fail(f"{path} cannot be imported: {_reason(error)}", cause=error, details=_where(error))
+        refuse(f"{path} cannot be imported: {reason_of(error)}", cause=error, details=_where(error))
 
 
 def _sibling(missing: str) -> str | None:
@@ -92,7 +93,7 @@ def _attribute(module: Any, path: str, name: str) -> Callable[[], Any]:
     for part in name.split("."):
         if not hasattr(value, part):
             close = nearest(part, [n for n in dir(value) if callable(getattr(value, n, None))], n=1)
-            _fail(f"{path} has no {name!r}", f"did you mean '{path}:{close[0]}'?" if close else None)
+            refuse(f"{path} has no {name!r}", f"did you mean '{path}:{close[0]}'?" if close else None)
         value = getattr(value, part)
     return value  # type: ignore[no-any-return]
 
@@ -101,11 +102,3 @@ def _where(error: BaseException) -> tuple[str, ...]:
     """Return the line of the user's code that failed, as details of an error; nothing if there is none."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and f.filename[:1] != "<"]
     return (f"at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}",) if frames else ()
-
-
-def _fail(message: str, hint: str | None = None, *, cause: BaseException | None = None, details: Any = ()) -> NoReturn:
-    raise GraftError("GC032", message, hint=hint, details=details) from cause
-
-
-def _reason(error: BaseException) -> str:
-    return first_line(error).rstrip(".")

@@ -12,13 +12,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as registrations
 
 from graftc.files.tensors.folder import Refusal, TensorFolder
 from graftc.files.tensors.weights import UnsafeFileError, embedded_adapter, weight_files
+from graftc.runtime.sources.refusals import refuse
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import shown
 from graftc.specs.regular_files import JSON_BYTES, read_regular
@@ -75,7 +76,7 @@ def open_model_folder(folder: Path, where: str, *, weights: bool = True) -> Mode
         return ModelFolder(folder, None, 0, quantised)
     if (adapter := embedded_adapter(folder)) is not None:
         message = f"{where!r} holds a model and {adapter}, which transformers would put on top of it"
-        _fail(message, f"move {adapter} and its tensors to a folder of their own")
+        refuse(message, f"move {adapter} and its tensors to a folder of their own")
     try:
         safe = weight_files(folder) is not None
     except UnsafeFileError as error:
@@ -88,12 +89,8 @@ def open_model_folder(folder: Path, where: str, *, weights: bool = True) -> Mode
     most = max(_counted(config, "layer"), default=0)
     if most > max(len(stored), _MODULES):
         message = f"the config of {where!r} has {most} layers, and its files have {len(stored)} tensors"
-        _fail(message, "take a complete checkpoint")
+        refuse(message, "take a complete checkpoint")
     return ModelFolder(folder, stored, stored.size, quantised)
-
-
-def _fail(message: str, hint: str, cause: BaseException | None = None, code: str = "GC032") -> NoReturn:
-    raise GraftError(code, message, hint=hint) from cause
 
 
 def plain_config(folder: Path, where: str, code: str = "GC032") -> dict[str, Any]:
@@ -114,18 +111,18 @@ def plain_config(folder: Path, where: str, code: str = "GC032") -> dict[str, Any
             raise ValueError(f"it has more than {_VALUES:,} values")
         data = json.loads(raw)
     except RecursionError as error:
-        _fail(f"the config.json of {where!r} cannot be read: it is too deep", hint, error, code)
+        refuse(f"the config.json of {where!r} cannot be read: it is too deep", hint, cause=error, code=code)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        _fail(f"the config.json of {where!r} cannot be read: {reason}", hint, error, code)
+        refuse(f"the config.json of {where!r} cannot be read: {reason}", hint, cause=error, code=code)
     if not isinstance(data, dict):
-        _fail(f"the config.json of {where!r} cannot be read: it is not a table", hint, code=code)
+        refuse(f"the config.json of {where!r} cannot be read: it is not a table", hint, code=code)
     names = data.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        _fail(f"the config.json of {where!r} has architectures that are not names: {shown(names)}", hint, code=code)
+        refuse(f"the config.json of {where!r} has architectures that are not names: {shown(names)}", hint, code=code)
     for word, what in (("layer", "layers"), ("num_labels", "labels")):
         if (most := max(_counted(data, word), default=0)) > _COUNT:
-            _fail(f"the config.json of {where!r} asks for {most:,} {what}, more than {_COUNT:,}", hint, code=code)
+            refuse(f"the config.json of {where!r} asks for {most:,} {what}, more than {_COUNT:,}", hint, code=code)
     return data
 
 
@@ -158,13 +155,13 @@ def bounded_building(folder: ModelFolder, where: str) -> Iterator[None]:
             counts[0] += 1
             if counts[0] > modules:
                 has = "" if known is None else f", and its files have {len(known)} tensors"
-                _fail(f"the config of {where!r} makes a model of more than {modules:,} modules{has}", _LARGER)
+                refuse(f"the config of {where!r} makes a model of more than {modules:,} modules{has}", _LARGER)
 
     def measure(_: nn.Module, name: str, tensor: Tensor | None) -> None:
         if threading.get_ident() == thread and tensor is not None and most is not None:
             counts[1] += tensor.numel() * tensor.element_size()
             if counts[1] > most:
-                _fail(
+                refuse(
                     f"the config of {where!r} makes a model of more than {most:,} bytes, a {name} of "
                     f"{list(tensor.shape)} among them, and its files have {folder.bytes:,}",
                     _LARGER,

@@ -14,7 +14,7 @@ from graftc.specs.foreign.config import CONFIG as ADAPTER_CONFIG
 from graftc.specs.regular_files import JSON_BYTES, read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["is_adapter", "missing", "reader_of"]
+__all__ = ["is_adapter", "is_state_dict", "missing", "reader_of"]
 
 _MODEL_CONFIG, _MODEL_FILE, _GGUF = "config.json", "model.safetensors", ".gguf"
 
@@ -53,7 +53,7 @@ def _told(path: Path) -> tuple[str, str]:
         return "an artifact of graftc", f"graftc.load({name})"
     if os.path.isfile(path / ADAPTER_CONFIG):
         return "a PEFT adapter", f"graftc.import_peft({name}, model)"
-    if _has_record(path / _MODEL_FILE):
+    if is_state_dict(path / _MODEL_FILE):
         return "a trainer's checkpoint of a compiled model", f"graftc.load({name})"
     if os.path.isfile(path / _MODEL_CONFIG):
         return _told_of_model(path, name)
@@ -97,7 +97,8 @@ def _is_artifact(path: Path) -> bool:
     return _json(path / MANIFEST, MANIFEST_BYTES).get("artifact") == "graftc"
 
 
-def _has_record(file: Path) -> bool:
+def is_state_dict(file: Path) -> bool:
+    """Return whether a file contains the state dict of a compiled model."""
     try:
         return os.path.isfile(file) and STATE_RECORD in read_shard(file).tensors
     except (OSError, ValueError):

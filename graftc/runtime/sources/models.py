@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,8 +33,9 @@ from graftc.runtime.sources.folder_checks import (
 from graftc.runtime.sources.folder_kinds import missing, reader_of
 from graftc.runtime.sources.quantised.load import FORMATS, load_quantised, quantization_of, require_read
 from graftc.runtime.sources.reference import Built, is_callable, is_hub_id
+from graftc.runtime.sources.refusals import reason_of, refuse
 from graftc.specs.errors.border import library_errors
-from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
+from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.regular_files import read_regular
 
 __all__ = [
@@ -124,16 +125,12 @@ def load_model_and_inputs(
         model = load_folder(folder, meta=meta, built=built)
     elif folder.is_file():
         hint = reader_of(folder) or f"did you mean {str(folder.parent)!r}?"
-        _fail(f"{text!r} is a file, not a transformers folder", hint)
+        refuse(f"{text!r} is a file, not a transformers folder", hint)
     elif not is_hub_id(text):
-        _fail(f"there is no folder {text!r}", _neighbour(folder) or _FORMS)
+        refuse(f"there is no folder {text!r}", _neighbour(folder) or _FORMS)
     else:
         model = load_hub(text, meta=meta, revision=revision, built=built)
     return model.eval(), inputs
-
-
-def _fail(message: str, hint: str | None = None, *, cause: BaseException | None = None, details: Any = ()) -> NoReturn:
-    raise GraftError("GC032", message, hint=hint, details=details) from cause
 
 
 # --- transformers folders and hub ids ---------------------------------------------------------------------------
@@ -179,7 +176,9 @@ def load_hub(
             folder = _snapshot(name, meta, revision)
         except Exception as error:
             hint = _neighbour(Path(name)) or _cached(name) or _FORMS
-            _fail(f"{name!r} is not a folder here, and the hub has no such model: {_reason(error)}", hint, cause=error)
+            refuse(
+                f"{name!r} is not a folder here, and the hub has no such model: {reason_of(error)}", hint, cause=error
+            )
         model = _from_transformers(name, folder, meta, built, dtype)
     model.config.name_or_path = name
     set_commit(model.config, folder.name)
@@ -189,11 +188,10 @@ def load_hub(
 
 def _snapshot(name: str, meta: bool, revision: str | None) -> Path:
     """Return a repository's folder in the hub's cache; transformers would prefer a folder of this name to the hub."""
-    from huggingface_hub import list_repo_files, snapshot_download, try_to_load_from_cache
+    from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    config_file = try_to_load_from_cache(name, "config.json", revision=revision)
-    cached = Path(config_file).parent if isinstance(config_file, str) else None
+    cached = _cached_config(name, revision)
     if cached is not None and HF_HUB_OFFLINE:
         return cached
     try:
@@ -274,12 +272,12 @@ def _check_folder(folder: Path, meta: bool) -> None:
     if not (folder / "config.json").is_file():
         adapter = folder / "adapter_config.json"
         if adapter.is_file():
-            _fail(f"{str(folder)!r} holds a PEFT adapter, not a model", _base_of(adapter))
+            refuse(f"{str(folder)!r} holds a PEFT adapter, not a model", _base_of(adapter))
         inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
         hint = f"did you mean {str(folder / inner[0])!r}?" if inner else reader_of(folder) or _FORMS
-        _fail(f"{str(folder)!r} {missing(folder, 'config.json')}", hint)
+        refuse(f"{str(folder)!r} {missing(folder, 'config.json')}", hint)
     if not meta and not any(next(folder.glob(pattern), None) for pattern in WEIGHTS):
-        _fail(f"{str(folder)!r} has a config.json but no weights", "add --meta to work without weights")
+        refuse(f"{str(folder)!r} has a config.json but no weights", "add --meta to work without weights")
 
 
 def _base_of(adapter: Path) -> str | None:
@@ -317,14 +315,14 @@ def _architecture(text: str, config: Any) -> Any:
     names = getattr(config, "architectures", None)
     if not names:
         message = f"the config of {text!r} does not say which class it is for"
-        _fail(message, 'add "architectures": ["BertModel"], or the class that it is, to config.json')
+        refuse(message, 'add "architectures": ["BertModel"], or the class that it is, to config.json')
     cls = getattr(transformers, names[0], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         shared = os.path.commonprefix
         known = [n for n in dir(transformers) if n[:1].isupper() and len(shared([n, names[0]])) > 2]
         close = nearest(names[0], known, n=1)
         own = "a class of your own loads as package.module:callable"
-        _fail(f"transformers has no model {names[0]!r}", f"did you mean {close[0]!r}?" if close else own)
+        refuse(f"transformers has no model {names[0]!r}", f"did you mean {close[0]!r}?" if close else own)
     return cls
 
 
@@ -396,7 +394,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _reason(error: BaseException) -> str:
-    return first_line(error).rstrip(".")

@@ -48,6 +48,27 @@ def test_gradients_are_the_same_to_the_bit(
     assert before and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("called", ["activation", "gradient"])
+@pytest.mark.parametrize("wrapped", ["activation", "gradient"])
+def test_a_wrapper_around_either_name_stays_in_effect(compiled: Any, called: str, wrapped: str) -> None:
+    name, calls = f"{wrapped}_checkpointing_enable", 0
+    original = getattr(compiled, name)
+
+    def wrapper(options: Any = None, **others: Any) -> None:
+        nonlocal calls
+        calls += 1
+        original({"early_stop": False}, **others)
+
+    setattr(compiled, name, wrapper)
+    try:
+        getattr(compiled, f"{called}_checkpointing_enable")()
+    finally:
+        delattr(compiled, name)
+    assert calls == 1
+    assert [dict(block._graftc.recompute.options) for block in compiled.blocks.values()] == [{"early_stop": False}] * 2
+    compiled.activation_checkpointing_disable()
+
+
 def test_layers_are_computed_again(compiled: Any) -> None:
     """Less is kept for the backward pass, and layers that are left out of checkpointing keep their values."""
     sizes = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -345,7 +346,7 @@ def test_a_config_may_be_an_object_or_data(source: str, tmp_path: Path) -> None:
 
 
 def test_without_peft_a_file_that_names_modules_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graftc.runtime.interop.peft.configs._installed", lambda: None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     plain = peft.LoraConfig(target_modules=["q_proj", "v_proj"]).to_dict()
     assert len(resolved(ours(plain, base("llama")))) == 4
     with pytest.raises(GraftError, match="all-linear") as caught:

@@ -38,9 +38,8 @@ def require_fitting(adapter: PlainAdapter, base: Path) -> None:
             continue
         if not isinstance(weight, Tensor):
             wrong.append(f"it has no {path}")
-        elif sorted((update.rows, update.down.shape[-1])) != sorted(weight.shape):
-            expected = f"[{update.rows}, {update.down.shape[-1]}]"
-            wrong.append(f"{path} is {list(weight.shape)}, and the adapter is for {expected}")
+        elif sorted(sizes := [update.rows, update.down.shape[-1]]) != sorted(weight.shape):
+            wrong.append(f"{path} is {list(weight.shape)}, and the adapter is for {sizes}")
     if wrong:
         message = f"the adapter is for another base than {base}: {wrong[0]}"
         raise GraftError("GC069", message, place=Place(str(base)), details=tuple(wrong[1:30]))

@@ -140,11 +140,10 @@ class AdapterSource:
         folders = (folder, *add)
         _require_readable(folders)
         source_layout = layout_of(layout) if layout is not None else detected(folder)
-        configs = [_config(path) for path in folders]
-        if model is None:
+        configs, given = [_config(path) for path in folders], model is not None
+        if not given:
             _require_one_base(folders, configs)
         base = _base(configs[0], model)
-        given = model is not None
         return cls(folders, source_layout, base, None if base is None else _heads(base, required=given), given)
 
     def read(self, join: Sequence[str] = (), apart: Sequence[str] = ()) -> tuple[PlainAdapter, dict[str, Tensor]]:
@@ -201,10 +200,10 @@ def compared(wanted: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed
     maps = []
     for path in dict.fromkeys((*wanted, *actual)):
         a, b = wanted.get(path), actual.get(path)
-        if a is None or b is None or a.shape != b.shape:
-            other = a if b is None else b
-            assert other is not None
-            error = 0.0 if (a is None or b is None) and not bool(other.any()) else 1.0
+        if a is None or b is None:  # a map that adds nothing may be left out
+            error = float(any(bool(own.any()) for own in (a, b) if own is not None))
+        elif a.shape != b.shape:
+            error = 1.0
         else:
             error = float((b - a).norm() / a.norm().clamp_min(1e-300)) if bool(a.any()) else float(b.norm())
         maps.append(ConvertedSite(None, path, None, None, error, error))
@@ -230,8 +229,7 @@ def _level(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, 
         if missing == len(parts):
             continue
         rest = (other[path].shape[0] - known) // max(missing, 1)
-        probes = other[path].shape[1]
-        zeros = torch.zeros(rest, probes, dtype=torch.float64)
+        zeros = torch.zeros(rest, other[path].shape[1], dtype=torch.float64)
         result[path] = torch.cat([zeros if part is None else part for part in parts])
     return result
 
@@ -243,8 +241,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 def _config(folder: Path) -> dict[str, Any]:
     raw = config_bytes(folder / CONFIG)
     read_config(raw, str(folder / CONFIG))  # raises if it is not a config
-    data: dict[str, Any] = read_json(raw, MOST)
-    return data
+    return dict(read_json(raw, MOST))
 
 
 def _require_readable(folders: Sequence[Path]) -> None:

@@ -22,7 +22,6 @@ from graftc.runtime.interop.peft import read_peft
 from graftc.runtime.interop.peft.expert_layouts import SINCE, release_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule, adapter_tensors
 from graftc.runtime.interop.peft.forms import Shaped, to_theirs
-from graftc.runtime.sources.folder_kinds import missing, reader_of
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, AdapterConfig, config_bytes, read_config
@@ -82,8 +81,8 @@ def read_layout(folder: Path, layout: AdapterLayout, heads: AttentionSizes | Non
         GraftError: GC069 for a folder that is not plain LoRA or does not fit the layout; GC110 to GC113 as for
             `read_peft`.
     """
-    parsed = _torchtune(folder, layout) if layout.factors != ("lora_A", "lora_B") else _peft(folder, layout)
-    about, entries = parsed
+    read = _peft if layout.factors == ("lora_A", "lora_B") else _torchtune
+    config, entries = read(folder, layout)
     updates: dict[str, Update] = {}
     for path, update in _gathered(entries, folder):
         if layout.rotary and path.endswith((".q_proj", ".k_proj")):
@@ -91,22 +90,18 @@ def read_layout(folder: Path, layout: AdapterLayout, heads: AttentionSizes | Non
         updates[path] = update
     if not updates:
         raise GraftError("GC069", "the folder has no LoRA", place=Place(str(folder)))
-    return PlainAdapter(updates, about)
+    return PlainAdapter(updates, {name: value for name in _ABOUT if (value := config.value(name))})
 
 
-def _peft(folder: Path, layout: AdapterLayout) -> tuple[dict[str, Any], list[tuple[str, Update]]]:
+def _peft(folder: Path, layout: AdapterLayout) -> tuple[AdapterConfig, list[tuple[str, Update]]]:
     paths = {re.sub(r"(\.base_layer)*\.lora_\w+(\.weight)?$", "", key) for key in raw_keys(folder)}
     owners = [path.removeprefix(layout.prefix) for path in paths if path.endswith(".experts")]
     # In the order of transformers, which is also the order in which PEFT wraps them.
     shapes = {f"{owner}.{name}": () for owner in owners for name in ("gate_up_proj", "down_proj")}
     adapter = read_peft(folder, shapes=shapes)
     _require_plain(adapter)
-    entries = [
-        (named(layout, path, back=True), update)
-        for module in adapter.modules
-        for path, update in _updates(adapter, module, layout)
-    ]
-    return {name: value for name in _ABOUT if (value := adapter.config.value(name))}, entries
+    updates = (update for module in adapter.modules for update in _updates(adapter, module, layout))
+    return adapter.config, [(named(layout, path, back=True), update) for path, update in updates]
 
 
 def _require_plain(adapter: PeftAdapter) -> None:
@@ -178,10 +173,7 @@ def _expanded(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-def _torchtune(folder: Path, layout: AdapterLayout) -> tuple[dict[str, Any], list[tuple[str, Update]]]:
-    if not (folder / CONFIG).is_file():
-        place = Place(str(folder))
-        raise GraftError("GC110", f"{folder} {missing(folder, CONFIG)}", place=place, hint=reader_of(folder))
+def _torchtune(folder: Path, layout: AdapterLayout) -> tuple[AdapterConfig, list[tuple[str, Update]]]:
     config = read_config(config_bytes(folder / CONFIG), str(folder / CONFIG))
     scale = _scale(config)
     keys = adapter_tensors(folder / WEIGHTS)
@@ -198,7 +190,7 @@ def _torchtune(folder: Path, layout: AdapterLayout) -> tuple[dict[str, Any], lis
             raise GraftError("GC069", f"{path} has no {layout.factors[1]}", place=Place(str(folder / WEIGHTS)))
         down, up = keys[key], keys[f"{path}{words[1]}"]
         entries.append((named(layout, path.removeprefix(layout.prefix), back=True), _update(down, up, scale, key)))
-    return {name: value for name in _ABOUT if (value := config.value(name))}, entries
+    return config, entries
 
 
 def _update(down: Tensor, up: Tensor, scale: float, key: str) -> Update:

@@ -45,24 +45,20 @@ def together(parts: Sequence[Update | None], rows: Sequence[int]) -> Update:
     Raises:
         RuntimeError: if the parts read inputs of different sizes.
     """
-    present = [part for part in parts if part is not None]
-    scale = present[0].scale
-    present = [part.scaled(scale) for part in present]
-    first = present[0]
+    first = next(part for part in parts if part is not None)
+    scaled = [None if part is None else part.scaled(first.scale) for part in parts]
+    present = [part for part in scaled if part is not None]
     shared = all(p.down.shape == first.down.shape and torch.equal(p.down, first.down) for p in present)
     width = first.rank if shared else sum(p.rank for p in present)
-    dtype = first.up.dtype
-    up = torch.zeros(*first.up.shape[:-2], sum(rows), width, dtype=dtype)
-    row = column = at = 0
-    for part, count in zip(parts, rows, strict=True):
+    up = torch.zeros(*first.up.shape[:-2], sum(rows), width, dtype=first.up.dtype)
+    row = column = 0
+    for part, count in zip(scaled, rows, strict=True):
         if part is not None:
-            update = present[at]
-            up[..., row : row + count, column : column + update.rank] = update.up
-            column += 0 if shared else update.rank
-            at += 1
+            up[..., row : row + count, column : column + part.rank] = part.up
+            column += 0 if shared else part.rank
         row += count
     down = first.down if shared else torch.cat([p.down for p in present], -2)
-    return Update(down, up, scale)
+    return Update(down, up, first.scale)
 
 
 def apart(update: Update, rows: Sequence[int]) -> list[Update]:
@@ -146,8 +142,7 @@ def _rows(fusion: Fusion, updates: Mapping[str, Update], heads: AttentionSizes |
         return [size, size]
     if len(updates) == len(fusion.parts):
         return [updates[part].rows for part in fusion.parts]
-    if heads is None and "k_proj" in updates and "q_proj" in updates:
-        return [updates["q_proj"].rows, updates["k_proj"].rows, updates["k_proj"].rows]
-    if heads is None and "v_proj" in updates and "q_proj" in updates:
-        return [updates["q_proj"].rows, updates["v_proj"].rows, updates["v_proj"].rows]
+    queries, keys = updates.get("q_proj"), updates.get("k_proj", updates.get("v_proj"))
+    if heads is None and queries is not None and keys is not None:
+        return [queries.rows, keys.rows, keys.rows]
     return _sizes(fusion, 0, heads)

@@ -13,9 +13,8 @@ from torch import Tensor
 from graftc.runtime.interop.peft.folder import PeftAdapter
 from graftc.runtime.interop.peft.parameters import meant_parameters
 from graftc.runtime.interop.peft.targets import is_saved, meant
-from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import some
-from graftc.specs.foreign.config import CONFIG
 from graftc.specs.foreign.fields import takes_bias
 
 __all__ = ["SHOWN", "check_contents", "check_copies", "token_keys"]
@@ -59,7 +58,7 @@ def _check_targets(adapter: PeftAdapter, modules: Sequence[str]) -> None:
     if own and adapter.config.target_modules is None and not adapter.config.target_parameters:
         message = "target_modules is null: peft then takes what it knows of the model's class, and leaves out the rest"
         hint = f"name the modules that the file has tensors of: {some(sorted({p.rpartition('.')[2] for p in own}))}"
-        raise GraftError("GC112", message, place=Place(str(adapter.folder / CONFIG), path="target_modules"), hint=hint)
+        raise GraftError("GC112", message, place=adapter.in_config("target_modules"), hint=hint)
     if named is None:
         return
     _refuse_difference(adapter, "target_modules", "modules", own, named)
@@ -77,8 +76,7 @@ def _refuse_difference(adapter: PeftAdapter, field: str, kind: str, own: set[str
         message = f"{field} and the file name different {kind}"
         details = [f"{path}: in the file, not selected by the config" for path in more]
         details += [f"{path}: selected by the config, not in the file" for path in fewer]
-        place = Place(str(adapter.folder / CONFIG), path=field)
-        raise GraftError("GC113", message, place=place, details=details[:SHOWN])
+        raise GraftError("GC113", message, place=adapter.in_config(field), details=details[:SHOWN])
 
 
 def _trained(adapter: PeftAdapter, modules: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:

@@ -13,7 +13,7 @@ import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -24,12 +24,11 @@ from graftc.compat.modules import buffers_of, parameters_of
 from graftc.compat.peft import merged_projections
 from graftc.compiler.quantised_sources.convert import arrived
 from graftc.compiler.roles.structure import Structure
+from graftc.runtime.interop.peft.base import behind_an_encoder, outermost, paths_of, shapes_of, spec_of_entries
 from graftc.runtime.interop.peft.entries import entry_of
-from graftc.runtime.interop.peft.folder import ADDED
-from graftc.runtime.interop.peft.targets import ALL_LINEAR, globs
+from graftc.runtime.interop.peft.folder import ADDED, PeftModule
+from graftc.runtime.interop.peft.targets import ALL_LINEAR
 from graftc.runtime.interop.peft.tied import apart_of
-from graftc.specs.base import MethodSpec
-from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place, first_line, nearest, warn
 from graftc.specs.errors.text import quoted, some
@@ -42,23 +41,6 @@ from graftc.specs.foreign.translate import as_data
 __all__ = ["spec_of"]
 
 _ADAPTER = "default"
-
-
-@dataclass(frozen=True)
-class _Module:
-    """A module that a config adapts; implements `graftc.runtime.interop.peft.entries.AdaptedModule`."""
-
-    path: str
-    target: str
-    spec: MethodSpec
-
-    @property
-    def name(self) -> str:
-        return self.target if self.named else f"{self.path}.weight"
-
-    @property
-    def named(self) -> bool:
-        return self.target != self.path
 
 
 @dataclass(frozen=True)
@@ -99,8 +81,9 @@ def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[]
     data = as_data(source)
     config = read_config(data, where)
     starts = starts_of(config, where)
-    peft = _installed()
-    if peft is None:
+    try:
+        import peft
+    except ImportError:
         return Spec.model_validate(translated(source, where))
     if config.is_prompt:
         adapted = _adapted(peft, source, data, model, where)
@@ -112,12 +95,11 @@ def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[]
         raise
     if isinstance(config.target_modules, list):
         _check_names([name for name in config.target_modules if name in _named(adapted.config)], model, where)
-    modules = [own for name in adapted.modules for own in _inside(_at(adapted.config, name, name), model)]
+    modules = [own for path in adapted.modules for own in _inside(_at(adapted.config, path), model)]
     for name in adapted.parameters:
         path, _, parameter = name.rpartition(".")
-        modules.append(_at(adapted.config, path, path if parameter == "weight" else name, name))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-    entry = {**entry_of(adapted.config, modules, _paths(model), shapes), **starts}
+        modules.append(_at(adapted.config, path, parameter))
+    entry = {**entry_of(adapted.config, modules, paths_of(model), shapes_of(model)), **starts}
     rows = [
         {"method": beside()[0].tag(), "rows": rows_of(adapted.config, path)[0], "target": {"modules": path}}
         for path in adapted.tables
@@ -134,13 +116,11 @@ def _spec(adapt: Sequence[Mapping[str, Any]], adapted: _Adapted, model: nn.Modul
     if added:
         message = f"task_type: {adapted.config.task_type} trains {some(added)} in full, as in PEFT"
         warn("GC117", message, hint="leave task_type out to train the adaptation alone")
-    paths = _paths(model)
-    more = {"train": globs(adapted.heads, paths)} if adapted.heads else {}
+    apart: list[str] = []
     if not adapted.config.value("ensure_weight_tying", False):
         heads = tuple(f"{path}." for path in adapted.heads)
-        trained = {name for name, _ in model.named_parameters(remove_duplicate=False) if name.startswith(heads)}
-        more |= {"untie": globs(apart, paths)} if (apart := apart_of(trained, model)) else {}
-    return Spec.model_validate({"version": 1, "adapt": list(adapt), **more})
+        apart = apart_of({name for name in shapes_of(model) if name.startswith(heads)}, model)
+    return spec_of_entries(adapt, adapted.heads, apart, model)
 
 
 def _stack(config: AdapterConfig, model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
@@ -150,27 +130,12 @@ def _stack(config: AdapterConfig, model: nn.Module, structure: Callable[[], Stru
     """
     if config.format[1].joined != ("prompt_embeddings", 1) or config.task_type != "SEQ_2_SEQ_LM":
         return {}
-    cross = [f.module for f in structure().findings if f.kind is SiteKind.ATTENTION and "cross." in f.role]
-    if not cross:
-        return {}
-    return {"target": {"role": "decoder.attn", "exclude": globs(dict.fromkeys(cross), _paths(model))}}
-
-
-def _installed() -> ModuleType | None:
-    try:
-        import peft
-    except ImportError:
-        return None
-    module: ModuleType = peft
-    return module
+    target = behind_an_encoder(model, structure)
+    return {"target": target} if target["exclude"] else {}
 
 
 def _refused(field: str, what: str, where: str, hint: str | None = None) -> GraftError:
     return GraftError("GC112", what, place=Place(where, path=field), hint=hint)
-
-
-def _paths(model: nn.Module) -> list[str]:
-    return [path for path, _ in model.named_modules(remove_duplicate=False) if path]
 
 
 _PLAIN = re.compile(r"[\w.-]*")
@@ -201,7 +166,7 @@ def _without_patterns(
         for word in [given] if isinstance(given, str) else given or ():
             if not _PLAIN.fullmatch(word):
                 raise _refused(field, f"{field} has the regular expression {quoted(word)}", where, "list plain names")
-    paths, matched = _paths(model), None
+    paths, matched = paths_of(model), None
     if isinstance(config.target_modules, str) and config.target_modules.lower() != ALL_LINEAR:
         if old := _older_names(peft, config, model):
             selected = _last_segments(config, model, old)
@@ -227,7 +192,7 @@ def _last_segments(config: AdapterConfig, model: nn.Module, old: Mapping[str, st
         model: the base.
         old: the older names, as returned by `_older_names`.
     """
-    paths, pattern = _paths(model), str(config.target_modules)
+    paths, pattern = paths_of(model), str(config.target_modules)
     parameters = [name.rpartition(".") for name, _ in model.named_parameters()]
     keys = [*paths, *("".join(name) for name in parameters)]
     keys += [f"{around}.{name}" for name, new in old.items() for around, _, own in parameters if own == new]
@@ -346,18 +311,18 @@ def _beside(peft: ModuleType, model: nn.Module) -> tuple[list[str], list[str]]:
             full.append(path)
         elif isinstance(module, peft.utils.other.TrainableTokensWrapper) and module.token_adapter.tied_adapter is None:
             tables.append(path)
-    return [path for path in full if not any(path.startswith(f"{other}.") for other in full)], tables
+    return outermost(full), tables
 
 
-def _at(config: AdapterConfig, path: str, target: str, name: str | None = None) -> _Module:
-    """Return a module, or a parameter of one, with the spec that applies there; peft compares ``name``."""
-    spec = method_at(config, name or path)
+def _at(config: AdapterConfig, path: str, parameter: str | None = None) -> PeftModule:
+    """Return a module, or a parameter of one, with the spec that applies there."""
+    spec = method_at(config, path if parameter is None else f"{path}.{parameter}")
     if "rows" in type(spec).model_fields:
         spec = table_rows(rows_of(config, path)[0], path)
-    return _Module(path, target, spec)
+    return PeftModule(path, parameter or "weight", spec, named=parameter not in (None, "weight"))
 
 
-def _inside(own: _Module, model: nn.Module) -> list[_Module]:
+def _inside(own: PeftModule, model: nn.Module) -> list[PeftModule]:
     """Return a module and what peft adapts inside of it.
 
     That is the output projection of an attention of torch, whose update peft adds twice.
@@ -365,7 +330,7 @@ def _inside(own: _Module, model: nn.Module) -> list[_Module]:
     if not isinstance(model.get_submodule(own.path), nn.MultiheadAttention):
         return [own]
     path, alpha = f"{own.path}.out_proj", getattr(own.spec, "alpha", 1)
-    return [own, _Module(path, path, own.spec.model_copy(update={"alpha": ADDED * alpha}))]
+    return [own, replace(own, path=path, spec=own.spec.model_copy(update={"alpha": ADDED * alpha}))]
 
 
 def _named(config: AdapterConfig) -> Sequence[str]:
@@ -379,7 +344,7 @@ def _check_names(named: Sequence[str] | str | None, model: nn.Module, where: str
     Raises:
         GraftError: GC011.
     """
-    paths = [f".{path}" for path in _paths(model)]
+    paths = [f".{path}" for path in paths_of(model)]
     for name in named if isinstance(named, list) else ():
         if not any(path.endswith(f".{name}") for path in paths):
             close = nearest(name, dict.fromkeys(path.rpartition(".")[2] for path in paths))

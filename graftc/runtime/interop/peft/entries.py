@@ -5,42 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from graftc.runtime.interop.peft.base import rows_in
+from graftc.runtime.interop.peft.folder import PeftModule
 from graftc.runtime.interop.peft.targets import globs
-from graftc.specs.base import MethodSpec
 from graftc.specs.foreign.config import AdapterConfig
 from graftc.specs.foreign.fields import fields_of
 
-__all__ = ["AdaptedModule", "entry_of"]
-
-
-class AdaptedModule(Protocol):
-    """A module that a config adapts."""
-
-    @property
-    def path(self) -> str:
-        """The path of the module in the base."""
-
-    @property
-    def target(self) -> str:
-        """The name by which a spec selects it: its path, or the adapted parameter if that is not its weight."""
-
-    @property
-    def name(self) -> str:
-        """The name of the adapted parameter."""
-
-    @property
-    def named(self) -> bool:
-        """Whether the config names that parameter, and not its module."""
-
-    @property
-    def spec(self) -> MethodSpec:
-        """The adaptation, with the values that apply to the module."""
+__all__ = ["entry_of"]
 
 
 def entry_of(
-    config: AdapterConfig, modules: Sequence[AdaptedModule], paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
+    config: AdapterConfig, modules: Sequence[PeftModule], paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
     """Return the entry: the values of most modules, and overrides for the others.
 
@@ -58,7 +35,7 @@ def entry_of(
     if "excess_rank" in type(modules[0].spec).model_fields:
         entry["excess_rank"] = any(_exceeds(module, shapes) for module in modules)
     if "rows" in entry:
-        entry["rows"] = list(getattr(modules[0].spec, "rows", None) or ())
+        entry["rows"] = rows_in(modules[0].spec)
     others = dict.fromkeys(values for values in at.values() if values != usual)
     universe = {*at, *(module.path for module in modules)}
     overrides = [
@@ -72,7 +49,7 @@ def entry_of(
     return {**entry, "target": target, **({"overrides": overrides} if overrides else {})}
 
 
-def _exceeds(module: AdaptedModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _exceeds(module: PeftModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Return whether the rank at a module is above that of any matrix of its size."""
     shape = shapes.get(module.name, ())
     if len(shape) < 2:

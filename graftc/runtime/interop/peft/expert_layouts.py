@@ -14,8 +14,8 @@ import torch
 from graftc.compiler.compilation import Compilation
 from graftc.runtime.interop.peft.folder import PeftAdapter
 from graftc.runtime.interop.peft.pairs import Pair, pairs_of
-from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.foreign.config import CONFIG, AdapterConfig
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.foreign.config import AdapterConfig
 
 __all__ = ["SINCE", "pairs_in", "release_of"]
 
@@ -45,7 +45,7 @@ def pairs_in(adapter: PeftAdapter, compilation: Compilation) -> list[Pair]:
         "way round: the weights are square, so that both fit, and peft_version does not say which release wrote them"
     )
     hint = 'set "peft_version" in the config to the release that wrote it, such as "0.18.1" or "0.19.0"'
-    raise GraftError("GC113", message, place=Place(str(adapter.folder / CONFIG), path="peft_version"), hint=hint)
+    raise GraftError("GC113", message, place=adapter.in_config("peft_version"), hint=hint)
 
 
 def release_of(config: AdapterConfig) -> tuple[int, int] | None:

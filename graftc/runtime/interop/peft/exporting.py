@@ -82,7 +82,7 @@ def prepared(compilation: Compilation) -> PeftExport:
         config["peft_version"] = f"{SINCE[0]}.{SINCE[1]}.0"
     read_config(config, CONFIG)
     tensors = _tensors(compilation, pairs)
-    axes = {part: own.axes for part, own in (table_of(main.spec) or PeftFormat(())).parts.items()}
+    axes = {part: own.axes for part, own in table_of(main.spec).parts.items()}
     for pair in pairs:
         allowed = axes.get(pair.part)
         if allowed is not None and tensors[pair.key].dim() not in allowed:
@@ -191,16 +191,15 @@ def _as_json(value: Any) -> Any:
 
 def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved], table: PeftFormat) -> dict[str, Any]:
     """Return which modules are adapted, and what differs among them."""
-    universe = [path for path, _ in compilation.source.named_modules(remove_duplicate=False) if path]
+    universe = paths_of(compilation.source)
     own = own_places(compilation, main)
     plain = [(site, spec) for site, spec in own if not _is_parameter(compilation, site)]
     named = [f"{site.key.module}.{site.key.name}" for site, _ in own if _is_parameter(compilation, site)]
     fields: dict[str, Any] = {}
     groups: dict[bool, list[str]] = {}
-    by_rows = any(part.form == "rows" for part in table.parts.values())
     for site, spec in plain:
         listed = any(each.value(spec, site.roles) == each.listed for each in table.lists.values())
-        path = table_path(compilation, site.key) if by_rows else site.key.module
+        path = table_path(compilation, site.key) if trains_rows(table) else site.key.module
         groups.setdefault(listed, []).append(path)
     words = {listed: suffixes(dict.fromkeys(paths), universe) for listed, paths in groups.items()}
     fields["target_modules"] = sorted({word for each in words.values() for word in each})
@@ -217,8 +216,7 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
         }
     if others:
         places = [place for other in others for place in other.places]
-        rows = {table_path(compilation, site.key): list(_rows(spec)) for site, spec in places}
-        fields["trainable_token_indices"] = rows
+        fields["trainable_token_indices"] = {table_path(compilation, site.key): rows_in(spec) for site, spec in places}
     if any(isinstance(s, LinearSite) and s.own.layout is Layout.COLUMNS and not s.leading for s, _ in plain):
         fields |= {"fan_in_fan_out": True} if table.turned else {}
     return fields
@@ -243,19 +241,13 @@ def _parameters(compilation: Compilation) -> list[str]:
         return [name for name, _ in compilation.source.named_parameters(remove_duplicate=False)]
 
 
-def _rows(spec: MethodSpec) -> Sequence[int]:
-    rows: Sequence[int] = getattr(spec, "rows", None) or ()
-    return rows
-
-
 def _saved(compilation: Compilation) -> list[str]:
     """Return the modules that train in full, outermost ones only, by the shortest ends of their paths."""
     if not compilation.spec.train:
         return []
     paths = [path for path, _ in compilation.source.named_modules() if path]
     matched = match_modules(compilation.spec.train, paths)
-    outer = [path for path in matched if not any(path.startswith(f"{other}.") for other in matched)]
-    return suffixes(outer, paths)
+    return suffixes(outermost(matched), paths)
 
 
 def _trains_tied(compilation: Compilation) -> bool:

@@ -12,7 +12,7 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.roles.windows import may_have_windows
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.runtime.interop.peft.folder import ADDED
-from graftc.runtime.interop.peft.pairs import is_adapted, is_projection, repeats, table_of
+from graftc.runtime.interop.peft.pairs import is_adapted, is_projection, repeats, table_of, trains_rows
 from graftc.specs.base import MethodSpec
 from graftc.specs.compose import Stack
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -30,7 +30,6 @@ _TASKS = {
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
-NONE = PeftFormat(())
 _WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 """Tasks for which peft trains a head by itself."""
 
@@ -57,15 +56,13 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
             )
     if spec.tokens:
         raise _error("tokens of the spec", "tokens", "merge the model instead")
-    tables = {own.name: table_of(own.spec) or NONE for own in (main, *others)}
-    by_rows = [name for name, table in tables.items() if "rows" in {part.form for part in table.parts.values()}]
+    by_rows = [own.name for own in (main, *others) if trains_rows(table_of(own.spec))]
     if spec.untie and by_rows:
         raise _error(f"untie beside {by_rows[0]!r}: PEFT ties rows that train", "untie", "leave it out")
-    if spec.train and "rows" in {part.form for part in (table_of(main.spec) or NONE).parts.values()}:
+    if spec.train and trains_rows(table_of(main.spec)):
         raise _error(f"train beside {main.spec.method}", "train", "add a LoRA, beside which PEFT trains both")
     for resolved in (main, *others):
         table = table_of(resolved.spec)
-        assert table is not None
         index = next(number for number, own in enumerate(spec.adapt) if own.name == resolved.name)
         _check_called(compilation, resolved, index)
         _check_sites(resolved, index)
@@ -195,9 +192,7 @@ def _check_virtual(compilation: Compilation, main: Resolved) -> None:
 
     It has one kind of virtual tokens for each task, and pools those of classifiers.
     """
-    table = table_of(main.spec)
-    assert table is not None
-    if table.joined is None:
+    if table_of(main.spec).joined is None:
         return
     task = task_of(compilation, ["any"])
     where = "adapt[0]"

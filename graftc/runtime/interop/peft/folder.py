@@ -38,7 +38,7 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class PeftModule:
-    """The contents of a checkpoint for one module.
+    """A module that is adapted, with the contents of a checkpoint for it, if there is one.
 
     Attributes:
         path: path of the module in the base.
@@ -55,7 +55,7 @@ class PeftModule:
     path: str
     parameter: str
     spec: MethodSpec
-    keys: Mapping[str, str]
+    keys: Mapping[str, str] = field(default_factory=dict)
     shaped: Shaped = field(default_factory=Shaped)
     depth: int = 0
     named: bool = False
@@ -81,7 +81,6 @@ class PeftAdapter:
         folder: path of the folder.
         config: the contents of ``adapter_config.json``.
         keys: the parsed keys of its tensors.
-        shapes, dtypes: sizes and element types as they are stored, by key; types as safetensors writes them.
         file: the file with its tensors.
         modules: the adapted modules, in the order of the file: the method's own modules, then trained rows of tables.
         doubles: pairs of keys that must have the same values, of which the first is used.
@@ -90,8 +89,6 @@ class PeftAdapter:
     folder: Path
     config: AdapterConfig
     keys: Keys
-    shapes: Mapping[str, tuple[int, ...]]
-    dtypes: Mapping[str, str]
     file: TensorFolder
     modules: tuple[PeftModule, ...]
     doubles: tuple[tuple[str, str], ...] = ()
@@ -100,6 +97,15 @@ class PeftAdapter:
     def place(self) -> Place:
         """The file with the tensors, for errors."""
         return Place(str(self.folder / WEIGHTS))
+
+    def in_config(self, field: str) -> Place:
+        """Return a field of the config as a place, for errors."""
+        return Place(str(self.folder / CONFIG), path=field)
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The sizes of its tensors as they are stored, by key."""
+        return {key: stored.shape for key, stored in self.file.entries.items()}
 
     @cached_property
     def trained(self) -> Mapping[str, str]:
@@ -179,20 +185,19 @@ def read_peft(
     folder = _folder(as_path(path), name)
     config = read_config(config_bytes(folder / CONFIG), str(folder / CONFIG))
     file = adapter_tensors(folder / WEIGHTS)
-    sizes = {key: stored.shape for key, stored in file.entries.items()}
-    types = {key: stored.dtype for key, stored in file.entries.items()}
-    keys = parse(sizes, config)
+    keys = parse(file.entries, config)
     if keys.unknown:
         message = f"the file has tensors that {config.peft_type} does not: {some(keys.unknown, 5)}"
         details = keys.unknown[5:50]
         raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=details)
     plain = {*keys.plain.values(), *(key for _, key in keys.again), *keys.unused}
-    numbers = [f"{key} is {kind}" for key, kind in types.items() if key not in plain and kind not in FLOATING]
+    own = {key: stored.dtype for key, stored in file.entries.items() if key not in plain}
+    numbers = [f"{key} is {kind}" for key, kind in own.items() if kind not in FLOATING]
     if numbers:
         message = f"the method's tensors are floating-point numbers of 16, 32 or 64 bits: {numbers[0]}"
         raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=numbers[1:50])
     doubles = tuple((keys.plain[name], key) for name, key in keys.again if name in keys.plain)
-    bare = PeftAdapter(folder, config, keys, sizes, types, file, (), doubles)
+    bare = PeftAdapter(folder, config, keys, file, (), doubles)
     return replace(bare, modules=(*_modules(bare, shapes or {}), *_tables(bare)))
 
 
@@ -225,9 +230,10 @@ def adapter_tensors(file: Path) -> TensorFolder:
 
 
 def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[PeftModule]:
-    spec_class, table = adapter.config.format
+    _, table = adapter.config.format
     if table.joined is not None:
         return []
+    by_rows = any(part.form == "rows" for part in table.parts.values())
     parameters = adapted_parameters(adapter.config, adapter.keys.modules, adapter.place, shapes)
     modules: list[PeftModule] = []
     for (path, depth), keys in adapter.keys.modules.items():
@@ -239,7 +245,7 @@ def _modules(adapter: PeftAdapter, shapes: Mapping[str, Sequence[int]]) -> list[
             spec = spec.model_copy(update={"alpha": ADDED * getattr(spec, "alpha", 1)})
         if named:
             experts = _experts(adapter, keys, int(getattr(spec, "rank", 1)), sure=bool(shapes))
-        order = rows_of(adapter.config, path)[1] if "rows" in _forms(spec_class) else None
+        order = rows_of(adapter.config, path)[1] if by_rows else None
         inward = any(is_listed(adapter.config, name, path) for name in table.lists)
         shaped = Shaped(experts=experts, inward=inward, order=order)
         modules.append(PeftModule(path, parameter, spec, keys, shaped, depth, named, around=around))
@@ -252,13 +258,8 @@ def _check_axes(adapter: PeftAdapter, path: str, keys: Mapping[str, str]) -> Non
         axes, shape = table.parts[part].axes, adapter.shapes[key]
         if axes is not None and len(shape) not in axes:
             message = f"of {key}, which is {list(shape)}, PEFT makes another product than {spec_class.tag()} does"
-            place = Place(str(adapter.folder / CONFIG), path="target_modules")
-            raise GraftError("GC112", message, place=place, hint=f"merge it in PEFT, or leave {path} out there")
-
-
-def _forms(spec_class: type[MethodSpec]) -> set[str]:
-    table = spec_class.peft
-    return set() if table is None else {part.form for part in table.parts.values()}
+            hint = f"merge it in PEFT, or leave {path} out there"
+            raise GraftError("GC112", message, place=adapter.in_config("target_modules"), hint=hint)
 
 
 def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int, *, sure: bool) -> int | None:
@@ -275,11 +276,10 @@ def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int, *, sure: 
 
 def _tables(adapter: PeftAdapter) -> list[PeftModule]:
     """Return the trained rows of embedding tables that are stored beside another method."""
-    tables: list[PeftModule] = []
+    tables = []
     for path, key in adapter.keys.tokens.items():
         rows, order = rows_of(adapter.config, path)
-        spec = table_rows(rows, path)
-        tables.append(PeftModule(path, "weight", spec, {"weight": key}, Shaped(order=order)))
+        tables.append(PeftModule(path, "weight", table_rows(rows, path), {"weight": key}, Shaped(order=order)))
     return tables
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,18 @@ from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.roles.structure import Structure
+from graftc.runtime.interop.peft.base import behind_an_encoder, outermost, paths_of, rows_in, shapes_of, spec_of_entries
 from graftc.runtime.interop.peft.checks import SHOWN, check_contents, check_copies, token_keys
 from graftc.runtime.interop.peft.entries import entry_of
 from graftc.runtime.interop.peft.expert_layouts import pairs_in
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft, table_form
 from graftc.runtime.interop.peft.forms import filled
 from graftc.runtime.interop.peft.pairs import Pair, is_adapted, is_projection
-from graftc.runtime.interop.peft.targets import globs, is_saved
+from graftc.runtime.interop.peft.targets import is_saved
 from graftc.runtime.interop.peft.tied import once, trained_apart, trained_together
-from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
-from graftc.specs.errors.diagnostics import GraftError, Place, warn
+from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.text import quoted, some
-from graftc.specs.foreign.config import CONFIG
 from graftc.specs.foreign.fields import fields_of
 
 __all__ = ["imported", "spec_for"]
@@ -55,7 +54,7 @@ def imported(
         axes, flags: the axes and flags that the model is captured with.
         structure: function that finds the model's roles.
     """
-    adapter = once(read_peft(path, name, shapes=_shapes(model)), model, structure)
+    adapter = once(read_peft(path, name, shapes=shapes_of(model)), model, structure)
     _check_model(adapter, model)
     spec = spec_for(adapter, model, structure)
     try:
@@ -86,16 +85,7 @@ def _not_possible(adapter: PeftAdapter, model: nn.Module, error: GraftError) -> 
     field = words.get(where.rpartition(".")[2], "target_modules")
     if not where.startswith("adapt[0]"):
         field = "trainable_token_indices" if where.startswith("adapt[") else "modules_to_save"
-    place = Place(str(adapter.folder / CONFIG), path=field)
-    return GraftError("GC112", message, place=place, hint=error.hint, details=[error])
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def _paths(model: nn.Module) -> list[str]:
-    return [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+    return GraftError("GC112", message, place=adapter.in_config(field), hint=error.hint, details=[error])
 
 
 def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
@@ -105,13 +95,12 @@ def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
         GraftError: GC114 for modules that the model does not have, GC113 if config and file name different modules or
             the file contains other values of the base.
     """
-    paths = _paths(model)
-    known = set(paths)
-    absent = [m.path for m in adapter.modules if m.path not in known]
-    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    absent += [name for name in adapter.trained if name not in tensors]
     modules = dict(model.named_modules(remove_duplicate=False))
-    inside = [m for m in adapter.modules if m.around and m.path in known]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors = parameters | dict(model.named_buffers(remove_duplicate=False))
+    absent = [m.path for m in adapter.modules if m.path not in modules]
+    absent += [name for name in adapter.trained if name not in tensors]
+    inside = [m for m in adapter.modules if m.around and m.path in modules]
     if strange := [m.path for m in inside if not is_projection(m.path, modules)]:
         message = f"the file adapts {strange[0]} inside of another adapted module"
         raise GraftError("GC113", message, place=adapter.place, details=strange[1:SHOWN])
@@ -119,7 +108,7 @@ def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
         count = f"{len(absent)} modules or tensors" if len(absent) > 1 else "a module or tensor"
         message = f"the adapter is for {count} that {type(model).__name__} does not have: {some(absent, 3)}"
         raise GraftError("GC114", message, place=adapter.place, details=absent[3:SHOWN])
-    check_contents(adapter, paths, dict(model.named_parameters(remove_duplicate=False)))
+    check_contents(adapter, paths_of(model), parameters)
 
     def read(name: str) -> Tensor | None:
         tensor = tensors[name].detach()
@@ -137,44 +126,26 @@ def spec_for(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Str
     tokens = token_keys(adapter)
     own = [m for m in adapter.modules if not tokens & set(m.keys.values())]
     rows = [m for m in adapter.modules if tokens & set(m.keys.values())]
-    paths = _paths(model)
-    if adapter.config.is_prompt:
-        adapt = [_virtual(adapter, model, structure)]
-    else:
-        adapt = [_adaptation(adapter, own, paths, _shapes(model))]
-    adapt += [{"method": m.spec.method, "rows": list(_rows(m)), "target": {"modules": m.target}} for m in rows]
-    full = [path for path in paths if is_saved(adapter.config, path)]
-    full = [path for path in full if any(name.startswith(f"{path}.") for name in adapter.trained)]
-    if adapter.config.value("bias") == "all" and any(_biased(adapter, path) for path in full):
+    entry = _virtual(adapter, model, structure) if adapter.config.is_prompt else _adaptation(adapter, own, model)
+    beside = [{"method": m.spec.method, "rows": rows_in(m.spec), "target": {"modules": m.target}} for m in rows]
+    saved = [path for path in paths_of(model) if is_saved(adapter.config, path)]
+    trained = {path: [name for name in adapter.trained if name.startswith(f"{path}.")] for path in saved}
+    full = [path for path, names in trained.items() if names]
+    if adapter.config.value("bias") == "all" and any(name.endswith(".bias") for path in full for name in trained[path]):
         message = "bias: all beside modules_to_save whose biases train as well has no equivalent here"
-        raise GraftError("GC112", message, place=Place(str(adapter.folder / CONFIG), path="bias"))
-    full = list(dict.fromkeys((*full, *trained_together(adapter, model))))
-    train = [path for path in full if not any(path.startswith(f"{other}.") for other in full)]
-    apart = trained_apart(adapter, model)
-    more = {"train": globs(train, paths)} if train else {}
-    more |= {"untie": globs(apart, paths)} if apart else {}
-    return Spec.model_validate({"version": 1, "adapt": adapt, **more})
+        raise GraftError("GC112", message, place=adapter.in_config("bias"))
+    train = outermost(dict.fromkeys((*full, *trained_together(adapter, model))))
+    return spec_of_entries([entry, *beside], train, trained_apart(adapter, model), model)
 
 
-def _biased(adapter: PeftAdapter, path: str) -> bool:
-    return any(name.startswith(f"{path}.") and name.endswith(".bias") for name in adapter.trained)
-
-
-def _rows(module: PeftModule) -> Sequence[int]:
-    return cast("Any", module.spec).rows or ()
-
-
-def _adaptation(
-    adapter: PeftAdapter, modules: Sequence[PeftModule], paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
+def _adaptation(adapter: PeftAdapter, modules: Sequence[PeftModule], model: nn.Module) -> dict[str, Any]:
     """Return the entry of the spec: the values of most sites, and overrides for the others."""
     if not modules:
         raise GraftError("GC113", "the file adapts no module", place=adapter.place)
-    entry = entry_of(adapter.config, modules, paths, shapes)
+    shapes = shapes_of(model)
+    entry = entry_of(adapter.config, modules, paths_of(model), shapes)
     if "across_groups" in type(modules[0].spec).model_fields:
         entry["across_groups"] = any(_meets_groups(adapter, module, shapes) for module in modules)
-    if "rows" in entry:
-        entry["rows"] = list(_rows(modules[0]))
     return entry
 
 
@@ -200,8 +171,7 @@ def _virtual(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Str
         raise GraftError("GC113", message, place=adapter.place)
     _, table = adapter.config.format
     if table.joined == (key, 1) and adapter.config.task_type == "SEQ_2_SEQ_LM":
-        cross = [f.module for f in structure().findings if f.kind is SiteKind.ATTENTION and "cross." in f.role]
-        entry["target"] = {"role": "decoder.attn", "exclude": globs(dict.fromkeys(cross), _paths(model))}
+        entry["target"] = behind_an_encoder(model, structure)
     return entry
 
 

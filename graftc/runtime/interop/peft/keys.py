@@ -16,7 +16,7 @@ MODEL = "base_model.model."
 _BASE = "base_layer"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Keys:
     """The keys of a checkpoint, sorted by what they are.
 
@@ -60,7 +60,7 @@ def parse(keys: Iterable[str], config: AdapterConfig) -> Keys:
     for key in keys:
         path = key.removeprefix(prefix)
         if key == joined:
-            object.__setattr__(sorted_keys, "joined", key)
+            sorted_keys.joined = key
         elif key in shared:
             sorted_keys.shared[shared[key]] = key
         elif not key.startswith(prefix):
@@ -101,10 +101,8 @@ def _sort_plain(keys: Keys, path: str, key: str) -> None:
         keys.again.append((".".join(s for s in segments if s != "modules_to_save"), key))
     else:
         name = ".".join(segments)
-        if name in keys.plain:
+        if keys.plain.setdefault(name, key) != key:
             keys.again.append((name, key))
-        else:
-            keys.plain[name] = key
 
 
 def tensor_key(

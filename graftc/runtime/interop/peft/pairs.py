@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import accumulate
 
 from torch import Tensor, nn
 
@@ -36,6 +36,7 @@ __all__ = [
     "split",
     "table_of",
     "table_path",
+    "trains_rows",
 ]
 
 
@@ -85,13 +86,24 @@ class Pair:
         return to_theirs(self.form, ours, self.shaped)
 
 
-def table_of(spec: MethodSpec) -> PeftFormat | None:
-    """Return the table by which a method is written; None if peft does not have the method.
+def table_of(spec: MethodSpec) -> PeftFormat:
+    """Return the table by which a method is written.
 
     A class that inherits from such a method is another method.
+
+    Raises:
+        GraftError: GC115 if peft does not have the method.
     """
     table = vars(type(spec)).get("peft")
-    return table if isinstance(table, PeftFormat) else None
+    if not isinstance(table, PeftFormat):
+        message = f"PEFT has no {spec.method}, which {spec.name!r} is"
+        raise GraftError("GC115", message, hint="merge it, or save the model as an artifact")
+    return table
+
+
+def trains_rows(table: PeftFormat) -> bool:
+    """Return whether a method trains rows of tables."""
+    return any(part.form == "rows" for part in table.parts.values())
 
 
 def pairs_of(compilation: Compilation, *, older: bool = False, named: Collection[str] = frozenset()) -> list[Pair]:
@@ -106,9 +118,7 @@ def pairs_of(compilation: Compilation, *, older: bool = False, named: Collection
         GraftError: GC115 for a method or a tensor that peft does not have.
     """
     main, others = split(compilation)
-    table = table_of(main.spec)
-    assert table is not None
-    prefix = MODEL if table.joined is None else ROOT
+    prefix = MODEL if table_of(main.spec).joined is None else ROOT
     copies = {edit.trained: edit.own.tensor for edit in compilation.tensor_edits.copies()}
     wrapped: dict[str, int] = {}
     pairs: list[Pair] = []
@@ -132,12 +142,9 @@ def split(compilation: Compilation) -> tuple[Resolved, list[Resolved]]:
     rows = beside()[0]
     every = list(compilation.main.resolved)
     for resolved in every:
-        if table_of(resolved.spec) is None:
-            message = f"PEFT has no {resolved.spec.method}, which {resolved.name!r} is"
-            raise GraftError("GC115", message, hint="merge it, or save the model as an artifact")
+        table_of(resolved.spec)  # raises for what peft does not have
     mains = [resolved for resolved in every if type(resolved.spec) is not rows]
-    if not mains:
-        mains = every[:1]
+    mains = mains or every[:1]
     others = [resolved for resolved in every if resolved is not mains[0]]
     if len(mains) > 1 or any(type(other.spec) is not rows for other in others):
         names = ", ".join(resolved.name for resolved in every)
@@ -157,7 +164,6 @@ def _of(
     turned: _Turned,
 ) -> Iterator[Pair]:
     table = table_of(resolved.spec)
-    assert table is not None
     parts = compilation.parts.get(resolved.name, {})
     sites = {site.key: (site, spec) for site, spec in resolved.places}
     if table.joined is not None:
@@ -208,13 +214,9 @@ def table_path(compilation: Compilation, key: SiteKey) -> str:
 
     If several modules share a table, that is the model's input embeddings, to which peft ties the others.
     """
-    source, names = compilation.source, _names(compilation, key)
-    ask: Any = getattr(source, "get_input_embeddings", None)
-    if len(names) > 1 and ask is not None:
-        table = ask()
-        paths = (path for path, module in source.named_modules(remove_duplicate=False) if module is table)
-        return next((path for path in paths if path in names), key.module)
-    return key.module
+    names = _names(compilation, key)
+    path = path_by_getter(compilation.source, "get_input_embeddings") if len(names) > 1 else None
+    return path if path is not None and path in names else key.module
 
 
 def _plain(base: str, name: str, site: SiteKey | None, part: str, wrapped: Mapping[str, int], prefix: str) -> Pair:
@@ -290,36 +292,17 @@ def _joined(compilation: Compilation, resolved: Resolved, table: PeftFormat) -> 
     """Yield the pairs of virtual tokens: the parts of all sites are side by side in one tensor, layer by layer."""
     assert table.joined is not None
     key, axis = table.joined
-    parts = compilation.parts[resolved.name]
-    starts = _starts(compilation, resolved, table, axis)
-    for site, _ in resolved.places:
-        for part in table.parts:
-            name = parts[site.key][part]
-            yield Pair(key, name, str(site.key), part, start=starts[site.key, part], axis=axis)
-
-
-def _starts(
-    compilation: Compilation, resolved: Resolved, table: PeftFormat, axis: int
-) -> dict[tuple[SiteKey, str], int]:
-    """Return the offset at which each part of each site begins.
-
-    In an encoder-decoder model, peft repeats its table until there are four runs for each layer, of which a layer's own
-    attention reads the first two (see ``docs/peft.md``).
-    """
-    parts = compilation.parts[resolved.name]
-    places = [site for site, _ in resolved.places]
-    sizes = [compilation.store.get(parts[s.key][part]).shape[axis] for s in places for part in table.parts]
-    starts, start = dict[tuple[SiteKey, str], int](), 0
-    for number, (site, part) in enumerate((s, part) for s in places for part in table.parts):
-        starts[site.key, part] = start
-        start += sizes[number]
-    if repeats(compilation, resolved):
-        per = len(table.parts)
-        for number, site in enumerate(places):
-            for index, part in enumerate(table.parts):
-                at = (2 * per * number) % (per * len(places)) + index
-                starts[site.key, part] = at * sizes[0]
-    return starts
+    names, count = compilation.parts[resolved.name], len(table.parts)
+    places = [(site.key, part) for site, _ in resolved.places for part in table.parts]
+    sizes = [compilation.store.get(names[site][part]).shape[axis] for site, part in places]
+    starts = [0, *accumulate(sizes)]
+    # In an encoder-decoder model, peft repeats its table until there are four runs for each layer, of which a layer's
+    # own attention reads the first two (see ``docs/peft.md``).
+    step = 2 * count if repeats(compilation, resolved) else count
+    for number, (site, part) in enumerate(places):
+        layer, index = divmod(number, count)
+        start = starts[step * layer % len(places) + index]
+        yield Pair(key, names[site][part], str(site), part, start=start, axis=axis)
 
 
 def repeats(compilation: Compilation, resolved: Resolved) -> bool:

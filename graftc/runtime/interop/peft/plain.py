@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from graftc.compiler.compilation import Compilation
 from graftc.runtime.interop.peft.exporting import PeftExport
-
-if TYPE_CHECKING:
-    from graftc.compiler.compilation import Compilation
 
 __all__ = ["plain"]
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from graftc.compiler.roles.structure import Structure
+from graftc.runtime.hooks.embeddings import path_by_getter
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, table_form
 from graftc.specs.claims import SiteKind
-from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.foreign.config import CONFIG
+from graftc.specs.errors.diagnostics import GraftError
 
 __all__ = ["apart_of", "once", "trained_apart", "trained_together"]
 
@@ -29,11 +28,7 @@ def once(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structu
     Raises:
         GraftError: GC112 for an adaptation of a tied tensor that has no equivalent here.
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False))
-    names: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
-    tied = {name: names[id(tensor)] for name, tensor in tensors.items() if len(names[id(tensor)]) > 1}
+    tied = {name: names for names in _tied_names(model) for name in names}
     if not tied:
         return adapter
     _refuse_shared_factors(adapter, tied)
@@ -52,7 +47,7 @@ def _refuse_shared_factors(adapter: PeftAdapter, tied: Mapping[str, list[str]]) 
         if others := [other for other in adapted if other != name and other in tied.get(name, ())]:
             message = f"{name} and {others[0]} have one pair of factors, which has no equivalent here"
             hint = "train the table in full (modules_to_save), or some of its rows (trainable_token_indices)"
-            raise GraftError("GC112", message, place=_field(adapter, "ensure_weight_tying"), hint=hint)
+            raise GraftError("GC112", message, place=adapter.in_config("ensure_weight_tying"), hint=hint)
 
 
 def _rows_once(
@@ -64,7 +59,7 @@ def _rows_once(
             groups.setdefault(tied[module.name][0], []).append(module)
     changed: dict[int, PeftModule | None] = {}
     doubles = list(adapter.doubles)
-    source = _embeddings(model)
+    source = path_by_getter(model, "get_input_embeddings")
     for first, group in groups.items():
         beside = group[0].keys["weight"] in adapter.keys.tokens.values()
         main = next((module for module in group if module.path == source), None)
@@ -72,7 +67,7 @@ def _rows_once(
             others = ", ".join(tied[first])
             message = f"rows of {group[0].name} train apart from tensors that it is tied to: {others}"
             hint = f"PEFT ties the rows of {source}, if no others are named" if source else None
-            raise GraftError("GC112", message, place=_field(adapter, "trainable_token_indices"), hint=hint)
+            raise GraftError("GC112", message, place=adapter.in_config("trainable_token_indices"), hint=hint)
         main = main or group[0]
         for module in group:
             changed[id(module)] = None
@@ -82,13 +77,6 @@ def _rows_once(
         changed[id(main)] = replace(main, read_at=_read(main.path, paths, structure))
     modules = (changed.get(id(module), module) for module in adapter.modules)
     return replace(adapter, modules=tuple(module for module in modules if module is not None), doubles=tuple(doubles))
-
-
-def _embeddings(model: nn.Module) -> str | None:
-    """Return the path of the model's input embeddings; None if it has none."""
-    ask: Any = getattr(model, "get_input_embeddings", None)
-    table = ask() if ask is not None else None
-    return next((path for path, module in model.named_modules() if module is table and table is not None), None)
 
 
 def _read(path: str, paths: list[str], structure: Callable[[], Structure]) -> str:
@@ -145,16 +133,16 @@ def apart_of(trained: Collection[str], model: nn.Module) -> list[str]:
 
 def _shared(trained: Collection[str], model: nn.Module) -> list[tuple[list[str], list[str]]]:
     """Return, for each shared tensor that trains, the modules that train it and all modules that have it."""
-    tensors: dict[int, tuple[Tensor, list[str]]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        tensors.setdefault(id(tensor), (tensor, []))[1].append(name)
     groups = []
-    for _, names in tensors.values():
-        own = [name.rpartition(".")[0] for name in names if name in trained]
-        if own and len(names) > 1:
+    for names in _tied_names(model):
+        if own := [name.rpartition(".")[0] for name in names if name in trained]:
             groups.append((own, [name.rpartition(".")[0] for name in names]))
     return groups
 
 
-def _field(adapter: PeftAdapter, field: str) -> Place:
-    return Place(str(adapter.folder / CONFIG), path=field)
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that has several."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [own for own in names.values() if len(own) > 1]

@@ -8,8 +8,9 @@ quantised weight ever exists in full and no library for quantisation is needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, cast
 
 from torch import nn
 
@@ -21,7 +22,7 @@ from graftc.runtime.sources.folder_checks import ModelFolder, check_stored_types
 from graftc.runtime.sources.quantised.folder_tensors import REFUSAL, FolderTensors, damaged
 from graftc.runtime.sources.quantised.formats import awq, bitsandbytes, compressed_tensors, fp8, gptq, hqq, mxfp4
 from graftc.runtime.sources.quantised.weight_places import PackedPlace, places_of
-from graftc.runtime.sources.quantised.weights import Format, unread
+from graftc.runtime.sources.quantised.weights import Format, StoredWeight, unread
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.text import shown
 
@@ -109,11 +110,10 @@ def load_quantised(cls: Any, folder: ModelFolder, where: str, options: Mapping[s
     config = copy.deepcopy(kwargs.pop("config"))
     for own in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         own.__dict__.pop("quantization_config", None)
-    plan = _plan(lambda model: places_of(model, weights), _put)
     model, info = cls.from_pretrained(
         folder.path,
         config=config,
-        quantization_config=plan,
+        quantization_config=_plan()(weights),
         trust_remote_code=False,
         output_loading_info=True,
         **kwargs,
@@ -143,20 +143,31 @@ def _warn_of_activations(where: str, options: Mapping[str, Any]) -> None:
         warn("GC164", message)
 
 
-def _plan(before: Any, after: Any) -> Any:
-    """Return an object that transformers takes for a config of a quantizer."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+@cache
+def _plan() -> Any:
+    """Return the class of what transformers takes for a config of a quantizer, which names the quantizer below."""
+    from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
+    class Plan(QuantizationConfigMixin):
+        """The weights to put into a model."""
+
+        def __init__(self, weights: Sequence[StoredWeight]) -> None:
+            self.quant_method, self.weights = _PLAN, weights  # type: ignore[assignment]
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"quant_method": _PLAN}
+
+    @register_quantizer(_PLAN)
     class Quantizer(HfQuantizer):
         """Takes quantised weights out of a model before loading, and puts them in afterwards."""
 
         def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-            self.places = before(model)
+            self.places = places_of(model, cast(Plan, self.quantization_config).weights)
 
         def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-            after(self.places)
+            _put(self.places)
             return model
 
         def is_serializable(self) -> bool:
@@ -166,23 +177,4 @@ def _plan(before: Any, after: Any) -> Any:
         def is_trainable(self) -> bool:
             return True
 
-    known: dict[str, Any] = AUTO_QUANTIZER_MAPPING
-    known[_PLAN] = _given
-    return _config(QuantizationConfigMixin, Quantizer)
-
-
-def _config(mixin: Any, quantizer: Any) -> Any:
-    class Plan(mixin):  # type: ignore[misc]
-        """A quantization config that names the quantizer."""
-
-        def __init__(self) -> None:
-            self.quant_method, self.quantizer = _PLAN, quantizer
-
-        def to_dict(self) -> dict[str, Any]:
-            return {"quant_method": _PLAN}
-
-    return Plan()
-
-
-def _given(config: Any, **kwargs: Any) -> Any:
-    return config.quantizer(config, **kwargs)
+    return Plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def places_of(model: Any, stored: Iterable[StoredWeight]) -> list[PackedPlace]:
             damaged(f"{target} of {type(model).__name__} is not a parameter")
         shape, dtype = tuple(parameter.shape), parameter.dtype
         if weights[0][0] is None:
-            read = _single(weights[0][1], shape, dtype)
+            read: Callable[[], Packed] = partial(weights[0][1].read, shape, dtype)
         else:
             sources = {source: converter for converter in converters for source in converter.source_patterns}
             read = _joined(target, weights, sources[str(weights[0][0])], shape, dtype)
@@ -99,10 +100,6 @@ def _as_linear(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, linear)
     return linear
-
-
-def _single(weight: StoredWeight, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Packed]:
-    return lambda: weight.read(shape, dtype)
 
 
 def _joined(

@@ -1,0 +1,52 @@
+"""What adapters are compared with in a base: the paths and sizes of its modules, and the spec that adapts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from graftc.compiler.roles.structure import Structure
+from graftc.runtime.interop.peft.targets import globs
+from graftc.specs.base import MethodSpec
+from graftc.specs.claims import SiteKind
+from graftc.specs.document import Spec
+
+__all__ = ["behind_an_encoder", "outermost", "paths_of", "rows_in", "shapes_of", "spec_of_entries"]
+
+
+def paths_of(model: nn.Module) -> list[str]:
+    """Return the paths of all modules but the model itself."""
+    return [path for path, _ in model.named_modules(remove_duplicate=False) if path]
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the sizes of all parameters, by name."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def outermost(paths: Collection[str]) -> list[str]:
+    """Return the paths that are not below another one."""
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+
+
+def rows_in(spec: MethodSpec) -> list[int]:
+    """Return the rows of a table that a spec trains; none if it trains no rows."""
+    return list(getattr(spec, "rows", None) or ())
+
+
+def behind_an_encoder(model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
+    """Return the target of peft's virtual keys in a model with two stacks: the decoder's own attention."""
+    cross = [f.module for f in structure().findings if f.kind is SiteKind.ATTENTION and "cross." in f.role]
+    return {"role": "decoder.attn", "exclude": globs(dict.fromkeys(cross), paths_of(model))}
+
+
+def spec_of_entries(
+    adapt: Iterable[Mapping[str, Any]], train: Collection[str], untie: Collection[str], model: nn.Module
+) -> Spec:
+    """Return the spec of some entries that also trains modules of a model, and gives some of them own tensors."""
+    paths = paths_of(model)
+    more = {"train": globs(train, paths)} if train else {}
+    more |= {"untie": globs(untie, paths)} if untie else {}
+    return Spec.model_validate({"version": 1, "adapt": list(adapt), **more})

@@ -1,0 +1,31 @@
+"""The error for a model that cannot be loaded from where it is said to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from graftc.specs.errors.diagnostics import GraftError, first_line
+
+__all__ = ["reason_of", "refuse"]
+
+
+def refuse(
+    message: str,
+    hint: str | None = None,
+    *,
+    cause: BaseException | None = None,
+    details: Sequence[str] = (),
+    code: str = "GC032",
+) -> NoReturn:
+    """Raise GC032, or another code.
+
+    Raises:
+        GraftError: always.
+    """
+    raise GraftError(code, message, hint=hint, details=details) from cause
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error, to follow a colon."""
+    return first_line(error).rstrip(".")
