@@ -24,7 +24,6 @@ from graftc.compiler.inspect.summary import summary
 from graftc.compiler.inspect.tree import model_tree
 from graftc.passes.core.ir.program_key import Mode
 from graftc.records.report import Report
-from graftc.runtime import offered
 from graftc.runtime.interop.wrapping import refuse_wrapping
 from graftc.runtime.model.printed import printed
 from graftc.runtime.model.runner import M, ModelRoot, Published

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graftc.compat.tensors import storage_key, version_of
+from graftc.passes.core.ir.codegen import tensor_at
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 """Functions that pack and unpack, as `torch.autograd.graph.saved_tensors_hooks` takes them."""
@@ -153,7 +154,7 @@ class _Saved:
 
     def __init__(self, tensor: Tensor) -> None:
         # A result that its own operator saves would keep the operator alive.
-        self.held: Any = tensor if tensor.grad_fn is None else tensor.detach()
+        self.source: Any = tensor if tensor.grad_fn is None else tensor.detach()
         self.version = version_of(tensor)
 
     def become(self, slot: _Slot) -> None:
@@ -223,7 +224,8 @@ class Frame:
         waiting = self.open.pop(storage_key(value), None)
         if waiting is None:
             return
-        if not _is_whole(value) or any(s.held.dtype != value.dtype or s.version != version_of(value) for s in waiting):
+        version = version_of(value)
+        if not _is_whole(value) or any(s.source.dtype != value.dtype or s.version != version for s in waiting):
             self.open[storage_key(value)] = waiting
             return
         number, place = self.code.targets[index]

@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from graftc.compiler.capture.interface import config_of
-from graftc.files.destinations import only_files
 from graftc.records.files import PeftTensor
 from graftc.runtime.artifact.write import require_values
 from graftc.runtime.export.cached import export_cached

@@ -142,10 +142,6 @@ def end(path: str, begun: tuple[Any, ...], values: tuple[Any, ...], whole: bool)
     return outputs
 
 
-def _reader(values: Sequence[Any], cache: Any) -> Callable[[Any], Any]:
-    return lambda leaf: values[leaf.at] if leaf.at is not None else (cache if leaf.cache else leaf.held)
-
-
 def heard_module(root: nn.Module, path: str) -> nn.Module | None:
     """Return a module that has hooks; None if it has none, or none any more."""
     module = root.get_submodule(path)

@@ -21,6 +21,7 @@ from graftc.runtime.artifact.manifest import MANIFEST, SCHEMA_VERSION, unsealed
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.read import Artifact, check_files, files_of, open_artifact
 from graftc.runtime.artifact.records import MergedRecord, content, read_record
+from graftc.runtime.compiled import Compiled
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.loading.load import base_of, different_graph, load_artifact
 from graftc.specs.errors.arguments import absolute_path

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graftc.compat.modules import transient_of
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_values
@@ -319,8 +318,3 @@ def _as(fqn: str, names: Mapping[str, str]) -> str:
     """Return the name of a tensor after adaptations have been renamed."""
     owner = owner_of(fqn)
     return renamed(fqn, names[owner]) if owner in names else fqn
-
-
-def _persists(store: Store, fqn: str) -> bool:
-    path, _, last = fqn.rpartition(".")
-    return last not in transient_of(store.owner(path))

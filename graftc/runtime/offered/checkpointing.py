@@ -9,7 +9,6 @@ from typing import Any
 from torch.utils.checkpoint import checkpoint
 
 from graftc.compat.modules import printed_kind
-from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.blocks import Recompute
 from graftc.runtime.model.feature import Feature
 from graftc.specs.errors.diagnostics import GraftError, nearest

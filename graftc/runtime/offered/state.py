@@ -94,11 +94,6 @@ class StateDicts(Feature):
             known = self.runner.derived["identity"] = version, self.runner.compilation.identity()
         return cast(Identity, known[1])
 
-    def persists(self, name: str) -> bool:
-        """Return whether a tensor is in state dicts of the source."""
-        path, _, last = name.rpartition(".")
-        return last not in transient_of(self.runner.store.owner(path))
-
     def kept(self) -> set[str]:
         """Return the names of the tensors in a state dict."""
         trained = (name for name, parameter in self.runner.module.named_parameters() if parameter.requires_grad)
@@ -118,7 +113,7 @@ class StateDicts(Feature):
 def persists(store: Store, name: str) -> bool:
     """Return whether a tensor is in state dicts of its module."""
     path, _, last = name.rpartition(".")
-    return last not in store.owner(path)._non_persistent_buffers_set
+    return last not in transient_of(store.owner(path))
 
 
 def keep_state(module: Root) -> None:

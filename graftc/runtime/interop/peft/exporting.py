@@ -27,10 +27,20 @@ from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.records.files import PeftTensor
+from graftc.runtime.interop.peft.base import outermost, paths_of, rows_in
 from graftc.runtime.interop.peft.expert_layouts import SINCE
 from graftc.runtime.interop.peft.expressible import own_places, refuse_inexpressible, task_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
-from graftc.runtime.interop.peft.pairs import Pair, is_adapted, pairs_of, peft_tensors, split, table_of, table_path
+from graftc.runtime.interop.peft.pairs import (
+    Pair,
+    is_adapted,
+    pairs_of,
+    peft_tensors,
+    split,
+    table_of,
+    table_path,
+    trains_rows,
+)
 from graftc.runtime.interop.peft.targets import suffixes
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
