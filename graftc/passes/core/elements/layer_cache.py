@@ -251,12 +251,11 @@ def _states_in(cache: Any) -> list[list[Tensor]]:
 
     That is nothing, a convolution's inputs, or these and a recurrent state.
     """
-    numbers = range(cache.number_of_states)
-    pairs = [(cache.conv_states[number], cache.recurrent_states[number]) for number in numbers]
-    return [
-        [state for state in pairs[number] if state is not None] if cache.has_previous_state[number] else []
-        for number in numbers
+    pairs = [
+        (cache.conv_states[number], cache.recurrent_states[number]) if cache.has_previous_state[number] else ()
+        for number in range(cache.number_of_states)
     ]
+    return [[state for state in pair if state is not None] for pair in pairs]
 
 
 def _with_states(states: Sequence[Sequence[Tensor]]) -> Any:

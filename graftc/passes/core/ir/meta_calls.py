@@ -76,14 +76,12 @@ class MetaCalls:
     def outcome(self, node: fx.Node) -> MetaCall:
         """Return the outcome of the call of a node."""
         key = (node.target, self._key(node.args), self._key(node.kwargs))
-        outcome = _OUTCOMES.get(key)
-        if outcome is None:
-            outcome = self._run(node)
+        if key not in _OUTCOMES:
             if len(_OUTCOMES) >= _MOST:
                 _OUTCOMES.clear()
                 _TENSORS.clear()
-            _OUTCOMES[key] = outcome
-        return outcome
+            _OUTCOMES[key] = self._run(node)
+        return _OUTCOMES[key]
 
     def _run(self, node: fx.Node) -> MetaCall:
         def number(value: Any) -> Any:
