@@ -21,7 +21,7 @@ from graftc.specs.overrides import Override
 from graftc.specs.peft import PeftFormat
 from graftc.specs.roles import ROLES
 from graftc.specs.schema import AdaptationName, needs_one_of
-from graftc.specs.spec_errors import refuse, reject
+from graftc.specs.spec_errors import refuse
 from graftc.specs.target import AsTarget, Target
 
 __all__ = [
@@ -67,7 +67,7 @@ class NamedSpec(SpecModel):
     @classmethod
     def _name_is_usable(cls, value: str | None) -> str | None:
         if value is not None and (error := check_name(value)) is not None:
-            reject(((), error))
+            refuse((), error)
         return value
 
 
@@ -129,7 +129,7 @@ class MethodSpec(NamedSpec):
             try:
                 return value.to_target(cls.tag())
             except GraftError as error:
-                reject(((), error))
+                refuse((), error)
         if isinstance(value, str):
             better = f"{{{'role' if value in ROLES else 'modules'}: {value}}}"
             message = f"target must be a mapping, not {quoted(value)}"
@@ -196,7 +196,7 @@ class MethodSpec(NamedSpec):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        written = handler(schema)
+        written = super().__get_pydantic_json_schema__(schema, handler)
         default = cls.model_fields["target"].default
         if not (isinstance(default, Target) and default.has_selector):
             target = handler.resolve_ref_schema(written)["properties"]["target"]

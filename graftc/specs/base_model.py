@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
-from pydantic_core import from_json
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, from_json
 
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.limits import check_limits
@@ -63,6 +72,18 @@ class SpecModel(_Base):
         allow_inf_nan=False,
         json_schema_extra=without_raises,
     )
+
+    @classmethod
+    def _conditions(cls) -> list[dict[str, Any]]:
+        """Return what the JSON Schema demands of values beside the types of fields; nothing by default."""
+        return []
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        written = handler(schema)
+        if conditions := cls._conditions():
+            handler.resolve_ref_schema(written)["allOf"] = conditions
+        return written
 
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def _adaptation(value: Any) -> MethodSpec:
     tag = value["method"]
     entry = method_spec(tag) if isinstance(tag, str) else None
     if entry is None:
-        reject((("method",), unknown_method(tag)))
+        refuse("method", unknown_method(tag))
     # The validator itself, not model_validate, so that pydantic keeps the paths of its errors.
     adaptation: MethodSpec = entry.spec_class.__pydantic_validator__.validate_python(dict(value))
     return adaptation
@@ -181,23 +181,17 @@ class Spec(Document):
     @classmethod
     def _is_a_whole_spec(cls, data: Any) -> Any:
         if (error := bare_entries(data)) is not None:
-            reject((("adapt",) if "adapt" in data else (), error))
+            refuse("adapt" if "adapt" in data else (), error)
         return data
 
     @field_validator("adapt")
     @classmethod
     def _names_are_unique(cls, adapt: tuple[MethodSpec, ...]) -> tuple[MethodSpec, ...]:
-        first: dict[str, int] = {}
-        problems: list[Problem] = []
-        for index, adaptation in enumerate(adapt):
-            if adaptation.name is None:
-                continue
-            if adaptation.name in first:
-                message = f"the name '{adaptation.name}' is taken by adapt[{first[adaptation.name]}]"
-                problems.append(((index, "name"), GraftError("GC005", message, hint="names are unique")))
-            first.setdefault(adaptation.name, index)
-        if problems:
-            reject(*problems)
+        own = [(index, a.name) for index, a in enumerate(adapt) if a.name is not None]
+        first = {name: index for index, name in reversed(own)}
+        taken_by = {index: f"the name '{name}' is taken by adapt[{first[name]}]" for index, name in own}
+        repeated = [index for index, name in own if first[name] != index]
+        reject(((index, "name"), GraftError("GC005", taken_by[index], hint="names are unique")) for index in repeated)
         taken = set(first)
         return tuple(named(a, a.method, taken) for a in adapt)
 
@@ -218,9 +212,7 @@ class Spec(Document):
             return self
         taken = {str(a.name) for a in self.adapt} | {str(c.name) for c in self.compose}
         compose = tuple(named(c, c.kind, taken) for c in self.compose)
-        problems = list(self._misfits(compose))
-        if problems:
-            reject(*((("compose", *where), error) for where, error in problems))
+        reject((("compose", *where), error) for where, error in self._misfits(compose))
         object.__setattr__(self, "compose", compose)
         return self
 

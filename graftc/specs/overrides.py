@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self
 
-from pydantic import Field, GetJsonSchemaHandler, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import Field, model_validator
 
 from graftc.specs.base_model import SpecModel
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -15,6 +13,7 @@ from graftc.specs.errors.text import counted
 from graftc.specs.limits import SIZE
 from graftc.specs.patterns import (
     as_items,
+    branches,
     expand_braces,
     glob_to_regex,
     layer_indices,
@@ -49,17 +48,18 @@ class Override(SpecModel):
         if self.role is None and self.modules is None and self.layers is None:
             refuse((), "an override needs role, modules or layers to say where it holds")
         if not self.changes():
-            fields = [f for f in type(self).model_fields if f not in Override.model_fields]
+            fields = self._changeable()
             refuse((), "an override changes nothing", hint=f"it may set: {', '.join(fields)}" if fields else None)
         return self
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        written = handler(schema)
-        changes = [f for f in cls.model_fields if f not in Override.model_fields]
-        parts = [needs_one_of(fields) for fields in (("role", "modules", "layers"), changes) if fields]
-        handler.resolve_ref_schema(written)["allOf"] = parts
-        return written
+    def _conditions(cls) -> list[dict[str, Any]]:
+        return [needs_one_of(fields) for fields in (("role", "modules", "layers"), cls._changeable()) if fields]
+
+    @classmethod
+    def _changeable(cls) -> list[str]:
+        """Return the fields whose values differ at the sites of an override."""
+        return [f for f in cls.model_fields if f not in Override.model_fields]
 
     @property
     def size(self) -> int:
@@ -68,8 +68,7 @@ class Override(SpecModel):
 
     def changes(self) -> dict[str, Any]:
         """Return the values that this override sets, by field."""
-        names = (f for f in type(self).model_fields if f not in Override.model_fields)
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: value for name in self._changeable() if (value := getattr(self, name)) is not None}
 
     def matches(
         self,
@@ -137,12 +136,8 @@ def _hits(override: Override, sites: Sequence[Candidate], depth: Mapping[str, in
 
 def _check_parts(override: Override, sites: Sequence[Candidate], depth: Mapping[str, int], path: str) -> None:
     for field in ("role", "modules", "layers"):
-        value = getattr(override, field)
-        for index, item in enumerate(as_items(value)):
-            for branch in [item] if field == "layers" else expand_braces(item):
-                if _hits(override.model_copy(update={field: branch}), sites, depth):
-                    continue
-                spot = f"{path}.{field}" + (f"[{index}]" if isinstance(value, tuple) else "")
+        for spot, item, branch in branches(getattr(override, field), f"{path}.{field}", braces=field != "layers"):
+            if not _hits(override.model_copy(update={field: branch}), sites, depth):
                 shown = f"'{branch}'" if branch == item else f"'{branch}' of '{item}'"
                 modules = [site.module for site in sites] if field == "modules" else []
                 hint, fix = suggest(branch, item, modules) if modules else (None, None)

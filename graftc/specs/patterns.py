@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,7 @@ __all__ = [
     "NESTED",
     "PATTERNS",
     "as_items",
+    "branches",
     "expand_braces",
     "glob_to_regex",
     "layer_entries",
@@ -24,6 +25,7 @@ __all__ = [
     "modules_by_glob",
     "parse_layer",
     "parse_slice",
+    "quoted_branch",
     "smallest_fix",
     "suggest",
     "write_items",
@@ -106,6 +108,24 @@ def expand_braces(text: str) -> list[str]:
         else:
             current[-1] = [a + piece for a in current[-1]]
     return list(dict.fromkeys(current[0]))
+
+
+def branches(value: Any, path: str, *, braces: bool = True) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the alternatives of the items of a field: the path of the item, the item, and the alternative.
+
+    Args:
+        value: nothing, one item or several.
+        path: the path of the field.
+        braces: whether items have braces to expand; otherwise each is its own only alternative.
+    """
+    for index, item in enumerate(as_items(value)):
+        place = f"{path}[{index}]" if isinstance(value, list | tuple) else path
+        yield from ((place, item, branch) for branch in (expand_braces(item) if braces else [item]))
+
+
+def quoted_branch(branch: str, item: str) -> str:
+    """Return an alternative as messages show it, with the item that it is an alternative of."""
+    return quoted(branch) if branch == item else f"{quoted(branch)} of {quoted(item)}"
 
 
 @lru_cache(maxsize=512)
@@ -270,7 +290,7 @@ def modules_by_glob(globs: Sequence[str], modules: Sequence[str], where: str) ->
             fits = glob_to_regex(branch).fullmatch
             hits = {module for module in modules if fits(module)}
             if not hits:
-                shown = quoted(branch) if branch == glob else f"{quoted(branch)} of {quoted(glob)}"
+                shown = quoted_branch(branch, glob)
                 message = f"{where} {shown} matches none of the {counted(len(modules), 'module')}"
                 hint, fix = suggest(branch, glob, modules, "module")
                 raise GraftError("GC011", message, place=Place(path=f"{where}[{index}]"), hint=hint, fix=fix)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -12,7 +12,7 @@ from graftc.specs.errors.diagnostics import CATALOGUE, GraftError, Place, correc
 from graftc.specs.errors.text import quoted, shown
 from graftc.specs.source import format_path
 
-__all__ = ["Problem", "explain", "first_repeat", "refuse", "reject"]
+__all__ = ["Problem", "explain", "first_repeat", "problems_of", "refuse", "reject"]
 
 Problem: TypeAlias = tuple[tuple[str | int, ...], GraftError]
 """An error, and its path relative to the value that is validated."""
@@ -44,38 +44,53 @@ _TYPES = {
 }
 
 
-def reject(*problems: Problem) -> NoReturn:
-    """Fail a validator with coded errors.
+def reject(problems: Iterable[Problem]) -> None:
+    """Fail a validator with coded errors, if there are any.
 
     Raises:
-        ValidationError: always; pydantic keeps the paths, and :func:`explain` converts it back.
+        ValidationError: if there are; pydantic keeps the paths, and :func:`explain` converts it back.
     """
     lines: list[InitErrorDetails] = []
     for path, error in problems:
         context: dict[str, Any] = {"text": error.message, "hint": error.hint, "fix": error.fix}
         kind = PydanticCustomError(error.code, "{text}", context)
         lines.append(InitErrorDetails(type=kind, loc=path, input=None))
-    raise ValidationError.from_exception_data("spec", lines)
+    if lines:
+        raise ValidationError.from_exception_data("spec", lines)
 
 
 def refuse(
     path: str | int | tuple[str | int, ...],
-    message: str,
+    error: GraftError | str,
     *,
     hint: str | None = None,
     fix: tuple[str, str] | None = None,
     code: str = "GC002",
 ) -> NoReturn:
-    """Fail a validator with one error, by default GC002: the value is not allowed.
+    """Fail a validator with one error.
 
     Args:
         path: a field or an index of the value that is validated, or a longer path; ``()`` for the value itself.
-        message, hint, fix, code: as for `GraftError`.
+        error: the error, or its message.
+        hint, fix, code: as for `GraftError`, if only the message is given; by default, the value is not allowed.
 
     Raises:
         ValidationError: always, as `reject`.
     """
-    reject((path if isinstance(path, tuple) else (path,), GraftError(code, message, hint=hint, fix=fix)))
+    coded = error if isinstance(error, GraftError) else GraftError(code, error, hint=hint, fix=fix)
+    reject([(path if isinstance(path, tuple) else (path,), coded)])
+    raise AssertionError("reject has raised")
+
+
+def problems_of(items: Iterable[Any], check: Callable[[Any], object]) -> list[Problem]:
+    """Return the errors that a check raises for some items, each at the index of its item."""
+    problems: list[Problem] = []
+    for index, item in enumerate(items):
+        try:
+            check(item)
+        except GraftError as error:
+            problems.append(((index,), error))
+    return problems
 
 
 def first_repeat(values: Sequence[Any]) -> int | None:

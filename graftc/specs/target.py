@@ -24,7 +24,7 @@ from graftc.specs.patterns import (
 from graftc.specs.regexes import check_regex
 from graftc.specs.roles import parse_role
 from graftc.specs.schema import Glob, Layer, Regex, RoleName
-from graftc.specs.spec_errors import Problem, refuse, reject
+from graftc.specs.spec_errors import problems_of, refuse, reject
 
 __all__ = [
     "AsTarget",
@@ -50,14 +50,8 @@ def _each(check: Callable[[Any], object], what: str) -> Callable[[Any], Any]:
             return None
         if many and not value:
             refuse((), f"an empty list selects nothing; leave it out or name {what}")
-        problems: list[Problem] = []
-        for index, item in enumerate(as_items(value)):
-            try:
-                check(item)
-            except GraftError as error:
-                problems.append(((index,) if many else (), error))
-        if problems:
-            reject(*problems)
+        problems = problems_of(as_items(value), check)
+        reject(problems if many else [((), error) for _, error in problems])
         return list(value) if many else value
 
     return validate

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import counted, quoted, some
 from graftc.specs.patterns import (
     as_items,
-    expand_braces,
+    branches,
     glob_to_regex,
     layer_indices,
+    quoted_branch,
     suggest,
     write_items,
     write_layers,
@@ -47,9 +47,7 @@ class _Pattern:
 
     @property
     def shown(self) -> str:
-        return (
-            quoted(self.branch) if self.branch == self.written else f"{quoted(self.branch)} of {quoted(self.written)}"
-        )
+        return quoted_branch(self.branch, self.written)
 
     @property
     def counted(self) -> str:
@@ -90,7 +88,7 @@ class Matching:
     Args:
         target, candidates, where, matcher: as for `graftc.compiler.resolve.select.select`.
         method: the method of the adaptation.
-        found: collects the errors of the target; if None, the first error is raised.
+        meant: collects the errors of the target; if None, the first error is raised.
         within: keys of the only candidates to choose from; by default all.
     """
 
@@ -104,7 +102,7 @@ class Matching:
         meant: Meant | None = None,
         within: Collection[Hashable] | None = None,
     ) -> None:
-        self.found, self.within = meant, None if within is None else frozenset(within)
+        self.meant, self.within = meant, None if within is None else frozenset(within)
         self.target, self.all, self.where, self.method = target, list(candidates), where, method.method
         self.missing, self.matcher = method.missing, matcher
         self.kinds = None if method.kinds is None else frozenset(method.kinds)
@@ -120,9 +118,9 @@ class Matching:
 
     def refuse(self, error: GraftError) -> None:
         """Raise an error, or record it if the target is still being written."""
-        if self.found is None:
+        if self.meant is None:
             raise error
-        self.found.faults.append(error)
+        self.meant.faults.append(error)
 
     def run(self) -> list[Candidate]:
         """Return the candidates that the target selects, in their order."""
@@ -137,7 +135,7 @@ class Matching:
             stages.append(("not excluded", len(final)))
         if not final:
             facts = ", ".join(f"{count} {stage}" for stage, count in stages)
-            if self.found is None or not self.found.faults:
+            if self.meant is None or not self.meant.faults:
                 self.refuse(_error("GC014", f"the target selects no site: {facts}", self.where))
             return final
         self.all_survive(patterns, kept, "layers", f"layers: {write_items(self.target.layers)}")
@@ -149,34 +147,33 @@ class Matching:
 
     def roles(self) -> list[_Pattern]:
         out = []
-        for path, text in _items(self.target.role, f"{self.where}.role"):
-            for branch in expand_braces(text):
-                parse_role(branch, Place(path=path))
-                hits = frozenset(c.key for c in self.pool if branch in c.roles)
-                if not hits:
-                    self.refuse(self.no_such_role(branch, path))
-                out.append(_Pattern("role", path, text, branch, hits))
+        for path, text, branch in branches(self.target.role, f"{self.where}.role"):
+            parse_role(branch, Place(path=path))
+            hits = frozenset(c.key for c in self.pool if branch in c.roles)
+            if not hits:
+                self.refuse(self.no_such_role(branch, path))
+            out.append(_Pattern("role", path, text, branch, hits))
         return out
 
     def paths(self, field: str) -> list[_Pattern]:
         out: list[_Pattern] = []
         modules = [c.module for c in self.pool]
         names = list(dict.fromkeys(name for c in self.all for name in c.paths))
-        for path, text in _items(getattr(self.target, field), f"{self.where}.{field}"):
-            for branch in expand_braces(text) if field == "modules" else [text]:
-                if field == "modules":
-                    fitting = {name for name in names if glob_to_regex(branch).fullmatch(name)}
-                else:
-                    fitting = self.matcher.matching(branch, names, Place(path=path))
-                hits = frozenset(c.key for c in self.pool if not fitting.isdisjoint(c.paths))
-                if not hits:
-                    others = [c for c in self.all if not fitting.isdisjoint(c.paths)]
-                    if others:
-                        hint, fix = suggest(branch, text, modules) if field == "modules" else (None, None)
-                        self.refuse(self.wrong_kind(f"{field} {quoted(branch)}", others, path, hint, fix))
-                    else:
-                        self.refuse(self.no_match(_Pattern(field, path, text, branch, hits), out))
-                out.append(_Pattern(field, path, text, branch, hits))
+        globs = field == "modules"
+        for path, text, branch in branches(getattr(self.target, field), f"{self.where}.{field}", braces=globs):
+            if globs:
+                fitting = {name for name in names if glob_to_regex(branch).fullmatch(name)}
+            else:
+                fitting = self.matcher.matching(branch, names, Place(path=path))
+            hits = frozenset(c.key for c in self.pool if not fitting.isdisjoint(c.paths))
+            others = [c for c in self.all if not hits and not fitting.isdisjoint(c.paths)]
+            pattern = _Pattern(field, path, text, branch, hits)
+            if others:
+                hint, fix = suggest(branch, text, modules) if globs else (None, None)
+                self.refuse(self.wrong_kind(f"{field} {quoted(branch)}", others, path, hint, fix))
+            elif not hits:
+                self.refuse(self.no_match(pattern, out))
+            out.append(pattern)
         return out
 
     def conjunction(self, patterns: list[_Pattern]) -> list[Candidate]:
@@ -200,11 +197,11 @@ class Matching:
         stacks = {c.stack for c in chosen if c.layer is not None}
         if not stacks:
             message = f"the target selects {counted(len(chosen))}, none of them in a layer that layers could name"
-            if chosen or self.found is None:
+            if chosen or self.meant is None:
                 self.refuse(_error("GC011", message, f"{self.where}.layers"))
             return []
         kept: set[tuple[str, int]] = set()
-        for path, entry in _items(self.target.layers, f"{self.where}.layers"):
+        for path, entry, _ in branches(self.target.layers, f"{self.where}.layers", braces=False):
             named = {(s, i) for s in stacks for i in layer_indices(entry, self.depths[s])}
             if not any((c.stack, c.layer) in named for c in chosen):
                 message = f"layers entry {entry!r} matches none of {self.extent(stacks)}"
@@ -218,16 +215,15 @@ class Matching:
 
     def exclude(self, chosen: list[Candidate], kept: list[Candidate]) -> list[Candidate]:
         out: set[Hashable] = set()
-        for path, text in _items(self.target.exclude, f"{self.where}.exclude"):
-            for branch in expand_braces(text):
-                fits = glob_to_regex(branch).fullmatch
-                hits = {c.key for c in chosen if any(map(fits, c.paths))}
-                if not hits and (chosen or self.found is None):
-                    p = _Pattern("exclude", path, text, branch, frozenset())
-                    message = f"exclude {p.shown} matches none of the {counted(len(chosen))} selected"
-                    hint, fix = suggest(branch, text, [c.module for c in chosen])
-                    self.refuse(_error("GC011", message, path, hint=hint, fix=fix))
-                out |= hits
+        for path, text, branch in branches(self.target.exclude, f"{self.where}.exclude"):
+            fits = glob_to_regex(branch).fullmatch
+            hits = {c.key for c in chosen if any(map(fits, c.paths))}
+            if not hits and (chosen or self.meant is None):
+                shown, count = quoted_branch(branch, text), counted(len(chosen))
+                hint, fix = suggest(branch, text, [c.module for c in chosen])
+                message = f"exclude {shown} matches none of the {count} selected"
+                self.refuse(_error("GC011", message, path, hint=hint, fix=fix))
+            out |= hits
         return [c for c in kept if c.key not in out]
 
     def all_survive(self, patterns: list[_Pattern], kept: list[Candidate], field: str, why: str) -> None:
@@ -251,8 +247,8 @@ class Matching:
             message = f"the target selects {counted(len(final))}, expected {expect}"
             details = [*counts, *(g.message for g in gaps)]
             self.refuse(_error("GC013", message, f"{self.where}.expect", details=details))
-        elif self.found is not None:
-            self.found.gaps += gaps if self.within is None else []
+        elif self.meant is not None:
+            self.meant.gaps += gaps if self.within is None else []
         elif gaps:
             raise gaps[0]
 
@@ -264,7 +260,7 @@ class Matching:
             return None
         with_role = {spot for c in self.pool if c.key in p.hits and (spot := _spot(c))}
         stacks = {stack for stack, _ in with_role}
-        every = {spot for c in self.all if (spot := _spot(c)) and spot[0] in stacks and self.asked(spot)}
+        every = {spot for c in self.all if (spot := _spot(c)) and spot[0] in stacks and self.is_wanted(spot)}
         wanted = {spot for spot in every if spot in with_role or self.may_have(family, spot)}
         if "cross" in role.prefixes:  # a decoder may have cross-attention in some layers only
             stem = ".".join((*role.prefixes, family))
@@ -299,7 +295,7 @@ class Matching:
         roles = (role for c in self.all if _spot(c) == spot for role in c.roles)
         return any(role.split(".")[0] in stems for role in roles) or bool(self.missing(spot))
 
-    def asked(self, spot: tuple[str, int]) -> bool:
+    def is_wanted(self, spot: tuple[str, int]) -> bool:
         entries = as_items(self.target.layers)
         return not entries or any(spot[1] in layer_indices(e, self.depths[spot[0]]) for e in entries)
 
@@ -376,10 +372,3 @@ def _error(
 
 def _spot(c: Candidate) -> tuple[str, int] | None:
     return None if c.layer is None else (c.stack, c.layer)
-
-
-def _items(value: object, path: str) -> list[tuple[str, Any]]:
-    """Return the items of a field, each with its path."""
-    if isinstance(value, (list, tuple)):
-        return [(f"{path}[{i}]", item) for i, item in enumerate(value)]
-    return [(path, item) for item in as_items(value)]

@@ -150,9 +150,7 @@ class Pruning(MethodSpec):
 
     @model_validator(mode="after")
     def _values_fit(self) -> Self:
-        problems = [((field,), error) for field, error in self._misfits()]
-        if problems:
-            reject(*problems)
+        reject(((field,), error) for field, error in self._misfits())
         return self
 
     def _misfits(self) -> Iterator[tuple[str, GraftError]]:

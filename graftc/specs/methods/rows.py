@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, GetJsonSchemaHandler, field_validator, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import Field, field_validator, model_validator
 
 from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.patterns import parse_slice
 from graftc.specs.peft import AS_USUAL, PeftFormat, PeftPart
 from graftc.specs.schema import RowNumber, needs_one_of
-from graftc.specs.spec_errors import Problem, refuse, reject
+from graftc.specs.spec_errors import problems_of, refuse, reject
 
 __all__ = ["RowSelection"]
 
@@ -88,14 +85,7 @@ class RowSelection(MethodSpec):
     def _rows_are_numbers(cls, value: tuple[int | str, ...] | None) -> tuple[int | str, ...] | None:
         if value is not None and not value:
             refuse((), "an empty list names no row", hint='for example: rows: [0, "8:16"]')
-        problems: list[Problem] = []
-        for index, entry in enumerate(value or ()):
-            try:
-                parse_slice(entry, "row")
-            except GraftError as error:
-                problems.append(((index,), error))
-        if problems:
-            reject(*problems)
+        reject(problems_of(value or (), lambda entry: parse_slice(entry, "row")))
         return value
 
     @field_validator("n_of_m")
@@ -129,8 +119,5 @@ class RowSelection(MethodSpec):
         return self
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        written = super().__get_pydantic_json_schema__(schema, handler)
-        parts: list[Any] = handler.resolve_ref_schema(written).setdefault("allOf", [])
-        parts.append({"oneOf": needs_one_of(cls.one_of)["anyOf"]})
-        return written
+    def _conditions(cls) -> list[dict[str, Any]]:
+        return [{"oneOf": needs_one_of(cls.one_of)["anyOf"]}]

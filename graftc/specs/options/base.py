@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
-from pydantic import Field, GetJsonSchemaHandler, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import Field, model_validator
 
 from graftc.specs.base import SpecModel
 from graftc.specs.spec_errors import refuse
@@ -39,12 +37,11 @@ class BaseOptions(SpecModel):
     """Globs of modules that stay as they are, with all that is in them."""
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Add the conditions of `_fits` to the schema, which can express all of them."""
-        written = handler(schema)
+    def _conditions(cls) -> list[dict[str, Any]]:
+        """Return the conditions of `_fits`, all of which a schema can express."""
         unset = {"anyOf": [{"type": "null"}, {"type": "array", "maxItems": 0}]}
         blocks = {"properties": {"quantize": {"enum": ["nf4", "fp4"]}}, "required": ["quantize"]}
-        handler.resolve_ref_schema(written)["allOf"] = [
+        return [
             {
                 "if": {"properties": {"quantize": {"type": "string"}}, "required": ["quantize"]},
                 "else": {"properties": {"group": {"type": "null"}, "double": {"const": False}, "skip": unset}},
@@ -55,7 +52,6 @@ class BaseOptions(SpecModel):
                 "else": {"properties": {"double": {"const": False}}},
             },
         ]
-        return written
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

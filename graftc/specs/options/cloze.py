@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import Field, GetJsonSchemaHandler, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic import Field, model_validator
 
 from graftc.specs.base import Items, SpecModel
 from graftc.specs.errors.text import quoted
@@ -50,18 +48,16 @@ class ClozeOptions(SpecModel):
         return max(len(verbalizer[0][0]) for verbalizer in self.verbalizers)
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """Require either `blank` or `decoder` in the schema."""
-        written = handler(schema)
+    def _conditions(cls) -> list[dict[str, Any]]:
+        """Require either `blank` or `decoder`."""
         has_blank = {"properties": {"blank": {"not": {"type": "null"}}}, "required": ["blank"]}
-        handler.resolve_ref_schema(written)["allOf"] = [
+        return [
             {
                 "if": has_blank,
                 "then": {"properties": {"decoder": {"maxItems": 0}}},
                 "else": {"properties": {"decoder": {"minItems": 1}}, "required": ["decoder"]},
             }
         ]
-        return written
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

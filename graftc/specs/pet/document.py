@@ -73,29 +73,12 @@ class PetSpec(Document):
             p if p.name is not None else p.model_copy(update={"name": _free(number, taken)})
             for number, p in enumerate(patterns, start=1)
         )
-        problems: list[Problem] = []
-        names: dict[str, int] = {}
-        texts: dict[tuple[str, Verbalizer | None], int] = {}
-        for index, pattern in enumerate(named):
-            # Some file systems use one folder for two names that differ only by case.
-            first = names.setdefault(str(pattern.name).lower(), index)
-            same = texts.setdefault((pattern.text, pattern.verbalizer), index)
-            if first != index:
-                message = f"the name {quoted(str(pattern.name))} is taken by patterns[{first}]"
-                problems.append(((index, "name"), GraftError("GC005", message, hint="names are unique")))
-            if same != index:
-                message = f"the pattern is the same as patterns[{same}]"
-                hint = "more members of one pattern are `seeds`"
-                problems.append(((index,), GraftError("GC175", message, hint=hint)))
-        if problems:
-            reject(*problems)
+        reject(_repetitions(named))
         return named
 
     @model_validator(mode="after")
     def _verbalizers_fit(self) -> Self:
-        problems = [*self._verbalizer_problems(), *self._member_problems()]
-        if problems:
-            reject(*problems)
+        reject([*self._verbalizer_problems(), *self._member_problems()])
         return self
 
     def _verbalizer_problems(self) -> Iterator[Problem]:
@@ -166,6 +149,21 @@ class PetSpec(Document):
             assert first is not None  # validation ensures that one of them is given
             return first
         return own.ordered(first.labels)
+
+
+def _repetitions(patterns: Sequence[PatternSpec]) -> Iterator[Problem]:
+    names: dict[str, int] = {}
+    texts: dict[tuple[str, Verbalizer | None], int] = {}
+    for index, pattern in enumerate(patterns):
+        # Some file systems use one folder for two names that differ only by case.
+        first = names.setdefault(str(pattern.name).lower(), index)
+        same = texts.setdefault((pattern.text, pattern.verbalizer), index)
+        if first != index:
+            message = f"the name {quoted(str(pattern.name))} is taken by patterns[{first}]"
+            yield (index, "name"), GraftError("GC005", message, hint="names are unique")
+        if same != index:
+            message = f"the pattern is the same as patterns[{same}]"
+            yield (index,), GraftError("GC175", message, hint="more members of one pattern are `seeds`")
 
 
 def _free(number: int, taken: set[str]) -> str:

@@ -16,7 +16,7 @@ from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.errors.text import quoted
 from graftc.specs.limits import NAME
 from graftc.specs.pet.verbalizer import Verbalizer
-from graftc.specs.spec_errors import refuse, reject
+from graftc.specs.spec_errors import refuse
 
 __all__ = ["BLANKS", "LABEL", "Pattern", "PatternPart", "PatternSpec", "parse_pattern"]
 
@@ -128,7 +128,7 @@ class PatternSpec(SpecModel):
         try:
             parse_pattern(text)
         except GraftError as error:
-            reject(((), error))
+            refuse((), error)
         return text
 
     @cached_property

@@ -83,9 +83,7 @@ class Verbalizer(Mapping[str, tuple[str, ...]]):
 def _validated(value: Any) -> Verbalizer:
     if isinstance(value, Verbalizer):
         return value
-    problems = list(_problems(value))
-    if problems:
-        reject(*problems)
+    reject(_problems(value))
     return Verbalizer(value)
 
 
