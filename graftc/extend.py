@@ -1,4 +1,5 @@
-"""Everything that a method or a pass is written with: the one module that plugins import, beside `graftc.testing`.
+"""Everything that a method, a pass or an exporter is written with: the one module that plugins import, beside
+`graftc.testing`.
 
 Names are looked up when they are asked for, so a module of specs that imports from here loads no torch.
 """
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 _SPEC = {
     "Claims": "graftc.specs.claims",
+    "ExportOption": "graftc.runtime.export.exporter",
+    "Exporter": "graftc.runtime.export.exporter",
     "FoldKind": "graftc.specs.claims",
     "GraftError": "graftc.specs.errors.diagnostics",
     "Items": "graftc.specs.base_model",
@@ -19,7 +22,7 @@ _SPEC = {
     "Target": "graftc.specs.target",
     "VirtualRun": "graftc.specs.base",
 }
-"""What a module of specs needs."""
+"""What a module of specs needs, and what declares an exporter."""
 
 _CODE = {
     "AddedPass": "graftc.passes.core.added_passes",
@@ -28,6 +31,7 @@ _CODE = {
     "Builder": "graftc.passes.core.build.builder",
     "Collapsing": "graftc.passes.core.method.capabilities",
     "Controller": "graftc.passes.core.method.steering",
+    "ExportJob": "graftc.runtime.export.job",
     "Figured": "graftc.passes.core.method.capabilities",
     "Fold": "graftc.passes.core.weights.folds",
     "Keep": "graftc.passes.core.weights.folds",
@@ -68,7 +72,7 @@ _CODE = {
     "weight_fold": "graftc.passes.core.weights.folds",
     "zeros": "graftc.passes.core.method.lowrank",
 }
-"""What the code of a method or of a pass needs."""
+"""What the code of a method, of a pass or of an exporter needs."""
 
 if TYPE_CHECKING:
     from graftc.passes.core.added_passes import AddedPass
@@ -107,6 +111,8 @@ if TYPE_CHECKING:
         ValueSite,
     )
     from graftc.passes.core.weights.folds import Fold, Keep, StandIn, TensorFold, WeightFold, weight_fold
+    from graftc.runtime.export.exporter import Exporter, ExportOption
+    from graftc.runtime.export.job import ExportJob
     from graftc.specs.base import MethodSpec, VirtualRun
     from graftc.specs.base_model import Items
     from graftc.specs.claims import Claims, FoldKind, SiteKind
@@ -123,6 +129,9 @@ __all__ = [
     "Claims",
     "Collapsing",
     "Controller",
+    "ExportJob",
+    "ExportOption",
+    "Exporter",
     "Figured",
     "Fold",
     "FoldKind",

@@ -1,4 +1,4 @@
-"""Installed packages with passes: a module and its metadata in a folder of the import path."""
+"""Installed packages with passes or exporters: a module and its metadata in a folder of the import path."""
 
 from __future__ import annotations
 
@@ -11,31 +11,38 @@ from pathlib import Path
 import pytest
 
 from graftc.passes.core.added_passes import reload_passes
+from graftc.runtime.export.registry import reload_exporters
 
 Install = Callable[..., None]
 """Installs a package; see `installing`."""
+
+
+def look_again() -> None:
+    """Make graftc look up what is installed when it next needs it."""
+    invalidate_caches()
+    reload_passes()
+    reload_exporters()
 
 
 @contextmanager
 def installing(folder: Path) -> Iterator[Install]:
     """Make packages installable under a folder while the block runs, and remove all of them afterwards.
 
-    The yielded function takes the name of a distribution, the source of its module, and its entry points: names, each
-    with the object of the module that it refers to.
+    The yielded function takes the name of a distribution, the source of its module, and its entry points in a group:
+    names, each with the object of the module that it refers to.
     """
     modules: list[str] = []
 
-    def install(name: str, source: str, version: str = "1.0", **points: str) -> None:
+    def install(name: str, source: str, version: str = "1.0", group: str = "graftc.passes", **points: str) -> None:
         module = name.replace("-", "_")
         (folder / f"{module}.py").write_text(source, encoding="utf-8")
         info = folder / f"{module}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
         lines = [f"{point} = {module}:{value}" for point, value in points.items()]
-        (info / "entry_points.txt").write_text("\n".join(["[graftc.passes]", *lines, ""]), encoding="utf-8")
+        (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines, ""]), encoding="utf-8")
         modules.append(module)
-        invalidate_caches()
-        reload_passes()
+        look_again()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -45,5 +52,4 @@ def installing(folder: Path) -> Iterator[Install]:
             patch.undo()
             for module in modules:
                 sys.modules.pop(module, None)
-            invalidate_caches()
-            reload_passes()
+            look_again()

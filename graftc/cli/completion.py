@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["artifacts", "methods", "models", "schemas", "specs"]
+__all__ = ["artifacts", "formats", "methods", "models", "schemas", "specs"]
 
 _SPECS = (".yaml", ".yml", ".json", ".toml")
 
@@ -36,6 +36,13 @@ def methods(incomplete: str) -> list[tuple[str, str]]:
     except Exception:  # a broken plugin is reported when a command runs, not during completion
         return []
     return [(tag, summary) for tag, summary in known if tag.startswith(incomplete)]
+
+
+def formats(incomplete: str) -> list[tuple[str, str]]:
+    """Return export formats with what they write."""
+    from graftc.runtime.export.registry import summaries
+
+    return [(name, summary) for name, summary in summaries().items() if name.startswith(incomplete)]
 
 
 def schemas(incomplete: str) -> list[str]:

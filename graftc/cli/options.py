@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Iterator
+from enum import EnumType, StrEnum
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -41,14 +42,20 @@ _MODEL_HELP = (
 )
 
 
-class ExportFormat(StrEnum):
-    """What ``graftc export`` can write."""
+class _Installed(EnumType):
+    """The class of `ExportFormat`: its members are those of the table of formats whenever they are listed."""
 
-    ONNX = "onnx"
-    ONNX_GENERATE = "onnx-generate"
-    PT2 = "pt2"
-    GGUF = "gguf"
-    PEFT = "peft"
+    def __iter__(cls) -> Iterator[Any]:
+        from graftc.runtime.export.registry import formats
+
+        return iter(StrEnum("ExportFormat", [(name, name) for name in formats()]))
+
+    def __call__(cls, member: Any) -> Any:  # type: ignore[override]
+        return member
+
+
+class ExportFormat(StrEnum, metaclass=_Installed):
+    """What ``graftc export`` can write."""
 
 
 class DType(StrEnum):
@@ -120,7 +127,8 @@ BaseFormOption: TypeAlias = Annotated[
 DryRun: TypeAlias = Annotated[bool, typer.Option("--dry-run", help="Do everything except writing.")]
 Force: TypeAlias = Annotated[bool, typer.Option("--force", help="Overwrite --out if it exists.")]
 FormatOption: TypeAlias = Annotated[
-    ExportFormat, typer.Option("--format", "-f", help="What to write.", show_default=False)
+    ExportFormat,
+    typer.Option("--format", "-f", help="What to write.", show_default=False, autocompletion=completion.formats),
 ]
 Json: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print JSON on the standard output, errors included, and nothing else there.")

@@ -10,13 +10,12 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, cast
+from typing import TYPE_CHECKING, Any, Generic, cast
 
 import torch
 from torch import Tensor, nn
 
 from graftc.compat.modules import printed_as
-from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.requantise import BaseForm
@@ -24,6 +23,7 @@ from graftc.compiler.inspect.summary import summary
 from graftc.compiler.inspect.tree import model_tree
 from graftc.passes.core.ir.program_key import Mode
 from graftc.records.report import Report
+from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.interop.wrapping import refuse_wrapping
 from graftc.runtime.model.printed import printed
 from graftc.runtime.model.runner import M, ModelRoot, Published
@@ -33,7 +33,6 @@ from graftc.runtime.offered.state import StateDicts
 from graftc.runtime.training.selecting import Selecting
 from graftc.runtime.training.steering import TrainingSteering, watch_training
 from graftc.specs.compose import Parallel
-from graftc.specs.options.exports import FileType
 
 if TYPE_CHECKING:
     from graftc.compiler.inspect.snapshot import Snapshot
@@ -71,6 +70,7 @@ class Compiled(ModelRoot, Generic[M]):
     callback = Published(TrainingSteering.callback)
     select = Published(Selecting.select)
     advance = Published(Selecting.advance)
+    export = Published(Exporting.export)
 
     if TYPE_CHECKING:  # attributes of the Runner, which give way to a child of the same name
         base_model: nn.Module
@@ -109,55 +109,6 @@ class Compiled(ModelRoot, Generic[M]):
             GraftError: GC063 if something else is there, GC064 if the artifact cannot be written.
         """
         return cast(Path, self._graftc.save(path, force=force, base=base, certify=certify, full=full))
-
-    def export(
-        self,
-        path: str | Path,
-        format: Literal["onnx", "onnx-generate", "pt2", "peft", "gguf"] = "onnx",
-        example_inputs: ExampleInputs | None = None,
-        *,
-        inputs: str | Sequence[str] = (),
-        dtype: FileType | None = None,
-        server: Literal["vllm", "sglang", "mistralrs"] | None = None,
-        max_rank: int | None = None,
-        force: bool = False,
-    ) -> Path:
-        """Export the model in eval mode.
-
-        A compiled model is exported with its adapters, experts averaged; a merged one is exported folded, with its
-        certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT loads.
-        ``"gguf"`` writes a merged model for llama.cpp, or the LoRAs of a compiled one as an adapter for it.
-        ``"onnx-generate"`` writes a folder of graphs with a cache, with which ONNX Runtime generates.
-
-        The file contains every adaptation, including disabled ones. Graphs take no labels and return no loss.
-
-        The tensors of ``inputs`` are not constants of the graph but inputs, by their full names, so that one file
-        serves every adaptation with these shapes; in ``.pt2`` they are one keyword argument, ``adapter_tensors``, a
-        mapping from names to tensors. Their values are stored beside the file, in ``<file>.<adaptation>.safetensors``.
-
-        Args:
-            path: the file or folder to write.
-            format: ``"onnx"``, ``"onnx-generate"``, ``"pt2"``, ``"peft"`` or ``"gguf"``.
-            example_inputs: for onnx and pt2, a call whose signature is exported, by name or in order; by default the
-                call that the model was compiled with. Values of tensors do not matter.
-            inputs: for onnx and pt2, names of adaptations in the graph whose tensors become inputs.
-            dtype: the element type of the matrices in a GGUF file: ``"f32"`` by default, ``"f16"`` or ``"bf16"``.
-            server: the server that a folder for PEFT has to be suitable for. The update is then written as plain LoRA,
-                scaled by ``alpha / rank`` and relative to the unchanged base: at twice the rank if factors started from
-                the weights.
-            max_rank: the largest rank that the server was started with; by default the largest that it may have.
-            force: whether to replace an existing file or folder.
-
-        Raises:
-            GraftError: GC031 for example inputs that have no graph, GC060 for an unknown format, and if the exporter or
-                the check of its result fails, GC061 without the ``export`` extra, GC063 if ``path`` exists, GC064 if it
-                cannot be written, GC065 for an input of which the graph reads nothing, GC073 for an option that the
-                format does not take, GC091 for an input that does not exist; GC115 for what PEFT cannot express, before
-                anything is written, GC066 for what is not a LoRA in a GGUF adapter, and GC068 for what the server does
-                not take.
-        """
-        options = {"inputs": inputs, "dtype": dtype, "server": server, "max_rank": max_rank}
-        return cast(Path, self._graftc.export(path, format, example_inputs, **options, force=force))
 
     def disabled(self, *names: str) -> AbstractContextManager[None]:
         """Run the block without the named adaptations, or with the base alone if none is named.

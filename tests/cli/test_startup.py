@@ -27,6 +27,7 @@ _WITNESS = (
         (["schema"], 0),
         (["check", "--help"], 0),
         (["inspect", "--help"], 0),
+        (["export", "--help"], 0),
         (["check", "missing.yaml", "--model", "m"], 2),  # a wrong spec is reported without waiting for torch
     ],
 )

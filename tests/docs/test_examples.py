@@ -182,6 +182,13 @@ def a_pass_without_its_place(patch: pytest.MonkeyPatch) -> None:
         compiled()
 
 
+def a_missing_exporter(patch: pytest.MonkeyPatch) -> None:
+    Path("site").mkdir()
+    with installing(Path("site")) as install:
+        install("graftc-shapes", "", group="graftc.exporters", shapes="SHAPES")
+        compiled().export("shapes.txt", "shapes")
+
+
 def saved() -> Path:
     return compiled().save("artifact", base="models/tiny", certify=False)
 
@@ -480,6 +487,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC073": a_name_for_a_model,
     "GC074": pickling,
     "GC077": a_pass_without_its_place,
+    "GC078": a_missing_exporter,
     "GC080": no_artifact,
     "GC081": a_newer_format,
     "GC082": a_file_cut_short,

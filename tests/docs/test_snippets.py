@@ -27,7 +27,11 @@ from tests.docs.blocks import DOCS, ROOT, Block, blocks, pages
 from tools.docs.cli import commands
 
 PLUGIN = ROOT / "examples" / "plugin"
-GUIDES = {"writing-a-method.md": PLUGIN, "writing-a-pass.md": ROOT / "examples" / "plugin_pass"}
+GUIDES = {
+    "writing-a-method.md": PLUGIN,
+    "writing-a-pass.md": ROOT / "examples" / "plugin_pass",
+    "writing-an-exporter.md": ROOT / "examples" / "plugin_exporter",
+}
 """Pages about plugins, each with the package that it shows."""
 EXAMPLES = "errors.md"
 PET = "pet.md"

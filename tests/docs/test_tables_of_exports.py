@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from graftc.runtime.export.registry import exporters
 from graftc.runtime.interop.peft.servers import SERVERS
-from graftc.specs.options.exports import FORMATS
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -43,4 +43,5 @@ def test_options_of_formats() -> None:
     for name, (cell,) in rows_of("exports.md", "| format | options |").items():
         for format in name.replace("`", "").split(", "):
             options[format] = [] if cell == "none" else cell.replace("`", "").split(", ")
-    assert {name: options[name] for name in FORMATS} == {name: list(own.options) for name, own in FORMATS.items()}
+    own = {name: [option.name for option in exporter.options] for name, exporter in exporters().items()}
+    assert {name: options[name] for name in own} == own

@@ -67,6 +67,7 @@ def test_the_page_lists_every_example() -> None:
         *(p.name for p in EXAMPLES.glob("*.py")),
         *(f"specs/{p.name}" for p in SPECS),
         "plugin",
+        "plugin_exporter",
         "plugin_pass",
         "vision_language",
     ]

@@ -9,7 +9,10 @@ from typing import Any
 import typer.main
 
 from graftc.cli.app import build_app
+from graftc.cli.options import ExportFormat
 from graftc.cli.schemas import schema_names
+from graftc.runtime.export.formats import BUILT_IN
+from graftc.runtime.export.registry import exporter_of
 from tools.docs.markdown import code, fence, header, table
 
 __all__ = ["commands", "render_cli"]
@@ -81,7 +84,18 @@ def _command(name: str, command: Any) -> str:
     ]
     if command.epilog:
         parts.append(f"{_markup(command.epilog)}\n")
+    if name == "export":
+        parts.append(_formats())
     return "\n".join(parts)
+
+
+def _formats() -> str:
+    """Return the table of built-in formats; a page must not depend on what is installed."""
+    rows = []
+    for exporter in map(exporter_of, BUILT_IN):
+        words = [code(option.flag) for option in exporter.options if option.flag]
+        rows.append((code(exporter.name), exporter.summary, ", ".join(words)))
+    return table(("format", "writes", "options of its own"), rows)
 
 
 def _usage(name: str, command: Any) -> str:
@@ -139,7 +153,9 @@ def _default(parameter: Any) -> str:
 def _choices(parameter: Any) -> str:
     """Return the listed values of an option, if there are any; typer and click store them in different places."""
     kind = getattr(getattr(parameter, "type_descriptor", None), "annotation", None)
-    if isinstance(kind, type) and issubclass(kind, Enum):
+    if kind is ExportFormat:
+        choices = list(BUILT_IN)
+    elif isinstance(kind, type) and issubclass(kind, Enum):
         choices = [str(member.value) for member in kind]
     else:
         choices = [str(value) for value in getattr(getattr(parameter, "type", None), "choices", None) or ()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
@@ -18,15 +17,16 @@ from graftc.cli.options import (
     BaseFormOption,
     BaseOption,
     Budget,
-    ExportFormat,
     FormatOption,
 )
 from graftc.cli.printing import print_certificate, print_files, print_tensors
 from graftc.records.certificate import Certificate
 from graftc.records.files import PeftTensor
 from graftc.records.results import WrittenResult
+from graftc.runtime.export.formats.gguf import DTYPE
+from graftc.runtime.export.formats.peft import MAX_RANK, SERVER
+from graftc.runtime.export.graph_options import INPUTS
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.options.exports import ExportOption, misplaced
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
     from graftc.runtime.deploy.merged import Merged
     from graftc.runtime.deploy.partial import Partial
+    from graftc.runtime.export.exporter import Exporter
     from graftc.runtime.export.exporting import Exporting
 
 
@@ -92,10 +93,9 @@ def export(
     inputs: Annotated[
         list[str] | None,
         typer.Option(
-            "--inputs",
+            INPUTS.flag,
             metavar="NAME",
-            help="An adaptation whose tensors become inputs of the graph, with their values in a file beside it; may "
-            "be repeated. All others have to fold, unless nothing does (--no-merge).",
+            help=f"{INPUTS.meaning}; may be repeated. All others have to fold, unless nothing does (--no-merge).",
             show_default=False,
         ),
     ] = None,
@@ -104,29 +104,22 @@ def export(
     base: BaseFormOption = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            "--dtype",
-            metavar="TYPE",
-            help="Type of the matrices in a GGUF file: f32, which is the default, f16 or bf16.",
-            show_default=False,
-        ),
+        typer.Option(DTYPE.flag, metavar="TYPE", help=DTYPE.help, show_default=False),
     ] = None,
     server: Annotated[
         str | None,
-        typer.Option(
-            "--for",
-            metavar="SERVER",
-            help="Write a PEFT folder as a server reads it right, within its limits: vllm, sglang or mistralrs.",
-            show_default=False,
-        ),
+        typer.Option(SERVER.flag, metavar="SERVER", help=SERVER.help, show_default=False),
     ] = None,
     max_rank: Annotated[
         int | None,
+        typer.Option(MAX_RANK.flag, metavar="N", min=1, help=MAX_RANK.help, show_default=False),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
         typer.Option(
-            "--max-rank",
-            metavar="N",
-            min=1,
-            help="The largest rank that the server was started with.",
+            "--option",
+            metavar="NAME=VALUE",
+            help="Another option of the format; may be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -134,18 +127,20 @@ def export(
     """Export to ONNX (onnx-generate: with a cache, to generate), .pt2 or GGUF, folded and certified, or the adapters
     alone to PEFT's format or (--no-merge) to GGUF; files are checked before they appear.
     """
-    from graftc.runtime.export.exporters import EXPORTERS
+    from graftc.runtime.export.options import options_for
+    from graftc.runtime.export.registry import exporter_of
 
-    names = inputs or []
-    of_format = {"--inputs": names, "--dtype": dtype, "--for": server, "--max-rank": max_rank}
+    exporter = exporter_of(str(format))
+    given = {"inputs": inputs, "dtype": dtype, "server": server, "max_rank": max_rank, **_named(option or ())}
     of_fold = {"--budget": budget, "--base": base, "--allow-unchanged": allow_unchanged}
-    _check_options(format, of_format, of_fold, merge)
-    options: dict[str, Any] = {_OPTIONS[word]: value for word, value in of_format.items()}
-    exporter = EXPORTERS[format.value]
+    _check_options(exporter, given, of_fold, merge)
     folds = exporter.folds and merge is not False
-    run.beside = () if run.out is None else exporter.companions(run.out, names)
-    exporter.check(options)
-    run.require_destination(directory, model, replaceable=exporter.replaceable)
+    options = exporter.defaults | options_for(exporter, given)
+    names = options.get("inputs") or ()
+    if run.out is not None:
+        with exporter.reported():
+            run.beside = tuple(exporter.companions(run.out, options))
+            run.require_destination(directory, model, replaceable=exporter.replaceable)
     run.step("loading")
     from graftc.runtime.api import load
     from graftc.runtime.export.exporting import ready_export
@@ -159,18 +154,18 @@ def export(
         run.step("folding and certifying")
     deployed = _folded(compiled, budget, names, base, allow_unchanged) if folds else compiled.eval()
     run.step("exporting")
-    ready = ready_export(_exporting(deployed), format.value, options)
+    ready = ready_export(_exporting(deployed), exporter, given, run.out)
     if run.out is not None:
-        ready.write(run.out, run.force)
+        ready.write(force=run.force)
     return ExportResult(
         artifact=str(directory),
-        format=format.value,
+        format=exporter.name,
         merged=folds,
         certificate=deployed.certificate if folds else None,
-        tensors=tuple(ready.tensors),
-        max_rank=ready.max_rank,
-        title=ready.title,
-        needs=ready.needs,
+        tensors=tuple(ready.adapters.tensors),
+        max_rank=ready.adapters.max_rank,
+        title=ready.adapters.title,
+        needs=ready.adapters.needs,
     )
 
 
@@ -182,33 +177,47 @@ def _show(result: ExportResult, to: Console) -> None:
     print_files(result.out, result.files, to)
 
 
-_OPTIONS: Mapping[str, ExportOption] = MappingProxyType(
-    {"--inputs": "inputs", "--dtype": "dtype", "--for": "server", "--max-rank": "max_rank"}
-)
-"""The options of exports, by the command's options for them."""
+_FLAGS = {option.name: option.flag for option in (INPUTS, DTYPE, SERVER, MAX_RANK)}
+"""The options of built-in formats that are options of the command."""
+
+
+def _named(options: Sequence[str]) -> dict[str, str]:
+    """Return the other options, which are given as ``NAME=VALUE``, by name.
+
+    Raises:
+        GraftError: GC090 for another text.
+    """
+    named = {}
+    for text in options:
+        name, equals, named[name] = text.partition("=")
+        if not equals or name in _FLAGS:
+            hint = f"write {_FLAGS.get(name, '--option NAME=VALUE')}"
+            raise GraftError("GC090", f"--option {text} is not understood", hint=hint)
+    return named
 
 
 def _check_options(
-    format: ExportFormat, of_format: Mapping[str, Any], of_fold: Mapping[str, Any], merge: bool | None
+    exporter: Exporter, given: Mapping[str, Any], of_fold: Mapping[str, Any], merge: bool | None
 ) -> None:
     """Raise if an option would have no effect.
 
     Args:
-        format: the format to write.
-        of_format: the values of the options of exports, by option.
+        exporter: the exporter of the format to write.
+        given: the values of options of exports, by name.
         of_fold: the values of the options of folding, by option.
         merge: whether folding was requested; None if neither option was given.
 
     Raises:
         GraftError: GC090.
     """
-    words = {option: word for word, option in _OPTIONS.items()}
-    given: dict[str, Any] = {_OPTIONS[word]: value for word, value in of_format.items()}
-    for option, hint in misplaced(format.value, given):
-        raise GraftError("GC090", f"{words[option]} is not for --format {format.value}", hint=hint)  # type: ignore[index]
+    from graftc.runtime.export.options import misplaced
+
+    for name, hint in misplaced(exporter, given):
+        word = _FLAGS.get(name, f"--option {name}")
+        raise GraftError("GC090", f"{word} is not for --format {exporter.name}", hint=hint)
     folding = [word for word, value in {**of_fold, "--merge": merge is True}.items() if value not in (None, False)]
-    if folding and format is ExportFormat.PEFT:
-        message = f"{folding[0]} is not for --format peft"
+    if folding and not exporter.folds:
+        message = f"{folding[0]} is not for --format {exporter.name}"
         raise GraftError("GC090", message, hint="leave it out: nothing is folded")
     if folding and merge is False:
         message = f"{folding[0]} is about folding, and with --no-merge nothing is folded"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
-from graftc.specs.errors.diagnostics import Place
+from graftc.specs.errors.diagnostics import GraftError, Place
 
 GROUP = "graftc.passes"
 """The entry-point group."""
@@ -19,7 +19,7 @@ GROUP = "graftc.passes"
 
 @dataclass(frozen=True)
 class Plugin:
-    """A package that provides a pass.
+    """A package that provides a pass or an exporter.
 
     Attributes:
         distribution, version: the installed package; if it has no metadata, its module and an empty string.
@@ -40,6 +40,10 @@ class Plugin:
         """The remedy for a user who did not write the plugin."""
         return f"repair or uninstall {self.distribution}"
 
+    def error(self, code: str, message: str, hint: str = "") -> GraftError:
+        """Return the error for a fault of the plugin; the hint is for its author if there is one."""
+        return GraftError(code, message, place=self.place, hint=hint or self.remedy)
+
     def __str__(self) -> str:
         return f"{self.distribution} {self.version}".rstrip()
 
@@ -48,10 +52,11 @@ class Plugin:
 def plugins() -> Mapping[EntryPoint, Plugin]:
     """Return the entry points, in the order of their names. They are looked up once."""
     points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
-    return {point: _plugin(point) for point in points}
+    return {point: plugin_of(point) for point in points}
 
 
-def _plugin(point: EntryPoint) -> Plugin:
+def plugin_of(point: EntryPoint) -> Plugin:
+    """Return the package that registers an entry point."""
     named = f'{point.name} = "{point.value}"'
     return Plugin(*((point.dist.name, point.dist.version) if point.dist is not None else (point.module, "")), named)
 

@@ -20,9 +20,9 @@ from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.merged_folder import save_merged
 from graftc.runtime.deploy.widening import widened
 from graftc.runtime.export.components import export_components
-from graftc.runtime.export.exporting import Exporting, ExportingFolded
+from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.export.labels import without_labels
-from graftc.runtime.export.writing import FoldEvidence
+from graftc.runtime.export.metadata import FoldEvidence
 from graftc.runtime.interop.transformers import to_transformers
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.generation import GENERATING, Generating, loop_attribute
@@ -42,9 +42,9 @@ class MergedRunner(FoldedRunner):
         return self.exporting.export if name == "export" else loop_attribute(self, name)
 
     @property
-    def exporting(self) -> ExportingFolded:
+    def exporting(self) -> Exporting:
         """The object that exports the model, with its certificate."""
-        return ExportingFolded(self, FoldEvidence(self.certificate, self.folded))
+        return Exporting(self, FoldEvidence(self.certificate, self.folded))
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *GENERATING, "export"})

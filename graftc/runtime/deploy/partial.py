@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -33,8 +33,9 @@ from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merged_source import base_of
 from graftc.runtime.deploy.rounding_noise import rounding_noise
 from graftc.runtime.deploy.widening import unquantised, widened
-from graftc.runtime.export.exporting import ExportingFolded
-from graftc.runtime.export.writing import FoldEvidence
+from graftc.runtime.export.exporting import Exporting
+from graftc.runtime.export.metadata import FoldEvidence
+from graftc.runtime.export.registry import exporter_of
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.runner import M, ModelRoot, runner_of
 from graftc.specs.compose import CompositionSpec, Stack
@@ -88,26 +89,26 @@ class Partial(Generic[M, C]):
     def export(
         self,
         path: str | Path,
-        format: Literal["onnx", "onnx-generate", "pt2"] = "onnx",
+        format: str = "onnx",
         example_inputs: ExampleInputs | None = None,
         *,
         inputs: str | Sequence[str] = (),
         force: bool = False,
+        **options: Any,
     ) -> Path:
         """Export `compiled`, with the certificate in the metadata.
 
         Args, Raises: as `Compiled.export`.
         """
-        name: str = format
-        if name in ("peft", "gguf"):
+        if exporter_of(format).content != "model":
             hint = "save it, which has its own base inside, and export `compiled` of it, whose base that is"
-            raise GraftError("GC060", f"what a partial merge leaves cannot be {name!r}", hint=hint)
-        return self.exporting.export(path, format, example_inputs, inputs=inputs, force=force)
+            raise GraftError("GC060", f"what a partial merge leaves cannot be {format!r}", hint=hint)
+        return self.exporting.export(path, format, example_inputs, inputs=inputs, force=force, **options)
 
     @property
-    def exporting(self) -> ExportingFolded:
+    def exporting(self) -> Exporting:
         """The object that exports `compiled`, with the certificate."""
-        return ExportingFolded(runner_of(self.compiled), FoldEvidence(self.certificate, self.folded))
+        return Exporting(runner_of(self.compiled), FoldEvidence(self.certificate, self.folded))
 
 
 def merge_partially(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from torch import Tensor
 from graftc.compiler.capture.past import CACHE, ENCODED, ENCODER, PAST, USE_CACHE, fill_cache, new_cache, read_cache
 from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis, size_of
 from graftc.compiler.signatures import signature_for
-from graftc.files.writing import staged
 from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
 from graftc.passes.core.ir.program_key import Signature
-from graftc.records.certificate import Certificate
+from graftc.runtime.export.job import ExportJob, require_one_graph
 from graftc.runtime.export.metadata import metadata
 from graftc.runtime.export.module import ExportModule
-from graftc.runtime.export.onnx import prepare_onnx
+from graftc.runtime.export.onnx import check_onnx, prepare_onnx, save_onnx
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.generation import Generating, encode
 from graftc.runtime.model.model_runner import ModelRunner
@@ -104,45 +103,49 @@ class CachedModule(ExportModule):
         return {**inputs, **zeros}
 
 
-def export_cached(
-    runner: ModelRunner,
-    path: Path,
-    *,
-    certificate: Certificate | None = None,
-    folded: Sequence[str] = (),
-    force: bool = False,
-) -> Path:
-    """Write a folder of ONNX files that can generate.
+def prepare(job: ExportJob) -> None:
+    """Refuse a model that is not one graph.
 
-    Args:
-        runner: the Runner of a compiled model, with its adaptations in the graph, or of a merged one.
-        path: the folder; nothing exists there until all files are complete and checked in ONNX Runtime.
-        certificate: the certificate of the fold to put into the files.
-        folded: names of the adaptations that have gone into the weights.
-        force: if true, replace such a folder.
+    Raises:
+        GraftError: GC149.
+    """
+    require_one_graph(job.runner)
+
+
+def write(job: ExportJob, folder: Path) -> None:
+    """Create a folder of ONNX files that can generate.
 
     Raises:
         GraftError: GC142 for a model that does not generate, GC140 for one that keeps no cache of keys and values,
-            GC141 for adaptations that a cache cannot hold; others as `export_model`.
+            GC141 for adaptations that a cache cannot hold; others as `prepare_onnx`.
     """
+    runner = job.simplest
     Generating(runner).require_generating()
     origin = companions_of_model(runner.compilation.source)
-    with staged(path, force=force, replaceable=is_exported) as folder:
-        folder.mkdir()
-        config, generation = copy.deepcopy(runner.config), getattr(runner.module, "generation_config", None)
-        config.architectures = [type(runner.compilation.model).__name__]
-        for file in _files(runner):
-            module = CachedModule(runner, signature_for(runner.compilation, file.present), file)
-            about = metadata(runner, module.program, certificate=certificate, folded=folded)
-            prepare_onnx(module, about)(folder / file.name)
-            _describe(module, config, generation, folder, file.name)
-        config.save_pretrained(folder)
-        if generation is not None:
-            generation.save_pretrained(folder)
-        for companion in origin:
-            if not (folder / companion.name).exists():
-                shutil.copyfile(companion, folder / companion.name)
-    return path
+    folder.mkdir()
+    config, generation = copy.deepcopy(runner.config), getattr(runner.module, "generation_config", None)
+    config.architectures = [type(runner.compilation.model).__name__]
+    calls = ((file, signature_for(runner.compilation, file.present)) for file in _files(runner))
+    modules = job.prepared = {file.name: CachedModule(runner, signature, file) for file, signature in calls}
+    for name, module in modules.items():
+        save_onnx(prepare_onnx(module, metadata(runner, module.program, job.evidence)), folder / name)
+        _describe(module, config, generation, folder, name)
+    config.save_pretrained(folder)
+    if generation is not None:
+        generation.save_pretrained(folder)
+    for companion in origin:
+        if not (folder / companion.name).exists():
+            shutil.copyfile(companion, folder / companion.name)
+
+
+def check(job: ExportJob, folder: Path) -> None:
+    """Check every file of the folder in ONNX Runtime.
+
+    Raises:
+        GraftError: GC060 if a check fails.
+    """
+    for name, module in job.prepared.items():
+        check_onnx(module, folder / name)
 
 
 def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, name: str) -> None:
@@ -154,7 +157,7 @@ def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, 
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether `export_cached` wrote a folder, so that it may be replaced."""
+    """Return whether `write` wrote a folder, so that it may be replaced."""
     return (path / "config.json").is_file() and any((path / name).is_file() for name in (DECODER, PAIR[0]))
 
 

@@ -21,10 +21,9 @@ from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.files.writing import staged
 from graftc.passes.core.elements.calls import input_name
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
-from graftc.runtime.export.metadata import metadata
+from graftc.runtime.export.metadata import FoldEvidence, metadata
 from graftc.runtime.export.module import ExportModule
-from graftc.runtime.export.onnx import compare, prepare_onnx
-from graftc.runtime.export.writing import FoldEvidence
+from graftc.runtime.export.onnx import check_onnx, compare, prepare_onnx, save_onnx
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.sources.companions import companions_of_model
@@ -159,8 +158,8 @@ def _write(
     axes, flags = as_inputs({component.path: (component.structure, tensors)})
     compilation = compile_model(load_spec({"adapt": []}), model, axes, flags=flags, start=StartingPoint(0, False))
     module = ComponentModule(AdaptedRunner(compilation, compilation.store), component)
-    about = metadata(merged, module.program, certificate=evidence.certificate, folded=evidence.folded)
-    prepare_onnx(module, about)(file)
+    save_onnx(prepare_onnx(module, metadata(merged, module.program, evidence)), file)
+    check_onnx(module, file)
     compare(file, component.tensors, results, module.counting(component.tensors))
     outputs = [{"name": name, "dtype": DTYPE_NAMES[leaf.dtype], "rank": leaf.dim()} for name, leaf in results.items()]
     inputs = [_described(module, axis, component) for axis in module.axes]

@@ -3,18 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.isolation import isolated
-from graftc.runtime.export.exporters import EXPORTERS, ExportJob, ReadyExport
-from graftc.runtime.export.writing import UNFOLDED, FoldEvidence
+from graftc.files.writing import staged
+from graftc.runtime.export.exporter import Exporter
+from graftc.runtime.export.formats.gguf import FileType
+from graftc.runtime.export.job import AdapterSummary, ExportJob
+from graftc.runtime.export.metadata import UNFOLDED, FoldEvidence
+from graftc.runtime.export.options import options_for
+from graftc.runtime.export.registry import exporter_of
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.sharded import written_once
 from graftc.runtime.progress import during
 from graftc.specs.errors.arguments import as_path
-from graftc.specs.options.exports import FileType, options_for
+
+
+@dataclass(frozen=True)
+class ReadyExport:
+    """An export that has passed all checks that are possible before files are written.
+
+    Attributes:
+        exporter: the exporter of the format.
+        job: what is exported.
+    """
+
+    exporter: Exporter
+    job: ExportJob
+
+    @property
+    def adapters(self) -> AdapterSummary:
+        """What is known about adapters that are written alone."""
+        return self.job.prepared if isinstance(self.job.prepared, AdapterSummary) else AdapterSummary()
+
+    def write(self, *, force: bool) -> None:
+        """Write the export to the path of the job, and check it.
+
+        Raises:
+            GraftError: GC063 if something is there and may not be replaced, GC064 if it cannot be written; what the
+                exporter raises.
+        """
+        exporter, job, path = self.exporter, self.job, self.job.path
+        assert path is not None
+        with exporter.reported():
+            companions = exporter.companions(path, job.options)
+            with staged(path, force=force, companions=companions, replaceable=exporter.replaceable) as file:
+                exporter.write(job, file)
+                if not file.exists():
+                    raise exporter.failed("it wrote nothing")
+                exporter.check(job, file)
 
 
 class Exporting:
@@ -22,60 +62,84 @@ class Exporting:
 
     Args:
         runner: the Runner of the model.
+        evidence: the evidence of a fold to put into the files.
     """
 
-    evidence: FoldEvidence = UNFOLDED
-
-    def __init__(self, runner: ModelRunner) -> None:
-        self.runner = runner
+    def __init__(self, runner: ModelRunner, evidence: FoldEvidence = UNFOLDED) -> None:
+        self.runner, self.evidence = runner, evidence
 
     @isolated()
     @during("exporting")
-    @written_once
+    @written_once  # type: ignore[arg-type]  # ``options`` never has a path
     def export(
         self,
         path: str | Path,
-        format: Literal["onnx", "onnx-generate", "pt2", "peft", "gguf"] = "onnx",
+        format: str = "onnx",
         example_inputs: ExampleInputs | None = None,
         *,
         inputs: str | Sequence[str] = (),
         dtype: FileType | None = None,
-        server: Literal["vllm", "sglang", "mistralrs"] | None = None,
+        server: str | None = None,
         max_rank: int | None = None,
         force: bool = False,
+        **options: Any,
     ) -> Path:
-        """Export the model in eval mode; a merged one is exported folded, with its certificate in the metadata.
+        """Export the model in eval mode.
 
-        Arguments and errors are those of `Compiled.export`.
+        A compiled model is exported with its adapters, experts averaged; a merged one is exported folded, with its
+        certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT loads.
+        ``"gguf"`` writes a merged model for llama.cpp, or the LoRAs of a compiled one as an adapter for it.
+        ``"onnx-generate"`` writes a folder of graphs with a cache, with which ONNX Runtime generates.
+
+        The file contains every adaptation, including disabled ones. Graphs take no labels and return no loss.
+
+        The tensors of ``inputs`` are not constants of the graph but inputs, by their full names, so that one file
+        serves every adaptation with these shapes; in ``.pt2`` they are one keyword argument, ``adapter_tensors``, a
+        mapping from names to tensors. Their values are stored beside the file, in ``<file>.<adaptation>.safetensors``.
+
+        Args:
+            path: the file or folder to write.
+            format: ``"onnx"``, ``"onnx-generate"``, ``"pt2"``, ``"peft"``, ``"gguf"``, or a format that an installed
+                package adds.
+            example_inputs: for onnx and pt2, a call whose signature is exported, by name or in order; by default the
+                call that the model was compiled with. Values of tensors do not matter.
+            inputs: for onnx and pt2, names of adaptations in the graph whose tensors become inputs.
+            dtype: the element type of the matrices in a GGUF file: ``"f32"`` by default, ``"f16"`` or ``"bf16"``.
+            server: the server that a folder for PEFT has to be suitable for. The update is then written as plain LoRA,
+                scaled by ``alpha / rank`` and relative to the unchanged base: at twice the rank if factors started from
+                the weights.
+            max_rank: the largest rank that the server was started with; by default the largest that it may have.
+            force: whether to replace an existing file or folder.
+            options: options of a format that an installed package adds.
+
+        Raises:
+            GraftError: GC031 for example inputs that have no graph, GC060 for an unknown format, and if the exporter or
+                the check of its result fails, GC061 without the ``export`` extra, GC063 if ``path`` exists, GC064 if it
+                cannot be written, GC065 for an input of which the graph reads nothing, GC073 for an option that the
+                format does not take, GC078 if a package's exporter fails, GC091 for an input that does not exist; GC115
+                for what PEFT cannot express, before anything is written, GC066 for what is not a LoRA in a GGUF
+                adapter, and GC068 for what the server does not take.
         """
-        to, given = as_path(path), {"example_inputs": example_inputs, "inputs": inputs, "dtype": dtype}
-        ready_export(self, format, {**given, "server": server, "max_rank": max_rank}).write(to, force)
+        to, given = as_path(path), {**options, "example_inputs": example_inputs, "inputs": inputs, "dtype": dtype}
+        given |= {"server": server, "max_rank": max_rank}
+        ready_export(self, exporter_of(format), given, to).write(force=force)
         return to
 
 
-class ExportingFolded(Exporting):
-    """The operation that exports a model in which adaptations have been folded.
-
-    Args:
-        runner: the Runner of the model.
-        evidence: the evidence of the fold to put into the files.
-    """
-
-    def __init__(self, runner: ModelRunner, evidence: FoldEvidence) -> None:
-        super().__init__(runner)
-        self.evidence = evidence
-
-
-def ready_export(exporting: Exporting, format: str, given: Mapping[str, Any]) -> ReadyExport:
+def ready_export(exporting: Exporting, exporter: Exporter, given: Mapping[str, Any], path: Path | None) -> ReadyExport:
     """Prepare an export of every adaptation, including disabled ones; it is still to be written.
 
     Args:
         exporting: the export operation of the model.
-        format: one of the formats in `graftc.specs.options.exports`.
+        exporter: the exporter of the format.
         given: options of the format, by name.
+        path: where to write it; None if it is only to be prepared.
 
     Raises:
         GraftError: for an option or a model that the format does not take.
     """
-    options, runner = options_for(format, given), exporting.runner.complete()
-    return EXPORTERS[format].prepare(ExportJob(runner, options, exporting.evidence))
+    options = exporter.defaults | options_for(exporter, given)
+    job = ExportJob(exporting.runner.complete(), options, exporting.evidence, path)
+    with exporter.reported():
+        job.prepared = exporter.prepare(job)
+    return ReadyExport(exporter, job)

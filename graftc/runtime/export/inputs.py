@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -18,11 +17,6 @@ from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 ADAPTER_TENSORS = "adapter_tensors"
 """The keyword argument of a ``.pt2`` program that takes tensors of adaptations, by their full names."""
-
-
-def companions_of(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return, for each adaptation, the name of the file beside an export that contains its tensors."""
-    return {name: f"{path.name}.{name}.safetensors" for name in names}
 
 
 def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None:
@@ -102,4 +96,4 @@ def without(root: Store, program: Program, names: Iterable[str], constants: Mapp
     return store
 
 
-__all__ = ["ADAPTER_TENSORS", "companions_of", "require_known", "tensors_of", "without"]
+__all__ = ["ADAPTER_TENSORS", "require_known", "tensors_of", "without"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.weights.names import owner_of
@@ -13,12 +14,24 @@ from graftc.runtime.model.model_runner import ModelRunner
 from graftc.specs.io import dump_spec
 
 
+class FoldEvidence(NamedTuple):
+    """The information about a fold in an export.
+
+    Attributes:
+        certificate: the certificate of the fold.
+        folded: names of the adaptations that have gone into the weights.
+    """
+
+    certificate: Certificate | None = None
+    folded: Sequence[str] = ()
+
+
+UNFOLDED = FoldEvidence()
+"""The evidence in an export if nothing has been folded."""
+
+
 def metadata(
-    runner: ModelRunner,
-    program: Program,
-    inputs: Sequence[str] = (),
-    certificate: Certificate | None = None,
-    folded: Sequence[str] = (),
+    runner: ModelRunner, program: Program, evidence: FoldEvidence, inputs: Sequence[str] = ()
 ) -> dict[str, str]:
     """Return the metadata of an exported file.
 
@@ -29,12 +42,11 @@ def metadata(
     Args:
         runner: the Runner of the exported model.
         program: its graph in the file.
+        evidence: the evidence of a fold.
         inputs: names of the adaptations that are inputs.
-        certificate: the certificate of the fold.
-        folded: names of the adaptations that have gone into the weights.
     """
     compilation = runner.compilation
-    places = dict.fromkeys(folded, "folded") | {
+    places = dict.fromkeys(evidence.folded, "folded") | {
         name: "input" if name in inputs else "constant" for name in adaptations_in(program)
     }
     entries = {
@@ -47,8 +59,8 @@ def metadata(
         entries["graftc.labels"] = json.dumps(labels)
     if inputs:
         entries["graftc.inputs"] = json.dumps(list(inputs))
-    if certificate is not None:
-        entries["graftc.certificate"] = json.dumps(certificate.to_json(), sort_keys=True)
+    if evidence.certificate is not None:
+        entries["graftc.certificate"] = json.dumps(evidence.certificate.to_json(), sort_keys=True)
     return entries
 
 

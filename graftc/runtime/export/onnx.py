@@ -6,7 +6,7 @@ import functools
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from graftc.compiler.capture.past import PAST
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.compiler.quiet import quiet
 from graftc.passes.core.ir.past_inputs import is_past
+from graftc.runtime.export.graphs import write_inputs
+from graftc.runtime.export.job import ExportJob
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx_packed import OPSET, lower_packed
 from graftc.specs.errors.diagnostics import GraftError, first_line
@@ -33,16 +35,29 @@ LARGE = 64 * 2**20
 """Weights of more bytes than this go into a file of their own."""
 
 
-def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[Path], None]:
-    """Export to an ONNX model with the model's own input and output names and named dynamic axes.
+def write(job: ExportJob, path: Path) -> None:
+    """Write a model's graph, and the tensors of adaptations that are inputs beside it.
 
-    Returns:
-        A function that writes the model to a path and checks it there, with GC060 if a check fails.
+    Raises:
+        GraftError: as `prepare_onnx`.
+    """
+    module = job.graph(apart=True)
+    save_onnx(prepare_onnx(module, job.metadata(module)), path)
+    write_inputs(module, path)
+
+
+def check(job: ExportJob, path: Path) -> None:
+    """Check the file that `write` has written; see `check_onnx`."""
+    check_onnx(job.graph(apart=True), path)
+
+
+def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Any:
+    """Return an ONNX model in memory, with the model's own input and output names and named dynamic axes.
 
     Raises:
         GraftError: GC060 if exporting fails, GC061 without the ``export`` extra.
     """
-    onnx, ort, ir = _package("onnx"), _package("onnxruntime"), _package("onnx_ir")
+    _, _, ir = _package("onnx"), _package("onnxruntime"), _package("onnx_ir")
     try:
         with exclusive(), quiet(_LIBRARIES), _not_verbose(), torch.no_grad():
             exporters: Any = importlib.import_module("transformers.exporters")
@@ -60,23 +75,32 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Callable[
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     model.metadata_props.update(metadata)
     model.producer_name = "graftc"
+    return model
 
-    def write(path: Path) -> None:
-        size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-        beside = {"external_data": f"{path.name}.data"} if size > LARGE else {}
-        ir.save(model, str(path), **beside)
-        try:
-            onnx.checker.check_model(str(path))
-        except Exception as error:
-            raise GraftError("GC060", f"onnx.checker rejects the export: {first_line(error)}") from error
-        try:
-            _compare(ort, module, path)
-        except GraftError:
-            raise
-        except Exception as error:
-            raise _no_kernel(module, error) from error
 
-    return write
+def save_onnx(model: Any, path: Path) -> None:
+    """Write an ONNX model, with large weights in a file of their own."""
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    beside = {"external_data": f"{path.name}.data"} if size > LARGE else {}
+    _package("onnx_ir").save(model, str(path), **beside)
+
+
+def check_onnx(module: ExportModule, path: Path) -> None:
+    """Check a file with ``onnx.checker``, and compare what ONNX Runtime computes with it.
+
+    Raises:
+        GraftError: GC060 if a check fails.
+    """
+    try:
+        _package("onnx").checker.check_model(str(path))
+    except Exception as error:
+        raise GraftError("GC060", f"onnx.checker rejects the export: {first_line(error)}") from error
+    try:
+        _compare(_package("onnxruntime"), module, path)
+    except GraftError:
+        raise
+    except Exception as error:
+        raise _no_kernel(module, error) from error
 
 
 def _no_kernel(module: ExportModule, error: Exception) -> GraftError:

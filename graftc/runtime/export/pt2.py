@@ -12,8 +12,21 @@ from graftc.compiler.capture.as_captured import keeps_name
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.folding.differences import largest_difference
 from graftc.compiler.quiet import quiet
+from graftc.runtime.export.graphs import write_inputs
+from graftc.runtime.export.job import ExportJob
 from graftc.runtime.export.module import ExportModule
 from graftc.specs.errors.diagnostics import GraftError, first_line
+
+
+def write(job: ExportJob, path: Path) -> None:
+    """Write a model's graph, and the tensors of adaptations that are inputs beside it.
+
+    Raises:
+        GraftError: as `prepare_pt2`.
+    """
+    module = job.graph()
+    prepare_pt2(module, job.metadata(module))(path)
+    write_inputs(module, path)
 
 
 def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[Path], None]:

@@ -11,6 +11,7 @@ from pkgutil import resolve_name
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from graftc.runtime.export.exporting import Exporting
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.generation import GENERATING
 

@@ -344,6 +344,10 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "it asks to be; it does something else than it says; it fails; or it leaves a graph that does not hold. An "
      "artifact whose graphs a pass has rewritten needs the same pass where it is loaded; others must meet none.",
      "Repair, install or uninstall the package that the message names."),
+    ("GC078", _FAILED, "a plugin's exporter cannot run",
+     "An entry point of `graftc.exporters` cannot be imported, is not an `Exporter` of the same name, or has the name "
+     "of another format; or the exporter failed. Nothing was left behind.",
+     "Repair or uninstall the package that the message names."),
 
     # Artifacts.
     ("GC080", _FAILED, "there is no artifact",

@@ -8,7 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-__all__ = ["abridged", "counted", "encodable", "one_line", "printable", "quoted", "shortened", "shown", "some"]
+__all__ = [
+    "abridged",
+    "counted",
+    "either",
+    "encodable",
+    "one_line",
+    "printable",
+    "quoted",
+    "shortened",
+    "shown",
+    "some",
+]
 
 _MOST = 100
 """The largest number of characters of a value in a message."""
@@ -132,3 +143,8 @@ def size_text(count: int) -> str:
         if abs(count) >= unit:
             return f"{count / unit:.2f} {name}"
     return f"{count} B"
+
+
+def either(words: Sequence[str]) -> str:
+    """Return a choice as text: ``a, b or c``."""
+    return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))

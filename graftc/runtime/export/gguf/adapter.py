@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graftc.files.writing import staged
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of, stored
-from graftc.runtime.export.gguf.writing import Entry, name_of, package, write
+from graftc.runtime.export.gguf.writing import Entry, GgufFile, name_of, package
 from graftc.runtime.interop.layouts.plain import PlainAdapter, Update
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.methods.lora import LoRA
-from graftc.specs.options.exports import FileType
 
 if TYPE_CHECKING:
     from graftc.compiler.compilation import Compilation
 
-__all__ = ["export_adapter", "plain_of"]
+__all__ = ["adapter_file", "plain_of"]
 
 
-def export_adapter(
-    adapter: PlainAdapter, config: Any, path: Path, *, dtype: FileType = "f32", force: bool = False
-) -> Path:
-    """Write a LoRA adapter: ``<tensor>.lora_a`` as ``[rank, in]`` and ``<tensor>.lora_b`` as ``[out, rank]``.
+def adapter_file(adapter: PlainAdapter, config: Any) -> GgufFile:
+    """Return the file of a LoRA adapter: ``<tensor>.lora_a`` as ``[rank, in]``, ``<tensor>.lora_b`` as ``[out, rank]``.
 
     llama.cpp scales a product by ``adapter.lora.alpha`` over its rank; if sites need another scale, it is in their
     ``lora_b``.
@@ -33,13 +28,9 @@ def export_adapter(
     Args:
         adapter: the adapter, by the paths that its maps have in transformers.
         config: the base's config.
-        path: the file; nothing exists there until it is complete and reads back.
-        dtype: the type of the factors.
-        force: if true, replace an existing file.
 
     Raises:
-        GraftError: GC060 for a model type or a map that GGUF has no place for, GC061 without the package, GC063 and
-            GC064 as for every file.
+        GraftError: GC060 for a model type or a map that GGUF has no place for, GC061 without the package.
     """
     gguf = package()
     family = family_of(config)
@@ -65,9 +56,7 @@ def export_adapter(
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
 
-    with staged(path, force=force) as file:
-        write(file, family.arch, entries, fill, dtype)
-    return path
+    return GgufFile(family.arch, entries, fill)
 
 
 def _require_own(name: str, place: str, *, tied: bool) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from graftc.files.writing import staged_or_dropped
-from graftc.runtime.export.gguf.adapter import export_adapter
+from graftc.runtime.export.formats.gguf import FileType
+from graftc.runtime.export.gguf.adapter import adapter_file
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of
 from graftc.runtime.export.gguf.writing import name_of, package
 from graftc.runtime.interop.layouts.convert import ROUNDING, AdapterSource, ConvertedFolder, compared
@@ -19,7 +20,6 @@ from graftc.runtime.interop.layouts.plain import PlainAdapter
 from graftc.runtime.interop.layouts.reference import unpaired
 from graftc.runtime.sources.models import config_of_folder
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.options.exports import FileType
 
 __all__ = ["convert_to_gguf"]
 
@@ -40,7 +40,7 @@ def convert_to_gguf(
 
     Raises:
         GraftError: GC032 for a config that cannot be read, GC067 if the file gives another update, GC069 without the
-            base's config, GC060 and GC061 as `export_adapter`.
+            base's config, GC060 and GC061 as `adapter_file`.
     """
     if model is None or not (model / "config.json").is_file():
         hint = "name the base that the adapter is for: --model MODEL"
@@ -54,7 +54,9 @@ def convert_to_gguf(
 def _written(
     adapter: PlainAdapter, config: Any, file: Path, wanted: Mapping[str, Tensor], source: AdapterSource, dtype: FileType
 ) -> ConvertedFolder:
-    export_adapter(adapter, config, file, dtype=dtype)
+    content = adapter_file(adapter, config)
+    content.write(file, dtype)
+    content.check(file, dtype)
     maps = compared(wanted, _responses(adapter, config, file, source), ROUNDING[_DTYPES[dtype]])
     return ConvertedFolder(None, source.layout.name, "gguf", maps, max(u.rank for u in adapter.updates.values()))
 

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from graftc.compiler.capture.interface import config_of
-from graftc.files.writing import staged
 from graftc.runtime.export.gguf.families import Family, architecture, family_of, heads_of, rope_factors, stored
 from graftc.runtime.export.gguf.vocabulary import add_vocabulary
-from graftc.runtime.export.gguf.writing import Entry, name_of, package, write
+from graftc.runtime.export.gguf.writing import Entry, GgufFile, name_of, package
 from graftc.runtime.interop.transformers import FoldedModel, no_place, to_transformers
 from graftc.runtime.sources.models import local_folder
-from graftc.specs.errors.diagnostics import GraftError, warn
-from graftc.specs.options.exports import FileType
+from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["export_merged"]
+__all__ = ["merged_file"]
 
 
-def export_merged(merged: FoldedModel, path: Path, *, dtype: FileType = "f32", force: bool = False) -> Path:
-    """Write a merged model, with its tokenizer if the base has one that llama.cpp supports.
+def merged_file(merged: FoldedModel) -> GgufFile:
+    """Return the file of a merged model, with its tokenizer if the base has one that llama.cpp supports.
 
     Args:
         merged: the merged model, in which everything has to be folded.
-        path: the file; nothing exists there until it is complete and reads back.
-        dtype: the type of matrices; vectors are float32.
-        force: if true, replace an existing file.
 
     Raises:
         GraftError: GC050 if something is left in the graph, GC052 for an added bias, GC060 for a model type or a tensor
-            that GGUF has no place for, GC061 without the package, GC063 and GC064 as for every file.
+            that GGUF has no place for, GC061 without the package.
     """
     gguf = package()
     if merged.kept:
@@ -45,20 +39,14 @@ def export_merged(merged: FoldedModel, path: Path, *, dtype: FileType = "f32", f
     family = family_of(config)
     entries = _entries(gguf, family, config, to_transformers(merged))
     folder = local_folder(source)
-    lacking: list[str | None] = [None]
 
-    def fill(writer: Any) -> None:
+    def fill(writer: Any) -> str | None:
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(folder.name if folder is not None else type(source).__name__)
         _add_numbers(writer, family, config)
-        lacking[0] = add_vocabulary(writer, gguf, folder, int(config.vocab_size))
+        return add_vocabulary(writer, gguf, folder, int(config.vocab_size))
 
-    with staged(path, force=force) as file:
-        write(file, family.arch, entries, fill, dtype)
-    if lacking[0] is not None:
-        hint = "llama.cpp needs one: save it with the base as tokenizer.json, or add it with llama.cpp's own tools"
-        warn("GC075", f"{path} has no tokenizer: {lacking[0]}", hint=hint)
-    return path
+    return GgufFile(family.arch, entries, fill)
 
 
 def _entries(gguf: Any, family: Family, config: Any, model: Any) -> list[Entry]:

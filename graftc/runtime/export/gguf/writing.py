@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graftc.runtime.export.formats.gguf import FileType, file_type
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.options.exports import FileType
 
-__all__ = ["Entry", "name_of", "package", "write"]
+__all__ = ["Entry", "GgufFile", "name_of", "package"]
 
-_TYPES: Mapping[str, tuple[str, str]] = {
+_TYPES: Mapping[FileType, tuple[str, str]] = {
     "f32": ("F32", "ALL_F32"),
     "f16": ("F16", "MOSTLY_F16"),
     "bf16": ("BF16", "MOSTLY_BF16"),
@@ -76,42 +76,66 @@ def name_of(names: Any, tensor: str) -> str:
     return str(name)
 
 
-def write(
-    path: Path, arch: str, entries: Sequence[Entry], fill: Callable[[Any], None], dtype: FileType = "f32"
-) -> None:
-    """Write a file, and check that it reads back.
+@dataclass(frozen=True)
+class GgufFile:
+    """The content of a file.
 
-    Args:
-        path: the file, which must not exist.
+    Attributes:
         arch: the model's architecture.
         entries: its tensors.
-        fill: a function that adds everything else to the writer.
-        dtype: the type of tensors with more than one axis.
-
-    Raises:
-        GraftError: GC060 for values that the type cannot represent, or if the file does not read back.
-        OSError: if it cannot be written.
+        fill: a function that adds everything else to the writer, and returns why the file has no tokenizer if it should
+            have one.
     """
-    gguf = package()
-    if dtype not in _TYPES:
-        raise GraftError("GC060", f"the type {dtype!r} is unknown", hint=f"the types are {', '.join(_TYPES)}")
-    kind, file_type = _TYPES[dtype]
-    writer = gguf.GGUFWriter(path, arch)
-    try:
-        fill(writer)
-        writer.add_file_type(getattr(gguf.LlamaFileType, file_type))
-        for entry in entries:
-            own = getattr(gguf.GGMLQuantizationType, "F32" if entry.exact else kind)
-            shape, word = _described(gguf, entry, own)
-            writer.add_tensor_info(entry.name, shape, word, _bytes(gguf, entry, own), raw_dtype=own)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for entry in entries:
-            writer.write_tensor_data(_data(gguf, entry, kind))
-    finally:
-        writer.close()
-    _check(gguf, path, entries, kind)
+
+    arch: str
+    entries: Sequence[Entry]
+    fill: Callable[[Any], str | None]
+
+    def write(self, path: Path, dtype: FileType) -> str | None:
+        """Write the file, and return what `fill` has returned.
+
+        Args:
+            path: the file, which must not exist.
+            dtype: the type of tensors with more than one axis; vectors are float32.
+
+        Raises:
+            GraftError: GC060 for values that the type cannot represent.
+            OSError: if it cannot be written.
+        """
+        gguf = package()
+        kind, word = _TYPES[file_type(dtype)]
+        writer = gguf.GGUFWriter(path, self.arch)
+        try:
+            lacking = self.fill(writer)
+            writer.add_file_type(getattr(gguf.LlamaFileType, word))
+            for entry in self.entries:
+                own = getattr(gguf.GGMLQuantizationType, "F32" if entry.exact else kind)
+                shape, numbers = _described(gguf, entry, own)
+                writer.add_tensor_info(entry.name, shape, numbers, _bytes(gguf, entry, own), raw_dtype=own)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for entry in self.entries:
+                writer.write_tensor_data(_data(gguf, entry, kind))
+        finally:
+            writer.close()
+        return lacking
+
+    def check(self, path: Path, dtype: FileType) -> None:
+        """Check that names, sizes and every byte read back from the file.
+
+        Raises:
+            GraftError: GC060 if they do not.
+        """
+        gguf, kind = package(), _TYPES[dtype][0]
+        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        for entry in self.entries:
+            tensor = tensors.pop(entry.name, None)
+            same = tensor is not None and tuple(int(n) for n in reversed(tensor.shape)) == entry.shape
+            if not same or tensor.data.tobytes() != _data(gguf, entry, kind).tobytes():
+                raise GraftError("GC060", f"{entry.name} does not read back as it was written")
+        if tensors:
+            raise GraftError("GC060", f"the file has a tensor that was not written: {next(iter(tensors))}")
 
 
 def _described(gguf: Any, entry: Entry, own: Any) -> tuple[Sequence[int], Any]:
@@ -139,15 +163,3 @@ def _data(gguf: Any, entry: Entry, kind: str) -> np.ndarray[Any, Any]:
             raise GraftError("GC060", f"{entry.name} has numbers that f16 cannot hold", hint="write bf16 or f32")
         return value.half().numpy()
     return value.bfloat16().contiguous().view(torch.uint8).numpy()
-
-
-def _check(gguf: Any, path: Path, entries: Sequence[Entry], kind: str) -> None:
-    """Check that names, sizes and every byte read back from the file."""
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    for entry in entries:
-        tensor = tensors.pop(entry.name, None)
-        same = tensor is not None and tuple(int(n) for n in reversed(tensor.shape)) == entry.shape
-        if not same or tensor.data.tobytes() != _data(gguf, entry, kind).tobytes():
-            raise GraftError("GC060", f"{entry.name} does not read back as it was written")
-    if tensors:
-        raise GraftError("GC060", f"the file has a tensor that was not written: {next(iter(tensors))}")

@@ -18,9 +18,8 @@ from graftc.runtime.interop.layouts.fusing import apart, together
 from graftc.runtime.interop.layouts.layout import STACKED, AdapterLayout, layout_of
 from graftc.runtime.interop.layouts.plain import EXPERT, AttentionSizes, PlainAdapter, Update
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
-from graftc.runtime.interop.peft import read_peft
 from graftc.runtime.interop.peft.expert_layouts import SINCE, release_of
-from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule, adapter_tensors
+from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule, adapter_tensors, read_peft
 from graftc.runtime.interop.peft.forms import Shaped, to_theirs
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some

@@ -1,8 +1,5 @@
 """Reading and writing of peft's checkpoints by the tables that methods have beside their specs (`graftc.specs.peft`).
 
-Neither peft nor anything that a file names is imported for this. `importing` compiles what the files contain.
+Neither peft nor anything that a file names is imported for this. `folder` reads the files, and `importing` compiles
+what they contain.
 """
-
-from graftc.runtime.interop.peft.folder import read_peft
-
-__all__ = ["read_peft"]

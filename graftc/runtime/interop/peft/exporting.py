@@ -22,7 +22,6 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.select import match_modules
 from graftc.compiler.resolve.train import TRAIN
 from graftc.files.tensors.writing import save_tensors
-from graftc.files.writing import staged
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.weight_slice import Layout
@@ -47,7 +46,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import CONFIG, read_config
 from graftc.specs.peft import PeftFormat
 
-__all__ = ["SITES", "PeftExport", "export_peft", "is_exported", "prepared"]
+__all__ = ["SITES", "PeftExport", "check_peft", "is_exported", "prepared", "write_peft"]
 
 SITES = "graftc_sites.json"
 """Which tensor of the file belongs to which site: for people, and to know the folders that graftc wrote."""
@@ -100,24 +99,12 @@ def prepared(compilation: Compilation) -> PeftExport:
     return PeftExport(config, pairs, tensors)
 
 
-def export_peft(export: PeftExport, path: Path, *, force: bool = False) -> PeftExport:
-    """Write a folder that peft loads: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-    Args:
-        export: the contents to write, as returned by `prepared`.
-        path: the folder to create; it is complete when it appears.
-        force: whether to replace a folder that was written this way.
-
-    Raises:
-        GraftError: GC060 if the folder does not read back as it was written; GC063 and GC064 as for every file.
-    """
-    with staged(path, force=force, replaceable=is_exported) as folder:
-        folder.mkdir()
-        _write_json(folder / CONFIG, dict(export.config))
-        _write_json(folder / SITES, {"format": "peft", "sites": [site.to_json() for site in export.sites()]})
-        save_tensors(export.tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        _check(folder, export)
-    return export
+def write_peft(export: PeftExport, folder: Path) -> None:
+    """Create a folder that peft loads: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    folder.mkdir()
+    _write_json(folder / CONFIG, dict(export.config))
+    _write_json(folder / SITES, {"format": "peft", "sites": [site.to_json() for site in export.sites()]})
+    save_tensors(export.tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -125,8 +112,12 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _check(folder: Path, export: PeftExport) -> None:
-    """Raise unless the folder reads back as it was written."""
+def check_peft(export: PeftExport, folder: Path) -> None:
+    """Check that a folder reads back as it was written.
+
+    Raises:
+        GraftError: GC060 if it does not.
+    """
     adapter = read_peft(folder)
     same = adapter.shapes.keys() == export.tensors.keys()
     if not same or any(not torch.equal(adapter.tensor(key), value.cpu()) for key, value in export.tensors.items()):

@@ -1,0 +1,36 @@
+"""GGUF, the format of llama.cpp and Ollama."""
+
+from typing import Any, Literal, TypeAlias, get_args
+
+from graftc.runtime.export.exporter import Exporter, ExportOption, LazyFunction
+from graftc.specs.errors.diagnostics import GraftError
+
+FileType: TypeAlias = Literal["f32", "f16", "bf16"]
+"""The types of the matrices in a file."""
+
+
+def file_type(given: Any) -> FileType:
+    """Return a type that a file may have.
+
+    Raises:
+        GraftError: GC060 for an unknown one.
+    """
+    types: tuple[FileType, ...] = get_args(FileType)
+    if given not in types:
+        raise GraftError("GC060", f"the type {given!r} is unknown", hint=f"the types are {', '.join(types)}")
+    return given  # type: ignore[no-any-return]
+
+
+DTYPE = ExportOption(
+    "dtype", "Type of the matrices in a GGUF file", get_args(FileType), file_type, "f32", flag="--dtype"
+)
+EXPORTER = Exporter(
+    "gguf",
+    "A merged model for llama.cpp, or the LoRAs of an unmerged one as an adapter for it",
+    (DTYPE,),
+    write=LazyFunction("graftc.runtime.export.gguf.exporting:write"),
+    check=LazyFunction("graftc.runtime.export.gguf.exporting:check"),
+    prepare=LazyFunction("graftc.runtime.export.gguf.exporting:prepare"),
+    content="either",
+    instead={"inputs": "the LoRAs of a compiled model that is not merged are a file of their own"},
+)

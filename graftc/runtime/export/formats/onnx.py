@@ -1,0 +1,14 @@
+"""ONNX, one graph."""
+
+from graftc.runtime.export.exporter import Exporter, LazyFunction
+from graftc.runtime.export.graph_options import EXAMPLE_INPUTS, INPUTS, beside_graph
+
+EXPORTER = Exporter(
+    "onnx",
+    "One graph for ONNX Runtime",
+    (EXAMPLE_INPUTS, INPUTS),
+    write=LazyFunction("graftc.runtime.export.onnx:write"),
+    check=LazyFunction("graftc.runtime.export.onnx:check"),
+    prepare=LazyFunction("graftc.runtime.export.graphs:prepare"),
+    companions=beside_graph,
+)

@@ -1,0 +1,40 @@
+"""PEFT's folders of adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graftc.runtime.export.exporter import Exporter, ExportOption, LazyFunction
+from graftc.runtime.interop.peft.servers import SERVERS, server_of
+from graftc.specs.errors.arguments import kind_of
+from graftc.specs.errors.diagnostics import GraftError
+
+
+def _positive(rank: Any) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        shown = kind_of(rank) if not isinstance(rank, int) else repr(rank)
+        raise GraftError("GC073", f"max_rank is {shown}", hint="give a whole number from 1")
+    return rank
+
+
+SERVER = ExportOption(
+    "server",
+    "Write a PEFT folder as a server reads it right, within its limits",
+    tuple(SERVERS),
+    server_of,
+    flag="--for",
+)
+MAX_RANK = ExportOption(
+    "max_rank", "The largest rank that the server was started with", read=_positive, flag="--max-rank"
+)
+EXPORTER = Exporter(
+    "peft",
+    "The adapters alone, as a folder that PEFT loads",
+    (SERVER, MAX_RANK),
+    write=LazyFunction("graftc.runtime.export.peft:write"),
+    check=LazyFunction("graftc.runtime.export.peft:check"),
+    prepare=LazyFunction("graftc.runtime.export.peft:prepare"),
+    content="adapters",
+    replaceable=LazyFunction("graftc.runtime.interop.peft.exporting:is_exported"),
+    instead={"inputs": "the folder has the adapters alone, and no graph"},
+)

@@ -1,0 +1,54 @@
+"""Export of models as GGUF: of a merged model as a whole, and of the LoRAs of a compiled one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import cast
+
+from graftc.compiler.capture.interface import config_of
+from graftc.runtime.artifact.write import require_values
+from graftc.runtime.export.gguf.adapter import adapter_file, plain_of
+from graftc.runtime.export.gguf.model import merged_file
+from graftc.runtime.export.gguf.writing import GgufFile
+from graftc.runtime.export.job import ExportJob
+from graftc.runtime.interop.transformers import FoldedModel
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.specs.errors.diagnostics import warn
+
+__all__ = ["check", "prepare", "write"]
+
+
+def prepare(job: ExportJob) -> Callable[[], GgufFile]:
+    """Return a function that returns the file to write, which it makes once.
+
+    Raises:
+        GraftError: GC053 for a model without values, GC066 for anything that is not plain LoRA.
+    """
+    if not isinstance(job.runner, AdaptedRunner):
+        return cache(partial(merged_file, cast(FoldedModel, job.runner)))
+    require_values(job.runner)
+    adapter = plain_of(cast(AdaptedRunner, job.simplest).compilation)
+    return cache(partial(adapter_file, adapter, config_of(job.runner.compilation.source)))
+
+
+def write(job: ExportJob, path: Path) -> None:
+    """Write the file; see `merged_file` and `adapter_file`.
+
+    Raises:
+        GraftError: as these, and as `GgufFile.write`.
+    """
+    lacking = job.prepared().write(path, job.options["dtype"])
+    if lacking is not None:
+        hint = "llama.cpp needs one: save it with the base as tokenizer.json, or add it with llama.cpp's own tools"
+        warn("GC075", f"{job.path} has no tokenizer: {lacking}", hint=hint)
+
+
+def check(job: ExportJob, path: Path) -> None:
+    """Check that the file reads back.
+
+    Raises:
+        GraftError: GC060 if it does not.
+    """
+    job.prepared().check(path, job.options["dtype"])

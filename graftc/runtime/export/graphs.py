@@ -1,0 +1,24 @@
+"""What the formats of one graph share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from graftc.files.tensors.writing import save_tensors
+from graftc.runtime.export.graph_options import companions_of
+from graftc.runtime.export.job import ExportJob
+from graftc.runtime.export.module import ExportModule
+
+__all__ = ["prepare", "write_inputs"]
+
+
+def prepare(job: ExportJob) -> None:
+    """Refuse a model without the graph that the job asks for."""
+    job.signature  # noqa: B018
+
+
+def write_inputs(module: ExportModule, path: Path) -> None:
+    """Write the tensors of adaptations that are inputs of a graph beside it, in a file for each adaptation."""
+    beside = companions_of(path, module.adaptations)
+    for name, tensors in module.adaptations.items():
+        save_tensors(tensors, path.with_name(beside[name]))

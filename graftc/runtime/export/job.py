@@ -1,0 +1,122 @@
+"""A model to export: what the functions of an exporter are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from graftc.passes.core.ir.program_key import Signature
+from graftc.records.files import PeftTensor
+from graftc.runtime.export.exported_signature import exported_signature
+from graftc.runtime.export.metadata import UNFOLDED, FoldEvidence, metadata
+from graftc.runtime.export.module import ExportModule
+from graftc.runtime.export.simplest import deployed
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.model.model_runner import ModelRunner
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["AdapterSummary", "ExportJob", "require_one_graph"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSummary:
+    """What is known, before it is written, about an export of adapters alone; `Exporter.prepare` may return one.
+
+    Attributes:
+        title: a readable name of the kind of adapters; empty for graphs and models.
+        tensors: the key of each tensor in the file, and site, part and name of the tensor in the model.
+        max_rank: the largest rank, with which the server has to be started; None if it does not matter.
+        needs: the option that sets it for the server; None if there is none.
+    """
+
+    title: str = ""
+    tensors: Sequence[PeftTensor] = ()
+    max_rank: int | None = None
+    needs: str | None = None
+
+
+@dataclass(eq=False)
+class ExportJob:
+    """A model to export, with the options of the format.
+
+    Attributes:
+        runner: the Runner of a compiled or merged model.
+        options: the format's options, with defaults for those that are not given.
+        evidence: the evidence of a fold to put into the files: ``certificate`` and ``folded``, the names of adaptations
+            that have gone into the weights.
+        path: where the export will be put; None if it is not written.
+        prepared: what the exporter's `prepare` has returned; ``write`` may put there what ``check`` needs.
+    """
+
+    runner: ModelRunner
+    options: Mapping[str, Any] = field(default_factory=dict)
+    evidence: FoldEvidence = UNFOLDED
+    path: Path | None = None
+    prepared: Any = None
+    _graphs: dict[bool, ExportModule] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model: a `graftc.Compiled`, or a `graftc.Merged`."""
+        return self.runner.module
+
+    @cached_property
+    def simplest(self) -> ModelRunner:
+        """The Runner of what is written, with adaptations in their simplest form."""
+        return deployed(self.runner) if isinstance(self.runner, AdaptedRunner) else self.runner
+
+    @cached_property
+    def signature(self) -> Signature:
+        """The signature of the exported graph: that of the option ``example_inputs``, or of the first call.
+
+        Raises:
+            GraftError: GC031 for example inputs that have no graph, GC149 for a model that is not one graph.
+        """
+        require_one_graph(self.runner)
+        return exported_signature(self.simplest, self.options.get("example_inputs"))
+
+    def graph(self, *, apart: bool = False) -> ExportModule:
+        """Return the model's graph in eval mode as a plain module, which is made once.
+
+        The tensors of adaptations in the option ``inputs`` are inputs of it.
+
+        Args:
+            apart: whether packed weights are inputs as well, as described in `ExportModule`.
+
+        Raises:
+            GraftError: as `signature`; GC065 for an input of which the graph reads nothing, GC091 for an unknown one.
+        """
+        if apart not in self._graphs:
+            inputs = self.options.get("inputs") or ()
+            self._graphs[apart] = ExportModule(self.simplest, self.signature, inputs, apart=apart)
+        return self._graphs[apart]
+
+    def metadata(self, module: ExportModule) -> dict[str, str]:
+        """Return the metadata of a file with a graph: spec, fingerprint, certificate, places of adaptations."""
+        return metadata(self.simplest, module.program, self.evidence, self.options.get("inputs") or ())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the model's tensors by name, tied ones once, packed ones with their values: the base's, folded if the
+        model is, then those of adaptations.
+        """
+        store = self.simplest.store
+        for name, _ in [*store.weights(), *store.adapters()]:
+            if name not in store.constants:
+                yield name, store.full(name)
+
+
+def require_one_graph(runner: ModelRunner) -> None:
+    """Raise for a model whose own Python runs between graphs.
+
+    Raises:
+        GraftError: GC149.
+    """
+    if runner.live is not None:
+        message = f"{type(runner.compilation.source).__name__} is its own Python between graphs of its layers"
+        hint = "save the merged model, or what to_transformers() gives: a file of graphs has no Python"
+        raise GraftError("GC149", message, hint=hint)

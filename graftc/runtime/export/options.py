@@ -1,0 +1,41 @@
+"""Options of an export: one that the format does not declare is refused, never ignored. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from graftc.runtime.export.exporter import Exporter
+from graftc.runtime.export.registry import exporters
+from graftc.specs.errors.diagnostics import GraftError, alternatives
+
+__all__ = ["misplaced", "options_for"]
+
+
+def misplaced(exporter: Exporter, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the options that are given although the format does not take them, each with a remedy.
+
+    Args:
+        exporter: the exporter of the format.
+        given: options by name; one that is None, empty or False counts as not given.
+    """
+    own = [option.name for option in exporter.options]
+    for name, value in given.items():
+        empty = isinstance(value, str | list | tuple | dict) and not value
+        if name in own or value is None or value is False or empty:
+            continue
+        takers = [other.name for other in exporters().values() if name in (option.name for option in other.options)]
+        elsewhere = f"leave it out: it is an option of {' and '.join(takers)}" if takers or not own else None
+        yield name, exporter.instead.get(name) or elsewhere or alternatives(name, own, "options")
+
+
+def options_for(exporter: Exporter, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of an export that are given, checked.
+
+    Raises:
+        GraftError: GC073 for an option that the format does not take, or for a value that the option does not allow.
+    """
+    for name, hint in misplaced(exporter, given):
+        raise GraftError("GC073", f"the format {exporter.name!r} takes no {name}", hint=hint)
+    with exporter.reported():
+        return {o.name: o.checked(given[o.name]) for o in exporter.options if given.get(o.name) is not None}

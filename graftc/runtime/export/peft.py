@@ -1,0 +1,61 @@
+"""Export of adaptations as a folder for PEFT, within the limits of a server if one is named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from graftc.runtime.artifact.write import require_values
+from graftc.runtime.export.job import AdapterSummary, ExportJob
+from graftc.runtime.interop.peft.exporting import PeftExport, check_peft, prepared, write_peft
+from graftc.runtime.interop.peft.plain import plain
+from graftc.runtime.interop.peft.servers import Server, require_served
+from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.specs.errors.diagnostics import GraftError
+
+__all__ = ["PreparedFolder", "check", "prepare", "write"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedFolder(AdapterSummary):
+    """A folder for PEFT, before it is written."""
+
+    content: PeftExport
+
+
+def prepare(job: ExportJob) -> PreparedFolder:
+    """Return what the folder will contain.
+
+    Raises:
+        GraftError: GC053 for a model without values, GC068 for what the server does not take, GC073 for a limit of no
+            server, GC115 for what PEFT cannot express, and for a merged model.
+    """
+    if not isinstance(job.runner, AdaptedRunner):
+        raise GraftError("GC115", "a merged model has no adaptation", hint="export the compiled model it was made from")
+    server: Server | None = job.options["server"]
+    rank, largest = None, job.options["max_rank"]
+    if largest is not None and server is None:
+        raise GraftError("GC073", "max_rank is a limit of a server", hint='name it: server="vllm"')
+    require_values(job.runner)
+    compilation = job.simplest.compilation
+    content = prepared(compilation)
+    if server is not None:
+        content = plain(content, compilation)
+        rank = require_served(server, content.config, content.tensors, max_rank=largest)
+    needs = f"{server.option} {rank}" if server is not None and server.option is not None else None
+    title = str(content.config["peft_type"])
+    return PreparedFolder(content=content, title=title, tensors=content.sites(), max_rank=rank, needs=needs)
+
+
+def write(job: ExportJob, folder: Path) -> None:
+    """Create the folder."""
+    write_peft(job.prepared.content, folder)
+
+
+def check(job: ExportJob, folder: Path) -> None:
+    """Check that the folder reads back.
+
+    Raises:
+        GraftError: GC060 if it does not.
+    """
+    check_peft(job.prepared.content, folder)

@@ -1,0 +1,106 @@
+"""The export formats: those of this package and of the entry-point group ``graftc.exporters``. No torch.
+
+An entry point has the name of the format and refers to its `Exporter`, as ``shapes = "graftc_shapes:SHAPES"`` does. The
+names are known from metadata alone; an exporter is imported when it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from graftc.passes.core.plugins import plugin_of
+from graftc.runtime.export import formats as package
+from graftc.runtime.export.exporter import Exporter, ExportOption
+from graftc.specs.errors.arguments import kind_of
+from graftc.specs.errors.diagnostics import GraftError, first_line
+from graftc.specs.errors.text import either
+
+__all__ = ["GROUP", "exporter_of", "exporters", "formats", "reload_exporters", "summaries"]
+
+GROUP = "graftc.exporters"
+"""The entry-point group."""
+
+
+@cache
+def _points() -> Mapping[str, tuple[EntryPoint, ...]]:
+    """Return the entry points by name: our own in order, then those of plugins, which may have taken a name."""
+    own = [EntryPoint(n, f"{package.__name__}.{n.replace('-', '_')}:EXPORTER", GROUP) for n in package.BUILT_IN]
+    points: dict[str, tuple[EntryPoint, ...]] = {}
+    for point in [*own, *sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))]:
+        points[point.name] = (*points.get(point.name, ()), point)
+    return points
+
+
+def formats() -> tuple[str, ...]:
+    """Return the names of all formats. They are looked up once; `reload_exporters` looks again."""
+    return tuple(_points())
+
+
+def summaries() -> dict[str, str]:
+    """Return what each format writes, by its name; of a plugin's, which is not imported for this, its package."""
+    firsts = {name: points[0] for name, points in _points().items()}
+    return {n: _loaded(p).summary if n in package.BUILT_IN else f"of {plugin_of(p)}" for n, p in firsts.items()}
+
+
+def exporter_of(format: Any) -> Exporter:
+    """Return the exporter of a format.
+
+    Raises:
+        GraftError: GC060 if the format is unknown, GC078 if the entry point of a plugin is broken, or its name taken.
+    """
+    points = _points().get(format) if isinstance(format, str) else None
+    if points is None:
+        raise _unknown(format)
+    if len(points) > 1:
+        one, other = ("graftc" if point.name in package.BUILT_IN else str(plugin_of(point)) for point in points[:2])
+        message = f"the format {format!r} is registered twice, by {one} and by {other}"
+        raise plugin_of(points[-1]).error("GC078", message)
+    return _loaded(points[0])
+
+
+def exporters() -> dict[str, Exporter]:
+    """Return the exporters of all formats, without those that are broken, which are reported when they are used."""
+    every = {}
+    for name in formats():
+        try:
+            every[name] = exporter_of(name)
+        except GraftError:
+            continue
+    return every
+
+
+def reload_exporters() -> None:
+    """Forget the exporters that were looked up, so that a package installed since is seen."""
+    for function in (_points, _loaded):
+        function.cache_clear()
+
+
+@cache
+def _loaded(point: EntryPoint) -> Exporter:
+    plugin = None if point.name in package.BUILT_IN else plugin_of(point)
+    try:
+        loaded: Any = point.load()
+    except Exception as error:  # a plugin's import may fail in any way, and the message must name the plugin
+        if plugin is None:
+            raise
+        raise plugin.error("GC078", f"{plugin} cannot be imported: {first_line(error)}") from error
+    is_exporter = isinstance(loaded, Exporter) and all(isinstance(each, ExportOption) for each in loaded.options)
+    if plugin is not None and (not is_exporter or loaded.name != point.name):
+        shown = f"the exporter {loaded.name!r}" if is_exporter else f"something {kind_of(loaded)}"
+        hint = f'name an Exporter("{point.name}", ...) with ExportOption(...) as options'
+        raise plugin.error("GC078", f"{plugin} registers {shown} as {point.name!r}", hint)
+    exporter: Exporter = replace(loaded, origin=plugin)
+    return exporter
+
+
+def _unknown(format: Any) -> GraftError:
+    own = [_loaded(_points()[name][0]) for name in package.BUILT_IN]
+    graphs, adapters, both = ([e.name for e in own if e.content == kind] for kind in ("model", "adapters", "either"))
+    hint = f"graphs are {either(graphs)}; adapters and merged models may also be {either([*adapters, *both])}"
+    added = [name for name in formats() if name not in package.BUILT_IN]
+    hint += f"; installed packages add {', '.join(added)}" if added else ""
+    return GraftError("GC060", f"format {format!r} is unknown", hint=hint)
