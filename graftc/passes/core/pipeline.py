@@ -15,9 +15,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from graftc.passes.core import progress
 from graftc.passes.core.ir.history import Changes, HistoryEntry, Recorder
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.verify import verify
+from graftc.passes.core.ir.verify import require_runnable, verify
 from graftc.passes.core.plugins import Plugin
-from graftc.passes.core.runnable import require_runnable
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError, Place, first_line, nearest
 

@@ -197,7 +197,7 @@ def _average(spec: Average, build: Builder, deltas: Sequence[tuple[Builder, Delt
 
 
 def _split(spec: Split, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -> fx.Node:
-    batch = Batch(build.program, build.call)
+    batch = Batch(build)
     where = str(build.site.key)
     own = [batch.first(delta.node, where) for _, delta in deltas]
     if own[0].meta["val"].dim() < 3:
@@ -219,7 +219,7 @@ def _gate(spec: Gate, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -
 
 def gated(spec: Gate, build: Builder, delta: Delta) -> fx.Node:
     """Return ``delta`` times the gate of its adaptation at its site: a number for each row of the batch."""
-    batch = Batch(build.program, build.call)
+    batch = Batch(build)
     where = str(build.site.key)
     x, own = batch.first(delta.read, where), batch.first(delta.node, where)
     gate = mean_gate(spec, build, x)
@@ -241,7 +241,7 @@ def gate_attention(spec: Gate, own: Builder, build: Builder, site: AttentionSite
     Raises:
         GraftError: GC036 if the attention has other rows than the batch, as one in windows has.
     """
-    batch = Batch(build.program, build.call)
+    batch = Batch(build)
     gate = mean_gate(spec, own, batch.first(build.attended(site), str(site.key)))
     if expression(ahead.keys.meta["val"].shape[0]) != expression(batch.size):
         message = f"the keys of {site.key} have other rows than the batch, so that a gate for each row fits none"

@@ -11,8 +11,10 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import read_tokens
 from graftc.passes.core.build.masks import END, Masks, most_of, same_size, surplus
+from graftc.passes.core.build.nodes import size_of
 from graftc.passes.core.build.position_ids import counted_inputs, recounted, tokens_in_front
 from graftc.passes.core.build.requests import Change, Window
+from graftc.passes.core.ir.eval_mode import ATTENTION
 from graftc.passes.core.ir.program import above, limited, map_nodes, nodes_in, provenance
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import AttentionSite, Positions, unsupported
@@ -123,7 +125,7 @@ class Attentions(Masks):
         self._redirect(node, after, lambda user: True)
 
     def _fused(self, site: AttentionSite, node: fx.Node, keys: fx.Node, values: fx.Node, window: Window) -> fx.Node:
-        args = dict(zip(_NAMES, [*node.args, *_DEFAULTS[len(node.args) :]], strict=True)) | dict(node.kwargs)
+        args = {**ATTENTION, **dict(zip(ATTENTION, node.args, strict=False)), **node.kwargs}
         length = int(keys.meta["val"].shape[2])
         query, mask, causal = args["query"], args["attn_mask"], bool(args["is_causal"])
         key = self.call(aten.cat.default, [keys, args["key"]], 2, part="keys")
@@ -193,7 +195,7 @@ class Attentions(Masks):
         return site.operands.keys.meta["val"].shape[2]
 
     def _in_front(self, mask: fx.Node, length: int, ones: bool) -> fx.Node:
-        sizes: list[Any] = [self._size(mask, axis) for axis in range(mask.meta["val"].dim() - 1)]
+        sizes: list[Any] = [size_of(self, mask, axis) for axis in range(mask.meta["val"].dim() - 1)]
         fill = aten.new_ones.default if ones else aten.new_zeros.default
         front = self.call(fill, mask, [*sizes, length], part="mask")
         return self.call(aten.cat.default, [front, mask], -1, part="mask")
@@ -283,8 +285,6 @@ class _Spot:
 
 
 _MASKING = (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_DEFAULTS = (None, None, None, None, 0.0, False)
 
 
 def _is_input(mask: fx.Node) -> bool:

@@ -129,7 +129,7 @@ class Rows(Chosen):
 
     def _rows(self, nodes: Nodes) -> Batch:
         if self._batch is None:
-            self._batch = Batch(nodes.program, nodes.call)
+            self._batch = Batch(nodes)
         return self._batch
 
     def _one(self, nodes: Nodes, node: fx.Node) -> fx.Node:

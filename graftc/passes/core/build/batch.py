@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.compat.operators import UNSAFE_VIEW
+from graftc.passes.core.build.nodes import Nodes, size_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import expression
 from graftc.specs.errors.diagnostics import GraftError
@@ -31,19 +32,18 @@ class Batch:
     """The batch of one Program.
 
     Args:
-        program: the Program that the values belong to.
-        call: a function that inserts nodes.
+        nodes: the `Nodes` that insert calls into it.
 
     Raises:
         GraftError: GC037 if no input has a batch.
     """
 
-    def __init__(self, program: Program, call: Call) -> None:
-        source = batch_input(program)
+    def __init__(self, nodes: Nodes) -> None:
+        source = batch_input(nodes.program)
         if source is None:
-            message = f"none of the inputs {', '.join(program.signature)} has a batch of any size"
+            message = f"none of the inputs {', '.join(nodes.program.signature)} has a batch of any size"
             raise GraftError("GC037", message, hint="choose for the whole call")
-        self._call, self._source = call, source
+        self._nodes, self._source = nodes, source
         self._size = expression(source.meta["val"].shape[0])
         self._first: dict[fx.Node, fx.Node] = {}
 
@@ -67,13 +67,13 @@ class Batch:
         if axis == 0:
             return node
         if axis is not None:
-            return self._call(aten.movedim.int, node, axis, 0, part="rows first")
+            return self._nodes.call(aten.movedim.int, node, axis, 0, part="rows first")
         if not self._folded(node):
             message = f"no axis of {node.name} at {where} counts the rows of the batch"
             raise GraftError("GC037", message, hint="leave the place out, or choose for the whole call")
-        rest = [self._static(node, i) for i in range(1, node.meta["val"].dim())]
-        rows = self._call(aten.sym_size.int, self._source, 0, part="rows")
-        return self._call(aten.view.default, node, [rows, -1, *rest], part="rows first")
+        rest = [size_of(self._nodes, node, i) for i in range(1, node.meta["val"].dim())]
+        rows = self._nodes.call(aten.sym_size.int, self._source, 0, part="rows")
+        return self._nodes.call(aten.view.default, node, [rows, -1, *rest], part="rows first")
 
     def home(self, node: fx.Node, like: fx.Node) -> fx.Node:
         """Move the rows from the front back to their axis in ``like``, whose last axis may be of another size."""
@@ -81,8 +81,8 @@ class Batch:
         if axis == 0:
             return node
         if axis is not None:
-            return self._call(aten.movedim.int, node, 0, axis, part="rows home")
-        return self._call(aten.flatten.using_ints, node, 0, 1, part="rows home")
+            return self._nodes.call(aten.movedim.int, node, 0, axis, part="rows home")
+        return self._nodes.call(aten.flatten.using_ints, node, 0, 1, part="rows home")
 
     def _axis(self, node: fx.Node) -> int | None:
         sizes = [expression(size) for size in node.meta["val"].shape]
@@ -107,12 +107,6 @@ class Batch:
                     seen.add(source)
                     pending.append(source)
         return False
-
-    def _static(self, node: fx.Node, axis: int) -> Any:
-        size = node.meta["val"].shape[axis]
-        if isinstance(expression(size), int):
-            return int(size)
-        return self._call(aten.sym_size.int, node, axis, part="size")
 
 
 _FOLDING = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints, UNSAFE_VIEW})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import computed
-from graftc.passes.core.build.nodes import Nodes
+from graftc.passes.core.build.nodes import Nodes, size_of
 from graftc.passes.core.ir.past_inputs import past_length
 from graftc.passes.core.ir.program import Program, above, is_random, limited, map_nodes, nodes_in
 from graftc.passes.core.ir.shapes import expression
@@ -127,7 +127,7 @@ class Masks(Nodes):
             cached = symbol == past_length(self.program) and _is_positions(node)
             return self._like(node, self.call(aten.add.Tensor, node, length, part="mask")) if cached else None
         (axis,) = axes
-        sizes = [length if a == axis else self._size(node, a) for a in range(value.dim())]
+        sizes = [length if a == axis else size_of(self, node, a) for a in range(value.dim())]
         if not _is_positions(node):
             front = self.call(aten.new_ones.default, node, sizes, part="mask")
             return self._like(node, self.call(aten.cat.default, [front, node], axis, part="mask"))

@@ -176,11 +176,6 @@ class Nodes:
         """Return `call` as a function of the target and its positional arguments alone."""
         return lambda target, *args: self.call(target, *args, part=part)
 
-    def _size(self, node: fx.Node, axis: int) -> Any:
-        """Return the size of an axis: a number, or a node that computes it."""
-        size = node.meta["val"].shape[axis]
-        return size if isinstance(expression(size), int) else self.call(aten.sym_size.int, node, axis, part="size")
-
     def _device(self) -> torch.device:
         """Return the device of the current site's tensors."""
         if isinstance(self._site, LinearSite):
@@ -215,6 +210,12 @@ class Nodes:
             if after != theirs:
                 raise TypeError(f"it gives values of {mine} for values of {theirs}")
         self.seams.write(self, change, put)
+
+
+def size_of(nodes: Nodes, node: fx.Node, axis: int) -> Any:
+    """Return the size of an axis: a number, or a node that computes it."""
+    size = expression(node.meta["val"].shape[axis])
+    return size if isinstance(size, int) else nodes.call(aten.sym_size.int, node, axis, part="size")
 
 
 class Seams:

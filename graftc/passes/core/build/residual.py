@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.passes.core.build.nodes import Nodes
+from graftc.passes.core.build.nodes import Nodes, size_of
 from graftc.passes.core.build.requests import Change
 from graftc.passes.core.ir.edits import Edit, Edits
 from graftc.passes.core.ir.program import above, is_random, map_nodes, provenance
@@ -104,7 +104,7 @@ class Branches(Nodes):
             return delta
         if want.dim() == 2:
             return self.call(aten.view.default, delta, [-1, int(have.shape[-1])], part="rows")
-        sizes: list[Any] = [self._size(value, axis) for axis in range(want.dim())]
+        sizes: list[Any] = [size_of(self, value, axis) for axis in range(want.dim())]
         return self.call(aten.view.default, delta, sizes, part="rows")
 
 

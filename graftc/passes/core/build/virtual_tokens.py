@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.build.masks import END
+from graftc.passes.core.build.nodes import size_of
 from graftc.passes.core.build.requests import Change
 from graftc.passes.core.build.residual import Branches
 from graftc.passes.core.build.tensors import Tensors
@@ -55,7 +56,7 @@ class Virtual(Tensors, Branches):
         value, rows = vectors.meta["val"], like.meta["val"].shape[0]
         if value.dim() == 3 and (expression(value.shape[0]) != 1 or expression(rows) == 1):
             return vectors
-        sizes = [self._size(like, 0), -1, -1]
+        sizes = [size_of(self, like, 0), -1, -1]
         if value.dim() == 2:
             vectors = self.call(aten.unsqueeze.default, vectors, 0, part=part)
         return self.call(aten.expand.default, vectors, sizes)

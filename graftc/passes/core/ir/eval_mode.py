@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,16 @@ _DROPPING = (
 """What a dropout of probability 0 changes; all else that depends on a module's mode goes on."""
 _PROBABILITY: dict[object, int] = {aten.dropout.default: 1, aten.scaled_dot_product_attention.default: 4}
 """The position of the dropout probability among an operator's arguments."""
+ATTENTION: Mapping[str, Any] = {
+    "query": None,
+    "key": None,
+    "value": None,
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+}
+"""The positional arguments of a fused attention, with their defaults."""
+
 _SILENT = ":dropout"
 
 
@@ -118,10 +128,8 @@ def _erase(node: fx.Node) -> Replaced:
 
 
 def _attention(node: fx.Node) -> None:
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    defaults = (None, None, None, None, 0.0, False)
-    args = [*node.args, *defaults[len(node.args) :]]
-    args[names.index("dropout_p")] = 0.0
+    defaults = tuple(ATTENTION.values())
+    args = list({**ATTENTION, **dict(zip(ATTENTION, node.args, strict=False)), "dropout_p": 0.0}.values())
     while len(args) > 3 and args[-1] == defaults[len(args) - 1]:
         args.pop()
     node.args = tuple(args)

@@ -50,10 +50,10 @@ def verify(program: Program, store: Store, step: str, *, types: bool = False) ->
         GraftError: GC040 naming the pass and the node, with the graph around it; GC030 for types that depend on values,
             which cannot be computed again; GC023 for a trainable tensor that reaches no output in train mode.
     """
-    for rule in _RULES:
-        finding = rule(program, store)
-        if finding is not None:
-            _fail(program, step, *finding)
+    findings = (rule(program, store) for rule in _RULES)
+    finding = _form(program) or next(filter(None, findings), None)
+    if finding is not None:
+        _fail(program, step, *finding)
     if program.mode == "train":
         require_gradient_paths(program, store)
     if types:
@@ -89,11 +89,45 @@ def _is_call(node: fx.Node) -> bool:
     return node.op == "call_function"
 
 
-def _sound(program: Program, store: Store) -> Finding | None:
+def require_runnable(program: Program, step: str) -> None:
+    """Check a graph that is about to run and is no longer compared with the base, as the pass called ``step`` left it.
+
+    Raises:
+        GraftError: GC040 if it is not sound, has other inputs or outputs than before, or has a node whose value has
+            another type than it says.
+    """
+    fault = _fault(program)
+    if fault:
+        raise GraftError("GC040", f"after {step}: {fault}")
+
+
+def _fault(program: Program) -> str:
+    finding = _form(program)
+    if finding is not None:
+        return finding[1]
+    untyped = next((node.name for node in program.graph.nodes if _is_call(node) and "val" not in node.meta), None)
+    if untyped is not None:
+        return f"{untyped} does not say the type of its value in meta['val']"
+    mismatch = check_types(program, SIZE_CHOICES[0])
+    return f"{mismatch[0]}: {mismatch[1]}" if mismatch is not None else ""
+
+
+def _form(program: Program) -> Finding | None:
     try:
         program.graph.lint()
     except RuntimeError as error:
         return None, f"the graph is not sound: {error}"
+    names = tuple(str(node.target) for node in program.placeholders())
+    if names != program.signature:
+        return None, f"the inputs are {names}, they were {program.signature}"
+    leaves = program.output_node.args[0]
+    count = len(leaves) if isinstance(leaves, tuple) else 1
+    if count != len(program.outputs.names):
+        return program.output_node, f"{count} outputs, there were {len(program.outputs.names)}"
+    return None
+
+
+def _tensors_stored(program: Program, store: Store) -> Finding | None:
     for node in program.graph.find_nodes(op="get_attr"):
         name = str(node.target)
         if name not in store:
@@ -107,17 +141,10 @@ def _sound(program: Program, store: Store) -> Finding | None:
     return None
 
 
-def _interface(program: Program, store: Store) -> Finding | None:
-    names = tuple(str(node.target) for node in program.placeholders())
-    if names != program.signature:
-        return None, f"the inputs are {names}, they were {program.signature}"
+def _inputs_first(program: Program, store: Store) -> Finding | None:
     computed = next((node for node in program.graph.nodes if _is_call(node)), None)
     if computed is not None and any(node > computed for node in program.placeholders()):
         return computed, "it stands in front of an input"
-    leaves = program.output_node.args[0]
-    assert isinstance(leaves, tuple)
-    if len(leaves) != len(program.outputs.names):
-        return program.output_node, f"{len(leaves)} outputs, there were {len(program.outputs.names)}"
     return None
 
 
@@ -167,8 +194,8 @@ def _edits_keep_types(program: Program, store: Store) -> Finding | None:
 
 
 _RULES: tuple[Callable[[Program, Store], Finding | None], ...] = (
-    _sound,
-    _interface,
+    _tensors_stored,
+    _inputs_first,
     _base_untouched,
     _edits_keep_types,
     _effects,
