@@ -67,8 +67,7 @@ def load(
     """
     from graftc.runtime.onnx_generation.folders import open_folder
 
-    model: OnnxModel = open_folder(folder, providers, threads, session_options)
-    return model
+    return open_folder(folder, providers, threads, session_options)
 
 
 def __getattr__(name: str) -> Any:

@@ -91,7 +91,7 @@ def read(graph: OnnxGraph, cache: Any, batch: int, *, seq2seq: bool) -> dict[str
     lengths: dict[str, int] = {}
     inputs: dict[str, Tensor] = {}
     for slot, name in graph.past.items():
-        heads, width = graph.sizes(slot)
+        heads, width = graph.sizes[slot]
         layer = parts[slot.attention].layers[slot.layer]
         tensor = (layer.keys if slot.part == "key" else layer.values) if layer.is_initialized else None
         if tensor is None:

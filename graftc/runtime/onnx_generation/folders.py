@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from graftc.files.tensors.foreign_folders import require_regular_files
 from graftc.runtime.onnx_generation.exported import MANIFEST, graph_in
 from graftc.runtime.onnx_generation.graphs import OnnxGraph, Provider, providers_for, runtime
 from graftc.runtime.onnx_generation.io_names import DECODER, PAIR
-from graftc.runtime.onnx_generation.models import OnnxCausalLM, OnnxSeq2SeqLM
+from graftc.runtime.onnx_generation.models import OnnxCausalLM, OnnxModel, OnnxSeq2SeqLM
 from graftc.runtime.sources.folder_checks import plain_config
 from graftc.specs.errors.arguments import as_path, kind_of
 from graftc.specs.errors.border import library_errors
@@ -52,7 +52,9 @@ def _options(threads: Any, session_options: Any) -> Any:
     return options
 
 
-def open_folder(folder: Any, providers: Sequence[Provider] | None, threads: int | None, session_options: Any) -> Any:
+def open_folder(
+    folder: Any, providers: Sequence[Provider] | None, threads: int | None, session_options: Any
+) -> OnnxModel:
     """Implement `graftc.runtime.onnx_generation.load`."""
     folder = as_path(folder)
     if not folder.is_dir():
@@ -73,5 +75,5 @@ def open_folder(folder: Any, providers: Sequence[Provider] | None, threads: int 
         )
     chosen, options = providers_for(providers), _options(threads, session_options)
     graphs = [OnnxGraph(file, chosen, options) for file in files]
-    kind = _named(OnnxSeq2SeqLM if seq2seq else OnnxCausalLM, config)
-    return kind(config, defaults, *graphs)
+    kind: Any = _named(OnnxSeq2SeqLM if seq2seq else OnnxCausalLM, config)
+    return cast(OnnxModel, kind(config, defaults, *graphs))

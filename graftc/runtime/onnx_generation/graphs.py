@@ -71,24 +71,24 @@ def runtime() -> Any:
         ) from error
 
 
-def providers_for(asked: Sequence[Provider] | None) -> list[Any]:
+def providers_for(requested: Sequence[Provider] | None) -> list[Any]:
     """Return the requested execution providers; by default CUDA, if this build and machine support it, and the CPU.
 
     Raises:
         GraftError: GC073 for one that this build of onnxruntime does not have.
     """
     available = runtime().get_available_providers()
-    if asked is None:
+    if requested is None:
         return [_CUDA[0], CPU] if _CUDA[0] in available and torch.cuda.is_available() else [CPU]
-    if isinstance(asked, str):
-        asked = [asked]
-    for provider in asked:
+    if isinstance(requested, str):
+        requested = [requested]
+    for provider in requested:
         name = provider if isinstance(provider, str) else provider[0]
         if name not in available:
             close = nearest(str(name), available)
             hint = f"did you mean {close}?" if close else f"this build of onnxruntime has {', '.join(available)}"
             raise GraftError("GC073", f"there is no execution provider {name!r}", hint=hint)
-    return list(asked)
+    return list(requested)
 
 
 class OnnxGraph:
@@ -102,6 +102,7 @@ class OnnxGraph:
     Attributes:
         inputs: the type and sizes of each input, by name.
         past: names of the inputs that contain a cache, by slot.
+        sizes: the number of heads and their width in each tensor of the cache, by slot.
         present: names of the outputs that contain a cache, by slot.
         device: the device of floating-point tensors.
 
@@ -128,7 +129,7 @@ class OnnxGraph:
         if strange:
             hint = "graphs with one file for the first and the later steps (use_cache_branch) are not read"
             raise GraftError("GC144", f"{path.name} has inputs that no call gives: {', '.join(strange)}", hint=hint)
-        self._sizes = {slot: self._fixed(slot) for slot in self.past}
+        self.sizes = {slot: self._fixed(slot) for slot in self.past}
         self.device = self._device()
 
     def _device(self) -> torch.device:
@@ -136,10 +137,6 @@ class OnnxGraph:
         if provider not in _CUDA:
             return torch.device("cpu")
         return torch.device("cuda", int(self.session.get_provider_options()[provider].get("device_id", 0)))
-
-    def sizes(self, slot: Slot) -> tuple[int, int]:
-        """Return the number of heads and their width in a tensor of the cache."""
-        return self._sizes[slot]
 
     def _fixed(self, slot: Slot) -> tuple[int, int]:
         shape = self.inputs[self.past[slot]].shape

@@ -133,16 +133,15 @@ class OnnxModel(GenerationMixin):
             raise GraftError("GC073", f"the graphs run on {self.device}, not on {wanted}", hint=hint)
         return self
 
-    def _cache(self, given: Mapping[str, Any], use_cache: bool | None) -> tuple[Any, bool]:
-        """Return the cache to read and write, and whether it is returned."""
+    def _cache(self, given: Mapping[str, Any]) -> Any:
+        """Return the cache to read and write."""
         cache = next((given[name] for name in ("cache", "past_key_values") if given.get(name) is not None), None)
-        wanted = use_cache is not False
-        return (caches.empty(seq2seq=self._seq2seq) if cache is None else cache), wanted
+        return caches.empty(seq2seq=self._seq2seq) if cache is None else cache
 
     def _refuse(self, given: Mapping[str, Any]) -> None:
         """Raise if there are arguments that the graphs do not support, unless they are None or False."""
-        known = {"cache", "past_key_values", "return_dict"}
-        unread = [n for n, value in given.items() if n not in known and value is not None and value is not False]
+        taken = ("cache", "past_key_values", "return_dict")
+        unread = [n for n, value in given.items() if n not in taken and value is not None and value is not False]
         if unread:
             raise GraftError("GC145", f"the graphs take and give nothing for {', '.join(sorted(unread))}")
 
@@ -162,19 +161,36 @@ class OnnxModel(GenerationMixin):
             message = f"token {total} of a row has no position: the model has a table of {self._table}"
             raise GraftError("GC143", message)
 
-    def _run(self, graph: OnnxGraph, given: dict[str, Tensor], tokens: Tensor) -> dict[str, Tensor]:
-        """Run a graph, after checking its tokens, since ONNX counts ids below zero from the end of a table.
+    def _run(
+        self, graph: OnnxGraph, given: dict[str, Tensor], cache: Any, use_cache: bool | None, logits_to_keep: int
+    ) -> dict[str, Any]:
+        """Run a step, and return the logits of the last tokens and the cache, by the names of the outputs.
+
+        Tokens are checked first, since ONNX counts ids below zero from the end of a table.
 
         Raises:
             GraftError: GC145 for a token that is not in the vocabulary.
         """
-        size = getattr(self.config.get_text_config(), "vocab_size", None)
+        size, tokens = getattr(self.config.get_text_config(), "vocab_size", None), given["input_ids"]
         if isinstance(size, int) and tokens.numel() and not tokens.is_floating_point():
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= size:
                 message = f"token {low if low < 0 else high} is not in the vocabulary of {size}"
                 raise GraftError("GC145", message, hint="take ids from the model's own tokenizer")
-        return graph(given)
+        outputs = graph(given)
+        logits = outputs["logits"]
+        fields = {"logits": logits[:, -logits_to_keep:] if logits_to_keep else logits}
+        if use_cache is False:
+            return fields
+        caches.write(graph, cache, outputs, seq2seq=self._seq2seq)
+        return {**fields, _CACHE: cache}
+
+
+def _require_tokens(tokens: Tensor | None, name: str) -> Tensor:
+    if tokens is None or tokens.dim() != 2 or not tokens.numel():
+        shown = "missing" if tokens is None else f"{list(tokens.shape)}"
+        raise GraftError("GC145", f"{name} is {shown}", hint="give [batch, tokens], one token at least")
+    return tokens
 
 
 def _mask(mask: Tensor | None, batch: int, length: int, like: Tensor, name: str) -> Tensor:
@@ -185,10 +201,6 @@ def _mask(mask: Tensor | None, batch: int, length: int, like: Tensor, name: str)
         hint = f"it has one number for each token, those in the cache included: [{batch}, {length}]"
         raise GraftError("GC145", f"{name} is {list(mask.shape)}", hint=hint)
     return mask
-
-
-def _last(logits: Tensor, keep: int) -> Tensor:
-    return logits[:, -keep:] if keep else logits
 
 
 class OnnxCausalLM(OnnxModel):
@@ -223,11 +235,9 @@ class OnnxCausalLM(OnnxModel):
                 the model's table.
         """
         self._refuse(kwargs)
-        if input_ids is None or input_ids.dim() != 2 or not input_ids.numel():
-            shown = "missing" if input_ids is None else f"{list(input_ids.shape)}"
-            raise GraftError("GC145", f"input_ids is {shown}", hint="give [batch, tokens], one token at least")
+        input_ids = _require_tokens(input_ids, "input_ids")
         graph, (batch, tokens) = self.decoder_graph, input_ids.shape
-        cache, wanted = self._cache(kwargs, use_cache)
+        cache = self._cache(kwargs)
         past = caches.read(graph, cache, batch, seq2seq=False)
         start = caches.length_of(cache, seq2seq=False)
         self._within(start + tokens, attention_mask, position_ids)
@@ -244,11 +254,7 @@ class OnnxCausalLM(OnnxModel):
             given["position_ids"] = position_ids.expand(batch, -1)
         if token_type_ids is not None:
             given["token_type_ids"] = token_type_ids
-        outputs = self._run(graph, given, input_ids)
-        if wanted:
-            caches.write(graph, cache, outputs, seq2seq=False)
-        logits = _last(outputs["logits"], logits_to_keep)
-        return CausalLMOutputWithPast(logits=logits, **({_CACHE: cache} if wanted else {}))
+        return CausalLMOutputWithPast(**self._run(graph, given, cache, use_cache, logits_to_keep))
 
 
 class Encoder:
@@ -332,13 +338,11 @@ class OnnxSeq2SeqLM(OnnxModel):
         """
         own = {name: kwargs.pop(name) for name in (self.main_input_name,) if name in kwargs}
         self._refuse(kwargs)
-        if decoder_input_ids is None or decoder_input_ids.dim() != 2 or not decoder_input_ids.numel():
-            shown = "missing" if decoder_input_ids is None else f"{list(decoder_input_ids.shape)}"
-            raise GraftError("GC145", f"decoder_input_ids is {shown}", hint="give [batch, tokens], one token at least")
+        decoder_input_ids = _require_tokens(decoder_input_ids, "decoder_input_ids")
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask, **own)
         states, (batch, new) = encoder_outputs[0], decoder_input_ids.shape
-        cache, wanted = self._cache(kwargs, use_cache)
+        cache = self._cache(kwargs)
         graph = self.decoder_graph if caches.cross_is_there(cache) else self.first_graph
         past = caches.read(graph, cache, batch, seq2seq=True)
         start = caches.length_of(cache, seq2seq=True)
@@ -354,8 +358,5 @@ class OnnxSeq2SeqLM(OnnxModel):
             )
         elif decoder_attention_mask is not None and not bool(decoder_attention_mask.all()):
             raise GraftError("GC145", f"{graph.path.name} takes no decoder_attention_mask")
-        outputs = self._run(graph, given, decoder_input_ids)
-        if wanted:
-            caches.write(graph, cache, outputs, seq2seq=True)
-        logits = _last(outputs["logits"], logits_to_keep)
-        return Seq2SeqLMOutput(logits=logits, encoder_last_hidden_state=states, **({_CACHE: cache} if wanted else {}))
+        outputs = self._run(graph, given, cache, use_cache, logits_to_keep)
+        return Seq2SeqLMOutput(encoder_last_hidden_state=states, **outputs)
