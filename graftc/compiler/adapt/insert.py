@@ -64,7 +64,7 @@ def _adaptations(program: Program, context: Adapting) -> Sequence[Pass[Adapting]
 def _insert(program: Program, context: Adapting, unit: Unit) -> None:
     if unit.composition is not None:
         builder = partial(context.builder, program)
-        for owner, parts in insert_unit(unit, program, context.compilation.spec, builder, _adapt).items():
+        for owner, parts in insert_unit(unit, program, context.compilation.spec, builder, adapt).items():
             context.work.enter(owner, parts)
         return
     (item,) = unit.members
@@ -109,7 +109,8 @@ def _size(build: Builder) -> tuple[int, ...]:
     return len(program.graph.nodes), len(program.edits), len(program.tensor_edits), len(build.parts)
 
 
-def _adapt(build: Builder, item: Resolved) -> None:
+def adapt(build: Builder, item: Resolved) -> None:
+    """Insert an adaptation at all of its sites, with what its method makes for all of them together."""
     shared = prepare(item.spec, [site for site, _ in item.sites], build)
     _insert_at_sites(build, item, shared, lambda site: True)
 

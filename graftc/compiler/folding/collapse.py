@@ -20,7 +20,7 @@ from graftc.compiler.folding.virtual_keys import are_constant, slot_parameters, 
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.eval_mode import to_eval
-from graftc.passes.core.ir.program import Program, provenance
+from graftc.passes.core.ir.program import Program, above, provenance
 from graftc.passes.core.ir.routes import is_pick, is_route
 from graftc.passes.core.method.capabilities import Collapsing
 from graftc.passes.core.method.registry import method_for
@@ -234,18 +234,8 @@ class _Routes:
     @staticmethod
     def _draws(end: fx.Node, inputs: Mapping[fx.Node, Any]) -> set[fx.Node]:
         """Return the routes that decide the result at a site."""
-        routes: set[fx.Node] = set()
-        pending, seen = [end], set(inputs)
-        while pending:
-            node = pending.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if is_route(node) and any(is_pick(user) for user in node.users):
-                routes.add(node)
-            else:
-                pending += node.all_input_nodes
-        return routes
+        routes = (node for node in above([end], stop=inputs) if node not in inputs and is_route(node))
+        return {node for node in routes if any(is_pick(user) for user in node.users)}
 
 
 def _owner(node: fx.Node) -> tuple[str, str]:

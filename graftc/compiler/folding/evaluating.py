@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from graftc.compat.operators import GROUPED_MM
 from graftc.passes.core.ir.cleaning import on_device
-from graftc.passes.core.ir.program import map_nodes
+from graftc.passes.core.ir.program import above, map_nodes
 
 aten = torch.ops.aten
 
@@ -45,7 +45,7 @@ def evaluate_all(
     Raises:
         ValueError: if an output depends on an input of the graph that has no value.
     """
-    order = sorted({node for output in outputs for node in needed(output, inputs)})
+    order = [node for node in above(outputs, inputs) if node not in inputs]
     if unknown := [node for node in order if node.op == "placeholder"]:
         raise ValueError(f"{outputs[0]} reads {unknown[0]}, which has no value")
     left = Counter([*outputs, *(source for node in order for source in node.all_input_nodes)])
@@ -65,18 +65,6 @@ def evaluate_all(
         values[node] = _call(node.target, args, kwargs)
         del args, kwargs
     return [values[output] for output in outputs]
-
-
-def needed(output: fx.Node, inputs: Mapping[fx.Node, Any]) -> list[fx.Node]:
-    """Return the nodes to compute for ``output`` if the values of some nodes are known, in graph order."""
-    nodes: set[fx.Node] = set()
-    pending = [output]
-    while pending:
-        node = pending.pop()
-        if node not in nodes and node not in inputs:
-            nodes.add(node)
-            pending += node.all_input_nodes
-    return sorted(nodes)
 
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:

@@ -25,25 +25,17 @@ def round_pieces(into: Tensor, exact: Tensor) -> None:
         to.copy_(folds.round_once(own, to.dtype))
 
 
-def round_into(into: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+def round_into(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool = True) -> tuple[float, Retention]:
     """Round like `round_pieces`, and measure the effect.
 
     Args:
         into, exact: as for `round_pieces`.
         base: the tensor that was folded, of the same shape.
+        writes: whether to round; if not, the first tensor has been rounded elsewhere.
 
     Returns:
         The largest error in units in the last place, and how much of the update is left.
     """
-    return _rounding(into, exact, base, writes=True)
-
-
-def rounding_of(stored: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-    """Return what `round_into` returns, for a tensor that has been rounded elsewhere."""
-    return _rounding(stored, exact, base, writes=False)
-
-
-def _rounding(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool) -> tuple[float, Retention]:
     worst, left = 0.0, Retention()
     # Reuse the same memory for every piece: newly allocated memory would not be in the cache.
     spare = torch.empty(2, min(PIECE, into.numel()), dtype=torch.float64, device=into.device)
@@ -63,12 +55,6 @@ def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
     for parts in pieces(base, exact, rounded):
         left += retention_of(*parts)
     return left
-
-
-def units_in_last_place(rounded: Tensor, exact: Tensor) -> float:
-    """Return the largest ``|rounded - exact|`` in units in the last place of its dtype, at the exact value."""
-    error = rounded.to(torch.float64, copy=True).sub_(exact)
-    return _in_last_place(error, exact, rounded.dtype, torch.empty_like(error))
 
 
 def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype, spare: Tensor) -> float:
@@ -96,7 +82,12 @@ def power_below(values: Tensor, dtype: torch.dtype, out: Tensor | None = None) -
 
 def furthest(a: Tensor, b: Tensor) -> float:
     """Return the largest absolute difference; NaN if there is one, 0 if there are no elements."""
-    return float((a - b).abs().max()) if a.numel() else 0.0
+    return size(a - b)
+
+
+def size(values: Tensor) -> float:
+    """Return the largest absolute value; NaN if there is one, 0 if there are no elements."""
+    return float(values.abs().max()) if values.numel() else 0.0
 
 
 def largest(*values: float) -> float:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from graftc.compiler.folding.one_map import OneMap
 from graftc.files.tensors.folder import TensorFolder
-from graftc.files.tensors.headers import Shard, StoredTensor
+from graftc.files.tensors.headers import StoredTensor
 from graftc.files.tensors.writing import FLOATING
-from graftc.runtime.streaming.places import FoldPlace, places_of
-from graftc.runtime.streaming.unfolded import BlockMaps
+from graftc.runtime.streaming.sites import FileSite, sites_of
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.regular_files import read_regular
@@ -33,34 +34,36 @@ class MergePlan:
     Attributes:
         checkpoint: the base.
         updates: the adapter.
-        places: the places to fold, by rows.
+        sites: the sites to fold.
         dtype: the type that 16-bit tensors are written in; None for their own.
-        maps: compiled maps, each used for all places of a kind.
     """
 
     checkpoint: TensorFolder
     updates: AdapterUpdates
-    places: tuple[FoldPlace, ...]
+    sites: tuple[FileSite, ...]
     dtype: str | None
-    maps: BlockMaps = field(default_factory=BlockMaps, repr=False)
+    _blocks: dict[tuple[str, int], OneMap] = field(default_factory=dict, repr=False)
 
     @cached_property
     def replacements(self) -> dict[str, Replacement]:
         """Trained copies, by the names of the tensors that they replace."""
         return {item.tensor: item for item in self.updates.replacements}
 
-    def places_in(self, shard: Shard) -> list[FoldPlace]:
-        """Return the places whose weight or bias is in a file."""
+    def block(self, site: FileSite, rows: int) -> OneMap:
+        """Return the map of so many rows of a site, without values; it is built once for all sites of a kind.
 
-        def touched(place: FoldPlace) -> bool:
-            names = {place.weight.tensor} | ({place.bias.tensor} if place.bias is not None else set())
-            return not names.isdisjoint(shard.tensors)
+        Raises:
+            GraftError: as `FileSite.block`.
+        """
+        key = site.kind, rows
+        if key not in self._blocks:
+            self._blocks[key] = site.block(rows)
+        return self._blocks[key]
 
-        return [place for place in self.places if touched(place)]
-
-    def replaced_in(self, shard: Shard) -> list[Replacement]:
-        """Return the trained copies that replace tensors of a file."""
-        return [item for name, item in self.replacements.items() if name in shard.tensors]
+    def current(self, name: str) -> Tensor:
+        """Return a tensor of the base, or the trained copy that replaces it."""
+        replacement = self.replacements.get(name)
+        return self.checkpoint[name] if replacement is None else replacement.value
 
     def written(self, stored: StoredTensor) -> str:
         """Return the element type that a tensor is written in."""
@@ -87,8 +90,8 @@ def make_plan(checkpoint: TensorFolder, updates: AdapterUpdates, dtype: str | No
     if not updates.updates and not updates.replacements:
         raise GraftError("GC104", "the adapter changes no stored tensor")
     _raise(checkpoint, wrong)
-    plan = MergePlan(checkpoint, updates, tuple(places_of(updates.updates)), dtype)
-    _raise(checkpoint, [problem for place in plan.places for problem in _wrong_parts(plan, place)])
+    plan = MergePlan(checkpoint, updates, tuple(sites_of(updates.updates)), dtype)
+    _raise(checkpoint, [problem for site in plan.sites for problem in _wrong_parts(plan, site)])
     return plan
 
 
@@ -157,24 +160,26 @@ def _wrong_copy(item: Replacement, tensors: Mapping[str, StoredTensor]) -> Itera
         yield f"what {item.adaptation!r} has for {item.tensor} is not finite"
 
 
-def _wrong_parts(plan: MergePlan, place: FoldPlace) -> Iterator[str]:
-    """Yield what is wrong with the adapter's tensors at a place: sizes that do not fit, or values that are not finite.
+def _wrong_parts(plan: MergePlan, site: FileSite) -> Iterator[str]:
+    """Yield what is wrong with the adapter's tensors at a site: sizes that do not fit, or values that are not finite.
 
     Raises:
         GraftError: GC103 for a missing tensor.
     """
-    full = plan.maps.of(place.chain, place.weight.count)
-    for update in place.chain:
-        where = f"{update.adaptation!r} at {update.site}"
-        for part, shape in full.shapes[update.adaptation].items():
-            tensor = update.parts.get(part)
+    full = plan.block(site, site.weight.count)
+    for update in site.updates:
+        where, parts = f"{update.adaptation!r} at {update.site}", update.read()
+        for own, shape in full.shapes.items():
+            if own.adaptation != update.adaptation:
+                continue
+            tensor = parts.get(own.part)
             if tensor is None:
-                message = f"{where} has no {part} in its file, which follows from the model"
+                message = f"{where} has no {own.part} in its file, which follows from the model"
                 hint = "import it with graftc import-peft, and merge the artifact"
                 raise GraftError("GC103", message, hint=hint)
             actual = tuple(tensor.shape)
             least = len(actual) == len(shape) and all(a >= b for a, b in zip(actual, shape, strict=True))
-            if not (actual == shape or (least and part in full.shared[update.adaptation])):
-                yield f"{part} of {where} is {list(actual)}, not {list(shape)}"
+            if not (actual == shape or (least and not own.module)):
+                yield f"{own.part} of {where} is {list(actual)}, not {list(shape)}"
             elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                yield f"{part} of {where} is not finite"
+                yield f"{own.part} of {where} is not finite"

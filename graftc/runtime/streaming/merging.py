@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from graftc.compiler.folding.certificate import require_changed
+from graftc.compiler.folding.certify import Advance
 from graftc.files.held_folder import HeldFolder
 from graftc.files.tensors.folder import TensorFolder
 from graftc.files.tensors.foreign_folders import require_regular_files
@@ -29,7 +30,8 @@ from graftc.runtime.sources.companions import COMPANIONS
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Journal, ShardDone
 from graftc.runtime.streaming.merge_plan import MergePlan, make_plan, stored_config
-from graftc.runtime.streaming.work import BaseTensors, RowTarget, create_file, fold_shard, untouched
+from graftc.runtime.streaming.site_fold import RowTarget
+from graftc.runtime.streaming.work import Progress, create_file, fold_shard, shards, untouched
 from graftc.runtime.swapped_arguments import check_adapter_and_base
 from graftc.specs.errors.arguments import absolute_path, as_path
 from graftc.specs.errors.calls import public
@@ -41,8 +43,6 @@ __all__ = ["StreamedMerge", "merge_checkpoint"]
 
 BESIDE = ("config.json", "generation_config.json", *COMPANIONS, "*.py")
 """Files of a base that its users need and that folding does not change."""
-Progress = Callable[[int, int], None]
-"""Called with the number of bytes of the base that are done, and their total."""
 
 
 @dataclass(frozen=True)
@@ -104,47 +104,41 @@ def merge_checkpoint(
     wide = _as_written(dtype)
     base, updates_of = read_updates(source, None if model is None else as_path(model))
     checkpoint = TensorFolder(base)
-    with _Watch(checkpoint) as watch:
+    before = _states(checkpoint)
+    try:
         plan = make_plan(checkpoint, updates_of(checkpoint), wide)
-        return _merge(plan, watch, source, None if out is None else as_path(out), progress, allow_unchanged, force)
+        return _merge(plan, before, source, None if out is None else as_path(out), progress, allow_unchanged, force)
+    except Exception:
+        _require_unchanged(checkpoint, before)  # a base that changed meanwhile is reported in place of other errors
+        raise
 
 
-class _Watch:
-    """A context manager that refuses a base whose files change while it is merged, in place of other errors."""
+States = Mapping[Path, tuple[int, int] | None]
+"""The size and the time of the last change of each file; None for a missing one."""
 
-    def __init__(self, checkpoint: TensorFolder) -> None:
-        self._paths = [shard.path for shard in checkpoint.shards]
-        self.before = self._states()
 
-    def _states(self) -> dict[Path, tuple[int, int] | None]:
-        """Return the size and the time of the last change of each file; None for a missing one."""
-        states: dict[Path, tuple[int, int] | None] = {}
-        for path in self._paths:
-            try:
-                stat = path.stat()
-                states[path] = stat.st_size, stat.st_mtime_ns
-            except OSError:
-                states[path] = None
-        return states
+def _states(checkpoint: TensorFolder) -> States:
+    states: dict[Path, tuple[int, int] | None] = {}
+    for path in (shard.path for shard in checkpoint.shards):
+        try:
+            stat = path.stat()
+            states[path] = stat.st_size, stat.st_mtime_ns
+        except OSError:
+            states[path] = None
+    return states
 
-    def require_unchanged(self) -> None:
-        """Raise GC100 if files have changed since the start, naming all of them."""
-        now = self._states()
-        if wrong := [str(path) for path, state in self.before.items() if now[path] != state]:
-            hint = "merge again once nobody writes to the base"
-            raise GraftError("GC100", f"{wrong[0]} changed while it was merged", hint=hint, details=wrong[1:])
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
-        if isinstance(error, Exception):
-            self.require_unchanged()
+def _require_unchanged(checkpoint: TensorFolder, before: States) -> None:
+    """Raise GC100 if files have changed since the start, naming all of them."""
+    now = _states(checkpoint)
+    if wrong := [str(path) for path, state in before.items() if now[path] != state]:
+        hint = "merge again once nobody writes to the base"
+        raise GraftError("GC100", f"{wrong[0]} changed while it was merged", hint=hint, details=wrong[1:])
 
 
 def _merge(
     plan: MergePlan,
-    watch: _Watch,
+    states: States,
     source: Path,
     out: Path | None,
     progress: Progress,
@@ -154,42 +148,36 @@ def _merge(
     checkpoint, base = plan.checkpoint, plan.checkpoint.path
     done: dict[str, ShardDone] = {}
     if out is None:
-        finished = 0
-        for shard in checkpoint.shards:
-            done[shard.name] = _measured(plan, shard, _within(progress, finished, shard, checkpoint))
-            finished += shard.size
-        watch.require_unchanged()
+        for shard, advance in shards(checkpoint, progress):
+            done[shard.name] = _measured(plan, shard, advance)
+        _require_unchanged(checkpoint, states)
         return _result(plan, None, done, 0, allow_unchanged=allow_unchanged)
     path = absolute_path(out)
     check_apart(path, source, base)
     check_destination(path, force=force, replaceable=is_merged)
     require_regular_files(base, "GC100")
-    resume = _identity(plan, watch)
+    resume = _identity(plan, states)
     with staged(path, force=force, replaceable=is_merged, sources=[base], resume=resume, keep_modes=True) as folder:
         folder.mkdir(exist_ok=True)
-        journal = Journal(folder.parent.parent, folder)
+        journal, resumed = Journal(folder.parent.parent, folder), 0
         before = journal.done()
         with HeldFolder.open(folder) as opened:
             for left in [name for name in opened.names() if name not in before]:
                 opened.remove(left)  # files that a killed run had not finished
-        tensors, finished, resumed = BaseTensors(plan), 0, 0
-        for shard in checkpoint.shards:
-            file, advance = folder / shard.name, _within(progress, finished, shard, checkpoint)
-            digest = before.get(shard.name)
-            shard_done = None if digest is None else _resumed(plan, shard, file, tensors, advance, digest)
+        for shard, advance in shards(checkpoint, progress):
+            file, digest = folder / shard.name, before.get(shard.name)
+            shard_done = None if digest is None else _resumed(plan, shard, file, advance, digest)
             resumed += shard_done is not None
             if shard_done is None:
                 file.unlink(missing_ok=True)
-                shard_done = _merged(plan, shard, file, tensors, advance)
+                shard_done = _merged(plan, shard, file, advance)
                 journal.add(shard.name, shard_done)
             done[shard.name] = shard_done
-            checkpoint.release()
-            finished += shard.size
-            progress(finished, checkpoint.size)
+            advance(1.0)
         result = _result(plan, path, done, resumed, allow_unchanged=allow_unchanged)
         _copy_beside(plan, folder)
         _write_record(plan, folder, result, done)
-        watch.require_unchanged()
+        _require_unchanged(checkpoint, states)
     return result
 
 
@@ -200,30 +188,23 @@ def _as_written(dtype: torch.dtype | None) -> str | None:
     return None if dtype is None else "F32"
 
 
-def _within(progress: Progress, before: int, shard: Shard, checkpoint: TensorFolder) -> Callable[[float], None]:
-    return lambda part: progress(before + int(part * shard.size), checkpoint.size)
-
-
-def _measured(plan: MergePlan, shard: Shard, advance: Callable[[float], None]) -> ShardDone:
+def _measured(plan: MergePlan, shard: Shard, advance: Advance) -> ShardDone:
     """Fold a file without writing it."""
     dtypes = {name: plan.written(stored) for name, stored in shard.tensors.items()}
-    target = RowTarget(shard.tensors, None, dtypes=dtypes)
-    report = fold_shard(plan, shard, BaseTensors(plan), target, advance)
-    _require_passed(report.sites)
-    kept = shard.tensors.keys() - {own.tensor for own in report.changed} - plan.replacements.keys()
-    return ShardDone("", len(kept), report.sites)
+    sites, changed = fold_shard(plan, shard, RowTarget(shard.tensors, None, dtypes=dtypes), advance)
+    _require_passed(sites)
+    kept = shard.tensors.keys() - {own.tensor for own in changed} - plan.replacements.keys()
+    return ShardDone("", len(kept), tuple(sites))
 
 
-def _merged(
-    plan: MergePlan, shard: Shard, path: Path, base: BaseTensors, advance: Callable[[float], None]
-) -> ShardDone:
+def _merged(plan: MergePlan, shard: Shard, path: Path, advance: Advance) -> ShardDone:
     """Create one file, check it, and flush it to the disk."""
     create_file(plan, shard, path)
     with TensorFolder(path, writable=True) as written:
-        report = fold_shard(plan, shard, base, RowTarget(shard.tensors, written, writes=True), advance)
-        _require_passed(report.sites)
+        sites, changed = fold_shard(plan, shard, RowTarget(shard.tensors, written, writes=True), advance)
+        _require_passed(sites)
     with TensorFolder(path) as written:
-        compared = dict(untouched(plan, shard, written, base, report.changed))
+        compared = dict(untouched(plan, shard, written, changed))
     if wrong := [name for name, same in compared.items() if not same]:
         message = f"{counted(len(wrong), 'tensor')} changed into which nothing folds: {wrong[0]}"
         raise GraftError("GC051", message, details=wrong[1:10])
@@ -231,12 +212,10 @@ def _merged(
     shutil.copymode(shard.path, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return ShardDone(digest, len(compared), report.sites)
+    return ShardDone(digest, len(compared), tuple(sites))
 
 
-def _resumed(
-    plan: MergePlan, shard: Shard, path: Path, base: BaseTensors, advance: Callable[[float], None], digest: str
-) -> ShardDone | None:
+def _resumed(plan: MergePlan, shard: Shard, path: Path, advance: Advance, digest: str) -> ShardDone | None:
     """Return the report of a file that a killed run has left; None if it is not, bit for bit, what this merge creates.
 
     Everything is folded again and compared, because anybody may have written the file.
@@ -251,12 +230,12 @@ def _resumed(
     if actual != wanted or stored_shard.metadata != shard.metadata:
         return None
     with written:
-        report = fold_shard(plan, shard, base, RowTarget(shard.tensors, written), advance)
-        compared = dict(untouched(plan, shard, written, base, report.changed))
-    if not all(site.passed for site in report.sites) or not all(compared.values()):
+        sites, changed = fold_shard(plan, shard, RowTarget(shard.tensors, written), advance)
+        compared = dict(untouched(plan, shard, written, changed))
+    if not all(site.passed for site in sites) or not all(compared.values()):
         return None
     shutil.copymode(shard.path, path)
-    return ShardDone(digest, len(compared), report.sites)
+    return ShardDone(digest, len(compared), tuple(sites))
 
 
 def _require_passed(sites: Iterable[SiteEvidence]) -> None:
@@ -287,9 +266,9 @@ def _result(
     for evidence in (evidence for each in done.values() for evidence in each.sites):
         known = sites.get(evidence.site)
         sites[evidence.site] = evidence if known is None else _joined(known, evidence)
-    order = [place.site for place in plan.places] + list(plan.replacements)
+    order = [site.name for site in plan.sites] + list(plan.replacements)
     total = Retention.total(evidence.retention for evidence in sites.values())
-    dtypes = {plan.written(plan.checkpoint.entries[p.weight.tensor]) for p in plan.places} or {"F32"}
+    dtypes = {plan.written(plan.checkpoint.entries[site.weight.tensor]) for site in plan.sites} or {"F32"}
     dtype = str(DTYPES[sorted(dtypes)[0]]).removeprefix("torch.")
     note = "made from files: every site was probed, and the outputs of the whole model were not compared"
     evidence_in_order = tuple(sites[site] for site in dict.fromkeys(order) if site in sites)
@@ -307,11 +286,10 @@ def _joined(a: SiteEvidence, b: SiteEvidence) -> SiteEvidence:
     return SiteEvidence(a.site, a.adaptations, **worst, retention=a.retention + b.retention)
 
 
-def _identity(plan: MergePlan, watch: _Watch) -> str:
+def _identity(plan: MergePlan, states: States) -> str:
     """Return the SHA-256 of what determines the result: the base's files, the adapter, the type, graftc's version."""
     files = [
-        (shard.name, watch.before[shard.path], sorted(map(str, shard.tensors.items())))
-        for shard in plan.checkpoint.shards
+        (shard.name, states[shard.path], sorted(map(str, shard.tensors.items()))) for shard in plan.checkpoint.shards
     ]
     data = [os.path.realpath(plan.checkpoint.path), files, plan.updates.digest, plan.dtype, __version__]
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()

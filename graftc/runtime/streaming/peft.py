@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -28,24 +28,6 @@ NAME = "adapter"
 """The name of the adaptation, which peft's checkpoints do not contain."""
 _UNTIED = "save a base with tie_word_embeddings false, whose files have both tensors, and merge into that"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class _Parts(Mapping[str, Tensor]):
-    """The tensors of a module, each read when it is requested, and not kept."""
-
-    def __init__(self, names: tuple[str, ...], read: Callable[[], Mapping[str, Tensor]]) -> None:
-        self._names, self._read = names, read
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def base_named_by(path: Path) -> Path | None:
@@ -152,8 +134,15 @@ def _update(
     assert isinstance(weight, Tensor)
     own = WeightSlice(names.of(peft_module.name), tuple(weight.shape), layout)
     own_bias = own.companion(names.of(f"{peft_module.path}.bias")) if isinstance(bias, Tensor) else None
-    parts = _Parts((*peft_module.keys, *shared), lambda: {**adapter.tensors(peft_module), **shared})
-    return SiteUpdate(NAME, spec, peft_module.name, own, own_bias, type(module) is nn.Embedding, parts)
+    return SiteUpdate(
+        NAME,
+        spec,
+        peft_module.name,
+        own,
+        own_bias,
+        type(module) is nn.Embedding,
+        lambda: {**adapter.tensors(peft_module), **shared},
+    )
 
 
 def _layout(module: nn.Module) -> Layout | None:

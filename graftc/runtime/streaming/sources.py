@@ -184,7 +184,7 @@ def _update(
     if isinstance(method, RowWise):
         spec = method.standing_alone(spec, place.roles)
     own, bias = use.weight.at(place.rows), use.bias
-    parts = {part: tensors[name] for part, name in place.tensors.items()}
+    parts = {part: tensors[name] for part, name in place.tensors.items()} | _shared(tensors, place.adaptation)
     return SiteUpdate(
         place.adaptation,
         spec,
@@ -192,7 +192,7 @@ def _update(
         _in_file(own, names),
         None if bias is None else _in_file(bias.at(own.rows), names),
         lookup,
-        parts | _shared(tensors, place.adaptation),
+        lambda: parts,
     )
 
 
@@ -217,12 +217,8 @@ def _replacements(artifact: Artifact, tensors: Mapping[str, Tensor], names: File
 
 def _depths(artifact: Artifact) -> dict[str, int]:
     """Return the number of layers of each stack, from the names of the base's tensors."""
-    depths: dict[str, int] = {}
-    for stack in {place.stack for place in artifact.manifest.sites if place.stack}:
-        numbers = (
-            name[len(stack) + 1 :].partition(".")[0]
-            for name in artifact.manifest.base.tensors
-            if name.startswith(f"{stack}.")
-        )
-        depths[stack] = max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
-    return depths
+    stacks, names = {place.stack for place in artifact.manifest.sites if place.stack}, artifact.manifest.base.tensors
+    layers = {
+        stack: [n[len(stack) + 1 :].partition(".")[0] for n in names if n.startswith(f"{stack}.")] for stack in stacks
+    }
+    return {stack: max((int(n) + 1 for n in own if n.isdigit()), default=0) for stack, own in layers.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,8 +24,7 @@ class SiteUpdate:
         weight: the adapted rows of the stored weight, under the name that the weight has in the checkpoint.
         bias: the same rows of the bias; None if there is none.
         lookup: whether the weight is a table of embeddings, whose columns are its entries.
-        parts: the adaptation's tensors at the site, and those that all sites share, by part; each is read when it is
-            accessed.
+        read: returns the adaptation's tensors at the site, and those that all sites share, by part.
     """
 
     adaptation: str
@@ -34,7 +33,7 @@ class SiteUpdate:
     weight: WeightSlice
     bias: WeightSlice | None
     lookup: bool
-    parts: Mapping[str, Tensor]
+    read: Callable[[], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 
 from graftc.files.tensors.folder import TensorFolder
-from graftc.files.tensors.headers import Shard
 from graftc.files.tensors.writing import FLOATING
-from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.records.certificate import Retention, SiteEvidence
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.loading.verify import Verification, verify
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.merge_plan import MergePlan, make_plan
-from graftc.runtime.streaming.merging import Progress
-from graftc.runtime.streaming.work import BaseTensors, RowTarget, fold_shard, untouched
+from graftc.runtime.streaming.site_fold import RowTarget
+from graftc.runtime.streaming.work import Progress, fold_shard, shards, untouched
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.text import counted
 
@@ -58,32 +56,15 @@ def verify_checkpoint(
         return verification
     sites: list[SiteEvidence] = []
     others: list[tuple[str, bool]] = []
-    tensors, written, done = BaseTensors(plan), state["merged"], 0
-    for shard in checkpoint.shards:
-        evidence, compared = _looked_at(plan, shard, tensors, written, progress, done)
+    written = state["merged"]
+    for shard, advance in shards(checkpoint, progress):
+        evidence, changed = fold_shard(plan, shard, RowTarget(shard.tensors, written), advance)
         sites += evidence
-        others += compared
-        done += shard.size
-        checkpoint.release()
+        others += untouched(plan, shard, written, changed)
         written.release()
     verification.add("folded", lambda: _folded(sites))
     verification.add("untouched", lambda: _untouched(others))
     return verification
-
-
-def _looked_at(
-    plan: MergePlan, shard: Shard, base: BaseTensors, written: TensorFolder, progress: Progress, before: int
-) -> tuple[tuple[SiteEvidence, ...], list[tuple[str, bool]]]:
-    size = plan.checkpoint.size
-    report = fold_shard(
-        plan,
-        shard,
-        base,
-        RowTarget(shard.tensors, written),
-        lambda part: progress(before + int(part * shard.size), size),
-    )
-    changed: tuple[WeightSlice, ...] = report.changed
-    return report.sites, list(untouched(plan, shard, written, base, changed))
 
 
 def _same_names(base: TensorFolder, merged: TensorFolder, plan: MergePlan) -> tuple[bool, str]:

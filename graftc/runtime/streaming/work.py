@@ -6,104 +6,49 @@ The same code verifies an existing file, and measures without writing one.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from graftc.compiler.folding.rounding import largest, round_into, rounding_of
+from graftc.compiler.folding.certify import Advance
+from graftc.compiler.folding.rounding import furthest
+from graftc.compiler.folding.site_tally import SiteTally
 from graftc.files.tensors.folder import TensorFolder
 from graftc.files.tensors.headers import Shard, StoredTensor, header_bytes
 from graftc.files.tensors.mapped import DTYPES, MappedFile
 from graftc.passes.core.weights.weight_slice import WeightSlice
-from graftc.records.certificate import Retention, SiteEvidence
+from graftc.records.certificate import SiteEvidence
 from graftc.runtime.streaming.merge_plan import MergePlan
-from graftc.runtime.streaming.places import PlaceFold, ReplacedFold
+from graftc.runtime.streaming.site_fold import RowTarget, SiteFold, rows_of
+from graftc.runtime.streaming.sites import rows_that_fit
 
-__all__ = ["BaseTensors", "RowTarget", "ShardReport", "create_file", "fold_shard", "untouched"]
+__all__ = ["Progress", "create_file", "fold_shard", "shards", "untouched"]
 
 _CHUNK = 2**22
 """The number of bytes or entries that are copied or compared at a time."""
-Advance = Callable[[float], None]
-"""Called with the part of a file that is done, from 0 to 1."""
+Progress = Callable[[int, int], None]
+"""Called with the number of bytes of the base that are done, and their total."""
 
 
-@dataclass(frozen=True)
-class ShardReport:
-    """The results of folding one file.
-
-    Attributes:
-        sites: the evidence for what was folded.
-        changed: the slices of weights and biases that were folded in this file.
-    """
-
-    sites: tuple[SiteEvidence, ...]
-    changed: tuple[WeightSlice, ...]
-
-
-class BaseTensors:
-    """The base's tensors, or the trained copies that replace them."""
-
-    def __init__(self, plan: MergePlan) -> None:
-        self.folder, self._replacements = plan.checkpoint, plan.replacements
-
-    def current(self, name: str) -> Tensor:
-        """Return a tensor of the base, or the trained copy that replaces it."""
-        replacement = self._replacements.get(name)
-        return self.folder[name] if replacement is None else replacement.value
-
-
-class RowTarget:
-    """The destination of folded rows: files that are written, files that are only compared, or none.
+def shards(checkpoint: TensorFolder, progress: Progress) -> Iterator[tuple[Shard, Advance]]:
+    """Yield the files of a checkpoint, each with a function to call with the part that is done, from 0 to 1.
 
     Args:
-        names: names of the tensors that the target contains.
-        tensors: the files; None to measure only.
-        writes: whether to write to the files.
-        dtypes: element types by tensor, needed if there are no files.
+        checkpoint: the files, which are released one after the other.
+        progress: called with the number of bytes that are done, and their total.
     """
+    done = 0
+    for shard in checkpoint.shards:
 
-    def __init__(
-        self,
-        names: Collection[str],
-        tensors: TensorFolder | None,
-        *,
-        writes: bool = False,
-        dtypes: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        self._names, self._tensors, self._writes, self._dtypes = names, tensors, writes, dtypes
+        def advance(part: float, before: int = done, size: int = shard.size) -> None:
+            progress(before + int(part * size), checkpoint.size)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._names
-
-    def put(self, own: WeightSlice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-        """Round rows once and store them, or compare them with the stored ones if the files are not written.
-
-        Args:
-            own: the rows, and the tensor that they belong to.
-            exact: their folded values, ``float64[rows, in]``, or ``[rows]`` for a bias.
-            base: their values before folding.
-
-        Returns:
-            The largest error of the stored values, in units in the last place, and how much of the update is left.
-        """
-        if self._tensors is None:
-            return round_into(torch.empty_like(exact, dtype=DTYPES[self._dtypes[own.tensor]]), exact, base)
-        views = own.views(self._tensors[own.tensor])
-        sizes = [view.shape[own.row_axis] for view in views]
-        parts = zip(views, torch.split(exact, sizes, own.row_axis), torch.split(base, sizes, own.row_axis), strict=True)
-        return _together(self._look(*part) for part in parts)
-
-    def _look(self, view: Tensor, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-        return (round_into if self._writes else rounding_of)(view, exact, base)
-
-
-def _together(results: Iterable[tuple[float, Retention]]) -> tuple[float, Retention]:
-    errors, retained = zip(*results, strict=True)
-    return largest(*errors), Retention.total(retained)
+        yield shard, advance
+        checkpoint.release()
+        done += shard.size
 
 
 def create_file(plan: MergePlan, shard: Shard, path: Path) -> None:
@@ -128,58 +73,54 @@ def create_file(plan: MergePlan, shard: Shard, path: Path) -> None:
                 file.write(wide.contiguous().view(torch.uint8).numpy().data)
 
 
-def fold_shard(plan: MergePlan, shard: Shard, base: BaseTensors, target: RowTarget, advance: Advance) -> ShardReport:
+def fold_shard(
+    plan: MergePlan, shard: Shard, target: RowTarget, advance: Advance
+) -> tuple[list[SiteEvidence], list[WeightSlice]]:
     """Fold everything that a file contains, and compare the stored result with the unfolded computation.
 
     Args:
         plan: the merge.
         shard: the base's file.
-        base: the base's tensors.
         target: the destination of folded rows.
         advance: called with the part that is done.
+
+    Returns:
+        The evidence for what was folded, and the slices of weights and biases that were folded in this file.
 
     Raises:
         GraftError: if an update is not a fold.
     """
-    sites: list[SiteEvidence] = []
+    evidence: list[SiteEvidence] = []
     changed: list[WeightSlice] = []
-    places, copies = plan.places_in(shard), plan.replaced_in(shard)
-    sizes = [place.weight.size for place in places] + [item.value.numel() for item in copies]
+    sites = [site for site in plan.sites if any(own.tensor in shard.tensors for own in site.slices)]
+    copies = [item for name, item in plan.replacements.items() if name in shard.tensors]
+    sizes = [site.weight.size for site in sites] + [item.value.numel() for item in copies]
     total, done = max(1, sum(sizes)), 0
-
-    for place in places:
-        fold = PlaceFold(place, plan.maps)
-        weight, bias = place.weight, place.bias
-        has_weight = weight.tensor in target
-        changed += [weight] if has_weight else []
-        for block in fold.blocks(base.current(weight.tensor), None if bias is None else base.current(bias.tensor)):
-            if has_weight:
-                fold.note(target.put(block.own, block.exact, block.base))
-            if block.bias is not None and block.bias[0].tensor in target:
-                own, before, after = block.bias
-                fold.note(target.put(own, after, before))
-                changed.append(own)
-            elif not has_weight:
-                break  # only the bias is in this file, and folding does not change it
-            done += block.own.size
+    for site in sites:
+        fold = SiteFold(plan, site, target)
+        for size in fold.blocks():
+            done += size
             advance(done / total)
-        else:
-            sites.append(fold.evidence)  # a bias in another file than its weight has separate evidence
+        changed += fold.changed
+        # A bias in another file than its weight has separate evidence, if it changes.
+        evidence += [fold.tally.evidence] if fold.changed else []
     for item in copies:  # only the rows that no fold has written, since folds start from the copy
         rest = _complement([own for own in changed if own.tensor == item.tensor], shard.tensors[item.tensor])
         if rest is None:
             continue
-        copied = ReplacedFold(item)
-        for own, before, after in copied.blocks(rest, base.folder[item.tensor]):
-            copied.note(target.put(own, after, before))
+        tally = SiteTally(item.tensor, (item.adaptation,))  # copying involves no algebra
+        for _, own in rest.blocks(max(1, rows_that_fit(rest.size // max(1, rest.count)))):
+            before, after = rows_of(own, plan.checkpoint[item.tensor]), rows_of(own, item.value)
+            error, left = target.put(own, after, before)
+            tally += replace(tally, change=furthest(before, after), rounding=error, retained=[left])
             done += own.size
             advance(min(1.0, done / total))
-        sites.append(copied.evidence)
-    return ShardReport(tuple(sites), tuple(changed))
+        evidence.append(tally.evidence)
+    return evidence, changed
 
 
 def untouched(
-    plan: MergePlan, shard: Shard, written: TensorFolder, base: BaseTensors, changed: Collection[WeightSlice]
+    plan: MergePlan, shard: Shard, written: TensorFolder, changed: Collection[WeightSlice]
 ) -> Iterator[tuple[str, bool]]:
     """Yield the name of every tensor that folding leaves alone, and whether it equals the base's, bit for bit.
 
@@ -190,7 +131,6 @@ def untouched(
         plan: the merge.
         shard: the base's file.
         written: the files that were written.
-        base: the base's tensors.
         changed: the slices that were folded in this file.
     """
     owned: dict[str, list[WeightSlice]] = {}
@@ -201,9 +141,9 @@ def untouched(
         if entry is None or entry.shape != stored.shape:
             yield name, False
         elif entry.dtype == stored.dtype and name not in owned and name not in plan.replacements:
-            yield name, _same(written.raw(name), base.folder.raw(name))
+            yield name, _same(written.raw(name), plan.checkpoint.raw(name))
         elif (rest := _complement(owned.get(name, []), stored)) is not None and name not in plan.replacements:
-            pairs = zip(rest.views(written[name]), rest.views(base.folder[name]), strict=True)
+            pairs = zip(rest.views(written[name]), rest.views(plan.checkpoint[name]), strict=True)
             yield name, all(_same(a, b) for a, b in pairs)
 
 

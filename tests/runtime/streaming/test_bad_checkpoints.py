@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import graftc
 from graftc.passes.core.weights.folds import WeightFold
 from graftc.passes.methods.lora import LoRAMethod
-from graftc.runtime.streaming import merging, places
+from graftc.runtime.streaming import merging, sites
 from graftc.specs.errors.diagnostics import GraftError
 from tests.families import tiny
 from tests.runtime.streaming.support import edit_adapter, peft_adapter, sharded_base, tensors, written_lora
@@ -346,7 +346,7 @@ def _one_entry(fold: WeightFold) -> WeightFold:
 @pytest.mark.parametrize("wrong", [_twice, _rolled, _scaled, _left, _one_entry])
 def test_a_wrong_fold_leaves_nothing_behind(place: Path, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     right = LoRAMethod.fold
-    monkeypatch.setattr(places, "BLOCK", 700)
+    monkeypatch.setattr(sites, "BLOCK", 700)
     monkeypatch.setattr(LoRAMethod, "fold", lambda *arguments: wrong(right(*arguments)))
     error = refused(place)
     assert error.code == "GC051"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import graftc
 from graftc.runtime.loading.verify import verify
 from graftc.runtime.sources.models import load_model
-from graftc.runtime.streaming import places
+from graftc.runtime.streaming import sites
 from graftc.runtime.streaming.verifying import verify_checkpoint
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import perturb
@@ -73,7 +73,7 @@ def merged_both_ways(folder: Path, family: str, dtype: torch.dtype, spec: Any) -
 def test_the_bits_are_those_of_the_fold_in_memory(
     family: str, dtype: torch.dtype, spec: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "BLOCK", BLOCKED)
+    monkeypatch.setattr(sites, "BLOCK", BLOCKED)
     memory, files, result = merged_both_ways(tmp_path, family, dtype, spec)
     expected, actual, base = tensors(memory), tensors(files), tensors(tmp_path / "base")
     assert actual.keys() == base.keys()
@@ -252,6 +252,41 @@ def tensors_of(file: Path) -> set[str]:
     """Return the names of the tensors in a file."""
     with safe_open(str(file), "pt") as opened:
         return set(opened.keys())
+
+
+@pytest.mark.slow
+def test_a_bias_in_another_file_of_which_some_rows_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of later blocks are folded also if the first block leaves the bias as it is."""
+    monkeypatch.setattr(sites, "BLOCK", BLOCKED)
+    base = sharded_base(tmp_path / "base", "bert", torch.float32)
+    stored = tensors(base)
+    biases = {name: stored.pop(name) for name in list(stored) if name.endswith("query.bias")}
+    for file in base.glob("*.safetensors*"):
+        file.unlink()
+    save_file(stored, base / "weights.safetensors", metadata={"format": "pt"})
+    save_file(biases, base / "biases.safetensors", metadata={"format": "pt"})
+    table = {**dict.fromkeys(stored, "weights.safetensors"), **dict.fromkeys(biases, "biases.safetensors")}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    spec = {"adapt": [{"method": "ia3", "target": {"role": "attn.q"}, "side": "output"}]}
+    compiled = graftc.compile(spec, load_model(str(base)))
+    with torch.no_grad():
+        for tensor in compiled.adapter_state_dict().values():
+            tensor[30:] *= 1.5
+    compiled.save(tmp_path / "artifact")
+    result = graftc.merge_checkpoint(tmp_path / "artifact", None, tmp_path / "files")
+    expected, actual = compiled.merge().folded_state_dict(), tensors(tmp_path / "files")
+    assert len(biases) == 2 and all(torch.equal(actual[name], expected[name]) for name in biases)
+    assert not any(torch.equal(actual[name], bias) for name, bias in biases.items())
+    assert [site.retention.entries for site in result.certificate.sites] == [1.0, 1.0]
+
+
+@pytest.mark.slow
+def test_nothing_is_captured(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a merge of files needs no graph of a model")
+
+    monkeypatch.setattr(torch.export, "export", refuse)
+    assert graftc.merge_checkpoint(llama / "adapter").certificate.passed
 
 
 @pytest.mark.full

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import graftc
-from graftc.runtime.streaming import peft, places
+from graftc.runtime.streaming import peft, sites
 from tests.forks import serve
 
 
 def jobs(folder: Path) -> dict[str, Callable[[], object]]:
     """Return the work that can be requested."""
     assert peft is not None
-    places.BLOCK = 700
+    sites.BLOCK = 700
     graftc.merge_checkpoint(folder / "adapter", folder / "base")  # does one-time work before any fork
     return {"merge": lambda: graftc.merge_checkpoint(folder / "adapter", folder / "base", folder / "out" / "merged")}
 

@@ -1,0 +1,92 @@
+"""The fold of one group of tensors, with evidence: they are probed, folded, rounded and probed again.
+
+This is the same wherever tensors come from, a model or files, and wherever they go. At any time, the group's tensors
+are in memory in float64 before or while they are folded, and whatever their target keeps of them afterwards, except for
+what a method's own graph or fold allocates.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.folding.probing import Probe, Rounded
+from graftc.compiler.folding.rounding import retained
+from graftc.compiler.folding.site_tally import SiteTally
+from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
+from graftc.records.certificate import Retention
+
+
+class FoldTarget(ABC):
+    """Where the folded tensors of a group go.
+
+    Attributes:
+        tensors: those that it keeps, rounded, by name. Tensors of which a site has only some rows have to be kept.
+    """
+
+    tensors: Mapping[str, Tensor] = MappingProxyType({})
+
+    @abstractmethod
+    def put(self, name: str, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
+        """Round a tensor once.
+
+        Args:
+            name: the tensor.
+            exact: its folded values, in float64.
+            base: its values before folding.
+
+        Returns:
+            The largest error, in units in the last place, and how much of the update is left.
+        """
+
+
+def fold_group(
+    lazy: LazyTensors, group: FoldGroup, probes: Sequence[Probe], target: FoldTarget
+) -> tuple[list[tuple[fx.Node, SiteTally]], Retention]:
+    """Fold a group of tensors, probe what this changes, and compare every other folded tensor with its replacement.
+
+    Args:
+        lazy: the tensors to fold.
+        group: those that are folded now.
+        probes: the maps that read them, and the tensors that no map reads.
+        target: where the folded tensors go.
+
+    Returns:
+        What was measured at each site, with the node of the base that was probed; and how much of the updates of all
+        tensors is left.
+    """
+    base = lazy.base(group)
+    values = lazy.widened(base)
+    others = {name for probe in probes for name in probe.reads} - values.keys()
+    kept = {name: lazy.store.full(name).double() for name in others}
+
+    def read(name: str) -> Tensor:
+        tensors = values if name in values else kept
+        return tensors[name] if name in tensors else lazy.store.full(name)
+
+    pending = [(probe.node, probe.unfold(read, group.steps)) for probe in probes]
+    lazy.apply(group, values)
+    rounded = Rounded(added={name: value for name, value in values.items() if name not in base})
+    for name, exact in values.items():
+        before = base.setdefault(name, torch.zeros_like(exact))
+        rounded.errors[name], left = target.put(name, exact, before)
+        rounded.retained[name] = [left]
+    total = Retention.total(left for (left,) in rounded.retained.values())
+    rounded.retained.update(_by_site(group, rounded, base, values, target.tensors))
+    return [(node, tally) for node, finish in pending for tally in finish(rounded)], total
+
+
+def _by_site(group: FoldGroup, rounded: Rounded, *tensors: Mapping[str, Tensor]) -> dict[str, list[Retention]]:
+    """Return what is left of the update at each site: of its own rows of a weight, and of its bias."""
+    left: dict[str, list[Retention]] = {}
+    own = {(step.site, part.as_stored): part for step in group.steps for part in step.parts}
+    for (site, _), part in own.items():
+        if part.tensor in rounded.errors:  # unless it is a bias that did not have to be added
+            whole = rounded.retained[part.tensor]
+            parts = (part.take(each[part.tensor]) for each in tensors)
+            left.setdefault(site, []).extend(whole if part.whole else [retained(*parts)])
+    return left

@@ -1,0 +1,273 @@
+"""Probes: what the adapted graph computes from the same inputs in float64, before and after a fold.
+
+Unfolded, the nodes of the adapted graph run with the base's tensors and the adapters. Folded, the base's own nodes run
+with the folded tensors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from graftc.compiler.folding.evaluating import evaluate, evaluate_all
+from graftc.compiler.folding.rounding import furthest, largest, size
+from graftc.compiler.folding.site_tally import SiteTally
+from graftc.passes.core.ir.program import Program
+from graftc.passes.core.sites.sites import Use
+from graftc.passes.core.sites.uses import PROBES, Lookup
+from graftc.passes.core.weights.folds import FoldStep
+from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.graph.remove_folded import added_bias
+from graftc.records.certificate import Retention
+
+LARGE = 2**21
+"""Elements from which on outputs are looked up, and compared, in parts."""
+Read = Callable[[str], Tensor]
+"""Returns a tensor in its current state, by name: the base's, or the folded one."""
+
+
+class AdaptedGraph:
+    """The nodes of the adapted graph that correspond to nodes of the base.
+
+    Args:
+        program: the adapted graph.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._nodes = {node.name: node for node in program.graph.nodes}
+        self._edits = program.edits
+
+    def stages(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes that represent a base node's value, from before any edit to after the last."""
+        nodes = [self._edits.original(self._nodes[node.name])]
+        while (edit := self._edits.replacement(nodes[-1])) is not None:
+            nodes.append(edit.after)
+        return nodes
+
+    def kept(self, node: fx.Node, inputs: Collection[fx.Node]) -> fx.Node | None:
+        """Return the adapted graph's node that computes what a base node does, from the same inputs and base tensors.
+
+        None if it reads anything else there.
+        """
+        counterpart = self._nodes[node.name]
+        for mine, theirs in zip(counterpart.all_input_nodes, node.all_input_nodes, strict=False):
+            known = mine in inputs or mine.op == "get_attr"
+            if not known or (mine.name, mine.target) != (theirs.name, theirs.target):
+                return None
+        return counterpart if len(counterpart.all_input_nodes) == len(node.all_input_nodes) else None
+
+    def last(self, node: fx.Node) -> fx.Node:
+        """Return the node that represents a base node after every edit."""
+        return self._edits.current(self._nodes[node.name])
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What is known of tensors once they have been folded and rounded.
+
+    Attributes:
+        errors: the largest rounding error of each, in units in the last place.
+        retained: how much of the updates is left, by the names of tensors and by sites.
+        added: the exact values of biases that the base does not have.
+    """
+
+    errors: dict[str, float] = field(default_factory=dict)
+    retained: dict[str, list[Retention]] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)
+
+
+Finish = Callable[[Rounded], list[SiteTally]]
+"""Computes a probe's value again, with the folded tensors, and returns what was measured at each of its sites."""
+
+ProbedSite = tuple[str, tuple[str, ...], Tensor | None]
+"""A site, the adaptations that fold there, and its own columns of a value; None if they are all columns."""
+
+
+class Probe(ABC):
+    """A value of the base, and what the adapted graph computes instead of it.
+
+    Args:
+        graph: the adapted graph.
+        node: the base's node.
+        tensors: names of the tensors that decide the value.
+
+    Attributes:
+        node: the base's node.
+        reads: names of those tensors that the base has.
+        inputs: the inputs that the value is computed from, in one or several parts.
+        vectors: random vectors by which it is multiplied before it is compared; None if it is compared as it is.
+        axis: the axis of the value that counts its columns.
+    """
+
+    vectors: Tensor | None = None
+    axis = -1
+
+    def __init__(self, graph: AdaptedGraph, node: fx.Node, tensors: Sequence[str]) -> None:
+        self._graph, self.node, self._tensors = graph, node, tensors
+        self.reads: Sequence[str] = tensors
+        self.inputs: Sequence[Mapping[fx.Node, Tensor]] = ({},)
+
+    @abstractmethod
+    def sites(self, steps: Sequence[FoldStep]) -> list[ProbedSite]:
+        """Return the sites that the value shows, given the fold steps of its group."""
+
+    def unfold(self, read: Read, steps: Sequence[FoldStep]) -> Finish:
+        """Compute the value before anything is folded, and return the function that computes it again and compares.
+
+        Args:
+            read: returns the tensors.
+            steps: the fold steps that are about to change them.
+        """
+        sites = self.sites(steps)
+        columns = [own for _, _, own in sites]
+        columns += [] if None in columns else [None]
+        every, changes, unfolded = columns.index(None), [0.0] * len(columns), []
+        for inputs in self.inputs:
+            seen, before = (self._seen(value, columns) for value in self._unfolded_and_base(inputs, read))
+            changes = _worst(changes, seen, before)
+            unfolded.append(seen)
+
+        def finish(rounded: Rounded) -> list[SiteTally]:
+            errors = [0.0] * len(changes)
+            for inputs, before in zip(self.inputs, unfolded, strict=True):
+                folded = self.folded(evaluate(self.node, inputs, read), rounded)
+                errors = _worst(errors, before, self._seen(folded, columns))
+            scale = largest(1e-30, *(size(seen[every]) for seen in unfolded))
+            ulps = largest(*(rounded.errors.get(name, 0.0) for name in self._tensors))
+            tallies = [
+                SiteTally(site, names, change, error, scale, ulps, rounded.retained[site])
+                for (site, names, _), change, error in zip(sites, changes, errors, strict=False)
+            ]
+            whole = SiteTally(self._tensors[0], (), changes[every], errors[every], scale, ulps)
+            # Rows that no site owns must not have changed: this also detects a fold that writes to the wrong rows.
+            if tallies and not whole.algebra <= largest(*(tally.algebra for tally in tallies)):
+                tallies[0] = replace(tallies[0], error=whole.error)
+            return tallies or [whole]
+
+        return finish
+
+    def folded(self, value: Tensor, rounded: Rounded) -> Tensor:
+        """Return the value as the folded model computes it, given what the base's node computes."""
+        return value
+
+    def _unfolded_and_base(self, inputs: Mapping[fx.Node, Tensor], read: Read) -> Sequence[Tensor]:
+        """Return the value in the adapted graph and in the base's."""
+        graph = self._graph
+        values = {stage: value for source, value in inputs.items() for stage in graph.stages(source)}
+        kept = graph.kept(self.node, values)
+        if kept is not None:
+            return evaluate_all((graph.last(self.node), kept), values, read)
+        return evaluate(graph.last(self.node), values, read), evaluate(self.node, inputs, read)
+
+    def _seen(self, value: Tensor, columns: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the compared parts of a value, columns or all of it, or random sums of these."""
+        parts = (value if own is None else value.index_select(self.axis, own) for own in columns)
+        return list(parts) if self.vectors is None else [part @ self.vectors[: part.shape[-1]] for part in parts]
+
+
+class MapProbe(Probe):
+    """One map on random inputs.
+
+    Args:
+        graph: the adapted graph.
+        use: the map in the base.
+        device: the device of its tensors.
+        seed: the seed of the inputs.
+        more: entries to look up in addition to random ones in a table that is too large to be looked up in full.
+        large: the number of elements from which on the results of a table are compared in parts.
+    """
+
+    def __init__(
+        self,
+        graph: AdaptedGraph,
+        use: Use,
+        device: torch.device,
+        seed: int = 0,
+        more: Tensor | None = None,
+        large: float = LARGE,
+    ) -> None:
+        super().__init__(graph, use.node, tensors_of(use))
+        self._use, self._device, self.axis = use, device, use.axis
+        self.reads = [own.tensor for own in (use.weight, use.bias) if own is not None]
+        generator = torch.Generator().manual_seed(seed)
+        self.inputs = [{node: value.to(device) for node, value in use.probe(generator).items()}]
+        if not isinstance(use, Lookup):
+            return
+        ((node, entries),) = self.inputs[0].items()
+        if more is not None and entries.numel() != use.in_features:
+            entries = torch.cat([entries, more[: entries.numel()].expand(*entries.shape[:-1], -1)], -1)
+        if entries.shape[-1] * use.out_features > large:
+            self.vectors = _vectors(use.out_features, generator, device)
+        most = entries.shape[-1] if self.vectors is None else max(1, LARGE // use.out_features)
+        self.inputs = [{node: part} for part in torch.split(entries, most, -1)]
+
+    def sites(self, steps: Sequence[FoldStep]) -> list[ProbedSite]:
+        """Return the sites of which the map reads rows."""
+        use = self._use
+        mine = [step for step in steps if step.weight.tensor in self.reads]
+        # Equal rows of a weight and of its bias count once.
+        distinct = {(s.site, s.weight.layout, s.weight.total, s.weight.rows): s.weight for s in mine}
+        slices = [(site, own) for (site, *_), own in distinct.items()] or [(use.weight.tensor, use.weight)]
+        rows = ((site, self._own_rows(own)) for site, own in slices)
+        return [
+            (site, _adaptations(s for s in mine if s.site == site), None if own.whole else own.index(self._device))
+            for site, own in rows
+            if own is not None
+        ]
+
+    def _own_rows(self, changed: WeightSlice) -> WeightSlice | None:
+        """Return the rows of the use that a changed slice has an effect on; None if this use does not read them."""
+        weight = self._use.weight
+        if changed.axis != weight.axis:  # inputs of the map, or experts: any column may change
+            return weight.within(weight)
+        own = weight.at(changed.rows)
+        return own.within(weight) if weight.covers(own) else None
+
+    def folded(self, value: Tensor, rounded: Rounded) -> Tensor:
+        """Return the result of the map with the bias that folding adds, if it does."""
+        bias = rounded.added.get(added_bias(self.node)) if self._use.bias is None else None
+        return value if bias is None else value.movedim(self.axis, -1).add(bias).movedim(-1, self.axis)
+
+
+class TensorProbe(Probe):
+    """A tensor that belongs to no linear map.
+
+    Args:
+        graph: the adapted graph.
+        node: the base's node that reads it.
+        stored: the tensor, of which only the sizes and the device matter.
+        seed: the seed of the vectors that it is multiplied by if it is large.
+    """
+
+    def __init__(self, graph: AdaptedGraph, node: fx.Node, stored: Tensor, seed: int = 0) -> None:
+        super().__init__(graph, node, [str(node.target)])
+        if stored.numel() > LARGE:
+            self.vectors = _vectors(stored.shape[-1], torch.Generator().manual_seed(seed), stored.device)
+
+    def sites(self, steps: Sequence[FoldStep]) -> list[ProbedSite]:
+        """Return the tensor as the only site."""
+        (name,) = self.reads
+        return [(name, _adaptations(step for step in steps if name in step.tensors), None)]
+
+
+def tensors_of(use: Use) -> tuple[str, str]:
+    """Return the names of a map's weight and bias; without a bias, the name of one that folding would add."""
+    return use.weight.tensor, added_bias(use.node) if use.bias is None else use.bias.tensor
+
+
+def _adaptations(steps: Iterable[FoldStep]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(step.adaptation for step in steps))
+
+
+def _worst(numbers: Sequence[float], a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
+    """Return the largest of each number and of the largest difference of two tensors."""
+    return [largest(number, furthest(*pair)) for number, *pair in zip(numbers, a, b, strict=True)]
+
+
+def _vectors(width: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Return `PROBES` random vectors, as columns."""
+    return torch.randn(width, PROBES, generator=generator, dtype=torch.float64).to(device)
