@@ -121,3 +121,18 @@ def _step(cls: type, name: str, function: Callable[..., Any]) -> Callable[..., A
         return function(self, getattr(super(cls, self), name), *args, **kwargs)
 
     return step
+
+
+def saves_all_keys(cls: type[T]) -> type[T]:
+    """Decorate the class that a model's attributes come from: its files leave no tensor out.
+
+    The `Trainer` asks each model for this when a checkpoint has fewer tensors than the model.
+    """
+    cls._keys_to_ignore_on_save = None  # type: ignore[attr-defined]
+    return cls
+
+
+def takes_tokens_back(cls: type[T]) -> type[T]:
+    """Decorate a model's class: its cache can be cut, which assisted generation asks of each model."""
+    cls._is_stateful = False  # type: ignore[attr-defined]
+    return cls

@@ -59,7 +59,8 @@ class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed
     """The number of these in which rounding left a change: ``v != 0``."""
 
     @classmethod
-    def _before(cls, data: Any) -> Any:
+    def before_reading(cls, data: Any) -> Any:
+        """Return the sums for the ratios that JSON states instead of them."""
         return _sums(data) if isinstance(data, Mapping) else data
 
     def __add__(self, other: Retention) -> Retention:

@@ -43,8 +43,8 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
         for name, member in stated_properties(cls).items():
             if vars(cls).get(name) is member:
                 setattr(cls, name, computed_field(member))
-        if isinstance(before := vars(cls).get("_before"), classmethod):
-            setattr(cls, "_before", model_validator(mode="before")(before))  # type: ignore[arg-type]  # noqa: B010
+        if isinstance(before := vars(cls).get("before_reading"), classmethod):
+            cls.before_reading = model_validator(mode="before")(before)  # type: ignore[arg-type, attr-defined]
     return TypeAdapter(kind)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +66,9 @@ def _text(node: ast.expr) -> str:
     return str(node.value) if isinstance(node, ast.Constant) else ""
 
 
-def uses(source: str, library: Set[str], *, compat: bool = False) -> Iterator[Use]:
+def uses(
+    source: str, library: Set[str], *, compat: bool = False, inherited: Callable[[str], Set[str]] | None = None
+) -> Iterator[Use]:
     """Yield the private names of libraries that a file uses: what it imports, reaches by name, mentions and overrides.
 
     Members of other objects are ruff's (SLF001), so that only those of the object itself are looked at here, and what
@@ -73,20 +76,23 @@ def uses(source: str, library: Set[str], *, compat: bool = False) -> Iterator[Us
 
     Args:
         source: the text of the file.
-        library: private names of libraries, which no text and no member of a class may be.
+        library: private names of libraries, which no text may be.
         compat: whether to yield members of other objects, and all texts that may be names, too.
+        inherited: returns the private names that a class of the file has from libraries, which no member of its own may
+            be; by default ``library`` for every class.
     """
     tree = ast.parse(source)
-    aside = {id(part) for node in ast.walk(tree) for part in (*_documentation(node), *_ends(node))}
-    for node in ast.walk(tree):
+    aside = {id(part) for node in ast.walk(tree) for part in (*_documentation(node), *_ends(node), *_parts(node))}
+    for node, owner in _with_classes(tree, ""):
         names: list[str] = []
+        own = library if inherited is None else inherited(owner)
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             paths = [f"{module}{alias.name}" for alias in node.names]
             names = [n for path in paths if path not in ANYWHERE for n in path.split(".")]
         elif isinstance(node, ast.Attribute):
             path = _dotted(node)
-            if node.attr in library and path == f"self.{node.attr}":
+            if node.attr in own and path == f"self.{node.attr}":
                 names = [node.attr]
             elif "._ops." in f".{path}" and path not in ANYWHERE:
                 names = ["_ops"]
@@ -98,8 +104,41 @@ def uses(source: str, library: Set[str], *, compat: bool = False) -> Iterator[Us
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in aside:
             names = [node.value] if compat or node.value in library else []
         elif isinstance(node, ast.ClassDef):
-            names = [name for part in node.body for name in _defined(part) if name in library]
+            theirs = library if inherited is None else inherited(node.name)
+            names = [name for part in node.body for name in _defined(part) if name in theirs]
         yield from (Use(name, node.lineno) for name in names if is_private(name))
+
+
+def inherited_by(module: str) -> Callable[[str], Set[str]]:
+    """Return a function that returns the private names which a class of a module has from libraries, by its name.
+
+    Of classes that are not at the top of the module, all are assumed.
+    """
+    from torch import nn
+
+    own = vars(importlib.import_module(module))
+
+    @cache
+    def names(cls: str) -> Set[str]:
+        if not isinstance(own.get(cls), type):
+            return library_names()
+        bases = [base for base in own[cls].__mro__ if base.__module__.partition(".")[0] not in ("graftc", "builtins")]
+        instance = vars(nn.Module()) if nn.Module in bases else {}
+        return frozenset(filter(is_private, {*instance, *(name for base in bases for name in vars(base))}))
+
+    return lambda cls: names(cls) if cls else frozenset()
+
+
+def _with_classes(node: ast.AST, owner: str) -> Iterator[tuple[Any, str]]:
+    """Yield every node below one, with the name of the innermost class that it is in."""
+    for child in ast.iter_child_nodes(node):
+        yield child, owner
+        yield from _with_classes(child, child.name if isinstance(child, ast.ClassDef) else owner)
+
+
+def _parts(node: ast.AST) -> list[ast.expr]:
+    """Return the parts of a text that is put together."""
+    return list(node.values) if isinstance(node, ast.JoinedStr) else []
 
 
 def _documentation(node: ast.AST) -> list[ast.AST]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import tempfile
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -233,6 +234,29 @@ def the_loop_has_steps() -> None:
     both = model.generate(ids, max_new_tokens=2, num_return_sequences=2, do_sample=True)
     assert both.shape == (2, 4) and bool((both[:, :2] == 1).all())
     assert taken == {"rows": (2, (1, 2)), "criteria": 4, "compiles": False, "cache": (1, None)}
+
+
+@covers("transformers.Trainer._issue_warnings_after_load('_keys_to_ignore_on_save')")
+def a_checkpoint_may_have_fewer_tensors() -> None:
+    from transformers import Trainer
+
+    from graftc.compat.transformers import saves_all_keys
+
+    trainer: Any = SimpleNamespace(model=saves_all_keys(type("Front", (), {}))())
+    result = SimpleNamespace(missing_keys=["weight"], unexpected_keys=[])
+    Trainer._issue_warnings_after_load(trainer, result)
+
+
+@covers("transformers.GenerationMixin._validate_generation_mode('_is_stateful')")
+def assisted_generation_takes_tokens_back() -> None:
+    from transformers import GenerationConfig, GenerationMixin
+    from transformers.generation.configuration_utils import GenerationMode
+
+    from graftc.compat.transformers import takes_tokens_back
+
+    model: Any = takes_tokens_back(type("Front", (), {}))()
+    mode = GenerationMode.ASSISTED_GENERATION
+    GenerationMixin._validate_generation_mode(model, mode, GenerationConfig(num_return_sequences=1), {})
 
 
 @covers("peft.utils.transformers_weight_conversion._MOE_TARGET_MODULE_MAPPING")

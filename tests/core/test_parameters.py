@@ -15,6 +15,7 @@ from typing import Any
 import graftc
 import graftc.extend
 import graftc.testing
+from graftc.cli.command import Command
 from graftc.runtime import optim
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.deploy.merged import Merged
@@ -60,7 +61,8 @@ def public() -> set[CodeType]:
     values += [value for cls in values if inspect.isclass(cls) for value in vars(cls).values()]
     for cls in (Compiled, Merged, OnnxSeq2SeqLM):
         values += [v.__wrapped__ if isinstance(v, Published) else v for v in vars(cls).values()]
-    values += [command.callback for command in commands().values()]
+    callbacks = [inspect.unwrap(command.callback) for command in commands().values()]
+    values += [each.function if isinstance(each, Command) else each for each in callbacks]
     functions = (inspect.unwrap(value) for value in values if callable(value) and not inspect.isclass(value))
     return {value.__code__ for value in functions if inspect.isfunction(value)}
 

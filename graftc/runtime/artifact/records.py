@@ -6,7 +6,7 @@ import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -43,12 +43,27 @@ def read_record(cls: type[R], path: Path, where: str, file: str) -> R:
     """
     try:
         raw = content(path, TEXT_BYTES)
-        read_json(raw, TEXT_BYTES)
-        return from_json(cls, raw)
+        data = read_json(raw, TEXT_BYTES)
+        record = from_json(cls, raw)
+        if isinstance(record, Certificate):
+            _require_consistent(record, data)
+        elif isinstance(record, MergedRecord):
+            _require_consistent(record.certificate, data["certificate"])
+        return record
     except ValidationError as error:
         raise damaged(where, file, first_error(error)) from error
     except (OSError, ValueError) as error:
         raise damaged(where, file, f"cannot be read: {error}") from error
+
+
+def _require_consistent(certificate: Certificate, data: Any) -> None:
+    """Check that the stated result is that of the evidence.
+
+    Raises:
+        ValueError: if it is missing or another one.
+    """
+    if data.get("passed") is not certificate.passed:
+        raise ValueError("passed is not what follows from the evidence")
 
 
 def content(path: Path, most: int) -> bytes:

@@ -109,7 +109,7 @@ class Exporter:
     check: Callable[[ExportJob, Path], object] = lambda job, path: None
     prepare: Callable[[ExportJob], Any] = lambda job: None
     content: Literal["model", "adapters", "either"] = "model"
-    replaceable: Callable[[Path], bool] = LazyFunction("graftc.files.destinations:only_files")
+    replaceable: Callable[[Path], bool] = Path.is_file
     companions: Callable[[Path, Mapping[str, Any]], Sequence[str]] = lambda path, options: ()
     instead: Mapping[str, str] = field(default_factory=dict)
     origin: Plugin | None = None

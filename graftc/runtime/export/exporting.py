@@ -65,8 +65,12 @@ class Exporting:
         evidence: the evidence of a fold to put into the files.
     """
 
-    def __init__(self, runner: ModelRunner, evidence: FoldEvidence = UNFOLDED) -> None:
-        self.runner, self.evidence = runner, evidence
+    evidence = UNFOLDED
+
+    def __init__(self, runner: ModelRunner, evidence: FoldEvidence | None = None) -> None:
+        self.runner = runner
+        if evidence is not None:
+            self.evidence = evidence
 
     @isolated()
     @during("exporting")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import fx
-from torch.utils._pytree import tree_flatten
 
+from graftc.compat.pytree import tree_flatten
 from graftc.runtime.activations.simulated import Levels, Part
 
 FRONT = 2

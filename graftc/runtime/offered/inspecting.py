@@ -67,7 +67,8 @@ class Inspecting(Feature):
         """
         runner = self.runner
         present, _ = runner.interface.read(runner.interface.named((), inputs))
-        return Simulation(runner).step(signature_for(runner.shown.compilation, present), present)
+        signature = signature_for(runner.shown.compilation, present)  # before the copy: it may be a new one
+        return Simulation(runner).step(signature, present)
 
     def lowering(self) -> Lowered:
         """Return the sites that the lowering steps rewrite, and the reason why each of the others is not rewritten.

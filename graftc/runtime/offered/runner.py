@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from graftc.compat.transformers import saves_all_keys
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import ProgramKey
@@ -18,6 +19,7 @@ from graftc.runtime.training.repeated import outputs_of
 from graftc.runtime.training.steering import TrainingSteering, watch_training
 
 
+@saves_all_keys
 class CompiledRunner(AdaptedRunner):
     """The Runner with everything that a `Compiled` does.
 
@@ -25,8 +27,6 @@ class CompiledRunner(AdaptedRunner):
         compilation: the Compilation to run.
         make: function that creates the compiled model of another Compilation.
     """
-
-    _keys_to_ignore_on_save = None
 
     def __init__(self, compilation: Compilation, make: Callable[[Compilation], Any]) -> None:
         super().__init__(compilation, compilation.store)

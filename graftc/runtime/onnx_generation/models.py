@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from graftc.compat.transformers import loop_steps
+from graftc.compat.transformers import loop_steps, takes_tokens_back
 from graftc.runtime.onnx_generation import caches
 from graftc.runtime.onnx_generation.graphs import OnnxGraph
 from graftc.specs.errors.diagnostics import GraftError
@@ -41,6 +41,7 @@ def _growing(model: OnnxModel, prepare: Callable[..., Any], generation_config: A
     return prepare(generation_config, *args, **kwargs)
 
 
+@takes_tokens_back
 @loop_steps(cache=_growing)
 class OnnxModel(GenerationMixin):
     """The base class of both kinds of model.
@@ -57,7 +58,6 @@ class OnnxModel(GenerationMixin):
     main_input_name = "input_ids"
     base_model_prefix = "model"
     input_modalities = ("text",)
-    _is_stateful = False
     _seq2seq = False
 
     def __init__(self, config: Any, generation_config: Any, graph: OnnxGraph) -> None:

@@ -232,6 +232,8 @@ CERTIFICATES: dict[str, Change | str] = {
     "a key twice": '{"passed": true, "passed": true}',
     "nothing": "{}",
     "passed of a text": lambda data: data.update(passed="yes"),
+    "passed, though a site did not": lambda data: data["sites"][0].update(algebra=1.0),
+    "not passed, though everything did": lambda data: data.update(passed=False),
     "sites of numbers": lambda data: data.update(sites=[1]),
     "outputs of a list": lambda data: data.update(outputs=[1]),
     "a structure of a number": lambda data: data.update(structure=5),

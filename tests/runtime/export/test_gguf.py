@@ -275,7 +275,7 @@ def test_an_adapter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     export(compiled, tmp_path / "own.gguf")
     source = AdapterSource.of(tmp_path / "peft", model=tmp_path / "base")
     conversion = convert_to_gguf(source, tmp_path / "made.gguf", tmp_path / "base")
-    assert conversion.largest_error < 1e-12 and conversion.rank == 2 and len(conversion.maps) == 6
+    assert conversion.largest_error < 1e-12 and conversion.rank == 2 and len(conversion.sites) == 6
     own, other = read(tmp_path / "own.gguf"), read(tmp_path / "made.gguf")
     assert own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
     with pytest.raises(GraftError, match="needs the config of the base"):

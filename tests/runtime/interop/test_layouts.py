@@ -71,7 +71,7 @@ def with_base(adapter: Path, named: Path | None) -> Path:
 def test_experts_there_and_back(moe: Path, tmp_path: Path, layout: str) -> None:
     """After a round trip PEFT gives the same outputs and finds every key."""
     conversion = converted(moe, tmp_path / "there", layout)
-    assert conversion.largest_error < 1e-12 and len(conversion.maps) > 20
+    assert conversion.largest_error < 1e-12 and len(conversion.sites) > 20
     source = layout if layout == "unsloth" else None
     back = converted(tmp_path / "there", tmp_path / "back", "peft", source=source)
     assert back.largest_error < 1e-12 and back.source == ("sglang" if layout == "tinker" else layout)

@@ -118,6 +118,7 @@ def own_digest() -> str:
 
 _OWN = (
     ".",
+    "compat",
     "compiler",
     "compiler/capture",
     "compiler/capture/alike",
@@ -129,8 +130,10 @@ _OWN = (
     "passes/core/*",
     "passes/core/*/*",
     "passes/graph",
+    "records",
     "specs",
     "specs/errors",
+    "specs/records",
 )
 """Folders with every file that `capture` and `cache` import, and so on, and those with classes that graftc captures."""
 

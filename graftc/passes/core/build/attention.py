@@ -14,6 +14,7 @@ from graftc.passes.core.build.masks import END, Masks, most_of, same_size, surpl
 from graftc.passes.core.build.nodes import size_of
 from graftc.passes.core.build.position_ids import counted_inputs, recounted, tokens_in_front
 from graftc.passes.core.build.requests import Change, Window
+from graftc.passes.core.build.virtual_tokens import Virtual
 from graftc.passes.core.ir.eval_mode import ATTENTION
 from graftc.passes.core.ir.program import above, limited, map_nodes, nodes_in, provenance
 from graftc.passes.core.ir.shapes import expression
@@ -27,8 +28,8 @@ _ANY = (2, 2)
 """Tokens to count positions of: padding is 0 or 1 in most vocabularies."""
 
 
-class Attentions(Masks):
-    """Puts keys and values in front of those of an attention."""
+class Attentions(Masks, Virtual):
+    """Puts virtual tokens in front of those of an attention: their keys and values."""
 
     def batched(self, node: fx.Node, like: fx.Node, part: str) -> fx.Node:
         """Expand ``[heads, length, width]`` to every row of ``like: [rows, heads, keys, width]``."""

@@ -12,13 +12,12 @@ from graftc.passes.core.build.initial import Initialiser
 from graftc.passes.core.build.linear_maps import LinearMaps
 from graftc.passes.core.build.nodes import Seams
 from graftc.passes.core.build.operations import DropoutScope
-from graftc.passes.core.build.virtual_tokens import Virtual
 from graftc.passes.core.sites.sites import Site
 
 __all__ = ["Builder", "DropoutScope", "Initialiser"]
 
 
-class Builder(LinearMaps, Attentions, Virtual):
+class Builder(LinearMaps, Attentions):
     """Builds one adaptation into one Program; see `Nodes` for the arguments."""
 
     def within(self, seams: Seams, adaptation: str, method: str) -> Builder:
