@@ -14,7 +14,6 @@ from graftc.passes.core.sites.entries import slices_of
 from graftc.passes.core.sites.sites import ExpertsSite, LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.folds import Fold, StandIn, WeightFold
 from graftc.specs.methods.bitfit import BitFit
-from graftc.specs.roles import parse_role
 
 
 class BitFitMethod(Method[BitFit, LinearSite | NormSite | ParameterSite]):
@@ -22,7 +21,7 @@ class BitFitMethod(Method[BitFit, LinearSite | NormSite | ParameterSite]):
 
     def applies(self, spec: BitFit, site: Site) -> bool:
         """Return whether the site has a bias or is to get one; a head that produces the outputs is left out."""
-        if any(parse_role(role).name == "head" for role in site.roles):
+        if site.is_head:
             return False
         if isinstance(site, LinearSite):
             return site.use.bias is not None or (spec.add_missing and not isinstance(site, ExpertsSite))

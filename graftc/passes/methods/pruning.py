@@ -20,7 +20,7 @@ from graftc.passes.core.method.steering import AdaptedSite, zero_state
 from graftc.passes.core.ops.pruned import Edge, dropped, edge_of
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.folds import Fold, StandIn, TensorFold
-from graftc.passes.core.weights.weight_slice import SMALL, WeightSlice
+from graftc.passes.core.weights.weight_slice import WeightSlice, index_type
 from graftc.passes.methods.bases.pruning_controller import (
     PENALTY,
     Penalty,
@@ -35,7 +35,6 @@ from graftc.passes.methods.bases.pruning_controller import (
 )
 from graftc.passes.methods.bases.scheduled import check_phases
 from graftc.specs.methods.pruning import Pruning, kept_of
-from graftc.specs.roles import parse_role
 
 aten = torch.ops.aten
 
@@ -70,9 +69,8 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
 
     def applies(self, spec: Pruning, site: Site) -> bool:
         """Return whether the site is a linear map, in a layer or named by a target, except a head for outputs."""
-        head = any(parse_role(role).name == "head" for role in site.roles)
         every = spec.target.modules == "**" and spec.target.role is None and spec.target.regex is None
-        return isinstance(site, LinearSite) and not head and (site.layer is not None or not every)
+        return isinstance(site, LinearSite) and not site.is_head and (site.layer is not None or not every)
 
     def prepare(self, spec: Pruning, sites: Sequence[LinearSite], build: Builder) -> Start:
         """Compute the state that concerns all sites together.
@@ -136,7 +134,7 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
             kept = shared.kept.get(_key(site))
         if kept is None:
             kept = _largest(_magnitudes(base), math.prod(site.leading), spec.remaining(spec.stage - 1))
-        numbers: Tensor = kept.to(torch.int32 if base.numel() < SMALL else torch.int64)
+        numbers: Tensor = kept.to(index_type(base.numel()))
         indices = build.buffer(f"{part}_indices", numbers.to)
         values = build.trained(f"{part}_values", lambda: base.reshape(-1)[numbers.to(base.device)], dtype=base.dtype)
         zero = build.call(aten.new_zeros.default, values, [1] * base.dim(), part="zeros")
@@ -178,7 +176,7 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
             region = own_of(place)
             source = region.take(place.base[region.tensor]).detach() if spec.rewind else own
             name = partial(tensor_name, place.site, spec.name)
-            values[name(f"{region.part}_indices")] = kept.to(torch.int32 if own.numel() < SMALL else torch.int64)
+            values[name(f"{region.part}_indices")] = kept.to(index_type(own.numel()))
             values[name(f"{region.part}_values")] = source.reshape(-1)[kept]
         return Transition(spec.model_copy(update={"stage": spec.stage + 1}), values, spec.rewind)
 

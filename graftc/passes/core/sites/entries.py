@@ -10,7 +10,7 @@ from torch import Tensor
 from graftc.compat.fake_tensors import FakeTensor
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.store import Store
-from graftc.passes.core.weights.weight_slice import SMALL, WeightSlice
+from graftc.passes.core.weights.weight_slice import WeightSlice, index_type
 
 
 def slices_of(site: Site, store: Store | Mapping[str, Tensor], *, biases: bool = True) -> tuple[WeightSlice, ...]:
@@ -101,5 +101,4 @@ def shares(count: int, sizes: Sequence[int], *, exact: bool = True) -> list[int]
 
 def drawn(count: int, size: int, generator: torch.Generator) -> Tensor:
     """Draw ``count`` of the numbers below ``size``, each at most once."""
-    dtype = torch.int32 if size < SMALL else torch.int64
-    return torch.randperm(size, generator=generator, dtype=dtype)[:count].long()
+    return torch.randperm(size, generator=generator, dtype=index_type(size))[:count].long()

@@ -60,6 +60,11 @@ class Site:
     kind: SiteKind = field(default=SiteKind.VALUE, kw_only=True)
 
     @property
+    def is_head(self) -> bool:
+        """Whether it produces the outputs."""
+        return any(parse_role(role).name == "head" for role in self.roles)
+
+    @property
     def scope(self) -> str:
         """The name part that separates its tensors from those of other sites of its module; empty if not needed."""
         return ""

@@ -21,8 +21,13 @@ from graftc.passes.core.weights import runs
 from graftc.passes.core.weights.runs import Emit, Index, Runs
 
 aten = torch.ops.aten
-SMALL = 2**31
+_SMALL = 2**31
 """Tensors with fewer entries than this number them in 32 bits."""
+
+
+def index_type(count: int) -> torch.dtype:
+    """Return the dtype in which entries of a tensor are numbered, given how many there are."""
+    return torch.int32 if count < _SMALL else torch.int64
 
 
 class Layout(StrEnum):
@@ -333,7 +338,7 @@ class WeightSlice:
     @property
     def index_dtype(self) -> torch.dtype:
         """The dtype that numbers entries of the tensor: ``int32``, or ``int64`` from 2^31 entries on."""
-        return torch.int32 if self.numel < SMALL else torch.int64
+        return index_type(self.numel)
 
     def mask(self, device: torch.device | None = None) -> Tensor:
         """Return the mask of the slice's rows, ``bool`` with the axes of the tensor, all except the rows' of size 1."""

@@ -24,7 +24,6 @@ from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.full import Stored
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.bases.sparse import BudgetSpec
-from graftc.specs.roles import parse_role
 
 S = TypeVar("S", bound=BudgetSpec)
 Owner = TypeVar("Owner")
@@ -64,8 +63,7 @@ class SparseTensors(Method[S, Stored]):
 
     def applies(self, spec: S, site: Site) -> bool:
         """Return whether the site has tensors; a head that produces the outputs is left out."""
-        head = any(parse_role(role).name == "head" for role in site.roles)
-        return isinstance(site, LinearSite | NormSite | ParameterSite) and not head
+        return isinstance(site, LinearSite | NormSite | ParameterSite) and not site.is_head
 
     def prepare(self, spec: S, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
         """Select the entries, unless they are selected already.
