@@ -86,7 +86,7 @@ class Exporter:
     package that the exporter comes from (GC078).
 
     Attributes:
-        name: its name, that of its entry point: lower-case letters, digits, ``_`` and ``-``.
+        name: its name, which is also that of its entry point.
         summary: what it writes, in one sentence without a full stop.
         options: its options.
         write: a function that writes a job to a path where nothing exists: a file, or a folder, which it creates. The

@@ -7,6 +7,7 @@ names are known from metadata alone; an exporter is imported when it is used.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -66,10 +67,8 @@ def exporters() -> dict[str, Exporter]:
     """Return the exporters of all formats, without those that are broken, which are reported when they are used."""
     every = {}
     for name in formats():
-        try:
+        with suppress(GraftError):
             every[name] = exporter_of(name)
-        except GraftError:
-            continue
     return every
 
 
