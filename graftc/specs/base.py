@@ -213,8 +213,7 @@ class MethodSpec(NamedSpec):
 def check_name(name: str) -> GraftError | None:
     """Return the error of an invalid name of an adaptation (GC002, or GC009 if it is too long), or None."""
     if len(name) > NAME:
-        hint = f"a name has at most {NAME} characters"
-        return GraftError("GC009", f"name {quoted(name, 40)} is too long", hint=hint)
+        return GraftError("GC009", f"name {quoted(name, 40)} is too long", hint=f"a name has at most {NAME} characters")
     if not re.fullmatch(_NAME, name):
         message = f"name {quoted(name)} must be letters, digits and underscores, not starting with a digit"
         better = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_")

@@ -78,8 +78,7 @@ def leaving(spec: Spec, names: Collection[str], *, train: bool = True) -> Spec:
         gone |= {str(composition.name)} if lost else set()
     compose = tuple(remaining for c in spec.compose if (remaining := _left(c, gone)) is not None)
     adapt = tuple(a for a in spec.adapt if a.name not in gone)
-    changes = {"adapt": adapt, "compose": compose, "train": spec.train if train else ()}
-    return spec.model_copy(update=changes)
+    return spec.model_copy(update={"adapt": adapt, "compose": compose, "train": spec.train if train else ()})
 
 
 def _names(spec: Spec) -> set[str]:

@@ -151,8 +151,7 @@ def parse_document(
             raise source.locate(error)
         what = "is empty" if data is None else f"is a {'list' if isinstance(data, list) else 'plain value'}"
         place = Place(file, 1, 1) if data is not None else Place(file)
-        message = f"a spec is a mapping, but this {what}"
-        raise GraftError("GC001", message, place=place, hint=f"it starts with {start}")
+        raise GraftError("GC001", f"a spec is a mapping, but this {what}", place=place, hint=f"it starts with {start}")
     return data, source
 
 

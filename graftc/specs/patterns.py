@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
-from graftc.specs.errors.text import counted, quoted
+from graftc.specs.errors.text import consecutive, counted, quoted
 
 __all__ = [
     "BRANCHES",
@@ -16,6 +16,7 @@ __all__ = [
     "PATTERNS",
     "as_items",
     "branches",
+    "consecutive",
     "expand_braces",
     "glob_to_regex",
     "layer_entries",
@@ -168,8 +169,7 @@ def _one_glob(glob: str) -> str:
 
 def _segment(segment: str) -> str:
     """Return the regex of one segment of a glob, up to the end of the segment."""
-    parts = [re.escape(part) for part in re.split(r"\*+", segment)]
-    head, *others = parts
+    head, *others = [re.escape(part) for part in re.split(r"\*+", segment)]
     if not others:
         return f"{head}(?![^.])"
     return f"{head}{''.join(f'(?>[^.]*?{part})' for part in others[:-1])}[^.]*{others[-1]}(?![^.])"
@@ -307,13 +307,7 @@ def write_items(value: object) -> str:
 
 def layer_entries(layers: Sequence[int]) -> list[int | str]:
     """Return sorted layers as entries of ``layers:``, with consecutive ones as slices."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return [r[0] if len(r) == 1 else f"{r[0]}:{r[-1] + 1}" for r in runs]
+    return [first if first == last else f"{first}:{last + 1}" for first, last in consecutive(layers)]
 
 
 def write_layers(layers: Sequence[int]) -> str:

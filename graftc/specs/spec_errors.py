@@ -112,17 +112,13 @@ def explain(error: ValidationError, root: type[BaseModel], data: object) -> Graf
         problems.setdefault(_real_path(data, item), []).append(item)
     # A failed union reports each branch; errors deeper in it explain more than "is not a string" above them.
     around = {path[:length] for path in problems for length in range(len(path))}
-    paths = [p for p in problems if not (p in around and _is_union(problems[p]))]
+    paths = [p for p in problems if not (p in around and all(item["type"] in _TYPES for item in problems[p]))]
     first, *others = [_one(path, problems[path], root, data) for path in paths[: _SHOWN + 1]]
     if not others:
         return first
     more = [f"and {len(paths) - len(others) - 1:,} more"] if len(paths) > _SHOWN + 1 else []
     details: list[str | GraftError] = [*others, *more]
     return first.changed(details=details)
-
-
-def _is_union(items: list[ErrorDetails]) -> bool:
-    return all(item["type"] in _TYPES for item in items)
 
 
 def _child(value: object, step: str | int) -> object:
@@ -173,8 +169,7 @@ def _one(path: tuple[str | int, ...], items: list[ErrorDetails], root: type[Base
         return _not_listed(name, path, value, items, place)
     if all(i["type"] in _TYPES for i in items):
         wanted = list(dict.fromkeys(_TYPES[i["type"]] for i in items))
-        message = f"{name} must be {' or '.join(wanted)}, not {_describe(value)}"
-        return GraftError("GC002", message, place=place)
+        return GraftError("GC002", f"{name} must be {' or '.join(wanted)}, not {_describe(value)}", place=place)
     return GraftError("GC002", f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}", place=place)
 
 

@@ -99,8 +99,7 @@ class CalledSites(SiteTable):
             return super().same(site)
         spot = site.key.place, site.own
         if spot not in self._same:
-            to_body = SiteMove(one.path, one.body, {})
-            body_site = to_body.site(site)
+            body_site = SiteMove(one.path, one.body, {}).site(site)
             body_sites = self.linear_sites(body_site.key.place, body_site.own, like=body_site)
             self._same[spot] = [self._moves[one.path].site(each) for each in body_sites]
         return self._same[spot]

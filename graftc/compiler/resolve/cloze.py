@@ -105,8 +105,7 @@ class Filling:
         elif pattern is None or pattern.dim() != 1 or pattern.shape[0] != logits.shape[0]:
             several = len(self.cloze["words"])
             message = f"there are {several} verbalizers, and {PATTERN} does not say which one every row has"
-            hint = f"{PATTERN}: whole numbers below {several} of shape [batch]"
-            raise GraftError("GC031", message, hint=hint)
+            raise GraftError("GC031", message, hint=f"{PATTERN}: whole numbers below {several} of shape [batch]")
         else:
             words, shares = words.index_select(0, pattern), shares.index_select(0, pattern)
         scores = (logits.gather(2, words) * shares).sum(1)

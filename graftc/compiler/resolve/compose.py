@@ -50,18 +50,13 @@ class Unit:
     @property
     def of_one_shape(self) -> bool:
         """Whether its members become one adaptation whose tensors are chosen or averaged."""
-        return is_of_one_shape(self.composition)
+        averaged = isinstance(self.composition, Average) and self.composition.of == "parameters"
+        return averaged or isinstance(self.composition, Bank | Parallel)
 
     @property
     def path(self) -> str:
         """Its path in the spec."""
         return f"{'adapt' if self.composition is None else 'compose'}[{self.index}]"
-
-
-def is_of_one_shape(composition: CompositionSpec | None) -> bool:
-    """Return whether a composition's members become one adaptation with tensors that are chosen or averaged."""
-    averaged = isinstance(composition, Average) and composition.of == "parameters"
-    return averaged or isinstance(composition, Bank | Parallel)
 
 
 def units(spec: Spec, resolved: Sequence[Resolved]) -> list[Unit]:

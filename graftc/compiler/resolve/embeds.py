@@ -209,9 +209,8 @@ def _most(body: Program, stream: Lengthened, structure: Structure) -> int | None
     bounds = [spec.ranges[1][1]] if isinstance(spec.shape[1], str) else []
     node = next(node for node in body.placeholders() if str(node.target) == stream.embeds)
     size = expression(node.meta["val"].shape[1])
-    for positions in position_readers(body.graph, structure.findings):
-        if positions.table is not None and expression(positions.numbers.meta["val"].shape[-1]) == size:
-            bounds.append(positions.size)
+    tables = (lookup for lookup in position_readers(body.graph, structure.findings) if lookup.table is not None)
+    bounds += [own.size for own in tables if expression(own.numbers.meta["val"].shape[-1]) == size]
     return min((bound for bound in bounds if bound is not None), default=None)
 
 

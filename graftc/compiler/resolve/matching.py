@@ -6,12 +6,12 @@ Torch-free: it works on candidates, not graphs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.errors.text import counted, quoted, some
+from graftc.specs.errors.text import counted, listed, quoted, some
 from graftc.specs.patterns import (
     as_items,
     branches,
@@ -185,8 +185,7 @@ class Matching:
             if p.hits and not p.hits & keys:
                 others = " and ".join(f for f in fields if f != p.field)
                 message = f"{p.counted}, but none that {others} selects too"
-                hint = "a site must meet every one of role, modules and regex"
-                self.refuse(_error("GC011", message, p.path, hint))
+                self.refuse(_error("GC011", message, p.path, "a site must meet every one of role, modules and regex"))
         return [c for c in self.pool if c.key in keys]
 
     # Narrowing
@@ -204,8 +203,7 @@ class Matching:
         for path, entry, _ in branches(self.target.layers, f"{self.where}.layers", braces=False):
             named = {(s, i) for s in stacks for i in layer_indices(entry, self.depths[s])}
             if not any((c.stack, c.layer) in named for c in chosen):
-                message = f"layers entry {entry!r} matches none of {self.extent(stacks)}"
-                self.refuse(_error("GC011", message, path))
+                self.refuse(_error("GC011", f"layers entry {entry!r} matches none of {self.extent(stacks)}", path))
             kept |= named
         return [c for c in chosen if (c.stack, c.layer) in kept]
 
@@ -331,12 +329,9 @@ class Matching:
             # Only rows of fused weights match, but a target with modules alone selects whole modules.
             message = f"{what} matches {counted(len(others))}, all of them rows of a fused weight"
             return _error("GC011", message, path, "name the role as well, for example role: attn.q")
-        kinds = Counter(str(c.kind) for c in others)
-        matched = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
-        *most, last = sorted(str(k) for k in self.kinds)
-        wanted = f"{', '.join(most)} and {last}" if most else last
-        message = f"{what} matches {counted(len(others))} ({matched}), but {self.method} takes {wanted} sites"
-        return _error("GC016", message, path, hint, fix)
+        wanted = listed(sorted(map(str, self.kinds)))
+        matched = f"{counted(len(others))} ({counted_kinds(others)})"
+        return _error("GC016", f"{what} matches {matched}, but {self.method} takes {wanted} sites", path, hint, fix)
 
     def outside(self, what: str, others: list[Candidate], path: str) -> GraftError:
         message = f"{what} matches {counted(len(others))}, none of them among the {len(self.pool)} selected so far"
@@ -357,6 +352,12 @@ class Matching:
 
 
 # Helpers
+
+
+def counted_kinds(candidates: Iterable[Candidate]) -> str:
+    """Return how many candidates of each kind there are, as text."""
+    counts = Counter(str(c.kind) for c in candidates)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
 def _error(

@@ -69,9 +69,8 @@ def meant(
         GraftError: GC008 if a regular expression takes too long.
     """
     result = Meant()
-    asked = ForMethod(kinds, method, missing)
-    resolving = Matching(target, candidates, where, asked, RegexMatcher(), result, within)
-    result.chosen = resolving.run()
+    for_method = ForMethod(kinds, method, missing)
+    result.chosen = Matching(target, candidates, where, for_method, RegexMatcher(), result, within).run()
     return result
 
 

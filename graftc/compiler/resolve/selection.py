@@ -16,7 +16,7 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.markup import Html, bullets, joined, lines, table, tag
 from graftc.specs.errors.text import counted, format_layers, one_line
 from graftc.specs.patterns import as_items, write_items
-from graftc.specs.target import AsTarget, Target
+from graftc.specs.target import AsTarget, Target, written_fields
 
 __all__ = ["Selection"]
 
@@ -113,10 +113,9 @@ class Selection(AsTarget):
         if self._written is None or (current is not None and name != "exclude"):
             steps = {"within": self._keys, "said": self._expression, "before": self._faults}
             return self._like(Target(**{name: items}), **steps)
-        fields: dict[str, Any] = {f: getattr(self._written, f) for f in self._written.model_fields_set}
         if current is not None:
             items = (*as_items(current), *given)
-        return self._like(Target(**{**fields, name: items}))
+        return self._like(Target(**{**written_fields(self._written), name: items}))
 
     # --- combining -----------------------------------------------------------------------------------------
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
+from graftc.compiler.resolve.matching import counted_kinds
 from graftc.compiler.resolve.select import meant, select
 from graftc.compiler.resolve.selectable import Selectable
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.errors.text import counted, one_line, some
+from graftc.specs.errors.text import counted, listed, one_line, some
 from graftc.specs.limits import TEXT
 from graftc.specs.patterns import layer_entries, write_items
 from graftc.specs.registry import method_specs, unknown_method
-from graftc.specs.target import Candidate, Target, depths
+from graftc.specs.target import Candidate, Target, depths, written_fields
 
 __all__ = ["exact_target", "kinds_of"]
 
@@ -65,8 +64,8 @@ def exact_target(places: Selectable, keys: Keys, written: Target | None, method:
     if not present <= kinds:
         raise _not_taken(chosen, kinds, str(method))
     if written is not None:
-        fields: dict[str, Any] = {f: getattr(written, f) for f in written.model_fields_set}
-        target = Target(**{**({} if written.has_selector else {"modules": "**"}), **fields, "expect": len(keys)})
+        default = {} if written.has_selector else {"modules": "**"}
+        target = Target(**{**default, **written_fields(written), "expect": len(keys)})
         same = select(target, places.candidates, kinds=kinds, missing=places.missing, method=method or "the method")
         if frozenset(c.key for c in same) == keys:
             return target
@@ -105,44 +104,37 @@ def _miss(places: Selectable, target: Target, kinds: Collection[SiteKind], keys:
     return result.faults[0].message if result.faults else None
 
 
-@dataclass(frozen=True)
-class _Cover:
-    """Roles that represent some places within a part of the model."""
-
-    chosen: Sequence[Candidate]
-    pool: Sequence[Candidate]
-
-    def roles(self, inside: Callable[[Candidate], bool]) -> list[str] | None:
-        """Return few roles, chosen greedily, that have all places and no other one inside; None if none do."""
-        keys = {c.key for c in self.chosen}
-        hits: dict[str, set[Hashable]] = {role: set() for c in self.chosen for role in sorted(c.roles)}
-        for c in filter(inside, self.pool):
-            for role in c.roles & hits.keys():
-                hits[role].add(c.key)
-        exact = {role: hit for role, hit in hits.items() if hit <= keys}
-        roles: list[str] = []
-        left = set(keys)
-        while left:
-            best = max(exact, key=lambda role: (len(exact[role] & left), -len(role), role), default=None)
-            if best is None or not exact[best] & left:
-                return None
-            roles.append(best)
-            left -= exact[best]
-        return sorted(roles, key=list(hits).index)
+def _covering(chosen: Sequence[Candidate], pool: Iterable[Candidate]) -> list[str]:
+    """Return few roles, chosen greedily, that all chosen sites have and no other one of ``pool``; empty if none do."""
+    keys = {c.key for c in chosen}
+    hits: dict[str, set[Hashable]] = {role: set() for c in chosen for role in sorted(c.roles)}
+    for c in pool:
+        for role in c.roles & hits.keys():
+            hits[role].add(c.key)
+    exact = {role: hit for role, hit in hits.items() if hit <= keys}
+    roles: list[str] = []
+    left = set(keys)
+    while left:
+        best = max(exact, key=lambda role: (len(exact[role] & left), -len(role), role), default=None)
+        if best is None or not exact[best] & left:
+            return []
+        roles.append(best)
+        left -= exact[best]
+    return sorted(roles, key=list(hits).index)
 
 
 def _forms(chosen: Sequence[Candidate], pool: Sequence[Candidate]) -> Iterator[dict[str, Any]]:
     """Yield ways to write some places, the most descriptive first; none of them has been checked."""
-    cover = _Cover(chosen, pool)
-    if roles := cover.roles(lambda c: True):
+    if roles := _covering(chosen, pool):
         yield {"role": _one(roles)}
     layers = {c.layer for c in chosen if c.layer is not None}
-    if all(c.layer is not None for c in chosen) and (roles := cover.roles(lambda c: c.layer in layers)):
+    in_layers = all(c.layer is not None for c in chosen)
+    if in_layers and (roles := _covering(chosen, (c for c in pool if c.layer in layers))):
         yield {"role": _one(roles), "layers": _one(layer_entries(sorted(layers)))}
     paths = list(dict.fromkeys(c.paths[-1] for c in chosen))
     named = _named(paths, chosen, pool)
     yield named
-    if roles := cover.roles(lambda c: not set(paths).isdisjoint(c.paths)):
+    if roles := _covering(chosen, (c for c in pool if not set(paths).isdisjoint(c.paths))):
         yield {"role": _one(roles), **named}
 
 
@@ -191,9 +183,7 @@ def _difference(places: Selectable, keys: Keys, got: Keys) -> str:
 
 
 def _not_taken(chosen: Sequence[Candidate], kinds: Collection[SiteKind], method: str) -> GraftError:
-    counts = Counter(str(c.kind) for c in chosen if c.kind not in kinds)
-    unwanted = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
-    *most, last = sorted(map(str, kinds))
-    wanted = f"{', '.join(most)} and {last}" if most else last
+    unwanted = counted_kinds(c for c in chosen if c.kind not in kinds)
+    wanted = listed(sorted(map(str, kinds)))
     hint = f"graftc.select(model, method={method!r}) selects only what {method} takes"
     return GraftError("GC016", f"the selection has {unwanted} sites, but {method} takes {wanted} sites", hint=hint)

@@ -66,13 +66,11 @@ def token_sites(
             not look up the table.
     """
     tables: list[tuple[WeightSlice, list[LinearSite]]] = []
-    names: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), store.canonical(name))
+    parameters = reversed(list(model.named_parameters(remove_duplicate=False)))  # the first name of each counts
+    names = {id(parameter): store.canonical(name) for name, parameter in parameters}
     tensors = [t for t in (_table(model), _head(model)) if t is not None]
     for tensor in {id(t): t for t in tensors}.values():
-        entries = tensor.shape[0]
-        first = tokens.first if tokens.first is not None else entries - len(tokens.add)
+        first = tokens.first if tokens.first is not None else tensor.shape[0] - len(tokens.add)
         name = names[id(tensor)]
         rows = WeightSlice.every(name, tensor).at(((first, first + len(tokens.add)),))
         sites = _readers(table, rows)

@@ -175,8 +175,7 @@ def read_heads(labels: Labels) -> dict[fx.Node, Heads]:
     for node, attention in labels.flow.attentions.items():
         keys, values = (_headed(labels, attention, operand) for operand in (attention.key, attention.value))
         if keys is not None and values is not None:
-            operands = AttentionOperands(attention.query, keys[0], values[0])
-            heads[node] = Heads(keys[1], values[1], operands)
+            heads[node] = Heads(keys[1], values[1], AttentionOperands(attention.query, keys[0], values[0]))
     return heads
 
 

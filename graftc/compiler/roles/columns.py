@@ -135,13 +135,9 @@ class Columns:
         for source in node.all_input_nodes if not isinstance(value, torch.SymInt | int) else ():
             front |= self.front.get(source, 0)
             through |= self.through.get(source, Through.NOTHING)
-        self.front[node] = front
-        if node.op != "call_function":
-            self.through[node] = through
-            return
         name = op_name(node)
-        self.through[node] = self._path(node, name, through)
-        if not isinstance(value, Tensor | list | tuple):
+        self.front[node], self.through[node] = front, self._path(node, name, through)
+        if node.op != "call_function" or not isinstance(value, Tensor | list | tuple):
             return
         try:
             indexed = self._run(node, name)

@@ -14,6 +14,9 @@ from graftc.compiler.roles.mixers import mixing, read_mixers
 from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.worklist import Worklist
 
+Misfits = list[tuple[fx.Node, str]]
+"""Nodes that fit no known form, with the reasons; empty if a feed-forward was labelled."""
+
 
 def read_branches(labels: Labels) -> None:
     """Label what each residual branch contains besides attention, inner branches first."""
@@ -22,10 +25,11 @@ def read_branches(labels: Labels) -> None:
         read_mixers(labels, residual)
         for node in labels.nearest_linears(residual.branch):
             if not labels.has_role(node):
-                _feed_forward(labels, labels.flow.linears[node])
+                for misfit, reason in _feed_forward(labels, labels.flow.linears[node]):
+                    labels.fail(misfit, reason)
 
 
-def _feed_forward(labels: Labels, down: Linear) -> None:
+def _feed_forward(labels: Labels, down: Linear) -> Misfits:
     """Label the feed-forward that ``down`` ends.
 
     What ``down`` reads must come from one linear map, or from a gated pair or fused one.
@@ -33,33 +37,25 @@ def _feed_forward(labels: Labels, down: Linear) -> None:
     inner = labels.nearest(down.input)
     linears = [n for n in inner if n in labels.flow.linears]
     if not linears:
-        labels.fail(down.node, "is a gate on its residual branch, or the branch has no other linear map")
-        return
+        return [(down.node, "is a gate on its residual branch, or the branch has no other linear map")]
     odd = _unfit(labels, down, linears)
     if odd:
-        _fail(labels, odd, down.node, *(n for n in linears if not labels.has_role(n)))
-        return
+        return [(n, odd) for n in (down.node, *linears) if not labels.has_role(n)]
     if len(linears) < len(inner):
         other = next(n for n in inner if n not in labels.flow.linears)
         reads = op_name(other) or other.name
-        labels.fail(down.node, f"reads {reads} beside the output of {labels.module(linears[0])}")
-        return
+        return [(down.node, f"reads {reads} beside the output of {labels.module(linears[0])}")]
     for node in linears:
         before = labels.nearest_linears(labels.flow.linears[node].input)
         stages = [n for n in before if n not in linears and not labels.in_stream(n)]
         if stages:
-            labels.fail(down.node, "ends a residual branch of more than two linear maps in a row")
-            unlabelled = (stage for stage in (node, *stages) if not labels.has_role(stage))
-            _fail(labels, "one of more than two linear maps in a row in a residual branch", *unlabelled)
-            return
-    if _inner(labels, down, linears):
+            reason = "one of more than two linear maps in a row in a residual branch"
+            rest = [(stage, reason) for stage in (node, *stages) if not labels.has_role(stage)]
+            return [(down.node, "ends a residual branch of more than two linear maps in a row"), *rest]
+    misfits = _inner(labels, down, linears)
+    if not misfits:
         labels.linear("ffn.down", down, None, "ends a residual branch, reads the inner activation")
-
-
-def _fail(labels: Labels, reason: str, *nodes: fx.Node) -> None:
-    """Record why some nodes have no role."""
-    for node in nodes:
-        labels.fail(node, reason)
+    return misfits
 
 
 def _unfit(labels: Labels, down: Linear, linears: list[fx.Node]) -> str:
@@ -76,43 +72,36 @@ def _unfit(labels: Labels, down: Linear, linears: list[fx.Node]) -> str:
     return ""
 
 
-def _inner(labels: Labels, down: Linear, linears: list[fx.Node]) -> bool:
-    """Label the projections that ``down`` reads, and return whether they fit a known form."""
+def _inner(labels: Labels, down: Linear, linears: list[fx.Node]) -> Misfits:
+    """Label the projections that ``down`` reads, if they fit a known form."""
     product = _gated_product(labels, down.input)
+    maps = (down.node, *linears)
     if product is None:
         if len(linears) > 1:
-            unlabelled = (node for node in (down.node, *linears) if not labels.has_role(node))
-            _fail(labels, "several linear maps meet before the last one, but not as a gated product", *unlabelled)
-            return False
+            reason = "several linear maps meet before the last one, but not as a gated product"
+            return [(n, reason) for n in maps if not labels.has_role(n)]
         columns = labels.linear_columns(down.input).get(linears[0])
         if columns is None:
-            reason = f"columns of the input of {labels.module(down.node)} cannot be followed"
-            _fail(labels, reason, down.node, linears[0])
-            return False
+            return [(n, f"columns of the input of {labels.module(down.node)} cannot be followed") for n in maps]
         if labels.has_role(linears[0], columns):
-            labels.fail(down.node, f"reads {labels.module(linears[0])}, which has another role")
-            return False
+            return [(down.node, f"reads {labels.module(linears[0])}, which has another role")]
         up = labels.flow.linears[linears[0]]
         labels.linear("ffn.up", up, columns, f"feeds {labels.short(down.node)}{_nonlinearity(labels, down.input)}")
-        return True
+        return []
     sides = [labels.columns.through[n] & Through.NONLINEAR for n in product]
     if bool(sides[0]) == bool(sides[1]):
         which = "both" if sides[0] else "neither"
-        reason = f"{which} of the factors of {product[0].name} * {product[1].name} are nonlinear"
-        _fail(labels, reason, down.node, *linears)
-        return False
-    explained = {n for side in product for n in labels.linear_columns(side)}
-    if explained != set(linears):
+        return [(n, f"{which} of the factors of {product[0].name} * {product[1].name} are nonlinear") for n in maps]
+    if {n for side in product for n in labels.linear_columns(side)} != set(linears):
         reason = "more reaches the last linear map of the branch than the two factors of a gated product"
-        _fail(labels, reason, down.node, *linears)
-        return False
+        return [(n, reason) for n in maps]
     gate, up_side = product if sides[0] else product[::-1]
     for role, side in (("ffn.gate", gate), ("ffn.up", up_side)):
         how = "through the nonlinearity" if side is gate else "as the factor beside the gate"
         for node, columns in labels.linear_columns(side).items():
             if not labels.has_role(node, columns):
                 labels.linear(role, labels.flow.linears[node], columns, f"feeds {labels.short(down.node)} {how}")
-    return True
+    return []
 
 
 def _nonlinearity(labels: Labels, node: fx.Node) -> str:

@@ -220,7 +220,8 @@ class Flow:
             softmax = self._softmax(weights) if self.is_data(value) else None
             scores = self._scores(softmax) if softmax is not None else []
             if scores:
-                near = [s for s in scores if self._share_input(s[1], value)] or scores
+                inputs = self._nearest_inputs(value)
+                near = [s for s in scores if self._nearest_inputs(s[1]) & inputs] or scores
                 query, key = near[0]
                 name = self._called("softmax attention")
                 self.attentions[node] = Attention(node, query, key, value, name, written_out=True)
@@ -271,11 +272,8 @@ class Flow:
             self._scoring.add(node)
             pending += [n for n in node.all_input_nodes if self.is_data(n)]
 
-    def _share_input(self, first: fx.Node, second: fx.Node) -> bool:
-        """Return whether the nearest weights above two values read the same node."""
-        return bool(self._nearest_inputs(first) & self._nearest_inputs(second))
-
     def _nearest_inputs(self, node: fx.Node) -> set[fx.Node]:
+        """Return the nodes that the nearest weights above a value read."""
         inputs: set[fx.Node] = set()
         nodes = Worklist([node])
         for source in nodes:

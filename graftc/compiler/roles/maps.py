@@ -51,8 +51,7 @@ class Linear:
 
 def columns_along(shape: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
     """Return numbers counted along some axes of a tensor of this shape, slowest first; a broadcast ``int64`` view."""
-    rank = len(shape)
-    places = [axis % rank for axis in axes]
+    places = [axis % len(shape) for axis in axes]
     sizes = [shape[place] for place in places]
     numbers = torch.arange(prod(sizes)).view(sizes)
     numbers = numbers.permute(sorted(range(len(places)), key=places.__getitem__))

@@ -162,8 +162,7 @@ def _carried(labels: Labels, node: fx.Node) -> fx.Node | None:
         return node.args[0] if isinstance(node.args[0], fx.Node) else None
     if name not in ("mul", "div", "add", "sub"):
         return None
-    operands = tensor_nodes(node.args[:2])
-    moving = [n for n in operands if labels.flow.is_data(n)]
+    moving = [n for n in tensor_nodes(node.args[:2]) if labels.flow.is_data(n)]
     if len(moving) == 2 and name in ("mul", "div", "sub"):
         measures = Through.STATISTIC | Through.ROOT
         marks = [labels.columns.through.get(n, Through.NOTHING) & measures for n in moving]

@@ -27,8 +27,7 @@ def insert_tokens(build: Builder, sites: list[LinearSite], rows: WeightSlice) ->
     ((first, end),) = rows.spans
     for site in sites:
         with build.on(site):
-            dtype = build.store.get(rows.tensor).dtype
-            trained = build.cast(build.trained_rows(rows), dtype)
+            trained = build.cast(build.trained_rows(rows), build.store.get(rows.tensor).dtype)
             if isinstance(site, EmbeddingSite):
                 _look_up(build, site, trained, first, end)
             else:

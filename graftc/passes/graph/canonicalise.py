@@ -19,6 +19,7 @@ from graftc.compat.operators import ASSERT_TENSOR_METADATA, TO_COPY, schema_of
 from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.new_nodes import insert_call
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import expression, same_type
 from graftc.passes.core.worklist import Worklist
@@ -160,9 +161,7 @@ def _functional(node: fx.Node, types: Inference) -> None:
     value, inferred = _value(node), types.call(overload, node.args, node.kwargs)
     if inferred.dtype == value.dtype:
         return
-    with node.graph.inserting_after(node):
-        cast = node.graph.call_function(aten.to.dtype, (node, value.dtype))
-    cast.meta = dict(node.meta)
+    cast = insert_call(node, aten.to.dtype, (node, value.dtype), node.meta, after=True)
     node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     node.meta["val"] = inferred
 
@@ -220,11 +219,8 @@ def _share_sizes(program: Program) -> None:
         if expr not in owners or after is None:
             continue
         if expr not in shared:
-            source, dim = owners[expr]
-            with graph.inserting_after(after):
-                shared_size = graph.call_function(aten.sym_size.int, (source, dim))
-            shared_size.meta = {"val": _value(node), "module": ""}
-            shared[expr] = shared_size
+            meta = {"val": _value(node), "module": ""}
+            shared[expr] = insert_call(after, aten.sym_size.int, owners[expr], meta, after=True)
         node.replace_all_uses_with(shared[expr])
         graph.erase_node(node)
     for expr in owners:

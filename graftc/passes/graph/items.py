@@ -14,6 +14,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.new_nodes import insert_call
 from graftc.passes.core.ir.program import Program, mutates, nodes_in
 from graftc.passes.core.ir.shapes import expression
 
@@ -75,10 +76,7 @@ def _number(item: fx.Node, source: Any, types: Inference) -> Any:
     arguments = (second, first) if source.target is aten.rsub.Scalar else (first, second)
     if not list(nodes_in(arguments)):
         return compute(*arguments)
-    with item.graph.inserting_before(item):
-        size = item.graph.call_function(compute, arguments)
-    size.meta = {**item.meta, "val": types.call(compute, arguments, {})}
-    return size
+    return insert_call(item, compute, arguments, {**item.meta, "val": types.call(compute, arguments, {})})
 
 
 def _is_unknown(value: Any) -> bool:

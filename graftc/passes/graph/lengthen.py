@@ -86,8 +86,7 @@ class _Composer:
                 self.second[node] = self._recounted(self.counted[node], sequences)
             elif node.op != "output":
                 self._copy(node, self.second)
-        leaves = self._outputs(sequences)
-        output = self.graph.output(tuple(leaves))
+        output = self.graph.output(tuple(self._outputs(sequences)))
         output.meta = dict(self.tokens.output_node.meta)
         lengthened = replace(
             self.tokens.copy(),

@@ -67,38 +67,32 @@ def outline(program: Program) -> Outlined:
             return attributes[name]
         return mapping[node]
 
+    def enter(block: BlockGraph, inputs: list[fx.Node], results: Mapping[int, fx.Node]) -> None:
+        """Call a block in the root graph, and represent the nodes of its results there."""
+        uses[block.path] += 1
+        blocks.append(block)
+        values = root.call_module(block.path, (block.use, *map(value, inputs)))
+        single = len(block.outputs) == 1
+        for index, node in results.items():
+            mapping[node] = values if single else root.call_function(operator.getitem, (values, index))
+
     written: Written = {}
     checked: set[str] = set()
     for path, nodes in groups:
-        if not path:
-            for node in nodes:
-                if node.target is call:
-                    one = FunctionCall(node)
-                    if one.body not in checked:
-                        _require_one_block(one, written, uses)
-                        checked.add(one.body)
-                    block, inputs, results = _called(one, uses[one.path], *written[one.body])
-                    uses[one.path] += 1
-                    blocks.append(block)
-                    values = root.call_module(block.path, (block.use, *(value(n) for n in inputs)))
-                    mapping |= _picked(root, values, results, len(block.outputs))
-                elif node.op != "get_attr" and node not in mapping:
-                    mapping[node] = copy_node(root, node, value)
+        if path:
+            written[path] = block, inputs, outputs = _block(path, uses[path], nodes, needed)
+            enter(block, inputs, dict(enumerate(outputs)))
             continue
-        block, inputs, outputs = _block(path, uses[path], nodes, needed)
-        uses[path] += 1
-        blocks.append(block)
-        written[path] = block, inputs, outputs
-        values = root.call_module(path, (block.use, *(value(n) for n in inputs)))
-        mapping |= _picked(root, values, dict(enumerate(outputs)), len(outputs))
+        for node in nodes:
+            if node.target is call:
+                one = FunctionCall(node)
+                if one.body not in checked:
+                    _require_one_block(one, written, uses)
+                    checked.add(one.body)
+                enter(*_called(one, uses[one.path], *written[one.body]))
+            elif node.op != "get_attr" and node not in mapping:
+                mapping[node] = copy_node(root, node, value)
     return Outlined(root, tuple(blocks))
-
-
-def _picked(root: fx.Graph, values: fx.Node, wanted: Mapping[int, fx.Node], count: int) -> dict[fx.Node, fx.Node]:
-    """Return the nodes that represent results of a block in the root graph, by the nodes of ``wanted``."""
-    if count == 1:
-        return dict.fromkeys(wanted.values(), values)
-    return {node: root.call_function(operator.getitem, (values, index)) for index, node in wanted.items()}
 
 
 Written = dict[str, tuple[BlockGraph, list[fx.Node], list[fx.Node]]]
@@ -303,8 +297,7 @@ def _block(
     for index, node in enumerate(inputs):
         mapping[node] = graph.create_node("placeholder", f"x{index}", name=f"x{index}")
     for index, node in enumerate(own):
-        target = str(node.target).removeprefix(prefix)
-        mapping[node] = graph.create_node("get_attr", target, name=f"w{index}")
+        mapping[node] = graph.create_node("get_attr", str(node.target).removeprefix(prefix), name=f"w{index}")
     for index, node in enumerate(nodes):
         mapping[node] = copy_node(graph, node, mapping.__getitem__, name=f"v{index}")
     results = tuple(mapping[node] for node in outputs)

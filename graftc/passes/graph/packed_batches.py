@@ -11,6 +11,7 @@ from collections.abc import Collection
 from torch import fx
 
 from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.new_nodes import insert_call
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ops.unpack import UNPACK, unpacked
 from graftc.passes.core.packing.packing import weight_name
@@ -61,10 +62,9 @@ def reading_parts(program: Program, store: Store, but: Collection[str] = ()) -> 
             parts[-1].meta = {**node.meta, "val": types.tensor(store.get(part))}
         alone = len(node.users) == 1
         for user in list(node.users):
-            with graph.inserting_before(user):
-                read = (parts, own.packing.text, list(own.shape), own.dtype)
-                value = graph.call_function(unpacked, read if alone else (*read, False))
-            value.meta = {**node.meta, "module": user.meta.get("module", "")}
+            read = (parts, own.packing.text, list(own.shape), own.dtype)
+            meta = {**node.meta, "module": user.meta.get("module", "")}
+            value = insert_call(user, unpacked, read if alone else (*read, False), meta)
             if (custom := user.meta.get("custom")) is not None:
                 value.meta["custom"] = dict(custom)
             user.replace_input_with(node, value)

@@ -11,6 +11,7 @@ from torch import fx
 from graftc.passes.core.build.effective_weight import NO_BIAS
 from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.edits import Edit, Edits
+from graftc.passes.core.ir.new_nodes import insert_call
 from graftc.passes.core.ir.program import Program, follow, provenance
 
 aten = torch.ops.aten
@@ -67,10 +68,7 @@ def folded(program: Program, adaptations: Collection[str], additions: Collection
         value = node.meta["val"]
         bias.meta = {"val": value.new_empty(value.shape[-1]), "module": node.meta["module"]}
         if looks:  # an adaptation above reads a map's bias
-            with graph.inserting_before(node):
-                cast = graph.call_function(aten.to.dtype, (bias, value.dtype))
-            cast.meta = dict(node.meta)
-            node.replace_all_uses_with(cast)
+            node.replace_all_uses_with(insert_call(node, aten.to.dtype, (bias, value.dtype), node.meta))
         else:
             node.args = (*node.args, bias)
     return result

@@ -14,6 +14,7 @@ import graftc.passes.core.ops.route  # noqa: F401 (registers the operator)
 from graftc.compat.operators import schema_of
 from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.edits import Edits
+from graftc.passes.core.ir.new_nodes import insert_call
 from graftc.passes.core.ir.program import Program, provenance
 
 aten = torch.ops.aten
@@ -48,27 +49,22 @@ def route_choices(program: Program) -> Program:
     """Return a copy in which `graftc::route` decides on each choice, by the name of its node."""
     routed = program.copy(entry="routes", edits=Edits(), baseline={})
     for node in choices_of(routed):
-        _ask(routed.graph, node)
+        _route(node)
     remove_dead(routed)
     return routed
 
 
-def _ask(graph: fx.Graph, node: fx.Node) -> None:
+def _route(node: fx.Node) -> None:
     pair = _GIVES_VALUES[node.target]
     val = node.meta["val"]
     meta = {"module": node.meta.get("module", "")}
     replaced = {user: user.args[1] for user in node.users} if pair else {node: 1}
-    with graph.inserting_after(node):
-        own = graph.call_function(operator.getitem, (node, 1)) if pair else node
-    if pair:
-        own.meta = {**meta, "val": val[1]}
-    with graph.inserting_after(own):
-        choice = graph.call_function(torch.ops.graftc.route.default, (_scores(node), own, _axis(node), node.name))
-    choice.meta = {**meta, "val": val if pair else (val, val)}
+    own = insert_call(node, operator.getitem, (node, 1), {**meta, "val": val[1]}, after=True) if pair else node
+    arguments = (_scores(node), own, _axis(node), node.name)
+    both = {**meta, "val": val if pair else (val, val)}
+    choice = insert_call(own, torch.ops.graftc.route.default, arguments, both, after=True)
     for user, at in replaced.items():
-        with graph.inserting_after(choice):
-            taken = graph.call_function(operator.getitem, (choice, at))
-        taken.meta = {**meta, "val": choice.meta["val"][at]}
+        taken = insert_call(choice, operator.getitem, (choice, at), {**meta, "val": both["val"][at]}, after=True)
         user.replace_all_uses_with(taken, lambda reader: reader is not choice)
 
 

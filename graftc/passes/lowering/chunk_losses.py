@@ -14,6 +14,7 @@ from torch import fx
 
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.inference import Inference
+from graftc.passes.core.ir.new_nodes import insert_call
 from graftc.passes.core.ir.program import OutputSpec, Program
 from graftc.passes.lowering.dropped_outputs import without
 from graftc.passes.lowering.head import VIEWS, LossHead, NoMatchError, Term, loss_of, read_head, width_of
@@ -55,14 +56,12 @@ def chunk_losses(
 def _write(program: Program, head: LossHead, scores: bool) -> None:
     loss = loss_of(head.loss)
     assert loss is not None
-    graph, types = program.graph, Inference(program)
+    types = Inference(program)
     dtype = head.terms[0].x.meta["val"].dtype
 
     def call(target: Any, *args: Any) -> fx.Node:
-        with graph.inserting_before(head.loss):
-            node = graph.call_function(target, args)
-        node.meta = {**head.loss.meta, "val": types.call(target, args, {}), "module": head.place}
-        return node
+        meta = {**head.loss.meta, "val": types.call(target, args, {}), "module": head.place}
+        return insert_call(head.loss, target, args, meta)
 
     def cast(node: fx.Node) -> fx.Node:
         return node if node.meta["val"].dtype == dtype else call(aten.to.dtype, node, dtype)
@@ -96,8 +95,7 @@ def _write(program: Program, head: LossHead, scores: bool) -> None:
         total = call(aten.add.Tensor, total, other)
     xs = [moved(term) for term in head.terms]
     weights = [weight(term, term.weight) for term in head.terms if term.weight is not None]
-    starts = [term.to for term in head.terms]
-    given = (xs, weights, total, loss.labels, starts, loss.ignored)
+    given = (xs, weights, total, loss.labels, [term.to for term in head.terms], loss.ignored)
     if scores:
         both = call(torch.ops.graftc.head_scores.default, *given, head.scale, head.cap)
         program.outputs = OutputSpec("tuple", children=(OutputSpec("leaf"), OutputSpec("leaf")))

@@ -37,16 +37,12 @@ def small_logits(program: Program, head: LossHead, *, checkpointed: bool) -> str
     chain = [node for node in program.graph.nodes if node in head.chain]
     logits = sum(_bytes(node, sizes) for node in chain) + max(_bytes(node, sizes, view=True) for node in chain)
     layers = repeated_layers(program) if checkpointed else set()
-    others = [n for n in program.graph.nodes if n not in head.chain and _layer(n) not in layers]
-    rest = sum(_bytes(node, sizes) for node in others)
+    others = (node for node in program.graph.nodes if node not in head.chain)
+    rest = sum(_bytes(node, sizes) for node in others if layer_path(node.meta.get("module", "")) not in layers)
     rest += len(layers) * max(_bytes(term.x, sizes, view=True) for term in head.terms)
     if logits >= LARGE * rest:
         return ""
     return f"its logits are {logits / max(rest, 1):.0%} of what is kept besides"
-
-
-def _layer(node: fx.Node) -> str:
-    return layer_path(node.meta.get("module", ""))
 
 
 def _symbols(program: Program) -> Any:

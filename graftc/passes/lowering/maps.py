@@ -41,10 +41,6 @@ class Branch:
     columns: fx.Node | None = None
     runs: Runs = ()
 
-    def on(self, *, columns: fx.Node | None = None, runs: Runs = ()) -> Branch:
-        """Return the same branch for some columns."""
-        return replace(self, columns=columns, runs=runs)
-
 
 @dataclass
 class Map:
@@ -203,7 +199,7 @@ class Matcher:
         branch = self.added(total, picked, x)
         if branch is None:
             return None
-        return put, [branch.on(columns=columns)], [picked, total, put, *branch.nodes]
+        return put, [replace(branch, columns=columns)], [picked, total, put, *branch.nodes]
 
     def _in_columns(self, value: fx.Node, readers: list[fx.Node], x: fx.Node) -> Step | None:
         """Match sums with columns that are cut out and then all put together again."""
@@ -252,10 +248,6 @@ class _Part:
     added: fx.Node | None = None
     at: int = 0
 
-    def cut(self, start: int, end: int) -> _Part:
-        """Return some of these columns, counted from the first."""
-        return _Part(self.start + start, self.start + end, self.added, self.at + start)
-
 
 class _Columns:
     """Traces what values are composed of, column by column.
@@ -302,7 +294,7 @@ class _Columns:
         for part in parts:
             first, last = max(start - at, 0), min(end - at, part.end - part.start)
             if first < last:
-                selected.append(part.cut(first, last))
+                selected.append(_Part(part.start + first, part.start + last, part.added, part.at + first))
             at += part.end - part.start
         return selected
 
@@ -323,7 +315,7 @@ def _in_runs(parts: list[_Part], branches: dict[fx.Node, Branch]) -> list[Branch
             taken[part.added] = part.at + part.end - part.start
     if any(taken[node] != _width(node) for node in taken) or runs.keys() != branches.keys():
         return None
-    return [branches[node].on(runs=tuple(runs[node])) for node in sorted(runs)]
+    return [replace(branches[node], runs=tuple(runs[node])) for node in sorted(runs)]
 
 
 def _product(node: fx.Node) -> Map | None:

@@ -49,22 +49,18 @@ def fuse_projections(program: Program) -> list[LoweringOutcome]:
 
 def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.Node, fx.Node]:
     """Replace a group by one call, and return the node of each map's new result by that of the old one."""
-    graph = program.graph
-    sources: list[fx.Node] = []
-    factors, updates = [], []
-    for number, one in enumerate(group):
-        for branch in one.branches:
-            if branch.source is not one.x and branch.source not in sources:
-                sources.append(branch.source)
-            source = 0 if branch.source is one.x else 1 + sources.index(branch.source)
-            factors.append((branch.a, branch.b, branch.columns))
-            updates.append((number, source, branch.scale, branch.runs))
+    graph, x = program.graph, group[0].x
+    branches = [(number, branch) for number, one in enumerate(group) for branch in one.branches]
+    sources = list(dict.fromkeys(branch.source for _, branch in branches if branch.source is not x))
+    places = {source: place for place, source in enumerate([x, *sources])}
+    factors = tuple((branch.a, branch.b, branch.columns) for _, branch in branches)
+    updates = tuple((number, places[branch.source], branch.scale, branch.runs) for number, branch in branches)
     masks = [_mask(source, group, matcher) for source in sources]
     given = tuple(source if mask is None else mask[0] for source, mask in zip(sources, masks, strict=True))
     dropped = tuple(None if mask is None else mask[1] for mask in masks)
     weights = tuple((one.weight, one.bias, one.scale) for one in group)
     transposed = tuple(one.transposed for one in group)
-    arguments: tuple[Any, ...] = (group[0].x, given, weights, tuple(factors), transposed, tuple(updates), dropped)
+    arguments: tuple[Any, ...] = (x, given, weights, factors, transposed, updates, dropped)
     with graph.inserting_before(min(user for one in group for user in matcher.readers(one.end))):
         call = graph.call_function(projections, arguments)
         results = [graph.call_function(operator.getitem, (call, number)) for number in range(len(group))]
@@ -72,14 +68,11 @@ def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.No
         if tensor.op == "get_attr" and tensor > call:
             call.prepend(tensor)
     module = _common(str(one.node.meta.get("module", "")) for one in group)
-    call.meta = {"val": tuple(one.end.meta["val"] for one in group), "module": module}
-    first = next((node for one in group for node in one.nodes if provenance(node) is not None), None)
-    if first is not None:
-        call.meta["custom"] = {"graftc": {**(provenance(first) or {}), "part": STEP}}
+    origin = next(filter(None, (provenance(node) for one in group for node in one.nodes)), None)
+    common = {"module": module} | ({} if origin is None else {"custom": {"graftc": {**origin, "part": STEP}}})
+    call.meta = {"val": tuple(one.end.meta["val"] for one in group), **common}
     for one, result in zip(group, results, strict=True):
-        result.meta = {**one.end.meta, "module": call.meta["module"]}
-        if first is not None:
-            result.meta["custom"] = call.meta["custom"]
+        result.meta = {**one.end.meta, **common}
         one.end.replace_all_uses_with(result)
     return {one.end: result for one, result in zip(group, results, strict=True)}
 

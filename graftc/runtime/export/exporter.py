@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from graftc.specs.errors.diagnostics import GraftError, first_line
-from graftc.specs.errors.text import either, shown
+from graftc.specs.errors.text import listed, shown
 
 if TYPE_CHECKING:
     from graftc.passes.core.plugins import Plugin
@@ -59,7 +59,7 @@ class ExportOption:
     def help(self) -> str:
         """The meaning with the words that the option may have."""
         words = [f"{word}, which is the default" if word == self.default else word for word in self.words]
-        return f"{self.meaning}{': ' if words else ''}{either(words)}."
+        return f"{self.meaning}{': ' if words else ''}{listed(words, 'or')}."
 
     def checked(self, value: Any) -> Any:
         """Return the value of the option for a given one.
@@ -74,7 +74,7 @@ class ExportOption:
                 return value
         except (TypeError, ValueError):
             pass
-        hint = f"give {either(self.words)}" if self.words else self.meaning
+        hint = f"give {listed(self.words, 'or')}" if self.words else self.meaning
         raise GraftError("GC073", f"{self.name} is {shown(value)}", hint=hint)
 
 

@@ -18,7 +18,7 @@ from graftc.runtime.export import formats as package
 from graftc.runtime.export.exporter import Exporter, ExportOption
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, first_line
-from graftc.specs.errors.text import either
+from graftc.specs.errors.text import listed
 
 __all__ = ["GROUP", "exporter_of", "exporters", "formats", "reload_exporters", "summaries"]
 
@@ -99,7 +99,9 @@ def _loaded(point: EntryPoint) -> Exporter:
 def _unknown(format: Any) -> GraftError:
     own = [_loaded(_points()[name][0]) for name in package.BUILT_IN]
     graphs, adapters, both = ([e.name for e in own if e.content == kind] for kind in ("model", "adapters", "either"))
-    hint = f"graphs are {either(graphs)}; adapters and merged models may also be {either([*adapters, *both])}"
+    hint = (
+        f"graphs are {listed(graphs, 'or')}; adapters and merged models may also be {listed([*adapters, *both], 'or')}"
+    )
     added = [name for name in formats() if name not in package.BUILT_IN]
     hint += f"; installed packages add {', '.join(added)}" if added else ""
     return GraftError("GC060", f"format {format!r} is unknown", hint=hint)

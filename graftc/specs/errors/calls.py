@@ -9,7 +9,7 @@ from inspect import Parameter
 from typing import Any, TypeVar, cast
 
 from graftc.specs.errors.diagnostics import GraftError, correction
-from graftc.specs.errors.text import counted
+from graftc.specs.errors.text import counted, listed
 
 __all__ = ["public"]
 
@@ -61,5 +61,4 @@ def _misfit(name: str, parameters: list[Parameter], args: Sequence[Any], kwargs:
     if twice := [word for word in placed if word in kwargs]:
         return GraftError("GC073", f"{name} is given {twice[0]!r} twice, by position and by name", hint=usage)
     lacking = [word for word in required if word not in placed and word not in kwargs]
-    words = f"{', '.join(lacking[:-1])} and {lacking[-1]}" if len(lacking) > 1 else lacking[0]
-    return GraftError("GC073", f"{name} needs {words}", hint=usage)
+    return GraftError("GC073", f"{name} needs {listed(lacking)}", hint=usage)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from os import PathLike
 from typing import Any
 
 __all__ = [
     "abridged",
+    "consecutive",
     "counted",
-    "either",
     "encodable",
+    "listed",
     "one_line",
     "printable",
     "quoted",
@@ -113,6 +115,11 @@ def shown(value: object, most: int = _MOST) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
+def listed(words: Sequence[str], last: str = "and") -> str:
+    """Return words as a list in a sentence, by default with "and": ``a``, ``a and b``, ``a, b and c``."""
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
 def some(words: Sequence[str], most: int = 40) -> str:
     """Return the first words of a list, and how many more there are."""
     rest = len(words) - most
@@ -127,14 +134,14 @@ def format_runs(runs: Sequence[tuple[int, int]], limit: int = 4) -> str:
 
 def format_layers(layers: Iterable[int]) -> str:
     """Return layer numbers as text: ``0-11``, ``0,2,4``."""
-    numbers = sorted(set(layers))
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in consecutive(layers))
+
+
+def consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the first and the last number of each run of consecutive ones, in ascending order."""
+    numbered = enumerate(sorted(set(numbers)))
+    runs = [list(run) for _, run in groupby(numbered, key=lambda pair: pair[1] - pair[0])]
+    return [(run[0][1], run[-1][1]) for run in runs]
 
 
 def size_text(count: int) -> str:
@@ -143,8 +150,3 @@ def size_text(count: int) -> str:
         if abs(count) >= unit:
             return f"{count / unit:.2f} {name}"
     return f"{count} B"
-
-
-def either(words: Sequence[str]) -> str:
-    """Return a choice as text: ``a, b or c``."""
-    return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))

@@ -22,7 +22,7 @@ from graftc.specs.registry import method_specs
 from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["CONFIG", "AdapterConfig", "beside", "config_bytes", "formats", "matching", "read_config", "supported_types"]
+__all__ = ["CONFIG", "AdapterConfig", "beside", "config_bytes", "formats", "matching", "read_config"]
 
 CONFIG = "adapter_config.json"
 MOST = 16 * 2**20
@@ -90,7 +90,7 @@ class AdapterConfig(BaseModel):
             what = f"{name}: {shown(self.own[name])} has no equivalent here"
             raise GraftError("GC112", what, place=Place(CONFIG, path=name), hint="PEFT writes true, false or null")
         what = f"PEFT's type {quoted(self.peft_type)} is not supported"
-        raise GraftError("GC112", what, hint=f"the types that work are {', '.join(supported_types())}")
+        raise GraftError("GC112", what, hint=f"the types that work are {', '.join(sorted(formats()))}")
 
     def value(self, field: str, default: Any = None) -> Any:
         """Return the value of a field, common or specific to the type."""
@@ -117,11 +117,6 @@ def beside() -> tuple[type[MethodSpec], PeftFormat, str]:
         for part in table.parts.values()
         if part.nested is not None
     )
-
-
-def supported_types() -> list[str]:
-    """Return the names of peft's types that are supported."""
-    return sorted(formats())
 
 
 def config_bytes(path: Path) -> bytes:

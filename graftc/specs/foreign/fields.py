@@ -105,5 +105,4 @@ def rows_of(config: AdapterConfig, module: str) -> tuple[list[int], tuple[int, .
 
 def table_rows(rows: list[int], module: str) -> MethodSpec:
     """Return the spec of rows of a table that train along with another method."""
-    spec_class = beside()[0]
-    return spec_class.model_validate({"rows": rows, "target": {"modules": module}})
+    return beside()[0].model_validate({"rows": rows, "target": {"modules": module}})

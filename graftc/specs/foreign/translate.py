@@ -87,8 +87,7 @@ def _target(config: AdapterConfig, where: str) -> dict[str, Any]:
         hint = "PEFT would choose by the kind of the model; name modules"
         raise _refused("target_modules is not given", where, "target_modules", hint)
     if isinstance(config.exclude_modules, str):
-        hint = "list the names of modules"
-        raise _refused("exclude_modules is a regular expression", where, "exclude_modules", hint)
+        raise _refused("exclude_modules is a regular expression", where, "exclude_modules", "list the names of modules")
     if config.exclude_modules:
         target["exclude"] = [f"**.{name}" for name in config.exclude_modules]
     if config.layers_pattern:

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.errors.text import listed
 from graftc.specs.patterns import parse_slice
 from graftc.specs.peft import AS_USUAL, PeftFormat, PeftPart
 from graftc.specs.schema import RowNumber, needs_one_of
@@ -108,14 +109,11 @@ class RowSelection(MethodSpec):
             hint = 'for example density: 0.1, rows: [0, "8:16"] or n_of_m: [2, 4]'
             refuse((), "rows needs one of density, rows and n_of_m to say which rows train", hint=hint)
         if len(given) > 1:
-            message = f"{', '.join(given[:-1])} and {given[-1]} each say which rows train"
-            refuse(given[1], message, hint="leave all but one of them out")
+            refuse(given[1], f"{listed(given)} each say which rows train", hint="leave all but one of them out")
         if "block" in self.model_fields_set and self.density is None:
-            message = f"block is for density, and here {given[0]} says which rows train"
-            refuse("block", message, hint="leave it out")
+            refuse("block", f"block is for density, and here {given[0]} says which rows train", hint="leave it out")
         if "selection" in self.model_fields_set and self.rows is not None:
-            message = "selection is for n_of_m and density, and here rows names them"
-            refuse("selection", message, hint="leave it out")
+            refuse("selection", "selection is for n_of_m and density, and here rows names them", hint="leave it out")
         return self
 
     @classmethod

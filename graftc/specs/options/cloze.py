@@ -66,8 +66,7 @@ class ClozeOptions(SpecModel):
             message = both if self.decoder else "neither blank nor decoder says where the blank is"
             refuse("blank", message, hint="give blank, or decoder for models like T5")
         if (number := first_repeat(self.labels)) is not None:
-            message = f"the label {quoted(self.labels[number])} is there already"
-            refuse(("labels", number), message, hint="leave it out")
+            refuse(("labels", number), f"the label {quoted(self.labels[number])} is there already", hint="leave it out")
         for index, verbalizer in enumerate(self.verbalizers):
             self._check_verbalizer(verbalizer, ("verbalizers", index))
         return self

@@ -109,8 +109,7 @@ def _problems(value: Any) -> Iterator[Problem]:
         yield from wrong
         if wrong:
             continue
-        own = frozenset(_listed(words))
-        other = told.setdefault(own, label)
+        other = told.setdefault(frozenset(_listed(words)), label)
         if other != label:
             message = f"the labels {quoted(other)} and {quoted(label)} have the same words"
             yield (label,), GraftError("GC176", message, hint="no model could tell them apart; give one other words")

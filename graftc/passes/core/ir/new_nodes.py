@@ -32,6 +32,16 @@ def create_node(
     return node
 
 
+def insert_call(
+    place: fx.Node, target: Any, args: tuple[Any, ...], meta: Mapping[str, Any], *, after: bool = False
+) -> fx.Node:
+    """Insert a call with metadata of its own in front of a node, or after it."""
+    with place.graph.inserting_after(place) if after else place.graph.inserting_before(place):
+        node = place.graph.call_function(target, args)
+    node.meta = dict(meta)
+    return node
+
+
 def copy_node(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], Any], name: str | None = None) -> fx.Node:
     """Copy a node of another graph, or of another place in this one, without its metadata.
 
