@@ -73,8 +73,7 @@ class HeldFolder:
         """
         if self._descriptor is None:
             return HeldFolder.open(self.path / name)
-        flags = _READING | os.O_DIRECTORY
-        return HeldFolder(self.path / name, os.open(name, flags, dir_fd=self._descriptor))
+        return HeldFolder(self.path / name, os.open(name, _READING | os.O_DIRECTORY, dir_fd=self._descriptor))
 
     def close(self) -> None:
         """Close the folder, which ends its lock; closing it again does nothing."""

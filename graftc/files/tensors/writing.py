@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -55,6 +56,5 @@ def writing(path: Path) -> Iterator[None]:
 
 def _number(text: str) -> int | None:
     """Return the system's number of an error from Rust's text, ``... (os error 28)``; None if there is none."""
-    _, marker, rest = text.partition("(os error ")
-    number = rest.partition(")")[0]
-    return int(number) if marker and number.isdigit() else None
+    match = re.search(r"\(os error (\d+)\)", text)
+    return None if match is None else int(match[1])

@@ -27,6 +27,7 @@ from graftc.runtime.activations.minimum_cut import ActivationPlan, Recomputation
 from graftc.runtime.activations.offload import offload_of
 from graftc.runtime.activations.recording import Recorded, fake, record
 from graftc.specs.errors.diagnostics import warn
+from graftc.specs.grouping import grouped
 
 
 class Kind(NamedTuple):
@@ -248,9 +249,7 @@ def _marked(graph: fx.Graph, recorded: Recorded, roots: Sequence[fx.Node], targe
     marked.output(marked.graph_copy(graph, mapping))
     place = {node: number for number, node in enumerate(graph.nodes)}
     first = next(node for node in marked.nodes if node.op != "placeholder")
-    sharing: dict[int, list[fx.Node]] = {}
-    for node, storage in recorded.storages.items():
-        sharing.setdefault(storage, []).append(node)
+    sharing = grouped((storage, node) for node, storage in recorded.storages.items())
     for index, target in enumerate(targets):
         readers = [user for node in sharing[recorded.storages[target]] for user in (node, *node.users)]
         last = max((user for user in readers if user.op != "output"), key=place.__getitem__)

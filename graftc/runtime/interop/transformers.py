@@ -84,15 +84,11 @@ def to_transformers(merged: FoldedModel) -> Any:
         raise no_place(missing, source)
     placed: dict[str, nn.Parameter] = {}
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for name in list(parameters_of(module)):
-            if parameters_of(module)[name] is not None:
-                value = tensors[prefix + name]
-                owner = merged.store.canonical(prefix + name)
-                parameters_of(module)[name] = placed.setdefault(owner, nn.Parameter(value.clone()))
-        for name in list(buffers_of(module)):
-            if buffers_of(module)[name] is not None:
-                buffers_of(module)[name] = tensors[prefix + name].clone()
+        for name, _ in list(module.named_parameters(path, recurse=False, remove_duplicate=False)):
+            parameter = placed.setdefault(merged.store.canonical(name), nn.Parameter(tensors[name].clone()))
+            parameters_of(module)[name.rpartition(".")[2]] = parameter
+        for name, _ in list(module.named_buffers(path, recurse=False, remove_duplicate=False)):
+            buffers_of(module)[name.rpartition(".")[2]] = tensors[name].clone()
     model.tie_weights()
     if getattr(source, "generation_config", None) is not None:
         model.generation_config = copy.deepcopy(source.generation_config)

@@ -7,6 +7,7 @@ with its code. Showing a view is an assignment; calls then run it at no extra co
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,12 +42,14 @@ from graftc.runtime.activations.training_code import training_code
 from graftc.runtime.model.blocks import Recompute
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.root import AdaptedView, Installed
-from graftc.runtime.model.views import Leaving, Progress, Tables, Views, over, tables_of
+from graftc.runtime.model.views import Leaving, Progress, Tables, over, tables_of
 from graftc.specs.changes import leaving
 from graftc.specs.document import Spec
 from graftc.specs.errors.arguments import as_names
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning, unknown_name
 from graftc.specs.methods.prefix import PrefixSpec
+
+_LABELS = itertools.count(1)
 
 
 class AdaptedRunner(ModelRunner):
@@ -57,7 +60,7 @@ class AdaptedRunner(ModelRunner):
 
     Attributes:
         leaving: the adaptations that calls leave out.
-        views: the views without some adaptations.
+        views: the views that are known, by the adaptations that they leave out.
         progress: the progress of the training.
         base_only: whether calls run the base's graphs.
         as_reference: whether they run those of eval mode.
@@ -67,7 +70,7 @@ class AdaptedRunner(ModelRunner):
     def __init__(self, compilation: Compilation, store: Store) -> None:
         super().__init__(compilation, store)
         self.leaving, self.progress = Leaving(), Progress()
-        self.views = Views()
+        self.views: dict[frozenset[str], AdaptedView] = {}
         self.base_only = self.as_reference = False
         self.recompute: tuple[Recompute, int] | None = None
 
@@ -111,9 +114,8 @@ class AdaptedRunner(ModelRunner):
         kept = self.adaptations(names)
         gone = {str(a.name) for a in spec.adapt} - kept
         composed = {str(c.name) for c in spec.compose if not set(c.members) & kept}
-        left = leaving(spec, gone)
         values = {n: t for n, t in adapter_values(self.store) if owner_of(n) not in gone | composed}
-        return self.sibling(left, values)
+        return self.sibling(leaving(spec, gone), values)
 
     # Contents of the Compilation
 
@@ -146,10 +148,7 @@ class AdaptedRunner(ModelRunner):
     @property
     def everything(self) -> Steerings:
         """The controllers and objectives that steer the training if nothing is left out."""
-        view = self.whole
-        if view.steering is None:
-            view.steering = steerings(self.compilation)
-        return view.steering
+        return self.complete().steering
 
     # Calls
 
@@ -169,19 +168,19 @@ class AdaptedRunner(ModelRunner):
         return super().call(args, kwargs)
 
     def _check_frozen(self) -> None:
-        if "frozen" not in self.derived:
-            parameters = [name for name, tensor in self.store.base() if isinstance(tensor, nn.Parameter)]
-            split = ((name, *name.rpartition(".")) for name in parameters)
-            self.derived["frozen"] = [
-                (parameters_of(self.store.owner(path)), last, name) for name, path, _, last in split
-            ]
-        for table, name, path in self.derived["frozen"]:
+        for path, table, name in self.once("frozen", self._parameters_of_base):
             tensor = table[name]
             if tensor.requires_grad and not wanted(tensor):
                 message = f"{path} wants a gradient, and it is the source model's"
                 module = path.rpartition(".")[0] or path
                 hint = f"put train: [{module}] into the spec, which trains a copy of it, or freeze it again"
                 raise GraftError("GC044", message, hint=hint)
+
+    def _parameters_of_base(self) -> list[tuple[str, dict[str, Any], str]]:
+        """Return the names of the base's parameters, each with the table that it is in, and its key there."""
+        names = [name for name, tensor in self.store.base() if isinstance(tensor, nn.Parameter)]
+        split = ((name, *name.rpartition(".")) for name in names)
+        return [(name, parameters_of(self.store.owner(path)), last) for name, path, _, last in split]
 
     @property
     def begins(self) -> int:
@@ -321,11 +320,11 @@ class AdaptedRunner(ModelRunner):
     @property
     def whole(self) -> AdaptedView:
         """The view with every adaptation."""
-        return self.views.known.get(frozenset(), self.shown)
+        return self.views.get(frozenset(), self.shown)
 
     def every_view(self) -> list[AdaptedView]:
         """Return the views that calls may run: the shown one, and all that are known."""
-        return list({id(view): view for view in (self.shown, *self.views.known.values())}.values())
+        return list({id(view): view for view in (self.shown, *self.views.values())}.values())
 
     def relower(self) -> None:
         """Make all code again, that of views included."""
@@ -354,13 +353,13 @@ class AdaptedRunner(ModelRunner):
         """Show the view without some adaptations."""
         if off == self.shown.off:
             return
-        if off not in self.views.known and is_traced():
+        if off not in self.views and is_traced():
             raise GraftError("GC031", "this has no graph yet; call the model so once before compiling it")
         self.shown = self._known_view(off)
 
     def _known_view(self, off: frozenset[str]) -> AdaptedView:
         """Return the view without some adaptations, which is made when it is first requested."""
-        views = self.views.known
+        views = self.views
         if off not in views:
             with exclusive():
                 views.setdefault(self.shown.off, self.shown)
@@ -386,9 +385,8 @@ class AdaptedRunner(ModelRunner):
 
     def view_of(self, compilation: Compilation, steering: Steerings, off: frozenset[str]) -> AdaptedView:
         """Return a view with its own code for a Compilation over the same tensors; other threads may run this."""
-        self.views.count += 1
         beside = copy.copy(self)
-        beside.shown = AdaptedView(compilation, {}, f"{self.views.count}: ", off, steering)
+        beside.shown = AdaptedView(compilation, {}, f"{next(_LABELS)}: ", off, steering)
         for key in (compilation.key("train"), compilation.key("eval")):
             beside.install(key, beside.as_run(key))
         return beside.shown

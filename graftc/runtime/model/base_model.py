@@ -61,10 +61,9 @@ def install_base_model(
         The base model; None if the model has none, is one itself, or returns no hidden states.
     """
     prefix = getattr(model, "base_model_prefix", None)
-    config = getattr(model, "config", None)
     if not isinstance(prefix, str) or not isinstance(children_of(model).get(prefix), nn.Module):
         return None
-    if not hasattr(config, "output_hidden_states"):
+    if not hasattr(getattr(model, "config", None), "output_hidden_states"):
         return None
     base = store.replace_container(prefix, BaseModel)
     base._graftc.call = call

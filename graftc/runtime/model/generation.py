@@ -251,10 +251,7 @@ def encode(runner: ModelRunner, kwargs: dict[str, Any]) -> Any:
 
 
 def _encoder_of(runner: ModelRunner) -> Interface:
-    if "encoder" not in runner.derived:
-        model: Any = runner.compilation.model
-        runner.derived["encoder"] = Interface(model.get_encoder())
-    return cast(Interface, runner.derived["encoder"])
+    return runner.once("encoder", lambda: Interface(cast(Any, runner.compilation.model).get_encoder()))
 
 
 def stand_in_of(runner: ModelRunner) -> Any:

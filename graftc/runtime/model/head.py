@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
 
@@ -35,9 +35,7 @@ class Head(nn.Module):
         Raises:
             GraftError: GC072 if the head is adapted in another way than by training it or some of its rows.
         """
-        tensor = self._tensor("weight")
-        assert tensor is not None
-        return tensor
+        return cast(Tensor, self._tensor("weight"))
 
     @property
     def bias(self) -> Tensor | None:
@@ -58,9 +56,7 @@ class Head(nn.Module):
 
     def _tensor(self, name: str) -> Tensor | None:
         module = self._store.owner(self._path)
-        tensor: Tensor | None = parameters_of(module).get(name)
-        if tensor is None:
-            tensor = buffers_of(module).get(name)
+        tensor: Tensor | None = {**buffers_of(module), **parameters_of(module)}.get(name)
         if tensor is None:
             return None
         copies, others = _changes(self._store, self._path, self._edits)

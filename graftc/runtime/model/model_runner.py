@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -50,7 +50,7 @@ from graftc.runtime.model.deferred import CallState, cache_field, deferred_cache
 from graftc.runtime.model.libraries import refuse_deepspeed
 from graftc.runtime.model.packed_batches import warn_of_packed
 from graftc.runtime.model.past import read_past, tokens_of
-from graftc.runtime.model.root import AdaptedView, Root, Runner
+from graftc.runtime.model.root import AdaptedView, Root, Runner, Value
 from graftc.specs.errors.diagnostics import GraftError
 
 OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")
@@ -224,12 +224,10 @@ class ModelRunner(Runner):
     def _written(self) -> tuple[Any, ...]:
         """Return a value that changes with the adaptations, their tensors, and the hooks on the table of embeddings."""
         key = id(self.compilation), self.shown.device_type
-        known = self.derived.get("adapters")
-        if known is None or known[0] != key:
-            known = self.derived["adapters"] = key, [tensor for _, tensor in self.store.adapters()]
+        tensors = self.once("adapters", lambda: [tensor for _, tensor in self.store.adapters()], of=key)
         table = self.module.get_submodule(self.hooked) if self.hooked is not None else None
         hooks = () if table is None else tuple(forward_hooks(table))
-        return (*key, hooks, sum(map(version_of, known[1])))
+        return (*key, hooks, sum(map(version_of, tensors)))
 
     def run_part(self, present: dict[str, Any], plain: bool, entry: Entry = "forward") -> Any:
         """Return the outputs for tensors and flags by name."""
@@ -237,8 +235,7 @@ class ModelRunner(Runner):
         key = self.ready(present, entry)
         if not is_traced():
             self._look_at(key, present)
-        results = self.results(key, present)
-        outputs = self.shown.lowered_of(key).outputs.build(results)
+        outputs = self.shown.lowered_of(key).outputs.build(self.results(key, present))
         if past is not None:
             outputs = with_cache(outputs, past.cache)
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
@@ -270,11 +267,22 @@ class ModelRunner(Runner):
         if self.device.type == "meta":
             return ()
         if key not in self.shown.executables:
-            place = self.shown.label, key
-            if place not in self.derived:
-                self.derived[place] = position_tables(self.shown.compilation.table.programs[key], self.store)
-            return cast("tuple[PositionTable, ...]", self.derived[place])
+            programs = self.shown.compilation.table.programs
+            return self.once((self.shown.label, key), lambda: position_tables(programs[key], self.store))
         return self.shown.executables[key].once("positions", lambda program: position_tables(program, self.store))
+
+    def once(self, name: Hashable, make: Callable[[], Value], *, of: object = None) -> Value:
+        """Return a value that follows from the Compilation as it is.
+
+        Args:
+            name: the name of the value.
+            make: a function that computes it, called when it is first requested.
+            of: what else it was computed of; it is computed again if that is another value.
+        """
+        known = self.derived.get(name)
+        if known is None or known[0] != of:
+            known = self.derived[name] = of, make()
+        return cast(Value, known[1])
 
     def results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return the flat outputs of a call."""

@@ -300,8 +300,9 @@ class Runner:
         """
         if not is_unit(self.module):
             return []
-        units = sharded_modules(self.module)
-        return [unit for unit in units if isinstance(unit, Container) and not isinstance(unit, Block)]
+        return [
+            unit for unit in sharded_modules(self.module) if isinstance(unit, Container) and not isinstance(unit, Block)
+        ]
 
     def relower(self) -> None:
         """Make all code again, for tensors that have moved to another device."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.steering import Steerings
 from graftc.passes.core.weights.store import Store
-from graftc.runtime.model.root import AdaptedView
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,19 +69,6 @@ class Leaving:
     def hidden(self) -> frozenset[str]:
         """The adaptations that calls leave out now."""
         return self.off.union(*self.within)
-
-
-@dataclass
-class Views:
-    """The views of a model.
-
-    Attributes:
-        known: the views, by the adaptations that they leave out.
-        count: the number of views that have been made so far.
-    """
-
-    known: dict[frozenset[str], AdaptedView] = field(default_factory=dict)
-    count: int = 0
 
 
 def with_every_adaptation(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:

@@ -240,7 +240,7 @@ class Adapters(Feature):
     def _forget(self, names: Mapping[str, str]) -> None:
         """Discard everything derived from the previous Compilation, and update the recorded names of adaptations."""
         runner, left, trained = self.runner, self.runner.leaving, self.runner.progress.trained
-        runner.views.known.clear()
+        runner.views.clear()
         runner.derived.clear()
         self._prune()
         trained.update(new for old, new in names.items() if old in trained)

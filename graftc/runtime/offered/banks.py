@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,10 +75,10 @@ class Choosing(Feature):
 
     def _trainable(self) -> dict[str, Tensor]:
         """Return the adapter tensors that train if every adaptation does, by name."""
-        if "trainable" not in self.runner.derived:
-            adapters = self.runner.store.adapters()
-            self.runner.derived["trainable"] = {fqn: tensor for fqn, tensor in adapters if tensor.requires_grad}
-        return cast("dict[str, Tensor]", self.runner.derived["trainable"])
+        adapters = self.runner.store.adapters
+        return self.runner.once(
+            "trainable", lambda: {fqn: tensor for fqn, tensor in adapters() if tensor.requires_grad}
+        )
 
     @in_every_process
     def fix(self, choice: Choice, bank: str | None = None) -> Any:

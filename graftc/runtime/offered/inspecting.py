@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from graftc.compiler.inspect.diff import diff_programs
 from graftc.compiler.inspect.explain import explain
@@ -27,9 +27,7 @@ class Inspecting(Feature):
     @property
     def report(self) -> Report:
         """The additions of every adaptation: sites, parameters, bytes, FLOPs per token."""
-        if "report" not in self.runner.derived:
-            self.runner.derived["report"] = report(self.runner.compilation)
-        return cast(Report, self.runner.derived["report"])
+        return self.runner.once("report", lambda: report(self.runner.compilation))
 
     def print_graph(self, mode: Mode = "eval") -> str:
         """Return the canonical text of the adapted graph."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,10 +89,7 @@ class StateDicts(Feature):
         source = self.runner.compilation.source
         with source_lock():
             version = [(id(tensor), version_of(tensor)) for tensor in [*source.parameters(), *source.buffers()]]
-        known = self.runner.derived.get("identity")
-        if known is None or known[0] != version:
-            known = self.runner.derived["identity"] = version, self.runner.compilation.identity()
-        return cast(Identity, known[1])
+        return self.runner.once("identity", self.runner.compilation.identity, of=version)
 
     def kept(self) -> set[str]:
         """Return the names of the tensors in a state dict."""

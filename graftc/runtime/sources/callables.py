@@ -33,10 +33,10 @@ def from_callable(text: str, meta: bool = False) -> tuple[nn.Module, ExampleInpu
         GraftError: GC032 if there is no such callable, it fails, or it returns something else.
     """
     with quiet_quantisers():
-        return _made(text, meta)
+        return _called(text, meta)
 
 
-def _made(text: str, meta: bool) -> tuple[nn.Module, ExampleInputs | None]:
+def _called(text: str, meta: bool) -> tuple[nn.Module, ExampleInputs | None]:
     path, _, name = text.partition(":")
     make = _attribute(_module(path), path, name)
     if not callable(make):

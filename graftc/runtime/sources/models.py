@@ -7,7 +7,6 @@ folder or an id, and never import or call what it names.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -152,8 +151,7 @@ def load_folder(
     """
     _check_folder(folder, meta)
     with quiet_transformers():
-        model: nn.Module = _from_transformers(str(folder), folder, meta, built, dtype)
-    return model
+        return _from_transformers(str(folder), folder, meta, built, dtype)
 
 
 def load_hub(
@@ -180,10 +178,10 @@ def load_hub(
                 f"{name!r} is not a folder here, and the hub has no such model: {reason_of(error)}", hint, cause=error
             )
         model = _from_transformers(name, folder, meta, built, dtype)
-    model.config.name_or_path = name
-    set_commit(model.config, folder.name)
-    loaded: nn.Module = model
-    return loaded
+    config: Any = model.config
+    config.name_or_path = name
+    set_commit(config, folder.name)
+    return model
 
 
 def _snapshot(name: str, meta: bool, revision: str | None) -> Path:
@@ -208,7 +206,7 @@ def _snapshot(name: str, meta: bool, revision: str | None) -> Path:
 
 def _from_transformers(
     text: str, folder: Path, meta: bool, built: Built | None = None, wanted: torch.dtype | None = None
-) -> Any:
+) -> nn.Module:
     looked_at = open_model_folder(folder, text, weights=not meta)
     config = _config(text, folder)
     cls = _architecture(text, config)
@@ -318,8 +316,7 @@ def _architecture(text: str, config: Any) -> Any:
         refuse(message, 'add "architectures": ["BertModel"], or the class that it is, to config.json')
     cls = getattr(transformers, names[0], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        shared = os.path.commonprefix
-        known = [n for n in dir(transformers) if n[:1].isupper() and len(shared([n, names[0]])) > 2]
+        known = [n for n in dir(transformers) if n[:1].isupper() and n[:3] == names[0][:3]]
         close = nearest(names[0], known, n=1)
         own = "a class of your own loads as package.module:callable"
         refuse(f"transformers has no model {names[0]!r}", f"did you mean {close[0]!r}?" if close else own)

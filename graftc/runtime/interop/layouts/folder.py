@@ -303,30 +303,29 @@ def _fused(updates: Mapping[str, Update]) -> Iterator[tuple[str, Update]]:
 def _keyed(
     path: str, update: Update, layout: AdapterLayout, updates: Mapping[str, Update]
 ) -> Iterator[tuple[str, Tensor]]:
+    words = [f".lora_embedding_{word}" for word in "AB"] if update.table else [f".{w}.weight" for w in layout.factors]
+    for place, factors in _placed(path, update, layout, updates):
+        yield from zip((f"{layout.prefix}{place}{word}" for word in words), factors, strict=True)
+
+
+def _placed(
+    path: str, update: Update, layout: AdapterLayout, updates: Mapping[str, Update]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Yield the factors that a layout stores of an update, each pair with its path."""
     module, _, last = path.rpartition(".")
-    a, b = layout.factors
-    front = f"{layout.prefix}{named(layout, path)}"
     if update.experts is None:
-        suffix = (f".lora_embedding_{word}" for word in "AB") if update.table else (f".{a}.weight", f".{b}.weight")
-        yield from zip((f"{front}{word}" for word in suffix), (update.down, update.up), strict=True)
-        return
-    if layout.experts == "each":
+        yield named(layout, path), (update.down, update.up)
+    elif layout.experts == "each":
         for number in range(update.experts):
-            yield f"{layout.prefix}{module}.{number}.{last}.{a}.weight", update.down[number]
-            yield f"{layout.prefix}{module}.{number}.{last}.{b}.weight", update.up[number]
-        return
-    if layout.experts == "stacked":
-        yield f"{layout.prefix}{module}.{STACKED[last]}.{a}.weight", update.down
-        yield f"{layout.prefix}{module}.{STACKED[last]}.{b}.weight", update.up
-        return
-    # The parameter that PEFT wraps last is outside the other.
-    inner = last == "gate_up_proj" and f"{module}.down_proj" in updates
-    front = f"{layout.prefix}{module}" + (".base_layer" if inner else "")
-    shaped = Shaped(experts=update.experts)
-    yield f"{front}.{a}.weight", to_theirs("down", update.down, shaped)
-    by_expert = layout.experts == "flat_by_expert"
-    up = update.up.transpose(0, 1).flatten(1) if by_expert else to_theirs("up", update.up, shaped)
-    yield f"{front}.{b}.weight", up
+            yield f"{module}.{number}.{last}", (update.down[number], update.up[number])
+    elif layout.experts == "stacked":
+        yield f"{module}.{STACKED[last]}", (update.down, update.up)
+    else:
+        # The parameter that PEFT wraps last is outside the other.
+        inner = last == "gate_up_proj" and f"{module}.down_proj" in updates
+        shaped, up = Shaped(experts=update.experts), update.up
+        up = up.transpose(0, 1).flatten(1) if layout.experts == "flat_by_expert" else to_theirs("up", up, shaped)
+        yield f"{module}.base_layer" if inner else module, (to_theirs("down", update.down, shaped), up)
 
 
 def _config(adapter: PlainAdapter, updates: Mapping[str, Update], layout: AdapterLayout) -> dict[str, Any]:

@@ -32,7 +32,8 @@ from graftc.runtime.interop.peft.expressible import own_places, refuse_inexpress
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
 from graftc.runtime.interop.peft.pairs import (
     Pair,
-    is_adapted,
+    is_listed_at,
+    is_parameter,
     pairs_of,
     peft_tensors,
     split,
@@ -44,6 +45,7 @@ from graftc.runtime.interop.peft.targets import suffixes
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import CONFIG, read_config
+from graftc.specs.grouping import grouped
 from graftc.specs.peft import PeftFormat
 
 __all__ = ["SITES", "PeftExport", "check_peft", "is_exported", "prepared", "write_peft"]
@@ -194,16 +196,13 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
     """Return which modules are adapted, and what differs among them."""
     universe = paths_of(compilation.source)
     own = own_places(compilation, main)
-    plain = [(site, spec) for site, spec in own if not _is_parameter(compilation, site)]
-    named = [f"{site.key.module}.{site.key.name}" for site, _ in own if _is_parameter(compilation, site)]
-    fields: dict[str, Any] = {}
-    groups: dict[bool, list[str]] = {}
-    for site, spec in plain:
-        listed = any(each.value(spec, site.roles) == each.listed for each in table.lists.values())
-        path = table_path(compilation, site.key) if trains_rows(table) else site.key.module
-        groups.setdefault(listed, []).append(path)
-    words = {listed: suffixes(dict.fromkeys(paths), universe) for listed, paths in groups.items()}
-    fields["target_modules"] = sorted({word for each in words.values() for word in each})
+    plain = [(site, spec) for site, spec in own if not is_parameter(compilation, site)]
+    named = [_target(compilation, site) for site, _ in own if is_parameter(compilation, site)]
+    paths = [table_path(compilation, site.key) if trains_rows(table) else site.key.module for site, _ in plain]
+    listed = [is_listed_at(site, spec, table) for site, spec in plain]
+    groups = grouped(zip(listed, paths, strict=True))
+    words = {own: suffixes(dict.fromkeys(modules), universe) for own, modules in groups.items()}
+    fields: dict[str, Any] = {"target_modules": sorted({word for each in words.values() for word in each})}
     for theirs in table.lists:
         fields[theirs] = sorted(words.get(True, ()))
     if named:
@@ -211,7 +210,7 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
     for theirs, ours in table.patterns.items():
         usual = Counter(getattr(spec, ours) for _, spec in own).most_common(1)[0][0]
         fields[theirs] = {
-            _pattern_key(compilation, site): _as_json(getattr(spec, ours))
+            _target(compilation, site): _as_json(getattr(spec, ours))
             for site, spec in own
             if getattr(spec, ours) != usual
         }
@@ -223,18 +222,9 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
     return fields
 
 
-def _is_parameter(compilation: Compilation, site: Any) -> bool:
-    """Return whether peft needs the name of the parameter.
-
-    It does for a module that has the matrices of several experts, and for classes that it does not adapt.
-    """
-    if not isinstance(site, LinearSite):
-        return False
-    return bool(site.leading) or not is_adapted(compilation.source.get_submodule(site.key.module))
-
-
-def _pattern_key(compilation: Compilation, site: Any) -> str:
-    return f"{site.key.module}.{site.key.name}" if _is_parameter(compilation, site) else str(site.key.module)
+def _target(compilation: Compilation, site: Site) -> str:
+    """Return the name by which peft selects a site."""
+    return f"{site.key.module}.{site.key.name}" if is_parameter(compilation, site) else site.key.module
 
 
 def _parameters(compilation: Compilation) -> list[str]:

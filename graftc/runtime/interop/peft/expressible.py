@@ -12,7 +12,7 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.roles.windows import may_have_windows
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.runtime.interop.peft.folder import ADDED
-from graftc.runtime.interop.peft.pairs import is_adapted, is_projection, repeats, table_of, trains_rows
+from graftc.runtime.interop.peft.pairs import is_parameter, is_projection, repeats, table_of, trains_rows
 from graftc.specs.base import MethodSpec
 from graftc.specs.compose import Stack
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -116,9 +116,7 @@ def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) 
 def _check_parameters(compilation: Compilation, resolved: Resolved, table: PeftFormat, index: int) -> None:
     """Check the places that peft adapts as parameters: it supports LoRA only, without dropout of what experts read."""
     for site, spec in resolved.places:
-        if not isinstance(site, LinearSite):
-            continue
-        if site.leading or not is_adapted(compilation.source.get_submodule(site.key.module)):
+        if is_parameter(compilation, site):
             if not table.parameters:
                 raise _error(f"{spec.method} at the parameter {site.key}", f"adapt[{index}].target", "use lora there")
             if getattr(spec, "dropout", 0):
@@ -132,10 +130,9 @@ def _check_called(compilation: Compilation, resolved: Resolved, index: int) -> N
     """
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
     for site, _ in own_places(compilation, resolved):
-        module = modules.get(site.key.module)
-        if not isinstance(site, LinearSite) or site.leading or module is None or not is_adapted(module):
+        if not isinstance(site, LinearSite) or is_parameter(compilation, site):
             continue
-        if modules.get(str(site.use.node.meta["module"])) is not module:
+        if modules.get(str(site.use.node.meta["module"])) is not modules[site.key.module]:
             what = f"an adaptation of {site.key.module}, whose weight the model reads without calling the module"
             raise _error(what, f"adapt[{index}].target", "merge the model: PEFT would load it and not apply it")
 

@@ -25,11 +25,14 @@ from graftc.runtime.interop.peft.keys import MODEL, ROOT, tensor_key
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import beside
+from graftc.specs.grouping import grouped
 from graftc.specs.peft import Form, PeftFormat
 
 __all__ = [
     "Pair",
     "is_adapted",
+    "is_listed_at",
+    "is_parameter",
     "is_projection",
     "pairs_of",
     "peft_tensors",
@@ -105,6 +108,11 @@ def table_of(spec: MethodSpec) -> PeftFormat:
 def trains_rows(table: PeftFormat) -> bool:
     """Return whether a method trains rows of tables."""
     return any(part.form == "rows" for part in table.parts.values())
+
+
+def is_listed_at(site: Site, spec: MethodSpec, table: PeftFormat) -> bool:
+    """Return whether the lists of modules in peft's config name the module of a site."""
+    return any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
 
 
 def pairs_of(compilation: Compilation, *, older: bool = False, named: Collection[str] = frozenset()) -> list[Pair]:
@@ -233,6 +241,16 @@ def is_adapted(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D))
 
 
+def is_parameter(compilation: Compilation, site: Site) -> bool:
+    """Return whether peft needs the name of the parameter that a site is.
+
+    It does for a module that has the matrices of several experts, and for classes that it does not adapt.
+    """
+    if not isinstance(site, LinearSite):
+        return False
+    return bool(site.leading) or not is_adapted(compilation.source.get_submodule(site.key.module))
+
+
 def is_projection(path: str, modules: Mapping[str, nn.Module]) -> bool:
     """Return whether a module is the output projection of an attention which peft adapts as a whole."""
     around, _, last = path.rpartition(".")
@@ -267,7 +285,7 @@ class _Turned:
 
 
 def _shaped(site: Site, spec: MethodSpec, table: PeftFormat, turned: _Turned) -> Shaped:
-    inward = any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
+    inward = is_listed_at(site, spec, table)
     if not isinstance(site, LinearSite):
         return Shaped(inward=inward)
     kernel = site.own.shape[2:] if site.own.layout is Layout.KERNEL else ()
@@ -277,11 +295,8 @@ def _shaped(site: Site, spec: MethodSpec, table: PeftFormat, turned: _Turned) ->
 
 def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:
     """Return how many other adapters are around each site; the first of a module's parameters is innermost."""
-    groups: dict[str, list[SiteKey]] = {}
-    for site in sites:
-        groups.setdefault(site.key.module, []).append(site.key)
     depths: dict[SiteKey, int] = {}
-    for module, keys in groups.items():
+    for module, keys in grouped((site.key.module, site.key) for site in sites).items():
         if len(keys) > 1:
             order = list(parameters_of(compilation.store.owner(module)))
             keys = sorted(keys, key=lambda key: order.index(key.name) if key.name in order else len(order))

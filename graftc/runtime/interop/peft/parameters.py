@@ -11,6 +11,7 @@ from graftc.runtime.interop.peft.targets import meant
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import AdapterConfig
+from graftc.specs.grouping import grouped
 
 __all__ = ["adapted_parameters", "meant_parameters"]
 
@@ -40,13 +41,8 @@ def adapted_parameters(
     """
     resolved = dict[tuple[str, int], tuple[str, bool]]()
     targets = config.target_parameters or []
-    owned: dict[str, list[str]] = {}
-    for name in shapes:
-        module, _, last = name.rpartition(".")
-        owned.setdefault(module, []).append(last)
-    depths: dict[str, list[int]] = {}
-    for path, depth in modules:
-        depths.setdefault(path, []).append(depth)
+    owned = grouped((module, last) for module, _, last in (name.rpartition(".") for name in shapes))
+    depths = grouped(modules)
     as_modules = meant(config, list(depths)) if targets else None
     for path, levels in depths.items():
         # Without a base, a bare name may be a parameter of any module, except those that the config names as modules.

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 
 from graftc.specs.foreign.config import AdapterConfig
+from graftc.specs.grouping import grouped
 from graftc.specs.patterns import BRANCHES, glob_to_regex
 from graftc.specs.regexes import RegexMatcher
 
@@ -87,9 +88,7 @@ def globs(wanted: Collection[str], universe: Collection[str]) -> list[str]:
         universe: all paths that a glob is matched against.
     """
     left, result = dict.fromkeys(wanted), list[str]()
-    groups: dict[str, list[str]] = {}
-    for path in left:
-        groups.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "*", path), []).append(path)
+    groups = grouped((re.sub(r"(?<![^.])\d+(?![^.])", "*", path), path) for path in left)
     covered: set[str] = set()
     for shape, members in groups.items():
         if covered.issuperset(members):
@@ -122,10 +121,7 @@ def _candidates(shape: str, members: Sequence[str]) -> Iterator[str]:
 def suffixes(wanted: Collection[str], universe: Collection[str]) -> list[str]:
     """Return the shortest ends of paths by which peft finds exactly the wanted paths among all paths."""
     allowed, result = set(wanted), list[str]()
-    meaning: dict[str, list[str]] = {}
-    for path in universe:
-        for end in _ends(path):
-            meaning.setdefault(end, []).append(path)
+    meaning = grouped((end, path) for path in universe for end in _ends(path))
     for path in wanted:
         if any(end in result for end in _ends(path)):
             continue

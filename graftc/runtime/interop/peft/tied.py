@@ -6,7 +6,7 @@ rows of a table (`trainable_token_indices`) to the model's input embeddings by i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -16,6 +16,7 @@ from graftc.runtime.hooks.embeddings import path_by_getter
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, table_form
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.grouping import grouped
 
 __all__ = ["apart_of", "once", "trained_apart", "trained_together"]
 
@@ -53,10 +54,8 @@ def _refuse_shared_factors(adapter: PeftAdapter, tied: Mapping[str, list[str]]) 
 def _rows_once(
     adapter: PeftAdapter, model: nn.Module, tied: Mapping[str, list[str]], structure: Callable[[], Structure]
 ) -> PeftAdapter:
-    groups: dict[str, list[PeftModule]] = {}
-    for module in adapter.modules:
-        if "weight" in module.keys and table_form(module, "weight") == "rows" and module.name in tied:
-            groups.setdefault(tied[module.name][0], []).append(module)
+    rows = (m for m in adapter.modules if "weight" in m.keys and table_form(m, "weight") == "rows")
+    groups = grouped((tied[module.name][0], module) for module in rows if module.name in tied)
     changed: dict[int, PeftModule | None] = {}
     doubles = list(adapter.doubles)
     source = path_by_getter(model, "get_input_embeddings")
@@ -73,8 +72,7 @@ def _rows_once(
             changed[id(module)] = None
             if module is not main:
                 doubles.append((main.keys["weight"], module.keys["weight"]))
-        paths = [name.rpartition(".")[0] for name in tied[first]]
-        changed[id(main)] = replace(main, read_at=_read(main.path, paths, structure))
+        changed[id(main)] = replace(main, read_at=_read(main.path, _modules_of(tied[first]), structure))
     modules = (changed.get(id(module), module) for module in adapter.modules)
     return replace(adapter, modules=tuple(module for module in modules if module is not None), doubles=tuple(doubles))
 
@@ -133,16 +131,15 @@ def apart_of(trained: Collection[str], model: nn.Module) -> list[str]:
 
 def _shared(trained: Collection[str], model: nn.Module) -> list[tuple[list[str], list[str]]]:
     """Return, for each shared tensor that trains, the modules that train it and all modules that have it."""
-    groups = []
-    for names in _tied_names(model):
-        if own := [name.rpartition(".")[0] for name in names if name in trained]:
-            groups.append((own, [name.rpartition(".")[0] for name in names]))
-    return groups
+    shared = [(names, [name for name in names if name in trained]) for names in _tied_names(model)]
+    return [(_modules_of(own), _modules_of(names)) for names, own in shared if own]
+
+
+def _modules_of(names: Iterable[str]) -> list[str]:
+    return [name.rpartition(".")[0] for name in names]
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:
     """Return the names of each parameter that has several."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
+    names = grouped((parameter, name) for name, parameter in model.named_parameters(remove_duplicate=False))
     return [own for own in names.values() if len(own) > 1]

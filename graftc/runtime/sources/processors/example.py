@@ -49,22 +49,23 @@ def processor_example(model: nn.Module) -> dict[str, Any] | None:
         return None
     if not any((folder / name).exists() for name in _FILES):
         return None
-    tensors: dict[str, Tensor] = {}
     try:
         require_regular_files(folder, "GC030")
-        tensors, reason = _made(folder, kind)
+        tensors = _arrays(folder, kind)
     except GraftError as error:
-        reason = error.message
-    if reason is not None:
-        message = f"the processor in {str(folder)!r} makes no example of text with {kind}: {reason}"
+        message = f"the processor in {str(folder)!r} makes no example of text with {kind}: {error.message}"
         warn("GC183", message, hint="show a batch: example_inputs={name: tensor}")
         return None
     dtype, wanted = dtype_of(model), {name: tensor for name, tensor in tensors.items() if name in known}
     return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in wanted.items()}
 
 
-def _made(folder: Path, kind: str) -> tuple[dict[str, Tensor], str | None]:
-    """Return what the other process has made, or why there is nothing."""
+def _arrays(folder: Path, kind: str) -> dict[str, Tensor]:
+    """Return the arrays that the other process writes.
+
+    Raises:
+        GraftError: GC030 with the reason if there are none.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "example.npz"
@@ -73,14 +74,14 @@ def _made(folder: Path, kind: str) -> tuple[dict[str, Tensor], str | None]:
         try:
             run = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=_WAIT, **quiet)
         except (OSError, subprocess.TimeoutExpired) as error:
-            return {}, f"it did not end: {type(error).__name__}"
+            raise GraftError("GC030", f"it did not end: {type(error).__name__}") from error
         if run.returncode != 0:
-            return {}, "it takes more time or memory than an example may"
+            raise GraftError("GC030", "it takes more time or memory than an example may")
         told = json.loads(run.stdout.decode("utf-8", "replace").rstrip().rpartition("\n")[2])
         if told is not None:
-            return {}, str(told).partition("\n")[0]
+            raise GraftError("GC030", str(told).partition("\n")[0])
         with np.load(file, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     if (entries := sum(tensor.numel() for tensor in tensors.values())) > _MOST:
-        return {}, f"it has {entries:,} entries, and {_MOST:,} are the most"
-    return tensors, None
+        raise GraftError("GC030", f"it has {entries:,} entries, and {_MOST:,} are the most")
+    return tensors

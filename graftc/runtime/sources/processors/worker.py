@@ -31,8 +31,7 @@ def main(folder: str, kind: str, file: str) -> str | None:
     """Write an example, and return None; return the reason if there is no example."""
     _limit()
     try:
-        arrays = _arrays(folder, kind)
-        np.savez(file, **arrays)
+        np.savez(file, **_arrays(folder, kind))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -103,9 +102,9 @@ def _ways(processor: Any, kind: str) -> Iterator[Callable[[], Any]]:
 
 def _chat(processor: Any, kind: str, shown: Any) -> Any:
     content = [{"type": kind, kind: shown}, {"type": "text", "text": _QUESTION}]
-    asked = [[{"role": "user", "content": content}]] * _ROWS
+    messages = [[{"role": "user", "content": content}]] * _ROWS
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    return processor.apply_chat_template(asked, processor_kwargs={"padding": True}, **options)
+    return processor.apply_chat_template(messages, processor_kwargs={"padding": True}, **options)
 
 
 def _image() -> Any:

@@ -22,6 +22,7 @@ from graftc.passes.core.packing.row_scaled import RowScaled
 from graftc.runtime.sources.folder_checks import converted_names
 from graftc.runtime.sources.quantised.folder_tensors import damaged
 from graftc.runtime.sources.quantised.weights import StoredWeight, unread
+from graftc.specs.grouping import grouped
 
 _BY_ROWS = (Affine, RowScaled, Floating)
 """Families, but for `Ordered`, whose parts are of rows, so that those of experts stack."""
@@ -61,14 +62,12 @@ def places_of(model: Any, stored: Iterable[StoredWeight]) -> list[PackedPlace]:
     converters = [e for e in get_model_conversion_mapping(model, None, None) if isinstance(e, WeightConverter)]
     ordered, known = sorted(stored, key=lambda weight: dot_natural_key(weight.name)), model.state_dict()
     names = converted_names(model, [weight.name for weight in ordered], known)
-    by_target: dict[str, list[tuple[str | None, StoredWeight]]] = {}
     for weight in ordered:
-        target, source = names[weight.name]
-        if target not in known:
+        if names[weight.name][0] not in known:
             damaged(f"{type(model).__name__} has no place for {weight.name}")
-        by_target.setdefault(target, []).append((source, weight))
+    targets = ((weight, *names[weight.name]) for weight in ordered)
     places = []
-    for target, weights in by_target.items():
+    for target, weights in grouped((target, (source, weight)) for weight, target, source in targets).items():
         path, _, name = target.rpartition(".")
         module = model.get_submodule(path)
         if weights[0][0] is None and name == "weight":
