@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from graftc.runtime.activations import minimum_cut
-from tests.timing import Timing, name_of
+from tests.kit.timing import Timing, name_of
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -159,7 +159,7 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
 
     Exports and ``torch.compile``, which take seconds, run on the first family of each class that says ``exported =
     True``, and on `CONTRACT_FAMILIES` of those that say ``every_family = True``. Together they cover every operator
-    that methods insert, as `tests/methods/test_exported_operators.py` checks. Inductor runs for classes that say
+    that methods insert, as `tests/passes/methods/test_exported_operators.py` checks. Inductor runs for classes that say
     ``inductor = True``. A folded export is the base's graph with other weights (`MethodContract.test_fold`), so it runs
     only for classes that say ``folded = True``.
     """

@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 
 from graftc.cli import main
 from graftc.cli.schemas import published_schema
-from tests import warm
+from tests.kit import warm
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "cli"
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def run_apart(*arguments: str, cwd: Path | None = None, **environment: str) -> O
 
 
 def run_warm(*arguments: str, cwd: Path, **environment: str) -> Outcome:
-    """Run graftc in another process that has already imported torch; see `tests.warm`."""
+    """Run graftc in another process that has already imported torch; see `tests.kit.warm`."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         status = warm.run("graftc", *arguments, cwd=cwd, out=out, err=err, environment=environment)

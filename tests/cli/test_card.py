@@ -22,8 +22,8 @@ from graftc.runtime.card.page import render_card
 from graftc.runtime.sources.reference import Reference
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
+from graftc.testing.families import tiny
 from tests.cli.support import run_here, run_valid
-from tests.families import tiny
 from tests.runtime.artifact.support import SPEC, adapted, edit_json, saved_base, tree_bytes
 
 OPTIONS = ["--base-model", "owner/base", "--license", "apache-2.0", "--language", "en", "--tag", "my tag"]

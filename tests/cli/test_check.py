@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoConfig
 
 import graftc
+from graftc.testing.families import bert
 from tests.cli.support import check_golden, run_apart, run_here
-from tests.families import bert
 
-BERT = "tests.families:bert"
+BERT = "graftc.testing.families:bert"
 SPEC = """\
 version: 1
 adapt:
@@ -97,10 +97,10 @@ def test_check_of_a_folder_with_only_a_config(capsys: pytest.CaptureFixture[str]
 @pytest.mark.slow
 def test_a_warning_stands_beside_the_result(capsys: pytest.CaptureFixture[str]) -> None:
     Path("tied.yaml").write_text("adapt: [{method: lora, target: {modules: lm_head}}]\n", encoding="utf-8")
-    outcome = run_here(capsys, "check", "tied.yaml", "--model", "tests.families:gpt2")
+    outcome = run_here(capsys, "check", "tied.yaml", "--model", "graftc.testing.families:gpt2")
     assert outcome.status == 0 and outcome.out.startswith("tied.yaml fits GPT2LMHeadModel\n")
     check_golden("check_tied_warning", outcome.err)
-    data = run_here(capsys, "check", "tied.yaml", "--model", "tests.families:gpt2", "--json")
+    data = run_here(capsys, "check", "tied.yaml", "--model", "graftc.testing.families:gpt2", "--json")
     assert data.err == "" and [w["code"] for w in data.data["warnings"]] == ["GC024"]
 
 
@@ -113,7 +113,7 @@ def test_roles_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("meta", [False, True])
 def test_roles_as_json(capsys: pytest.CaptureFixture[str], meta: bool) -> None:
-    outcome = run_here(capsys, "roles", "tests.families:gpt2", "--json", *(["--meta"] if meta else []))
+    outcome = run_here(capsys, "roles", "graftc.testing.families:gpt2", "--json", *(["--meta"] if meta else []))
     assert (outcome.status, outcome.err) == (0, "")
     keys = [f for f in outcome.data["findings"] if f["role"] == "attn.k"]
     assert [(f["layer"], f["rows"], f["parameter"]) for f in keys] == [
@@ -132,7 +132,8 @@ def test_another_process_gives_the_same_text_without_colours(tmp_path: Path) -> 
 
 def test_what_a_model_prints_does_not_spoil_json(capsys: pytest.CaptureFixture[str]) -> None:
     Path("noisy_model.py").write_text(
-        "from tests.families import bert\n\ndef make():\n    print('hello')\n    return bert()\n", encoding="utf-8"
+        "from graftc.testing.families import bert\n\ndef make():\n    print('hello')\n    return bert()\n",
+        encoding="utf-8",
     )
     outcome = run_here(capsys, "roles", "noisy_model:make", "--json")
     assert outcome.status == 0 and outcome.data["class"] == "BertForSequenceClassification"

@@ -9,8 +9,8 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from graftc.cli.schemas import published_schema
+from graftc.testing.families import tiny
 from tests.cli.support import run_here
-from tests.families import tiny
 from tests.runtime.interop.adapters import base, written
 
 

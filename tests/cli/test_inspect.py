@@ -18,8 +18,8 @@ from graftc.compiler.inspect.history import history
 from graftc.compiler.inspect.summary import summary
 from graftc.passes.core.ir.graph_formats import dot_text, graph_record, graphml_text
 from graftc.runtime.artifact import open_artifact
+from graftc.testing.families import bert
 from tests.cli.support import Outcome, check_golden, run_here, run_warm
-from tests.families import bert
 
 SPEC = {
     "adapt": [

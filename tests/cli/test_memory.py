@@ -9,10 +9,10 @@ from jsonschema import Draft202012Validator
 
 import graftc
 from graftc.cli.schemas import published_schema
+from graftc.testing.families import bert
 from tests.cli.support import run_here
-from tests.families import bert
 
-BERT = "tests.families:bert"
+BERT = "graftc.testing.families:bert"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}, rank: 2}]\n"
 
 

@@ -11,7 +11,7 @@ import torch
 
 from graftc.runtime.sources.models import load_model
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import bert, tiny
+from graftc.testing.families import bert, tiny
 
 CALLABLES = """\
 import torch

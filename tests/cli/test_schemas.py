@@ -93,14 +93,14 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral", "t5", "vit"])
 def test_roles(capsys: pytest.CaptureFixture[str], family: str) -> None:
     meta = ["--meta"] if family in ("llama", "t5") else []
-    data = valid("roles", run_here(capsys, "roles", f"tests.families:{family}", "--json", *meta))
+    data = valid("roles", run_here(capsys, "roles", f"graftc.testing.families:{family}", "--json", *meta))
     assert data["findings"] and data["sublayers"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("meta", [False, True])
 def test_check(capsys: pytest.CaptureFixture[str], meta: bool) -> None:
-    arguments = ["check", "spec.yaml", "-m", "tests.families:bert", "--json", *(["--meta"] if meta else [])]
+    arguments = ["check", "spec.yaml", "-m", "graftc.testing.families:bert", "--json", *(["--meta"] if meta else [])]
     assert valid("check", run_here(capsys, *arguments))["warnings"] == []
 
 
@@ -108,7 +108,7 @@ def test_check(capsys: pytest.CaptureFixture[str], meta: bool) -> None:
 def test_check_with_a_warning_and_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     text = "adapt: [{method: lora, target: {modules: lm_head}}]\ntokens: {add: [<a>]}\n"
     Path("spec.yaml").write_text(text, encoding="utf-8")
-    data = valid("check", run_here(capsys, "check", "spec.yaml", "-m", "tests.families:gpt2", "--json"))
+    data = valid("check", run_here(capsys, "check", "spec.yaml", "-m", "graftc.testing.families:gpt2", "--json"))
     assert data["warnings"] and data["warnings"][0]["exit_code"] == 0
     assert data["adaptations"][0]["method"] == "tokens"
 
@@ -116,7 +116,7 @@ def test_check_with_a_warning_and_tokens(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.full
 def test_compile_to_diff(capsys: pytest.CaptureFixture[str]) -> None:
     """Every command that writes or reads artifacts, one after another."""
-    command = ["compile", "spec.yaml", "-m", "tests.families:bert", "--json"]
+    command = ["compile", "spec.yaml", "-m", "graftc.testing.families:bert", "--json"]
     dry = valid("compile", run_here(capsys, *command, "--dry-run"))
     assert (dry["out"], dry["dry_run"], dry["files"]) == (None, True, []) and dry["certificate"]["passed"]
     data = valid("compile", run_here(capsys, *command, "--out", "a", "--no-certify"))
@@ -139,7 +139,7 @@ def test_compile_to_diff(capsys: pytest.CaptureFixture[str]) -> None:
 def test_deploying(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     import graftc
-    from tests.families import tiny
+    from graftc.testing.families import tiny
 
     tiny("bert").save_pretrained(tmp_path / "base")
     run_here(capsys, "compile", "spec.yaml", "-m", "base", "--out", "a", "--json")
@@ -171,7 +171,7 @@ def test_demo_of_a_language_model(capsys: pytest.CaptureFixture[str], monkeypatc
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact with two adaptations, tokens and a module that trains in full."""
     import graftc
-    from tests.families import tiny
+    from graftc.testing.families import tiny
 
     lora = {"method": "lora", "target": {"role": ["attn.q", "ffn.up"]}, "rank": 2}
     spec = {"adapt": [lora, {**lora, "name": "other"}], "tokens": {"add": ["<a>"]}, "train": ["transformer.ln_f"]}
@@ -215,9 +215,9 @@ def test_inspect_writes_files(capsys: pytest.CaptureFixture[str], artifact: Path
         ("roles", "m", "--mata"),
         ("schema", "specs"),
         ("methods", "lorra"),
-        ("check", "missing.yaml", "-m", "tests.families:bert"),
-        ("check", "wrong.yaml", "-m", "tests.families:bert"),
-        ("check", "spec.yaml", "-m", "tests.families:brt"),
+        ("check", "missing.yaml", "-m", "graftc.testing.families:bert"),
+        ("check", "wrong.yaml", "-m", "graftc.testing.families:bert"),
+        ("check", "spec.yaml", "-m", "graftc.testing.families:brt"),
         ("roles", "nowhere"),
     ],
     ids=" ".join,

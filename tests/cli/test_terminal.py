@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from graftc.cli import output
-from tests import warm
 from tests.cli.support import ROOT, run_apart
+from tests.kit import warm
 
 ESCAPE = "\x1b"
-CHECK = ("check", "spec.yaml", "--model", "tests.families:bert")
+CHECK = ("check", "spec.yaml", "--model", "graftc.testing.families:bert")
 
 
 @pytest.fixture(autouse=True)

@@ -23,10 +23,9 @@ from graftc.runtime.artifact import open_artifact
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import flat, inputs_for
-from graftc.testing.families import HIDDEN
+from graftc.testing.families import HIDDEN, tiny
 from tests.docs.blocks import blocks
-from tests.families import tiny
-from tests.installed_passes import Install, installing
+from tests.kit.installed_passes import Install, installing
 
 LORA: dict[str, Any] = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
 

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 import graftc
 from graftc.compiler.capture.anchoring import runs
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
 IDS = torch.tensor([[5, 9, 23, 7]])

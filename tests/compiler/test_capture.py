@@ -22,7 +22,7 @@ from graftc.passes.core.ir.printer import format_program, structural_hash
 from graftc.passes.core.ir.verify import record_baseline, verify
 from graftc.passes.core.sites.sites import linear_use
 from graftc.passes.core.weights.store import Store
-from tests import families
+from graftc.testing import families
 
 
 @pytest.mark.full

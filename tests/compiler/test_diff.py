@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import graftc
-from tests import families
+from graftc.testing import families
 
 
 def lines(text: str, mark: str) -> list[str]:

@@ -18,8 +18,8 @@ from graftc.passes.core.ir.printer import Printer, printed_tensor
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.program_key import Mode
 from graftc.records.explanation import Below, Explanation
+from graftc.testing.families import tiny
 from tests.cli.support import check_golden
-from tests.families import tiny
 
 YAML = """\
 version: 1

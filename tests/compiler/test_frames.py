@@ -17,7 +17,7 @@ from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.stored.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.runtime.artifact import open_artifact
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 Graph = tuple[set[str], set[tuple[str, str, str]]]
 

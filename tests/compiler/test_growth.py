@@ -13,7 +13,7 @@ import graftc
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.testing import families
-from tests.counting import calls
+from tests.kit.counting import calls
 
 MAPS = ["attn.q", "attn.v", "ffn.up"]
 

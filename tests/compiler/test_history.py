@@ -15,7 +15,7 @@ from graftc.compiler.inspect.report import report
 from graftc.compiler.inspect.summary import summary
 from graftc.passes.core.ir.program import provenance
 from graftc.records.graphs import history_columns
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 SPEC: Any = {
     "adapt": [

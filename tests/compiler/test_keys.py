@@ -7,7 +7,7 @@ import torch
 
 import graftc
 from graftc.passes.core.ir.program_key import ProgramKey, Signature
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
 

@@ -22,8 +22,8 @@ from graftc.passes.core.sites.sites import LinearSite, SublayerSite, ValueSite
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import FAMILIES
-from tests.families import tiny
-from tests.wide import FAMILIES as WIDE
+from graftc.testing.families import tiny
+from tests.kit.wide import FAMILIES as WIDE
 
 
 def table(model: nn.Module) -> SiteTable:

@@ -15,8 +15,8 @@ from graftc.passes.core.ops.projections import projections
 from graftc.runtime.compiled import Compiled
 from graftc.testing import perturb
 from graftc.testing.compare import flat, inputs_for
-from tests.families import FAMILIES, llama, tiny
-from tests.language_models import language_model
+from graftc.testing.families import FAMILIES, llama, tiny
+from tests.kit.language_models import language_model
 
 QKVO = ["attn.q", "attn.k", "attn.v", "attn.o"]
 ROLES = {

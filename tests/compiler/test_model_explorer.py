@@ -20,7 +20,7 @@ import graftc
 from graftc.compiler.inspect.model_explorer import NAME, TEXT, model_explorer, model_explorer_text
 from graftc.passes.core.ir.graph_formats import to_networkx
 from graftc.runtime.artifact import open_artifact
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 SPEC = {
     "adapt": [

@@ -17,7 +17,7 @@ from graftc.records.certificate import Certificate, Retention, SiteEvidence
 from graftc.records.report import AdaptationReport, Report
 from graftc.records.tree import TreeNode, TreeTensor
 from graftc.specs.errors.markup import Html, bullets, escaped, folded, joined, table, tag
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 ELEMENTS = {
     "b",

@@ -19,7 +19,7 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.pipeline import Log, Pass, PassGroup, Pipeline
 from graftc.passes.lowering.lower import LOWER
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pipelines.txt"
 

@@ -13,7 +13,7 @@ import pytest
 import graftc
 from graftc.cli.output import steps
 from graftc.passes.core import progress
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 SPEC = {"adapt": [{"name": "low", "method": "lora", "target": {"role": "attn.q"}, "rank": 2}]}
 

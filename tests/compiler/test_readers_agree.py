@@ -10,7 +10,7 @@ from graftc.passes.core.ir.shapes import Sizes
 from graftc.passes.core.sites.readers import linear_use
 from graftc.passes.core.sites.uses import Experts, Lookup
 from graftc.testing import FAMILIES
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import graftc
-from tests import families
+from graftc.testing import families
 
 
 @pytest.mark.slow

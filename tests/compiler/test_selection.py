@@ -29,8 +29,8 @@ from graftc.compiler.roles.structure import find_structure
 from graftc.passes.core.weights.store import Store
 from graftc.specs import LoRA, Spec, Target
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing.families import tiny
 from tests.compiler.test_select import encoder
-from tests.families import tiny
 
 NAMES = ("llama", "gpt2", "t5", "mixtral")
 ROLES = {

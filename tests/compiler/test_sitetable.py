@@ -25,8 +25,8 @@ from graftc.passes.core.sites.sites import (
 )
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import tiny
-from tests.wide import FAMILIES
+from graftc.testing.families import tiny
+from tests.kit.wide import FAMILIES
 
 
 def table(model: torch.nn.Module) -> SiteTable:

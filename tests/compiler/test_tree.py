@@ -12,8 +12,8 @@ import graftc
 from graftc.compiler.inspect.report import report
 from graftc.compiler.inspect.tree import model_tree
 from graftc.records.tree import TreeNode
+from graftc.testing.families import tiny
 from tests.cli.support import check_golden
-from tests.families import tiny
 
 LORA = {"method": "lora", "name": "attention", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}
 

@@ -43,7 +43,7 @@ from graftc.specs.pet.verbalizer import Verbalizer
 from graftc.testing import perturb, tiny
 from tests.applications.pet.small_tokenizers import tokenizer
 from tests.cli.speakers import save_tokenizer
-from tests.installed_passes import installing
+from tests.kit.installed_passes import installing
 from tests.runtime.onnx_generation import onnx_toy
 from tests.runtime.sources.quantised.writers import FORMATS, gptq
 from tests.runtime.sources.quantised.writers import llama as quantised_llama

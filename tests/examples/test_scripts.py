@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
-from tests import warm
+from tests.kit import warm
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

@@ -39,7 +39,7 @@ FITTING = {
 )
 def test_it_fits(capsys: pytest.CaptureFixture[str], name: str, family: str) -> None:
     path = str(EXAMPLES / "specs" / f"{name}.yaml")
-    outcome = run_here(capsys, "check", path, "--model", f"tests.families:{family}", "--json")
+    outcome = run_here(capsys, "check", path, "--model", f"graftc.testing.families:{family}", "--json")
     assert outcome.status == 0, outcome.out
     adapted = [entry for entry in outcome.data["adaptations"] if entry["method"] not in ("full", "tokens")]
     assert sum(entry["sites"] for entry in adapted) == FITTING[name][family]

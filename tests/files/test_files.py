@@ -15,7 +15,7 @@ import pytest
 from graftc.files.held_folder import HeldFolder
 from graftc.files.writing import recover, staged, write_text
 from graftc.specs.errors.diagnostics import GraftError
-from tests.faults import FAILED, Fault, requests_of, run_with_fault
+from tests.kit.faults import FAILED, Fault, requests_of, run_with_fault
 
 OLD, NEW = "old", "new"
 

@@ -13,7 +13,7 @@ import torch
 
 import graftc
 from graftc.runtime.training.curves import read_log
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.runtime.streaming.support import sharded_base, written_lora
 
 MOST = 64 * 2**20

@@ -17,7 +17,7 @@ from graftc.files.destinations import check_folder
 from graftc.files.held_folder import HeldFolder
 from graftc.files.writing import check_apart, check_destination, recover, staged, write_text
 from graftc.specs.errors.diagnostics import GraftError
-from tests.users import OTHER, as_root, give, snapshot
+from tests.kit.users import OTHER, as_root, give, snapshot
 
 WORK = "ab" * 32
 STAGING = f".it.graftc-{WORK[:12]}"

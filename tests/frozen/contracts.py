@@ -8,12 +8,12 @@ from typing import Any
 import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.testing.contract import Contract
-from tests.compose.test_bank import METHODS as BANKABLE
-from tests.compose.test_bank import WITHOUT_WORDS
-from tests.compose.test_bank import spec_of as bank_of
-from tests.packed_bases import FAMILIES as PACKED_FAMILIES
-from tests.packed_bases import FOLDING, KINDS, STAYING
-from tests.packed_bases import spec_of as on_packed
+from tests.kit.packed_bases import FAMILIES as PACKED_FAMILIES
+from tests.kit.packed_bases import FOLDING, KINDS, STAYING
+from tests.kit.packed_bases import spec_of as on_packed
+from tests.passes.graph.test_bank import METHODS as BANKABLE
+from tests.passes.graph.test_bank import WITHOUT_WORDS
+from tests.passes.graph.test_bank import spec_of as bank_of
 
 GENERATING = ("gpt2", "gpt_neox", "llama", "mixtral", "t5")
 CALLED: Mapping[str, Mapping[str, Any]] = {

@@ -32,7 +32,7 @@ from tests.frozen.records import Record, one_thread, record
 
 HERE = Path(__file__).parent
 FILE = HERE / "frozen.json"
-METHODS = HERE.parent / "methods"
+METHODS = HERE.parent / "passes" / "methods"
 AGAIN = "python -m tests.frozen.freeze"
 
 UNORDERED = frozenset({"test_wide.TestLoRAByRole.gemma3"})
@@ -61,12 +61,12 @@ class Entry(NamedTuple):
 
 
 def contracts() -> list[tuple[str, type[MethodContract]]]:
-    """Return the contract classes that pytest collects from ``tests/methods``, each with its file's stem."""
+    """Return the contract classes that pytest collects from ``tests/passes/methods``, each with its file's stem."""
     collected: list[tuple[str, type[MethodContract]]] = []
     for path in sorted(METHODS.glob("test_*.py")):
         if "MethodContract" not in path.read_text(encoding="utf-8"):
             continue
-        module = importlib.import_module(f"tests.methods.{path.stem}")
+        module = importlib.import_module(f"tests.passes.methods.{path.stem}")
         classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, MethodContract)]
         own = (c for c in classes if c.__module__ == module.__name__ and c.__name__.startswith("Test"))
         collected += [(path.stem, contract) for contract in own]

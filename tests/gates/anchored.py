@@ -25,7 +25,7 @@ from graftc.passes.core.ir.stored.serialise import program_to_json
 from graftc.runtime.artifact.manifest import canonical_json
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import flat
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.gates.mutants import mutants
 from tests.runtime.artifact.support import edit_manifest
 

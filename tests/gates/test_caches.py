@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.cache_machine import SETUPS, TOLERANCE, run
+from tests.runtime.model.cache_machine import SETUPS, TOLERANCE, run
 
 pytestmark = pytest.mark.gate
 

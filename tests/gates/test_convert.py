@@ -12,7 +12,7 @@ import graftc
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
-from tests.families import FAMILIES, tiny
+from graftc.testing.families import FAMILIES, tiny
 
 pytestmark = pytest.mark.gate
 

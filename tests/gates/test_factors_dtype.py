@@ -11,7 +11,7 @@ from torch import Tensor
 
 import graftc
 from graftc.testing import tiny
-from tests.methods.test_dtype import saved
+from tests.passes.methods.test_dtype import saved
 
 pytestmark = pytest.mark.gate
 

@@ -33,7 +33,7 @@ from graftc.files.tensors.folder import Refusal, TensorFolder
 from graftc.files.tensors.weights import INDEX
 from graftc.runtime.sources.models import load_model, quiet_transformers
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.gates.file_mutations import data_file, json_file, mutated_quantisation, tensor_file
 from tests.gates.test_fuzz_artifacts import watched
 from tests.runtime.sources.quantised.readers import require_values

@@ -32,9 +32,9 @@ from tests.cli.speakers import save_model, save_tokenizer
 from tests.gates.file_mutations import json_file, mutated_quantisation, tensor_file
 from tests.gates.mutate import change, flip
 from tests.gates.test_fuzz_artifacts import watched
+from tests.kit.users import snapshot
 from tests.runtime.sources.quantised.readers import require_values
 from tests.runtime.sources.quantised.writers import FORMATS, llama, write
-from tests.users import snapshot
 
 COUNT = min(1000, int(os.environ.get("GRAFTC_FUZZ", "1000")))
 SAMPLE = 24

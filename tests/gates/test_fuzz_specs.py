@@ -25,7 +25,7 @@ from graftc.specs.errors.text import printable
 from graftc.specs.io import dump_spec
 from graftc.specs.registry import method_specs
 from graftc.specs.roles import ROLES
-from tests.families import bert
+from graftc.testing.families import bert
 
 COUNT = int(os.environ.get("GRAFTC_FUZZ", "200"))
 # At full counts this is one of the long gates; every run includes a sample.

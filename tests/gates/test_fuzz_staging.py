@@ -24,9 +24,9 @@ import pytest
 from graftc.files.writing import recover, staged, write_text
 from graftc.runtime.streaming.journal import Journal
 from graftc.specs.errors.diagnostics import GraftError
-from tests.forks import fork
 from tests.gates.mutate import change, flip
-from tests.users import OTHER, as_root
+from tests.kit.forks import fork
+from tests.kit.users import OTHER, as_root
 
 COUNT = min(3000, int(os.environ.get("GRAFTC_FUZZ", "3000")))
 SAMPLE = 100

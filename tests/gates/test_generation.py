@@ -12,8 +12,8 @@ from torch import Tensor
 import graftc
 from graftc.testing.perturb import perturb
 from tests.cli.support import run_warm
-from tests.language_models import FAMILIES, language_model, prompt
-from tests.warm import output
+from tests.kit.language_models import FAMILIES, language_model, prompt
+from tests.kit.warm import output
 
 pytestmark = pytest.mark.gate
 

@@ -11,7 +11,7 @@ import torch
 import graftc
 from graftc.testing.perturb import perturb
 from tests.gates.test_generation import SPEC
-from tests.language_models import language_model
+from tests.kit.language_models import language_model
 from tests.runtime.interop.trl_runs import tokenizer
 
 pytestmark = pytest.mark.gate

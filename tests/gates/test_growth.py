@@ -7,7 +7,7 @@ import resource
 import pytest
 
 from graftc.passes.core.ir.codegen import RECENT
-from tests.growing import Server, held
+from tests.runtime.model.growing import Server, held
 
 pytestmark = pytest.mark.gate
 SIZES, TORCH = "symbolic_shapes", 256

@@ -14,7 +14,7 @@ from benchmarks.planner import ASKED, METHODS, PUBLISHED, SIZES, bytes_of_cell, 
 from graftc.applications.demo.decoder import load_decoder
 from graftc.runtime.optim import SM3, AgedAdamW
 from tests.applications.planner import sharded_job
-from tests.measured_memory import peak_of_training
+from tests.applications.planner.measured_memory import peak_of_training
 from tests.runtime.processes import together
 
 pytestmark = pytest.mark.gate

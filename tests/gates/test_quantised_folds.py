@@ -15,7 +15,7 @@ from transformers import AutoModel
 import graftc
 from graftc.applications.demo.data import find_model
 from graftc.testing import perturb, tiny
-from tests.packed_bases import FAMILIES, FOLDING, KINDS, adapted, full_precision
+from tests.kit.packed_bases import FAMILIES, FOLDING, KINDS, adapted, full_precision
 
 pytestmark = pytest.mark.gate
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packed_bases import FAMILIES, FOLDING, KINDS, STAYING, in_onnx_runtime
+from tests.kit.packed_bases import FAMILIES, FOLDING, KINDS, STAYING, in_onnx_runtime
 
 pytestmark = pytest.mark.gate
 

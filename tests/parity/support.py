@@ -18,8 +18,8 @@ import graftc
 from graftc.passes.core.weights.names import RESERVED
 from graftc.runtime.compiled import Compiled
 from graftc.testing.compare import SHAPES, flat, inputs_for, largest_difference, outputs_of
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
 
 TOLERANCE = 1e-5
 MODULES = {
@@ -57,7 +57,7 @@ class Case:
     """One method on one family, in both libraries.
 
     Attributes:
-        family: a key of `tests.families.FAMILIES`.
+        family: a key of `graftc.testing.families.FAMILIES`.
         adaptation: an entry of a spec's ``adapt``.
         config: a function that creates peft's config, called with the imported package.
         names: the names of the tensors.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import graftc
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.parity.support import MODULES, Case, Names, check, globs, tensors_of
 
 FAMILIES = list(MODULES)

@@ -13,7 +13,7 @@ import graftc
 from graftc.passes.methods.adalora import RankBudget
 from graftc.testing import largest_difference, perturb
 from graftc.testing.compare import SHAPES, flat, inputs_for, outputs_of
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.parity.support import MODULES
 
 peft = pytest.importorskip("peft")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.testing import perturb
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.parity.support import MODULES, Case, Names, check, globs, pair, tensors_of
 
 DORA = Names({"A": "lora_A.default.weight", "B": "lora_B.default.weight", "m": "lora_magnitude_vector.default.weight"})

@@ -29,7 +29,7 @@ from transformers import (
 import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.testing import largest_difference, randomise
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 LENGTH = 5
 TOLERANCE = 1e-5

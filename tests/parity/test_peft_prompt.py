@@ -12,7 +12,7 @@ from torch import Tensor
 
 import graftc
 from graftc.runtime.compiled import Compiled
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 LENGTH = 5
 TOLERANCE = 1e-5

@@ -16,7 +16,7 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from tests import warm
+from tests.kit import warm
 
 SECONDS = 120
 """The time limit of the process group."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.runtime.seeds import seed_everything
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.runtime.processes import together
 
 SPECS: dict[str, dict[str, Any]] = {

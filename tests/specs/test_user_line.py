@@ -15,7 +15,7 @@ from transformers import BertForTokenClassification
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftWarning, warn
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 PACKAGE = Path(graftc.__file__).parent
 LORA = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}]}

@@ -19,7 +19,7 @@ from graftc.applications.chat.templates import require_bounded
 from graftc.records.answers import Settings
 from graftc.specs import GraftError
 from tests.cli.speakers import TEMPLATE, save_model, save_tokenizer
-from tests.forks import fork
+from tests.kit.forks import fork
 
 MESSAGES = [{"role": "user", "content": "w1 w2"}]
 SECONDS = 4.0

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import graftc
-from tests.measured_memory import peak_of_training
+from tests.applications.planner.measured_memory import peak_of_training
 from tests.runtime.model.distributed_jobs import sharded
 
 BATCH, LENGTH = 2, 64

@@ -20,7 +20,7 @@ from graftc.runtime.model.simulated_step import Simulation
 from graftc.runtime.optim import SM3, AgedAdamW
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import tiny
-from tests.measured_memory import peak_of_training
+from tests.applications.planner.measured_memory import peak_of_training
 
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]
 LORA: dict[str, Any] = {"method": "lora", "rank": 8, "target": {"role": ROLES}}

@@ -1,7 +1,7 @@
 """A process that runs a recipe in forks of itself, which tests kill.
 
-``python -m tests.applications.recipes.recipe_worker FOLDER`` serves jobs (`tests.forks`): ``whole`` runs the recipe in
-a folder of its own, ``killed`` in another one.
+``python -m tests.applications.recipes.recipe_worker FOLDER`` serves jobs (`tests.kit.forks`): ``whole`` runs the recipe
+in a folder of its own, ``killed`` in another one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import graftc
 from graftc.applications.recipes.tune import Stage
 from graftc.runtime.compiled import Compiled
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.runtime.training.test_selecting import batches
 
 SPEC: dict[str, Any] = {
@@ -41,7 +41,7 @@ def train(compiled: Compiled, stage: Stage) -> None:
 
 def main(folder: Path) -> None:
     """Serve the jobs."""
-    from tests.forks import serve
+    from tests.kit.forks import serve
 
     torch.set_num_threads(1)
     model = tiny("bert")

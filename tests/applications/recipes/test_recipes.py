@@ -18,8 +18,8 @@ from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
-from tests.families import tiny
-from tests.forks import Worker
+from graftc.testing.families import tiny
+from tests.kit.forks import Worker
 from tests.runtime.training.test_selecting import batches, entries
 
 SPEC: dict[str, Any] = {

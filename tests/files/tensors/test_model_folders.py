@@ -23,7 +23,7 @@ from graftc.runtime.sources.models import load_model, quiet_transformers
 from graftc.runtime.streaming.peft import peft_updates
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.regular_files import JSON_BYTES
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.runtime.streaming.support import sharded_base, tensors, written_lora
 
 INDEX = "model.safetensors.index.json"

@@ -23,7 +23,7 @@ from graftc.runtime.activations.training_code import TrainingCode, choices_of
 from graftc.testing import perturb, tiny
 from graftc.testing.compare import flat, inputs_for
 from graftc.testing.families import FAMILIES
-from tests.language_models import language_model
+from tests.kit.language_models import language_model
 
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down"]
 LORA: dict[str, Any] = {"method": "lora", "rank": 2, "dropout": 0.2}

@@ -13,7 +13,7 @@ import graftc
 from graftc.runtime.artifact.manifest import sealed
 from graftc.runtime.sources.models import load_model, quiet_transformers
 from graftc.testing import perturb
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 SPEC: dict[str, Any] = {
     "adapt": [

@@ -18,7 +18,7 @@ from graftc.runtime.sources.models import load_model
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import FAMILIES, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.runtime.artifact.support import SPEC, adapted, edit_manifest, own, saved_base, tree_bytes
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from graftc.files.writing import recover
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.loading.verify import verify
-from tests.forks import Worker
+from tests.kit.forks import Worker
 from tests.runtime.artifact.support import adapted, saved_base, tree_bytes
 
 KILLS = int(os.environ.get("GRAFTC_KILLS", "4"))

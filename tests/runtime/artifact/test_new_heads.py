@@ -17,7 +17,7 @@ from graftc.runtime.artifact import open_artifact
 from graftc.runtime.loading.verify import verify
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.runtime.artifact.support import edit_manifest
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ import graftc
 from graftc.records.certificate import Certificate
 from graftc.runtime.sources.models import load_model
 from graftc.testing import FAMILIES, perturb
-from tests import warm
+from tests.kit import warm
 from tests.runtime.artifact.support import SPEC, saved_base, tree_bytes
 
 _LATER = """
@@ -99,7 +99,7 @@ def test_artifacts_do_not_depend_on_hash_seeds(
     for family in families:
         saved_base(tmp_path / family / "base", family)
     cache = str(tmp_path / "cache")
-    shown = warm.output(_COMPILE, str(tmp_path), "one", *families, GRAFTC_CACHE=cache)  # with the seed of `tests.warm`
+    shown = warm.output(_COMPILE, str(tmp_path), "one", *families, GRAFTC_CACHE=cache)  # with its hash seed
     assert shown.split() == ["False"] * len(families)
     compile_all(tmp_path, "two", families)  # with this process's seed
     monkeypatch.setenv("GRAFTC_CACHE", cache)

@@ -1,6 +1,6 @@
 """A process that saves, merges and exports in forks of itself, to be killed.
 
-``python -m tests.runtime.artifact.worker FOLDER`` loads the artifact in FOLDER once and runs jobs (`tests.forks`).
+``python -m tests.runtime.artifact.worker FOLDER`` loads the artifact in FOLDER once and runs jobs (`tests.kit.forks`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import graftc
 from graftc.runtime.export.module import ExportModule
-from tests.forks import serve
+from tests.kit.forks import serve
 
 
 def jobs(folder: Path) -> dict[str, Callable[[], object]]:

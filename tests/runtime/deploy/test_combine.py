@@ -17,7 +17,7 @@ from graftc.runtime.deploy.combine import Kind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 TARGET = {"role": ["attn.q", "ffn.down"]}
 

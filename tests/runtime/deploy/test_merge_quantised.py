@@ -17,7 +17,7 @@ from graftc.passes.core.packing.blockwise import Blockwise
 from graftc.runtime.streaming.merging import merge_checkpoint
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import inputs_for, largest_difference, outputs_of, perturb, tiny
-from tests.packed_bases import KINDS, adapted, full_precision, on_dense, spec_of
+from tests.kit.packed_bases import KINDS, adapted, full_precision, on_dense, spec_of
 
 
 @pytest.mark.full

@@ -10,7 +10,7 @@ import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 BOTTLENECK = {"method": "pfeiffer"}
 

@@ -14,7 +14,7 @@ from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 BELOW: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 3},

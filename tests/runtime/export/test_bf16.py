@@ -10,7 +10,7 @@ import torch
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}
 

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import graftc
 from graftc.testing import perturb
 from graftc.testing.deployment import check_compile
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 
 @pytest.mark.full

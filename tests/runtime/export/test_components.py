@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.testing import perturb
-from tests import families
+from graftc.testing import families, perturb
 from tests.zoo.sized_images import qwen2_vl
 from tests.zoo.vision_language import llava
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import perturb
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 gguf = pytest.importorskip("gguf")
 SIZES = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 LORA = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}]}
 IDS = torch.arange(1, 9)[None]

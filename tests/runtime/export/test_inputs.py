@@ -17,7 +17,7 @@ from graftc.runtime.model.runner import ModelRoot
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import SHAPES, inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 PREFIX: dict[str, Any] = {"method": "prefix", "length": 3}
 NETWORK = {**PREFIX, "reparameterization": {"hidden": 8}}

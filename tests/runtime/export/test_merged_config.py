@@ -11,7 +11,7 @@ import torch
 
 import graftc
 from graftc.testing import perturb
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 
 @pytest.mark.parametrize(

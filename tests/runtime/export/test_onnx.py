@@ -18,7 +18,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import SHAPES, inputs_for
 from graftc.testing.deployment import check_onnx
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 SPEC = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v", "ffn.down"]}, "rank": 4, "dropout": 0.1}]}
 

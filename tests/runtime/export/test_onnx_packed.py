@@ -23,7 +23,7 @@ from graftc.passes.core.packing.row_scaled import RowScaled
 from graftc.runtime.export.onnx_packed import block_of, in_blocks
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import inputs_for, outputs_of, perturb, tiny
-from tests.packed_bases import adapted, in_onnx_runtime
+from tests.kit.packed_bases import adapted, in_onnx_runtime
 
 BOTTLENECK = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["2"]}}]}
 

@@ -11,7 +11,7 @@ import torch
 import graftc
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import SHAPES, inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 
 @pytest.mark.slow

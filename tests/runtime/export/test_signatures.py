@@ -10,7 +10,7 @@ import torch
 
 import graftc
 from graftc.testing import perturb
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 LORA = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}]}
 

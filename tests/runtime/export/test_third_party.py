@@ -21,7 +21,7 @@ from graftc.runtime.export.registry import exporter_of, exporters, formats
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
 from tests.cli.support import ROOT, run_here, run_valid
-from tests.installed_passes import Install, installing
+from tests.kit.installed_passes import Install, installing
 from tests.runtime.artifact.support import adapted, saved_base
 
 PLUGIN = ROOT / "examples" / "plugin_exporter"

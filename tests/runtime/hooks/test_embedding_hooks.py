@@ -11,8 +11,8 @@ from torch import Tensor
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 

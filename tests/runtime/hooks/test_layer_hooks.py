@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 import graftc
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
-from tests.language_models import language_model, prompt
+from tests.kit.language_models import language_model, prompt
 from tests.runtime.onnx_generation.onnx_toy import fails
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}

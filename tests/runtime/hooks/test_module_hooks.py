@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import graftc
 from graftc.runtime.hooks.boundaries import begin, end
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
 
 IDS = torch.tensor([[5, 6, 7, 8], [4, 3, 2, 1]])
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.down"]}}

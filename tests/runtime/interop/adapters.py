@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 
 def phi3() -> nn.Module:

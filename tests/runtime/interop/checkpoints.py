@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.testing.compare import inputs_for, largest_difference, outputs_of
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 TOLERANCE = 1e-5
 Fields = dict[str, Any]
@@ -55,7 +55,7 @@ class Checkpoint:
 
     Attributes:
         name: the name of the kind.
-        family: a key of `tests.families.FAMILIES`.
+        family: a key of `graftc.testing.families.FAMILIES`.
         seed: the seed of the random values.
     """
 

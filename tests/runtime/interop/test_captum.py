@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import graftc
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
 
 captum = pytest.importorskip("captum.attr")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import graftc
 from graftc.runtime.interop.peft.folder import read_peft
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.runtime.interop.checkpoints import Checkpoint, adapted, base, check, difference, loaded, saved
 
 peft = pytest.importorskip("peft")

@@ -17,7 +17,7 @@ from torch import nn
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
-from tests.families import FAMILIES
+from graftc.testing.families import FAMILIES
 from tests.runtime.interop.checkpoints import base
 
 peft = pytest.importorskip("peft")

@@ -19,7 +19,7 @@ from graftc.runtime.interop.layouts.convert import AdapterSource, ConvertedFolde
 from graftc.runtime.interop.layouts.plain import AttentionSizes
 from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.runtime.interop.adapters import base, config_of, outputs, written
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import graftc
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}

@@ -13,7 +13,7 @@ from graftc.runtime.interop.layouts.convert import AdapterSource, convert_folder
 from graftc.runtime.interop.peft.servers import SERVERS, require_served, server_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.runtime.interop.adapters import base, written
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 12, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
 from tests.runtime.interop.trl_runs import LORA, both, dpo, grpo, kto, logged, reward, rloo, scoring, sft
 
 pytest.importorskip("trl")

@@ -13,7 +13,7 @@ import torch
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import inputs_for, outputs_of
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 peft = pytest.importorskip("peft")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.families import llama
+from graftc.testing.families import llama
 from tests.parity.support import Case, Names, Pair, pair
 
 WORDS = 90

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
 
 STEPS = 6
 BATCH = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cache_machine import SETUPS, TOLERANCE, run
+from tests.runtime.model.cache_machine import SETUPS, TOLERANCE, run
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import graftc
 from graftc.testing.perturb import perturb
-from tests.language_models import language_model, prompt
+from tests.kit.language_models import language_model, prompt
 from tests.runtime.onnx_generation.onnx_toy import fails
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.runtime.model.blocks import Block
-from tests import families
+from graftc.testing import families
 
 LORA = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}
 

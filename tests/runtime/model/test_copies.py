@@ -14,7 +14,7 @@ import graftc
 from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 ROLES = {"role": ["attn.q", "ffn.down"]}
 LORA = {"name": "low", "method": "lora", "target": ROLES, "rank": 3, "dropout": 0.1}

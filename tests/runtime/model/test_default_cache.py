@@ -16,9 +16,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import graftc
 from graftc.runtime.model.deferred import deferred_cache
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
-from tests.language_models import language_model, prompt
+from tests.kit.language_models import language_model, prompt
 from tests.runtime.onnx_generation.onnx_toy import fails
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}

@@ -68,7 +68,7 @@ class Iterates(nn.Module):
 
 @pytest.mark.parametrize("times", [3, 14])
 def test_the_noise_of_rounding_is_the_budget_of_a_model_that_makes_much_of_it(times: int) -> None:
-    """Rounding noise counts in float32 as in 16 bits, and hides no wrong fold (`tests/methods/test_wrong_folds.py`)."""
+    """Rounding noise counts in float32 as in 16 bits, and hides no wrong fold, as `test_wrong_folds.py` checks."""
     torch.manual_seed(0)
     model = Iterates(times).eval()
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.first"}}]}

@@ -18,9 +18,9 @@ from torch._dynamo.utils import counters
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, StoppingCriteriaList
 
 import graftc
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
-from tests.language_models import language_model, prompt
+from tests.kit.language_models import language_model, prompt
 from tests.runtime.model.test_threads import at_once
 from tests.runtime.onnx_generation.onnx_toy import fails
 

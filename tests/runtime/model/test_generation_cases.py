@@ -12,8 +12,8 @@ from torch import Tensor
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
 
 LORA: dict[str, Any] = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
 OPTIONS: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}

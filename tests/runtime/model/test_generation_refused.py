@@ -9,8 +9,8 @@ import torch
 from transformers import StaticCache
 
 import graftc
-from tests.families import tiny
-from tests.language_models import language_model, prompt
+from graftc.testing.families import tiny
+from tests.kit.language_models import language_model, prompt
 from tests.runtime.onnx_generation.onnx_toy import fails
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}

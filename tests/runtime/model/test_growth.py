@@ -7,7 +7,7 @@ import pytest
 from graftc.passes.core.ir import codegen
 from graftc.passes.core.ir.codegen import RecentCode
 from graftc.runtime.activations import training_code
-from tests.growing import Server, held
+from tests.runtime.model.growing import Server, held
 
 
 @pytest.mark.slow

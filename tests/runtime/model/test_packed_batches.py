@@ -11,8 +11,8 @@ from torch import Tensor
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftWarning
+from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
-from tests.families import tiny
 
 LENGTHS = (5, 3, 6)
 ROW = torch.randint(3, 90, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))

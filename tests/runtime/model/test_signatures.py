@@ -13,8 +13,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 import graftc
-from graftc.testing import perturb, randomise
-from tests import families
+from graftc.testing import families, perturb, randomise
 
 LORA = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}
 HIDDEN = 48

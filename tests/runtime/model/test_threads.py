@@ -21,7 +21,7 @@ from graftc.compiler.resolve.untie import sharing_copy
 from graftc.runtime.deploy.widening import widened
 from graftc.runtime.model.runner import runner_of
 from graftc.testing import tiny
-from tests.forks import fork
+from tests.kit.forks import fork
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.down"]}}]}
 

@@ -17,7 +17,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 ROLES = {"role": ["attn.q", "ffn.down"]}
 LOW = {"name": "low", "method": "lora", "target": ROLES, "rank": 2}

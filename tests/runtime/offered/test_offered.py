@@ -11,7 +11,7 @@ import pytest
 
 import graftc
 from graftc.runtime.offered import OFFERED
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 LORA = {"method": "lora", "target": {"role": "attn.q"}, "rank": 2}
 ROOT = Path(graftc.__file__).parent

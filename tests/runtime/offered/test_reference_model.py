@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import graftc
 from graftc.runtime.model.head import Head
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing.families import gpt2, tiny
 from graftc.testing.perturb import perturb
-from tests.families import gpt2, tiny
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 LORA = {"method": "lora", "rank": 2, "dropout": 0.3, "target": {"role": ["attn.q", "ffn.up"]}}

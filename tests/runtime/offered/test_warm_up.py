@@ -13,7 +13,7 @@ from graftc.passes.core import progress
 from graftc.runtime.activations.training_code import TrainingCode
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import families
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
 IDS = torch.tensor([[5, 9, 23, 7, 11, 3], [8, 2, 4, 6, 10, 12]])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.passes.core.method.sparse_optimiser import Seen
 from graftc.runtime.optim import sparse
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 ULP = 2.0**-23
 SPIEL = {"method": "spiel", "target": {"role": ["attn.q", "ffn.down"]}, "density": 0.05, "total_steps": 50}

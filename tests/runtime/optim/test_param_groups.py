@@ -12,7 +12,7 @@ from torch import nn
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.parity.support import Names
 
 LORA = {"name": "low", "method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}

@@ -15,7 +15,7 @@ from torch import nn
 import graftc
 from graftc.runtime.sources.folder_kinds import reader_of
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
 ADAPTER, ARTIFACT, CHECKPOINT = "a PEFT adapter", "an artifact of graftc", "a trainer's checkpoint of a compiled model"

@@ -15,7 +15,7 @@ import graftc
 from graftc.runtime.sources.models import load_folder
 from graftc.runtime.sources.processors.example import processor_example
 from graftc.specs.errors.diagnostics import GraftWarning
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftc.runtime.sources.models import load_model, quiet_transformers
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 

@@ -19,7 +19,7 @@ from graftc.passes.core.weights.folds import WeightFold
 from graftc.passes.methods.lora import LoRAMethod
 from graftc.runtime.streaming import merging, sites
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import tiny
+from graftc.testing.families import tiny
 from tests.runtime.streaming.support import edit_adapter, peft_adapter, sharded_base, tensors, written_lora
 
 INDEX = "model.safetensors.index.json"

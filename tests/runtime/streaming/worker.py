@@ -1,4 +1,4 @@
-"""A process that merges file by file in forks of itself, which are then killed: see `tests.forks`."""
+"""A process that merges file by file in forks of itself, which are then killed: see `tests.kit.forks`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import graftc
 from graftc.runtime.streaming import peft, sites
-from tests.forks import serve
+from tests.kit.forks import serve
 
 
 def jobs(folder: Path) -> dict[str, Callable[[], object]]:

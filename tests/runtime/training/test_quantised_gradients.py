@@ -14,7 +14,7 @@ from graftc.compiler.capture.signature import Axis
 from graftc.extend import BaseGradients
 from graftc.testing import families
 from graftc.testing.compare import inputs_for
-from tests.packed import dense_twin
+from tests.kit.dense_twins import dense_twin
 
 TARGET = {"role": ["attn.q", "attn.o"]}
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import graftc
 from graftc.testing import families
 from graftc.testing.compare import inputs_for
-from tests.packed import dense_twin
+from tests.kit.dense_twins import dense_twin
 
 TARGET = {"role": ["attn.q", "attn.o"]}
 METHODS: dict[str, list[dict[str, Any]]] = {

@@ -18,7 +18,7 @@ from graftc.runtime.training.repeated import outputs_of
 from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing import perturb
 from graftc.testing.compare import flat, inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 STILL: dict[str, dict[str, Any]] = {
     "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},

@@ -16,7 +16,7 @@ from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import outputs_of, same_bits
 from graftc.testing.compare import inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 TWO_ROUNDS = {"method": "lt_sft", "iterations": 2, "density": 0.05}
 

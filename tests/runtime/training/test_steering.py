@@ -16,7 +16,7 @@ import graftc
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import perturb
 from graftc.testing.compare import inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 TARGET = {"role": ["attn.q", "ffn.down"]}
 ADALORA = {"method": "adalora", "target": TARGET, "rank": 4, "target_rank": 2, "final_steps": 2, "dropout": 0.1}

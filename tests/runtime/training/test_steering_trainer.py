@@ -13,7 +13,7 @@ from torch import Tensor
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftWarning
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 TARGET = {"role": ["attn.q", "ffn.down"]}
 ADALORA = {"method": "adalora", "target": TARGET, "rank": 4, "target_rank": 2, "warmup_steps": 1, "final_steps": 2}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import graftc
-from tests import families
+from graftc.testing import families
 from tests.parity.support import Case, Names, pair
 from tests.runtime.training.trainers import Run, check_checkpoint, interrupted
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import bert
+from graftc.testing.families import bert
 from tests.runtime.training.test_trainer import examples
 
 STEPS = 3

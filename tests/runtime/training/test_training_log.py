@@ -15,8 +15,8 @@ from graftc.passes.core.method.steering import Controller
 from graftc.runtime.training.curves import MOST_RESUMES
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing.compare import inputs_for
-from tests.families import tiny
-from tests.methods import spiel_models
+from graftc.testing.families import tiny
+from tests.passes.methods import spiel_models
 
 TARGET = {"role": ["attn.q", "ffn.down"]}
 ADALORA = {"method": "adalora", "target": TARGET, "rank": 4, "target_rank": 2, "warmup_steps": 1, "final_steps": 2}

@@ -15,7 +15,7 @@ import graftc
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.specs.registry import method_specs
 from graftc.testing.compare import flat, inputs_for
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 LORA = {"name": "low", "method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}
 

@@ -16,7 +16,7 @@ import graftc
 from graftc.runtime.view.contents import Evidence, contents
 from graftc.runtime.view.page import SCRIPTS, asset, page
 from graftc.specs.errors.diagnostics import GraftError
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 NAMES = [
     "<img src=x onerror=alert(1)>",

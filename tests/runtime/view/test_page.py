@@ -13,10 +13,9 @@ import pytest
 import graftc
 from graftc.cli import main
 from graftc.runtime.artifact import open_artifact
-from graftc.testing.families import HIDDEN
+from graftc.testing.families import HIDDEN, tiny
 from tests.cli.support import run_here
-from tests.families import tiny
-from tests.installed_passes import installing
+from tests.kit.installed_passes import installing
 
 PLUGIN = Path(__file__).parents[3] / "examples" / "plugin_pass"
 SPEC: dict[str, Any] = {

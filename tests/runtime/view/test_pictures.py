@@ -13,8 +13,8 @@ import graftc
 from graftc.runtime.view import pictures
 from graftc.runtime.view.pictures import LARGEST
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing.families import tiny
 from tests.cli.support import run_here
-from tests.families import tiny
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import graftc
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import graftc
-from tests.families import tiny
+from graftc.testing.families import tiny
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
 EXPECTED = """\

@@ -1,0 +1,1 @@
+"""What tests in several folders share: models and specs, errors, comparisons, and processes of their own."""

@@ -1,0 +1,130 @@
+"""Certificates of these methods can fail: every wrong fold is caught at its site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import graftc
+from graftc.compiler.folding import steps as folding
+from graftc.passes.core.weights.folds import WeightFold
+from graftc.passes.methods.ia3 import IA3Method
+from graftc.passes.methods.loha import LoHaMethod
+from graftc.passes.methods.lokr import LoKrMethod
+from graftc.passes.methods.vera import VeRAMethod
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.testing import perturb
+from graftc.testing.families import tiny
+
+WITHOUT_LIMIT = 1e9
+"""An output budget that nothing exceeds, so that only the evidence at the sites is left."""
+SQUARE = {"role": "attn.k"}
+"""BERT's keys, which are square, so that transposed updates fit."""
+Wrong = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor]]
+
+
+def refused(entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: Any, wrong: Wrong) -> tuple[str, ...]:
+    """Fold with ``wrong`` instead of the method's own function, after certifying that one, and return the reasons."""
+    compiled = graftc.compile({"adapt": [entry]}, tiny("bert")).eval()
+    perturb(compiled, 0.2)
+    assert compiled.merge().certificate.passed
+
+    def fold(self: Any, spec: Any, site: Any, tensors: Any) -> WeightFold:
+        return WeightFold(lambda weight, bias: wrong(weight, bias, tensors))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(method, "fold", fold)
+    with pytest.raises(GraftError) as error:
+        compiled.merge(budget=WITHOUT_LIMIT)
+    assert error.value.code == "GC051"
+    return error.value.details
+
+
+IA3: dict[str, Wrong] = {
+    "columns for rows": lambda w, b, t: (w * t["l"], b * t["l"]),
+    "without bias": lambda w, b, t: (w * t["l"][:, None], b),
+    "divided": lambda w, b, t: (w / t["l"][:, None], b / t["l"]),
+    "rolled": lambda w, b, t: (w * t["l"].roll(1)[:, None], b * t["l"].roll(1)),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", IA3)
+def test_ia3(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = refused({"method": "ia3", "target": SQUARE}, monkeypatch, IA3Method, IA3[name])
+    assert len(reasons) == 2 and all("attention.self.key" in reason for reason in reasons)
+
+
+@pytest.mark.slow
+def test_ia3_input_with_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bias is not scaled with the input, even if its width would allow it."""
+    entry = {"method": "ia3", "target": SQUARE, "side": "input"}
+    assert refused(entry, monkeypatch, IA3Method, lambda w, b, t: (w * t["l"], b * t["l"]))
+
+
+VERA: dict[str, Wrong] = {
+    "last columns": lambda w, b, t: (w + t["b"][:, None] * (t["B"][:48] * t["d"]) @ t["A"][:, -48:], b),
+    "without d": lambda w, b, t: (w + t["b"][:, None] * t["B"][:48] @ t["A"][:, :48], b),
+    "b on columns": lambda w, b, t: (w + (t["B"][:48] * t["d"]) @ t["A"][:, :48] * t["b"], b),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.sample("last columns", "b on columns")
+@pytest.mark.parametrize("name", VERA)
+def test_vera(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inner width makes A wider than the part that the keys use."""
+    entry = {"method": "vera", "target": {"role": ["attn.k", "ffn.down"]}, "rank": 8}
+
+    def wrong(weight: Tensor, bias: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if weight.shape[1] == 48:
+            return VERA[name](weight, bias, tensors)
+        down = (tensors["B"] * tensors["d"]) @ tensors["A"]
+        return weight + tensors["b"][:, None] * down, bias
+
+    reasons = refused(entry, monkeypatch, VeRAMethod, wrong)
+    assert len(reasons) == 2 and all("attention.self.key" in reason for reason in reasons)
+
+
+LOHA: dict[str, Wrong] = {
+    "matrix product": lambda w, b, t: (w + 2 * (t["B1"] @ t["A1"]) @ (t["B2"] @ t["A2"]), b),
+    "without scale": lambda w, b, t: (w + (t["B1"] @ t["A1"]) * (t["B2"] @ t["A2"]), b),
+    "scaled twice": lambda w, b, t: (w + 4 * (t["B1"] @ t["A1"]) * (t["B2"] @ t["A2"]), b),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", LOHA)
+def test_loha(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"method": "loha", "target": SQUARE, "rank": 4, "alpha": 8}
+    assert refused(entry, monkeypatch, LoHaMethod, LOHA[name])
+
+
+LOKR: dict[str, Wrong] = {
+    "factors swapped": lambda w, b, t: (w + 2 * torch.kron(t["DB"] @ t["DA"], t["C"]), b),
+    "transposed": lambda w, b, t: (w + 2 * torch.kron(t["C"], t["DB"] @ t["DA"]).T, b),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOKR)
+def test_lokr(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"method": "lokr", "target": SQUARE, "rank": 2, "alpha": 4}
+    assert refused(entry, monkeypatch, LoKrMethod, LOKR[name])
+
+
+@pytest.mark.slow
+def test_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trained scale that is added to the base's instead of replacing it is caught."""
+    compiled = graftc.compile({"adapt": [{"method": "norms"}]}, tiny("llama")).eval()
+    perturb(compiled)
+    assert compiled.merge().certificate.passed
+    replaced = folding._replace
+    monkeypatch.setattr(folding, "_replace", lambda *args: lambda w, b: (w + replaced(*args)(w, b)[0], b))
+    with pytest.raises(GraftError) as error:
+        compiled.merge(budget=WITHOUT_LIMIT)
+    assert error.value.code == "GC051"
+    assert len(error.value.details) == 5
