@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from types import FunctionType
 
 import pytest
@@ -15,6 +14,7 @@ import graftc.extend
 import graftc.testing
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.model.runner import Published
+from tests.kit.places import EXAMPLES
 
 PACKAGE = """
     Certificate Compiled GraftError GraftWarning MemoryPlan Merged Report Selection Spec TrainingLog __version__ check
@@ -60,7 +60,7 @@ def test_a_module_of_specs_loads_no_torch() -> None:
 
 
 def test_the_example_imports_nothing_else() -> None:
-    folder = Path(__file__).parents[1] / "examples" / "plugin"
+    folder = EXAMPLES / "plugin"
     lines = [line.strip() for file in folder.rglob("*.py") for line in file.read_text(encoding="utf-8").splitlines()]
     imports = {line.split()[1] for line in lines if line.startswith(("from graftc.", "import graftc."))}
     assert imports == {"graftc.extend", "graftc.testing"}

@@ -13,8 +13,9 @@ import transformers
 import graftc
 from graftc.specs.io import parse_spec
 from tests.cli.support import run_warm
+from tests.kit.places import ROOT
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:

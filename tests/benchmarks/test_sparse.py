@@ -95,18 +95,18 @@ thrice.register_autograd(lambda ctx, gradient: gradient * 3)
 
 @pytest.mark.parametrize(("function", "size"), [(Doubled.apply, Doubled.SIZE), (thrice, 2 * Doubled.SIZE)])
 def test_what_operators_and_backward_passes_have_for_a_moment_counts(function: object, size: int) -> None:
-    def made() -> Training:
+    def training() -> Training:
         model = nn.Linear(4, 4, bias=False)
         return Training(model, lambda: function(model(torch.ones(1, 4))).sum())  # type: ignore[operator]
 
-    account = accounted(made, steps=1)
+    account = accounted(training, steps=1)
     assert FLOAT * size < account.peak < FLOAT * (size + 500)
 
 
 def test_what_is_replaced_between_steps_counts_once() -> None:
     """State created before the steps and replaced in one of them counts once."""
 
-    def made() -> Training:
+    def training() -> Training:
         kept = [torch.zeros(100_000)]
 
         def replace() -> None:
@@ -116,7 +116,7 @@ def test_what_is_replaced_between_steps_counts_once() -> None:
         model = nn.Linear(4, 4, bias=False)
         return Training(model, lambda: model(torch.ones(1, 4)).sum(), after=replace)
 
-    account = accounted(made, steps=3)
+    account = accounted(training, steps=3)
     assert FLOAT * 100_000 < account.between <= account.peak < FLOAT * 101_000
 
 

@@ -101,7 +101,7 @@ def test_an_entry_that_cannot_run_is_skipped_with_the_reason(tiny: Base) -> None
     assert results == [] and skipped == {"new": "not yet"} and told[0] == "new: skipped: not yet"
 
 
-def made(name: str, seconds: list[float], **fields: Any) -> Measured:
+def measured(name: str, seconds: list[float], **fields: Any) -> Measured:
     result = Measured(
         Entry(name, "graftc", lambda base: Live(base.model, lambda: base.embeddings.sum(), 0), **fields), 1, 2.0, 8, 9
     )
@@ -112,7 +112,7 @@ def made(name: str, seconds: list[float], **fields: Any) -> Measured:
 
 def test_ratios_are_of_rounds_and_aims_are_upper_limits() -> None:
     aims = Aims(over_floor=2.0, over_peer=1.0)
-    results = [made("floor", [1, 2, 4]), made("a", [2, 2, 4]), made("b", [2, 4, 16], peer="a", aims=aims)]
+    results = [measured("floor", [1, 2, 4]), measured("a", [2, 2, 4]), measured("b", [2, 4, 16], peer="a", aims=aims)]
     data = figures(results, {"c": "gone"}, TINY, command="it", date="now", before=machine())
     assert (data["entries"]["b"]["over_floor"], data["entries"]["b"]["over_peer"]) == (2, 2)
     assert data["entries"]["b"]["reached"] == {"over_floor": True, "over_peer": False}
@@ -121,9 +121,9 @@ def test_ratios_are_of_rounds_and_aims_are_upper_limits() -> None:
 
 
 def test_another_loss_than_the_peers_is_noticed() -> None:
-    same, other = (made(name, [1.0], peer="a", exact=True) for name in "bc")
+    same, other = (measured(name, [1.0], peer="a", exact=True) for name in "bc")
     other.loss = 2.01
-    assert mismatches([made("a", [1.0]), same, other]).keys() == {"c"}
+    assert mismatches([measured("a", [1.0]), same, other]).keys() == {"c"}
 
 
 def test_some_entries_bring_their_peers_and_the_floor() -> None:

@@ -18,9 +18,7 @@ from jsonschema import Draft202012Validator
 from graftc.cli import main
 from graftc.cli.schemas import published_schema
 from tests.kit import warm
-
-GOLDEN = Path(__file__).parents[1] / "golden" / "cli"
-ROOT = Path(__file__).parents[2]
+from tests.kit.places import GOLDEN, ROOT
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def check_golden(name: str, text: str) -> None:
         "cached capture", "capture"
     )
     text = "\n".join(line.rstrip() for line in text.splitlines()).strip("\n") + "\n"
-    path = GOLDEN / f"{name}.txt"
+    path = GOLDEN / "cli" / f"{name}.txt"
     if os.environ.get("GRAFTC_UPDATE_GOLDEN") == "1":
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ import yaml
 from graftc.runtime.artifact import open_artifact
 from graftc.specs.errors.diagnostics import GraftError
 from tests.cli.support import run_here
-from tests.runtime.artifact.support import SPEC, adapted, saved_base, tree_bytes
+from tests.kit.folders import SPEC, adapted_folder, saved_artifact, saved_base, tree_bytes
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("apart")
     (folder / "specs").mkdir()
     (folder / "specs" / "spec.yaml").write_text(yaml.safe_dump(SPEC), encoding="utf-8")
-    adapted(saved_base(folder / "base")).save(folder / "artifact")
+    saved_artifact(folder)
     (folder / "link").symlink_to("artifact", target_is_directory=True)
     (folder / "link-to-base").symlink_to(folder / "base", target_is_directory=True)
     return folder
@@ -38,7 +38,10 @@ READING_ARTIFACT: dict[str, Callable[[str], list[str]]] = {
 }
 
 
-def refused(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+def leaves_it_alone(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str
+) -> None:
+    """Check that a command is an error, with and without ``--force``, and changes nothing."""
     before = tree_bytes(here)
     monkeypatch.chdir(here)
     for force in ([], ["--force"]):
@@ -55,7 +58,7 @@ def refused(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 def test_the_artifact(
     command: str, out: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refused(here, capsys, monkeypatch, *READING_ARTIFACT[command](out))
+    leaves_it_alone(here, capsys, monkeypatch, *READING_ARTIFACT[command](out))
 
 
 @pytest.mark.parametrize("command", ["merge", "export"])
@@ -64,19 +67,19 @@ def test_the_base_that_is_named(
     command: str, out: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = READING_ARTIFACT[command](out.format(here=str(here).lstrip("/")))
-    refused(here, capsys, monkeypatch, *words, "--model", "base")
+    leaves_it_alone(here, capsys, monkeypatch, *words, "--model", "base")
 
 
 @pytest.mark.parametrize("out", ["base", "base/out", "link-to-base/out", "specs", "specs/spec.yaml", "."])
 def test_compile(out: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    refused(here, capsys, monkeypatch, "compile", "specs/spec.yaml", "--model", "base", "--out", out)
+    leaves_it_alone(here, capsys, monkeypatch, "compile", "specs/spec.yaml", "--model", "base", "--out", out)
 
 
 @pytest.mark.slow
 def test_a_base_that_graftc_wrote_is_not_replaced(tmp_path: Path) -> None:
     """In Python as well, where no base is named, a model loaded from a merged folder is not saved over it."""
-    merged = adapted(saved_base(tmp_path / "base")).merge().save(tmp_path / "merged")
-    compiled = adapted(merged)
+    merged = adapted_folder(saved_base(tmp_path / "base")).merge().save(tmp_path / "merged")
+    compiled = adapted_folder(merged)
     before = tree_bytes(merged)
     for write in (compiled.save, compiled.merge().save):
         with pytest.raises(GraftError) as caught:

@@ -15,7 +15,8 @@ import pytest
 from graftc.cli import output
 from graftc.specs import GraftError, Place
 from graftc.specs.errors.text import printable
-from tests.cli.support import ROOT, run_apart, run_here
+from tests.cli.support import run_apart, run_here
+from tests.kit.places import ROOT
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 COMMAND = f"{sys.executable} -m graftc"

@@ -24,7 +24,8 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 from graftc.testing.families import tiny
 from tests.cli.support import run_here, run_valid
-from tests.runtime.artifact.support import SPEC, adapted, edit_json, saved_base, tree_bytes
+from tests.kit.folders import SPEC, adapted_folder, saved_base, tree_bytes
+from tests.runtime.artifact.support import edit_json
 
 OPTIONS = ["--base-model", "owner/base", "--license", "apache-2.0", "--language", "en", "--tag", "my tag"]
 
@@ -34,8 +35,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, an artifact that folds, and one that folds only in part."""
     path = tmp_path_factory.mktemp("cards")
     base = saved_base(path / "base")
-    adapted(base).save(path / "artifact")
-    adapted(base, {"adapt": [*SPEC["adapt"], {"method": "prefix", "length": 3}]}).save(path / "kept")
+    adapted_folder(base).save(path / "artifact")
+    adapted_folder(base, {"adapt": [*SPEC["adapt"], {"method": "prefix", "length": 3}]}).save(path / "kept")
     return path
 
 
@@ -159,7 +160,7 @@ def test_metadata_that_the_hub_does_not_take(options: list[str], capsys: pytest.
 
 @pytest.mark.slow
 def test_a_certificate_that_is_none_is_damage(folder: Path, tmp_path: Path) -> None:
-    adapted(folder / "base").save(tmp_path / "artifact")
+    adapted_folder(folder / "base").save(tmp_path / "artifact")
     edit_json(tmp_path / "artifact", "certificates/fold.json", '{"passed": "yes"}\n')
     with pytest.raises(GraftError, match="GC082"):
         artifact_facts(open_artifact(tmp_path / "artifact"))

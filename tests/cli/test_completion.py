@@ -14,7 +14,8 @@ from graftc.cli.options import destination
 from graftc.cli.schemas import schema_names
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
-from tests.cli.support import ROOT, run_here
+from tests.cli.support import run_here
+from tests.kit.places import ROOT
 
 
 @pytest.fixture(autouse=True)

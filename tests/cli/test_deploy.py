@@ -18,8 +18,8 @@ import graftc
 from graftc.cli.schemas import published_schema
 from graftc.runtime.sources.models import load_model
 from graftc.testing import perturb
-from tests.cli.support import Outcome, check_golden, run_here, run_warm
-from tests.runtime.artifact.support import saved_base, tree_bytes
+from tests.cli.support import Outcome, check_golden, run_here, run_valid, run_warm
+from tests.kit.folders import saved_base, tree_bytes
 
 SPEC = """\
 version: 1
@@ -56,7 +56,7 @@ adapt:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, an artifact of it, and an artifact with other values."""
     folder = tmp_path_factory.mktemp("deploy")
     saved_base(folder / "base")
@@ -70,11 +70,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the folder to work in; artifacts still find the base, which moved along with them."""
     for name in ("base", "artifact", "trained"):
-        shutil.copytree(made / name, tmp_path / name)
-    shutil.copy(made / "spec.yaml", tmp_path)
+        shutil.copytree(models_folder / name, tmp_path / name)
+    shutil.copy(models_folder / "spec.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -85,18 +85,12 @@ def valid(command: str, outcome: Outcome) -> Any:
     return outcome.data
 
 
-def run(capsys: pytest.CaptureFixture[str], command: str, *arguments: str, status: int = 0) -> Any:
-    outcome = run_here(capsys, command, *arguments, "--json")
-    assert (outcome.status, outcome.err) == (status, "")
-    return valid(command if "error" not in outcome.data else "error", outcome)
-
-
 # --- compile ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.full
-def test_compile(capsys: pytest.CaptureFixture[str], here: Path, made: Path) -> None:
-    data = run(capsys, "compile", "spec.yaml", "--model", "base", "--out", "new")
+def test_compile(capsys: pytest.CaptureFixture[str], here: Path, models_folder: Path) -> None:
+    data = run_valid(capsys, "compile", "spec.yaml", "--model", "base", "--out", "new")
     assert data["out"] == "new" and data["dry_run"] is False and data["certificate"]["passed"] is True
     assert {file["path"]: file["bytes"] for file in data["files"]} == {
         f"new/{name}": len(content) for name, content in tree_bytes(here / "new").items()
@@ -105,7 +99,7 @@ def test_compile(capsys: pytest.CaptureFixture[str], here: Path, made: Path) -> 
     assert data["fingerprint"] == manifest["base"]["fingerprint"]
     assert manifest["base"]["reference"] == str(here / "base") and manifest["base"]["relative"] == "../base"
     # The same files as from Python, except for the base's location.
-    other = tree_bytes(made / "artifact")
+    other = tree_bytes(models_folder / "artifact")
     assert {k: v for k, v in tree_bytes(here / "new").items() if k != "manifest.json"} == {
         k: v for k, v in other.items() if k != "manifest.json"
     }
@@ -128,7 +122,7 @@ def _without_bytes(text: str) -> str:
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [0, 5])
 def test_a_seed(capsys: pytest.CaptureFixture[str], here: Path, seed: int) -> None:
-    run(capsys, "compile", "spec.yaml", "-m", "base", "-o", "new", "--seed", str(seed))
+    run_valid(capsys, "compile", "spec.yaml", "-m", "base", "-o", "new", "--seed", str(seed))
     one, two = (load_file(here / name / "adapters.safetensors") for name in ("new", "artifact"))
     assert all(torch.equal(one[name], two[name]) for name in one) is (seed == 0)
 
@@ -138,7 +132,7 @@ def test_a_seed(capsys: pytest.CaptureFixture[str], here: Path, seed: int) -> No
 
 @pytest.mark.full
 def test_merge(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    data = run(capsys, "merge", "trained", "--out", "folded")
+    data = run_valid(capsys, "merge", "trained", "--out", "folded")
     assert data["partial"] is False and data["folded"] == ["trained", "attention"] and data["kept"] == []
     assert data["certificate"]["passed"] and min(s["change"] for s in data["certificate"]["sites"]) > 1e-3
     assert {Path(file["path"]).name for file in data["files"]} == {
@@ -148,15 +142,15 @@ def test_merge(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     ids = torch.randint(0, 101, (3, 7))
     assert torch.allclose(folded(ids).logits, compiled(input_ids=ids).logits, atol=1e-5)
     assert not torch.allclose(folded(ids).logits, load_model("base")(ids).logits, atol=1e-2)
-    assert run(capsys, "verify", "folded")["passed"] is True
+    assert run_valid(capsys, "verify", "folded")["passed"] is True
     (here / "folded" / "model.safetensors").write_bytes(b"no")
-    assert run(capsys, "verify", "folded", status=1)["passed"] is False
+    assert run_valid(capsys, "verify", "folded", status=1)["passed"] is False
 
 
 @pytest.mark.slow
 def test_over_budget_nothing_is_written(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     before = set(here.iterdir())
-    data = run(capsys, "merge", "trained", "--out", "folded", "--budget", "1e-12", status=1)
+    data = run_valid(capsys, "merge", "trained", "--out", "folded", "--budget", "1e-12", status=1)
     assert data["error"]["code"] == "GC051" and set(here.iterdir()) == before
 
 
@@ -183,7 +177,7 @@ def test_what_does_not_fold_is_refused_by_name_or_kept(
 
 @pytest.mark.slow
 def test_partial_with_nothing_left_is_a_merge(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    data = run(capsys, "merge", "trained", "--partial", "--out", "folded")
+    data = run_valid(capsys, "merge", "trained", "--partial", "--out", "folded")
     assert data["partial"] is False and (here / "folded" / "config.json").is_file()
 
 
@@ -194,7 +188,7 @@ def test_partial_with_nothing_left_is_a_merge(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("merge", [True, False])
 def test_export(capsys: pytest.CaptureFixture[str], here: Path, merge: bool) -> None:
     more = [] if merge else ["--no-merge"]
-    data = run(capsys, "export", "trained", "--format", "onnx", "--out", "deep/model.onnx", *more)
+    data = run_valid(capsys, "export", "trained", "--format", "onnx", "--out", "deep/model.onnx", *more)
     assert data["merged"] is merge and (data["certificate"] is not None) is merge
     assert [file["path"] for file in data["files"]] == ["deep/model.onnx"]
     session = onnxruntime.InferenceSession("deep/model.onnx", providers=["CPUExecutionProvider"])
@@ -207,7 +201,7 @@ def test_export(capsys: pytest.CaptureFixture[str], here: Path, merge: bool) -> 
 
 @pytest.mark.full
 def test_export_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
-    run(capsys, "export", "trained", "-f", "pt2", "-o", "model.pt2")
+    run_valid(capsys, "export", "trained", "-f", "pt2", "-o", "model.pt2")
     ids = torch.randint(0, 101, (3, 7))
     module = torch.export.load("model.pt2").module()
     logits = module(input_ids=ids, attention_mask=torch.ones_like(ids))["logits"]
@@ -218,8 +212,10 @@ def test_export_of_a_program(capsys: pytest.CaptureFixture[str]) -> None:
 def test_export_with_inputs(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     """One adaptation folds and the other one is an input; the export is refused unless it is named as one."""
     (here / "both.yaml").write_text(BOTH)
-    run(capsys, "compile", "both.yaml", "--model", "base", "--out", "both")
-    data = run(capsys, "export", "both", "-f", "onnx", "-o", "model.onnx", "--inputs", "prefix", "--allow-unchanged")
+    run_valid(capsys, "compile", "both.yaml", "--model", "base", "--out", "both")
+    data = run_valid(
+        capsys, "export", "both", "-f", "onnx", "-o", "model.onnx", "--inputs", "prefix", "--allow-unchanged"
+    )
     assert data["merged"] is True and data["certificate"]["passed"] is True
     assert [file["path"] for file in data["files"]] == ["model.onnx", "model.onnx.prefix.safetensors"]
     tensors = {name: tensor.numpy() for name, tensor in load_file("model.onnx.prefix.safetensors").items()}
@@ -229,22 +225,22 @@ def test_export_with_inputs(capsys: pytest.CaptureFixture[str], here: Path) -> N
     (logits,) = session.run(["logits"], {**inputs, **tensors})
     expected = graftc.load("both").eval()(input_ids=ids).logits
     assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-4)
-    data = run(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", "--inputs", "prefix", status=1)
+    data = run_valid(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", "--inputs", "prefix", status=1)
     assert data["error"]["code"] == "GC104"
     inputs_of_another = ["--inputs", "attention", "--allow-unchanged"]
-    data = run(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", *inputs_of_another, status=1)
+    data = run_valid(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", *inputs_of_another, status=1)
     assert data["error"]["code"] == "GC050" and "--inputs prefix" in data["error"]["hint"]
     more = ["--no-merge", "--inputs", "attention", "--inputs", "prefix"]
-    data = run(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", *more)
+    data = run_valid(capsys, "export", "both", "-f", "pt2", "-o", "m.pt2", *more)
     beside = [f"m.pt2.{name}.safetensors" for name in ("attention", "prefix")]
     assert data["certificate"] is None and [file["path"] for file in data["files"]] == ["m.pt2", *beside]
 
 
 @pytest.mark.full
 def test_an_input_that_folds(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    data = run(capsys, "export", "trained", "-f", "pt2", "-o", "m.pt2", "--inputs", "attention", status=2)
+    data = run_valid(capsys, "export", "trained", "-f", "pt2", "-o", "m.pt2", "--inputs", "attention", status=2)
     assert data["error"]["code"] == "GC065" and "--no-merge" in data["error"]["hint"]
-    data = run(capsys, "export", "trained", "-f", "pt2", "--dry-run", "--inputs", "atention", status=2)
+    data = run_valid(capsys, "export", "trained", "-f", "pt2", "--dry-run", "--inputs", "atention", status=2)
     assert data["error"]["code"] == "GC091" and "'attention'" in data["error"]["hint"]
     assert not (here / "m.pt2").exists()
 
@@ -254,20 +250,20 @@ def test_an_input_that_folds(capsys: pytest.CaptureFixture[str], here: Path) -> 
 
 @pytest.mark.full
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
-    data = run(capsys, "verify", "trained")
+    data = run_valid(capsys, "verify", "trained")
     names = ["files", "tensors", "graph files", "base", "places", "graphs", "certificate"]
     assert [(c["name"], c["passed"]) for c in data["checks"]] == [(name, True) for name in names]
     assert not [c["detail"] for c in data["checks"] if re.search(r"\b1 \w+s\b", c["detail"])], (
         "one of something is not several"
     )
     shutil.rmtree("base")
-    assert run(capsys, "verify", "trained", "--files-only")["passed"] is True
+    assert run_valid(capsys, "verify", "trained", "--files-only")["passed"] is True
 
 
 @pytest.mark.slow
 def test_diff(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    assert run(capsys, "diff", "artifact", "artifact")["same"] is True
-    data = run(capsys, "diff", "artifact", "trained", status=1)
+    assert run_valid(capsys, "diff", "artifact", "artifact")["same"] is True
+    data = run_valid(capsys, "diff", "artifact", "trained", status=1)
     assert data["same"] is False and not (data["base"] or data["spec"] or data["graph"])
     assert {t["status"] for t in data["tensors"]} == {"changed"} and len(data["tensors"]) == 10
     largest = max(t["largest_difference"] for t in data["tensors"])
@@ -281,8 +277,8 @@ def test_diff_of_everything(capsys: pytest.CaptureFixture[str], here: Path) -> N
     saved_base(here / "other", seed=1)
     spec = SPEC.replace("[attn.q, attn.v]", "[attn.v, attn.o]").replace("rank: 4", "rank: 2")
     (here / "other.yaml").write_text(spec)
-    run(capsys, "compile", "other.yaml", "-m", "other", "-o", "changed")
-    data = run(capsys, "diff", "artifact", "changed", status=1)
+    run_valid(capsys, "compile", "other.yaml", "-m", "other", "-o", "changed")
+    data = run_valid(capsys, "diff", "artifact", "changed", status=1)
     assert any("has other values" in line for line in data["base"])
     assert "-    rank: 4" in data["spec"] or "-  rank: 4" in data["spec"]
     assert len(data["sites"]["added"]) == len(data["sites"]["removed"]) == 2 and data["sites"]["changed"] == []
@@ -307,14 +303,14 @@ WRITERS = {
 @pytest.mark.parametrize("command", WRITERS)
 def test_a_dry_run_writes_nothing(command: str, capsys: pytest.CaptureFixture[str], here: Path) -> None:
     before = set(here.rglob("*"))
-    data = run(capsys, command, *WRITERS[command], "--dry-run")
+    data = run_valid(capsys, command, *WRITERS[command], "--dry-run")
     assert data["dry_run"] is True and data["out"] is None and data["files"] == []
     assert data["certificate"]["passed"] is True and set(here.rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", WRITERS)
 def test_a_destination_is_needed(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    error = run(capsys, command, *WRITERS[command], status=2)["error"]
+    error = run_valid(capsys, command, *WRITERS[command], status=2)["error"]
     assert error["code"] == "GC090" and "--out" in error["message"]
 
 
@@ -327,15 +323,15 @@ def test_what_is_there_is_refused_at_once(
     (here / "mine").mkdir()
     (here / "mine" / "precious").touch()
     for more in ([], ["--force"]):
-        error = run(capsys, command, *WRITERS[command], "--out", "mine", *more, status=3)["error"]
+        error = run_valid(capsys, command, *WRITERS[command], "--out", "mine", *more, status=3)["error"]
         assert error["code"] == "GC063" and (here / "mine" / "precious").is_file()
 
 
 @pytest.mark.full
 def test_force_replaces_what_graftc_wrote(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    run(capsys, "compile", "spec.yaml", "-m", "base", "-o", "trained", "--force")
+    run_valid(capsys, "compile", "spec.yaml", "-m", "base", "-o", "trained", "--force")
     assert tree_bytes(here / "trained").keys() == tree_bytes(here / "artifact").keys()
-    run(capsys, "merge", "artifact", "-o", "trained", "--force", "--allow-unchanged")
+    run_valid(capsys, "merge", "artifact", "-o", "trained", "--force", "--allow-unchanged")
     assert (here / "trained" / "graftc.json").is_file() and not (here / "trained" / "manifest.json").exists()
 
 
@@ -344,11 +340,11 @@ def test_a_named_base(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     shutil.move("base", "moved")
     manifest = json.loads((here / "artifact/manifest.json").read_text())["base"]
     shutil.rmtree(manifest["reference"], ignore_errors=True) if manifest["reference"].startswith(str(here)) else None
-    run(capsys, "merge", "artifact", "-o", "folded", "--model", "moved", "--allow-unchanged")
+    run_valid(capsys, "merge", "artifact", "-o", "folded", "--model", "moved", "--allow-unchanged")
 
 
 def test_unknown_formats(capsys: pytest.CaptureFixture[str]) -> None:
-    error = run(capsys, "export", "trained", "-f", "onxn", "-o", "x", status=2)["error"]
+    error = run_valid(capsys, "export", "trained", "-f", "onxn", "-o", "x", status=2)["error"]
     assert error["code"] == "GC090" and "onnx" in f"{error['message']} {error['hint']}"
 
 

@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import graftc
-from graftc.cli.schemas import published_schema
 from graftc.passes.core.weights.folds import round_once
 from graftc.records.comparison import Difference
 from graftc.runtime.compare import difference as module
@@ -22,7 +20,7 @@ from graftc.runtime.compare.difference import Matrices, difference
 from graftc.runtime.compare.folders import compare_folders
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, tiny
-from tests.cli.support import run_here
+from tests.cli.support import run_here, run_valid
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +105,7 @@ def test_blocks_have_no_say(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base in bfloat16, the same base in several files, a merged model, and an artifact."""
     folder = tmp_path_factory.mktemp("diff")
     model = tiny("llama").eval().bfloat16()
@@ -122,17 +120,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path, status: int) -> Any:
-    outcome = run_here(capsys, "diff", *map(str, arguments), "--json")
-    assert (outcome.status, outcome.err) == (status, "")
-    schema = "error" if "error" in outcome.data else "diff"
-    Draft202012Validator(published_schema(schema)).validate(outcome.data)
-    return outcome.data
+    return run_valid(capsys, "diff", *map(str, arguments), status=status)
 
 
 @pytest.mark.full
-def test_what_a_merge_changed(capsys: pytest.CaptureFixture[str], made: Path) -> None:
+def test_what_a_merge_changed(capsys: pytest.CaptureFixture[str], models_folder: Path) -> None:
     """Each site is reported with its rank or scaling, and nothing else; a sharded base gives the same."""
-    data = run(capsys, made / "base", made / "merged", status=1)
+    data = run(capsys, models_folder / "base", models_folder / "merged", status=1)
     assert data["same"] is False and data["tensors"] == [] and data["base"] == []
     differences = {tensor["name"]: tensor["difference"] for tensor in data["weights"]["tensors"]}
     for layer in range(2):
@@ -141,22 +135,22 @@ def test_what_a_merge_changed(capsys: pytest.CaptureFixture[str], made: Path) ->
             assert (item["cause"], item["rank"]) == ("low rank", 3) and item["explained"] > 0.99
         assert differences.pop(f"model.layers.{layer}.self_attn.k_proj.weight")["cause"] == "row scaling"
     assert not differences
-    total = len(load_file(made / "base" / "model.safetensors"))
+    total = len(load_file(models_folder / "base" / "model.safetensors"))
     assert data["weights"]["equal"] == total - 6
-    assert len(list((made / "sharded").glob("*.safetensors"))) > 1
-    assert run(capsys, made / "sharded", made / "merged", status=1)["weights"] == data["weights"]
+    assert len(list((models_folder / "sharded").glob("*.safetensors"))) > 1
+    assert run(capsys, models_folder / "sharded", models_folder / "merged", status=1)["weights"] == data["weights"]
 
 
 @pytest.mark.full
-def test_equal_models(capsys: pytest.CaptureFixture[str], made: Path) -> None:
-    data = run(capsys, made / "base", made / "sharded", status=0)
+def test_equal_models(capsys: pytest.CaptureFixture[str], models_folder: Path) -> None:
+    data = run(capsys, models_folder / "base", models_folder / "sharded", status=0)
     assert data["same"] is True and data["weights"]["tensors"] == []
-    assert "no difference" in run_here(capsys, "diff", str(made / "base"), str(made / "sharded")).out
+    assert "no difference" in run_here(capsys, "diff", str(models_folder / "base"), str(models_folder / "sharded")).out
 
 
-def test_for_people(capsys: pytest.CaptureFixture[str], made: Path) -> None:
+def test_for_people(capsys: pytest.CaptureFixture[str], models_folder: Path) -> None:
     """Layers that differ in the same way are one line."""
-    outcome = run_here(capsys, "diff", str(made / "base"), str(made / "merged"))
+    outcome = run_here(capsys, "diff", str(models_folder / "base"), str(models_folder / "merged"))
     assert outcome.status == 1
     assert "~ model.layers.{0-1}.mlp.up_proj.weight (2 tensors) BF16[" in outcome.out and "rank 3, which" in outcome.out
     assert "4 by a low-rank update of rank 3, as LoRA's" in outcome.out
@@ -189,33 +183,33 @@ def test_nan_is_no_number(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     assert run_here(capsys, "diff", str(tmp_path / "one"), str(tmp_path / "two")).status == 1
 
 
-def test_what_is_no_model_is_refused(capsys: pytest.CaptureFixture[str], made: Path, tmp_path: Path) -> None:
+def test_what_is_no_model_is_refused(capsys: pytest.CaptureFixture[str], models_folder: Path, tmp_path: Path) -> None:
     """Invalid folders are refused with a code.
 
     Cases: a folder of another kind, missing folders, pickles, missing or truncated files, and names that lead outside.
     """
-    error = run(capsys, made / "artifact", made / "merged", status=2)["error"]
+    error = run(capsys, models_folder / "artifact", models_folder / "merged", status=2)["error"]
     assert error["code"] == "GC090" and "graftc merge" in error["hint"]
     assert run(capsys, tmp_path / "a", tmp_path / "b", status=3)["error"]["code"] == "GC080"
-    assert run(capsys, made / "base", tmp_path / "b", status=3)["error"]["code"] == "GC100"
+    assert run(capsys, models_folder / "base", tmp_path / "b", status=3)["error"]["code"] == "GC100"
     pickles = tmp_path / "pickles"
     pickles.mkdir()
     (pickles / "config.json").write_text("{}")
     (pickles / "pytorch_model.bin").write_bytes(b"")
-    error = run(capsys, made / "base", pickles, status=3)["error"]
+    error = run(capsys, models_folder / "base", pickles, status=3)["error"]
     assert error["code"] == "GC100" and ".bin" in error["hint"]
     broken = tmp_path / "broken"
-    shutil.copytree(made / "sharded", broken)
+    shutil.copytree(models_folder / "sharded", broken)
     index = broken / "model.safetensors.index.json"
     files = sorted(broken.glob("*.safetensors"))
     files[0].write_bytes(files[0].read_bytes()[:-5])
-    assert run(capsys, made / "base", broken, status=3)["error"]["code"] == "GC100"
+    assert run(capsys, models_folder / "base", broken, status=3)["error"]["code"] == "GC100"
     files[0].unlink()
-    assert run(capsys, made / "base", broken, status=3)["error"]["code"] == "GC100"
+    assert run(capsys, models_folder / "base", broken, status=3)["error"]["code"] == "GC100"
     table = json.loads(index.read_text())
     table["weight_map"] = {name: "../out.safetensors" for name in table["weight_map"]}
     index.write_text(json.dumps(table))
-    assert run(capsys, made / "base", broken, status=3)["error"]["code"] == "GC101"
+    assert run(capsys, models_folder / "base", broken, status=3)["error"]["code"] == "GC101"
 
 
 def test_a_folder_that_is_none() -> None:

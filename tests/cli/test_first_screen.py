@@ -15,8 +15,8 @@ import yaml
 
 from graftc.compiler import quiet
 from graftc.compiler.quiet import quiet_quantisers, tell
-from tests.cli.support import ROOT
-from tests.runtime.artifact.support import SPEC, adapted, saved_base
+from tests.kit.folders import SPEC, saved_artifact
+from tests.kit.places import ROOT
 
 _UNUSED = "{'peft', 'bitsandbytes', 'kernels'} & set(sys.modules)"
 _COMMANDS = f"""
@@ -38,7 +38,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("screen")
     (folder / "spec.yaml").write_text(yaml.safe_dump(SPEC), encoding="utf-8")
     (folder / "lora.yaml").write_text(yaml.safe_dump(_LORA), encoding="utf-8")
-    adapted(saved_base(folder / "base")).save(folder / "artifact")
+    saved_artifact(folder)
     return folder
 
 

@@ -15,7 +15,7 @@ import graftc
 from graftc.runtime.sources.models import load_model
 from graftc.specs.errors.diagnostics import GraftError
 from tests.cli.support import run_here
-from tests.runtime.artifact.support import SPEC, adapted, saved_base
+from tests.kit.folders import SPEC, saved_artifact
 
 HEAD = {**SPEC, "train": ["classifier"]}
 
@@ -24,7 +24,7 @@ HEAD = {**SPEC, "train": ["classifier"]}
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base and its artifact."""
     folder = tmp_path_factory.mktemp("lacking")
-    adapted(saved_base(folder / "base")).save(folder / "artifact", certify=False)
+    saved_artifact(folder, certify=False)
     return folder
 
 

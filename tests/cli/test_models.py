@@ -12,6 +12,7 @@ import torch
 from graftc.runtime.sources.models import load_model
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import bert, tiny
+from tests.kit.refusals import refused
 
 CALLABLES = """\
 import torch
@@ -88,19 +89,19 @@ def test_a_callable(meta: bool) -> None:
     ],
 )
 def test_what_gives_no_model(text: str, message: str, hint: str) -> None:
-    error = _refused(text)
+    error = unloadable(text)
     assert error.message.startswith(message)
     assert error.hint is not None and error.hint.startswith(hint)
 
 
 def test_a_callable_that_fails_says_in_which_line() -> None:
-    (detail,) = _refused("own_models:fails").details
+    (detail,) = unloadable("own_models:fails").details
     assert str(detail).endswith("own_models.py:5, in fails")
 
 
 def test_a_misspelt_folder(saved: Path) -> None:
-    assert _refused("svaed").hint == "did you mean 'saved'?"
-    assert _refused("./svaed").hint == "did you mean 'saved'?"
+    assert unloadable("svaed").hint == "did you mean 'saved'?"
+    assert unloadable("./svaed").hint == "did you mean 'saved'?"
 
 
 @pytest.mark.parametrize(
@@ -117,30 +118,29 @@ def test_architectures_that_name_no_class(
 ) -> None:
     config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     (saved / "config.json").write_text(json.dumps({**config, "architectures": architectures}), encoding="utf-8")
-    error = _refused("saved")
+    error = unloadable("saved")
     assert error.message.startswith(message) and (error.hint or "").startswith(hint)
 
 
 def test_a_broken_config_and_broken_weights(saved: Path) -> None:
     (saved / "model.safetensors").write_bytes(b"not weights")
-    assert _refused("saved").message.startswith("saved is damaged: model.safetensors: ")
+    assert unloadable("saved").message.startswith("saved is damaged: model.safetensors: ")
     (saved / "config.json").write_text("{", encoding="utf-8")
-    assert _refused("saved").message.startswith("the config.json of 'saved' cannot be read: ")
+    assert unloadable("saved").message.startswith("the config.json of 'saved' cannot be read: ")
 
 
 def test_an_adapter_folder_names_its_base(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}', encoding="utf-8")
-    error = _refused("adapter")
+    error = unloadable("adapter")
     assert (error.message, error.hint) == (
         "'adapter' holds a PEFT adapter, not a model",
         "give its base model: org/base",
     )
 
 
-def _refused(text: str) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        load_model(text)
-    assert caught.value.code == "GC032" and caught.value.exit_code == 3
-    return caught.value
+def unloadable(text: str) -> GraftError:
+    error = refused(load_model, text, code="GC032")
+    assert error.exit_code == 3
+    return error

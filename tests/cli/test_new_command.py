@@ -78,7 +78,7 @@ def test_a_file_and_a_name_are_a_command_with_json_and_a_schema(
     monkeypatch.chdir(tmp_path)
     Path("spec.yaml").write_text("adapt: [{method: lora, rank: 2, target: {role: attn.q}}]", encoding="utf-8")
     compiled = run_here(
-        capsys, "compile", "spec.yaml", "-m", "tests.families:bert", "-o", "a", "--no-certify", "--json"
+        capsys, "compile", "spec.yaml", "-m", "graftc.testing.families:bert", "-o", "a", "--no-certify", "--json"
     )
     expected = {each["name"]: each["bytes"] for each in compiled.data["adaptations"]}
     registry.commands.cache_clear()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from graftc.testing import tiny
 from tests.cli.support import run_here, run_valid
+from tests.kit.comparing import same_tensors
 
 QUERY = "base_model.model.bert.encoder.layer.{}.attention.self.query.lora_{}.weight"
 
@@ -47,7 +48,7 @@ def test_there_and_back(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     exported = run_valid(capsys, "export", "artifact", "--format", "peft", "--out", "back")
     assert exported["tensors"] == imported["tensors"] and exported["merged"] is False
     first, second = (load_file(f"{folder}/adapter_model.safetensors") for folder in ("adapter", "back"))
-    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert same_tensors(first, second)
     assert run_valid(capsys, "export", "artifact", "-f", "peft", "-o", "back", status=3)["error"]["code"] == "GC063"
     run_valid(capsys, "export", "artifact", "-f", "peft", "-o", "back", "--force")
     error = run_valid(capsys, "export", "artifact", "-f", "peft", "-o", "other", "--inputs", "lora", status=2)["error"]

@@ -20,7 +20,8 @@ from graftc.records.reading import from_json
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.registry import method_specs
 from tests.cli.samples import CERTIFICATE, DEMO, LLM_DEMO, REPORT
-from tests.cli.support import ROOT, Outcome, run_here
+from tests.cli.support import Outcome, run_here
+from tests.kit.places import ROOT
 
 PUBLISHED = ROOT / "docs" / "schemas"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]\ntrain: [classifier]\n"

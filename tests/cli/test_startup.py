@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.cli.support import ROOT
+from tests.kit.places import ROOT
 
 _WITNESS = (
     "import sys; from graftc.cli import main; status = main(sys.argv[1:]); "

@@ -10,7 +10,7 @@ import pytest
 from graftc.cli.output import throughput
 from graftc.testing import perturb
 from tests.cli.support import run_here, run_valid
-from tests.runtime.artifact.support import adapted
+from tests.kit.folders import adapted_folder
 from tests.runtime.streaming.support import sharded_base, tensors, written_lora
 
 pytestmark = pytest.mark.slow
@@ -19,19 +19,19 @@ SPEC = {"adapt": [{"name": "a", "method": "lora", "target": {"role": ["attn.q", 
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stream")
     base = sharded_base(folder / "base")
     written_lora(folder / "peft", base)
-    compiled = adapted(base, SPEC)
+    compiled = adapted_folder(base, SPEC)
     perturb(compiled)
     compiled.save(folder / "artifact")
     return folder
 
 
 @pytest.fixture(autouse=True)
-def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for path in made.iterdir():
+def here(models_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for path in models_folder.iterdir():
         shutil.copytree(path, tmp_path / path.name)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from graftc.cli import output
-from tests.cli.support import ROOT, run_apart
+from tests.cli.support import run_apart
 from tests.kit import warm
+from tests.kit.places import ROOT
 
 ESCAPE = "\x1b"
 CHECK = ("check", "spec.yaml", "--model", "graftc.testing.families:bert")

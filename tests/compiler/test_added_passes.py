@@ -20,12 +20,13 @@ from graftc.passes.core.ir.program import provenance
 from graftc.passes.lowering.lower import LOWER
 from graftc.records.passes import figure_rows
 from graftc.runtime.artifact import open_artifact
-from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import flat, inputs_for
 from graftc.testing.families import HIDDEN, tiny
 from tests.docs.blocks import blocks
-from tests.kit.installed_passes import Install, installing
+from tests.kit.models import fresh
+from tests.kit.plugins import Install, installing
+from tests.kit.refusals import refused
 
 LORA: dict[str, Any] = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
 
@@ -58,15 +59,10 @@ def install(tmp_path: Path) -> Iterator[Install]:
         yield installed
 
 
-def compiled() -> Compiled:
-    return graftc.compile({"adapt": [LORA]}, tiny("bert"))
-
-
-def refused(*parts: str) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        compiled()
-    error = caught.value
-    assert error.code == "GC077" and error.place is not None and error.place.path.startswith("entry point "), error
+def misfit(*parts: str) -> GraftError:
+    """Return the error about an installed pass, and check that its message has these parts."""
+    error = refused(fresh, "bert", LORA, code="GC077")
+    assert error.place is not None and error.place.path.startswith("entry point "), error
     assert all(part in error.message for part in parts), error.message
     return error
 
@@ -99,7 +95,7 @@ class TestPlacing:
         assert "  a (looks; where wanted; from some-passes 1.0; requires copy)" in str(extended(ADAPT)).splitlines()
 
     @pytest.mark.parametrize(
-        ("made", "message", "hint"),
+        ("arguments", "message", "hint"),
         [
             ("Pass('a', nothing), after='insrt'", "'adapt' has no pass 'insrt'", "'insert'"),
             ("Pass('a', nothing), after='a'", "are placed by each other in a circle: 'a' of broken 1.0", "copy, roles"),
@@ -116,25 +112,25 @@ class TestPlacing:
             ("nothing, after='insert'", "as a pass", "AddedPass(Pass(...), after=...)"),
         ],
     )  # fmt: skip
-    def test_one_that_cannot_be_placed(self, made: str, message: str, hint: str, install: Install) -> None:
-        install("broken", f"{HEAD}MADE = AddedPass({made})", mine="MADE")
-        error = refused(message)
+    def test_one_that_cannot_be_placed(self, arguments: str, message: str, hint: str, install: Install) -> None:
+        install("broken", f"{HEAD}MADE = AddedPass({arguments})", mine="MADE")
+        error = misfit(message)
         assert hint in error.hint, error.hint
         assert str(error.place) == 'entry point mine = "broken:MADE"'
 
     def test_a_circle_of_two(self, install: Install) -> None:
         for one, other in ("ab", "ba"):
             install(f"pass-{one}", f"{HEAD}MADE = AddedPass(Pass({one!r}, nothing), after={other!r})", mine="MADE")
-        refused("in a circle: 'a' of pass-a 1.0 after 'b', 'b' of pass-b 1.0 after 'a'")
+        misfit("in a circle: 'a' of pass-a 1.0 after 'b', 'b' of pass-b 1.0 after 'a'")
 
     def test_two_of_one_name(self, install: Install) -> None:
         for package in ("one", "two"):
             install(package, f"{HEAD}MADE = AddedPass(Pass('same', nothing), after='insert')", mine="MADE")
-        refused("two passes of one name: the pass 'same' of one 1.0 and the pass 'same' of two 1.0")
+        misfit("two passes of one name: the pass 'same' of one 1.0 and the pass 'same' of two 1.0")
 
     def test_one_that_cannot_be_imported(self, install: Install) -> None:
         install("broken", "import a_module_that_is_not_there", mine="MADE")
-        error = refused("broken 1.0 cannot be imported", "a_module_that_is_not_there")
+        error = misfit("broken 1.0 cannot be imported", "a_module_that_is_not_there")
         assert "uninstall broken" in error.hint
 
 
@@ -173,7 +169,7 @@ class TestHeldToWhatTheySay:
     def test_it(self, body: str, says: str, message: str, install: Install) -> None:
         source = f"{HEAD}def mine(program, context):\n    {body}\n"
         install("mine", f"{source}MINE = AddedPass(Pass('mine', mine, {says}), after='insert')", mine="MINE")
-        refused("the pass 'mine' of mine 1.0", message)
+        misfit("the pass 'mine' of mine 1.0", message)
 
     def test_its_own_errors_keep_their_codes(self, install: Install) -> None:
         source = (
@@ -181,7 +177,7 @@ class TestHeldToWhatTheySay:
         )
         install("mine", f"{source}MINE = AddedPass(Pass('mine', mine), after='insert')", mine="MINE")
         with pytest.raises(GraftError, match="too small") as caught:
-            compiled()
+            fresh("bert", LORA)
         assert caught.value.code == "GC020"
 
     def test_facts_go_from_one_to_another(self, install: Install) -> None:
@@ -196,14 +192,14 @@ MEASURE = AddedPass(Pass("measure", measure, {{"places"}}, {{"widths"}}, rewrite
 SHOW = AddedPass(Pass("show", show, "widths", rewrites=False), after="measure")
 """
         install("widths", source, measure="MEASURE", show="SHOW")
-        figures = {record.name: record.figures for record in compiled().report.passes}
+        figures = {record.name: record.figures for record in fresh("bert", LORA).report.passes}
         assert [f.value for f in figures["show"]] == [HIDDEN] and not figures["measure"]
 
     def test_one_that_is_not_wanted_does_not_run(self, install: Install) -> None:
         wanted = "lambda program, context: 'houlsby' in context.spec.owners"
         definition = f"Pass('mine', lambda program, context: 1 / 0, wanted={wanted})"
         install("mine", f"{HEAD}MINE = AddedPass({definition}, after='insert')", mine="MINE")
-        model = compiled()
+        model = fresh("bert", LORA)
         assert not model.report.passes and "mine" not in [row.step for row in history(model.snapshot)]
 
 
@@ -225,7 +221,7 @@ AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="
 
     def test_reports_have_them(self, install: Install) -> None:
         install("counting", self.SOURCE, "0.3", count="COUNT", after="AFTER")
-        model = compiled()
+        model = fresh("bert", LORA)
         count, after = model.report.passes
         assert (count.pipeline, count.name, count.distribution, count.version) == ("adapt", "count", "counting", "0.3")
         assert (after.pipeline, after.name) == ("eval", "after") and not count.rewrites
@@ -247,9 +243,9 @@ AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="
         assert "bert.encoder.layer.*.attention.self.query.weight" in model.report._repr_html_()
 
     def test_graphs_are_as_without(self, install: Install) -> None:
-        without = compiled()
+        without = fresh("bert", LORA)
         install("counting", self.SOURCE, count="COUNT", after="AFTER")
-        model = compiled()
+        model = fresh("bert", LORA)
         for mode in ("train", "eval"):
             assert model.print_graph(mode) == without.print_graph(mode)
         steps = [row.step for row in history(model.snapshot)]
@@ -260,10 +256,10 @@ AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="
         assert {"count", "after"} <= {step.name for step in model.report.steps}
 
     def test_artifacts_keep_them(self, install: Install, tmp_path: Path) -> None:
-        compiled().save(tmp_path / "without", certify=False)
+        fresh("bert", LORA).save(tmp_path / "without", certify=False)
         assert '"passes"' not in (tmp_path / "without" / "manifest.json").read_text(encoding="utf-8")
         install("counting", self.SOURCE, count="COUNT", after="AFTER")
-        model = compiled()
+        model = fresh("bert", LORA)
         model.save(tmp_path / "artifact", certify=False)
         artifact = open_artifact(tmp_path / "artifact")
         assert artifact.passes == artifact.snapshot.passes == model.report.passes
@@ -271,7 +267,7 @@ AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="
 
     def test_captures_have_keys_of_their_own(self, install: Install) -> None:
         model = tiny("bert")
-        request = CaptureRequest(model, compiled().compilation.main.axes)
+        request = CaptureRequest(model, fresh("bert", LORA).compilation.main.axes)
         before = key(request)
         install("counting", self.SOURCE, count="COUNT")
         assert key(request) not in (before, None)
@@ -279,10 +275,10 @@ AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="
 
 class TestRewriting:
     def test_graphs_of_both_modes_have_what_it_inserts(self, install: Install) -> None:
-        plain = compiled().eval()
+        plain = fresh("bert", LORA).eval()
         inputs = inputs_for(plain)
         install("scaling", SCALE.replace("FACTOR", "1.0"), scale="SCALE")
-        model = compiled().eval()
+        model = fresh("bert", LORA).eval()
         assert torch.equal(flat(model(**inputs))[0], flat(plain(**inputs))[0])
         rows = {row.step: row for row in history(model.snapshot, "train")}
         sites = len(model.compilation.main.resolved[0].sites)
@@ -295,26 +291,26 @@ class TestRewriting:
 
     def test_what_it_inserts_is_explained(self, install: Install) -> None:
         install("scaling", SCALE.replace("FACTOR", "1.0"), scale="SCALE")
-        model = compiled()
+        model = fresh("bert", LORA)
         made_by = ((node, provenance(node)) for node in model.program("eval").graph.nodes)
         node = next(node for node, origin in made_by if origin is not None and origin["adaptation"] == "scale")
         explanation = explain(model.snapshot, node.name, "eval")
         assert explanation.nodes[0].step == "scale" and "the pass 'scale' of scaling 1.0" in explanation.text()
 
     def test_it_changes_what_is_computed(self, install: Install) -> None:
-        plain = compiled().eval()
+        plain = fresh("bert", LORA).eval()
         inputs = inputs_for(plain)
         install("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
-        model = compiled().eval()
+        model = fresh("bert", LORA).eval()
         assert not torch.allclose(flat(model(**inputs))[0], flat(plain(**inputs))[0])
         with model.disabled():
             assert torch.equal(flat(model(**inputs))[0], flat(tiny("bert").eval()(**inputs))[0])
 
     def test_an_artifact_needs_the_same_pass(self, install: Install, tmp_path: Path) -> None:
-        compiled().save(tmp_path / "plain", certify=False)
+        fresh("bert", LORA).save(tmp_path / "plain", certify=False)
         with installing(_folder(tmp_path / "one")) as one:
             one("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
-            scaled = compiled()
+            scaled = fresh("bert", LORA)
             scaled.save(tmp_path / "scaled", certify=False)
             loaded = graftc.load(tmp_path / "scaled", tiny("bert"))
             assert loaded.print_graph("eval") == scaled.print_graph("eval")
@@ -331,13 +327,13 @@ class TestRewriting:
     def test_the_example_of_the_guide(self, install: Install) -> None:
         (block,) = (b.text for b in blocks("writing-a-pass.md") if "def scale" in b.text)
         install("scaling", f"{HEAD}from graftc.extend import PassContext, Program\n{block}", scale="SCALE")
-        model = compiled()
+        model = fresh("bert", LORA)
         added = next(row.added for row in history(model.snapshot) if row.step == "scale")
         assert added == len(model.compilation.main.resolved[0].sites)
 
     def test_nothing_folds(self, install: Install) -> None:
         install("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
-        model = compiled()
+        model = fresh("bert", LORA)
         with pytest.raises(GraftError, match=r"the pass 'scale' of scaling 1\.0 has rewritten the graph") as caught:
             model.merge()
         assert caught.value.code == "GC050" and "not installed" in caught.value.hint
@@ -353,10 +349,10 @@ def tanh(program, context):
 
 TANH = AddedPass(Pass("double", tanh), pipeline="lower", after="lower(projections)")
 """
-        plain = compiled().train()
+        plain = fresh("bert", LORA).train()
         inputs = inputs_for(plain)
         install("doubling", source.replace("FACTOR", "2.0"), double="TANH")
-        model = compiled().train()
+        model = fresh("bert", LORA).train()
         assert model.print_graph("train") == plain.print_graph("train")
         torch.manual_seed(0)
         one = flat(model(**inputs))[0]
@@ -374,7 +370,7 @@ BROKEN = AddedPass(Pass("broken", broken), pipeline="lower", after="lower(projec
 """
         install("breaking", source, broken="BROKEN")
         with pytest.raises(GraftError, match="leaves a graph that does not hold: after broken") as caught:
-            model = compiled().train()
+            model = fresh("bert", LORA).train()
             model(**inputs_for(model))
         assert caught.value.code == "GC077"
 

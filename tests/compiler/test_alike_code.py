@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import graftc
 from graftc.compiler.capture.alike.code import LooksElsewhere
 from graftc.specs.errors.diagnostics import GraftError
 from tests.compiler.test_alike import DEPTH, Layer, Stack
+from tests.kit.models import fresh
 
 AT: ContextVar[int] = ContextVar("AT", default=0)
 SEEN: Counter[str] = Counter()
@@ -139,11 +139,12 @@ def require_a_stop_at_the_fourth(model: nn.Module) -> None:
     """Check that layers before the fourth get no gradient, so cannot be adapted, and that layers after it can be."""
     x = torch.randn(3, 8)
     with pytest.raises(GraftError) as error:
-        graftc.compile(adapted("layers.*.inner"), model, {"x": x}, cache=False)
+        fresh(model, {"method": "lora", "target": {"modules": ["layers.*.inner"]}}, inputs={"x": x}, cache=False)
     assert error.value.code == "GC023" and "layers.0." in error.value.message
-    compiled: Any = graftc.compile(adapted("layers.4.inner", "layers.5.inner"), model, {"x": x}, cache=False)
+    compiled = fresh(
+        model,
+        {"method": "lora", "target": {"modules": ["layers.4.inner", "layers.5.inner"]}},
+        inputs={"x": x},
+        cache=False,
+    )
     torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
-
-
-def adapted(*modules: str) -> dict[str, Any]:
-    return {"adapt": [{"method": "lora", "target": {"modules": list(modules)}}]}

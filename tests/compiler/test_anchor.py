@@ -24,13 +24,10 @@ from graftc.testing.compare import flat, same_bits
 from graftc.testing.families import FAMILIES, tiny
 from graftc.testing.perturb import perturb
 from tests.compiler.differing import DIFFERING, Base
+from tests.kit.specs import lora
 
 aten = torch.ops.aten
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["inner", "fc"]}}]}
-
-
-def _lora(role: str = "attn.{q,v}") -> dict[str, Any]:
-    return {"adapt": [{"method": "lora", "rank": 2, "target": {"role": role}}]}
 
 
 def _differing(name: str) -> tuple[Base, Compiled, Tensor]:
@@ -87,7 +84,7 @@ def test_contract_families_are_equal_to_the_bit_and_quiet(family_name: str) -> N
     """Both modes are exact, with the tables and counters that layers store, and there are no warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
-        report = graftc.check(_lora(), tiny(family_name))
+        report = graftc.check({"adapt": [lora("attn.{q,v}")]}, tiny(family_name))
     assert {a.mode for a in report.anchors} == {"train", "eval"}
     assert all(a.exact and not a.skipped for a in report.anchors)
     assert not report.notes
@@ -275,7 +272,7 @@ def test_what_is_drawn_outside_of_tensors_is_warned_of() -> None:
         empty = BartForConditionalGeneration(config)
     for model, skipped in ((BartForConditionalGeneration(config), False),) * 2 + ((empty, True),):
         with pytest.warns(GraftWarning, match=r"GC047.*layerdrop of .* is 0.2 and was captured as 0"):
-            report = graftc.check(_lora(), model)
+            report = graftc.check({"adapt": [lora("attn.{q,v}")]}, model)
         assert config.encoder_layerdrop == 0.2
         assert all(bool(a.skipped) is skipped and (a.exact or skipped) for a in report.anchors)
         assert any("meta device" in note for note in report.notes) is skipped
@@ -367,6 +364,8 @@ def test_a_short_table_of_positions_is_no_reason_to_look_less_closely(
 ) -> None:
     """Samples are no longer than the model allows, so a cached graph is checked against them and reused."""
     monkeypatch.setenv("GRAFTC_CACHE", str(tmp_path))
-    reports = [graftc.check(_lora(), tiny("roberta", max_position_embeddings=12)) for _ in range(2)]
+    reports = [
+        graftc.check({"adapt": [lora("attn.{q,v}")]}, tiny("roberta", max_position_embeddings=12)) for _ in range(2)
+    ]
     assert [report.cached for report in reports] == [False, True]
     assert all(a.exact and not a.plain for report in reports for a in report.anchors)

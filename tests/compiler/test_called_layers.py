@@ -24,6 +24,7 @@ from graftc.passes.core.ir.program import Program
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.contract import inputs_for, outputs_of
 from graftc.testing.families import tiny
+from tests.kit.comparing import gradients_of, same_tensors
 
 DEPTH = 6
 EVERYWHERE = {"role": ["attn.{q,k,v,o}", "ffn.{gate,up,down}"]}
@@ -74,8 +75,7 @@ def require_the_same(compiled: Any) -> None:
         runner.write_out(key)
         assert not calls(runner.shown.executables[key].program.graph)
     after = measured(compiled, inputs)
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert same_tensors(before, after)
 
 
 def require_every_layer(compiled: Any) -> None:
@@ -86,8 +86,7 @@ def require_every_layer(compiled: Any) -> None:
         compilation.spec, compilation.source, compilation.main.axes, flags=compilation.flags, start=start
     )
     ours, theirs = dict(compilation.store.adapters()), dict(wanted.store.adapters())
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert same_tensors(ours, theirs)
 
 
 def measured(compiled: Any, inputs: Any) -> dict[str, Tensor]:
@@ -100,7 +99,7 @@ def measured(compiled: Any, inputs: Any) -> dict[str, Tensor]:
     values = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     results |= {f"train {number}": value.detach() for number, value in enumerate(values)}
     sum(value.square().mean() for value in values if value.requires_grad).backward()  # type: ignore[union-attr]
-    return results | {name: p.grad.clone() for name, p in compiled.named_parameters() if p.grad is not None}
+    return results | gradients_of(compiled)
 
 
 @pytest.mark.parametrize(

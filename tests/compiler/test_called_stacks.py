@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from tests.compiler.test_called_layers import is_called
+from tests.kit.comparing import gradients_of
 
 WIDTH = 8
 LORA = {"method": "lora", "rank": 2, "target": {"modules": "layers.*.up"}}
@@ -68,7 +69,7 @@ def test_parts_of_layers_that_are_called_again(run: Callable[[Any, Tensor], Tens
     compiled = graftc.compile({"adapt": [LORA]}, model, {"x": X}, cache=False).train(mode)
     torch.testing.assert_close(compiled(X), model(X), rtol=0, atol=1e-6)
     compiled(X).sum().backward()
-    grads = {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
+    grads = gradients_of(compiled)
     assert {name.split(".")[1] for name in grads} == {str(number) for number in range(7)}
 
 

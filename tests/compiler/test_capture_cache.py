@@ -72,10 +72,10 @@ class Slotted:
 class Net(nn.Module):
     """A model whose forward calls everything in `held`."""
 
-    def __init__(self, **held: Any) -> None:
+    def __init__(self, **attributes: Any) -> None:
         super().__init__()
         self.fc = nn.Linear(6, 4)
-        for name, value in held.items():
+        for name, value in attributes.items():
             setattr(self, name, value)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -85,8 +85,8 @@ def test_every_name_of_a_graph_has_an_answer_that_agrees_with_it(family: str) ->
         _check_every_name(snapshot, mode)
 
 
-def _check_every_name(found: Snapshot, mode: Mode) -> None:
-    program = found.program(mode)
+def _check_every_name(snapshot: Snapshot, mode: Mode) -> None:
+    program = snapshot.program(mode)
     printer = Printer(program)
     steps = {entry.step for entry in program.history}
     inserted = 0
@@ -94,11 +94,11 @@ def _check_every_name(found: Snapshot, mode: Mode) -> None:
         name = printer.names[node]
         if node.op == "get_attr":
             for spelling in (name, str(node.target)):
-                _check_tensor(explain(found, spelling, mode), found, str(node.target), printer)
+                _check_tensor(explain(snapshot, spelling, mode), snapshot, str(node.target), printer)
             continue
-        answer = explain(found, name, mode)
+        answer = explain(snapshot, name, mode)
         assert answer.kind == "value" and answer.title == printer.line(node)
-        assert answer.to_json() | {"name": ""} == explain(found, name[1:], mode).to_json() | {"name": ""}
+        assert answer.to_json() | {"name": ""} == explain(snapshot, name[1:], mode).to_json() | {"name": ""}
         (fact,) = answer.nodes
         assert fact.node == node.name
         assert [v.name for v in fact.reads] == [printer.names[n] for n in node.all_input_nodes if n.op != "get_attr"]
@@ -114,21 +114,21 @@ def _check_every_name(found: Snapshot, mode: Mode) -> None:
         # A tied tensor is a place under each of its names.
         site = origin["site"].partition("#")[0]
         assert why.adaptation == origin["adaptation"]
-        assert why.site in (site, found.aliases.get(site, site))
+        assert why.site in (site, snapshot.aliases.get(site, site))
         if why.kind != "parameter":
             assert why.evidence and why.roles[0].endswith(why.selected_by[0].removeprefix("role "))
             assert why.place.path == "adapt[0].target"
     assert inserted
-    json.dumps([explain(found, name, mode).to_json() for name in list(printer.names.values())[:20]], allow_nan=False)
+    json.dumps([explain(snapshot, name, mode).to_json() for name in list(printer.names.values())[:20]], allow_nan=False)
 
 
-def _check_tensor(answer: Explanation, found: Snapshot, target: str, printer: Printer) -> None:
+def _check_tensor(answer: Explanation, snapshot: Snapshot, target: str, printer: Printer) -> None:
     if answer.kind == "place":
         assert answer.title == target and target in {t.tensor for t in answer.tensors}
         return
     (tensor,) = answer.tensors
     assert answer.kind == "tensor" and tensor.tensor == target and answer.title == f"{tensor.name}: {tensor.type}"
-    assert tensor.trainable == (target in found.adapters and found.adapters[target].trainable)
+    assert tensor.trainable == (target in snapshot.adapters and snapshot.adapters[target].trainable)
     (node,) = (n for n in printer.names if n.op == "get_attr" and n.target == target)
     assert [n.name for n in answer.nodes] == [printer.names[user] for user in node.users]
     if ".graftc." in target and ".rows_" not in target:

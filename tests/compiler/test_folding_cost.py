@@ -7,27 +7,19 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import graftc
 from graftc.passes.core.weights.folds import FoldStep, LazyTensors
-from graftc.testing import perturb
 from graftc.testing.families import tiny
 from tests.kit.counting import calls
+from tests.kit.models import adapted
+from tests.kit.specs import lora
 
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]
-
-
-def adapted(layers: int, role: Any = ROLES, **changes: Any) -> Any:
-    """Return a Llama with that many layers and a perturbed LoRA on the projections of the given roles."""
-    spec = {"adapt": [{"method": "lora", "target": {"role": role}, "rank": 2}]}
-    compiled = graftc.compile(spec, tiny("llama", num_hidden_layers=layers, **changes)).eval()
-    perturb(compiled)
-    return compiled
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[int, Any]:
     """Models that differ only in depth, by their number of layers."""
-    return {layers: adapted(layers) for layers in (2, 4, 8)}
+    return {layers: adapted(tiny("llama", num_hidden_layers=layers), lora(ROLES)) for layers in (2, 4, 8)}
 
 
 @pytest.mark.full

@@ -57,10 +57,10 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Graph]]:
     yield graphs
 
 
-def named(found: Frames, step: int, final: list[str]) -> Graph:
+def named(frames: Frames, step: int, final: list[str]) -> Graph:
     """Return a frame by names in the fx graph: ``final`` for nodes of the last graph, bare names for others."""
-    names = [*final, *(node.name[1:] for node in found.nodes[len(final) :])]
-    nodes, edges = found.at(step)
+    names = [*final, *(node.name[1:] for node in frames.nodes[len(final) :])]
+    nodes, edges = frames.at(step)
     return {names[n] for n in nodes}, {(names[a], names[b], position) for a, b, position in edges}
 
 

@@ -23,7 +23,7 @@ def model(layers: int) -> Any:
         return families.llama(num_hidden_layers=layers)
 
 
-def compiled(layers: int, adaptations: int = 1) -> Callable[[], object]:
+def check_of(layers: int, adaptations: int = 1) -> Callable[[], object]:
     """Return a function that compiles a model from the cache."""
     network = model(layers)
     lora = {"method": "lora", "target": {"role": MAPS}, "rank": 2}
@@ -36,7 +36,7 @@ def compiled(layers: int, adaptations: int = 1) -> Callable[[], object]:
 @pytest.mark.sample("layers")
 @pytest.mark.parametrize(
     "work",
-    [lambda n: compiled(6 * n), lambda n: compiled(2, 8 * n)],
+    [lambda n: check_of(6 * n), lambda n: check_of(2, 8 * n)],
     ids=["layers", "adaptations"],
 )
 def test_a_compile_from_the_cache_is_linear(work: Callable[[int], Callable[[], object]]) -> None:

@@ -16,6 +16,7 @@ from graftc.compiler.inspect.summary import summary
 from graftc.passes.core.ir.program import provenance
 from graftc.records.graphs import history_columns
 from graftc.testing.families import tiny
+from tests.kit.models import fresh
 
 SPEC: Any = {
     "adapt": [
@@ -27,15 +28,15 @@ SPEC: Any = {
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
+def bert() -> Any:
     """A tiny BERT with two adaptations and a trained head."""
-    return graftc.compile(SPEC, tiny("bert"))
+    return fresh("bert", **SPEC)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_counts_end_at_the_graph_itself(compiled: Any, mode: Any) -> None:
-    rows = history(compiled.snapshot, mode)
-    graph = compiled.program(mode).graph
+def test_counts_end_at_the_graph_itself(bert: Any, mode: Any) -> None:
+    rows = history(bert.snapshot, mode)
+    graph = bert.program(mode).graph
     assert rows[-1].nodes == len(graph.nodes)
     assert rows[-1].inserted == sum(provenance(n) is not None for n in graph.nodes)
     assert rows[0].step == "capture" and rows[0].nodes == rows[0].added
@@ -47,7 +48,7 @@ def test_counts_end_at_the_graph_itself(compiled: Any, mode: Any) -> None:
     assert ("mode(eval)" in steps) == (mode == "eval")
     assert "verify" not in steps and all(row.verified for row in rows if row.step in (*inserts, "mode(eval)"))
     for row in rows:
-        nodes = [n for n in compiled.program("train").graph.nodes if provenance(n) and f"({_owner(n)})" in row.step]
+        nodes = [n for n in bert.program("train").graph.nodes if provenance(n) and f"({_owner(n)})" in row.step]
         assert not nodes or row.added == len(nodes)
     json.dumps([row.to_json() for row in rows], allow_nan=False)
 
@@ -57,8 +58,8 @@ def _owner(node: Any) -> str:
     return "train" if owner == "trained" else str(owner)
 
 
-def test_times_are_shown_only_where_there_are_any(compiled: Any) -> None:
-    rows = history(compiled.snapshot)
+def test_times_are_shown_only_where_there_are_any(bert: Any) -> None:
+    rows = history(bert.snapshot)
     assert history_columns(rows)[0][-1] == "seconds"
     untimed = tuple(replace(row, seconds=None) for row in rows)
     columns, lines = history_columns(untimed)
@@ -66,18 +67,18 @@ def test_times_are_shown_only_where_there_are_any(compiled: Any) -> None:
     assert {len(line) for line in lines} == {len(columns)}
 
 
-def test_a_program_without_history_is_a_capture(compiled: Any) -> None:
-    snapshot = compiled.snapshot
+def test_a_program_without_history_is_a_capture(bert: Any) -> None:
+    snapshot = bert.snapshot
 
     def read(mode: Any, base: bool) -> Any:
         return snapshot.read(mode, base).copy(history=[])
 
     (row,) = history(replace(snapshot, read=read))
-    assert (row.step, row.nodes) == ("capture", len(compiled.program("train", base=True).graph.nodes))
+    assert (row.step, row.nodes) == ("capture", len(bert.program("train", base=True).graph.nodes))
 
 
-def test_the_summary_is_what_the_report_says(compiled: Any) -> None:
-    summarised, counted = summary(compiled.snapshot), report(compiled.compilation)
+def test_the_summary_is_what_the_report_says(bert: Any) -> None:
+    summarised, counted = summary(bert.snapshot), report(bert.compilation)
     for key in ("base_parameters", "trainable_parameters", "trained_in_full", "percent"):
         assert getattr(summarised, key) == getattr(counted, key)
     assert [
@@ -88,7 +89,7 @@ def test_the_summary_is_what_the_report_says(compiled: Any) -> None:
     assert (inner.roles, inner.layers, inner.tensors) == (("ffn.up",), "1", 4)
     assert (trained.roles, trained.layers, trained.nodes) == ((), "", 0)
     assert summarised.inserted == attention.nodes + inner.nodes and summarised.nodes > summarised.inserted
-    assert summarised.base_tensors == len(compiled.snapshot.base)
+    assert summarised.base_tensors == len(bert.snapshot.base)
     json.dumps(summarised.to_json(), allow_nan=False)
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import graftc
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.runtime.loading.verify import verify
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import perturb
+from tests.kit.models import adapted
 
 INFINITE, NONE = float("inf"), float("nan")
 SPEC = {"adapt": [{"name": "first", "method": "lora", "rank": 2, "target": {"modules": ["inner"]}}]}
@@ -35,18 +33,11 @@ class Masked(nn.Module):
         return MASKS[self.mask](self.outer(self.inner(x)))
 
 
-def adapted(mask: str) -> Any:
-    torch.manual_seed(0)
-    compiled = graftc.compile(SPEC, Masked(mask), (torch.randn(4, 6),)).eval()
-    perturb(compiled)
-    return compiled
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("mask", MASKS)
 def test_the_rest_is_certified(mask: str, tmp_path: Path) -> None:
     """Merging, saving, verifying and exporting work, within a budget for the finite numbers."""
-    compiled = adapted(mask)
+    compiled = adapted(Masked(mask), **SPEC, inputs=(torch.randn(4, 6),))
     merged = compiled.merge()
     assert merged.certificate.passed and 0 < merged.certificate.budget < 1e-2
     assert all(0 <= value < 1e-5 for value in merged.certificate.outputs.values())
@@ -59,7 +50,7 @@ def test_the_rest_is_certified(mask: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["adapter", "base"])
 def test_what_is_not_finite_at_all_is_told(where: str, tmp_path: Path) -> None:
-    compiled = adapted("masked")
+    compiled = adapted(Masked("masked"), **SPEC, inputs=(torch.randn(4, 6),))
     with torch.no_grad():
         named = dict(compiled.named_parameters())
         named["inner.graftc.first.B" if where == "adapter" else "outer.bias"].fill_(NONE)

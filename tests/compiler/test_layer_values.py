@@ -35,27 +35,27 @@ def table(model: nn.Module) -> SiteTable:
     )
 
 
-def values_of(made: SiteTable, role: str) -> list[list[ValueSite]]:
+def values_of(site_table: SiteTable, role: str) -> list[list[ValueSite]]:
     """Return the uses of every place with a role."""
     places: list[list[ValueSite]] = []
-    for sites in made.entries:
+    for sites in site_table.entries:
         if isinstance(sites[0], ValueSite) and sites[0].roles[0].endswith(role):
             places.append([site for site in sites if isinstance(site, ValueSite)])
     return places
 
 
-def run(made: SiteTable, also: Mapping[str, Tensor] | None = None) -> dict[fx.Node, Any]:
+def run(site_table: SiteTable, also: Mapping[str, Tensor] | None = None) -> dict[fx.Node, Any]:
     """Compute every value of the graph, in train mode with one draw of dropout."""
-    inputs = iter(random_inputs(made.program, made.store, 3, (3, 6, 5)).values())
+    inputs = iter(random_inputs(site_table.program, site_table.store, 3, (3, 6, 5)).values())
     values: dict[fx.Node, Any] = {}
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        for node in made.program.graph.nodes:
+        for node in site_table.program.graph.nodes:
             if node.op == "placeholder":
                 values[node] = next(inputs)
             elif node.op == "get_attr":
                 name = str(node.target)
-                values[node] = (also or {}).get(name, made.store.get(name))
+                values[node] = (also or {}).get(name, site_table.store.get(name))
             elif node.op == "call_function":
                 args = map_nodes((node.args, dict(node.kwargs)), values.__getitem__)
                 values[node] = node.target(*args[0], **args[1])
@@ -64,9 +64,9 @@ def run(made: SiteTable, also: Mapping[str, Tensor] | None = None) -> dict[fx.No
     return values
 
 
-def add_to(made: SiteTable, site: ValueSite, value: Tensor) -> None:
+def add_to(site_table: SiteTable, site: ValueSite, value: Tensor) -> None:
     """Replace the value by its sum with ``value: [width]``."""
-    build = Builder(made.program, made.store, "more", "test")
+    build = Builder(site_table.program, site_table.store, "more", "test")
     with build.on(site):
         own = build.constant("vector", lambda: value)
         build.set_value(site, build.call(torch.ops.aten.add.Tensor, build.value(site), own, part="add"))

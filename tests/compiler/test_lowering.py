@@ -14,8 +14,9 @@ from graftc.passes.core.ir.verify import SIZE_CHOICES, check_types
 from graftc.passes.core.ops.projections import projections
 from graftc.runtime.compiled import Compiled
 from graftc.testing import perturb
-from graftc.testing.compare import flat, inputs_for
+from graftc.testing.compare import inputs_for
 from graftc.testing.families import FAMILIES, llama, tiny
+from tests.kit.comparing import floats, gradients_of
 from tests.kit.language_models import language_model
 
 QKVO = ["attn.q", "attn.k", "attn.v", "attn.o"]
@@ -56,12 +57,12 @@ def step(compiled: Compiled, seed: int = 0) -> tuple[list[Tensor], dict[str, Ten
     """Return the outputs of a call in train mode, and all gradients."""
     inputs = inputs_for(compiled, front=False)
     torch.manual_seed(seed)
-    outputs = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
+    outputs = floats(compiled(**inputs))
     generator = torch.Generator().manual_seed(1)
     loss = sum((leaf * torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)).sum() for leaf in outputs)
     compiled.zero_grad()
     loss.backward()
-    return outputs, {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
+    return outputs, gradients_of(compiled)
 
 
 def assert_equal_steps(compiled: Compiled, plain: Compiled) -> None:

@@ -20,7 +20,7 @@ import graftc
 from graftc.compiler.inspect.model_explorer import NAME, TEXT, model_explorer, model_explorer_text
 from graftc.passes.core.ir.graph_formats import to_networkx
 from graftc.runtime.artifact import open_artifact
-from graftc.testing.families import tiny
+from tests.kit.models import fresh
 
 SPEC = {
     "adapt": [
@@ -118,13 +118,13 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
-    return graftc.compile(SPEC, tiny("bert"))
+def bert() -> Any:
+    return fresh("bert", **SPEC)
 
 
 @pytest.fixture(scope="module")
-def data(compiled: Any) -> Any:
-    return model_explorer(compiled.snapshot)
+def data(bert: Any) -> Any:
+    return model_explorer(bert.snapshot)
 
 
 def check(data: Any) -> None:
@@ -141,12 +141,12 @@ def check(data: Any) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_nodes_and_edges_are_those_of_both_graphs(compiled: Any, mode: Any) -> None:
-    data = model_explorer(compiled.snapshot, mode)
+def test_nodes_and_edges_are_those_of_both_graphs(bert: Any, mode: Any) -> None:
+    data = model_explorer(bert.snapshot, mode)
     check(data)
     assert [graph["id"] for graph in data["graphs"]] == [f"adapted ({mode})", f"base ({mode})"]
     for graph, base in zip(data["graphs"], (False, True), strict=True):
-        plain = to_networkx(compiled.program(mode, base=base))
+        plain = to_networkx(bert.program(mode, base=base))
         assert [node["id"] for node in graph["nodes"]] == list(plain)
         edges = [(e["sourceNodeId"], node["id"]) for node in graph["nodes"] for e in node["incomingEdges"]]
         assert sorted(edges) == sorted(plain.edges())
@@ -161,10 +161,10 @@ def test_nodes_and_edges_are_those_of_both_graphs(compiled: Any, mode: Any) -> N
 
 
 @pytest.mark.slow
-def test_an_artifact_gives_the_same_as_the_live_model(compiled: Any, tmp_path: Path) -> None:
-    compiled.save(tmp_path / "artifact", certify=False)
+def test_an_artifact_gives_the_same_as_the_live_model(bert: Any, tmp_path: Path) -> None:
+    bert.save(tmp_path / "artifact", certify=False)
     text = model_explorer_text(open_artifact(tmp_path / "artifact").snapshot)
-    assert text == model_explorer_text(compiled.snapshot) and json.loads(text)["graphs"]
+    assert text == model_explorer_text(bert.snapshot) and json.loads(text)["graphs"]
 
 
 @pytest.mark.slow
@@ -191,7 +191,7 @@ def test_each_adaptation_has_a_colour_and_groups_of_its_own(data: Any) -> None:
     assert all(any(space.startswith(group) for space in spaces) for group in attributes)
 
 
-def test_edges_say_which_of_several_outputs(compiled: Any) -> None:
+def test_edges_say_which_of_several_outputs(bert: Any) -> None:
     """A node that takes an item out of a tuple reads that output, and the tuple has metadata for each."""
 
     class Halves(nn.Module):

@@ -9,22 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import graftc
-from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.deployment import check_onnx
 from graftc.testing.families import tiny
+from tests.kit.models import adapted, fresh
+from tests.kit.refusals import refused
+from tests.kit.specs import lora
 
 NEW = ["<one>", "<two>", "<three>"]
 TIED = {"gpt2": True, "llama": False}
 ONE_QUICK = ["gpt2", "llama"]
-
-
-def adapted(model: nn.Module, **tokens: Any) -> Compiled:
-    """Compile a model with LoRA on the queries and three new tokens."""
-    lora = {"method": "lora", "target": {"role": "attn.q"}, "rank": 2}
-    return graftc.compile({"adapt": [lora], "tokens": {"add": NEW, **tokens}}, model).eval()
+QUERIES, EVERY = lora("attn.q"), lora(modules="**", rank=1)
 
 
 def entries_of(model: Any) -> int:
@@ -47,7 +43,7 @@ def test_old_tokens_stay(family: str) -> None:
     """On old tokens, the old columns of the logits are bit-identical to the base's, and the new ones follow them."""
     model: Any = tiny(family)
     entries = entries_of(model)
-    compiled = adapted(model)
+    compiled = fresh(model, QUERIES, tokens={"add": NEW})
     inputs = {"input_ids": numbers(entries, new=False)}
     (logits,), (base,) = outputs_of(compiled, inputs), outputs_of(model, inputs)
     assert logits.shape[-1] == entries + 3
@@ -64,7 +60,7 @@ def test_the_source_is_left_alone(family: str) -> None:
     entries = entries_of(model)
     before = {n: (id(t), t.data_ptr(), t.clone()) for n, t in model.state_dict(keep_vars=True).items()}
     state = torch.random.get_rng_state()
-    compiled = adapted(model)
+    compiled = fresh(model, QUERIES, tokens={"add": NEW})
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, tensor in model.state_dict(keep_vars=True).items():
         assert (id(tensor), tensor.data_ptr()) == before[name][:2]
@@ -80,7 +76,7 @@ def test_the_source_is_left_alone(family: str) -> None:
 def test_one_set_of_rows_where_tied(family: str) -> None:
     """A tied table and head read one set of new rows; otherwise each has its own."""
     model: Any = tiny(family)
-    compiled = adapted(model)
+    compiled = fresh(model, QUERIES, tokens={"add": NEW})
     rows = {n: t for n, t in compiled.adapter_state_dict().items() if ".graftc.tokens." in n}
     width = model.get_input_embeddings().weight.shape[1]
     assert [tuple(t.shape) for t in rows.values()] == [(3, width)] * (1 if TIED[family] else 2)
@@ -96,7 +92,7 @@ def test_one_set_of_rows_where_tied(family: str) -> None:
 def test_only_new_rows_train(family: str) -> None:
     """New rows get gradients from new tokens; the base's table gets none and stays unchanged."""
     model: Any = tiny(family)
-    compiled = adapted(model).train()
+    compiled = fresh(model, QUERIES, tokens={"add": NEW}).train()
     table = next(
         n for n, _ in model.named_parameters() if model.get_parameter(n) is model.get_input_embeddings().weight
     )
@@ -117,7 +113,7 @@ def test_fold(family: str, tmp_path: Path) -> None:
     """Folded equals unfolded, also in plain transformers after saving and loading, and in ONNX Runtime."""
     model: Any = tiny(family)
     entries = entries_of(model)
-    compiled = adapted(model)
+    compiled = fresh(model, QUERIES, tokens={"add": NEW})
     perturb(compiled, 0.1)
     inputs = {"input_ids": numbers(entries, new=True)}
     unfolded = outputs_of(compiled, inputs)
@@ -139,7 +135,7 @@ def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """If two new rows are exchanged while folding, the certificate fails."""
     from graftc.compiler.folding import steps as folding
 
-    compiled = adapted(tiny("llama"))
+    compiled = fresh("llama", QUERIES, tokens={"add": NEW})
     perturb(compiled, 0.1)
     replace = folding._replace
 
@@ -158,7 +154,7 @@ def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_spare_rows() -> None:
     """With ``first``, spare rows of a padded table are trained, and nothing is resized."""
     model: Any = tiny("llama")
-    compiled = adapted(model, first=90)
+    compiled = fresh(model, QUERIES, tokens={"add": NEW, "first": 90})
     inputs = {"input_ids": numbers(90, new=True)}
     (logits,), (base,) = outputs_of(compiled, inputs), outputs_of(model, inputs)
     others = [n for n in range(base.shape[-1]) if n not in (90, 91, 92)]
@@ -174,37 +170,27 @@ def test_spare_rows() -> None:
 def test_with_lora_on_the_table() -> None:
     """New rows and a low-rank update of the whole table fold one after the other."""
     model: Any = tiny("llama")
-    lora = {"method": "lora", "target": {"role": "embed"}, "rank": 2}
-    compiled = graftc.compile({"adapt": [lora], "tokens": {"add": NEW}}, model).eval()
-    perturb(compiled, 0.1)
+    compiled = adapted(model, lora("embed"), tokens={"add": NEW}, noise=0.1)
     inputs = {"input_ids": numbers(entries_of(model), new=True)}
     assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 2e-5
 
 
-def refused(spec: Any, model: nn.Module, **example: Any) -> GraftError:
-    """Return the error that compiling raises."""
-    lora = {"method": "lora", "target": {"modules": "**"}, "rank": 1}
-    with pytest.raises(GraftError) as caught:
-        graftc.compile({"adapt": [lora], "tokens": spec}, model, **example)
-    return caught.value
-
-
 def test_refusals() -> None:
     """Gaps, repeated and empty tokens, and models that do not declare their table of tokens, are refused."""
-    assert refused({"add": ["<a>"], "first": 200}, tiny("llama")).code == "GC018"
-    assert refused({"add": ["<a>", "<a>"]}, tiny("llama")).code == "GC002"
-    assert refused({"add": [""]}, tiny("llama")).code == "GC002"
-    assert refused({"add": []}, tiny("llama")).code == "GC002"
+    refused(fresh, "llama", EVERY, tokens={"add": ["<a>"], "first": 200}, code="GC018")
+    refused(fresh, "llama", EVERY, tokens={"add": ["<a>", "<a>"]}, code="GC002")
+    refused(fresh, "llama", EVERY, tokens={"add": [""]}, code="GC002")
+    refused(fresh, "llama", EVERY, tokens={"add": []}, code="GC002")
     plain = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 11))
-    error = refused({"add": ["<a>"]}, plain, example_inputs={"input": torch.zeros(2, 3, dtype=torch.long)})
-    assert error.code == "GC018"
+    inputs = {"input": torch.zeros(2, 3, dtype=torch.long)}
+    refused(fresh, plain, EVERY, inputs=inputs, tokens={"add": ["<a>"]}, code="GC018")
 
 
 @pytest.mark.full
 def test_no_tokens_looked_up() -> None:
     """Calling with embeddings is refused, because it would bypass the new rows."""
     model: Any = tiny("llama")
-    compiled = adapted(model)
+    compiled = fresh(model, QUERIES, tokens={"add": NEW})
     with pytest.raises(GraftError) as caught:
         compiled(inputs_embeds=torch.randn(2, 5, model.config.hidden_size))
     assert caught.value.code == "GC031"

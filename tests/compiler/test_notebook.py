@@ -114,9 +114,9 @@ def page(value: Any) -> Page:
     return parsed
 
 
-def unmarked(found: Page) -> dict[str, int]:
+def unmarked(page: Page) -> dict[str, int]:
     """Count the elements, except those around text that may run from right to left."""
-    return {name: count for name, count in found.elements.items() if name != "bdi"}
+    return {name: count for name, count in page.elements.items() if name != "bdi"}
 
 
 @pytest.mark.slow

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
+from tests.kit.refusals import refused
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["inner"]}}]}
 WAYS: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -64,18 +63,12 @@ def test_every_size_is_as_the_model_has_it(way: str, captured: int, tmp_path: Pa
     torch.testing.assert_close(merged(inputs[1]), expected[1], rtol=1e-5, atol=1e-5)
 
 
-def _refused(compiled: Any, *args: Any, **kwargs: Any) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        compiled(*args, **kwargs)
-    return caught.value
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool])
 def test_inputs_of_another_type_say_so(dtype: torch.dtype, capfd: pytest.CaptureFixture[str]) -> None:
     """The error has the model's own message and the dtype that it was compiled with."""
     compiled = graftc.compile(SPEC, Sized("ratio"), (torch.randn(4, 6),))
-    error = _refused(compiled, torch.ones(4, 6, dtype=dtype))
+    error = refused(compiled, torch.ones(4, 6, dtype=dtype))
     name = str(dtype).removeprefix("torch.")
     assert error.code == "GC031" and error.hint == f"x is {name}; the model was compiled with float32"
     assert "Sized does not run with x: RuntimeError: mat1 and mat2 must have the same dtype" in error.message
@@ -86,7 +79,7 @@ def test_inputs_of_another_type_say_so(dtype: torch.dtype, capfd: pytest.Capture
 def test_inputs_of_another_width_say_so(shape: tuple[int, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """The error has numbers instead of symbols, and the tracer prints nothing to the terminal."""
     compiled = graftc.compile(SPEC, Sized("first"), (torch.randn(4, 6),))
-    error = _refused(compiled, torch.randn(shape))
+    error = refused(compiled, torch.randn(shape))
     assert error.code == "GC031" and f"x{shape[-1]} and 6x8" in error.message
     assert error.hint is not None and "the model itself raises this: it was run with x f32[" in error.hint
     assert capfd.readouterr().err == ""
@@ -94,7 +87,7 @@ def test_inputs_of_another_width_say_so(shape: tuple[int, ...], capfd: pytest.Ca
 
 def test_no_inputs_say_so() -> None:
     compiled = graftc.compile(SPEC, Sized("first"), (torch.randn(4, 6),))
-    assert "does not run with no inputs: TypeError" in _refused(compiled).message
+    assert "does not run with no inputs: TypeError" in refused(compiled).message
 
 
 @pytest.mark.slow
@@ -105,8 +98,8 @@ def test_what_failed_changes_nothing() -> None:
     compiled = graftc.compile(spec, model, (torch.randn(4, 6),))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.random.get_rng_state()
-    _refused(compiled, torch.ones(4, 6, dtype=torch.float64))
-    _refused(compiled, torch.ones(4, 7))
+    refused(compiled, torch.ones(4, 6, dtype=torch.float64))
+    refused(compiled, torch.ones(4, 7))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(torch.random.get_rng_state(), state) and model.training
 

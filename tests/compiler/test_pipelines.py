@@ -6,7 +6,6 @@ GRAFTC_UPDATE_GOLDEN=1 writes the text that is compared.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,15 +19,16 @@ from graftc.passes.core.pipeline import Log, Pass, PassGroup, Pipeline
 from graftc.passes.lowering.lower import LOWER
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import tiny
+from tests.kit.places import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "pipelines.txt"
+PIPELINES = GOLDEN / "pipelines.txt"
 
 
 def test_they_are_as_printed() -> None:
     text = "\n\n".join(map(str, (ADAPT, EVAL, GATHER, LOWER))) + "\n"
     if os.environ.get("GRAFTC_UPDATE_GOLDEN") == "1":
-        GOLDEN.write_text(text, encoding="utf-8")
-    assert text == GOLDEN.read_text(encoding="utf-8")
+        PIPELINES.write_text(text, encoding="utf-8")
+    assert text == PIPELINES.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-import graftc
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.methods.lora import LoRAMethod
 from graftc.testing.families import tiny
 from tests.compiler.test_called_layers import EVERYWHERE, LORA, is_called, require_the_same
+from tests.kit.models import fresh
 
 IA3 = {"method": "ia3", "target": EVERYWHERE}
 DORA = {"method": "dora", "rank": 2, "target": {"role": "ffn.down"}}
-
-
-def compiled_with(adapt: list[Mapping[str, Any]], layers: int = 8) -> Any:
-    return graftc.compile({"adapt": [dict(each) for each in adapt]}, tiny("llama", layers=layers), seed=3, cache=False)
 
 
 def insertions(monkeypatch: pytest.MonkeyPatch, layers: int, adapt: Mapping[str, Any] = LORA) -> int:
@@ -32,7 +28,7 @@ def insertions(monkeypatch: pytest.MonkeyPatch, layers: int, adapt: Mapping[str,
 
     with monkeypatch.context() as patched:
         patched.setattr(LoRAMethod, "insert", counted)
-        assert is_called(compiled_with([adapt], layers))
+        assert is_called(fresh(tiny("llama", layers=layers), adapt, seed=3, cache=False))
     return len(count)
 
 
@@ -61,11 +57,11 @@ def test_factors_that_start_from_the_weight_are_inserted_everywhere(monkeypatch:
 def test_tensors_are_those_of_inserting_in_every_layer(
     adapt: list[Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    once = compiled_with(adapt)
+    once = fresh(tiny("llama", layers=8), *adapt, seed=3, cache=False)
     with monkeypatch.context() as patched:
         for tag in {each["method"] for each in adapt}:
             patched.setattr(type(method_for(tag)), "repeats", lambda self, spec: False)
-        every = compiled_with(adapt)
+        every = fresh(tiny("llama", layers=8), *adapt, seed=3, cache=False)
     assert is_called(once)
     ours, theirs = dict(once.named_parameters()), dict(every.named_parameters())
     assert list(ours) == list(theirs)

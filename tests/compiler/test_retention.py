@@ -16,16 +16,16 @@ from graftc.compiler.folding.certificate import HALF
 from graftc.compiler.folding.steps import lazy_tensors
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import perturb, tiny
+from tests.kit.models import adapted
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v", "ffn.down"]}}
 TOLERANCE = 1e-12
 """Of sums of some thousand float64 numbers in another order."""
 
 
-def adapted(family: str, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
+def scaled(family: str, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
     """Return a perturbed model whose updates are scaled."""
-    compiled = graftc.compile({"adapt": [{**LORA, **changes}]}, tiny(family).to(dtype)).eval()
-    perturb(compiled)
+    compiled = adapted(tiny(family, dtype=dtype), {**LORA, **changes})
     with torch.no_grad():
         for name, tensor in compiled.adapter_state_dict().items():
             if name.endswith(".B"):
@@ -36,7 +36,7 @@ def adapted(family: str, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16
 @pytest.fixture(scope="module")
 def gpt2() -> Any:
     """Queries and values as rows of one weight, stored as columns, with updates near the spacing of bfloat16."""
-    return adapted("gpt2", 0.01)
+    return scaled("gpt2", 0.01)
 
 
 def by_hand(base: Tensor, exact: Tensor, merged: Tensor) -> dict[str, float]:

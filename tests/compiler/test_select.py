@@ -13,6 +13,7 @@ from graftc.compiler.resolve.select import check_overrides, select
 from graftc.specs import LoRA, SiteKind, Target, widen
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.target import Candidate, depths
+from tests.kit.refusals import refused
 
 LINEAR = frozenset({SiteKind.LINEAR})
 PROJECTIONS = {"q": "self.query", "k": "self.key", "v": "self.value", "o": "output.dense"}
@@ -63,15 +64,14 @@ def mixture(depth: int = 3) -> list[Candidate]:
     return out + [site(f"layers.{i}.attn.q", "attn.q", i) for i in range(depth)]
 
 
-def names(found: Sequence[Candidate]) -> list[str]:
-    return [c.module for c in found]
+def names(candidates: Sequence[Candidate]) -> list[str]:
+    return [c.module for c in candidates]
 
 
-def failure(candidates: Sequence[Candidate], *, kinds: Any = LINEAR, **target: Any) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        select(Target(**target), candidates, "t", kinds=kinds, method="lora")
-    assert caught.value.place is not None and caught.value.place.path.startswith("t")
-    return caught.value
+def misselected(candidates: Sequence[Candidate], *, kinds: Any = LINEAR, **target: Any) -> GraftError:
+    error = refused(select, Target(**target), candidates, "t", kinds=kinds, method="lora")
+    assert error.place is not None and error.place.path.startswith("t")
+    return error
 
 
 # What is selected
@@ -137,7 +137,7 @@ def test_rows_alone_need_a_role() -> None:
     only_rows = [c for c in rows_and_other if c.part or c.module == "fc"]
     assert len(select(Target(modules="**.c_attn"), only_rows)) == 6
     parts = [*only_rows, Candidate("whole", "h.0.c_attn", frozenset(), SiteKind.VALUE, 0)]
-    error = failure(parts, modules="h.0.c_attn")
+    error = misselected(parts, modules="h.0.c_attn")
     assert error.code == "GC011" and error.hint == "name the role as well, for example role: attn.q"
 
 
@@ -149,7 +149,7 @@ def test_without_kinds_every_kind_is_selected() -> None:
 def test_experts_stand_in_for_a_feed_forward_where_both_are_named() -> None:
     kinds = {SiteKind.LINEAR, SiteKind.EXPERTS}
     assert len(select(Target(role=["ffn.up", "experts"]), mixture(), kinds=kinds)) == 3
-    error = failure(mixture(), kinds=kinds, role="ffn.up")
+    error = misselected(mixture(), kinds=kinds, role="ffn.up")
     assert error.code == "GC015" and "'ffn.up' matched 1 of 3 layers; these 2 have none: 1, 2" in error.message
     assert len(select(Target(role="experts"), mixture(), kinds=kinds)) == 2
 
@@ -236,13 +236,13 @@ def test_experts_stand_in_for_a_feed_forward_where_both_are_named() -> None:
     ],
 )
 def test_refusals(target: dict[str, Any], code: str, path: str, message: str) -> None:
-    error = failure(encoder(), **target)
+    error = misselected(encoder(), **target)
     assert error.code == code and message in error.message
     assert error.place is not None and error.place.path == path
 
 
 def test_a_role_that_some_layers_lack_is_refused_with_counts() -> None:
-    error = failure(encoder(30, no_values=(3, 9, 15, 21, 27)), role="attn.v")
+    error = misselected(encoder(30, no_values=(3, 9, 15, 21, 27)), role="attn.v")
     assert error.code == "GC015"
     assert error.message == "'attn.v' matched 25 of 30 layers; these 5 have none: 3, 9, 15, 21, 27"
     assert error.hint == (
@@ -275,7 +275,7 @@ def test_missing_layers_are_told_by_stack() -> None:
     candidates = [
         c for c in translator(3, 3) if c.module not in ("encoder.1.v", "decoder.2.self.v", "decoder.2.cross.v")
     ]
-    error = failure(candidates, role="attn.v")
+    error = misselected(candidates, role="attn.v")
     assert error.message == "'attn.v' matched 4 of 6 layers; these 2 have none: decoder.2, encoder.1"
     assert error.hint == "if that is meant, say so with expect: 6"
 
@@ -286,12 +286,13 @@ def test_cross_attention_belongs_where_cross_attention_is() -> None:
     assert len(select(Target(role="cross.attn.k"), candidates)) == 3
     candidates = [c for c in candidates if c.module != "decoder.2.cross.k"]
     assert (
-        "'cross.attn.k' matched 2 of 3 layers; this one has none: 2" in failure(candidates, role="cross.attn.k").message
+        "'cross.attn.k' matched 2 of 3 layers; this one has none: 2"
+        in misselected(candidates, role="cross.attn.k").message
     )
 
 
 def test_an_unmet_count_tells_where_it_falls_short() -> None:
-    error = failure(encoder(6, no_values=(1, 4)), role=["attn.q", "attn.v"], expect=12)
+    error = misselected(encoder(6, no_values=(1, 4)), role=["attn.q", "attn.v"], expect=12)
     assert error.message == "the target selects 10 sites, expected 12"
     assert error.details == (
         "role 'attn.q': 6 sites",
@@ -301,15 +302,15 @@ def test_an_unmet_count_tells_where_it_falls_short() -> None:
 
 
 def test_an_unmatched_branch_comes_with_the_counts_of_the_others() -> None:
-    error = failure(encoder(), modules="**.{query,valu}")
+    error = misselected(encoder(), modules="**.{query,valu}")
     assert error.details == ("modules '**.query' of '**.{query,valu}': 4 sites",)
     assert error.hint is not None and error.hint.startswith("did you mean '**.value'")
     assert error.fix == ("valu", "value")
 
 
 def test_a_kind_that_the_method_cannot_take_comes_with_what_it_could() -> None:
-    assert failure(encoder(), role="attn").hint == "it could take: attn.k, attn.o, attn.q, attn.v"
-    error = failure(encoder(), modules="bert.encoder.layer.0.attention.self")
+    assert misselected(encoder(), role="attn").hint == "it could take: attn.k, attn.o, attn.q, attn.v"
+    error = misselected(encoder(), modules="bert.encoder.layer.0.attention.self")
     assert error.hint == "'bert.encoder.layer.0.attention.self.**' matches 3 sites"
 
 

@@ -37,9 +37,9 @@ def table(model: torch.nn.Module) -> SiteTable:
     return SiteTable(result.program, store, structure, dict(model.named_modules()))
 
 
-def of_kind(made: SiteTable, kind: type[Site]) -> list[Any]:
+def of_kind(table: SiteTable, kind: type[Site]) -> list[Any]:
     """Return the first site of every candidate of one type."""
-    return [sites[0] for sites in made.entries if type(sites[0]) is kind]
+    return [sites[0] for sites in table.entries if type(sites[0]) is kind]
 
 
 def test_llama() -> None:

@@ -14,22 +14,24 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
-from tests.runtime.artifact.support import saved_base
+from tests.kit.folders import saved_base
+from tests.kit.models import fresh
 
 HEAD = [{"name": "head", "method": "lora", "target": {"modules": "lm_head"}, "rank": 4}]
 TABLES = {"gpt2": "transformer.wte.weight", "t5": "shared.weight"}
 
 
-def adapted(family: str, **changes: Any) -> tuple[Any, Any]:
+def untied(family: str, **changes: Any) -> tuple[Any, Any]:
+    """Return a tiny model, and one with an adapted head of its own."""
     model = tiny(family)
-    return model, graftc.compile({"adapt": HEAD, "untie": ["lm_head"], **changes}, model).eval()
+    return model, fresh(model, **{"adapt": HEAD, "untie": ["lm_head"], **changes})
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("family", TABLES)
 def test_a_head_of_its_own_folds(family: str, tmp_path: Path) -> None:
     """It starts as the identity; the folded class keeps the table and has another head, also when reloaded."""
-    model, compiled = adapted(family)
+    model, compiled = untied(family)
     inputs = inputs_for(compiled, (2, 5))
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
     table = model.get_input_embeddings().weight
@@ -49,7 +51,7 @@ def test_a_head_of_its_own_folds(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_untying_takes_no_memory() -> None:
-    model, compiled = adapted("gpt2")
+    model, compiled = untied("gpt2")
     store = compiled.compilation.store
     assert store.tied("lm_head.weight") == ()
     assert store.get("lm_head.weight").data_ptr() == model.lm_head.weight.data_ptr()
@@ -58,7 +60,7 @@ def test_untying_takes_no_memory() -> None:
 @pytest.mark.slow
 def test_without_it_the_head_does_not_fold() -> None:
     with pytest.warns(graftc.GraftWarning, match="GC024"):
-        _, compiled = adapted("gpt2", untie=[])
+        _, compiled = untied("gpt2", untie=[])
     with pytest.raises(GraftError) as caught:
         compiled.merge()
     assert caught.value.code == "GC022"
@@ -67,7 +69,7 @@ def test_without_it_the_head_does_not_fold() -> None:
 @pytest.mark.slow
 def test_a_head_that_trains_in_full() -> None:
     """``train`` refuses a tied tensor, and accepts an untied one."""
-    _, compiled = adapted("gpt2", adapt=[{**HEAD[0], "target": {"role": "attn.q"}}], train=["lm_head"])
+    _, compiled = untied("gpt2", adapt=[{**HEAD[0], "target": {"role": "attn.q"}}], train=["lm_head"])
     assert "lm_head.graftc.trained.weight" in compiled.adapter_state_dict()
     perturb(compiled)
     merged = compiled.merge().to_transformers()
@@ -77,7 +79,7 @@ def test_a_head_that_trains_in_full() -> None:
 @pytest.mark.slow
 def test_what_stays_unfolded_stays_apart(tmp_path: Path) -> None:
     """If untied and not adapted, the merged model has two equal tensors instead of one."""
-    _, compiled = adapted("gpt2", adapt=[{**HEAD[0], "target": {"role": "attn.q"}}])
+    _, compiled = untied("gpt2", adapt=[{**HEAD[0], "target": {"role": "attn.q"}}])
     compiled.merge(allow_unchanged=True).save(tmp_path / "it")
     loaded: Any = load_model(str(tmp_path / "it"))
     head, table = loaded.lm_head.weight, loaded.transformer.wte.weight
@@ -86,7 +88,7 @@ def test_what_stays_unfolded_stays_apart(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_with_new_tokens() -> None:
-    model, compiled = adapted("gpt2", tokens={"add": ["<a>"]})
+    model, compiled = untied("gpt2", tokens={"add": ["<a>"]})
     perturb(compiled)
     merged = compiled.merge().to_transformers()
     assert merged.lm_head.weight.shape == merged.transformer.wte.weight.shape == (102, 48)
@@ -127,6 +129,6 @@ def test_a_class_that_asks_whether_it_is_tied() -> None:
 )
 def test_what_cannot_be_untied(untie: list[str], code: str, words: str) -> None:
     with pytest.raises(GraftError, match=words) as caught:
-        adapted("gpt2", untie=untie)
+        untied("gpt2", untie=untie)
     assert caught.value.code == code
     assert caught.value.place is not None and caught.value.place.path == "untie[1]"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.kit.places import ROOT
+
 DOCS = ROOT / "docs"
 _FENCE = re.compile(
     r"(?:^<!-- (?P<mark>[\w: ]+) -->\n(?:<div[^>]*>\n\n)?)?"

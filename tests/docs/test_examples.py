@@ -32,7 +32,6 @@ from graftc.applications.pet.data import load_rows
 from graftc.applications.pet.encoding import ClozeEncoder
 from graftc.cli.schemas import published_schema
 from graftc.records.answers import Settings
-from graftc.runtime.compiled import Compiled
 from graftc.runtime.onnx_generation import load as load_graphs
 from graftc.runtime.sources.models import load_model
 from graftc.specs import registry
@@ -43,7 +42,9 @@ from graftc.specs.pet.verbalizer import Verbalizer
 from graftc.testing import perturb, tiny
 from tests.applications.pet.small_tokenizers import tokenizer
 from tests.cli.speakers import save_tokenizer
-from tests.kit.installed_passes import installing
+from tests.kit.models import fresh
+from tests.kit.places import ROOT
+from tests.kit.plugins import installing
 from tests.runtime.onnx_generation import onnx_toy
 from tests.runtime.sources.quantised.writers import FORMATS, gptq
 from tests.runtime.sources.quantised.writers import llama as quantised_llama
@@ -53,21 +54,17 @@ GOLDEN = Path(__file__).parent / "golden"
 LORA: dict[str, Any] = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}}
 
 
-def compiled(family: str = "bert", **spec: Any) -> Compiled:
-    return graftc.compile({"adapt": [LORA], **spec}, tiny(family))
-
-
 def a_missing_spec(patch: pytest.MonkeyPatch) -> None:
     Path("spec.yaml").touch()
     graftc.load_spec("sepc.yaml")
 
 
 def a_gap_of_tokens(patch: pytest.MonkeyPatch) -> None:
-    compiled(tokens={"add": ["<ent>"], "first": 200})
+    fresh("bert", LORA, tokens={"add": ["<ent>"], "first": 200})
 
 
 def a_call_without_a_graph(patch: pytest.MonkeyPatch) -> None:
-    compiled("llama")(input_ids=torch.ones(2, 7, dtype=torch.int64), labels=torch.zeros(2, 3, 4))
+    fresh("llama", LORA)(input_ids=torch.ones(2, 7, dtype=torch.int64), labels=torch.zeros(2, 3, 4))
 
 
 def gates_behind_a_cache(patch: pytest.MonkeyPatch) -> None:
@@ -76,7 +73,7 @@ def gates_behind_a_cache(patch: pytest.MonkeyPatch) -> None:
 
 
 def an_encoder_that_generates(patch: pytest.MonkeyPatch) -> None:
-    compiled().generate(torch.ones(2, 7, dtype=torch.int64))
+    fresh("bert", LORA).generate(torch.ones(2, 7, dtype=torch.int64))
 
 
 def a_missing_model(patch: pytest.MonkeyPatch) -> None:
@@ -86,7 +83,7 @@ def a_missing_model(patch: pytest.MonkeyPatch) -> None:
 
 
 def another_dtype(patch: pytest.MonkeyPatch) -> None:
-    compiled().to(torch.bfloat16)
+    fresh("bert", LORA).to(torch.bfloat16)
 
 
 class Shallow(nn.Module):
@@ -112,51 +109,51 @@ def no_values(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_budget(patch: pytest.MonkeyPatch) -> None:
-    model = compiled()
+    model = fresh("bert", LORA)
     perturb(model)
     model.merge(budget=0)
 
 
 def other_tensors(patch: pytest.MonkeyPatch) -> None:
-    tensors = compiled().adapter_state_dict()
+    tensors = fresh("bert", LORA).adapter_state_dict()
     first = min(tensors)
-    compiled().load_adapter_state_dict({**tensors, first: tensors[first][:2]})
+    fresh("bert", LORA).load_adapter_state_dict({**tensors, first: tensors[first][:2]})
 
 
 def training_a_merged_model(patch: pytest.MonkeyPatch) -> None:
-    compiled().merge(allow_unchanged=True).train()
+    fresh("bert", LORA).merge(allow_unchanged=True).train()
 
 
 def a_merge_into_packed_weights(patch: pytest.MonkeyPatch) -> None:
-    compiled(base={"quantize": "nf4"}).merge()
+    fresh("bert", LORA, base={"quantize": "nf4"}).merge()
 
 
 def a_folder_of_packed_weights(patch: pytest.MonkeyPatch) -> None:
-    model = compiled(base={"quantize": "int8"})
+    model = fresh("bert", LORA, base={"quantize": "int8"})
     perturb(model)
     model.merge(base="requantized").save("merged")
 
 
 def nothing_to_merge(patch: pytest.MonkeyPatch) -> None:
-    compiled().merge()
+    fresh("bert", LORA).merge()
 
 
 def an_unknown_format(patch: pytest.MonkeyPatch) -> None:
-    compiled().export("model.gguf", format="tensorrt")  # type: ignore[arg-type]
+    fresh("bert", LORA).export("model.gguf", format="tensorrt")  # type: ignore[arg-type]
 
 
 def no_onnx_runtime(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(sys.modules, "onnxruntime", None)
-    compiled().export("model.onnx")
+    fresh("bert", LORA).export("model.onnx")
 
 
 def a_taken_path(patch: pytest.MonkeyPatch) -> None:
     Path("model.onnx").touch()
-    compiled().export("model.onnx")
+    fresh("bert", LORA).export("model.onnx")
 
 
 def a_tag_that_is_taken(patch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[2] / "examples/plugin/graftc_scale/spec.py").read_text(encoding="utf-8")
+    text = (ROOT / "examples/plugin/graftc_scale/spec.py").read_text(encoding="utf-8")
     Path("my_lora").mkdir()
     Path("my_lora/__init__.py").touch()
     Path("my_lora/spec.py").write_text(text.replace('"scale"', '"lora"'), encoding="utf-8")
@@ -179,18 +176,18 @@ def a_pass_without_its_place(patch: pytest.MonkeyPatch) -> None:
     source = 'AddedPass(Pass("macs", print, rewrites=False), after="insrt")'
     with installing(Path("site")) as install:
         install("graftc-macs", f"from graftc.extend import AddedPass, Pass\nCOUNT = {source}\n", macs="COUNT")
-        compiled()
+        fresh("bert", LORA)
 
 
 def a_missing_exporter(patch: pytest.MonkeyPatch) -> None:
     Path("site").mkdir()
     with installing(Path("site")) as install:
         install("graftc-shapes", "", group="graftc.exporters", shapes="SHAPES")
-        compiled().export("shapes.txt", "shapes")
+        fresh("bert", LORA).export("shapes.txt", "shapes")
 
 
 def saved() -> Path:
-    return compiled().save("artifact", base="models/tiny", certify=False)
+    return fresh("bert", LORA).save("artifact", base="models/tiny", certify=False)
 
 
 def no_artifact(patch: pytest.MonkeyPatch) -> None:
@@ -242,7 +239,7 @@ def an_unknown_schema(patch: pytest.MonkeyPatch) -> None:
 
 
 def an_unknown_name(patch: pytest.MonkeyPatch) -> None:
-    compiled().explain("bert.encoder.layer.0.attention.self.querry")
+    fresh("bert", LORA).explain("bert.encoder.layer.0.attention.self.querry")
 
 
 def rows_that_no_target_means(patch: pytest.MonkeyPatch) -> None:
@@ -252,15 +249,15 @@ def rows_that_no_target_means(patch: pytest.MonkeyPatch) -> None:
 
 def a_folder_that_is_a_file(patch: pytest.MonkeyPatch) -> None:
     Path("runs").touch()
-    compiled().save("runs/first", certify=False)
+    fresh("bert", LORA).save("runs/first", certify=False)
 
 
 def an_input_that_has_folded(patch: pytest.MonkeyPatch) -> None:
-    compiled().merge(allow_unchanged=True).export("model.onnx", inputs=["lora"])
+    fresh("bert", LORA).merge(allow_unchanged=True).export("model.onnx", inputs=["lora"])
 
 
 def a_method_of_peft(patch: pytest.MonkeyPatch) -> None:
-    getattr(compiled(), "merge_and_unload")()  # noqa: B009
+    getattr(fresh("bert", LORA), "merge_and_unload")()  # noqa: B009
 
 
 def a_name_for_a_model(patch: pytest.MonkeyPatch) -> None:
@@ -268,7 +265,7 @@ def a_name_for_a_model(patch: pytest.MonkeyPatch) -> None:
 
 
 def pickling(patch: pytest.MonkeyPatch) -> None:
-    torch.save(compiled(), "model.pt")
+    torch.save(fresh("bert", LORA), "model.pt")
 
 
 def adapter(**fields: Any) -> None:
@@ -328,7 +325,7 @@ def a_model_that_is_sharded_already(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_process_that_writes_alone(patch: pytest.MonkeyPatch) -> None:
-    model = compiled()
+    model = fresh("bert", LORA)
     with a_process_group() as mesh:
         fully_shard(model, mesh=mesh)
         store = torch.distributed.distributed_c10d._get_default_store()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.kit.places import ROOT
+
 PACKAGE = ROOT / "graftc"
 TEXT = (
     (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Glossary\n")[2].partition("\n## ")[0]

@@ -59,22 +59,22 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def held(site: Path) -> dict[Path, _Page]:
+def pages(site: Path) -> dict[Path, _Page]:
     return {path: _Page(path) for path in site.rglob("*.html")}
 
 
 @pytest.mark.full
-def test_every_page_is_there_and_in_the_navigation(site: Path, held: dict[Path, _Page]) -> None:
+def test_every_page_is_there_and_in_the_navigation(site: Path, pages: dict[Path, _Page]) -> None:
     sources = (ROOT / "docs").rglob("*.md")
     wanted = {(site / path.relative_to(ROOT / "docs")).with_suffix(".html") for path in sources}
-    assert wanted <= held.keys()
-    named = {(site / "index.html").parent / urlsplit(link).path for link in held[site / "index.html"].links}
+    assert wanted <= pages.keys()
+    named = {(site / "index.html").parent / urlsplit(link).path for link in pages[site / "index.html"].links}
     assert wanted <= {path.resolve() for path in named} | {site / "index.html"}
 
 
-def test_internal_links_and_anchors_work(site: Path, held: dict[Path, _Page]) -> None:
+def test_internal_links_and_anchors_work(site: Path, pages: dict[Path, _Page]) -> None:
     broken = []
-    for path, page in held.items():
+    for path, page in pages.items():
         if path.name == "404.html":
             continue  # its links assume that the site is at the root of a server
         for link in [*page.links, *page.loaded]:
@@ -84,13 +84,13 @@ def test_internal_links_and_anchors_work(site: Path, held: dict[Path, _Page]) ->
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             if target.is_dir():
                 target /= "index.html"
-            if not target.is_file() or (parts.fragment and unquote(parts.fragment) not in held[target].anchors):
+            if not target.is_file() or (parts.fragment and unquote(parts.fragment) not in pages[target].anchors):
                 broken.append(f"{path.relative_to(site)}: {link}")
     assert broken == []
 
 
-def test_a_reader_needs_no_network(site: Path, held: dict[Path, _Page]) -> None:
-    loaded = {link for page in held.values() for link in page.loaded}
+def test_a_reader_needs_no_network(site: Path, pages: dict[Path, _Page]) -> None:
+    loaded = {link for page in pages.values() for link in page.loaded}
     assert loaded and not [
         link for link in loaded if urlsplit(link).scheme not in ("", "data") or link.startswith("//")
     ]
@@ -98,7 +98,7 @@ def test_a_reader_needs_no_network(site: Path, held: dict[Path, _Page]) -> None:
     assert not [text for text in styles if "fonts.googleapis" in text or "url(http" in text or "@import" in text]
 
 
-def test_codes_have_their_anchors(held: dict[Path, _Page], site: Path) -> None:
+def test_codes_have_their_anchors(pages: dict[Path, _Page], site: Path) -> None:
     from graftc.specs.errors.catalogue import CATALOGUE
 
-    assert {code.lower() for code in CATALOGUE} <= held[site / "errors.html"].anchors
+    assert {code.lower() for code in CATALOGUE} <= pages[site / "errors.html"].anchors

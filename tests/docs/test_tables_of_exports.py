@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from graftc.runtime.export.registry import exporters
 from graftc.runtime.interop.peft.servers import SERVERS
+from tests.kit.places import ROOT
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = ROOT / "docs"
 
 
 def rows_of(page: str, first: str) -> dict[str, list[str]]:

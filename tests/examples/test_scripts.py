@@ -16,9 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.kit import warm
-
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
+from tests.kit.places import EXAMPLES
 
 
 def run(script: str, out: Path, folder: Path) -> str:

@@ -9,8 +9,8 @@ import pytest
 
 from graftc.cli.schemas import DIALECT, published_schema
 from tests.cli.support import run_here
+from tests.kit.places import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SPECS = sorted(EXAMPLES.glob("specs/*.yaml"))
 FITTING = {
     "attention_lora": {"bert": 4, "gpt2": 4, "gpt_neox": 4, "llama": 4, "mixtral": 4, "t5": 12, "vit": 4},

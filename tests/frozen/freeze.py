@@ -28,7 +28,8 @@ from graftc.testing import MethodContract
 from graftc.testing.contract import Contract
 from tests.frozen.contracts import FromSpec, others
 from tests.frozen.digests import tensors_digest
-from tests.frozen.records import Record, one_thread, record
+from tests.frozen.records import Record, record
+from tests.kit.settings import one_thread
 
 HERE = Path(__file__).parent
 FILE = HERE / "frozen.json"
@@ -114,11 +115,11 @@ class Frozen(NamedTuple):
     """The contents of the file.
 
     Attributes:
-        made: the environment that it was made with, as `made_with` returns it.
+        environment: what it was made with, as `made_with` returns it.
         records: the records by the entries' names.
     """
 
-    made: Record
+    environment: Record
     records: dict[str, Record]
 
 
@@ -128,10 +129,10 @@ def read(path: Path = FILE) -> Frozen:
     return Frozen(data["made"], data["records"])
 
 
-def to_json(made: Mapping[str, str], records: Mapping[str, Mapping[str, str]]) -> str:
+def to_json(environment: Mapping[str, str], records: Mapping[str, Mapping[str, str]]) -> str:
     """Return the file's text, with one sorted line for each entry."""
     lines = (f"{json.dumps(name)}: {json.dumps(dict(sorted(records[name].items())))}" for name in sorted(records))
-    return f'{{"made": {json.dumps(dict(sorted(made.items())))},\n"records": {{\n' + ",\n".join(lines) + "\n}}\n"
+    return f'{{"made": {json.dumps(dict(sorted(environment.items())))},\n"records": {{\n' + ",\n".join(lines) + "\n}}\n"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +21,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import flat, in_parts, inputs_for, outputs_of
 from graftc.testing.contract import Contract
 from tests.frozen.digests import digest, evidence_digest, tensors_digest
+from tests.kit.settings import one_thread
 
 GRAPHS: tuple[tuple[str, Mode, Stage], ...] = (
     ("base.train", "train", "base"),
@@ -89,22 +89,11 @@ def record(
     return result
 
 
-def _or_code(made: Callable[[], str]) -> str:
+def _or_code(record: Callable[[], str]) -> str:
     try:
-        return made()
+        return record()
     except GraftError as error:
         return error.code
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread while the block runs, so that sums do not depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _graphs(compilation: Compilation, ordered: bool) -> Record:

@@ -26,8 +26,8 @@ def frozen() -> Frozen:
     """Return the record, or skip the test if other versions are installed than it was made with."""
     stored, here = read(COMPARED), made_with()
     for library in ("torch", "transformers"):
-        if stored.made[library] != here[library]:
-            raise unittest.SkipTest(f"recorded with {library} {stored.made[library]}, here is {here[library]}")
+        if stored.environment[library] != here[library]:
+            raise unittest.SkipTest(f"recorded with {library} {stored.environment[library]}, here is {here[library]}")
     return stored
 
 
@@ -47,7 +47,7 @@ def compare(entry: Entry) -> None:
     if name not in recorded.records and COMPARED != FILE:
         raise unittest.SkipTest(f"{COMPARED} does not have it")
     assert name in recorded.records, f"{name} is not recorded: {AGAIN} --only '^{name}$'"
-    differences = changes(recorded.records[name], entry.record(), recorded.made["cpu"] == made_with()["cpu"])
+    differences = changes(recorded.records[name], entry.record(), recorded.environment["cpu"] == made_with()["cpu"])
     if differences:
         again = f"where it is meant to change, record it anew: {AGAIN} --only '^{name}$' (without --only, everything)"
         pytest.fail("\n".join([f"{name} is not as it was:", *differences, again]), pytrace=False)

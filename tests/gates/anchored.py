@@ -95,10 +95,10 @@ def entering(kind: str, count: int, folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def _captured(
-    model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, axes: Any, capture: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
     """Return whether a mutant that the tracer returns is caught."""
-    fresh = replace(found, traced=mutant, flat=None, cached=False, anchor=None)
+    fresh = replace(capture, traced=mutant, flat=None, cached=False, anchor=None)
     with monkeypatch.context() as patch:
         patch.setattr(base, "captured", lambda *args, **options: fresh)
         try:
@@ -109,16 +109,16 @@ def _captured(
 
 
 def _cached(
-    model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, axes: Any, capture: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
     """Return whether a mutant in the cache, where everything except the graph is valid, is caught."""
-    capture_cache.keep(CaptureRequest.of(model, axes), replace(found, traced=mutant, flat=None))
+    capture_cache.keep(CaptureRequest.of(model, axes), replace(capture, traced=mutant, flat=None))
     compiled = graftc.compile(SPEC, model).eval()
     return not compiled.compilation.main.cached and _right(compiled, model)
 
 
 def _kept(
-    model: nn.Module, axes: Any, found: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, axes: Any, capture: Capture, mutant: Program, artifact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> bool:
     """Return whether a mutant in an artifact that is sealed again is caught."""
     file = artifact / "programs" / "0.base.train.json"

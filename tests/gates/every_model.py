@@ -29,7 +29,7 @@ _TOKENS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "suppre
 """Images have token ids from 200 on; a random model would ask for more of them."""
 
 
-def compiled_of(model: nn.Module, batch: Mapping[str, Any], target: Any, maps: str, **options: Any) -> Any:
+def compiled_where_it_fits(model: nn.Module, batch: Mapping[str, Any], target: Any, maps: str, **options: Any) -> Any:
     """Compile LoRA at a target or, if its roles are unknown, at maps given by name."""
     for chosen in (target, {"modules": maps}):
         spec = {"adapt": [{"method": "lora", "rank": 2, "target": chosen}], **options}
@@ -170,7 +170,7 @@ def check_model(
 
     warnings.simplefilter("ignore")
     try:
-        compiled = compiled_of(model, batches[0], target, maps, **options)
+        compiled = compiled_where_it_fits(model, batches[0], target, maps, **options)
     except Exception as error:
         return {"compile": f"{type(error).__name__}: {str(error)[:500]}"}
     results["level"] = "graph" if not compiled.compilation.notes else "; ".join(compiled.compilation.notes)[:300]
@@ -202,7 +202,7 @@ def _gradients_in_double(model: nn.Module, batch: Mapping[str, Any], target: Any
     """Run `check_gradients` in float64; with nearly equal entries, a maximum may pick another one after rounding."""
     wide = {name: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for name, t in batch.items()}
     model = copy.deepcopy(model).double()
-    compiled = compiled_of(model, wide, target, maps).eval()
+    compiled = compiled_where_it_fits(model, wide, target, maps).eval()
     perturb(compiled, 0.05)
     return check_gradients(compiled, _folded(model, compiled.merge()), wide)
 

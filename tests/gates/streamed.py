@@ -81,5 +81,5 @@ WAYS = {"peft": with_peft, "mergekit": with_mergekit, "graftc": with_graftc}
 
 if __name__ == "__main__":
     way, adapter, out = ["graftc", *sys.argv[1:]][-3:]
-    made = WAYS[way](Path(adapter), Path(out))
-    print(json.dumps(measured(made)))
+    written = WAYS[way](Path(adapter), Path(out))
+    print(json.dumps(measured(written)))

@@ -65,19 +65,19 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-def _made(case: str) -> nn.Module:
+def _model(case: str) -> nn.Module:
     torch.manual_seed(0)
     return CASES[case][0]().requires_grad_(False)
 
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_families(case: str) -> None:
-    assert taken_over(_made(case)).alike == CASES[case][1]
+    assert taken_over(_model(case)).alike == CASES[case][1]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_modes(mode: str) -> None:
-    assert taken_over(_made("gpt2"), mode=mode).alike == 4
+    assert taken_over(_model("gpt2"), mode=mode).alike == 4
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_modes(mode: str) -> None:
     ],
 )
 def test_what_is_recorded_within_layers(case: str, flag: str, count: int) -> None:
-    model = _made(case)
+    model = _model(case)
     model.set_attn_implementation("eager")  # type: ignore[operator]
     assert taken_over(model, flags=((flag, True),)).alike == count
 

@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import graftc
-from graftc.passes.core.ops import head_loss
 from graftc.runtime.compiled import Compiled
 from graftc.testing import tiny
 from graftc.testing.families import _COMMON, VOCABULARY
 from graftc.testing.perturb import randomise
-from tests.runtime.activations.test_chunked_loss import CALL, IDS, LABELS, LORA, assert_equal, made, step
+from tests.kit.settings import small_chunks
+from tests.runtime.activations.test_chunked_loss import CALL, IDS, LABELS, LORA, assert_equal, step, with_loss
 
 pytestmark = pytest.mark.gate
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "CHUNK_ROWS", {"cpu": 3})
-    monkeypatch.setattr(head_loss, "CHUNK_BYTES", {"cpu": 1})
+def chunks_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch)
 
 
 def _built(name: str, **changes: Any) -> nn.Module:
@@ -74,11 +73,11 @@ def assert_chunked(compiled: Compiled) -> None:
 @pytest.mark.parametrize("family", MODELS)
 def test_losses_and_gradients_are_those_of_whole_logits(family: str) -> None:
     model = MODELS[family]()
-    chunked = made(model, "chunked")
+    chunked = with_loss(model, "chunked")
     assert_chunked(chunked)
-    assert_equal(step(chunked), step(made(model, "whole")), 1e-5)
+    assert_equal(step(chunked), step(with_loss(model, "whole")), 1e-5)
     model = in_float64(model)
-    assert_equal(step(made(model, "chunked")), step(made(model, "whole")), 1e-10)
+    assert_equal(step(with_loss(model, "chunked")), step(with_loss(model, "whole")), 1e-10)
 
 
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,33 +97,33 @@ def test_adapted_heads_are_computed_in_chunks(head: str) -> None:
     if "tokens" in spec:
         call["input_ids"][:, 1::3] = VOCABULARY + 1
         call["labels"] = torch.where(call["labels"] % 3 == 1, VOCABULARY, call["labels"])
-    chunked = made(model, "chunked", call, **spec)
+    chunked = with_loss(model, "chunked", call, **spec)
     assert_chunked(chunked)
-    assert_equal(step(chunked, call), step(made(model, "whole", call, **spec), call), 1e-10)
+    assert_equal(step(chunked, call), step(with_loss(model, "whole", call, **spec), call), 1e-10)
 
 
 def test_counts_and_labels_that_are_shifted_already() -> None:
     model = in_float64(tiny("llama"))
     call = {**CALL, "num_items_in_batch": torch.tensor(13), "shift_labels": LABELS.roll(-1, 1)}
-    assert_equal(step(made(model, "chunked", call), call), step(made(model, "whole", call), call), 1e-10)
+    assert_equal(step(with_loss(model, "chunked", call), call), step(with_loss(model, "whole", call), call), 1e-10)
 
 
 def test_torch_compile_takes_the_whole_graph() -> None:
-    compiled = made(tiny("llama"), "chunked")
+    compiled = with_loss(tiny("llama"), "chunked")
     expected = step(compiled)
     assert_equal(step(torch.compile(compiled, fullgraph=True, backend="aot_eager")), _renamed(expected), 1e-5)  # type: ignore[arg-type]
 
 
-def _renamed(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name if name == "loss" else f"_orig_mod.{name}": tensor for name, tensor in found.items()}
+def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name if name == "loss" else f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
 
 
 def test_checkpointing_and_autocast_work_with_it() -> None:
     model = tiny("llama")
-    expected = step(made(model, "whole"))
-    assert_equal(step(made(model, "chunked", checkpoint="layers")), expected, 1e-5)
+    expected = step(with_loss(model, "whole"))
+    assert_equal(step(with_loss(model, "chunked", checkpoint="layers")), expected, 1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        narrow, whole = step(made(model, "chunked")), step(made(model, "whole"))
+        narrow, whole = step(with_loss(model, "chunked")), step(with_loss(model, "whole"))
     for name, right in expected.items():
         error, usual = ((t[name] - right).norm() / right.norm() for t in (narrow, whole))
         assert error <= usual + torch.finfo(torch.bfloat16).eps, name
@@ -134,7 +133,7 @@ def test_checkpointing_and_autocast_work_with_it() -> None:
 def test_log_probabilities_of_tokens_are_those_of_logits(head: str | None) -> None:
     """Log-probabilities and their gradients agree in train and eval mode, also if a head is computed as a whole."""
     own = [{"method": head, "name": "head", "target": {"modules": "lm_head"}}] if head else []
-    compiled = made(in_float64(tiny("llama")), "whole", adapt=[LORA, *own])
+    compiled = with_loss(in_float64(tiny("llama")), "whole", adapt=[LORA, *own])
     shifted = functional.pad(LABELS, (0, 1), value=-100)[:, 1:]
     for mode in (True, False):
         logits = compiled.train(mode)(**CALL).logits
@@ -158,8 +157,8 @@ def trained(folder: Path, loss: str, **changes: Any) -> tuple[list[float], tuple
 
     seen: list[tuple[int, ...]] = []
 
-    def metrics(found: Any) -> dict[str, float]:
-        seen.append(found.predictions.shape)
+    def metrics(predicted: Any) -> dict[str, float]:
+        seen.append(predicted.predictions.shape)
         return {}
 
     rows = torch.randint(3, 100, (24, 8), generator=torch.Generator().manual_seed(0))

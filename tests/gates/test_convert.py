@@ -13,6 +13,7 @@ from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 from graftc.testing.families import FAMILIES, tiny
+from tests.kit.models import adapted
 
 pytestmark = pytest.mark.gate
 
@@ -36,19 +37,14 @@ METHODS: dict[str, dict[str, Any]] = {
 NONE = "GC066"
 
 
-def compiled_of(family: str, method: str) -> Any:
-    entry = {"method": method, "target": EXPERTS if family == "mixtral" else TARGET, **METHODS[method]}
-    compiled = graftc.compile({"adapt": [entry]}, tiny(family)).eval()
-    perturb(compiled)
-    return compiled
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", METHODS)
 def test_full_rank_is_the_fold(method: str, family: str) -> None:
     """Folded tensors are within 1e-6 of those of the original, outputs within 1e-5 of the largest."""
     try:
-        compiled = compiled_of(family, method)
+        compiled = adapted(
+            family, {"method": method, "target": EXPERTS if family == "mixtral" else TARGET, **METHODS[method]}
+        )
     except GraftError as error:
         raise unittest.SkipTest(f"{error.code}: {method} does not go with {family}") from None
     try:

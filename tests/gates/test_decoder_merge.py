@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-import graftc
 from graftc.applications.demo.decoder import load_decoder
-from graftc.testing import perturb
+from tests.kit.models import adapted
+from tests.kit.settings import one_thread
+from tests.kit.specs import lora
 
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -25,20 +26,15 @@ pytestmark = pytest.mark.gate
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Any:
+def alone() -> Iterator[None]:
     """Run both sides on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
-def adapted(layers: int | None = None) -> Any:
+def adapted_decoder(layers: int | None = None) -> Any:
     """Return a perturbed LoRA on all seven projections of the decoder or of its first layers."""
-    spec = {"adapt": [{"method": "lora", "rank": RANK, "target": {"role": ROLES}}]}
-    compiled = graftc.compile(spec, load_decoder(layers).requires_grad_(False)).eval()
-    perturb(compiled)
-    return compiled
+    return adapted(load_decoder(layers).requires_grad_(False), lora(ROLES, rank=RANK))
 
 
 def seconds(work: Callable[[], object], times: int = 3) -> float:
@@ -98,7 +94,7 @@ def rise(work: Callable[[], object]) -> int:
 
 def test_smollm2_merge() -> None:
     """A merge takes at most four times peft's time and at most 1.2 times the weights in additional memory."""
-    compiled = adapted()
+    compiled = adapted_decoder()
     weights = sum(p.numel() * p.element_size() for p in compiled.compilation.source.parameters())
     more = rise(compiled.merge)
     merged = compiled.merge()
@@ -112,6 +108,6 @@ def test_smollm2_merge() -> None:
 
 def test_layers_linear() -> None:
     """Four times the layers take at most 4.5 times as long."""
-    few, many = (seconds(adapted(layers).merge) for layers in (6, 24))
+    few, many = (seconds(adapted_decoder(layers).merge) for layers in (6, 24))
     print(f"6 layers {few:.2f} s, 24 layers {many:.2f} s")
     assert many <= 4.5 * few

@@ -15,9 +15,9 @@ JOBS = "tests.runtime.model.distributed_jobs"
 pytestmark = pytest.mark.gate
 
 
-def largest(found: Path, expected: Path) -> float:
+def largest(path: Path, expected: Path) -> float:
     """Return the largest difference between two files of tensors."""
-    one, two = torch.load(found), torch.load(expected)
+    one, two = torch.load(path), torch.load(expected)
     assert one.keys() == two.keys()
     return max(float((one[name].double() - tensor.double()).abs().max()) for name, tensor in two.items())
 
@@ -35,7 +35,7 @@ def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [("spiel", "fsdp"), ("spiel-ag", "ddp"), ("spiel-ag", "fsdp")])
 def test_what_needs_whole_gradients_is_refused(name: str, kind: str, tmp_path: Path) -> None:
-    together(f"{JOBS}:refused", 2, tmp_path, name, kind)
+    together(f"{JOBS}:training_refused", 2, tmp_path, name, kind)
 
 
 def test_bases_that_others_have_spread_are_refused(tmp_path: Path) -> None:

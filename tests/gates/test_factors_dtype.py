@@ -11,6 +11,7 @@ from torch import Tensor
 
 import graftc
 from graftc.testing import tiny
+from tests.kit.training import adamw
 from tests.passes.methods.test_dtype import saved
 
 pytestmark = pytest.mark.gate
@@ -41,7 +42,7 @@ def batches() -> list[Tensor]:
 def trained(base: torch.dtype, kept: str) -> tuple[float, float]:
     """Return the mean loss of the first and of the last 20 steps."""
     compiled = graftc.compile({"adapt": [{**SPEC, "dtype": kept}]}, wide().to(base)).train()
-    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=RATE)
+    optimiser = adamw(compiled, lr=RATE)
     losses = []
     for ids in batches():
         loss = compiled(input_ids=ids, labels=ids).loss

@@ -33,7 +33,8 @@ from graftc.runtime.loading.verify import verify
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.compare import inputs_for
 from tests.gates.mutate import mutate
-from tests.runtime.artifact.support import adapted, saved_base
+from tests.kit.folders import adapted_folder, saved_base
+from tests.kit.places import ROOT
 
 COUNT = min(3000, int(os.environ.get("GRAFTC_FUZZ", "3000")))
 SAMPLE = 60
@@ -41,7 +42,7 @@ SECONDS = 5
 MEMORY = 1 << 30
 
 _WATCHED: list[tuple[str, str, bool]] | None = None
-_CODE = tuple(p for p in (*sys.path, sys.prefix, sys.base_prefix, str(Path(__file__).parents[2])) if p)
+_CODE = tuple(p for p in (*sys.path, sys.prefix, sys.base_prefix, str(ROOT)) if p)
 _SYSTEM = ("/proc/", "/sys/", "/dev/null", "/dev/urandom")
 
 
@@ -136,7 +137,7 @@ class Fuzzed:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        compiled = adapted(saved_base(folder / "base", num_hidden_layers=1))
+        compiled = adapted_folder(saved_base(folder / "base", num_hidden_layers=1))
         self.intact = Path(compiled.save(folder / "artifact"))
         self.base = compiled.compilation.source
         self.state = copy.deepcopy(self.base.state_dict())
@@ -246,7 +247,7 @@ def test_what_the_system_sees(tmp_path: Path) -> None:
         "GRAFTC_CACHE": "off",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
     }
-    subprocess.run([*command, str(tmp_path / "work")], check=True, cwd=Path(__file__).parents[2], env=environment)
+    subprocess.run([*command, str(tmp_path / "work")], check=True, cwd=ROOT, env=environment)
     lines = [line for line in log.read_text(errors="replace").splitlines() if " = -1 " not in line]
     written = [path for line in lines if _WRITES.search(line) for path in _PATH.findall(line)]
     allowed = (str(tmp_path), "/dev/null", "/proc/self/")

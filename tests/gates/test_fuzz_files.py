@@ -77,7 +77,7 @@ def same_bits(mine: Tensor, theirs: Tensor) -> bool:
     return torch.equal(mine.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
 
 
-def same_tensors(mine: Any, theirs: Any) -> bool:
+def same_bits_by_name(mine: Any, theirs: Any) -> bool:
     """Return whether two mappings have the same names and bitwise equal tensors."""
     return mine.keys() == theirs.keys() and all(same_bits(mine[name], theirs[name]) for name in theirs)
 
@@ -104,7 +104,7 @@ class Kind:
     def read(self, path: Path) -> Any:
         """Return what graftc reads."""
 
-    def check(self, path: Path, found: Any) -> None:
+    def check(self, path: Path, content: Any) -> None:
         """Compare it with what another library reads."""
 
     def run(self, number: int, *, change: bool = True) -> str:
@@ -150,8 +150,8 @@ class Headers(Kind):
         with TensorFolder(path / "x.safetensors", CODE) as folder:
             return dict(folder)
 
-    def check(self, path: Path, found: Any) -> None:
-        assert same_tensors(found, load_file(path / "x.safetensors"))
+    def check(self, path: Path, content: Any) -> None:
+        assert same_bits_by_name(content, load_file(path / "x.safetensors"))
 
 
 class Indexes(Kind):
@@ -194,15 +194,15 @@ class Indexes(Kind):
         with TensorFolder(path, CODE) as folder:
             return dict(folder)
 
-    def check(self, path: Path, found: Any) -> None:
+    def check(self, path: Path, content: Any) -> None:
         from transformers.modeling_utils import _get_resolved_checkpoint_files
 
         named = json.loads((path / "config.json").read_text()).get("transformers_weights")
         files, _ = _get_resolved_checkpoint_files(str(path), None, None, None, None, False, named)
         assert files is not None
         theirs = [load_file(file) for file in files]
-        assert sum(map(len, theirs)) == len(found)
-        assert same_tensors(found, {name: tensor for each in theirs for name, tensor in each.items()})
+        assert sum(map(len, theirs)) == len(content)
+        assert same_bits_by_name(content, {name: tensor for each in theirs for name, tensor in each.items()})
 
 
 class Configs(Kind):
@@ -232,10 +232,10 @@ class Configs(Kind):
             require_weights(model)
         return names, models
 
-    def check(self, path: Path, found: Any) -> None:
-        for name, model in zip(*found, strict=True):
+    def check(self, path: Path, content: Any) -> None:
+        for name, model in zip(*content, strict=True):
             theirs = type(model).from_pretrained(path / name)
-            assert same_tensors(model.state_dict(), theirs.state_dict()), "other weights than transformers'"
+            assert same_bits_by_name(model.state_dict(), theirs.state_dict()), "other weights than transformers'"
             assert model.config.to_diff_dict() == theirs.config.to_diff_dict()
 
 
@@ -265,8 +265,8 @@ class Quantised(Kind):
         require_weights(model)
         return name, model
 
-    def check(self, path: Path, found: Any) -> None:
-        name, model = found
+    def check(self, path: Path, content: Any) -> None:
+        name, model = content
         require_values(path / name, model)
 
 
@@ -307,10 +307,10 @@ class Adapters(Kind):
             merged[name] = load_file(path / "out" / "model.safetensors")
         return merged
 
-    def check(self, path: Path, found: Any) -> None:
+    def check(self, path: Path, content: Any) -> None:
         import peft
 
-        for name, merged in found.items():
+        for name, merged in content.items():
             try:
                 loaded: Any = peft.PeftModel.from_pretrained(load_model(str(self.base)), path / name)
             except Exception:  # a change that peft rejects must not have changed the result
@@ -348,8 +348,8 @@ class Rows(Kind):
         names = [which.read_text()] if which.exists() else list(self.files)
         return {name: load_rows(path / name, ["y", "n"]) for name in names}
 
-    def check(self, path: Path, found: Any) -> None:
-        for name, rows in found.items():
+    def check(self, path: Path, content: Any) -> None:
+        for name, rows in content.items():
             theirs = list(_plain_rows(path / name))
             assert [row["label"] for row in theirs] == [rows.names[number] for number in rows.labels]
             for mine, other in zip(rows.rows, theirs, strict=True):
@@ -374,16 +374,16 @@ KINDS: tuple[type[Kind], ...] = (Headers, Indexes, Configs, Quantised, Adapters,
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[type[Kind], Kind]:
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[type[Kind], Kind]:
     kinds: dict[type[Kind], Kind] = {}
     return kinds
 
 
-def _kind(kind: type[Kind], made: dict[type[Kind], Kind], tmp_path_factory: pytest.TempPathFactory) -> Kind:
-    if kind not in made:
-        made[kind] = kind(tmp_path_factory.mktemp("files"))
-        made[kind].run(0, change=False)  # runs lazy imports first
-    return made[kind]
+def _kind(kind: type[Kind], kinds: dict[type[Kind], Kind], tmp_path_factory: pytest.TempPathFactory) -> Kind:
+    if kind not in kinds:
+        kinds[kind] = kind(tmp_path_factory.mktemp("files"))
+        kinds[kind].run(0, change=False)  # runs lazy imports first
+    return kinds[kind]
 
 
 def _many(files: Kind, numbers: range) -> None:
@@ -401,11 +401,11 @@ def _many(files: Kind, numbers: range) -> None:
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.full if kind.costly else ()) for kind in KINDS])
-def test_a_sample(kind: type[Kind], made: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    _many(_kind(kind, made, tmp_path_factory), range(1, kind.sample + 1))
+def test_a_sample(kind: type[Kind], kinds: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    _many(_kind(kind, kinds, tmp_path_factory), range(1, kind.sample + 1))
 
 
 @pytest.mark.gate
 @pytest.mark.parametrize("kind", KINDS)
-def test_all(kind: type[Kind], made: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    _many(_kind(kind, made, tmp_path_factory), range(1, int(COUNT * kind.share) + 1))
+def test_all(kind: type[Kind], kinds: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    _many(_kind(kind, kinds, tmp_path_factory), range(1, int(COUNT * kind.share) + 1))

@@ -26,13 +26,13 @@ from graftc.specs.io import dump_spec
 from graftc.specs.registry import method_specs
 from graftc.specs.roles import ROLES
 from graftc.testing.families import bert
+from tests.kit.places import ROOT
 
 COUNT = int(os.environ.get("GRAFTC_FUZZ", "200"))
 # At full counts this is one of the long gates; every run includes a sample.
 pytestmark = [pytest.mark.gate] if COUNT > 1_000 else []
 CHECKED = max(3, COUNT // 400)
 SECONDS, BYTES = 5.0, 1 << 30
-ROOT = Path(__file__).parents[2]
 SEEDS = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("examples/specs/*.yaml"))]
 GOLDEN = [path.read_text(encoding="utf-8").partition("=====\n")[0] for path in ROOT.glob("tests/golden/errors/*.txt")]
 

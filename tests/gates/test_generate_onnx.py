@@ -13,7 +13,7 @@ import torch
 
 from graftc.runtime.onnx_generation import load
 from tests.runtime.onnx_generation import onnx_toy as toy
-from tests.runtime.onnx_generation.onnx_folders import VOCABULARY, adapted
+from tests.runtime.onnx_generation.onnx_folders import VOCABULARY, adapted_source
 
 pytestmark = pytest.mark.gate
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gate
 @pytest.fixture(scope="module", params=["llama", "qwen3", "gpt2", "t5"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A merged transformers model and its graphs in ONNX Runtime."""
-    merged = adapted(request.param).merge()
+    merged = adapted_source(request.param).merge()
     folder = merged.export(tmp_path_factory.mktemp("onnx") / request.param, "onnx-generate")
     return merged.to_transformers(), load(folder, threads=1)
 

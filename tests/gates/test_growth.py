@@ -7,7 +7,7 @@ import resource
 import pytest
 
 from graftc.passes.core.ir.codegen import RECENT
-from tests.runtime.model.growing import Server, held
+from tests.runtime.model.growing import Server, live_objects
 
 pytestmark = pytest.mark.gate
 SIZES, TORCH = "symbolic_shapes", 256
@@ -19,9 +19,11 @@ def test_a_thousand_adapters_leave_nothing() -> None:
     for _ in range(200):  # enough to fill `RECENT`
         server.serve()
     assert len(RECENT) == RECENT.most
-    before, memory = held(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, memory = live_objects(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(1000):
         server.serve()
-    more = {name: count for name, count in (held() - before).items() if count > (TORCH if SIZES in name else 100)}
+    more = {
+        name: count for name, count in (live_objects() - before).items() if count > (TORCH if SIZES in name else 100)
+    }
     assert more == {}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50 * 1024, "kilobytes"

@@ -15,7 +15,7 @@ from transformers import AutoModel
 import graftc
 from graftc.applications.demo.data import find_model
 from graftc.testing import perturb, tiny
-from tests.kit.packed_bases import FAMILIES, FOLDING, KINDS, adapted, full_precision
+from tests.kit.packed_bases import FAMILIES, FOLDING, KINDS, full_precision, on_packed
 
 pytestmark = pytest.mark.gate
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gate
 def test_folds(family: str, method: str, kind: str) -> None:
     """A fold to full precision is exact; packed again, it keeps what the packing can represent."""
     full_precision(family, method, kind)
-    requantised = adapted(family, method, kind).merge(base="requantized", allow_unchanged=True, budget=1e3)
+    requantised = on_packed(family, method, kind).merge(base="requantized", allow_unchanged=True, budget=1e3)
     worst = max(item.error for item in requantised.certificate.requantised)
     assert worst < (0.01 if kind == "int8" else 0.12)
     if kind == "int8":

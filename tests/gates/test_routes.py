@@ -37,10 +37,10 @@ def merges(family: str, seeds: range) -> Iterator[tuple[str, Certificate, str | 
         perturb(compiled, scale, seed)
         certificate, _ = certificate_of(compiled)
         assert certificate is not None
-        yield f"{family} {seed}: {roles} by {scale}, twins {twins}", certificate, refused(compiled)
+        yield f"{family} {seed}: {roles} by {scale}, twins {twins}", certificate, code_of_merge(compiled)
 
 
-def refused(compiled: Any) -> str | None:
+def code_of_merge(compiled: Any) -> str | None:
     """Return the code that a merge is refused with, or None."""
     try:
         compiled.merge(allow_unchanged=True)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftc.passes.core.weights.folds import round_once
-from tests.cli.support import ROOT
+from tests.kit.places import ROOT
 from tests.runtime.streaming.support import tensors
 
 pytestmark = pytest.mark.gate

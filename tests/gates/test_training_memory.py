@@ -13,6 +13,7 @@ from benchmarks.train.contestants import PROJECTIONS, ROLES
 from benchmarks.train.measure import peak_bytes
 from benchmarks.train.models import fill, shared_copy
 from graftc.applications.demo.decoder import load_decoder
+from tests.kit.comparing import gradients_of
 
 pytestmark = pytest.mark.gate
 
@@ -93,7 +94,7 @@ def test_gradients_are_those_of_the_plain_graph(base: Any, batches: list[dict[st
         model = graftc.compile({"adapt": [adaptation], **document}, shared_copy(wide), batch).train()
         fill(model)
         model(**batch).loss.backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return gradients_of(model)
 
     plain = gradients(optimise={"off": ["projections", "recompute"]})
     for other in (gradients(), gradients(memory={"budget": 0.3})):

@@ -33,11 +33,11 @@ def test_fifty_steps_on_completions_are_those_of_peft(way: str, tmp_path: Path) 
 @pytest.mark.parametrize("trainer", [dpo, kto])
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_twenty_steps_on_preferences_are_those_of_peft(trainer: Any, precomputed: bool, tmp_path: Path) -> None:
-    def made(model: Any, folder: Path) -> Any:
+    def trainer_of(model: Any, folder: Path) -> Any:
         reference = model.reference() if isinstance(model, Compiled) else None
         return trainer(model, folder, reference, max_steps=20, precompute_ref_log_probs=precomputed)
 
-    runs = both(made, tmp_path)
+    runs = both(trainer_of, tmp_path)
     losses, tensors = runs.losses(), runs.tensors()
     print(f"losses differ by {losses:.1e}, tensors by {tensors:.1e}")
     assert losses < 1e-5 and tensors < 1e-4

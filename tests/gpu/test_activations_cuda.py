@@ -11,6 +11,7 @@ import torch
 import graftc
 from graftc.runtime.activations import offload
 from graftc.testing import perturb, tiny
+from tests.kit.comparing import gradients_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +20,7 @@ pytestmark = [
 LORA: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.up", "ffn.down"]}}]}
 
 
-def compiled(base: Any, **spec: Any) -> Any:
+def on_cuda(base: Any, **spec: Any) -> Any:
     model = graftc.compile({**LORA, **spec}, copy.deepcopy(base)).to("cuda").train()
     perturb(model)
     return model
@@ -34,15 +35,15 @@ def gradients(model: Any) -> tuple[dict[str, torch.Tensor], int]:
     torch.cuda.synchronize()
     kept = torch.cuda.memory_allocated() - before
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, kept
+    return gradients_of(model), kept
 
 
 @pytest.mark.parametrize("memory", [{}, {"budget": 0.3}, {"offload": True}, {"budget": 0.3, "offload": True}])
 def test_gradients_are_the_same_and_less_is_kept(memory: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload, "LEAST", 2**10)
     base = tiny("llama").double().train()
-    expected, most = gradients(compiled(base, optimise={"off": ["recompute"]}))
-    model = compiled(base, memory=memory)
+    expected, most = gradients(on_cuda(base, optimise={"off": ["recompute"]}))
+    model = on_cuda(base, memory=memory)
     for _ in range(2):
         actual, kept = gradients(model)
         assert kept < most

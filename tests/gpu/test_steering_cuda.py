@@ -10,6 +10,7 @@ import torch
 import graftc
 from graftc.testing import tiny
 from graftc.testing.compare import inputs_for
+from tests.kit.training import adamw
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +33,7 @@ def test_a_training_on_the_device(method: str, moved: bool) -> None:
     entry = {"method": method, "target": TARGET, **METHODS[method]}
     model = tiny("bert")
     compiled = graftc.compile({"adapt": [entry]}, model if moved else model.cuda()).cuda()
-    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2)
+    optimiser = adamw(compiled, lr=1e-2)
     compiled.begin(6)
     compiled.train()
     for number in range(6):

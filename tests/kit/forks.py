@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from tests.cli.support import ROOT
+from tests.kit.places import ROOT
 
 
 class Worker:

@@ -14,7 +14,8 @@ from torch import nn
 import graftc
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.passes.core.packing.modules import hold_values
-from graftc.testing import inputs_for, largest_difference, outputs_of, perturb, tiny
+from graftc.testing import inputs_for, largest_difference, outputs_of
+from tests.kit.models import adapted
 
 FAMILIES = ("bert", "gpt2", "llama", "mixtral", "t5")
 KINDS = ("int8", "int4", "nf4")
@@ -38,11 +39,9 @@ def spec_of(family: str, method: str, **base: Any) -> dict[str, Any]:
 
 
 @cache
-def adapted(family: str, method: str, kind: str, **base: Any) -> Any:
+def on_packed(family: str, method: str, kind: str, **base: Any) -> Any:
     """Return a model compiled on a quantised base, with random values in the trained tensors."""
-    compiled = graftc.compile(spec_of(family, method, quantize=kind, **base), tiny(family)).eval()
-    perturb(compiled)
-    return compiled
+    return adapted(family, **spec_of(family, method, quantize=kind, **base))
 
 
 def dense_source(compiled: Any) -> nn.Module:
@@ -65,7 +64,7 @@ def full_precision(family: str, method: str, kind: str) -> None:
 
     The outputs of the merged model must be those of the compiled model.
     """
-    compiled = adapted(family, method, kind)
+    compiled = on_packed(family, method, kind)
     merged = compiled.merge(base="full")
     expected = on_dense(compiled, family, method).merge().folded_state_dict()
     tensors = merged.folded_state_dict()
@@ -82,7 +81,7 @@ def in_onnx_runtime(family: str, method: str, kind: str, folder: Path) -> None:
 
     Neither the file nor the one that ONNX Runtime optimises may contain a packed weight in full precision.
     """
-    compiled = adapted(family, method, kind)
+    compiled = on_packed(family, method, kind)
     path = compiled.export(folder / "model.onnx", "onnx")
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(folder / "optimised.onnx")

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from multiprocessing import forkserver
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.kit.places import ROOT
+
 PRELOADED = "tests.kit.preloaded"
 SEED = "1"
 """Of the server's hashes, which are therefore others than those of this process, whose own are random."""

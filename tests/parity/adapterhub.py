@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.testing import largest_difference
+from tests.kit.places import ROOT
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = ROOT / "tests" / "data"
 ARCHITECTURES = ("bert", "roberta", "gpt2")
 TOLERANCE = 1e-5
 
@@ -115,7 +115,7 @@ def reference(arch: str) -> Reference:
     return Reference(about, load_file(path))
 
 
-def adapted(arch: str, case: str, *entries: Mapping[str, Any], **spec: Any) -> Compiled:
+def with_their_tensors(arch: str, case: str, *entries: Mapping[str, Any], **spec: Any) -> Compiled:
     """The base of ``arch`` with the adapters of a case, in eval mode.
 
     Args:

@@ -20,6 +20,7 @@ from graftc.runtime.compiled import Compiled
 from graftc.testing.compare import SHAPES, flat, inputs_for, largest_difference, outputs_of
 from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
+from tests.kit.comparing import every_tensor
 
 TOLERANCE = 1e-5
 MODULES = {
@@ -134,7 +135,7 @@ def pair(case: Case, base: nn.Module | None = None) -> Pair:
     ours = graftc.compile({"adapt": [dict(case.adaptation)]}, copy.deepcopy(base), seed=0).eval()
     perturb(ours, case.noise)
     theirs = peft.get_peft_model(copy.deepcopy(base), case.config(peft)).eval()
-    peft_tensors = tensors_of(theirs)
+    peft_tensors = every_tensor(theirs)
     trained = {name for name, tensor in theirs.named_parameters() if tensor.requires_grad}
     mine = dict(ours.named_parameters())
     counterparts: dict[str, Tensor] = {}
@@ -149,12 +150,6 @@ def pair(case: Case, base: nn.Module | None = None) -> Pair:
             trained.remove(theirs_name)
     assert not trained, f"peft trains more: {sorted(trained)[:4]}"
     return Pair(ours, theirs, base, counterparts)
-
-
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by each of their names."""
-    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    return {name: tensor for tensors in named for name, tensor in tensors}
 
 
 def check(case: Case, tolerance: float = TOLERANCE) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity.adapterhub import ARCHITECTURES, TOLERANCE, adapted, reference
+from tests.parity.adapterhub import ARCHITECTURES, TOLERANCE, reference, with_their_tensors
 
 Entry = Mapping[str, Any]
 DOUBLE: Entry = {"method": "houlsby", "bottleneck": None, "reduction": 6, "activation": "silu"}
@@ -61,7 +61,7 @@ def test_outputs_of_the_mechanism(arch: str, case: str) -> None:
 
 def check(arch: str, case: str, *entries: Entry) -> None:
     """Check that last hidden state and logits are AdapterHub's to 1e-5, and that without adapters they are not."""
-    compiled = adapted(arch, case, *entries)
+    compiled = with_their_tensors(arch, case, *entries)
     for name, difference in reference(arch).differences(case, compiled):
         assert difference <= TOLERANCE, f"{name} differs by {difference:.2e} from AdapterHub's"
     assert min(d for _, d in reference(arch).differences(case, reference(arch).base())) > 0.05
@@ -75,7 +75,7 @@ def check(arch: str, case: str, *entries: Entry) -> None:
 )
 def test_another_wiring_is_told_from_it(case: str, other: dict[str, str]) -> None:
     """Other wirings have the same number of tensors, but give other values."""
-    compiled = adapted("bert", case, {**GENERAL[case], **other})
+    compiled = with_their_tensors("bert", case, {**GENERAL[case], **other})
     assert min(d for _, d in reference("bert").differences(case, compiled)) > 1e-2
 
 
@@ -83,14 +83,14 @@ def test_another_wiring_is_told_from_it(case: str, other: dict[str, str]) -> Non
 @pytest.mark.parametrize("case", ["seq_bn_post_add", "seq_bn_after_ln"])
 def test_other_residuals_are_told_apart(case: str) -> None:
     """Pfeiffer's wiring with the adapters of these cases gives other values."""
-    compiled = adapted("bert", case, SEQ)
+    compiled = with_their_tensors("bert", case, SEQ)
     assert min(d for _, d in reference("bert").differences(case, compiled)) > 1e-2
 
 
 @pytest.mark.full
 def test_order_in_a_stack() -> None:
     """The first adaptation runs first."""
-    compiled = adapted("bert", "stack", {**SEQ, "name": "a"}, {**SEQ, "name": "b"})
+    compiled = with_their_tensors("bert", "stack", {**SEQ, "name": "a"}, {**SEQ, "name": "b"})
     tensors = compiled.adapter_state_dict()
     turned = {
         n.replace(".a.", ".?.").replace(".b.", ".a.").replace(".?.", ".b."): t.clone() for n, t in tensors.items()

@@ -32,7 +32,7 @@ _LAYER = "bert.encoder.layer.{}.attention.self"
 _PARTS = {"lora_A": "A", "lora_B": "B", "gate.weight": "gate", "gate.bias": "gate_bias"}
 
 
-def compiled(
+def composed(
     arch: str,
     case: str,
     entries: Mapping[str, Mapping[str, Any]],
@@ -60,11 +60,11 @@ def compiled(
     return model
 
 
-def check(arch: str, case: str, made: Compiled, inputs: Mapping[str, Any] | None = None) -> None:
+def check(arch: str, case: str, compiled: Compiled, inputs: Mapping[str, Any] | None = None) -> None:
     """Check that both outputs are AdapterHub's to 1e-5, and far from the base's."""
     file = reference(arch)
     with torch.no_grad():
-        actual = made(**file.inputs(), **(inputs or {}))
+        actual = compiled(**file.inputs(), **(inputs or {}))
     outputs: dict[str, Tensor] = {"logits": actual["logits"], "last_hidden_state": actual["hidden_states"][-1]}
     for name, tensor in outputs.items():
         difference = largest_difference([tensor], [file.tensors[f"{case}/{name}"]])
@@ -78,24 +78,24 @@ def test_fusion(arch: str) -> None:
     """Fusion is attention over three adapters, with their input as the query. In float64, since scores of GPT-2's case
     are so large that AdapterHub's float32 is 0.9e-5 away from it, and ours as far on the other side.
     """
-    model = compiled(arch, "fuse", dict.fromkeys("abc", SEQ), {"fuse": ["a", "b", "c"]}, torch.float64)
+    model = composed(arch, "fuse", dict.fromkeys("abc", SEQ), {"fuse": ["a", "b", "c"]}, torch.float64)
     check(arch, "fuse", model)
 
 
 @pytest.mark.full
 def test_fusion_without_values() -> None:
     compose = {"fuse": ["a", "b"], "values": False}
-    check("bert", "fuse_static", compiled("bert", "fuse_static", dict.fromkeys("ab", SEQ), compose))
+    check("bert", "fuse_static", composed("bert", "fuse_static", dict.fromkeys("ab", SEQ), compose))
 
 
 @pytest.mark.full
 def test_spans_of_the_sequence() -> None:
-    check("bert", "split", compiled("bert", "split", dict.fromkeys("ab", SEQ), {"split": ["a", "b"], "at": [4]}))
+    check("bert", "split", composed("bert", "split", dict.fromkeys("ab", SEQ), {"split": ["a", "b"], "at": [4]}))
 
 
 @pytest.mark.slow
 def test_rows_of_the_batch() -> None:
-    model = compiled("bert", "batch_split", dict.fromkeys("ab", SEQ), {"bank": ["a", "b"]})
+    model = composed("bert", "batch_split", dict.fromkeys("ab", SEQ), {"bank": ["a", "b"]})
     check("bert", "batch_split", model, {"adapter_ids": torch.tensor([0, 1, 1])})
 
 
@@ -103,24 +103,24 @@ def test_rows_of_the_batch() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_gated_adapters(arch: str) -> None:
     """The mean includes padding, as in AdapterHub."""
-    model = compiled(arch, "seq_bn_gated", {"a": SEQ}, {"gate": ["a"], "tokens": "all"})
+    model = composed(arch, "seq_bn_gated", {"a": SEQ}, {"gate": ["a"], "tokens": "all"})
     check(arch, "seq_bn_gated", model)
 
 
 @pytest.mark.full
 def test_gated_parallel_adapters() -> None:
-    check("bert", "par_bn_gated", compiled("bert", "par_bn_gated", {"a": PAR}, {"gate": ["a"], "tokens": "all"}))
+    check("bert", "par_bn_gated", composed("bert", "par_bn_gated", {"a": PAR}, {"gate": ["a"], "tokens": "all"}))
 
 
 @pytest.mark.full
 def test_gated_lora() -> None:
-    check("bert", "lora_gated", compiled("bert", "lora_gated", {"a": LORA}, {"gate": ["a"], "tokens": "all"}))
+    check("bert", "lora_gated", composed("bert", "lora_gated", {"a": LORA}, {"gate": ["a"], "tokens": "all"}))
 
 
 @pytest.mark.full
 def test_gated_prefixes() -> None:
     """Keys and values have one gate, computed from the attention's input."""
-    model = compiled("bert", "prefix_gated", {"p": PREFIX}, {"gate": ["p"], "tokens": "all"})
+    model = composed("bert", "prefix_gated", {"p": PREFIX}, {"gate": ["p"], "tokens": "all"})
     check("bert", "prefix_gated", model)
 
 
@@ -128,13 +128,13 @@ def test_gated_prefixes() -> None:
 def test_unipelt() -> None:
     """Prefix, adapter and low-rank updates each have their own gates."""
     entries = {"p": PREFIX, "a": SEQ, "l": LORA}
-    check("bert", "unipelt", compiled("bert", "unipelt", entries, {"gate": ["p", "a", "l"], "tokens": "all"}))
+    check("bert", "unipelt", composed("bert", "unipelt", entries, {"gate": ["p", "a", "l"], "tokens": "all"}))
 
 
 @pytest.mark.full
 def test_unipelt_as_a_method() -> None:
     """The method is this composition, with other names for its tensors."""
-    composed = compiled(
+    combined = composed(
         "bert", "unipelt", {"p": PREFIX, "a": SEQ, "l": LORA}, {"gate": ["p", "a", "l"], "tokens": "all"}
     )
     parts = {
@@ -143,7 +143,7 @@ def test_unipelt_as_a_method() -> None:
         "lora": {"rank": 3},
     }
     model = graftc.compile({"adapt": [{"method": "unipelt", **parts}]}, reference("bert").base("sdpa")).eval()
-    theirs = {re.sub(r"\.graftc\.[pal]\.", ".graftc.unipelt.", n): t for n, t in composed.adapter_state_dict().items()}
+    theirs = {re.sub(r"\.graftc\.[pal]\.", ".graftc.unipelt.", n): t for n, t in combined.adapter_state_dict().items()}
     assert theirs.keys() == model.adapter_state_dict().keys()
     model.load_adapter_state_dict(theirs)
     check("bert", "unipelt", model)
@@ -153,5 +153,5 @@ def test_unipelt_as_a_method() -> None:
 @pytest.mark.parametrize(("case", "entry"), [("seq_bn_gated", SEQ), ("lora_gated", LORA)], ids=["pfeiffer", "lora"])
 def test_a_mean_over_real_tokens_is_told_from_it(case: str, entry: Mapping[str, Any]) -> None:
     """The batch has padding, so the two means differ."""
-    model = compiled("bert", case, {"a": entry}, {"gate": ["a"]})
+    model = composed("bert", case, {"a": entry}, {"gate": ["a"]})
     assert min(d for _, d in reference("bert").differences(case, model)) > 1e-3

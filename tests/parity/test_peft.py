@@ -9,7 +9,8 @@ import torch
 
 import graftc
 from graftc.testing.families import tiny
-from tests.parity.support import MODULES, Case, Names, check, globs, tensors_of
+from tests.kit.comparing import every_tensor
+from tests.parity.support import MODULES, Case, Names, check, globs
 
 FAMILIES = list(MODULES)
 LINEAR = [family for family in MODULES if family != "gpt2"]
@@ -112,7 +113,7 @@ def test_vera_draws_the_same_projections() -> None:
     ours = graftc.compile({"adapt": [adaptation]}, tiny("llama")).adapter_state_dict()
     config = peft.VeraConfig(r=24, target_modules=modules, projection_prng_key=7, d_initial=0.3)
     theirs = peft.get_peft_model(tiny("llama"), config)
-    peft_tensors = tensors_of(theirs)
+    peft_tensors = every_tensor(theirs)
     assert {tuple(t.shape) for name, t in ours.items() if name.startswith("graftc.")} == {(24, 80), (48, 24)}
     for name, tensor in ours.items():
         assert torch.equal(tensor, peft_tensors[VERA.of(name)]), name

@@ -12,8 +12,9 @@ from torch import Tensor
 import graftc
 from graftc.passes.methods.adalora import RankBudget
 from graftc.testing import largest_difference, perturb
-from graftc.testing.compare import SHAPES, flat, inputs_for, outputs_of
+from graftc.testing.compare import SHAPES, inputs_for, outputs_of
 from graftc.testing.families import tiny
+from tests.kit.comparing import floats, trainable
 from tests.parity.support import MODULES
 
 peft = pytest.importorskip("peft")
@@ -142,7 +143,7 @@ def train_both(family: str, schedule: Schedule, weight: float = 1e-3) -> None:
     """
     compiled = ours(family, schedule)
     other, pairs = theirs(family, compiled, schedule)
-    mine = {name: p for name, p in compiled.named_parameters() if p.requires_grad}
+    mine = trainable(compiled)
     optimisers = [torch.optim.SGD(list(ps.values()), lr=1e-3) for ps in (mine, pairs)]
     budget = compiled.steering.controllers["adalora"]
     assert isinstance(budget, RankBudget)
@@ -150,7 +151,7 @@ def train_both(family: str, schedule: Schedule, weight: float = 1e-3) -> None:
     for number in range(1, schedule.total + 1):
         inputs = inputs_for(compiled, seed=number)
         for model, extra in ((compiled, compiled.extra_loss()), (other, peft_objective(other))):
-            leaves = [leaf for leaf in flat(model(**inputs)) if leaf.is_floating_point()]
+            leaves = floats(model(**inputs))
             generator = torch.Generator().manual_seed(number)
             loss = sum((leaf * torch.randn(leaf.shape, generator=generator)).sum() for leaf in leaves)
             (weight * loss + extra).backward()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import graftc
 from graftc.testing import perturb
 from graftc.testing.families import tiny
-from tests.parity.support import MODULES, Case, Names, check, globs, pair, tensors_of
+from tests.kit.comparing import every_tensor
+from tests.parity.support import MODULES, Case, Names, check, globs, pair
 
 DORA = Names({"A": "lora_A.default.weight", "B": "lora_B.default.weight", "m": "lora_magnitude_vector.default.weight"})
 
@@ -57,7 +58,7 @@ def test_magnitudes_start_at_pefts() -> None:
     example = case("gpt2")
     base = tiny("gpt2")
     ours = graftc.compile({"adapt": [dict(example.adaptation)]}, copy.deepcopy(base)).adapter_state_dict()
-    peft_tensors = tensors_of(peft.get_peft_model(base, example.config(peft)))
+    peft_tensors = every_tensor(peft.get_peft_model(base, example.config(peft)))
     magnitudes = {name: tensor for name, tensor in ours.items() if name.endswith(".m")}
     assert magnitudes
     for name, tensor in magnitudes.items():
@@ -89,7 +90,7 @@ def test_convolutions_and_a_table() -> None:
     spec = {"adapt": [{"method": "dora", "target": {"modules": names}, "rank": 3, "alpha": 6}]}
     ours = graftc.compile(spec, copy.deepcopy(base), {"x": x}).eval()
     perturb(ours, 0.1)
-    peft_tensors = tensors_of(theirs)
+    peft_tensors = every_tensor(theirs)
     counterparts: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, tensor in ours.named_parameters():

@@ -243,7 +243,7 @@ def inputs(arch: str) -> dict[str, Tensor]:
     }
 
 
-def adapted(model: PreTrainedModel, case: Case, seed: int) -> dict[str, Tensor]:
+def adapt(model: PreTrainedModel, case: Case, seed: int) -> dict[str, Tensor]:
     """Adapt a model in place, move all new tensors away from their initial values, and return them.
 
     The tensors behind a fusion's scores move less, so that no adapter gets all of the attention.
@@ -293,7 +293,7 @@ def tensors(arch: str) -> Iterator[tuple[str, Tensor]]:
         yield f"unadapted/{name}", tensor
     for seed, (name, case) in enumerate(CASES[arch].items()):
         model = base(arch)
-        for part, tensor in adapted(model, case, seed).items():
+        for part, tensor in adapt(model, case, seed).items():
             yield f"{name}/adapter/{part}", tensor
         for part, tensor in outputs(model, batch).items():
             assert (tensor - expected[part]).abs().max() > 0.05, (arch, name, part)

@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from tests.kit import warm
+from tests.kit.places import ROOT
 
 SECONDS = 120
 """The time limit of the process group."""
@@ -36,7 +37,7 @@ def together(job: str, processes: int, folder: Path, *arguments: str, seconds: f
         out, err = Path(place, "out"), Path(place, "err")
         given = (job, str(processes), str(folder), str(seconds), *arguments)
         environment = {"GLOO_SOCKET_IFNAME": "lo"}
-        status = warm.run("tests.runtime.processes", *given, cwd=warm.ROOT, out=out, err=err, environment=environment)
+        status = warm.run("tests.runtime.processes", *given, cwd=ROOT, out=out, err=err, environment=environment)
         said = "\n".join(file.read_text() if file.is_file() else f"no {file.name}" for file in (out, err))
         assert status == 0, f"{job}{arguments} ended with {status}\n{said}"
 

@@ -11,6 +11,7 @@ import pytest
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import load_spec, parse_spec
+from tests.kit.refusals import refused
 
 LORA = {"method": "lora", "rank": 8, "target": {"role": ["attn.q", "attn.v"]}}
 IA3 = {"method": "ia3"}
@@ -35,24 +36,19 @@ CASES: dict[str, tuple[Any, str, list[dict[str, Any]]]] = {
 }
 
 
-def refused(call: Any, given: Any) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        call(given)
-    assert caught.value.code == "GC002"
-    return caught.value
-
-
 @pytest.mark.parametrize("way", ["load_spec", "json", "yaml", "file"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_hint_is_a_spec_that_works(name: str, way: str, tmp_path: Path) -> None:
     given, message, entries = CASES[name]
     if way == "load_spec":
-        error = refused(load_spec, given)
+        error = refused(load_spec, given, code="GC002")
     elif way == "file":
         (tmp_path / "spec.json").write_text(json.dumps(given))
-        error = refused(load_spec, tmp_path / "spec.json")
+        error = refused(load_spec, tmp_path / "spec.json", code="GC002")
     else:
-        error = refused(lambda data: parse_spec(json.dumps(data), format="json" if way == "json" else "yaml"), given)
+        error = refused(
+            lambda data: parse_spec(json.dumps(data), format="json" if way == "json" else "yaml"), given, code="GC002"
+        )
     assert error.message == message and not error.details
     start, _, shown = (error.hint or "").partition(" ")
     assert start == "write" and json.loads(shown) == {"adapt": entries}
@@ -60,13 +56,15 @@ def test_the_hint_is_a_spec_that_works(name: str, way: str, tmp_path: Path) -> N
 
 
 def test_a_long_entry_is_shown_in_part() -> None:
-    error = refused(load_spec, {**LORA, "target": {"modules": [f"layer.{number}" for number in range(500)]}})
+    error = refused(
+        load_spec, {**LORA, "target": {"modules": [f"layer.{number}" for number in range(500)]}}, code="GC002"
+    )
     assert error.hint == 'write {"adapt": [{"method": "lora", ...}]}'
 
 
 @pytest.mark.parametrize("given", [{}, {"version": 1}, {"train": ["head"]}])
 def test_nothing_that_looks_like_an_adaptation(given: Any) -> None:
-    error = refused(load_spec, given)
+    error = refused(load_spec, given, code="GC002")
     assert error.message == "adapt is missing"
     start, _, shown = (error.hint or "").partition(": ")
     assert start == "list the adaptations" and len(load_spec(json.loads(shown)).adapt) == 1
@@ -74,7 +72,7 @@ def test_nothing_that_looks_like_an_adaptation(given: Any) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "dora", "vera"])
 def test_an_adaptation_without_a_target(method: str) -> None:
-    error = refused(load_spec, {"adapt": [{"method": method}]})
+    error = refused(load_spec, {"adapt": [{"method": method}]}, code="GC002")
     assert error.message == "target is missing" and str(error.place) == "adapt[0].target"
     assert error.hint == 'say where, for example: "target": {"role": ["attn.q", "attn.v"]}'
 

@@ -18,6 +18,7 @@ from graftc.specs.methods.lora import LoRA, LoRAOverride
 from graftc.specs.overrides import Override, check_used
 from graftc.specs.registry import method_specs
 from graftc.specs.target import Target
+from tests.kit.refusals import refused
 
 
 class Bottleneck(MethodSpec):
@@ -44,12 +45,6 @@ class Bounded(MethodSpec):
     overrides: Items[Narrow] = ()
 
 
-def failure(kind: type[Any], **fields: Any) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        kind(**fields)
-    return caught.value
-
-
 # Strictness
 
 
@@ -71,7 +66,7 @@ def failure(kind: type[Any], **fields: Any) -> GraftError:
     ],
 )
 def test_loose_types_are_errors(fields: dict[str, Any], message: str) -> None:
-    error = failure(LoRA, **{"target": {"role": "attn.q"}, **fields})
+    error = refused(LoRA, **{"target": {"role": "attn.q"}, **fields})
     assert (error.code, error.message) == ("GC002", message)
 
 
@@ -87,7 +82,7 @@ def test_lists_become_tuples_so_that_specs_hash() -> None:
 
 def test_errors_of_nested_values_keep_their_path() -> None:
     fields = {"target": {"role": "attn.q"}, "overrides": [{"layers": 0, "rank": 1}, {"layers": 1, "rnk": 0}]}
-    error = failure(LoRA, **fields)
+    error = refused(LoRA, **fields)
     assert error.code == "GC003" and error.place is not None
     assert error.place.path == "overrides[1].rnk"
     assert error.fix == ("rnk", "rank")
@@ -107,7 +102,7 @@ def test_usable_names(name: str) -> None:
     + [(owner, f"{owner}_1") for owner in OWNERS.values()],
 )
 def test_unusable_names_get_a_proposal(name: str, better: str) -> None:
-    error = failure(LoRA, name=name, target={"role": "attn.q"})
+    error = refused(LoRA, name=name, target={"role": "attn.q"})
     assert error.code == "GC002" and error.fix == (name, better)
     assert error.place is not None and error.place.path == "name"
     assert check_name(better) is None
@@ -139,8 +134,8 @@ def test_no_attribute_of_a_module_is_a_free_name() -> None:
 
 
 def test_a_method_without_placement_needs_a_target() -> None:
-    assert failure(LoRA).message == "target is missing"
-    error = failure(LoRA, target={"layers": 0})
+    assert refused(LoRA).message == "target is missing"
+    error = refused(LoRA, target={"layers": 0})
     assert error.message == "a target needs role, modules or regex to say where"
     assert error.place is not None and error.place.path == "target"
 
@@ -159,7 +154,7 @@ def test_a_target_with_selectors_replaces_the_default_placement() -> None:
 
 @pytest.mark.parametrize(("word", "fix"), [("attn.q", "{role: attn.q}"), ("encoder.x", "{modules: encoder.x}")])
 def test_a_word_for_a_target_gets_a_proposal(word: str, fix: str) -> None:
-    assert failure(LoRA, target=word).fix == (word, fix)
+    assert refused(LoRA, target=word).fix == (word, fix)
 
 
 # Overrides
@@ -189,16 +184,16 @@ def test_override_fields_narrow_each_other() -> None:
 
 
 def test_an_override_must_say_where_and_what() -> None:
-    assert failure(LoRAOverride, rank=3).message == "an override needs role, modules or layers to say where it holds"
-    error = failure(LoRAOverride, layers=0)
+    assert refused(LoRAOverride, rank=3).message == "an override needs role, modules or layers to say where it holds"
+    error = refused(LoRAOverride, layers=0)
     assert error.message == "an override changes nothing" and error.hint == "it may set: rank, alpha, dropout, init"
-    assert failure(LoRAOverride, layers=0, rank=0).message == "rank is 0, it must be at least 1"
+    assert refused(LoRAOverride, layers=0, rank=0).message == "rank is 0, it must be at least 1"
 
 
 def test_a_method_without_overrides_is_the_same_everywhere() -> None:
     spec = Bottleneck()
     assert spec.override_list() == () and spec.for_site("a", {"attn.sublayer"}, 0) is spec
-    assert failure(Bottleneck, overrides=[]).code == "GC003"
+    assert refused(Bottleneck, overrides=[]).code == "GC003"
 
 
 def test_values_that_do_not_fit_together_are_found_where_they_meet() -> None:

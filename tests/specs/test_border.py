@@ -132,10 +132,10 @@ MADE: dict[str, Callable[[Path], None]] = {
 
 
 class TestRegularFiles:
-    @pytest.mark.parametrize("made", MADE)
-    def test_others_are_refused_at_once(self, tmp_path: Path, made: str) -> None:
+    @pytest.mark.parametrize("kind", MADE)
+    def test_others_are_refused_at_once(self, tmp_path: Path, kind: str) -> None:
         path = tmp_path / "file"
-        MADE[made](path)
+        MADE[kind](path)
         began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for act in (lambda: read_regular(path, 1000), lambda: open_regular(path, 1000)):
             with pytest.raises(OSError):

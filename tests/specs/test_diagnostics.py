@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftc.specs.errors.diagnostics import CATALOGUE, GraftError, GraftWarning, Place, nearest, warn
+from tests.kit.places import ROOT
 
 
 def test_the_catalogue_is_complete_and_ordered() -> None:
@@ -117,14 +118,13 @@ def test_nearest_gives_candidates_only(word: str, candidates: list[str]) -> None
 def test_every_error_has_a_hint() -> None:
     """The hint is the one given to the error, or else the remedy of its code; no call passes an empty one."""
     import ast
-    from pathlib import Path
 
     for code, entry in CATALOGUE.items():
         assert entry.remedy and GraftError(code, "m").hint == entry.remedy
         assert GraftError(code, "m", hint="").hint == GraftError(code, "m", hint=None).hint == entry.remedy
         assert GraftError(code, "m", hint="h").hint == "h" and GraftError(code, "m").to_json()["hint"] == entry.remedy
     calls = 0
-    for path in sorted((Path(__file__).parents[2] / "graftc").rglob("*.py")):
+    for path in sorted((ROOT / "graftc").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not (
                 isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("GraftError", "GraftWarning", "warn")

@@ -14,18 +14,13 @@ from graftc.specs.base import OWNERS
 from graftc.specs.changes import renaming
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.registry import method_specs
+from tests.kit.refusals import refused
 
 Q = {"role": "attn.q"}
 
 
 def adaptations(*names: str | None) -> dict[str, Any]:
     return {"adapt": [{"method": "lora", "target": Q, **({"name": n} if n else {})} for n in names]}
-
-
-def failure(data: dict[str, Any]) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        load_spec(data)
-    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -43,7 +38,7 @@ def test_unnamed_adaptations_get_the_first_free_name(given: tuple[str | None, ..
 
 
 def test_duplicate_names_are_told_at_the_later_ones() -> None:
-    error = failure(adaptations("a", "b", "a", "b"))
+    error = refused(load_spec, adaptations("a", "b", "a", "b"))
     assert (error.code, error.message) == ("GC005", "the name 'a' is taken by adapt[0]")
     assert error.place is not None and error.place.path == "adapt[2].name"
     assert [str(d.place) for d in error.details if isinstance(d, GraftError)] == ["adapt[3].name"]
@@ -106,13 +101,13 @@ def test_the_whole_document() -> None:
     ],
 )
 def test_what_a_document_refuses(data: dict[str, Any], code: str, path: str, message: str) -> None:
-    error = failure(data)
+    error = refused(load_spec, data)
     assert (error.code, error.message) == (code, message)
     assert error.place is not None and error.place.path == path
 
 
 def test_one_go_finds_every_mistake() -> None:
-    error = failure({"adapt": [{"method": "lora", "rank": 0, "rnk": 1}, {"method": "x"}], "trian": []})
+    error = refused(load_spec, {"adapt": [{"method": "lora", "rank": 0, "rnk": 1}, {"method": "x"}], "trian": []})
     errors = [error, *(d for d in error.details if isinstance(d, GraftError))]
     assert [(e.code, e.place.path) for e in errors if e.place] == [
         ("GC002", "adapt[0].target"),
@@ -176,5 +171,5 @@ def test_what_fields_of_a_spec_own_is_told_from_adaptations(owner: str) -> None:
     ],
 )
 def test_a_composition_where_none_can_be_is_told_as_one(compose: list[dict[str, Any]], words: str) -> None:
-    error = failure({**adaptations("a", "b", "c"), "compose": compose})
+    error = refused(load_spec, {**adaptations("a", "b", "c"), "compose": compose})
     assert error.code == "GC036" and words in error.message and error.hint

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,9 @@ from graftc.compiler.resolve.select import check_overrides, select
 from graftc.specs import GraftError, SiteKind, parse_spec
 from graftc.specs.errors.diagnostics import CATALOGUE
 from graftc.specs.target import Candidate, depths
+from tests.kit.places import GOLDEN
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "errors"
+ERRORS = GOLDEN / "errors"
 BREAK = "=====\n"
 
 # The most common mistakes: these files must exist, and their errors must have these codes.
@@ -69,9 +69,9 @@ def outcome(text: str) -> GraftError:
     return read.value
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in GOLDEN.glob("*.txt")))
+@pytest.mark.parametrize("name", sorted(p.stem for p in ERRORS.glob("*.txt")))
 def test_error_text(name: str) -> None:
-    path = GOLDEN / f"{name}.txt"
+    path = ERRORS / f"{name}.txt"
     text, _, expected = path.read_text(encoding="utf-8").partition(BREAK)
     error = outcome(text)
     if os.environ.get("GRAFTC_UPDATE_GOLDEN"):
@@ -84,7 +84,7 @@ def test_error_text(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "code"), REQUIRED.items())
 def test_what_users_get_wrong_most_has_its_code(name: str, code: str) -> None:
-    text, _, expected = (GOLDEN / f"{name}.txt").read_text(encoding="utf-8").partition(BREAK)
+    text, _, expected = (ERRORS / f"{name}.txt").read_text(encoding="utf-8").partition(BREAK)
     assert outcome(text).code == code
     assert expected.startswith(f"{code}: ")
 
@@ -92,7 +92,7 @@ def test_what_users_get_wrong_most_has_its_code(name: str, code: str) -> None:
 def test_a_corrected_line_corrects() -> None:
     """If an error shows a corrected line, replacing the wrong line with it removes that error."""
     tried = 0
-    for path in sorted(GOLDEN.glob("*.txt")):
+    for path in sorted(ERRORS.glob("*.txt")):
         text = path.read_text(encoding="utf-8").partition(BREAK)[0]
         error = outcome(text)
         if error.corrected is None or error.place is None or error.place.line is None:
@@ -109,6 +109,6 @@ def test_a_corrected_line_corrects() -> None:
 
 
 def test_no_text_shows_python() -> None:
-    for path in GOLDEN.glob("*.txt"):
+    for path in ERRORS.glob("*.txt"):
         expected = path.read_text(encoding="utf-8").partition(BREAK)[2]
         assert not re.search(r"Traceback|pydantic|<class|function-", expected), path.name

@@ -15,6 +15,7 @@ from graftc.specs.document import Budget, FoldOptions
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.roles import ROLES
 from graftc.specs.source import format_path, parse_path, read_yaml
+from tests.kit.refusals import refused
 
 GOOD = """\
 version: 1
@@ -25,12 +26,6 @@ adapt:
 train: [classifier]
 fold: {budget: {logits: 1e-3}}
 """
-
-
-def failure(text: str, **more: Any) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        parse_spec(text, file="spec.yaml", **more)
-    return caught.value
 
 
 def test_yaml_json_and_toml_are_the_same_spec(tmp_path: Path) -> None:
@@ -80,33 +75,40 @@ def test_scalars_have_the_types_of_yaml_1_2(text: str, value: object) -> None:
 
 
 def test_errors_have_line_column_and_the_corrected_line() -> None:
-    error = failure("adapt:\n  - method: lora\n    target:\n      role: attn.qq   # queries\n")
+    error = refused(
+        parse_spec, "adapt:\n  - method: lora\n    target:\n      role: attn.qq   # queries\n", file="spec.yaml"
+    )
     assert error.place == Place("spec.yaml", 4, 13, "adapt[0].target.role", "      role: attn.qq   # queries")
     assert error.corrected == "      role: attn.q   # queries"
 
 
 def test_an_unknown_field_points_at_its_key() -> None:
-    error = failure('adapt:\n- {method: lora, target: {role: attn.q}, "rnk": 3}\n')
+    error = refused(parse_spec, 'adapt:\n- {method: lora, target: {role: attn.q}, "rnk": 3}\n', file="spec.yaml")
     assert error.place is not None and (error.place.line, error.place.column) == (2, 42)
     assert error.corrected == '- {method: lora, target: {role: attn.q}, "rank": 3}'
 
 
 def test_a_missing_field_points_at_what_lacks_it() -> None:
-    error = failure("adapt:\n- method: lora\n  rank: 3\n")
+    error = refused(parse_spec, "adapt:\n- method: lora\n  rank: 3\n", file="spec.yaml")
     assert error.message == "target is missing" and error.place is not None
     assert (error.place.line, error.place.column, error.place.path) == (2, 3, "adapt[0].target")
 
 
 def test_json_errors_have_line_and_column_with_tabs() -> None:
     text = '{\n\t"adapt": [\n\t\t{"method": "lorra", "target": {"role": "attn.q"}}\n\t]\n}'
-    error = failure(text, format="json")
+    error = refused(parse_spec, text, file="spec.yaml", format="json")
     assert error.code == "GC004" and error.place is not None
     assert (error.place.line, error.place.column) == (3, 14)
     assert error.corrected == '\t\t{"method": "lora", "target": {"role": "attn.q"}}'
 
 
 def test_toml_errors_name_the_path() -> None:
-    error = failure('[[adapt]]\nmethod = "lora"\nrank = 0\ntarget = {role = "attn.q"}\n', format="toml")
+    error = refused(
+        parse_spec,
+        '[[adapt]]\nmethod = "lora"\nrank = 0\ntarget = {role = "attn.q"}\n',
+        file="spec.yaml",
+        format="toml",
+    )
     assert error.place == Place("spec.yaml", path="adapt[0].rank")
 
 
@@ -131,14 +133,14 @@ def test_toml_errors_name_the_path() -> None:
     ],
 )
 def test_yaml_that_is_not_a_spec(text: str, message: str, line: int, column: int) -> None:
-    error = failure(text)
+    error = refused(parse_spec, text, file="spec.yaml")
     assert error.code == "GC001" and message in error.message
     assert error.place is not None and (error.place.line, error.place.column) == (line, column)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
 def test_an_empty_file_is_told_so(text: str) -> None:
-    assert failure(text).message == "a spec is a mapping, but this is empty"
+    assert refused(parse_spec, text, file="spec.yaml").message == "a spec is a mapping, but this is empty"
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,7 @@ def test_an_empty_file_is_told_so(text: str) -> None:
     ],
 )
 def test_patterns_that_need_quotes_get_them(line: str, corrected: str) -> None:
-    error = failure(f"adapt:\n- method: lora\n  target:\n  {line}\n")
+    error = refused(parse_spec, f"adapt:\n- method: lora\n  target:\n  {line}\n", file="spec.yaml")
     assert error.code == "GC001" and error.hint is not None and error.hint.startswith("quote a")
     assert error.corrected == f"  {corrected}"
     assert "\n     4 + " in str(error)
@@ -163,12 +165,12 @@ def test_aliases_are_values_but_not_bombs() -> None:
     spec = parse_spec("adapt:\n- {method: lora, target: &t {role: attn.q}}\n- {method: lora, target: *t}\n")
     assert spec.adapt[0].target == spec.adapt[1].target
     bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
-    assert "more than 15,000 values" in failure(bomb).message
+    assert "more than 15,000 values" in refused(parse_spec, bomb, file="spec.yaml").message
 
 
 @pytest.mark.parametrize("format", ["yaml", "json"])
 def test_deep_nesting_is_no_crash(format: str) -> None:
-    error = failure("[" * 20_000, format=format)
+    error = refused(parse_spec, "[" * 20_000, file="spec.yaml", format=format)
     assert error.code == "GC009"
 
 
@@ -183,13 +185,13 @@ def test_deep_nesting_is_no_crash(format: str) -> None:
     ],
 )
 def test_json_that_is_not_a_spec(text: str, message: str, line: int, column: int) -> None:
-    error = failure(text, format="json")
+    error = refused(parse_spec, text, file="spec.yaml", format="json")
     assert error.code == "GC001" and message in error.message
     assert error.place is not None and (error.place.line, error.place.column) == (line, column)
 
 
 def test_toml_that_is_not_toml() -> None:
-    error = failure("version = 1\nadapt = = 3\n", format="toml")
+    error = refused(parse_spec, "version = 1\nadapt = = 3\n", file="spec.yaml", format="toml")
     assert error.code == "GC001" and error.message == "not valid TOML: Invalid value"
     assert error.place is not None and (error.place.line, error.place.column) == (2, 9)
 

@@ -17,6 +17,7 @@ from graftc.specs.pet.io import dump_pet_spec, load_pet_spec, parse_pet_spec
 from graftc.specs.pet.pattern import BLANKS, PatternPart, PatternSpec, parse_pattern
 from graftc.specs.pet.training import IpetOptions, TrainingOptions
 from graftc.specs.pet.verbalizer import Verbalizer
+from tests.kit.refusals import refused
 
 LORA = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}}]}
 GOOD = """\
@@ -33,12 +34,6 @@ members: bank
 ipet: {generations: 2}
 classifier: {kind: cloze, training: {batch_size: 16}}
 """
-
-
-def failure(text: str) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        parse_pet_spec(text, file="pet.yaml")
-    return caught.value
 
 
 def wrong(**changes: Any) -> GraftError:
@@ -247,14 +242,21 @@ def test_a_bank_is_made_of_what_the_spec_does_not_compose() -> None:
 
 
 def test_places_and_corrections() -> None:
-    error = failure(GOOD.replace('{blank}."\n  - name', '{blnk}."\n  - name').replace("members", "membres"))
+    error = refused(
+        parse_pet_spec,
+        GOOD.replace('{blank}."\n  - name', '{blnk}."\n  - name').replace("members", "membres"),
+        file="pet.yaml",
+    )
     assert (error.code, str(error.place)) == ("GC175", "pet.yaml:2:5 (patterns[0])")
     assert error.corrected == '  - "{text} This text is about {blank}."'
     (other,) = error.details
     assert isinstance(other, GraftError)
     assert (other.code, other.hint, other.corrected) == ("GC003", "did you mean 'members'?", "members: bank")
-    assert failure("").code == "GC001" and "patterns" in failure("- a").hint
-    one = failure(GOOD.replace("[hockey, sports]", "1"))
+    assert (
+        refused(parse_pet_spec, "", file="pet.yaml").code == "GC001"
+        and "patterns" in refused(parse_pet_spec, "- a", file="pet.yaml").hint
+    )
+    one = refused(parse_pet_spec, GOOD.replace("[hockey, sports]", "1"), file="pet.yaml")
     assert str(one.place) == "pet.yaml:7:36 (verbalizer.hockey)" and one.corrected is not None
     spec = parse_pet_spec(GOOD, file="pet.yaml")
     assert str(spec.place("patterns[1].text")) == "pet.yaml:4:11 (patterns[1].text)"

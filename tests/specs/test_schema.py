@@ -6,7 +6,6 @@ import ast
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -22,8 +21,8 @@ from graftc.specs.options.cloze import ClozeOptions
 from graftc.specs.registry import method_specs
 from graftc.specs.roles import ROLES
 from graftc.specs.source import read_yaml
+from tests.kit.places import ROOT
 
-ROOT = Path(__file__).parents[2]
 SCHEMA = Spec.model_json_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)
 Q = {"role": "attn.q"}

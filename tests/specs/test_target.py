@@ -12,12 +12,7 @@ from pydantic import ValidationError
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.roles import ROLES
 from graftc.specs.target import Target
-
-
-def failure(**fields: Any) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        Target(**fields)
-    return caught.value
+from tests.kit.refusals import refused
 
 
 def test_all_fields_together() -> None:
@@ -56,19 +51,19 @@ def test_a_target_is_frozen() -> None:
     ],
 )
 def test_what_a_target_refuses(fields: dict[str, Any], code: str, path: str, message: str) -> None:
-    error = failure(**fields)
+    error = refused(Target, **fields)
     assert (error.code, error.message) == (code, message)
     assert error.place is not None and error.place.path == path
 
 
 def test_a_regular_expression_is_compiled_when_read() -> None:
-    error = failure(regex=["a", "("])
+    error = refused(Target, regex=["a", "("])
     assert error.code == "GC002" and error.message.startswith("'(' is not a regular expression: ")
     assert error.place is not None and error.place.path == "regex[1]"
 
 
 def test_every_item_at_fault_is_told() -> None:
-    error = failure(role=["attn.qq", "attn.v", "fn.up"], layers="x")
+    error = refused(Target, role=["attn.qq", "attn.v", "fn.up"], layers="x")
     assert [d.place.path for d in (error, *error.details) if isinstance(d, GraftError) and d.place] == [
         "role[0]",
         "role[2]",

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.kit.places import ROOT
 from tools.processors import CAPABILITIES, SETTINGS, environment, main, own_capability, possible
 
-ROOT = Path(__file__).parents[2]
 SENSITIVE = (
     "tests/passes/methods/test_adamix_contract.py::TestExperts::test_sixteen_bits",
     "tests/runtime/deploy/test_routes.py::test_a_choice_that_rounding_exchanges_is_stated_and_does_not_refuse",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from graftc.applications.pet import data as module
 from graftc.applications.pet.data import PetData, TextRows, load_pet_data, load_rows
 from graftc.specs.errors.diagnostics import GraftError
+from tests.kit.refusals import refused
 
 LABELS = ("space", "hockey")
 LIMIT = csv.field_size_limit()
@@ -23,13 +24,6 @@ LIMIT = csv.field_size_limit()
 def put(path: Path, content: str | bytes) -> Path:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
-
-
-def refused(path: Any, *more: Any, **options: Any) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        load_rows(path, *more, **options)
-    assert caught.value.code == "GC180" and caught.value.hint
-    return caught.value
 
 
 def line(error: GraftError) -> int | None:
@@ -184,14 +178,17 @@ def test_no_part_is_passed_over(name: str, said: str, hint: str, tmp_path: Path)
 def test_rows_that_cannot_be_used(
     name: str, content: str | bytes, number: int | None, said: str, tmp_path: Path
 ) -> None:
-    error = refused(put(tmp_path / name, content), slots=["text"])
+    error = refused(load_rows, put(tmp_path / name, content), code="GC180", slots=["text"])
     assert said in error.message and line(error) == number
     assert len(str(error)) < 2_000 and csv.field_size_limit() == LIMIT
 
 
 def test_a_file_of_one_line_has_a_header_only(tmp_path: Path) -> None:
-    assert "the first line is taken as the header" in refused(put(tmp_path / "a.csv", "the moon,space\n")).hint
-    assert "first line" not in refused(put(tmp_path / "a.jsonl", "\n")).hint
+    assert (
+        "the first line is taken as the header"
+        in refused(load_rows, put(tmp_path / "a.csv", "the moon,space\n"), code="GC180").hint
+    )
+    assert "first line" not in refused(load_rows, put(tmp_path / "a.jsonl", "\n"), code="GC180").hint
 
 
 @pytest.mark.parametrize(
@@ -205,36 +202,38 @@ def test_a_file_of_one_line_has_a_header_only(tmp_path: Path) -> None:
 )
 def test_labels_that_are_not_there(label: str, said: str, hint: str, tmp_path: Path) -> None:
     path = put(tmp_path / "a.jsonl", f'{{"text": "a", "label": "space"}}\n{{"text": "a", "label": {label}}}')
-    error = refused(path, LABELS)
+    error = refused(load_rows, path, LABELS, code="GC180")
     assert said in error.message and error.hint == hint and line(error) == 2
 
 
 def test_rows_without_labels(tmp_path: Path) -> None:
-    error = refused(put(tmp_path / "a.csv", "text,Label\na,space"), LABELS)
+    error = refused(load_rows, put(tmp_path / "a.csv", "text,Label\na,space"), LABELS, code="GC180")
     assert error.message == "the row has no 'label'" and error.hint.startswith("did you mean 'Label'?")
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     put(tmp_path / "train.jsonl", "{}")
-    assert "train.jsonl" in refused(tmp_path / "trian.jsonl").hint
-    assert refused(tmp_path / "data.txt").hint == "name it data.jsonl, .csv or .tsv"
+    assert "train.jsonl" in refused(load_rows, tmp_path / "trian.jsonl", code="GC180").hint
+    assert refused(load_rows, tmp_path / "data.txt", code="GC180").hint == "name it data.jsonl, .csv or .tsv"
     (tmp_path / "b.csv").mkdir()
-    assert "not a regular file" in refused(tmp_path / "b.csv").message
+    assert "not a regular file" in refused(load_rows, tmp_path / "b.csv", code="GC180").message
     (tmp_path / "c.csv").symlink_to("gone.csv")
-    assert refused(tmp_path / "c.csv").message.endswith("is a link to 'gone.csv', which is not there")
-    assert refused("a\0.csv").message.startswith("there is no file")
-    assert refused(tmp_path / "none" / "a.csv").code == "GC180"
+    assert refused(load_rows, tmp_path / "c.csv", code="GC180").message.endswith(
+        "is a link to 'gone.csv', which is not there"
+    )
+    assert refused(load_rows, "a\0.csv", code="GC180").message.startswith("there is no file")
+    assert refused(load_rows, tmp_path / "none" / "a.csv", code="GC180").code == "GC180"
 
 
 def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = put(tmp_path / "a.csv", "text\na\nb\nc\n")
     monkeypatch.setattr(module, "ROWS", 2)
-    assert line(refused(path)) == 4
+    assert line(refused(load_rows, path, code="GC180")) == 4
     monkeypatch.setattr(module, "FILE_BYTES", 5)
-    assert "more than 5 bytes" in refused(path).message
+    assert "more than 5 bytes" in refused(load_rows, path, code="GC180").message
     monkeypatch.setattr(module, "FILE_BYTES", 1_000)
     monkeypatch.setattr(module, "_LINE", 20)
-    error = refused(put(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "abcdefghijklmnop"}'))
+    error = refused(load_rows, put(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "abcdefghijklmnop"}'), code="GC180")
     assert line(error) == 2 and "more than 20 bytes" in error.message
 
 

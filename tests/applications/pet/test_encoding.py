@@ -15,11 +15,11 @@ from graftc.applications.demo.data import find_model
 from graftc.applications.pet.encoding import IGNORED, ClozeEncoder
 from graftc.applications.pet.filling import shortened_counts
 from graftc.applications.pet.plain import PlainEncoder
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.pet.io import load_pet_spec
 from graftc.specs.pet.pattern import PatternSpec
 from graftc.specs.pet.verbalizer import Verbalizer
 from tests.applications.pet.small_tokenizers import KINDS, tokenizer
+from tests.kit.refusals import refused
 
 WORDS = Verbalizer({"good": "great", "bad": "terrible"})
 BLANKS = {"wordpiece": "[MASK]", "roberta": "<mask>", "t5": "<extra_id_0>"}
@@ -40,13 +40,6 @@ def pattern_of(text: str, name: str = "p") -> PatternSpec:
 
 def encoder(kind: str, text: str, length: int = 256, words: Verbalizer = WORDS, **more: Any) -> ClozeEncoder:
     return ClozeEncoder([pattern_of(text)], [words], tokenizer(kind), length, **more)
-
-
-def refused(make: Any) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        make()
-    assert caught.value.hint
-    return caught.value
 
 
 def shown(batch: dict[str, Tensor], row: int = 0) -> list[int]:

@@ -264,11 +264,11 @@ def test_without_labels_the_most_likely_rows_of_every_label_are_taken() -> None:
 def test_the_same_seed_makes_the_same_set(most_likely: bool) -> None:
     logits, weights = _logits(rows=200), member_weights(None, 5)
 
-    def made(seed: int) -> object:
+    def drawn(seed: int) -> object:
         return new_examples(3, logits, weights, [9, 9, 9], most_likely=most_likely, generator=_generator(seed))
 
-    assert made(7) == made(7)
-    assert len({repr(made(seed)) for seed in range(5)}) > 1
+    assert drawn(7) == drawn(7)
+    assert len({repr(drawn(seed)) for seed in range(5)}) > 1
 
 
 def test_a_single_member_has_no_next_generation() -> None:

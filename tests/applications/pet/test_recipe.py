@@ -176,7 +176,7 @@ def test_killed_everywhere(base: nn.Module, tmp_path: Path, monkeypatch: pytest.
         return tell
 
     def dying(stage: Any) -> Any:
-        def made(self: KeptStages, name: str, make: Callable[[], Any]) -> Any:
+        def dying_stage(self: KeptStages, name: str, make: Callable[[], Any]) -> Any:
             def before() -> Any:
                 value = make()
                 die_once(f"before {name}")
@@ -186,7 +186,7 @@ def test_killed_everywhere(base: nn.Module, tmp_path: Path, monkeypatch: pytest.
             die_once(f"after {name}")
             return done
 
-        return made
+        return dying_stage
 
     monkeypatch.setattr(training, "telling", told)
     monkeypatch.setattr(classifying, "telling", told)

@@ -21,6 +21,7 @@ from graftc.runtime.optim import SM3, AgedAdamW
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import tiny
 from tests.applications.planner.measured_memory import peak_of_training
+from tests.kit.training import adamw
 
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]
 LORA: dict[str, Any] = {"method": "lora", "rank": 8, "target": {"role": ROLES}}
@@ -43,10 +44,6 @@ def base() -> nn.Module:
 def batch() -> dict[str, Tensor]:
     ids = torch.ones(BATCH, LENGTH, dtype=torch.int64)
     return {"input_ids": ids, "attention_mask": ids, "labels": ids}
-
-
-def adamw(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
 
 @pytest.mark.full

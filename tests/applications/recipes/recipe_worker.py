@@ -16,6 +16,7 @@ import graftc
 from graftc.applications.recipes.tune import Stage
 from graftc.runtime.compiled import Compiled
 from graftc.testing.families import tiny
+from tests.kit.training import adamw
 from tests.runtime.training.test_selecting import batches
 
 SPEC: dict[str, Any] = {
@@ -31,7 +32,7 @@ SPEC: dict[str, Any] = {
 def train(compiled: Compiled, stage: Stage) -> None:
     """Do some steps of AdamW with random numbers, and write a file into the stage's folder."""
     assert stage.folder is not None
-    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
+    optimiser = adamw(compiled, lr=1e-2, weight_decay=0.5)
     for number, batch in enumerate(batches(compiled.compilation.model, 5)):
         optimiser.zero_grad()
         (compiled(**batch).loss * (1 + torch.rand(()))).backward()

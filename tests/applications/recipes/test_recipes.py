@@ -19,7 +19,9 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.comparing import same_tensors
 from tests.kit.forks import Worker
+from tests.kit.training import adamw
 from tests.runtime.training.test_selecting import batches, entries
 
 SPEC: dict[str, Any] = {
@@ -33,7 +35,7 @@ KILLS = int(os.environ.get("GRAFTC_KILLS", "10")) // 5
 
 def train(compiled: Compiled, stage: Stage) -> None:
     """Do some steps of AdamW with weight decay, with random numbers of torch and Python."""
-    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
+    optimiser = adamw(compiled, lr=1e-2, weight_decay=0.5)
     for batch in batches(compiled.compilation.model, 3):
         optimiser.zero_grad()
         (compiled(**batch).loss * (1 + torch.rand(()) + random.random())).backward()
@@ -239,8 +241,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     whole, resumed = (
         graftc.load(tmp_path / name / "result", model).adapter_state_dict() for name in ("whole", "killed")
     )
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert same_tensors(whole, resumed)
 
 
 @pytest.mark.full

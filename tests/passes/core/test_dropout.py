@@ -18,6 +18,7 @@ from graftc.passes.core.ops.dropout import LEVELS, level
 from graftc.testing import perturb
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
 
 draw = torch.ops.graftc.random_mask.default
 drop = torch.ops.graftc.masked_dropout.default
@@ -146,11 +147,9 @@ def test_autocast_keeps_the_inputs_type() -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
+def llama() -> Any:
     """A tiny Llama, which has no dropout of its own, with LoRA that has dropout; perturbed."""
-    model = graftc.compile({"adapt": [LORA]}, tiny("llama"))
-    perturb(model, 0.1)
-    return model
+    return adapted("llama", LORA, noise=0.1)
 
 
 def step(run: Any, model: Any, seed: int) -> tuple[Tensor, list[Tensor]]:
@@ -163,24 +162,24 @@ def step(run: Any, model: Any, seed: int) -> tuple[Tensor, list[Tensor]]:
 
 
 @pytest.mark.slow
-def test_a_step_follows_the_seed(compiled: Any) -> None:
-    first, again, other = step(compiled, compiled, 5), step(compiled, compiled, 5), step(compiled, compiled, 6)
+def test_a_step_follows_the_seed(llama: Any) -> None:
+    first, again, other = step(llama, llama, 5), step(llama, llama, 5), step(llama, llama, 6)
     assert torch.equal(first[0], again[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True))
     assert not torch.equal(first[0], other[0])
 
 
 @pytest.mark.slow
-def test_there_is_none_in_eval_mode(compiled: Any) -> None:
+def test_there_is_none_in_eval_mode(llama: Any) -> None:
     """The eval graph contains neither operator, and nothing is drawn."""
     train, evaluated = (
-        [n.target for n in compiled.program(mode).graph.nodes if n.target in (draw, drop)] for mode in ("train", "eval")
+        [n.target for n in llama.program(mode).graph.nodes if n.target in (draw, drop)] for mode in ("train", "eval")
     )
     assert train.count(draw) == train.count(drop) == 4
     assert not evaluated
-    compiled.eval()
+    llama.eval()
     before = torch.get_rng_state()
-    compiled(**inputs_for(compiled))
+    llama(**inputs_for(llama))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -199,56 +198,56 @@ def test_compiled_code_draws_the_same(backend: str) -> None:
 
 
 @pytest.mark.slow
-def test_checkpointed_layers_draw_the_same(compiled: Any) -> None:
+def test_checkpointed_layers_draw_the_same(llama: Any) -> None:
     """Recomputation in the backward pass drops the same elements."""
-    once = step(compiled, compiled, 5)
-    compiled.gradient_checkpointing_enable()
+    once = step(llama, llama, 5)
+    llama.gradient_checkpointing_enable()
     try:
-        again = step(compiled, compiled, 5)
+        again = step(llama, llama, 5)
     finally:
-        compiled.gradient_checkpointing_disable()
+        llama.gradient_checkpointing_disable()
     assert all(torch.equal(a, b) for a, b in zip([once[0], *once[1]], [again[0], *again[1]], strict=True))
 
 
 @pytest.mark.slow
-def test_a_step_under_autocast(compiled: Any) -> None:
-    plain, _ = step(compiled, compiled, 5)
+def test_a_step_under_autocast(llama: Any) -> None:
+    plain, _ = step(llama, llama, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast, gradients = step(compiled, compiled, 5)
+        cast, gradients = step(llama, llama, 5)
     assert float((cast.float() - plain).abs().max() / plain.abs().max()) <= 3e-2
     assert all(bool(g.isfinite().all()) for g in gradients)
 
 
 @pytest.mark.slow
-def test_an_artifact_keeps_train_graphs(compiled: Any, tmp_path: Path) -> None:
+def test_an_artifact_keeps_train_graphs(llama: Any, tmp_path: Path) -> None:
     """Loaded graphs contain the operators, and a step from the same seed is bit-identical."""
-    compiled.save(tmp_path / "kept")
+    llama.save(tmp_path / "kept")
     loaded = graftc.load(tmp_path / "kept", tiny("llama"))
     assert [n.target for n in loaded.program("train").graph.nodes].count(draw) == 4
-    first, second = step(compiled, compiled, 5), step(loaded, loaded, 5)
+    first, second = step(llama, llama, 5), step(loaded, loaded, 5)
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
 @pytest.mark.full
-def test_a_train_graph_exports_to_aten(compiled: Any, tmp_path: Path) -> None:
+def test_a_train_graph_exports_to_aten(llama: Any, tmp_path: Path) -> None:
     """With the operators' ATen forms, torch alone can load an exported train graph, and it still drops elements."""
     from graftc.passes.core.ir.codegen import function_of
 
-    program = compiled.program("train").copy()
+    program = llama.program("train").copy()
     for node in program.graph.nodes:
         node.target = DECOMPOSITIONS.get(node.target, node.target)
 
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self._modules.update(compiled.compilation.store.root._modules)
+            self._modules.update(llama.compilation.store.root._modules)
 
         def forward(self, *args: Tensor) -> Any:
             """Return the flat outputs."""
             return function_of(program.graph, self, torch.device("cpu"))(self, *args)
 
-    inputs = inputs_for(compiled)
+    inputs = inputs_for(llama)
     args = tuple(inputs[name] for name in program.signature)
     exported = torch.export.export(Plain().train(), args)
     torch.export.save(exported, tmp_path / "train.pt2")

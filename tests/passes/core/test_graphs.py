@@ -6,7 +6,6 @@ import io
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -20,16 +19,16 @@ from graftc.passes.core.ir.printer import Printer, format_program
 from graftc.passes.core.ir.program import InputSpec, OutputSpec, Program, provenance
 from graftc.testing.families import tiny
 from tests.kit import warm
+from tests.kit.models import fresh
 
-ROOT = Path(__file__).parents[3]
 SPEC = {"adapt": [{"method": "lora", "name": "task", "target": {"role": ["attn.q", "attn.v"]}, "dropout": 0.1}]}
 aten = torch.ops.aten
 
 
 @pytest.fixture(scope="module", params=["bert", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
-def compiled(request: pytest.FixtureRequest) -> Any:
+def adapted_model(request: pytest.FixtureRequest) -> Any:
     """Tiny models with adapted projections: separate ones, fused ones, and those of an encoder and a decoder."""
-    return graftc.compile(SPEC, tiny(request.param))
+    return fresh(request.param, **SPEC)
 
 
 def small(build: Any, inputs: tuple[str, ...] = ("x",)) -> Program:
@@ -45,8 +44,8 @@ def small(build: Any, inputs: tuple[str, ...] = ("x",)) -> Program:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_it_has_the_nodes_and_edges_of_the_fx_graph(compiled: Any, mode: Any) -> None:
-    program = compiled.program(mode)
+def test_it_has_the_nodes_and_edges_of_the_fx_graph(adapted_model: Any, mode: Any) -> None:
+    program = adapted_model.program(mode)
     graph = program.to_networkx()
     nodes = list(program.graph.nodes)
     assert isinstance(graph, nx.MultiDiGraph) and len(graph) == len(nodes)
@@ -62,8 +61,8 @@ def test_it_has_the_nodes_and_edges_of_the_fx_graph(compiled: Any, mode: Any) ->
     assert nx.is_directed_acyclic_graph(graph)
 
 
-def test_nodes_say_what_they_are_in_plain_values(compiled: Any) -> None:
-    program = compiled.program("train")
+def test_nodes_say_what_they_are_in_plain_values(adapted_model: Any) -> None:
+    program = adapted_model.program("train")
     graph = to_networkx(program)
     printer = Printer(program)
     lines = set(format_program(program).splitlines())
@@ -119,8 +118,8 @@ def test_a_module_may_be_called_like_a_numbered_value() -> None:
     assert [Printer(program, numbered=False).names[n] for n in calls] == ["%ln", "%ln_1", "%ln", "%ln_1"]
 
 
-def test_graphml_reads_back(compiled: Any) -> None:
-    program = compiled.program()
+def test_graphml_reads_back(adapted_model: Any) -> None:
+    program = adapted_model.program()
     graph, text = to_networkx(program), graphml_text(program)
     again = nx.read_graphml(io.BytesIO(text.encode()), force_multigraph=True)
     assert dict(again.nodes(data=True)) == dict(graph.nodes(data=True))
@@ -145,8 +144,8 @@ def statements(text: str) -> list[list[str]]:
     return [statement for statement in result if statement]
 
 
-def test_dot_declares_every_node_and_edge_once(compiled: Any) -> None:
-    program = compiled.program()
+def test_dot_declares_every_node_and_edge_once(adapted_model: Any) -> None:
+    program = adapted_model.program()
     graph, text = to_networkx(program), dot_text(program)
     parsed = statements(text)
     assert parsed[0][0] == "digraph" and text.count("{") == text.count("}")
@@ -187,8 +186,8 @@ def test_dot_quotes_what_needs_it() -> None:
     assert node[0] == r'"%a \"quoted\"\\name"'
 
 
-def test_plain_data_has_the_same_keys_for_every_node(compiled: Any) -> None:
-    data = graph_record(compiled.program()).to_json()
+def test_plain_data_has_the_same_keys_for_every_node(adapted_model: Any) -> None:
+    data = graph_record(adapted_model.program()).to_json()
     assert {tuple(node) for node in data["nodes"]} == {
         ("name", "order", "op", "target", "type", "module", "text", "adaptation", "method", "site", "part")
     }

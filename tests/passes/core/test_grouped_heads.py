@@ -40,14 +40,14 @@ def graph_of(keys: Callable[..., Any], values: Callable[..., Any], length: int, 
     graph = fx.Graph()
     query, key, value, mask = (graph.placeholder(name) for name in ("q", "k", "v", "mask"))
 
-    def made(of: Callable[..., Any], node: fx.Node) -> fx.Node:
+    def inserted(of: Callable[..., Any], node: fx.Node) -> fx.Node:
         tracer = fx.proxy.GraphAppendingTracer(graph)
         proxy: Any = fx.Proxy(node, tracer)
         proxy.shape = Sizes.shape
         return of(proxy, HEADS // GROUPS).node
 
     key, value = (graph.call_function(aten.cat.default, ([operand], 2)) for operand in (key, value))
-    many, more = made(keys, key), made(values, value)
+    many, more = inserted(keys, key), inserted(values, value)
     out = graph.call_function(aten.scaled_dot_product_attention.default, (query, many, more, mask))
     graph.output((out, many) if also else (out,))
     return graph

@@ -14,14 +14,10 @@ from torch.nn import functional
 from graftc.passes.core.ops import head_loss as module
 from graftc.passes.core.ops.head_loss import MEAN, NONE, SUM
 from graftc.specs.errors.diagnostics import GraftError
+from tests.kit.settings import small_chunks
 
 head_loss = torch.ops.graftc.head_loss.default
 ROWS, WIDTH, VOCABULARY = 11, 6, 17
-
-
-def small_chunks(patch: pytest.MonkeyPatch, rows: int) -> None:
-    patch.setattr(module, "CHUNK_ROWS", {"cpu": rows})
-    patch.setattr(module, "CHUNK_BYTES", {"cpu": 1})
 
 
 def factors(parts: int, bias: bool, dtype: torch.dtype = torch.float64) -> list[Any]:
@@ -32,16 +28,16 @@ def factors(parts: int, bias: bool, dtype: torch.dtype = torch.float64) -> list[
     """
     generator = torch.Generator().manual_seed(0)
 
-    def made(*shape: int) -> Tensor:
+    def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-    x, first = made(ROWS, WIDTH), VOCABULARY - 3 if parts == 3 else VOCABULARY
-    xs, weights, starts = [x], [made(first, WIDTH)], [0]
+    x, first = drawn(ROWS, WIDTH), VOCABULARY - 3 if parts == 3 else VOCABULARY
+    xs, weights, starts = [x], [drawn(first, WIDTH)], [0]
     if parts == 3:
-        xs, weights, starts = [x, x], [*weights, made(3, WIDTH)], [0, first]
+        xs, weights, starts = [x, x], [*weights, drawn(3, WIDTH)], [0, first]
     if parts > 1:
-        xs, weights, starts = [*xs, made(ROWS, 2)], [*weights, made(VOCABULARY, 2)], [*starts, 0]
-    return [xs, weights, made(VOCABULARY) if bias else None, starts]
+        xs, weights, starts = [*xs, drawn(ROWS, 2)], [*weights, drawn(VOCABULARY, 2)], [*starts, 0]
+    return [xs, weights, drawn(VOCABULARY) if bias else None, starts]
 
 
 def reference(

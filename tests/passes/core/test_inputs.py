@@ -17,6 +17,7 @@ from graftc.runtime.deploy.merged import fold
 from graftc.runtime.model.runner import runner_of
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
 
 
 class Chain(nn.Module):
@@ -46,9 +47,7 @@ def chained(order: tuple[str, ...], model: nn.Module | None = None) -> tuple[Any
     """Return `Chain` in double precision with these adaptations, in eval mode and perturbed, and its inputs."""
     entries = [{**ENTRIES[name], "name": name.replace(" ", "_")} for name in order]
     inputs = {"x": torch.randn(7, 6, dtype=torch.float64)}
-    compiled = graftc.compile({"adapt": entries}, model or Chain().double(), inputs).eval()
-    perturb(compiled, 0.3)
-    return compiled, inputs
+    return adapted(model or Chain().double(), *entries, inputs=inputs, noise=0.3), inputs
 
 
 @pytest.mark.parametrize("order", [*permutations(ENTRIES, 2), *permutations(ENTRIES, 4)], ids=", ".join)

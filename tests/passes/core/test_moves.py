@@ -187,7 +187,7 @@ def same(real: Any, numbers: Any, entries: Tensor) -> bool:
     return real.shape == numbers.shape and torch.equal(real.to(expected), expected)
 
 
-def made(name: str, rng: random.Random) -> Numbered:
+def numbered(name: str, rng: random.Random) -> Numbered:
     shape = SHAPES[name](rng) if name in SHAPES else tuple(rng.randint(1, 4) for _ in range(4))
     if name in JOINED:
         target, rest = JOINED[name]
@@ -204,7 +204,7 @@ def test_numbers_go_where_torch_moves_entries(name: str) -> None:
     rng = random.Random(name)
     torch.manual_seed(0)
     for _ in range(ROUNDS):
-        case = made(name, rng)
+        case = numbered(name, rng)
         assert same(case.real(), case.moved(), case.entries), case.node.format_node()
 
 

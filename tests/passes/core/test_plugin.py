@@ -11,20 +11,16 @@ from pathlib import Path
 import pytest
 
 from tests.kit import warm
+from tests.kit.places import EXAMPLES
+from tests.kit.plugins import pip_install
 
-ROOT = Path(__file__).parents[3]
-PLUGIN = ROOT / "examples" / "plugin"
+PLUGIN = EXAMPLES / "plugin"
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a process with the plugin installed beside this graftc."""
-    target = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
-    source = tmp_path_factory.mktemp("source") / "plugin"
-    subprocess.run(["cp", "-r", str(PLUGIN), str(source)], check=True)
-    subprocess.run([*command, "--target", str(target), str(source)], check=True)
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
+    return {**os.environ, "PYTHONPATH": pip_install(PLUGIN, tmp_path_factory)}
 
 
 def run(environment: dict[str, str], cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

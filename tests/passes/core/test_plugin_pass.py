@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,10 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from tests.cli.support import Outcome, run_here, run_warm
+from tests.kit.places import EXAMPLES
+from tests.kit.plugins import pip_install
 
-ROOT = Path(__file__).parents[3]
-PLUGIN = ROOT / "examples" / "plugin_pass"
+PLUGIN = EXAMPLES / "plugin_pass"
 SPEC = "version: 1\nadapt:\n  - {method: lora, rank: 2, target: {role: [attn.q, attn.v]}}\n"
 LAYERS, WIDTH, INNER = 2, 32, 48
 
@@ -24,11 +22,7 @@ LAYERS, WIDTH, INNER = 2, 32, 48
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The extra environment variables of a process with the plugin installed beside this graftc."""
-    target, source = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("source") / "plugin"
-    subprocess.run(["cp", "-r", str(PLUGIN), str(source)], check=True)
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--target", str(target), str(source)], check=True)
-    return {"PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
+    return {"PYTHONPATH": pip_install(PLUGIN, tmp_path_factory)}
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 
-import graftc
 from graftc.passes.core.ir.printer import format_around, format_program, structural_hash
 from graftc.passes.core.ir.program import provenance
-from graftc.testing.families import tiny
 from tests.kit import warm
+from tests.kit.models import fresh
 
-ROOT = Path(__file__).parents[3]
 GOLDEN = Path(__file__).with_name("bert_lora.check")
 SPEC = {
     "adapt": [
@@ -25,9 +23,9 @@ SPEC = {
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
+def bert() -> Any:
     """A tiny BERT with LoRA on its queries."""
-    return graftc.compile(SPEC, tiny("bert"))
+    return fresh("bert", **SPEC)
 
 
 def filecheck(text: str) -> subprocess.CompletedProcess[str]:
@@ -37,9 +35,9 @@ def filecheck(text: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_golden_text(compiled: Any) -> None:
+def test_golden_text(bert: Any) -> None:
     """The text has the golden structure; the contract has the matching numeric test."""
-    result = filecheck(format_program(compiled.program("train")))
+    result = filecheck(format_program(bert.program("train")))
     assert result.returncode == 0, result.stdout + result.stderr
 
 
@@ -52,16 +50,16 @@ def test_golden_text(compiled: Any) -> None:
         ("aten.add.Tensor(%query, %query.up)", "aten.add.Tensor(%query, %query)"),
     ],
 )
-def test_golden_text_tells_programs_apart(compiled: Any, old: str, new: str) -> None:
+def test_golden_text_tells_programs_apart(bert: Any, old: str, new: str) -> None:
     """The golden text detects a branch without its scale, with another factor, or whose result is lost."""
-    text = format_program(compiled.program("train"))
+    text = format_program(bert.program("train"))
     assert old in text
     assert filecheck(text.replace(old, new, 1)).returncode != 0
 
 
-def test_text_and_hash_do_not_depend_on_names_or_order(compiled: Any) -> None:
+def test_text_and_hash_do_not_depend_on_names_or_order(bert: Any) -> None:
     """Copies print alike; new names and another valid node order keep the hash, and another literal changes it."""
-    program = compiled.program("train")
+    program = bert.program("train")
     copied = program.copy()
     assert format_program(copied) == format_program(program)
     node = next(n for n in copied.graph.nodes if (provenance(n) or {}).get("part") == "up")
@@ -73,7 +71,7 @@ def test_text_and_hash_do_not_depend_on_names_or_order(compiled: Any) -> None:
     scale = next(n for n in copied.graph.nodes if (provenance(n) or {}).get("part") == "scale")
     scale.args = (scale.args[0], 1.25)
     assert structural_hash(copied) != structural_hash(program)
-    assert len({structural_hash(compiled.program(m, base=b)) for m in ("train", "eval") for b in (True, False)}) == 4
+    assert len({structural_hash(bert.program(m, base=b)) for m in ("train", "eval") for b in (True, False)}) == 4
 
 
 def test_operand_order_and_draws_count() -> None:
@@ -102,9 +100,9 @@ def test_operand_order_and_draws_count() -> None:
     assert structural_hash(one) != structural_hash(program(True)[0])
 
 
-def test_around_a_node(compiled: Any) -> None:
+def test_around_a_node(bert: Any) -> None:
     """An error shows the marked node among its neighbours."""
-    program = compiled.program("train")
+    program = bert.program("train")
     node = next(n for n in program.graph.nodes if (provenance(n) or {}).get("part") == "up")
     lines = format_around(program, node, context=2).splitlines()
     assert len(lines) == 5
@@ -127,8 +125,8 @@ print(format_program(program), end="")
 
 
 @pytest.mark.full
-def test_the_same_in_every_process(compiled: Any) -> None:
+def test_the_same_in_every_process(bert: Any) -> None:
     """Another process with another hash seed and without a cache prints the same text and hash as this one."""
-    program = compiled.program("train")
+    program = bert.program("train")
     expected = f"{structural_hash(program)}\n{format_program(program)}"
     assert warm.output(SCRIPT, GRAFTC_CACHE="off") == expected

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import graftc
 from graftc.compiler.capture.capture import capture
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.passes.core.ir.codegen import function_of
@@ -18,16 +17,17 @@ from graftc.passes.core.ir.printer import format_program, structural_hash
 from graftc.passes.core.ir.stored.serialise import SerialisationError, program_from_json, program_to_json
 from graftc.testing import same_bits
 from graftc.testing.compare import inputs_for
-from graftc.testing.families import FAMILIES, tiny
+from graftc.testing.families import FAMILIES
+from tests.kit.models import fresh
+from tests.kit.specs import lora
 
 CPU = torch.device("cpu")
 
 
-def compiled_tiny(family: str) -> Any:
+def with_dropout(family: str) -> Any:
     """Return a tiny model with LoRA and dropout."""
-    roles, dropout = (["attn.q", "experts"], 0.0) if family == "mixtral" else (["attn.q", "ffn.down"], 0.1)
-    spec = {"adapt": [{"method": "lora", "target": {"role": roles}, "rank": 4, "dropout": dropout}]}
-    return graftc.compile(spec, tiny(family))
+    role, dropout = (["attn.q", "experts"], 0.0) if family == "mixtral" else (["attn.q", "ffn.down"], 0.1)
+    return fresh(family, lora(role, rank=4, dropout=dropout))
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def compiled_tiny(family: str) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(family: str) -> None:
     """Text, hash, interface and provenance survive a round trip through JSON, whose text is stable."""
-    compiled = compiled_tiny(family)
+    compiled = with_dropout(family)
     for mode in ("train", "eval"):
         program = compiled.program(mode)
         text = json.dumps(program_to_json(program))
@@ -67,7 +67,7 @@ def test_flags_and_ranges_come_back() -> None:
 @pytest.mark.slow
 def test_what_comes_back_runs() -> None:
     """The graph from the file computes bit-identical results from the same tensors."""
-    compiled = compiled_tiny("bert")
+    compiled = with_dropout("bert")
     compiled.eval()
     program = compiled.program("eval")
     again = program_from_json(json.loads(json.dumps(program_to_json(program))), CPU)
@@ -158,7 +158,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], None]] = {
 @pytest.fixture(scope="module")
 def harmless() -> dict[str, Any]:
     """The JSON of a valid program."""
-    data: dict[str, Any] = json.loads(json.dumps(program_to_json(compiled_tiny("bert").program("eval"))))
+    data: dict[str, Any] = json.loads(json.dumps(program_to_json(with_dropout("bert").program("eval"))))
     return data
 
 
@@ -183,7 +183,7 @@ def test_no_program(data: Any) -> None:
 @pytest.mark.slow
 def test_only_known_operators_are_written() -> None:
     """A program with any other operator is not written at all, rather than written in part."""
-    program = compiled_tiny("bert").program("eval").copy()
+    program = with_dropout("bert").program("eval").copy()
     node = next(n for n in program.graph.nodes if n.op == "call_function")
     node.target = print
     with pytest.raises(SerialisationError, match=node.name):

@@ -21,16 +21,16 @@ def rows(first: int, end: int, tensor: str = "layer.weight") -> WeightSlice:
     return WeightSlice(tensor, (12, 4), Layout.ROWS, ((first, end),))
 
 
-def error_of(held: TensorEdit, new: TensorEdit) -> GraftError | None:
+def error_of(first: TensorEdit, new: TensorEdit) -> GraftError | None:
     """Return the error that the second edit raises after the first, or None."""
     edits = TensorEdits()
-    edits.add(held)
+    edits.add(first)
     try:
         edits.add(new)
     except GraftError as error:
-        assert list(edits) == [held]
+        assert list(edits) == [first]
         return error
-    assert list(edits) == [held, new]
+    assert list(edits) == [first, new]
     return None
 
 
@@ -50,12 +50,12 @@ EXCLUDED = {
 """The modes of an edit that is there and of a later one that cannot be combined, with what the message says."""
 
 
-@pytest.mark.parametrize(("held", "new"), list(itertools.product(EditMode, EditMode)))
-def test_which_modes_exclude_one_another(held: EditMode, new: EditMode) -> None:
+@pytest.mark.parametrize(("old", "new"), list(itertools.product(EditMode, EditMode)))
+def test_which_modes_exclude_one_another(old: EditMode, new: EditMode) -> None:
     """Every pair of modes is tried, with two owners and with one, on rows that overlap and on rows that do not."""
-    first = TensorEdit("a", rows(0, 6), held)
+    first = TensorEdit("a", rows(0, 6), old)
     error = error_of(first, TensorEdit("b", rows(5, 8), new))
-    wanted = EXCLUDED.get((held, new))
+    wanted = EXCLUDED.get((old, new))
     assert (error is not None) == (wanted is not None)
     if error is not None and wanted is not None:
         assert error.code == "GC021" and wanted in error.message

@@ -17,6 +17,8 @@ from graftc.passes.core.sites.sites import EmbeddingSite, ExpertsSite, LinearSit
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
+from tests.kit.models import fresh
+from tests.kit.specs import lora
 
 WIDTH = 12
 
@@ -119,20 +121,19 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
-def adapted(case: str, **lora: Any) -> tuple[nn.Module, Compiled, Mapping[str, Tensor]]:
+def with_lora(case: str, **fields: Any) -> tuple[nn.Module, Compiled, Mapping[str, Tensor]]:
     """Return the case's frozen model in eval mode, the same with LoRA on everything, and the inputs."""
     build, x = CASES[case]
     torch.manual_seed(0)
     model = build().eval().requires_grad_(False)
-    spec = {"adapt": [{"method": "lora", "target": {"modules": "**"}, "rank": 2, **lora}]}
-    return model, graftc.compile(spec, model, {"x": x}).eval(), {"x": x}
+    return model, fresh(model, lora(modules="**", **fields), inputs={"x": x}), {"x": x}
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "pissa", "olora"])
 @pytest.mark.parametrize("case", CASES)
 def test_identity_and_fold(case: str, init: str) -> None:
     """Nothing changes at first; folded equals unfolded, and so does a copy of the source with the folded tensors."""
-    model, compiled, inputs = adapted(case, init=init)
+    model, compiled, inputs = with_lora(case, init=init)
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
     perturb(compiled, 0.1)
     unfolded = outputs_of(compiled, inputs)
@@ -166,7 +167,7 @@ def test_beside_training_in_full(case: str, method: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_factor_gets_a_gradient(case: str) -> None:
     """One backward pass from random factors reaches all of them."""
-    _, compiled, inputs = adapted(case)
+    _, compiled, inputs = with_lora(case)
     tensors = perturb(compiled, 0.1)
     compiled.train()
     compiled(**inputs).square().sum().backward()
@@ -191,7 +192,7 @@ SHAPES: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {
 @pytest.mark.parametrize("case", SHAPES)
 def test_shapes(case: str) -> None:
     """Factors have the sizes of the oriented rows, with one pair for all uses of a tensor."""
-    _, compiled, _ = adapted(case)
+    _, compiled, _ = with_lora(case)
     shapes = [tuple(t.shape) for t in compiled.adapter_state_dict().values()]
     assert [(a, b) for a, b in zip(shapes[::2], shapes[1::2], strict=True)] == SHAPES[case]
 
@@ -200,14 +201,14 @@ def test_kinds() -> None:
     """Tables and experts have their own kinds of sites."""
     kinds = {"embedding": EmbeddingSite, "experts": ExpertsSite, "conv2d": LinearSite}
     for case, kind in kinds.items():
-        _, compiled, _ = adapted(case)
+        _, compiled, _ = with_lora(case)
         ((site, _),) = compiled.compilation.main.resolved[0].sites
         assert type(site) is kind
 
 
 def test_no_dropout_of_token_numbers() -> None:
     """Dropout is left out on the input of a table, which is token numbers."""
-    _, compiled, _ = adapted("embedding", dropout=0.5)
+    _, compiled, _ = with_lora("embedding", dropout=0.5)
     assert "dropout" not in compiled.print_graph("train")
 
 

@@ -16,7 +16,8 @@ from graftc.passes.core.ir.verify import verify
 from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
-from graftc.testing.families import tiny
+from tests.kit.models import fresh
+from tests.kit.specs import lora
 
 aten = torch.ops.aten
 Plant = Callable[[Program], fx.Node | None]
@@ -25,8 +26,7 @@ Plant = Callable[[Program], fx.Node | None]
 @pytest.fixture(scope="module")
 def compilation() -> Any:
     """A tiny BERT with LoRA on two roles; its Programs are copied, never changed."""
-    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 4}]}
-    return graftc.compile(spec, tiny("bert")).compilation
+    return fresh("bert", lora(["attn.q", "ffn.down"], rank=4)).compilation
 
 
 @pytest.fixture

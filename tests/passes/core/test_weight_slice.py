@@ -37,7 +37,7 @@ def slices(draw: st.DrawFn, shape: tuple[int, ...] | None = None, layout: Layout
         layout = draw(st.sampled_from(fit))
     if shape is None:
         sizes = st.lists(st.integers(1, 12), min_size=RANKS[layout][0], max_size=RANKS[layout][1])
-        shape = tuple(draw(sizes.filter(lambda found: torch.Size(found).numel() <= 800)))
+        shape = tuple(draw(sizes.filter(lambda sizes_drawn: torch.Size(sizes_drawn).numel() <= 800)))
     every = WeightSlice("map.weight", shape, layout)
     return every.at(draw(st.none() | runs(every.total)))
 

@@ -19,6 +19,9 @@ from graftc.specs.registry import method_specs
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import FAMILIES, tiny
+from tests.kit.comparing import relative_difference
+from tests.kit.models import adapted, fresh, with_tensors
+from tests.kit.training import adamw
 
 SLOTS = ("de", "fr", "it", "es")
 IDS = torch.tensor([0, 3, 2, 1, 1, 0, 3, 2])
@@ -39,14 +42,6 @@ WITHOUT_WORDS = {("vit", "prompt"), ("vit", "pre_layer")}
 TOLERANCE = 1e-6
 
 
-def apart(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Return the largest difference relative to the largest number, or to 1.
-
-    The rounding of products depends on the processor.
-    """
-    return largest_difference(found, expected) / max(1.0, *(float(t.abs().max()) for t in expected))
-
-
 def spec_of(method: str, slots: tuple[str, ...] = SLOTS, **bank: Any) -> dict[str, Any]:
     """Return the spec of a bank of a method's adaptations."""
     adapt = [{"method": method, "name": name, **METHODS[method]} for name in slots]
@@ -55,17 +50,12 @@ def spec_of(method: str, slots: tuple[str, ...] = SLOTS, **bank: Any) -> dict[st
 
 def banked(family: str, method: str = "lora", **bank: Any) -> Compiled:
     """Compile a bank on a family's model, perturbed, in eval mode."""
-    compiled = graftc.compile(spec_of(method, **bank), tiny(family)).eval()
-    perturb(compiled, 0.05)
-    return compiled
+    return adapted(family, **spec_of(method, **bank))
 
 
 def alone(family: str, method: str, slot: str, tensors: Mapping[str, Tensor]) -> Compiled:
     """Compile one adaptation without a bank, with the tensors that it has in the bank."""
-    compiled = graftc.compile({"adapt": spec_of(method, (slot,))["adapt"]}, tiny(family)).eval()
-    own = compiled.adapter_state_dict()
-    compiled.load_adapter_state_dict({name: tensors[name] for name in own})
-    return compiled
+    return with_tensors(fresh(family, *spec_of(method, (slot,))["adapt"]), tensors)
 
 
 def test_every_method_that_claims_a_bank_is_here() -> None:
@@ -97,12 +87,12 @@ def test_a_mixed_batch_is_every_adapter_on_its_rows(family: str, method: str) ->
         own = outputs_of(one, inputs)
         mask = number == IDS
         for expected, actual in zip(rows(own, mask), rows(mixed, mask), strict=True):
-            assert apart([actual], [expected]) <= TOLERANCE
+            assert relative_difference([actual], [expected]) <= TOLERANCE
         assert all(
             largest_difference([a], [b]) > 1e-3 for a, b in zip(rows(own, ~mask), rows(mixed, ~mask), strict=True)
         )
         compiled.activate(slot)
-        assert apart(outputs_of(compiled, inputs), own) <= TOLERANCE
+        assert relative_difference(outputs_of(compiled, inputs), own) <= TOLERANCE
 
 
 @pytest.mark.full
@@ -113,7 +103,7 @@ def test_weights(method: str) -> None:
     inputs = inputs_for(compiled, (8, 6))
     one_hot = torch.nn.functional.one_hot(IDS, len(SLOTS)).float()
     ids = outputs_of(compiled, {**inputs, "adapter_ids": IDS})
-    assert apart(outputs_of(compiled, {**inputs, "adapter_weights": one_hot}), ids) <= TOLERANCE
+    assert relative_difference(outputs_of(compiled, {**inputs, "adapter_weights": one_hot}), ids) <= TOLERANCE
     factors = {"de": 0.25, "it": 0.75}
     weights = torch.zeros(8, 4)
     weights[:, 0], weights[:, 2] = 0.25, 0.75
@@ -122,7 +112,7 @@ def test_weights(method: str) -> None:
     fixed = outputs_of(compiled.fix(factors).eval(), inputs)
     others = torch.arange(8) != 3
     assert largest_difference(rows(mixed, others), rows(fixed, others)) <= 1e-5
-    assert apart(rows(mixed, ~others), rows(ids, ~others)) <= TOLERANCE
+    assert relative_difference(rows(mixed, ~others), rows(ids, ~others)) <= TOLERANCE
 
 
 @pytest.mark.full
@@ -145,7 +135,7 @@ def test_in_onnx_runtime(family: str, tmp_path: Path) -> None:
     mixed = run(IDS)
     for number in range(len(SLOTS)):
         own, mask = run(torch.full((8,), number)), number == IDS
-        assert apart(rows(mixed, mask), rows(own, mask)) <= TOLERANCE
+        assert relative_difference(rows(mixed, mask), rows(own, mask)) <= TOLERANCE
         assert largest_difference(rows(mixed, ~mask), rows(own, ~mask)) > 1e-3
 
 
@@ -169,7 +159,7 @@ def test_other_ids_compile_nothing(family: str) -> None:
             active = run(**inputs)
         last = compiled(**inputs, adapter_ids=torch.full((8,), 3))
     assert largest_difference([first[0]], [second[0]]) > 1e-3
-    assert apart([active[0]], [last[0]]) <= TOLERANCE
+    assert relative_difference([active[0]], [last[0]]) <= TOLERANCE
 
 
 @pytest.mark.full
@@ -180,7 +170,7 @@ def test_training_one_leaves_the_others_to_the_bit(method: str) -> None:
     inputs = inputs_for(compiled, (4, 6))
     before = {slot: outputs_of(compiled, {**inputs, "adapter_ids": [slot]}) for slot in SLOTS}
     compiled.train_only("fr")
-    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
+    optimiser = adamw(compiled, lr=1e-2, weight_decay=0.5)
     compiled.train()
     for _ in range(3):
         optimiser.zero_grad()
@@ -220,7 +210,7 @@ def test_one_for_good_folds(method: str) -> None:
     inputs = inputs_for(compiled, (5, 6))
     expected = outputs_of(compiled, {**inputs, "adapter_ids": ["it"]})
     fixed = compiled.fix("it").eval()
-    assert apart(outputs_of(fixed, inputs), expected) <= TOLERANCE
+    assert relative_difference(outputs_of(fixed, inputs), expected) <= TOLERANCE
     assert not fixed.compilation.controls and fixed.compilation.spec.compose == ()
     assert {n.split(".graftc.")[1].split(".")[0] for n in fixed.adapter_state_dict()} == {"it"}
     merged = fixed.merge()
@@ -243,7 +233,7 @@ def test_shared_parts() -> None:
     inputs = inputs_for(compiled, (4, 6))
     before = outputs_of(compiled, {**inputs, "adapter_ids": ["fr"]})
     fixed = outputs_of(compiled.fix("fr").eval(), inputs)
-    assert apart(fixed, before) <= TOLERANCE
+    assert relative_difference(fixed, before) <= TOLERANCE
 
 
 @pytest.mark.full
@@ -254,7 +244,7 @@ def test_a_part_that_all_share_is_read_by_every_row(method: str) -> None:
     compiled = banked("bert", method, share=share)
     inputs = inputs_for(compiled, (8, 6))
     mixed = outputs_of(compiled, {**inputs, "adapter_ids": IDS})
-    assert apart(mixed, outputs_of(compiled, inputs)) <= TOLERANCE
+    assert relative_difference(mixed, outputs_of(compiled, inputs)) <= TOLERANCE
     with compiled.disabled():
         assert largest_difference(mixed, outputs_of(compiled, inputs)) > 1e-3
 
@@ -320,9 +310,9 @@ def test_two_banks_and_an_adaptation_between() -> None:
     for row, (language, task) in enumerate((("a", "x"), ("a", "y"), ("b", "x"), ("b", "y"))):
         compiled.activate(language, "bank")
         compiled.activate(task, "bank_2")
-        assert apart([outputs_of(compiled, inputs)[0][row]], [both[0][row]]) <= TOLERANCE
+        assert relative_difference([outputs_of(compiled, inputs)[0][row]], [both[0][row]]) <= TOLERANCE
     fixed = compiled.fix("b", "bank").fix("x").eval()
-    assert apart([outputs_of(fixed, inputs)[0][2]], [both[0][2]]) <= TOLERANCE
+    assert relative_difference([outputs_of(fixed, inputs)[0][2]], [both[0][2]]) <= TOLERANCE
 
 
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
@@ -388,7 +378,7 @@ def test_every_row_through_every_adapter() -> None:
     tensors = compiled.adapter_state_dict()
     for number, slot in enumerate(SLOTS[:3]):
         own = outputs_of(alone("bert", "pfeiffer", slot, tensors), inputs)
-        assert apart([actual[0][2 * number : 2 * number + 2]], own) <= TOLERANCE
+        assert relative_difference([actual[0][2 * number : 2 * number + 2]], own) <= TOLERANCE
 
 
 @pytest.mark.slow
@@ -411,5 +401,5 @@ def test_sequence_first_models_choose_too() -> None:
     perturb(compiled, 0.05)
     mixed = compiled(x, adapter_ids=[0, 1, 1, 0])
     compiled.activate("b")
-    assert apart([compiled(x)[1:3]], [mixed[1:3]]) <= TOLERANCE
+    assert relative_difference([compiled(x)[1:3]], [mixed[1:3]]) <= TOLERANCE
     assert largest_difference([compiled(x)[:1]], [mixed[:1]]) > 1e-3

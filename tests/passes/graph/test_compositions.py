@@ -18,6 +18,9 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import FAMILIES, tiny
+from tests.kit.comparing import floats, trainable
+from tests.kit.models import adapted, fresh, with_tensors
+from tests.kit.training import adamw
 
 LORA = {"method": "lora", "rank": 3, "target": {"role": "attn.{q,v}"}}
 PFEIFFER = {"method": "pfeiffer", "reduction": 4}
@@ -36,18 +39,12 @@ KINDS: Mapping[str, dict[str, Any]] = {
 
 def composed(family: str, base: Mapping[str, Any], compose: Any, names: str = "ab") -> Compiled:
     """Compile adaptations that are alike, composed, perturbed, in eval mode."""
-    spec = {"adapt": [{**base, "name": name} for name in names], "compose": compose}
-    compiled = graftc.compile(spec, tiny(family)).eval()
-    perturb(compiled, 0.05)
-    return compiled
+    return adapted(family, *({**base, "name": name} for name in names), compose=compose)
 
 
 def alone(compiled: Compiled, family: str, base: Mapping[str, Any], name: str) -> Compiled:
     """Compile one of the adaptations with the same tensors, without the composition."""
-    own = graftc.compile({"adapt": [{**base, "name": name}]}, tiny(family)).eval()
-    tensors = compiled.adapter_state_dict()
-    own.load_adapter_state_dict({fqn: tensors[fqn] for fqn in own.adapter_state_dict()})
-    return own
+    return with_tensors(fresh(family, {**base, "name": name}), compiled.adapter_state_dict())
 
 
 @pytest.mark.full
@@ -67,7 +64,7 @@ def test_every_kind_on_every_family(family: str, base: str, kind: str) -> None:
     assert largest_difference(outputs_of(compiled, inputs), plain) > 1e-3
     compiled.train()
     torch.stack([t.float().square().sum() for t in _floats(compiled(**inputs))]).sum().backward()
-    trained = {name: p for name, p in compiled.named_parameters() if p.requires_grad}
+    trained = trainable(compiled)
     assert trained
     # A later span of the last layer reaches no output if the output is read from the first token.
     last = {name for name in trained if kind == "split" and ".graftc.b." in name and ".1." in name}
@@ -76,9 +73,8 @@ def test_every_kind_on_every_family(family: str, base: str, kind: str) -> None:
 
 
 def _floats(outputs: Any) -> list[Tensor]:
-    from graftc.testing.compare import flat
 
-    return [t for t in flat(outputs) if t.is_floating_point()]
+    return floats(outputs)
 
 
 @pytest.mark.full
@@ -161,7 +157,7 @@ def test_fusion_trains_itself_alone() -> None:
 
 def _step(compiled: Compiled) -> None:
     compiled.train()
-    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2)
+    optimiser = adamw(compiled, lr=1e-2)
     inputs = inputs_for(compiled)
     compiled(**inputs)[0].square().sum().backward()
     optimiser.step()

@@ -8,27 +8,20 @@ from typing import Any
 import pytest
 
 import graftc
-from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import largest_difference, outputs_of, perturb
+from graftc.testing import largest_difference, outputs_of
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
 
 LORA = {"method": "lora", "rank": 3, "target": {"role": "attn.{q,v}"}}
 PFEIFFER = {"method": "pfeiffer", "reduction": 4}
 
 
-def compiled(compose: Any, *entries: dict[str, Any]) -> Compiled:
-    """Compile composed adaptations on a tiny BERT, perturbed, in eval mode."""
-    model = graftc.compile({"adapt": list(entries), "compose": compose}, tiny("bert")).eval()
-    perturb(model, 0.05)
-    return model
-
-
 @pytest.mark.full
 def test_a_whole_bank_combines() -> None:
     """Its adaptations concatenated are one LoRA, whose update is the sum; the bank is gone."""
-    model = compiled({"bank": ["a", "b"]}, *({**LORA, "name": n} for n in "ab"))
+    model = adapted("bert", *({**LORA, "name": n} for n in "ab"), compose={"bank": ["a", "b"]})
     combined = model.combine(["a", "b"], [0.4, 0.6], kind="concatenation").compiled.eval()
     assert combined.compilation.spec.compose == ()
     apart = graftc.compile({"adapt": [{**LORA, "name": n} for n in "ab"]}, tiny("bert")).eval()
@@ -43,7 +36,7 @@ def test_a_whole_bank_combines() -> None:
 @pytest.mark.parametrize("compose", [{"bank": ["a", "b", "c"]}, {"gate": ["a", "b"]}, {"average": ["a", "b"]}])
 def test_a_part_of_a_composition_does_not(compose: dict[str, Any]) -> None:
     """It raises GC029, because the rest of the composition would stay."""
-    model = compiled(compose, *({**LORA, "name": n} for n in "abc"))
+    model = adapted("bert", *({**LORA, "name": n} for n in "abc"), compose=compose)
     with pytest.raises(GraftError, match="part of the composition") as caught:
         model.combine(["a", "b"])
     assert caught.value.code == "GC029"
@@ -53,7 +46,7 @@ def test_a_part_of_a_composition_does_not(compose: dict[str, Any]) -> None:
 def test_what_is_left_of_a_stack_keeps_its_order() -> None:
     """LoRA folds out of it; the two adapters stay in the order of the stack, not of the document."""
     entries = ({**PFEIFFER, "name": "first"}, {**LORA, "name": "low"}, {**PFEIFFER, "name": "second"})
-    model = compiled({"stack": ["low", "second", "first"]}, *entries)
+    model = adapted("bert", *entries, compose={"stack": ["low", "second", "first"]})
     partial = model.merge_partially()
     assert partial.folded == ("low",)
     assert [unit.name for unit in partial.compiled.compilation.units] == ["second", "first"]
@@ -64,7 +57,9 @@ def test_what_is_left_of_a_stack_keeps_its_order() -> None:
 @pytest.mark.full
 def test_a_bank_stays_beside_what_folds(tmp_path: Path) -> None:
     """It still chooses, also after it has been saved with its base."""
-    source = compiled({"bank": ["x", "y"]}, {**LORA, "name": "low"}, *({**PFEIFFER, "name": n} for n in ("x", "y")))
+    source = adapted(
+        "bert", {**LORA, "name": "low"}, *({**PFEIFFER, "name": n} for n in ("x", "y")), compose={"bank": ["x", "y"]}
+    )
     source.activate("y")
     partial = source.merge_partially()
     assert partial.folded == ("low",) and {"bank", "x", "y"} <= set(partial.kept)
@@ -81,7 +76,7 @@ def test_a_bank_stays_beside_what_folds(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_tensor_says_which_step_inserted_it() -> None:
     """The history has one step for a composition, and the tensors of its members refer to it."""
-    model = compiled({"bank": ["a", "b"], "name": "languages"}, *({**LORA, "name": n} for n in "ab"))
+    model = adapted("bert", *({**LORA, "name": n} for n in "ab"), compose={"bank": ["a", "b"], "name": "languages"})
     steps = [entry.step for entry in model.program("eval").history]
     name = next(n for n in model.adapter_state_dict() if n.endswith(".graftc.a.A"))
     assert "insert(languages)" in steps

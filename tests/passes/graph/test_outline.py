@@ -9,8 +9,9 @@ from torch import Tensor, nn
 import graftc
 from graftc.passes.graph.outline import outline
 from graftc.testing import largest_difference
-from graftc.testing.compare import flat, inputs_for
+from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.comparing import floats
 
 
 @pytest.mark.slow
@@ -48,7 +49,7 @@ def test_random_numbers_are_drawn_in_the_order_of_the_source(off: list[str]) -> 
     for own in (model.train(), compiled):
         torch.manual_seed(3)
         with torch.no_grad():
-            outputs.append([leaf for leaf in flat(own(**inputs)) if leaf.is_floating_point()])
+            outputs.append(floats(own(**inputs)))
     assert largest_difference(*outputs) <= 1e-5
 
 
@@ -100,10 +101,10 @@ class Twice(nn.Module):
         return result
 
 
-@pytest.mark.parametrize(("made", "target"), [(Gathering, "head"), (Twice, "layers.*")])
-def test_writes_between_layers(made: type[nn.Module], target: str) -> None:
+@pytest.mark.parametrize(("kind", "target"), [(Gathering, "head"), (Twice, "layers.*")])
+def test_writes_between_layers(kind: type[nn.Module], target: str) -> None:
     torch.manual_seed(0)
-    model, x = made().eval(), torch.randn(2, 8)
+    model, x = kind().eval(), torch.randn(2, 8)
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": target}}]}
     compiled = graftc.compile(spec, model, {"x": x})
     with torch.no_grad():

@@ -24,18 +24,18 @@ ACTIVATIONS: Mapping[str, Function] = {
 }
 
 
-def adapter(held: Tensors, prefix: str, activation: str, scale: float = 1.0) -> Function:
+def adapter(tensors: Tensors, prefix: str, activation: str, scale: float = 1.0) -> Function:
     """Return ``x -> s (U f(D n(x) + b) + c)``, where the norm ``n`` applies only if its tensors exist.
 
     Args:
-        held: tensors by name.
+        tensors: tensors by name.
         prefix: the prefix of the names of the adapter's tensors.
         activation: a key of `ACTIVATIONS`.
         scale: the scale to use if no tensor holds one.
     """
 
     def run(x: Tensor) -> Tensor:
-        part = {n.removeprefix(prefix): t.to(x) for n, t in held.items() if n.startswith(prefix)}
+        part = {n.removeprefix(prefix): t.to(x) for n, t in tensors.items() if n.startswith(prefix)}
         if "norm_weight" in part:
             x = F.layer_norm(x, x.shape[-1:], part["norm_weight"], part["norm_bias"], 1e-5)
         hidden = ACTIVATIONS[activation](F.linear(x, part["down"], part.get("down_bias")))
@@ -174,19 +174,21 @@ PRE: Mapping[str, Hooks] = {
 LAYERS = {"bert": "bert.encoder.layer", "gpt2": "transformer.h", "llama": "model.layers"}
 
 
-def hook(model: nn.Module, family: str, wiring: str, held: Tensors, name: str, activation: str, scale: float) -> None:
+def hook(
+    model: nn.Module, family: str, wiring: str, tensors: Tensors, name: str, activation: str, scale: float
+) -> None:
     """Add hooks to a plain model, so that it computes the same function as an adaptation.
 
     Args:
         model: a model of ``family``.
         family: a key of `LAYERS`.
         wiring: a key of `POST` or `PRE`.
-        held: the adapters' tensors.
+        tensors: the adapters' tensors.
         name: the name of the adaptation.
         activation, scale: the values in its spec.
     """
     hooks = (POST if family == "bert" else PRE)[wiring]
     for index, layer in enumerate(model.get_submodule(LAYERS[family])):  # type: ignore[arg-type]
         prefix = f"{LAYERS[family]}.{index}.graftc.{name}."
-        both = [adapter(held, f"{prefix}{part}.", activation, scale) for part in ("attn", "ffn")]
+        both = [adapter(tensors, f"{prefix}{part}.", activation, scale) for part in ("attn", "ffn")]
         hooks(layer, *both)

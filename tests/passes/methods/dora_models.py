@@ -10,25 +10,15 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
-from graftc.testing.compare import flat
+from tests.kit.comparing import floats
 
 ROLES = ["attn.q", "attn.v", "ffn.down"]
+DORA = {"method": "dora", "target": {"role": ROLES}, "rank": 4, "alpha": 6}
 
 
 def roles_of(family: str) -> list[str]:
     """Return the roles to adapt; all of Mixtral's feed-forward layers are experts."""
     return ["attn.q", "attn.v", "experts"] if family == "mixtral" else ROLES
-
-
-def adapted(model: nn.Module, role: Any = ROLES, **fields: Any) -> Any:
-    """``model`` with DoRA of rank 4 on ``role``, in eval mode."""
-    entry = {"method": "dora", "target": {"role": role}, "rank": 4, "alpha": 6, **fields}
-    return graftc.compile({"adapt": [entry]}, model).eval()
-
-
-def trainable(compiled: Any) -> dict[str, Tensor]:
-    """The trainable tensors by name."""
-    return {name: tensor for name, tensor in compiled.named_parameters() if tensor.requires_grad}
 
 
 def exact(compiled: Any, name: str) -> Tensor:
@@ -59,7 +49,7 @@ def reference(
             rows = written_out(site.own.operand(stored), own, spec.scaling, spec.norm_gradient == "detached")
             weights[name] = site.own.put_operand(stored, rows)
     outputs = torch.func.functional_call(model, weights, kwargs=dict(inputs))
-    return [leaf for leaf in flat(outputs) if leaf.is_floating_point()]
+    return floats(outputs)
 
 
 def losses(leaves: list[Tensor]) -> Tensor:

@@ -11,18 +11,22 @@ from torch import Tensor
 import graftc
 from graftc.passes.methods.bases.drop_and_grow import Entries, Reselection
 from graftc.testing.compare import inputs_for
-from graftc.testing.families import tiny
 
 ROLES = ["attn.q", "ffn.down"]
-QUICK = {"interval": 4, "accumulation_steps": 2, "total_steps": 40}
+SPIEL: dict[str, Any] = {
+    "method": "spiel",
+    "variant": "AG",
+    "target": {"role": ROLES},
+    "interval": 4,
+    "accumulation_steps": 2,
+    "total_steps": 40,
+}
 
 
-def adapted(variant: str = "AG", family: str = "llama", dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    """A tiny model with SpIEL, in which some entries train."""
-    entry: dict[str, Any] = {"method": "spiel", "variant": variant, "target": {"role": ROLES}, **QUICK, **fields}
-    if not {"density", "entries", "equivalent_rank"} & entry.keys():
-        entry["density"] = 0.05
-    return graftc.compile({"adapt": [entry]}, tiny(family, dtype=dtype))
+def spiel(**fields: Any) -> dict[str, Any]:
+    """Return an adaptation in which some entries train, a twentieth unless a field says how many."""
+    share = {} if {"density", "entries", "equivalent_rank"} & fields.keys() else {"density": 0.05}
+    return {**SPIEL, **share, **fields}
 
 
 def optimiser_for(compiled: Any, lr: float = 1e-2, **settings: Any) -> Any:

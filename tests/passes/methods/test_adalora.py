@@ -15,15 +15,11 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import fresh
+from tests.kit.specs import varied
 
-ROLES = ["attn.q", "ffn.down"]
+ADALORA = {"method": "adalora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 6, "target_rank": 2}
 QUERY = "bert.encoder.layer.0.attention.self.query"
-
-
-def adapted(rank: int = 6, target_rank: int = 2, family: str = "bert", role: Any = ROLES, **fields: Any) -> Any:
-    """A tiny model with AdaLoRA."""
-    entry = {"method": "adalora", "target": {"role": role}, "rank": rank, "target_rank": target_rank, **fields}
-    return graftc.compile({"adapt": [entry]}, tiny(family))
 
 
 def budget_of(compiled: Any) -> RankBudget:
@@ -72,7 +68,7 @@ def train(compiled: Any, steps: int, total: int | None = None, first: int = 1) -
 def test_nonzeros_after_the_final_phase_equal_the_budget() -> None:
     """The budget is met exactly with and without a final phase, even if no interval ends on it."""
     for fields in ({}, {"final_steps": 3}, {"interval": 3, "warmup_steps": 2, "final_steps": 2}, {"interval": 50}):
-        compiled = adapted(**fields)
+        compiled = fresh("bert", varied(ADALORA, **fields))
         train(compiled, 11, total=11)
         assert nonzero(compiled) == budget_of(compiled).target == 4 * 2
         pattern = compiled.rank_pattern("adalora")
@@ -84,7 +80,7 @@ def test_nonzeros_after_the_final_phase_equal_the_budget() -> None:
 @pytest.mark.full
 def test_the_effective_count_is_that_of_the_triplets_left() -> None:
     """The number of parameters to ship is `sum r_k (in + out + 1)` over the pattern."""
-    compiled = adapted()
+    compiled = fresh("bert", ADALORA)
     train(compiled, 6, total=6)
     pattern = compiled.rank_pattern("adalora")
     sizes = {key: 48 + (80 if "output" in key else 48) + 1 for key in pattern}
@@ -101,7 +97,7 @@ def test_the_effective_count_is_that_of_the_triplets_left() -> None:
 @pytest.mark.slow
 def test_budget_is_monotone_and_cubic() -> None:
     """The budget falls from all triplets to the target along the floored values of the formula and never rises."""
-    budget = budget_of(adapted(warmup_steps=3, final_steps=4))
+    budget = budget_of(fresh("bert", varied(ADALORA, warmup_steps=3, final_steps=4)))
     budget.begin(20)
     values = [budget.budget(number) for number in range(1, 21)]
     assert values == sorted(values, reverse=True)
@@ -112,7 +108,7 @@ def test_budget_is_monotone_and_cubic() -> None:
 @pytest.mark.full
 def test_masking_follows_the_budget_in_every_step() -> None:
     """With an interval of 1, each step that prunes leaves exactly the budget."""
-    compiled = adapted(warmup_steps=1, final_steps=2)
+    compiled = fresh("bert", varied(ADALORA, warmup_steps=1, final_steps=2))
     left = train(compiled, 10, total=10)
     assert left == [budget_of(compiled).budget(number) for number in range(1, 11)]
 
@@ -120,7 +116,7 @@ def test_masking_follows_the_budget_in_every_step() -> None:
 @pytest.mark.full
 def test_selects_exactly_k_also_among_equals() -> None:
     """Exactly k triplets are kept even if all importances are equal, where a threshold would prune all of them."""
-    compiled = adapted()
+    compiled = fresh("bert", ADALORA)
     perturb(compiled)
     budget = budget_of(compiled)
     for count in (24, 23, 8, 1):
@@ -131,7 +127,7 @@ def test_selects_exactly_k_also_among_equals() -> None:
 @pytest.mark.full
 def test_the_least_important_go() -> None:
     """Selection is global: a site may lose all its triplets."""
-    compiled = adapted()
+    compiled = fresh("bert", ADALORA)
     budget = budget_of(compiled)
     with torch.no_grad():
         for index, place in enumerate(budget.places):
@@ -145,7 +141,7 @@ def test_the_least_important_go() -> None:
 @pytest.mark.full
 def test_importance_is_that_of_the_paper() -> None:
     """The importance at one site equals two steps of both moving averages, computed by hand."""
-    compiled = adapted(beta1=0.8, beta2=0.6)
+    compiled = fresh("bert", varied(ADALORA, beta1=0.8, beta2=0.6))
     perturb(compiled)
     budget = budget_of(compiled)
     place = budget.places[1]
@@ -170,7 +166,7 @@ def test_importance_is_that_of_the_paper() -> None:
 @pytest.mark.full
 def test_the_final_phase_keeps_its_set() -> None:
     """The same triplets are kept after each final step, although their elements and gradients change."""
-    compiled = adapted(final_steps=4)
+    compiled = fresh("bert", varied(ADALORA, final_steps=4))
     train(compiled, 7, total=12)
     importance = [budget_of(compiled).importance(place) for place in budget_of(compiled).places]
     train(compiled, 1, first=8)
@@ -188,7 +184,7 @@ def test_the_final_phase_keeps_its_set() -> None:
 @pytest.mark.full
 def test_a_pruned_triplet_may_return_before() -> None:
     """A masked E still has a gradient and moves with the next step."""
-    compiled = adapted()
+    compiled = fresh("bert", ADALORA)
     train(compiled, 3, total=100)
     budget_of(compiled)._choose(1)
     with torch.no_grad():
@@ -201,7 +197,7 @@ def test_a_pruned_triplet_may_return_before() -> None:
 @pytest.mark.full
 def test_works_when_initial_and_target_rank_are_equal() -> None:
     """With equal ranks there is nothing to prune, and the number of steps is not needed."""
-    compiled = adapted(rank=4, target_rank=4)
+    compiled = fresh("bert", varied(ADALORA, rank=4, target_rank=4))
     left = train(compiled, 4)
     assert left == [16] * 4
     assert all(int(live.sum()) == 4 for live in compiled.rank_pattern("adalora").values())
@@ -210,7 +206,7 @@ def test_works_when_initial_and_target_rank_are_equal() -> None:
 @pytest.mark.slow
 def test_pruning_a_triplet_changes_the_update_by_exactly_its_part() -> None:
     """The update `dW` loses `s E_i B_i A_i`."""
-    compiled = adapted(alpha=5)
+    compiled = fresh("bert", varied(ADALORA, alpha=5))
     state = perturb(compiled)
     a, e, b = (state[f"{QUERY}.graftc.adalora.{part}"] for part in "AEB")
     before = lazy_tensors(compiled.compilation).exact(f"{QUERY}.weight")
@@ -226,7 +222,7 @@ def test_pruning_a_triplet_changes_the_update_by_exactly_its_part() -> None:
 @pytest.mark.slow
 def test_start() -> None:
     """E starts at zero, A and B normal with standard deviation 0.02."""
-    compiled = adapted(family="llama", role="attn.q", rank=48, target_rank=1)
+    compiled = fresh("llama", varied(ADALORA, "attn.q", rank=48, target_rank=1))
     state = compiled.adapter_state_dict()
     for name, tensor in state.items():
         if name.endswith((".A", ".B")):
@@ -237,7 +233,7 @@ def test_start() -> None:
 @pytest.mark.slow
 def test_orthogonality_is_zero_if_and_only_if_orthonormal() -> None:
     """The objective is zero with a finite gradient for orthonormal factors, and positive if one of them is not."""
-    compiled = adapted()
+    compiled = fresh("bert", ADALORA)
     objective = objective_of(compiled)
     with torch.no_grad():
         for place in objective.places:
@@ -257,7 +253,7 @@ def test_orthogonality_is_zero_if_and_only_if_orthonormal() -> None:
 @pytest.mark.full
 def test_orthogonality_is_the_mean_of_norms_that_are_not_squared() -> None:
     """The objective is `weight / 2K` times the sum of `2K` Frobenius norms, with each expert counted separately."""
-    compiled = adapted(orthogonality=0.3, family="mixtral", role=["attn.q", "experts"])
+    compiled = fresh("mixtral", varied(ADALORA, ["attn.q", "experts"], orthogonality=0.3))
     state = perturb(compiled)
     norms = []
     for name, tensor in state.items():
@@ -272,7 +268,7 @@ def test_orthogonality_is_the_mean_of_norms_that_are_not_squared() -> None:
 @pytest.mark.slow
 def test_no_orthogonality_no_objective() -> None:
     """With weight 0 there is no objective, and the extra loss is zero."""
-    compiled = adapted(orthogonality=0, rank=2)
+    compiled = fresh("bert", varied(ADALORA, orthogonality=0, rank=2))
     assert not compiled.steering.objectives
     assert float(compiled.extra_loss()) == 0
 
@@ -280,7 +276,7 @@ def test_no_orthogonality_no_objective() -> None:
 @pytest.mark.full
 def test_overrides_change_the_budget() -> None:
     """Sites with other ranks contribute these to the budget."""
-    compiled = adapted(overrides=[{"role": "attn.q", "rank": 4, "target_rank": 1}])
+    compiled = fresh("bert", varied(ADALORA, overrides=[{"role": "attn.q", "rank": 4, "target_rank": 1}]))
     budget = budget_of(compiled)
     assert (budget.initial, budget.target) == (2 * 4 + 2 * 6, 2 * 1 + 2 * 2)
     train(compiled, 5, total=5)
@@ -291,9 +287,9 @@ def test_overrides_change_the_budget() -> None:
 def test_without_the_number_of_steps() -> None:
     """Without the number of steps the first step raises GC026, unless the spec contains it."""
     with pytest.raises(GraftError) as caught:
-        train(adapted(), 1)
+        train(fresh("bert", ADALORA), 1)
     assert caught.value.code == "GC026" and "compiled.begin" in (caught.value.hint or "")
-    compiled = adapted(total_steps=4)
+    compiled = fresh("bert", varied(ADALORA, total_steps=4))
     train(compiled, 4)
     assert nonzero(compiled) == 8
 
@@ -303,7 +299,7 @@ def test_phases_that_leave_no_step() -> None:
     """Phases that leave no step raise GC026 when training begins, or when compiling if the spec gives the length of
     training; a target rank over the rank raises GC002, even if only for some sites. Each error names the field.
     """
-    compiled = adapted(warmup_steps=5, final_steps=5)
+    compiled = fresh("bert", varied(ADALORA, warmup_steps=5, final_steps=5))
     with pytest.raises(GraftError) as caught:
         compiled.begin(10)
     assert caught.value.code == "GC026" and "leaves none of 10" in caught.value.message
@@ -314,7 +310,7 @@ def test_phases_that_leave_no_step() -> None:
         ({"overrides": [{"role": "attn.q", "rank": 1}]}, "GC002", "target_rank"),
     ):
         with pytest.raises(GraftError) as caught:
-            adapted(**fields)
+            fresh("bert", varied(ADALORA, **fields))
         assert caught.value.code == code
         assert caught.value.place is not None and caught.value.place.path == f"adapt[0].{path}"
 
@@ -331,7 +327,7 @@ def test_target_rank_by_default() -> None:
 @pytest.mark.slow
 def test_gradients_that_have_been_zeroed() -> None:
     """Calling `after_step` after `zero_grad` raises GC035."""
-    compiled = adapted()
+    compiled = fresh("bert", ADALORA)
     compiled.begin(5)
     compiled.extra_loss()
     with pytest.raises(GraftError) as caught:
@@ -342,5 +338,5 @@ def test_gradients_that_have_been_zeroed() -> None:
 def test_rank_over_the_layer() -> None:
     """A rank that exceeds the layer raises GC020 with the size of the site."""
     with pytest.raises(GraftError) as caught:
-        adapted(rank=49)
+        fresh("bert", varied(ADALORA, rank=49))
     assert caught.value.code == "GC020" and "48 x 48" in caught.value.message

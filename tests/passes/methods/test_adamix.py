@@ -21,24 +21,15 @@ from graftc.runtime.loading.verify import verify
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
-from graftc.testing.compare import flat, inputs_for
+from graftc.testing.compare import inputs_for
 from graftc.testing.deployment import check_onnx
-from graftc.testing.families import bert, tiny
-
-STILL: dict[str, dict[str, Any]] = {
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "gpt2": {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
-}
-"""Settings without dropout, so that the models themselves draw no random numbers."""
+from graftc.testing.families import bert
+from tests.kit.comparing import floats, gradients_of
+from tests.kit.models import fresh, still
 
 LORA: dict[str, Any] = {"method": "adamix_lora", "target": {"role": ["attn.q", "ffn.down"]}, "dropout": 0, "rank": 3}
 ADAMIX: dict[str, Any] = {"method": "adamix", "bottleneck": 5}
 ENTRIES = pytest.mark.parametrize("entry", [ADAMIX, LORA], ids=["adamix", "adamix_lora"])
-
-
-def adapted(*entries: dict[str, Any], family: str = "bert", **spec: Any) -> Any:
-    """A tiny model whose only random draws are routes."""
-    return graftc.compile({"adapt": list(entries), **spec}, tiny(family, **STILL.get(family, {})))
 
 
 def trained(compiled: Any, inputs: Any, seed: int) -> list[Tensor]:
@@ -46,7 +37,7 @@ def trained(compiled: Any, inputs: Any, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
     compiled.train()
     with torch.no_grad():
-        return [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
+        return floats(compiled(**inputs))
 
 
 def equalise(compiled: Any) -> None:
@@ -63,7 +54,7 @@ def equalise(compiled: Any) -> None:
 @pytest.mark.parametrize("share", ["up", "down", "none"])
 def test_equal_experts_are_one(entry: dict[str, Any], share: str) -> None:
     """With equal experts, all passes in train mode agree with eval mode; with different experts, passes differ."""
-    compiled = adapted({**entry, "share": share})
+    compiled = fresh(still("bert"), {**entry, "share": share})
     perturb(compiled)
     inputs = inputs_for(compiled)
     passes = [trained(compiled, inputs, seed) for seed in range(6)]
@@ -78,7 +69,7 @@ def test_equal_experts_are_one(entry: dict[str, Any], share: str) -> None:
 @ENTRIES
 def test_eval_is_the_mean_of_experts(entry: dict[str, Any]) -> None:
     """The simpler adaptation with the arithmetic mean of every tensor gives the eval outputs."""
-    compiled = adapted({**entry, "share": "none", "experts": 3})
+    compiled = fresh(still("bert"), {**entry, "share": "none", "experts": 3})
     perturb(compiled)
     simple = deployed(runner_of(compiled))
     assert simple.spec.adapt[0].method == {"adamix": "bottleneck", "adamix_lora": "lora"}[entry["method"]]
@@ -96,7 +87,7 @@ def test_experts_start_different_or_alike() -> None:
     """Adapters start normal with standard deviation 0.02, drawn independently; low-rank copies start equal and diverge
     through routing.
     """
-    state = adapted({**ADAMIX, "bottleneck": 40}).adapter_state_dict()
+    state = fresh(still("bert"), {**ADAMIX, "bottleneck": 40}).adapter_state_dict()
     for name, tensor in state.items():
         if name.endswith(".down"):
             assert tensor.shape == (4, 40, 48) and abs(float(tensor.std()) - 0.02) < 2e-3
@@ -105,7 +96,7 @@ def test_experts_start_different_or_alike() -> None:
             assert tensor.shape == (48, 40)
         if name.endswith("_bias"):
             assert not tensor.any()
-    compiled = adapted({**LORA, "share": "none"})
+    compiled = fresh(still("bert"), {**LORA, "share": "none"})
     state = compiled.adapter_state_dict()
     for name, tensor in state.items():
         assert tensor.shape[0] == 8 and all(torch.equal(tensor[0], expert) for expert in tensor), name
@@ -123,7 +114,7 @@ def test_experts_start_different_or_alike() -> None:
 @pytest.mark.slow
 def test_the_expected_product_is_the_product_of_the_means() -> None:
     """`E[B_j A_i] = mean(B) mean(A)` over all pairs, and this product is folded."""
-    compiled = adapted({**LORA, "share": "none", "experts": 3, "alpha": 5})
+    compiled = fresh(still("bert"), {**LORA, "share": "none", "experts": 3, "alpha": 5})
     perturb(compiled)
     lazy = lazy_tensors(compiled.compilation)
     for name in (n for n in lazy.names if n.endswith("weight")):
@@ -162,7 +153,7 @@ def draws(compiled: Any, passes: int) -> dict[tuple[str, str], list[int]]:
 def test_routes_are_independent(entry: dict[str, Any]) -> None:
     """Routes are uniform for each projection, and independent between projections, between sites and between passes."""
     quiet = {"consistency": {"weight": 0}, "share": "none", "experts": 3}
-    compiled = adapted({**entry, **quiet})
+    compiled = fresh(still("bert"), {**entry, **quiet})
     perturb(compiled)
     passes = 360
     routes = draws(compiled, passes)
@@ -187,11 +178,11 @@ def chi_square(counts: list[int]) -> float:
 def test_one_draw_for_each_site_and_projection() -> None:
     """Weight and bias come from one expert; shared tensors have no draw, and eval mode has none at all."""
     for share, each in (("up", 1), ("none", 2)):
-        program = adapted({**ADAMIX, "share": share}).program("train")
+        program = fresh(still("bert"), {**ADAMIX, "share": share}).program("train")
         assert sum(is_route(n) for n in program.graph.nodes) == 2 * each
         assert sum(is_pick(n) for n in program.graph.nodes) == 4 * each
     for entry in (ADAMIX, LORA):
-        program = adapted(entry).program("eval")
+        program = fresh(still("bert"), entry).program("eval")
         assert not any(is_route(n) or is_pick(n) for n in program.graph.nodes)
 
 
@@ -199,7 +190,7 @@ def test_one_draw_for_each_site_and_projection() -> None:
 @ENTRIES
 def test_checkpointing_keeps_the_draws(entry: dict[str, Any]) -> None:
     """A layer that is recomputed in the backward pass uses the same experts and dropout, so the gradients are equal."""
-    first, second = adapted(entry), adapted(entry, checkpoint="layers")
+    first, second = fresh(still("bert"), entry), fresh(still("bert"), entry, checkpoint="layers")
     perturb(first)
     second.load_adapter_state_dict(first.adapter_state_dict())
     gradients = []
@@ -207,7 +198,7 @@ def test_checkpointing_keeps_the_draws(entry: dict[str, Any]) -> None:
         compiled.train()
         torch.manual_seed(5)
         compiled(**inputs_for(compiled), labels=torch.arange(5) % 3).loss.backward()
-        gradients.append({name: p.grad for name, p in compiled.named_parameters() if p.grad is not None})
+        gradients.append(gradients_of(compiled))
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-6)
 
@@ -215,7 +206,7 @@ def test_checkpointing_keeps_the_draws(entry: dict[str, Any]) -> None:
 @pytest.mark.full
 def test_collapse_evidence_is_measured() -> None:
     """The error is the distance between the mean over all pairs and the mean adapter; no budget applies to it."""
-    compiled = adapted({**ADAMIX, "share": "none", "experts": 2, "bottleneck": 3})
+    compiled = fresh(still("bert"), {**ADAMIX, "share": "none", "experts": 2, "bottleneck": 3})
     perturb(compiled)
     certificate = compiled.merge_partially().certificate
     assert certificate.passed and not certificate.sites
@@ -246,7 +237,7 @@ def test_collapse_evidence_is_measured() -> None:
 def test_merging_partially_leaves_one_adapter(family: str, tmp_path: Path) -> None:
     """AdaMix does not fold but collapses to the plain adapter, which an artifact keeps; a LoRA beside it folds."""
     for others in ([], [{"method": "lora", "target": {"role": "attn.q"}}]):
-        compiled = adapted({**ADAMIX, "experts": 3}, *others, family=family)
+        compiled = fresh(still(family), {**ADAMIX, "experts": 3}, *others)
         perturb(compiled)
         partial = compiled.merge_partially()
         assert partial.folded == tuple(entry["method"] for entry in others) and set(partial.kept) == {"adamix"}
@@ -272,7 +263,7 @@ def test_merging_partially_leaves_one_adapter(family: str, tmp_path: Path) -> No
 def test_in_a_composition(entry: dict[str, Any], kind: str) -> None:
     """Members of a composition collapse in place, each with its own evidence."""
     members = [{**entry, "name": name} for name in ("one", "two")]
-    compiled = adapted(*members, compose={kind: ["one", "two"]})
+    compiled = fresh(still("bert"), *members, compose={kind: ["one", "two"]})
     perturb(compiled)
     partial = compiled.merge_partially()
     evidence = partial.certificate.collapses
@@ -285,7 +276,7 @@ def test_in_a_composition(entry: dict[str, Any], kind: str) -> None:
 @pytest.mark.full
 def test_merging_refuses_adapters_and_names_them() -> None:
     """Merging raises GC050, as for every bottleneck adapter."""
-    compiled = adapted(ADAMIX)
+    compiled = fresh(still("bert"), ADAMIX)
     with pytest.raises(GraftError, match="'adamix' cannot fold") as caught:
         compiled.merge()
     assert caught.value.code == "GC050"
@@ -295,10 +286,10 @@ def test_merging_refuses_adapters_and_names_them() -> None:
 @ENTRIES
 def test_an_artifact_keeps_every_expert(entry: dict[str, Any], tmp_path: Path) -> None:
     """A loaded artifact has the same tensors, outputs and training passes."""
-    compiled = adapted(entry)
+    compiled = fresh(still("bert"), entry)
     perturb(compiled)
     compiled.save(tmp_path / "artifact")
-    loaded = graftc.load(tmp_path / "artifact", tiny("bert", **STILL["bert"]))
+    loaded = graftc.load(tmp_path / "artifact", still("bert"))
     state = loaded.adapter_state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in compiled.adapter_state_dict().items())
     inputs = inputs_for(compiled)
@@ -309,7 +300,7 @@ def test_an_artifact_keeps_every_expert(entry: dict[str, Any], tmp_path: Path) -
 @pytest.mark.full
 def test_exports_hold_the_mean(tmp_path: Path) -> None:
     """ONNX and `.pt2` files contain no tensor with experts, and record their spec."""
-    compiled = adapted({**ADAMIX, "experts": 3, "share": "none"})
+    compiled = fresh(still("bert"), {**ADAMIX, "experts": 3, "share": "none"})
     perturb(compiled)
     import onnx
 
@@ -322,7 +313,7 @@ def test_exports_hold_the_mean(tmp_path: Path) -> None:
     inputs = inputs_for(compiled, (4, 9))
     program = torch.export.load(compiled.export(tmp_path / "model.pt2", "pt2"))
     assert all(tuple(t.shape) != (3, 5, 48) for t in program.state_dict.values())
-    outputs = [leaf for leaf in flat(program.module()(**inputs)) if leaf.is_floating_point()]
+    outputs = floats(program.module()(**inputs))
     assert largest_difference(outputs, outputs_of(compiled, inputs)) <= 1e-5
 
 
@@ -345,7 +336,7 @@ def test_the_deployed_count_does_not_depend_on_experts() -> None:
 def test_overrides_go_with_the_collapse() -> None:
     """A site with its own width or scale keeps it."""
     overrides = [{"modules": "**.layer.0.**", "reduction": 4, "scale": 0.5}]
-    compiled = adapted({**ADAMIX, "overrides": overrides, "init_std": 0.03})
+    compiled = fresh(still("bert"), {**ADAMIX, "overrides": overrides, "init_std": 0.03})
     perturb(compiled)
     partial = compiled.merge_partially()
     widths = [t.shape[0] for n, t in partial.compiled.adapter_state_dict().items() if n.endswith(".down")]
@@ -357,7 +348,7 @@ def test_overrides_go_with_the_collapse() -> None:
 @pytest.mark.full
 def test_the_certificate_says_it_in_json() -> None:
     """The JSON of a certificate lists adaptation, site, number of routings and error of each collapse."""
-    compiled = adapted({**ADAMIX, "experts": 3})
+    compiled = fresh(still("bert"), {**ADAMIX, "experts": 3})
     perturb(compiled)
     data = json.loads(json.dumps(compiled.merge_partially().certificate.to_json()))
     assert [entry["routings"] for entry in data["collapses"]] == [3, 3]
@@ -367,7 +358,7 @@ def test_the_certificate_says_it_in_json() -> None:
 def test_values_that_do_not_fit() -> None:
     """Values that do not fit are refused as in other methods, with GC002 and GC020."""
     with pytest.raises(GraftError, match="exceeds"):
-        adapted({**LORA, "rank": 49})
+        fresh(still("bert"), {**LORA, "rank": 49})
     for entry in ({**ADAMIX, "experts": 0}, {**ADAMIX, "share": "both"}, {**LORA, "consistency": {"weight": -1}}):
         with pytest.raises(GraftError):
             graftc.load_spec({"adapt": [entry]})
@@ -377,7 +368,7 @@ def test_values_that_do_not_fit() -> None:
 def test_exports_warn_of_nothing_new(tmp_path: Path) -> None:
     """A warning from compiling is not repeated on export."""
     with pytest.warns(GraftWarning, match="GC024"):
-        compiled = adapted({**LORA, "target": {"role": "embed"}}, family="gpt2")
+        compiled = fresh(still("gpt2"), {**LORA, "target": {"role": "embed"}})
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
         deployed(runner_of(compiled))

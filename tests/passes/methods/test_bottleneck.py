@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-import graftc
 from graftc.passes.core.build.residual import Branches
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.testing import FAMILIES, largest_difference, outputs_of, perturb, same_bits
-from graftc.testing.compare import flat, inputs_for
+from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.comparing import floats
+from tests.kit.models import fresh, still
 from tests.passes.methods.bottleneck_references import hook
 
 aten = torch.ops.aten
@@ -34,17 +35,11 @@ EACH_WIRING = [
     pytest.param(name, marks=pytest.mark.full if name in SAME_WIRING else ()) for name in [*PRESETS, "llm_adapters"]
 ]
 LLM = {"method": "llm_adapters", "target": {"role": ["attn.v", "attn.o", "ffn.down"]}}
-NO_DROPOUT: dict[str, dict[str, Any]] = {
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "t5": {"dropout_rate": 0.0},
-}
 
 
-def adapted(model: nn.Module, *entries: dict[str, Any], width: int = 5, inputs: Any = None) -> Any:
-    """``model`` in eval mode with adapters of ``width``, unless an entry sets another width."""
-    adaptations = [e if "reduction" in e or e["method"] == "lora" else {"bottleneck": width, **e} for e in entries]
-    return graftc.compile({"adapt": adaptations}, model, inputs).eval()
+def narrow(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an adaptation with adapters of width 5, unless it says how wide they are."""
+    return entry if "reduction" in entry else {"bottleneck": 5, **entry}
 
 
 def zero_up(compiled: Any) -> None:
@@ -66,7 +61,7 @@ def test_plain_hooks_compute_the_same(name: str, family: str) -> None:
     """Plain hooks with the same places, norms, biases, activation and scale agree to 1e-12 of the largest output."""
     model, plain = tiny(family, dtype=torch.float64), tiny(family, dtype=torch.float64)
     entry = PRESETS[name]
-    compiled = adapted(model, entry)
+    compiled = fresh(model, narrow(entry))
     perturb(compiled, 0.3)
     spec = compiled.spec.adapt[0]
     hook(plain, family, name, compiled.adapter_state_dict(), spec.name, spec.activation, spec.scale)
@@ -84,7 +79,7 @@ def test_wirings_are_told_apart() -> None:
     wirings = [(r, a) for r in ("stream", "branch", "sum", "output") for a in ("branch", "output")]
     values: list[Tensor] = []
     for reads, adds_to in wirings:
-        compiled = adapted(model, {"method": "bottleneck", "reads": reads, "adds_to": adds_to})
+        compiled = fresh(model, narrow({"method": "bottleneck", "reads": reads, "adds_to": adds_to}))
         values = values or list(perturb(compiled, 0.3).values())
         tensors = dict(zip(compiled.adapter_state_dict(), values, strict=True))
         compiled.load_adapter_state_dict(tensors)
@@ -107,7 +102,7 @@ def test_zero_up_is_the_base(name: str, family: str) -> None:
     else:
         entry = PRESETS.get(name, LLM)
     model = tiny(family)
-    compiled = adapted(model, entry)
+    compiled = fresh(model, narrow(entry))
     zero_up(compiled)
     inputs = inputs_for(compiled)
     assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
@@ -118,12 +113,12 @@ def test_zero_up_is_the_base(name: str, family: str) -> None:
 @pytest.mark.parametrize("name", EACH_WIRING)
 def test_zero_up_is_the_base_in_train_mode(name: str, family: str) -> None:
     """The same holds for the graph of train mode if the config has no dropout."""
-    model = tiny(family, **NO_DROPOUT[family]).train()
-    compiled = adapted(model, PRESETS.get(name, LLM)).train()
+    model = still(family, **({"dropout_rate": 0.0} if family == "t5" else {})).train()
+    compiled = fresh(model, narrow(PRESETS.get(name, LLM))).train()
     zero_up(compiled)
     inputs = inputs_for(compiled)
     with torch.no_grad():
-        actual, expected = ([t for t in flat(m(**inputs)) if t.is_floating_point()] for m in (compiled, model))
+        actual, expected = (floats(m(**inputs)) for m in (compiled, model))
     assert same_bits(actual, expected)
 
 
@@ -142,7 +137,7 @@ def test_a_residual_from_behind_the_norm_is_noticed(family: str, monkeypatch: py
     model = tiny(family)
     for add_at, same in ((right, True), (wrong, False)):
         monkeypatch.setattr(Branches, "add_at", add_at)
-        compiled = adapted(model, PRESETS["pfeiffer"])
+        compiled = fresh(model, narrow(PRESETS["pfeiffer"]))
         zero_up(compiled)
         inputs = inputs_for(compiled)
         actual, base = outputs_of(compiled, inputs), outputs_of(model, inputs)
@@ -155,7 +150,7 @@ def test_the_wrong_residual_in_plain_torch() -> None:
     """The same without any graph: hooks with ``u`` as the residual do not give the base with a zero projection, and
     differ from Pfeiffer's adapter with another.
     """
-    compiled = adapted(tiny("bert"), PRESETS["pfeiffer"])
+    compiled = fresh("bert", narrow(PRESETS["pfeiffer"]))
     perturb(compiled, 0.3)
     state, inputs = compiled.adapter_state_dict(), inputs_for(compiled)
     zeros = {n: torch.zeros_like(t) if ".up" in n else t for n, t in state.items()}
@@ -179,7 +174,7 @@ def inserted(program: Program, part: str) -> list[fx.Node]:
 @pytest.mark.slow
 def test_houlsby_adds_behind_dropout_and_before_the_residual() -> None:
     """In the train graph, adapters of both sublayers of both layers add after dropout and before the residual."""
-    compiled = adapted(tiny("bert"), PRESETS["houlsby"])
+    compiled = fresh("bert", narrow(PRESETS["houlsby"]))
     adds = inserted(compiled.program("train"), "add")
     assert len(adds) == 4
     for node in adds:
@@ -195,7 +190,7 @@ def test_houlsby_adds_behind_dropout_and_before_the_residual() -> None:
 @pytest.mark.slow
 def test_pfeiffer_runs_the_norm_twice() -> None:
     """The second norm uses the model's own scale and shift, and the stream continues from it."""
-    compiled = adapted(tiny("bert"), PRESETS["pfeiffer"])
+    compiled = fresh("bert", narrow(PRESETS["pfeiffer"]))
     again = [n for n in inserted(compiled.program("eval"), "again") if n.target is aten.layer_norm.default]
     assert [n.args[2].target for n in again] == [f"bert.encoder.layer.{i}.output.LayerNorm.weight" for i in (0, 1)]
     assert not [name for name in compiled.adapter_state_dict() if "norm" in name]
@@ -212,7 +207,7 @@ _NORM = (aten.layer_norm.default, aten.mul.Tensor, aten.add.Tensor)
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_norms_of_their_own(name: str, family: str) -> None:
     """Each layer has one norm of its own, which is applied to the layer's output before the first projection."""
-    compiled = adapted(tiny(family), PRESETS[name])
+    compiled = fresh(family, narrow(PRESETS[name]))
     parts, downs = (inserted(compiled.program("eval"), part) for part in ("norm", "down"))
     norms, scales, shifts = ([n for n in parts if n.target is t] for t in _NORM)
     assert len(norms) == 2 and [d.args[0] for d in downs] == shifts
@@ -228,7 +223,7 @@ def test_norms_of_their_own(name: str, family: str) -> None:
 def test_parallel_reads_what_no_norm_has_seen() -> None:
     """GPT-2's parallel adapter reads the input of ``ln_2``, not its output; on the attention, that of ``ln_1``."""
     for name, norm in (("he_parallel", "ln_2"), ("he_parallel of attention", "ln_1")):
-        program = adapted(tiny("gpt2"), PRESETS[name]).program("eval")
+        program = fresh("gpt2", narrow(PRESETS[name])).program("eval")
         norms = [
             n for n in program.graph.nodes if n.target is aten.layer_norm.default and f".{norm}." in n.args[2].target
         ]
@@ -239,7 +234,7 @@ def test_parallel_reads_what_no_norm_has_seen() -> None:
 @pytest.mark.slow
 def test_parallel_of_an_attention_adds_to_its_heads() -> None:
     """The added value has the width of the heads and passes through the output projection."""
-    compiled = adapted(tiny("gpt2"), PRESETS["he_parallel of attention"])
+    compiled = fresh("gpt2", narrow(PRESETS["he_parallel of attention"]))
     for node in inserted(compiled.program("eval"), "add"):
         (user,) = node.users if len(node.users) == 1 else [None]
         assert user is not None

@@ -42,20 +42,20 @@ def parts(**fields: Any) -> tuple[Parts, Any, dict[str, Tensor], Tensor]:
     return model, compiled, tensors, x
 
 
-def delta(held: dict[str, Tensor], place: str, x: Tensor) -> Tensor:
+def delta(tensors: dict[str, Tensor], place: str, x: Tensor) -> Tensor:
     """Return ``U tanh(D x)``."""
-    return torch.tanh(x @ held[f"{place}.down"].T) @ held[f"{place}.up"].T
+    return torch.tanh(x @ tensors[f"{place}.down"].T) @ tensors[f"{place}.up"].T
 
 
 # --- single maps ----------------------------------------------------------------------------------------------
 
 
-def placed(placement: str, linear: nn.Linear, held: dict[str, Tensor], place: str, x: Tensor) -> Tensor:
+def placed(placement: str, linear: nn.Linear, tensors: dict[str, Tensor], place: str, x: Tensor) -> Tensor:
     """Return the output of a map with an adapter of scale 0.5."""
     if placement == "input":
-        return linear(x + 0.5 * delta(held, place, x))
+        return linear(x + 0.5 * delta(tensors, place, x))
     z = linear(x)
-    return z + 0.5 * delta(held, place, z if placement == "output" else x)
+    return z + 0.5 * delta(tensors, place, z if placement == "output" else x)
 
 
 @pytest.mark.parametrize("placement", ["input", "output", "parallel"])

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-import graftc
 from graftc.passes.core.ir.printer import structural_hash
-from graftc.runtime.compiled import Compiled
 from graftc.testing import FAMILIES
-from graftc.testing.families import tiny
+from tests.kit.models import fresh
 
 BOTH = {"role": ["attn.sublayer", "ffn.sublayer"]}
 FEED_FORWARD = {"role": "ffn.sublayer"}
@@ -80,11 +78,6 @@ PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def compiled(entry: dict[str, Any], family: str) -> Compiled:
-    """A tiny model adapted under a fixed name, so that its tensors have the same names."""
-    return graftc.compile({"adapt": [{"name": "a", **entry}]}, tiny(family))
-
-
 @pytest.mark.slow
 @pytest.mark.sample("houlsby-t5", "he_parallel of attention-bert")
 @pytest.mark.parametrize(
@@ -94,7 +87,7 @@ def compiled(entry: dict[str, Any], family: str) -> Compiled:
 def test_a_preset_is_the_mechanism_with_its_wiring(name: str, family: str) -> None:
     """Preset and mechanism have graphs of equal structure in both modes, and tensors of equal names and values."""
     preset, knobs = PRESETS[name]
-    one, two = compiled(preset, family), compiled({"method": "bottleneck", **knobs}, family)
+    one, two = (fresh(family, {"name": "a", **entry}) for entry in (preset, {"method": "bottleneck", **knobs}))
     for mode in ("train", "eval"):
         graphs = [structural_hash(c.program(mode), c.compilation.store.canonical) for c in (one, two)]
         assert graphs[0] == graphs[1], mode

@@ -15,18 +15,12 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
 from tests.kit.wide import FAMILIES
 from tests.passes.methods.bottleneck_references import adapter, replace_output
 
 PFEIFFER = {"method": "pfeiffer", "bottleneck": 5}
 HOULSBY = {"method": "houlsby", "bottleneck": 5}
-
-
-def adapted(model: nn.Module, *entries: dict[str, Any], noise: float = 0.3, inputs: Any = None) -> Any:
-    """``model`` with these adaptations, every trainable tensor perturbed, in eval mode."""
-    compiled = graftc.compile({"adapt": list(entries)}, model, inputs).eval()
-    perturb(compiled, noise)
-    return compiled
 
 
 # --- shared layers, and several sublayers of a kind -----------------------------------------------------------
@@ -37,7 +31,7 @@ def test_a_shared_layer_has_one_adapter() -> None:
     """ALBERT's layer runs twice with one adapter, which gets gradients from both runs."""
     albert = FAMILIES["albert"]
     model, plain = albert.model(), albert.model()
-    compiled = adapted(model, {**HOULSBY, "target": {"role": "ffn.sublayer"}})
+    compiled = adapted(model, {**HOULSBY, "target": {"role": "ffn.sublayer"}}, noise=0.3)
     tensors = compiled.adapter_state_dict()
     assert len(tensors) == 4
     group = "albert.encoder.albert_layer_groups.0"
@@ -56,7 +50,7 @@ def test_a_shared_layer_has_one_adapter() -> None:
 def test_zero_up_on_a_shared_layer(method: str) -> None:
     """Both uses of an adapter give the base if the adapter is zero."""
     model = FAMILIES["albert"].model()
-    compiled = adapted(model, {"method": method, "bottleneck": 5})
+    compiled = adapted(model, {"method": method, "bottleneck": 5}, noise=0.3)
     tensors = compiled.adapter_state_dict()
     compiled.load_adapter_state_dict({n: torch.zeros_like(t) if ".up" in n else t for n, t in tensors.items()})
     inputs = inputs_for(compiled)
@@ -105,7 +99,7 @@ PLACES = [f"layers.{layer}.{part}.1" for layer in (0, 1) for part in ("first", "
 def test_two_feed_forward_parts_of_a_layer_have_their_own() -> None:
     """Each feed-forward part has its own adapter, which acts after the factor of one half."""
     model, x = Conformer().double().eval(), torch.randn(3, 6, 24, dtype=torch.float64)
-    compiled = adapted(model, {**HOULSBY, "target": {"role": "ffn.sublayer"}}, inputs={"x": x})
+    compiled = adapted(model, {**HOULSBY, "target": {"role": "ffn.sublayer"}}, noise=0.3, inputs={"x": x})
     tensors = {name: tensor.clone() for name, tensor in compiled.adapter_state_dict().items()}
     assert len(tensors) == 2 * 2 * 4
     prefixes = sorted({name.rpartition(".")[0] for name in tensors})
@@ -129,7 +123,7 @@ def test_behind_stochastic_depth_and_beside_windows() -> None:
     stream, as the error says.
     """
     model = FAMILIES["swin"].model()
-    compiled = adapted(model, HOULSBY)
+    compiled = adapted(model, HOULSBY, noise=0.3)
     inputs = inputs_for(compiled)
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(model, inputs)) > 0.01
     compiled.load_adapter_state_dict(
@@ -149,7 +143,9 @@ def test_two_on_one_branch() -> None:
     """The second adapter reads the branch as changed by the first."""
     model, plain = tiny("gpt2", dtype=torch.float64), tiny("gpt2", dtype=torch.float64)
     target = {"role": "ffn.sublayer"}
-    compiled = adapted(model, {**HOULSBY, "target": target}, {"method": "he_sequential", "bottleneck": 6, "scale": 2.0})
+    compiled = adapted(
+        model, {**HOULSBY, "target": target}, {"method": "he_sequential", "bottleneck": 6, "scale": 2.0}, noise=0.3
+    )
     tensors = compiled.adapter_state_dict()
     for index in (0, 1):
         block = plain.transformer.h[index]
@@ -169,7 +165,7 @@ def test_behind_pfeiffer(reads: str) -> None:
     """An adapter on top of Pfeiffer's reads every value of the sublayer with Pfeiffer's change in it."""
     model, plain = tiny("bert", dtype=torch.float64), tiny("bert", dtype=torch.float64)
     top = {"method": "bottleneck", "name": "top", "reads": reads, "adds_to": "output", "bottleneck": 4}
-    compiled = adapted(model, PFEIFFER, top)
+    compiled = adapted(model, PFEIFFER, top, noise=0.3)
     tensors = compiled.adapter_state_dict()
     for index in (0, 1):
         prefix = f"bert.encoder.layer.{index}.graftc"
@@ -191,7 +187,7 @@ def test_behind_pfeiffer(reads: str) -> None:
 def test_an_adapter_behind_runs_again_on_what_pfeiffer_adds() -> None:
     """AdapterL follows the layer. Pfeiffer's adapter, inserted later, reads after both and adds before both."""
     model, plain = tiny("bert", dtype=torch.float64), tiny("bert", dtype=torch.float64)
-    compiled = adapted(model, {"method": "adapter_l", "bottleneck": 4}, PFEIFFER)
+    compiled = adapted(model, {"method": "adapter_l", "bottleneck": 4}, PFEIFFER, noise=0.3)
     tensors = compiled.adapter_state_dict()
     for index in (0, 1):
         prefix = f"bert.encoder.layer.{index}.graftc"
@@ -216,7 +212,7 @@ def test_adapters_of_parallel_branches() -> None:
     """
     model, plain = tiny("gpt_neox", dtype=torch.float64), tiny("gpt_neox", dtype=torch.float64)
     target = {"role": ["attn.sublayer", "ffn.sublayer"]}
-    compiled = adapted(model, {**PFEIFFER, "target": target, "dropout": 0.1})
+    compiled = adapted(model, {**PFEIFFER, "target": target, "dropout": 0.1}, noise=0.3)
     tensors = compiled.adapter_state_dict()
     for index in (0, 1):
         layer = plain.gpt_neox.layers[index]
@@ -278,7 +274,7 @@ def test_lora_beside_an_adapter_of_the_same_map(first: str, placement: str) -> N
     model, plain = tiny("llama", dtype=torch.float64), tiny("llama", dtype=torch.float64)
     entry = {"method": "llm_adapters", "placement": placement, "bottleneck": 5}
     lora = {**LORA, "target": {"role": "ffn.down"}}
-    compiled = adapted(model, *((lora, entry) if first == "lora" else (entry, lora)))
+    compiled = adapted(model, *((lora, entry) if first == "lora" else (entry, lora)), noise=0.3)
     tensors = compiled.adapter_state_dict()
     for index in (0, 1):
         name = f"model.layers.{index}.mlp.down_proj"

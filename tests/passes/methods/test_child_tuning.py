@@ -19,9 +19,14 @@ from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import DeploymentContract, MethodContract
 from graftc.testing.compare import flat, inputs_for
 from graftc.testing.families import tiny
+from tests.kit.comparing import trainable
+from tests.kit.models import fresh
+from tests.kit.specs import varied
+from tests.kit.training import adamw
 from tests.runtime.training.test_selecting import batches, entries
 
 CHILD: dict[str, Any] = {"method": "child_tuning"}
+FULL = {"method": "full"}
 MASK = torch.ops.graftc.grad_mask.default
 QUERY = "model.layers.{}.self_attn.q_proj.graftc.child_tuning.weight"
 
@@ -54,16 +59,6 @@ class TestDeployed(DeploymentContract):
     families = ("llama",)
 
 
-def adapted(family: str = "llama", seed: int = 0, method: str = "child_tuning", **fields: Any) -> Any:
-    """A tiny model in train mode; Llama has no dropout."""
-    return graftc.compile({"adapt": [{"method": method, **fields}]}, tiny(family), seed=seed).train()
-
-
-def trained(compiled: Any) -> dict[str, Any]:
-    """The trained tensors by name."""
-    return {name: tensor for name, tensor in compiled.named_parameters() if tensor.requires_grad}
-
-
 def backward(compiled: Any, number: int = 0, run: Callable[..., Any] | None = None) -> None:
     """Run the backward pass of the batch with this number; gradients accumulate."""
     torch.manual_seed(number)
@@ -76,7 +71,7 @@ def gradients(compiled: Any, *numbers: int, run: Callable[..., Any] | None = Non
     compiled.zero_grad()
     for number in numbers or (0,):
         backward(compiled, number, run)
-    return {name.replace(".child_tuning.", ".full."): tensor.grad for name, tensor in trained(compiled).items()}
+    return {name.replace(".child_tuning.", ".full."): tensor.grad for name, tensor in trainable(compiled).items()}
 
 
 def train(compiled: Any, optimiser: torch.optim.Optimizer, steps: range, *, after: bool = True) -> None:
@@ -89,16 +84,11 @@ def train(compiled: Any, optimiser: torch.optim.Optimizer, steps: range, *, afte
         optimiser.zero_grad()
 
 
-def adamw(compiled: Any) -> torch.optim.Optimizer:
-    """AdamW with weight decay on the trained tensors."""
-    return torch.optim.AdamW(trained(compiled).values(), lr=1e-2, weight_decay=0.1)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit", "mixtral", "gpt_neox"])
 def test_every_gradient_is_masked(family: str) -> None:
     """Kept elements are those of `full`, divided by p; a tensor with several uses has one mask for their sum."""
-    child, full = adapted(family, reserve_p=0.5), adapted(family, method="full")
+    child, full = (fresh(family, entry, seed=0).train() for entry in (varied(CHILD, reserve_p=0.5), FULL))
     actual, expected = gradients(child), gradients(full)
     assert actual.keys() == expected.keys()
     kept = total = 0
@@ -112,7 +102,7 @@ def test_every_gradient_is_masked(family: str) -> None:
 @pytest.mark.full
 def test_micro_batches_share_a_mask() -> None:
     """Gradients of micro-batches add up to the masked sum to the bit, since division by one half rounds nothing."""
-    child, full = adapted(reserve_p=0.5), adapted(method="full")
+    child, full = (fresh("llama", entry, seed=0).train() for entry in (varied(CHILD, reserve_p=0.5), FULL))
     actual, expected = gradients(child, 1, 2), gradients(full, 1, 2)
     one = gradients(child, 1)
     for name, gradient in expected.items():
@@ -135,13 +125,13 @@ def agreement(a: Tensor, b: Tensor) -> float:
 @pytest.mark.full
 def test_masks_differ() -> None:
     """Masks differ between steps, tensors and seeds, but not between calls."""
-    compiled = adapted()
+    compiled = fresh("llama", CHILD, seed=0).train()
     first = mask_of(compiled, QUERY.format(0))
     assert abs(float(first.double().mean()) - 0.3) <= 5 * (0.21 / first.numel()) ** 0.5
     assert torch.equal(mask_of(compiled, QUERY.format(0)), first)
-    assert torch.equal(mask_of(adapted(), QUERY.format(0)), first)
+    assert torch.equal(mask_of(fresh("llama", CHILD, seed=0).train(), QUERY.format(0)), first)
     assert agreement(mask_of(compiled, QUERY.format(1)), first) <= 5
-    assert agreement(mask_of(adapted(seed=1), QUERY.format(0)), first) <= 5
+    assert agreement(mask_of(fresh("llama", CHILD, seed=1).train(), QUERY.format(0)), first) <= 5
     for _ in range(3):
         before = mask_of(compiled, QUERY.format(0))
         compiled.after_step()
@@ -152,7 +142,8 @@ def test_masks_differ() -> None:
 def test_the_mean_over_steps_is_the_gradient() -> None:
     """The mean is the gradient within five standard errors, for each element and for all elements together."""
     target = {"role": "attn.q", "layers": 0}
-    child, expected = adapted(target=target), gradients(adapted(method="full", target=target))
+    child = fresh("llama", varied(CHILD, target=target), seed=0).train()
+    expected = gradients(fresh("llama", varied(FULL, target=target), seed=0).train())
     name, steps = QUERY.format(0).replace(".child_tuning.", ".full."), 200
     mean = torch.zeros_like(expected[name], dtype=torch.float64)
     for _ in range(steps):
@@ -167,9 +158,9 @@ def test_the_mean_over_steps_is_the_gradient() -> None:
 @pytest.mark.full
 def test_with_all_kept_it_is_full_fine_tuning() -> None:
     """With every element kept, AdamW gives the same tensors to the bit, and nothing is inserted or counted."""
-    child, full = adapted("bert", reserve_p=1), adapted("bert", method="full")
+    child, full = (fresh("bert", entry, seed=0).train() for entry in (varied(CHILD, reserve_p=1), FULL))
     for compiled in (child, full):
-        train(compiled, adamw(compiled), range(4))
+        train(compiled, adamw(compiled, lr=1e-2, weight_decay=0.1), range(4))
     assert [n.target for n in child.program("train").graph.nodes].count(MASK) == 0
     actual, expected = child.adapter_state_dict(), full.adapter_state_dict()
     assert {name.replace(".child_tuning.", ".full.") for name in actual} == set(expected)
@@ -180,7 +171,7 @@ def test_with_all_kept_it_is_full_fine_tuning() -> None:
 @pytest.mark.full
 def test_a_checkpointed_layer_has_the_same_gradients() -> None:
     """Gradients are equal to the bit, since a recomputed layer uses the same masks again."""
-    compiled = adapted("bert")
+    compiled = fresh("bert", CHILD, seed=0).train()
     once = gradients(compiled)
     compiled.gradient_checkpointing_enable()
     again = gradients(compiled)
@@ -191,9 +182,9 @@ def test_a_checkpointed_layer_has_the_same_gradients() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_resumed_training_goes_on(seed: int) -> None:
     """Tensors and optimiser state resume training to the bit, even if the new model has another seed."""
-    uninterrupted, first, second = adapted("bert"), adapted("bert"), adapted("bert", seed=seed)
-    train(uninterrupted, adamw(uninterrupted), range(5))
-    optimiser, resumed = adamw(first), adamw(second)
+    uninterrupted, first, second = (fresh("bert", CHILD, seed=own).train() for own in (0, 0, seed))
+    train(uninterrupted, adamw(uninterrupted, lr=1e-2, weight_decay=0.1), range(5))
+    optimiser, resumed = adamw(first, lr=1e-2, weight_decay=0.1), adamw(second, lr=1e-2, weight_decay=0.1)
     train(first, optimiser, range(3))
     second.load_adapter_state_dict(first.adapter_state_dict())
     resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
@@ -207,12 +198,12 @@ def test_a_resumed_training_goes_on(seed: int) -> None:
 @pytest.mark.full
 def test_an_artifact_goes_on(tmp_path: Path) -> None:
     """Saved graphs contain the operator, and a step after loading is the step that would have followed."""
-    compiled = adapted()
-    train(compiled, adamw(compiled), range(2))
+    compiled = fresh("llama", CHILD, seed=0).train()
+    train(compiled, adamw(compiled, lr=1e-2, weight_decay=0.1), range(2))
     compiled.save(tmp_path / "kept")
     loaded = graftc.load(tmp_path / "kept", tiny("llama")).train()
     nodes = [[n.target for n in c.program("train").graph.nodes].count(MASK) for c in (compiled, loaded)]
-    assert nodes[0] == nodes[1] == len(trained(compiled))
+    assert nodes[0] == nodes[1] == len(trainable(compiled))
     actual, expected = gradients(loaded), gradients(compiled)
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
@@ -237,7 +228,7 @@ def saved(compiled: Any) -> int:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral"])
 def test_nothing_is_copied(family: str) -> None:
     """A pass saves as many bytes as with `full`, and a masked weight shares the weight's memory."""
-    child, full = adapted(family), adapted(family, method="full")
+    child, full = (fresh(family, entry, seed=0).train() for entry in (CHILD, FULL))
     for compiled in (child, full):
         torch.manual_seed(0)
         compiled(**inputs_for(compiled))
@@ -246,7 +237,7 @@ def test_nothing_is_copied(family: str) -> None:
     for node in child.program("train").graph.find_nodes(op="call_function", target=MASK):
         weight, step, seed = (child.store.get(str(source.target)) for source in node.args[:3])
         seen.append(MASK(weight, step, seed, node.args[3]).data_ptr() == weight.data_ptr())
-    assert all(seen) and len(seen) == len(trained(child))
+    assert all(seen) and len(seen) == len(trainable(child))
 
 
 @pytest.mark.full
@@ -255,7 +246,7 @@ def test_a_compiled_step(backend: str) -> None:
     """A step in one graph keeps the same elements of the same gradients, up to rounding; the next step keeps other ones
     without recompilation.
     """
-    compiled = adapted(target={"role": ["attn.q", "ffn.down"]})
+    compiled = fresh("llama", varied(CHILD, target={"role": ["attn.q", "ffn.down"]}), seed=0).train()
     one_graph: Any = torch.compile(compiled, fullgraph=True, dynamic=True, backend=backend)
     for number in range(2):
         with torch._dynamo.config.patch(error_on_recompile=number > 0):
@@ -269,7 +260,7 @@ def test_a_compiled_step(backend: str) -> None:
 @pytest.mark.full
 def test_a_step_under_autocast() -> None:
     """Gradients are float32 like the weights, and masked in the same way."""
-    compiled = adapted()
+    compiled = fresh("llama", CHILD, seed=0).train()
     plain = gradients(compiled)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = gradients(compiled)
@@ -289,15 +280,15 @@ def test_a_model_in_16_bits(dtype: str, kept: torch.dtype) -> None:
 @pytest.mark.slow
 def test_nodes_say_who_inserted_them_and_go() -> None:
     """Each trained tensor has one node at its site in train mode; eval mode and folded models have none."""
-    compiled = adapted("gpt_neox", target={"role": ["attn.q", "ffn.down"]})
+    compiled = fresh("gpt_neox", varied(CHILD, target={"role": ["attn.q", "ffn.down"]}), seed=0).train()
     nodes = compiled.program("train").graph.find_nodes(op="call_function", target=MASK)
-    assert {str(node.args[0].target) for node in nodes} == set(trained(compiled)) and len(nodes) == 8
+    assert {str(node.args[0].target) for node in nodes} == set(trainable(compiled)) and len(nodes) == 8
     for node in nodes:
         origin = provenance(node)
         assert origin is not None and (origin["adaptation"], origin["method"]) == ("child_tuning", "child_tuning")
         assert origin["site"].startswith(f"{node.meta['module']}.") and origin["part"] == "mask"
         assert str(node.args[0].target).startswith(f"{node.meta['module']}.graftc.child_tuning.")
-    train(compiled, adamw(compiled), range(1))
+    train(compiled, adamw(compiled, lr=1e-2, weight_decay=0.1), range(1))
     merged = compiled.merge()
     for program in (compiled.program("eval"), *(each.program for each in merged.shown.executables.values())):
         assert MASK not in {node.target for node in program.graph.nodes}
@@ -307,7 +298,7 @@ def test_nodes_say_who_inserted_them_and_go() -> None:
 @pytest.mark.slow
 def test_equal_layers_have_equal_code() -> None:
     """Seeds are tensors, so equal layers are compiled once."""
-    outlined = outline(adapted("bert").program("train"))
+    outlined = outline(fresh("bert", CHILD, seed=0).train().program("train"))
     first, second = (block.graph.python_code("self").src for block in outlined.blocks)
     assert first == second and "grad_mask" in first
 
@@ -315,8 +306,8 @@ def test_equal_layers_have_equal_code() -> None:
 @pytest.mark.full
 def test_forgetting_to_count_warns() -> None:
     """A warning says that every step has had the same mask, which would train one part of the network only."""
-    compiled = adapted()
-    train(compiled, adamw(compiled), range(2), after=False)
+    compiled = fresh("llama", CHILD, seed=0).train()
+    train(compiled, adamw(compiled, lr=1e-2, weight_decay=0.1), range(2), after=False)
     with pytest.warns(GraftWarning, match="after_step") as caught:
         compiled.merge()
     assert [warning.message.code for warning in caught] == ["GC025"]
@@ -327,7 +318,7 @@ def test_beside_lora_on_the_same_weight() -> None:
     """The low-rank update gets its full gradient, and both adaptations fold."""
     entries = [{**CHILD, "target": {"role": "attn.q"}}, {"method": "lora", "target": {"role": "attn.q"}, "rank": 4}]
     compiled = graftc.compile({"adapt": entries}, tiny("llama")).train()
-    train(compiled, adamw(compiled), range(2))
+    train(compiled, adamw(compiled, lr=1e-2, weight_decay=0.1), range(2))
     by_name = gradients(compiled)
     for name, gradient in by_name.items():
         assert bool((gradient == 0).any()) == (".lora." not in name), name
@@ -370,7 +361,7 @@ def test_chosen_once() -> None:
     for name, score in scores.items():
         above = set(torch.nonzero(score.flatten() > least * 1.001).flatten().tolist())
         assert above <= selected.get(name, set())
-    optimiser = torch.optim.AdamW([p for p in chosen.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
+    optimiser = adamw(chosen, lr=1e-2, weight_decay=0.5)
     chosen.train()
     for batch in examples:
         optimiser.zero_grad()
@@ -395,7 +386,7 @@ def test_all_entries_chosen_are_full_fine_tuning_of_the_layers() -> None:
     folded = []
     for compiled in every:
         compiled.train()
-        optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+        optimiser = adamw(compiled, lr=1e-3, weight_decay=0)
         for batch in batches(model, 3):
             optimiser.zero_grad()
             compiled(**batch).loss.backward()

@@ -23,12 +23,14 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.comparing import gradients_of, same_tensors, trainable
+from tests.kit.training import adamw
 
 GATES: dict[str, Any] = {"method": "diff_pruning", "initial_alpha": 2.0, "stretch": [-0.1, 1.1]}
 """Gates that without noise are neither closed nor fully open (``z = 0.957``), and with noise are seldom closed."""
 
 
-def adapted(family: str = "bert", model: nn.Module | None = None, **fields: Any) -> Compiled:
+def half_open(family: str = "bert", model: nn.Module | None = None, **fields: Any) -> Compiled:
     """A model with random differences and gates: some gates are closed, some open, most in between."""
     entry = {"method": "diff_pruning", "density": 0.02, **fields}
     compiled = graftc.compile({"adapt": [entry]}, tiny(family) if model is None else model)
@@ -79,9 +81,9 @@ def advanced(compiled: Compiled) -> Compiled:
 def test_eval_mode_is_the_formula_without_noise() -> None:
     """Outputs and gradients of all parameters equal those of the base with changed parameters, in float64."""
     model = tiny("bert").double().eval()
-    compiled = adapted(model=model).eval()
+    compiled = half_open(model=model).eval()
     inputs = inputs_for(compiled)
-    trained = {n: p for n, p in compiled.named_parameters() if p.requires_grad}
+    trained = trainable(compiled)
     leaves = {n: p.detach().clone().requires_grad_() for n, p in trained.items()}
     assert all(p.dtype == torch.float64 for p in leaves.values())
     changed = dict(model.named_parameters())
@@ -103,7 +105,7 @@ def test_eval_mode_is_the_formula_without_noise() -> None:
 @pytest.mark.slow
 def test_passes_draw_noise_of_their_own_and_eval_mode_none() -> None:
     """Noise follows torch's seed, with another seed for every tensor, even of equal size; eval mode draws none."""
-    compiled = adapted()
+    compiled = half_open()
     inputs = inputs_for(compiled)
     compiled.eval()
     assert torch.equal(compiled(**inputs).logits, compiled(**inputs).logits)
@@ -130,7 +132,7 @@ def test_a_recomputed_layer_has_the_same_noise(family: str) -> None:
         perturb(compiled, 0.1)
         torch.manual_seed(3)
         compiled(**inputs_for(compiled)).logits.pow(2).mean().backward()
-        gradients.append({n: p.grad for n, p in compiled.named_parameters() if p.grad is not None})
+        gradients.append(gradients_of(compiled))
     assert gradients[0].keys() == gradients[1].keys() and any(
         bool(g.any()) for n, g in gradients[0].items() if "alpha" in n
     )
@@ -142,7 +144,7 @@ def test_a_recomputed_layer_has_the_same_noise(family: str) -> None:
 def test_the_penalty_is_the_expected_number_of_open_gates(fields: dict[str, Any]) -> None:
     """The penalty and its gradient equal the closed form, for an asymmetric stretch."""
     stretch = (-0.3, 1.2)
-    compiled = adapted(penalty=0.01, stretch=stretch, **fields)
+    compiled = half_open(penalty=0.01, stretch=stretch, **fields)
     objective = compiled.steering.objectives["diff_pruning"]
     assert isinstance(objective, OpenGates)
     state = {n: t.double().requires_grad_() for n, t in compiled.adapter_state_dict().items()}
@@ -171,7 +173,7 @@ def test_the_penalty_is_the_expected_number_of_open_gates(fields: dict[str, Any]
 
 @pytest.mark.slow
 def test_no_penalty_no_objective() -> None:
-    assert not adapted(penalty=0).steering.objectives
+    assert not half_open(penalty=0).steering.objectives
     assert not adapted_again().steering.objectives
 
 
@@ -198,7 +200,7 @@ def test_the_largest_differences_are_left(family: str, fields: dict[str, Any]) -
     weight: the outputs are those of the base with all other differences set to zero.
     """
     model = tiny(family).eval()
-    compiled = adapted(family, model, **fields).eval()
+    compiled = half_open(family, model, **fields).eval()
     inputs = inputs_for(compiled)
     (resolved,) = compiled.compilation.main.resolved
     changes = differences(compiled, *resolved.spec.stretch)
@@ -232,7 +234,7 @@ def _with(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 @pytest.mark.slow
 def test_equals_are_taken_in_order() -> None:
     """If all differences are equal, the first ones are taken; a threshold would leave all or none."""
-    compiled = adapted(density=0.01)
+    compiled = half_open(density=0.01)
     with torch.no_grad():
         for name, tensor in compiled.adapter_state_dict().items():
             tensor.fill_(0.25 if name.endswith("_w") else 9.0)
@@ -263,8 +265,8 @@ def test_without_a_first_training_nothing_is_lost() -> None:
 def test_the_second_training_changes_what_is_left_and_nothing_else() -> None:
     """After AdamW with a weight decay of 0.5 and merging, every other entry is the base's to the bit."""
     model = tiny("bert").eval()
-    second = advanced(adapted(model=model, density=0.05)).train()
-    optimiser = torch.optim.AdamW([p for p in second.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
+    second = advanced(half_open(model=model, density=0.05)).train()
+    optimiser = adamw(second, lr=1e-2, weight_decay=0.5)
     before = {n: t.clone() for n, t in second.adapter_state_dict().items()}
     for number in range(4):
         optimiser.zero_grad()
@@ -292,7 +294,7 @@ def test_both_groups_train_in_the_first_training() -> None:
     model = tiny("bert").eval()
     entry = {"method": "diff_pruning", "penalty": 1e-2, "initial_alpha": 2.0}
     compiled = graftc.compile({"adapt": [entry]}, model).train()
-    trained = {n: p for n, p in compiled.named_parameters() if p.requires_grad}
+    trained = trainable(compiled)
     gates = [p for n, p in trained.items() if n.endswith(("_alpha", "_group"))]
     values = [p for n, p in trained.items() if not n.endswith(("_alpha", "_group"))]
     assert sum(p.numel() for p in gates) == sum(p.numel() for p in values) + len(values)
@@ -348,19 +350,19 @@ def test_a_base_of_16_bits() -> None:
 @pytest.mark.full
 def test_an_artifact_of_the_first_training(tmp_path: Any) -> None:
     """A loaded artifact gives the same outputs to the bit, and its next stage leaves the same entries."""
-    compiled = adapted().eval()
+    compiled = half_open().eval()
     compiled.save(tmp_path / "kept")
     again = graftc.load(tmp_path / "kept", tiny("bert")).eval()
     inputs = inputs_for(compiled)
     assert same_bits(outputs_of(again, inputs), outputs_of(compiled, inputs))
     first, second = advanced(compiled).adapter_state_dict(), advanced(again).adapter_state_dict()
-    assert first.keys() == second.keys() and all(torch.equal(first[n], second[n]) for n in first)
+    assert same_tensors(first, second)
 
 
 @pytest.mark.full
 def test_what_is_counted() -> None:
     """``2 N`` parameters and one for each tensor train; after either training, the budget is deployed."""
-    compiled = adapted(density=0.013)
+    compiled = half_open(density=0.013)
     changes = differences(compiled)
     total = sum(delta.numel() for delta in changes.values())
     assert total == sum(p.numel() for n, p in tiny("bert").named_parameters() if not n.startswith("classifier"))
@@ -368,7 +370,7 @@ def test_what_is_counted() -> None:
     assert (report.trainable_parameters, report.deployed_parameters) == (2 * total + len(changes), int(0.013 * total))
     second = adapted_again(density=0.013).report
     assert second.trainable_parameters == second.deployed_parameters == int(0.013 * total)
-    assert adapted(structured=False).report.trainable_parameters == 2 * total
+    assert half_open(structured=False).report.trainable_parameters == 2 * total
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,16 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import SHAPES, flat, inputs_for
 from graftc.testing.families import tiny
+from tests.kit.comparing import trainable
+from tests.kit.models import fresh
+from tests.kit.specs import varied
 from tests.passes.methods.dora_models import (
+    DORA,
     Line,
-    adapted,
     exact,
     losses,
     on_line,
     roles_of,
-    trainable,
 )
 
 
@@ -31,7 +33,7 @@ from tests.passes.methods.dora_models import (
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "llama", "mixtral"])
 def test_row_norms_of_the_folded_weight_are_the_magnitudes(family: str) -> None:
     """Every row norm is ``|m|``, for negative magnitudes as well."""
-    compiled = adapted(tiny(family), roles_of(family))
+    compiled = fresh(family, varied(DORA, roles_of(family)))
     perturb(compiled, 0.3)
     with torch.no_grad():
         for name, tensor in trainable(compiled).items():
@@ -76,7 +78,7 @@ def test_the_direction_does_not_depend_on_the_size_of_v() -> None:
 def test_identity_at_the_start_in_train_mode(dtype: torch.dtype, dropout_on: str) -> None:
     """The start is exact even with dropout, since it multiplies dropped values by zero; magnitudes are float32."""
     model = tiny("llama", dtype=dtype)
-    compiled = adapted(model, dropout=0.5, dropout_on=dropout_on)
+    compiled = fresh(model, varied(DORA, dropout=0.5, dropout_on=dropout_on))
     magnitudes = [t for n, t in trainable(compiled).items() if n.endswith(".m")]
     assert {t.dtype for t in magnitudes} == {torch.float32}
     inputs = inputs_for(compiled)
@@ -91,7 +93,7 @@ def test_identity_at_the_start_in_train_mode(dtype: torch.dtype, dropout_on: str
 def test_magnitude_only_sites() -> None:
     """Sites with ``direction: false`` have no A and B, and the fold scales their rows."""
     model = tiny("gpt2")
-    compiled = adapted(model, ["attn.v", "ffn.down"], overrides=[{"role": "attn.v", "direction": False}])
+    compiled = fresh(model, varied(DORA, ["attn.v", "ffn.down"], overrides=[{"role": "attn.v", "direction": False}]))
     shapes = {}
     for name, tensor in trainable(compiled).items():
         module, _, part = name.partition(f".{RESERVED}.dora.")
@@ -110,21 +112,21 @@ def test_magnitude_only_sites() -> None:
 
 @pytest.mark.slow
 def test_magnitudes_alone() -> None:
-    compiled = adapted(tiny("bert"), "ffn.down", direction=False)
+    compiled = fresh("bert", varied(DORA, "ffn.down", direction=False))
     assert {name.rpartition(".")[2] for name in trainable(compiled)} == {"m"}
     assert compiled.report.trainable_parameters == 2 * 48
 
 
 @pytest.mark.slow
 def test_overrides_by_site() -> None:
-    compiled = adapted(tiny("bert"), "ffn.down", overrides=[{"layers": "0", "rank": 2, "alpha": 5.0}])
+    compiled = fresh("bert", varied(DORA, "ffn.down", overrides=[{"layers": "0", "rank": 2, "alpha": 5.0}]))
     ranks = {name.split(".")[3]: t.shape[0] for name, t in trainable(compiled).items() if name.endswith(".A")}
     assert ranks == {"0": 2, "1": 4}
 
 
 def test_rank_over_the_layer() -> None:
     with pytest.raises(GraftError) as error:
-        adapted(tiny("llama"), "attn.v", rank=25)
+        fresh("llama", varied(DORA, "attn.v", rank=25))
     assert error.value.code == "GC020"
     assert "24 x 48" in error.value.message
 
@@ -132,7 +134,7 @@ def test_rank_over_the_layer() -> None:
 @pytest.mark.slow
 def test_the_weight_is_never_adapted_in_a_graph() -> None:
     """No inserted node has the size of a weight, since norms come from products of the rank's size."""
-    compiled = adapted(tiny("llama"), "ffn.down", norm_gradient="exact")
+    compiled = fresh("llama", varied(DORA, "ffn.down", norm_gradient="exact"))
     for program in (compiled.program("train"), compiled.program("eval")):
         inserted = [n for n in program.graph.nodes if n.op == "call_function" and provenance(n) is not None]
         shapes = [tuple(n.meta["val"].shape) for n in inserted]
@@ -194,7 +196,7 @@ def test_convolutions_start_fold_and_unfold(names: list[str]) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_square_layers_fold(family: str) -> None:
     """Projections from 48 to 48 features fold, stored in either orientation."""
-    compiled = adapted(tiny(family), "attn.o")
+    compiled = fresh(family, varied(DORA, "attn.o"))
     perturb(compiled, 0.2)
     inputs = inputs_for(compiled)
     assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 2e-5
@@ -204,7 +206,7 @@ def test_square_layers_fold(family: str) -> None:
 def test_merging_leaves_everything_else_as_it_was() -> None:
     model = tiny("gpt2")
     before = copy.deepcopy(model.state_dict())
-    compiled = adapted(model)
+    compiled = fresh(model, DORA)
     perturb(compiled, 0.2)
     inputs = inputs_for(compiled)
     expected = outputs_of(compiled, inputs)
@@ -242,7 +244,7 @@ class Twice(nn.Module):
 def test_saved_and_loaded(tmp_path: Path) -> None:
     """Tensors that follow from the base's weights are not saved, and are computed again on loading."""
     model = tiny("gpt2")
-    compiled = adapted(model, dropout=0.1)
+    compiled = fresh(model, varied(DORA, dropout=0.1))
     assert {name.rpartition(".")[2] for name in compiled.adapter_state_dict()} == {"A", "B", "m"}
     perturb(compiled, 0.2)
     compiled.save(tmp_path / "kept")
@@ -252,7 +254,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_pt2_holds_aten_only(tmp_path: Path) -> None:
-    compiled = adapted(tiny("llama"))
+    compiled = fresh("llama", DORA)
     perturb(compiled, 0.1)
     inputs = inputs_for(compiled)
     program = torch.export.load(compiled.export(tmp_path / "model.pt2", format="pt2"))
@@ -263,7 +265,7 @@ def test_pt2_holds_aten_only(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_shapes_that_were_not_captured() -> None:
-    compiled = adapted(tiny("llama"), norm_gradient="exact", dropout=0.2)
+    compiled = fresh("llama", varied(DORA, norm_gradient="exact", dropout=0.2))
     perturb(compiled, 0.1)
     merged = compiled.merge()
     for sizes in SHAPES:

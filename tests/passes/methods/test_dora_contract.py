@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from graftc.testing import DeploymentContract, MethodContract
+from tests.kit.specs import varied
 from tests.passes.methods.places import DENSE, ROLES
 
-
-def entry(roles: list[str] = ROLES, **fields: Any) -> dict[str, Any]:
-    """An adaptation with DoRA of rank 4."""
-    return {"method": "dora", "target": {"role": roles}, "rank": 4, **fields}
+DORA: dict[str, Any] = {"method": "dora", "target": {"role": ROLES}, "rank": 4}
 
 
 class TestDoRA(MethodContract):
@@ -18,7 +16,7 @@ class TestDoRA(MethodContract):
     every third run of them.
     """
 
-    adaptation: ClassVar[dict[str, Any]] = entry(dropout=0.1)
+    adaptation: ClassVar[dict[str, Any]] = varied(DORA, dropout=0.1)
     families = DENSE
 
 
@@ -26,7 +24,7 @@ class TestExperts(MethodContract):
     """DoRA with magnitudes and factors for each expert, and on attention."""
 
     variant = True
-    adaptation: ClassVar[dict[str, Any]] = entry(["attn.q", "attn.v", "experts"], dropout=0.1)
+    adaptation: ClassVar[dict[str, Any]] = varied(DORA, ["attn.q", "attn.v", "experts"], dropout=0.1)
     families = ("mixtral",)
 
 
@@ -34,7 +32,7 @@ class TestExact(MethodContract):
     """DoRA with gradients through the norms."""
 
     variant = True
-    adaptation: ClassVar[dict[str, Any]] = entry(norm_gradient="exact", rslora=True, init="gaussian")
+    adaptation: ClassVar[dict[str, Any]] = varied(DORA, norm_gradient="exact", rslora=True, init="gaussian")
     families = ("gpt2", "gpt_neox", "llama")
 
 
@@ -42,8 +40,8 @@ class TestBranch(MethodContract):
     """DoRA with recomputed dropout on the branch."""
 
     variant = True
-    adaptation: ClassVar[dict[str, Any]] = entry(
-        dropout=0.1, dropout_on="branch", dropout_mask="recomputed", dropout_scope="target"
+    adaptation: ClassVar[dict[str, Any]] = varied(
+        DORA, dropout=0.1, dropout_on="branch", dropout_mask="recomputed", dropout_scope="target"
     )
     families = ("bert", "llama")
 
@@ -52,14 +50,14 @@ class TestMagnitudesOnly(MethodContract):
     """DoRA in which some sites have magnitudes but no factors."""
 
     variant = True
-    adaptation: ClassVar[dict[str, Any]] = entry(overrides=[{"role": "attn.v", "direction": False}])
+    adaptation: ClassVar[dict[str, Any]] = varied(DORA, overrides=[{"role": "attn.v", "direction": False}])
     families = ("bert", "gpt2", "llama")
 
 
 class TestEverywhere(MethodContract):
     """DoRA on tables and convolutions, which are linear maps as well."""
 
-    adaptation: ClassVar[dict[str, Any]] = entry(["embed.position", "ffn.down"])
+    adaptation: ClassVar[dict[str, Any]] = varied(DORA, ["embed.position", "ffn.down"])
     families = ("bert", "gpt2")
 
 
@@ -67,7 +65,7 @@ class TestOnLoRA(MethodContract):
     """DoRA on top of a LoRA of the same places, which trains as well."""
 
     variant = True
-    adaptation: ClassVar[dict[str, Any]] = entry(dropout=0.1)
+    adaptation: ClassVar[dict[str, Any]] = varied(DORA, dropout=0.1)
     families = ("bert", "gpt2", "gpt_neox", "llama")
 
     def compiled(self, family: str, model: Any, seed: int = 0) -> Any:

@@ -10,15 +10,17 @@ import graftc
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import flat, inputs_for
 from graftc.testing.families import FAMILIES, tiny
+from tests.kit.comparing import floats, trainable
+from tests.kit.models import fresh
+from tests.kit.specs import varied
 from tests.passes.methods.dora_models import (
+    DORA,
     ROLES,
     Line,
-    adapted,
     losses,
     on_line,
     reference,
     roles_of,
-    trainable,
 )
 
 
@@ -31,13 +33,13 @@ def test_outputs_and_gradients_are_those_of_the_formula(family: str, norm_gradie
     """
     wide = family != "mixtral"
     model = tiny(family, dtype=torch.float64 if wide else torch.float32)
-    compiled = adapted(model, roles_of(family), norm_gradient=norm_gradient)
+    compiled = fresh(model, varied(DORA, roles_of(family), norm_gradient=norm_gradient))
     perturb(compiled, 0.2)
     tensors = trainable(compiled)
     inputs = inputs_for(compiled)
     copies = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
     expected = reference(compiled, model, copies, inputs)
-    actual = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
+    actual = floats(compiled(**inputs))
     assert largest_difference(actual, expected) <= (1e-10 if wide else 1e-5)
     losses(actual).backward()
     losses(expected).backward()
@@ -53,7 +55,7 @@ def test_detached_and_exact_differ_in_gradients_only() -> None:
     """The forward pass is the same; a gradient through the norm changes the gradients of A and B, but not that of m."""
     model, grads, outputs = tiny("llama"), [], []
     for kind in ("detached", "exact"):
-        compiled = adapted(model, norm_gradient=kind)
+        compiled = fresh(model, varied(DORA, norm_gradient=kind))
         perturb(compiled, 0.2)
         inputs = inputs_for(compiled)
         outputs.append(outputs_of(compiled, inputs))
@@ -90,7 +92,7 @@ def test_the_exact_gradient_is_orthogonal_to_each_row() -> None:
 def test_gradients_in_bfloat16() -> None:
     """Gradients agree with float32 on the same values to 3 % of the largest, since bfloat16 has 8 bits."""
     model = tiny("llama", dtype=torch.bfloat16)
-    compiled = adapted(model, ["attn.v", "ffn.down"])
+    compiled = fresh(model, varied(DORA, ["attn.v", "ffn.down"]))
     perturb(compiled, 0.1)
     wide = tiny("llama")
     with torch.no_grad():
@@ -193,7 +195,7 @@ def test_masks_are_shared_by_input_or_not() -> None:
     target = torch.ops.graftc.masked_dropout.default
     counts = {}
     for scope in ("input", "target"):
-        compiled = adapted(tiny("llama"), ["attn.q", "attn.k", "attn.v"], dropout=0.5, dropout_scope=scope)
+        compiled = fresh("llama", varied(DORA, ["attn.q", "attn.k", "attn.v"], dropout=0.5, dropout_scope=scope))
         counts[scope] = len(compiled.program("train").graph.find_nodes(op="call_function", target=target))
         assert not compiled.program("eval").graph.find_nodes(op="call_function", target=target)
     assert counts == {"input": 2, "target": 6}
@@ -202,7 +204,7 @@ def test_masks_are_shared_by_input_or_not() -> None:
 @pytest.mark.slow
 def test_eval_mode_has_one_product_with_the_weight() -> None:
     """The second product, with the dropped input, exists in train mode only."""
-    compiled = adapted(tiny("llama"), ["attn.q"], dropout=0.5)
+    compiled = fresh("llama", varied(DORA, ["attn.q"], dropout=0.5))
     name = "model.layers.0.self_attn.q_proj.weight"
     products = {
         mode: [u for n in compiled.program(mode).graph.find_nodes(op="get_attr") if n.target == name for u in n.users]
@@ -270,7 +272,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 def test_autocast_computes_norms_in_float32() -> None:
     """Under autocast c is computed in float32, so the start is still the base's to the bit."""
     model = tiny("llama")
-    compiled = adapted(model)
+    compiled = fresh(model, DORA)
     inputs = inputs_for(compiled)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert same_bits(flat(compiled(**inputs)), flat(model(**inputs))[:1])
@@ -287,7 +289,7 @@ def test_autocast_computes_norms_in_float32() -> None:
 @pytest.mark.parametrize(("family", "norm_gradient"), [("llama", "detached"), ("vit", "exact")])
 def test_compiled_training_steps(family: str, norm_gradient: str) -> None:
     """``torch.compile(fullgraph=True)`` gives the same gradients in train mode, without and with biases."""
-    compiled = adapted(tiny(family), norm_gradient=norm_gradient).train()
+    compiled = fresh(family, varied(DORA, norm_gradient=norm_gradient)).train()
     perturb(compiled, 0.1)
     inputs, grads = inputs_for(compiled), []
     for function in (compiled, torch.compile(compiled, fullgraph=True, dynamic=True, backend="aot_eager")):

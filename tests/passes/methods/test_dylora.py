@@ -15,24 +15,19 @@ from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import flat, inputs_for
 from graftc.testing.deployment import check_onnx
 from graftc.testing.families import tiny
+from tests.kit.comparing import floats, gradients_of, same_tensors
+from tests.kit.models import fresh, still
+from tests.kit.specs import varied
 
 ROLES = ["attn.q", "ffn.down"]
 QUERY = "bert.encoder.layer.0.attention.self.query"
-
-
-def adapted(rank: int = 6, family: str = "bert", role: Any = ROLES, spec: Any = None, **fields: Any) -> Any:
-    """A tiny model with DyLoRA."""
-    entry = {"method": "dylora", "target": {"role": role}, "rank": rank, "alpha": 5, **fields}
-    return graftc.compile({"adapt": [entry], **(spec or {})}, tiny(family, **NO_DROPOUT.get(family, {})))
-
-
-NO_DROPOUT = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
+DYLORA = {"method": "dylora", "target": {"role": ROLES}, "rank": 6, "alpha": 5}
 
 
 def truncated(compiled: Any, rank: int, family: str = "bert", role: Any = ROLES) -> Any:
     """Plain LoRA with the first ``rank`` rows and columns and the scale `alpha / rank`."""
     entry = {"method": "lora", "target": {"role": role}, "rank": rank, "alpha": 5}
-    lora = graftc.compile({"adapt": [entry]}, tiny(family, **NO_DROPOUT.get(family, {}))).eval()
+    lora = fresh(still(family), entry)
     state = compiled.adapter_state_dict()
     own = {name: state[name.replace(".lora.", ".dylora.")] for name in lora.adapter_state_dict()}
     cut = {n: t[..., :rank, :] if n.endswith(".A") else t[..., :rank] for n, t in own.items()}
@@ -45,7 +40,7 @@ def truncated(compiled: Any, rank: int, family: str = "bert", role: Any = ROLES)
 def test_at_a_rank_it_is_truncated_lora(family: str) -> None:
     """Deployed at any rank, the outputs are those of LoRA with the first rows and columns and `alpha` over it."""
     role = ["attn.q", "experts"] if family == "mixtral" else ROLES
-    compiled = adapted(family=family, role=role).eval()
+    compiled = fresh(still(family), varied(DYLORA, role))
     perturb(compiled)
     inputs = inputs_for(compiled)
     seen = []
@@ -60,7 +55,7 @@ def test_at_a_rank_it_is_truncated_lora(family: str) -> None:
 @pytest.mark.full
 def test_folds_at_the_deployed_rank() -> None:
     """The fold is certified at each rank, and is exactly `alpha / r` times the truncated product in float64."""
-    compiled = adapted().eval()
+    compiled = fresh(still("bert"), DYLORA)
     state = perturb(compiled)
     a, b = (state[f"{QUERY}.graftc.dylora.{part}"].double() for part in "AB")
     base = tiny("bert").get_parameter(f"{QUERY}.weight").detach().double()
@@ -77,7 +72,7 @@ def test_folds_at_the_deployed_rank() -> None:
 @pytest.mark.full
 def test_prefix_nesting() -> None:
     """The tensors deployed at a rank are a prefix of those at the next one, so values of later ranks have no effect."""
-    compiled = adapted().eval()
+    compiled = fresh(still("bert"), DYLORA)
     perturb(compiled)
     compiled.deploy_rank("dylora", 3)
     inputs = inputs_for(compiled)
@@ -101,7 +96,7 @@ def gradients(compiled: Any, seed: int) -> dict[str, Tensor]:
     compiled.zero_grad()
     inputs = inputs_for(compiled)
     torch.stack([leaf.square().sum() for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]).sum().backward()
-    return {name: p.grad.clone() for name, p in compiled.named_parameters() if p.grad is not None}
+    return gradients_of(compiled)
 
 
 def support(gradient: Tensor, name: str) -> list[int]:
@@ -114,7 +109,7 @@ def support(gradient: Tensor, name: str) -> list[int]:
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradient_support_and_one_draw_for_all_sites(frozen: bool) -> None:
     """If frozen, only the last row and column of the draw have gradients, otherwise all up to it, at every site."""
-    compiled = adapted(frozen=frozen)
+    compiled = fresh(still("bert"), varied(DYLORA, frozen=frozen))
     perturb(compiled)
     last = set()
     for seed in range(12):
@@ -129,7 +124,7 @@ def test_gradient_support_and_one_draw_for_all_sites(frozen: bool) -> None:
 @pytest.mark.full
 def test_frozen_changes_gradients_only() -> None:
     """The same draw gives the same outputs, and the same gradient wherever there is one."""
-    first, second = adapted(), adapted(frozen=False)
+    first, second = fresh(still("bert"), DYLORA), fresh(still("bert"), varied(DYLORA, frozen=False))
     perturb(first)
     second.load_adapter_state_dict(first.adapter_state_dict())
     one, two = gradients(first, 4), gradients(second, 4)
@@ -143,7 +138,7 @@ def test_frozen_changes_gradients_only() -> None:
 def test_plain_sgd_moves_one_row_and_adamw_others_too() -> None:
     """The gradient of other rows is zero, but momentum and weight decay move them."""
     for optimiser_class, alone in ((torch.optim.SGD, True), (torch.optim.AdamW, False)):
-        compiled = adapted()
+        compiled = fresh(still("bert"), DYLORA)
         perturb(compiled)
         optimiser = optimiser_class([p for p in compiled.parameters() if p.requires_grad], lr=1e-2)
         gradients(compiled, 1)
@@ -160,7 +155,7 @@ def test_plain_sgd_moves_one_row_and_adamw_others_too() -> None:
 @pytest.mark.full
 def test_draws_are_uniform_and_differ_between_passes() -> None:
     """Training passes give the outputs of the deployed ranks, each about equally often."""
-    compiled = adapted(rank=4)
+    compiled = fresh(still("bert"), varied(DYLORA, rank=4))
     perturb(compiled)
     inputs = inputs_for(compiled)
     at = {}
@@ -171,7 +166,7 @@ def test_draws_are_uniform_and_differ_between_passes() -> None:
     counts = dict.fromkeys(at, 0)
     with torch.no_grad():
         for _ in range(200):
-            actual = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
+            actual = floats(compiled(**inputs))
             differences = {rank: largest_difference(actual, expected) for rank, expected in at.items()}
             best = min(differences, key=differences.__getitem__)
             assert differences[best] <= 1e-5
@@ -183,19 +178,18 @@ def test_draws_are_uniform_and_differ_between_passes() -> None:
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_recomputed_layers_have_the_same_draw(family: str) -> None:
     """Gradients with and without activation checkpointing are equal to the bit."""
-    plain, checkpointed = adapted(family=family), adapted(family=family, spec={"checkpoint": "layers"})
+    plain, checkpointed = fresh(still(family), DYLORA), fresh(still(family), DYLORA, checkpoint="layers")
     perturb(plain)
     checkpointed.load_adapter_state_dict(plain.adapter_state_dict())
     for seed in range(4):
         one, two = gradients(plain, seed), gradients(checkpointed, seed)
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[name], two[name]) for name in one)
+        assert same_tensors(one, two)
 
 
 @pytest.mark.slow
 def test_one_node_draws_and_eval_has_none() -> None:
     """The train graph has one draw, outside the layers; the eval graph has neither a draw nor a stopped gradient."""
-    compiled = adapted(role=["attn.q", "attn.k", "ffn.up", "ffn.down"])
+    compiled = fresh(still("bert"), varied(DYLORA, ["attn.q", "attn.k", "ffn.up", "ffn.down"]))
     aten = torch.ops.aten
     nodes = compiled.program("train").graph.find_nodes(op="call_function", target=aten.randint_like.low_dtype)
     assert len(nodes) == 1 and nodes[0].meta["module"] == ""
@@ -207,12 +201,12 @@ def test_one_node_draws_and_eval_has_none() -> None:
 @pytest.mark.full
 def test_the_deployed_rank_is_kept(tmp_path: Any) -> None:
     """Artifacts and state dicts keep the deployed rank; training afterwards still draws from all ranks."""
-    compiled = adapted().eval()
+    compiled = fresh(still("bert"), DYLORA)
     perturb(compiled)
     compiled.deploy_rank("dylora", 2)
     assert compiled.adapter_state_dict()["graftc.dylora.deployed"].tolist() == [2]
     compiled.save(tmp_path / "artifact")
-    loaded = graftc.load(tmp_path / "artifact", tiny("bert", **NO_DROPOUT["bert"])).eval()
+    loaded = graftc.load(tmp_path / "artifact", still("bert")).eval()
     inputs = inputs_for(compiled)
     assert same_bits(outputs_of(loaded, inputs), outputs_of(compiled, inputs))
     last = {
@@ -224,7 +218,7 @@ def test_the_deployed_rank_is_kept(tmp_path: Any) -> None:
 @pytest.mark.full
 def test_exports_at_the_deployed_rank(tmp_path: Any) -> None:
     """The unfolded and the folded model export alike."""
-    compiled = adapted(family="gpt2").eval()
+    compiled = fresh(still("gpt2"), DYLORA)
     perturb(compiled)
     compiled.deploy_rank("dylora", 2)
     for number, runner in enumerate((compiled, compiled.merge())):
@@ -234,7 +228,7 @@ def test_exports_at_the_deployed_rank(tmp_path: Any) -> None:
 @pytest.mark.slow
 def test_ranks_that_cannot_be_deployed() -> None:
     """Ranks out of range and other methods raise GC055, other names GC091; nothing changes."""
-    compiled = adapted()
+    compiled = fresh(still("bert"), DYLORA)
     for rank in (0, 7, -1, 2.0, True):
         with pytest.raises(GraftError) as caught:
             compiled.deploy_rank("dylora", rank)

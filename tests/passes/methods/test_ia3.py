@@ -16,7 +16,11 @@ from graftc.testing import DeploymentContract, MethodContract, largest_differenc
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
 from tests.kit.depth import each_way
+from tests.kit.models import fresh
+from tests.kit.specs import varied
 from tests.passes.methods.places import OTHERS
+
+IA3: dict[str, Any] = {"method": "ia3"}
 
 FFN = {
     "bert": ("bert.encoder.layer.{}.output.dense", 80),
@@ -66,11 +70,6 @@ class TestDeployed(DeploymentContract):
     families = ("gpt2", "llama")
 
 
-def adapted(model: nn.Module, *entries: dict[str, Any], inputs: dict[str, Tensor] | None = None) -> Any:
-    """``model`` in eval mode with these adaptations, by default (IA)^3 with its defaults."""
-    return graftc.compile({"adapt": list(entries or ({"method": "ia3"},))}, model, inputs).eval()
-
-
 def vectors(compiled: Any) -> dict[str, Tensor]:
     """Trainable tensors by name."""
     return {name: tensor.detach() for name, tensor in compiled.named_parameters() if tensor.requires_grad}
@@ -79,7 +78,7 @@ def vectors(compiled: Any) -> dict[str, Tensor]:
 @pytest.mark.full
 def test_shapes_and_start() -> None:
     """Each place has one vector of ones, as wide as grouped keys and values or as the inner activation."""
-    tensors = vectors(adapted(tiny("llama")))
+    tensors = vectors(fresh("llama", IA3))
     sizes = {"self_attn.k_proj": 24, "self_attn.v_proj": 24, "mlp.down_proj": 80}
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {
         f"model.layers.{i}.{module}.graftc.ia3.l": (size,) for i in (0, 1) for module, size in sizes.items()
@@ -90,7 +89,7 @@ def test_shapes_and_start() -> None:
 @pytest.mark.full
 def test_every_attention_of_an_encoder_and_a_decoder() -> None:
     """Keys and values of self- and cross-attention train, and the feed-forward parts of both stacks."""
-    names = set(vectors(adapted(tiny("t5"))))
+    names = set(vectors(fresh("t5", IA3)))
     assert len(names) == 2 * 3 + 2 * 5
     assert sum("EncDecAttention" in name for name in names) == 2 * 2
 
@@ -101,7 +100,7 @@ def test_every_attention_of_an_encoder_and_a_decoder() -> None:
 def test_zero_leaves_the_bias_of_the_feed_forward(family: str) -> None:
     """With ``l_ff = 0`` a feed-forward part gives ``b2`` at every token, since its inner activation is scaled."""
     model = tiny(family)
-    compiled = adapted(model)
+    compiled = fresh(model, IA3)
     name, width = FFN[family]
     zero = {f"{name.format(i)}.graftc.ia3.l": torch.zeros(width) for i in (0, 1)}
     compiled.load_adapter_state_dict(vectors(compiled) | zero)
@@ -144,7 +143,7 @@ def test_multilinear(index: int, place: str, width: int) -> None:
     model, x = Parts().double(), torch.randn(3, 5, 12, dtype=torch.float64)
     entries = [{"method": "ia3", "target": {"modules": ["k", "v"]}}]
     entries.append({"method": "ia3", "name": "inner", "target": {"modules": "down"}, "side": "input"})
-    compiled = adapted(model, *entries, inputs={"x": x})
+    compiled = fresh(model, *entries, inputs={"x": x})
     perturb(compiled, 0.5)
     name = f"{place}.graftc.{'inner' if place == 'down' else 'ia3'}.l"
 
@@ -167,7 +166,7 @@ def test_multilinear(index: int, place: str, width: int) -> None:
 def test_sides(side: str, expected: tuple[int, int]) -> None:
     """``auto`` is the input of ``ffn.down``; either side can be requested."""
     entry = {"method": "ia3", "target": {"role": "ffn.down"}, "side": side}
-    assert tuple(len(t) for t in vectors(adapted(tiny("bert"), entry)).values()) == expected
+    assert tuple(len(t) for t in vectors(fresh("bert", entry)).values()) == expected
 
 
 @pytest.mark.full
@@ -175,7 +174,7 @@ def test_auto_is_the_output_elsewhere() -> None:
     """A place named by its module has the side of its role; all other projections are scaled at their outputs."""
     model = tiny("llama")
     target = {"modules": ["**.down_proj", "**.up_proj", "**.q_proj"]}
-    tensors = vectors(adapted(model, {"method": "ia3", "target": target}))
+    tensors = vectors(fresh(model, varied(IA3, target=target)))
     sizes = {name.split(".")[4]: len(tensor) for name, tensor in tensors.items()}
     assert sizes == {"down_proj": 80, "up_proj": 80, "q_proj": 48}
 
@@ -185,7 +184,7 @@ def test_overrides() -> None:
     """The side may differ by site, in the graph and in the fold."""
     model = tiny("bert")
     entry = {"method": "ia3", "target": {"role": "ffn.down"}, "overrides": [{"layers": 0, "side": "output"}]}
-    compiled = adapted(model, entry)
+    compiled = fresh(model, entry)
     tensors = perturb(compiled, 0.3)
     assert [len(t) for t in tensors.values()] == [48, 80]
     exact = lazy_tensors(compiled.compilation).exact
@@ -202,7 +201,7 @@ def test_overrides() -> None:
 def test_keys_are_scaled_before_the_rotation(family: str) -> None:
     """Rotary positions rotate the scaled keys, so the vector folds into rows of the key projection."""
     model = tiny(family)
-    compiled = adapted(model, {"method": "ia3", "target": {"role": "attn.k"}})
+    compiled = fresh(model, varied(IA3, "attn.k"))
     perturb(compiled, 0.5)
     inputs = inputs_for(compiled, (2, 11))
     merged = compiled.merge()
@@ -225,7 +224,7 @@ def test_order_of_lora_and_ia3(family: str, side: str) -> None:
     """
     model, results = tiny(family), []
     for entries in ((LORA, {**VECTOR, "side": side}), ({**VECTOR, "side": side}, LORA)):
-        compiled = adapted(model, *entries)
+        compiled = fresh(model, *entries)
         inputs = inputs_for(compiled)
         assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
         tensors = results[0][1] if results else perturb(compiled, 0.3)
@@ -261,7 +260,7 @@ def test_shared_dropout_stays_with_the_others() -> None:
     lora = {"method": "lora", "target": {"role": "attn.{q,k,v}"}, "rank": 4, "dropout": 0.1}
     for module in ("q_proj", "k_proj", "v_proj"):
         entry = {"method": "ia3", "target": {"modules": f"**.{module}"}, "side": "input"}
-        compiled = adapted(model, lora, entry)
+        compiled = fresh(model, lora, entry)
         perturb(compiled, 0.1)
         inputs = inputs_for(compiled)
         assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 1e-5
@@ -277,7 +276,7 @@ def test_a_convolution_over_patches(side: str) -> None:
     """The channels of the output or those of the input have a vector, the same for all points of a patch."""
     entry = {"method": "ia3", "side": side, "target": {"modules": "**.patch_embeddings.projection"}}
     model = tiny("vit")
-    compiled = adapted(model, entry)
+    compiled = fresh(model, entry)
     perturb(compiled, 0.3)
     inputs = inputs_for(compiled)
     assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) <= 1e-5
@@ -287,10 +286,10 @@ def test_a_convolution_over_patches(side: str) -> None:
 def test_experts_are_refused() -> None:
     """The default target finds no feed-forward projection to scale, and experts are sites of another kind."""
     with pytest.raises(GraftError) as error:
-        adapted(tiny("mixtral"))
+        fresh("mixtral", IA3)
     assert error.value.code == "GC015"
     with pytest.raises(GraftError) as error:
-        adapted(tiny("mixtral"), {"method": "ia3", "target": {"role": "experts"}})
+        fresh("mixtral", varied(IA3, "experts"))
     assert error.value.code == "GC016"
 
 

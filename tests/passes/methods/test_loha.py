@@ -7,13 +7,15 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-import graftc
 from graftc.compiler.folding.steps import lazy_tensors
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
-from graftc.testing.families import tiny
+from tests.kit.models import fresh
+from tests.kit.specs import varied
 from tests.passes.methods.places import OTHERS, ROLES
+
+LOHA = {"method": "loha", "target": {"role": ROLES}, "rank": 3, "alpha": 6}
 
 
 class TestLoHa(MethodContract):
@@ -47,16 +49,10 @@ class TestDeployed(DeploymentContract):
     perturbation = 0.2
 
 
-def adapted(family: str, **fields: Any) -> Any:
-    """A tiny model with LoHa of rank 3, in eval mode."""
-    entry = {"method": "loha", "target": {"role": ROLES}, "rank": 3, "alpha": 6, **fields}
-    return graftc.compile({"adapt": [entry]}, tiny(family)).eval()
-
-
 @pytest.mark.slow
 def test_start_and_count() -> None:
     """A2 is zero, the other three are uniform within 1 / sqrt(columns); LoHa has twice the parameters of LoRA."""
-    compiled = adapted("bert")
+    compiled = fresh("bert", LOHA)
     module = "bert.encoder.layer.0.output.dense.graftc.loha"
     tensors = {n.rpartition(".")[2]: t for n, t in compiled.adapter_state_dict().items() if n.startswith(f"{module}.")}
     assert {part: tuple(t.shape) for part, t in tensors.items()} == {
@@ -73,7 +69,7 @@ def test_start_and_count() -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_update(family: str) -> None:
     """``W' - W`` is ``s (B1 A1) * (B2 A2)``, of rank 9 at rank 3."""
-    compiled = adapted(family)
+    compiled = fresh(family, LOHA)
     tensors = {name: tensor.double() for name, tensor in perturb(compiled, 0.5).items()}
     lazy = lazy_tensors(compiled.compilation)
     name = {"bert": "bert.encoder.layer.1.output.dense", "gpt2": "transformer.h.1.mlp.c_proj"}.get(
@@ -92,7 +88,7 @@ def test_update(family: str) -> None:
 @pytest.mark.slow
 def test_convolution() -> None:
     """In a convolution over patches of an image, a column is one entry of a patch."""
-    compiled = adapted("vit", target={"modules": "**.patch_embeddings.projection"})
+    compiled = fresh("vit", varied(LOHA, target={"modules": "**.patch_embeddings.projection"}))
     sizes = {name.rpartition(".")[2]: tuple(t.shape) for name, t in perturb(compiled, 0.3).items()}
     assert sizes["A1"] == (3, 3 * 8 * 8)
     inputs = inputs_for(compiled)
@@ -102,9 +98,9 @@ def test_convolution() -> None:
 @pytest.mark.full
 def test_overrides_and_rank() -> None:
     """Rank and alpha may differ by site; a rank that exceeds a side is refused."""
-    compiled = adapted("bert", overrides=[{"role": "ffn.down", "rank": 5}])
+    compiled = fresh("bert", varied(LOHA, overrides=[{"role": "ffn.down", "rank": 5}]))
     ranks = {n.split(".")[-4]: t.shape[0] for n, t in compiled.adapter_state_dict().items() if n.endswith("A1")}
     assert ranks == {"query": 3, "value": 3, "dense": 5}
     with pytest.raises(GraftError) as error:
-        adapted("llama", rank=25)
+        fresh("llama", varied(LOHA, rank=25))
     assert error.value.code == "GC020"

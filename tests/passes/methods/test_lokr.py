@@ -7,14 +7,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-import graftc
 from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.methods.lokr import split
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
-from graftc.testing.families import tiny
+from tests.kit.models import fresh
+from tests.kit.specs import varied
 from tests.passes.methods.places import OTHERS, ROLES
+
+LOKR = {"method": "lokr", "target": {"role": "ffn.down"}, "rank": 2, "alpha": 3}
 
 
 class TestLoKr(MethodContract):
@@ -52,12 +54,6 @@ class TestDeployed(DeploymentContract):
     adaptation: ClassVar[dict[str, Any]] = TestLoKr.adaptation
     families = ("gpt_neox",)
     perturbation = 0.2
-
-
-def adapted(family: str, **fields: Any) -> Any:
-    """A tiny model with LoKr on its feed-forward projections, in eval mode."""
-    entry = {"method": "lokr", "target": {"role": "ffn.down"}, "rank": 2, "alpha": 3, **fields}
-    return graftc.compile({"adapt": [entry]}, tiny(family)).eval()
 
 
 def parts(compiled: Any) -> dict[str, tuple[int, ...]]:
@@ -106,7 +102,7 @@ def test_split_is_that_of_peft() -> None:
 )
 def test_tensors(fields: dict[str, Any], expected: dict[str, tuple[int, ...]]) -> None:
     """A factor is decomposed if the rank is under half of its larger side, C only if that is requested."""
-    compiled = adapted("bert", **fields)
+    compiled = fresh("bert", varied(LOKR, **fields))
     assert parts(compiled) == expected
     zero = {name.rpartition(".")[2] for name, t in compiled.adapter_state_dict().items() if not t.any()}
     assert zero == {"CB" if "CB" in expected else "C"}
@@ -117,7 +113,7 @@ def test_tensors(fields: dict[str, Any], expected: dict[str, tuple[int, ...]]) -
 @pytest.mark.parametrize("both", [False, True])
 def test_update(family: str, both: bool) -> None:
     """``W' - W`` is ``s kron(C, D)``."""
-    compiled = adapted(family, decompose_both=both)
+    compiled = fresh(family, varied(LOKR, decompose_both=both))
     tensors = {name: tensor.double() for name, tensor in perturb(compiled, 0.5).items()}
     lazy = lazy_tensors(compiled.compilation)
     name = next(iter(tensors)).partition(".graftc.")[0]
@@ -131,7 +127,7 @@ def test_update(family: str, both: bool) -> None:
 @pytest.mark.slow
 def test_convolution() -> None:
     """In a convolution over patches, channels are split as in LyCORIS and PEFT; here three of them stay together."""
-    compiled = adapted("vit", target={"modules": "**.patch_embeddings.projection"})
+    compiled = fresh("vit", varied(LOKR, target={"modules": "**.patch_embeddings.projection"}))
     assert parts(compiled) == {"C": (6, 1), "DB": (8, 2), "DA": (2, 3 * 8 * 8)}
     perturb(compiled, 0.5)
     inputs = inputs_for(compiled)
@@ -142,4 +138,4 @@ def test_convolution() -> None:
 def test_factor_is_checked(factor: int) -> None:
     """A factor has to be -1 or a number that could divide a side."""
     with pytest.raises(GraftError, match=rf"GC002.*factor is {factor}"):
-        adapted("bert", factor=factor)
+        fresh("bert", varied(LOKR, factor=factor))

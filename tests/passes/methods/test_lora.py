@@ -21,23 +21,16 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.comparing import trainable
+from tests.kit.models import fresh
+from tests.kit.specs import varied
 
-ROLES = ["attn.q", "attn.v", "ffn.down"]
+LORA = {"method": "lora", "target": {"role": ["attn.q", "attn.v", "ffn.down"]}, "rank": 4}
 QUERY = {
     "bert": "bert.encoder.layer.0.attention.self.query",
     "llama": "model.layers.0.self_attn.q_proj",
     "gpt2": "transformer.h.0.attn.c_attn",
 }
-
-
-def adapted(model: nn.Module, role: Any = ROLES, **fields: Any) -> Any:
-    """``model`` with LoRA of rank 4 on ``role``, in eval mode."""
-    return graftc.compile({"adapt": [{"method": "lora", "target": {"role": role}, "rank": 4, **fields}]}, model).eval()
-
-
-def trainable(compiled: Any) -> dict[str, Tensor]:
-    """Trainable tensors by name."""
-    return {name: tensor for name, tensor in compiled.named_parameters() if tensor.requires_grad}
 
 
 def folded(compiled: Any, name: str) -> Tensor:
@@ -68,7 +61,7 @@ def test_derived_eval_graph_is_the_captured_one(family: str) -> None:
 def test_query_alone_of_a_fused_matrix() -> None:
     """``attn.q`` of GPT-2 adapts its own rows; those of key and value stay unchanged to the bit."""
     model = tiny("gpt2")
-    compiled = adapted(model, "attn.q")
+    compiled = fresh(model, varied(LORA, "attn.q"))
     shapes = {name.rpartition(".")[2]: tuple(t.shape) for name, t in trainable(compiled).items()}
     assert shapes == {"A": (4, 48), "B": (48, 4)}
     assert compiled.report.trainable_parameters == 2 * 4 * (48 + 48)
@@ -83,7 +76,7 @@ def test_query_alone_of_a_fused_matrix() -> None:
 def test_rows_of_a_fused_matrix_are_separate_maps() -> None:
     """LoRA on q and v of GPT-2's fused matrix equals two separate maps beside it."""
     model = tiny("gpt2")
-    compiled = adapted(model, ["attn.q", "attn.v"], alpha=12)
+    compiled = fresh(model, varied(LORA, ["attn.q", "attn.v"], alpha=12))
     tensors = perturb(compiled)
 
     def beside(layer: int) -> Any:
@@ -114,7 +107,7 @@ def test_rows_of_a_fused_matrix_are_separate_maps() -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_scaling_law(family: str) -> None:
     """(A, B, alpha) and (A, cB, alpha / c) are the same function, exactly for a power of two."""
-    first, second = adapted(tiny(family), alpha=16), adapted(tiny(family), alpha=4)
+    first, second = fresh(family, varied(LORA, alpha=16)), fresh(family, varied(LORA, alpha=4))
     tensors = perturb(first)
     second.load_adapter_state_dict({n: t * 4 if n.endswith(".B") else t for n, t in tensors.items()})
     inputs = inputs_for(first)
@@ -128,7 +121,7 @@ def test_scaling_law(family: str) -> None:
 def test_update_has_at_most_the_rank(family: str) -> None:
     """``W' - W`` in float64 has rank 4 and is ``s B A``, in either orientation of the stored weight."""
     model = tiny(family)
-    compiled = adapted(model, "attn.q", alpha=6)
+    compiled = fresh(model, varied(LORA, "attn.q", alpha=6))
     tensors = perturb(compiled)
     name = f"{QUERY[family]}.weight"
     base = model.get_parameter(name).detach().double()
@@ -146,7 +139,7 @@ def test_update_has_at_most_the_rank(family: str) -> None:
 @pytest.mark.slow
 def test_gradients_at_the_start() -> None:
     """With ``B = 0`` no gradient reaches A, and a gradient reaches B."""
-    compiled = adapted(tiny("bert"))
+    compiled = fresh("bert", LORA)
     compiled(**inputs_for(compiled)).logits.square().sum().backward()
     tensors = trainable(compiled)
     assert {name.rpartition(".")[2] for name in tensors} == {"A", "B"}
@@ -160,7 +153,7 @@ def test_gradients_at_the_start() -> None:
 def test_scaling(rslora: bool, expected: float) -> None:
     """The factor is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora``."""
     model = tiny("llama")
-    compiled = adapted(model, "attn.v", alpha=12, rslora=rslora)
+    compiled = fresh(model, varied(LORA, "attn.v", alpha=12, rslora=rslora))
     tensors = perturb(compiled)
     module = "model.layers.1.self_attn.v_proj"
     a, b = (tensors[f"{module}.graftc.lora.{f}"].double() for f in "AB")
@@ -172,13 +165,13 @@ def test_scaling(rslora: bool, expected: float) -> None:
 @pytest.mark.full
 def test_kaiming_and_gaussian_start() -> None:
     """``A`` is uniform within ``1 / sqrt(in)``, or normal with standard deviation ``1 / rank``; ``B`` is zero."""
-    uniform = {n: t.detach() for n, t in trainable(adapted(tiny("bert"), "ffn.down", rank=48)).items()}
+    uniform = {n: t.detach() for n, t in trainable(fresh("bert", varied(LORA, "ffn.down", rank=48))).items()}
     a = torch.cat([t.flatten() for n, t in uniform.items() if n.endswith(".A")])
     bound = 1 / math.sqrt(80)
     assert a.numel() == 2 * 48 * 80
     assert 0.99 * bound < a.abs().max() <= bound
     assert abs(float(a.std()) - bound / math.sqrt(3)) < 0.02 * bound
-    gaussian = adapted(tiny("bert"), "ffn.down", rank=48, init="gaussian")
+    gaussian = fresh("bert", varied(LORA, "ffn.down", rank=48, init="gaussian"))
     normal = {n: t.detach() for n, t in trainable(gaussian).items()}
     a = torch.cat([t.flatten() for n, t in normal.items() if n.endswith(".A")])
     assert abs(float(a.std()) * 48 - 1) < 0.03
@@ -192,7 +185,7 @@ def test_kaiming_and_gaussian_start() -> None:
 def test_pissa_takes_the_principal_part(family: str) -> None:
     """``s B A`` is the best approximation of W of that rank; both factors carry the same singular values."""
     model = tiny(family)
-    compiled = adapted(model, "attn.q", init="pissa", alpha=6)
+    compiled = fresh(model, varied(LORA, "attn.q", init="pissa", alpha=6))
     part = ".q" if family == "gpt2" else ""
     tensors = compiled.adapter_state_dict()
     assert {name.rpartition(".")[2] for name in tensors} == {"A", "B", "A0", "B0"}
@@ -212,7 +205,7 @@ def test_pissa_takes_the_principal_part(family: str) -> None:
 def test_olora_starts_orthonormal(family: str) -> None:
     """``B`` has orthonormal columns, and ``B A`` is the part of W in their span that starts with W's columns."""
     model = tiny(family)
-    compiled = adapted(model, "attn.q", init="olora")
+    compiled = fresh(model, varied(LORA, "attn.q", init="olora"))
     part = ".q" if family == "gpt2" else ""
     tensors = compiled.adapter_state_dict()
     a, b = (tensors[f"{QUERY[family]}.graftc.lora{part}.{f}"].double() for f in "AB")
@@ -227,7 +220,7 @@ def test_olora_starts_orthonormal(family: str) -> None:
 def test_started_from_weight_trains_away_from_it() -> None:
     """The difference from the start is what folds: ``W' = W + s (B A - B0 A0)``."""
     model = tiny("bert")
-    compiled = adapted(model, "ffn.down", init="pissa", alpha=6)
+    compiled = fresh(model, varied(LORA, "ffn.down", init="pissa", alpha=6))
     perturb(compiled)
     module = "bert.encoder.layer.1.output.dense"
     tensors = compiled.adapter_state_dict()
@@ -240,7 +233,7 @@ def test_started_from_weight_trains_away_from_it() -> None:
 def test_bias_of_adapted_rows() -> None:
     """``lora_only`` trains the adapted rows of the adapted layers' biases, and no other rows."""
     model = tiny("gpt2")
-    compiled = adapted(model, "attn.q", bias="lora_only")
+    compiled = fresh(model, varied(LORA, "attn.q", bias="lora_only"))
     tensors = perturb(compiled)
     biases = {name: t for name, t in tensors.items() if name.endswith("bias")}
     assert [tuple(t.shape) for t in biases.values()] == [(48,), (48,)]
@@ -260,7 +253,7 @@ def test_bias_all() -> None:
     """``all`` trains every bias that the model reads; ``none`` trains none."""
     model = tiny("bert")
     everything = {name for name, _ in model.named_parameters() if name.endswith("bias")}
-    compiled = adapted(model, "attn.q", bias="all")
+    compiled = fresh(model, varied(LORA, "attn.q", bias="all"))
     tensors = perturb(compiled)
     owners = {name.partition(".graftc.")[0] + ".bias" for name in tensors if name.endswith(".bias")}
     assert owners == everything
@@ -268,7 +261,7 @@ def test_bias_all() -> None:
     changed = {n for n, p in merged.named_parameters() if not torch.equal(p, model.get_parameter(n))}
     queries = {f"bert.encoder.layer.{i}.attention.self.query.weight" for i in (0, 1)}
     assert changed == everything | queries
-    assert not any(name.endswith("bias") for name in trainable(adapted(model, "attn.q")))
+    assert not any(name.endswith("bias") for name in trainable(fresh(model, varied(LORA, "attn.q"))))
 
 
 @pytest.mark.slow
@@ -276,7 +269,7 @@ def test_overrides() -> None:
     """The first override that matches a site sets its values there only, in the graph and in the fold."""
     model = tiny("bert")
     overrides = [{"modules": "**.layer.0.**", "rank": 2, "alpha": 5}, {"role": "attn.q", "rank": 3}]
-    compiled = adapted(model, ["attn.q", "ffn.down"], alpha=8, overrides=overrides)
+    compiled = fresh(model, varied(LORA, ["attn.q", "ffn.down"], alpha=8, overrides=overrides))
     ranks = {name: t.shape[0] for name, t in trainable(compiled).items() if name.endswith(".A")}
     prefix = "bert.encoder.layer"
     assert ranks == {
@@ -299,7 +292,7 @@ def test_overrides() -> None:
 def test_rank_over_the_layer() -> None:
     """A rank that exceeds a site is refused with the site's name and size."""
     with pytest.raises(GraftError) as error:
-        adapted(tiny("llama"), "attn.v", rank=25)
+        fresh("llama", varied(LORA, "attn.v", rank=25))
     assert error.value.code == "GC020"
     assert "24 x 48" in error.value.message
 
@@ -337,7 +330,7 @@ def test_dropout_acts_on_the_input_of_the_branch() -> None:
 @pytest.mark.slow
 def test_dropout_is_shared_by_sites_that_read_the_same() -> None:
     """q, k and v of a layer read one hidden state and share one mask; eval mode has none."""
-    compiled = adapted(tiny("llama"), ["attn.q", "attn.k", "attn.v"], dropout=0.5)
+    compiled = fresh("llama", varied(LORA, ["attn.q", "attn.k", "attn.v"], dropout=0.5))
     target = torch.ops.graftc.masked_dropout.default
     assert len(compiled.program("train").graph.find_nodes(op="call_function", target=target)) == 2
     assert not compiled.program("eval").graph.find_nodes(op="call_function", target=target)
@@ -347,11 +340,11 @@ def test_dropout_is_shared_by_sites_that_read_the_same() -> None:
 def test_dropout_of_each_site() -> None:
     """With the scope ``target``, q, k and v have three masks; eval mode has none."""
     roles = ["attn.q", "attn.k", "attn.v"]
-    compiled = adapted(tiny("llama"), roles, dropout=0.5, dropout_scope="target")
+    compiled = fresh("llama", varied(LORA, roles, dropout=0.5, dropout_scope="target"))
     target = torch.ops.graftc.masked_dropout.default
     assert len(compiled.program("train").graph.find_nodes(op="call_function", target=target)) == 2 * 3
     assert not compiled.program("eval").graph.find_nodes(op="call_function", target=target)
-    shared = adapted(tiny("llama"), roles, dropout=0.5)
+    shared = fresh("llama", varied(LORA, roles, dropout=0.5))
     assert structural_hash(compiled.program("eval")) == structural_hash(shared.program("eval"))
 
 
@@ -388,7 +381,7 @@ def test_frozen_a(tmp_path: Path) -> None:
     """LoRA-FA has the function and the gradient of B of LoRA with the same factors; A neither trains nor counts as
     trained, and is saved with the adapter, in PEFT's format as well.
     """
-    plain, frozen = adapted(tiny("llama")), adapted(tiny("llama"), freeze_a=True)
+    plain, frozen = fresh("llama", LORA), fresh("llama", varied(LORA, freeze_a=True))
     perturb(plain, 0.1)
     frozen.load_adapter_state_dict(plain.adapter_state_dict())
     inputs = inputs_for(plain)
@@ -424,15 +417,17 @@ def test_frozen_a_keeps_no_input_of_its_sites() -> None:
         return sum(sizes)
 
     fields = {"dropout": 0.1, "dropout_scope": "target"}
-    plain, frozen = (kept(adapted(tiny("llama"), **fields, freeze_a=is_frozen).train()) for is_frozen in (False, True))
-    tokens = inputs_for(adapted(tiny("llama")))["input_ids"].numel()
+    plain, frozen = (
+        kept(fresh("llama", varied(LORA, **fields, freeze_a=is_frozen)).train()) for is_frozen in (False, True)
+    )
+    tokens = inputs_for(fresh("llama", LORA))["input_ids"].numel()
     assert plain - frozen >= 2 * tokens * (48 + 48 + 80)
 
 
 @pytest.mark.slow
 def test_a_table_with_frozen_a_trains() -> None:
     """On a table A is drawn and B is zero, so that a step changes the table."""
-    compiled = adapted(tiny("bert"), role="embed", freeze_a=True)
+    compiled = fresh("bert", varied(LORA, "embed", freeze_a=True))
     assert set(trainable(compiled)) == {"bert.embeddings.word_embeddings.graftc.lora.B"}
     (b,) = trainable(compiled).values()
     before = outputs_of(compiled, inputs_for(compiled))

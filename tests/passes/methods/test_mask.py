@@ -16,8 +16,9 @@ from graftc.passes.core.ir.program import provenance
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb
-from graftc.testing.compare import flat, inputs_for, largest_difference
+from graftc.testing.compare import inputs_for, largest_difference
 from graftc.testing.families import tiny
+from tests.kit.comparing import floats, gradients_of
 from tests.runtime.training.test_selecting import deltas, entries
 
 ops = torch.ops.graftc
@@ -56,7 +57,7 @@ def trained(compiled: Compiled, optimiser: type[torch.optim.Optimizer], steps: i
     seen = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in compiled.named_parameters() if p.requires_grad}
     for number in range(steps):
         optimise.zero_grad()
-        leaves = [t for t in flat(compiled(**inputs_for(compiled, seed=number))) if t.is_floating_point()]
+        leaves = floats(compiled(**inputs_for(compiled, seed=number)))
         torch.stack([leaf.float().square().sum() for leaf in leaves]).sum().backward()
         for name, parameter in compiled.named_parameters():
             if parameter.grad is not None:
@@ -194,7 +195,7 @@ def test_checkpointed_and_in_16_bits() -> None:
         (compiled.gradient_checkpointing_enable if on else compiled.gradient_checkpointing_disable)()
         compiled.zero_grad()
         compiled(**inputs_for(compiled)).logits.float().square().sum().backward()
-        gradients.append({n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None})
+        gradients.append(gradients_of(compiled))
     assert gradients[0] and all(torch.equal(g, gradients[1][n]) for n, g in gradients[0].items())
     assert {g.dtype for g in gradients[0].values()} == {torch.float32}
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import (
     FAMILIES,
@@ -23,6 +22,8 @@ from graftc.testing import (
 )
 from graftc.testing.compare import flat, inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
+from tests.kit.specs import varied
 
 CLS, SEP, PAD = 5, 7, 0
 PASTA: dict[str, Any] = {"method": "pasta", "special_tokens": [CLS, SEP]}
@@ -79,20 +80,13 @@ def slots_of(ids: Tensor, special: tuple[int, ...], count: int) -> list[tuple[in
     return slots
 
 
-def adapted(model: nn.Module, **fields: Any) -> Compiled:
-    """A model with PASTA in eval mode, perturbed."""
-    compiled = graftc.compile({"adapt": [{**PASTA, **fields}]}, model).eval()
-    perturb(compiled, 0.3)
-    return compiled
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_authors_function(slots: int, shared: bool) -> None:
     """Hooks before every layer of the base give the same outputs, for rows with different numbers of separators."""
     model: Any = tiny("bert")
-    compiled, inputs = adapted(model, slots=slots, shared=shared), texts()
+    compiled, inputs = adapted(model, varied(PASTA, slots=slots, shared=shared), noise=0.3), texts()
     tensors = compiled.adapter_state_dict()
 
     def hook(layer: int) -> Any:
@@ -132,7 +126,7 @@ def test_zeros_are_the_base(family: str) -> None:
 def test_only_special_tokens_change_before_the_first_layer() -> None:
     """The first layer's input differs at all special positions and nowhere else; lengths are unchanged."""
     model, inputs = tiny("bert"), texts()
-    compiled = adapted(model)
+    compiled = adapted(model, PASTA, noise=0.3)
     with torch.no_grad():
         actual = compiled(**inputs, output_hidden_states=True).hidden_states
         base = model(**inputs, output_hidden_states=True).hidden_states
@@ -155,7 +149,7 @@ def test_counts(family: str) -> None:
 @pytest.mark.full
 def test_padding_changes_nothing() -> None:
     """Longer padding gives the same outputs for the text."""
-    compiled, inputs = adapted(tiny("bert")), texts()
+    compiled, inputs = adapted("bert", PASTA, noise=0.3), texts()
     padded = {name: nn.functional.pad(tensor, (0, 3)) for name, tensor in inputs.items()}
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(compiled, padded)) <= 1e-6
 
@@ -163,7 +157,7 @@ def test_padding_changes_nothing() -> None:
 @pytest.mark.full
 def test_encoder_and_decoder_read_their_own_tokens() -> None:
     """Special tokens in the encoder's text change its layers, those in the decoder's text only the decoder's."""
-    compiled = adapted(tiny("t5"))
+    compiled = adapted("t5", PASTA, noise=0.3)
     plain = {"input_ids": torch.full((2, 6), 11), "decoder_input_ids": torch.full((2, 4), 12)}
     plain["attention_mask"] = torch.ones_like(plain["input_ids"])
     marked = {
@@ -186,7 +180,7 @@ def test_encoder_and_decoder_read_their_own_tokens() -> None:
 @pytest.mark.full
 def test_tokens_that_follow_from_labels() -> None:
     """T5 shifts its labels into the decoder's input, in which special tokens are found as well."""
-    compiled, labels = adapted(tiny("t5")), torch.tensor([[11, SEP, 12], [11, 12, 13]])
+    compiled, labels = adapted("t5", PASTA, noise=0.3), torch.tensor([[11, SEP, 12], [11, 12, 13]])
     ids = torch.full((2, 4), 11)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     shifted = nn.functional.pad(labels, (1, 0))[:, :-1]
@@ -297,7 +291,7 @@ def test_what_cannot_have_it() -> None:
     with pytest.raises(GraftError) as caught:
         graftc.load_spec({"adapt": [{"method": "pasta"}]})
     assert caught.value.code == "GC002" and "special_tokens" in str(caught.value)
-    compiled = adapted(tiny("bert"))
+    compiled = adapted("bert", PASTA, noise=0.3)
     with pytest.raises(GraftError) as caught:
         compiled(inputs_embeds=torch.randn(2, 4, 48))
     assert caught.value.code == "GC017"

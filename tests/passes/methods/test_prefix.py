@@ -16,6 +16,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
 
 aten = torch.ops.aten
 
@@ -82,20 +83,18 @@ class Plain(nn.Module):
         return self.o(out.transpose(1, 2).flatten(2))
 
 
-def adapted(masked: str, **fields: Any) -> tuple[Plain, Compiled, Tensor]:
+def prefixed(masked: str, **fields: Any) -> tuple[Plain, Compiled, Tensor]:
     """`Plain` in float64, its form with a perturbed prefix of 3, and an input."""
     torch.manual_seed(2)
     model, x = Plain(masked).double().eval(), torch.randn(3, 7, 12, dtype=torch.float64)
-    compiled = graftc.compile({"adapt": [{"method": "prefix", "length": 3, **fields}]}, model, {"x": x}).eval()
-    perturb(compiled, 0.3)
-    return model, compiled, x
+    return model, adapted(model, {"method": "prefix", "length": 3, **fields}, inputs={"x": x}, noise=0.3), x
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("masked", ["none", "causal", "bool"])
 def test_a_prefix_is_a_mixture(masked: str) -> None:
     """The output is ``(1 - l) Attn(q, K, V) + l Attn(q, P, U)``, with ``l`` the prefix's share in the softmax's sum."""
-    model, compiled, x = adapted(masked)
+    model, compiled, x = prefixed(masked)
     tensors = compiled.adapter_state_dict()
     keys, values = (tensors[f"graftc.prefix.attn.{part}"] for part in ("keys", "values"))
     assert keys.shape == (3, 10) and values.shape == (3, 6)
@@ -116,14 +115,14 @@ def test_a_prefix_is_a_mixture(masked: str) -> None:
 def test_a_bias_for_one_length_is_refused() -> None:
     """The bias has no values for keys in front of the text."""
     with pytest.raises(GraftError, match="the bias of attn for keys in front of the text") as caught:
-        adapted("float")
+        prefixed("float")
     assert caught.value.code == "GC017"
 
 
 @pytest.mark.slow
 def test_a_causal_attention_without_a_mask_stays_one() -> None:
     """The fused kernel still creates its own mask."""
-    _, compiled, _ = adapted("causal")
+    _, compiled, _ = prefixed("causal")
     (node,) = (
         n
         for n in compiled.program("eval").graph.nodes
@@ -213,7 +212,7 @@ def test_texts_that_leave_no_room(family: str) -> None:
 @pytest.mark.full
 def test_stacked_prefixes_are_one_longer() -> None:
     """The second prefix stands before the first."""
-    model, _, x = adapted("bool")
+    model, _, x = prefixed("bool")
     spec = {"adapt": [{"method": "prefix", "length": 3, "name": n} for n in ("near", "far")]}
     two = graftc.compile(spec, model, {"x": x}).eval()
     perturb(two, 0.3)

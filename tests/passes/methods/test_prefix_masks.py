@@ -16,6 +16,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
 
 aten = torch.ops.aten
 LENGTH, WINDOW = 3, 4
@@ -79,17 +80,15 @@ def example() -> dict[str, Tensor]:
     return {"inputs_embeds": torch.randn(2, 9, 8, dtype=torch.float64), "attention_mask": mask}
 
 
-def adapted(kind: str, fused: bool, adapt: Any = None, **fields: Any) -> tuple[Attending, Compiled, dict[str, Tensor]]:
+def prefixed(kind: str, fused: bool, adapt: Any = None, **fields: Any) -> tuple[Attending, Compiled, dict[str, Tensor]]:
     """The model in float64, its form with a perturbed prefix, and inputs."""
     torch.manual_seed(4)
     model, inputs = Attending(kind, fused).double().eval(), example()
-    spec = {"adapt": adapt or [{"method": "prefix", "length": LENGTH, **fields}]}
-    compiled = graftc.compile(spec, model, inputs).eval()
-    perturb(compiled, 0.5)
-    return model, compiled, inputs
+    entries = adapt or [{"method": "prefix", "length": LENGTH, **fields}]
+    return model, adapted(model, *entries, inputs=inputs, noise=0.5), inputs
 
 
-def expected(model: Attending, held: dict[str, Tensor], inputs: dict[str, Tensor], visible: bool) -> Tensor:
+def expected(model: Attending, tensors: dict[str, Tensor], inputs: dict[str, Tensor], visible: bool) -> Tensor:
     """Return the output if the prefix is seen like tokens in front: the model's own mask for ``LENGTH`` more tokens."""
     x, tokens = inputs["inputs_embeds"], inputs["attention_mask"]
     rows = x.shape[0]
@@ -98,7 +97,7 @@ def expected(model: Attending, held: dict[str, Tensor], inputs: dict[str, Tensor
         mask = torch.cat([torch.ones_like(mask[..., :LENGTH]), mask[..., LENGTH:]], -1)
     q, k, v = (model.heads(p(x)) for p in (model.q, model.k, model.v))
     prefix = [
-        model.heads(held[f"graftc.prefix.attn.{part}"][None]).expand(rows, -1, -1, -1) for part in ("keys", "values")
+        model.heads(tensors[f"graftc.prefix.attn.{part}"][None]).expand(rows, -1, -1, -1) for part in ("keys", "values")
     ]
     out = model.attend(q, torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2), mask)
     result: Tensor = model.o(out.transpose(1, 2).flatten(2))
@@ -113,7 +112,7 @@ def expected(model: Attending, held: dict[str, Tensor], inputs: dict[str, Tensor
 )
 def test_a_prefix_is_seen_as_tokens_would_be(kind: str, fused: bool, window: str) -> None:
     """Windows hide it or not, tables of distances and ALiBi continue in front of the text, and a cap applies to it."""
-    model, compiled, inputs = adapted(kind, fused, window=window)
+    model, compiled, inputs = prefixed(kind, fused, window=window)
     actual = compiled(**inputs)
     target = expected(model, dict(compiled.adapter_state_dict()), inputs, window == "visible")
     torch.testing.assert_close(actual, target, rtol=1e-10, atol=1e-10)
@@ -128,8 +127,8 @@ def test_a_prefix_is_seen_as_tokens_would_be(kind: str, fused: bool, window: str
 def test_two_prefixes_are_one_longer(kind: str, fused: bool, window: str) -> None:
     """A mask that has been extended once is extended again."""
     both = [{"method": "prefix", "length": n, "name": name, "window": window} for n, name in ((1, "near"), (2, "far"))]
-    _, two, inputs = adapted(kind, fused, both)
-    _, one, _ = adapted(kind, fused, window=window)
+    _, two, inputs = prefixed(kind, fused, both)
+    _, one, _ = prefixed(kind, fused, window=window)
     tensors = two.adapter_state_dict()
     one.load_adapter_state_dict(
         {

@@ -19,7 +19,10 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
-from tests.passes.methods.pruned_models import ROLES, adapted, places_of, train
+from tests.kit.models import fresh
+from tests.kit.specs import varied
+from tests.kit.training import adamw, train
+from tests.passes.methods.pruned_models import PRUNING, ROLES, places_of
 
 SCORED = ["movement", "soft_movement"]
 
@@ -34,11 +37,11 @@ def masks_of(compiled: Any) -> PruningMasks:
 @pytest.mark.full
 def test_by_default_maps_of_layers_are_pruned() -> None:
     """Tables, norms, biases, poolers and heads are not pruned by default; a target may name a pooler."""
-    sites = {str(place.site.key) for place in places_of(adapted(role=None))}
+    sites = {str(place.site.key) for place in places_of(fresh("bert", {"method": "pruning"}))}
     model = tiny("bert")
     linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert sites == {name for name in linear if ".layer." in name}
-    named = adapted(role=None, target={"modules": "**.pooler.*"})
+    named = fresh("bert", {"method": "pruning", "target": {"modules": "**.pooler.*"}})
     assert [str(place.site.key) for place in places_of(named)] == ["bert.pooler.dense.weight"]
 
 
@@ -48,7 +51,7 @@ def test_by_default_maps_of_layers_are_pruned() -> None:
 @pytest.mark.parametrize("density", [0.15, 0.07, 1e-4])
 def test_exactly_the_share_of_each_matrix_is_kept(variant: str, dtype: torch.dtype, density: float) -> None:
     """The number is rounded down, but at least one, even with equal scores; the other folded entries are zero."""
-    compiled = adapted(model=tiny("bert").to(dtype), variant=variant, density=density, total_steps=1)
+    compiled = fresh(tiny("bert").to(dtype), varied(PRUNING, variant=variant, density=density, total_steps=1))
     perturb(compiled)
     with torch.no_grad():
         for place in places_of(compiled):
@@ -65,13 +68,13 @@ def test_exactly_the_share_of_each_matrix_is_kept(variant: str, dtype: torch.dty
 @pytest.mark.full
 def test_every_expert_has_its_share_and_rows_have_theirs() -> None:
     """Stacked matrices are pruned one by one, and rows of a fused weight on their own."""
-    compiled = adapted("mixtral", role="experts", density=0.25, total_steps=1)
+    compiled = fresh("mixtral", varied(PRUNING, "experts", density=0.25, total_steps=1))
     perturb(compiled)
     compiled.after_step()
     for place in places_of(compiled):
         kept = kept_entries(place).flatten(1)
         assert kept.sum(1).tolist() == [kept.shape[1] // 4] * kept.shape[0]
-    fused = adapted("gpt_neox", role="attn.k", density=0.25, total_steps=1)
+    fused = fresh("gpt_neox", varied(PRUNING, "attn.k", density=0.25, total_steps=1))
     perturb(fused)
     fused.after_step()
     certificate = fused.eval().merge().certificate
@@ -82,7 +85,7 @@ def test_every_expert_has_its_share_and_rows_have_theirs() -> None:
 @pytest.mark.parametrize(("target", "kept"), [({"role": "attn.q"}, 1152), ({"modules": "**.c_attn"}, 3456)], ids=str)
 def test_columns(target: dict[str, Any], kept: int) -> None:
     """Part of a fused weight that is stored transposed is pruned, or all of it."""
-    compiled = adapted("gpt2", role=None, target=target, density=0.5, total_steps=1)
+    compiled = fresh("gpt2", {"method": "pruning", "target": target, "density": 0.5, "total_steps": 1})
     perturb(compiled)
     compiled.after_step()
     assert compiled.eval().merge().certificate.passed
@@ -92,7 +95,7 @@ def test_columns(target: dict[str, Any], kept: int) -> None:
 @pytest.mark.slow
 def test_all_matrices_together() -> None:
     """Exactly the share of all entries is kept, the largest of them."""
-    compiled = adapted(variant="magnitude", density=0.1, allocation="global", total_steps=1)
+    compiled = fresh("bert", varied(PRUNING, variant="magnitude", density=0.1, allocation="global", total_steps=1))
     with torch.no_grad():
         places_of(compiled)[0].tensors["weight"].mul_(1e-3)
     compiled.after_step()
@@ -109,14 +112,16 @@ def test_all_matrices_together() -> None:
 @pytest.mark.parametrize("allocation", ["per_tensor", "global"])
 def test_pruned_before_it_trains(allocation: str) -> None:
     """An initial density applies from the first pass, and a constant one needs no number of steps."""
-    compiled = adapted(variant="magnitude", density=0.3, initial_density=0.3, allocation=allocation)
+    compiled = fresh(
+        "bert", varied(PRUNING, variant="magnitude", density=0.3, initial_density=0.3, allocation=allocation)
+    )
     sizes = [kept_entries(place).numel() for place in places_of(compiled)]
     kept = [int(kept_entries(place).sum()) for place in places_of(compiled)]
     if allocation == "per_tensor":
         assert kept == [math.floor(size * 0.3) for size in sizes]
     else:
         assert sum(kept) == math.floor(sum(sizes) * Fraction("0.3"))
-    train(compiled, range(2))
+    train(compiled, adamw(compiled, lr=5e-3), range(2))
     assert sum(int(kept_entries(place).sum()) for place in places_of(compiled)) == sum(kept)
 
 
@@ -124,7 +129,7 @@ def test_pruned_before_it_trains(allocation: str) -> None:
 def test_with_everything_kept_it_is_the_base() -> None:
     """Density 1 has no controller and no scores."""
     model = tiny("bert").eval()
-    compiled = adapted(model=model, density=1.0).eval()
+    compiled = fresh(model, varied(PRUNING, density=1.0)).eval()
     assert not compiled.steering.controllers and not any("scores" in n for n in compiled.adapter_state_dict())
     assert same_bits(outputs_of(compiled, inputs_for(compiled)), outputs_of(model, inputs_for(compiled)))
 
@@ -135,7 +140,7 @@ def test_gradients_are_those_of_dense_tensors(variant: str) -> None:
     """Gradients follow from those of the source model with `W * M`, in float64: `dW = dW' * M` and `dS = dW' * W`."""
     model = tiny("bert").double()
     threshold = {"threshold": 0.501} if variant == "soft_movement" else {"density": 0.3}
-    compiled = adapted(model=model, role="attn.q", variant=variant, total_steps=1, **threshold)
+    compiled = fresh(model, varied(PRUNING, "attn.q", variant=variant, total_steps=1, **threshold))
     perturb(compiled)
     compiled.extra_loss()
     compiled.after_step()
@@ -165,10 +170,10 @@ def test_gradients_are_those_of_dense_tensors(variant: str) -> None:
 @pytest.mark.full
 def test_a_weight_that_moves_away_from_zero_gains() -> None:
     """After a descent step on both, a score is positive if its weight has moved away from zero, else negative."""
-    compiled = adapted(density=0.5, total_steps=100, warmup_steps=10)
+    compiled = fresh("bert", varied(PRUNING, density=0.5, total_steps=100, warmup_steps=10))
     optimiser = torch.optim.SGD([p for p in compiled.parameters() if p.requires_grad], lr=1e-2)
     before = [place.tensors["weight"].detach().clone() for place in places_of(compiled)]
-    train(compiled, range(1), optimiser)
+    train(compiled, optimiser, range(1))
     for place, old in zip(places_of(compiled), before, strict=True):
         new, scores = place.tensors["weight"].detach(), place.tensors["weight_scores"].detach()
         moved = new != old
@@ -179,7 +184,7 @@ def test_a_weight_that_moves_away_from_zero_gains() -> None:
 @pytest.mark.slow
 def test_the_density_falls_in_a_cubic_curve() -> None:
     """The schedule has the right corners, and the right values between them."""
-    masks = masks_of(adapted(density=0.2, warmup_steps=3, final_steps=4))
+    masks = masks_of(fresh("bert", varied(PRUNING, density=0.2, warmup_steps=3, final_steps=4)))
     masks.begin(20)
     shares = [masks.density(number) for number in range(1, 25)]
     assert shares[:3] == [1, 1, 1] and shares[15:] == [Fraction("0.2")] * 9
@@ -190,7 +195,7 @@ def test_the_density_falls_in_a_cubic_curve() -> None:
 
 @pytest.mark.slow
 def test_the_threshold_and_the_penalty_rise_likewise() -> None:
-    compiled = adapted(variant="soft_movement", warmup_steps=2, final_steps=2, total_steps=10)
+    compiled = fresh("bert", varied(PRUNING, variant="soft_movement", warmup_steps=2, final_steps=2, total_steps=10))
     masks, shared = masks_of(compiled), masks_of(compiled).shared
     assert compiled.extra_loss().item() == 0
     for number in range(1, 12):
@@ -207,7 +212,7 @@ def test_the_threshold_and_the_penalty_rise_likewise() -> None:
 @pytest.mark.slow
 def test_soft_movement_keeps_what_exceeds_the_threshold() -> None:
     """If no score exceeds the threshold, the largest half a percent is kept."""
-    compiled = adapted(variant="soft_movement", threshold=0.4, total_steps=1)
+    compiled = fresh("bert", varied(PRUNING, variant="soft_movement", threshold=0.4, total_steps=1))
     generator = torch.Generator().manual_seed(0)
     places = places_of(compiled)
     with torch.no_grad():
@@ -230,11 +235,12 @@ def test_soft_movement_keeps_what_exceeds_the_threshold() -> None:
 def test_counts() -> None:
     """Weights and scores train, and the entries kept in the end are deployed, with other shares at some sites."""
     fields = {"density": 0.15, "overrides": [{"role": "ffn.down", "density": 0.5}]}
-    compiled = adapted(**fields)
+    compiled = fresh("bert", varied(PRUNING, **fields))
     down, query = 80 * 48, 48 * 48
     assert compiled.report.trainable_parameters == 2 * 2 * (down + query)
     assert compiled.report.deployed_parameters == 2 * (down // 2 + math.floor(0.15 * query))
-    assert adapted(variant="magnitude", **fields).report.trainable_parameters == 2 * (down + query)
+    by_magnitude = fresh("bert", varied(PRUNING, variant="magnitude", **fields))
+    assert by_magnitude.report.trainable_parameters == 2 * (down + query)
     entry = {"method": "pruning", "target": {"role": ROLES}, **fields}
     with torch.device("meta"):
         model = tiny("bert").to("meta")
@@ -246,19 +252,19 @@ def test_counts() -> None:
 def test_a_resumed_training_ends_the_same(variant: str, tmp_path: Path) -> None:
     """After saving, loading and further training every tensor is equal to the bit, including thresholds."""
 
-    def fresh() -> Compiled:
-        return adapted(
-            variant=variant, total_steps=6, warmup_steps=1, **({"penalty": 1.0} if "soft" in variant else {})
-        )
+    def pruned() -> Compiled:
+        penalty = {"penalty": 1.0} if "soft" in variant else {}
+        return fresh("bert", varied(PRUNING, variant=variant, total_steps=6, warmup_steps=1, **penalty))
 
-    uninterrupted, first = fresh(), fresh()
-    train(uninterrupted, range(6))
-    optimiser = train(first, range(3))
+    uninterrupted, first = pruned(), pruned()
+    train(uninterrupted, adamw(uninterrupted, lr=5e-3), range(6))
+    optimiser = adamw(first, lr=5e-3)
+    train(first, optimiser, range(3))
     first.save(tmp_path / "artifact", certify=False)
     second = graftc.load(tmp_path / "artifact", tiny("bert"))
-    resumed = torch.optim.AdamW([p for p in second.parameters() if p.requires_grad], lr=5e-3)
+    resumed = adamw(second, lr=5e-3)
     resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
-    train(second, range(3, 6), resumed)
+    train(second, resumed, range(3, 6))
     expected, actual = uninterrupted.adapter_state_dict(), second.adapter_state_dict()
     assert expected.keys() == actual.keys()
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
@@ -269,10 +275,10 @@ def test_checkpointing_changes_no_bit() -> None:
     """Recomputed layers have the same masks."""
     ends = []
     for checkpoint in (False, True):
-        compiled = adapted(total_steps=4)
+        compiled = fresh("bert", varied(PRUNING, total_steps=4))
         if checkpoint:
             compiled.gradient_checkpointing_enable()
-        train(compiled, range(4))
+        train(compiled, adamw(compiled, lr=5e-3), range(4))
         ends.append(compiled.adapter_state_dict())
     assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
 
@@ -318,7 +324,7 @@ ITERATED: dict[str, Any] = {"method": "pruning", "variant": "iterative", "target
 def test_values_that_do_not_fit(fields: dict[str, Any], code: str, path: str) -> None:
     """Each error names its field."""
     with pytest.raises(GraftError) as caught:
-        adapted(**fields)
+        fresh("bert", varied(PRUNING, **fields))
     assert caught.value.code == code
     assert caught.value.place is not None and caught.value.place.path == f"adapt[0].{path}"
 
@@ -326,9 +332,9 @@ def test_values_that_do_not_fit(fields: dict[str, Any], code: str, path: str) ->
 @pytest.mark.slow
 def test_without_the_number_of_steps() -> None:
     """GC026 is raised at the first step without a number of steps, and for a number that the phases use up."""
-    compiled = adapted(warmup_steps=3, final_steps=3)
+    compiled = fresh("bert", varied(PRUNING, warmup_steps=3, final_steps=3))
     with pytest.raises(GraftError) as caught:
-        train(compiled, range(1))
+        train(compiled, adamw(compiled, lr=5e-3), range(1))
     assert caught.value.code == "GC026" and "compiled.begin" in (caught.value.hint or "")
     with pytest.raises(GraftError) as caught:
         compiled.begin(6)
@@ -338,12 +344,12 @@ def test_without_the_number_of_steps() -> None:
 @pytest.mark.full
 def test_what_is_pruned_may_come_back() -> None:
     """With movement, a pruned entry can be kept later, since its score still trains."""
-    compiled = adapted(density=0.5, total_steps=4)
+    compiled = fresh("bert", varied(PRUNING, density=0.5, total_steps=4))
     before: dict[str, Tensor] = {}
     returned = 0
-    optimiser = None
+    optimiser = adamw(compiled, lr=5e-3)
     for number in range(8):
-        optimiser = train(compiled, range(number, number + 1), optimiser)
+        train(compiled, optimiser, range(number, number + 1))
         now = {str(place.site.key): kept_entries(place) for place in places_of(compiled)}
         returned += sum(int((now[name] & ~old).sum()) for name, old in before.items())
         before = now

@@ -19,7 +19,10 @@ from graftc.specs.methods.pruning import Pruning
 from graftc.testing import outputs_of, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
-from tests.passes.methods.pruned_models import adapted, places_of, train
+from tests.kit.models import fresh
+from tests.kit.specs import varied
+from tests.kit.training import adamw, train
+from tests.passes.methods.pruned_models import PRUNING, places_of
 
 
 def advanced(compiled: Compiled) -> tuple[Transition[Pruning], Compiled]:
@@ -38,12 +41,12 @@ def advanced(compiled: Compiled) -> tuple[Transition[Pruning], Compiled]:
 def test_rounds(rewind: bool, allocation: str, tmp_path: Path) -> None:
     """Each round leaves the largest `1 - fraction` of the remaining entries, with their own values or the base's."""
     fields = {"fraction": 0.5, "rounds": 2, "rewind": rewind, "allocation": allocation}
-    compiled = adapted(variant="iterative", **fields)
+    compiled = fresh("bert", varied(PRUNING, variant="iterative", **fields))
     method = method_for("pruning")
     assert isinstance(method, Staged) and method.stages(compiled.compilation.main.resolved[0].spec) == 3
     dense = {str(place.site.key): place.tensors["weight"] for place in places_of(compiled)}
     for stage in (2, 3):
-        train(compiled, range(3))
+        train(compiled, adamw(compiled, lr=5e-3), range(3))
         left = {str(p.site.key): kept_entries(p) for p in places_of(compiled)}
         advance, compiled = advanced(compiled)
         assert advance.rewind == rewind and advance.spec.stage == stage
@@ -60,7 +63,7 @@ def test_rounds(rewind: bool, allocation: str, tmp_path: Path) -> None:
                 assert torch.equal(values.detach(), source.detach().flatten()[indices.long()])
         assert kept == total // 2 ** (stage - 1) == compiled.report.trainable_parameters
         assert compiled.report.deployed_parameters == kept
-    train(compiled, range(3))
+    train(compiled, adamw(compiled, lr=5e-3), range(3))
     merged = compiled.eval().merge()
     assert merged.certificate.passed
     after = dict(merged.to_transformers().named_parameters())

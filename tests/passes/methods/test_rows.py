@@ -15,8 +15,12 @@ from graftc.passes.core.sites.uses import Lookup
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb
-from graftc.testing.compare import flat, inputs_for, largest_difference
+from graftc.testing.compare import inputs_for, largest_difference
 from graftc.testing.families import FAMILIES, tiny
+from tests.kit.specs import varied
+from tests.kit.training import after_decay
+
+ROWS: dict[str, Any] = {"method": "rows", "target": {"role": "attn.q"}}
 
 MAPS = {"role": ["attn.q", "attn.v", "ffn.down"]}
 TABLES = {"bert": "bert.embeddings.word_embeddings", "gpt2": "transformer.wte", "llama": "model.embed_tokens"}
@@ -87,24 +91,6 @@ class TestDeployed(DeploymentContract):
     families = ("gpt2",)
 
 
-def entry(**fields: Any) -> dict[str, Any]:
-    """An adaptation that trains rows of the queries by default."""
-    return {"method": "rows", "target": {"role": "attn.q"}, **fields}
-
-
-def trained(model: nn.Module, *entries: Mapping[str, Any]) -> tuple[Compiled, dict[str, Tensor]]:
-    """Return a model after some steps of AdamW with weight decay, and its parameters as folded."""
-    compiled = graftc.compile({"adapt": [dict(each) for each in entries]}, model).train()
-    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
-    inputs = inputs_for(compiled)
-    for _ in range(3):
-        optimiser.zero_grad()
-        leaves = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
-        torch.stack([leaf.square().sum() for leaf in leaves]).sum().backward()
-        optimiser.step()
-    return compiled, dict(compiled.eval().merge().to_transformers().named_parameters())
-
-
 def moved(model: nn.Module, after: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return which entries have changed, for every parameter that has changed at all."""
     changed = {name: after[name] != before for name, before in model.named_parameters()}
@@ -124,7 +110,7 @@ def two_of_four(weight: Tensor) -> Tensor:
 def test_exactly_the_named_tokens_change(family: str) -> None:
     """Only the named rows of the table change, whether or not a head is tied to it."""
     model = tiny(family).eval()
-    compiled, after = trained(model, entry(rows=[1, "7:9", -1], target={"role": "embed"}))
+    compiled, after = after_decay(model, varied(ROWS, rows=[1, "7:9", -1], target={"role": "embed"}))
     where = moved(model, after)
     name = f"{TABLES[family]}.weight"
     assert set(where) == {name}
@@ -137,7 +123,7 @@ def test_exactly_the_named_tokens_change(family: str) -> None:
 def test_exactly_the_chosen_rows_of_queries_change(family: str) -> None:
     """All entries of these rows change, since all have gradients, but no bias and nothing of keys and values."""
     model = tiny(family).eval()
-    _, after = trained(model, entry(n_of_m=[2, 4], target={"role": "attn.q", "layers": 1}))
+    _, after = after_decay(model, varied(ROWS, n_of_m=[2, 4], target={"role": "attn.q", "layers": 1}))
     ((name, where),) = moved(model, after).items()
     weight = dict(model.named_parameters())[name]
     if family == "gpt2":
@@ -151,7 +137,7 @@ def test_exactly_the_chosen_rows_of_queries_change(family: str) -> None:
 def test_biases_go_with_their_rows() -> None:
     """The biases of the same output features train as well."""
     model = tiny("gpt2").eval()
-    _, after = trained(model, entry(rows=["::3"], bias=True, target={"role": "attn.v", "layers": 0}))
+    _, after = after_decay(model, varied(ROWS, rows=["::3"], bias=True, target={"role": "attn.v", "layers": 0}))
     where = moved(model, after)
     expected = torch.arange(96, 144, 3)
     assert set(where) == {f"transformer.h.0.attn.c_attn.{part}" for part in ("weight", "bias")}
@@ -165,7 +151,7 @@ def test_biases_go_with_their_rows() -> None:
 def test_experts_train_the_same_rows() -> None:
     """All experts train the rows with the largest norms over all experts."""
     model = tiny("mixtral").eval()
-    _, after = trained(model, entry(density=0.25, block=2, target={"role": "experts", "layers": 0}))
+    _, after = after_decay(model, varied(ROWS, density=0.25, block=2, target={"role": "experts", "layers": 0}))
     where = moved(model, after)
     assert len(where) == 2
     for name, changed in where.items():
@@ -179,7 +165,7 @@ def test_experts_train_the_same_rows() -> None:
 @pytest.mark.full
 def test_every_layer_has_its_own_choice_and_one_code() -> None:
     """Row numbers are in a tensor, so layers with different rows share one function."""
-    compiled = graftc.compile({"adapt": [entry(n_of_m=[1, 4])]}, tiny("llama")).eval()
+    compiled = graftc.compile({"adapt": [varied(ROWS, n_of_m=[1, 4])]}, tiny("llama")).eval()
     compiled(**inputs_for(compiled))
     chosen = [t for n, t in compiled.named_buffers() if n.endswith("graftc.rows.chosen")]
     assert len(chosen) == 2 and not torch.equal(*chosen)
@@ -191,7 +177,7 @@ def test_every_layer_has_its_own_choice_and_one_code() -> None:
 def test_a_tied_table_counts_once() -> None:
     """T5 reads its table three times and GPT-2 twice; all readers share one copy, which folds."""
     for family, target in (("t5", {"role": ["embed", "head"]}), ("gpt2", {"modules": "**"})):
-        compiled = graftc.compile({"adapt": [entry(n_of_m=[1, 4], target=target)]}, tiny(family)).eval()
+        compiled = graftc.compile({"adapt": [varied(ROWS, n_of_m=[1, 4], target=target)]}, tiny(family)).eval()
         names = [n for n, p in compiled.named_parameters() if p.requires_grad]
         assert len(set(names)) == len(names)
         tables = [p for n, p in compiled.named_parameters() if p.requires_grad and p.shape == (26, 48)]
@@ -202,8 +188,8 @@ def test_a_tied_table_counts_once() -> None:
 def test_two_stand_in_for_rows_of_one_weight() -> None:
     """Two adaptations may train rows of one weight as long as no row is in both."""
     model = tiny("gpt2").eval()
-    first, second = entry(name="a", rows=["0:4"]), entry(name="b", rows=[8, 20, 30, 35, 40, 44])
-    compiled, after = trained(model, first, second)
+    first, second = varied(ROWS, name="a", rows=["0:4"]), varied(ROWS, name="b", rows=[8, 20, 30, 35, 40, 44])
+    compiled, after = after_decay(model, first, second)
     where = moved(model, after)
     assert compiled.report.trainable_parameters == 2 * 10 * 48
     for changed in where.values():
@@ -218,7 +204,7 @@ def test_two_stand_in_for_rows_of_one_weight() -> None:
 def test_rows_under_lora(last: bool) -> None:
     """In either order, LoRA adds to the trained rows."""
     lora = {"method": "lora", "rank": 2, "target": {"role": "attn.q"}}
-    compiled = graftc.compile({"adapt": [lora, entry(n_of_m=[1, 2])][:: -1 if last else 1]}, tiny("gpt2")).eval()
+    compiled = graftc.compile({"adapt": [lora, varied(ROWS, n_of_m=[1, 2])][:: -1 if last else 1]}, tiny("gpt2")).eval()
     perturb(compiled, 0.1)
     inputs = inputs_for(compiled)
     assert largest_difference(outputs_of(compiled.merge(), inputs), outputs_of(compiled, inputs)) < 2e-5
@@ -237,7 +223,7 @@ def test_rows_that_fold_to_wrong_places_are_found(
     family: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The certificate does not rely on the rows that the fold uses."""
-    compiled = graftc.compile({"adapt": [entry(**fields)]}, tiny(family)).eval()
+    compiled = graftc.compile({"adapt": [varied(ROWS, **fields)]}, tiny(family)).eval()
     perturb(compiled, 0.1)
     right = folding._replace
 
@@ -253,7 +239,7 @@ def test_rows_that_fold_to_wrong_places_are_found(
 @pytest.mark.full
 def test_trained_entries_of_a_large_table_are_probed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trained rows are probed even if the table is too large to look up all of it."""
-    compiled = graftc.compile({"adapt": [entry(rows=[77], target={"role": "embed"})]}, tiny("bert")).eval()
+    compiled = graftc.compile({"adapt": [varied(ROWS, rows=[77], target={"role": "embed"})]}, tiny("bert")).eval()
     perturb(compiled, 0.1)
     monkeypatch.setattr(Lookup, "probe", lambda self, generator: {self.input: torch.tensor([[1, 2, 3]])})
     (site,) = compiled.merge().certificate.sites

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,16 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler.pipeline import recompile
 from graftc.passes.methods.rows import chosen_rows, named_rows, row_squares
-from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.methods.rows import RowSelection
 from graftc.specs.target import Target
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for, largest_difference
 from graftc.testing.families import tiny
+from tests.kit.models import fresh
+from tests.kit.specs import varied
 
-
-def entry(**fields: Any) -> dict[str, Any]:
-    """An adaptation that trains rows of the queries by default."""
-    return {"method": "rows", "target": {"role": "attn.q"}, **fields}
+ROWS: dict[str, Any] = {"method": "rows", "target": {"role": "attn.q"}}
 
 
 def spec(**fields: Any) -> RowSelection:
@@ -76,18 +73,15 @@ def test_short_blocks_go_by_their_mean(count: int, block: int) -> None:
     weight = torch.randn(count, 6)
     model = nn.Sequential(nn.Linear(6, count))
     model[0].weight.data = weight
-    compiled = compiled_of(model, {"density": 0.5, "block": block}, torch.randn(3, 6))
+    compiled = fresh(
+        model, varied(ROWS, density=0.5, block=block, target={"modules": "**"}), inputs=(torch.randn(3, 6),)
+    )
     squares = weight.double().square().sum(1).tolist()
     parts = [squares[i : i + block] for i in range(0, count, block)]
     order = sorted(range(len(parts)), key=lambda i: -sum(parts[i]) / len(parts[i]))
     best = sorted(order[: max(1, math.floor(0.5 * len(parts)))])
     expected = [row for i in best for row in range(i * block, min(count, (i + 1) * block))]
     assert compiled.get_buffer("0.graftc.rows.chosen").tolist() == expected
-
-
-def compiled_of(model: nn.Module, fields: Mapping[str, Any], *inputs: Tensor) -> Compiled:
-    """A small model in which rows of all maps train."""
-    return graftc.compile({"adapt": [entry(**fields, target={"modules": "**"})]}, model, example_inputs=inputs)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -118,7 +112,7 @@ def test_named_rows(entries: list[int | str], expected: list[int]) -> None:
 @pytest.mark.slow
 def test_drawn_rows_follow_the_seed() -> None:
     """Layers, and parts of one weight, have independent draws."""
-    drawn = entry(n_of_m=[2, 8], selection="random", target={"role": ["attn.q", "attn.k"]})
+    drawn = varied(ROWS, n_of_m=[2, 8], selection="random", target={"role": ["attn.q", "attn.k"]})
 
     def numbers(seed: int) -> list[Tensor]:
         buffers = graftc.compile({"adapt": [drawn]}, tiny("gpt2"), seed=seed).named_buffers()
@@ -134,7 +128,7 @@ def test_drawn_rows_follow_the_seed() -> None:
 @pytest.mark.slow
 def test_tensors_of_other_rows_are_refused() -> None:
     """Tensors of other rows would end up in the wrong places, so loading them raises GC053 and copies nothing."""
-    drawn = entry(n_of_m=[1, 4], selection="random")
+    drawn = varied(ROWS, n_of_m=[1, 4], selection="random")
     one, other = (graftc.compile({"adapt": [drawn]}, tiny("bert"), seed=seed) for seed in (0, 1))
     before = {name: tensor.clone() for name, tensor in other.adapter_state_dict().items()}
     with pytest.raises(GraftError, match=r"made by other numbers: .*chosen") as error:
@@ -148,7 +142,7 @@ def test_tensors_of_other_rows_are_refused() -> None:
 def test_an_artifact_has_the_same_rows(tmp_path: Path, selection: str) -> None:
     """A loaded artifact gives outputs equal to the bit, even with flags that were not captured, and the same fold."""
     model = tiny("gpt2").eval()
-    compiled = graftc.compile({"adapt": [entry(n_of_m=[2, 8], selection=selection)]}, model, seed=3).eval()
+    compiled = graftc.compile({"adapt": [varied(ROWS, n_of_m=[2, 8], selection=selection)]}, model, seed=3).eval()
     perturb(compiled, 0.1)
     inputs = inputs_for(compiled)
     inputs_with_flag = {**inputs, "output_hidden_states": True}
@@ -162,7 +156,7 @@ def test_an_artifact_has_the_same_rows(tmp_path: Path, selection: str) -> None:
 @pytest.mark.slow
 def test_rows_stay_where_the_base_changes_below_them() -> None:
     """A compilation from tensors uses their rows, whatever the base's norms are now."""
-    compiled = graftc.compile({"adapt": [entry(n_of_m=[1, 4])]}, tiny("bert")).eval()
+    compiled = graftc.compile({"adapt": [varied(ROWS, n_of_m=[1, 4])]}, tiny("bert")).eval()
     perturb(compiled, 0.1)
     other = tiny("bert").eval()
     with torch.no_grad():
@@ -182,7 +176,7 @@ def test_without_values_counts_hold() -> None:
     with torch.device("meta"):
         empty = tiny("gpt2")
     for fields in ({"n_of_m": [2, 7], "bias": True}, {"density": 0.4, "block": 4}, {"density": 0.3}):
-        spec = {"adapt": [entry(**fields, target={"modules": "**", "exclude": "**.wte"})]}
+        spec = {"adapt": [varied(ROWS, **fields, target={"modules": "**", "exclude": "**.wte"})]}
         counted = [graftc.check(spec, model).trainable_parameters for model in (tiny("gpt2"), empty)]
         assert counted[0] == counted[1] > 0
 
@@ -213,7 +207,7 @@ def test_without_values_counts_hold() -> None:
 )
 def test_what_a_spec_cannot_say(fields: dict[str, Any], path: str, text: str) -> None:
     with pytest.raises(GraftError) as error:
-        graftc.load_spec({"adapt": [entry(**fields)]})
+        graftc.load_spec({"adapt": [varied(ROWS, **fields)]})
     refusal = error.value
     assert (
         refusal.code == "GC002" and text in refusal.message and refusal.place is not None and refusal.place.path == path
@@ -236,7 +230,7 @@ def test_what_a_spec_cannot_say(fields: dict[str, Any], path: str, text: str) ->
 )
 def test_rows_that_are_not_there(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(GraftError) as error:
-        graftc.compile({"adapt": [entry(**fields)]}, tiny("bert"))
+        graftc.compile({"adapt": [varied(ROWS, **fields)]}, tiny("bert"))
     refusal = error.value
     assert refusal.code == "GC020" and text in refusal.message and refusal.place is not None
     assert refusal.place.path == "adapt[0].rows[1]"
@@ -248,6 +242,6 @@ def test_rows_that_train_already() -> None:
     for other in ({"train": ["classifier"]}, {}):
         first = [] if other else [{"method": "full", "target": {"modules": "classifier"}}]
         with pytest.raises(GraftError, match=r"would both train rows 0:1 of classifier.weight") as error:
-            own = entry(rows=[0], target={"modules": "classifier"})
+            own = varied(ROWS, rows=[0], target={"modules": "classifier"})
             graftc.compile({**other, "adapt": [*first, own]}, tiny("bert"))
         assert error.value.code == "GC021"

@@ -8,19 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-import graftc
-from graftc.testing import perturb
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
 
 EXPERTS = {"role": "experts"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-def compiled_for(entry: dict[str, Any], family: str, dtype: torch.dtype) -> Any:
-    """A tiny model with the adaptation, perturbed."""
-    compiled = graftc.compile({"adapt": [entry]}, tiny(family).to(dtype)).eval()
-    perturb(compiled, 0.05)
-    return compiled
 
 
 @pytest.mark.full
@@ -38,7 +30,7 @@ def compiled_for(entry: dict[str, Any], family: str, dtype: torch.dtype) -> Any:
 )
 def test_saving(entry: dict[str, Any], family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """An artifact has the certificate of its folds, and the distance of collapsed adaptations from the trained ones."""
-    compiled = compiled_for(entry, family, dtype)
+    compiled = adapted(tiny(family, dtype=dtype), entry)
     compiled.save(tmp_path / "artifact")
     assert (tmp_path / "artifact" / "manifest.json").is_file()
 
@@ -57,6 +49,6 @@ def test_saving(entry: dict[str, Any], family: str, dtype: torch.dtype, tmp_path
 )
 def test_merging_experts(entry: dict[str, Any], dtype: torch.dtype) -> None:
     """Kernels for experts in 16 bits have no float64, and need rows of 16 bytes whatever the rank is."""
-    certificate = compiled_for(entry, "mixtral", dtype).merge().certificate
+    certificate = adapted(tiny("mixtral", dtype=dtype), entry).merge().certificate
     assert certificate.passed
     assert all(site.change > 0 for site in certificate.sites)

@@ -15,16 +15,13 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import fresh
+from tests.kit.specs import varied
+from tests.kit.training import adamw
 
 ROLES = ["attn.q", "ffn.down"]
+SORA = {"method": "sora", "target": {"role": ROLES}, "rank": 6}
 QUERY = "bert.encoder.layer.0.attention.self.query"
-
-
-def adapted(rank: int = 6, family: str = "bert", role: Any = ROLES, **fields: Any) -> Any:
-    """A tiny model with SoRA."""
-    return graftc.compile(
-        {"adapt": [{"method": "sora", "target": {"role": role}, "rank": rank, **fields}]}, tiny(family)
-    )
 
 
 def gates(compiled: Any) -> dict[str, Tensor]:
@@ -42,7 +39,7 @@ def prox_of(compiled: Any) -> Prox:
 @pytest.mark.slow
 def test_start() -> None:
     """Gates start standard normal, A within its bound, and B at zero."""
-    state = adapted(rank=40, role=["attn.q", "attn.k", "attn.v"]).adapter_state_dict()
+    state = fresh("bert", varied(SORA, ["attn.q", "attn.k", "attn.v"], rank=40)).adapter_state_dict()
     gate = torch.cat([t for name, t in state.items() if name.endswith(".gate")])
     assert abs(float(gate.mean())) < 0.2 and abs(float(gate.std()) - 1) < 0.15
     assert all(not t.any() for name, t in state.items() if name.endswith(".B"))
@@ -53,7 +50,7 @@ def test_start() -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mixtral"])
 def test_ranks_with_a_gate_at_zero_can_be_removed(family: str) -> None:
     """Whatever the values of their rows and columns, logits stay within 1e-6, and folding agrees."""
-    compiled = adapted(family=family, role=["attn.q", "experts"] if family == "mixtral" else ROLES).eval()
+    compiled = fresh(family, varied(SORA, ["attn.q", "experts"] if family == "mixtral" else ROLES))
     state = perturb(compiled)
     with torch.no_grad():
         for gate in gates(compiled).values():
@@ -74,7 +71,7 @@ def test_ranks_with_a_gate_at_zero_can_be_removed(family: str) -> None:
 @pytest.mark.slow
 def test_the_gate_goes_into_the_weight() -> None:
     """`dW = s B diag(g) A` in float64, which is plain LoRA with the gate absorbed into B."""
-    compiled = adapted(alpha=5)
+    compiled = fresh("bert", varied(SORA, alpha=5))
     state = perturb(compiled)
     a, g, b = (state[f"{QUERY}.graftc.sora.{part}"].double() for part in ("A", "gate", "B"))
     base = tiny("bert").get_parameter(f"{QUERY}.weight").detach().double()
@@ -118,7 +115,7 @@ def test_prox_minimises_what_it_is_the_operator_of() -> None:
 @pytest.mark.parametrize(("prox", "zeros"), [("paper", 0.1), ("reference", 0.2)])
 def test_gates_close_after_each_step(prox: str, zeros: float) -> None:
     """A step without gradients applies the operator alone, to every gate."""
-    compiled = adapted(threshold=0.1, prox=prox)
+    compiled = fresh("bert", varied(SORA, threshold=0.1, prox=prox))
     before = {name: gate.clone() for name, gate in gates(compiled).items()}
     compiled.after_step()
     for name, gate in gates(compiled).items():
@@ -132,8 +129,8 @@ def test_gates_close_after_each_step(prox: str, zeros: float) -> None:
 @pytest.mark.full
 def test_training_closes_gates() -> None:
     """In a plain loop, a high threshold leaves few ranks, and the pattern counts only these."""
-    compiled = adapted(threshold=0.02)
-    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-3, weight_decay=0)
+    compiled = fresh("bert", varied(SORA, threshold=0.02))
+    optimiser = adamw(compiled, lr=1e-3, weight_decay=0)
     compiled.train()
     for number in range(20):
         compiled(**inputs_for(compiled, seed=number), labels=torch.arange(5) % 3).loss.backward()
@@ -148,19 +145,19 @@ def test_training_closes_gates() -> None:
 @pytest.mark.full
 def test_threshold_schedule() -> None:
     """The threshold moves linearly over the training; GC026 is raised if the training's length is not known."""
-    compiled = adapted(threshold=0.1, final_threshold=0.5)
+    compiled = fresh("bert", varied(SORA, threshold=0.1, final_threshold=0.5))
     with pytest.raises(GraftError) as caught:
         compiled.after_step()
     assert caught.value.code == "GC026"
     compiled.begin(4)
     assert [round(prox_of(compiled).threshold(number), 6) for number in (1, 2, 3, 4)] == [0.2, 0.3, 0.4, 0.5]
-    assert prox_of(adapted(threshold=0.1)).threshold(7) == 0.1
+    assert prox_of(fresh("bert", varied(SORA, threshold=0.1))).threshold(7) == 0.1
 
 
 @pytest.mark.slow
 def test_l1_objective() -> None:
     """The objective is `l1` times the mean of all absolute gates, with its gradient; by default there is none."""
-    compiled = adapted(l1=0.5)
+    compiled = fresh("bert", varied(SORA, l1=0.5))
     every = torch.cat(list(gates(compiled).values()))
     extra = compiled.extra_loss()
     assert abs(extra.item() - 0.5 * float(every.abs().mean())) < 1e-6
@@ -168,12 +165,12 @@ def test_l1_objective() -> None:
     for name, parameter in compiled.named_parameters():
         if name.endswith(".gate"):
             torch.testing.assert_close(parameter.grad, 0.5 / every.numel() * parameter.detach().sign())
-    assert not adapted().steering.objectives
+    assert not fresh("bert", SORA).steering.objectives
 
 
 @pytest.mark.slow
 def test_no_threshold_no_controller() -> None:
     """With threshold 0, gates train freely and no steps are counted."""
-    compiled = adapted(threshold=0)
+    compiled = fresh("bert", varied(SORA, threshold=0))
     assert not compiled.steering.controllers
     assert not [name for name in compiled.adapter_state_dict() if name.endswith("step")]

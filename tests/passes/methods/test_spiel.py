@@ -18,14 +18,15 @@ from graftc.passes.methods.bases.drop_and_grow import largest_products
 from graftc.testing import outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import fresh
 from tests.passes.methods.spiel_models import (
     ROLES,
-    adapted,
     batch,
     changed,
     controller_of,
     entries_of,
     optimiser_for,
+    spiel,
     train,
 )
 from tests.reference import spiel as reference
@@ -59,7 +60,7 @@ def own_entries(region: WeightSlice) -> torch.Tensor:
 def test_a_dense_reference_agrees(family: str, variant: str, steps: int, fields: dict[str, Any]) -> None:
     """Plain torch on dense tensors in float64 gives the same entries after every step, and deltas to 1e-5."""
     lr, decay = (1e-3, 0.1) if variant == "AG" else (1e-2, 0.0)
-    compiled = adapted(variant, family, torch.float64, **fields)
+    compiled = fresh(tiny(family, dtype=torch.float64), spiel(variant=variant, **fields))
     spec, by_name = controller_of(compiled).spec, entries_of(compiled)
     assert spec.total_steps is not None
     own = {name: own_entries(entries.region) for name, entries in by_name.items()}
@@ -103,7 +104,7 @@ def test_counts_are_rounded_down_for_each_weight() -> None:
         ({"entries": 1001}, 1001),
         ({"equivalent_rank": 3}, 3 * sides),
     ):
-        compiled = adapted(**fields)
+        compiled = fresh("llama", spiel(**fields))
         deltas = [entries.tensor("delta") for entries in controller_of(compiled).entries]
         assert [t.numel() for t in deltas] == [budget * size // total for size in sizes]
         assert all(not t.any() and t.dtype == torch.float32 for t in deltas)
@@ -135,7 +136,7 @@ def test_by_default_the_projections_of_layers_train() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_first_replacement_takes_all(variant: str) -> None:
     """Deltas are zero afterwards, except for entries that are dropped and grown again, which are equal to the bit."""
-    compiled = adapted(variant, density=0.3)
+    compiled = fresh("llama", spiel(variant=variant, density=0.3))
     optimiser = optimiser_for(compiled)
     train(compiled, optimiser, [1])
     snapshots: dict[str, Any] = {}
@@ -187,7 +188,7 @@ def test_dropping_takes_deltas_away_and_growing_changes_nothing(variant: str, fa
     """To the bit, the outputs after a replacement are those of the earlier model with dropped deltas set to zero, and
     those of a plain model with the resulting weights.
     """
-    compiled = adapted(variant, family, target={"role": ["attn.q", "ffn.up"]}, density=0.2)
+    compiled = fresh(family, spiel(variant=variant, target={"role": ["attn.q", "ffn.up"]}, density=0.2))
     before, _ = ended(compiled)
     earlier, model, moved = before["model"], tiny(family), 0
     for name, entries in entries_of(earlier).items():
@@ -223,7 +224,7 @@ def test_counts_places_and_bounds_hold_for_any_schedule(data: Any, variant: str,
         "density": data.draw(st.sampled_from([0.01, 0.3, 0.9, 1.0])),
         "decay": decay,
     }
-    compiled = adapted(variant, "gpt2", target={"role": ["attn.k", "ffn.down"]}, **schedule)
+    compiled = fresh("gpt2", spiel(variant=variant, target={"role": ["attn.k", "ffn.down"]}, **schedule))
     optimiser = optimiser_for(compiled)
     counts = {name: entries.tensor("indices").numel() for name, entries in entries_of(compiled).items()}
     for number in range(1, 11):
@@ -238,22 +239,22 @@ def test_counts_places_and_bounds_hold_for_any_schedule(data: Any, variant: str,
 @pytest.mark.full
 def test_the_share_falls_to_zero() -> None:
     """The share is 1 at first, then follows the formulas, and is zero outside of the schedule and after its end."""
-    controller = controller_of(adapted(interval=20, accumulation_steps=5, total_steps=100))
+    controller = controller_of(fresh("llama", spiel(interval=20, accumulation_steps=5, total_steps=100)))
     assert controller.fraction(5) == 1
     assert [controller.fraction(t) for t in (25, 85)] == [Fraction(3, 20), Fraction(3, 100)]
     assert all(controller.fraction(t) == 0 for t in (1, 4, 6, 20, 24, 26, 105))
     controller.spec = controller.spec.model_copy(update={"decay": "cosine"})
     assert controller.fraction(25) == pytest.approx(0.1 * (1 + math.cos(math.pi / 4)))
-    never = controller_of(adapted(interval=5, accumulation_steps=5, total_steps=5))
+    never = controller_of(fresh("llama", spiel(interval=5, accumulation_steps=5, total_steps=5)))
     assert [never.fraction(t) for t in range(1, 11)] == [0] * 10
-    every = controller_of(adapted(interval=5, accumulation_steps=5, total_steps=50))
+    every = controller_of(fresh("llama", spiel(interval=5, accumulation_steps=5, total_steps=50)))
     assert [t for t in range(1, 26) if every.fraction(t)] == [5, 10, 15, 20, 25]
 
 
 @pytest.mark.full
 def test_among_equals_the_first_go() -> None:
     """With equal deltas, exactly as many entries as the share says are dropped, the first ones."""
-    compiled = adapted(drop_fraction=0.5, total_steps=1000, density=0.1)
+    compiled = fresh("llama", spiel(drop_fraction=0.5, total_steps=1000, density=0.1))
     controller = controller_of(compiled)
     entries = controller.entries[1]
     with torch.no_grad():
@@ -304,7 +305,7 @@ def test_largest_products_are_those_of_the_outer_product(data: Any) -> None:
 @pytest.mark.slow
 def test_nothing_grows_into_what_is_not_finite() -> None:
     """Infinite sums and NaN are not candidates, and products of infinite accumulators stay in bounds."""
-    compiled = adapted(drop_fraction=1.0)
+    compiled = fresh("llama", spiel(drop_fraction=1.0))
     controller = controller_of(compiled)
     controller.optimiser = optimiser_for(compiled)
     for entries in controller.entries:
@@ -326,7 +327,7 @@ def test_nothing_grows_into_what_is_not_finite() -> None:
 def test_unselected_entries_are_the_base_s_after_weight_decay(variant: str) -> None:
     """AdamW decays only deltas: after merging, at most K entries differ from the base's bits, in bfloat16 as well."""
     for dtype in (torch.float32, torch.bfloat16):
-        compiled = adapted(variant, dtype=dtype)
+        compiled = fresh(tiny("llama", dtype=dtype), spiel(variant=variant))
         decay = {"weight_decay": 0.5} if variant == "AG" else {}
         train(compiled, optimiser_for(compiled, **decay), range(1, 12))
         merged, base, trained = (

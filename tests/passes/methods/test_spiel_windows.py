@@ -16,7 +16,9 @@ import graftc
 from graftc.testing import outputs_of, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
-from tests.passes.methods.spiel_models import adapted, batch, controller_of, entries_of, optimiser_for, train
+from tests.kit.comparing import gradients_of, same_tensors
+from tests.kit.models import fresh
+from tests.passes.methods.spiel_models import batch, controller_of, entries_of, optimiser_for, spiel, train
 
 VARIANTS = ("AG", "MA")
 
@@ -37,7 +39,7 @@ def same_state(first: Any, second: Any) -> None:
 @pytest.mark.full
 def test_the_base_wants_gradients_in_windows_only() -> None:
     """Weights require gradients from a forward pass to `after_step`, so that between steps only trained tensors do."""
-    compiled = adapted()
+    compiled = fresh("llama", spiel())
     weights = {entries.region.tensor for entries in controller_of(compiled).entries}
     assert wanted(compiled) == []
     optimiser = optimiser_for(compiled)
@@ -59,7 +61,7 @@ def test_the_base_wants_gradients_in_windows_only() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_is_no_training_wants_nothing(variant: str) -> None:
     """Eval mode, passes without gradients and the base alone require none, and do not affect the window around them."""
-    plain, disturbed = adapted(variant), adapted(variant)
+    plain, disturbed = fresh("llama", spiel(variant=variant)), fresh("llama", spiel(variant=variant))
     train(plain, optimiser_for(plain), range(1, 4))
     optimiser = optimiser_for(disturbed)
     for number in range(1, 4):
@@ -94,25 +96,25 @@ def test_what_is_no_training_wants_nothing(variant: str) -> None:
 @pytest.mark.parametrize("middle", [1, 2, 5])
 def test_a_resumed_run_goes_on_to_the_bit(variant: str, middle: int) -> None:
     """The state dicts of model and optimiser suffice, within a window, at its end and outside."""
-    uninterrupted = adapted(variant)
+    uninterrupted = fresh("llama", spiel(variant=variant))
     optimiser = optimiser_for(uninterrupted)
     train(uninterrupted, optimiser, range(1, middle + 1))
     state, moments = copy.deepcopy(uninterrupted.state_dict()), copy.deepcopy(optimiser.state_dict())
     train(uninterrupted, optimiser, range(middle + 1, 8))
-    resumed = adapted(variant)
+    resumed = fresh("llama", spiel(variant=variant))
     second = optimiser_for(resumed)
     resumed.load_state_dict(state)
     second.load_state_dict(moments)
     train(resumed, second, range(middle + 1, 8))
     same_state(uninterrupted, resumed)
     for a, b in zip(optimiser.state.values(), second.state.values(), strict=True):
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+        assert same_tensors(a, b)
 
 
 @pytest.mark.slow
 def test_state_that_is_loaded_between_steps_holds_at_once() -> None:
     """State that is loaded between steps applies at once, even if the model has been in another window before."""
-    compiled = adapted()
+    compiled = fresh("llama", spiel())
     optimiser = optimiser_for(compiled)
     state, moments = copy.deepcopy(compiled.state_dict()), copy.deepcopy(optimiser.state_dict())
     train(compiled, optimiser, range(1, 4))
@@ -129,7 +131,7 @@ def test_state_that_is_loaded_between_steps_holds_at_once() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_artifact_from_within_a_window_changes_nothing(variant: str, tmp_path: Path) -> None:
     """Saving, loading and further training give the same state, even with a merge before the step is taken."""
-    uninterrupted = adapted(variant)
+    uninterrupted = fresh("llama", spiel(variant=variant))
     optimiser = optimiser_for(uninterrupted)
     train(uninterrupted, optimiser, [1])
     uninterrupted(**batch(uninterrupted, 2)).loss.backward()
@@ -154,7 +156,7 @@ def test_an_artifact_from_within_a_window_changes_nothing(variant: str, tmp_path
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_checkpointing_changes_no_bit(variant: str) -> None:
     """Layers that run again in the backward pass deliver the same gradients, once."""
-    plain, again = adapted(variant), adapted(variant)
+    plain, again = fresh("llama", spiel(variant=variant)), fresh("llama", spiel(variant=variant))
     again.gradient_checkpointing_enable()
     for compiled in (plain, again):
         train(compiled, optimiser_for(compiled), range(1, 8))
@@ -164,7 +166,7 @@ def test_checkpointing_changes_no_bit(variant: str) -> None:
 @pytest.mark.slow
 def test_no_gradient_of_a_weight_outlives_its_site() -> None:
     """When a gradient is delivered, earlier ones have been freed; only candidates and their sums remain."""
-    compiled = adapted(target={"modules": "**"})
+    compiled = fresh("llama", spiel(target={"modules": "**"}))
     controller, references, most = controller_of(compiled), [], 0
     original = controller._gather
 
@@ -191,7 +193,7 @@ def test_no_gradient_of_a_weight_outlives_its_site() -> None:
 def test_a_window_that_replaces_nothing_looks_at_nothing() -> None:
     """No gradients are required if no share is left, or if the training ends before."""
     for fields, steps in (({"drop_fraction": 0}, [5]), ({"total_steps": 6}, [5]), ({"total_steps": 7}, [])):
-        compiled = adapted(**fields)
+        compiled = fresh("llama", spiel(**fields))
         optimiser = optimiser_for(compiled)
         train(compiled, optimiser, range(1, 5))
         compiled(**batch(compiled, 5))
@@ -226,7 +228,7 @@ def test_parts_of_a_batch_are_one_step() -> None:
     """If the first part chooses the candidates of the full batch, as here with the same part twice, then sums, squares
     and grown entries are those of one batch, to a relative 1e-4. With other parts the first one chooses.
     """
-    whole, parts = adapted(), adapted()
+    whole, parts = fresh("llama", spiel()), fresh("llama", spiel())
     first, second = optimiser_for(whole), optimiser_for(parts)
     for number in (1, 2):
         for compiled, optimiser, count in ((whole, first, 1), (parts, second, 2)):
@@ -253,13 +255,13 @@ def test_the_first_part_chooses_and_the_others_add() -> None:
     """By the gradients of full weights in the source model, candidates come from the first row, sums from all rows, and
     squares from the total sum.
     """
-    compiled, model = adapted(), tiny("llama").train()
+    compiled, model = fresh("llama", spiel()), tiny("llama").train()
     train(compiled, optimiser_for(compiled, lr=0.0), [1], micro=5)
     rows: list[dict[str, Tensor]] = []
     for i in range(5):
         model.zero_grad()
         (model(**batch(compiled, 1, slice(i, i + 1))).loss / 5).backward()
-        rows.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        rows.append(gradients_of(model))
     for entries in controller_of(compiled).entries:
         name, candidates = entries.region.tensor, entries.tensor("candidates").long()
         chosen = rows[0][name].abs().flatten().topk(candidates.numel()).indices
@@ -273,7 +275,7 @@ def test_the_first_part_chooses_and_the_others_add() -> None:
 @pytest.mark.full
 def test_a_step_that_is_thrown_away_leaves_nothing() -> None:
     """A step that a scaler skips chooses no candidates and adds nothing, in the first step of a window and later."""
-    plain, skipped = adapted(), adapted()
+    plain, skipped = fresh("llama", spiel()), fresh("llama", spiel())
     train(plain, optimiser_for(plain), range(1, 4))
     optimiser = optimiser_for(skipped)
     skipped.train()
@@ -295,7 +297,7 @@ def test_a_step_that_is_thrown_away_leaves_nothing() -> None:
 @pytest.mark.full
 def test_a_copy_from_within_a_step_is_by_itself() -> None:
     """The copy's base requires no gradients; the copy has no optimiser and trains on independently, to the bit."""
-    compiled = adapted()
+    compiled = fresh("llama", spiel())
     optimiser = optimiser_for(compiled)
     train(compiled, optimiser, [1])
     compiled(**batch(compiled, 2)).loss.backward()
@@ -332,7 +334,7 @@ def test_an_adaptation_that_does_not_train_is_left_alone() -> None:
 @pytest.mark.full
 def test_state_moves_with_the_model() -> None:
     """The state that a window has gathered is on the same device as the deltas."""
-    compiled = adapted()
+    compiled = fresh("llama", spiel())
     compiled(**batch(compiled, 1))
     compiled.to("meta")
     assert {tensor.device.type for tensor in compiled.adapter_state_dict().values()} == {"meta"}
@@ -342,7 +344,7 @@ def test_state_moves_with_the_model() -> None:
 @pytest.mark.full
 def test_compiled_code_trains_without_windows() -> None:
     """Compiled code trains without errors; no entry is added, and a warning says so."""
-    compiled = adapted()
+    compiled = fresh("llama", spiel())
     optimiser = optimiser_for(compiled)
     compiled.train()
     compiled(**batch(compiled, 0))
@@ -367,7 +369,7 @@ def test_the_trainer_goes_on_where_it_stopped(variant: str, tmp_path: Path) -> N
     from transformers import Trainer, TrainingArguments
 
     def trainer(folder: str) -> Any:
-        compiled = adapted(variant, "bert", total_steps=None)
+        compiled = fresh("bert", spiel(variant=variant, total_steps=None))
         ids = torch.randint(3, 100, (32, 8), generator=torch.Generator().manual_seed(0))
         data = [{"input_ids": row, "attention_mask": torch.ones(8).long(), "labels": row[0] % 3} for row in ids]
         settings = {"num_train_epochs": 3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb, same_bits
-from graftc.testing.compare import flat, inputs_for, largest_difference
+from graftc.testing.compare import inputs_for, largest_difference
 from graftc.testing.families import tiny
+from tests.kit.training import after_decay
 
 
 class TestFull(MethodContract):
@@ -72,20 +72,6 @@ class TestDeployed(DeploymentContract):
     families = ("gpt2",)
 
 
-def trained(model: nn.Module, entry: Mapping[str, Any], steps: int = 3) -> tuple[Compiled, dict[str, Tensor]]:
-    """Return a model after some steps of AdamW with weight decay, and its parameters as folded."""
-    compiled = graftc.compile({"adapt": [dict(entry)]}, model).train()
-    parameters = [p for p in compiled.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.5)
-    inputs = inputs_for(compiled)
-    for _ in range(steps):
-        optimiser.zero_grad()
-        leaves = [leaf for leaf in flat(compiled(**inputs)) if leaf.is_floating_point()]
-        torch.stack([leaf.square().sum() for leaf in leaves]).sum().backward()
-        optimiser.step()
-    return compiled, dict(compiled.eval().merge().to_transformers().named_parameters())
-
-
 def changed(model: nn.Module, after: Mapping[str, Tensor]) -> set[str]:
     """Return the names of the parameters that have changed."""
     return {name for name, before in model.named_parameters() if not torch.equal(before, after[name])}
@@ -104,7 +90,7 @@ def test_every_parameter_trains(family: str) -> None:
 def test_exactly_the_last_layer_changes() -> None:
     """The layer's input is equal to the bit, and nothing below it gets a gradient."""
     model = tiny("gpt2").eval()
-    compiled, after = trained(model, {"method": "last_layers", "count": 1})
+    compiled, after = after_decay(model, {"method": "last_layers", "count": 1})
     assert changed(model, after) == {n for n, _ in model.named_parameters() if n.startswith("transformer.h.1.")}
     inputs = {**inputs_for(compiled), "output_hidden_states": True}
     with torch.no_grad():
@@ -116,7 +102,7 @@ def test_exactly_the_last_layer_changes() -> None:
 def test_exactly_the_biases_change() -> None:
     """The biases of keys have negligible gradients, and a head is unchanged."""
     model = tiny("bert").eval()
-    _, after = trained(model, {"method": "bitfit"})
+    _, after = after_decay(model, {"method": "bitfit"})
     biases = {n for n, _ in model.named_parameters() if n.endswith("bias") and not n.startswith("classifier")}
     assert changed(model, after) <= biases
     assert biases - changed(model, after) <= {n for n in biases if "key" in n}
@@ -126,7 +112,7 @@ def test_exactly_the_biases_change() -> None:
 def test_an_encoder_stays_under_cross_attention() -> None:
     """The encoder's states are the base's, and so are the decoder's other weights."""
     model = tiny("t5").eval()
-    compiled, after = trained(model, {"method": "cross_attention"})
+    compiled, after = after_decay(model, {"method": "cross_attention"})
     assert changed(model, after) == {n for n, _ in model.named_parameters() if ".EncDecAttention." in n}
     inputs = inputs_for(compiled)
     with torch.no_grad():
@@ -151,7 +137,7 @@ def test_biases_of_queries_alone() -> None:
 def test_queries_alone() -> None:
     """Only the queries' columns of GPT-2's fused weight and bias change, after AdamW with weight decay."""
     model = tiny("gpt2").eval()
-    compiled, after = trained(model, {"method": "full", "target": {"role": "attn.q"}})
+    compiled, after = after_decay(model, {"method": "full", "target": {"role": "attn.q"}})
     assert compiled.report.trainable_parameters == 2 * (48 * 48 + 48)
     before = dict(model.named_parameters())
     names = {f"transformer.h.{layer}.attn.c_attn.{part}" for layer in range(2) for part in ("weight", "bias")}

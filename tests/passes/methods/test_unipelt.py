@@ -17,10 +17,10 @@ from graftc.testing import (
     MethodContract,
     largest_difference,
     outputs_of,
-    perturb,
 )
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
 
 SMALL = {"length": 3, "reparameterization": {"hidden": 6, "width": 5}}
 APL: dict[str, Any] = {"method": "unipelt", "prefix": SMALL, "adapter": {"reduction": 6}, "lora": {"rank": 3}}
@@ -63,13 +63,6 @@ class TestDeployed(DeploymentContract):
     families = ("bert",)
 
 
-def made(family: str, entry: dict[str, Any]) -> Compiled:
-    """A tiny model of a family with the adaptation, perturbed, in eval mode."""
-    compiled = graftc.compile({"adapt": [entry]}, tiny(family)).eval()
-    perturb(compiled, 0.2)
-    return compiled
-
-
 def set_gates(compiled: Compiled, bias: float) -> None:
     """Set every gate to one value, whatever it reads."""
     tensors = compiled.adapter_state_dict()
@@ -101,7 +94,7 @@ APART = [
 @pytest.mark.parametrize("family", FAMILIES)
 def test_open_gates_are_the_sum(family: str) -> None:
     """With gates at 1, the parts act like adaptations without gates."""
-    compiled = made(family, {**APL, "prefix": PLAIN})
+    compiled = adapted(family, {**APL, "prefix": PLAIN}, noise=0.2)
     set_gates(compiled, 60.0)
     inputs = inputs_for(compiled)
     other = apart(family, compiled, "unipelt", APART)
@@ -113,12 +106,12 @@ def test_open_gates_are_the_sum(family: str) -> None:
 def test_shut_gates_leave_a_prefix_of_zeros(family: str) -> None:
     """Adapters and updates vanish; a prefix becomes one of zeros, whose keys still take part in the softmax."""
     bare = {**APL, "parts": ["adapter", "lora"]}
-    compiled = made(family, bare)
+    compiled = adapted(family, bare, noise=0.2)
     inputs = inputs_for(compiled)
     set_gates(compiled, -200.0)
     base = outputs_of(tiny(family), inputs)
     assert largest_difference(outputs_of(compiled, inputs), base) <= 1e-6
-    compiled = made(family, {**APL, "prefix": PLAIN})
+    compiled = adapted(family, {**APL, "prefix": PLAIN}, noise=0.2)
     set_gates(compiled, -200.0)
     zeros = graftc.compile({"adapt": [{"method": "prefix", "length": 3}]}, tiny(family)).eval()
     zeros.load_adapter_state_dict({n: torch.zeros_like(t) for n, t in zeros.adapter_state_dict().items()})
@@ -155,7 +148,7 @@ def test_padding() -> None:
         return outputs_of(compiled, {"input_ids": tokens, "attention_mask": (tokens > 0).long()})
 
     for tokens, moves in (("all", True), ("real", False)):
-        compiled = made("bert", {**APL, "tokens": tokens})
+        compiled = adapted("bert", {**APL, "tokens": tokens}, noise=0.2)
         difference = largest_difference(call(compiled, ids), call(compiled, longer))
         assert (difference > 1e-5) if moves else (difference <= 1e-6)
 
@@ -164,7 +157,7 @@ def test_padding() -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_mam_is_its_parts(family: str) -> None:
     """The prefix and the parallel adapter as separate adaptations give the same outputs."""
-    compiled = made(family, {**MAM, "prefix": PLAIN})
+    compiled = adapted(family, {**MAM, "prefix": PLAIN}, noise=0.2)
     entries = [{"method": "prefix", "length": 3}, {"method": "he_parallel", "bottleneck": 7}]
     other, inputs = apart(family, compiled, "mam", entries), inputs_for(compiled)
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(other, inputs)) <= 2e-6
@@ -174,7 +167,7 @@ def test_mam_is_its_parts(family: str) -> None:
 @pytest.mark.parametrize("entry", [APL, AP, MAM], ids=["APL", "AP", "MAM"])
 def test_the_network_is_ejected(entry: dict[str, Any]) -> None:
     """The deployed model has only keys and values, its gates and adapters are unchanged, and so are its outputs."""
-    compiled = made("bert", entry)
+    compiled = adapted("bert", entry, noise=0.2)
     with pytest.raises(GraftError) as caught:
         compiled.merge()
     assert caught.value.code == "GC050"

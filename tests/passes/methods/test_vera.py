@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
@@ -17,7 +17,11 @@ from graftc.testing import DeploymentContract, MethodContract, largest_differenc
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
 from tests.kit.depth import each_way
+from tests.kit.models import fresh
+from tests.kit.specs import varied
 from tests.passes.methods.places import OTHERS, ROLES
+
+VERA = {"method": "vera", "target": {"role": ROLES}, "rank": 32}
 
 
 class TestVeRA(MethodContract):
@@ -48,16 +52,10 @@ class TestDeployed(DeploymentContract):
     families = ("gpt2",)
 
 
-def adapted(model: nn.Module, **fields: Any) -> Any:
-    """``model`` with VeRA of rank 32, in eval mode."""
-    entry = {"method": "vera", "target": {"role": ROLES}, "rank": 32, **fields}
-    return graftc.compile({"adapt": [entry]}, model).eval()
-
-
 @pytest.mark.slow
 def test_tensors() -> None:
     """A and B exist once, frozen and as large as the largest site; d and b exist for each site."""
-    compiled = adapted(tiny("llama"))
+    compiled = fresh("llama", VERA)
     tensors = compiled.adapter_state_dict()
     shared = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith("graftc.")}
     assert shared == {"graftc.vera.A": (32, 80), "graftc.vera.B": (48, 32)}
@@ -77,7 +75,7 @@ def test_tensors() -> None:
 @pytest.mark.slow
 def test_start() -> None:
     """``d`` starts at 0.1, ``b`` at zero, and A and B uniform within Kaiming's bound, ``sqrt(6 / columns)``."""
-    tensors = adapted(tiny("bert"), rank=256).adapter_state_dict()
+    tensors = fresh("bert", varied(VERA, rank=256)).adapter_state_dict()
     for name, tensor in tensors.items():
         part = name.rpartition(".")[2]
         if part in "db":
@@ -93,7 +91,7 @@ def test_start() -> None:
 def test_update(family: str) -> None:
     """``W' - W`` is ``diag(b) B diag(d) A`` of the shared matrices' first rows and columns."""
     model = tiny(family)
-    compiled = adapted(model)
+    compiled = fresh(model, VERA)
     tensors = compiled.adapter_state_dict() | perturb(compiled, 0.3)
     lazy = lazy_tensors(compiled.compilation)
     name = {"bert": "bert.encoder.layer.1.output.dense", "gpt2": "transformer.h.1.mlp.c_proj"}.get(
@@ -127,7 +125,7 @@ def test_projection_seed() -> None:
 @pytest.mark.full
 def test_other_signatures_share_the_projections() -> None:
     """A second graph reads the same A and B."""
-    compiled = adapted(tiny("bert"))
+    compiled = fresh("bert", VERA)
     perturb(compiled, 0.3)
     inputs = inputs_for(compiled)
     other = {**inputs, "position_ids": torch.arange(9).expand(5, 9)}
@@ -139,7 +137,7 @@ def test_other_signatures_share_the_projections() -> None:
 @pytest.mark.full
 def test_artifact(tmp_path: Path) -> None:
     """A and B are saved with the adapters."""
-    compiled = adapted(tiny("bert"))
+    compiled = fresh("bert", VERA)
     perturb(compiled, 0.3)
     compiled.save(tmp_path / "kept")
     loaded = graftc.load(tmp_path / "kept", tiny("bert"))
@@ -151,7 +149,7 @@ def test_artifact(tmp_path: Path) -> None:
 def test_no_gradient_at_zero() -> None:
     """An initial ``d`` of zero is refused, since neither vector would learn if both started at zero."""
     with pytest.raises(GraftError, match=r"GC002.*d_initial is 0"):
-        adapted(tiny("bert"), d_initial=0.0)
+        fresh("bert", varied(VERA, d_initial=0.0))
 
 
 @pytest.mark.full

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-import graftc
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.runtime.compiled import Compiled
 from graftc.testing.compare import inputs_for, largest_difference, outputs_of
 from graftc.testing.contract import MethodContract
 from graftc.testing.perturb import perturb
+from tests.kit.models import fresh
+from tests.kit.specs import lora
 from tests.kit.wide import FAMILIES, USUAL
 
 
@@ -26,13 +27,6 @@ def _slow_path() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     yield
     torch.backends.mha.set_fastpath_enabled(before)
-
-
-def adapted(family: str, model: nn.Module, seed: int = 0) -> Compiled:
-    """A model with LoRA on those of the usual roles that its architecture has."""
-    wide = FAMILIES[family]
-    spec = {"adapt": [{"method": "lora", "target": {"role": list(wide.roles)}, "rank": 2}]}
-    return graftc.compile(spec, model, wide.inputs() if wide.inputs else None, seed=seed)
 
 
 class TestLoRAByRole(MethodContract):
@@ -52,7 +46,8 @@ class TestLoRAByRole(MethodContract):
 
     def compiled(self, family: str, model: nn.Module, seed: int = 0) -> Compiled:
         """Compile ``model`` with LoRA on the roles of its architecture."""
-        return adapted(family, model, seed)
+        wide = FAMILIES[family]
+        return fresh(model, lora(list(wide.roles)), inputs=wide.inputs() if wide.inputs else None, seed=seed)
 
     def perturb(self, family: str, compiled: Compiled) -> None:
         """Add noise of the architecture's size to every trainable tensor."""

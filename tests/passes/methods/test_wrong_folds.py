@@ -19,6 +19,8 @@ from graftc.passes.methods.vera import VeRAMethod
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
+from tests.kit.refusals import refused
 
 WITHOUT_LIMIT = 1e9
 """An output budget that nothing exceeds, so that only the evidence at the sites is left."""
@@ -27,20 +29,18 @@ SQUARE = {"role": "attn.k"}
 Wrong = Callable[[Tensor, Tensor, dict[str, Tensor]], tuple[Tensor, Tensor]]
 
 
-def refused(entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: Any, wrong: Wrong) -> tuple[str, ...]:
+def reasons_against(
+    entry: dict[str, Any], monkeypatch: pytest.MonkeyPatch, method: Any, wrong: Wrong
+) -> tuple[str, ...]:
     """Fold with ``wrong`` instead of the method's own function, after certifying that one, and return the reasons."""
-    compiled = graftc.compile({"adapt": [entry]}, tiny("bert")).eval()
-    perturb(compiled, 0.2)
+    compiled = adapted("bert", entry, noise=0.2)
     assert compiled.merge().certificate.passed
 
     def fold(self: Any, spec: Any, site: Any, tensors: Any) -> WeightFold:
         return WeightFold(lambda weight, bias: wrong(weight, bias, tensors))  # type: ignore[arg-type]
 
     monkeypatch.setattr(method, "fold", fold)
-    with pytest.raises(GraftError) as error:
-        compiled.merge(budget=WITHOUT_LIMIT)
-    assert error.value.code == "GC051"
-    return error.value.details
+    return refused(compiled.merge, budget=WITHOUT_LIMIT, code="GC051").details
 
 
 IA3: dict[str, Wrong] = {
@@ -54,7 +54,7 @@ IA3: dict[str, Wrong] = {
 @pytest.mark.full
 @pytest.mark.parametrize("name", IA3)
 def test_ia3(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = refused({"method": "ia3", "target": SQUARE}, monkeypatch, IA3Method, IA3[name])
+    reasons = reasons_against({"method": "ia3", "target": SQUARE}, monkeypatch, IA3Method, IA3[name])
     assert len(reasons) == 2 and all("attention.self.key" in reason for reason in reasons)
 
 
@@ -62,7 +62,7 @@ def test_ia3(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ia3_input_with_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bias is not scaled with the input, even if its width would allow it."""
     entry = {"method": "ia3", "target": SQUARE, "side": "input"}
-    assert refused(entry, monkeypatch, IA3Method, lambda w, b, t: (w * t["l"], b * t["l"]))
+    assert reasons_against(entry, monkeypatch, IA3Method, lambda w, b, t: (w * t["l"], b * t["l"]))
 
 
 VERA: dict[str, Wrong] = {
@@ -85,7 +85,7 @@ def test_vera(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         down = (tensors["B"] * tensors["d"]) @ tensors["A"]
         return weight + tensors["b"][:, None] * down, bias
 
-    reasons = refused(entry, monkeypatch, VeRAMethod, wrong)
+    reasons = reasons_against(entry, monkeypatch, VeRAMethod, wrong)
     assert len(reasons) == 2 and all("attention.self.key" in reason for reason in reasons)
 
 
@@ -100,7 +100,7 @@ LOHA: dict[str, Wrong] = {
 @pytest.mark.parametrize("name", LOHA)
 def test_loha(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"method": "loha", "target": SQUARE, "rank": 4, "alpha": 8}
-    assert refused(entry, monkeypatch, LoHaMethod, LOHA[name])
+    assert reasons_against(entry, monkeypatch, LoHaMethod, LOHA[name])
 
 
 LOKR: dict[str, Wrong] = {
@@ -113,7 +113,7 @@ LOKR: dict[str, Wrong] = {
 @pytest.mark.parametrize("name", LOKR)
 def test_lokr(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"method": "lokr", "target": SQUARE, "rank": 2, "alpha": 4}
-    assert refused(entry, monkeypatch, LoKrMethod, LOKR[name])
+    assert reasons_against(entry, monkeypatch, LoKrMethod, LOKR[name])
 
 
 @pytest.mark.slow

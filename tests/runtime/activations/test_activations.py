@@ -20,10 +20,12 @@ import graftc
 from benchmarks.train.measure import peak_bytes
 from graftc.runtime.activations import minimum_cut
 from graftc.runtime.activations.training_code import TrainingCode, choices_of
-from graftc.testing import perturb, tiny
-from graftc.testing.compare import flat, inputs_for
+from graftc.testing import tiny
+from graftc.testing.compare import inputs_for
 from graftc.testing.families import FAMILIES
+from tests.kit.comparing import floats, gradients_of, same_tensors
 from tests.kit.language_models import language_model
+from tests.kit.models import adapted
 
 ROLES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down"]
 LORA: dict[str, Any] = {"method": "lora", "rank": 2, "dropout": 0.2}
@@ -31,25 +33,23 @@ PLAIN = {"optimise": {"off": ["recompute"]}}
 Gradients = dict[str, Tensor]
 
 
-def compiled(base: Any, change: dict[str, Any] | None = None, /, **spec: Any) -> Any:
+def trained_copy(base: Any, change: dict[str, Any] | None = None, /, **spec: Any) -> Any:
+    """Return a copy of a model with LoRA on all of its maps, in train mode."""
     config: Any = base.config
     roles = [*ROLES[:4], "experts"] if hasattr(config, "num_local_experts") else ROLES
-    whole = {"adapt": [{**LORA, **(change or {}), "target": {"role": roles}}], **spec}
-    model = graftc.compile(whole, copy.deepcopy(base), seed=0).train()
-    perturb(model)
-    return model
+    entry = {**LORA, **(change or {}), "target": {"role": roles}}
+    return adapted(copy.deepcopy(base), entry, seed=0, **spec).train()
 
 
 def loss_of(model: Any, inputs: dict[str, Any]) -> Tensor:
     torch.manual_seed(3)
-    leaves = flat(model(**inputs))
-    return torch.stack([leaf.square().mean() for leaf in leaves if leaf.is_floating_point()]).sum()
+    return torch.stack([leaf.square().mean() for leaf in floats(model(**inputs))]).sum()
 
 
 def gradients(model: Any, inputs: dict[str, Any], run: Callable[..., Tensor] = loss_of) -> Gradients:
     model.zero_grad()
     run(model, inputs).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients_of(model)
 
 
 def saved(model: Any, inputs: dict[str, Any], run: Callable[..., Tensor] = loss_of) -> int:
@@ -74,7 +74,7 @@ def saved(model: Any, inputs: dict[str, Any], run: Callable[..., Tensor] = loss_
 
 
 def equal(one: Gradients, other: Gradients) -> bool:
-    return bool(one) and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    return bool(one) and same_tensors(one, other)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def base() -> Any:
 @pytest.fixture(scope="module")
 def usual(base: Any) -> Any:
     """A model with the default options."""
-    return compiled(base)
+    return trained_copy(base)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def inputs(usual: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def expected(base: Any, inputs: dict[str, Any]) -> Gradients:
     """The gradients of plain autograd, which keeps all that it saves."""
-    return gradients(compiled(base, **PLAIN), inputs)
+    return gradients(trained_copy(base, **PLAIN), inputs)
 
 
 @pytest.mark.full
@@ -104,7 +104,7 @@ def expected(base: Any, inputs: dict[str, Any]) -> Gradients:
 def test_gradients_are_the_same_to_the_bit_and_less_is_kept(family: str) -> None:
     torch.manual_seed(0)
     base = (language_model(family) if family not in FAMILIES else tiny(family)).double().train()
-    ours, plain = compiled(base), compiled(base, **PLAIN)
+    ours, plain = trained_copy(base), trained_copy(base, **PLAIN)
     inputs = inputs_for(ours, front=False)
     assert equal(gradients(ours, inputs), gradients(plain, inputs))
     assert saved(ours, inputs) < saved(plain, inputs)
@@ -116,12 +116,12 @@ def test_gradients_are_the_same_to_the_bit_and_less_is_kept(family: str) -> None
 def test_a_budget_is_kept_within(family: str, budget: float) -> None:
     torch.manual_seed(0)
     base = tiny(family).double().train()
-    ours, plain = compiled(base, memory={"budget": budget}), compiled(base, **PLAIN)
+    ours, plain = trained_copy(base, memory={"budget": budget}), trained_copy(base, **PLAIN)
     inputs = inputs_for(ours, (6, 20))
     for name, expected in gradients(plain, inputs).items():
         torch.testing.assert_close(dict(gradients(ours, inputs))[name], expected, rtol=1e-10, atol=1e-14)
     # Draws of the base's own dropouts, and values that the loss reads, cannot be recomputed.
-    least = compiled(base, memory={"budget": 1e-9})
+    least = trained_copy(base, memory={"budget": 1e-9})
     gradients(least, inputs)
     assert saved(ours, inputs) <= max(1.05 * budget * saved(plain, inputs), saved(least, inputs))
 
@@ -130,7 +130,7 @@ def test_a_budget_is_kept_within(family: str, budget: float) -> None:
 def test_less_budget_keeps_less(base: Any, inputs: dict[str, Any]) -> None:
     kept = []
     for budget in (0.9, 0.6, 0.4, 0.2):
-        model = compiled(base, memory={"budget": budget})
+        model = trained_copy(base, memory={"budget": budget})
         gradients(model, inputs)
         kept.append(saved(model, inputs))
     assert kept == sorted(kept, reverse=True) and kept[-1] < 0.6 * kept[0]
@@ -149,7 +149,7 @@ def test_predicted_bytes_are_those_that_are_kept(usual: Any, inputs: dict[str, A
 @pytest.mark.parametrize("document", [{}, {"memory": {"budget": 0.4}}, {"checkpoint": "layers"}, PLAIN])
 def test_a_step_is_told_before_it_runs(base: Any, document: dict[str, Any]) -> None:
     """The predicted bytes are those of torch's allocator, and the prediction leaves the model unchanged."""
-    model = compiled(base, **document)
+    model = trained_copy(base, **document)
     inputs = {"input_ids": torch.arange(8 * 64).reshape(8, 64) % 101}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     model.activations(input_ids=torch.ones(2, 3).long())  # a prediction for other sizes has no effect here
@@ -213,13 +213,13 @@ def test_gradients_of_gradients(base: Any, usual: Any, inputs: dict[str, Any]) -
             first = torch.autograd.grad(loss_of(model, inputs), parameters, create_graph=True)
             return list(torch.autograd.grad(sum(g.square().sum() for g in first), parameters))  # type: ignore[arg-type]
 
-    for ours, plain in zip(second(usual), second(compiled(base, **PLAIN)), strict=True):
+    for ours, plain in zip(second(usual), second(trained_copy(base, **PLAIN)), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.slow
 def test_a_change_before_the_backward_pass_is_an_error(base: Any, inputs: dict[str, Any]) -> None:
-    model = compiled(base, train=["**.input_layernorm"])
+    model = trained_copy(base, train=["**.input_layernorm"])
     gradients(model, inputs)
     loss = loss_of(model, inputs)
     with torch.no_grad():
@@ -236,14 +236,14 @@ def test_parameters_are_those_of_the_forward_pass(base: Any, inputs: dict[str, A
     """The backward pass uses them even if others have taken their places, as after `torch.func.functional_call`."""
     norms = {"train": ["**.input_layernorm", "**.post_attention_layernorm"]}
 
-    def found(**document: Any) -> list[Tensor]:
-        model = compiled(base, {"dropout": 0.0}, **norms, **document)
+    def second_derivatives(**document: Any) -> list[Tensor]:
+        model = trained_copy(base, {"dropout": 0.0}, **norms, **document)
         gradients(model, inputs)
         own = {n: (p.detach() * 1.5 + 0.01).requires_grad_() for n, p in model.named_parameters() if p.requires_grad}
         loss = torch.func.functional_call(model, own, kwargs=dict(inputs)).logits.square().mean()
         return list(torch.autograd.grad(loss, list(own.values())))
 
-    for ours, plain in zip(found(memory=memory), found(**PLAIN), strict=True):
+    for ours, plain in zip(second_derivatives(memory=memory), second_derivatives(**PLAIN), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-14)
 
 
@@ -271,7 +271,7 @@ def test_equal_layers_share_their_plans(usual: Any, inputs: dict[str, Any]) -> N
 @pytest.mark.slow
 def test_transforms_of_functions(base: Any, inputs: dict[str, Any]) -> None:
     """`torch.func` allows no hooks, so autograd keeps there all that it saves."""
-    model = compiled(base, {"dropout": 0.0})
+    model = trained_copy(base, {"dropout": 0.0})
     own = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def loss(values: dict[str, Tensor]) -> Tensor:
@@ -286,7 +286,7 @@ def test_transforms_of_functions(base: Any, inputs: dict[str, Any]) -> None:
 @pytest.mark.full
 def test_autocast(base: Any) -> None:
     base = copy.deepcopy(base).float()
-    ours, plain = compiled(base), compiled(base, **PLAIN)
+    ours, plain = trained_copy(base), trained_copy(base, **PLAIN)
     inputs = inputs_for(ours)
 
     def run(model: Any, given: dict[str, Any]) -> Tensor:
@@ -298,7 +298,7 @@ def test_autocast(base: Any) -> None:
 
 @pytest.mark.full
 def test_a_budget_that_cannot_be_met_says_what_is_kept(base: Any, inputs: dict[str, Any]) -> None:
-    model = compiled(base, memory={"budget": 1e-6})
+    model = trained_copy(base, memory={"budget": 1e-6})
     with pytest.warns(graftc.GraftWarning, match=r"GC153: \d+% of what autograd keeps is kept"):
         gradients(model, inputs)
 
@@ -307,7 +307,7 @@ def test_a_budget_that_cannot_be_met_says_what_is_kept(base: Any, inputs: dict[s
 def test_what_is_small_first_may_be_large_later(base: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that has too little to save does not decide for other calls."""
     monkeypatch.setattr(minimum_cut, "WORTH", 2**16)
-    model = compiled(base, {"rank": 3})  # equal graphs share plans, and other tests have made some
+    model = trained_copy(base, {"rank": 3})  # equal graphs share plans, and other tests have made some
     small, large = (torch.ones(2, size).long() for size in (2, 100))
     for ids in (small, large):
         gradients(model, {"input_ids": ids})

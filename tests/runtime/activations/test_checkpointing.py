@@ -9,16 +9,15 @@ import torch
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import perturb, tiny
+from tests.kit.comparing import gradients_of
+from tests.kit.models import adapted
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "dropout": 0.3, "target": {"role": "attn.q"}}]}
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
-    compiled = graftc.compile(SPEC, tiny("gpt2")).train()
-    perturb(compiled)
-    return compiled
+def gpt2() -> Any:
+    return adapted("gpt2", **SPEC).train()
 
 
 def gradients(compiled: Any) -> list[torch.Tensor]:
@@ -26,55 +25,53 @@ def gradients(compiled: Any) -> list[torch.Tensor]:
     torch.manual_seed(3)
     compiled.zero_grad()
     compiled(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.square().mean().backward()
-    return [p.grad.clone() for p in compiled.parameters() if p.grad is not None]
+    return list(gradients_of(compiled).values())
 
 
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
 @pytest.mark.parametrize("options", [None, {"use_reentrant": False, "preserve_rng_state": True, "early_stop": False}])
 @pytest.mark.parametrize(("every", "offload", "expected"), [(1, False, [1, 1]), (2, True, [1, 0]), (5, False, [1, 0])])
 def test_gradients_are_the_same_to_the_bit(
-    compiled: Any, name: str, options: Any, every: int, offload: bool, expected: list[int]
+    gpt2: Any, name: str, options: Any, every: int, offload: bool, expected: list[int]
 ) -> None:
-    before = gradients(compiled)
-    enable, disable = getattr(compiled, f"{name}_enable"), getattr(compiled, f"{name}_disable")
+    before = gradients(gpt2)
+    enable, disable = getattr(gpt2, f"{name}_enable"), getattr(gpt2, f"{name}_disable")
     enable(**{f"{name}_kwargs": options}, every_n_layers=every, offload=offload)
-    assert [block._graftc.checkpointing for block in compiled.blocks.values()] == list(map(bool, expected))
-    assert compiled.is_activation_checkpointing and compiled.is_gradient_checkpointing
-    after = gradients(compiled)
+    assert [block._graftc.checkpointing for block in gpt2.blocks.values()] == list(map(bool, expected))
+    assert gpt2.is_activation_checkpointing and gpt2.is_gradient_checkpointing
+    after = gradients(gpt2)
     disable()
-    assert not compiled.is_activation_checkpointing and not any(
-        b._graftc.checkpointing for b in compiled.blocks.values()
-    )
+    assert not gpt2.is_activation_checkpointing and not any(b._graftc.checkpointing for b in gpt2.blocks.values())
     assert before and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("called", ["activation", "gradient"])
 @pytest.mark.parametrize("wrapped", ["activation", "gradient"])
-def test_a_wrapper_around_either_name_stays_in_effect(compiled: Any, called: str, wrapped: str) -> None:
+def test_a_wrapper_around_either_name_stays_in_effect(gpt2: Any, called: str, wrapped: str) -> None:
     name, calls = f"{wrapped}_checkpointing_enable", 0
-    original = getattr(compiled, name)
+    original = getattr(gpt2, name)
 
     def wrapper(options: Any = None, **others: Any) -> None:
         nonlocal calls
         calls += 1
         original({"early_stop": False}, **others)
 
-    setattr(compiled, name, wrapper)
+    setattr(gpt2, name, wrapper)
     try:
-        getattr(compiled, f"{called}_checkpointing_enable")()
+        getattr(gpt2, f"{called}_checkpointing_enable")()
     finally:
-        delattr(compiled, name)
+        delattr(gpt2, name)
     assert calls == 1
-    assert [dict(block._graftc.recompute.options) for block in compiled.blocks.values()] == [{"early_stop": False}] * 2
-    compiled.activation_checkpointing_disable()
+    assert [dict(block._graftc.recompute.options) for block in gpt2.blocks.values()] == [{"early_stop": False}] * 2
+    gpt2.activation_checkpointing_disable()
 
 
-def test_layers_are_computed_again(compiled: Any) -> None:
+def test_layers_are_computed_again(gpt2: Any) -> None:
     """Less is kept for the backward pass, and layers that are left out of checkpointing keep their values."""
     sizes = []
     for every in (None, 1, 2):
         if every is not None:
-            compiled.activation_checkpointing_enable(every_n_layers=every)
+            gpt2.activation_checkpointing_enable(every_n_layers=every)
         kept = 0
 
         def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -83,9 +80,9 @@ def test_layers_are_computed_again(compiled: Any) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            compiled(input_ids=torch.arange(5, 19).reshape(2, 7), attention_mask=torch.ones(2, 7).long())
+            gpt2(input_ids=torch.arange(5, 19).reshape(2, 7), attention_mask=torch.ones(2, 7).long())
         sizes.append(kept)
-    compiled.activation_checkpointing_disable()
+    gpt2.activation_checkpointing_disable()
     assert sizes[1] < sizes[2] < sizes[0]
 
 
@@ -102,14 +99,14 @@ def test_layers_are_computed_again(compiled: Any) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_done_is_refused_by_code(compiled: Any, call: dict[str, Any]) -> None:
+def test_what_cannot_be_done_is_refused_by_code(gpt2: Any, call: dict[str, Any]) -> None:
     with pytest.raises(GraftError) as caught:
-        compiled.activation_checkpointing_enable(**call)
+        gpt2.activation_checkpointing_enable(**call)
     assert caught.value.code == "GC072" and caught.value.hint
-    assert not compiled.is_activation_checkpointing
+    assert not gpt2.is_activation_checkpointing
 
 
-def test_a_model_without_layers(compiled: Any) -> None:
+def test_a_model_without_layers(gpt2: Any) -> None:
     spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "0"}}]}
     flat = graftc.compile(spec, torch.nn.Sequential(torch.nn.Linear(4, 4)), (torch.ones(2, 4),))
     with pytest.raises(GraftError, match="GC034"):

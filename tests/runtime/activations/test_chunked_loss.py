@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.passes.core.ops import head_loss
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import tiny
 from graftc.testing.families import VOCABULARY
+from tests.kit.comparing import gradients_of
+from tests.kit.models import fresh
+from tests.kit.settings import small_chunks
 
 LORA: dict[str, Any] = {"method": "lora", "rank": 2, "target": {"role": "attn.q"}}
 IDS = torch.randint(0, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -24,10 +26,10 @@ LABELS = IDS.masked_fill(torch.arange(7) < 3, -100)
 CALL = {"input_ids": IDS, "labels": LABELS}
 
 
-def made(model: nn.Module, loss: str, call: dict[str, Any] = CALL, **spec: Any) -> Compiled:
+def with_loss(model: nn.Module, loss: str, call: dict[str, Any] = CALL, **spec: Any) -> Compiled:
     """Return a compiled model in train mode, with adapters away from their initial values."""
     torch.manual_seed(0)
-    compiled = graftc.compile({"adapt": [LORA], **spec, "memory": {"loss": loss}}, copy.deepcopy(model), call).train()
+    compiled = fresh(copy.deepcopy(model), LORA, inputs=call, **spec, memory={"loss": loss}).train()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, tensor in sorted(compiled.named_parameters()):
@@ -42,28 +44,27 @@ def step(compiled: nn.Module, call: dict[str, Any] = CALL) -> dict[str, Tensor]:
     compiled.zero_grad()
     loss = compiled(**call).loss
     (3 * loss).backward()
-    grads = {name: t.grad for name, t in compiled.named_parameters() if t.grad is not None}
+    grads = gradients_of(compiled)
     return {"loss": loss.detach(), **grads}
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == expected.keys() and len(found) > 1
+def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys() and len(actual) > 1
     for name, right in expected.items():
-        error, size = (found[name] - right).abs().max(), right.abs().max()
+        error, size = (actual[name] - right).abs().max(), right.abs().max()
         assert error <= tolerance * size, f"{name}: {error} of {size}"
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "CHUNK_ROWS", {"cpu": 3})
-    monkeypatch.setattr(head_loss, "CHUNK_BYTES", {"cpu": 1})
+def chunks_of_three_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch)
 
 
 @pytest.mark.full
 def test_losses_and_gradients_are_those_of_whole_logits() -> None:
     """All families, float64 and adapted heads are tested in tests/gates/test_chunked_loss.py."""
     model = tiny("llama")
-    assert_equal(step(made(model, "chunked")), step(made(model, "whole")), 1e-5)
+    assert_equal(step(with_loss(model, "chunked")), step(with_loss(model, "whole")), 1e-5)
 
 
 @pytest.mark.full
@@ -71,25 +72,25 @@ def test_losses_and_gradients_are_those_of_whole_logits() -> None:
 def test_other_heads_stay_whole_and_say_why(method: str) -> None:
     spec = {"adapt": [LORA, {"name": "head", "method": method, "target": {"modules": "lm_head"}}]}
     with pytest.warns(GraftWarning, match=r"GC151.*lm_head: 'head' adapts the head by"):
-        compiled = made(tiny("llama"), "chunked", **spec)
+        compiled = with_loss(tiny("llama"), "chunked", **spec)
     assert compiled(**CALL).logits.shape == (2, 7, VOCABULARY)
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
-        made(tiny("llama"), "auto", **spec)
+        with_loss(tiny("llama"), "auto", **spec)
 
 
 @pytest.mark.full
 def test_a_head_over_few_classes_stays_whole() -> None:
     call = {"input_ids": IDS, "labels": LABELS[:, -1] % 3}
     with pytest.warns(GraftWarning, match=r"GC151.*3 logits are no more than the 48 values"):
-        compiled = made(tiny("bert"), "chunked", call)
+        compiled = with_loss(tiny("bert"), "chunked", call)
     assert compiled(**call).logits.shape == (2, 3)
 
 
 @pytest.mark.slow
 def test_a_batch_without_labels_has_torchs_loss() -> None:
     call = {"input_ids": IDS, "labels": torch.full_like(IDS, -100)}
-    compiled = made(tiny("llama"), "chunked")
+    compiled = with_loss(tiny("llama"), "chunked")
     loss = compiled(**call).loss
     loss.backward()
     assert loss.isnan()
@@ -99,7 +100,7 @@ def test_a_batch_without_labels_has_torchs_loss() -> None:
 class TestOutputs:
     @pytest.fixture
     def compiled(self) -> Compiled:
-        return made(tiny("llama"), "chunked")
+        return with_loss(tiny("llama"), "chunked")
 
     @pytest.mark.slow
     def test_logits_are_refused(self, compiled: Compiled) -> None:
@@ -143,7 +144,7 @@ class TestOutputs:
 
 @pytest.mark.full
 def test_the_portable_program_and_artifacts_keep_the_logits(tmp_path: Path) -> None:
-    compiled = made(tiny("llama"), "chunked")
+    compiled = with_loss(tiny("llama"), "chunked")
     assert "logits" in compiled.compilation.program("train").outputs.names
     expected = step(compiled)
     compiled.save(tmp_path / "artifact")
@@ -155,7 +156,7 @@ def test_the_portable_program_and_artifacts_keep_the_logits(tmp_path: Path) -> N
 @pytest.mark.full
 @pytest.mark.parametrize(("vocabulary", "chunked"), [(VOCABULARY, False), (20 * VOCABULARY, True)])
 def test_auto_decides_by_size(vocabulary: int, chunked: bool) -> None:
-    compiled = made(tiny("llama", vocab_size=vocabulary, intermediate_size=400), "auto")
+    compiled = with_loss(tiny("llama", vocab_size=vocabulary, intermediate_size=400), "auto")
     assert ("logits" not in compiled(**CALL)) is chunked
 
 
@@ -163,7 +164,7 @@ def test_auto_decides_by_size(vocabulary: int, chunked: bool) -> None:
 def test_auto_counts_what_checkpoints_keep() -> None:
     """Layers that keep only their inputs leave a larger share of the memory to the logits."""
     for checkpoint, chunked in ((None, False), ("layers", True)):
-        compiled = made(tiny("llama", layers=12), "auto", checkpoint=checkpoint)
+        compiled = with_loss(tiny("llama", layers=12), "auto", checkpoint=checkpoint)
         assert ("logits" not in compiled(**CALL)) is chunked
 
 
@@ -171,13 +172,13 @@ def test_auto_counts_what_checkpoints_keep() -> None:
 def test_objectives_that_compare_outputs_keep_them() -> None:
     spec = {"adapt": [{"method": "adamix_lora", "target": {"role": "attn.q"}}]}
     with pytest.warns(GraftWarning, match="GC151.*compares the outputs of several passes"):
-        compiled = made(tiny("gpt2"), "chunked", **spec)
+        compiled = with_loss(tiny("gpt2"), "chunked", **spec)
     assert "logits" in compiled(**CALL)
 
 
 @pytest.mark.slow
 def test_log_probabilities_of_tokens_need_labels_and_sum_up_to_the_loss() -> None:
-    compiled = made(tiny("llama"), "whole")
+    compiled = with_loss(tiny("llama"), "whole")
     log_probs = compiled.token_log_probs(**CALL)
     assert log_probs.shape == IDS.shape
     torch.testing.assert_close(-log_probs.sum() / (LABELS[:, 1:] != -100).sum(), compiled(**CALL).loss)

@@ -1,4 +1,4 @@
-"""A small base on disk, and artifacts made from it."""
+"""Artifacts that are changed and sealed again, and a model that is not from transformers."""
 
 from __future__ import annotations
 
@@ -9,37 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import graftc
 from graftc.runtime.artifact.manifest import sealed
-from graftc.runtime.sources.models import load_model, quiet_transformers
-from graftc.testing import perturb
-from graftc.testing.families import tiny
-
-SPEC: dict[str, Any] = {
-    "adapt": [
-        {"name": "attention", "method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4, "dropout": 0.1},
-        {"name": "inner", "method": "lora", "target": {"role": "ffn.down"}, "rank": 2},
-    ]
-}
-
-
-def saved_base(folder: Path, family: str = "bert", seed: int = 0, **changes: Any) -> Path:
-    """Save a tiny model as a transformers folder and return the folder."""
-    with quiet_transformers():
-        tiny(family, seed=seed, **changes).save_pretrained(folder)
-    return folder
-
-
-def adapted(base: Path, spec: Any = None, **options: Any) -> Any:
-    """Return the compiled model of a folder, with perturbed adapters."""
-    compiled = graftc.compile(spec or SPEC, load_model(str(base)), **options)
-    perturb(compiled)
-    return compiled
-
-
-def tree_bytes(folder: Path) -> dict[str, bytes]:
-    """Return the contents of every file in a folder, by path."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def edit_manifest(artifact: Path, **changes: Any) -> None:

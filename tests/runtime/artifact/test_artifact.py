@@ -19,7 +19,9 @@ from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import FAMILIES, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
-from tests.runtime.artifact.support import SPEC, adapted, edit_manifest, own, saved_base, tree_bytes
+from tests.kit.folders import SPEC, adapted_folder, saved_base, tree_bytes
+from tests.kit.refusals import refused
+from tests.runtime.artifact.support import edit_manifest, own
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def kept(base: Path) -> Path:
     """An artifact beside its base; tests that change it copy it."""
-    return Path(adapted(base).save(base.parent / "artifact"))
-
-
-def refused(code: str, path: Path, *arguments: Any) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        graftc.load(path, *arguments)
-    assert caught.value.code == code
-    return caught.value
+    return Path(adapted_folder(base).save(base.parent / "artifact"))
 
 
 # --- the same model again --------------------------------------------------------------------------------------
@@ -48,7 +43,7 @@ def refused(code: str, path: Path, *arguments: Any) -> GraftError:
 def test_round_trip(family: str, tmp_path: Path) -> None:
     """Outputs in both modes and a second artifact are bitwise equal, and the base's folder is found."""
     spec = {"adapt": [SPEC["adapt"][0], {**SPEC["adapt"][1], "target": {"role": "experts"}}]}
-    compiled = adapted(saved_base(tmp_path / "base", family), spec if family == "mixtral" else SPEC)
+    compiled = adapted_folder(saved_base(tmp_path / "base", family), spec if family == "mixtral" else SPEC)
     compiled.save(tmp_path / "one")
     loaded = graftc.load(tmp_path / "one")
     inputs = inputs_for(compiled, (2, 5))
@@ -77,7 +72,7 @@ def test_round_trip(family: str, tmp_path: Path) -> None:
     ids=["train", "tokens", "pissa", "bias"],
 )
 def test_everything_that_trains_is_kept(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    compiled = adapted(saved_base(tmp_path / "base", family), {**SPEC, **changes}).eval()
+    compiled = adapted_folder(saved_base(tmp_path / "base", family), {**SPEC, **changes}).eval()
     compiled.save(tmp_path / "it")
     loaded = graftc.load(tmp_path / "it").eval()
     inputs = inputs_for(compiled, (2, 5))
@@ -92,7 +87,7 @@ def test_everything_that_trains_is_kept(family: str, changes: dict[str, Any], tm
 @pytest.mark.full
 def test_signatures_come_along(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every captured graph is available after loading, and none is captured again."""
-    compiled = adapted(base).eval()
+    compiled = adapted_folder(base).eval()
     inputs = {**inputs_for(compiled, (2, 5)), "labels": torch.tensor([0, 2])}
     expected = compiled(**inputs)
     compiled.save(tmp_path / "it")
@@ -107,7 +102,7 @@ def test_signatures_come_along(base: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.slow
 def test_initial_values_are_not_worked_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}, "rank": 2, "init": "pissa"}]}
-    adapted(saved_base(tmp_path / "base"), spec).save(tmp_path / "it", certify=False)
+    adapted_folder(saved_base(tmp_path / "base"), spec).save(tmp_path / "it", certify=False)
     monkeypatch.setattr(torch.linalg, "svd", _never)
     graftc.load(tmp_path / "it")
 
@@ -132,7 +127,7 @@ def test_what_is_in_it(kept: Path, base: Path) -> None:
 
 @pytest.mark.full
 def test_no_base_is_needed_to_look_at_it(tmp_path: Path) -> None:
-    compiled = adapted(saved_base(tmp_path / "base"))
+    compiled = adapted_folder(saved_base(tmp_path / "base"))
     compiled.save(tmp_path / "it")
     shutil.rmtree(tmp_path / "base")
     snapshot, live = open_artifact(tmp_path / "it").snapshot, compiled.snapshot
@@ -156,7 +151,7 @@ def test_no_base_is_needed_to_look_at_it(tmp_path: Path) -> None:
 def test_a_folder_that_moved_along(kept: Path, base: Path, tmp_path: Path) -> None:
     shutil.copytree(kept, tmp_path / "elsewhere" / "artifact")
     edit_manifest(tmp_path / "elsewhere" / "artifact", base=lambda b: {**b, "reference": "/not/here"})
-    missing = refused("GC086", tmp_path / "elsewhere" / "artifact")
+    missing = refused(graftc.load, tmp_path / "elsewhere" / "artifact", code="GC086")
     assert "/not/here" in missing.message and "--model" in (missing.hint or "")
     shutil.copytree(base, tmp_path / "elsewhere" / "bert")
     graftc.load(tmp_path / "elsewhere" / "artifact")
@@ -179,7 +174,7 @@ def test_a_base_that_is_named(kept: Path, base: Path, tmp_path: Path, as_text: b
 def test_a_base_from_python_has_to_be_named(tmp_path: Path) -> None:
     compiled = graftc.compile(SPEC, tiny("bert"))
     compiled.save(tmp_path / "it")
-    assert "compiled from Python" in refused("GC086", tmp_path / "it").message
+    assert "compiled from Python" in refused(graftc.load, tmp_path / "it", code="GC086").message
     graftc.load(tmp_path / "it", tiny("bert"))
 
 
@@ -189,7 +184,7 @@ def test_no_code_runs_because_an_artifact_names_it(kept: Path, tmp_path: Path, m
     (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\ndef model(): pass\n")
     monkeypatch.chdir(tmp_path)
     edit_manifest(tmp_path / "it", base=lambda b: {**b, "kind": "callable", "reference": "evil:model"})
-    error = refused("GC086", tmp_path / "it")
+    error = refused(graftc.load, tmp_path / "it", code="GC086")
     assert error.hint == "say so yourself: --model evil:model" and not (tmp_path / "ran").exists()
 
 
@@ -200,7 +195,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     compiled = graftc.compile(spec, model, inputs)
     perturb(compiled)
     compiled.save(tmp_path / "it", base="tests.runtime.artifact.support:own")
-    refused("GC086", tmp_path / "it")
+    refused(graftc.load, tmp_path / "it", code="GC086")
     loaded = graftc.load(tmp_path / "it", "tests.runtime.artifact.support:own").eval()
     x = torch.randn(5, 6)
     assert torch.equal(loaded(x), compiled.eval()(x))
@@ -220,7 +215,7 @@ def test_a_model_of_ones_own(tmp_path: Path) -> None:
     ],
 )
 def test_another_base(kept: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    error = refused("GC087", kept, str(saved_base(tmp_path / "other", **change)))
+    error = refused(graftc.load, kept, str(saved_base(tmp_path / "other", **change)), code="GC087")
     assert words in error.message and "--model" in (error.hint or "")
 
 
@@ -228,22 +223,22 @@ def test_another_base_of_the_same_names(kept: Path, base: Path) -> None:
     """One changed value that is sampled, another dtype, or another size makes it a different base."""
     model: Any = load_model(str(base))
     model.classifier.weight.data[0, 0] += 1
-    assert "classifier.weight has other values" in refused("GC087", kept, model).message
-    assert "is bf16[" in refused("GC087", kept, load_model(str(base)).to(torch.bfloat16)).message
+    assert "classifier.weight has other values" in refused(graftc.load, kept, model, code="GC087").message
+    assert "is bf16[" in refused(graftc.load, kept, load_model(str(base)).to(torch.bfloat16), code="GC087").message
     with torch.device("meta"):
-        refused("GC087", kept, tiny("bert").to("meta"))
+        refused(graftc.load, kept, tiny("bert").to("meta"), code="GC087")
 
 
 @pytest.mark.full
 def test_every_value_counts_if_asked_for(base: Path, tmp_path: Path) -> None:
     """A change between the sampled values is detected only with ``full``, as documented."""
-    compiled = adapted(base)
+    compiled = adapted_folder(base)
     model: Any = load_model(str(base))
     model.bert.encoder.layer[0].intermediate.dense.weight.data[0, 1] += 1
     compiled.save(tmp_path / "sampled")
     graftc.load(tmp_path / "sampled", model)
     compiled.save(tmp_path / "full", full=True)
-    refused("GC087", tmp_path / "full", model)
+    refused(graftc.load, tmp_path / "full", model, code="GC087")
 
 
 @pytest.mark.full
@@ -272,7 +267,7 @@ def test_other_versions_compile_again(kept: Path, tmp_path: Path) -> None:
     inputs = inputs_for(loaded, (2, 5))
     assert same_bits(outputs_of(loaded, inputs), outputs_of(graftc.load(kept).eval(), inputs))
     edit_manifest(tmp_path / "it", sites=lambda sites: sites[:-1])
-    error = refused("GC088", tmp_path / "it", str(kept.parent / "bert"))
+    error = refused(graftc.load, tmp_path / "it", str(kept.parent / "bert"), code="GC088")
     assert "new: inner: bert.encoder.layer.1.output.dense.weight" in error.details
     assert "torch" in (error.hint or "")
 
@@ -286,7 +281,9 @@ def test_another_graph_under_the_same_key(kept: Path, tmp_path: Path) -> None:
         return [{**signatures[0], "graphs": {**graphs, "eval": {**graphs["eval"], "structure": "0" * 32}}}]
 
     edit_manifest(tmp_path / "it", signatures=swapped)
-    assert "another eval graph" in refused("GC088", tmp_path / "it", str(kept.parent / "bert")).message
+    assert (
+        "another eval graph" in refused(graftc.load, tmp_path / "it", str(kept.parent / "bert"), code="GC088").message
+    )
 
 
 @pytest.mark.slow
@@ -326,7 +323,7 @@ def test_operators_that_no_file_can_name(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_saving_over_something(kept: Path, base: Path, tmp_path: Path) -> None:
     shutil.copytree(kept, tmp_path / "it")
-    compiled = adapted(base, {"adapt": [SPEC["adapt"][1]]})
+    compiled = adapted_folder(base, {"adapt": [SPEC["adapt"][1]]})
     with pytest.raises(GraftError, match="exists") as caught:
         compiled.save(tmp_path / "it")
     assert caught.value.code == "GC063" and tree_bytes(tmp_path / "it") == tree_bytes(kept)
@@ -351,7 +348,7 @@ def test_nothing_to_save_on_meta(tmp_path: Path) -> None:
 def test_what_does_not_fold_is_listed(tmp_path: Path) -> None:
     spec = {"adapt": [{"name": "head", "method": "lora", "target": {"modules": "lm_head"}, "rank": 2}]}
     with pytest.warns(GraftWarning, match="GC024"):
-        compiled = adapted(saved_base(tmp_path / "base", "gpt2"), spec)
+        compiled = adapted_folder(saved_base(tmp_path / "base", "gpt2"), spec)
     compiled.save(tmp_path / "it")
     manifest = open_artifact(tmp_path / "it").manifest
     assert manifest.certificate is None

@@ -19,7 +19,9 @@ from graftc.runtime.artifact import open_artifact
 from graftc.runtime.artifact.write import file_digest
 from graftc.specs.errors.diagnostics import GraftError
 from tests.cli.support import run_here
-from tests.runtime.artifact.support import adapted, edit_manifest, saved_base, tree_bytes
+from tests.kit.folders import saved_artifact, tree_bytes
+from tests.kit.refusals import refused
+from tests.runtime.artifact.support import edit_manifest
 
 FLIPS = 25
 
@@ -27,7 +29,7 @@ FLIPS = 25
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corrupt")
-    return Path(adapted(saved_base(folder / "base")).save(folder / "artifact"))
+    return saved_artifact(folder)
 
 
 @pytest.fixture
@@ -63,10 +65,9 @@ def may_be_used() -> None:
 
 
 def code_of(path: Path) -> str:
-    with pytest.raises(GraftError) as caught:
-        graftc.load(path)
-    assert caught.value.exit_code == 3 and str(path) in caught.value.message
-    return caught.value.code
+    error = refused(graftc.load, path)
+    assert error.exit_code == 3 and str(path) in error.message
+    return error.code
 
 
 FILES = (

@@ -17,7 +17,8 @@ import pytest
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.export import onnx, pt2
 from graftc.specs.errors.diagnostics import GraftError
-from tests.runtime.artifact.support import adapted, saved_base, tree_bytes
+from tests.kit.folders import adapted_folder, saved_base, tree_bytes
+from tests.kit.specs import lora
 
 ROOM = (8, 40, 120, 240)
 """KiB; the smallest of what is written takes more than the last."""
@@ -39,17 +40,17 @@ def _exported_once() -> Iterator[None]:
         yield
 
 
-def _once(made: dict[str, Any], prepare: Callable[[Any, Any], Any], module: Any, metadata: Any) -> Any:
-    if "it" not in made:
-        made["it"] = prepare(module, metadata)
-    return made["it"]
+def _once(prepared: dict[str, Any], prepare: Callable[[Any, Any], Any], module: Any, metadata: Any) -> Any:
+    if "it" not in prepared:
+        prepared["it"] = prepare(module, metadata)
+    return prepared["it"]
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Any:
     # Adapters that are too large for the disk as well.
-    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "ffn.up", "ffn.down"]}, "rank": 40}]}
-    return adapted(saved_base(tmp_path_factory.mktemp("full") / "base"), spec)
+    entry = lora(["attn.q", "ffn.up", "ffn.down"], rank=40)
+    return adapted_folder(saved_base(tmp_path_factory.mktemp("full") / "base"), {"adapt": [entry]})
 
 
 def _fails(job: str, compiled: Compiled, path: Path) -> GraftError:
@@ -63,27 +64,27 @@ def _fails(job: str, compiled: Compiled, path: Path) -> GraftError:
 @pytest.mark.sample("save-120", "merge-120", "onnx-120", "pt2-120")
 @pytest.mark.parametrize("room", ROOM)
 @pytest.mark.parametrize("job", JOBS)
-def test_a_full_disk(job: str, room: int, compiled: Compiled, small_disk: Callable[[int], Path]) -> None:
+def test_a_full_disk(job: str, room: int, bert: Compiled, small_disk: Callable[[int], Path]) -> None:
     folder = small_disk(room)
-    error = _fails(job, compiled, folder / "deep" / "out")
+    error = _fails(job, bert, folder / "deep" / "out")
     assert "No space left on device" in error.message and "the disk is full" in (error.hint or "")
     assert not any(folder.iterdir())
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("job", JOBS)
-def test_what_was_there_stays(job: str, compiled: Compiled, tmp_path: Path) -> None:
+def test_what_was_there_stays(job: str, bert: Compiled, tmp_path: Path) -> None:
     """With a limit on file sizes, as quotas impose, replacing fails and the old file is untouched."""
     path = tmp_path / "out"
-    JOBS[job](compiled, path)
+    JOBS[job](bert, path)
     before = tree_bytes(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        _fails(job, compiled, path)
+        _fails(job, bert, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert tree_bytes(tmp_path) == before
-    JOBS[job](compiled, path)
+    JOBS[job](bert, path)

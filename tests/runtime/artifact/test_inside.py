@@ -24,7 +24,7 @@ SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+def models_in_folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     compiled: Any = graftc.compile(SPEC, tiny("llama").eval()).eval()
     perturb(compiled)
     folder = tmp_path_factory.mktemp("made")
@@ -55,9 +55,9 @@ def test_the_names() -> None:
 @pytest.mark.parametrize("place", ["o", "programs/o", "new/folder/o"])
 @pytest.mark.parametrize("kind", ["artifact", "merged"])
 @pytest.mark.parametrize("write", WRITES)
-def test_refused(made: tuple[Any, Any, Path], write: str, kind: str, place: str) -> None:
+def test_refused(models_in_folder: tuple[Any, Any, Path], write: str, kind: str, place: str) -> None:
     """Writing is refused with a code that names the folder, which stays unchanged."""
-    compiled, merged, folder = made
+    compiled, merged, folder = models_in_folder
     before = sorted(folder.rglob("*"))
     with pytest.raises(GraftError, match="make it unreadable") as caught:
         WRITES[write](compiled, merged, folder / kind / place)
@@ -68,9 +68,9 @@ def test_refused(made: tuple[Any, Any, Path], write: str, kind: str, place: str)
 
 
 def test_through_a_link_and_from_within(
-    made: tuple[Any, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models_in_folder: tuple[Any, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled, _, folder = made
+    compiled, _, folder = models_in_folder
     (tmp_path / "link").symlink_to(folder / "artifact")
     monkeypatch.chdir(folder / "artifact")
     for place in (tmp_path / "link" / "o", Path("o"), Path("../artifact/o")):
@@ -79,9 +79,9 @@ def test_through_a_link_and_from_within(
     assert "o" not in os.listdir()
 
 
-def test_what_stays_allowed(made: tuple[Any, Any, Path], tmp_path: Path) -> None:
+def test_what_stays_allowed(models_in_folder: tuple[Any, Any, Path], tmp_path: Path) -> None:
     """The folder itself can be replaced by force; folders beside it and foreign folders with such names are allowed."""
-    compiled, merged, folder = made
+    compiled, merged, folder = models_in_folder
     for kind in ("artifact", "merged"):
         shutil.copytree(folder / kind, tmp_path / kind)
     compiled.save(tmp_path / "artifact", force=True, certify=False)
@@ -102,10 +102,10 @@ QUICK = ["merged", "artifact", "peft", "text"]
 )
 @pytest.mark.parametrize("write", QUICK)
 def test_a_step_up_leads_above_what_a_link_leads_to(
-    made: tuple[Any, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str, where: str
+    models_in_folder: tuple[Any, Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str, where: str
 ) -> None:
     """``..`` after a link is resolved as the system does: the output is there, and nowhere else."""
-    compiled, merged, _ = made
+    compiled, merged, _ = models_in_folder
     (tmp_path / "other" / "target" / "inner").mkdir(parents=True)
     (tmp_path / "other" / "folder").mkdir()
     (tmp_path / "link").symlink_to("other/target")

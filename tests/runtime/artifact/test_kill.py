@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from graftc.files.writing import recover
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.loading.verify import verify
+from tests.kit.folders import saved_artifact, tree_bytes
 from tests.kit.forks import Worker
-from tests.runtime.artifact.support import adapted, saved_base, tree_bytes
 
 KILLS = int(os.environ.get("GRAFTC_KILLS", "4"))
 """Runs of each job that are killed; ``make gates`` has 50."""
@@ -32,7 +32,7 @@ KILLS = int(os.environ.get("GRAFTC_KILLS", "4"))
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kill")
-    adapted(saved_base(folder / "base")).save(folder / "artifact")
+    saved_artifact(folder)
     return folder
 
 

@@ -16,8 +16,8 @@ import graftc
 from graftc.runtime.artifact import open_artifact
 from graftc.runtime.loading.verify import verify
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import perturb
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
 from tests.runtime.artifact.support import edit_manifest
 
 pytestmark = pytest.mark.slow
@@ -43,17 +43,11 @@ def with_head(encoder: Path, seed: int, **options: Any) -> nn.Module:
     return model.eval()
 
 
-def perturbed(model: nn.Module, spec: Any = SPEC) -> Any:
-    compiled = graftc.compile(spec, model)
-    perturb(compiled)
-    return compiled.eval()
-
-
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def written(request: Any, encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, torch.dtype]:
     """A folder with an artifact and a checkpoint, the model's outputs, and its dtype."""
     folder = tmp_path_factory.mktemp("written")
-    compiled = perturbed(with_head(encoder, 1, dtype=request.param))
+    compiled = adapted(with_head(encoder, 1, dtype=request.param), **SPEC)
     compiled.save(folder / "artifact")
     (folder / "checkpoint").mkdir()
     save_file({n: t.contiguous() for n, t in compiled.state_dict().items()}, folder / "checkpoint/model.safetensors")
@@ -107,7 +101,7 @@ def test_the_rest_of_the_base_counts(
 @pytest.mark.full
 def test_a_head_that_does_not_train_counts(encoder: Path, tmp_path: Path) -> None:
     """An untrained head's values belong to the base, which then has to be given."""
-    artifact = perturbed(with_head(encoder, 1), ALONE).save(tmp_path / "artifact")
+    artifact = adapted(with_head(encoder, 1), **ALONE).save(tmp_path / "artifact")
     graftc.load(artifact, with_head(encoder, 1))
     with pytest.raises(GraftError, match=r"classifier\.\w+ has other values"):
         graftc.load(artifact, with_head(encoder, 2))
@@ -122,7 +116,7 @@ def test_a_head_that_does_not_train_counts(encoder: Path, tmp_path: Path) -> Non
 )
 def test_a_class_is_a_name(name: str, encoder: Path, tmp_path: Path) -> None:
     """A name that is no transformers class for this config is not looked up anywhere else."""
-    artifact = Path(perturbed(with_head(encoder, 1)).save(tmp_path / "artifact"))
+    artifact = Path(adapted(with_head(encoder, 1), **SPEC).save(tmp_path / "artifact"))
     edit_manifest(artifact, base=lambda base: {**base, "model": name})
     with pytest.raises(GraftError) as caught:
         graftc.load(artifact)
@@ -134,7 +128,7 @@ def test_tied_tensors_count(tmp_path: Path) -> None:
     """If one of two names of a tensor is untied and trained, the other one's values still identify the base."""
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}], "train": ["lm_head"], "untie": ["lm_head"]}
     model: Any = tiny("gpt2")
-    assert open_artifact(perturbed(model, spec).save(tmp_path / "artifact")).replaced == frozenset()
+    assert open_artifact(adapted(model, **spec).save(tmp_path / "artifact")).replaced == frozenset()
     with torch.no_grad():
         model.transformer.wte.weight.add_(1)
     with pytest.raises(GraftError, match="has other values"):
@@ -158,7 +152,7 @@ def test_the_base_is_built_as_it_was(form: str, how: str, change: str, encoder: 
     torch.manual_seed(1)
     options = {} if change == "labels" else {"num_labels": 5}
     model: Any = BertForSequenceClassification.from_pretrained(encoder, **options, **CHANGES[change])
-    compiled = perturbed(model.eval())
+    compiled = adapted(model.eval(), **SPEC)
     compiled.save(tmp_path / "artifact")
     (tmp_path / "checkpoint").mkdir()
     save_file({n: t.contiguous() for n, t in compiled.state_dict().items()}, tmp_path / "checkpoint/model.safetensors")
@@ -185,9 +179,9 @@ def test_a_model_that_ran_with_labels_is_the_same_base(encoder: Path, tmp_path: 
     used: Any = with_head(encoder, 1)
     used(**IDS, labels=torch.zeros(2, dtype=torch.long))
     assert used.config.problem_type is not None
-    artifact = perturbed(used).save(tmp_path / "used")
+    artifact = adapted(used, **SPEC).save(tmp_path / "used")
     graftc.load(artifact, with_head(encoder, 2))
-    graftc.load(perturbed(with_head(encoder, 2)).save(tmp_path / "fresh"), used)
+    graftc.load(adapted(with_head(encoder, 2), **SPEC).save(tmp_path / "fresh"), used)
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -201,7 +195,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.full
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings_of_a_file_neither_grow_a_model_nor_name_anything(name: str, encoder: Path, tmp_path: Path) -> None:
-    artifact = Path(perturbed(with_head(encoder, 1)).save(tmp_path / "artifact"))
+    artifact = Path(adapted(with_head(encoder, 1), **SPEC).save(tmp_path / "artifact"))
     edit_manifest(artifact, base=lambda base: {**base, "settings": {**base["settings"], **SETTINGS[name]}})
     source: Any = graftc.load(artifact).compilation.source
     fields, given = vars(source.config), SETTINGS[name]
@@ -212,7 +206,7 @@ def test_settings_of_a_file_neither_grow_a_model_nor_name_anything(name: str, en
 @pytest.mark.sample("settings0", "settings2")
 @pytest.mark.parametrize("settings", [{"num_hidden_layers": -1}, {"num_attention_heads": 3}, {"hidden_size": 7}])
 def test_settings_that_make_no_model(settings: dict[str, Any], encoder: Path, tmp_path: Path) -> None:
-    artifact = Path(perturbed(with_head(encoder, 1)).save(tmp_path / "artifact"))
+    artifact = Path(adapted(with_head(encoder, 1), **SPEC).save(tmp_path / "artifact"))
     edit_manifest(artifact, base=lambda base: {**base, "settings": {**base["settings"], **settings}})
     with pytest.raises(GraftError) as caught:
         graftc.load(artifact)
@@ -224,7 +218,7 @@ def test_another_head_is_told(encoder: Path, tmp_path: Path) -> None:
     """The error names what the folder's base lacks, apart from the checkpoint's own gaps."""
     model: Any = with_head(encoder, 1)
     model.classifier = nn.Sequential(nn.Linear(model.config.hidden_size, 4), nn.Linear(4, 5))
-    artifact = perturbed(model).save(tmp_path / "artifact")
+    artifact = adapted(model, **SPEC).save(tmp_path / "artifact")
     with pytest.raises(GraftError, match=r"it has no classifier\.0\.weight") as caught:
         graftc.load(artifact)
     assert caught.value.code == "GC087"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -17,7 +17,8 @@ from graftc.records.certificate import Certificate
 from graftc.runtime.sources.models import load_model
 from graftc.testing import FAMILIES, perturb
 from tests.kit import warm
-from tests.runtime.artifact.support import SPEC, saved_base, tree_bytes
+from tests.kit.comparing import same_tensors
+from tests.kit.folders import SPEC, saved_base, tree_bytes
 
 _LATER = """
 import sys
@@ -44,10 +45,6 @@ def _pt2_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {**program.state_dict, **program.constants}
 
 
-def _same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", *(pytest.param(f, marks=pytest.mark.full) for f in ("gpt2", "llama"))])
 def test_one_process_or_several(family: str, tmp_path: Path) -> None:
@@ -62,9 +59,9 @@ def test_one_process_or_several(family: str, tmp_path: Path) -> None:
     merged.export(here / "model.onnx")
     merged.export(here / "model.pt2", format="pt2")
     warm.output(_LATER, str(there), OMP_NUM_THREADS=str(torch.get_num_threads()), GRAFTC_CACHE="off")
-    assert _same(load_file(here / "merged/model.safetensors"), load_file(there / "merged/model.safetensors"))
+    assert same_tensors(load_file(here / "merged/model.safetensors"), load_file(there / "merged/model.safetensors"))
     assert _onnx_tensors(here / "model.onnx") == _onnx_tensors(there / "model.onnx")
-    assert _same(_pt2_tensors(here / "model.pt2"), _pt2_tensors(there / "model.pt2"))
+    assert same_tensors(_pt2_tensors(here / "model.pt2"), _pt2_tensors(there / "model.pt2"))
     assert tree_bytes(here / "merged") == tree_bytes(there / "merged")
     nodes = [[(n.op_type, n.input, n.output) for n in onnx.load(p / "model.onnx").graph.node] for p in (here, there)]
     assert nodes[0] == nodes[1]

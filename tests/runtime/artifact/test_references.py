@@ -17,7 +17,8 @@ from graftc.runtime.loading.verify import verify
 from graftc.runtime.sources.models import load_hub
 from graftc.runtime.sources.reference import Reference
 from graftc.specs.errors.diagnostics import GraftError
-from tests.runtime.artifact.support import adapted, edit_manifest, saved_base
+from tests.kit.folders import saved_artifact
+from tests.runtime.artifact.support import edit_manifest
 
 PAYLOAD = "raise SystemExit(__import__('pathlib').Path('pwned').write_text(__name__))\n"
 
@@ -25,7 +26,7 @@ PAYLOAD = "raise SystemExit(__import__('pathlib').Path('pwned').write_text(__nam
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("references")
-    return Path(adapted(saved_base(folder / "base")).save(folder / "artifact"))
+    return saved_artifact(folder)
 
 
 @pytest.fixture

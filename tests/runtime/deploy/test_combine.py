@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.places import ROOT
 
 TARGET = {"role": ["attn.q", "ffn.down"]}
 
@@ -50,8 +50,8 @@ def weighted(compiled: Any, weights: tuple[float, float]) -> dict[str, Tensor]:
     return {site: weights[0] * one[site] + weights[1] * two[site] for site in one}
 
 
-def relative(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
-    return {site: float((found[site] - wanted[site]).norm() / wanted[site].norm()) for site in wanted}
+def relative(actual: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, float]:
+    return {site: float((actual[site] - wanted[site]).norm() / wanted[site].norm()) for site in wanted}
 
 
 @pytest.mark.full
@@ -233,7 +233,7 @@ def test_other_targets_count_as_zero(kind: Kind, weights: tuple[float, float]) -
         assert largest_difference(outputs_of(combined.compiled, inputs), outputs_of(compiled, inputs)) < 1e-5
 
 
-PAGE = Path(__file__).parents[3] / "docs" / "faq-peft.md"
+PAGE = ROOT / "docs" / "faq-peft.md"
 
 
 @pytest.fixture(scope="module")

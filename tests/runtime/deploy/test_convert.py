@@ -12,17 +12,11 @@ import graftc
 from graftc.runtime.deploy import convert as module
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import largest_difference, outputs_of, perturb
+from graftc.testing import largest_difference, outputs_of
 from graftc.testing.compare import inputs_for
-from graftc.testing.families import tiny
+from tests.kit.models import adapted
 
 TARGET = {"role": ["attn.q", "ffn.down"]}
-
-
-def compiled_of(family: str, *adapt: dict[str, Any], **rest: Any) -> Any:
-    compiled = graftc.compile({"adapt": list(adapt), **rest}, tiny(family)).eval()
-    perturb(compiled)
-    return compiled
 
 
 def convert(compiled: Any, *args: Any, **options: Any) -> module.Converted:
@@ -42,7 +36,7 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 @pytest.fixture(scope="module")
 def stacked() -> Any:
     """A model with DoRA below vectors that scale its effective weight."""
-    return compiled_of("llama", {"method": "dora", "rank": 3, "target": TARGET}, {"method": "ia3"})
+    return adapted("llama", {"method": "dora", "rank": 3, "target": TARGET}, {"method": "ia3"})
 
 
 @pytest.mark.full
@@ -71,7 +65,7 @@ def test_one_of_several(stacked: Any) -> None:
 def test_the_error_of_a_rank(stacked: Any) -> None:
     """The error at every site follows from the singular values left out; probes of the compiled LoRA agree."""
     converted = convert(stacked, ["dora"], rank=4)
-    plain = compiled_of("llama", {"method": "dora", "rank": 3, "target": TARGET})
+    plain = adapted("llama", {"method": "dora", "rank": 3, "target": TARGET})
     plain.load_adapter_state_dict({n: t for n, t in stacked.adapter_state_dict().items() if ".dora." in n})
     after, base = folded(plain), {n: t.double() for n, t in plain._graftc.compilation.source.state_dict().items()}
     for site in converted.sites:
@@ -99,7 +93,7 @@ def test_the_smallest_rank_within_a_bound(stacked: Any) -> None:
 @pytest.mark.full
 def test_experts_and_stand_ins() -> None:
     """Each expert gets a pair of factors, and trained copies become updates."""
-    compiled = compiled_of(
+    compiled = adapted(
         "mixtral",
         {"method": "loha", "rank": 2, "target": {"role": "experts"}},
         {"method": "full", "target": {"role": "attn.o"}},
@@ -113,7 +107,7 @@ def test_experts_and_stand_ins() -> None:
 @pytest.mark.slow
 def test_rows_of_a_fused_weight() -> None:
     """Sites that are rows of one weight keep their rows."""
-    compiled = compiled_of("gpt2", {"method": "lokr", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}})
+    compiled = adapted("gpt2", {"method": "lokr", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}})
     converted = convert(compiled, error=0.4)
     assert apart(folded(compiled), folded(converted.compiled)) < 0.4 and len(converted.sites) == 4
     assert converted.compiled.merge().certificate.passed
@@ -122,7 +116,7 @@ def test_rows_of_a_fused_weight() -> None:
 @pytest.mark.full
 def test_a_trained_head_goes_into_the_base(tmp_path: Any) -> None:
     """The LoRA stays outside; the folder contains the base with the head, and loads from there."""
-    compiled = compiled_of("bert", {"method": "lora", "rank": 3, "target": TARGET}, train=["classifier"])
+    compiled = adapted("bert", {"method": "lora", "rank": 3, "target": TARGET}, train=["classifier"])
     converted = convert(compiled, into_base=["trained"])
     assert (
         converted.partial is not None and converted.partial.folded == ("trained",) and not converted.compiled.spec.train
@@ -150,7 +144,7 @@ def test_a_trained_head_goes_into_the_base(tmp_path: Any) -> None:
     ],
 )
 def test_what_is_refused(adapt: dict[str, Any], options: dict[str, Any], code: str, words: str) -> None:
-    compiled = compiled_of("bert", adapt)
+    compiled = adapted("bert", adapt)
     before = compiled.adapter_state_dict()
     with pytest.raises(GraftError, match=words) as caught:
         convert(compiled, **options)
@@ -161,7 +155,7 @@ def test_what_is_refused(adapt: dict[str, Any], options: dict[str, Any], code: s
 @pytest.mark.slow
 def test_members_of_a_composition_are_refused() -> None:
     entries = [{"name": n, "method": "lora", "rank": 2, "target": TARGET} for n in ("one", "two")]
-    compiled = compiled_of("bert", *entries, compose={"average": ["one", "two"]})
+    compiled = adapted("bert", *entries, compose={"average": ["one", "two"]})
     with pytest.raises(GraftError, match="part of the composition") as caught:
         convert(compiled)
     assert caught.value.code == "GC066"

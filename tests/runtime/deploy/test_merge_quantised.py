@@ -17,7 +17,8 @@ from graftc.passes.core.packing.blockwise import Blockwise
 from graftc.runtime.streaming.merging import merge_checkpoint
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import inputs_for, largest_difference, outputs_of, perturb, tiny
-from tests.kit.packed_bases import KINDS, adapted, full_precision, on_dense, spec_of
+from tests.kit.comparing import same_tensors
+from tests.kit.packed_bases import KINDS, full_precision, on_dense, on_packed, spec_of
 
 
 @pytest.mark.full
@@ -36,7 +37,7 @@ def test_full_precision(family: str, method: str, kind: str) -> None:
 @pytest.mark.full
 def test_a_plain_model(tmp_path: Path) -> None:
     """transformers loads the folder as a model without any quantisation."""
-    compiled = adapted("llama", "lora", "nf4")
+    compiled = on_packed("llama", "lora", "nf4")
     merged = compiled.merge(base="full")
     merged.save(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -50,7 +51,7 @@ def test_a_plain_model(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_a_decision_is_needed() -> None:
     """Neither kind of merge is the default, and any other choice is an error."""
-    compiled = adapted("bert", "lora", "nf4")
+    compiled = on_packed("bert", "lora", "nf4")
     for merge in (compiled.merge, compiled.merge_partially):
         with pytest.raises(GraftError, match="GC165"):
             merge()
@@ -70,7 +71,7 @@ def test_requantised(kind: str) -> None:
 
     The certificate's figures are those that follow from the tensors.
     """
-    compiled = adapted("gpt2", "lora", kind)
+    compiled = on_packed("gpt2", "lora", kind)
     merged, exact = compiled.merge(base="requantized"), compiled.merge(base="full")
     before, after = compiled._graftc.store, merged._graftc.store
     changed = {step.weight.tensor for step in _steps(compiled)}
@@ -123,7 +124,7 @@ def test_small_updates_are_lost() -> None:
 @pytest.mark.slow
 def test_a_budget() -> None:
     """The outputs of a repacked merge have to keep within the requested budget."""
-    compiled = adapted("llama", "lora", "int4")
+    compiled = on_packed("llama", "lora", "int4")
     with pytest.raises(GraftError, match="GC051"):
         compiled.merge(base="requantized", budget=1e-3)
 
@@ -131,7 +132,7 @@ def test_a_budget() -> None:
 @pytest.mark.slow
 def test_requantised_has_no_plain_form(tmp_path: Path) -> None:
     """No folder or class of transformers takes packed weights; the state dict contains their parts."""
-    merged = adapted("llama", "lora", "int8").merge(base="requantized")
+    merged = on_packed("llama", "lora", "int8").merge(base="requantized")
     for refused in (merged.to_transformers, lambda: merged.save(tmp_path / "merged")):
         with pytest.raises(GraftError, match="GC166"):
             refused()
@@ -142,7 +143,7 @@ def test_requantised_has_no_plain_form(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_the_compiled_model_stays() -> None:
     """Merging writes to no tensor of the base."""
-    compiled = adapted("bert", "dora", "int4")
+    compiled = on_packed("bert", "dora", "int4")
     before = {name: tensor.clone() for name, tensor in compiled.state_dict().items() if torch.is_tensor(tensor)}
     compiled.merge(base="full")
     compiled.merge(base="requantized")
@@ -174,11 +175,10 @@ def test_partial(base: Any) -> None:
 @pytest.mark.slow
 def test_streamed_tensors() -> None:
     """Merged tensors come one by one, as values under the names of a plain model."""
-    compiled = adapted("gpt2", "lora", "nf4")
+    compiled = on_packed("gpt2", "lora", "nf4")
     merged = compiled.merge(base="full").to_transformers().state_dict()
     streamed = dict(compiled.merged_state_dict())
-    assert streamed.keys() == merged.keys()
-    assert all(torch.equal(tensor, merged[name]) for name, tensor in streamed.items())
+    assert same_tensors(streamed, merged)
 
 
 @pytest.mark.full
@@ -228,7 +228,7 @@ def test_what_is_the_same_keeps_its_codes(packing: Any) -> None:
 @pytest.mark.full
 def test_saving_certifies(tmp_path: Path) -> None:
     """An artifact of a quantised base contains the certificate of the full-precision fold, and no base."""
-    compiled = adapted("bert", "lora", "int4")
+    compiled = on_packed("bert", "lora", "int4")
     path = compiled.save(tmp_path / "adapter")
     certificate = json.loads((path / "certificates" / "fold.json").read_text())
     assert certificate["passed"] and any("packed" in note for note in certificate["notes"])
@@ -238,7 +238,7 @@ def test_saving_certifies(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_packed_tensor_has_its_values_strides() -> None:
     """Strides decide what views give, and those of transposed codes are not contiguous."""
-    store = adapted("gpt2", "lora", "nf4")._graftc.store
+    store = on_packed("gpt2", "lora", "nf4")._graftc.store
     for name, own in store.packed.items():
         assert store.get(name).stride() == store.full(name).stride() == own.strides
         assert torch.equal(store.get(name).reshape(-1), store.full(name).reshape(-1))
@@ -247,7 +247,7 @@ def test_a_packed_tensor_has_its_values_strides() -> None:
 @pytest.mark.full
 def test_a_conversion_reads_the_values() -> None:
     """DoRA converted to LoRA on a packed base is the same as on a plain base of the same values."""
-    compiled = adapted("gpt2", "dora", "int8")
+    compiled = on_packed("gpt2", "dora", "int8")
     converted, expected = (each.convert(rank=4).compiled for each in (compiled, on_dense(compiled, "gpt2", "dora")))
     assert converted.compilation.store.packed and not expected.compilation.store.packed
     inputs = inputs_for(compiled)
@@ -258,6 +258,6 @@ def test_a_conversion_reads_the_values() -> None:
 def test_files_alone_are_not_enough(tmp_path: Path) -> None:
     """A merge that reads files would add the update to values that the model did not have."""
     tiny("llama").save_pretrained(tmp_path / "base")
-    adapted("llama", "lora", "nf4").save(tmp_path / "adapter", certify=False)
+    on_packed("llama", "lora", "nf4").save(tmp_path / "adapter", certify=False)
     with pytest.raises(GraftError, match=r"(?s)GC103.*--base full"):
         merge_checkpoint(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "merged")

@@ -15,20 +15,15 @@ import graftc
 from graftc.passes.core.weights.folds import LazyTensors
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, tiny
+from tests.kit.models import adapted
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v", "ffn.down"]}}
-
-
-def adapted(family: str = "gpt2", dtype: torch.dtype = torch.bfloat16) -> Any:
-    compiled = graftc.compile({"adapt": [LORA]}, tiny(family).to(dtype)).eval()
-    perturb(compiled)
-    return compiled
 
 
 @pytest.fixture(scope="module")
 def gpt2() -> Any:
     """A GPT-2 with fused and transposed weights, and a tied head."""
-    return adapted()
+    return adapted(tiny("gpt2", dtype=torch.bfloat16), LORA)
 
 
 def small(dtype: torch.dtype = torch.float32) -> Any:

@@ -8,23 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-import graftc
 from graftc.compiler.folding import certificate
 from graftc.compiler.folding.steps import as_cast, fold_steps
 from graftc.passes.core.weights.folds import LazyTensors, round_once
 from graftc.runtime.deploy import certifying as module
 from graftc.runtime.deploy.rounding_noise import rounding_noise
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import perturb, tiny
+from graftc.testing import tiny
+from tests.kit.models import adapted
 
 SPEC = {"adapt": [{"method": "lora", "rank": 4, "target": {"role": ["attn.q", "ffn.down"]}}]}
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
-    model = graftc.compile(SPEC, tiny("llama").to(torch.bfloat16)).eval()
-    perturb(model)
-    return model
+def llama() -> Any:
+    return adapted(tiny("llama", dtype=torch.bfloat16), **SPEC)
 
 
 @pytest.fixture
@@ -34,32 +32,32 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_difference_that_any_rounding_makes_is_allowed(compiled: Any, narrow: None) -> None:
-    merged = compiled.merge()
+def test_a_difference_that_any_rounding_makes_is_allowed(llama: Any, narrow: None) -> None:
+    merged = llama.merge()
     (note,) = merged.certificate.notes
     assert merged.certificate.passed and "other roundings of the folded weights" in note
     assert 0 < merged.certificate.largest_difference <= merged.certificate.budget < 1
-    own, other = (m.to_transformers().state_dict() for m in (merged, compiled.merge(budget=10)))
+    own, other = (m.to_transformers().state_dict() for m in (merged, llama.merge(budget=10)))
     assert all(torch.equal(own[name], other[name]) for name in own), "weights are not what they were"
 
 
 @pytest.mark.slow
-def test_a_larger_difference_is_refused(compiled: Any, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_larger_difference_is_refused(llama: Any, narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "rounding_noise", lambda *given: 1e-9)
     with pytest.raises(GraftError) as caught:
-        compiled.merge()
+        llama.merge()
     assert caught.value.code == "GC051"
 
 
-def test_a_budget_that_is_given_holds(compiled: Any) -> None:
+def test_a_budget_that_is_given_holds(llama: Any) -> None:
     with pytest.raises(GraftError) as caught:
-        compiled.merge(budget=1e-6)
+        llama.merge(budget=1e-6)
     assert caught.value.code == "GC051"
 
 
-def test_the_usual_budget_costs_no_other_run(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_usual_budget_costs_no_other_run(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "rounding_noise", lambda *a, **k: pytest.fail("outputs keep to the budget"))
-    assert compiled.merge().certificate.notes == ()
+    assert llama.merge().certificate.notes == ()
 
 
 def test_entries_move_by_a_unit_in_the_last_place_at_most() -> None:
@@ -93,9 +91,9 @@ def test_no_more_roundings_than_needed() -> None:
     assert len(seen) == 2, "the cast changes nothing here, and the first rounding is enough"
 
 
-def test_what_the_graph_casts_counts(compiled: Any) -> None:
+def test_what_the_graph_casts_counts(llama: Any) -> None:
     """Factors cast to 16 bits, as in the graph, fold into other weights than the factors themselves."""
-    compilation = compiled.compilation
+    compilation = llama.compilation
     cast = as_cast(compilation, ("lora",))
     exact = LazyTensors(compilation.store, fold_steps(compilation))
     for name in exact.names:

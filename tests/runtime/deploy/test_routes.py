@@ -23,17 +23,17 @@ from graftc.runtime.deploy.folded_tensors import folded_store
 from graftc.runtime.model.evaluation import Evaluation
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
+from tests.kit.models import adapted
+from tests.kit.specs import lora
 from tests.runtime.deploy.routed import FAMILIES, ROLES, near_twins, routed_model, spec
 
 
-def adapted(family: str, dtype: torch.dtype = torch.bfloat16, twins: bool = False) -> Any:
+def with_routes(family: str, dtype: torch.dtype = torch.bfloat16, twins: bool = False) -> Any:
     """A perturbed model; with ``twins``, scores of every three experts of a router are a rounding apart."""
     model = routed_model(family, dtype=dtype)
     if twins:
         near_twins(model)
-    compiled = graftc.compile(spec(ROLES[:3] if twins else ROLES), model).eval()
-    perturb(compiled)
-    return compiled
+    return adapted(model, lora(ROLES[:3] if twins else ROLES, rank=4))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def models() -> dict[tuple[str, bool], Any]:
 def twins(request: pytest.FixtureRequest, models: dict[tuple[str, bool], Any]) -> Any:
     """A model of a family with scores that are close to one another."""
     key = (request.param, True)
-    return models.setdefault(key, models.get(key) or adapted(*key[:1], twins=True))
+    return models.setdefault(key, models.get(key) or with_routes(*key[:1], twins=True))
 
 
 every_twins = pytest.mark.parametrize(
@@ -141,11 +141,11 @@ def wrong_store(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Change tensors after the sites' evidence, which is of the folded ones: only outputs and routes can tell."""
     part, change = WRONG[name]
 
-    def wrong(compilation: Any, fold: Any, made: Any, packed: Any, **options: Any) -> Any:
-        chosen = {at: t for at, t in made.tensors.items() if at.endswith(part)}
+    def wrong(compilation: Any, fold: Any, lazy: Any, packed: Any, **options: Any) -> Any:
+        chosen = {at: t for at, t in lazy.tensors.items() if at.endswith(part)}
         assert chosen
-        tensors = {**made.tensors, **{at: change(t.float()).to(t.dtype) for at, t in chosen.items()}}
-        return folded_store(compilation, fold, replace(made, tensors=tensors), packed, **options)
+        tensors = {**lazy.tensors, **{at: change(t.float()).to(t.dtype) for at, t in chosen.items()}}
+        return folded_store(compilation, fold, replace(lazy, tensors=tensors), packed, **options)
 
     monkeypatch.setattr(folded_runner, "folded_store", wrong)
 
@@ -186,7 +186,7 @@ def test_a_wrong_model_is_refused(
 ) -> None:
     key = (f"{family} {dtype}", False)
     if key not in models:
-        models[key] = adapted(family, dtype)
+        models[key] = with_routes(family, dtype)
         assert models[key].merge().certificate.passed
     how(name, monkeypatch)
     with pytest.raises(GraftError) as caught:
@@ -294,9 +294,7 @@ def test_ways_to_choose(case: str) -> None:
     """Every operator that chooses is detected, gives its own choice by default, and takes one that is imposed."""
     count, take = TAKE[case]
     torch.manual_seed(0)
-    lora = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "scores"}}]}
-    compiled = graftc.compile(lora, Chooses(take), {"x": torch.rand(5, 6)})
-    perturb(compiled.eval(), 0.5)
+    compiled = adapted(Chooses(take), lora(modules="scores"), inputs={"x": torch.rand(5, 6)}, noise=0.5)
     x = torch.randn(5, 6)
     evaluation = Evaluation(compiled._graftc, {"x": x})
     assert len(choices_of(compiled.compilation.program("eval", "base"))) >= count
@@ -324,7 +322,7 @@ def test_the_operator_gives_its_own_choice_where_nothing_is_imposed() -> None:
 
 @pytest.mark.slow
 def test_opening_a_graph_leaves_it() -> None:
-    compiled = adapted("mixtral")
+    compiled = with_routes("mixtral")
     program = compiled.compilation.program("eval")
     before = str(program.graph)
     opened = route_choices(program)

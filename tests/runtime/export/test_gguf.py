@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import graftc
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
-from graftc.testing import perturb
 from graftc.testing.families import tiny
+from tests.kit.comparing import same_tensors
+from tests.kit.models import adapted
+
+DORA = {"method": "dora", "rank": 2, "target": {"role": ["attn.q", "attn.k", "ffn.down"]}}
 
 gguf = pytest.importorskip("gguf")
 SIZES = {"vocab_size": 50, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
@@ -38,13 +40,6 @@ def model_of(kind: str, **changes: Any) -> nn.Module:
     return model.eval()
 
 
-def compiled_of(model: nn.Module, *adapt: dict[str, Any]) -> Any:
-    entries = adapt or ({"method": "dora", "rank": 2, "target": {"role": ["attn.q", "attn.k", "ffn.down"]}},)
-    compiled = graftc.compile({"adapt": list(entries)}, model).eval()
-    perturb(compiled)
-    return compiled
-
-
 def export(model: Any, path: Path, **options: Any) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", GraftWarning)
@@ -65,7 +60,7 @@ def test_a_merged_model_reads_back(kind: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     source = model_of(kind)
-    merged = compiled_of(source).merge()
+    merged = adapted(source, DORA).merge()
     sizes = {"config": source.config} if kind == "gpt2" else {}
     export(merged, tmp_path / "model.gguf")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", **sizes).eval()
@@ -79,7 +74,7 @@ def test_a_merged_model_reads_back(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_sixteen_bits(dtype: str, tmp_path: Path) -> None:
     """Matrices are rounded to nearest; vectors are unchanged."""
-    merged = compiled_of(model_of("llama")).merge()
+    merged = adapted(model_of("llama"), DORA).merge()
     export(merged, tmp_path / "full.gguf")
     export(merged, tmp_path / "half.gguf", dtype=dtype)
     full, half = read(tmp_path / "full.gguf"), read(tmp_path / "half.gguf")
@@ -93,7 +88,7 @@ def test_an_adapter_by_hand(tmp_path: Path) -> None:
     """Names, sizes and scale are right; rows of q and k are in the rotation's pairs, others unchanged."""
     lora = {"method": "lora", "rank": 3, "alpha": 6, "target": {"role": ["attn.q", "attn.k", "attn.v", "ffn.down"]}}
     override = {"overrides": [{"role": "attn.v", "rank": 2, "alpha": 5}]}
-    compiled = compiled_of(model_of("llama"), {**lora, **override})
+    compiled = adapted(model_of("llama"), {**lora, **override})
     export(compiled, tmp_path / "adapter.gguf")
     reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -124,7 +119,7 @@ def test_base_and_adapter_are_the_merged_model(tmp_path: Path) -> None:
     lora = {"method": "lora", "rank": 3, "target": {"role": ["attn.q", "attn.v"]}}
     other = {"name": "other", "method": "lora", "rank": 2, "alpha": 5, "target": {"role": ["attn.q", "ffn.up"]}}
     for kind in ("llama", "gpt2"):
-        compiled = compiled_of(model_of(kind), lora, other)
+        compiled = adapted(model_of(kind), lora, other)
         place = tmp_path / kind
         place.mkdir()
         export(compiled, place / "adapter.gguf")
@@ -147,7 +142,7 @@ def test_a_longer_rotation(tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     model = model_of("llama", rope_parameters=rope)
-    export(compiled_of(model).merge(), tmp_path / "model.gguf")
+    export(adapted(model, DORA).merge(), tmp_path / "model.gguf")
     factors = read(tmp_path / "model.gguf")["rope_freqs.weight"]
     usual = 500.0 ** (-torch.arange(0, 12, 2) / 12)
     assert torch.allclose(usual / factors, model.model.rotary_emb.inv_freq, rtol=1e-6)
@@ -172,7 +167,7 @@ def test_the_tokenizer_of_the_base(tmp_path: Path) -> None:
 
     model_of("llama").save_pretrained(tmp_path / "base")
     tokenizer(tmp_path / "base")
-    merged = compiled_of(LlamaForCausalLM.from_pretrained(tmp_path / "base")).merge()
+    merged = adapted(LlamaForCausalLM.from_pretrained(tmp_path / "base"), DORA).merge()
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
         merged.export(tmp_path / "model.gguf", format="gguf")
@@ -187,7 +182,7 @@ def test_the_tokenizer_of_the_base(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_without_a_tokenizer_it_says_so(tmp_path: Path) -> None:
-    merged = compiled_of(model_of("llama")).merge()
+    merged = adapted(model_of("llama"), DORA).merge()
     with pytest.warns(GraftWarning, match="has no tokenizer") as caught:
         merged.export(tmp_path / "model.gguf", format="gguf")
     assert {warning.message.code for warning in caught if isinstance(warning.message, GraftWarning)} == {"GC075"}
@@ -218,7 +213,7 @@ def test_what_is_refused(
     family: str, adapt: dict[str, Any], merge: bool, code: str, words: str, tmp_path: Path
 ) -> None:
     kind, _, tied = family.partition(" ")
-    compiled = compiled_of(model_of(kind, tie_word_embeddings=True) if tied else tiny(kind), {"rank": 2, **adapt})
+    compiled = adapted(model_of(kind, tie_word_embeddings=True) if tied else tiny(kind), {"rank": 2, **adapt})
     with pytest.raises(GraftError, match=words) as caught:
         (compiled.merge() if merge else compiled).export(tmp_path / "x.gguf", format="gguf")
     assert caught.value.code == code and caught.value.hint and not any(tmp_path.iterdir())
@@ -230,10 +225,10 @@ def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.weight[3, 4] = 1e5
     with pytest.raises(GraftError, match=r"output\.weight has numbers that f16 cannot hold"):
-        export(compiled_of(model).merge(), tmp_path / "x.gguf", dtype="f16")
+        export(adapted(model, DORA).merge(), tmp_path / "x.gguf", dtype="f16")
     assert not any(tmp_path.iterdir())
     with pytest.raises(GraftError, match="'q4' is unknown"):
-        export(compiled_of(model).merge(), tmp_path / "x.gguf", dtype="q4")
+        export(adapted(model, DORA).merge(), tmp_path / "x.gguf", dtype="q4")
 
 
 @pytest.mark.full
@@ -248,7 +243,7 @@ def test_on_the_command_line(
     monkeypatch.chdir(tmp_path)
     model_of("llama").save_pretrained("base")
     lora = {"method": "lora", "rank": 2, "target": {"role": "attn.q"}}
-    compiled_of(LlamaForCausalLM.from_pretrained("base"), lora).save("artifact", certify=False)
+    adapted(LlamaForCausalLM.from_pretrained("base"), lora).save("artifact", certify=False)
     words = ["export", "artifact", "--format", "gguf", "--json"]
     data = run_here(capsys, *words, "--out", "merged.gguf", "--dtype", "bf16").data
     assert data["merged"] and [warning["code"] for warning in data["warnings"]] == ["GC075"]
@@ -270,14 +265,14 @@ def test_an_adapter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     model = model_of("llama")
     model.config.save_pretrained(tmp_path / "base")
     lora = {"method": "lora", "rank": 2, "alpha": 5, "target": {"role": ["attn.q", "attn.k", "ffn.up"]}}
-    compiled = compiled_of(model, lora)
+    compiled = adapted(model, lora)
     compiled.export(tmp_path / "peft", format="peft")
     export(compiled, tmp_path / "own.gguf")
     source = AdapterSource.of(tmp_path / "peft", model=tmp_path / "base")
     conversion = convert_to_gguf(source, tmp_path / "made.gguf", tmp_path / "base")
     assert conversion.largest_error < 1e-12 and conversion.rank == 2 and len(conversion.sites) == 6
     own, other = read(tmp_path / "own.gguf"), read(tmp_path / "made.gguf")
-    assert own.keys() == other.keys() and all(torch.equal(own[name], other[name]) for name in own)
+    assert same_tensors(own, other)
     with pytest.raises(GraftError, match="needs the config of the base"):
         convert_to_gguf(source, None, None)
     monkeypatch.setattr(writer, "stored", lambda family, heads, name, tensor: tensor)

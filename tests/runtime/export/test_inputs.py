@@ -18,18 +18,12 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.compare import SHAPES, inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import adapted
 
 PREFIX: dict[str, Any] = {"method": "prefix", "length": 3}
 NETWORK = {**PREFIX, "reparameterization": {"hidden": 8}}
 LORA: dict[str, Any] = {"method": "lora", "target": {"role": ["attn.q", "ffn.down"]}, "rank": 4, "dropout": 0.1}
 FAMILIES = ["gpt2", "t5", *(pytest.param(family, marks=pytest.mark.full) for family in ("bert", "llama"))]
-
-
-def trained(family: str, *adapt: Mapping[str, Any], seed: int = 0) -> Compiled:
-    """Return a tiny model, adapted and perturbed, in eval mode."""
-    compiled = graftc.compile({"adapt": list(adapt)}, tiny(family)).eval()
-    perturb(compiled, 0.2, seed)
-    return compiled
 
 
 def beside(path: Path, name: str) -> dict[str, Tensor]:
@@ -99,8 +93,8 @@ def check(format: str, compiled: Compiled, other: ModelRoot, name: str, folder: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prefix(family: str, format: str, tmp_path: Path) -> None:
     """The inputs are the keys and values of every attention, whatever network computed them."""
-    other = trained(family, PREFIX, seed=1)
-    check(format, trained(family, NETWORK), other, "prefix", tmp_path)
+    other = adapted(family, PREFIX, noise=0.2, noise_seed=1)
+    check(format, adapted(family, NETWORK, noise=0.2), other, "prefix", tmp_path)
 
 
 @pytest.mark.full
@@ -109,7 +103,7 @@ def test_a_prefix(family: str, format: str, tmp_path: Path) -> None:
 def test_what_else_stays_in_the_graph(method: str, format: str, tmp_path: Path) -> None:
     """Methods other than prefixes can be inputs as well."""
     adapt = {"lora": LORA, "pfeiffer": {"method": "pfeiffer", "bottleneck": 5}}[method]
-    check(format, trained("bert", adapt), trained("bert", adapt, seed=1), method, tmp_path)
+    check(format, adapted("bert", adapt, noise=0.2), adapted("bert", adapt, noise=0.2, noise_seed=1), method, tmp_path)
 
 
 @pytest.mark.full
@@ -121,7 +115,7 @@ def test_the_files(tmp_path: Path) -> None:
     """
     import onnx
 
-    compiled = trained("gpt2", {**LORA, "name": "low"}, PREFIX)
+    compiled = adapted("gpt2", {**LORA, "name": "low"}, PREFIX, noise=0.2)
     partial = compiled.merge_partially()
     path = partial.export(tmp_path / "model.onnx", inputs=["prefix"])
     tensors = beside(path, "prefix")
@@ -151,7 +145,7 @@ def test_the_files(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_a_program_holds_no_values_of_inputs(tmp_path: Path) -> None:
     """A ``.pt2`` file contains no tensor of the adaptation and states which are inputs."""
-    path = trained("gpt2", NETWORK).export(tmp_path / "model.pt2", "pt2", inputs=["prefix"])
+    path = adapted("gpt2", NETWORK, noise=0.2).export(tmp_path / "model.pt2", "pt2", inputs=["prefix"])
     extra = {"graftc.inputs": ""}
     program = torch.export.load(path, extra_files=extra)
     assert json.loads(extra["graftc.inputs"]) == ["prefix"]
@@ -180,7 +174,7 @@ def test_a_bank_by_row(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_cannot_be_an_input(tmp_path: Path) -> None:
     """Unknown names and adaptations that have left the graph are refused."""
-    compiled = trained("bert", {**LORA, "name": "low"})
+    compiled = adapted("bert", {**LORA, "name": "low"}, noise=0.2)
     cases: list[tuple[ModelRoot, str, str, str]] = [
         (compiled, "lwo", "GC091", "did you mean 'low'?"),
         (compiled, "elsewhere", "GC091", "there is: low"),
@@ -199,6 +193,6 @@ def test_a_companion_is_kept(tmp_path: Path) -> None:
     """An existing file in the place of a tensor file is not replaced."""
     (tmp_path / "model.pt2.low.safetensors").write_text("mine")
     with pytest.raises(GraftError) as caught:
-        trained("bert", {**LORA, "name": "low"}).export(tmp_path / "model.pt2", "pt2", inputs=["low"])
+        adapted("bert", {**LORA, "name": "low"}, noise=0.2).export(tmp_path / "model.pt2", "pt2", inputs=["low"])
     assert caught.value.code == "GC063"
     assert (tmp_path / "model.pt2.low.safetensors").read_text() == "mine"

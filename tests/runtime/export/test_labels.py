@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.testing import perturb, tiny
+from tests.kit.models import fresh
+from tests.kit.specs import lora
 
 IDS = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
 CALLS: dict[str, dict[str, Any]] = {
@@ -22,12 +24,11 @@ CALLS: dict[str, dict[str, Any]] = {
 FULL = pytest.mark.full
 
 
-def compiled_with(kind: str, when: str) -> Any:
+def with_labels(kind: str, when: str) -> Any:
     """Return a tiny model that was compiled with labels or trained with them for one step."""
     model = tiny(kind.partition(" ")[0]).eval()
-    spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
     given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **CALLS[kind]}
-    compiled: Any = graftc.compile(spec, model, given if when == "compiled" else None)
+    compiled = fresh(model, lora("attn.q"), inputs=given if when == "compiled" else None)
     if when == "trained":
         compiled.train()
         compiled(**given).loss.backward()
@@ -74,7 +75,7 @@ def check(compiled: Any, path: Path) -> None:
 @pytest.mark.parametrize("kind", ["bert", *(pytest.param(kind, marks=FULL) for kind in CALLS if kind != "bert")])
 def test_graphs(kind: str, when: str, format: Any, merged: bool, tmp_path: Path) -> None:
     """The file computes the logits of a call without labels."""
-    compiled = compiled_with(kind, when)
+    compiled = with_labels(kind, when)
     model = compiled.merge() if merged else compiled
     check(compiled, model.export(tmp_path / f"made.{format}", format))
 
@@ -84,7 +85,7 @@ def test_graphs(kind: str, when: str, format: Any, merged: bool, tmp_path: Path)
 @pytest.mark.parametrize("kind", CALLS)
 def test_examples_with_labels(kind: str, format: Any, tmp_path: Path) -> None:
     """Labels in example inputs are dropped as well."""
-    compiled = compiled_with(kind, "not at all")
+    compiled = with_labels(kind, "not at all")
     given = {"input_ids": IDS, **CALLS[kind]}
     path = compiled.export(tmp_path / f"made.{format}", format, example_inputs=given)
     assert "attention_mask" not in inputs_in(path)
@@ -96,7 +97,7 @@ def test_examples_with_labels(kind: str, format: Any, tmp_path: Path) -> None:
 def test_graphs_that_generate(kind: str, tmp_path: Path) -> None:
     from graftc.runtime.onnx_generation import load
 
-    compiled = compiled_with(kind, "compiled")
+    compiled = with_labels(kind, "compiled")
     generator = load(compiled.export(tmp_path / "made", "onnx-generate"))
     options: Any = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
     assert torch.equal(generator.generate(input_ids=IDS, **options), compiled.generate(input_ids=IDS, **options))

@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import largest_difference, outputs_of, perturb
+from graftc.testing import largest_difference, outputs_of
 from graftc.testing.compare import SHAPES, inputs_for
 from graftc.testing.deployment import check_onnx
-from graftc.testing.families import tiny
+from tests.kit.models import adapted
 
 SPEC = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v", "ffn.down"]}, "rank": 4, "dropout": 0.1}]}
-
-
-def perturbed(family: str) -> Any:
-    """Return a tiny model with perturbed LoRA, in eval mode."""
-    compiled = graftc.compile(SPEC, tiny(family)).eval()
-    perturb(compiled)
-    return compiled
 
 
 @pytest.mark.full
@@ -36,7 +28,7 @@ def test_folded(family: str, tmp_path: Path) -> None:
     """The file agrees within 1e-4 at three shapes that were not captured, is valid, has metadata and no adapters."""
     import onnx
 
-    compiled = perturbed(family)
+    compiled = adapted(family, **SPEC)
     merged = compiled.merge()
     path = merged.export(tmp_path / "model.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
@@ -72,7 +64,7 @@ def test_large_weights_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from graftc.runtime.export import onnx as writer
 
     monkeypatch.setattr(writer, "LARGE", 1000)
-    merged = perturbed("bert").merge()
+    merged = adapted("bert", **SPEC).merge()
     path = merged.export(tmp_path / "out" / "model.onnx")
     assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
     moved = path.parent.rename(tmp_path / "moved") / "model.onnx"
@@ -88,7 +80,7 @@ def test_existing_file_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_text("mine")
     with pytest.raises(GraftError) as error:
-        perturbed("bert").export(path)
+        adapted("bert", **SPEC).export(path)
     assert error.value.code == "GC063"
     assert path.read_text() == "mine"
 
@@ -97,7 +89,7 @@ def test_existing_file_is_kept(tmp_path: Path) -> None:
 def test_unknown_format(tmp_path: Path) -> None:
     """The error names the formats."""
     with pytest.raises(GraftError, match="onnx, onnx-generate or pt2") as error:
-        perturbed("bert").export(tmp_path / "model.bin", format="bin")
+        adapted("bert", **SPEC).export(tmp_path / "model.bin", format="bin")
     assert error.value.code == "GC060"
     assert not list(tmp_path.iterdir())
 
@@ -109,7 +101,7 @@ def test_a_file_that_disagrees_is_not_kept(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(writer, "TOLERANCE", -1.0)
     with pytest.raises(GraftError, match="differs from torch") as error:
-        perturbed("bert").merge().export(tmp_path / "model.onnx")
+        adapted("bert", **SPEC).merge().export(tmp_path / "model.onnx")
     assert error.value.code == "GC060"
     assert not list(tmp_path.iterdir())
 
@@ -119,7 +111,7 @@ def test_training_goes_on_after_an_export(tmp_path: Path) -> None:
     """Exporting leaves a compiled model's mode, tensors and outputs unchanged; an unfolded file has no certificate."""
     import onnx
 
-    compiled = perturbed("llama")
+    compiled = adapted("llama", **SPEC)
     inputs = inputs_for(compiled)
     before = outputs_of(compiled, inputs)
     compiled.train()

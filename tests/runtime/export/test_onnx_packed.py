@@ -23,7 +23,7 @@ from graftc.passes.core.packing.row_scaled import RowScaled
 from graftc.runtime.export.onnx_packed import block_of, in_blocks
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import inputs_for, outputs_of, perturb, tiny
-from tests.kit.packed_bases import adapted, in_onnx_runtime
+from tests.kit.packed_bases import in_onnx_runtime, on_packed
 
 BOTTLENECK = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["2"]}}]}
 
@@ -118,7 +118,7 @@ def test_a_program_of_torch(family: str, method: str, base: dict[str, Any], tmp_
 
     This also holds for a method that replaces the weight itself.
     """
-    compiled = adapted(family, method, "nf4", **base)
+    compiled = on_packed(family, method, "nf4", **base)
     loaded = torch.export.load(compiled.export(tmp_path / "model.pt2", "pt2"))
     state = loaded.state_dict
     packed = compiled.compilation.store.packed
@@ -132,7 +132,7 @@ def test_a_program_of_torch(family: str, method: str, base: dict[str, Any], tmp_
 @pytest.mark.full
 def test_requantised(tmp_path: Path) -> None:
     """A merge into packed weights exports packed weights."""
-    merged = adapted("bert", "lora", "int8").merge(base="requantized")
+    merged = on_packed("bert", "lora", "int8").merge(base="requantized")
     path = merged.export(tmp_path / "model.onnx", "onnx")
     graph = onnx.load(path).graph
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 12
@@ -144,7 +144,7 @@ def test_requantised(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_adapters_as_inputs(tmp_path: Path) -> None:
     """A file with a packed base can take adapters as inputs."""
-    compiled = adapted("bert", "lora", "int4")
+    compiled = on_packed("bert", "lora", "int4")
     path = compiled.export(tmp_path / "model.onnx", "onnx", inputs=["lora"])
     session = onnxruntime.InferenceSession(str(path))
     names = {item.name for item in session.get_inputs()}

@@ -20,9 +20,10 @@ from graftc.runtime.export.exporter import LazyFunction
 from graftc.runtime.export.registry import exporter_of, exporters, formats
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
-from tests.cli.support import ROOT, run_here, run_valid
-from tests.kit.installed_passes import Install, installing
-from tests.runtime.artifact.support import adapted, saved_base
+from tests.cli.support import run_here, run_valid
+from tests.kit.folders import adapted_folder, saved_base
+from tests.kit.places import ROOT
+from tests.kit.plugins import Install, installing
 
 PLUGIN = ROOT / "examples" / "plugin_exporter"
 SOURCE = (PLUGIN / "graftc_shapes.py").read_text(encoding="utf-8")
@@ -47,7 +48,7 @@ def shapes(install: Install) -> None:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("third_party")
-    adapted(saved_base(folder / "base")).save(folder / "trained")
+    adapted_folder(saved_base(folder / "base")).save(folder / "trained")
     return folder
 
 

@@ -77,7 +77,7 @@ def test_streams_stay(
     """All lines of another thread are printed and none of an exporter; streams, filters and loggers are restored."""
     models = [net() for _ in formats]
     exports = [(model, tmp_path / f"{n}.{f}", f) for n, (model, f) in enumerate(zip(models, formats, strict=True))]
-    jobs = [lambda made=one: made[0].export(*made[1:]) for one in exports]
+    jobs = [lambda export=one: export[0].export(*export[1:]) for one in exports]
     capsys.readouterr()
     before = sys.stdout, sys.stderr, list(warnings.filters), logging.root.manager.disable, torch.onnx.export
     paths, _ = beside_others(*jobs)

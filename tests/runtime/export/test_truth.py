@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.testing import perturb, tiny
+from graftc.testing import tiny
+from tests.kit.models import adapted
 
 IDS = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
 ADAPT: dict[str, dict[str, Any]] = {
@@ -22,11 +23,9 @@ ADAPT: dict[str, dict[str, Any]] = {
 }
 
 
-def compiled_of(*names: str) -> Any:
-    adapt = [{"name": name, **ADAPT[name]} for name in names]
-    compiled = graftc.compile({"adapt": adapt}, tiny("llama").eval()).eval()
-    perturb(compiled, 0.2)
-    return compiled
+def named(*names: str) -> Any:
+    """Return a tiny Llama with the adaptations of these names."""
+    return adapted("llama", *({"name": name, **ADAPT[name]} for name in names), noise=0.2)
 
 
 def logits(model: Any) -> Tensor:
@@ -35,12 +34,12 @@ def logits(model: Any) -> Tensor:
         return values
 
 
-Made = tuple[Path, dict[str, str], Any]
+Exported = tuple[Path, dict[str, str], Any]
 """A file, what it has to say, and the model that it is of."""
 
 
-def _made(kind: str, folder: Path) -> Made:
-    compiled = compiled_of("low", "high", "front")
+def _exported(kind: str, folder: Path) -> Exported:
+    compiled = named("low", "high", "front")
     path = folder / "made.onnx"
     if kind == "compiled":
         compiled.disable("high")
@@ -55,7 +54,7 @@ def _made(kind: str, folder: Path) -> Made:
         expected = {"low": "folded", "high": "constant", "front": "input"}
         return compiled.merge_partially(only=["low"]).export(path, inputs=["front"]), expected, compiled
     if kind == "merged":
-        compiled = compiled_of("low", "high")
+        compiled = named("low", "high")
         return compiled.merge().export(path), {"low": "folded", "high": "folded"}, compiled
     assert kind == "merged, one"
     return compiled.merge("low").export(path), {"low": "folded"}, compiled_without(compiled, "high", "front")
@@ -93,7 +92,7 @@ def test_which_adaptations(kind: str, tmp_path: Path) -> None:
     import onnx
     from safetensors.numpy import load_file
 
-    path, expected, compiled = _made(kind, tmp_path)
+    path, expected, compiled = _exported(kind, tmp_path)
     about = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
     said = json.loads(about["graftc.adaptations"])
     assert said == expected
@@ -106,7 +105,7 @@ def test_which_adaptations(kind: str, tmp_path: Path) -> None:
         assert place == "constant" or f"graftc.{name}." not in initialisers
     outputs = run(path, tensors)
     if compiled.leaving.off:
-        compiled = compiled if kind == "merged, one" else compiled_of("low", "high", "front")
+        compiled = compiled if kind == "merged, one" else named("low", "high", "front")
     assert torch.allclose(outputs, logits(compiled), atol=1e-3)
     for name, without in _states(compiled, said):
         assert float((outputs - without).abs().max()) > 1e-2, name
@@ -119,7 +118,7 @@ def test_which_adaptations(kind: str, tmp_path: Path) -> None:
 def test_graphs_that_generate(tmp_path: Path) -> None:
     import onnx
 
-    compiled = compiled_of("low", "front")
+    compiled = named("low", "front")
     folder = compiled.merge_partially().export(tmp_path / "generate", "onnx-generate")
     about = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
     assert json.loads(about["graftc.adaptations"]) == {"low": "folded", "front": "constant"}
@@ -138,7 +137,7 @@ def test_pt2(tmp_path: Path) -> None:
 
 def test_card_and_manifest(tmp_path: Path) -> None:
     """Card and artifact have every adaptation, whatever is disabled; the manifest lists the one that does not fold."""
-    compiled = compiled_of("low", "front")
+    compiled = named("low", "front")
     compiled.disable("low")
     with compiled.disabled():
         card = compiled.card()

@@ -9,18 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import graftc
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from tests.kit.models import adapted
+from tests.kit.specs import lora
 
 IDS = torch.tensor([[5, 6, 7, 8]])
-
-
-def compiled_of(family: str, role: str = "attn.q") -> Any:
-    compiled = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "target": {"role": [role]}}]}, tiny(family))
-    perturb(compiled, 0.1)
-    return compiled.eval()
 
 
 def tilt(module: Any, inputs: Any, output: Tensor) -> Tensor:
@@ -31,7 +24,7 @@ def tilt(module: Any, inputs: Any, output: Tensor) -> Tensor:
 @pytest.mark.sample("llama")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_a_hook_changes_embeddings_as_in_the_source(family: str) -> None:
-    compiled = compiled_of(family)
+    compiled = adapted(family, lora(["attn.q"]), noise=0.1)
     source = compiled.compilation.model.eval()
     with torch.no_grad():
         before = compiled(input_ids=IDS).logits
@@ -52,7 +45,7 @@ def test_a_hook_changes_embeddings_as_in_the_source(family: str) -> None:
 
 @pytest.mark.slow
 def test_it_sees_adaptations_of_the_table() -> None:
-    compiled = compiled_of("llama", "embed")
+    compiled = adapted("llama", lora(["embed"]), noise=0.1)
     seen: list[Tensor] = []
 
     def see(module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -71,4 +64,4 @@ def test_it_sees_adaptations_of_the_table() -> None:
 @pytest.mark.slow
 def test_the_module_itself_computes_nothing() -> None:
     with pytest.raises(GraftError, match="GC043"):
-        compiled_of("llama").get_input_embeddings()(IDS)
+        adapted("llama", lora(["attn.q"]), noise=0.1).get_input_embeddings()(IDS)

@@ -11,21 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import graftc
 from graftc.runtime.hooks.boundaries import begin, end
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from tests.kit.models import adapted
 
 IDS = torch.tensor([[5, 6, 7, 8], [4, 3, 2, 1]])
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.down"]}}
 
 
 @pytest.fixture(scope="module", params=["llama", "bert"])
-def compiled(request: pytest.FixtureRequest) -> Any:
-    model = graftc.compile({"adapt": [LORA]}, tiny(request.param)).eval()
-    perturb(model, 0.1)
-    return model
+def adapted_model(request: pytest.FixtureRequest) -> Any:
+    return adapted(request.param, LORA, noise=0.1)
 
 
 @contextmanager
@@ -61,14 +57,14 @@ def stops(compiled: Any) -> int:
 
 
 @torch.no_grad()
-def test_they_hear_of_what_they_hear_of_in_the_source(compiled: Any) -> None:
-    source = compiled.compilation.model.eval()
+def test_they_hear_of_what_they_hear_of_in_the_source(adapted_model: Any) -> None:
+    source = adapted_model.compilation.model.eval()
     paths = leaves(source)
     assert len(paths) > 12
     with heard(source, paths) as expected:
         source(input_ids=IDS)
-    with compiled.disabled(), heard(compiled, paths) as seen:
-        compiled(input_ids=IDS)
+    with adapted_model.disabled(), heard(adapted_model, paths) as seen:
+        adapted_model(input_ids=IDS)
     of_table = {path for path, m in source.named_modules() if isinstance(m, nn.Embedding)}
     assert [each[:2] for each in seen if each[1] not in of_table] == [
         each[:2] for each in expected if each[1] not in of_table
@@ -82,25 +78,27 @@ def test_they_hear_of_what_they_hear_of_in_the_source(compiled: Any) -> None:
 
 
 @torch.no_grad()
-def test_what_they_hear_is_adapted_and_outputs_are_the_same(compiled: Any) -> None:
-    before = compiled(input_ids=IDS).logits
-    path = next(path for path in leaves(compiled.compilation.model) if path.endswith(("q_proj", "query")))
-    with compiled.disabled(), heard(compiled, [path]) as plain:
-        compiled(input_ids=IDS)
-    with heard(compiled, [path]) as adapted:
-        assert torch.equal(compiled(input_ids=IDS).logits, before)
-        assert stops(compiled) > 0
-    assert torch.equal(plain[0][2], adapted[0][2]) and not torch.allclose(plain[1][2], adapted[1][2])
-    assert torch.equal(compiled(input_ids=IDS).logits, before)
-    assert stops(compiled) == 0, "code is as it was without hooks"
+def test_what_they_hear_is_adapted_and_outputs_are_the_same(adapted_model: Any) -> None:
+    before = adapted_model(input_ids=IDS).logits
+    path = next(path for path in leaves(adapted_model.compilation.model) if path.endswith(("q_proj", "query")))
+    with adapted_model.disabled(), heard(adapted_model, [path]) as plain:
+        adapted_model(input_ids=IDS)
+    with heard(adapted_model, [path]) as own:
+        assert torch.equal(adapted_model(input_ids=IDS).logits, before)
+        assert stops(adapted_model) > 0
+    assert torch.equal(plain[0][2], own[0][2]) and not torch.allclose(plain[1][2], own[1][2])
+    assert torch.equal(adapted_model(input_ids=IDS).logits, before)
+    assert stops(adapted_model) == 0, "code is as it was without hooks"
 
 
-def test_gradients_reach_what_they_hear(compiled: Any) -> None:
-    path = next(path for path in leaves(compiled.compilation.model) if path.endswith(("down_proj", "output.dense")))
-    expected = copy.deepcopy(compiled)
-    labels = {"labels": IDS[:, 0] % 2} if "Sequence" in type(compiled).__name__ else {"labels": IDS}
+def test_gradients_reach_what_they_hear(adapted_model: Any) -> None:
+    path = next(
+        path for path in leaves(adapted_model.compilation.model) if path.endswith(("down_proj", "output.dense"))
+    )
+    expected = copy.deepcopy(adapted_model)
+    labels = {"labels": IDS[:, 0] % 2} if "Sequence" in type(adapted_model).__name__ else {"labels": IDS}
     expected(input_ids=IDS, **labels).loss.backward()
-    own = copy.deepcopy(compiled)
+    own = copy.deepcopy(adapted_model)
     with heard(own, [path]) as seen:
         loss = own(input_ids=IDS, **labels).loss
         (gradient,) = torch.autograd.grad(loss, seen[1][2], retain_graph=True)
@@ -112,42 +110,42 @@ def test_gradients_reach_what_they_hear(compiled: Any) -> None:
 
 
 @torch.no_grad()
-def test_results_may_be_others_of_the_same_kind(compiled: Any) -> None:
-    source = compiled.compilation.model.eval()
+def test_results_may_be_others_of_the_same_kind(adapted_model: Any) -> None:
+    source = adapted_model.compilation.model.eval()
     path = next(path for path in leaves(source) if path.endswith(("up_proj", "intermediate.dense")))
     logits = []
-    for model in (source, compiled):
+    for model in (source, adapted_model):
         handle = model.get_submodule(path).register_forward_hook(lambda _, args, result: result * 2)
-        with compiled.disabled():
+        with adapted_model.disabled():
             logits.append(model(input_ids=IDS).logits)
         handle.remove()
     torch.testing.assert_close(*logits, atol=1e-6, rtol=1e-5)
-    handle = compiled.get_submodule(path).register_forward_hook(lambda _, args, result: result[:1])
+    handle = adapted_model.get_submodule(path).register_forward_hook(lambda _, args, result: result[:1])
     with pytest.raises(GraftError, match="GC043"):
-        compiled(input_ids=IDS)
+        adapted_model(input_ids=IDS)
     handle.remove()
 
 
 @torch.no_grad()
-def test_arguments_may_only_be_read(compiled: Any) -> None:
-    module = compiled.get_submodule(leaves(compiled.compilation.model)[-2])
+def test_arguments_may_only_be_read(adapted_model: Any) -> None:
+    module = adapted_model.get_submodule(leaves(adapted_model.compilation.model)[-2])
     for handle in (
         module.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
         module.register_forward_pre_hook(lambda _, args, kwargs: kwargs.update(more=1), with_kwargs=True),
     ):
         with pytest.raises(GraftError, match=r"GC043.*only read"):
-            compiled(input_ids=IDS)
+            adapted_model(input_ids=IDS)
         handle.remove()
-    compiled(input_ids=IDS)
+    adapted_model(input_ids=IDS)
 
 
 @torch.no_grad()
-def test_a_copy_has_hooks_of_its_own(compiled: Any) -> None:
-    path = leaves(compiled.compilation.model)[-2]
-    with heard(compiled, [path]) as seen:
-        compiled(input_ids=IDS)
+def test_a_copy_has_hooks_of_its_own(adapted_model: Any) -> None:
+    path = leaves(adapted_model.compilation.model)[-2]
+    with heard(adapted_model, [path]) as seen:
+        adapted_model(input_ids=IDS)
         count = len(seen)
-        other = copy.deepcopy(compiled)
+        other = copy.deepcopy(adapted_model)
         other.get_submodule(path)._forward_hooks.clear()
         other.get_submodule(path)._forward_pre_hooks.clear()
         other(input_ids=IDS)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftc.testing.families import tiny
+from graftc.testing import perturb, tiny
 
 
 def phi3() -> nn.Module:
@@ -31,6 +31,19 @@ def config_of(model: Any, path: Path) -> Path:
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(path)
     return path
+
+
+def with_noise(model: nn.Module, config: Any, noise: float = 0.1, seed: int = 0) -> Any:
+    """Put peft's adapters into a model, move every trained tensor away from its initial value, and return it."""
+    import warnings
+
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+    perturb(adapted, noise, seed)
+    return adapted.eval()
 
 
 def written(model: nn.Module, path: Path, seed: int = 0, **config: Any) -> Path:

@@ -19,6 +19,7 @@ import graftc
 from graftc.runtime.compiled import Compiled
 from graftc.testing.compare import inputs_for, largest_difference, outputs_of
 from graftc.testing.families import tiny
+from tests.runtime.interop.adapters import with_noise
 
 TOLERANCE = 1e-5
 Fields = dict[str, Any]
@@ -184,22 +185,14 @@ def base(family: str) -> nn.Module:
     return tiny(family)
 
 
-def adapted(config: Any, family: str, noise: float = 0.1, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def peft_model(config: Any, family: str, noise: float = 0.1, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Return peft's model with every trained tensor perturbed, in eval mode."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(copy.deepcopy(base(family)).to(dtype), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * noise)
-    return model.eval()
+    return with_noise(copy.deepcopy(base(family)).to(dtype), config, noise, seed)
 
 
 def saved(config: Any, family: str, folder: Path, **more: Any) -> Any:
     """Save peft's model to a folder and return it."""
-    model = adapted(config, family, **more)
+    model = peft_model(config, family, **more)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder)

@@ -19,7 +19,9 @@ from graftc.runtime.interop.peft.folder import read_peft
 from graftc.runtime.interop.peft.forms import to_theirs
 from graftc.runtime.interop.peft.pairs import pairs_of
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing.compare import inputs_for, largest_difference, outputs_of
+from graftc.testing.compare import inputs_for, outputs_of
+from tests.kit.comparing import relative_difference
+from tests.runtime.interop.adapters import with_noise
 from tests.runtime.interop.matrix import KINDS, Case, base, examples
 
 TOLERANCE = 1e-5
@@ -45,19 +47,6 @@ class Result:
     failure: str = ""
 
 
-def adapted(config: Any, family: str, seed: int = 0) -> Any:
-    """Return peft's model with every trained tensor perturbed, in eval mode."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = peft.get_peft_model(copy.deepcopy(base(family)), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1)
-    return model.eval()
-
-
 def loaded(folder: Path, family: str) -> Any:
     """Return the model that peft loads from a folder, which must contain exactly the tensors that it trains."""
     with warnings.catch_warnings(record=True) as caught:
@@ -80,10 +69,6 @@ def outcome(model: nn.Module, inputs: Mapping[str, Tensor], like: Tensor | None 
     """Return the first output; peft's also contains positions of virtual tokens in front, which are removed."""
     output = outputs_of(model, inputs)[0]
     return output if like is None or output.dim() < 3 else output[:, -like.shape[1] :]
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return largest_difference([found], [expected]) / max(1.0, float(expected.abs().max()))
 
 
 def gradients(model: nn.Module, inputs: Mapping[str, Tensor], size: torch.Size) -> None:
@@ -148,7 +133,7 @@ def compared(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
 def run(case: Case, folder: Path) -> Result:
     """Save with peft, import, and compare outputs, gradients, the merge and the export with peft."""
     result = Result(case)
-    theirs = adapted(case.config(), case.family, case.seed)
+    theirs = with_noise(copy.deepcopy(base(case.family)), case.config(), seed=case.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(folder / "theirs")
@@ -173,10 +158,10 @@ def _differences(case: Case, folder: Path, theirs: Any, ours: Compiled) -> Itera
     inputs = given_to(ours, case.seed)
     own = outcome(ours, inputs)
     unadapted = outcome(base(case.family), inputs)
-    if relative(own, unadapted) < 1e-4:
+    if relative_difference([own], [unadapted]) < 1e-4:
         raise AssertionError("the adapter changes nothing")
     expected = outcome(theirs, inputs, own)
-    yield "outputs", relative(own, expected)
+    yield "outputs", relative_difference([own], [expected])
     config = theirs.active_peft_config
     if config.is_prompt_learning:  # a prompt that a network generated is a table once it is read
         theirs = loaded(folder / "theirs", case.family)
@@ -191,10 +176,10 @@ def _differences(case: Case, folder: Path, theirs: Any, ours: Compiled) -> Itera
             if error.code not in ("GC022", "GC050") or _merges(theirs, inputs, expected):
                 raise
         else:
-            yield "merged", relative(outcome(merged, inputs), expected)
+            yield "merged", relative_difference([outcome(merged, inputs)], [expected])
     if KINDS[case.kind].back:
         ours.export(folder / "ours", format="peft")
-        yield "back", relative(own, outcome(loaded(folder / "ours", case.family), inputs, own))
+        yield "back", relative_difference([own], [outcome(loaded(folder / "ours", case.family), inputs, own)])
 
 
 def _factor(key: str) -> int:
@@ -211,4 +196,4 @@ def _merges(theirs: Any, inputs: Mapping[str, Tensor], expected: Tensor) -> bool
         merged = copy.deepcopy(theirs).merge_and_unload()
     except NotImplementedError:
         return False
-    return relative(outcome(merged, inputs), expected) <= TOLERANCE
+    return relative_difference([outcome(merged, inputs)], [expected]) <= TOLERANCE

@@ -14,21 +14,20 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import perturb, tiny
+from graftc.testing import tiny
 from graftc.testing.compare import flat, inputs_for, largest_difference
+from tests.kit.models import adapted
 
 KINDS: dict[str, Any] = {"bert": AutoModelForSequenceClassification, "gpt2": AutoModelForCausalLM}
 METHODS = ("lora", "pfeiffer", "prefix")
 
 
-def adapted(family: str, method: str, folder: Path) -> Any:
+def of_a_folder(family: str, method: str, folder: Path) -> Any:
     """Return a perturbed compiled model of a family whose base is saved in a folder."""
     tiny(family).save_pretrained(folder / "base")
     base = KINDS[family].from_pretrained(folder / "base")
     entry = {"method": method, **({"target": {"role": ["attn.q"]}, "rank": 2} if method == "lora" else {})}
-    compiled = graftc.compile({"adapt": [entry]}, base, seed=0).eval()
-    perturb(compiled)
-    return compiled
+    return adapted(base, entry, seed=0)
 
 
 @pytest.mark.slow
@@ -36,7 +35,7 @@ def adapted(family: str, method: str, folder: Path) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", KINDS)
 def test_it_is_loaded_with_its_adapters(family: str, method: str, tmp_path: Path) -> None:
-    compiled = adapted(family, method, tmp_path)
+    compiled = of_a_folder(family, method, tmp_path)
     folder = tmp_path / "saved"
     folder.mkdir()
     (folder / "other.txt").write_text("of another library", encoding="utf-8")
@@ -56,7 +55,7 @@ def test_it_is_loaded_with_its_adapters(family: str, method: str, tmp_path: Path
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     folder = tmp_path_factory.mktemp("auto")
-    compiled = adapted("bert", "lora", folder)
+    compiled = of_a_folder("bert", "lora", folder)
     compiled.save_pretrained(folder / "saved")
     return compiled, folder
 

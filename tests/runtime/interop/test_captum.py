@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import graftc
-from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from tests.kit.models import adapted
+from tests.kit.specs import lora
 
 captum = pytest.importorskip("captum.attr")
 
@@ -21,15 +20,13 @@ FAMILIES = ("llama", "gpt2", "bert")
 
 
 @pytest.fixture(scope="module")
-def compiled_of() -> Callable[[str], Any]:
+def adapted_family() -> Callable[[str], Any]:
     """A function that returns the compiled model of a family, compiled at first use."""
     kept: dict[str, Any] = {}
 
     def get(family: str) -> Any:
         if family not in kept:
-            spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}
-            kept[family] = graftc.compile(spec, tiny(family)).eval()
-            perturb(kept[family], 0.1)
+            kept[family] = adapted(family, lora(["attn.q"]), noise=0.1)
         return kept[family]
 
     return get
@@ -54,16 +51,16 @@ def attributions(model: Any, method: str) -> Tensor:
 @pytest.mark.parametrize("method", ["LayerIntegratedGradients", "LayerGradientXActivation", "LayerActivation"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_are_attributed_as_in_the_source(
-    family: str, method: str, compiled_of: Callable[[str], Any]
+    family: str, method: str, adapted_family: Callable[[str], Any]
 ) -> None:
-    compiled = compiled_of(family)
+    compiled = adapted_family(family)
     source = compiled.compilation.model.eval()
     merged = copy.deepcopy(source)
     merged.load_state_dict(compiled.merge().state_dict(), strict=False)  # a tied head is stored once
-    adapted = attributions(compiled, method)
-    torch.testing.assert_close(adapted, attributions(merged, method), atol=1e-6, rtol=1e-4)
+    own = attributions(compiled, method)
+    torch.testing.assert_close(own, attributions(merged, method), atol=1e-6, rtol=1e-4)
     with compiled.disabled():
         plain = attributions(compiled, method)
     torch.testing.assert_close(plain, attributions(source, method), atol=1e-6, rtol=1e-4)
     if method != "LayerActivation":
-        assert float((adapted - plain).detach().norm() / plain.detach().norm()) > 1e-3
+        assert float((own - plain).detach().norm() / plain.detach().norm()) > 1e-3

@@ -66,7 +66,7 @@ def ours(config: Any, model: nn.Module, **more: Any) -> Any:
         return graftc.compile(config, model, **more)
 
 
-def adapted(model: Any) -> dict[str, tuple[int, float]]:
+def ranks_and_scales(model: Any) -> dict[str, tuple[int, float]]:
     """Return the rank and scale of every tensor that peft's model adapts, by the base's name."""
     sites = {}
     for path, layer in model.base_model.model.named_modules():
@@ -111,7 +111,7 @@ def test_modules_ranks_scales_and_heads_are_those_of_peft(family: str, fields: d
     config = lora(family, **fields)
     expected = theirs(config, base(family))
     compiled = ours(config, base(family))
-    assert resolved(compiled) == adapted(expected)
+    assert resolved(compiled) == ranks_and_scales(expected)
     assert full(compiled) == heads(expected)
 
 
@@ -341,7 +341,7 @@ def test_a_config_may_be_an_object_or_data(source: str, tmp_path: Path) -> None:
     }[source]
     before = copy.deepcopy(vars(config))
     compiled = ours(given, base("llama"))
-    assert resolved(compiled) == adapted(theirs(config, base("llama")))
+    assert resolved(compiled) == ranks_and_scales(theirs(config, base("llama")))
     assert vars(config) == before, "the user's config stays as it is"
 
 
@@ -429,7 +429,7 @@ def test_an_attention_of_torch_as_a_whole() -> None:
 def test_patterns_where_peft_goes_by_older_names(pattern: str) -> None:
     """Patterns may name experts as the modules of transformers 4; peft then matches the last segments in all layers."""
     config = lora("mixtral", target_modules=pattern, r=2)
-    assert resolved(ours(config, base("mixtral"))) == adapted(theirs(config, base("mixtral")))
+    assert resolved(ours(config, base("mixtral"))) == ranks_and_scales(theirs(config, base("mixtral")))
 
 
 class Named(nn.Module):
@@ -449,7 +449,7 @@ class Named(nn.Module):
 def test_a_pattern_that_matches_the_end_of_another_path() -> None:
     config = peft.LoraConfig(r=2, target_modules=r"fc")
     compiled = ours(config, Named(), example_inputs={"x": torch.randn(2, 8)})
-    assert resolved(compiled) == adapted(theirs(config, Named())) and len(resolved(compiled)) == 1
+    assert resolved(compiled) == ranks_and_scales(theirs(config, Named())) and len(resolved(compiled)) == 1
 
 
 def test_an_alpha_that_is_not_said_is_pefts() -> None:

@@ -16,24 +16,21 @@ from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
+from tests.kit.models import fresh
 from tests.runtime.interop.trl_runs import LORA, both, dpo, grpo, kto, logged, reward, rloo, scoring, sft
 
 pytest.importorskip("trl")
 STEPS = 4
 
 
-def compiled_of(**spec: Any) -> Any:
-    return graftc.compile({"adapt": [dict(LORA.adaptation)], **spec}, tiny("llama"), seed=0)
-
-
 def referring(trainer: Any, **changes: Any) -> Any:
     """Return a factory of trainers that passes the reference of a compiled model; peft's model is its own."""
 
-    def made(model: Any, folder: Path) -> Any:
+    def trainer_of(model: Any, folder: Path) -> Any:
         reference = model.reference() if isinstance(model, Compiled) else None
         return trainer(model, folder, reference, max_steps=STEPS, **changes)
 
-    return made
+    return trainer_of
 
 
 RUNS: dict[str, Any] = {
@@ -61,7 +58,7 @@ def test_steps_are_those_of_peft(run: str, tmp_path: Path) -> None:
 def test_the_reference_of_preferences_is_the_base_and_no_second_one_is_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled = compiled_of()
+    compiled = fresh("llama", LORA.adaptation, seed=0)
     source = compiled.compilation.source.eval()
     sizes = {tuple(p.shape) for p in source.parameters() if p.dim() == 2}
 
@@ -95,7 +92,7 @@ def test_the_reference_of_preferences_is_the_base_and_no_second_one_is_in_memory
 @pytest.mark.full
 @pytest.mark.parametrize("precomputed", [False, True])
 def test_a_trained_adapter_goes_on_from_the_base_or_from_itself(precomputed: bool, tmp_path: Path) -> None:
-    compiled = compiled_of()
+    compiled = fresh("llama", LORA.adaptation, seed=0)
     perturb(compiled, 0.1)
     reference = None if precomputed else compiled.reference()
     trainer = dpo(compiled, tmp_path, reference, max_steps=STEPS, precompute_ref_log_probs=precomputed)
@@ -106,7 +103,7 @@ def test_a_trained_adapter_goes_on_from_the_base_or_from_itself(precomputed: boo
 
 @pytest.mark.full
 def test_dropout_is_switched_off_where_a_trainer_says_so(tmp_path: Path) -> None:
-    compiled = compiled_of(adapt=[{**LORA.adaptation, "dropout": 0.5}])
+    compiled = fresh("llama", {**LORA.adaptation, "dropout": 0.5}, seed=0)
     trainer = dpo(compiled, tmp_path, compiled.reference(), max_steps=STEPS, learning_rate=0.0)
     assert trainer.args.disable_dropout
     with torch.no_grad():
@@ -124,7 +121,9 @@ def test_dropout_is_switched_off_where_a_trainer_says_so(tmp_path: Path) -> None
 def test_attention_is_kept_where_a_trainer_recomputes_the_rest(tmp_path: Path) -> None:
     """Selective recomputation keeps attention; peft's models fail with this option of TRL."""
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"selective": True}}
-    runs = [sft(compiled_of(), tmp_path, max_steps=STEPS, **changes) for changes in ({}, options)]
+    runs = [
+        sft(fresh("llama", LORA.adaptation, seed=0), tmp_path, max_steps=STEPS, **changes) for changes in ({}, options)
+    ]
     for run in runs:
         run.train()
     plain, kept = (logged(run, "loss") for run in runs)
@@ -135,7 +134,7 @@ def test_attention_is_kept_where_a_trainer_recomputes_the_rest(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_head_that_trains_learns(tmp_path: Path) -> None:
-    compiled = compiled_of(train=["lm_head"])
+    compiled = fresh("llama", LORA.adaptation, seed=0, train=["lm_head"])
     before = compiled.get_parameter("lm_head.graftc.trained.weight").detach().clone()
     sft(compiled, tmp_path, max_steps=STEPS).train()
     assert not torch.equal(compiled.get_parameter("lm_head.graftc.trained.weight"), before)
@@ -143,7 +142,7 @@ def test_a_head_that_trains_learns(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_a_head_that_is_no_sum_of_products_is_refused(tmp_path: Path) -> None:
-    compiled = compiled_of(adapt=[{"method": "dora", "target": {"role": ["attn.q", "head"]}}])
+    compiled = fresh("llama", {"method": "dora", "target": {"role": ["attn.q", "head"]}}, seed=0)
     with pytest.raises(GraftError, match="GC072: the head lm_head is adapted by 'dora'"):
         sft(compiled, tmp_path, max_steps=STEPS).train()
 
@@ -154,7 +153,7 @@ def test_losses_and_metrics_are_those_of_trls_own_forward(head: bool) -> None:
     """Losses and metrics equal TRL's own; with an adapted head, whose weight TRL lacks, the loss equals the model's."""
     from trl.trainer.utils import add_fused_lm_head
 
-    compiled = compiled_of(adapt=[{"method": "lora", "target": {"role": ["attn.q", *(["head"] if head else [])]}}])
+    compiled = fresh("llama", {"method": "lora", "target": {"role": ["attn.q", *(["head"] if head else [])]}}, seed=0)
     with torch.no_grad():
         for tensor in compiled.adapter_state_dict().values():
             tensor.add_(0.1)
@@ -182,7 +181,7 @@ def test_entropies_of_an_objective_are_left_to_trl() -> None:
     from trl.trainer.utils import add_fused_lm_head
 
     for options in ({"outputs": ("log_probs", "entropy")}, {"temperature": 0.7}, {"cast_lm_head_to_fp32": True}):
-        compiled = compiled_of()
+        compiled = fresh("llama", LORA.adaptation, seed=0)
         add_fused_lm_head(compiled, **options)
         assert hasattr(compiled.forward, "__func__"), "it is TRL's own"
 
@@ -190,9 +189,9 @@ def test_entropies_of_an_objective_are_left_to_trl() -> None:
 @pytest.mark.full
 def test_a_checkpoint_is_resumed_and_loaded(tmp_path: Path) -> None:
     settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS // 2}
-    whole = sft(compiled_of(), tmp_path, **settings)
+    whole = sft(fresh("llama", LORA.adaptation, seed=0), tmp_path, **settings)
     whole.train()
-    resumed = sft(compiled_of(), tmp_path, **settings)
+    resumed = sft(fresh("llama", LORA.adaptation, seed=0), tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
     expected = whole.model.adapter_state_dict()
     assert all(torch.equal(t, expected[n]) for n, t in resumed.model.adapter_state_dict().items())
@@ -205,12 +204,12 @@ def test_a_checkpoint_is_resumed_and_loaded(tmp_path: Path) -> None:
 def alone(trainer: Any, **changes: Any) -> Any:
     """Return a factory of trainers created by the compiled model, which adds the reference; peft's model is its own."""
 
-    def made(model: Any, folder: Path) -> Any:
+    def trainer_of(model: Any, folder: Path) -> Any:
         if not isinstance(model, Compiled):
             return trainer(model, folder, max_steps=2, **changes)
         return trainer(model, folder, max_steps=2, make=model.trainer, **changes)
 
-    return made
+    return trainer_of
 
 
 REFERRING: dict[str, Any] = {
@@ -237,7 +236,7 @@ def test_a_reference_is_found_for_a_base_in_memory(run: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("trainer", [sft, dpo])
 def test_a_config_of_peft_beside_a_compiled_model(trainer: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    model = compiled_of()
+    model = fresh("llama", LORA.adaptation, seed=0)
     with pytest.raises(GraftError, match=r"graftc\.compile") as caught:
         trainer(model, tmp_path, peft_config=peft.LoraConfig(task_type="CAUSAL_LM"))
     assert caught.value.code == "GC072"

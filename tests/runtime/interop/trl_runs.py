@@ -144,7 +144,7 @@ def sft(model: Any, folder: Path, peft_config: Any = None, **changes: Any) -> An
     return SFTTrainer(model=model, args=arguments, train_dataset=completions(), processing_class=tokenizer(), **more)
 
 
-def made(kind: Any, model: Any, make: Any, **arguments: Any) -> Any:
+def trainer_for(kind: Any, model: Any, make: Any, **arguments: Any) -> Any:
     """Return a trainer; ``make`` is the method of a compiled model that creates one for it."""
     given = {name: value for name, value in arguments.items() if value is not None}
     given["processing_class"] = tokenizer()
@@ -158,7 +158,7 @@ def dpo(
     from trl import DPOConfig, DPOTrainer
 
     arguments = DPOConfig(str(folder), **{**SETTINGS, "max_length": 24, **changes})
-    return made(
+    return trainer_for(
         DPOTrainer,
         model,
         make,
@@ -177,7 +177,7 @@ def kto(
 
     arguments = KTOConfig(str(folder), **{**SETTINGS, "max_length": 24, **changes})
     rows = unpair_preference_dataset(preferences())
-    return made(
+    return trainer_for(
         KTOTrainer, model, make, args=arguments, train_dataset=rows, ref_model=ref_model, peft_config=peft_config
     )
 
@@ -211,7 +211,9 @@ def _rewarded(name: str, model: Any, folder: Path, make: Any, **changes: Any) ->
     prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in completions()])
     settings = {**SETTINGS, "num_generations": 4, "max_completion_length": 8, **changes}
     arguments = getattr(trl, f"{name}Config")(str(folder), **settings)
-    return made(getattr(trl, f"{name}Trainer"), model, make, args=arguments, reward_funcs=even, train_dataset=prompts)
+    return trainer_for(
+        getattr(trl, f"{name}Trainer"), model, make, args=arguments, reward_funcs=even, train_dataset=prompts
+    )
 
 
 def grpo(model: Any, folder: Path, make: Any = None, **changes: Any) -> Any:

@@ -14,6 +14,7 @@ from torch.nn import functional
 import graftc
 from graftc.runtime.live.deferred_logits import DeferredLogits
 from graftc.testing import perturb
+from tests.kit.comparing import gradients_of
 
 VOCABULARY, WIDTH = 50, 16
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.{first,lm_head}"}}]}
@@ -96,7 +97,7 @@ def both(way: str, loss: str = "chunked") -> tuple[Any, Any]:
 def gradients(compiled: Any, given: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
     outputs = compiled(**given)
     outputs.loss.backward()
-    grads = {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
+    grads = gradients_of(compiled)
     compiled.zero_grad(set_to_none=True)
     return outputs.loss.detach(), grads, outputs.logits
 

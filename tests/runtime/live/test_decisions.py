@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 import graftc
 from graftc.testing import perturb
+from tests.kit.comparing import gradients_of
+from tests.kit.models import fresh
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.{up,down}"}}]}
 WIDTH = 6
@@ -76,10 +78,6 @@ def inputs(seed: int = 0, full: bool = True, broken: bool = False) -> dict[str, 
     return {"x": x, "mask": mask}
 
 
-def compiled_of(model: nn.Module) -> Any:
-    return graftc.compile(SPEC, model, inputs(), cache=False)
-
-
 def same(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors are equal to the bit, with NaN in the same places."""
     return torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) and torch.equal(a.isnan(), b.isnan())
@@ -102,7 +100,7 @@ CALLS = [
 def test_calls_that_decide_otherwise_equal_the_source_with_its_buffers_and_random_numbers() -> None:
     torch.manual_seed(0)
     model = Stack().eval()
-    compiled = compiled_of(model)
+    compiled = fresh(model, **SPEC, inputs=inputs(), cache=False)
     (stack,) = compiled.report.stacks
     assert (stack.stack, stack.level) == ("layers", "layers")
     source = copy.deepcopy(model)
@@ -124,7 +122,7 @@ def test_calls_that_decide_otherwise_equal_the_source_with_its_buffers_and_rando
 def test_gradients_a_merge_and_an_artifact(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Stack().eval()
-    compiled = compiled_of(model)
+    compiled = fresh(model, **SPEC, inputs=inputs(), cache=False)
     perturb(compiled, 0.3)
     compiled(**inputs(full=False))
     merged = compiled.merge()
@@ -142,7 +140,7 @@ def test_gradients_a_merge_and_an_artifact(tmp_path: Path) -> None:
     for full in (True, False):
         for each in (compiled, loaded):
             each(**inputs(4, full)).square().sum().backward()
-    own = {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
+    own = gradients_of(compiled)
     plain.requires_grad_(True)
     for full in (True, False):
         plain(**inputs(4, full)).square().sum().backward()
@@ -161,7 +159,7 @@ def test_gradients_a_merge_and_an_artifact(tmp_path: Path) -> None:
 def test_what_varies_from_call_to_call_makes_no_graph_of_a_layer(how: str) -> None:
     torch.manual_seed(0)
     model = Stack(how).eval()
-    compiled = compiled_of(model).eval()
+    compiled = fresh(model, **SPEC, inputs=inputs(), cache=False).eval()
     (stack,) = compiled.report.stacks
     assert stack.level == "modules" and "vary from call to call" in stack.reason
     for seed in range(3):
@@ -186,7 +184,7 @@ def test_a_buffer_that_a_library_s_layer_replaces_is_written_to(monkeypatch: pyt
     torch.manual_seed(0)
     model = Stack().eval()
     model.layers = nn.ModuleList(Replaces("") for _ in range(2))
-    compiled = compiled_of(model)
+    compiled = fresh(model, **SPEC, inputs=inputs(), cache=False)
     assert [stack.level for stack in compiled.report.stacks] == ["layers"]
     source = copy.deepcopy(model).train()
     compiled.train()

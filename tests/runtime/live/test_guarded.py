@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
+from tests.kit.models import adapted
 
 
 class Layer(nn.Module):
@@ -58,13 +59,11 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def compiled_with(method: str) -> tuple[Any, nn.Module, Tensor]:
+def own_adapted(method: str) -> tuple[Any, nn.Module, Tensor]:
     torch.manual_seed(0)
     model, x = Model().eval().requires_grad_(False), torch.randn(2, 8)
-    spec = {"adapt": [{"method": method, "name": "own", "target": {"modules": "layers.*.o"}}]}
-    compiled = graftc.compile(spec, model, {"x": x}, cache=False).eval()
-    perturb(compiled, 0.3)
-    return compiled, model, x
+    entry = {"method": method, "name": "own", "target": {"modules": "layers.*.o"}}
+    return adapted(model, entry, inputs={"x": x}, cache=False, noise=0.3), model, x
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def compiled_with(method: str) -> tuple[Any, nn.Module, Tensor]:
     ],
 )
 def test_reading_values_is_refused_and_asking_for_types_is_not(method: str, refused: set[str]) -> None:
-    compiled, model, x = compiled_with(method)
+    compiled, model, x = own_adapted(method)
     merged = compiled.merge()
     plain = copy.deepcopy(model)
     plain.load_state_dict(merged.folded_state_dict())
@@ -107,7 +106,7 @@ def test_a_tensor_that_several_adapt_stays_guarded_while_one_does() -> None:
 
 
 def test_threads_that_run_the_base_and_the_adapted_model() -> None:
-    compiled, model, x = compiled_with("lora")
+    compiled, model, x = own_adapted("lora")
     reference, told = compiled.reference(), []
 
     def run(base: bool) -> None:

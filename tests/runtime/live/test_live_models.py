@@ -15,6 +15,8 @@ import graftc
 from graftc.passes.core.elements.calls import elements_in
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
+from tests.kit.comparing import gradients_of
+from tests.kit.models import fresh
 from tests.runtime.live.models import CASES, Block, Case, Looping, llava, looping, qwen2_vl
 
 LORA: dict[str, Any] = {"method": "lora", "rank": 2}
@@ -25,18 +27,18 @@ TARGETS: dict[str, Any] = {
 }
 
 
-def compiled_of(name: str, case: Case, **options: Any) -> Any:
-    spec = {"adapt": [{**LORA, "target": TARGETS[name]}], **options}
-    return graftc.compile(spec, case.model, case.first, seed=0, cache=False)
+def case_compiled(name: str, case: Case, **options: Any) -> Any:
+    entry = {**LORA, "target": TARGETS[name]}
+    return fresh(case.model, entry, inputs=case.first, seed=0, cache=False, **options)
 
 
 @pytest.fixture(scope="module", params=list(CASES))
 def named(request: pytest.FixtureRequest) -> tuple[str, Case, Any]:
     case = CASES[request.param]()
-    return request.param, case, compiled_of(request.param, case)
+    return request.param, case, case_compiled(request.param, case)
 
 
-def perturbed(compiled: Any) -> Any:
+def with_noise(compiled: Any) -> Any:
     """Return the model in eval mode, with adapters that change its outputs."""
     perturb(compiled.eval(), 0.05)
     return compiled
@@ -55,13 +57,13 @@ def loss_of(outputs: Any) -> Tensor:
 
 def test_before_training_it_is_the_source_to_the_bit(named: tuple[str, Case, Any]) -> None:
     _, case, compiled = named
-    fresh = copy.deepcopy(compiled)
+    copied = copy.deepcopy(compiled)
     for mode in (True, False):
         case.model.train(mode)
-        fresh.train(mode)
+        copied.train(mode)
         for batch in (case.first, case.second):
             with torch.no_grad():
-                ours, theirs = tensors_of(fresh(**batch)), tensors_of(case.model(**batch))
+                ours, theirs = tensors_of(copied(**batch)), tensors_of(case.model(**batch))
             assert len(ours) == len(theirs) > 0
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
@@ -69,7 +71,7 @@ def test_before_training_it_is_the_source_to_the_bit(named: tuple[str, Case, Any
 def test_gradients_are_those_of_the_source_with_the_folded_update(named: tuple[str, Case, Any]) -> None:
     """Gradients for ``W + s B A`` follow by the chain rule from those of the whole weight in the source's own class."""
     _, case, compiled = named
-    trained = perturbed(copy.deepcopy(compiled))
+    trained = with_noise(copy.deepcopy(compiled))
     plain = copy.deepcopy(case.model).eval()
     plain.load_state_dict(trained.merge().folded_state_dict(), strict=False)
     plain.requires_grad_(True).zero_grad(set_to_none=True)
@@ -92,7 +94,7 @@ def test_gradients_are_those_of_the_source_with_the_folded_update(named: tuple[s
 
 def test_merged_it_gives_the_same_and_is_of_the_sources_class(named: tuple[str, Case, Any], tmp_path: Path) -> None:
     name, case, compiled = named
-    trained = perturbed(copy.deepcopy(compiled))
+    trained = with_noise(copy.deepcopy(compiled))
     merged = trained.merge()
     assert merged.certificate.passed
     plain = merged.to_transformers() if name != "looping" else None
@@ -106,7 +108,7 @@ def test_merged_it_gives_the_same_and_is_of_the_sources_class(named: tuple[str, 
 
 def test_saved_and_loaded_it_is_the_same(named: tuple[str, Case, Any], tmp_path: Path) -> None:
     _, case, compiled = named
-    trained = perturbed(copy.deepcopy(compiled))
+    trained = with_noise(copy.deepcopy(compiled))
     trained.save(tmp_path / "artifact")
     loaded = graftc.load(tmp_path / "artifact", case.model).eval()
     for batch in (case.first, case.second):
@@ -116,7 +118,7 @@ def test_saved_and_loaded_it_is_the_same(named: tuple[str, Case, Any], tmp_path:
 
 def test_left_out_it_is_the_source(named: tuple[str, Case, Any]) -> None:
     _, case, compiled = named
-    trained = perturbed(copy.deepcopy(compiled))
+    trained = with_noise(copy.deepcopy(compiled))
     with torch.no_grad(), trained.disabled():
         ours = tensors_of(trained(**case.second))
         assert all(torch.equal(a, b) for a, b in zip(ours, tensors_of(case.model.eval()(**case.second)), strict=True))
@@ -124,7 +126,7 @@ def test_left_out_it_is_the_source(named: tuple[str, Case, Any]) -> None:
 
 def test_threads_get_their_own_results(named: tuple[str, Case, Any]) -> None:
     _, case, compiled = named
-    trained = perturbed(copy.deepcopy(compiled))
+    trained = with_noise(copy.deepcopy(compiled))
     with torch.no_grad():
         wanted = [tensors_of(trained(**batch))[-1] for batch in (case.first, case.second)]
     equal: dict[int, bool] = {}
@@ -156,7 +158,7 @@ def generates_as_its_merged_class(trained: Any, case: Case, length: int) -> tupl
 def test_a_graph_generates_by_its_layers_where_calls_with_a_cache_are_no_graph() -> None:
     case = llava()
     spec = {"adapt": [{**LORA, "target": {"modules": "**.{q_proj,v_proj}"}}]}
-    trained = perturbed(graftc.compile(spec, case.model, case.first, seed=0, cache=False))
+    trained = with_noise(graftc.compile(spec, case.model, case.first, seed=0, cache=False))
     assert not elements_in(trained.compilation.flags)
     asked, _ = generates_as_its_merged_class(trained, case, 6)
     with trained.disabled():
@@ -168,7 +170,7 @@ def test_a_graph_generates_by_its_layers_where_calls_with_a_cache_are_no_graph()
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
 def test_it_generates_as_its_merged_class_does(name: str) -> None:
     case = CASES[name]()
-    trained = perturbed(compiled_of(name, case))
+    trained = with_noise(case_compiled(name, case))
     asked, plain = generates_as_its_merged_class(trained, case, 8)
     beams = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
     assert torch.equal(trained.generate(**asked, **beams), plain.generate(**asked, **beams))
@@ -176,7 +178,7 @@ def test_it_generates_as_its_merged_class_does(name: str) -> None:
 
 def test_of_vision_layers_parts_and_maps_are_graphs_and_of_the_others_layers() -> None:
     """The attention of a vision layer reads lengths; its feed-forward part does not."""
-    compiled = compiled_of("qwen2_vl", qwen2_vl())
+    compiled = case_compiled("qwen2_vl", qwen2_vl())
     elements = set(elements_in(compiled.compilation.flags))
     assert "model.language_model.layers.0" in elements and "model.visual.blocks.0" not in elements
     assert {"model.visual.blocks.0.attn.qkv", "model.visual.blocks.1.mlp"} <= elements
@@ -188,7 +190,7 @@ def test_of_vision_layers_parts_and_maps_are_graphs_and_of_the_others_layers() -
 def test_steps_of_one_kind_add_one_signature() -> None:
     """This holds for any number of generated tokens: the length of the past varies within one graph."""
     case = CASES["gemma3"]()
-    compiled = compiled_of("gemma3", case).eval()
+    compiled = case_compiled("gemma3", case).eval()
     asked = {key: value for key, value in case.first.items() if key != "labels"}
     counts = []
     for tokens in (3, 6, 12):
@@ -199,7 +201,7 @@ def test_steps_of_one_kind_add_one_signature() -> None:
 
 def test_hooks_hear_what_they_hear_of_the_source() -> None:
     case = looping()
-    compiled = compiled_of("looping", case).eval()
+    compiled = case_compiled("looping", case).eval()
     heard: dict[str, list[Any]] = {"ours": [], "theirs": []}
 
     def noting(name: str) -> Any:
@@ -226,7 +228,7 @@ def test_hooks_hear_what_they_hear_of_the_source() -> None:
 
 def test_a_call_of_another_kind_is_captured_when_it_comes() -> None:
     case = looping()
-    compiled = compiled_of("looping", case).eval()
+    compiled = case_compiled("looping", case).eval()
     before = len(compiled.compilation.signatures)
     wide = {"x": torch.randn(2, 3, 4, 16), "rounds": torch.tensor([2])}
     with torch.no_grad():
@@ -238,9 +240,9 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     case = looping()
     grads = []
     for options in ({}, {"checkpoint": "layers"}):
-        compiled = perturbed(compiled_of("looping", case, **options)).train()
+        compiled = with_noise(case_compiled("looping", case, **options)).train()
         loss_of(compiled(**case.first)).backward()
-        grads.append({name: p.grad for name, p in compiled.named_parameters() if p.grad is not None})
+        grads.append(gradients_of(compiled))
     assert grads[0].keys() == grads[1].keys() and grads[0]
     assert all(torch.allclose(gradient, grads[1][name], atol=1e-6) for name, gradient in grads[0].items())
 
@@ -248,13 +250,13 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 def test_asked_for_a_graph_it_is_refused() -> None:
     case = looping()
     with pytest.raises(GraftError) as caught:
-        compiled_of("looping", case, capture="graph")
+        case_compiled("looping", case, capture="graph")
     assert caught.value.code == "GC030"
 
 
 def test_asked_for_layers_maps_are_not_enough() -> None:
     with pytest.raises(GraftError) as caught:
-        compiled_of("qwen2_vl", qwen2_vl(), capture="layers")
+        case_compiled("qwen2_vl", qwen2_vl(), capture="layers")
     assert caught.value.code == "GC030" and "model.visual.blocks" in caught.value.message
 
 
@@ -280,7 +282,7 @@ def test_gates_over_rows_are_refused() -> None:
 
 def test_it_is_not_exported_as_a_graph(tmp_path: Path) -> None:
     case = looping()
-    compiled = compiled_of("looping", case)
+    compiled = case_compiled("looping", case)
     for format in ("onnx", "pt2"):
         with pytest.raises(GraftError) as caught:
             compiled.export(tmp_path / f"model.{format}", format)
@@ -300,7 +302,7 @@ def test_a_layer_that_reads_values_is_no_graph() -> None:
     model = Looping().eval()
     model.layers[1] = Chosen(16)
     case = looping()
-    compiled = compiled_of("looping", Case(model, case.first, case.second)).eval()
+    compiled = case_compiled("looping", Case(model, case.first, case.second)).eval()
     assert not any(
         path.startswith("layers.") and path.count(".") == 1 for path in elements_in(compiled.compilation.flags)
     )
@@ -322,7 +324,7 @@ class Switched(Block):
 def test_a_call_in_which_a_layer_reads_values_is_refused() -> None:
     model, case = Looping().eval(), looping()
     model.layers[1] = Switched(16)
-    compiled = compiled_of("looping", Case(model, case.first, case.second)).eval()
+    compiled = case_compiled("looping", Case(model, case.first, case.second)).eval()
     with torch.no_grad():
         assert torch.equal(compiled(**case.second), model.eval()(**case.second))
         with pytest.raises(GraftError) as caught:
@@ -347,7 +349,7 @@ def test_layers_that_the_inputs_shown_do_not_call_are_named() -> None:
     """Adapting such a layer is refused; otherwise a note says that nothing is adapted there."""
     model, case = Sometimes().eval(), looping()
     with pytest.raises(GraftError) as caught:
-        compiled_of("looping", Case(model, case.first, case.second))
+        case_compiled("looping", Case(model, case.first, case.second))
     assert caught.value.code == "GC023" and "others.0" in caught.value.message
     spec = {"adapt": [{**LORA, "target": {"modules": "layers.*.up"}}]}
     compiled = graftc.compile(spec, model, case.first, cache=False)
@@ -368,7 +370,7 @@ class Counting(nn.Module):
 def test_a_map_that_reads_values_is_no_graph() -> None:
     model, case = Looping().eval(), looping()
     model.layers[1].norm = Counting()
-    compiled = compiled_of("looping", Case(model, case.first, case.second)).eval()
+    compiled = case_compiled("looping", Case(model, case.first, case.second)).eval()
     assert "layers.1.norm" not in elements_in(compiled.compilation.flags)
     for factor in (1.0, -1.0):
         batch = {**case.second, "x": case.second["x"].abs() * factor}

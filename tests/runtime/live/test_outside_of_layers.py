@@ -120,7 +120,7 @@ class Collects(Plain):
         return x * torch.stack(seen).sum()
 
 
-def made(cls: type[Plain], spec: Any = SPEC) -> tuple[Plain, Any]:
+def model_and_compiled(cls: type[Plain], spec: Any = SPEC) -> tuple[Plain, Any]:
     torch.manual_seed(0)
     model = cls().eval()
     return model, graftc.compile(spec, model, (X,), cache=False).eval()
@@ -129,7 +129,7 @@ def made(cls: type[Plain], spec: Any = SPEC) -> tuple[Plain, Any]:
 @pytest.mark.parametrize("cls", [Plain, Sets, CallsInside, Counts, Moving, Recomputes, Collects])
 @pytest.mark.parametrize("training", [True, False])
 def test_it_is_the_source_and_merges(cls: type[Plain], training: bool) -> None:
-    model, compiled = made(cls)
+    model, compiled = model_and_compiled(cls)
     reference, before = copy.deepcopy(model).train(training), copy.deepcopy(model.state_dict())
     compiled.train(training)
     for _ in range(2):
@@ -145,7 +145,7 @@ def test_it_is_the_source_and_merges(cls: type[Plain], training: bool) -> None:
 
 @pytest.mark.parametrize("cls", [Sets, CallsInside, Counts, Collects])
 def test_such_layers_are_no_graphs_and_their_maps_are(cls: type[Plain]) -> None:
-    _, compiled = made(cls)
+    _, compiled = model_and_compiled(cls)
     assert set(elements_in(compiled.compilation.flags)) == {
         "last",
         *(f"layers.{number}.{name}" for number in range(3) for name in ("up", "down")),
@@ -170,7 +170,7 @@ class Later(Plain):
     ],
 )
 def test_what_it_was_not_shown_is_refused(other: Callable[[Plain], Any], message: str) -> None:
-    _, compiled = made(Later)
+    _, compiled = model_and_compiled(Later)
     with pytest.raises(graftc.GraftError, match=message) as caught:
         compiled(X, other)
     assert caught.value.code == "GC031"
@@ -189,9 +189,9 @@ class Reads(Plain):
 )
 def test_an_adaptation_of_what_it_reads_is_refused(method: dict[str, Any]) -> None:
     with pytest.raises(graftc.GraftError, match=r"adapts last\.weight, which the model's own Python reads") as caught:
-        made(Reads, {"adapt": [method]})
+        model_and_compiled(Reads, {"adapt": [method]})
     assert caught.value.code == "GC149"
-    model, compiled = made(Reads)
+    model, compiled = model_and_compiled(Reads)
     assert torch.equal(compiled(X), model(X))
 
 
@@ -208,14 +208,14 @@ def test_hooks_of_the_source_act_once(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["", "layers.1", "last"])
 def test_hooks_of_the_compiled_model_act_once(path: str) -> None:
-    model, compiled = made(Plain)
+    model, compiled = model_and_compiled(Plain)
     for each in (model, compiled):
         each.get_submodule(path).register_forward_hook(lambda module, args, result: 2 * result)
     assert torch.equal(compiled(X), model(X))
 
 
 def test_a_hook_inside_of_a_layer_is_refused() -> None:
-    _, compiled = made(Plain)
+    _, compiled = model_and_compiled(Plain)
     handle = compiled.get_submodule("layers.1.up").register_forward_hook(lambda *_: None)
     with pytest.raises(graftc.GraftError, match=r"GC043: layers\.1\.up has a hook"):
         compiled(X)
@@ -233,8 +233,8 @@ class Mixed(Plain):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_as_in_the_source(dtype: torch.dtype) -> None:
-    model, compiled = made(Plain)
-    inner, own = made(Mixed)
+    model, compiled = model_and_compiled(Plain)
+    inner, own = model_and_compiled(Mixed)
     with torch.autocast("cpu", dtype):
         assert torch.equal(compiled(X), model(X))
     assert torch.equal(own(X), inner(X))
@@ -250,12 +250,12 @@ def test_autocast_is_as_in_the_source(dtype: torch.dtype) -> None:
 )
 def test_what_is_of_the_whole_is_refused(spec: dict[str, Any]) -> None:
     with pytest.raises(graftc.GraftError) as caught:
-        made(Plain, spec)
+        model_and_compiled(Plain, spec)
     assert caught.value.code == "GC149"
 
 
 def test_it_warms_up() -> None:
-    model, compiled = made(Moving)
+    model, compiled = model_and_compiled(Moving)
     before = copy.deepcopy(compiled.train().state_dict())
     compiled.warm_up({"x": X})
     assert all(torch.equal(tensor, before[name]) for name, tensor in compiled.state_dict().items())

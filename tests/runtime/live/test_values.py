@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-import graftc
 from graftc.compiler import pipeline
+from tests.kit.models import fresh
+from tests.kit.specs import lora
 from tests.zoo.model import IMAGE, noise, texts
 from tests.zoo.sized_images import qwen2_vl
-
-
-def spec(modules: str) -> dict[str, Any]:
-    return {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": modules}}]}
 
 
 class Segments(nn.Module):
@@ -48,7 +45,7 @@ def test_values_that_are_read_from_memory_make_no_graph_of_a_layer(how: str) -> 
     torch.manual_seed(0)
     model = Segmented(how).eval()
     x = torch.randn(12, 8)
-    compiled = graftc.compile(spec("**.up"), model, {"x": x, "lengths": torch.tensor([6, 6])}, cache=False).eval()
+    compiled = fresh(model, lora(modules="**.up"), inputs={"x": x, "lengths": torch.tensor([6, 6])}, cache=False).eval()
     (stack,) = compiled.report.stacks
     assert (stack.stack, stack.layers, stack.level) == ("layers", 2, "modules")
     assert "reads the values" in stack.reason and "test_values.py:" in stack.reason
@@ -81,7 +78,7 @@ def test_why_the_whole_is_no_graph_is_not_why_its_parts_are_none(monkeypatch: py
     monkeypatch.setattr(pipeline, "_compiled", noting)
     torch.manual_seed(0)
     model = Rows().eval()
-    compiled = graftc.compile(spec("**.maps.*"), model, {"x": torch.randn(3, 8)}, cache=False).eval()
+    compiled = fresh(model, lora(modules="**.maps.*"), inputs={"x": torch.randn(3, 8)}, cache=False).eval()
     assert handled == [None, None]
     for rows in (3, 1, 5):
         x = torch.randn(rows, 8)
@@ -106,7 +103,7 @@ def images(rows: list[list[tuple[int, int]]], seed: int) -> dict[str, torch.Tens
 def test_images_of_one_size_do_not_make_a_graph_for_one_size() -> None:
     """transformers exports with another attention, which assumes that all images have the same size."""
     model = qwen2_vl().model
-    compiled = graftc.compile(spec("**.qkv"), model, images([[(4, 8)], [(4, 8)]], 0), cache=False).eval()
+    compiled = fresh(model, lora(modules="**.qkv"), inputs=images([[(4, 8)], [(4, 8)]], 0), cache=False).eval()
     levels = {each.stack: each.level for each in compiled.report.stacks}
     assert levels["model.visual.blocks"] == "modules" and levels["model.language_model.layers"] == "layers"
     with torch.no_grad():

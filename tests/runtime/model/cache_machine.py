@@ -103,7 +103,7 @@ class CacheMachine:
         return torch.tensor([[self.random.randrange(3, VOCABULARY) for _ in range(count)] for _ in range(rows)])
 
     @property
-    def held(self) -> int:
+    def cached(self) -> int:
         """The number of tokens in the cache."""
         return 0 if self.cache is None else int(self.cache.get_seq_length())
 
@@ -136,9 +136,9 @@ class CacheMachine:
             self.close(logits, each[slots, torch.arange(len(slots))], 0)
         return logits
 
-    def close(self, found: Tensor, expected: Tensor, start: int) -> None:
+    def close(self, actual: Tensor, expected: Tensor, start: int) -> None:
         real = self.mask[:, start:].bool()
-        difference = float((found - expected)[real].abs().max() / expected[real].abs().max()) if real.any() else 0.0
+        difference = float((actual - expected)[real].abs().max() / expected[real].abs().max()) if real.any() else 0.0
         self.worst = max(self.worst, difference)
         assert difference <= TOLERANCE, f"{difference:.1e} in {self.setup}, seed {self.seed}: {self.log[-12:]}"
 
@@ -150,12 +150,12 @@ class CacheMachine:
             self.begin()
         names = [name for name in dir(self) if name.startswith("do_")]
         name = self.random.choice(names)
-        self.log.append(f"{name}[{tuple(self.ids.shape)}, {self.held} held]")
+        self.log.append(f"{name}[{tuple(self.ids.shape)}, {self.cached} held]")
         self.done[name.removeprefix("do_")] += bool(getattr(self, name)() is not False)
 
     def do_call(self) -> Any:
         """Call the model on a few more tokens."""
-        start = self.held
+        start = self.cached
         self.grown(torch.cat([self.ids, self._tokens(len(self.ids), self.random.randint(1, 3))], 1))
         if self.virtual:
             try:
@@ -168,7 +168,7 @@ class CacheMachine:
             outputs = self.model(**self.given(start), cache=self.cache, use_cache=True)
         assert self.cache is None or outputs.cache is self.cache
         self.cache = outputs.cache
-        assert self.held == self.ids.shape[1]
+        assert self.cached == self.ids.shape[1]
         self.close(outputs.logits, self.expected()[:, start:], start)
         return None
 
@@ -182,7 +182,7 @@ class CacheMachine:
         return None
 
     def generated(self, **options: Any) -> Any:
-        if not bool(self.mask[:, -1].all()) or self.held >= self.ids.shape[1]:
+        if not bool(self.mask[:, -1].all()) or self.cached >= self.ids.shape[1]:
             self.grown(torch.cat([self.ids, self._tokens(len(self.ids), 1)], 1))
         count = self.random.randint(1, 4)
         given = {"attention_mask": self.mask, "max_new_tokens": count, "min_new_tokens": count, **self.choice()}
@@ -201,7 +201,7 @@ class CacheMachine:
         if beams > 1:
             self.rows([row for row in range(len(self.ids)) for _ in range(beams)])
         self.grown(outputs.sequences)
-        assert self.held == self.ids.shape[1] - 1
+        assert self.cached == self.ids.shape[1] - 1
         if beams > 1:  # after its last step the loop chooses beams once more without reordering the cache
             self.cache = None
         if beams == 1:
@@ -231,25 +231,25 @@ class CacheMachine:
 
     def do_crop(self) -> Any:
         """Remove tokens from the cache, or from both the cache and the text."""
-        if self.held < 2:
+        if self.cached < 2:
             return False
-        count = self.random.randint(1, min(4, self.held - 1))
+        count = self.random.randint(1, min(4, self.cached - 1))
         self.cache.crop(-count)
         if self.random.random() < 0.7:
-            self.ids, self.mask = self.ids[:, : self.held + 1], self.mask[:, : self.held + 1]
+            self.ids, self.mask = self.ids[:, : self.cached + 1], self.mask[:, : self.cached + 1]
         return None
 
     def do_reorder(self) -> Any:
         """Permute the rows, some of which may be repeated."""
         indices = [self.random.randrange(len(self.ids)) for _ in range(len(self.ids))]
-        if self.held:
+        if self.cached:
             self.cache.reorder_cache(torch.tensor(indices))
         self.rows(indices)
 
     def do_select(self) -> Any:
         """Keep only some of the rows."""
         indices = sorted(self.random.sample(range(len(self.ids)), self.random.randint(1, len(self.ids))))
-        if self.held:
+        if self.cached:
             self.cache.batch_select_indices(torch.tensor(indices))
         self.rows(indices)
 
@@ -257,7 +257,7 @@ class CacheMachine:
         """Repeat each row twice."""
         if len(self.ids) * 2 > MOST_ROWS:
             return False
-        if self.held:
+        if self.cached:
             self.cache.batch_repeat_interleave(2)
         self.rows([row for row in range(len(self.ids)) for _ in range(2)])
         return None

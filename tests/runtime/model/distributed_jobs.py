@@ -27,6 +27,8 @@ import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
+from tests.kit.comparing import gradients_of, same_tensors
+from tests.kit.training import adamw
 
 STEPS = 6
 BATCH = 4
@@ -65,7 +67,7 @@ def base(name: str) -> nn.Module:
     return tiny("llama")
 
 
-def made(name: str) -> Any:
+def model_with(name: str) -> Any:
     """Compile a model with the adaptation of that name."""
     trained = ["model.norm", "model.layers.1.mlp.down_proj"] if name == "overlay" else []
     return graftc.compile({"adapt": [SPECS[name]], "train": trained}, base(name), seed=0)
@@ -93,7 +95,7 @@ def optimiser(name: str, compiled: Any) -> torch.optim.Optimizer:
         return graftc.optim.SM3(compiled, lr=1e-2)
     if name == "spiel-ag":
         return graftc.optim.AgedAdamW(compiled, lr=1e-2)
-    return torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2)
+    return adamw(compiled, lr=1e-2)
 
 
 def batches(rank: int, processes: int) -> Iterator[Tensor]:
@@ -123,7 +125,7 @@ def step(model: Any, compiled: Any, by: torch.optim.Optimizer, ids: Tensor) -> f
 
 def train(rank: int, processes: int, folder: Path, name: str, kind: str) -> None:
     """Train, and write the adapter tensors."""
-    compiled = made(name)
+    compiled = model_with(name)
     model = spread(compiled, kind, processes)
     compiled.train()
     by = optimiser(name, compiled)
@@ -146,9 +148,9 @@ def coded(code: str, text: str = "") -> Iterator[None]:
         raise AssertionError(f"there is no {code}")
 
 
-def refused(rank: int, processes: int, folder: Path, name: str, kind: str) -> None:
+def training_refused(rank: int, processes: int, folder: Path, name: str, kind: str) -> None:
     """Check that training is an error in every process."""
-    compiled = made(name)
+    compiled = model_with(name)
     model = spread(compiled, kind, processes)
     compiled.train()
     with coded("GC130"):
@@ -157,7 +159,7 @@ def refused(rank: int, processes: int, folder: Path, name: str, kind: str) -> No
 
 def artifacts(rank: int, processes: int, folder: Path, kind: str, formats: str) -> None:
     """Save, merge and export a model with given tensors, with the same calls in every process."""
-    compiled = made("lora")
+    compiled = model_with("lora")
     perturb(compiled, 0.05)
     tensors = {name: tensor.clone() for name, tensor in compiled.adapter_state_dict().items()}
     compiled.load_adapter_state_dict({name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
@@ -172,8 +174,7 @@ def artifacts(rank: int, processes: int, folder: Path, kind: str, formats: str) 
         logits = compiled(input_ids=ids).logits
     assert not torch.equal(before, logits)
     loaded = compiled.adapter_state_dict()
-    assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert same_tensors(loaded, tensors)
 
     assert compiled.save(folder / "artifact") == folder / "artifact"
     merged = compiled.merge()
@@ -190,7 +191,7 @@ def artifacts(rank: int, processes: int, folder: Path, kind: str, formats: str) 
 
 def alone(rank: int, processes: int, folder: Path) -> None:
     """Check that a collective operation is an error if one process does it alone."""
-    compiled = sharded(made("lora"), processes)
+    compiled = sharded(model_with("lora"), processes)
     if rank == 0:
         with coded("GC131", "process 1"):
             compiled.save(folder / "artifact")
@@ -202,7 +203,7 @@ def alone(rank: int, processes: int, folder: Path) -> None:
 
 def apart(rank: int, processes: int, folder: Path) -> None:
     """Check for errors if processes do different operations, and if the process that writes cannot."""
-    compiled = sharded(made("lora"), processes)
+    compiled = sharded(model_with("lora"), processes)
     (folder / "taken").mkdir(exist_ok=True)
     with coded("GC131", f"process {1 - rank}"):
         compiled.merge() if rank else compiled.save(folder / "artifact")
@@ -212,11 +213,11 @@ def apart(rank: int, processes: int, folder: Path) -> None:
 
 def brief(rank: int, processes: int, folder: Path) -> None:
     """Train the whole batch in each process, then together over shards; check that both agree and that saving works."""
-    whole = made("adalora")
+    whole = model_with("adalora")
     by = optimiser("adalora", whole.train())
     for ids in list(batches(0, 1))[:3]:
         step(whole, whole, by, ids)
-    compiled = sharded(made("adalora"), processes)
+    compiled = sharded(model_with("adalora"), processes)
     by = optimiser("adalora", compiled.train())
     for ids in list(batches(rank, processes))[:3]:
         step(compiled, compiled, by, ids)
@@ -233,14 +234,14 @@ def brief(rank: int, processes: int, folder: Path) -> None:
 
 def parts(rank: int, processes: int, folder: Path) -> None:
     """Check that the base model, the head and the reference of a policy, each run by itself, agree over shards."""
-    whole, compiled = made("overlay").train(), sharded(made("overlay"), processes).train()
+    whole, compiled = model_with("overlay").train(), sharded(model_with("overlay"), processes).train()
     ids = next(batches(0, 1))
     results = []
     for model in (whole, compiled):
         hidden = model.base_model(input_ids=ids).last_hidden_state
         logits = hidden @ model.get_output_embeddings().weight.T
         torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        grads = gradients_of(model)
         with torch.no_grad():
             reference = model.reference()(input_ids=ids).logits
         results.append((logits.detach(), reference, grads))
@@ -291,11 +292,11 @@ def parallel_bases(rank: int, processes: int, folder: Path) -> None:
         graftc.compile({"adapt": [SPECS["lora"]]}, DistributedDataParallel(base("lora")), seed=0)
     mesh = init_device_mesh("cpu", (processes,))
     with coded("GC130"):
-        parallelize_module(made("lora"), mesh, {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
+        parallelize_module(model_with("lora"), mesh, {"model.layers.*.self_attn.q_proj": ColwiseParallel()})
     with coded("GC043"):  # what context parallelism of Accelerate does to a model
         from accelerate.big_modeling import _attach_context_parallel_hooks
 
-        _attach_context_parallel_hooks(made("lora"))
+        _attach_context_parallel_hooks(model_with("lora"))
 
 
 def kept(rank: int, processes: int, folder: Path, name: str, kind: str) -> None:
@@ -327,7 +328,7 @@ def resumed(rank: int, processes: int, folder: Path, name: str, kind: str) -> No
 
 def begun(name: str, kind: str, processes: int) -> tuple[Any, Any, torch.optim.Optimizer]:
     """Return a compiled model in train mode, the module that the loop calls, and the optimiser."""
-    compiled = made(name)
+    compiled = model_with(name)
     model = spread(compiled, kind, processes)
     return compiled, model, optimiser(name, compiled.train())
 
@@ -340,7 +341,7 @@ def policies(rank: int, processes: int, folder: Path) -> None:
     options: list[dict[str, Any]] = [{}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, {}]
     results = []
     for number, option in enumerate(options):
-        compiled = sharded(made("overlay"), processes, **option)
+        compiled = sharded(model_with("overlay"), processes, **option)
         if number == 2:
             compiled.activation_checkpointing_enable()
         by = optimiser("overlay", compiled.train())
@@ -351,7 +352,7 @@ def policies(rank: int, processes: int, folder: Path) -> None:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     with coded("GC130", "computes in bfloat16"):
-        loss_of(sharded(made("lora"), processes, mp_policy=policy), next(batches(rank, processes)))
+        loss_of(sharded(model_with("lora"), processes, mp_policy=policy), next(batches(rank, processes)))
     narrow = graftc.compile({"adapt": [SPECS["lora"]]}, tiny("llama", dtype=torch.bfloat16), seed=0)
     sharded(narrow, processes, mp_policy=policy)
     by = optimiser("lora", narrow.train())
@@ -361,13 +362,12 @@ def policies(rank: int, processes: int, folder: Path) -> None:
 
 def full_states(rank: int, processes: int, folder: Path) -> None:
     """Check that the state dict that torch gathers is that of one process."""
-    whole, compiled = made("overlay"), sharded(made("overlay"), processes)
+    whole, compiled = model_with("overlay"), sharded(model_with("overlay"), processes)
     perturb(whole, 0.05)
     compiled.load_adapter_state_dict(whole.adapter_state_dict())
     state = get_model_state_dict(compiled, options=StateDictOptions(full_state_dict=True))
     expected = whole.state_dict()
-    assert state.keys() == expected.keys()
-    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert same_tensors(state, expected)
     every = compiled.full_state_dict()
     assert all(torch.equal(every[name], tensor) for name, tensor in whole.full_state_dict().items())
 
@@ -394,7 +394,7 @@ def accelerated(rank: int, processes: int, folder: Path, kind: str) -> None:
         for state in (AcceleratorState, PartialState):
             state._shared_state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state["fsdp_plugin"] = plugin
-    compiled = made("overlay").train()
+    compiled = model_with("overlay").train()
     by = optimiser("overlay", compiled)
     if kind == "fsdp-meta":
         with coded("GC130", "sharded without its weights"):
@@ -427,7 +427,7 @@ def trainer(rank: int, processes: int, folder: Path, name: str, stage: str) -> N
     """Train with the transformers Trainer, which writes a checkpoint halfway, or resume from that checkpoint."""
     from transformers import Trainer, TrainingArguments
 
-    compiled = made(name)
+    compiled = model_with(name)
     rows = torch.cat(list(batches(0, 1)))
     examples = [{"input_ids": row, "labels": row} for row in rows]
     arguments = TrainingArguments(
@@ -495,7 +495,7 @@ def quantised(rank: int, processes: int, folder: Path) -> None:
         assert one[0] == two[0] and torch.equal(one[1], two[1]), one[0]
     for form in ("full", "requantized"):
         one, two = (model.merge(base=form).folded_state_dict() for model in (compiled, whole))
-        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in two)
+        assert same_tensors(one, two)
     state = compiled.full_state_dict()
     assert names < state.keys() and all(torch.equal(state[name], whole.get_parameter(name)) for name in names)
     path = compiled.save(folder / "artifact")

@@ -55,7 +55,7 @@ class Server:
         self.live.remove(name)
 
 
-def held() -> Counter[str]:
+def live_objects() -> Counter[str]:
     """Return the number of live objects of graftc, of graphs and of modules, by type."""
     gc.collect()
     kinds = (type(each) for each in gc.get_objects())

@@ -12,16 +12,12 @@ import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
+from tests.kit.comparing import gradients_of
+from tests.kit.models import adapted
 
 LORA = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.up"]}}]}
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 PREFIXES = {"bert": "bert", "gpt2": "transformer", "llama": "model"}
-
-
-def compiled_of(family: str, spec: Any = LORA) -> Any:
-    compiled = graftc.compile(spec, tiny(family))
-    perturb(compiled, 0.05)
-    return compiled.eval()
 
 
 def last(compiled: Any, **inputs: Any) -> torch.Tensor:
@@ -33,7 +29,7 @@ def last(compiled: Any, **inputs: Any) -> torch.Tensor:
 @pytest.mark.full
 @pytest.mark.parametrize("family", PREFIXES)
 def test_it_is_the_last_hidden_state(family: str) -> None:
-    compiled = compiled_of(family)
+    compiled = adapted(family, **LORA)
     assert compiled.base_model is getattr(compiled, PREFIXES[family])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     with torch.no_grad():
@@ -64,21 +60,21 @@ def test_the_head_is_left_out() -> None:
 @pytest.mark.full
 def test_a_loss_of_ones_own_trains_as_the_models() -> None:
     """Head and loss by hand, as in trainers that split the vocabulary, give the same gradients."""
-    compiled = compiled_of("llama").train()
+    compiled = adapted("llama", **LORA).train()
     compiled(input_ids=IDS, labels=IDS).loss.backward()
-    expected = {n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None}
+    expected = gradients_of(compiled)
     compiled.zero_grad()
     hidden = compiled.base_model(input_ids=IDS).last_hidden_state
     logits = hidden @ compiled.get_output_embeddings().weight.T
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
-    gradients = {n: p.grad for n, p in compiled.named_parameters() if p.grad is not None}
+    gradients = gradients_of(compiled)
     assert gradients.keys() == expected.keys()
     assert all(torch.allclose(gradients[n], g, rtol=1e-4, atol=1e-7) for n, g in expected.items())
 
 
 @pytest.mark.full
 def test_merged_models_and_copies_have_one_of_their_own() -> None:
-    compiled = compiled_of("llama")
+    compiled = adapted("llama", **LORA)
     expected = last(compiled, input_ids=IDS)
     merged, copied = compiled.merge(), copy.deepcopy(compiled)
     with torch.no_grad():
@@ -107,7 +103,7 @@ def test_a_model_without_a_head_is_its_own() -> None:
 @pytest.mark.slow
 def test_wrong_inputs_are_told_as_by_the_model() -> None:
     with pytest.raises(GraftError) as error:
-        compiled_of("llama").base_model(inputs=IDS)
+        adapted("llama", **LORA).base_model(inputs=IDS)
     assert error.value.code == "GC031"
 
 
@@ -115,7 +111,7 @@ def test_wrong_inputs_are_told_as_by_the_model() -> None:
 def test_rows_choose_from_a_bank() -> None:
     target = {"role": ["attn.q", "attn.v"]}
     adapt = [{"method": "lora", "rank": 2, "name": name, "target": target} for name in ("a", "b")]
-    compiled = compiled_of("llama", {"adapt": adapt, "compose": {"bank": ["a", "b"]}})
+    compiled = adapted("llama", **{"adapt": adapt, "compose": {"bank": ["a", "b"]}})
     ids = ["a", "b"]
     with torch.no_grad():
         mixed = compiled.base_model(input_ids=IDS, adapter_ids=ids).last_hidden_state

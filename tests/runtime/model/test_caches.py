@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import graftc
-from graftc.testing.perturb import perturb
 from tests.kit.language_models import language_model, prompt
+from tests.kit.models import adapted
 from tests.runtime.onnx_generation.onnx_toy import fails
 
 pytestmark = pytest.mark.slow
@@ -42,11 +42,9 @@ CASES = [
 
 
 @pytest.fixture(scope="module", params=CASES)
-def compiled(request: pytest.FixtureRequest) -> Any:
+def adapted_model(request: pytest.FixtureRequest) -> Any:
     family, kind = request.param.split()
-    model = graftc.compile({"adapt": [ADAPTED[kind]]}, language_model(family)).eval()
-    perturb(model, 0.5)
-    return model
+    return adapted(language_model(family), ADAPTED[kind], noise=0.5)
 
 
 def virtual(compiled: Any) -> bool:
@@ -82,48 +80,48 @@ CHANGES: dict[str, Callable[[Any, Tensor], tuple[Any, Tensor]]] = {
 
 @pytest.mark.sample("llama shifted-cropped into the prompt", "llama shifted-reordered", "llama prompt-as it is")
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_generate_returned(compiled: Any, change: str) -> None:
-    ids = prompt(compiled, 3)["input_ids"]
-    first = compiled.generate(ids, attention_mask=torch.ones_like(ids), **SOME)
+def test_what_generate_returned(adapted_model: Any, change: str) -> None:
+    ids = prompt(adapted_model, 3)["input_ids"]
+    first = adapted_model.generate(ids, attention_mask=torch.ones_like(ids), **SOME)
     cache, text = CHANGES[change](first.past_key_values, first.sequences)
     assert cache.get_seq_length() == text.shape[1] - 1 and cache.layers[0].keys.shape[2] == text.shape[1] - 1
     more = torch.cat([text, torch.full((len(text), 2), 7)], 1)
-    if virtual(compiled):
+    if virtual(adapted_model):
         with fails("GC141", "virtual tokens"):
-            compiled(input_ids=more[:, cache.get_seq_length() :], past_key_values=cache)
+            adapted_model(input_ids=more[:, cache.get_seq_length() :], past_key_values=cache)
     else:
         with torch.no_grad():
             copied = copy.deepcopy(cache)
-            outputs = compiled(input_ids=more[:, cache.get_seq_length() :], past_key_values=copied)
-        torch.testing.assert_close(outputs.logits[:, -1], last(compiled, more), rtol=1e-4, atol=1e-4)
+            outputs = adapted_model(input_ids=more[:, cache.get_seq_length() :], past_key_values=copied)
+        torch.testing.assert_close(outputs.logits[:, -1], last(adapted_model, more), rtol=1e-4, atol=1e-4)
         assert outputs.past_key_values is copied and copied.get_seq_length() == more.shape[1]
-    goes_on(compiled, more, cache)
+    goes_on(adapted_model, more, cache)
 
 
 @pytest.mark.sample("llama shifted")
-def test_what_a_call_returned(compiled: Any) -> None:
-    ids = prompt(compiled, 2)["input_ids"]
-    if virtual(compiled):
+def test_what_a_call_returned(adapted_model: Any) -> None:
+    ids = prompt(adapted_model, 2)["input_ids"]
+    if virtual(adapted_model):
         with fails("GC141", "virtual tokens"):
-            compiled(input_ids=ids, use_cache=True)
+            adapted_model(input_ids=ids, use_cache=True)
         return
     with torch.no_grad():
-        cache = compiled(input_ids=ids, use_cache=True).past_key_values
-    goes_on(compiled, torch.cat([ids, ids[:, :2]], 1), cache)
+        cache = adapted_model(input_ids=ids, use_cache=True).past_key_values
+    goes_on(adapted_model, torch.cat([ids, ids[:, :2]], 1), cache)
 
 
 @pytest.mark.sample("llama shifted")
-def test_a_cache_is_filled_in_place_and_gone_on_from_twice(compiled: Any) -> None:
-    text, cache = prompt(compiled, 2)["input_ids"], DynamicCache()
+def test_a_cache_is_filled_in_place_and_gone_on_from_twice(adapted_model: Any) -> None:
+    text, cache = prompt(adapted_model, 2)["input_ids"], DynamicCache()
     for _ in range(2):
-        text = compiled.generate(text, attention_mask=torch.ones_like(text), cache=cache, **SOME).sequences
+        text = adapted_model.generate(text, attention_mask=torch.ones_like(text), cache=cache, **SOME).sequences
         assert cache.get_seq_length() == text.shape[1] - 1 and type(cache) is DynamicCache
         text = torch.cat([text, torch.full((2, 1), 9)], 1)
-    goes_on(compiled, text, cache)
+    goes_on(adapted_model, text, cache)
 
 
 @pytest.mark.sample("llama shifted")
-def test_a_loop_that_fails_leaves_the_text(compiled: Any) -> None:
+def test_a_loop_that_fails_leaves_the_text(adapted_model: Any) -> None:
     """After a failed loop, nothing is left in front of the text, which continues from where it was."""
 
     def failing(ids: Tensor, scores: Tensor) -> Tensor:
@@ -131,37 +129,37 @@ def test_a_loop_that_fails_leaves_the_text(compiled: Any) -> None:
             raise KeyboardInterrupt
         return scores
 
-    ids, cache = prompt(compiled, 2)["input_ids"], DynamicCache()
+    ids, cache = prompt(adapted_model, 2)["input_ids"], DynamicCache()
     given = {"attention_mask": torch.ones_like(ids), "cache": cache, "logits_processor": [failing]}
     with pytest.raises(KeyboardInterrupt):
-        compiled.generate(ids, **given, **SOME)
+        adapted_model.generate(ids, **given, **SOME)
     assert type(cache) is DynamicCache
     known = cache.get_seq_length()
     assert known == 12
-    text = compiled.generate(ids, attention_mask=torch.ones_like(ids), **SOME).sequences
-    goes_on(compiled, text[:, : known + 1], cache)
+    text = adapted_model.generate(ids, attention_mask=torch.ones_like(ids), **SOME).sequences
+    goes_on(adapted_model, text[:, : known + 1], cache)
 
 
 @pytest.mark.sample("llama shifted")
-def test_beams(compiled: Any) -> None:
-    ids = prompt(compiled, 2)["input_ids"]
+def test_beams(adapted_model: Any) -> None:
+    ids = prompt(adapted_model, 2)["input_ids"]
     options = {"num_beams": 3, "num_return_sequences": 3, **SOME}
-    outputs = compiled.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    plain = compiled.generate(ids, attention_mask=torch.ones_like(ids), **{**options, "use_cache": False})
+    outputs = adapted_model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    plain = adapted_model.generate(ids, attention_mask=torch.ones_like(ids), **{**options, "use_cache": False})
     assert torch.equal(outputs.sequences, plain.sequences)
     text = outputs.sequences
     assert outputs.past_key_values.get_seq_length() == text.shape[1] - 1
 
 
 @pytest.mark.sample("llama shifted")
-def test_a_generation_without_a_cache_by_the_models_own_config(compiled: Any) -> None:
-    ids = prompt(compiled, 2)["input_ids"]
-    expected = compiled.generate(ids, attention_mask=torch.ones_like(ids), **SOME).sequences
-    compiled.generation_config.use_cache = False
+def test_a_generation_without_a_cache_by_the_models_own_config(adapted_model: Any) -> None:
+    ids = prompt(adapted_model, 2)["input_ids"]
+    expected = adapted_model.generate(ids, attention_mask=torch.ones_like(ids), **SOME).sequences
+    adapted_model.generation_config.use_cache = False
     try:
-        sequences = compiled.generate(ids, attention_mask=torch.ones_like(ids), **SOME).sequences
+        sequences = adapted_model.generate(ids, attention_mask=torch.ones_like(ids), **SOME).sequences
     finally:
-        compiled.generation_config.use_cache = True
+        adapted_model.generation_config.use_cache = True
     assert torch.equal(sequences, expected)
 
 
@@ -176,13 +174,13 @@ PENALTIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.sample("llama shifted-repetition", "llama shifted-chunks")
 @pytest.mark.parametrize("name", PENALTIES)
-def test_logits_processors_see_the_text_and_its_mask(compiled: Any, name: str) -> None:
+def test_logits_processors_see_the_text_and_its_mask(adapted_model: Any, name: str) -> None:
     """Processors compare texts token by token and ignore padding, with a cache as without one."""
-    given = prompt(compiled, 3, padded=True)
+    given = prompt(adapted_model, 3, padded=True)
     options = {**SOME, **PENALTIES[name], "output_logits": True, "output_scores": True}
-    outputs = compiled.generate(**given, **options)
+    outputs = adapted_model.generate(**given, **options)
     plain = {key: value for key, value in options.items() if key != "prefill_chunk_size"}
-    expected = compiled.generate(**given, **plain, use_cache=False)
+    expected = adapted_model.generate(**given, **plain, use_cache=False)
     assert torch.equal(outputs.sequences, expected.sequences)
     largest = float(torch.stack(expected.logits).abs().max())
     for ours, theirs in ((outputs.logits, expected.logits), (outputs.scores, expected.scores)):
@@ -190,11 +188,11 @@ def test_logits_processors_see_the_text_and_its_mask(compiled: Any, name: str) -
 
 
 @pytest.mark.sample("llama shifted")
-def test_padding_is_not_penalised(compiled: Any) -> None:
-    given = prompt(compiled, 3, padded=True)
+def test_padding_is_not_penalised(adapted_model: Any) -> None:
+    given = prompt(adapted_model, 3, padded=True)
     padded = (given["attention_mask"] == 0).any(1) & ~(given["input_ids"] * given["attention_mask"] == 0).all(1)
     options = {**SOME, "max_new_tokens": 1, "min_new_tokens": 1, "output_logits": True, "output_scores": True}
-    outputs = compiled.generate(**given, **options, repetition_penalty=1.4)
+    outputs = adapted_model.generate(**given, **options, repetition_penalty=1.4)
     assert bool(padded.any())
     assert torch.equal(outputs.scores[0][padded, 0], outputs.logits[0][padded, 0])
 

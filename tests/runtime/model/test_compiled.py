@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import graftc
 from graftc.runtime.model.blocks import Block
 from graftc.testing import families
+from tests.kit.comparing import gradients_of
+from tests.kit.models import fresh
 
 LORA = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}
 
@@ -22,10 +24,6 @@ def text(batch: int = 3, length: int = 6, vocab: int = 100) -> dict[str, Tensor]
     mask = torch.ones(batch, length, dtype=torch.long)
     mask[-1, -2:] = 0
     return {"input_ids": torch.randint(0, vocab, (batch, length), generator=generator), "attention_mask": mask}
-
-
-def compiled(model: nn.Module, **spec: Any) -> Any:
-    return graftc.compile({"adapt": [LORA], **spec}, model)
 
 
 def perturb(module: nn.Module) -> None:
@@ -39,7 +37,7 @@ def perturb(module: nn.Module) -> None:
 @pytest.mark.full
 def test_loss_from_labels_is_the_models_own() -> None:
     model = families.bert().eval()
-    adapted = compiled(model).eval()
+    adapted = fresh(model, LORA).eval()
     labels = torch.tensor([0, 2, 1])
     with torch.no_grad():
         expected = model(**text(), labels=labels)
@@ -52,7 +50,7 @@ def test_loss_from_labels_is_the_models_own() -> None:
 @pytest.mark.full
 def test_causal_loss_from_labels_is_the_models_own() -> None:
     model = families.llama().eval()
-    adapted = compiled(model).eval()
+    adapted = fresh(model, LORA).eval()
     inputs = text()
     with torch.no_grad():
         expected = model(**inputs, labels=inputs["input_ids"]).loss
@@ -62,19 +60,19 @@ def test_causal_loss_from_labels_is_the_models_own() -> None:
 @pytest.mark.full
 def test_float_labels_are_another_loss_than_integer_ones() -> None:
     model = families.bert().eval()
-    adapted = compiled(model).eval()
+    adapted = fresh(model, LORA).eval()
     integers, floats = torch.tensor([0, 2, 1]), torch.rand(3, 3)
     with torch.no_grad():
         for labels in (integers, floats, integers):
-            fresh = copy.deepcopy(model)  # a transformers model keeps the first problem type that it saw
-            assert torch.equal(adapted(**text(), labels=labels).loss, fresh(**text(), labels=labels).loss)
+            copied = copy.deepcopy(model)  # a transformers model keeps the first problem type that it saw
+            assert torch.equal(adapted(**text(), labels=labels).loss, copied(**text(), labels=labels).loss)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("batch, length", [(1, 1), (1, 5), (4, 1), (2, 9)])
 def test_every_size_runs(batch: int, length: int) -> None:
     model = families.gpt2().eval()
-    adapted = compiled(model).eval()
+    adapted = fresh(model, LORA).eval()
     inputs = {"input_ids": text(batch, length)["input_ids"], "attention_mask": torch.ones(batch, length).long()}
     with torch.no_grad():
         assert torch.equal(adapted(**inputs).logits, model(**inputs).logits)
@@ -83,7 +81,7 @@ def test_every_size_runs(batch: int, length: int) -> None:
 @pytest.mark.full
 def test_an_absent_input_is_another_signature_over_the_same_tensors() -> None:
     model = families.bert().eval()
-    adapted = compiled(model).eval()
+    adapted = fresh(model, LORA).eval()
     perturb(adapted)
     before = {name: tensor.data_ptr() for name, tensor in adapted.full_state_dict().items()}
     ids = text()["input_ids"]
@@ -97,7 +95,7 @@ def test_an_absent_input_is_another_signature_over_the_same_tensors() -> None:
 @pytest.mark.slow
 def test_positional_inputs_and_tuples() -> None:
     model = families.bert().eval()
-    adapted = compiled(model).eval()
+    adapted = fresh(model, LORA).eval()
     inputs = text()
     with torch.no_grad():
         outputs = adapted(inputs["input_ids"], inputs["attention_mask"], return_dict=False)
@@ -106,7 +104,7 @@ def test_positional_inputs_and_tuples() -> None:
 
 @pytest.mark.slow
 def test_unknown_input_is_a_coded_error() -> None:
-    adapted = compiled(families.bert())
+    adapted = fresh(families.bert(), LORA)
     with pytest.raises(
         graftc.GraftError, match=r"GC031: .* no input 'atention_mask'(.|\n)*did you mean 'attention_mask'"
     ):
@@ -122,7 +120,7 @@ def test_the_source_model_is_never_changed() -> None:
     flags = {name: module.training for name, module in model.named_modules()}
     gradients = {name: p.requires_grad for name, p in model.named_parameters()}
     config = copy.deepcopy(model.config.to_dict())
-    adapted = compiled(model, train=["classifier"])
+    adapted = fresh(model, LORA, train=["classifier"])
     adapted(**text(), labels=torch.tensor([0, 1, 2])).loss.backward()
     perturb(adapted)
     adapted.merge()
@@ -135,7 +133,7 @@ def test_the_source_model_is_never_changed() -> None:
 
 @pytest.mark.slow
 def test_blocks_own_their_layers_tensors() -> None:
-    adapted = compiled(families.bert())
+    adapted = fresh(families.bert(), LORA)
     assert list(adapted.blocks) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
     for path, block in adapted.blocks.items():
         assert isinstance(block, Block)
@@ -146,7 +144,7 @@ def test_blocks_own_their_layers_tensors() -> None:
 
 @pytest.mark.slow
 def test_identical_layers_share_one_code_object() -> None:
-    adapted = compiled(families.llama()).eval()
+    adapted = fresh(families.llama(), LORA).eval()
     first, second = adapted.blocks.values()
     key = next(key for key in first._graftc.functions if key.startswith("adapted forward eval"))
     assert first._graftc.functions[key] is second._graftc.functions[key]
@@ -165,7 +163,7 @@ def test_checkpointing_gives_the_same_gradients(make: Any) -> None:
         perturb(adapted)
         torch.manual_seed(3)
         adapted(**inputs).logits.pow(2).mean().backward()
-        gradients.append({n: p.grad for n, p in adapted.named_parameters() if p.grad is not None})
+        gradients.append(gradients_of(adapted))
     assert gradients[0].keys() == gradients[1].keys()
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
@@ -175,7 +173,7 @@ def test_checkpointing_keeps_less_for_backward() -> None:
     model = families.bert()
     kept = []
     for checkpoint in (None, "layers"):
-        adapted = compiled(model, checkpoint=checkpoint).train()
+        adapted = fresh(model, LORA, checkpoint=checkpoint).train()
         alive: list[int] = []
 
         def pack(tensor: Tensor, alive: list[int] = alive) -> Tensor:
@@ -191,7 +189,7 @@ def test_checkpointing_keeps_less_for_backward() -> None:
 @pytest.mark.full
 def test_disabled_gives_the_bases_outputs() -> None:
     model = families.gpt2().eval()
-    adapted = compiled(model).eval()
+    adapted = fresh(model, LORA).eval()
     perturb(adapted)
     with torch.no_grad():
         with adapted.disabled():
@@ -201,7 +199,7 @@ def test_disabled_gives_the_bases_outputs() -> None:
 
 @pytest.mark.slow
 def test_another_dtype_is_refused_before_anything_moves() -> None:
-    adapted = compiled(families.bert())
+    adapted = fresh(families.bert(), LORA)
     with pytest.raises(graftc.GraftError, match="GC033"):
         adapted.to(torch.bfloat16)
     assert {p.dtype for p in adapted.parameters()} == {torch.float32}
@@ -209,7 +207,7 @@ def test_another_dtype_is_refused_before_anything_moves() -> None:
 
 @pytest.mark.full
 def test_moving_to_another_device_retargets_the_graphs() -> None:
-    adapted = compiled(families.bert()).eval()
+    adapted = fresh(families.bert(), LORA).eval()
     adapted.to("meta")
     inputs = {name: value.to("meta") for name, value in text().items()}
     assert adapted(**inputs).logits.device.type == "meta"
@@ -217,7 +215,7 @@ def test_moving_to_another_device_retargets_the_graphs() -> None:
 
 @pytest.mark.full
 def test_no_literal_device_stays_in_a_graph() -> None:
-    adapted = compiled(families.llama())
+    adapted = fresh(families.llama(), LORA)
     for mode in ("train", "eval"):
         assert "cpu" not in adapted.print_graph(mode)
 
@@ -225,12 +223,12 @@ def test_no_literal_device_stays_in_a_graph() -> None:
 @pytest.mark.slow
 def test_forward_has_the_models_signature() -> None:
     model = families.bert()
-    assert inspect.signature(compiled(model).forward) == inspect.signature(model.forward)
+    assert inspect.signature(fresh(model, LORA).forward) == inspect.signature(model.forward)
 
 
 @pytest.mark.slow
 def test_tied_weights_are_saved_once_and_loaded_again() -> None:
-    adapted = compiled(families.gpt2())
+    adapted = fresh(families.gpt2(), LORA)
     state = adapted.full_state_dict()
     assert "transformer.wte.weight" in state
     assert "lm_head.weight" not in state
@@ -239,7 +237,7 @@ def test_tied_weights_are_saved_once_and_loaded_again() -> None:
 
 @pytest.mark.slow
 def test_adapter_tensors_that_do_not_fit_are_refused_whole() -> None:
-    adapted = compiled(families.bert())
+    adapted = fresh(families.bert(), LORA)
     saved = {name: tensor.clone() for name, tensor in adapted.adapter_state_dict().items()}
     broken = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
     broken[next(iter(broken))] = torch.zeros(1)
@@ -293,7 +291,7 @@ def test_inputs_of_an_unknown_model_have_to_be_shown() -> None:
 
 @pytest.mark.full
 def test_a_merged_model_does_not_train() -> None:
-    merged = compiled(families.bert()).merge(allow_unchanged=True)
+    merged = fresh(families.bert(), LORA).merge(allow_unchanged=True)
     with pytest.raises(graftc.GraftError, match="GC054"):
         merged.train()
 
@@ -302,7 +300,7 @@ def test_a_merged_model_does_not_train() -> None:
 def test_transformers_loads_what_was_merged(tmp_path: Any) -> None:
     from transformers import AutoModelForCausalLM
 
-    adapted = compiled(families.gpt2()).eval()
+    adapted = fresh(families.gpt2(), LORA).eval()
     perturb(adapted)
     merged = adapted.merge()
     merged.to_transformers().save_pretrained(tmp_path)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-import graftc
 from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.comparing import every_tensor
+from tests.kit.models import adapted
 
 ROLES = {"role": ["attn.q", "ffn.down"]}
 LORA = {"name": "low", "method": "lora", "target": ROLES, "rank": 3, "dropout": 0.1}
@@ -22,29 +22,16 @@ DORA = {"name": "rows", "method": "dora", "target": ROLES, "rank": 3}
 SORA = {"name": "gates", "method": "sora", "target": ROLES, "rank": 3, "threshold": 0.05, "l1": 0.1}
 
 
-def adapted(family: str, *entries: Any, **keys: Any) -> Any:
-    """A tiny model, perturbed, in eval mode."""
-    compiled = graftc.compile({"adapt": list(entries), **keys}, tiny(family))
-    perturb(compiled, 0.1)
-    return compiled.eval()
-
-
-def tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers under all of their names."""
-    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-    return {name: tensor for pairs in named for name, tensor in pairs}
-
-
 @pytest.mark.slow
 @pytest.mark.sample("gpt2")
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_a_copy_computes_the_same_and_shares_no_tensor(family: str) -> None:
     """In both modes, ties and frozen tensors are kept, and changing one model leaves the other unchanged."""
-    compiled = adapted(family, LORA, DORA, **({"train": ["classifier"]} if family == "bert" else {}))
+    compiled = adapted(family, LORA, DORA, noise=0.1, **{"train": ["classifier"]} if family == "bert" else {})
     copied = copy.deepcopy(compiled)
     assert type(copied) is type(compiled)
     assert copied.state_dict().keys() == compiled.state_dict().keys()
-    own, other = tensors(compiled), tensors(copied)
+    own, other = every_tensor(compiled), every_tensor(copied)
     assert own.keys() == other.keys()
     places: dict[int, set[int]] = {}
     for name, tensor in own.items():
@@ -69,7 +56,7 @@ def test_a_copy_computes_the_same_and_shares_no_tensor(family: str) -> None:
 @pytest.mark.full
 def test_a_copy_is_a_whole_model() -> None:
     """A copy, even in a module, takes new signatures, is disabled, merges, loads adapters and is copied again."""
-    compiled = adapted("gpt2", LORA, DORA)
+    compiled = adapted("gpt2", LORA, DORA, noise=0.1)
     copied = copy.deepcopy(nn.ModuleDict({"model": compiled}))["model"]
     inputs = inputs_for(compiled)
     expected = outputs_of(compiled, inputs)
@@ -85,7 +72,9 @@ def test_a_copy_is_a_whole_model() -> None:
     assert largest_difference(outputs_of(merged, inputs), expected) <= 2e-5
     again = copy.deepcopy(merged)
     assert same_bits(outputs_of(again, inputs), outputs_of(merged, inputs))
-    shared = {t.data_ptr() for t in tensors(merged).values()} & {t.data_ptr() for t in tensors(again).values()}
+    shared = {t.data_ptr() for t in every_tensor(merged).values()} & {
+        t.data_ptr() for t in every_tensor(again).values()
+    }
     assert not shared - {0}
     copied.load_adapter_state_dict(compiled.adapter_state_dict())
     assert same_bits(outputs_of(copy.deepcopy(copied), inputs), outputs_of(compiled, inputs))
@@ -94,7 +83,7 @@ def test_a_copy_is_a_whole_model() -> None:
 @pytest.mark.slow
 def test_steering_is_copied() -> None:
     """Each model has its own gates and counter; the copy has the schedule, and warns by itself if it is not steered."""
-    compiled = adapted("bert", {**SORA, "final_threshold": 0.1})
+    compiled = adapted("bert", {**SORA, "final_threshold": 0.1}, noise=0.1)
     compiled.begin(10)
     assert compiled.extra_loss() > 0
     compiled.after_step()
@@ -105,7 +94,7 @@ def test_steering_is_copied() -> None:
     assert (int(state["graftc.gates.step"]), int(other["graftc.gates.step"])) == (1, 2)
     gate = next(name for name in state if name.endswith("gate"))
     assert not torch.equal(state[gate], other[gate])
-    fresh = copy.deepcopy(adapted("bert", SORA)).train()
+    fresh = copy.deepcopy(adapted("bert", SORA, noise=0.1)).train()
     fresh(**inputs_for(fresh), labels=torch.arange(5) % 3).loss.backward()
     with pytest.warns(GraftWarning, match="GC025"):
         fresh.warn_of_unsteered()
@@ -114,7 +103,7 @@ def test_steering_is_copied() -> None:
 @pytest.mark.slow
 def test_an_average_of_weights() -> None:
     """torch's exponential moving average over three steps matches its formula."""
-    compiled = adapted("bert", LORA).train()
+    compiled = adapted("bert", LORA, noise=0.1).train()
     average = AveragedModel(compiled, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     expected: dict[str, Tensor] = {}
     for step in range(3):

@@ -19,6 +19,7 @@ from graftc.runtime.model.deferred import deferred_cache
 from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
 from tests.kit.language_models import language_model, prompt
+from tests.kit.models import adapted
 from tests.runtime.onnx_generation.onnx_toy import fails
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
@@ -40,10 +41,8 @@ def source() -> Any:
 
 
 @pytest.fixture(scope="module")
-def compiled(source: Any) -> Any:
-    model = graftc.compile({"adapt": [LORA]}, source).eval()
-    perturb(model, 0.3)
-    return model
+def adapted_model(source: Any) -> Any:
+    return adapted(source, LORA, noise=0.3)
 
 
 def text(model: Any, *, masked: bool) -> dict[str, Tensor]:
@@ -119,37 +118,37 @@ def test_a_config_that_wants_tuples() -> None:
 
 def test_nobody_pays_for_a_cache_that_is_left_alone(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls in eval mode capture nothing with a cache until one is used."""
-    adapted = graftc.compile({"adapt": [LORA]}, source).eval()
+    compiled = graftc.compile({"adapt": [LORA]}, source).eval()
     ids = prompt(source, 2)["input_ids"]
     with torch.no_grad():
-        adapted(input_ids=ids)
-        known = list(adapted.compilation.signatures)
+        compiled(input_ids=ids)
+        known = list(compiled.compilation.signatures)
         runs: list[Any] = []
-        run = type(adapted._graftc).results
+        run = type(compiled._graftc).results
         monkeypatch.setattr(
-            type(adapted._graftc), "results", lambda self, key, given: (runs.append(key), run(self, key, given))[1]
+            type(compiled._graftc), "results", lambda self, key, given: (runs.append(key), run(self, key, given))[1]
         )
-        outputs = [adapted(input_ids=ids), adapted(input_ids=ids, return_dict=False)]
-        assert list(adapted.compilation.signatures) == known and len(runs) == 2
+        outputs = [compiled(input_ids=ids), compiled(input_ids=ids, return_dict=False)]
+        assert list(compiled.compilation.signatures) == known and len(runs) == 2
         assert (
             isinstance(outputs[0].past_key_values, DynamicCache) and outputs[0]["cache"] is outputs[0].past_key_values
         )
         assert isinstance(outputs[1][1], DynamicCache)
-        assert list(adapted.compilation.signatures) == known and len(runs) == 2
+        assert list(compiled.compilation.signatures) == known and len(runs) == 2
         assert outputs[0].past_key_values.get_seq_length() == 9
-        assert len(adapted.compilation.signatures) == len(known) + 1 and len(runs) == 3
+        assert len(compiled.compilation.signatures) == len(known) + 1 and len(runs) == 3
         assert type(outputs[0].past_key_values) is DynamicCache
 
 
-def test_training_labels_and_encoders_return_none(compiled: Any) -> None:
-    ids = prompt(compiled, 2)["input_ids"]
-    assert compiled(input_ids=ids, labels=ids).past_key_values is None
-    compiled.train()
+def test_training_labels_and_encoders_return_none(adapted_model: Any) -> None:
+    ids = prompt(adapted_model, 2)["input_ids"]
+    assert adapted_model(input_ids=ids, labels=ids).past_key_values is None
+    adapted_model.train()
     try:
-        assert compiled(input_ids=ids).past_key_values is None
-        assert compiled(input_ids=ids, use_cache=True).past_key_values is not None
+        assert adapted_model(input_ids=ids).past_key_values is None
+        assert adapted_model(input_ids=ids, use_cache=True).past_key_values is not None
     finally:
-        compiled.eval()
+        adapted_model.eval()
     for family in ("bert",):
         encoder = graftc.compile({"adapt": [LORA]}, tiny(family)).eval()
         known = list(encoder.compilation.signatures)
@@ -158,12 +157,12 @@ def test_training_labels_and_encoders_return_none(compiled: Any) -> None:
 
 
 def test_the_config_decides(source: Any) -> None:
-    adapted = graftc.compile({"adapt": [LORA]}, source).eval()
+    compiled = graftc.compile({"adapt": [LORA]}, source).eval()
     ids = prompt(source, 2)["input_ids"]
-    adapted.config.use_cache = False
-    assert adapted(input_ids=ids).past_key_values is None
-    adapted.config.use_cache = True
-    assert adapted(input_ids=ids).past_key_values is not None
+    compiled.config.use_cache = False
+    assert compiled(input_ids=ids).past_key_values is None
+    compiled.config.use_cache = True
+    assert compiled(input_ids=ids).past_key_values is not None
     assert source.config.use_cache
 
 
@@ -181,11 +180,11 @@ USES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.sample("length", "pickle")
 @pytest.mark.parametrize("use", USES)
-def test_every_use_makes_it_what_a_call_with_a_cache_returns(compiled: Any, use: str) -> None:
-    ids = prompt(compiled, 2)["input_ids"]
+def test_every_use_makes_it_what_a_call_with_a_cache_returns(adapted_model: Any, use: str) -> None:
+    ids = prompt(adapted_model, 2)["input_ids"]
     with torch.no_grad():
-        cache = compiled(input_ids=ids).past_key_values
-        expected = compiled(input_ids=ids, use_cache=True).past_key_values
+        cache = adapted_model(input_ids=ids).past_key_values
+        expected = adapted_model(input_ids=ids, use_cache=True).past_key_values
     assert not hasattr(cache, "to") and "_graftc_make" in vars(cache)
     ours, theirs = USES[use](cache), USES[use](expected)
     if isinstance(ours, int):
@@ -211,11 +210,11 @@ def test_threads_that_look_into_it_at_once() -> None:
     assert lengths == [3, 3] and type(deferred) is DynamicCache and "_graftc_make" not in vars(deferred)
 
 
-def test_it_is_of_the_call_that_returned_it(compiled: Any) -> None:
+def test_it_is_of_the_call_that_returned_it(adapted_model: Any) -> None:
     """Disabled adaptations, gradients, inference mode and autocast are those at the time of the call."""
-    ids = prompt(compiled, 2)["input_ids"]
+    ids = prompt(adapted_model, 2)["input_ids"]
     ways: dict[str, tuple[Any, ...]] = {
-        "off": (compiled.disabled(),),
+        "off": (adapted_model.disabled(),),
         "inference": (torch.inference_mode(),),
         "autocast": (torch.autocast("cpu", torch.bfloat16), torch.no_grad()),
         "gradients": (torch.enable_grad(),),
@@ -223,8 +222,8 @@ def test_it_is_of_the_call_that_returned_it(compiled: Any) -> None:
     for name, managers in ways.items():
         for manager in managers:
             manager.__enter__()
-        cache = compiled(input_ids=ids).past_key_values
-        expected = compiled(input_ids=ids, use_cache=True).past_key_values
+        cache = adapted_model(input_ids=ids).past_key_values
+        expected = adapted_model(input_ids=ids, use_cache=True).past_key_values
         for manager in reversed(managers):
             manager.__exit__(None, None, None)
         keys, own = cache.layers[1].keys, expected.layers[1].keys
@@ -242,42 +241,42 @@ WRITES: dict[str, Callable[[Any, Tensor], Any]] = {
 @pytest.mark.sample("inputs", "adapter")
 @pytest.mark.parametrize("write", WRITES)
 def test_what_was_written_to_since_is_refused(source: Any, write: str) -> None:
-    adapted = graftc.compile({"adapt": [LORA]}, source).eval()
+    compiled = graftc.compile({"adapt": [LORA]}, source).eval()
     ids = prompt(source, 2)["input_ids"]
-    cache = adapted(input_ids=ids).past_key_values
-    WRITES[write](adapted, ids)
+    cache = compiled(input_ids=ids).past_key_values
+    WRITES[write](compiled, ids)
     for _ in range(2):
         with fails("GC140", "has been written to"):
-            adapted(input_ids=ids[:, :1], past_key_values=cache)
+            compiled(input_ids=ids[:, :1], past_key_values=cache)
 
 
 @pytest.mark.parametrize("chosen", [{"adapter_ids": ["b", "a"]}, {}])
 def test_banks(source: Any, chosen: dict[str, Any]) -> None:
     spec = {"adapt": [{**LORA, "name": "a"}, {**LORA, "name": "b"}], "compose": {"bank": ["a", "b"]}}
-    adapted = graftc.compile(spec, source).eval()
-    perturb(adapted, 0.3)
+    compiled = graftc.compile(spec, source).eval()
+    perturb(compiled, 0.3)
     ids = prompt(source, 2)["input_ids"]
     with torch.no_grad():
-        cache = adapted(input_ids=ids[:, :-1], **chosen).past_key_values
-        logits = adapted(input_ids=ids[:, -1:], past_key_values=cache, **chosen).logits
-        torch.testing.assert_close(logits[:, -1], adapted(input_ids=ids, **chosen).logits[:, -1], rtol=1e-4, atol=1e-4)
-        later = adapted(input_ids=ids).past_key_values
-        adapted.activate("b")
+        cache = compiled(input_ids=ids[:, :-1], **chosen).past_key_values
+        logits = compiled(input_ids=ids[:, -1:], past_key_values=cache, **chosen).logits
+        torch.testing.assert_close(logits[:, -1], compiled(input_ids=ids, **chosen).logits[:, -1], rtol=1e-4, atol=1e-4)
+        later = compiled(input_ids=ids).past_key_values
+        compiled.activate("b")
         with fails("GC140", "has been written to"):
             later.get_seq_length()
 
 
 def test_what_no_cache_can_hold_is_refused_when_it_is_used(source: Any) -> None:
-    adapted = graftc.compile({"adapt": [{"method": "prompt", "length": 3}]}, source).eval()
+    compiled = graftc.compile({"adapt": [{"method": "prompt", "length": 3}]}, source).eval()
     ids = prompt(source, 2)["input_ids"]
-    outputs = adapted(input_ids=ids)
+    outputs = compiled(input_ids=ids)
     assert outputs.logits.shape[1] == ids.shape[1]
     with fails("GC141", ""):
-        adapted(input_ids=ids[:, :1], past_key_values=outputs.past_key_values)
+        compiled(input_ids=ids[:, :1], past_key_values=outputs.past_key_values)
 
 
-def test_a_merged_model(compiled: Any) -> None:
-    merged = compiled.merge()
+def test_a_merged_model(adapted_model: Any) -> None:
+    merged = adapted_model.merge()
     plain = merged.to_transformers()
     for theirs, ours in zip(*(steps(model, False, plain=False) for model in (plain, merged)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -286,14 +285,14 @@ def test_a_merged_model(compiled: Any) -> None:
 @pytest.mark.parametrize("change", ["mode", "hook"])
 def test_a_call_in_another_state_is_refused(source: Any, change: str) -> None:
     """The cache has to be computed in the state in which the outputs were."""
-    adapted = graftc.compile({"adapt": [LORA]}, source).eval()
+    compiled = graftc.compile({"adapt": [LORA]}, source).eval()
     ids = prompt(source, 2)["input_ids"]
-    table = adapted.get_input_embeddings()
+    table = compiled.get_input_embeddings()
     handle = table.register_forward_hook(lambda module, args, output: output * 2) if change == "hook" else None
     with torch.no_grad():
-        later = adapted(input_ids=ids).past_key_values
+        later = compiled(input_ids=ids).past_key_values
     if handle is None:
-        adapted.train()
+        compiled.train()
     else:
         handle.remove()
     with fails("GC140", "first used"):
@@ -303,13 +302,13 @@ def test_a_call_in_another_state_is_refused(source: Any, change: str) -> None:
 def test_choosing_entries_after_a_call() -> None:
     spec = {"adapt": [{"method": "child_tuning", "variant": "D", "target": {"role": "attn.q"}}]}
     model = tiny("llama")
-    adapted = graftc.compile(spec, model).eval()
+    compiled = graftc.compile(spec, model).eval()
     ids = prompt(model, 2)["input_ids"]
     with torch.no_grad():
-        adapted(input_ids=ids)
-    adapted.select([{"input_ids": ids, "labels": ids}])
+        compiled(input_ids=ids)
+    compiled.select([{"input_ids": ids, "labels": ids}])
 
 
 def test_on_tensors_without_storage() -> None:
-    adapted = graftc.compile({"adapt": [LORA]}, tiny("llama").to("meta")).eval()
-    assert adapted(input_ids=torch.ones(2, 5, dtype=torch.int64, device="meta")).logits.is_meta
+    compiled = graftc.compile({"adapt": [LORA]}, tiny("llama").to("meta")).eval()
+    assert compiled(input_ids=torch.ones(2, 5, dtype=torch.int64, device="meta")).logits.is_meta

@@ -21,6 +21,7 @@ import graftc
 from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
 from tests.kit.language_models import language_model, prompt
+from tests.kit.models import adapted
 from tests.runtime.model.test_threads import at_once
 from tests.runtime.onnx_generation.onnx_toy import fails
 
@@ -34,15 +35,13 @@ def source() -> Any:
 
 
 @pytest.fixture(scope="module")
-def compiled(source: Any) -> Any:
-    model = graftc.compile({"adapt": [LORA]}, source).eval()
-    perturb(model, 0.3)
-    return model
+def adapted_model(source: Any) -> Any:
+    return adapted(source, LORA, noise=0.3)
 
 
 @pytest.fixture(scope="module")
-def merged(compiled: Any) -> Any:
-    return compiled.merge()
+def merged(adapted_model: Any) -> Any:
+    return adapted_model.merge()
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +79,11 @@ def no_capture(*_: Any) -> Any:
 
 @pytest.mark.full
 @pytest.mark.parametrize("way", ["compile", "forward"])
-def test_steps_of_a_model_under_torch_compile_are_not_compiled_again(compiled: Any, way: str) -> None:
+def test_steps_of_a_model_under_torch_compile_are_not_compiled_again(adapted_model: Any, way: str) -> None:
     """Only a prompt, a first step, and a second step with a past of another length are compiled."""
-    given = prompt(compiled, 2, padded=True)
-    expected = compiled.generate(**given, max_new_tokens=64, min_new_tokens=64)
-    copied = copy.deepcopy(compiled)
+    given = prompt(adapted_model, 2, padded=True)
+    expected = adapted_model.generate(**given, max_new_tokens=64, min_new_tokens=64)
+    copied = copy.deepcopy(adapted_model)
     torch._dynamo.reset()
     counters.clear()
     try:
@@ -102,14 +101,14 @@ def test_steps_of_a_model_under_torch_compile_are_not_compiled_again(compiled: A
 
 
 @pytest.mark.slow
-def test_a_copy_generates_with_its_own_tensors(compiled: Any, merged: Any) -> None:
-    given = prompt(compiled, 2)
-    expected = compiled.generate(**given, **SOME)
-    copied = copy.deepcopy(compiled)
+def test_a_copy_generates_with_its_own_tensors(adapted_model: Any, merged: Any) -> None:
+    given = prompt(adapted_model, 2)
+    expected = adapted_model.generate(**given, **SOME)
+    copied = copy.deepcopy(adapted_model)
     assert torch.equal(copied.generate(**given, **SOME), expected)
     perturb(copied, 0.5, seed=3)
     assert not torch.equal(copied.generate(**given, **SOME), expected)
-    assert torch.equal(compiled.generate(**given, **SOME), expected)
+    assert torch.equal(adapted_model.generate(**given, **SOME), expected)
     assert torch.equal(copy.deepcopy(merged).generate(**given, **SOME), expected)
 
 
@@ -136,7 +135,7 @@ def letters(model: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("in_config", [True, False])
-def test_generation_stops_at_strings(compiled: Any, plain: Any, in_config: bool) -> None:
+def test_generation_stops_at_strings(adapted_model: Any, plain: Any, in_config: bool) -> None:
     """The loop passes the tokenizer to the model, which ignores it."""
     ids = prompt(plain)["input_ids"]
     whole = plain.generate(input_ids=ids, **SOME)
@@ -148,7 +147,7 @@ def test_generation_stops_at_strings(compiled: Any, plain: Any, in_config: bool)
         fixed["stop_strings"] = stops
     expected = plain.generate(input_ids=ids, **fixed)
     assert expected.shape[1] < whole.shape[1]
-    assert torch.equal(compiled.generate(input_ids=ids, **fixed), expected)
+    assert torch.equal(adapted_model.generate(input_ids=ids, **fixed), expected)
 
 
 @pytest.mark.slow
@@ -166,21 +165,21 @@ def test_generation_stops_at_strings(compiled: Any, plain: Any, in_config: bool)
     ],
     ids=["padded", "beams", "sampled", "lookup", "no cache", "chunks", "config", "stopped"],
 )
-def test_options(compiled: Any, plain: Any, options: dict[str, Any]) -> None:
-    both(compiled, plain, **options)
+def test_options(adapted_model: Any, plain: Any, options: dict[str, Any]) -> None:
+    both(adapted_model, plain, **options)
 
 
 @pytest.mark.full
-def test_assistants(compiled: Any, merged: Any, plain: Any, source: Any) -> None:
+def test_assistants(adapted_model: Any, merged: Any, plain: Any, source: Any) -> None:
     """Plain, compiled and merged models assist each other, and their drafts do not change the result."""
-    expected = both(compiled, plain)
-    for model in (compiled, merged, plain):
-        for assistant in (compiled, merged, source):
+    expected = both(adapted_model, plain)
+    for model in (adapted_model, merged, plain):
+        for assistant in (adapted_model, merged, source):
             tokens = model.generate(**prompt(model), **SOME, assistant_model=assistant)
             assert torch.equal(tokens, expected), (type(model), type(assistant))
 
 
-def test_streamers(compiled: Any, plain: Any) -> None:
+def test_streamers(adapted_model: Any, plain: Any) -> None:
     class Streamer:
         def __init__(self) -> None:
             self.seen: list[Tensor] = []
@@ -193,23 +192,23 @@ def test_streamers(compiled: Any, plain: Any) -> None:
             self.ended = True
 
     streamer = Streamer()
-    generated = both(compiled, plain)
-    compiled.generate(**prompt(compiled), **SOME, streamer=streamer)
+    generated = both(adapted_model, plain)
+    adapted_model.generate(**prompt(adapted_model), **SOME, streamer=streamer)
     assert streamer.ended and torch.equal(torch.cat(streamer.seen), generated[0]) and len(streamer.seen) == 1 + 16
 
 
 @pytest.mark.slow
-def test_embeddings(compiled: Any, source: Any) -> None:
+def test_embeddings(adapted_model: Any, source: Any) -> None:
     given = prompt(source, 3, padded=True)
     embeds = source.get_input_embeddings()(given["input_ids"])
-    tokens = compiled.generate(inputs_embeds=embeds, attention_mask=given["attention_mask"], **SOME)
-    assert torch.equal(tokens, compiled.generate(**given, **SOME)[:, 9:])
+    tokens = adapted_model.generate(inputs_embeds=embeds, attention_mask=given["attention_mask"], **SOME)
+    assert torch.equal(tokens, adapted_model.generate(**given, **SOME)[:, 9:])
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_cache_goes_on_in_the_next_turn(compiled: Any, plain: Any, beams: int) -> None:
+def test_a_cache_goes_on_in_the_next_turn(adapted_model: Any, plain: Any, beams: int) -> None:
     results = []
-    for model in (compiled, plain):
+    for model in (adapted_model, plain):
         cache = DynamicCache()
         options = {"num_beams": beams, "num_return_sequences": beams}
         said = model.generate(**prompt(model), **SOME, **options, cache=cache)
@@ -220,33 +219,33 @@ def test_a_cache_goes_on_in_the_next_turn(compiled: Any, plain: Any, beams: int)
 
 
 @pytest.mark.full
-def test_the_base_generates_where_adaptations_are_off(compiled: Any, source: Any) -> None:
-    whole = compiled.generate(**prompt(source, 3, padded=True), **SOME)
-    with compiled.disabled():
-        base = both(compiled, source, 3, padded=True)
-    with compiled.disabled("lora"):
-        both(compiled, source, 3, padded=True)
+def test_the_base_generates_where_adaptations_are_off(adapted_model: Any, source: Any) -> None:
+    whole = adapted_model.generate(**prompt(source, 3, padded=True), **SOME)
+    with adapted_model.disabled():
+        base = both(adapted_model, source, 3, padded=True)
+    with adapted_model.disabled("lora"):
+        both(adapted_model, source, 3, padded=True)
     assert not torch.equal(whole, base)
 
 
 @pytest.mark.full
-def test_gradients_go_through_a_cache(compiled: Any, source: Any) -> None:
+def test_gradients_go_through_a_cache(adapted_model: Any, source: Any) -> None:
     """Gradients of a text in two parts are those of the whole text, also in train mode."""
-    compiled.train()
+    adapted_model.train()
     try:
-        ids, tensors = prompt(source, 3)["input_ids"], [p for p in compiled.parameters() if p.requires_grad]
-        first = compiled(input_ids=ids[:, :5], use_cache=True)
-        second = compiled(input_ids=ids[:, 5:], cache=first.cache)
+        ids, tensors = prompt(source, 3)["input_ids"], [p for p in adapted_model.parameters() if p.requires_grad]
+        first = adapted_model(input_ids=ids[:, :5], use_cache=True)
+        second = adapted_model(input_ids=ids[:, 5:], cache=first.cache)
         assert second.cache is first.cache
         parts = torch.autograd.grad(second.logits.square().sum(), tensors)
-        whole = torch.autograd.grad(compiled(input_ids=ids).logits[:, 5:].square().sum(), tensors)
+        whole = torch.autograd.grad(adapted_model(input_ids=ids).logits[:, 5:].square().sum(), tensors)
         for part, expected in zip(parts, whole, strict=True):
             assert bool(expected.any())
             torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
-        compiled.generate(**prompt(source), **SOME)
-        assert compiled.training
+        adapted_model.generate(**prompt(source), **SOME)
+        assert adapted_model.training
     finally:
-        compiled.eval()
+        adapted_model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -263,11 +262,11 @@ def alone(bank: Any) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_threads(compiled: Any, plain: Any) -> None:
+def test_threads(adapted_model: Any, plain: Any) -> None:
     """Several threads that generate with one model each get what it gives alone."""
     ways: list[dict[str, Any]] = [{"rows": 3, "padded": True}, {"rows": 2, "seed": 8}, {"rows": 1, "seed": 9}]
-    given = [prompt(compiled, **way) for way in ways]
-    results = at_once(*(lambda each=each: compiled.generate(**each, **SOME) for each in given))
+    given = [prompt(adapted_model, **way) for way in ways]
+    results = at_once(*(lambda each=each: adapted_model.generate(**each, **SOME) for each in given))
     for each, own in zip(given, results, strict=True):
         assert torch.equal(own, plain.generate(**each, **SOME))
 
@@ -311,7 +310,9 @@ class TestBanks:
 
 
 @pytest.mark.slow
-def test_the_loops_own_methods_are_there(compiled: Any) -> None:
+def test_the_loops_own_methods_are_there(adapted_model: Any) -> None:
     """The methods are those of the source's class, for transformers; a model that does not generate has none."""
-    assert compiled._supports_logits_to_keep() and "input_ids" in inspect.signature(compiled.forward).parameters
+    assert (
+        adapted_model._supports_logits_to_keep() and "input_ids" in inspect.signature(adapted_model.forward).parameters
+    )
     assert not hasattr(graftc.compile({"adapt": [LORA]}, tiny("bert")), "_supports_logits_to_keep")

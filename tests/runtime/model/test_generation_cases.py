@@ -13,19 +13,12 @@ from torch import Tensor
 import graftc
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing.families import tiny
-from graftc.testing.perturb import perturb
+from tests.kit.models import adapted
 
 LORA: dict[str, Any] = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
 OPTIONS: dict[str, Any] = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
 IDS = torch.randint(3, 100, (2, 7), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS).index_fill(1, torch.tensor([0, 1]), 0)
-
-
-def adapted(family: str, *adapt: dict[str, Any], **spec: Any) -> Any:
-    """A tiny model, adapted and far from its base."""
-    compiled = graftc.compile({"adapt": [dict(entry) for entry in adapt], **spec}, tiny(family)).eval()
-    perturb(compiled, 0.3)
-    return compiled
 
 
 def said(model: Any, **given: Any) -> Tensor:
@@ -46,7 +39,7 @@ def test_an_encoder_whose_table_is_longer_drops_nothing() -> None:
 
 @pytest.mark.full
 def test_an_encoder_and_a_decoder_step_by_step() -> None:
-    compiled = adapted("t5", LORA)
+    compiled = adapted("t5", LORA, noise=0.3)
     tokens = IDS[:, :3]
     with torch.no_grad():
         whole = compiled(input_ids=IDS, decoder_input_ids=tokens).logits
@@ -64,7 +57,7 @@ def test_an_encoder_and_a_decoder_step_by_step() -> None:
 
 @pytest.mark.slow
 def test_what_another_encoder_gave_is_refused() -> None:
-    compiled = adapted("t5", LORA)
+    compiled = adapted("t5", LORA, noise=0.3)
     with pytest.raises(GraftError, match=r"GC031(.|\n)*get_encoder"):
         compiled(encoder_outputs=(torch.zeros(2, 7, 48),), decoder_input_ids=IDS, use_cache=True)
 
@@ -75,7 +68,7 @@ class TestFirstContents:
     """Adaptations that are the first contents of a cache."""
 
     def test_chunks_padding_and_no_cache(self, method: str) -> None:
-        compiled = adapted("llama", {"method": method, "length": 3}, LORA)
+        compiled = adapted("llama", {"method": method, "length": 3}, LORA, noise=0.3)
         with warnings.catch_warnings():
             warnings.simplefilter("error", GraftWarning)
             for mask in (torch.ones_like(IDS), MASK):
@@ -84,7 +77,7 @@ class TestFirstContents:
                 assert torch.equal(said(compiled, attention_mask=mask, prefill_chunk_size=3), expected)
 
     def test_the_base_alone_copies_and_autocast(self, method: str) -> None:
-        compiled = adapted("llama", {"method": method, "length": 3})
+        compiled = adapted("llama", {"method": method, "length": 3}, noise=0.3)
         expected = said(compiled)
         with compiled.disabled():
             assert torch.equal(said(compiled), said(tiny("llama")))
@@ -101,7 +94,7 @@ class TestFirstContents:
 @pytest.mark.slow
 def test_parallel_adaptations_do_not_generate() -> None:
     entries = [{**LORA, "name": name} for name in ("a", "b")]
-    compiled = adapted("llama", *entries, compose={"parallel": ["a", "b"]})
+    compiled = adapted("llama", *entries, noise=0.3, compose={"parallel": ["a", "b"]})
     for call in (lambda: said(compiled), lambda: compiled(IDS, use_cache=True)):
         with pytest.raises(GraftError, match="GC141"):
             call()

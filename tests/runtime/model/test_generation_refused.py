@@ -11,14 +11,15 @@ from transformers import StaticCache
 import graftc
 from graftc.testing.families import tiny
 from tests.kit.language_models import language_model, prompt
+from tests.kit.models import fresh
 from tests.runtime.onnx_generation.onnx_toy import fails
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
-    return graftc.compile({"adapt": [LORA]}, language_model("llama")).eval()
+def llama() -> Any:
+    return fresh(language_model("llama"), LORA)
 
 
 @pytest.mark.slow
@@ -38,15 +39,15 @@ def test_encoders() -> None:
     ],
     ids=["model", "batch", "static", "tuple"],
 )
-def test_caches(compiled: Any, cache: Any) -> None:
+def test_caches(llama: Any, cache: Any) -> None:
     with fails("GC140", ""):
-        compiled(**prompt(compiled, 2), cache=cache(compiled))
+        llama(**prompt(llama, 2), cache=cache(llama))
 
 
 @pytest.mark.parametrize("kind", ["static", "quantized", "offloaded"])
-def test_kinds(compiled: Any, kind: str) -> None:
+def test_kinds(llama: Any, kind: str) -> None:
     with fails("GC140", kind):
-        compiled.generate(**prompt(compiled), cache_implementation=kind)
+        llama.generate(**prompt(llama), cache_implementation=kind)
 
 
 @pytest.mark.slow
@@ -112,10 +113,10 @@ def test_rows_of_several_adaptations() -> None:
         compiled(**prompt(compiled), use_cache=True)
 
 
-def test_a_mask_of_the_new_tokens_alone(compiled: Any) -> None:
-    given = prompt(compiled)
-    cache = compiled(**given, use_cache=True).cache
+def test_a_mask_of_the_new_tokens_alone(llama: Any) -> None:
+    given = prompt(llama)
+    cache = llama(**given, use_cache=True).cache
     one = torch.ones(1, 1, dtype=torch.int64)
     with fails("GC031", r"attention_mask is \[1, 1\]"):
-        compiled(input_ids=one, attention_mask=one, cache=cache)
-    assert compiled(input_ids=one, attention_mask=one.expand(1, 10), cache=cache).logits.shape[1] == 1
+        llama(input_ids=one, attention_mask=one, cache=cache)
+    assert llama(input_ids=one, attention_mask=one.expand(1, 10), cache=cache).logits.shape[1] == 1

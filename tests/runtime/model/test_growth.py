@@ -7,7 +7,7 @@ import pytest
 from graftc.passes.core.ir import codegen
 from graftc.passes.core.ir.codegen import RecentCode
 from graftc.runtime.activations import training_code
-from tests.runtime.model.growing import Server, held
+from tests.runtime.model.growing import Server, live_objects
 
 
 @pytest.mark.slow
@@ -18,9 +18,9 @@ def test_a_server_that_loads_and_drops_adapters_does_not_grow(monkeypatch: pytes
     server = Server()
     for _ in range(6):
         server.serve()
-    before = held()
+    before = live_objects()
     for _ in range(6):
         server.serve()
-    more = held() - before
+    more = live_objects() - before
     assert len(few) == 40
     assert {name: count for name, count in more.items() if count > 20} == {}, "each of six adapters has left something"

@@ -81,7 +81,7 @@ def inside(context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], R
 
 def training_call() -> Run:
     """Return a first training call, which plans with fake tensors what is kept for the backward pass."""
-    other, record = made(Net()).train(), training_code.record
+    other, record = with_lora(Net()).train(), training_code.record
     with torch.no_grad():
         other(X)  # code is lowered by one thread at a time
 
@@ -97,7 +97,7 @@ def training_call() -> Run:
     return run
 
 
-def made(net: Net) -> Any:
+def with_lora(net: Net) -> Any:
     return graftc.compile(SPEC, net.requires_grad_(False).eval(), {"x": torch.zeros(2, 6)}, cache=False)
 
 
@@ -126,7 +126,7 @@ def test_a_capture_goes_on(name: str, ends: str) -> None:
 
     net.between = between
     try:
-        compiled = made(net)
+        compiled = with_lora(net)
     finally:
         if ends == "after":
             step.end()

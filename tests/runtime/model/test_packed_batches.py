@@ -13,6 +13,8 @@ import graftc
 from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
+from tests.kit.models import adapted
+from tests.kit.specs import lora
 
 LENGTHS = (5, 3, 6)
 ROW = torch.randint(3, 90, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
@@ -21,12 +23,8 @@ TEXTS = torch.split(ROW[0], LENGTHS)
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
-    model = graftc.compile(
-        {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "ffn.up"]}}]}, tiny("llama")
-    )
-    perturb(model, 0.1)
-    return model.eval()
+def llama() -> Any:
+    return adapted("llama", lora(["attn.q", "ffn.up"]), noise=0.1)
 
 
 def logits(compiled: Any, row: Tensor, **inputs: Any) -> Tensor:
@@ -45,17 +43,17 @@ def leaks(compiled: Any, **inputs: Any) -> bool:
 
 
 @pytest.mark.full
-def test_no_token_attends_across_texts(compiled: Any) -> None:
-    assert compiled.config._attn_implementation == "sdpa"
-    assert not leaks(compiled)
+def test_no_token_attends_across_texts(llama: Any) -> None:
+    assert llama.config._attn_implementation == "sdpa"
+    assert not leaks(llama)
 
 
 @pytest.mark.full
-def test_packed_texts_give_what_each_gives_alone(compiled: Any) -> None:
+def test_packed_texts_give_what_each_gives_alone(llama: Any) -> None:
     """Logits, loss and gradients of packed texts are those of each text alone."""
-    packed = torch.split(logits(compiled, ROW), LENGTHS)
+    packed = torch.split(logits(llama, ROW), LENGTHS)
     with torch.no_grad():
-        alone = [compiled(input_ids=text[None]).logits[0] for text in TEXTS]
+        alone = [llama(input_ids=text[None]).logits[0] for text in TEXTS]
     assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(packed, alone, strict=True))
     labels = torch.where(POSITIONS == 0, -100, ROW)  # no text predicts the first token of the next
     ids = torch.nn.utils.rnn.pad_sequence(list(TEXTS), batch_first=True)
@@ -66,26 +64,26 @@ def test_packed_texts_give_what_each_gives_alone(compiled: Any) -> None:
         {"input_ids": ROW, "position_ids": POSITIONS, "labels": labels},
         {"input_ids": ids, "attention_mask": mask, "labels": padded},
     ):
-        compiled.zero_grad()
-        loss = compiled(**inputs).loss
+        llama.zero_grad()
+        loss = llama(**inputs).loss
         loss.backward()
-        results.append((loss.detach(), [p.grad.clone() for p in compiled.parameters() if p.grad is not None]))
+        results.append((loss.detach(), [p.grad.clone() for p in llama.parameters() if p.grad is not None]))
     (one, mine), (two, theirs) = results
     assert torch.allclose(one, two, rtol=1e-5) and len(mine) == len(theirs) > 0
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(mine, theirs, strict=True))
 
 
 @pytest.mark.full
-def test_with_a_mask_they_attend_across_texts_and_a_warning_says_so(compiled: Any) -> None:
+def test_with_a_mask_they_attend_across_texts_and_a_warning_says_so(llama: Any) -> None:
     """The source model does the same."""
-    source = compiled.compilation.model.eval()
+    source = llama.compilation.model.eval()
     ones = torch.ones_like(ROW)
     with pytest.warns(GraftWarning, match="GC120"):
-        assert leaks(compiled, attention_mask=ones)
+        assert leaks(llama, attention_mask=ones)
     assert leaks(source, attention_mask=ones)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert leaks(compiled, attention_mask=ones), "once is enough"
+        assert leaks(llama, attention_mask=ones), "once is enough"
 
 
 def test_positions_of_padding_are_not_taken_for_packed_texts() -> None:
@@ -102,41 +100,41 @@ def test_positions_of_padding_are_not_taken_for_packed_texts() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
 def test_every_text_sees_a_prefix_and_a_warning_says_where_only_the_first_one_does(method: str) -> None:
-    adapted: Any = graftc.compile({"adapt": [{"method": method, "length": 3}]}, tiny("llama"))
-    perturb(adapted, 0.3)
-    adapted.eval()
+    compiled: Any = graftc.compile({"adapt": [{"method": method, "length": 3}]}, tiny("llama"))
+    perturb(compiled, 0.3)
+    compiled.eval()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        packed = torch.split(logits(adapted, ROW), LENGTHS)
+        packed = torch.split(logits(compiled, ROW), LENGTHS)
     with torch.no_grad():
-        alone = [adapted(input_ids=text[None]).logits[0] for text in TEXTS]
+        alone = [compiled(input_ids=text[None]).logits[0] for text in TEXTS]
     same = [torch.allclose(one, two, atol=1e-5) for one, two in zip(packed, alone, strict=True)]
     told = [w.message.code for w in caught if isinstance(w.message, GraftWarning)]
     assert (same, told) == (([True] * 3, []) if method == "prefix" else ([True, False, False], ["GC121"]))
 
 
 @pytest.mark.full
-def test_numbers_for_flash_attention_have_no_graphs_of_their_own(compiled: Any) -> None:
+def test_numbers_for_flash_attention_have_no_graphs_of_their_own(llama: Any) -> None:
     sizes = torch.tensor([0, 5, 8, 14], dtype=torch.int32)
-    plain = logits(compiled, ROW)
+    plain = logits(llama, ROW)
     for longest in (6, 7):
         more = {"cu_seq_lens_q": sizes, "cu_seq_lens_k": sizes, "max_length_q": longest, "max_length_k": longest}
-        assert torch.equal(logits(compiled, ROW, **more), plain)
-    given = [s for s in compiled.compilation.signatures if any("cu_seq_lens" in name for name in s.inputs)]
+        assert torch.equal(logits(llama, ROW, **more), plain)
+    given = [s for s in llama.compilation.signatures if any("cu_seq_lens" in name for name in s.inputs)]
     assert len(given) == 1
 
 
 @pytest.mark.slow
 def test_gates_are_of_the_row_and_a_warning_says_so() -> None:
-    adapted = graftc.compile({"adapt": [{"method": "unipelt"}]}, tiny("llama"))
-    perturb(adapted, 0.1)
+    compiled = graftc.compile({"adapt": [{"method": "unipelt"}]}, tiny("llama"))
+    perturb(compiled, 0.1)
     with pytest.warns(GraftWarning, match="GC122: the gates of 'unipelt'"):
-        assert leaks(adapted.eval())
+        assert leaks(compiled.eval())
 
 
 @pytest.mark.full
 def test_a_mask_of_pairs_keeps_texts_apart_without_a_warning() -> None:
-    adapted = graftc.compile(
+    compiled = graftc.compile(
         {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]},
         tiny("llama"),
         example_inputs={
@@ -149,4 +147,4 @@ def test_a_mask_of_pairs_keeps_texts_apart_without_a_warning() -> None:
     mask = (texts[:, None] == texts[None]).tril()[None, None]
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
-        assert not leaks(adapted, attention_mask=mask)
+        assert not leaks(compiled, attention_mask=mask)

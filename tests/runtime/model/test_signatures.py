@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.testing import families, perturb, randomise
+from tests.kit.comparing import gradients_of
 
 LORA = {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 4}
 HIDDEN = 48
@@ -50,9 +51,9 @@ def leaves(outputs: Any) -> dict[str, Any]:
     return {pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(outputs)}
 
 
-def assert_same(found: Any, expected: Any) -> None:
-    a, b = leaves(found), leaves(expected)
-    assert type(found) is type(expected)
+def assert_same(actual: Any, expected: Any) -> None:
+    a, b = leaves(actual), leaves(expected)
+    assert type(actual) is type(expected)
     assert list(a) == list(b)
     for path, value in a.items():
         assert torch.equal(value, b[path]) if isinstance(value, Tensor) else value == b[path], path
@@ -230,7 +231,7 @@ def test_gradients_reach_the_same_tensors_in_every_signature(family: str) -> Non
     for name, inputs in calls.items():
         adapted.zero_grad()
         adapted(**inputs).logits.pow(2).mean().backward()
-        gradients[name] = {n: p.grad.clone() for n, p in adapted.named_parameters() if p.grad is not None}
+        gradients[name] = gradients_of(adapted)
     assert gradients["usual"].keys() == {n for n, p in adapted.named_parameters() if p.requires_grad}
     for grads in gradients.values():
         assert grads.keys() == gradients["usual"].keys()
@@ -450,17 +451,17 @@ def test_other_sizes_get_the_graph_of_their_own_range(branch: str, tmp_path: Pat
     compiled = graftc.compile({"adapt": [lora]}, model, {"x": torch.randn(2, 3, 8)}).eval()
     inputs = [torch.randn(rows, tokens, 8) for rows, tokens in ((2, 3), (6, 3), (6, 7), (2, 7), (4, 3), (7, 7))]
 
-    def held(made: Any) -> None:
+    def check(other: Any) -> None:
         for x in inputs:
-            torch.testing.assert_close(made(x), model(x), rtol=0, atol=1e-6)
+            torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-6)
 
-    held(compiled)
-    held(compiled)
-    held(compiled.train())
+    check(compiled)
+    check(compiled)
+    check(compiled.train())
     compiled.eval().save(tmp_path / "kept")
     for variant in (
         copy.deepcopy(compiled),
         compiled.merge(allow_unchanged=True),
         graftc.load(tmp_path / "kept", model).eval(),
     ):
-        held(variant)
+        check(variant)

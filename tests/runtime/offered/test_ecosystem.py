@@ -17,6 +17,8 @@ from graftc.runtime.model.libraries import ELSEWHERE
 from graftc.runtime.training.repeated import share
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import tiny
+from tests.kit.models import fresh
+from tests.kit.refusals import refused
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}]}
 
@@ -27,15 +29,8 @@ def model() -> Any:
 
 
 @pytest.fixture(scope="module")
-def compiled(model: Any) -> Any:
-    return graftc.compile(SPEC, model)
-
-
-def code_of(run: Callable[[], object]) -> str:
-    with pytest.raises(GraftError) as caught:
-        run()
-    assert caught.value.hint, "an error says what to do"
-    return caught.value.code
+def adapted_model(model: Any) -> Any:
+    return fresh(model, **SPEC)
 
 
 class Own(nn.Module):
@@ -67,39 +62,39 @@ def test_keywords_of_the_loss_are_taken_as_the_source_takes_them(make: Any, expe
 
 
 @pytest.mark.slow
-def test_what_a_source_says_of_itself_is_copied(model: Any, compiled: Any) -> None:
-    assert compiled.accepts_loss_kwargs
-    assert compiled.loss_type == model.loss_type and compiled.base_model_prefix == model.base_model_prefix
-    assert compiled.name_or_path == model.name_or_path
-    assert compiled.generation_config is not model.generation_config
-    assert compiled.generation_config.to_dict() == model.generation_config.to_dict()
-    assert compiled.can_generate() and not hasattr(compiled, "hf_device_map")
-    assert "GPT2LMHeadModel" in type(compiled).__name__, "the Trainer looks for words in the name of a class"
+def test_what_a_source_says_of_itself_is_copied(model: Any, adapted_model: Any) -> None:
+    assert adapted_model.accepts_loss_kwargs
+    assert adapted_model.loss_type == model.loss_type and adapted_model.base_model_prefix == model.base_model_prefix
+    assert adapted_model.name_or_path == model.name_or_path
+    assert adapted_model.generation_config is not model.generation_config
+    assert adapted_model.generation_config.to_dict() == model.generation_config.to_dict()
+    assert adapted_model.can_generate() and not hasattr(adapted_model, "hf_device_map")
+    assert "GPT2LMHeadModel" in type(adapted_model).__name__, "the Trainer looks for words in the name of a class"
 
 
 @pytest.mark.slow
 def test_counts_are_those_of_transformers_and_peft(
-    model: Any, compiled: Any, capsys: pytest.CaptureFixture[str]
+    model: Any, adapted_model: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    added = sum(t.numel() for t in compiled.adapter_state_dict().values())
+    added = sum(t.numel() for t in adapted_model.adapter_state_dict().values())
     for embeddings in (False, True):
         whole = model.num_parameters(exclude_embeddings=embeddings)
-        assert compiled.num_parameters(exclude_embeddings=embeddings) == whole + added
-    assert compiled.num_parameters(only_trainable=True) == added
-    compiled.print_trainable_parameters()
+        assert adapted_model.num_parameters(exclude_embeddings=embeddings) == whole + added
+    assert adapted_model.num_parameters(only_trainable=True) == added
+    adapted_model.print_trainable_parameters()
     assert f"trainable params: {added:,d} || all params: {model.num_parameters() + added:,d}" in capsys.readouterr().out
-    assert compiled.floating_point_ops({"input_ids": torch.ones(2, 3)}) == 36 * compiled.num_parameters(
+    assert adapted_model.floating_point_ops({"input_ids": torch.ones(2, 3)}) == 36 * adapted_model.num_parameters(
         exclude_embeddings=True
     )
 
 
-def test_embeddings_and_tags(compiled: Any) -> None:
-    assert compiled.get_input_embeddings() is compiled.get_submodule("transformer.wte")
-    assert compiled.get_output_embeddings() is compiled.get_submodule("lm_head")
-    compiled.add_model_tags("one")
-    compiled.add_model_tags(["two", "one"])
-    assert compiled.model_tags == ["one", "two"]
-    compiled.enable_input_require_grads()
+def test_embeddings_and_tags(adapted_model: Any) -> None:
+    assert adapted_model.get_input_embeddings() is adapted_model.get_submodule("transformer.wte")
+    assert adapted_model.get_output_embeddings() is adapted_model.get_submodule("lm_head")
+    adapted_model.add_model_tags("one")
+    adapted_model.add_model_tags(["two", "one"])
+    assert adapted_model.model_tags == ["one", "two"]
+    adapted_model.enable_input_require_grads()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5", "bert", "mixtral"])
@@ -117,9 +112,9 @@ def test_sizes_ties_and_the_decoder_are_those_of_the_source(family: str) -> None
 
 
 @pytest.mark.parametrize("name", sorted(ELSEWHERE))
-def test_a_method_that_is_done_otherwise_says_how(compiled: Any, name: str) -> None:
-    assert not hasattr(compiled, name)
-    assert code_of(lambda: getattr(compiled, name)(1)) == "GC072"
+def test_a_method_that_is_done_otherwise_says_how(adapted_model: Any, name: str) -> None:
+    assert not hasattr(adapted_model, name)
+    refused(lambda: getattr(adapted_model, name)(1), code="GC072")
 
 
 @pytest.mark.parametrize(
@@ -130,14 +125,14 @@ def test_a_method_that_is_done_otherwise_says_how(compiled: Any, name: str) -> N
         lambda model: torch.save({"model": nn.Sequential(model)}, io.BytesIO()),
     ],
 )
-def test_a_model_is_not_pickled(compiled: Any, write: Callable[[Any], object]) -> None:
-    assert code_of(lambda: write(compiled)) == "GC074"
+def test_a_model_is_not_pickled(adapted_model: Any, write: Callable[[Any], object]) -> None:
+    refused(write, adapted_model, code="GC074")
 
 
-def test_copies_are_made_all_the_same(compiled: Any) -> None:
-    merged = compiled.merge(allow_unchanged=True)
-    assert code_of(lambda: pickle.dumps(merged)) == "GC074"
-    assert copy.copy(compiled).adapter_state_dict().keys() == compiled.adapter_state_dict().keys()
+def test_copies_are_made_all_the_same(adapted_model: Any) -> None:
+    merged = adapted_model.merge(allow_unchanged=True)
+    refused(pickle.dumps, merged, code="GC074")
+    assert copy.copy(adapted_model).adapter_state_dict().keys() == adapted_model.adapter_state_dict().keys()
     assert copy.deepcopy(merged).folded_state_dict().keys() == merged.folded_state_dict().keys()
 
 
@@ -155,8 +150,8 @@ def test_copies_are_made_all_the_same(compiled: Any) -> None:
     ],
     ids=["name", "class", "None", "tensors", "compiled", "a part is compiled", "merged"],
 )
-def test_what_is_no_plain_model_is_no_base(compiled: Any, make: Any, entry: Any) -> None:
-    assert code_of(lambda: entry(SPEC, make(compiled))) == "GC073"
+def test_what_is_no_plain_model_is_no_base(adapted_model: Any, make: Any, entry: Any) -> None:
+    refused(entry, SPEC, make(adapted_model), code="GC073")
 
 
 @pytest.mark.slow
@@ -179,36 +174,38 @@ def test_a_config_of_peft_that_says_nothing_here_is_no_spec(model: Any, tmp_path
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_bias": true}', encoding="utf-8")
-    assert code_of(lambda: graftc.compile({"one": config, "other": config}, model)) == "GC073"
+    refused(graftc.compile, {"one": config, "other": config}, model, code="GC073")
     for spec in (peft.OFTConfig(target_modules=["c_attn"]), tmp_path / "adapter_config.json"):
-        assert code_of(lambda spec=spec: graftc.compile(spec, model)) == "GC112"  # type: ignore[misc]
+        refused(graftc.compile, spec, model, code="GC112")
 
 
 @pytest.mark.parametrize("names", [["x"], "x", True, {"x": 1}])
-def test_names_of_adaptations_are_no_budget(compiled: Any, names: Any) -> None:
-    assert code_of(lambda: compiled.merge(budget=names)) == "GC073"
-    assert code_of(lambda: compiled.merge_partially(names)) == "GC073"
-    assert code_of(lambda: compiled.merge(names)) == ("GC091" if names in ("x", ["x"]) else "GC073")
+def test_names_of_adaptations_are_no_budget(adapted_model: Any, names: Any) -> None:
+    refused(adapted_model.merge, budget=names, code="GC073")
+    refused(adapted_model.merge_partially, names, code="GC073")
+    refused(adapted_model.merge, names, code="GC091" if names in ("x", ["x"]) else "GC073")
 
 
 @pytest.mark.parametrize(("names", "code"), [(("x",), "GC091"), ((["x"],), "GC073"), ((3,), "GC073")])
-def test_disabling_takes_names_of_adaptations(compiled: Any, names: Any, code: str) -> None:
-    assert code_of(lambda: compiled.disabled(*names).__enter__()) == code
+def test_disabling_takes_names_of_adaptations(adapted_model: Any, names: Any, code: str) -> None:
+    refused(lambda: adapted_model.disabled(*names).__enter__(), code=code)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("count", [3, 11, torch.tensor(5), torch.tensor(5.0), torch.tensor([5]), 2.5])
-def test_the_number_of_items_is_no_constant_of_a_graph(model: Any, compiled: Any, count: Any) -> None:
+def test_the_number_of_items_is_no_constant_of_a_graph(model: Any, adapted_model: Any, count: Any) -> None:
     """The loss is the mean over that many labels, as in the source, and another number needs no other graph."""
     ids = torch.arange(5, 19).reshape(2, 7)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    with torch.no_grad(), compiled.disabled():
-        loss = compiled(**inputs, num_items_in_batch=count).loss
+    with torch.no_grad(), adapted_model.disabled():
+        loss = adapted_model(**inputs, num_items_in_batch=count).loss
         assert loss.dtype == model(**inputs, num_items_in_batch=count).loss.dtype
         torch.testing.assert_close(loss, model(**inputs, num_items_in_batch=count).loss, atol=1e-6, rtol=0)
-        before = len(compiled.compilation.signatures)
-        torch.testing.assert_close(compiled(**inputs, num_items_in_batch=count * 2).loss * 2, loss, atol=1e-6, rtol=0)
-    assert len(compiled.compilation.signatures) == before
+        before = len(adapted_model.compilation.signatures)
+        torch.testing.assert_close(
+            adapted_model(**inputs, num_items_in_batch=count * 2).loss * 2, loss, atol=1e-6, rtol=0
+        )
+    assert len(adapted_model.compilation.signatures) == before
 
 
 @pytest.mark.full

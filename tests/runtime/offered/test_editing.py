@@ -18,6 +18,8 @@ from graftc.specs.registry import method_specs
 from graftc.testing import largest_difference, outputs_of, perturb, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.comparing import gradients_of, same_tensors, trainable
+from tests.kit.models import adapted
 
 ROLES = {"role": ["attn.q", "ffn.down"]}
 LOW = {"name": "low", "method": "lora", "target": ROLES, "rank": 2}
@@ -34,13 +36,6 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def adapted(*entries: Any, family: str = "bert", **spec: Any) -> Any:
-    """A tiny model, perturbed, in eval mode."""
-    compiled = graftc.compile({"adapt": list(entries), **spec}, tiny(family), seed=0)
-    perturb(compiled, 0.1)
-    return compiled.eval()
-
-
 def without(compiled: Any, name: str, *entries: Any, **spec: Any) -> Any:
     """Compile a model that never had that adaptation, with the tensors of the others."""
     own = graftc.compile({"adapt": list(entries), **spec}, tiny("bert")).eval()
@@ -52,7 +47,7 @@ def without(compiled: Any, name: str, *entries: Any, **spec: Any) -> Any:
 def gradients(compiled: Any) -> dict[str, torch.Tensor]:
     """Return the gradients of a loss of one batch by name, and clear them in the model."""
     compiled(**inputs_for(compiled)).logits.square().sum().backward()
-    grads = {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
+    grads = gradients_of(compiled)
     compiled.zero_grad()
     return grads
 
@@ -61,7 +56,7 @@ def gradients(compiled: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_is_left_out(kind: str) -> None:
     """Outputs and gradients are bit for bit those of a model without it, and all is restored afterwards."""
-    compiled = adapted(LOW, KINDS[kind])
+    compiled = adapted("bert", LOW, KINDS[kind], noise=0.1, seed=0)
     inputs = inputs_for(compiled)
     every, base = outputs_of(compiled, inputs), tiny("bert")
     alone = without(compiled, "other", LOW)
@@ -73,7 +68,7 @@ def test_one_is_left_out(kind: str) -> None:
         with compiled.disabled():
             assert same_bits(outputs_of(compiled, inputs), outputs_of(base, inputs))
         assert same_bits(outputs_of(compiled, inputs), outputs_of(alone, inputs))
-    assert grads.keys() == expected.keys() and all(torch.equal(grads[n], g) for n, g in expected.items())
+    assert same_tensors(grads, expected)
     assert largest_difference(outputs_of(compiled, inputs), outputs_of(alone, inputs)) > 1e-4
     assert same_bits(outputs_of(compiled, inputs), every)
 
@@ -102,7 +97,7 @@ def test_leaving_out_costs_nothing_in_a_loop(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 def test_an_adapter_is_left_out_for_good(tmp_path: Path) -> None:
     """A disabled adapter is not used and gets no gradients until it is enabled, but it is saved."""
-    compiled = adapted(LOW, OTHER)
+    compiled = adapted("bert", LOW, OTHER, noise=0.1, seed=0)
     inputs = inputs_for(compiled)
     every = outputs_of(compiled, inputs)
     compiled.disable("other")
@@ -198,9 +193,9 @@ def test_the_others_train_on() -> None:
     """
     results = []
     for disturbed in (False, True):
-        compiled = adapted(LOW, ADALORA).train()
+        compiled = adapted("bert", LOW, ADALORA, noise=0.1, seed=0).train()
         compiled.begin(12)
-        mine = {name: p for name, p in compiled.named_parameters() if p.requires_grad}
+        mine = trainable(compiled)
         optimizer = torch.optim.AdamW(mine.values(), lr=1e-2)
         steps(compiled, optimizer, range(4))
         if disturbed:
@@ -226,7 +221,7 @@ def test_the_others_train_on() -> None:
 @pytest.mark.slow
 def test_what_is_added_trains() -> None:
     """An added adaptation starts as the identity, takes part from the next call on, and has parameter groups."""
-    compiled = adapted(LOW)
+    compiled = adapted("bert", LOW, noise=0.1, seed=0)
     inputs = inputs_for(compiled)
     before = outputs_of(compiled, inputs)
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-2))
@@ -240,7 +235,7 @@ def test_what_is_added_trains() -> None:
     assert all(p.any() for p in new.values())
     compiled.eval()
     after = {n: t.clone() for n, t in compiled.adapter_state_dict().items()}
-    again = adapted(LOW)
+    again = adapted("bert", LOW, noise=0.1, seed=0)
     again.add(compiled.spec.adapt[1], {n: t for n, t in after.items() if ".lora." in n})
     again.load_adapter_state_dict(after)
     assert same_bits(outputs_of(compiled, inputs), outputs_of(again, inputs))
@@ -249,7 +244,7 @@ def test_what_is_added_trains() -> None:
 @pytest.mark.full
 def test_names_and_signatures_after_a_change(tmp_path: Path) -> None:
     """New signatures, saving, loading, merging and copying work with the changed adaptations."""
-    compiled = adapted(LOW, OTHER, train=["classifier"])
+    compiled = adapted("bert", LOW, OTHER, noise=0.1, seed=0, train=["classifier"])
     labels = {"labels": torch.zeros(2, dtype=torch.long)}
     inputs = inputs_for(compiled, (2, 5))
     compiled(**inputs, **labels)
@@ -277,7 +272,9 @@ def test_names_and_signatures_after_a_change(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_chosen_ones_are_merged() -> None:
     """The result is that of a model that never had the others."""
-    compiled = adapted(LOW, OTHER, {"name": "front", "method": "prefix", "length": 3}, train=["classifier"])
+    compiled = adapted(
+        "bert", LOW, OTHER, {"name": "front", "method": "prefix", "length": 3}, noise=0.1, seed=0, train=["classifier"]
+    )
     inputs = inputs_for(compiled)
     merged = compiled.merge(["low"])
     with compiled.disabled("other", "front"):
@@ -293,7 +290,7 @@ def test_chosen_ones_are_merged() -> None:
 @pytest.mark.full
 def test_a_composition_is_left_out_as_one() -> None:
     bank = [{**LOW, "name": name} for name in ("one", "two")]
-    compiled = adapted(*bank, OTHER, compose={"bank": ["one", "two"], "name": "tasks"})
+    compiled = adapted("bert", *bank, OTHER, noise=0.1, seed=0, compose={"bank": ["one", "two"], "name": "tasks"})
     inputs = inputs_for(compiled)
     with compiled.disabled("tasks"):
         alone = outputs_of(compiled, inputs)
@@ -319,7 +316,7 @@ def state(compiled: Any) -> dict[str, Any]:
 @pytest.mark.full
 def test_what_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wrong names and places change nothing, nor does an interrupt while code for the new graphs is installed."""
-    compiled = adapted(LOW, OTHER)
+    compiled = adapted("bert", LOW, OTHER, noise=0.1, seed=0)
     inputs = inputs_for(compiled)
     before, outputs = state(compiled), outputs_of(compiled, inputs)
     wrong = [
@@ -368,7 +365,7 @@ def test_changes_inside_of_disabled(out: str, called: bool) -> None:
     """An adaptation that is left out stays so through changes in the block, and is back afterwards."""
     inputs = None
     for change in ("remove", "rename", "rename out", "add", "disable"):
-        compiled, kept = adapted(LOW, OTHER), "other" if out == "low" else "low"
+        compiled, kept = adapted("bert", LOW, OTHER, noise=0.1, seed=0), "other" if out == "low" else "low"
         inputs = inputs_for(compiled)
         if called:
             outputs_of(compiled, inputs)
@@ -395,7 +392,7 @@ def test_changes_inside_of_disabled(out: str, called: bool) -> None:
         if every is not None:
             assert same_bits(outputs_of(compiled, inputs), every), change
         compiled.enable()
-        loaded = adapted(*(a.model_dump(exclude_unset=True) for a in compiled.spec.adapt))
+        loaded = adapted("bert", *(a.model_dump(exclude_unset=True) for a in compiled.spec.adapt), noise=0.1, seed=0)
         loaded.load_adapter_state_dict(compiled.adapter_state_dict())
         assert same_bits(outputs_of(compiled, inputs), outputs_of(loaded, inputs)), change
 
@@ -404,4 +401,4 @@ def test_changes_inside_of_disabled(out: str, called: bool) -> None:
 @pytest.mark.parametrize("entry", ["x", None, 3, [LOW]])
 def test_what_is_no_adaptation_is_not_added(entry: Any) -> None:
     with pytest.raises(GraftError, match="GC002"):
-        adapted(LOW).add(entry)
+        adapted("bert", LOW, noise=0.1, seed=0).add(entry)

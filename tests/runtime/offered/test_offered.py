@@ -11,7 +11,7 @@ import pytest
 
 import graftc
 from graftc.runtime.offered import OFFERED
-from graftc.testing.families import tiny
+from tests.kit.models import fresh
 
 LORA = {"method": "lora", "target": {"role": "attn.q"}, "rank": 2}
 ROOT = Path(graftc.__file__).parent
@@ -21,23 +21,23 @@ WITHIN |= {"identity", "persists", "kept", "stone"}
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
-    return graftc.compile({"adapt": [LORA]}, tiny("llama"))
+def llama() -> Any:
+    return fresh("llama", LORA)
 
 
-def test_every_name_is_offered_by_what_the_table_says(compiled: Any) -> None:
-    runner = compiled._graftc
+def test_every_name_is_offered_by_what_the_table_says(llama: Any) -> None:
+    runner = llama._graftc
     for name, part in OFFERED.items():
         assert hasattr(type(part(runner)), name), name
-        assert name in dir(compiled)
+        assert name in dir(llama)
     kinds = {type(part(runner)) for part in OFFERED.values()}
     public = {n for kind in kinds for n in dir(kind) if not n.startswith("_")}
     assert public - WITHIN == OFFERED.keys()
 
 
-def test_what_is_offered_keeps_nothing_of_its_own(compiled: Any) -> None:
+def test_what_is_offered_keeps_nothing_of_its_own(llama: Any) -> None:
     """An offered object is created each time it is requested, from the current Runner."""
-    runner = compiled._graftc
+    runner = llama._graftc
     assert all(vars(part(runner)) == {"runner": runner} for part in OFFERED.values())
 
 

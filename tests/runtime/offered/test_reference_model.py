@@ -16,21 +16,16 @@ from graftc.runtime.model.head import Head
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import gpt2, tiny
 from graftc.testing.perturb import perturb
+from tests.kit.models import adapted
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
 LORA = {"method": "lora", "rank": 2, "dropout": 0.3, "target": {"role": ["attn.q", "ffn.up"]}}
 
 
-def compiled_of(family: str = "llama", **spec: Any) -> Any:
-    compiled = graftc.compile({"adapt": [LORA], **spec}, tiny(family))
-    perturb(compiled, 0.1)
-    return compiled
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_it_computes_what_the_base_does_whatever_mode_the_model_is_in(family: str) -> None:
-    compiled = compiled_of(family)
+    compiled = adapted(family, LORA, noise=0.1)
     source = compiled.compilation.model.eval()
     reference = compiled.reference()
     with torch.no_grad():
@@ -48,7 +43,7 @@ def test_it_computes_what_the_base_does_whatever_mode_the_model_is_in(family: st
 
 @pytest.mark.slow
 def test_it_has_no_tensor_and_cannot_be_copied_apart() -> None:
-    compiled = compiled_of()
+    compiled = adapted("llama", LORA, noise=0.1)
     sizes = {tuple(p.shape) for p in compiled.compilation.source.parameters()}
 
     def alive() -> set[int]:
@@ -71,14 +66,14 @@ def test_it_has_no_tensor_and_cannot_be_copied_apart() -> None:
 @pytest.mark.slow
 def test_references_of_two_bases_are_told_apart_by_their_state() -> None:
     torch.manual_seed(1)
-    one, two = compiled_of().reference(), compiled_of("gpt2").reference()
+    one, two = adapted("llama", LORA, noise=0.1).reference(), adapted("gpt2", LORA, noise=0.1).reference()
     assert list(one.state_dict()) == ["_extra_state"]
     assert not torch.equal(one.state_dict()["_extra_state"], two.state_dict()["_extra_state"])
 
 
 @pytest.mark.full
 def test_a_trained_head_is_the_one_that_losses_see() -> None:
-    compiled = compiled_of(train=["lm_head"])
+    compiled = adapted("llama", LORA, noise=0.1, train=["lm_head"])
     head = compiled.get_output_embeddings()
     assert isinstance(head, Head) and head.bias is None
     with torch.no_grad():
@@ -126,7 +121,7 @@ def test_an_adapted_head_is_refused_when_its_weight_is_read(method: str) -> None
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_dropouts_that_are_set_to_zero_drop_nothing(family: str) -> None:
     """Dropouts of the base and of adaptations are set one by one, also for code of `torch.compile`."""
-    compiled = compiled_of(family).train()
+    compiled = adapted(family, LORA, noise=0.1).train()
     dropouts = [m for m in compiled.modules() if isinstance(m, nn.Dropout)]
     with torch.no_grad():
         expected = copy.deepcopy(compiled).eval()(input_ids=IDS).logits
@@ -145,7 +140,7 @@ def test_dropouts_that_are_set_to_zero_drop_nothing(family: str) -> None:
 def test_a_copy_runs_itself_after_a_trainer_has_changed_forward() -> None:
     import types
 
-    compiled = compiled_of().eval()
+    compiled = adapted("llama", LORA, noise=0.1).eval()
     own = compiled.forward
     compiled.forward = types.MethodType(lambda self, *args, **kwargs: own(*args, **kwargs), compiled)
     copied = copy.deepcopy(compiled)
@@ -160,7 +155,7 @@ def test_dropouts_in_wrapped_layers_that_are_set_to_zero_drop_nothing() -> None:
     """Accelerate wraps layers whose activations are recomputed."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    compiled = compiled_of().train()
+    compiled = adapted("llama", LORA, noise=0.1).train()
     layers: Any = compiled.get_submodule("model.layers")
     for name, layer in list(layers._modules.items()):
         layers._modules[name] = checkpoint_wrapper(layer)
@@ -185,7 +180,7 @@ def test_dropouts_of_zero_leave_masks_of_gradients_alone() -> None:
 @pytest.mark.slow
 def test_the_reference_and_the_model_run_in_two_threads() -> None:
     """Both models share the base tensors and the table of code, and do not affect each other."""
-    compiled = compiled_of().eval()
+    compiled = adapted("llama", LORA, noise=0.1).eval()
     reference = compiled.reference()
     with torch.no_grad():
         expected = {model: model(input_ids=IDS).logits for model in (compiled, reference)}

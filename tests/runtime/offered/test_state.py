@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graftc
-from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, tiny
+from tests.kit.comparing import same_adapters
+from tests.kit.models import adapted
+from tests.kit.refusals import refused
 
 SPEC: dict[str, Any] = {
     "adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}],
@@ -30,9 +32,7 @@ def model() -> Any:
 
 @pytest.fixture(scope="module")
 def trained(model: Any) -> Any:
-    compiled = graftc.compile(SPEC, model)
-    perturb(compiled)
-    return compiled
+    return adapted(model, **SPEC)
 
 
 @pytest.fixture
@@ -43,18 +43,6 @@ def other(trained: Any) -> Any:
         for tensor in compiled.adapter_state_dict().values():
             tensor.zero_()
     return compiled
-
-
-def same(one: Any, two: Any) -> bool:
-    mine, theirs = one.adapter_state_dict(), two.adapter_state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(t, theirs[n]) for n, t in mine.items())
-
-
-def code_of(run: Callable[[], object]) -> str:
-    with pytest.raises(GraftError) as caught:
-        run()
-    assert caught.value.hint
-    return caught.value.code
 
 
 @pytest.mark.slow
@@ -88,7 +76,7 @@ def test_every_kind_loads(model: Any, trained: Any, other: Any, kind: str, assig
     given = set(state)
     result = other.load_state_dict(state, assign=assign)
     assert result.missing_keys == result.unexpected_keys == []
-    assert same(other, trained) and set(state) == given
+    assert same_adapters(other, trained) and set(state) == given
     assert addresses == {name: t.data_ptr() for name, t in other.named_parameters() if ".graftc." not in name}
 
 
@@ -117,8 +105,8 @@ def test_another_base_is_refused_and_nothing_is_written(
     mine = copy.deepcopy(other)
     full = {**trained.full_state_dict(), "lm_head.weight": model.lm_head.weight.detach()}
     full[name] = full[name] + 1 if change == "value" else full[name][:1]
-    assert code_of(lambda: other.load_state_dict(full, strict)) == "GC087"
-    assert same(other, mine), "nothing was copied"
+    refused(other.load_state_dict, full, strict, code="GC087")
+    assert same_adapters(other, mine), "nothing was copied"
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
@@ -128,7 +116,7 @@ def test_what_was_trained_on_another_base_is_refused(model: Any, trained: Any) -
     with torch.no_grad():
         base.transformer.h[0].mlp.c_fc.bias += 1
     compiled = graftc.compile(SPEC, base)
-    assert code_of(lambda: compiled.load_state_dict(trained.state_dict())) == "GC087"
+    refused(compiled.load_state_dict, trained.state_dict(), code="GC087")
     compiled.load_adapter_state_dict(trained.adapter_state_dict())
 
 
@@ -140,7 +128,7 @@ def test_a_model_that_holds_a_compiled_one(trained: Any, other: Any) -> None:
     assert any(isinstance(t, nn.Parameter) and t.requires_grad for n, t in state.items() if n.startswith("inner."))
     again = nn.ModuleDict({"first": nn.Linear(2, 2), "inner": other})
     result = again.load_state_dict(outer.state_dict())
-    assert not result.missing_keys and same(other, trained)
+    assert not result.missing_keys and same_adapters(other, trained)
 
 
 def test_the_functions_of_torch_distributed(trained: Any, other: Any) -> None:
@@ -149,7 +137,7 @@ def test_the_functions_of_torch_distributed(trained: Any, other: Any) -> None:
     state = get_model_state_dict(trained)
     assert state.keys() == trained.state_dict().keys()
     set_model_state_dict(other, state)
-    assert same(other, trained)
+    assert same_adapters(other, trained)
 
 
 @pytest.mark.slow
@@ -189,7 +177,7 @@ def checkpoint(trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_is_enough_to_make_the_model_again(model: Any, trained: Any, checkpoint: Path) -> None:
     for path in (checkpoint, str(checkpoint / "model.safetensors")):
         loaded: Any = graftc.load(path, model)
-        assert same(loaded, trained) and loaded.spec == trained.spec
+        assert same_adapters(loaded, trained) and loaded.spec == trained.spec
         ids = torch.arange(5, 19).reshape(2, 7)
         with torch.no_grad():
             assert torch.equal(loaded.eval()(input_ids=ids).logits, trained.eval()(input_ids=ids).logits)
@@ -203,17 +191,17 @@ def test_the_base_is_found_where_it_was(tmp_path: Path) -> None:
     perturb(compiled)
     (tmp_path / "run").mkdir()
     save_file(compiled.state_dict(), tmp_path / "run" / "model.safetensors")
-    assert same(graftc.load(tmp_path / "run"), compiled)
+    assert same_adapters(graftc.load(tmp_path / "run"), compiled)
 
 
 def test_a_checkpoint_of_another_base_or_without_one(model: Any, checkpoint: Path, tmp_path: Path) -> None:
     base = copy.deepcopy(model)
     with torch.no_grad():
         base.transformer.wpe.weight += 1
-    assert code_of(lambda: graftc.load(checkpoint, base)) == "GC087"
-    assert code_of(lambda: graftc.load(checkpoint)) == "GC086"
+    refused(graftc.load, checkpoint, base, code="GC087")
+    refused(graftc.load, checkpoint, code="GC086")
     model.save_pretrained(tmp_path / "plain")
-    assert code_of(lambda: graftc.load(tmp_path / "plain", model)) == "GC080"
+    refused(graftc.load, tmp_path / "plain", model, code="GC080")
 
 
 @pytest.mark.full
@@ -240,14 +228,14 @@ def test_a_damaged_checkpoint_is_refused_by_code(model: Any, trained: Any, tmp_p
         text.replace(b'"dtype":"i64"', b'"dtype":"zz"'),
     ):
         assert damaged != text
-        assert code_of(load(**{RECORD: record(damaged)})) == "GC082"
+        refused(load(**{RECORD: record(damaged)}), code="GC082")
     newer = text.replace(b'"schema_version":1', b'"schema_version":2')
-    assert code_of(load(**{RECORD: record(newer)})) == "GC081"
-    assert code_of(load(**{name: None})) == "GC084"
-    assert code_of(load(**{name + "x": torch.ones(1)})) == "GC084"
-    assert code_of(load(**{name: state[name][:1].clone()})) == "GC084"
+    refused(load(**{RECORD: record(newer)}), code="GC081")
+    refused(load(**{name: None}), code="GC084")
+    refused(load(**{name + "x": torch.ones(1)}), code="GC084")
+    refused(load(**{name: state[name][:1].clone()}), code="GC084")
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 20)
-    assert code_of(lambda: graftc.load(tmp_path, model)) == "GC082"
+    refused(graftc.load, tmp_path, model, code="GC082")
 
 
 @pytest.mark.full

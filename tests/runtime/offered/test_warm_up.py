@@ -21,7 +21,7 @@ BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def made_in_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of what is made during calls: signatures, and plans of training steps."""
     names: list[str] = []
 
@@ -40,23 +40,23 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.slow
-def test_nothing_is_left_for_the_first_calls(made: list[str]) -> None:
+def test_nothing_is_left_for_the_first_calls(made_in_calls: list[str]) -> None:
     compiled = graftc.compile(SPEC, tiny("llama")).train()
     before = {name: value.clone() for name, value in compiled.state_dict().items()}
     random, modes = torch.get_rng_state(), [module.training for module in compiled.modules()]
     compiled.warm_up(BATCH, generate=True)
-    assert {"adapt_signature", "choose"} <= set(made)
+    assert {"adapt_signature", "choose"} <= set(made_in_calls)
     assert torch.equal(torch.get_rng_state(), random)
     assert [module.training for module in compiled.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in compiled.state_dict().items())
     assert all(parameter.grad is None for parameter in compiled.parameters())
-    made.clear()
+    made_in_calls.clear()
     compiled(**BATCH).loss.backward()
     compiled.eval()
     with torch.no_grad():
         compiled(**BATCH)
         compiled.generate(IDS, attention_mask=BATCH["attention_mask"], max_new_tokens=3, do_sample=False)
-    assert made == []
+    assert made_in_calls == []
 
 
 @pytest.mark.slow
@@ -75,13 +75,13 @@ def test_it_changes_no_result() -> None:
 
 
 @pytest.mark.slow
-def test_a_model_in_eval_mode_is_made_ready_for_that(made: list[str]) -> None:
+def test_a_model_in_eval_mode_is_made_ready_for_that(made_in_calls: list[str]) -> None:
     compiled = graftc.compile(SPEC, tiny("bert")).eval()
     compiled.warm_up({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)})
-    assert "choose" not in made
-    made.clear()
+    assert "choose" not in made_in_calls
+    made_in_calls.clear()
     compiled(IDS, attention_mask=torch.ones_like(IDS))
-    assert made == []
+    assert made_in_calls == []
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def source(family: str) -> Any:
     return model.eval()
 
 
-def adapted(family: str) -> Any:
+def adapted_source(family: str) -> Any:
     """Return `source` with LoRA on roles that every family has, far from its initial values."""
     import graftc
 

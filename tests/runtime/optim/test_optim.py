@@ -19,23 +19,17 @@ import graftc
 from graftc.passes.core.method.sparse_optimiser import Seen
 from graftc.runtime.optim import sparse
 from graftc.testing.families import tiny
+from tests.kit.comparing import trainable
+from tests.kit.models import fresh
+from tests.kit.specs import varied
 
 ULP = 2.0**-23
 SPIEL = {"method": "spiel", "target": {"role": ["attn.q", "ffn.down"]}, "density": 0.05, "total_steps": 50}
+NORM = {"method": "full", "target": {"modules": "transformer.ln_f"}, "dtype": "base"}
+"""Trains as a copy."""
 
 
-def adapted(dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    """A tiny GPT-2 with deltas, and with a norm that trains as a copy."""
-    norm = {"method": "full", "target": {"modules": "transformer.ln_f"}, "dtype": "base"}
-    return graftc.compile({"adapt": [{**SPIEL, **fields}, norm]}, tiny("gpt2", dtype=dtype))
-
-
-def trained(compiled: Any) -> dict[str, Any]:
-    """Return the trained parameters by name."""
-    return {name: p for name, p in compiled.named_parameters() if p.requires_grad}
-
-
-def gradients(parameters: dict[str, Any], number: int, scale: float = 1.0) -> None:
+def set_gradients(parameters: dict[str, Any], number: int, scale: float = 1.0) -> None:
     """Set random gradients of very different sizes."""
     generator = torch.Generator().manual_seed(number)
     for p in parameters.values():
@@ -47,16 +41,16 @@ def gradients(parameters: dict[str, Any], number: int, scale: float = 1.0) -> No
 @pytest.mark.parametrize("fields", [{}, {"weight_decay": 0.3, "betas": (0.8, 0.95), "eps": 1e-6, "lr": 3e-2}])
 def test_without_replacements_it_is_torch_s_adamw(fields: dict[str, Any]) -> None:
     """Deltas, whose entries have ages, and other tensors agree after 60 steps to a few units in the last place."""
-    ours, theirs = adapted(), adapted()
+    ours, theirs = fresh("gpt2", SPIEL, NORM), fresh("gpt2", SPIEL, NORM)
     first = graftc.optim.AgedAdamW(ours, **fields)
-    second = torch.optim.AdamW(list(trained(theirs).values()), **fields)
+    second = torch.optim.AdamW(list(trainable(theirs).values()), **fields)
     for number in range(60):
         for compiled, optimiser in ((ours, first), (theirs, second)):
-            gradients(trained(compiled), number)
+            set_gradients(trainable(compiled), number)
             optimiser.step()
-    expected = trained(theirs)
+    expected = trainable(theirs)
     assert len(expected) == 6
-    for name, p in trained(ours).items():
+    for name, p in trainable(ours).items():
         difference = (p.detach() - expected[name].detach()).abs().max()
         assert float(difference / expected[name].detach().abs().max()) <= 16 * ULP, name
         for key, state in (("exp_avg", first.state[p]), ("exp_avg_sq", first.state[p])):
@@ -68,18 +62,18 @@ def test_without_replacements_it_is_torch_s_adamw(fields: dict[str, Any]) -> Non
 @pytest.mark.slow
 def test_ages_correct_each_entry_for_itself() -> None:
     """A new entry first moves by the learning rate against its gradient's sign, however old the others are."""
-    compiled = adapted()
+    compiled = fresh("gpt2", SPIEL, NORM)
     optimiser = graftc.optim.AgedAdamW(compiled, lr=0.1, weight_decay=0.0, betas=(0.9, 0.9999))
-    delta = next(p for name, p in trained(compiled).items() if "delta" in name)
+    delta = next(p for name, p in trainable(compiled).items() if "delta" in name)
     places = torch.tensor([0, 3, 5])
     for number in range(5):
-        gradients({"": delta}, number)
+        set_gradients({"": delta}, number)
         optimiser.step()
     before = delta.detach().clone()
     optimiser.replaced(delta, places)
     state = optimiser.state[delta]
     assert not any(state[key][places].any() for key in ("age", "exp_avg", "exp_avg_sq"))
-    gradients({"": delta}, 7)
+    set_gradients({"": delta}, 7)
     optimiser.step()
     moved = (delta.detach() - before)[places]
     torch.testing.assert_close(moved, -0.1 * delta.grad[places].sign(), rtol=1e-5, atol=0)
@@ -89,7 +83,7 @@ def test_ages_correct_each_entry_for_itself() -> None:
 @cache
 def shared() -> Any:
     """The model of all examples of a test."""
-    return adapted()
+    return fresh("gpt2", SPIEL, NORM)
 
 
 @pytest.mark.slow
@@ -99,7 +93,7 @@ def test_seeded_moments_are_those_of_a_constant_gradient(steps: int, size: float
     """An entry that was observed for n steps continues like one that has trained for n steps."""
     compiled = shared()
     ours = graftc.optim.AgedAdamW(compiled, weight_decay=0.0)
-    delta = next(p for name, p in trained(compiled).items() if "delta" in name)
+    delta = next(p for name, p in trainable(compiled).items() if "delta" in name)
     other = nn.Parameter(torch.zeros(2))
     theirs = torch.optim.AdamW([other], weight_decay=0.0)
     g = torch.tensor([size, -2 * size])
@@ -122,19 +116,19 @@ def test_seeded_moments_are_those_of_a_constant_gradient(steps: int, size: float
 def test_state_is_wide_and_survives_a_state_dict() -> None:
     """On a bfloat16 base, the norm's copy is in 16 bits and no state is; loading restores states bit for bit."""
     for kind in (graftc.optim.AgedAdamW, graftc.optim.SM3):
-        first, second = adapted(torch.bfloat16), adapted(torch.bfloat16)
+        first, second = (fresh(tiny("gpt2", dtype=torch.bfloat16), SPIEL, NORM) for _ in range(2))
         one, two = kind(first, lr=1e-2), kind(second, lr=1e-2)
         for number in range(3):
-            gradients(trained(first), number)
+            set_gradients(trainable(first), number)
             one.step()
         second.load_state_dict(copy.deepcopy(first.state_dict()))
         two.load_state_dict(copy.deepcopy(one.state_dict()))
         for number in range(3, 6):
             for compiled, optimiser in ((first, one), (second, two)):
-                gradients(trained(compiled), number)
+                set_gradients(trainable(compiled), number)
                 optimiser.step()
-        assert {p.dtype for p in trained(first).values()} == {torch.bfloat16, torch.float32}
-        for (name, p), q in zip(trained(first).items(), trained(second).values(), strict=True):
+        assert {p.dtype for p in trainable(first).values()} == {torch.bfloat16, torch.float32}
+        for (name, p), q in zip(trainable(first).items(), trainable(second).values(), strict=True):
             assert torch.equal(p, q), name
             assert one.state[p].keys() == two.state[q].keys()
             assert all(torch.equal(one.state[p][k], two.state[q][k]) for k in one.state[p])
@@ -183,9 +177,9 @@ def test_sm3_on_deltas(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None
 
     Processing in chunks changes no bit.
     """
-    compiled, again = adapted(variant="MA"), adapted(variant="MA")
+    compiled, again = (fresh("gpt2", varied(SPIEL, variant="MA"), NORM) for _ in range(2))
     optimiser = graftc.optim.SM3(compiled, lr=0.1, momentum=momentum)
-    (name, delta), *_ = ((n, p) for n, p in trained(compiled).items() if "c_proj" in n)
+    (name, delta), *_ = ((n, p) for n, p in trainable(compiled).items() if "c_proj" in n)
     base = compiled.get_parameter("transformer.h.0.mlp.c_proj.weight")
     order = torch.randperm(delta.numel(), generator=torch.Generator().manual_seed(1))
     for model in (compiled, again):
@@ -195,7 +189,7 @@ def test_sm3_on_deltas(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None
     total, before, buffer = torch.zeros(delta.shape), delta.detach().clone(), torch.zeros(delta.shape)
     r, c = torch.zeros(base.shape[0]), torch.zeros(base.shape[1])
     for number in range(5):
-        gradients({"": delta}, number)
+        set_gradients({"": delta}, number)
         g = delta.grad
         total += g**2
         optimiser.step()
@@ -213,9 +207,9 @@ def test_sm3_on_deltas(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None
             assert min(r[rows[i]], c[columns[i]]) >= bound[i] * (1 - 2 * ULP)
     monkeypatch.setattr(sparse, "CHUNK", 7)
     second = graftc.optim.SM3(again, lr=0.1, momentum=momentum)
-    other = trained(again)[name]
+    other = trainable(again)[name]
     for number in range(5):
-        gradients({"": other}, number)
+        set_gradients({"": other}, number)
         second.step()
     assert torch.equal(other, delta)
 
@@ -223,9 +217,9 @@ def test_sm3_on_deltas(momentum: float, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.slow
 def test_indices_are_looked_up_when_they_are_needed() -> None:
     """Accumulators are those of the rows and columns where entries are now, after they have moved."""
-    compiled = adapted(variant="MA")
+    compiled = fresh("gpt2", varied(SPIEL, variant="MA"), NORM)
     optimiser = graftc.optim.SM3(compiled)
-    (name, delta), *_ = ((n, p) for n, p in trained(compiled).items() if "c_proj" in n)
+    (name, delta), *_ = ((n, p) for n, p in trainable(compiled).items() if "c_proj" in n)
     indices = compiled.get_buffer(name.replace("_delta", "_indices"))
     delta.grad = torch.ones_like(delta)
     optimiser.step()
@@ -243,21 +237,21 @@ def test_indices_are_looked_up_when_they_are_needed() -> None:
 @pytest.mark.parametrize("kind", ["AgedAdamW", "SM3"])
 def test_parameters_and_groups_are_taken_as_well(kind: str) -> None:
     """Groups may have settings of their own; without the model, the optimiser is not notified of new entries."""
-    compiled = adapted()
-    parameters = trained(compiled)
+    compiled = fresh("gpt2", SPIEL, NORM)
+    parameters = trainable(compiled)
     deltas = [p for name, p in parameters.items() if "delta" in name]
     rest = [p for name, p in parameters.items() if "delta" not in name]
     (controller,) = compiled.steering.controllers.values()
     make = getattr(graftc.optim, kind)
     for loose in (make(iter(parameters.values())), make(rest, compiled=compiled)):
         assert controller.optimiser is None
-        gradients(parameters, 0)
+        set_gradients(parameters, 0)
         loose.step()
         assert all("age" not in state for state in loose.state.values())
     grouped = make([{"params": deltas, "lr": 0.5}, {"params": rest}], lr=0.0, compiled=compiled)
     assert controller.optimiser is grouped and grouped.holds(deltas[0]) and not grouped.holds(torch.zeros(1))
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    gradients(parameters, 1)
+    set_gradients(parameters, 1)
     grouped.step()
     for name, p in parameters.items():
         assert torch.equal(p, before[name]) == ("delta" not in name)
@@ -272,9 +266,9 @@ def test_fixed_entries_have_no_ages() -> None:
     for kind, keys in (("AgedAdamW", {"step", "exp_avg", "exp_avg_sq"}), ("SM3", {"axis_0", "axis_1"})):
         compiled = graftc.compile(spec, tiny("gpt2"))
         optimiser = getattr(graftc.optim, kind)(compiled)
-        gradients(trained(compiled), 0)
+        set_gradients(trainable(compiled), 0)
         optimiser.step()
-        weights = [p for name, p in trained(compiled).items() if name.endswith("weight_delta")]
+        weights = [p for name, p in trainable(compiled).items() if name.endswith("weight_delta")]
         assert weights and all(set(optimiser.state[p]) == keys for p in weights)
 
 

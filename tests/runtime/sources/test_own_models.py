@@ -17,10 +17,8 @@ from graftc.compiler.capture.signature import Axis
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, randomise
 from tests.cli.support import run_here
-
-
-def lora(modules: str | list[str]) -> dict[str, Any]:
-    return {"adapt": [{"method": "lora", "target": {"modules": modules}, "rank": 2}]}
+from tests.kit.models import fresh
+from tests.kit.specs import lora
 
 
 def seeded(make: Any) -> nn.Module:
@@ -53,7 +51,7 @@ def test_attention_of_torch_nn(enabled: bool) -> None:
     model = seeded(Attending)
     torch.backends.mha.set_fastpath_enabled(enabled)
     try:
-        adapted = graftc.compile(lora("last"), model, (torch.randn(2, 6, 16),)).eval()
+        adapted = fresh(model, lora(modules="last"), inputs=(torch.randn(2, 6, 16),)).eval()
         states, padding = torch.randn(3, 9, 16), torch.zeros(3, 9, dtype=torch.bool)
         padding[-1, -3:] = True
         with torch.no_grad():
@@ -70,7 +68,7 @@ def test_attention_of_torch_nn(enabled: bool) -> None:
 @pytest.mark.full
 def test_a_transformer_encoder_folds_and_its_eval_graph_is_derived() -> None:
     model = seeded(encoder)
-    adapted = graftc.compile(lora(["**.linear1", "**.linear2"]), model, [torch.randn(2, 6, 16)]).eval()
+    adapted = fresh(model, lora(modules=["**.linear1", "**.linear2"]), inputs=[torch.randn(2, 6, 16)]).eval()
     perturb(adapted)
     merged = adapted.merge()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -100,7 +98,7 @@ class ByPosition(nn.Module):
 def test_inputs_by_position_and_a_number() -> None:
     model = seeded(ByPosition)
     left, right = torch.randn(3, 4), torch.randn(3, 4)
-    adapted = graftc.compile(lora("linear"), model, (left, right)).eval()
+    adapted = fresh(model, lora(modules="linear"), inputs=(left, right)).eval()
     with torch.no_grad():
         for arguments in ((), (1.0,), (2.5,), (3.0,)):
             assert torch.equal(adapted(left, right, *arguments)["sum"], model(left, right, *arguments)["sum"])
@@ -124,7 +122,7 @@ class Unnamed(nn.Module):
 def test_a_forward_whose_first_parameter_is_not_self() -> None:
     model = seeded(Unnamed)
     states, shift = torch.randn(3, 4), torch.randn(3, 4)
-    adapted = graftc.compile(lora("linear"), model, (states,)).eval()
+    adapted = fresh(model, lora(modules="linear"), inputs=(states,)).eval()
     with torch.no_grad():
         assert torch.equal(adapted(states), model(states))
         assert torch.equal(adapted(states, shift), model(states, shift))
@@ -150,7 +148,7 @@ class Chunked(nn.Module):
 @pytest.mark.full
 def test_a_graph_never_serves_a_size_that_its_model_treats_otherwise() -> None:
     model = seeded(Chunked)
-    adapted = graftc.compile(lora("linear"), model, {"states": torch.randn(2, 6, 4)}).eval()
+    adapted = fresh(model, lora(modules="linear"), inputs={"states": torch.randn(2, 6, 4)}).eval()
     perturb(adapted)
     folded = nn.Linear(4, 4)
     folded.load_state_dict({n.removeprefix("linear."): t for n, t in adapted.merge().folded_state_dict().items()})
@@ -169,7 +167,7 @@ def test_a_bound_length_is_captured_anew_and_noted() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     model = seeded(lambda: MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=50)))
-    adapted = graftc.compile(lora("**.in_proj"), model).eval()
+    adapted = fresh(model, lora(modules="**.in_proj")).eval()
     assert any("one sequence size only, here 7" in note for note in adapted.report.notes)
     tensors = {name: t.data_ptr() for name, t in adapted.named_parameters()}
     mask = torch.ones

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graftc.runtime.sources.models import load_model, quiet_transformers
-from graftc.testing.families import tiny
+from graftc.testing import perturb, tiny
 
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]
 
@@ -32,11 +32,7 @@ def peft_adapter(folder: Path, base: Path, config: Any, scale: float = 0.1) -> A
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(load_model(str(base)), config)
-        rng = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += scale * torch.randn(parameter.shape, generator=rng).to(parameter.dtype)
+        perturb(model, scale)  # type: ignore[arg-type]
         model.save_pretrained(folder)
     return model
 

@@ -20,13 +20,14 @@ from graftc.passes.methods.lora import LoRAMethod
 from graftc.runtime.streaming import merging, sites
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import tiny
+from tests.kit.refusals import refused
 from tests.runtime.streaming.support import edit_adapter, peft_adapter, sharded_base, tensors, written_lora
 
 INDEX = "model.safetensors.index.json"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and an adapter."""
     folder = tmp_path_factory.mktemp("bad")
     written_lora(folder / "adapter", sharded_base(folder / "base"))
@@ -34,19 +35,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(made: Path, tmp_path: Path) -> Path:
+def place(intact: Path, tmp_path: Path) -> Path:
     """A copy of both, to be corrupted."""
-    shutil.copytree(made, tmp_path / "place")
+    shutil.copytree(intact, tmp_path / "place")
     return tmp_path / "place"
 
 
-def refused(place: Path, **options: Any) -> GraftError:
+def unmerged(place: Path, **options: Any) -> GraftError:
     """Return the error of a merge, after checking that the merge leaves nothing behind."""
     before = sorted(p.name for p in place.iterdir())
-    with pytest.raises(GraftError) as error:
-        graftc.merge_checkpoint(place / "adapter", place / "base", place / "out", **options)
+    error = refused(graftc.merge_checkpoint, place / "adapter", place / "base", place / "out", **options)
     assert sorted(p.name for p in place.iterdir()) == before
-    return error.value
+    return error
 
 
 def edit_index(base: Path, change: Callable[[dict[str, str]], object]) -> None:
@@ -59,7 +59,7 @@ def edit_index(base: Path, change: Callable[[dict[str, str]], object]) -> None:
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..", "c:x.safetensors"])
 def test_names_that_lead_out(place: Path, name: str) -> None:
     edit_index(place / "base", lambda table: table.update({"model.norm.weight": name}))
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC101"
     assert repr(name) in error.message
 
@@ -68,14 +68,14 @@ def test_links_that_lead_out(place: Path) -> None:
     shard = next(iter(sorted((place / "base").glob("*.safetensors"))))
     shutil.move(shard, place / "elsewhere.safetensors")
     shard.symlink_to(place / "elsewhere.safetensors")
-    assert refused(place).code == "GC101"
+    assert unmerged(place).code == "GC101"
 
 
 def test_every_missing_file_is_named(place: Path) -> None:
     first, second, *_ = sorted((place / "base").glob("*.safetensors"))
     first.unlink()
     second.unlink()
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC100"
     assert first.name in error.message and any(second.name in line for line in error.details)
 
@@ -123,7 +123,7 @@ def _first(data: dict[str, Any]) -> dict[str, Any]:
 def test_damaged_files(place: Path, spoil: Callable[[Path], None]) -> None:
     shard = sorted((place / "base").glob("*.safetensors"))[1]
     spoil(shard)
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC100"
     assert shard.name in error.message
 
@@ -131,7 +131,7 @@ def test_damaged_files(place: Path, spoil: Callable[[Path], None]) -> None:
 def test_an_index_that_says_otherwise(place: Path) -> None:
     files = sorted(p.name for p in (place / "base").glob("*.safetensors"))
     edit_index(place / "base", lambda table: table.update({"model.norm.weight": files[0], "new.weight": files[1]}))
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC100"
     assert any("new.weight" in str(line) for line in (error.message, *error.details))
 
@@ -141,7 +141,7 @@ def test_a_name_in_two_files(place: Path) -> None:
     duplicate = {"model.embed_tokens.weight": torch.zeros(2, 2)}
     save_file({**duplicate, **dict.fromkeys(())}, place / "base" / "twice.safetensors")
     edit_index(place / "base", lambda table: table.update({"model.norm.weight": "twice.safetensors"}))
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC100" and shard.is_file()
 
 
@@ -149,20 +149,20 @@ def test_pickles_are_not_read(place: Path) -> None:
     for file in (place / "base").glob("*.safetensors*"):
         file.unlink()
     (place / "base" / "pytorch_model.bin").write_bytes(b"x")
-    assert "pickles" in refused(place).hint
+    assert "pickles" in unmerged(place).hint
 
 
 @pytest.mark.slow
 def test_everything_that_does_not_fit_is_listed(place: Path) -> None:
-    def spoil(made: dict[str, torch.Tensor]) -> None:
-        names = sorted(made)
-        made[names[0]] = torch.zeros(4, 7)
-        made[names[3]] = torch.zeros(5, 4)
-        made[names[4]][0, 0] = float("nan")
-        made[names[6]][1, 1] = float("inf")
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        names = sorted(tensors)
+        tensors[names[0]] = torch.zeros(4, 7)
+        tensors[names[3]] = torch.zeros(5, 4)
+        tensors[names[4]][0, 0] = float("nan")
+        tensors[names[6]][1, 1] = float("inf")
 
     edit_adapter(place / "adapter", spoil)
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC102"
     lines = [error.message, *map(str, error.details)]
     assert len(lines) == 4
@@ -172,7 +172,7 @@ def test_everything_that_does_not_fit_is_listed(place: Path) -> None:
 def test_the_adapter_of_another_base(place: Path) -> None:
     shutil.rmtree(place / "base")
     sharded_base(place / "base", "gpt2")
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC102"
     assert len(error.details) == 5
 
@@ -185,7 +185,7 @@ def test_numbers_in_the_base_that_are_none(place: Path) -> None:
     stored = {name: t for name, t in tensors(place / "base").items() if name.encode() in shard.read_bytes()}
     stored["model.layers.0.self_attn.q_proj.weight"][3, 5] = float("nan")
     save_file(stored, shard, metadata={"format": "pt"})
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC102"
     assert "q_proj" in error.message
 
@@ -197,7 +197,7 @@ def test_tensors_that_the_files_lack(place: Path) -> None:
     for file in files:
         kept = {name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}
         file.unlink() if not kept else save_file(kept, file, metadata={"format": "pt"})
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC100" and "lm_head.weight" in error.message
 
 
@@ -219,7 +219,7 @@ def test_copies_of_tied_tensors(tmp_path: Path, modules: list[str]) -> None:
             if parameter.requires_grad:
                 parameter.add_(0.1)
     adapted.save_pretrained(tmp_path / "adapter")
-    error = refused(tmp_path)
+    error = unmerged(tmp_path)
     assert error.code in ("GC022", "GC113", "GC114") and ("tied" in error.message or error.code != "GC022")
 
 
@@ -235,20 +235,20 @@ def test_what_follows_from_the_model(tmp_path: Path, kind: str) -> None:
         else peft.VeraConfig(r=2, target_modules=["q_proj"], save_projection=False)
     )
     peft_adapter(tmp_path / "adapter", base, config)
-    error = refused(tmp_path)
+    error = unmerged(tmp_path)
     assert error.code == "GC103" and "import-peft" in str(error.hint)
 
 
 def test_quantised_bases(place: Path) -> None:
     config = json.loads((place / "base" / "config.json").read_text())
     (place / "base" / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "x"}}))
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC103"
     assert "--model" in error.hint
 
 
 def test_a_narrower_type(place: Path) -> None:
-    assert refused(place, dtype=torch.float16).code == "GC073"
+    assert unmerged(place, dtype=torch.float16).code == "GC073"
 
 
 # --- a folder of peft is checked against its config and the base, as in an import --------------------------------
@@ -257,18 +257,18 @@ Spoiling = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A"
 
 
-def _renamed(config: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
+def _renamed(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     for word in "AB":
         key = FIRST.replace("lora_A", f"lora_{word}")
-        held[f"{key}.default.weight"] = held.pop(f"{key}.weight")
+        tensors[f"{key}.default.weight"] = tensors.pop(f"{key}.weight")
 
 
-def _other_table(config: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
-    held["base_model.model.model.embed_tokens.weight"] = torch.ones(101, 48, dtype=torch.bfloat16)
+def _other_table(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["base_model.model.model.embed_tokens.weight"] = torch.ones(101, 48, dtype=torch.bfloat16)
 
 
-def _more_rows(config: dict[str, Any], held: dict[str, torch.Tensor]) -> None:
-    held["base_model.model.model.embed_tokens.weight"] = torch.ones(150, 48, dtype=torch.bfloat16)
+def _more_rows(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    tensors["base_model.model.model.embed_tokens.weight"] = torch.ones(150, 48, dtype=torch.bfloat16)
 
 
 PEFT: dict[str, tuple[Spoiling, str, str]] = {
@@ -304,7 +304,7 @@ def test_a_folder_that_its_config_does_not_explain(place: Path, spoil: Spoiling,
     spoil(config, stored)
     (place / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     save_file(stored, place / "adapter" / "adapter_model.safetensors")
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == code
     assert re.search(text, "\n".join([error.message, *map(str, error.details)]), re.DOTALL)
 
@@ -348,7 +348,7 @@ def test_a_wrong_fold_leaves_nothing_behind(place: Path, wrong: Any, monkeypatch
     right = LoRAMethod.fold
     monkeypatch.setattr(sites, "BLOCK", 700)
     monkeypatch.setattr(LoRAMethod, "fold", lambda *arguments: wrong(right(*arguments)))
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC051"
     assert "self_attn" in error.message or "mlp" in error.message
 
@@ -368,7 +368,7 @@ def test_a_tensor_that_nothing_folds_into_and_that_changed(place: Path, monkeypa
                 file.write(b"\x00\x00")
 
     monkeypatch.setattr(merging, "create_file", spoiling)
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC051"
     assert "input_layernorm" in error.message
 
@@ -395,5 +395,5 @@ def test_a_base_that_changes_meanwhile(place: Path, how: str, monkeypatch: pytes
         right(plan, shard, path)
 
     monkeypatch.setattr(merging, "create_file", create)
-    error = refused(place)
+    error = unmerged(place)
     assert error.code == "GC100" and "changed while it was merged" in error.message

@@ -20,7 +20,7 @@ from graftc.runtime.streaming import sites
 from graftc.runtime.streaming.verifying import verify_checkpoint
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import perturb
-from tests.runtime.artifact.support import tree_bytes
+from tests.kit.folders import tree_bytes
 from tests.runtime.streaming.support import PROJECTIONS, exact_lora, peft_adapter, sharded_base, tensors, written_lora
 
 ROLES = {"role": ["attn.q", "attn.v", "ffn.down"]}
@@ -294,7 +294,7 @@ def test_nothing_that_changes_is_an_error_unless_allowed(llama: Path, tmp_path: 
     from tests.runtime.streaming.support import edit_adapter
 
     adapter = written_lora(tmp_path / "adapter", llama / "base")
-    edit_adapter(adapter, lambda made: [t.zero_() for name, t in made.items() if "lora_B" in name])
+    edit_adapter(adapter, lambda stored: [t.zero_() for name, t in stored.items() if "lora_B" in name])
     with pytest.raises(GraftError, match="the update is zero") as error:
         graftc.merge_checkpoint(adapter, None, tmp_path / "out")
     assert error.value.code == "GC104"
@@ -302,7 +302,7 @@ def test_nothing_that_changes_is_an_error_unless_allowed(llama: Path, tmp_path: 
     graftc.merge_checkpoint(adapter, None, tmp_path / "out", allow_unchanged=True)
     unchanged, base = tensors(tmp_path / "out"), tensors(llama / "base")
     assert all(torch.equal(unchanged[name], base[name]) for name in base)
-    edit_adapter(adapter, lambda made: [t.fill_(1e-9) for name, t in made.items() if "lora_B" in name])
+    edit_adapter(adapter, lambda stored: [t.fill_(1e-9) for name, t in stored.items() if "lora_B" in name])
     with pytest.raises(GraftError, match="lost in rounding"):
         graftc.merge_checkpoint(adapter, None, tmp_path / "tiny")
 
@@ -313,7 +313,7 @@ def test_an_update_that_is_mostly_lost_warns(tmp_path: Path) -> None:
 
     base = sharded_base(tmp_path / "base", dtype=torch.bfloat16)
     adapter = written_lora(tmp_path / "adapter", base)
-    edit_adapter(adapter, lambda made: [t.mul_(1e-4) for name, t in made.items() if "lora_B" in name])
+    edit_adapter(adapter, lambda stored: [t.mul_(1e-4) for name, t in stored.items() if "lora_B" in name])
     with pytest.warns(GraftWarning, match=r"rounding to bfloat16 leaves .*% of the update") as warnings:
         result = graftc.merge_checkpoint(adapter, base, tmp_path / "out")
     assert [w.message.code for w in warnings if isinstance(w.message, GraftWarning)] == ["GC105"]

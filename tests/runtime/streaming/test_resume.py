@@ -19,9 +19,9 @@ import graftc
 from graftc.files.writing import recover
 from graftc.runtime.loading.verify import verify
 from graftc.runtime.streaming import merging
+from tests.kit.folders import tree_bytes
 from tests.kit.forks import Worker, fork
 from tests.kit.users import as_root, give, snapshot
-from tests.runtime.artifact.support import tree_bytes
 from tests.runtime.streaming.support import PROJECTIONS, sharded_base, written_lora
 
 pytestmark = pytest.mark.slow

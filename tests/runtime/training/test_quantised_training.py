@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-import graftc
 from graftc.testing import families
 from graftc.testing.compare import inputs_for
+from tests.kit.comparing import gradients_of
 from tests.kit.dense_twins import dense_twin
+from tests.kit.models import fresh
 
 TARGET = {"role": ["attn.q", "attn.o"]}
 METHODS: dict[str, list[dict[str, Any]]] = {
@@ -29,18 +30,13 @@ METHODS: dict[str, list[dict[str, Any]]] = {
 OFF: tuple[list[str], ...] = ([], ["projections"], ["recompute"], ["projections", "recompute"])
 
 
-def compiled_of(model: nn.Module, adapt: Any = None, **spec: Any) -> Any:
-    """A compiled model in train mode."""
-    return graftc.compile(graftc.Spec.model_validate({"adapt": adapt or METHODS["lora"], **spec}), model).train()
-
-
 def gradients(compiled: Any, run: Callable[..., Any] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss of a step, and the gradients of all trained tensors."""
     inputs = inputs_for(compiled, seed=1)
     torch.manual_seed(0)
     loss = (compiled if run is None else run)(**inputs)[0].square().mean()
     loss.backward()
-    grads = {n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None}
+    grads = gradients_of(compiled)
     compiled.zero_grad()
     return loss.detach(), grads
 
@@ -72,8 +68,8 @@ def kept(compiled: Any, run: Callable[..., Any]) -> list[Tensor]:
 def test_no_value_is_kept(family: str, off: list[str], name: str) -> None:
     """No more bytes are kept than by the plain model, whatever is turned off, and gradients are equal bit for bit."""
     model = getattr(families, family)().eval()
-    twin = compiled_of(dense_twin(model, quantize="nf4"), METHODS[name], optimise={"off": off})
-    compiled = compiled_of(model, METHODS[name], base={"quantize": "nf4"}, optimise={"off": off})
+    twin = fresh(dense_twin(model, quantize="nf4"), *METHODS[name], optimise={"off": off}).train()
+    compiled = fresh(model, *METHODS[name], base={"quantize": "nf4"}, optimise={"off": off}).train()
     (loss, ours), (other, theirs) = gradients(compiled), gradients(twin)
     assert loss == other and ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -88,7 +84,7 @@ def test_no_value_is_kept(family: str, off: list[str], name: str) -> None:
 def test_torch_compile(backend: str) -> None:
     """Under `torch.compile`, the step keeps codes as well, and gives the same gradients."""
     model = families.llama().eval()
-    compiled = compiled_of(model, base={"quantize": "nf4"})
+    compiled = fresh(model, *METHODS["lora"], base={"quantize": "nf4"}).train()
     loss, wanted = gradients(compiled)
     run = torch.compile(compiled, fullgraph=True, backend=backend)
     inputs = inputs_for(compiled, seed=1)
@@ -106,15 +102,15 @@ def test_torch_compile(backend: str) -> None:
 def test_checkpointed_layers() -> None:
     """If whole layers are recomputed, the gradients are the same."""
     model = families.llama().eval()
-    _, wanted = gradients(compiled_of(model, base={"quantize": "int4"}))
-    _, grads = gradients(compiled_of(model, base={"quantize": "int4"}, checkpoint="layers"))
+    _, wanted = gradients(fresh(model, *METHODS["lora"], base={"quantize": "int4"}).train())
+    _, grads = gradients(fresh(model, *METHODS["lora"], base={"quantize": "int4"}, checkpoint="layers").train())
     assert all(torch.equal(grads[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.slow
 def test_no_gradient_for_codes() -> None:
     """Parts are frozen integer parameters, and only tensors of the adaptation train."""
-    compiled = compiled_of(families.gpt2().eval(), base={"quantize": "nf4", "double": True})
+    compiled = fresh(families.gpt2().eval(), *METHODS["lora"], base={"quantize": "nf4", "double": True}).train()
     parts = [name for name in compiled.compilation.store.packed for name in compiled.compilation.store.parts_of(name)]
     parameters = dict(compiled.named_parameters())
     assert parts and all(parameters[name].dtype == torch.uint8 and not parameters[name].requires_grad for name in parts)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,27 +15,23 @@ from graftc.runtime.training.repeated import outputs_of
 from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing import perturb
 from graftc.testing.compare import flat, inputs_for
-from graftc.testing.families import tiny
+from tests.kit.comparing import gradients_of
+from tests.kit.models import adapted, still
+from tests.kit.refusals import no_warning
 
-STILL: dict[str, dict[str, Any]] = {
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "gpt2": {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
-}
 ENTRY: dict[str, Any] = {"method": "adamix", "bottleneck": 5, "share": "none"}
 SETTINGS = {"alike": {"weight": 0.7}, "attached": {"weight": 0.7, "detach": False}, "none": {"weight": 0}}
 
 
-def adapted(consistency: dict[str, Any], family: str = "bert", model: Any = None, **fields: Any) -> Any:
+def doubled(consistency: dict[str, Any], family: str = "bert", model: Any = None, **fields: Any) -> Any:
     """A tiny model with experts in train mode, with no dropout in its base."""
     entry = {**ENTRY, "consistency": consistency, **fields}
-    compiled = graftc.compile({"adapt": [entry]}, model or tiny(family, **STILL.get(family, {})))
-    perturb(compiled, 0.2)
-    return compiled.train()
+    return adapted(model or still(family), entry, noise=0.2).train()
 
 
 def like(compiled: Any, consistency: dict[str, Any], family: str = "bert", **fields: Any) -> Any:
     """The same model with another term."""
-    other = adapted(consistency, family, **fields)
+    other = doubled(consistency, family, **fields)
     other.load_adapter_state_dict(compiled.adapter_state_dict())
     return other
 
@@ -63,15 +56,7 @@ def gradients(loss: Tensor, model: Any) -> dict[str, Tensor]:
     """Return the gradients of the trained tensors by name."""
     model.zero_grad()
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@contextmanager
-def no_warning() -> Iterator[None]:
-    """Turn warnings of graftc into errors while the block runs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", GraftWarning)
-        yield
+    return gradients_of(model)
 
 
 LABELS = torch.arange(5) % 3
@@ -81,7 +66,7 @@ LABELS = torch.arange(5) % 3
 @pytest.mark.parametrize("kind", ["alike", "attached"])
 def test_value_and_gradient_are_those_of_the_formula(kind: str) -> None:
     """The loss is that of the first pass plus the term, with the gradient of both, whether detached or not."""
-    compiled = adapted(SETTINGS[kind])
+    compiled = doubled(SETTINGS[kind])
     plain = like(compiled, SETTINGS["none"])
     inputs = inputs_for(compiled)
     first, second = two_passes(plain, 3, **inputs, labels=LABELS)
@@ -100,7 +85,7 @@ def test_value_and_gradient_are_those_of_the_formula(kind: str) -> None:
 
 @pytest.mark.full
 def test_detaching_changes_the_gradient_only() -> None:
-    compiled = adapted(SETTINGS["alike"])
+    compiled = doubled(SETTINGS["alike"])
     other = like(compiled, SETTINGS["attached"])
     inputs = inputs_for(compiled)
     losses, grads = [], []
@@ -116,7 +101,7 @@ def test_detaching_changes_the_gradient_only() -> None:
 @pytest.mark.full
 def test_positions_of_a_causal_model() -> None:
     """Positions that predict a label other than -100 count: exactly those where the loss has a gradient."""
-    compiled = adapted(SETTINGS["alike"], "gpt2")
+    compiled = doubled(SETTINGS["alike"], "gpt2")
     plain = like(compiled, SETTINGS["none"], "gpt2")
     inputs = inputs_for(compiled)
     labels = inputs["input_ids"].clone()
@@ -138,7 +123,7 @@ def test_positions_of_a_causal_model() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "mixtral", "t5"])
 def test_where_labels_stand(family: str) -> None:
     """Causal models predict the next label, an encoder and decoder the label at the same position."""
-    compiled = adapted(SETTINGS["alike"], family)
+    compiled = doubled(SETTINGS["alike"], family)
     inputs = inputs_for(compiled)
     labels = inputs["decoder_input_ids" if family == "t5" else "input_ids"]
     compiled(**inputs, labels=labels)
@@ -150,8 +135,8 @@ def test_where_labels_stand(family: str) -> None:
 @pytest.mark.full
 def test_one_logit_has_nothing_to_differ_in() -> None:
     """In regression, the term is zero and the loss is that of the first pass."""
-    model = tiny("bert", num_labels=1, **STILL["bert"])
-    compiled = adapted(SETTINGS["alike"], model=model)
+    model = still("bert", num_labels=1)
+    compiled = doubled(SETTINGS["alike"], model=model)
     inputs = inputs_for(compiled)
     torch.manual_seed(3)
     plain = like(compiled, SETTINGS["none"], model=model)(**inputs, labels=torch.randn(5)).loss
@@ -164,7 +149,7 @@ def test_a_single_expert_agrees_with_itself() -> None:
     """The term is zero without dropout, and not with it."""
     inputs = None
     for dropout, zero in ((0.0, True), (0.3, False)):
-        compiled = adapted(SETTINGS["alike"], experts=1, dropout=dropout)
+        compiled = doubled(SETTINGS["alike"], experts=1, dropout=dropout)
         inputs = inputs_for(compiled)
         compiled(**inputs)
         assert (float(compiled.extra_loss().detach()) == 0) is zero
@@ -173,9 +158,9 @@ def test_a_single_expert_agrees_with_itself() -> None:
 @pytest.mark.full
 def test_without_a_weight_there_is_one_pass() -> None:
     """Nothing is drawn twice, and eval mode and the base alone always have one pass."""
-    inputs = inputs_for(adapted(SETTINGS["none"]))
+    inputs = inputs_for(doubled(SETTINGS["none"]))
     for setting, mode, expected in (("none", "train", 1), ("alike", "train", 2), ("alike", "eval", 1)):
-        compiled = adapted(SETTINGS[setting])
+        compiled = doubled(SETTINGS[setting])
         compiled.train(mode == "train")
         calls = counted_runs(compiled)
         compiled(**inputs)
@@ -202,7 +187,7 @@ def counted_runs(compiled: Any) -> list[str]:
 @pytest.mark.full
 def test_a_loss_of_ones_own() -> None:
     """Without labels, the term waits for `extra_loss`, which returns it once, as the mean over the calls."""
-    compiled = adapted(SETTINGS["alike"])
+    compiled = doubled(SETTINGS["alike"])
     plain = like(compiled, SETTINGS["none"])
     calls = [inputs_for(compiled, seed=seed) for seed in range(3)]
     terms = []
@@ -226,7 +211,7 @@ def test_a_loss_of_ones_own() -> None:
 @pytest.mark.slow
 def test_a_term_that_is_missed() -> None:
     """The backward pass that lacks the term warns with GC025, once, and nothing is kept."""
-    compiled = adapted(SETTINGS["alike"])
+    compiled = doubled(SETTINGS["alike"])
     inputs = inputs_for(compiled)
     with pytest.warns(GraftWarning, match="GC025.*'adamix' has an objective") as caught:
         for _ in range(3):
@@ -245,7 +230,7 @@ def test_a_term_that_is_missed() -> None:
 @pytest.mark.parametrize("labelled", [True, False])
 def test_accumulation_counts_each_micro_batch_once(labelled: bool) -> None:
     """Two halves, each with half of its loss, have the gradient of the formula."""
-    compiled = adapted(SETTINGS["alike"])
+    compiled = doubled(SETTINGS["alike"])
     plain = like(compiled, SETTINGS["none"])
     whole = inputs_for(compiled, (4, 9))
     halves = [{n: t[i : i + 2] for n, t in whole.items()} | {"labels": LABELS[i : i + 2]} for i in (0, 2)]
@@ -262,7 +247,7 @@ def test_accumulation_counts_each_micro_batch_once(labelled: bool) -> None:
             labels = half.pop("labels")
             loss = functional.cross_entropy(compiled(**half).logits, labels) + compiled.extra_loss()
         (loss / 2).backward()
-    grads = {n: p.grad.clone() for n, p in compiled.named_parameters() if p.grad is not None}
+    grads = gradients_of(compiled)
     for name, gradient in gradients(expected, plain).items():
         torch.testing.assert_close(grads[name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -273,8 +258,7 @@ def test_two_adaptations_have_a_term_each() -> None:
     sora = {"method": "sora", "target": {"role": "attn.q"}, "l1": 0.1}
     low_rank = {"method": "adamix_lora", "target": {"role": "attn.v"}, "consistency": {"weight": 0.5}, "dropout": 0}
     entries = [{**ENTRY, "consistency": {"weight": 0.25}}, low_rank, sora]
-    compiled = graftc.compile({"adapt": entries}, tiny("bert", **STILL["bert"])).train()
-    perturb(compiled, 0.2)
+    compiled = adapted(still("bert"), *entries, noise=0.2).train()
     inputs = inputs_for(compiled)
     alone = float(compiled.extra_loss().detach())
     torch.manual_seed(0)
@@ -291,8 +275,8 @@ def test_a_compiled_training_step(labelled: bool) -> None:
     """`torch.compile(fullgraph=True)` handles both passes and the term, also without labels, where the term waits."""
     import torch._dynamo as dynamo
 
-    compiled = adapted(SETTINGS["alike"], experts=1)  # nothing is drawn, so that both give the same
-    other = adapted(SETTINGS["alike"])
+    compiled = doubled(SETTINGS["alike"], experts=1)  # nothing is drawn, so that both give the same
+    other = doubled(SETTINGS["alike"])
     other_inputs = inputs_for(other) | ({"labels": LABELS} if labelled else {})
     inputs = inputs_for(compiled) | ({"labels": LABELS} if labelled else {})
     for model, own in ((compiled, inputs), (other, other_inputs)):

@@ -12,43 +12,16 @@ from torch import Tensor
 
 from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing import same_bits
-from tests.runtime.training.test_repeated import SETTINGS, adapted, like, no_warning
-
-
-def examples(count: int = 16) -> list[dict[str, Tensor]]:
-    """Return texts of one length with labels."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 100, (count, 8), generator=generator)
-    return [{"input_ids": row, "attention_mask": torch.ones(8).long(), "labels": row[0] % 3} for row in ids]
+from tests.kit.refusals import no_warning
+from tests.kit.training import labelled_texts, trainer_in_order
+from tests.runtime.training.test_repeated import SETTINGS, doubled, like
 
 
 def trainer(folder: Path, compiled: Any, data: Sequence[Any], *, callback: bool = True, **changes: Any) -> Any:
     """Return a Trainer with the data in order, plain SGD and a constant learning rate."""
-    from transformers import Trainer, TrainingArguments
-
-    class InOrder(Trainer):
-        loss_is_scaled_for_ga = False  # the class computes a mean by itself, but the Trainer takes it for scaled
-
-        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    settings = {
-        "num_train_epochs": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 7,
-        **changes,
-    }
-    callbacks = [compiled.callback()] if callback else []
-    args = TrainingArguments(str(folder), **settings)
-    return InOrder(model=compiled, args=args, train_dataset=data, callbacks=callbacks)
+    plain = {"num_train_epochs": 1, "per_device_train_batch_size": 4, "learning_rate": 0.05}
+    settings = {**plain, "optim": "sgd", "max_grad_norm": 0, **changes}
+    return trainer_in_order(folder, compiled, data, callback=callback, **settings)
 
 
 def noted_states(run: Any) -> list[Tensor]:
@@ -69,9 +42,9 @@ def noted_states(run: Any) -> list[Tensor]:
 @pytest.mark.parametrize("steps", [1, 2])
 def test_the_trainer_has_the_term(callback: bool, steps: int, tmp_path: Path) -> None:
     """With and without callback and accumulation, the values are, bit for bit, those of a loop by hand."""
-    compiled = adapted(SETTINGS["alike"])
+    compiled = doubled(SETTINGS["alike"])
     other = like(compiled, SETTINGS["alike"])
-    data = examples()
+    data = labelled_texts(16)
     with no_warning():
         run = trainer(tmp_path, compiled, data, callback=callback, gradient_accumulation_steps=steps)
         states = noted_states(run)
@@ -91,8 +64,8 @@ def test_the_trainer_has_the_term(callback: bool, steps: int, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_trainer_that_computes_the_loss_itself(tmp_path: Path) -> None:
     """Label smoothing takes the labels away from the model: the term is missed, and a warning says so."""
-    compiled = adapted(SETTINGS["alike"])
-    run = trainer(tmp_path, compiled, examples(8), label_smoothing_factor=0.1)
+    compiled = doubled(SETTINGS["alike"])
+    run = trainer(tmp_path, compiled, labelled_texts(8), label_smoothing_factor=0.1)
     with pytest.warns(GraftWarning, match="GC025"):
         run.train()
 
@@ -101,9 +74,9 @@ def test_a_trainer_that_computes_the_loss_itself(tmp_path: Path) -> None:
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     """Runs end the same, bit for bit: routes and masks come from torch's generator, which the Trainer keeps."""
     settings = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2, "optim": "adamw_torch"}
-    whole = trainer(tmp_path / "whole", adapted(SETTINGS["alike"], dropout=0.1), examples(), **settings)
+    whole = trainer(tmp_path / "whole", doubled(SETTINGS["alike"], dropout=0.1), labelled_texts(16), **settings)
     whole.train()
-    again = trainer(tmp_path / "again", adapted(SETTINGS["alike"], dropout=0.1), examples(), **settings)
+    again = trainer(tmp_path / "again", doubled(SETTINGS["alike"], dropout=0.1), labelled_texts(16), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     results = [list(run.model.adapter_state_dict().values()) for run in (whole, again)]
     assert same_bits(*results)

@@ -17,6 +17,7 @@ from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import outputs_of, same_bits
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.training import adamw
 
 TWO_ROUNDS = {"method": "lt_sft", "iterations": 2, "density": 0.05}
 
@@ -36,7 +37,7 @@ def batches(model: nn.Module, count: int = 3) -> list[dict[str, Tensor]]:
 
 def train(compiled: Compiled, stage: Stage | None = None, steps: int = 3) -> None:
     """Do some steps of AdamW with weight decay, on random batches."""
-    optimiser = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
+    optimiser = adamw(compiled, lr=1e-2, weight_decay=0.5)
     for batch in batches(compiled.compilation.model, steps):
         optimiser.zero_grad()
         noise = torch.rand(()) / 10 + 1  # a training that draws random numbers

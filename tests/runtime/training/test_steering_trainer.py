@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import graftc
 from graftc.specs.errors.diagnostics import GraftWarning
-from graftc.testing.families import tiny
+from tests.kit.models import fresh, still
+from tests.kit.training import labelled_texts, trainer_in_order
 
 TARGET = {"role": ["attn.q", "ffn.down"]}
 ADALORA = {"method": "adalora", "target": TARGET, "rank": 4, "target_rank": 2, "warmup_steps": 1, "final_steps": 2}
@@ -23,56 +23,17 @@ METHODS = {"adalora": ADALORA, "sora": SORA, "dylora": DYLORA}
 BATCH, COUNT = 8, 32
 
 
-def examples() -> list[dict[str, Tensor]]:
-    """Return texts of one length with labels."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, 100, (COUNT, 8), generator=generator)
-    return [{"input_ids": row, "attention_mask": torch.ones(8).long(), "labels": row[0] % 3} for row in ids]
-
-
-def adapted(entry: Any, dropout: float = 0.0) -> Any:
-    """A tiny BERT, by default without dropout of its own."""
-    model = tiny("bert", hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    return graftc.compile({"adapt": [entry]}, model, seed=0)
-
-
 def trainer(folder: Path, compiled: Any, *, steer: bool = True, **changes: Any) -> Any:
     """Return a Trainer with the data in order, AdamW by default, and a constant learning rate."""
-    from transformers import Trainer, TrainingArguments
-
-    class InOrder(Trainer):
-        loss_is_scaled_for_ga = False  # the class computes a mean by itself, but the Trainer takes it for scaled
-
-        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    settings = {
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": BATCH,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "optim": "adamw_torch",
-        "weight_decay": 0.01,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 7,
-        **changes,
-    }
-    callbacks = [compiled.callback()] if steer else []
-    return InOrder(
-        model=compiled,
-        args=TrainingArguments(str(folder), **settings),
-        train_dataset=examples(),
-        callbacks=callbacks,
-    )
+    settings: dict[str, Any] = {"num_train_epochs": 2, "per_device_train_batch_size": BATCH, "learning_rate": 5e-3}
+    settings |= {"optim": "adamw_torch", "weight_decay": 0.01, **changes}
+    return trainer_in_order(folder, compiled, labelled_texts(COUNT), callback=steer, **settings)
 
 
 def plain_loop(compiled: Any, like: Any, epochs: int = 2, clip: float = 1.0) -> None:
     """Train by hand as the Trainer does: with the optimiser that it makes, and the objective first."""
     optimiser = like.create_optimizer()
-    data = examples()
+    data = labelled_texts(COUNT)
     compiled.begin(epochs * COUNT // BATCH)
     compiled.train()
     torch.manual_seed(7)
@@ -94,7 +55,7 @@ def plain_loop(compiled: Any, like: Any, epochs: int = 2, clip: float = 1.0) -> 
 @pytest.mark.parametrize("clip", [1.0, 0.05])
 def test_a_plain_loop_and_the_callback_give_the_same(method: str, clip: float, tmp_path: Path) -> None:
     """Tensors are equal bit for bit, also with clipped gradients, as objectives are clipped with the loss."""
-    first, second = adapted(METHODS[method]), adapted(METHODS[method])
+    first, second = fresh(still("bert"), METHODS[method], seed=0), fresh(still("bert"), METHODS[method], seed=0)
     trainer(tmp_path / "a", first, max_grad_norm=clip).train()
     plain_loop(second, trainer(tmp_path / "b", second, max_grad_norm=clip), clip=clip)
     expected = first.adapter_state_dict()
@@ -107,7 +68,7 @@ def test_a_plain_loop_and_the_callback_give_the_same(method: str, clip: float, t
 @pytest.mark.parametrize("method", ["adalora", "sora"])
 def test_accumulation_counts_once(method: str, tmp_path: Path) -> None:
     """Two half batches make one step: as many controller steps, one gradient of the objective, the same values."""
-    whole, halves = adapted(METHODS[method]), adapted(METHODS[method])
+    whole, halves = fresh(still("bert"), METHODS[method], seed=0), fresh(still("bert"), METHODS[method], seed=0)
     trainer(tmp_path / "a", whole, optim="sgd").train()
     run = trainer(
         tmp_path / "b", halves, optim="sgd", per_device_train_batch_size=BATCH // 2, gradient_accumulation_steps=2
@@ -115,7 +76,7 @@ def test_accumulation_counts_once(method: str, tmp_path: Path) -> None:
     calls = count_objectives(halves)
     run.train()
     assert len(calls) == 8
-    expected, start = whole.adapter_state_dict(), adapted(METHODS[method]).adapter_state_dict()
+    expected, start = whole.adapter_state_dict(), fresh(still("bert"), METHODS[method], seed=0).adapter_state_dict()
     for name, tensor in halves.adapter_state_dict().items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     assert any(not torch.allclose(tensor, start[name], atol=1e-3) for name, tensor in expected.items())
@@ -141,7 +102,7 @@ def test_the_gradient_of_an_objective_is_counted_once(tmp_path: Path) -> None:
     """With a loss of zero, the gradient after two micro-batches is that of the objective."""
     from transformers import Trainer, TrainerCallback
 
-    compiled = adapted({**ADALORA, "warmup_steps": 5, "final_steps": 0})
+    compiled = fresh(still("bert"), {**ADALORA, "warmup_steps": 5, "final_steps": 0}, seed=0)
     compiled.extra_loss().backward()
     expected = {name: p.grad.clone() for name, p in compiled.named_parameters() if name.endswith((".A", ".B"))}
     compiled.zero_grad()
@@ -166,11 +127,11 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method: str, tmp_pat
     """Runs end the same, bit for bit, from checkpoints in the first and the third epoch, dropout and draws included."""
     entry = {**METHODS[method], "dropout": 0.1}
     settings = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 3}
-    whole = trainer(tmp_path / "whole", adapted(entry, 0.1), **settings)
+    whole = trainer(tmp_path / "whole", fresh("bert", entry, seed=0), **settings)
     whole.train()
     expected = whole.model.adapter_state_dict()
     for step in (3, 9):
-        resumed = trainer(tmp_path / f"resumed{step}", adapted(entry, 0.1), **settings)
+        resumed = trainer(tmp_path / f"resumed{step}", fresh("bert", entry, seed=0), **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         tensors = resumed.model.adapter_state_dict()
         assert tensors.keys() == expected.keys()
@@ -181,7 +142,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(method: str, tmp_pat
 @pytest.mark.slow
 def test_a_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
     """The schedule of a model that was trained before covers both trainings."""
-    compiled = adapted(ADALORA)
+    compiled = fresh(still("bert"), ADALORA, seed=0)
     trainer(tmp_path / "a", compiled, num_train_epochs=1).train()
     trainer(tmp_path / "b", compiled, num_train_epochs=2).train()
     (controller,) = compiled.steering.controllers.values()
@@ -191,11 +152,11 @@ def test_a_second_training_goes_on_from_the_first(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_a_training_without_the_callback_is_noticed(tmp_path: Path) -> None:
     """Merging the model warns with GC025."""
-    compiled = adapted(SORA)
+    compiled = fresh(still("bert"), SORA, seed=0)
     trainer(tmp_path, compiled, steer=False, num_train_epochs=1).train()
     with pytest.warns(GraftWarning, match="GC025"):
         compiled.merge()
-    steered = adapted(SORA)
+    steered = fresh(still("bert"), SORA, seed=0)
     trainer(tmp_path / "b", steered, num_train_epochs=1).train()
     with warnings.catch_warnings():
         warnings.simplefilter("error", GraftWarning)
@@ -205,7 +166,7 @@ def test_a_training_without_the_callback_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_step_that_the_scaler_skips_is_no_step() -> None:
     """Controllers skip it, and the schedule still ends with the training; objectives are scaled."""
-    compiled = adapted(ADALORA)
+    compiled = fresh(still("bert"), ADALORA, seed=0)
     callback = compiled.callback()
     state = SimpleNamespace(max_steps=10, global_step=0)
     scaler = SimpleNamespace(scale=lambda loss: 8 * loss)

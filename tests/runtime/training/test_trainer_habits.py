@@ -14,17 +14,18 @@ from torch import Tensor, nn
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import bert
+from tests.kit.comparing import trainable
+from tests.kit.models import fresh
 from tests.runtime.training.test_trainer import examples
 
 STEPS = 3
 DATA = examples(24)
 
 
-def compiled_of() -> Any:
+def seeded() -> Any:
     torch.manual_seed(11)
     base = bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q", "attn.v"]}}], "train": ["classifier"]}
-    return graftc.compile(spec, base)
+    return fresh(base, {"method": "lora", "target": {"role": ["attn.q", "attn.v"]}}, train=["classifier"])
 
 
 def trainer(folder: Path, model: Any = None, cls: Any = None, rest: Any = None, **changes: Any) -> Any:
@@ -43,7 +44,7 @@ def trainer(folder: Path, model: Any = None, cls: Any = None, rest: Any = None, 
         "seed": 7,
     }
     arguments = TrainingArguments(str(folder), **{**settings, **changes})
-    kind, model = cls or Trainer, model if model is not None else compiled_of()
+    kind, model = cls or Trainer, model if model is not None else seeded()
     return kind(model=model, args=arguments, train_dataset=DATA, eval_dataset=DATA[:8], **(rest or {}))
 
 
@@ -92,7 +93,7 @@ OTHER: dict[str, dict[str, Any]] = {
 def test_the_first_loss_is_that_of_the_source_model(habit: str, plain: list[float], tmp_path: Path) -> None:
     """Adaptations change nothing before the first step."""
     ours = losses(trainer(tmp_path, **OTHER[habit]))
-    source = compiled_of().compilation.source
+    source = seeded().compilation.source
     expected = losses(trainer(tmp_path, source, **OTHER[habit]))
     assert ours[0] == pytest.approx(expected[0], rel=1e-5) and ours[0] != pytest.approx(plain[0], rel=1e-5)
 
@@ -179,14 +180,14 @@ def test_a_folder_is_what_is_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     losses(run)
     run.push_to_hub()
     assert uploaded == [tmp_path] and (tmp_path / "README.md").is_file()
-    loaded: Any = graftc.load(tmp_path, compiled_of().compilation.source)
+    loaded: Any = graftc.load(tmp_path, seeded().compilation.source)
     expected = run.model.adapter_state_dict()
     assert all(torch.equal(t, expected[n]) for n, t in loaded.adapter_state_dict().items())
 
 
 @pytest.mark.full
 def test_what_is_frozen_by_hand_stays_and_states_go_both_ways(tmp_path: Path) -> None:
-    model = compiled_of()
+    model = seeded()
     frozen = [n for n, p in model.named_parameters() if p.requires_grad and n.endswith(".A")]
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
@@ -201,8 +202,8 @@ def test_what_is_frozen_by_hand_stays_and_states_go_both_ways(tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_groups_of_an_optimiser_of_ones_own_train(tmp_path: Path) -> None:
-    model = compiled_of()
-    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    model = seeded()
+    named = trainable(model)
     still = [p for n, p in named.items() if n.endswith(".A")]
     moves = [p for n, p in named.items() if not n.endswith(".A")]
     before = {n: p.detach().clone() for n, p in named.items()}
@@ -222,7 +223,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], object]]] = {
         "GC033: the graphs were captured in torch.float32 and cannot run in torch.bfloat16",
         lambda folder: trainer(folder, bf16_full_eval=True).evaluate(),
     ),
-    "push_to_hub of the model": ("GC072: .* has no push_to_hub", lambda folder: compiled_of().push_to_hub("name")),
+    "push_to_hub of the model": ("GC072: .* has no push_to_hub", lambda folder: seeded().push_to_hub("name")),
 }
 
 
@@ -240,7 +241,7 @@ def test_deepspeed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed is not installed here, so its hook and Accelerate's record of it are imitated."""
     from accelerate.state import AcceleratorState
 
-    compiled = compiled_of()
+    compiled = seeded()
 
     def hook(*_: Any) -> None: ...
 

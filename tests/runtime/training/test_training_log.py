@@ -16,6 +16,8 @@ from graftc.runtime.training.curves import MOST_RESUMES
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
+from tests.kit.models import fresh, still
+from tests.kit.training import adamw, train
 from tests.passes.methods import spiel_models
 
 TARGET = {"role": ["attn.q", "ffn.down"]}
@@ -25,31 +27,6 @@ DYLORA = {"method": "dylora", "target": TARGET, "rank": 4}
 PRUNING = {"method": "pruning", "target": TARGET, "variant": "magnitude", "density": 0.5}
 UNIPELT: dict[str, Any] = {"method": "unipelt", "prefix": {"length": 3}, "adapter": {"reduction": 6}}
 TOTAL = 8
-
-
-def adapted(entry: Any, **others: Any) -> Any:
-    return graftc.compile({"adapt": [entry], **others}, tiny("bert"))
-
-
-def optimiser_for(compiled: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=5e-3)
-
-
-def train(compiled: Any, log: Any, steps: int, optimiser: Any = None) -> list[float]:
-    """Do steps of a plain loop with a log, and return the losses."""
-    optimiser = optimiser or optimiser_for(compiled)
-    compiled.train()
-    losses = []
-    for number in range(steps):
-        torch.manual_seed(number)
-        loss = compiled(**inputs_for(compiled, seed=number), labels=torch.arange(5) % 3).loss
-        (loss + compiled.extra_loss()).backward()
-        optimiser.step()
-        compiled.after_step()
-        optimiser.zero_grad()
-        log.step(loss=loss)
-        losses.append(loss.item())
-    return losses
 
 
 def lines_of(path: Path) -> list[Any]:
@@ -71,10 +48,10 @@ def silent_read(path: Path, **options: Any) -> list[Any]:
 @pytest.mark.full
 def test_ranks_of_sites_are_those_of_the_model_at_every_logged_step(tmp_path: Path) -> None:
     """Ranks fall from all of them to the target, and the last line is `rank_pattern` at the end."""
-    compiled = adapted(ADALORA)
+    compiled = fresh("bert", ADALORA)
     compiled.begin(TOTAL)
     log = graftc.TrainingLog(compiled, tmp_path / "log.jsonl", every=2)
-    losses = train(compiled, log, TOTAL)
+    losses = train(compiled, adamw(compiled, lr=5e-3), range(TOTAL), log=log)
     lines = lines_of(log.path)
     assert [line["step"] for line in lines] == [1, 2, 4, 6, 8]
     assert [line["loss"] for line in lines] == pytest.approx([losses[n - 1] for n in (1, 2, 4, 6, 8)], rel=1e-6)
@@ -91,9 +68,9 @@ def test_ranks_of_sites_are_those_of_the_model_at_every_logged_step(tmp_path: Pa
 @pytest.mark.full
 @pytest.mark.parametrize("entry", [SORA, DYLORA, PRUNING], ids=lambda entry: str(entry["method"]))
 def test_figures_are_those_of_the_tensors(entry: Any, tmp_path: Path) -> None:
-    compiled = adapted(entry)
+    compiled = fresh("bert", entry)
     compiled.begin(TOTAL)
-    train(compiled, graftc.TrainingLog(compiled, tmp_path / "log.jsonl"), 3)
+    train(compiled, adamw(compiled, lr=5e-3), range(3), log=graftc.TrainingLog(compiled, tmp_path / "log.jsonl"))
     (sites,) = compiled.site_figures().values()
     assert len(sites) == 4
     if entry is PRUNING:
@@ -108,7 +85,7 @@ def test_figures_are_those_of_the_tensors(entry: Any, tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_turnover_is_the_share_of_entries_that_have_been_replaced(tmp_path: Path) -> None:
-    compiled = spiel_models.adapted("AG")
+    compiled = fresh("llama", spiel_models.spiel())
     log = graftc.TrainingLog(compiled, tmp_path / "log.jsonl", every=1)
     optimiser, by_name = spiel_models.optimiser_for(compiled), spiel_models.entries_of(compiled)
     moved = {}
@@ -133,7 +110,7 @@ def test_turnover_is_the_share_of_entries_that_have_been_replaced(tmp_path: Path
 @pytest.mark.full
 def test_gates_are_their_mean_values_in_the_pass(tmp_path: Path) -> None:
     """A gate with a bias far from zero is open or closed, whatever its input; observing it changes no output."""
-    compiled = adapted(UNIPELT)
+    compiled = fresh("bert", UNIPELT)
     biases = {n: p for n, p in compiled.named_parameters() if n.endswith("gate_bias")}
     with torch.no_grad():
         for number, bias in enumerate(biases.values()):
@@ -156,7 +133,7 @@ def test_gates_are_their_mean_values_in_the_pass(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_compiled_layers_are_not_looked_into(tmp_path: Path) -> None:
     """A log must not cause recompilation: code is guarded by what observes it."""
-    compiled = adapted(UNIPELT)
+    compiled = fresh("bert", UNIPELT)
     calls: list[Any] = []
 
     def backend(module: Any, inputs: Any) -> Any:
@@ -164,9 +141,19 @@ def test_compiled_layers_are_not_looked_into(tmp_path: Path) -> None:
         return module.forward
 
     compiled.compile_layers(backend=backend)
-    train(compiled, log := graftc.TrainingLog(compiled, tmp_path / "log.jsonl", every=100), 2)
+    train(
+        compiled,
+        adamw(compiled, lr=5e-3),
+        range(2),
+        log=(log := graftc.TrainingLog(compiled, tmp_path / "log.jsonl", every=100)),
+    )
     before = len(calls)
-    train(compiled, graftc.TrainingLog(compiled, tmp_path / "other.jsonl", every=1), 2)
+    train(
+        compiled,
+        adamw(compiled, lr=5e-3),
+        range(2),
+        log=graftc.TrainingLog(compiled, tmp_path / "other.jsonl", every=1),
+    )
     assert before and len(calls) == before
     assert all(line["figures"] == {} for line in lines_of(log.path))
 
@@ -176,7 +163,7 @@ def test_gates_of_a_composition(tmp_path: Path) -> None:
     parts = [{"method": "lora", "name": name, "target": TARGET, "rank": 2} for name in ("one", "two")]
     compiled = graftc.compile({"adapt": parts, "compose": [{"gate": ["one", "two"]}]}, tiny("bert"))
     log = graftc.TrainingLog(compiled, tmp_path / "log.jsonl")
-    train(compiled, log, 1)
+    train(compiled, adamw(compiled, lr=5e-3), range(1), log=log)
     (line,) = lines_of(log.path)
     assert {name: len(sites) for name, sites in line["figures"].items()} == {"one": 4, "two": 4}
     assert all(0 < f["gate"] < 1 for sites in line["figures"].values() for f in sites.values())
@@ -184,9 +171,9 @@ def test_gates_of_a_composition(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_routes_are_numbers_of_experts(tmp_path: Path) -> None:
-    compiled = adapted({"method": "adamix_lora", "target": TARGET, "rank": 2, "experts": 3, "share": "none"})
+    compiled = fresh("bert", {"method": "adamix_lora", "target": TARGET, "rank": 2, "experts": 3, "share": "none"})
     log = graftc.TrainingLog(compiled, tmp_path / "log.jsonl", every=1)
-    train(compiled, log, 12)
+    train(compiled, adamw(compiled, lr=5e-3), range(12), log=log)
     curves = [c for c in silent_read(log.path) if c["group"].startswith("adamix_lora: ")]
     assert {c["group"] for c in curves} == {"adamix_lora: A_route", "adamix_lora: B_route"} and len(curves) == 8
     assert {v for c in curves for v in c["values"]} == {0, 1, 2}
@@ -195,10 +182,10 @@ def test_routes_are_numbers_of_experts(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_steps_between_lines_cost_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No figure is computed, no value is read, and forward passes are not observed."""
-    compiled = adapted(ADALORA)
+    compiled = fresh("bert", ADALORA)
     compiled.begin(TOTAL)
     log = graftc.TrainingLog(compiled, tmp_path / "log.jsonl", every=4)
-    train(compiled, log, 1)
+    train(compiled, adamw(compiled, lr=5e-3), range(1), log=log)
     monkeypatch.setattr(Controller, "figures", None)
     assert not watched(compiled)
     assert not log.step(loss=object()) and not log.step(loss=object())
@@ -209,13 +196,13 @@ def test_steps_between_lines_cost_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 def test_a_log_is_continued_after_a_line_that_was_cut_off(tmp_path: Path) -> None:
-    compiled, path = adapted(SORA), tmp_path / "deep" / "log.jsonl"
-    train(compiled, graftc.TrainingLog(compiled, path, every=2), 4)
+    compiled, path = fresh("bert", SORA), tmp_path / "deep" / "log.jsonl"
+    train(compiled, adamw(compiled, lr=5e-3), range(4), log=graftc.TrainingLog(compiled, path, every=2))
     whole = path.read_bytes()
     path.write_bytes(whole[:-15])
     assert next(c["steps"][-1] for c in silent_read(path)) == 2
     log = graftc.TrainingLog(compiled, path, every=2)
-    train(compiled, log, 2)
+    train(compiled, adamw(compiled, lr=5e-3), range(2), log=log)
     with pytest.warns(GraftWarning, match="GC124"):
         curves = graftc.read_log(path)
     assert curves[0]["name"] == "loss" and curves[0]["steps"] == [1, 2, 3, 4]
@@ -302,7 +289,7 @@ def test_what_is_no_log_is_an_error(content: bytes | None, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_arguments_and_places_are_checked(tmp_path: Path) -> None:
-    compiled = adapted(DYLORA)
+    compiled = fresh("bert", DYLORA)
     compiled.save(tmp_path / "artifact", certify=False)
     for inside in (tmp_path / "artifact" / "log.jsonl", tmp_path / "artifact" / "deep" / "log.jsonl"):
         with pytest.raises(GraftError, match="GC063"):
@@ -332,11 +319,10 @@ def test_the_trainer_logs_and_its_own_state_is_read(tmp_path: Path) -> None:
     """What the Trainer logs is in both files, ranks only in the log; a log does not change the training."""
     from transformers import IntervalStrategy
 
-    from tests.runtime.training.test_steering_trainer import adapted as for_trainer
     from tests.runtime.training.test_steering_trainer import trainer
 
     def run(folder: Path, logged: bool) -> Any:
-        compiled = for_trainer(ADALORA)
+        compiled = fresh(still("bert"), ADALORA, seed=0)
         work = trainer(folder, compiled, logging_steps=2)
         work.eval_dataset = work.train_dataset
         work.args.eval_strategy = IntervalStrategy.EPOCH

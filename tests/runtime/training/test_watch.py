@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,13 +15,12 @@ from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.specs.registry import method_specs
 from graftc.testing.compare import flat, inputs_for
 from graftc.testing.families import tiny
+from tests.kit.comparing import trainable
+from tests.kit.models import fresh
+from tests.kit.refusals import no_warning
+from tests.kit.training import adamw
 
 LORA = {"name": "low", "method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}
-
-
-def adapted(*entries: dict[str, Any], dtype: torch.dtype = torch.float32, **spec: Any) -> Any:
-    """An adapted tiny GPT-2 in train mode."""
-    return graftc.compile({"adapt": list(entries or (LORA,)), **spec}, tiny("gpt2", dtype=dtype)).train()
 
 
 def loss_of(compiled: Any) -> Tensor:
@@ -37,14 +35,6 @@ def train(compiled: Any, optimizer: Any, steps: int = 3, loss: Callable[[Any], T
         optimizer.step()
         compiled.after_step()
         optimizer.zero_grad()
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Turn warnings of graftc into errors while the block runs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", GraftWarning)
-        yield
 
 
 def example(method: str) -> Any:
@@ -69,26 +59,26 @@ def test_no_method_alarms(method: str) -> None:
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
     check = graftc.optim.watch(compiled, optimizer)
     assert check.watched == sum(p.requires_grad for p in compiled.parameters()) > 0
-    with silence():
+    with no_warning():
         train(compiled, optimizer)
     assert check.done and not check.findings
 
 
 @pytest.mark.slow
 def test_a_tensor_is_in_no_optimiser() -> None:
-    compiled = adapted(train=["transformer.ln_f"])
+    compiled = fresh("gpt2", LORA, train=["transformer.ln_f"]).train()
     optimizer = torch.optim.SGD([p for n, p in compiled.named_parameters() if p.requires_grad and "ln_f" not in n])
     check = graftc.optim.watch(compiled, optimizer)
     with pytest.warns(GraftWarning, match="GC059: 2 of 10 tensors") as caught:
         train(compiled, optimizer, 1)
     assert "param_groups" in str(caught[0].message) and not check.done
     assert all("ln_f" in name and "in no optimiser" in text for name, text in check.findings.items())
-    with silence():  # each is named once
+    with no_warning():  # each is named once
         train(compiled, optimizer)
     assert len(check.findings) == 2 and check.done
     other = torch.optim.SGD([p for n, p in compiled.named_parameters() if "ln_f.graftc" in n])
     check = graftc.optim.watch(compiled, optimizer, other)
-    with silence():
+    with no_warning():
         for _ in range(3):
             loss_of(compiled).backward()
             optimizer.step()
@@ -99,7 +89,9 @@ def test_a_tensor_is_in_no_optimiser() -> None:
 @pytest.mark.slow
 def test_the_loss_depends_on_nothing() -> None:
     """If inputs of recomputed layers require no gradient, training continues in this way, and nothing is learnt."""
-    compiled = adapted({**LORA, "target": {"role": "attn.q", "layers": 0}}, {**LORA, "name": "high", "method": "dora"})
+    compiled = fresh(
+        "gpt2", {**LORA, "target": {"role": "attn.q", "layers": 0}}, {**LORA, "name": "high", "method": "dora"}
+    ).train()
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
 
     def cut(compiled: Any) -> Tensor:
@@ -115,10 +107,10 @@ def test_the_loss_depends_on_nothing() -> None:
 @pytest.mark.slow
 def test_zeros_are_told_after_the_last_step() -> None:
     """A gradient of zeros may be normal at the start, but not in every step."""
-    compiled = adapted()
+    compiled = fresh("gpt2", LORA).train()
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
     check = graftc.optim.watch(compiled, optimizer)
-    with silence():
+    with no_warning():
         train(compiled, optimizer, 2, lambda c: 0 * loss_of(c))
     with pytest.warns(GraftWarning, match=r"(?s)GC059: 8 of 8.*zeros only"):
         train(compiled, optimizer, 1, lambda c: 0 * loss_of(c))
@@ -128,7 +120,7 @@ def test_zeros_are_told_after_the_last_step() -> None:
 @pytest.mark.slow
 def test_a_rate_of_zero() -> None:
     """A rate of zero is reported at once if nothing schedules it; a schedule may warm up, but not forever."""
-    compiled = adapted()
+    compiled = fresh("gpt2", LORA).train()
     still = torch.optim.AdamW(graftc.optim.param_groups(compiled, 0.0))
     graftc.optim.watch(compiled, still)
     with pytest.warns(GraftWarning, match=r"(?s)GC059.*learning rate of 0"):
@@ -148,7 +140,7 @@ def test_a_rate_of_zero() -> None:
 @pytest.mark.slow
 def test_zeros_that_follow_from_a_rate_of_zero_are_no_finding_of_their_own() -> None:
     """LoRA's A has gradients of zeros as long as B does not move."""
-    compiled = adapted()
+    compiled = fresh("gpt2", LORA).train()
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 0.0))
     check = graftc.optim.watch(compiled, optimizer)
     with pytest.warns(GraftWarning, match="learning rate of 0") as caught:
@@ -160,8 +152,8 @@ def test_zeros_that_follow_from_a_rate_of_zero_are_no_finding_of_their_own() -> 
 def test_steps_that_are_rounded_away() -> None:
     """In bfloat16 a step of 1e-5 moves few entries of A; in float32 it moves all of them."""
     for dtype in (torch.bfloat16, torch.float32):
-        compiled = adapted()
-        factors = {n: p for n, p in compiled.named_parameters() if p.requires_grad}
+        compiled = fresh("gpt2", LORA).train()
+        factors = trainable(compiled)
         with torch.no_grad():
             for p in factors.values():
                 p.data = p.data.uniform_(0.5, 1).to(dtype)
@@ -179,7 +171,7 @@ def test_steps_that_are_rounded_away() -> None:
 @pytest.mark.slow
 def test_what_is_frozen_later_and_what_is_held() -> None:
     """A tensor frozen by hand is reported, and so is one that is reset after each step."""
-    compiled = adapted()
+    compiled = fresh("gpt2", LORA).train()
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
     frozen, reset = [(n, p) for n, p in compiled.named_parameters() if n.endswith(".B")][:2]
     optimizer.register_step_post_hook(lambda *_: reset[1].data.zero_())
@@ -198,11 +190,11 @@ def test_what_is_frozen_later_and_what_is_held() -> None:
 def test_slots_that_no_call_chooses() -> None:
     """In a bank, only the chosen slot has a gradient, and the others are not reported."""
     two = [{**LORA, "name": name, "target": {"role": "attn.q"}} for name in ("one", "two")]
-    compiled = adapted(*two, compose={"bank": ["one", "two"], "name": "tasks"})
+    compiled = fresh("gpt2", *two, compose={"bank": ["one", "two"], "name": "tasks"}).train()
     compiled.activate("two")
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
     check = graftc.optim.watch(compiled, optimizer)
-    with silence():
+    with no_warning():
         train(compiled, optimizer)
     assert check.done and not check.findings
 
@@ -212,7 +204,7 @@ def test_in_the_trainer(tmp_path: Any) -> None:
     """`compiled.callback()` watches the training, with accelerate's wrapper around the optimiser."""
     from transformers import Trainer, TrainingArguments
 
-    compiled = adapted()
+    compiled = fresh("gpt2", LORA).train()
     data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
     settings = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], use_cpu=True, save_strategy="no")
     some = [p for n, p in compiled.named_parameters() if p.requires_grad and n.endswith(".B")]
@@ -231,7 +223,7 @@ def test_in_the_trainer(tmp_path: Any) -> None:
 
 @pytest.mark.slow
 def test_wrong_arguments() -> None:
-    compiled = adapted()
+    compiled = fresh("gpt2", LORA).train()
     optimizer = torch.optim.SGD(compiled.parameters(), lr=1e-3)
     for arguments, options in (((), {}), ((3,), {}), ((optimizer,), {"steps": 0})):
         with pytest.raises(GraftError, match="GC073"):
@@ -242,7 +234,7 @@ def test_wrong_arguments() -> None:
 @pytest.mark.parametrize("by_name", [False, True])
 def test_closures(by_name: bool) -> None:
     """Gradients exist once the closure was called: all that moves is seen, and nothing is reported."""
-    compiled = adapted()
+    compiled = fresh("gpt2", LORA).train()
     for make in (torch.optim.AdamW, torch.optim.LBFGS):
         optimizer = make([p for p in compiled.parameters() if p.requires_grad], lr=1e-3)
         check = graftc.optim.watch(compiled, optimizer)
@@ -253,12 +245,12 @@ def test_closures(by_name: bool) -> None:
             loss.backward()
             return loss
 
-        with silence():
+        with no_warning():
             for _ in range(3):
                 loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
                 assert isinstance(loss, Tensor)
         assert check.done and not check.findings
-    stuck = torch.optim.AdamW([p for p in compiled.parameters() if p.requires_grad], lr=0.0)
+    stuck = adamw(compiled, lr=0.0)
     check = graftc.optim.watch(compiled, stuck)
     with pytest.warns(GraftWarning, match="GC059"):
         stuck.step(lambda: closure(stuck))
@@ -266,10 +258,10 @@ def test_closures(by_name: bool) -> None:
 
 @pytest.mark.full
 def test_an_adaptation_that_is_removed_meanwhile() -> None:
-    compiled = adapted(LORA, {**LORA, "name": "other"})
+    compiled = fresh("gpt2", LORA, {**LORA, "name": "other"}).train()
     optimizer = torch.optim.AdamW(graftc.optim.param_groups(compiled, 1e-3))
     check = graftc.optim.watch(compiled, optimizer)
-    with silence():
+    with no_warning():
         train(compiled, optimizer, 1)
         compiled.remove("other")
         train(compiled, optimizer, 2)

@@ -15,9 +15,10 @@ from graftc.cli import main
 from graftc.runtime.artifact import open_artifact
 from graftc.testing.families import HIDDEN, tiny
 from tests.cli.support import run_here
-from tests.kit.installed_passes import installing
+from tests.kit.places import EXAMPLES
+from tests.kit.plugins import installing
 
-PLUGIN = Path(__file__).parents[3] / "examples" / "plugin_pass"
+PLUGIN = EXAMPLES / "plugin_pass"
 SPEC: dict[str, Any] = {
     "adapt": [
         {"method": "lora", "name": "low", "rank": 2, "dropout": 0.1, "target": {"role": ["attn.q", "attn.v"]}},

@@ -9,19 +9,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-import graftc
 from graftc.runtime.view import pictures
 from graftc.runtime.view.pictures import LARGEST
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing.families import tiny
 from tests.cli.support import run_here
+from tests.kit.models import fresh
 
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
-    return graftc.compile(SPEC, tiny("llama"))
+def llama() -> Any:
+    return fresh("llama", **SPEC)
 
 
 def texts(svg: str) -> list[str]:
@@ -29,8 +28,8 @@ def texts(svg: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_picture_shows_what_was_inserted(compiled: Any) -> None:
-    view = compiled.view()
+def test_a_picture_shows_what_was_inserted(llama: Any) -> None:
+    view = llama.view()
     before, after, both = (" ".join(texts(view.svg(shown=shown))) for shown in ("before", "after", "diff"))
     assert "q_proj" in before or "attn" in before
     assert "lora" in after and "lora" in both and "lora" not in before
@@ -40,25 +39,25 @@ def test_a_picture_shows_what_was_inserted(compiled: Any) -> None:
 
 
 @pytest.mark.full
-def test_a_png_is_the_picture(compiled: Any) -> None:
-    png = compiled.view().png()
+def test_a_png_is_the_picture(llama: Any) -> None:
+    png = llama.view().png()
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     assert width > 100 and height > 100 and width * height <= LARGEST * 1.1
-    without = re.sub(r"<text.*?</text>", "", compiled.view().svg(), flags=re.DOTALL)
+    without = re.sub(r"<text.*?</text>", "", llama.view().svg(), flags=re.DOTALL)
     assert pictures.png(without) != png  # the picture contains the text
 
 
 @pytest.mark.slow
-def test_no_fonts_are_said(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_fonts_are_said(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "_has_fonts", lambda: False)
     with pytest.raises(GraftError, match="GC061: PNG files need a font"):
-        compiled.view().png()
+        llama.view().png()
 
 
 @pytest.mark.full
-def test_files_are_whole_or_not_there(compiled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    view = compiled.view()
+def test_files_are_whole_or_not_there(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = llama.view()
     for name in ("a.html", "a.svg", "a.png"):
         assert view.save(tmp_path / name).stat().st_size > 1000
         with pytest.raises(GraftError, match="GC063"):
@@ -68,13 +67,13 @@ def test_files_are_whole_or_not_there(compiled: Any, tmp_path: Path, monkeypatch
         view.save(tmp_path / "a.pdf")
     monkeypatch.setitem(__import__("sys").modules, "quickjs", None)
     with pytest.raises(GraftError, match=r"GC061(.|\n)*graftc\[view\]"):
-        compiled.view().save(tmp_path / "b.svg")
+        llama.view().save(tmp_path / "b.svg")
     assert not (tmp_path / "b.svg").exists()
 
 
 @pytest.mark.full
-def test_the_command_writes_them(compiled: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = compiled.save(tmp_path / "artifact", certify=False)
+def test_the_command_writes_them(llama: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = llama.save(tmp_path / "artifact", certify=False)
     files = {kind: tmp_path / f"x.{kind}" for kind in ("html", "svg", "png", "dot", "graphml")}
     options = [text for kind, path in files.items() for text in (f"--{kind}", str(path))]
     outcome = run_here(capsys, "inspect", str(folder), *options)

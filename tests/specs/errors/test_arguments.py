@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
+from tests.kit.refusals import refused
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": ["0"]}}]}
 INPUTS = (torch.ones(4, 6),)
@@ -24,42 +24,35 @@ def model() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def compiled(model: nn.Module) -> Any:
+def adapted_model(model: nn.Module) -> Any:
     return graftc.compile(SPEC, model, INPUTS)
 
 
 @pytest.fixture(scope="module")
-def artifact(compiled: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(compiled.save(tmp_path_factory.mktemp("arguments") / "artifact"))
-
-
-def refused(call: Callable[[], Any]) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        call()
-    assert caught.value.code == "GC073" and caught.value.hint
-    return caught.value
+def artifact(adapted_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(adapted_model.save(tmp_path_factory.mktemp("arguments") / "artifact"))
 
 
 @pytest.mark.parametrize("path", NO_PATH, ids=repr)
-def test_paths(path: Any, compiled: Any, model: nn.Module) -> None:
-    merged = compiled.merge(allow_unchanged=True)
-    for call in (compiled.save, compiled.export, merged.save, merged.export, lambda p: graftc.load(p, model)):
-        refused(lambda call=call: call(path))  # type: ignore[misc]
+def test_paths(path: Any, adapted_model: Any, model: nn.Module) -> None:
+    merged = adapted_model.merge(allow_unchanged=True)
+    for call in (adapted_model.save, adapted_model.export, merged.save, merged.export, lambda p: graftc.load(p, model)):
+        refused(call, path, code="GC073")
 
 
 @pytest.mark.parametrize("base", [5, {"a": 1}, nn.Linear, torch.ones(2), ["a"]], ids=str)
 def test_bases(base: Any, artifact: Path) -> None:
-    refused(lambda: graftc.load(artifact, base))
-    refused(lambda: graftc.compile(SPEC, base, INPUTS))
+    refused(graftc.load, artifact, base, code="GC073")
+    refused(graftc.compile, SPEC, base, INPUTS, code="GC073")
 
 
-def test_a_compiled_model_is_no_base(artifact: Path, compiled: Any) -> None:
-    refused(lambda: graftc.load(artifact, compiled))
+def test_a_compiled_model_is_no_base(artifact: Path, adapted_model: Any) -> None:
+    refused(graftc.load, artifact, adapted_model, code="GC073")
 
 
 @pytest.mark.parametrize("seed", ["1", 1.0, True, 2**64, -(2**63) - 1, torch.tensor(1)], ids=repr)
 def test_seeds(seed: Any, model: nn.Module) -> None:
-    refused(lambda: graftc.compile(SPEC, model, INPUTS, seed=seed))
+    refused(graftc.compile, SPEC, model, INPUTS, seed=seed, code="GC073")
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**64 - 1])
@@ -73,11 +66,11 @@ NO_INPUTS = {"number": 5, "text": "x", "numbered": {1: torch.ones(2)}, "iterator
 
 
 @pytest.mark.parametrize("inputs", NO_INPUTS.values(), ids=NO_INPUTS)
-def test_example_inputs(inputs: Any, model: nn.Module, compiled: Any, tmp_path: Path) -> None:
+def test_example_inputs(inputs: Any, model: nn.Module, adapted_model: Any, tmp_path: Path) -> None:
     for call in (graftc.compile, graftc.check):
-        refused(lambda call=call: call(SPEC, model, inputs))  # type: ignore[misc]
-    refused(lambda: graftc.roles(model, inputs))
-    refused(lambda: compiled.export(tmp_path / "model.pt2", "pt2", inputs))
+        refused(call, SPEC, model, inputs, code="GC073")
+    refused(graftc.roles, model, inputs, code="GC073")
+    refused(adapted_model.export, tmp_path / "model.pt2", "pt2", inputs, code="GC073")
 
 
 def test_one_tensor_is_the_only_input(model: nn.Module) -> None:
@@ -87,8 +80,8 @@ def test_one_tensor_is_the_only_input(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("how", ["none", "number", "number for a tensor", "list", "number for a name", "text"])
-def test_adapter_tensors(how: str, compiled: Any) -> None:
-    own = compiled.adapter_state_dict()
+def test_adapter_tensors(how: str, adapted_model: Any) -> None:
+    own = adapted_model.adapter_state_dict()
     name = next(iter(own))
     given: dict[str, Any] = {
         "none": None,
@@ -99,29 +92,29 @@ def test_adapter_tensors(how: str, compiled: Any) -> None:
         "text": {**own, name: "tensor"},
     }
     before = {n: t.clone() for n, t in own.items()}
-    refused(lambda: compiled.load_adapter_state_dict(given[how]))
-    assert all(torch.equal(t, before[n]) for n, t in compiled.adapter_state_dict().items())
+    refused(adapted_model.load_adapter_state_dict, given[how], code="GC073")
+    assert all(torch.equal(t, before[n]) for n, t in adapted_model.adapter_state_dict().items())
 
 
 @pytest.mark.parametrize("value", [None, 1, "tensor", [1.0]], ids=repr)
-def test_base_tensors_of_a_state_dict(value: Any, compiled: Any) -> None:
-    refused(lambda: compiled.load_state_dict({**compiled.state_dict(), "0.weight": value}))
+def test_base_tensors_of_a_state_dict(value: Any, adapted_model: Any) -> None:
+    refused(adapted_model.load_state_dict, {**adapted_model.state_dict(), "0.weight": value}, code="GC073")
 
 
 @pytest.mark.parametrize("other", [5, None, nn.Linear(2, 2), "model"], ids=repr)
-def test_joined(other: Any, compiled: Any) -> None:
-    refused(lambda: compiled.joined(other))
+def test_joined(other: Any, adapted_model: Any) -> None:
+    refused(adapted_model.joined, other, code="GC073")
 
 
 @pytest.mark.parametrize("names", [5, None, "lora", {"lora"}], ids=repr)
-def test_combined(names: Any, compiled: Any) -> None:
-    refused(lambda: compiled.combine(names))
+def test_combined(names: Any, adapted_model: Any) -> None:
+    refused(adapted_model.combine, names, code="GC073")
 
 
 @pytest.mark.parametrize("budget", [float("inf"), float("nan"), -1, -1e-9, True, "1", [1.0]], ids=repr)
-def test_budgets(budget: Any, compiled: Any) -> None:
-    refused(lambda: compiled.merge(budget=budget))
-    refused(lambda: compiled.merge_partially(budget))
+def test_budgets(budget: Any, adapted_model: Any) -> None:
+    refused(adapted_model.merge, budget=budget, code="GC073")
+    refused(adapted_model.merge_partially, budget, code="GC073")
 
 
 class Keyword(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 
 import graftc
 from graftc.specs.errors.calls import public
-from graftc.specs.errors.diagnostics import GraftError
+from tests.kit.refusals import refused
 
 MODEL = nn.Sequential(nn.Linear(3, 3))
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "0"}}]}
@@ -24,27 +24,20 @@ def required(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
 
 
-def refused(call: Callable[[], Any]) -> GraftError:
-    with pytest.raises(GraftError) as caught:
-        call()
-    assert caught.value.code == "GC073" and caught.value.hint
-    return caught.value
-
-
 @pytest.mark.parametrize("name", [name for name in NAMES if required(getattr(graftc, name))])
 def test_every_public_function_says_what_it_needs(name: str) -> None:
     function = getattr(graftc, name)
     words = required(function)
-    error = refused(function)
+    error = refused(function, code="GC073")
     assert error.message.startswith(f"graftc.{name} needs ") and all(word in error.message for word in words)
     assert error.hint == f"call graftc.{name}({', '.join(words)})"
     if len(words) > 1:
-        error = refused(lambda: function(None))
+        error = refused(function, None, code="GC073")
         assert words[0] not in error.message and words[-1] in error.message
 
 
 def test_a_config_alone() -> None:
-    error = refused(lambda: graftc.compile(SPEC))  # type: ignore[call-arg]
+    error = refused(graftc.compile, SPEC, code="GC073")
     assert error.message == "graftc.compile needs model" and error.hint == "call graftc.compile(spec, model)"
 
 
@@ -75,7 +68,7 @@ CALLS: dict[str, tuple[Callable[[], Any], str, str]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_arguments_that_do_not_fit(name: str) -> None:
     call, message, hint = CALLS[name]
-    error = refused(call)
+    error = refused(call, code="GC073")
     assert error.message == message and error.hint == hint
 
 
@@ -88,7 +81,7 @@ def test_a_fault_inside_of_a_function_stays_its_own() -> None:
     with pytest.raises(TypeError, match="len"):
         example(1)
     assert example.__doc__ == "Says it." and list(inspect.signature(example).parameters) == ["number", "name"]
-    assert refused(lambda: example()).message == "graftc.example needs number"  # type: ignore[call-arg]
+    assert refused(example, code="GC073").message == "graftc.example needs number"
 
 
 class Trainer:
@@ -97,7 +90,7 @@ class Trainer:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
+def adapted_model() -> Any:
     return graftc.compile(SPEC, MODEL, (torch.ones(4, 3),))
 
 
@@ -123,11 +116,11 @@ TRAINERS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", TRAINERS)
-def test_trainers(name: str, compiled: Any) -> None:
+def test_trainers(name: str, adapted_model: Any) -> None:
     call, message, hint = TRAINERS[name]
-    error = refused(lambda: call(compiled))
+    error = refused(call, adapted_model, code="GC073")
     assert error.message == message and error.hint == hint
 
 
-def test_a_trainer_that_has_no_reference(compiled: Any) -> None:
-    assert isinstance(compiled.trainer(Trainer), Trainer)
+def test_a_trainer_that_has_no_reference(adapted_model: Any) -> None:
+    assert isinstance(adapted_model.trainer(Trainer), Trainer)

@@ -13,6 +13,7 @@ from torch import nn
 import graftc
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import tiny
+from tests.kit.refusals import refused
 from tests.runtime.interop.trl_runs import tokenizer
 
 MODEL = nn.Linear(3, 3)
@@ -39,18 +40,17 @@ FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def refused(function: str, spec: Any, model: Any) -> str:
-    with pytest.raises(GraftError) as caught:
-        FUNCTIONS[function](spec, model)
-    assert caught.value.code == "GC073" and f"graftc.{function}(spec, model" in caught.value.hint
-    return caught.value.message
+def message_of(function: str, spec: Any, model: Any) -> str:
+    error = refused(FUNCTIONS[function], spec, model, code="GC073")
+    assert f"graftc.{function}(spec, model" in error.hint
+    return error.message
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", SPECS)
 def test_swapped(name: str, function: str) -> None:
     what = name.partition(",")[0]
-    message = refused(function, MODEL, SPECS[name]())
+    message = message_of(function, MODEL, SPECS[name]())
     assert message == f"a model stands where the spec goes: a Linear, and {what} where the model goes"
 
 
@@ -58,19 +58,19 @@ def test_swapped(name: str, function: str) -> None:
 @pytest.mark.parametrize("name", WRONG)
 def test_another_thing_in_the_place_of_the_spec(name: str, function: str) -> None:
     what = name.partition(",")[0]
-    assert refused(function, WRONG[name](), MODEL).startswith(f"{what} stands where the spec goes")
+    assert message_of(function, WRONG[name](), MODEL).startswith(f"{what} stands where the spec goes")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", [*WRONG, *SPECS])
 def test_another_thing_in_the_place_of_the_model(name: str, function: str) -> None:
     what = name.partition(",")[0]
-    assert refused(function, SPEC, {**WRONG, **SPECS}[name]()).startswith(f"{what} stands where the model goes")
+    assert message_of(function, SPEC, {**WRONG, **SPECS}[name]()).startswith(f"{what} stands where the model goes")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_two_models(function: str) -> None:
-    assert refused(function, MODEL, MODEL) == "a model stands where the spec goes: a Linear"
+    assert message_of(function, MODEL, MODEL) == "a model stands where the spec goes: a Linear"
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

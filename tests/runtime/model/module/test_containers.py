@@ -53,7 +53,7 @@ def both() -> tuple[nn.Module, Any]:
 
 
 @pytest.fixture
-def compiled(both: tuple[nn.Module, Any]) -> Any:
+def adapted_model(both: tuple[nn.Module, Any]) -> Any:
     return copy.deepcopy(both[1]).train()
 
 
@@ -94,23 +94,23 @@ EDITS: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_the_tree_cannot_be_another_than_the_graphs(compiled: Any, edit: str) -> None:
+def test_the_tree_cannot_be_another_than_the_graphs(adapted_model: Any, edit: str) -> None:
     """An edit of the module tree raises GC043, and the model still computes the same."""
     x = torch.randn(3, 4)
-    before = compiled.eval()(x)
+    before = adapted_model.eval()(x)
     with pytest.raises(GraftError) as caught:
-        EDITS[edit](compiled)
-    assert caught.value.code == "GC043" and torch.equal(compiled(x), before)
+        EDITS[edit](adapted_model)
+    assert caught.value.code == "GC043" and torch.equal(adapted_model(x), before)
 
 
-def test_what_stays_the_same_may_be_set(compiled: Any) -> None:
+def test_what_stays_the_same_may_be_set(adapted_model: Any) -> None:
     """The same module, a tensor of the same kind and a module under a new name may be set."""
     x = torch.randn(3, 4)
-    before = compiled.eval()(x)
-    compiled.heads["a"].bias = nn.Parameter(compiled.heads["a"].bias.detach().clone(), requires_grad=False)
-    compiled.layers[0].norm = compiled.layers[0].norm
-    compiled.metric = nn.Identity()
-    assert torch.equal(compiled(x), before)
+    before = adapted_model.eval()(x)
+    adapted_model.heads["a"].bias = nn.Parameter(adapted_model.heads["a"].bias.detach().clone(), requires_grad=False)
+    adapted_model.layers[0].norm = adapted_model.layers[0].norm
+    adapted_model.metric = nn.Identity()
+    assert torch.equal(adapted_model(x), before)
 
 
 def frozen_norms(module: nn.Module) -> None:
@@ -130,23 +130,25 @@ MODES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", MODES)
-def test_modes_of_submodules_are_those_of_the_graph(both: tuple[nn.Module, Any], compiled: Any, change: str) -> None:
+def test_modes_of_submodules_are_those_of_the_graph(
+    both: tuple[nn.Module, Any], adapted_model: Any, change: str
+) -> None:
     twin = copy.deepcopy(both[0]).train()
-    for module in (twin, compiled):
+    for module in (twin, adapted_model):
         MODES[change](module)
     inputs = torch.randn(6, 4)
     for _ in range(2):
         torch.manual_seed(3)
         expected = twin(inputs)
         torch.manual_seed(3)
-        torch.testing.assert_close(compiled(inputs), expected)
+        torch.testing.assert_close(adapted_model(inputs), expected)
     for name, buffer in twin.named_buffers():
-        torch.testing.assert_close(compiled.get_buffer(name), buffer)
-    flags = [module.training for module in compiled.modules()]
-    compiled.merge(allow_unchanged=True)
-    assert [module.training for module in compiled.modules()] == flags
-    with compiled.disabled():
-        assert compiled(inputs).shape == expected.shape
+        torch.testing.assert_close(adapted_model.get_buffer(name), buffer)
+    flags = [module.training for module in adapted_model.modules()]
+    adapted_model.merge(allow_unchanged=True)
+    assert [module.training for module in adapted_model.modules()] == flags
+    with adapted_model.disabled():
+        assert adapted_model(inputs).shape == expected.shape
 
 
 @pytest.mark.slow
@@ -167,34 +169,34 @@ HOOKS = ("register_full_backward_hook", "register_full_backward_pre_hook")
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("path", ["tail", "layers.1.drop", "layers.0.linear", "heads.a", "layers"])
-def test_a_hook_that_never_fires_is_refused(compiled: Any, path: str, hook: str) -> None:
+def test_a_hook_that_never_fires_is_refused(adapted_model: Any, path: str, hook: str) -> None:
     with pytest.raises(GraftError, match="GC043"):
-        getattr(compiled.get_submodule(path), hook)(lambda *_: None)
+        getattr(adapted_model.get_submodule(path), hook)(lambda *_: None)
 
 
-def test_hooks_of_layers_and_of_the_model_fire(compiled: Any) -> None:
+def test_hooks_of_layers_and_of_the_model_fire(adapted_model: Any) -> None:
     seen: list[str] = []
-    compiled.layers[0].register_forward_hook(lambda *_: seen.append("layer"))
-    compiled.register_forward_hook(lambda *_: seen.append("model"))
-    compiled(torch.randn(2, 4))
+    adapted_model.layers[0].register_forward_hook(lambda *_: seen.append("layer"))
+    adapted_model.register_forward_hook(lambda *_: seen.append("model"))
+    adapted_model(torch.randn(2, 4))
     assert seen == ["layer", "model"]
 
 
 @pytest.mark.parametrize("path", ["tail", "layers.0", "heads.a", "layers.1.norm"])
-def test_a_part_cannot_be_called(compiled: Any, path: str) -> None:
+def test_a_part_cannot_be_called(adapted_model: Any, path: str) -> None:
     with pytest.raises(GraftError, match="GC043"):
-        compiled.get_submodule(path)(torch.randn(2, 4))
+        adapted_model.get_submodule(path)(torch.randn(2, 4))
 
 
 @pytest.mark.parametrize(
     "path, name", [("", "scale"), ("layers.0", "scale"), ("tail.1", "p"), ("layers.1.norm", "eps")]
 )
-def test_setting_a_constant_is_warned_of(compiled: Any, path: str, name: str) -> None:
+def test_setting_a_constant_is_warned_of(adapted_model: Any, path: str, name: str) -> None:
     with pytest.warns(GraftWarning, match=f"GC048.*{name}"):
-        setattr(compiled.get_submodule(path), name, 0.25)
+        setattr(adapted_model.get_submodule(path), name, 0.25)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        compiled.note_of_my_own = 3.0
+        adapted_model.note_of_my_own = 3.0
 
 
 UNFREEZE: dict[str, Callable[[Any], Any]] = {
@@ -222,9 +224,9 @@ def test_unfrozen_base_tensors_are_refused(both: tuple[nn.Module, Any], way: str
     compiled(torch.randn(4, 4)).sum().backward()
 
 
-def test_looking_for_unfrozen_tensors_costs_little(compiled: Any) -> None:
-    runner, inputs = compiled._graftc, torch.randn(64, 4)
-    compiled(inputs)
+def test_looking_for_unfrozen_tensors_costs_little(adapted_model: Any) -> None:
+    runner, inputs = adapted_model._graftc, torch.randn(64, 4)
+    adapted_model(inputs)
     started = time.perf_counter()
     for _ in range(100):
         runner._check_frozen()

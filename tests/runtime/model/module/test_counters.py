@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import graftc
 from graftc.testing.families import tiny
+from tests.kit.models import fresh
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
 
@@ -21,8 +22,8 @@ IDS = torch.randint(5, 50, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module", params=["llama", "bert", "gpt2"])
-def compiled(request: pytest.FixtureRequest) -> Any:
-    return graftc.compile({"adapt": [LORA]}, tiny(request.param)).eval()
+def adapted_model(request: pytest.FixtureRequest) -> Any:
+    return fresh(request.param, LORA)
 
 
 def counted_by_modules(model: nn.Module, kinds: dict[type, Any]) -> float:
@@ -52,25 +53,25 @@ def linear(module: nn.Linear, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 @pytest.mark.sample("llama")
-def test_a_count_by_modules_is_warned_of(compiled: Any) -> None:
-    tensors = list(compiled.state_dict())
-    assert counted_by_modules(copy.deepcopy(compiled.compilation.model), {nn.Linear: linear}) > 0
+def test_a_count_by_modules_is_warned_of(adapted_model: Any) -> None:
+    tensors = list(adapted_model.state_dict())
+    assert counted_by_modules(copy.deepcopy(adapted_model.compilation.model), {nn.Linear: linear}) > 0
     with pytest.warns(graftc.GraftWarning, match="total_ops of .* FlopCounterMode|GC076"):
-        count = counted_by_modules(compiled, {nn.Linear: linear})
-    assert count == 0 and list(compiled.state_dict()) == tensors
+        count = counted_by_modules(adapted_model, {nn.Linear: linear})
+    assert count == 0 and list(adapted_model.state_dict()) == tensors
 
 
 @pytest.mark.sample("llama")
-def test_operators_are_counted(compiled: Any) -> None:
-    with compiled.disabled(), FlopCounterMode(display=False) as ours:
-        compiled(IDS)
+def test_operators_are_counted(adapted_model: Any) -> None:
+    with adapted_model.disabled(), FlopCounterMode(display=False) as ours:
+        adapted_model(IDS)
     with FlopCounterMode(display=False) as theirs:
-        compiled.compilation.model(IDS)
+        adapted_model.compilation.model(IDS)
     assert ours.get_total_flops() == theirs.get_total_flops() > 0
     with warnings.catch_warnings():
         warnings.simplefilter("error", graftc.GraftWarning)
         with FlopCounterMode(display=False) as adapted:
-            compiled(IDS)
+            adapted_model(IDS)
     assert adapted.get_total_flops() > theirs.get_total_flops()
 
 

@@ -17,6 +17,7 @@ from graftc.runtime.deploy.merged import Merged
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, randomise
+from tests.kit.places import ROOT
 
 OWN_NAMES = [
     "program",
@@ -117,7 +118,7 @@ class Named(nn.Module):
         return states
 
 
-def made(names: Sequence[str], kind: str = "module") -> nn.Module:
+def model_with(names: Sequence[str], kind: str = "module") -> nn.Module:
     torch.manual_seed(0)
     return randomise(Named(names, kind), 0.1).eval().requires_grad_(False)
 
@@ -125,8 +126,9 @@ def made(names: Sequence[str], kind: str = "module") -> nn.Module:
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.linear"}}]}
 
 
-def compiled(names: Sequence[str], kind: str = "module") -> tuple[nn.Module, Any, Tensor]:
-    model, inputs = made(names, kind), torch.randn(3, 4)
+def adapted_with(names: Sequence[str], kind: str = "module") -> tuple[nn.Module, Any, Tensor]:
+    """Return a model whose parts have these names, the same with LoRA, and inputs."""
+    model, inputs = model_with(names, kind), torch.randn(3, 4)
     return model, graftc.compile(SPEC, model, (inputs,), cache=False).eval(), inputs
 
 
@@ -135,7 +137,7 @@ def check(names: Sequence[str], kind: str) -> None:
 
     The model also has to train, to be copied and to merge.
     """
-    model, adapted, inputs = compiled(names, kind)
+    model, adapted, inputs = adapted_with(names, kind)
     assert torch.equal(adapted(inputs), model(inputs))
     expected, every = model.state_dict(), adapted.full_state_dict()
     assert {n: t.data_ptr() for n, t in expected.items()}.items() <= {n: t.data_ptr() for n, t in every.items()}.items()
@@ -177,7 +179,7 @@ def test_modules_parameters_and_buffers(kind: str) -> None:
 @pytest.mark.parametrize("exported", [True, False])
 def test_saved_loaded_and_exported(exported: bool, tmp_path: Path) -> None:
     names = ["program", "save", "config", "_compilation", "tensors", "inputs"]
-    model, adapted, inputs = compiled(names if exported else [*names, "class", "with space", "größe", "code"])
+    model, adapted, inputs = adapted_with(names if exported else [*names, "class", "with space", "größe", "code"])
     perturb(adapted)
     path = adapted.save(tmp_path / "artifact")
     again = graftc.load(path, model, cache=False).eval()
@@ -195,7 +197,7 @@ def test_published_names_are_few_and_documented() -> None:
     """The names that take precedence over a child's are those of the documentation's table, and at most 20."""
     for cls, label in ((Compiled, "compiled"), (Merged, "merged")):
         own = {name for name in dir(cls) if not name.startswith("_") and name not in dir(nn.Module)}
-        text = (Path(__file__).parents[4] / "docs" / "module.md").read_text(encoding="utf-8")
+        text = (ROOT / "docs" / "module.md").read_text(encoding="utf-8")
         (row,) = (line for line in text.splitlines() if line.startswith(f"| {label} |"))
         assert own == {word.strip("` ") for word in row.split("|")[2].split(",")}
         assert len(own) <= 20
@@ -216,10 +218,10 @@ def test_attributes_are_children_but_for_published_names(name: str) -> None:
 
 @pytest.mark.slow
 def test_what_a_child_hides_is_the_runners() -> None:
-    _, adapted, _ = compiled(["program"])
+    _, adapted, _ = adapted_with(["program"])
     assert isinstance(adapted.program, nn.Module)
     assert runner_of(adapted).program("eval").mode == "eval"
-    _, other, _ = compiled(["plain"])
+    _, other, _ = adapted_with(["plain"])
     assert other.program("eval").mode == "eval" and "program" in dir(other)
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = other.nothing_of_the_kind
@@ -230,4 +232,4 @@ def test_what_a_child_hides_is_the_runners() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_reserved_names_are_refused(name: str, kind: str) -> None:
     with pytest.raises(GraftError, match=rf"GC030.*{name}"):
-        compiled([name], kind)
+        adapted_with([name], kind)

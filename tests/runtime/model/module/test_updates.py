@@ -80,7 +80,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
 NORMS = ["BatchNorm1d", "BatchNorm2d", "SyncBatchNorm", "InstanceNorm2d"]
 
 
-def made(name: str) -> tuple[nn.Module, Any]:
+def around(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = Around(MODULES[name]()).train().requires_grad_(False)
     for _ in range(3):  # statistics that are not those of a new module
@@ -101,7 +101,7 @@ def train(module: nn.Module) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", MODULES)
 def test_updated_buffers_are_the_models_own(name: str, tmp_path: Path) -> None:
-    model, compiled = made(name)
+    model, compiled = around(name)
     declared = compiled.program("train").updates
     assert declared and not compiled.program("eval").updates and not updates(compiled.program("eval").graph)
     before, twin = tensors(model), copy.deepcopy(model)
@@ -142,7 +142,7 @@ def test_updated_buffers_are_the_models_own(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NORMS)
 def test_disabled_is_the_base_with_its_own_statistics(name: str) -> None:
-    model, compiled = made(name)
+    model, compiled = around(name)
     train(compiled.train())
     perturb(compiled)
     before, inputs = tensors(compiled), torch.randn(5, 4)
@@ -157,7 +157,7 @@ def test_disabled_is_the_base_with_its_own_statistics(name: str) -> None:
 
 @pytest.mark.slow
 def test_another_base_is_still_another_base(tmp_path: Path) -> None:
-    model, compiled = made("BatchNorm2d")
+    model, compiled = around("BatchNorm2d")
     path = compiled.save(tmp_path / "artifact")
     other = copy.deepcopy(model)
     other.inner.bias.add_(1)  # type: ignore[operator]

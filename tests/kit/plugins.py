@@ -1,7 +1,9 @@
-"""Installed packages with passes or exporters: a module and its metadata in a folder of the import path."""
+"""Installed packages with methods, passes and exporters: by pip, or as a module with its metadata in a folder."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ import pytest
 
 from graftc.passes.core.added_passes import reload_passes
 from graftc.runtime.export.registry import reload_exporters
+from tests.kit.places import ROOT
 
 Install = Callable[..., None]
 """Installs a package; see `installing`."""
@@ -53,3 +56,12 @@ def installing(folder: Path) -> Iterator[Install]:
             for module in modules:
                 sys.modules.pop(module, None)
             look_again()
+
+
+def pip_install(package: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Install a package without network, and return the ``PYTHONPATH`` of a process that has it beside this graftc."""
+    target, source = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("source") / package.name
+    subprocess.run(["cp", "-r", str(package), str(source)], check=True)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--target", str(target), str(source)], check=True)
+    return os.pathsep.join([str(target), str(ROOT)])
