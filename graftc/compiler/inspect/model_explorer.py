@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import fx
 
-from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
+from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.passes.core.ir.graph_formats import PALETTE
 from graftc.passes.core.ir.history import positions
 from graftc.passes.core.ir.printer import Printer, target_name
 from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.weights.names import module_of, parsed
+from graftc.records.places import AdaptedPlace
 from graftc.specs.errors.text import abridged, encodable, printable
 
 __all__ = ["model_explorer", "model_explorer_text"]
@@ -204,11 +205,11 @@ def _output_id(reader: fx.Node, source: fx.Node) -> str:
     return str(reader.args[1]) if taken else "0"
 
 
-def _sites(sites: tuple[SiteRecord, ...]) -> dict[str, dict[str, str]]:
+def _sites(sites: tuple[AdaptedPlace, ...]) -> dict[str, dict[str, str]]:
     """Return the attributes that groups of modules show for the places in them."""
     groups: dict[str, dict[str, str]] = {}
     for site in sites:
-        path = "/".join(_segment(word) for word in site.key.module.split(".") if word)
+        path = "/".join(_segment(word) for word in site.module.split(".") if word)
         what = ", ".join([site.method, *site.roles[:1], *([f"layer {site.layer}"] if site.layer is not None else [])])
         own = groups.setdefault(path, {})
         key = _short(f"{site.adaptation}: {'.'.join(word for word in (site.key.name, site.key.part) if word)}")

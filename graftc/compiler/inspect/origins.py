@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 
-from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TrainedRecord
+from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.records.explanation import Origin
+from graftc.records.places import AdaptedPlace, TrainedCopy
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import Place
 from graftc.specs.errors.text import format_runs
@@ -33,7 +34,7 @@ def shared_origin(snapshot: Snapshot, adaptation: str) -> Origin:
     )
 
 
-def _of_site(snapshot: Snapshot, record: SiteRecord) -> Origin:
+def _of_site(snapshot: Snapshot, record: AdaptedPlace) -> Origin:
     adaptation = next((a for a in snapshot.spec.adapt if a.name == record.adaptation), None)
     selectors = list(_selectors(adaptation, record)) if adaptation is not None else []
     return Origin(
@@ -41,7 +42,7 @@ def _of_site(snapshot: Snapshot, record: SiteRecord) -> Origin:
         record.method,
         _step(snapshot, record.adaptation),
         str(record.key),
-        record.key.module,
+        record.module,
         record.kind,
         record.roles,
         record.evidence,
@@ -54,7 +55,7 @@ def _of_site(snapshot: Snapshot, record: SiteRecord) -> Origin:
     )
 
 
-def _of_trained(snapshot: Snapshot, record: TrainedRecord) -> Origin:
+def _of_trained(snapshot: Snapshot, record: TrainedCopy) -> Origin:
     owner, module = record.owner, record.base.rpartition(".")[0]
     method = snapshot.spec.owners.get(owner, owner)
     selected: list[tuple[str, str]] = []
@@ -101,14 +102,14 @@ def _step(snapshot: Snapshot, adaptation: str) -> str:
     return f"insert({'train' if name == TRAIN else name})"
 
 
-def _selectors(adaptation: MethodSpec, record: SiteRecord) -> Iterator[tuple[str, str]]:
+def _selectors(adaptation: MethodSpec, record: AdaptedPlace) -> Iterator[tuple[str, str]]:
     """Yield the parts of a target that match a place, each as the path below the target and as text."""
     target = adaptation.target
     spellings = {spelling for role in record.roles for spelling in widen(role)}
     tests: dict[str, Callable[[str], bool]] = {
         "role": lambda item: any(branch in spellings for branch in expand_braces(item)),
-        "modules": lambda item: glob_to_regex(item).fullmatch(record.key.module) is not None,
-        "regex": lambda item: re.fullmatch(item, record.key.module) is not None,
+        "modules": lambda item: glob_to_regex(item).fullmatch(record.module) is not None,
+        "regex": lambda item: re.fullmatch(item, record.module) is not None,
     }
     for name, fits in tests.items():
         value = getattr(target, name)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
+from graftc.compiler.inspect.snapshot import Snapshot
+from graftc.records.places import AdaptedPlace
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.text import format_layers
@@ -21,14 +22,14 @@ class StatedSizes:
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
         self._specs = {adaptation.name: adaptation for adaptation in snapshot.spec.adapt}
-        self._sites: dict[str, list[SiteRecord]] = defaultdict(list)
+        self._sites: dict[str, list[AdaptedPlace]] = defaultdict(list)
         self._depths: dict[str, int] = {}
         for record in snapshot.sites:
             self._sites[record.adaptation].append(record)
             if record.layer is not None:
                 self._depths[record.stack] = max(self._depths.get(record.stack, 0), record.layer + 1)
 
-    def spec(self, record: SiteRecord) -> MethodSpec | None:
+    def spec(self, record: AdaptedPlace) -> MethodSpec | None:
         """Return the spec of an adaptation at a place, with overrides applied; None for compositions."""
         adaptation = self._specs.get(record.adaptation)
         if adaptation is None or not adaptation.override_list():
@@ -36,9 +37,9 @@ class StatedSizes:
         roles = {wider for role in record.roles for wider in widen(role)}
         depth = self._depths.get(record.stack)
         parameter = record.key.name if record.kind == str(SiteKind.EXPERTS) else ""
-        return adaptation.for_site(record.key.module, roles, record.layer, depth=depth, parameter=parameter)
+        return adaptation.for_site(record.module, roles, record.layer, depth=depth, parameter=parameter)
 
-    def at(self, record: SiteRecord) -> tuple[str, str] | None:
+    def at(self, record: AdaptedPlace) -> tuple[str, str] | None:
         """Return the size of an adaptation at a place, ``("rank", "8")``; None if the spec states none."""
         own = self.spec(record)
         size = None if own is None else own.stated_size()

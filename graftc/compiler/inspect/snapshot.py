@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,8 @@ from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
-from graftc.passes.core.weights.tensor_edits import TensorEdit
 from graftc.records.passes import PassRecord
+from graftc.records.places import AdaptedPlace, TrainedCopy
 from graftc.records.roles import Finding
 from graftc.specs.document import Spec
 
@@ -65,57 +64,6 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
-class SiteRecord:
-    """One adapted place.
-
-    Attributes:
-        adaptation, method: name and method of the adaptation.
-        key: the place; its use is 0.
-        kind: the kind of site.
-        roles: its roles in the architecture, most specific first.
-        layer, stack: index of its layer and path of the layer list; None and empty outside the layers.
-        rows: its own rows of the stored weight, as half-open runs; None for all of them.
-        uses: number of times that the graph reads it.
-        evidence: why it has its role, as text for users; empty if a target named it by path.
-        tensors: Store names of the adaptation's tensors there, by part.
-    """
-
-    adaptation: str
-    method: str
-    key: SiteKey
-    kind: str
-    roles: tuple[str, ...]
-    layer: int | None
-    stack: str
-    rows: tuple[tuple[int, int], ...] | None
-    uses: int
-    evidence: str
-    tensors: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class TrainedRecord:
-    """A base tensor, or rows of one, that a trained copy replaces.
-
-    Attributes:
-        owner: the adaptation, ``trained`` for the spec's ``train`` list, ``tokens`` for new tokens.
-        base: Store name of the base tensor.
-        rows: the replaced rows, as half-open runs; None for all of them.
-        tensor: Store name of the trained copy.
-    """
-
-    owner: str
-    base: str
-    rows: tuple[tuple[int, int], ...] | None
-    tensor: str
-
-    @classmethod
-    def of(cls, edit: TensorEdit) -> TrainedRecord:
-        """Return the record of a trained copy."""
-        return cls(edit.owner, edit.own.tensor, edit.own.rows, edit.trained)
-
-
-@dataclass(frozen=True)
 class Snapshot:
     """A Compilation as data.
 
@@ -133,8 +81,8 @@ class Snapshot:
 
     model: str
     spec: Spec
-    sites: tuple[SiteRecord, ...]
-    trained: tuple[TrainedRecord, ...]
+    sites: tuple[AdaptedPlace, ...]
+    trained: tuple[TrainedCopy, ...]
     base: Mapping[str, TensorRecord]
     aliases: Mapping[str, str]
     adapters: Mapping[str, TensorRecord]
@@ -153,7 +101,7 @@ def snapshot(compilation: Compilation) -> Snapshot:
         type(compilation.model).__name__,
         compilation.spec,
         tuple(site_records(compilation)),
-        tuple(map(TrainedRecord.of, compilation.tensor_edits.copies())),
+        tuple(TrainedCopy(e.owner, e.own.tensor, e.own.rows, e.trained) for e in compilation.tensor_edits.copies()),
         {name: TensorRecord.of(t) for name, t in store.base() if name not in store.constants},
         dict(store.aliases),
         {name: TensorRecord.of(t) for name, t in adapter_tensors(store) if name not in store.updated},
@@ -199,7 +147,7 @@ def adapter_values(store: Store) -> Iterator[tuple[str, Tensor]]:
     return ((name, gathered(tensor)) for name, tensor in adapter_tensors(store))
 
 
-def site_records(compilation: Compilation) -> Iterator[SiteRecord]:
+def site_records(compilation: Compilation) -> Iterator[AdaptedPlace]:
     """Yield the records of the adapted places."""
     for resolved in compilation.main.resolved:
         uses: dict[SiteKey, int] = {}
@@ -214,19 +162,23 @@ def site_records(compilation: Compilation) -> Iterator[SiteRecord]:
                 yield _record(compilation, unit.name, unit.composition.kind, site, 1)
 
 
-def _record(compilation: Compilation, name: str, method: str, site: Site, uses: int) -> SiteRecord:
-    return SiteRecord(
-        name,
-        method,
-        site.key,
-        str(site.kind),
-        site.roles,
-        site.layer,
-        site.stack,
-        site.own.rows if isinstance(site, LinearSite) else None,
-        uses,
-        _evidence(compilation.main.structure, site),
-        dict(compilation.parts.get(name, {}).get(site.key, {})),
+def _record(compilation: Compilation, name: str, method: str, site: Site, uses: int) -> AdaptedPlace:
+    key = site.key
+    return AdaptedPlace(
+        adaptation=name,
+        method=method,
+        module=key.module,
+        name=key.name,
+        part=key.part,
+        use=key.use,
+        kind=str(site.kind),
+        roles=site.roles,
+        layer=site.layer,
+        stack=site.stack,
+        rows=site.own.rows if isinstance(site, LinearSite) else None,
+        uses=uses,
+        evidence=_evidence(compilation.main.structure, site),
+        tensors=dict(compilation.parts.get(name, {}).get(key, {})),
     )
 
 
@@ -240,24 +192,3 @@ def _same_rows(finding: Finding, site: Site) -> bool:
     if not isinstance(site, LinearSite) or finding.rows is None:
         return True
     return site.own.at(finding.rows) == site.own
-
-
-def as_plain(record: SiteRecord) -> dict[str, Any]:
-    """Return a site record as JSON data."""
-    key = record.key
-    return {
-        "adaptation": record.adaptation,
-        "method": record.method,
-        "module": key.module,
-        "name": key.name,
-        "part": key.part,
-        "use": key.use,
-        "kind": record.kind,
-        "roles": list(record.roles),
-        "layer": record.layer,
-        "stack": record.stack,
-        "rows": None if record.rows is None else [list(run) for run in record.rows],
-        "uses": record.uses,
-        "evidence": record.evidence,
-        "tensors": dict(record.tensors),
-    }

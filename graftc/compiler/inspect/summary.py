@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
+from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.weights.names import owner_of
+from graftc.records.places import AdaptedPlace
 from graftc.records.summary import AdaptationSummary, Summary
 from graftc.specs.errors.text import format_layers
 
@@ -58,7 +59,7 @@ def _adaptation(snapshot: Snapshot, name: str, method: str) -> AdaptationSummary
     )
 
 
-def _layers(sites: Iterable[SiteRecord]) -> str:
+def _layers(sites: Iterable[AdaptedPlace]) -> str:
     """Return the layers of places as text, ``0-5``, with the stack if there are several."""
     stacks: dict[str, list[int]] = {}
     for site in sites:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord
+from graftc.compiler.inspect.snapshot import Snapshot, TensorRecord
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.weights.names import parsed
 from graftc.records.graphs import layers_title
+from graftc.records.places import AdaptedPlace
 from graftc.records.tree import Addition, TreeNode, TreeTensor
 from graftc.specs.errors.text import format_runs
 
@@ -61,7 +62,7 @@ def model_tree(snapshot: Snapshot) -> TreeNode:
         tensors = root.at(own.module).added.setdefault(own.adaptation, [])
         tensors.append(_tensor(own.part, record, rows=rows.get(name, "")))
     for site in snapshot.sites:
-        module = root.at(site.key.module)
+        module = root.at(site.module)
         module.added.setdefault(site.adaptation, [])
         module.roles |= dict.fromkeys(_role(site))
     methods = snapshot.spec.owners | {TRAIN: TRAIN}
@@ -72,7 +73,7 @@ def _tensor(name: str, record: TensorRecord, tied: str | None = None, rows: str 
     return TreeTensor(name, record.dtype, record.shape, record.trainable, record.parameter, tied, rows)
 
 
-def _role(site: SiteRecord) -> Iterator[str]:
+def _role(site: AdaptedPlace) -> Iterator[str]:
     for role in site.roles[:1]:
         yield role if site.rows is None else f"{role} rows {format_runs(site.rows)}"
 

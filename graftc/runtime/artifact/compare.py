@@ -9,8 +9,8 @@ from torch import Tensor
 
 from graftc.compiler.folding.differences import largest_difference
 from graftc.compiler.inspect.diff import diff_programs
-from graftc.compiler.inspect.snapshot import SiteRecord
 from graftc.records.comparison import Comparison, SiteChanges, TensorChange
+from graftc.records.places import AdaptedPlace
 from graftc.runtime.artifact.manifest import SPEC
 from graftc.runtime.artifact.read import Artifact
 from graftc.specs.errors.text import format_runs
@@ -46,11 +46,11 @@ def _places(artifact: Artifact) -> dict[str, str]:
     """Return every adapted place, with everything that can differ there, as text."""
     return {
         f"{record.adaptation} at {record.key}": ", ".join([record.method, _rows(record), *record.roles])
-        for record in artifact.sites()
+        for record in artifact.manifest.sites
     }
 
 
-def _rows(record: SiteRecord) -> str:
+def _rows(record: AdaptedPlace) -> str:
     return "all rows" if record.rows is None else f"rows {format_runs(record.rows)}"
 
 

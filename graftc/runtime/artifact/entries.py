@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.identity.fingerprint import Identity, tensor_digest
-from graftc.compiler.inspect.snapshot import TensorRecord, as_plain
+from graftc.compiler.inspect.snapshot import TensorRecord
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
@@ -84,16 +84,7 @@ def tensors(by_name: Mapping[str, Tensor]) -> dict[str, Any]:
 def places(compiled: AdaptedRunner) -> dict[str, Any]:
     """Return the entries for adapted places and for trained base tensors."""
     shot = compiled.snapshot
-    trained = [
-        {
-            "owner": record.owner,
-            "base": record.base,
-            "rows": None if record.rows is None else [list(run) for run in record.rows],
-            "tensor": record.tensor,
-        }
-        for record in shot.trained
-    ]
-    return {"sites": [as_plain(record) for record in shot.sites], "trained": trained}
+    return {"sites": [place.to_json() for place in shot.sites], "trained": [copy.to_json() for copy in shot.trained]}
 
 
 def signatures(compiled: AdaptedRunner) -> tuple[list[dict[str, Any]], dict[str, str]]:

@@ -10,6 +10,7 @@ from typing import Annotated, TypeAlias
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from graftc.files.tensors import file_names
+from graftc.records.places import Count
 from graftc.runtime.sources.reference import MOST_LABELS
 
 MANIFEST_BYTES, GRAPH_BYTES, TEXT_BYTES = file_names.MANIFEST_BYTES, 2**26, 2**24
@@ -20,13 +21,6 @@ def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
     if math.prod(shape) >= 2**63:
         raise ValueError("more elements than there are numbers")
     return shape
-
-
-def _ascending(runs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
-    flat = [0, *(end for run in runs for end in run)]
-    if sorted(flat) != flat:
-        raise ValueError("runs that overlap, or are not in order")
-    return runs
 
 
 def _printable(text: str) -> str:
@@ -50,9 +44,7 @@ def _axis(text: str) -> str:
 
 
 Digest: TypeAlias = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**63)]
 Shape: TypeAlias = Annotated[tuple[Count, ...], Field(max_length=16), AfterValidator(_bounded)]
-Runs: TypeAlias = Annotated[tuple[tuple[Count, Count], ...], AfterValidator(_ascending)]
 Name: TypeAlias = Annotated[str, AfterValidator(_name)]
 Flag: TypeAlias = bool | int | float | str | None
 DType: TypeAlias = Annotated[str, Field(pattern=r"^(f64|f32|bf16|f16|i64|i32|i16|i8|u8|bool|c64)$")]

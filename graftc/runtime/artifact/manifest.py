@@ -20,10 +20,10 @@ from graftc.files.tensors import file_names
 from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.shapes import DTYPES
 from graftc.records.passes import PassRecord
+from graftc.records.places import AdaptedPlace, TrainedCopy
 from graftc.runtime.artifact.fields import (
     MANIFEST_BYTES,
     ClassName,
-    Count,
     Digest,
     DType,
     ElementType,
@@ -32,7 +32,6 @@ from graftc.runtime.artifact.fields import (
     Labels,
     ManifestEntry,
     Name,
-    Runs,
     Settings,
     Shape,
     Size,
@@ -153,68 +152,6 @@ class AdapterTensor(ManifestEntry):
     """Of its values."""
 
 
-class PlaceRecord(ManifestEntry):
-    """One adapted place."""
-
-    adaptation: str
-    """Name of the adaptation."""
-
-    method: str
-    """Its method's tag."""
-
-    module: str
-    """Path of the module."""
-
-    name: str
-    """Name of the parameter, or role of the value."""
-
-    part: str
-    """Which rows of a fused tensor, by the last word of their role; empty for all."""
-
-    use: Count
-    """Which use, for what is not a tensor."""
-
-    kind: str
-    """Kind of site."""
-
-    roles: tuple[str, ...]
-    """What it does in the architecture."""
-
-    layer: Count | None
-    """Index of its layer."""
-
-    stack: str
-    """Path of the list of layers."""
-
-    rows: Runs | None
-    """The own rows of the stored weight as half-open runs; null is all."""
-
-    uses: Count
-    """How often the graph reads it."""
-
-    evidence: str
-    """Why it has its role."""
-
-    tensors: dict[str, str]
-    """The adaptation's tensors there, by part."""
-
-
-class Trained(ManifestEntry):
-    """A base tensor that a trained copy stands in for."""
-
-    owner: str
-    """The adaptation; `trained` for the spec's train list, `tokens` for new tokens."""
-
-    base: str
-    """The base tensor."""
-
-    rows: Runs | None
-    """Its trained rows; null is all."""
-
-    tensor: str
-    """The trained copy."""
-
-
 class Input(ManifestEntry):
     """One input that the graphs were asked for."""
 
@@ -318,10 +255,10 @@ class Manifest(ManifestEntry):
     signatures: Annotated[tuple[SignatureRecord, ...], Field(min_length=1)]
     """Sets of inputs; the first is the one that the spec was resolved on."""
 
-    sites: tuple[PlaceRecord, ...]
+    sites: tuple[AdaptedPlace, ...]
     """Every adapted place."""
 
-    trained: tuple[Trained, ...]
+    trained: tuple[TrainedCopy, ...]
     """Base tensors that train."""
 
     adapters: dict[str, AdapterTensor]

@@ -14,7 +14,7 @@ from torch import Tensor
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.identity.fingerprint import Identity, TensorIdentity, replaced_tensors, tensor_digest
 from graftc.compiler.capture.signature import Axis
-from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot, TensorRecord, TrainedRecord
+from graftc.compiler.inspect.snapshot import Snapshot, TensorRecord
 from graftc.files.tensors.folder import Refusal, TensorFolder
 from graftc.files.writing import recover
 from graftc.passes.core.ir.effects import updated
@@ -22,7 +22,6 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import DTYPES
 from graftc.passes.core.ir.stored.serialise import program_from_json
-from graftc.passes.core.sites.sites import SiteKey
 from graftc.records.passes import PassRecord
 from graftc.runtime.artifact.fields import GRAPH_BYTES, MANIFEST_BYTES, TEXT_BYTES
 from graftc.runtime.artifact.manifest import (
@@ -97,8 +96,8 @@ class Artifact:
         return Snapshot(
             manifest.base.model.rpartition(".")[2],
             self.spec,
-            tuple(self.sites()),
-            tuple(TrainedRecord(t.owner, t.base, t.rows, t.tensor) for t in manifest.trained),
+            manifest.sites,
+            manifest.trained,
             {name: TensorRecord(t.dtype, t.shape, parameter=t.parameter) for name, t in manifest.base.tensors.items()},
             manifest.base.aliases,
             {
@@ -114,23 +113,6 @@ class Artifact:
     def passes(self) -> tuple[PassRecord, ...]:
         """The passes of plugins that its graphs went through."""
         return self.manifest.passes
-
-    def sites(self) -> Iterator[SiteRecord]:
-        """Yield every adapted place."""
-        for place in self.manifest.sites:
-            yield SiteRecord(
-                place.adaptation,
-                place.method,
-                SiteKey(place.module, place.name, place.part, place.use),
-                place.kind,
-                place.roles,
-                place.layer,
-                place.stack,
-                place.rows,
-                place.uses,
-                place.evidence,
-                place.tensors,
-            )
 
     def program(self, mode: Mode = "eval", *, base: bool = False, signature: int = 0) -> Program:
         """Return a graph: the adapted one, or the base's own.

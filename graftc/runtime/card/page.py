@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from graftc.compiler.inspect.snapshot import SiteRecord
 from graftc.records.cards import CardMetadata
 from graftc.records.certificate import Certificate
+from graftc.records.places import AdaptedPlace
 from graftc.runtime.card.facts import CardFacts
 from graftc.runtime.card.markdown import code, fenced, table
 from graftc.runtime.card.metadata import card_metadata
@@ -107,9 +107,9 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.3f} %" if whole else "-"
 
 
-def _places(sites: Sequence[SiteRecord]) -> Iterator[str]:
+def _places(sites: Sequence[AdaptedPlace]) -> Iterator[str]:
     """Yield the table of places by adaptation and role."""
-    groups: dict[tuple[str, str], list[SiteRecord]] = {}
+    groups: dict[tuple[str, str], list[AdaptedPlace]] = {}
     for site in sites:
         groups.setdefault((site.adaptation, site.roles[0] if site.roles else ""), []).append(site)
     if not groups:

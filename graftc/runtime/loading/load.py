@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.compilation import Compilation
-from graftc.compiler.inspect.snapshot import SiteRecord, adapter_tensors, site_records
+from graftc.compiler.inspect.snapshot import adapter_tensors, site_records
 from graftc.compiler.missing_weights import require_weights
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.quantised_sources.recorded_packing import packed_as
@@ -21,6 +21,7 @@ from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.ir import program_key as keys
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.records.passes import PassRecord
+from graftc.records.places import AdaptedPlace
 from graftc.runtime.artifact.manifest import MANIFEST, SignatureRecord, damaged
 from graftc.runtime.artifact.read import Artifact, open_artifact
 from graftc.runtime.compiled import Compiled, make_compiled
@@ -158,7 +159,7 @@ def check_places(artifact: Artifact, compilation: Compilation) -> None:
     Raises:
         GraftError: GC088 with those that are new and those that are missing.
     """
-    before, now = _places(artifact.sites()), _places(site_records(compilation))
+    before, now = _places(artifact.manifest.sites), _places(site_records(compilation))
     gone, new = [p for p in before if p not in now], [p for p in now if p not in before]
     if gone or new or before != now:
         details = [*(f"no more: {p}" for p in gone[:3]), *(f"new: {p}" for p in new[:3])] or ["in another order"]
@@ -170,7 +171,7 @@ def check_places(artifact: Artifact, compilation: Compilation) -> None:
         )
 
 
-def _places(records: Iterable[SiteRecord]) -> list[str]:
+def _places(records: Iterable[AdaptedPlace]) -> list[str]:
     return [f"{r.adaptation}: {r.key} {r.rows or ''}".strip() for r in records]
 
 

@@ -16,7 +16,8 @@ from graftc.passes.core.sites.readers import linear_use
 from graftc.passes.core.sites.uses import Experts, Lookup, Use
 from graftc.passes.core.weights.names import adapter_name
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
-from graftc.runtime.artifact.manifest import ADAPTERS, PlaceRecord
+from graftc.records.places import AdaptedPlace
+from graftc.runtime.artifact.manifest import ADAPTERS
 from graftc.runtime.artifact.read import Artifact
 from graftc.runtime.streaming.names import FileNames
 from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpdate
@@ -156,7 +157,7 @@ class _Uses:
 
 def _update(
     artifact: Artifact,
-    place: PlaceRecord,
+    place: AdaptedPlace,
     specs: Mapping[str, MethodSpec],
     depths: Mapping[str, int],
     uses: _Uses,

@@ -9,7 +9,7 @@ from typing import Any
 
 from graftc.compiler.inspect.frames import Frames, frames, plain_frames
 from graftc.compiler.inspect.sizes import StatedSizes
-from graftc.compiler.inspect.snapshot import SiteRecord, Snapshot
+from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.compiler.inspect.summary import summary
 from graftc.compiler.inspect.tree import model_tree
 from graftc.compiler.resolve.tokens import TOKENS
@@ -19,6 +19,7 @@ from graftc.compiler.roles.structure import roles_of
 from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.weights.names import module_of, owner_of, parsed
+from graftc.records.places import AdaptedPlace
 from graftc.records.roles import Finding
 from graftc.records.summary import AdaptationSummary
 from graftc.specs.document import Spec
@@ -234,14 +235,14 @@ def _ranges(figures: Iterable[Mapping[str, float]]) -> list[list[str]]:
     ]
 
 
-def _site(record: SiteRecord, numbers: Mapping[str, int], stated: StatedSizes, known: Evidence) -> dict[str, Any]:
+def _site(record: AdaptedPlace, numbers: Mapping[str, int], stated: StatedSizes, known: Evidence) -> dict[str, Any]:
     tensors = {part: (name, stated.snapshot.adapters.get(name)) for part, name in record.tensors.items()}
     figures = known.figures.get((record.adaptation, str(record.key)), {})
     size = stated.at(record)
     return {
         "adaptation": numbers.get(record.adaptation, -1),
         "key": str(record.key),
-        "module": record.key.module,
+        "module": record.module,
         "roles": list(record.roles),
         "layer": record.layer,
         "kind": record.kind,
@@ -295,7 +296,7 @@ class _Costs:
             if (size := stated.at(record)) is not None:
                 now = figures.get((record.adaptation, str(record.key)), {}).get(size[0])
                 text = f"{size[0]} {size[1]}" + ("" if now is None else f", {now:.6g} now")
-                sizes[record.adaptation, layer_path(record.key.module)][text] = None
+                sizes[record.adaptation, layer_path(record.module)][text] = None
         return [
             {"layer": layer, "adaptation": name, "size": "; ".join(sizes[name, layer]), **costs}
             for (name, layer), costs in self._found.items()
@@ -315,7 +316,7 @@ def _targets(snapshot: Snapshot, structure: Structure | None) -> list[dict[str, 
     targets = []
     for adaptation in snapshot.spec.adapt:
         mine = [site for site in snapshot.sites if site.adaptation == adaptation.name]
-        modules = {site.key.module for site in mine}
+        modules = {site.module for site in mine}
         target = adaptation.target
         asked = [target.role] if isinstance(target.role, str) else list(target.role or ())
         nearly = [

@@ -20,8 +20,8 @@ from graftc.passes.core.ir.history import map_nodes as map_nodes
 from graftc.passes.core.ir.history import nodes_in as nodes_in
 from graftc.passes.core.ir.new_nodes import copy_node
 from graftc.passes.core.ir.program_key import Mode
-from graftc.passes.core.weights.site_key import SiteKey
 from graftc.passes.core.weights.tensor_edits import TensorEdits
+from graftc.records.site_key import SiteKey
 
 if TYPE_CHECKING:
     import networkx as nx

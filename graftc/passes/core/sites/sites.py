@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from graftc.passes.core.sites.readers import linear_use
 from graftc.passes.core.sites.uses import Use
 from graftc.passes.core.weights.folds import Fold
-from graftc.passes.core.weights.site_key import SiteKey
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.records.site_key import SiteKey
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.roles import parse_role

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from graftc.passes.core.weights.site_key import SiteKey
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.records.site_key import SiteKey
 from graftc.specs.errors.diagnostics import GraftError
 
 
