@@ -28,7 +28,7 @@ _FACADE = {
     "tune": "graftc.applications.recipes.tune",
     "pet": "graftc.applications.pet.recipe",
     "plan": "graftc.applications.planner.planning",
-    "MemoryPlan": "graftc.records.memory",
+    "MemoryPlan": "graftc.records.applications.memory",
     "methods": "graftc.specs.listing",
     "TrainingLog": "graftc.runtime.training.log",
     "read_log": "graftc.runtime.training.curves",
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from graftc.applications.planner.planning import plan
     from graftc.applications.recipes.tune import tune
     from graftc.compiler.resolve.selection import Selection
+    from graftc.records.applications.memory import MemoryPlan
     from graftc.records.certificate import Certificate
-    from graftc.records.memory import MemoryPlan
     from graftc.records.report import Report
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, import_peft, load, load_base, roles, select

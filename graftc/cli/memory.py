@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from graftc.records.memory import PlannedMemory
+from graftc.records.applications.memory import PlannedMemory
 from graftc.specs.errors.text import size_text
 
 if TYPE_CHECKING:

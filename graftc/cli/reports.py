@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge
 
-from graftc.records.diagnostics import Diagnostic
+from graftc.records.fields import GivenSpec, ModelClass, Warnings
 from graftc.records.report import Report, StackReport, Totals
 from graftc.specs.records.record import stated
 
@@ -23,20 +23,17 @@ __all__ = ["CheckedReport", "checked", "print_report"]
 class CheckedReport(Report, published="CheckedData", behind={"class_": ("totals",)}):
     """What `check` and `compile` say of a spec and a model."""
 
-    spec: str
-    """The SPEC argument."""
+    spec: GivenSpec
 
     model: str
     """The `--model` option."""
 
-    class_: str
-    """Name of the model's class."""
+    class_: ModelClass
 
     load_seconds: Annotated[float, Ge(0)]
     """How long loading the model took."""
 
-    warnings: tuple[Diagnostic, ...] = ()
-    """Warnings."""
+    warnings: Warnings = ()
 
     @stated
     def totals(self) -> Totals:

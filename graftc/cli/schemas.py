@@ -46,7 +46,7 @@ def _methods() -> dict[str, Any]:
 
 
 def _demo(llm: bool) -> dict[str, Any]:
-    from graftc.records.demo import DemoResult, LLMResult
+    from graftc.records.applications.demo import DemoResult, LLMResult
 
     return json_schema(LLMResult if llm else DemoResult)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO, T
 import typer
 
 from graftc.cli import completion
-from graftc.records.answers import Answer, Settings
+from graftc.records.applications.answers import Answer, Settings
 from graftc.records.results import CommandResult
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import printable
@@ -132,7 +132,7 @@ class SpokenResult(
 
 
 class Drawing(NamedTuple):
-    """The options for choosing tokens, as `graftc.records.answers.Settings` describes them."""
+    """The options for choosing tokens, as `graftc.records.applications.answers.Settings` describes them."""
 
     sample: bool | None
     temperature: float | None

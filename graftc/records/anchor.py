@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from graftc.records.fields import Seconds
 from graftc.specs.records.record import Record, stated
 
 __all__ = ["AnchorRecord", "TimedAnchor"]
@@ -42,5 +43,4 @@ class AnchorRecord(Record, published="AnchorData", behind={"bound": ("exact",)})
 class TimedAnchor(AnchorRecord):
     """The same, with its cost."""
 
-    seconds: Annotated[float, Ge(0)] = field(default=0.0, compare=False)
-    """How long it took."""
+    seconds: Seconds = field(default=0.0, compare=False)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from graftc.records.anchor import AnchorRecord
+from graftc.records.fields import AdaptationName, BaseFingerprint, SiteName
 from graftc.specs.errors.markup import Html, bullets, folded, table, tag
 from graftc.specs.errors.text import counted
 from graftc.specs.records.record import OrNull, Record, stated
@@ -143,11 +144,9 @@ class SiteEvidence(Record):
 class CollapseEvidence(Record):
     """How far an adaptation's deployed form is from what it was in training, at one site."""
 
-    adaptation: str
-    """Name of the adaptation."""
+    adaptation: AdaptationName
 
-    site: str
-    """The site."""
+    site: SiteName
 
     routings: Annotated[int, Ge(1)]
     """How many ways there are to draw its routes; all were run."""
@@ -161,8 +160,7 @@ class CollapseEvidence(Record):
 class PackingEvidence(Record):
     """What packing a folded weight again does to it, at one site."""
 
-    site: str
-    """The site."""
+    site: SiteName
 
     tensor: str
     """The weight."""
@@ -267,8 +265,7 @@ class Certificate(Record, behind={"": ("passed",)}):
     additions: tuple[str, ...] = ()
     """Biases that folding had to add."""
 
-    fingerprint: str = ""
-    """Fingerprint of the base."""
+    fingerprint: BaseFingerprint = ""
 
     dtype: str = ""
     """The model's dtype, such as `float32`."""

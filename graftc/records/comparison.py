@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
+from graftc.records.fields import Name
 from graftc.specs.records.record import OrNull, Record, stated
 
 Cause = Literal["low rank", "row scaling", "column scaling", "rows", "entries", "vector", "full", "rounding"]
@@ -36,8 +37,7 @@ class SiteChanges(Record, published="SiteChanges"):
 class TensorChange(Record, published="TensorChange"):
     """A tensor that differs."""
 
-    name: str
-    """Its name."""
+    name: Name
 
     status: Literal["added", "removed", "changed", "moved"]
     """How it differs; `moved`: the same values under another name."""
@@ -113,8 +113,7 @@ class Difference(Record):
 class WeightChange(Record, published="WeightChange"):
     """A tensor that is not the same in two models."""
 
-    name: str
-    """Its name."""
+    name: Name
 
     status: Literal["added", "removed", "reshaped", "retyped", "changed"]
     """Only the second has it, only the first has it, its sizes differ, only its element type differs, or its values

@@ -8,6 +8,18 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from graftc.records.fields import (
+    INSERTED_AS,
+    INSERTED_BY,
+    KIND,
+    GraphMode,
+    MethodTag,
+    Module,
+    PrintedLine,
+    PrintedName,
+    Stack,
+    Trainable,
+)
 from graftc.specs.errors.diagnostics import Place
 from graftc.specs.records.record import Record, stated
 
@@ -21,8 +33,7 @@ class Origin(Record):
     adaptation: str
     """Its name; the `train:` list is `trained`, new tokens are `tokens`."""
 
-    method: str
-    """Its method's tag."""
+    method: MethodTag
 
     step: str
     """The step that inserted it."""
@@ -33,8 +44,7 @@ class Origin(Record):
     module: str
     """Path of its module."""
 
-    kind: str
-    """What kind of site it is."""
+    kind: Annotated[str, KIND]
 
     roles: tuple[str, ...]
     """What it does in the architecture, most specific first."""
@@ -45,8 +55,7 @@ class Origin(Record):
     layer: Annotated[int | None, Ge(0)]
     """Index of its layer; null outside the layers."""
 
-    stack: str
-    """Path of the list of layers; empty outside the layers."""
+    stack: Stack
 
     rows: str
     """The rows of the weight that are its own; empty for all of them."""
@@ -82,8 +91,7 @@ class Origin(Record):
 class ValueFact(Record, published="ValueData"):
     """A value that is read, or what reads one."""
 
-    name: str
-    """As printed."""
+    name: PrintedName
 
     adaptation: str
     """The adaptation that inserted it; empty for the base's own."""
@@ -96,8 +104,7 @@ class ValueFact(Record, published="ValueData"):
 class NodeFact(Record, behind={"step": ("inserted",)}):
     """A node, and what is around it."""
 
-    name: str
-    """As printed."""
+    name: PrintedName
 
     node: str
     """Its name in the fx graph."""
@@ -105,11 +112,9 @@ class NodeFact(Record, behind={"step": ("inserted",)}):
     op: Literal["placeholder", "get_attr", "call_function", "output"]
     """What kind of node it is there."""
 
-    text: str
-    """Its printed line."""
+    text: PrintedLine
 
-    module: str
-    """Path of the module that it belongs to."""
+    module: Module
 
     step: str
     """What made it: `capture`, or the step that inserted it."""
@@ -117,11 +122,9 @@ class NodeFact(Record, behind={"step": ("inserted",)}):
     adaptation: str
     """Which one; empty for the base's own."""
 
-    method: str
-    """That one's method."""
+    method: Annotated[str, INSERTED_BY]
 
-    part: str
-    """As what it was inserted."""
+    part: Annotated[str, INSERTED_AS]
 
     reads: tuple[ValueFact, ...]
     """The values that it reads."""
@@ -139,8 +142,7 @@ class NodeFact(Record, behind={"step": ("inserted",)}):
 class TensorFact(Record):
     """A tensor."""
 
-    name: str
-    """As printed."""
+    name: PrintedName
 
     tensor: str
     """Its whole name."""
@@ -148,8 +150,7 @@ class TensorFact(Record):
     type: str
     """Its type, such as `f32[4, 48]`."""
 
-    trainable: bool
-    """Whether it trains."""
+    trainable: Trainable
 
     aliases: tuple[str, ...]
     """Other names of a tied tensor."""
@@ -182,8 +183,7 @@ class Explanation(Record):
     kind: Literal["value", "tensor", "place"]
     """What it turned out to be."""
 
-    mode: Literal["train", "eval"]
-    """Which graph."""
+    mode: GraphMode
 
     title: str
     """The printed line of a value, the name and type of a tensor, the path of a place."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from graftc.records.fields import INSERTED_AS, INSERTED_BY, GraphMode, Module, PrintedLine, PrintedName
 from graftc.specs.errors.text import format_layers
 from graftc.specs.records.record import Record, stated
 
@@ -30,8 +31,7 @@ __all__ = [
 class GraphNode(Record):
     """A node, or a tensor that nodes read."""
 
-    name: str
-    """As printed."""
+    name: PrintedName
 
     order: Annotated[int, Ge(0)]
     """Its position in the graph."""
@@ -45,23 +45,19 @@ class GraphNode(Record):
     type: str
     """Type of its value, such as `f32[s0, s1, 48]`."""
 
-    module: str
-    """Path of the module that it belongs to."""
+    module: Module
 
-    text: str
-    """Its printed line."""
+    text: PrintedLine
 
     adaptation: str | None
     """The adaptation that inserted it; null for the base's own."""
 
-    method: str | None
-    """That one's method."""
+    method: Annotated[str | None, INSERTED_BY]
 
     site: str | None
     """The place that it was inserted for."""
 
-    part: str | None
-    """As what it was inserted."""
+    part: Annotated[str | None, INSERTED_AS]
 
 
 @dataclass(frozen=True)
@@ -121,8 +117,7 @@ class DiffChange(Record, published="ChangeData"):
 class Diff(Record, published="GraphDiffData", behind={"mode": ("added", "removed", "changed")}):
     """What changed from the base's graph to the rewritten one."""
 
-    mode: Literal["train", "eval"]
-    """Which graph."""
+    mode: GraphMode
 
     changes: tuple[DiffChange, ...]
     """The changes; layers that changed alike share one."""

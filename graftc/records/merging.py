@@ -7,6 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
+from graftc.records.fields import Name
 from graftc.specs.records.record import Record
 
 __all__ = ["Streamed", "Unfolded"]
@@ -16,8 +17,7 @@ __all__ = ["Streamed", "Unfolded"]
 class Unfolded(Record, published="KeptData"):
     """An adaptation that stays beside the base."""
 
-    name: str
-    """Its name."""
+    name: Name
 
     reason: str
     """Why it does not fold."""

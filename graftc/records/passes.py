@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 from annotated_types import Ge
+from pydantic import Field
 
 from graftc.specs.errors.text import format_layers
 from graftc.specs.records.record import Record
 
-__all__ = ["FIGURE_COLUMNS", "FigureRow", "PassFigure", "PassRecord", "figure_rows"]
+__all__ = ["FIGURE_COLUMNS", "FigureRow", "PassFigure", "PassName", "PassRecord", "figure_rows"]
 
 FIGURE_COLUMNS = ("pass", "figure", "site", "layers", "value")
 """Names of the columns of a table of `figure_rows`."""
+
+
+PassName: TypeAlias = Annotated[str, Field(description="Its name, as in the history of a graph.")]
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,7 @@ class PassRecord(Record, published="PassData", closed=True):
     pipeline: str
     """The pipeline that it was added to: `adapt` or `eval`."""
 
-    name: str
-    """Its name, as in the history of a graph."""
+    name: PassName
 
     distribution: str
     """The package that brings it."""

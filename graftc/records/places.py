@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import AfterValidator, Field
 
+from graftc.records.fields import AdaptationName, MethodTag
 from graftc.records.site_key import SiteKey
 from graftc.specs.records.record import Record
 
@@ -29,11 +30,9 @@ Runs: TypeAlias = Annotated[tuple[tuple[Count, Count], ...], AfterValidator(_asc
 class AdaptedPlace(Record, published="PlaceRecord", closed=True):
     """One adapted place."""
 
-    adaptation: str
-    """Name of the adaptation."""
+    adaptation: AdaptationName
 
-    method: str
-    """Its method's tag."""
+    method: MethodTag
 
     module: str
     """Path of the module."""

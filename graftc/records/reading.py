@@ -61,9 +61,12 @@ def _texts(cls: type[Record]) -> dict[str, str]:
     for base in reversed(cls.__mro__):
         if issubclass(base, Record) and base is not Record:
             body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-            for field, text in pairwise(body):
+            for field, text in pairwise([*body, None]):
                 if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                    texts[field.target.id.rstrip("_")] = inspect.cleandoc(text.value.value)
+                    name = field.target.id.rstrip("_")
+                    texts.pop(name, None)
+                    if isinstance(text, ast.Expr):
+                        texts[name] = inspect.cleandoc(ast.literal_eval(text.value))
     return texts
 
 

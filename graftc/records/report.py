@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from annotated_types import Ge
 
 from graftc.records.anchor import TimedAnchor
-from graftc.records.passes import FIGURE_COLUMNS, PassRecord, figure_rows
+from graftc.records.fields import BaseParameters, Name, OwnerMethod, Passes, Percent, TrainableParameters
+from graftc.records.passes import FIGURE_COLUMNS, PassName, figure_rows
 from graftc.specs.errors.markup import Html, bullets, folded, table
 from graftc.specs.records.record import Record
 
@@ -43,11 +44,9 @@ class Cost(Record):
 class AdaptationReport(Cost, published="AdaptationData"):
     """One adaptation's cost; the `train:` list and new tokens are entries too."""
 
-    name: str
-    """Its name."""
+    name: Name
 
-    method: str
-    """Its method's tag; `full` for the `train:` list, `tokens` for new tokens."""
+    method: OwnerMethod
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ class Totals(Cost):
 class StepReport(Record, published="CompileStepData"):
     """A step of compiling."""
 
-    name: str
-    """Its name, as in the history of a graph."""
+    name: PassName
 
     seconds: Annotated[float, Ge(0)]
     """How long all its runs took."""
@@ -93,11 +91,9 @@ class Report(Record):
     adaptations: tuple[AdaptationReport, ...]
     """One entry for each adaptation, the `train:` list last."""
 
-    base_parameters: Annotated[int, Ge(0)]
-    """Elements of the base's parameters, tied ones once."""
+    base_parameters: BaseParameters
 
-    trainable_parameters: Annotated[int, Ge(0)]
-    """Elements that train in all adaptations, without the `train:` list."""
+    trainable_parameters: TrainableParameters
 
     trained_in_full: Annotated[int, Ge(0)]
     """Elements of the modules in the `train:` list."""
@@ -105,8 +101,7 @@ class Report(Record):
     deployed_parameters: Annotated[int, Ge(0)]
     """What has to ship beside the base if nothing is folded; of experts that are averaged, one."""
 
-    percent: Annotated[float, Ge(0), Le(100)]
-    """`trainable_parameters` as a percentage of base plus trainable parameters."""
+    percent: Percent
 
     flops_per_token: Annotated[float, Ge(0)]
     """What a forward pass of the base costs for one token, two per multiply-add."""
@@ -129,8 +124,7 @@ class Report(Record):
     steps: tuple[StepReport, ...] = ()
     """How long each step of compiling took, in the order in which they began."""
 
-    passes: tuple[PassRecord, ...] = ()
-    """Passes of plugins that the graphs went through, with the figures that they report."""
+    passes: Passes = ()
 
     stacks: tuple[StackReport, ...] = ()
     """How much of each stack of layers is a graph."""

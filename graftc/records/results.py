@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from graftc.records.diagnostics import Diagnostic
+from graftc.records.fields import WRITTEN, NothingWritten, Warnings
 from graftc.records.files import WrittenFile
 from graftc.specs.records.record import Record
 
@@ -15,8 +16,7 @@ __all__ = ["CommandResult", "WrittenResult"]
 class CommandResult(Record):
     """The result of a command, which the command line completes (`graftc.cli.command`)."""
 
-    warnings: tuple[Diagnostic, ...] = ()
-    """Warnings."""
+    warnings: Warnings = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,6 @@ class WrittenResult(CommandResult):
     out: str | None = None
     """What was written; null with `--dry-run`."""
 
-    dry_run: bool = False
-    """Whether nothing was written."""
+    dry_run: NothingWritten = False
 
-    files: tuple[WrittenFile, ...] = ()
-    """The files that were written."""
+    files: Annotated[tuple[WrittenFile, ...], WRITTEN] = ()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Len
 
+from graftc.records.fields import KIND, Layer, OwningModule, Stack
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.text import format_layers, format_runs
 from graftc.specs.records.record import Named, OrNull, Record, stated
@@ -31,14 +32,12 @@ class Finding(Record):
     role: str
     """The full role, with `encoder.`, `decoder.` and `cross.` where the model has two stacks."""
 
-    kind: SiteKind
-    """What kind of site it is."""
+    kind: Annotated[SiteKind, KIND]
 
     node: Annotated[Any, Named()]
     """Name of the node in the captured graph."""
 
-    module: str
-    """Path of the module that owns it."""
+    module: OwningModule
 
     parameter: str | None
     """Name of the weight; null for attentions and for weights made of several parameters."""
@@ -46,11 +45,9 @@ class Finding(Record):
     rows: Annotated[tuple[tuple[int, int], ...] | None, _Pairs()]
     """The rows of the weight that are its own, as half-open runs; null is all of them."""
 
-    layer: Annotated[int | None, Ge(0)]
-    """Index of the layer; null outside the layers."""
+    layer: Layer
 
-    stack: str
-    """Path of the list of layers; empty outside the layers."""
+    stack: Stack
 
     use: Annotated[int, Ge(0)]
     """Which use of the weight in the module this is, for layers that run several times."""
@@ -68,14 +65,11 @@ class Finding(Record):
 class Unresolved(Record):
     """A weight that no role could be told for."""
 
-    module: str
-    """Path of the module that owns it."""
+    module: OwningModule
 
-    layer: Annotated[int | None, Ge(0)]
-    """Index of the layer; null outside the layers."""
+    layer: Layer
 
-    stack: str
-    """Path of the list of layers; empty outside the layers."""
+    stack: Stack
 
     reason: str
     """Why, for people."""
@@ -109,11 +103,9 @@ class Sublayer(Record, behind={"post_norm": ("output",)}):
     module: str
     """Path of the module that adds."""
 
-    layer: Annotated[int | None, Ge(0)]
-    """Index of the layer; null outside the layers."""
+    layer: Layer
 
-    stack: str
-    """Path of the list of layers; empty outside the layers."""
+    stack: Stack
 
     use: Annotated[int, Ge(0)] = 0
     """Which sublayer of these roles in its layer this is."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from annotated_types import Ge, Le
+from annotated_types import Ge
 
-from graftc.records.passes import FIGURE_COLUMNS, PassRecord, figure_rows
+from graftc.records.fields import BaseParameters, Name, OwnerMethod, Passes, Percent, TrainableParameters
+from graftc.records.passes import FIGURE_COLUMNS, figure_rows
 from graftc.specs.errors.markup import Html, bullets, table, tag
 from graftc.specs.records.record import Record
 
@@ -18,11 +19,9 @@ __all__ = ["AdaptationSummary", "Summary"]
 class AdaptationSummary(Record):
     """One adaptation."""
 
-    name: str
-    """Its name."""
+    name: Name
 
-    method: str
-    """Its method's tag; `full` for the `train:` list, `tokens` for new tokens."""
+    method: OwnerMethod
 
     places: Annotated[int, Ge(0)]
     """How many places it adapts; of what trains in full, how many base tensors."""
@@ -56,20 +55,17 @@ class Summary(Record):
     adaptations: tuple[AdaptationSummary, ...]
     """New tokens first, the `train:` list last."""
 
-    base_parameters: Annotated[int, Ge(0)]
-    """Elements of the base's parameters, tied ones once."""
+    base_parameters: BaseParameters
 
     base_tensors: Annotated[int, Ge(0)]
     """How many tensors the base has, tied ones once."""
 
-    trainable_parameters: Annotated[int, Ge(0)]
-    """Elements that train in all adaptations, without the `train:` list."""
+    trainable_parameters: TrainableParameters
 
     trained_in_full: Annotated[int, Ge(0)]
     """Elements of the `train:` list."""
 
-    percent: Annotated[float, Ge(0), Le(100)]
-    """`trainable_parameters` as a percentage of base plus trainable parameters."""
+    percent: Percent
 
     nodes: Annotated[int, Ge(0)]
     """How many nodes the eval graph has, without reads of tensors."""
@@ -77,8 +73,7 @@ class Summary(Record):
     inserted: Annotated[int, Ge(0)]
     """How many of them were inserted."""
 
-    passes: tuple[PassRecord, ...] = ()
-    """Passes of plugins that the graphs went through, with the figures that they report."""
+    passes: Passes = ()
 
     def _repr_html_(self) -> str:
         """Return HTML for notebooks: the model, what trains, and a table of the adaptations."""

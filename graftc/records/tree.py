@@ -9,6 +9,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
+from graftc.records.fields import MethodTag, Trainable
 from graftc.specs.errors.markup import Html, bullets, folded, joined, tag
 from graftc.specs.records.record import Record, stated
 
@@ -28,8 +29,7 @@ class TreeTensor(Record):
     shape: tuple[int, ...]
     """Its sizes."""
 
-    trainable: bool
-    """Whether it trains."""
+    trainable: Trainable
 
     parameter: bool
     """Whether it is a parameter; a buffer otherwise."""
@@ -63,8 +63,7 @@ class Addition(Record):
     adaptation: str
     """Its name."""
 
-    method: str
-    """Its method's tag."""
+    method: MethodTag
 
     tensors: tuple[TreeTensor, ...]
     """Its tensors there; none where several places share them."""

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from graftc.applications.chat.conversation import Conversation
 from graftc.applications.chat.opening import TextModel, open_text_model
 from graftc.cli.schemas import published_schema
-from graftc.records.answers import Settings
+from graftc.records.applications.answers import Settings
 from tests.cli.speakers import heard_interrupts, save_artifact, save_model, save_tokenizer
 from tests.cli.support import Outcome, run_here
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from graftc.records.demo import DemoResult, LLMResult
+from graftc.records.applications.demo import DemoResult, LLMResult
 from graftc.records.reading import from_json
 from tests.cli.samples import DEMO, LLM_DEMO
 from tests.cli.support import run_here

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from graftc.cli.registry import commands
 from graftc.cli.schemas import DIALECT, published_schema, schema_names
-from graftc.records.demo import DemoResult, LLMResult
+from graftc.records.applications.demo import DemoResult, LLMResult
 from graftc.records.diagnostics import ErrorResult
 from graftc.records.reading import from_json
 from graftc.specs.errors.diagnostics import GraftError, Place

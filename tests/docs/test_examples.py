@@ -31,7 +31,7 @@ from graftc.applications.chat.opening import open_text_model
 from graftc.applications.pet.data import load_rows
 from graftc.applications.pet.encoding import ClozeEncoder
 from graftc.cli.schemas import published_schema
-from graftc.records.answers import Settings
+from graftc.records.applications.answers import Settings
 from graftc.runtime.onnx_generation import load as load_graphs
 from graftc.runtime.sources.models import load_model
 from graftc.specs import registry

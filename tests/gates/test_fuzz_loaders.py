@@ -25,7 +25,7 @@ import torch
 
 from graftc.applications.chat.answering import answer, prompt_ids
 from graftc.applications.chat.opening import TextModel, open_text_model, tokenizer_of
-from graftc.records.answers import Settings
+from graftc.records.applications.answers import Settings
 from graftc.runtime.sources.models import quiet_transformers
 from graftc.specs.errors.diagnostics import GraftError
 from tests.cli.speakers import save_model, save_tokenizer

@@ -13,7 +13,7 @@ from torch import Tensor
 from graftc.applications.chat.opening import TextModel
 from graftc.applications.chat.settings import generation_errors, require_settings
 from graftc.applications.chat.templates import require_bounded
-from graftc.records.answers import Answer, Settings
+from graftc.records.applications.answers import Answer, Settings
 from graftc.runtime.sources.models import quiet_transformers
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graftc.applications.chat.answering import Message, answer, prompt_ids
 from graftc.applications.chat.opening import TextModel
-from graftc.records.answers import Answer, Settings
+from graftc.records.applications.answers import Answer, Settings
 
 __all__ = ["Conversation"]
 

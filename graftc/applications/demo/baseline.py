@@ -9,7 +9,7 @@ import torch
 
 from graftc.applications.demo.data import Encoded
 from graftc.applications.demo.training import predict, score
-from graftc.records.demo import Scores
+from graftc.records.applications.demo import Scores
 from graftc.specs.errors.diagnostics import GraftError
 
 if TYPE_CHECKING:

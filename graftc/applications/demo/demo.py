@@ -16,7 +16,7 @@ from graftc.applications.demo.stages import RESULT, SEED, Stages, both_scores, c
 from graftc.applications.demo.training import score
 from graftc.compiler.missing_weights import require_weights
 from graftc.files.writing import check_apart
-from graftc.records.demo import DemoResult, DemoScores, ExampleCounts, PredictionAgreement, Scores
+from graftc.records.applications.demo import DemoResult, DemoScores, ExampleCounts, PredictionAgreement, Scores
 from graftc.runtime.sources.models import from_checkpoint, quiet_transformers
 from graftc.specs.io import parse_spec
 

@@ -23,7 +23,7 @@ from graftc.applications.demo.stages import RESULT, SEED, Stages, claim, require
 from graftc.applications.demo.training import TrainingRun, score
 from graftc.compiler.missing_weights import require_weights
 from graftc.files.writing import check_apart
-from graftc.records.demo import (
+from graftc.records.applications.demo import (
     AllTopicScores,
     DemoTraining,
     ExampleCounts,

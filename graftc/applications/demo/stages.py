@@ -26,7 +26,7 @@ from rich.text import Text
 
 from graftc.applications.demo.data import Batched, training_batches
 from graftc.applications.demo.training import TrainingRun, predict, train
-from graftc.records.demo import DemoResult, LLMResult, Scores
+from graftc.records.applications.demo import DemoResult, LLMResult, Scores
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
 

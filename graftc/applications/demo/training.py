@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from graftc.applications.demo.data import Batched, evaluation_batches
-from graftc.records.demo import Scores
+from graftc.records.applications.demo import Scores
 
 if TYPE_CHECKING:
     from torch import nn

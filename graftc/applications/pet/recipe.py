@@ -29,7 +29,7 @@ from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.quantised_sources.convert import arrived
 from graftc.files.writing import alone_in
 from graftc.passes.core import progress
-from graftc.records.pet import Accuracy, PetGeneration, PetMember, PetRows
+from graftc.records.applications.pet import Accuracy, PetGeneration, PetMember, PetRows
 from graftc.runtime.swapped_arguments import check_spec_and_model
 from graftc.specs.errors.arguments import as_path, as_seed, kind_of
 from graftc.specs.errors.calls import public

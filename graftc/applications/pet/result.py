@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from graftc.records.pet import Accuracy, PetGeneration, PetMember, PetRows
+from graftc.records.applications.pet import Accuracy, PetGeneration, PetMember, PetRows
 from graftc.runtime.compiled import Compiled
 
 

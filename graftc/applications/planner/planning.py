@@ -14,7 +14,7 @@ from graftc.applications.planner.workbench import TOKENS, Training, Workbench
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.source_model import require_plain
 from graftc.passes.core import progress
-from graftc.records.memory import MemoryPlan
+from graftc.records.applications.memory import MemoryPlan
 from graftc.runtime.api import SpecLike, spec_for
 from graftc.runtime.sources.models import load_model_and_inputs
 from graftc.runtime.swapped_arguments import check_spec_and_model

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from graftc.applications.planner.planning import workbench
-from graftc.records.memory import FitRow
+from graftc.records.applications.memory import FitRow
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning, unknown_name
 from graftc.specs.registry import method_specs

@@ -20,7 +20,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.signatures import signature_for
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.weights.sharding import Spread
-from graftc.records.memory import MemoryPlan
+from graftc.records.applications.memory import MemoryPlan
 from graftc.runtime.activations.workspaces import running_on
 from graftc.runtime.api import compile
 from graftc.runtime.model.runner import runner_of

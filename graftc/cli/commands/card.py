@@ -11,6 +11,7 @@ import typer
 from graftc.cli.command import CommandRun, command
 from graftc.cli.options import ArtifactArgument
 from graftc.records.cards import CardMetadata
+from graftc.records.fields import ArtifactFolder
 from graftc.records.results import CommandResult
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 class CardResult(CommandResult, behind={"metadata": ("warnings",)}):
     """`graftc card DIR --json`."""
 
-    artifact: str
-    """The artifact's folder."""
+    artifact: ArtifactFolder
 
     out: str | None = None
     """The file that was written; null where none was."""

@@ -26,7 +26,7 @@ from graftc.cli.speaking import (
     TopK,
     TopP,
 )
-from graftc.records.answers import Answer, Turn
+from graftc.records.applications.answers import Answer, Turn
 
 if TYPE_CHECKING:
     from graftc.applications.chat.conversation import Conversation

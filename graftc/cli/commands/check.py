@@ -25,7 +25,7 @@ from graftc.cli.memory import (
 )
 from graftc.cli.options import Meta, ModelOption, SpecArgument
 from graftc.cli.reports import CheckedReport, checked, print_report
-from graftc.records.memory import PlannedMemory
+from graftc.records.applications.memory import PlannedMemory
 
 if TYPE_CHECKING:
     from rich.console import Console

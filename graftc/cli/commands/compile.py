@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +13,7 @@ from graftc.cli.options import Certify, ModelOption, Seed, SpecArgument
 from graftc.cli.printing import print_certificate, print_files
 from graftc.cli.reports import CheckedReport, checked, print_report
 from graftc.records.certificate import Certificate
+from graftc.records.fields import FOLDS, BaseFingerprint, NothingWritten, Unfolded, WrittenArtifact
 from graftc.records.files import WrittenFile
 
 if TYPE_CHECKING:
@@ -24,23 +24,18 @@ if TYPE_CHECKING:
 class CompileResult(CheckedReport, unstated=("kept",)):
     """`graftc compile SPEC --model MODEL --out DIR --json`."""
 
-    out: str | None = None
-    """The artifact's folder; null with `--dry-run`."""
+    out: WrittenArtifact = None
 
-    dry_run: bool = False
-    """Whether nothing was written."""
+    dry_run: NothingWritten = False
 
     files: tuple[WrittenFile, ...] = ()
     """The artifact's files; with `--dry-run`, none."""
 
-    fingerprint: str
-    """Fingerprint of the base."""
+    fingerprint: BaseFingerprint
 
-    certificate: Certificate | None
-    """Evidence that the adaptations fold; null where that was not asked for or they do not."""
+    certificate: Annotated[Certificate | None, FOLDS]
 
-    kept: Mapping[str, str] = field(default_factory=dict)
-    """Adaptations that do not fold, with the reason."""
+    kept: Unfolded = field(default_factory=dict)
 
 
 @command(writes=True)

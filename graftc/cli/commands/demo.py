@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from graftc.cli.command import CommandRun, command
-from graftc.records.demo import DemoResult, LLMResult
+from graftc.records.applications.demo import DemoResult, LLMResult
 
 
 @command(live=True)

@@ -11,7 +11,7 @@ import typer
 from graftc.cli.command import CommandRun, command
 from graftc.cli.completion import models
 from graftc.records.comparison import Comparison, WeightsDiff
-from graftc.records.diagnostics import Diagnostic
+from graftc.records.fields import Warnings
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.records.record import stated
 
@@ -32,8 +32,7 @@ class DiffResult(Comparison, behind={"": ("a", "b")}):
     weights: WeightsDiff | None = None
     """What differs between two models, of which the fields above are empty; null of artifacts."""
 
-    warnings: tuple[Diagnostic, ...] = ()
-    """Warnings."""
+    warnings: Warnings = ()
 
     @stated
     def same(self) -> bool:

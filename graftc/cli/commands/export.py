@@ -21,6 +21,7 @@ from graftc.cli.options import (
 )
 from graftc.cli.printing import print_certificate, print_files, print_tensors
 from graftc.records.certificate import Certificate
+from graftc.records.fields import ArtifactFolder
 from graftc.records.files import PeftTensor
 from graftc.records.results import WrittenResult
 from graftc.runtime.export.formats.gguf import DTYPE
@@ -48,8 +49,7 @@ class ExportResult(
 ):
     """`graftc export DIR --format FORMAT --out PATH --json`."""
 
-    artifact: str
-    """The artifact's folder."""
+    artifact: ArtifactFolder
 
     format: str
     """The format."""

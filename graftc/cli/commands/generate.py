@@ -29,7 +29,7 @@ from graftc.cli.speaking import (
     TopP,
     report,
 )
-from graftc.records.answers import GeneratedAnswer
+from graftc.records.applications.answers import GeneratedAnswer
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.regular_files import JSON_BYTES
 

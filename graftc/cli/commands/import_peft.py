@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ from graftc.cli.command import CommandRun, command
 from graftc.cli.options import Certify, ModelOption
 from graftc.cli.printing import print_certificate, print_files, print_tensors
 from graftc.records.certificate import Certificate
+from graftc.records.fields import FOLDS, Unfolded, WrittenArtifact
 from graftc.records.files import PeftTensor, WrittenFile
 from graftc.records.results import WrittenResult
 
@@ -41,8 +41,7 @@ class ImportPeftResult(
     model: str
     """The base, as given."""
 
-    out: str | None = None
-    """The artifact's folder; null with `--dry-run`."""
+    out: WrittenArtifact = None
 
     tensors: tuple[PeftTensor, ...]
     """Every tensor of the checkpoints that was taken over, and what it is here."""
@@ -50,11 +49,9 @@ class ImportPeftResult(
     files: tuple[WrittenFile, ...] = ()
     """The artifact's files."""
 
-    certificate: Certificate | None
-    """Evidence that the adaptations fold; null where that was not asked for or they do not."""
+    certificate: Annotated[Certificate | None, FOLDS]
 
-    kept: Mapping[str, str] = field(default_factory=dict)
-    """Adaptations that do not fold, with the reason."""
+    kept: Unfolded = field(default_factory=dict)
 
 
 @command(writes=True)

@@ -13,6 +13,7 @@ import typer
 from graftc.cli.command import CommandRun, command
 from graftc.cli.options import ArtifactArgument
 from graftc.records.explanation import Explanation
+from graftc.records.fields import WRITTEN, ArtifactFolder
 from graftc.records.graphs import (
     OUTCOME_COLUMNS,
     Diff,
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
 class InspectResult(CommandResult, behind={"files": ("warnings",)}):
     """`graftc inspect DIR --json`. What was not asked for is null."""
 
-    artifact: str
-    """The artifact's folder."""
+    artifact: ArtifactFolder
 
     mode: Literal["train", "eval"]
     """Which of the two graphs."""
@@ -63,8 +63,7 @@ class InspectResult(CommandResult, behind={"files": ("warnings",)}):
     explanation: Explanation | None
     """With `--explain`: why something is there."""
 
-    files: tuple[str, ...]
-    """The files that were written."""
+    files: Annotated[tuple[str, ...], WRITTEN]
 
 
 class GraphMode(StrEnum):

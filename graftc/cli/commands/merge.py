@@ -12,6 +12,7 @@ from graftc.cli.command import CommandRun, command
 from graftc.cli.options import AllowUnchanged, ArtifactArgument, BaseFormOption, BaseOption, Budget, DType, DTypeOption
 from graftc.cli.printing import print_certificate, print_files
 from graftc.records.certificate import Certificate
+from graftc.records.fields import ArtifactFolder
 from graftc.records.merging import Streamed, Unfolded
 from graftc.records.results import WrittenResult
 
@@ -26,8 +27,7 @@ class MergeResult(
 ):
     """`graftc merge DIR --out DIR2 --json`."""
 
-    artifact: str
-    """The artifact's folder."""
+    artifact: ArtifactFolder
 
     out: str | None = None
     """What was written: a transformers folder, or an artifact where it is partial; null with `--dry-run`."""

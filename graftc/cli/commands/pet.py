@@ -16,7 +16,8 @@ from graftc.cli import completion
 from graftc.cli.command import CommandRun, command
 from graftc.cli.options import ModelOption
 from graftc.cli.process import interrupted
-from graftc.records.pet import Accuracy, PetGeneration, PetMember, PetRows
+from graftc.records.applications.pet import Accuracy, PetGeneration, PetMember, PetRows
+from graftc.records.fields import GivenModel, GivenSpec
 from graftc.records.results import CommandResult
 
 if TYPE_CHECKING:
@@ -31,14 +32,12 @@ TOKENIZER = "tokenizer"
 class PetRunResult(CommandResult, behind={"classifier": ("warnings",)}):
     """`graftc pet SPEC --json`."""
 
-    spec: str
-    """The SPEC argument."""
+    spec: GivenSpec
 
     data: str
     """The `--data` option."""
 
-    model: str
-    """The MODEL argument."""
+    model: GivenModel
 
     out: str
     """The folder of the run; its `classifier` is an artifact."""

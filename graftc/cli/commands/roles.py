@@ -10,6 +10,7 @@ import typer
 
 from graftc.cli.command import CommandRun, command
 from graftc.cli.options import Meta, ModelArgument
+from graftc.records.fields import GivenModel, ModelClass
 from graftc.records.results import CommandResult
 from graftc.records.roles import Finding, Sublayer, Unresolved, role_rows, unresolved_rows
 from graftc.specs.errors.text import counted
@@ -22,11 +23,9 @@ if TYPE_CHECKING:
 class RolesResult(CommandResult, behind={"sublayers": ("warnings",)}):
     """`graftc roles MODEL --json`."""
 
-    model: str
-    """The MODEL argument."""
+    model: GivenModel
 
-    class_: str
-    """Name of the model's class."""
+    class_: ModelClass
 
     findings: tuple[Finding, ...]
     """Roles, in graph order."""

@@ -12,6 +12,7 @@ import typer
 from graftc.cli import completion
 from graftc.cli.command import CommandRun, command
 from graftc.cli.options import ArtifactArgument
+from graftc.records.fields import ArtifactFolder
 from graftc.records.results import CommandResult
 from graftc.records.verification import Check
 
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 class VerifyResult(CommandResult, behind={"checks": ("warnings",)}):
     """`graftc verify DIR --json`. The exit status is 1 where it did not pass."""
 
-    artifact: str
-    """The artifact's folder."""
+    artifact: ArtifactFolder
 
     passed: bool
     """Whether every check that was done holds."""

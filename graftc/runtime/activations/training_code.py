@@ -26,8 +26,8 @@ from graftc.runtime.activations.frames import Casts, Frame, FrameCode, Hooks, Pa
 from graftc.runtime.activations.minimum_cut import ActivationPlan, Recomputation, kept_by, plans
 from graftc.runtime.activations.offload import offload_of
 from graftc.runtime.activations.recording import Recorded, fake, record
+from graftc.runtime.grouping import grouped
 from graftc.specs.errors.diagnostics import warn
-from graftc.specs.grouping import grouped
 
 
 class Kind(NamedTuple):

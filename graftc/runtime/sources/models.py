@@ -7,6 +7,7 @@ folder or an id, and never import or call what it names.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -316,7 +317,8 @@ def _architecture(text: str, config: Any) -> Any:
         refuse(message, 'add "architectures": ["BertModel"], or the class that it is, to config.json')
     cls = getattr(transformers, names[0], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        known = [n for n in dir(transformers) if n[:1].isupper() and n[:3] == names[0][:3]]
+        shared = os.path.commonprefix
+        known = [n for n in dir(transformers) if n[:1].isupper() and len(shared([n, names[0]])) > 2]
         close = nearest(names[0], known, n=1)
         own = "a class of your own loads as package.module:callable"
         refuse(f"transformers has no model {names[0]!r}", f"did you mean {close[0]!r}?" if close else own)

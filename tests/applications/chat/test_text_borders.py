@@ -16,7 +16,7 @@ import torch
 from graftc.applications.chat.answering import answer, prompt_ids
 from graftc.applications.chat.opening import TextModel, open_text_model, tokenizer_of
 from graftc.applications.chat.templates import require_bounded
-from graftc.records.answers import Settings
+from graftc.records.applications.answers import Settings
 from graftc.specs import GraftError
 from tests.cli.speakers import TEMPLATE, save_model, save_tokenizer
 from tests.kit.forks import fork

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from graftc.applications.demo import demo, stages
 from graftc.applications.demo.data import find_model
+from graftc.records.applications.demo import DemoResult, DemoScores, ExampleCounts, PredictionAgreement, Scores
 from graftc.records.certificate import Certificate
-from graftc.records.demo import DemoResult, DemoScores, ExampleCounts, PredictionAgreement, Scores
 from graftc.records.reading import from_json
 from graftc.records.report import Report
 from graftc.specs.errors.diagnostics import GraftError

@@ -20,8 +20,7 @@ from graftc.applications.demo.chat import Topics, topics_of
 from graftc.applications.demo.data import Dataset, DataSplit, load_r8
 from graftc.applications.demo.decoder import find_decoder
 from graftc.applications.demo.generation import greedy
-from graftc.records.certificate import Certificate
-from graftc.records.demo import (
+from graftc.records.applications.demo import (
     AllTopicScores,
     DemoTraining,
     ExampleCounts,
@@ -30,6 +29,7 @@ from graftc.records.demo import (
     TokenAgreement,
     TopicScores,
 )
+from graftc.records.certificate import Certificate
 from graftc.records.reading import from_json
 from graftc.records.report import Report
 from graftc.specs.io import parse_spec

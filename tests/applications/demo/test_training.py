@@ -11,7 +11,7 @@ from torch import nn
 from graftc.applications.demo.baseline import embed, logistic_regression
 from graftc.applications.demo.data import Encoded
 from graftc.applications.demo.training import predict, score, train
-from graftc.records.demo import Scores
+from graftc.records.applications.demo import Scores
 
 
 class Toy(nn.Module):

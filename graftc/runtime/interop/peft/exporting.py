@@ -26,6 +26,7 @@ from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.records.files import PeftTensor
+from graftc.runtime.grouping import grouped
 from graftc.runtime.interop.peft.base import outermost, paths_of, rows_in
 from graftc.runtime.interop.peft.expert_layouts import SINCE
 from graftc.runtime.interop.peft.expressible import own_places, refuse_inexpressible, task_of
@@ -45,7 +46,6 @@ from graftc.runtime.interop.peft.targets import suffixes
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import CONFIG, read_config
-from graftc.specs.grouping import grouped
 from graftc.specs.peft import PeftFormat
 
 __all__ = ["SITES", "PeftExport", "check_peft", "is_exported", "prepared", "write_peft"]

@@ -19,13 +19,13 @@ from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.sites.sites import AttentionSite, EmbeddingSite, LinearSite, Site, SiteKey
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.records.files import PeftTensor
+from graftc.runtime.grouping import grouped
 from graftc.runtime.hooks.embeddings import path_by_getter
 from graftc.runtime.interop.peft.forms import Shaped, to_ours, to_theirs
 from graftc.runtime.interop.peft.keys import MODEL, ROOT, tensor_key
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import beside
-from graftc.specs.grouping import grouped
 from graftc.specs.peft import Form, PeftFormat
 
 __all__ = [

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from graftc.runtime.grouping import grouped
 from graftc.runtime.interop.peft.targets import meant
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import AdapterConfig
-from graftc.specs.grouping import grouped
 
 __all__ = ["adapted_parameters", "meant_parameters"]
 

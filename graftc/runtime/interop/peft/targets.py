@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 
+from graftc.runtime.grouping import grouped
 from graftc.specs.foreign.config import AdapterConfig
-from graftc.specs.grouping import grouped
 from graftc.specs.patterns import BRANCHES, glob_to_regex
 from graftc.specs.regexes import RegexMatcher
 

@@ -12,11 +12,11 @@ from dataclasses import replace
 from torch import nn
 
 from graftc.compiler.roles.structure import Structure
+from graftc.runtime.grouping import grouped
 from graftc.runtime.hooks.embeddings import path_by_getter
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, table_form
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.grouping import grouped
 
 __all__ = ["apart_of", "once", "trained_apart", "trained_together"]
 

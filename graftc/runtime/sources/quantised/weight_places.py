@@ -19,10 +19,10 @@ from graftc.passes.core.packing.modules import Packed
 from graftc.passes.core.packing.ordered import Ordered
 from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.packing.row_scaled import RowScaled
+from graftc.runtime.grouping import grouped
 from graftc.runtime.sources.folder_checks import converted_names
 from graftc.runtime.sources.quantised.folder_tensors import damaged
 from graftc.runtime.sources.quantised.weights import StoredWeight, unread
-from graftc.specs.grouping import grouped
 
 _BY_ROWS = (Affine, RowScaled, Floating)
 """Families, but for `Ordered`, whose parts are of rows, so that those of experts stack."""

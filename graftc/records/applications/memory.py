@@ -7,6 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
+from graftc.records.fields import Recomputed
 from graftc.specs.errors.text import size_text
 from graftc.specs.records.record import Record, stated
 
@@ -26,8 +27,7 @@ class MemoryPlan(Record, published="PlanData", behind={"update": ("resident", "p
     dtype: str
     """Type of the base."""
 
-    checkpoint: bool
-    """Whether layers are computed again in the backward pass."""
+    checkpoint: Recomputed
 
     optimizer: str
     """Name of the optimiser."""
@@ -136,8 +136,7 @@ class FitRow(Record, published="FitData"):
     quantize: str | None
     """How the base is stored; null as it is."""
 
-    checkpoint: bool
-    """Whether layers are computed again in the backward pass."""
+    checkpoint: Recomputed
 
     chunked: bool
     """Whether head and loss are computed some rows at a time."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
+from graftc.records.fields import Seconds
 from graftc.specs.records.record import Record, stated
 
 __all__ = ["Answer", "GeneratedAnswer", "Settings", "Turn"]
@@ -34,8 +35,7 @@ class Answer(Record, behind={"cached": ("new_tokens",), "seconds": ("tokens_per_
     first_token_seconds: Annotated[float | None, Ge(0)]
     """When the first token was there; null where all came at once, as with beams."""
 
-    seconds: Annotated[float, Ge(0)]
-    """How long it took."""
+    seconds: Seconds
 
     @stated
     def new_tokens(self) -> Annotated[int, Ge(0)]:
