@@ -11,8 +11,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import printable
 from graftc.specs.registry import method_specs
 
-__all__ = ["MISSING", "bare_entries"]
-
 _TARGET = {"role": ["attn.q", "attn.v"]}
 MISSING = {
     "adapt": f"list the adaptations: {json.dumps({'adapt': [{'method': 'lora', 'target': _TARGET}]})}",

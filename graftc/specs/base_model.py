@@ -23,8 +23,6 @@ from graftc.specs.schema import SchemaWriter, without_raises
 from graftc.specs.source import Source
 from graftc.specs.spec_errors import explain, refuse
 
-__all__ = ["Document", "Items", "SpecModel"]
-
 T = TypeVar("T")
 
 Items = Annotated[Sequence[T], AfterValidator(tuple)]

@@ -10,8 +10,6 @@ from graftc.specs.compose import CompositionSpec, Stack
 from graftc.specs.document import Spec, named
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["adding", "leaving", "renaming", "replacing"]
-
 
 def replacing(spec: Spec, **fields: Any) -> Spec:
     """Return the spec with other values of some fields, validated as a whole; fields that were not set stay unset.

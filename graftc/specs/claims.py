@@ -8,8 +8,6 @@ from typing import Annotated
 
 from graftc.specs.records.record import Listed, Record
 
-__all__ = ["Claims", "FoldKind", "MethodInfo", "SiteKind"]
-
 
 class SiteKind(StrEnum):
     """The kinds of site, one per typed view in ``graftc.passes``."""

@@ -22,19 +22,6 @@ from graftc.specs.limits import ADAPTATIONS
 from graftc.specs.schema import AdaptationName
 from graftc.specs.spec_errors import first_repeat, refuse
 
-__all__ = [
-    "Average",
-    "Bank",
-    "Composition",
-    "CompositionSpec",
-    "Compositions",
-    "Fuse",
-    "Gate",
-    "Parallel",
-    "Split",
-    "Stack",
-]
-
 _SEVERAL: JsonDict = {"minItems": 2, "uniqueItems": True}
 _SOME: JsonDict = {"minItems": 1, "uniqueItems": True}
 

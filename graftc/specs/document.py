@@ -27,8 +27,6 @@ from graftc.specs.registry import method_spec, method_specs, unknown_method
 from graftc.specs.spec_errors import CONCRETE, Problem, refuse, reject
 from graftc.specs.target import PatternList
 
-__all__ = ["Budget", "FoldOptions", "Spec", "Tokens"]
-
 Named = TypeVar("Named", bound=NamedSpec)
 
 

@@ -22,19 +22,6 @@ from graftc.specs.regular_files import open_regular
 from graftc.specs.source import FILE, Source, beyond, core_resolvers, read_json, read_toml, read_yaml
 from graftc.specs.spec_errors import explain
 
-__all__ = [
-    "checked",
-    "dump_spec",
-    "early_spec",
-    "load_spec",
-    "parse_document",
-    "parse_spec",
-    "plain",
-    "plain_spec",
-    "read_spec_file",
-    "write_yaml",
-]
-
 T = TypeVar("T", bound=Document)
 Format = Literal["yaml", "json", "toml"]
 _FORMATS: dict[str, Format] = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}

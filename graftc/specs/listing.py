@@ -5,8 +5,6 @@ from __future__ import annotations
 from graftc.specs.claims import MethodInfo
 from graftc.specs.registry import SpecEntry, method_specs
 
-__all__ = ["MethodInfo", "method_info", "methods"]
-
 
 def methods() -> list[MethodInfo]:
     """Return every method, built in or from a plugin, in the order of their tags.

@@ -24,8 +24,6 @@ from graftc.specs.schema import needs_one_of
 from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Candidate, Layers, Patterns, Roles
 
-__all__ = ["Override", "RankOverride", "check_used"]
-
 
 class Override(SpecModel):
     """Other values for some of an adaptation's sites.

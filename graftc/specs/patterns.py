@@ -10,29 +10,6 @@ from typing import Any
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
 from graftc.specs.errors.text import consecutive, counted, quoted
 
-__all__ = [
-    "BRANCHES",
-    "NESTED",
-    "PATTERNS",
-    "as_items",
-    "branches",
-    "consecutive",
-    "expand_braces",
-    "glob_to_regex",
-    "layer_entries",
-    "layer_indices",
-    "match_modules",
-    "measure_braces",
-    "modules_by_glob",
-    "parse_layer",
-    "parse_slice",
-    "quoted_branch",
-    "smallest_fix",
-    "suggest",
-    "write_items",
-    "write_layers",
-]
-
 BRANCHES = 1_000
 """The largest number of alternatives that the braces of a pattern expand to, repeated ones included."""
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["Form", "PeftFormat", "PeftList", "PeftPart"]
-
 Form: TypeAlias = Literal["down", "up", "vector", "column", "scale", "same", "rows"]
 """The form in which peft stores a tensor that here is ``[..., rank, in]`` (`down`), ``[..., out, rank]`` (`up`) or
 ``[n]``.

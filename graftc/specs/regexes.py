@@ -13,8 +13,6 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import quoted
 from graftc.specs.patterns import PATTERNS
 
-__all__ = ["SECONDS", "RegexMatcher", "check_regex"]
-
 SECONDS = 1.0
 """The time limit in seconds for all regular expressions of a spec together."""
 

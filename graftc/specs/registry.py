@@ -22,8 +22,6 @@ from graftc.specs.claims import Claims
 from graftc.specs.errors.diagnostics import GraftError, correction
 from graftc.specs.errors.text import shown
 
-__all__ = ["GROUP", "SpecEntry", "method_spec", "method_specs", "reload_methods", "unknown_method", "with_code"]
-
 GROUP = "graftc.methods"
 """The entry-point group of plugins."""
 

@@ -13,8 +13,6 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["INDEX_BYTES", "JSON_BYTES", "open_regular", "read_regular", "require_regular"]
-
 JSON_BYTES = 2**24
 """The largest size in bytes of a config, a record or a note."""
 

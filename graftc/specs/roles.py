@@ -10,8 +10,6 @@ from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
 from graftc.specs.errors.text import quoted
 
-__all__ = ["PREFIXES", "ROLES", "Role", "RoleInfo", "parse_role", "widen"]
-
 PREFIXES: tuple[str, ...] = ("encoder", "decoder", "cross")
 """The prefixes that a role may have: a stack (``encoder``, ``decoder``), then ``cross`` for cross-attention."""
 

@@ -11,18 +11,6 @@ from typing_extensions import TypeAliasType
 
 from graftc.specs.roles import ROLES
 
-__all__ = [
-    "AdaptationName",
-    "Glob",
-    "Layer",
-    "Regex",
-    "RoleName",
-    "RowNumber",
-    "SchemaWriter",
-    "needs_one_of",
-    "without_raises",
-]
-
 
 class SchemaWriter(GenerateJsonSchema):
     """A JSON Schema generator that leaves out the titles of fields, which only repeat their names."""

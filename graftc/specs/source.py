@@ -15,20 +15,6 @@ from typing import Any, NoReturn, TypeAlias
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import printable, quoted, shortened
 
-__all__ = [
-    "DEPTH",
-    "FILE",
-    "VALUES",
-    "Source",
-    "Span",
-    "beyond",
-    "format_path",
-    "parse_path",
-    "read_json",
-    "read_toml",
-    "read_yaml",
-]
-
 Path: TypeAlias = tuple[str | int, ...]
 _STEP = re.compile(r'\.?([^.\[\]"]+)|\[(\d+)\]|\.?\["((?:[^"\\]|\\.)*)"\]')
 _PLAIN_KEY = re.compile(r'[^.\[\]"]+')

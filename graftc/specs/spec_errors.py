@@ -12,8 +12,6 @@ from graftc.specs.errors.diagnostics import CATALOGUE, GraftError, Place, correc
 from graftc.specs.errors.text import quoted, shown
 from graftc.specs.source import format_path
 
-__all__ = ["Problem", "explain", "first_repeat", "problems_of", "refuse", "reject"]
-
 Problem: TypeAlias = tuple[tuple[str | int, ...], GraftError]
 """An error, and its path relative to the value that is validated."""
 

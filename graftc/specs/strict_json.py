@@ -7,8 +7,6 @@ import math
 import re
 from typing import Any, NoReturn
 
-__all__ = ["read_json"]
-
 _ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _WHOLE = 2**64
 

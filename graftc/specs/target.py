@@ -16,7 +16,6 @@ from graftc.specs.errors.text import shown
 from graftc.specs.patterns import (
     as_items,
     expand_braces,
-    glob_to_regex,
     measure_braces,
     parse_layer,
     smallest_fix,
@@ -25,20 +24,6 @@ from graftc.specs.regexes import check_regex
 from graftc.specs.roles import parse_role
 from graftc.specs.schema import Glob, Layer, Regex, RoleName
 from graftc.specs.spec_errors import problems_of, refuse, reject
-
-__all__ = [
-    "AsTarget",
-    "Candidate",
-    "Layers",
-    "PatternList",
-    "Patterns",
-    "Regexes",
-    "Roles",
-    "Target",
-    "depths",
-    "expand_braces",
-    "glob_to_regex",
-]
 
 
 def _each(check: Callable[[Any], object], what: str) -> Callable[[Any], Any]:

@@ -40,10 +40,8 @@ def arrived(model: nn.Module) -> nn.Module:
     Raises:
         GraftError: GC162 for a module or tensor that cannot be converted.
     """
-    quantised: dict[str, tuple[nn.Module, Converter]] = {}
-    for path, module in model.named_modules():
-        if (convert := _converter(path, module)) is not None:
-            quantised[path] = module, convert
+    converters = ((path, module, _converter(path, module)) for path, module in model.named_modules())
+    quantised = {path: (module, convert) for path, module, convert in converters if convert is not None}
     if not quantised:
         return model
     rounded = [

@@ -8,12 +8,10 @@ from typing import Any
 
 from torch import nn
 
+import graftc.passes.core.ops.unpack  # noqa: F401 (makes the kinds of packing known)
 from graftc.compat.modules import parameters_of
 from graftc.compiler.resolve.untie import another_handle
-from graftc.passes.core.ops.unpack import FAMILIES
 from graftc.passes.core.packing.modules import Packed, hold_packed
-
-__all__ = ["FAMILIES", "plain_linear", "with_packed"]
 
 
 def plain_linear(like: nn.Module, packed: Packed) -> nn.Linear:

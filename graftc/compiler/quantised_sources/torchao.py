@@ -75,14 +75,14 @@ def packed_tensor(path: str, tensor: Any) -> Packed:
     block = (*(1 for _ in range(len(shape) - len(block))), *block)
     columns = shape[-1] if block[-1] in (-1, shape[-1]) else block[-1]
     rows = shape[-2] if block[-2] == -1 else block[-2]
-    made_in = torch.promote_types(scale.dtype, dtype)
+    computed_in = torch.promote_types(scale.dtype, dtype)
     if data.dtype == torch.float8_e4m3fn:
         packing: Packing = Floating("e4m3", rows, columns % shape[-1], via=via_of(torch.float32))
         scales = scale.float().reshape(*shape[:-2], -(-shape[-2] // rows), -1)
         return PackedType(packing, shape, dtype), (as_bytes(data, shape), as_bytes(scales))
     if any(size != 1 for size in block[:-1]) or data.dtype not in (torch.int8, torch.uint8):
         raise GraftError("GC162", f"{path} has blocks of {block} values of {data.dtype}", hint=_WAY_OUT)
-    return _affine(data, scale, tensor.zero_point, shape, dtype, columns % shape[-1], made_in)
+    return _affine(data, scale, tensor.zero_point, shape, dtype, columns % shape[-1], computed_in)
 
 
 def _affine(

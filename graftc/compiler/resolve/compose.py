@@ -62,18 +62,16 @@ class Unit:
 def units(spec: Spec, resolved: Sequence[Resolved]) -> list[Unit]:
     """Return the adaptations in the order in which they are inserted, those of a composition together."""
     by_name = {item.name: item for item in resolved}
-    places = {
-        name: place for place in enumerate(spec.compose) if not isinstance(place[1], Stack) for name in place[1].members
-    }
+    numbers = {composition.name: number for number, composition in enumerate(spec.compose)}
     by_owner: dict[str, Unit] = {}
     for index, adaptation in enumerate(spec.adapt):
         name = str(adaptation.name)
-        if name not in places:
+        composition = spec.composition_of(name)
+        if composition is None:
             by_owner[name] = Unit(None, (by_name[name],), index)
-            continue
-        at, composition = places[name]
-        if composition.name not in by_owner:
-            by_owner[str(composition.name)] = Unit(composition, tuple(by_name[n] for n in composition.members), at)
+        else:
+            members = tuple(by_name[member] for member in composition.members)
+            by_owner[str(composition.name)] = Unit(composition, members, numbers[composition.name])
     return [by_owner[name] for name in _order(spec, list(by_owner))]
 
 

@@ -26,8 +26,6 @@ from graftc.specs.regexes import RegexMatcher
 from graftc.specs.roles import ROLES, parse_role
 from graftc.specs.target import Candidate, Target, depths
 
-__all__ = ["ForMethod", "Matching", "Meant", "Missing"]
-
 _LAYERED = ("attn", "ffn", "layer")
 _DETAILS = 8
 """How many reasons a near miss is explained with."""

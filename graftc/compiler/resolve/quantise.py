@@ -12,7 +12,6 @@ from torch import nn
 
 from graftc.compat.modules import parameters_of
 from graftc.compiler.capture.capture import Capture
-from graftc.compiler.resolve.select import match_modules
 from graftc.compiler.resolve.untie import sharing_copy
 from graftc.compiler.roles.findings import place
 from graftc.compiler.roles.structure import find_structure
@@ -24,6 +23,7 @@ from graftc.passes.core.sites.readers import linear_use
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.options.base import BaseOptions
+from graftc.specs.patterns import match_modules
 
 _PACKABLE = (torch.float32, torch.float16, torch.bfloat16)
 

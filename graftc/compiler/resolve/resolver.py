@@ -9,8 +9,9 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
-from graftc.compiler.resolve.select import check_overrides, depths, select
+from graftc.compiler.resolve.select import check_overrides, select
 from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
+from graftc.passes.core.grouping import grouped
 from graftc.passes.core.ir.functions import calls, is_within, renamed
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.method.registry import method_for
@@ -21,6 +22,7 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place, warn
 from graftc.specs.regexes import RegexMatcher
+from graftc.specs.target import depths
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,7 @@ class Resolver:
         return self._resolved(adaptation, sites)
 
     def _resolved(self, adaptation: MethodSpec, sites: Sequence[tuple[Site, MethodSpec]]) -> Resolved:
-        groups: dict[SiteKey, list[LinearSite]] = defaultdict(list)
-        for site, _ in sites:
-            if isinstance(site, LinearSite):
-                groups[place_of(site)].append(site)
+        groups = grouped((site for site, _ in sites if isinstance(site, LinearSite)), place_of)
         shared = {key: reason for key, group in groups.items() if (reason := self._shared(group))}
         return Resolved(adaptation, tuple(sites), shared)
 

@@ -11,11 +11,8 @@ from graftc.compiler.resolve.matching import ForMethod, Matching, Meant, Missing
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.overrides import check_used
-from graftc.specs.patterns import match_modules
 from graftc.specs.regexes import RegexMatcher
 from graftc.specs.target import Candidate, Target, depths
-
-__all__ = ["Candidate", "Meant", "check_overrides", "depths", "match_modules", "meant", "select"]
 
 
 def select(

@@ -24,8 +24,6 @@ from graftc.specs.errors.text import format_runs
 from graftc.specs.roles import ROLES, parse_role
 from graftc.specs.target import Candidate
 
-__all__ = ["ModelStructure", "Selectable", "SelectedPlace", "selectable"]
-
 
 @dataclass(frozen=True)
 class SelectedPlace:

@@ -7,9 +7,11 @@ import operator
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
-from graftc.compiler.resolve.select import Meant, meant
+from graftc.compiler.resolve.matching import Meant
+from graftc.compiler.resolve.select import meant
 from graftc.compiler.resolve.selectable import Selectable, SelectedPlace
 from graftc.compiler.resolve.targets import exact_target, kinds_of
+from graftc.passes.core.grouping import grouped
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -17,8 +19,6 @@ from graftc.specs.errors.markup import Html, bullets, joined, lines, table, tag
 from graftc.specs.errors.text import counted, format_layers, one_line
 from graftc.specs.patterns import as_items, write_items
 from graftc.specs.target import AsTarget, Target, written_fields
-
-__all__ = ["Selection"]
 
 _WHERE = "selection"
 _WEIGHTS = frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS})
@@ -283,16 +283,11 @@ class Selection(AsTarget):
 
         Equal layers of a stack share a line, with the parameters of all and the evidence of the first.
         """
-        groups: dict[tuple[str, ...], list[SelectedPlace]] = {}
-        for place in self:
-            shape = " x ".join(map(str, place.shape))
-            key = (", ".join(place.roles), place.starred, place.rows_text, str(place.kind), shape)
-            groups.setdefault(key, []).append(place)
         result: list[tuple[str, ...]] = []
-        for (role, starred, rows, kind, shape), places in groups.items():
-            layers = format_layers(p.layer for p in places if p.layer is not None)
-            count = f"{sum(p.parameters for p in places):,}"
-            result.append((role, starred, rows, layers, kind, shape, count, places[0].evidence))
+        for (role, starred, rows, kind, shape), sites in grouped(self, _common).items():
+            layers = format_layers(site.layer for site in sites if site.layer is not None)
+            count = f"{sum(site.parameters for site in sites):,}"
+            result.append((role, starred, rows, layers, kind, shape, count, sites[0].evidence))
         return result
 
     def notes(self) -> list[str]:
@@ -330,6 +325,11 @@ class Selection(AsTarget):
             "notes": [error.to_json() for error in self._notes],
             "remarks": list(self._remarks),
         }
+
+
+def _common(site: SelectedPlace) -> tuple[str, str, str, str, str]:
+    """Return what the sites that share a line of the table have in common."""
+    return ", ".join(site.roles), site.starred, site.rows_text, str(site.kind), " x ".join(map(str, site.shape))
 
 
 def _count(value: Any) -> int:

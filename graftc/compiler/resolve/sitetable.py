@@ -15,6 +15,7 @@ from graftc.compiler.resolve.token_embeddings import TokenEmbeddings
 from graftc.compiler.roles.findings import Structure, place, reasons
 from graftc.compiler.roles.layer_values import attended, value_sites
 from graftc.compiler.roles.positions import position_readers
+from graftc.passes.core.grouping import grouped
 from graftc.passes.core.ir.program import ItemsAbove, Program
 from graftc.passes.core.packing.modules import packed_types
 from graftc.passes.core.sites.entries import slices_of
@@ -86,16 +87,12 @@ class SiteTable:
         self.token_embeddings = token_embeddings
         self.entries: list[list[Site]] = []
         self.candidates: list[Candidate] = []
-        self.uses: dict[tuple[str, str], list[Use]] = defaultdict(list)
         self._attributes = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
         self._same: dict[tuple[SiteKey, WeightSlice], list[Site]] = {}
-        self._by_node: dict[fx.Node, list[Finding]] = defaultdict(list)
-        for finding in structure.findings:
-            self._by_node[finding.node].append(finding)
+        self._by_node = grouped(structure.findings, lambda finding: finding.node)
         readers = position_readers(program.graph, structure.findings)
         self._positions = ItemsAbove(program.graph, {positions.reader: positions for positions in readers})
-        for use in filter(None, map(linear_use, program.graph.nodes)):
-            self.uses[self._owner(use)].append(use)
+        self.uses = grouped(filter(None, map(linear_use, program.graph.nodes)), self._owner)
         for module, name in self.uses:
             self._weight(module, name)
         read = {use.node for uses in self.uses.values() for use in uses}
@@ -228,11 +225,8 @@ class SiteTable:
                 self._add([parameter_site(name)])
 
     def _norms(self) -> None:
-        norms: dict[str, list[Finding]] = defaultdict(list)
-        for finding in self.structure.findings:
-            if finding.kind == SiteKind.NORM and finding.parameter is not None:
-                norms[finding.parameter].append(finding)
-        for tensor, findings in norms.items():
+        norms = (f for f in self.structure.findings if f.kind == SiteKind.NORM and f.parameter is not None)
+        for tensor, findings in grouped(norms, lambda finding: str(finding.parameter)).items():
             module, _, name = tensor.rpartition(".")
             bias = f"{module}.bias".lstrip(".")
             shift = bias if bias != tensor and bias in self._attributes else None

@@ -17,8 +17,6 @@ from graftc.specs.patterns import layer_entries, write_items
 from graftc.specs.registry import method_specs, unknown_method
 from graftc.specs.target import Candidate, Target, depths, written_fields
 
-__all__ = ["exact_target", "kinds_of"]
-
 _SHOWN = 4
 """How many places that a form selects besides, or leaves out, an error names."""
 

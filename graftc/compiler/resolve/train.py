@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from graftc.compiler.resolve.resolver import not_read
-from graftc.compiler.resolve.select import match_modules
 from graftc.compiler.resolve.sitetable import SiteTable, parameter_site
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.sites.sites import ParameterSite
 from graftc.specs.base import OWNERS
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.patterns import match_modules
 
 TRAIN = OWNERS["train"]
 """Name under which the list owns its copies."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor, fx
@@ -43,7 +44,7 @@ class Labels:
         self.crosses: set[fx.Node] = set()
         self.mixing: int | None = None
         self.stream = self._stream()
-        self._mapped: dict[fx.Node, tuple[Tensor, int] | None] = {}
+        self._mapped = cache(partial(parameter_rows, flow))
 
     # --- queries ---------------------------------------------------------------------------------------
 
@@ -147,16 +148,11 @@ class Labels:
         """Return whether the rows of the weight are rows of one stored parameter."""
         if linear.parameter is None:
             return False
-        return linear.experts or linear.weight.op == "get_attr" or self._map(linear) is not None
-
-    def _map(self, linear: Linear) -> tuple[Tensor, int] | None:
-        if linear.node not in self._mapped:
-            self._mapped[linear.node] = parameter_rows(self.flow, linear)
-        return self._mapped[linear.node]
+        return linear.experts or linear.weight.op == "get_attr" or self._mapped(linear) is not None
 
     def _stored_rows(self, linear: Linear, columns: Tensor | None) -> Runs | None:
         """Return the rows of the stored parameter behind these output columns; None for all of them."""
-        mapped = self._map(linear)
+        mapped = self._mapped(linear)
         if mapped is None:
             return None if columns is None else runs_of(columns)
         rows, total = mapped

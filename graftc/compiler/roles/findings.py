@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from graftc.passes.core.grouping import grouped
 from graftc.passes.core.sites.sites import AttentionOperands
 from graftc.records.roles import Finding, Sublayer, Unresolved, role_rows, unresolved_rows
 
@@ -45,10 +46,7 @@ class Structure:
 
     def by_role(self) -> dict[str, list[Finding]]:
         """Return the findings by full role, in graph order."""
-        findings: dict[str, list[Finding]] = {}
-        for finding in self.findings:
-            findings.setdefault(finding.role, []).append(finding)
-        return findings
+        return grouped(self.findings, lambda finding: finding.role)
 
     def having(self, role: str) -> list[Finding]:
         """Return the findings that match ``role``: ``attn.k`` also matches ``decoder.cross.attn.k``."""

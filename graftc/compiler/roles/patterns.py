@@ -44,7 +44,7 @@ class Patterns:
 
     def __init__(self, shared: bool) -> None:
         self._shared = shared
-        self._made: dict[Any, tuple[Any, Any]] = {}
+        self._results: dict[Any, tuple[Any, Any]] = {}
 
     def once(self, key: Any, patterns: Iterable[Any], make: Callable[[], T]) -> T:
         """Return a result computed from some patterns, computing it only once if patterns are shared.
@@ -57,9 +57,9 @@ class Patterns:
         """
         if not self._shared:
             return make()
-        if key not in self._made:
-            self._made[key] = make(), tuple(patterns)
-        result: T = self._made[key][0]
+        if key not in self._results:
+            self._results[key] = make(), tuple(patterns)
+        result: T = self._results[key][0]
         return result
 
     def source(self, own: Tensor, number: int) -> Indexed:

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["has_windows", "may_have_windows"]
-
 
 def has_windows(config: Any) -> bool:
     """Return whether a layer's cache would drop the tokens that a sliding window has passed."""

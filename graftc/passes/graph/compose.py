@@ -297,8 +297,8 @@ def _fuse(spec: Fuse, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -
     stacked = build.call(aten.stack.default, [delta.node for _, delta in deltas], -2, part="added")
     keys = build.linear(stacked, *_projection(build, "key", width, width, dtype), "key")
     across = build.call(aten.transpose.int, keys, -1, -2, part="scores")
-    asked = build.call(aten.unsqueeze.default, query, -2, part="scores")
-    scores = build.call(aten.squeeze.dim, build.call(aten.matmul.default, asked, across, part="scores"), -2)
+    row_of_queries = build.call(aten.unsqueeze.default, query, -2, part="scores")
+    scores = build.call(aten.squeeze.dim, build.call(aten.matmul.default, row_of_queries, across, part="scores"), -2)
     if spec.temperature != 1:
         scores = build.call(aten.div.Tensor, scores, spec.temperature, part="scores")
     weights = build.call(aten.softmax.int, build.dropout(scores, spec.dropout), -1, part="weights")

@@ -238,7 +238,7 @@ def _collect(head: LossHead, node: fx.Node, factor: float, moves: tuple[fx.Node,
         source = _args(node)[0]
         start, stop, _ = slice(*_args(node)[2:]).indices(width_of(source))
         _within(head, partial(_cut, start=start, stop=stop), source, factor, moves)
-    elif (linear := _linear(node)) is not None:
+    elif (linear := linear_of(node)) is not None:
         x, weight, bias, turned = linear
         head.terms.append(Term(x, weight, factor, moves, 0, width, turned=turned))
         head.place = head.place or str(node.meta.get("module", ""))
@@ -278,7 +278,7 @@ def _is_last(node: fx.Node, at: int) -> bool:
     return axis in (-1, node.meta["val"].dim() - 1)
 
 
-def _linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
+def linear_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
     """Return the input, weight and bias of a linear map, and whether the weight is ``[in, columns]``.
 
     None for other nodes.

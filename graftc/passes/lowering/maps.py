@@ -14,6 +14,7 @@ from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import same_type
 from graftc.passes.core.ops.projections import Runs
+from graftc.passes.lowering.head import linear_of
 
 aten = torch.ops.aten
 Step = tuple[fx.Node, list["Branch"], list[fx.Node]]
@@ -230,6 +231,7 @@ class Matcher:
 _MOST = 64
 """How many nodes are looked at for one sum."""
 
+_PRODUCTS = (aten.linear.default, aten.addmm.default)
 _COLUMN_WISE = frozenset({aten.slice.Tensor, aten.cat.default, aten.add.Tensor})
 
 
@@ -320,21 +322,11 @@ def _in_runs(parts: list[_Part], branches: dict[fx.Node, Branch]) -> list[Branch
 
 def _product(node: fx.Node) -> Map | None:
     """Return a product with a matrix, of the base or an adaptation, as a map; None for other nodes."""
-    if node.kwargs or node.op != "call_function":
+    linear = linear_of(node) if node.target in _PRODUCTS and not node.kwargs else None
+    if linear is None:
         return None
-    if node.target is aten.linear.default and len(node.args) in (2, 3):
-        x, weight, bias = (*node.args, None)[:3]
-        transposed = False
-    elif node.target is aten.addmm.default and len(node.args) == 3:
-        bias, x, weight = node.args
-        transposed = True
-    else:
-        return None
-    if not (isinstance(x, fx.Node) and isinstance(weight, fx.Node)) or weight.meta["val"].dim() != 2:
-        return None
-    if bias is not None and (not isinstance(bias, fx.Node) or bias.meta["val"].dim() != 1):
-        return None
-    if bias is not None and bias.meta["val"].shape[0] != node.meta["val"].shape[-1]:
+    x, weight, bias, transposed = linear
+    if bias is not None and tuple(bias.meta["val"].shape) != (node.meta["val"].shape[-1],):
         return None
     return Map(node, x, weight, bias, transposed, node)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graftc.passes.core.grouping import grouped
 from graftc.passes.core.ir.cleaning import live
 from graftc.passes.core.ir.edits import Edit, Edits
 from graftc.passes.core.ir.layers import layer_path
@@ -34,11 +35,8 @@ def fuse_projections(program: Program) -> list[LoweringOutcome]:
         For every site at a product with a weight, whether what was inserted there is part of such a call.
     """
     matcher = Matcher(program)
-    groups: dict[tuple[fx.Node, str], list[Map]] = {}
-    for node in program.graph.nodes:
-        match = matcher.map(node) if node in matcher.live else None
-        if match is not None:
-            groups.setdefault((match.x, layer_path(node.meta.get("module", ""))), []).append(match)
+    maps = filter(None, (matcher.map(node) for node in program.graph.nodes if node in matcher.live))
+    groups = grouped(maps, lambda one: (one.x, layer_path(one.node.meta.get("module", ""))))
     chosen = [group for members in groups.values() for group in matcher.together(members)]
     passed = {node for group in chosen for one in group for node in one.nodes}
     outcomes = [outcome for edit in program.edits if (outcome := _outcome(edit, program.edits, passed)) is not None]

@@ -17,6 +17,7 @@ from graftc.compat.fake_tensors import FakeTensorMode
 from graftc.compat.modes import no_modes
 from graftc.compat.tensors import storage_key, storage_sizes
 from graftc.compiler.capture.isolation import is_traced
+from graftc.passes.core.grouping import grouped_pairs
 from graftc.passes.core.ir.codegen import RECENT, Function, code_of, placed, tensor_at
 from graftc.passes.core.ops.unpack import unpacked
 from graftc.passes.core.packing.gradients import is_open
@@ -26,7 +27,6 @@ from graftc.runtime.activations.frames import Casts, Frame, FrameCode, Hooks, Pa
 from graftc.runtime.activations.minimum_cut import ActivationPlan, Recomputation, kept_by, plans
 from graftc.runtime.activations.offload import offload_of
 from graftc.runtime.activations.recording import Recorded, fake, record
-from graftc.runtime.grouping import grouped
 from graftc.specs.errors.diagnostics import warn
 
 
@@ -249,7 +249,7 @@ def _marked(graph: fx.Graph, recorded: Recorded, roots: Sequence[fx.Node], targe
     marked.output(marked.graph_copy(graph, mapping))
     place = {node: number for number, node in enumerate(graph.nodes)}
     first = next(node for node in marked.nodes if node.op != "placeholder")
-    sharing = grouped((storage, node) for node, storage in recorded.storages.items())
+    sharing = grouped_pairs((storage, node) for node, storage in recorded.storages.items())
     for index, target in enumerate(targets):
         readers = [user for node in sharing[recorded.storages[target]] for user in (node, *node.users)]
         last = max((user for user in readers if user.op != "output"), key=place.__getitem__)

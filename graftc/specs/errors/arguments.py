@@ -10,8 +10,6 @@ from typing import Any
 
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["absolute_path", "as_budget", "as_mapping", "as_names", "as_path", "as_seed", "kind_of"]
-
 
 def kind_of(value: Any) -> str:
     """Return the type of a value, for messages: ``"of type int"``."""

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning, first_line
 
-__all__ = ["is_failure", "library_errors"]
-
 
 def is_failure(error: BaseException) -> bool:
     """Return whether a raised exception means that work failed.

@@ -11,8 +11,6 @@ from typing import Any, TypeVar, cast
 from graftc.specs.errors.diagnostics import GraftError, correction
 from graftc.specs.errors.text import counted, listed
 
-__all__ = ["public"]
-
 F = TypeVar("F", bound=Callable[..., Any])
 _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 

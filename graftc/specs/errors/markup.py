@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterable, Sequence
 
 from graftc.specs.errors.text import one_line
 
-__all__ = ["Html", "bullets", "escaped", "folded", "joined", "lines", "table", "tag"]
-
 LONGEST = 120
 """The largest number of characters of a name; the middle of a longer one is left out."""
 

@@ -9,20 +9,6 @@ from itertools import groupby
 from os import PathLike
 from typing import Any
 
-__all__ = [
-    "abridged",
-    "consecutive",
-    "counted",
-    "encodable",
-    "listed",
-    "one_line",
-    "printable",
-    "quoted",
-    "shortened",
-    "shown",
-    "some",
-]
-
 _MOST = 100
 """The largest number of characters of a value in a message."""
 

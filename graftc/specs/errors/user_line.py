@@ -10,8 +10,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-__all__ = ["again", "issue"]
-
 _PACKAGE = f"{Path(__file__).parents[2]}{os.sep}"
 
 

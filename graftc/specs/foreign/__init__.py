@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["check_config", "is_foreign", "translated"]
-
 
 def is_foreign(source: object) -> bool:
     """Return whether something is a config of peft, as an object or as data, or a mapping with several by name."""

@@ -22,8 +22,6 @@ from graftc.specs.registry import method_specs
 from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["CONFIG", "AdapterConfig", "beside", "config_bytes", "formats", "matching", "read_config"]
-
 CONFIG = "adapter_config.json"
 MOST = 16 * 2**20
 """The largest size of the file in bytes: AdaLoRA writes a flag for each rank of each layer."""

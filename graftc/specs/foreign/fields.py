@@ -10,8 +10,6 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import shown
 from graftc.specs.foreign.config import CONFIG, AdapterConfig, beside, matching
 
-__all__ = ["fields_of", "is_listed", "method_at", "rows_of", "table_rows", "takes_bias"]
-
 
 def fields_of(config: AdapterConfig) -> dict[str, Any]:
     """Return the fields of our spec, without target and name.

@@ -8,8 +8,6 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import shown
 from graftc.specs.foreign.config import AdapterConfig
 
-__all__ = ["starts_of"]
-
 
 def starts_of(config: AdapterConfig, where: str) -> dict[str, Any]:
     """Return the fields of our spec about initial values.

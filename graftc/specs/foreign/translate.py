@@ -18,8 +18,6 @@ from graftc.specs.foreign.starts import starts_of
 from graftc.specs.patterns import as_items
 from graftc.specs.target import Target
 
-__all__ = ["as_data", "translate"]
-
 _PLAIN = re.compile(r"[\w.-]+")
 
 

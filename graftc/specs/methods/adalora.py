@@ -11,8 +11,6 @@ from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
 from graftc.specs.peft import AS_USUAL, LORA_FIXED, LORA_IGNORED, PeftFormat, PeftPart
 
-__all__ = ["AdaLoRA", "AdaLoRAOverride"]
-
 
 class AdaLoRAOverride(Override):
     """Other values of AdaLoRA for some of its sites; omitted fields keep the adaptation's value."""

@@ -12,8 +12,6 @@ from graftc.specs.limits import SIZE
 from graftc.specs.methods.bottleneck import Activation, BottleneckSpec, Init, Wiring
 from graftc.specs.target import Target
 
-__all__ = ["AdaMix", "Consistency", "Share"]
-
 Share = Literal["up", "down", "none"]
 """The projection, if any, that all experts share."""
 

@@ -11,8 +11,6 @@ from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
 from graftc.specs.methods.adamix import Consistency, Share
 
-__all__ = ["AdaMixLoRA"]
-
 
 class AdaMixLoRA(MethodSpec):
     """Mixture of low-rank updates: `y = W x + b + s B_j A_i dropout(x)` with `s = alpha / rank`.

@@ -11,8 +11,6 @@ from graftc.specs.limits import SIZE
 from graftc.specs.methods.bottleneck import BottleneckSpec, Init, Wiring
 from graftc.specs.target import Target
 
-__all__ = ["AdapterL"]
-
 
 class AdapterL(BottleneckSpec):
     """AdapterL: `y + up(relu(down(LN(y))))` after the feed-forward part of every layer.

@@ -11,8 +11,6 @@ from graftc.specs.limits import SIZE
 from graftc.specs.methods.bottleneck import BottleneckSpec, Init, Wiring
 from graftc.specs.target import Target
 
-__all__ = ["BapnaFirat"]
-
 
 class BapnaFirat(BottleneckSpec):
     """Bapna-Firat adapters: `y + up(relu(down(LN(y))))` after every layer, for language pairs or domains.

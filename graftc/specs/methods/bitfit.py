@@ -8,8 +8,6 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.target import Target
 
-__all__ = ["BitFit"]
-
 
 class BitFit(MethodSpec):
     """BitFit: trains the biases of linear maps and norms; the weights stay unchanged.

@@ -14,18 +14,6 @@ from graftc.specs.limits import SIZE
 from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
-__all__ = [
-    "Activation",
-    "Bottleneck",
-    "BottleneckOverride",
-    "BottleneckSpec",
-    "BottleneckWidth",
-    "Init",
-    "Norm",
-    "Place",
-    "Wiring",
-]
-
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu", "identity"]
 """The function between the two projections; `silu` is also called swish, `gelu_tanh` is GELU's tanh approximation."""
 

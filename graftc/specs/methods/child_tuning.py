@@ -11,8 +11,6 @@ from graftc.specs.methods.bases.sparse import BudgetSpec, share
 from graftc.specs.methods.full import TENSORS
 from graftc.specs.target import Target
 
-__all__ = ["ChildTuning"]
-
 
 class ChildTuning(BudgetSpec):
     """Child-Tuning: fine-tunes a child network, a subset of all parameters.

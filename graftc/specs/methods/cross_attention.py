@@ -8,8 +8,6 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.target import Target
 
-__all__ = ["CrossAttention"]
-
 
 class CrossAttention(MethodSpec):
     """Cross-attention fine-tuning: trains the projections of every attention from one stack to the other.

@@ -11,8 +11,6 @@ from graftc.specs.claims import Claims, FoldKind
 from graftc.specs.methods.bases.sparse import StagedSpec
 from graftc.specs.methods.full import TENSORS
 
-__all__ = ["DiffPruning"]
-
 Stretch = Annotated[tuple[Annotated[float, Field(lt=0)], Annotated[float, Field(gt=1)]], Strict(False)]
 """Two numbers, below 0 and above 1; a list in a document."""
 

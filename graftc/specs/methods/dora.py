@@ -13,8 +13,6 @@ from graftc.specs.limits import SIZE
 from graftc.specs.overrides import RankOverride
 from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, LORA_STARTS, PeftFormat, PeftPart
 
-__all__ = ["DoRA", "DoRAOverride"]
-
 _FROM_WEIGHT = ("pissa", "olora")
 """Initialisers of LoRA that DoRA does not have."""
 

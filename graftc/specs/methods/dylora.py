@@ -10,8 +10,6 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
 
-__all__ = ["DyLoRA"]
-
 
 class DyLoRA(MethodSpec):
     """Low-rank adaptation for many ranks: `y = W x + b + (alpha / r) B[:, :r] A[:r] dropout(x)`.

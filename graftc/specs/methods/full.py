@@ -8,8 +8,6 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.target import Target
 
-__all__ = ["TENSORS", "Full"]
-
 TENSORS = frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS, SiteKind.NORM, SiteKind.PARAMETER})
 """The kinds of site that have tensors of the base."""
 

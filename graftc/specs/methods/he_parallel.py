@@ -12,8 +12,6 @@ from graftc.specs.limits import SIZE
 from graftc.specs.methods.bottleneck import BottleneckSpec, Init, Wiring
 from graftc.specs.target import Target
 
-__all__ = ["HeParallel"]
-
 
 class HeParallel(BottleneckSpec):
     """Parallel adapters: `g + scale * up(relu(down(x)))`, where `x` is the input of the sublayer.

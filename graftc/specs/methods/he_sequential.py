@@ -11,8 +11,6 @@ from graftc.specs.limits import SIZE
 from graftc.specs.methods.bottleneck import BottleneckSpec, Init, Wiring
 from graftc.specs.target import Target
 
-__all__ = ["HeSequential"]
-
 
 class HeSequential(BottleneckSpec):
     """Sequential adapters: `g + scale * up(relu(down(g)))` on a sublayer's branch, before the residual is added.

@@ -13,8 +13,6 @@ from graftc.specs.patterns import as_items
 from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
-__all__ = ["Houlsby"]
-
 
 class Houlsby(BottleneckSpec):
     """Houlsby adapters: `a + up(gelu(down(a)))` on the branches of every attention and feed-forward part.

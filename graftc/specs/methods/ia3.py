@@ -11,8 +11,6 @@ from graftc.specs.peft import AS_USUAL, PeftFormat, PeftList, PeftPart
 from graftc.specs.roles import parse_role
 from graftc.specs.target import Target
 
-__all__ = ["IA3", "IA3Override", "Side"]
-
 Side = Literal["auto", "output", "input"]
 """The side of a linear map that is scaled."""
 

@@ -13,8 +13,6 @@ from graftc.specs.limits import SIZE
 from graftc.specs.methods.full import TENSORS
 from graftc.specs.target import Target, written_fields
 
-__all__ = ["LastLayers"]
-
 
 class LastLayers(MethodSpec):
     """Fine-tuning of the last `count` layers: trains all of their parameters; the others stay unchanged.

@@ -13,8 +13,6 @@ from graftc.specs.methods.bottleneck import Activation, BottleneckSpec, Init, Wi
 from graftc.specs.roles import parse_role
 from graftc.specs.target import Target
 
-__all__ = ["LLMAdapters"]
-
 
 class LLMAdapters(BottleneckSpec):
     """LLM-Adapters: bottlenecks without biases on single linear maps.

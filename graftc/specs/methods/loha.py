@@ -7,8 +7,6 @@ from typing import ClassVar, Literal
 from graftc.specs.methods.bases.product import ProductSpec
 from graftc.specs.peft import AS_USUAL, NO_DROPOUT, PeftFormat, PeftPart
 
-__all__ = ["LoHa"]
-
 
 class LoHa(ProductSpec):
     """Low-rank Hadamard product: `W + s (B1 A1) * (B2 A2)`, elementwise, with `s = alpha / rank`.

@@ -11,8 +11,6 @@ from graftc.specs.methods.bases.product import ProductSpec
 from graftc.specs.peft import AS_USUAL, NO_DROPOUT, PeftFormat, PeftPart
 from graftc.specs.spec_errors import refuse
 
-__all__ = ["LoKr"]
-
 
 class LoKr(ProductSpec):
     """Low-rank Kronecker product: `W + s C ⊗ D` with `s = alpha / rank`.

@@ -13,9 +13,6 @@ from graftc.specs.limits import SIZE
 from graftc.specs.overrides import RankOverride
 from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, LORA_STARTS, PeftFormat, PeftPart
 
-__all__ = ["LoRA", "LoRAOverride"]
-
-
 Initialiser: TypeAlias = Literal["kaiming", "gaussian", "random", "orthogonal", "pissa", "olora", "loftq"]
 """An initialiser, as described in `LoRA.init`."""
 

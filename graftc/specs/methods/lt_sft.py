@@ -10,8 +10,6 @@ from graftc.specs.claims import Claims, FoldKind
 from graftc.specs.methods.bases.sparse import StagedSpec
 from graftc.specs.methods.full import TENSORS
 
-__all__ = ["LTSFT"]
-
 
 class LTSFT(StagedSpec):
     """LT-SFT: everything trains, the most changed entries are selected, all is reset, and these entries train alone.

@@ -15,8 +15,6 @@ from graftc.specs.methods.he_parallel import HeParallel
 from graftc.specs.methods.prefix import Prefix, Reparameterization
 from graftc.specs.target import Target
 
-__all__ = ["MAM", "MAMAdapter", "MAMPrefix"]
-
 
 class MAMPrefix(PrefixPart):
     """The prefix of MAM adapters."""

@@ -8,8 +8,6 @@ from graftc.specs.claims import Claims, FoldKind
 from graftc.specs.methods.bases.sparse import SelectionSpec
 from graftc.specs.methods.full import TENSORS
 
-__all__ = ["Mask"]
-
 
 class Mask(SelectionSpec):
     """Sparse fine-tuning: trains some entries of the base's tensors, selected once; the others stay as they are.

@@ -9,8 +9,6 @@ from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.peft import PeftFormat, PeftPart
 from graftc.specs.target import Target
 
-__all__ = ["Norms"]
-
 
 class Norms(MethodSpec):
     """LayerNorm tuning: trains the scale and the shift of every normalisation; the rest of the model stays unchanged.

@@ -9,8 +9,6 @@ from pydantic import Field
 from graftc.specs.limits import SIZE
 from graftc.specs.methods.prefix import PrefixSpec
 
-__all__ = ["PTuningV2"]
-
 
 class PTuningV2(PrefixSpec):
     """P-tuning v2: trained keys and values in front of those of every attention, together with a trained task head.

@@ -12,8 +12,6 @@ from graftc.specs.limits import SIZE
 from graftc.specs.spec_errors import first_repeat, refuse
 from graftc.specs.target import Target
 
-__all__ = ["Pasta"]
-
 
 class Pasta(MethodSpec):
     """PASTA: a trained vector for each special token, added to the input of every layer.

@@ -10,8 +10,6 @@ from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.methods.bottleneck import BottleneckSpec, Init, Wiring
 from graftc.specs.target import Target
 
-__all__ = ["Pfeiffer"]
-
 
 class Pfeiffer(BottleneckSpec):
     """Pfeiffer adapters: one bottleneck in every layer, which reads after the norm and adds before it.

@@ -11,8 +11,6 @@ from graftc.specs.base import VirtualRun, Where
 from graftc.specs.limits import SIZE
 from graftc.specs.methods.prompt import VirtualTokenSpec
 
-__all__ = ["InfixSpec", "PreEmbed"]
-
 
 class InfixSpec(VirtualTokenSpec):
     """Fields common to PreEmbed and PreLayer: virtual tokens in front of the text and within it."""

@@ -9,8 +9,6 @@ from pydantic import Field
 from graftc.specs.methods.pre_embed import InfixSpec
 from graftc.specs.target import Target
 
-__all__ = ["PreLayer"]
-
 
 class PreLayer(InfixSpec):
     """PreLayer: virtual tokens whose activations are trained at the input of every layer.

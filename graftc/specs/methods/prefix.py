@@ -13,8 +13,6 @@ from graftc.specs.peft import PeftFormat, PeftPart
 from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
-__all__ = ["Prefix", "PrefixOverride", "PrefixSpec", "Reparameterization"]
-
 
 class Reparameterization(SpecModel):
     """During training, a small network produces the keys and values from one vector for each position.

@@ -14,8 +14,6 @@ from graftc.specs.peft import PeftFormat, PeftPart
 from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
-__all__ = ["Prompt", "VirtualTokenSpec"]
-
 
 class VirtualTokenSpec(MethodSpec):
     """Fields common to methods that train the embeddings of virtual tokens."""

@@ -15,8 +15,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.spec_errors import reject
 from graftc.specs.target import Target
 
-__all__ = ["Pruning", "PruningOverride"]
-
 Variant = Literal["magnitude", "movement", "soft_movement", "iterative"]
 _DENSE = frozenset({"magnitude", "movement", "iterative"})
 _SCHEDULED = frozenset({"magnitude", "movement", "soft_movement"})

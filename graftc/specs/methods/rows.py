@@ -14,8 +14,6 @@ from graftc.specs.peft import AS_USUAL, PeftFormat, PeftPart
 from graftc.specs.schema import RowNumber, needs_one_of
 from graftc.specs.spec_errors import problems_of, refuse, reject
 
-__all__ = ["RowSelection"]
-
 
 class RowSelection(MethodSpec):
     """Trains some rows of matrices and tables directly: tokens of an embedding table, blocks of rows, or n of every m.

@@ -11,8 +11,6 @@ from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
 from graftc.specs.overrides import RankOverride
 
-__all__ = ["SoRA", "SoRAOverride"]
-
 
 class SoRAOverride(RankOverride):
     """Other values of SoRA for some of its sites; omitted fields keep the adaptation's value."""

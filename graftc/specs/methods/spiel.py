@@ -12,8 +12,6 @@ from graftc.specs.methods.bases.sparse import SelectionSpec
 from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
-__all__ = ["PROJECTIONS", "SpIEL"]
-
 PROJECTIONS = frozenset({"attn.q", "attn.k", "attn.v", "attn.o", "ffn.gate", "ffn.up", "ffn.down"})
 """The roles of the maps that the default target selects."""
 

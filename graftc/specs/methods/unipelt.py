@@ -18,8 +18,6 @@ from graftc.specs.methods.prefix import Prefix
 from graftc.specs.spec_errors import first_repeat, refuse
 from graftc.specs.target import Target
 
-__all__ = ["LoRAPart", "UniPELT", "UniPELTAdapter"]
-
 Part = Literal["adapter", "prefix", "lora"]
 
 

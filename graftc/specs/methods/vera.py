@@ -12,8 +12,6 @@ from graftc.specs.limits import SIZE
 from graftc.specs.peft import AS_USUAL, PeftFormat, PeftPart
 from graftc.specs.spec_errors import refuse
 
-__all__ = ["VeRA"]
-
 
 class VeRA(MethodSpec):
     """Vector-based random matrix adaptation: `y = W x + c + b * (B (d * (A dropout(x))))` with random, frozen A and B.

@@ -17,8 +17,6 @@ from graftc.specs.pet.training import ClassifierSpec, IpetOptions, TrainingOptio
 from graftc.specs.pet.verbalizer import Verbalizer
 from graftc.specs.spec_errors import Problem, reject
 
-__all__ = ["PATTERNS", "SEEDS", "PetSpec"]
-
 PATTERNS = 100
 """The largest number of patterns of a document."""
 

@@ -9,8 +9,6 @@ from typing import Any
 from graftc.specs.io import Format, checked, parse_document, plain, plain_spec, read_spec_file, write_yaml
 from graftc.specs.pet.document import PetSpec
 
-__all__ = ["dump_pet_spec", "load_pet_spec", "parse_pet_spec"]
-
 
 def load_pet_spec(source: PetSpec | Mapping[str, Any] | str | PathLike[str]) -> PetSpec:
     """Return the PET spec in a file (``.yaml``, ``.yml``, ``.json`` or ``.toml``) or a mapping; a PetSpec unchanged.

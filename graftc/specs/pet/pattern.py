@@ -18,8 +18,6 @@ from graftc.specs.limits import NAME
 from graftc.specs.pet.verbalizer import Verbalizer
 from graftc.specs.spec_errors import refuse
 
-__all__ = ["BLANKS", "LABEL", "Pattern", "PatternPart", "PatternSpec", "parse_pattern"]
-
 BLANKS = 16
 """The largest number of blanks of a pattern."""
 

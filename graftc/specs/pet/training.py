@@ -10,8 +10,6 @@ from graftc.specs.base_model import SpecModel
 from graftc.specs.document import Spec
 from graftc.specs.limits import SIZE
 
-__all__ = ["ClassifierSpec", "DistillationOptions", "IpetOptions", "StepOptions", "TrainingOptions", "everything"]
-
 
 def everything() -> Spec:
     """Return the document that trains every weight, like Schick & Schütze."""

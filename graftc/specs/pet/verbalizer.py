@@ -15,8 +15,6 @@ from graftc.specs.limits import LABELS, WORDS
 from graftc.specs.source import format_path
 from graftc.specs.spec_errors import Problem, reject
 
-__all__ = ["Verbalizer"]
-
 
 class Verbalizer(Mapping[str, tuple[str, ...]]):
     """The words of each label, in order; frozen and hashable.

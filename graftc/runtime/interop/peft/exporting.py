@@ -19,14 +19,13 @@ from torch import Tensor
 from graftc.compat.transformers import path_of
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
-from graftc.compiler.resolve.select import match_modules
 from graftc.compiler.resolve.train import TRAIN
 from graftc.files.tensors.writing import save_tensors
+from graftc.passes.core.grouping import grouped_pairs
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.records.files import PeftTensor
-from graftc.runtime.grouping import grouped
 from graftc.runtime.interop.peft.base import outermost, paths_of, rows_in
 from graftc.runtime.interop.peft.expert_layouts import SINCE
 from graftc.runtime.interop.peft.expressible import own_places, refuse_inexpressible, task_of
@@ -46,6 +45,7 @@ from graftc.runtime.interop.peft.targets import suffixes
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import CONFIG, read_config
+from graftc.specs.patterns import match_modules
 from graftc.specs.peft import PeftFormat
 
 __all__ = ["SITES", "PeftExport", "check_peft", "is_exported", "prepared", "write_peft"]
@@ -200,7 +200,7 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
     named = [_target(compilation, site) for site, _ in own if is_parameter(compilation, site)]
     paths = [table_path(compilation, site.key) if trains_rows(table) else site.key.module for site, _ in plain]
     listed = [is_listed_at(site, spec, table) for site, spec in plain]
-    groups = grouped(zip(listed, paths, strict=True))
+    groups = grouped_pairs(zip(listed, paths, strict=True))
     words = {own: suffixes(dict.fromkeys(modules), universe) for own, modules in groups.items()}
     fields: dict[str, Any] = {"target_modules": sorted({word for each in words.values() for word in each})}
     for theirs in table.lists:

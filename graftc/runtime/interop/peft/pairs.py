@@ -16,10 +16,10 @@ from graftc.compat.modules import parameters_of
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.train import TRAIN
+from graftc.passes.core.grouping import grouped_pairs
 from graftc.passes.core.sites.sites import AttentionSite, EmbeddingSite, LinearSite, Site, SiteKey
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.records.files import PeftTensor
-from graftc.runtime.grouping import grouped
 from graftc.runtime.hooks.embeddings import path_by_getter
 from graftc.runtime.interop.peft.forms import Shaped, to_ours, to_theirs
 from graftc.runtime.interop.peft.keys import MODEL, ROOT, tensor_key
@@ -296,7 +296,7 @@ def _shaped(site: Site, spec: MethodSpec, table: PeftFormat, turned: _Turned) ->
 def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:
     """Return how many other adapters are around each site; the first of a module's parameters is innermost."""
     depths: dict[SiteKey, int] = {}
-    for module, keys in grouped((site.key.module, site.key) for site in sites).items():
+    for module, keys in grouped_pairs((site.key.module, site.key) for site in sites).items():
         if len(keys) > 1:
             order = list(parameters_of(compilation.store.owner(module)))
             keys = sorted(keys, key=lambda key: order.index(key.name) if key.name in order else len(order))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from graftc.runtime.grouping import grouped
+from graftc.passes.core.grouping import grouped_pairs
 from graftc.runtime.interop.peft.targets import meant
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
@@ -41,8 +41,8 @@ def adapted_parameters(
     """
     resolved = dict[tuple[str, int], tuple[str, bool]]()
     targets = config.target_parameters or []
-    owned = grouped((module, last) for module, _, last in (name.rpartition(".") for name in shapes))
-    depths = grouped(modules)
+    owned = grouped_pairs((module, last) for module, _, last in (name.rpartition(".") for name in shapes))
+    depths = grouped_pairs(modules)
     as_modules = meant(config, list(depths)) if targets else None
     for path, levels in depths.items():
         # Without a base, a bare name may be a parameter of any module, except those that the config names as modules.

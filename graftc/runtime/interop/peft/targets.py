@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Sequence
 
-from graftc.runtime.grouping import grouped
+from graftc.passes.core.grouping import grouped_pairs
 from graftc.specs.foreign.config import AdapterConfig
 from graftc.specs.patterns import BRANCHES, glob_to_regex
 from graftc.specs.regexes import RegexMatcher
@@ -88,7 +88,7 @@ def globs(wanted: Collection[str], universe: Collection[str]) -> list[str]:
         universe: all paths that a glob is matched against.
     """
     left, result = dict.fromkeys(wanted), list[str]()
-    groups = grouped((re.sub(r"(?<![^.])\d+(?![^.])", "*", path), path) for path in left)
+    groups = grouped_pairs((re.sub(r"(?<![^.])\d+(?![^.])", "*", path), path) for path in left)
     covered: set[str] = set()
     for shape, members in groups.items():
         if covered.issuperset(members):
@@ -121,7 +121,7 @@ def _candidates(shape: str, members: Sequence[str]) -> Iterator[str]:
 def suffixes(wanted: Collection[str], universe: Collection[str]) -> list[str]:
     """Return the shortest ends of paths by which peft finds exactly the wanted paths among all paths."""
     allowed, result = set(wanted), list[str]()
-    meaning = grouped((end, path) for path in universe for end in _ends(path))
+    meaning = grouped_pairs((end, path) for path in universe for end in _ends(path))
     for path in wanted:
         if any(end in result for end in _ends(path)):
             continue

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch import nn
 
 from graftc.compiler.roles.structure import Structure
-from graftc.runtime.grouping import grouped
+from graftc.passes.core.grouping import grouped_pairs
 from graftc.runtime.hooks.embeddings import path_by_getter
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, table_form
 from graftc.specs.claims import SiteKind
@@ -55,7 +55,7 @@ def _rows_once(
     adapter: PeftAdapter, model: nn.Module, tied: Mapping[str, list[str]], structure: Callable[[], Structure]
 ) -> PeftAdapter:
     rows = (m for m in adapter.modules if "weight" in m.keys and table_form(m, "weight") == "rows")
-    groups = grouped((tied[module.name][0], module) for module in rows if module.name in tied)
+    groups = grouped_pairs((tied[module.name][0], module) for module in rows if module.name in tied)
     changed: dict[int, PeftModule | None] = {}
     doubles = list(adapter.doubles)
     source = path_by_getter(model, "get_input_embeddings")
@@ -141,5 +141,5 @@ def _modules_of(names: Iterable[str]) -> list[str]:
 
 def _tied_names(model: nn.Module) -> list[list[str]]:
     """Return the names of each parameter that has several."""
-    names = grouped((parameter, name) for name, parameter in model.named_parameters(remove_duplicate=False))
+    names = grouped_pairs((parameter, name) for name, parameter in model.named_parameters(remove_duplicate=False))
     return [own for own in names.values() if len(own) > 1]

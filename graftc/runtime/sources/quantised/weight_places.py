@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from graftc.compat.modules import parameters_of
 from graftc.compat.transformers import leave_as_it_is
 from graftc.compiler.resolve.quantise import is_turned
+from graftc.passes.core.grouping import grouped_pairs
 from graftc.passes.core.packing.affine import Affine
 from graftc.passes.core.packing.floating import Floating
 from graftc.passes.core.packing.modules import Packed
 from graftc.passes.core.packing.ordered import Ordered
 from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.packing.row_scaled import RowScaled
-from graftc.runtime.grouping import grouped
 from graftc.runtime.sources.folder_checks import converted_names
 from graftc.runtime.sources.quantised.folder_tensors import damaged
 from graftc.runtime.sources.quantised.weights import StoredWeight, unread
@@ -67,7 +67,7 @@ def places_of(model: Any, stored: Iterable[StoredWeight]) -> list[PackedPlace]:
             damaged(f"{type(model).__name__} has no place for {weight.name}")
     targets = ((weight, *names[weight.name]) for weight in ordered)
     places = []
-    for target, weights in grouped((target, (source, weight)) for weight, target, source in targets).items():
+    for target, weights in grouped_pairs((target, (source, weight)) for weight, target, source in targets).items():
         path, _, name = target.rpartition(".")
         module = model.get_submodule(path)
         if weights[0][0] is None and name == "weight":

@@ -14,8 +14,6 @@ from graftc.specs.methods.bottleneck import WIDTHS, Activation, BottleneckWidth,
 from graftc.specs.methods.prefix import Reparameterization
 from graftc.specs.target import written_fields
 
-__all__ = ["AdapterPart", "PartsSpec", "PrefixPart"]
-
 PARTS: Mapping[SiteKind, str] = {SiteKind.SUBLAYER: "adapter", SiteKind.ATTENTION: "prefix", SiteKind.LINEAR: "lora"}
 """The part at each kind of site."""
 

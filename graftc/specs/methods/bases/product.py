@@ -11,8 +11,6 @@ from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
 from graftc.specs.overrides import RankOverride
 
-__all__ = ["ProductSpec"]
-
 
 class ProductSpec(MethodSpec):
     """Fields common to LoHa and LoKr."""

@@ -12,8 +12,6 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.spec_errors import refuse
 from graftc.specs.target import Target
 
-__all__ = ["BudgetSpec", "SelectionSpec", "StagedSpec", "share"]
-
 
 def share(density: float, total: int) -> int:
     """Return a share of ``total``, rounded down. The density counts as it is written: 0.07 of 100 is 7."""
