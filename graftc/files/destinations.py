@@ -186,8 +186,7 @@ def holds(folder: Path, path: Path) -> bool:
 
 def overlap(path: Path, source: str | Path) -> GraftError:
     where = "is" if os.path.realpath(path) == os.path.realpath(source) else "overlaps"
-    message = f"{path} {where} {source}, which is read for it"
-    return GraftError("GC063", message, hint="write to a folder beside it")
+    return GraftError("GC063", f"{path} {where} {source}, which is read for it", hint="write to a folder beside it")
 
 
 def cannot_write(path: Path, error: OSError) -> GraftError:

@@ -308,8 +308,7 @@ def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compi
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = type(model).forward.__doc__
     # Trainers look for "QuestionAnswering" and similar words in the name of a class.
-    name = f"Compiled{type(model).__name__}"
-    return type(name, (Compiled,), {"forward": forward, "__module__": __name__})
+    return type(f"Compiled{type(model).__name__}", (Compiled,), {"forward": forward, "__module__": __name__})
 
 
 refuse_wrapping()

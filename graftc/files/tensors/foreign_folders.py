@@ -52,8 +52,7 @@ def require_regular_files(folder: Path, code: str) -> None:
                 raise GraftError(code, f"{quoted(path)} is not a regular file", hint=hint)
             most = _most(path)
             if most is not None and state.st_size > most:
-                message = f"{quoted(path)} has {state.st_size:,} bytes, more than {most:,}"
-                raise GraftError(code, message, hint=hint)
+                raise GraftError(code, f"{quoted(path)} has {state.st_size:,} bytes, more than {most:,}", hint=hint)
     except OSError as error:
         raise GraftError(code, f"{quoted(folder)} cannot be read: {error.strerror or error}") from error
 

@@ -121,8 +121,7 @@ def call_hooks(program: Program, root: fx.Graph, path: str) -> None:
     Raises:
         GraftError: GC043 if there is no single such value.
     """
-    calls = program.graph.nodes
-    inside = {n for n in calls if n.op == "call_function" and n.meta.get("module", "") == path}
+    inside = {n for n in program.graph.nodes if n.op == "call_function" and n.meta.get("module", "") == path}
     exits = {n.name for n in inside if any(user not in inside for user in n.users)}
     if not exits:  # the call passes embeddings
         return

@@ -176,8 +176,7 @@ def is_heard(module: nn.Module) -> bool:
     """Return whether a layer, or a wrapper that other libraries have put around it, has hooks that look at values."""
     if hooks_everywhere():
         return True
-    modules = (module, *_within(module))
-    tables = (vars(each)[name] for each in modules for name in (*FORWARD, *BACKWARD))
+    tables = (vars(each)[name] for each in (module, *_within(module)) for name in (*FORWARD, *BACKWARD))
     return any(not of_fsdp(hook) for table in tables for hook in table.values())
 
 

@@ -105,5 +105,4 @@ def _refuse_adapted(tensors: Iterable[Guarded]) -> None:
         applied = next(filter(runner.applies, tensor._graftc_adaptations), None)
         if applied is not None:
             message = f"the model's own Python reads {tensor._graftc_name} between graphs, and {applied!r} adapts it"
-            hint = "leave it out, or let the model call the module instead"
-            raise GraftError("GC031", message, hint=hint)
+            raise GraftError("GC031", message, hint="leave it out, or let the model call the module instead")

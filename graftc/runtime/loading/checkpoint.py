@@ -83,8 +83,7 @@ def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: 
 
 
 def _foreign(file: Path, reason: str) -> GraftError:
-    message = f"{file} is not as it was written: {reason}"
-    return GraftError("GC084", message, hint="copy it again from where it came")
+    return GraftError("GC084", f"{file} is not as it was written: {reason}", hint="copy it again from where it came")
 
 
 def _read(file: Path) -> dict[str, Tensor]:

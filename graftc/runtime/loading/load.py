@@ -77,8 +77,7 @@ def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
         require_weights(model, trained, lambda name: manifest.base.aliases.get(name, name))
     differences = expected.differences(identity)
     if differences:
-        name = type(model).__name__
-        message = f"{artifact.path} adapts another model than this {name}: {differences[0]}"
+        message = f"{artifact.path} adapts another model than this {type(model).__name__}: {differences[0]}"
         more = [f"... and {len(differences) - 5} more"] if len(differences) > 5 else []
         raise GraftError(
             "GC087",
@@ -162,22 +161,19 @@ def check_places(artifact: Artifact, compilation: Compilation) -> None:
     before, now = _places(artifact.manifest.sites), _places(site_records(compilation))
     gone, new = [p for p in before if p not in now], [p for p in now if p not in before]
     if gone or new or before != now:
+        written = artifact.manifest.versions
         details = [*(f"no more: {p}" for p in gone[:3]), *(f"new: {p}" for p in new[:3])] or ["in another order"]
         raise GraftError(
             "GC088",
             f"{artifact.path} adapts {len(before)} places, and its spec selects others here",
-            hint=f"it was written with {_written_with(artifact)}",
+            hint=f"it was written with graftc {written.graftc}, torch {written.torch}, "
+            f"transformers {written.transformers}",
             details=details,
         )
 
 
 def _places(records: Iterable[AdaptedPlace]) -> list[str]:
     return [f"{r.adaptation}: {r.key} {r.rows or ''}".strip() for r in records]
-
-
-def _written_with(artifact: Artifact) -> str:
-    versions = artifact.manifest.versions
-    return f"graftc {versions.graftc}, torch {versions.torch}, transformers {versions.transformers}"
 
 
 def _take_values(artifact: Artifact, compilation: Compilation, values: Mapping[str, Tensor]) -> None:

@@ -168,8 +168,7 @@ class Generating:
         except GraftError as error:
             if self.runner.interface.cache is not None:
                 _ = compilation.cache_layout  # raises the reason
-            name = type(compilation.source).__name__
-            message = f"{name} keeps no cache of keys and values: its forward takes none"
+            message = f"{type(compilation.source).__name__} keeps no cache of keys and values: its forward takes none"
             raise GraftError("GC140", message, hint="call it without a cache: use_cache=False") from error
 
     def require_generating(self) -> None:

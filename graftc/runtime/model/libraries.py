@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from torch import nn
@@ -41,13 +42,17 @@ ELSEWHERE = {
 
 def taken_over(model: nn.Module) -> dict[str, Any]:
     """Return copies of what a source model says about itself, by name; names of its children are left out."""
-    attributes = {
-        name: getattr(model, name) for name in COPIED if hasattr(model, name) and name not in children_of(model)
-    }
+    attributes = copies_of(model, COPIED)
     if not isinstance(attributes.get("accepts_loss_kwargs"), bool):  # decided as the Trainer does
         rest = inspect.signature(model.forward).parameters.values()
         attributes["accepts_loss_kwargs"] = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in rest)
-    return copy.deepcopy(attributes)
+    return attributes
+
+
+def copies_of(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return copies of those attributes that a model has, by name; names of its children are left out."""
+    own = (name for name in names if hasattr(model, name) and name not in children_of(model))
+    return copy.deepcopy({name: getattr(model, name) for name in own})
 
 
 class NotHereError(GraftError, AttributeError):
@@ -64,8 +69,7 @@ def refuse_pickling(module: nn.Module) -> NoReturn:
     Raises:
         GraftError: GC074.
     """
-    name = type(module).__name__
-    message = f"{name} cannot be pickled: its graphs are code, which no file should hold"
+    message = f"{type(module).__name__} cannot be pickled: its graphs are code, which no file should hold"
     hint = "model.save(path) keeps all of it; torch.save(model.state_dict(), path) what trains; copy.deepcopy copies it"
     raise GraftError("GC074", message, hint=hint)
 

@@ -47,7 +47,7 @@ from graftc.runtime.live.live_root import LiveRoot
 from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.deferred import CallState, cache_field, deferred_cache, may_return_cache, not_at_once
-from graftc.runtime.model.libraries import refuse_deepspeed
+from graftc.runtime.model.libraries import copies_of, refuse_deepspeed
 from graftc.runtime.model.packed_batches import warn_of_packed
 from graftc.runtime.model.past import read_past, tokens_of
 from graftc.runtime.model.root import AdaptedView, Root, Runner, Value
@@ -87,8 +87,7 @@ class ModelRunner(Runner):
         self.main_input_name = getattr(model, "main_input_name", names[0] if names else "")
         if (config := config_of(model)) is not None:
             self.config = copy.deepcopy(config)
-        own = (name for name in OF_GENERATING if hasattr(model, name) and name not in children_of(model))
-        vars(self).update(copy.deepcopy({name: getattr(model, name) for name in own}))
+        vars(self).update(copies_of(model, OF_GENERATING))
 
     def adopt(self, module: Root) -> None:
         """Make a module the root of the tree, with a callable base model, hooks, and the modes of the source."""

@@ -57,8 +57,7 @@ class TokenScoring(Feature):
         entry: Entry = "scores" if {*wanted} & {*_STATISTICS} else "losses"
         outputs = self.runner.within(lambda: self.runner.respond(args, given, entry))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        executables = self.runner.shown.executables
-        shifts = {outputs_of(each).shift for key, each in executables.items() if key.entry == entry}
+        shifts = {outputs_of(each).shift for key, each in self.runner.shown.executables.items() if key.entry == entry}
         if (len(outputs) == 1 and entry == "scores") or outputs[0].numel() != labels.numel() or shifts != {1}:
             return None
         losses, *scores = (t.view(*labels.shape, *t.shape[1:])[:, :-1] for t in outputs)

@@ -65,8 +65,7 @@ def _plain(layers: list[Any], count: int) -> None:
         if type(layer) is plain:
             continue
         if getattr(layer, "is_initialized", True):
-            what = type(layer).__name__
-            message = f"layer {i} of the cache is a {what}, and the graph needs every token"
+            message = f"layer {i} of the cache is a {type(layer).__name__}, and the graph needs every token"
             raise GraftError("GC140", message, hint=_HINT)
         layers[i] = plain()
     surplus = sum(layer.is_initialized for layer in layers[count:])

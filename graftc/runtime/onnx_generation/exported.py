@@ -70,8 +70,7 @@ def write_exported_model(source: str | Path, destination: str | Path, *, force: 
     ir = importlib.import_module("onnx_ir")
     try:
         program = ir.load(str(folder / _FILE))
-        config = json.loads(read_regular(folder / _CONFIGS[0]))
-        names = config.get("architectures")
+        names = json.loads(read_regular(folder / _CONFIGS[0])).get("architectures")
     except Exception as error:
         raise GraftError("GC144", f"the graph or the config in {folder} cannot be read: {first_line(error)}") from error
     graph = program.graph

@@ -79,8 +79,7 @@ def _told_of_file(path: Path, name: str) -> tuple[str, str]:
 
 
 def _told_of_model(path: Path, name: str) -> tuple[str, str]:
-    config = _json(path / _MODEL_CONFIG, JSON_BYTES)
-    quantisation = config.get("quantization_config")
+    quantisation = _json(path / _MODEL_CONFIG, JSON_BYTES).get("quantization_config")
     if isinstance(quantisation, Mapping):
         kind = str(quantisation.get("quant_method", "quantised"))[:40]
         if kind not in PACKED_FORMATS:

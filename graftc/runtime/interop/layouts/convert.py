@@ -171,8 +171,7 @@ class AdapterSource:
     @staticmethod
     def probe(size: int) -> Tensor:
         """Return random float64 inputs ``[size, probes]``, the same for the same size."""
-        generator = torch.Generator().manual_seed(size)
-        return torch.randn(size, PROBES, generator=generator, dtype=torch.float64)
+        return torch.randn(size, PROBES, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
 
 
 def _written(
@@ -282,8 +281,7 @@ def _base(config: Mapping[str, Any], model: Path | None) -> Path | None:
 def _heads(base: Path, *, required: bool) -> AttentionSizes | None:
     file = base / "config.json"
     try:
-        config = json.loads(read_regular(file))
-        return AttentionSizes.of(config, str(file))
+        return AttentionSizes.of(json.loads(read_regular(file)), str(file))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise GraftError("GC069", f"the config of the base cannot be read: {error}", place=Place(str(file))) from None
     except GraftError:

@@ -106,6 +106,5 @@ def layout_of(name: str) -> AdapterLayout:
     """
     layout = LAYOUTS.get(name)
     if layout is None:
-        hint = alternatives(name, LAYOUTS, "layouts")
-        raise GraftError("GC069", f"there is no layout {name!r}", hint=hint)
+        raise GraftError("GC069", f"there is no layout {name!r}", hint=alternatives(name, LAYOUTS, "layouts"))
     return layout

@@ -260,8 +260,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
             peft_model = peft.get_peft_model(_without_storage(arrived(model)), theirs, _ADAPTER, low_cpu_mem_usage=True)
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
             message = f"PEFT does not adapt {type(model).__name__} by it: {first_line(error)}"
-            hint = "target_modules: name modules of the model, or all-linear"
-            raise _refused("", message, where, hint) from None
+            raise _refused("", message, where, "target_modules: name modules of the model, or all-linear") from None
     tuner, base = (
         (None, peft_model.base_model)
         if theirs.is_prompt_learning

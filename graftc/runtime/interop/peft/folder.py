@@ -188,8 +188,7 @@ def read_peft(
     keys = parse(file.entries, config)
     if keys.unknown:
         message = f"the file has tensors that {config.peft_type} does not: {some(keys.unknown, 5)}"
-        details = keys.unknown[5:50]
-        raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=details)
+        raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=keys.unknown[5:50])
     plain = {*keys.plain.values(), *(key for _, key in keys.again), *keys.unused}
     own = {key: stored.dtype for key, stored in file.entries.items() if key not in plain}
     numbers = [f"{key} is {kind}" for key, kind in own.items() if kind not in FLOATING]
@@ -207,16 +206,14 @@ def _folder(path: Path, name: str | None) -> Path:
         return folder
     place = Place(str(folder))
     if not folder.is_dir():
-        hint = reader_of(folder)
-        raise GraftError("GC110", f"{folder} {missing(folder, CONFIG)}", place=place, hint=hint)
+        raise GraftError("GC110", f"{folder} {missing(folder, CONFIG)}", place=place, hint=reader_of(folder))
     inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
     if not (folder / CONFIG).is_file():
         hint = f"name one of its adapters: {some(inside)}" if inside else reader_of(folder)
         raise GraftError("GC110", f"{folder} has no {CONFIG}", place=place, hint=hint)
     pickled = next((word for word in _PICKLES if (folder / word).exists()), None)
     if pickled is not None:
-        message = f"{folder} has pickled weights only ({pickled}), which are never read"
-        raise GraftError("GC110", message, place=place)
+        raise GraftError("GC110", f"{folder} has pickled weights only ({pickled}), which are never read", place=place)
     raise GraftError("GC110", f"{folder} has no {WEIGHTS}", place=place)
 
 

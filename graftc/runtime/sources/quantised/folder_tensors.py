@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graftc.files.tensors.folder import Refusal, TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import shown
 
 _ANEW = "take the checkpoint anew from where it came"
 REFUSAL = Refusal("GC163", "GC101", _ANEW)
@@ -66,6 +67,16 @@ class FolderTensors:
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             damaged(f"{name} is {list(tensor.shape)}, not [{wanted}]")
         return tensor
+
+    def require_sizes(self, name: str, sizes: Sequence[int]) -> None:
+        """Check that a tensor says that a weight has certain sizes.
+
+        Raises:
+            GraftError: GC163 if it says anything else.
+        """
+        stated = self.get(name).tolist()
+        if stated != list(sizes):
+            damaged(f"{name} is {shown(stated)}, not {list(sizes)}")
 
 
 def damaged(message: str, *, cause: BaseException | None = None) -> NoReturn:

@@ -63,9 +63,7 @@ def _read_words(
     tensors: FolderTensors, name: str, widths: list[int], shape: tuple[int, ...], dtype: torch.dtype
 ) -> Packed:
     rows, width = shape
-    stated = tensors.get(f"{name}.weight_shape")
-    if stated.tolist() != [rows, width]:
-        damaged(f"{name}.weight_shape is {shown(stated.tolist())}, not {[rows, width]}")
+    tensors.require_sizes(f"{name}.weight_shape", shape)
     words = tensors.get(f"{name}.weight_packed", torch.int32, shape=(rows, None))
     bits = next((bits for bits in widths if words.shape[1] == words_for(width, bits)), None)
     if bits is None:

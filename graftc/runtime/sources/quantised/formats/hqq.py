@@ -28,9 +28,7 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
 
 def _read(tensors: FolderTensors, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Packed:
     rows, width = shape
-    stated = tensors.get(f"{name}.shape")
-    if stated.tolist() != [rows, width]:
-        damaged(f"{name}.shape is {shown(stated.tolist())}, not {[rows, width]}")
+    tensors.require_sizes(f"{name}.shape", shape)
     for part in ("scale", "zero"):
         if f"{name}.quant_{part}" in tensors and _number(tensors, f"{name}.quant_{part}"):
             unread(f"the {part}s of {name} are quantised too, which is not read")
