@@ -9,8 +9,6 @@ import typer
 from graftc.cli.output import without_colours
 from graftc.cli.registry import commands
 
-__all__ = ["build_app"]
-
 _EPILOG = (
     "MODEL is a local transformers folder, a hub id, or package.module:callable that returns an nn.Module, "
     "or (model, example_inputs). "

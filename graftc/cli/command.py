@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from graftc.records.files import WrittenFile
 
-__all__ = ["Command", "CommandRun", "command"]
 
 R = TypeVar("R")
 

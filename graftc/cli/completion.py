@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-__all__ = ["artifacts", "formats", "methods", "models", "schemas", "specs"]
-
 _SPECS = (".yaml", ".yml", ".json", ".toml")
 
 

@@ -11,8 +11,6 @@ from rich.text import Text
 
 from graftc.specs.errors.text import printable
 
-__all__ = ["PlainConsole"]
-
 
 class PlainConsole(Console):
     """A console that prints text literally: brackets are not markup, and control characters are escaped.

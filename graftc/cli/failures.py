@@ -16,7 +16,6 @@ from graftc.specs.errors.diagnostics import GraftError
 
 T = TypeVar("T")
 
-__all__ = ["Watched", "finish", "show_failure"]
 
 _NO_READER = 141
 """The usual exit status of tools that write to a broken pipe: 128 plus SIGPIPE."""

@@ -7,8 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Stop", "interrupts"]
-
 
 class Stop:
     """A request to stop, set by the first interrupt; a second interrupt raises KeyboardInterrupt as usual."""

@@ -18,22 +18,6 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "Accumulate",
-    "BaseDType",
-    "Batch",
-    "Checkpoint",
-    "Device",
-    "Devices",
-    "Memory",
-    "MemoryBudget",
-    "Methods",
-    "Optimizer",
-    "PlanningOptions",
-    "Tokens",
-    "plan_memory",
-    "print_memory",
-]
 
 _PANEL = "Memory of a training step"
 

@@ -12,30 +12,6 @@ import typer
 from graftc.cli import completion
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = [
-    "AllowUnchanged",
-    "ArtifactArgument",
-    "BaseChoice",
-    "BaseFormOption",
-    "BaseOption",
-    "Budget",
-    "Certify",
-    "DType",
-    "DTypeOption",
-    "DryRun",
-    "ExportFormat",
-    "Force",
-    "FormatOption",
-    "Json",
-    "Meta",
-    "ModelArgument",
-    "ModelOption",
-    "Out",
-    "Seed",
-    "SpecArgument",
-    "destination",
-]
-
 _MODEL_HELP = (
     "A transformers folder, a hub id, or package.module:callable; the callable returns the model, or (model, "
     "example_inputs) if graftc cannot infer its inputs: tensors by name, or in the order of forward's parameters."

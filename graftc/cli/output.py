@@ -20,20 +20,6 @@ if TYPE_CHECKING:
 
     from graftc.records.passes import PassRecord
 
-__all__ = [
-    "console",
-    "error_console",
-    "number",
-    "print_coded",
-    "print_json",
-    "print_lines",
-    "print_table",
-    "steps",
-    "throughput",
-    "time_left",
-    "without_colours",
-    "working",
-]
 
 _PIPED_WIDTH = 120
 

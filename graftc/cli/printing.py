@@ -12,8 +12,6 @@ from graftc.specs.errors.text import counted
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["print_certificate", "print_files", "print_tensors"]
-
 
 def print_certificate(certificate: Certificate | None, kept: Mapping[str, str], to: Console) -> None:
     """Print a certificate's summary and evidence, and what does not fold."""

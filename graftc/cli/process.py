@@ -13,7 +13,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["INTERRUPTED", "interrupted", "prepare", "sane_sizes", "started"]
 
 INTERRUPTED = 130
 """The exit status after SIGINT."""

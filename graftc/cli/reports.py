@@ -16,8 +16,6 @@ from graftc.specs.records.record import stated
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["CheckedReport", "checked", "print_report"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedReport(Report, published="CheckedData", behind={"class_": ("totals",)}):

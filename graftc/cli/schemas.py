@@ -10,8 +10,6 @@ from graftc.cli.registry import commands
 from graftc.records.reading import json_schema
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
-__all__ = ["DIALECT", "published_schema", "published_schemas", "schema_names"]
-
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 """The dialect of the schemas."""
 

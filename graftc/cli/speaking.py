@@ -20,29 +20,6 @@ from graftc.specs.errors.text import printable
 if TYPE_CHECKING:
     from graftc.applications.chat.opening import TextModel
 
-__all__ = [
-    "AdapterOption",
-    "BaseAlone",
-    "DeviceOption",
-    "MaxNewTokens",
-    "NoCache",
-    "NumBeams",
-    "SampleOption",
-    "SeedOption",
-    "SpokenResult",
-    "SystemOption",
-    "Temperature",
-    "TextArgument",
-    "TokenizerOption",
-    "TopK",
-    "TopP",
-    "opened",
-    "report",
-    "settings",
-    "speed",
-    "stdin_text",
-    "writer",
-]
 
 TextArgument: TypeAlias = Annotated[
     Path,

@@ -18,8 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
-__all__ = ["quiet", "quiet_quantisers", "tell"]
-
 _IMPORTING = "transformers.quantizers"
 """Imports the library of every quantiser that is installed, and every model of transformers imports it."""
 _withheld: list[logging.LogRecord] = []

@@ -12,8 +12,6 @@ from typing import Any
 
 from graftc.files.held_folder import HeldFolder
 
-__all__ = ["JOURNAL", "NEW", "commit", "finish"]
-
 NEW, JOURNAL = "new", "commit.json"
 _OLD = "old"
 _JOURNAL_BYTES = 2**20

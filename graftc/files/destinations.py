@@ -14,18 +14,6 @@ from graftc.files.held_folder import foreign_folder
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 
-__all__ = [
-    "SEALED",
-    "cannot_write",
-    "check_apart",
-    "check_destination",
-    "check_folder",
-    "check_path",
-    "holds",
-    "overlap",
-]
-
-
 SEALED: Mapping[str, str] = MappingProxyType({"manifest.json": "artifact", "graftc.json": "merged"})
 """Files that list all others in their folder, and what they declare the folder to be."""
 

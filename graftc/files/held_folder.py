@@ -23,7 +23,6 @@ from graftc.specs.regular_files import read_regular
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["HeldFolder", "foreign_folder", "is_own"]
 
 _DEEPEST = 40
 """The maximum depth of nested folders in what a killed run has left."""

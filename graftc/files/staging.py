@@ -20,8 +20,6 @@ from graftc.files.commit import JOURNAL, NEW, finish
 from graftc.files.held_folder import HeldFolder, is_own
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["discard_others", "recover", "recover_in", "staging_folder"]
-
 _STAGING = re.compile(r"\..+\.graftc-[0-9a-f]{12}")
 _RESUME = "resume.json"
 _PRIVATE = 0o700

@@ -10,8 +10,6 @@ from annotated_types import Ge
 from graftc.records.fields import Seconds
 from graftc.specs.records.record import Record, stated
 
-__all__ = ["AnchorRecord", "TimedAnchor"]
-
 
 @dataclass(frozen=True)
 class AnchorRecord(Record, published="AnchorData", behind={"bound": ("exact",)}):

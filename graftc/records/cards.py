@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from graftc.specs.records.record import Record
 
-__all__ = ["CardMetadata"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class CardMetadata(Record, published="CardMetadata", optional=True):

@@ -27,18 +27,6 @@ ALGEBRA_BOUND = 1e-9
 ROUNDING_BOUND = 0.5
 """Largest distance of a folded element from its float64 value, in units in the last place: rounding to nearest."""
 
-__all__ = [
-    "ALGEBRA_BOUND",
-    "ROUNDING_BOUND",
-    "Certificate",
-    "CollapseEvidence",
-    "PackingEvidence",
-    "Retention",
-    "RouteEvidence",
-    "SiteEvidence",
-    "routed",
-]
-
 
 @dataclass(frozen=True)
 class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed")):

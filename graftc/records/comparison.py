@@ -16,8 +16,6 @@ Cause = Literal["low rank", "row scaling", "column scaling", "rows", "entries", 
 number, as IA3 has it; some rows in full, such as those of tokens; few entries; a bias, a norm or another vector; all of
 it, or an update of high rank such as DoRA's; no more than rounding."""
 
-__all__ = ["Cause", "Comparison", "Difference", "SiteChanges", "TensorChange", "WeightChange", "WeightsDiff"]
-
 
 @dataclass(frozen=True)
 class SiteChanges(Record, published="SiteChanges"):

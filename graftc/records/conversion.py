@@ -9,8 +9,6 @@ from annotated_types import Ge
 
 from graftc.specs.records.record import Record
 
-__all__ = ["ConvertedSite"]
-
 
 @dataclass(frozen=True)
 class ConvertedSite(Record):

@@ -9,8 +9,6 @@ from annotated_types import Ge, Le
 
 from graftc.specs.records.record import Pattern, Record
 
-__all__ = ["Diagnostic", "ErrorResult"]
-
 
 @dataclass(frozen=True)
 class Diagnostic(Record):

@@ -23,8 +23,6 @@ from graftc.records.fields import (
 from graftc.specs.errors.diagnostics import Place
 from graftc.specs.records.record import Record, stated
 
-__all__ = ["NOTHING_BELOW", "Below", "Explanation", "NodeFact", "Origin", "TensorFact", "ValueFact"]
-
 
 @dataclass(frozen=True)
 class Origin(Record):

@@ -11,42 +11,6 @@ from pydantic import Field
 from graftc.records.diagnostics import Diagnostic
 from graftc.records.passes import PassRecord
 
-__all__ = [
-    "FOLDS",
-    "INSERTED_AS",
-    "INSERTED_BY",
-    "KIND",
-    "WRITTEN",
-    "AdaptationName",
-    "ArtifactFolder",
-    "BaseFingerprint",
-    "BaseParameters",
-    "GivenModel",
-    "GivenSpec",
-    "GraphMode",
-    "Layer",
-    "MethodTag",
-    "ModelClass",
-    "Module",
-    "Name",
-    "NothingWritten",
-    "OwnerMethod",
-    "OwningModule",
-    "Passes",
-    "Percent",
-    "PrintedLine",
-    "PrintedName",
-    "Recomputed",
-    "Seconds",
-    "SiteName",
-    "Stack",
-    "Trainable",
-    "TrainableParameters",
-    "Unfolded",
-    "Warnings",
-    "WrittenArtifact",
-]
-
 Name: TypeAlias = Annotated[str, Field(description="Its name.")]
 AdaptationName: TypeAlias = Annotated[str, Field(description="Name of the adaptation.")]
 MethodTag: TypeAlias = Annotated[str, Field(description="Its method's tag.")]

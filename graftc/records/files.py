@@ -9,8 +9,6 @@ from annotated_types import Ge
 
 from graftc.specs.records.record import Record
 
-__all__ = ["PeftTensor", "WrittenFile"]
-
 
 @dataclass(frozen=True)
 class WrittenFile(Record, published="FileData"):

@@ -12,20 +12,6 @@ from graftc.records.fields import INSERTED_AS, INSERTED_BY, GraphMode, Module, P
 from graftc.specs.errors.text import format_layers
 from graftc.specs.records.record import Record, stated
 
-__all__ = [
-    "OUTCOME_COLUMNS",
-    "Diff",
-    "DiffChange",
-    "GraphEdge",
-    "GraphNode",
-    "GraphRecord",
-    "HistoryRow",
-    "LoweringOutcome",
-    "history_columns",
-    "layers_title",
-    "outcome_rows",
-]
-
 
 @dataclass(frozen=True)
 class GraphNode(Record):

@@ -10,8 +10,6 @@ from annotated_types import Ge
 from graftc.records.fields import Name
 from graftc.specs.records.record import Record
 
-__all__ = ["Streamed", "Unfolded"]
-
 
 @dataclass(frozen=True)
 class Unfolded(Record, published="KeptData"):

@@ -12,8 +12,6 @@ from pydantic import Field
 from graftc.specs.errors.text import format_layers
 from graftc.specs.records.record import Record
 
-__all__ = ["FIGURE_COLUMNS", "FigureRow", "PassFigure", "PassName", "PassRecord", "figure_rows"]
-
 FIGURE_COLUMNS = ("pass", "figure", "site", "layers", "value")
 """Names of the columns of a table of `figure_rows`."""
 

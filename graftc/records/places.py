@@ -12,8 +12,6 @@ from graftc.records.fields import AdaptationName, MethodTag
 from graftc.records.site_key import SiteKey
 from graftc.specs.records.record import Record
 
-__all__ = ["AdaptedPlace", "Count", "Runs", "TrainedCopy"]
-
 
 def _ascending(runs: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
     flat = [0, *(end for run in runs for end in run)]

@@ -16,8 +16,6 @@ from pydantic.json_schema import JsonSchemaMode
 from graftc.specs.records.record import Record, stated_names, stated_properties
 from graftc.specs.schema import SchemaWriter, without_raises
 
-__all__ = ["from_json", "json_schema"]
-
 R = TypeVar("R")
 
 

@@ -13,8 +13,6 @@ from graftc.records.passes import FIGURE_COLUMNS, PassName, figure_rows
 from graftc.specs.errors.markup import Html, bullets, folded, table
 from graftc.specs.records.record import Record
 
-__all__ = ["AdaptationReport", "Cost", "Report", "StackLevel", "StackReport", "StepReport", "Totals"]
-
 StackLevel = Literal["graph", "layers", "modules", "none"]
 """A part of the one graph of the model; graphs of its layers, or of parts that hold all their tensors; graphs of single
 maps; none, and nothing is adapted."""

@@ -9,8 +9,6 @@ from graftc.records.fields import WRITTEN, NothingWritten, Warnings
 from graftc.records.files import WrittenFile
 from graftc.specs.records.record import Record
 
-__all__ = ["CommandResult", "WrittenResult"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class CommandResult(Record):

@@ -15,8 +15,6 @@ from graftc.specs.errors.text import format_layers, format_runs
 from graftc.specs.records.record import Named, OrNull, Record, stated
 from graftc.specs.roles import widen
 
-__all__ = ["Finding", "Sublayer", "Unresolved", "role_rows", "unresolved_rows"]
-
 
 class _Pairs:
     """Half-open runs of rows, each given by its first row and the row after its last one."""

@@ -12,8 +12,6 @@ from graftc.records.passes import FIGURE_COLUMNS, figure_rows
 from graftc.specs.errors.markup import Html, bullets, table, tag
 from graftc.specs.records.record import Record
 
-__all__ = ["AdaptationSummary", "Summary"]
-
 
 @dataclass(frozen=True)
 class AdaptationSummary(Record):

@@ -13,8 +13,6 @@ from graftc.records.fields import MethodTag, Trainable
 from graftc.specs.errors.markup import Html, bullets, folded, joined, tag
 from graftc.specs.records.record import Record, stated
 
-__all__ = ["Addition", "TreeNode", "TreeTensor"]
-
 
 @dataclass(frozen=True)
 class TreeTensor(Record):

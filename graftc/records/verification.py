@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from graftc.specs.records.record import Record
 
-__all__ = ["Check"]
-
 
 @dataclass(frozen=True)
 class Check(Record):

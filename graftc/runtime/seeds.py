@@ -9,8 +9,6 @@ import numpy
 import torch
 from torch import distributed
 
-__all__ = ["seed_everything", "starting_seed"]
-
 
 def starting_seed() -> int:
     """Return the seed of torch's random numbers, which `torch.manual_seed` and transformers' `set_seed` determine.

@@ -17,8 +17,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import shown
 from graftc.specs.foreign import is_foreign
 
-__all__ = ["check_adapter_and_base", "check_folder_and_model", "check_spec_and_model"]
-
 _OTHERS = ("a tokenizer", "example inputs", "a config of transformers")
 _SPECS = ("a spec", "a config of PEFT")
 

@@ -18,8 +18,6 @@ from graftc.runtime.sources.models import quiet_transformers
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["Message", "answer", "prepare", "prompt_ids"]
-
 Message = Mapping[str, str]
 """A message of a chat: its ``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
 

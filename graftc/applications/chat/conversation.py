@@ -11,8 +11,6 @@ from graftc.applications.chat.answering import Message, answer, prompt_ids
 from graftc.applications.chat.opening import TextModel
 from graftc.records.applications.answers import Answer, Settings
 
-__all__ = ["Conversation"]
-
 
 class Conversation:
     """A chat with a model that has a chat template.

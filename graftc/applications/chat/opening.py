@@ -29,8 +29,6 @@ from graftc.specs.compose import Bank
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 
-__all__ = ["Kind", "TextModel", "moved", "open_text_model", "tokenizer_of"]
-
 Kind = Literal["artifact", "model", "onnx", "peft"]
 """The contents of a folder: an artifact, a whole model, graphs for ONNX Runtime, or a PEFT adapter."""
 

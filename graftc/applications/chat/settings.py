@@ -12,8 +12,6 @@ from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 
-__all__ = ["generation_errors", "require_settings"]
-
 _BEAMS = 1_000
 """The most beams, and the most returned texts: each takes as much memory as a text."""
 _STOPS, _STOP = 100, 1_000

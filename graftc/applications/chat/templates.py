@@ -16,8 +16,6 @@ from typing import Any
 
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["require_bounded"]
-
 _WORKER = Path(__file__).with_name("template_worker.py")
 _SECONDS, _WAIT = 2, 20.0
 """Processor seconds that rendering may take, and seconds to wait for an answer, including the start of the process."""

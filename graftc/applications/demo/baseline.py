@@ -15,8 +15,6 @@ from graftc.specs.errors.diagnostics import GraftError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["embed", "logistic_regression"]
-
 
 def embed(encoder: nn.Module, data: Encoded, on_batch: Callable[[int], None] | None = None) -> torch.Tensor:
     """Return mean-pooled last hidden states over real tokens, scaled to unit length: float32 ``[examples, hidden]``.

@@ -12,7 +12,6 @@ from graftc.applications.demo.data import Dataset, DataSplit, padded
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["TEXT_TOKENS", "TOPICS", "Chats", "Topics", "topics_of"]
 
 TEXT_TOKENS = 48
 """Texts are cut after this many tokens."""

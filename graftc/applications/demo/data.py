@@ -20,21 +20,6 @@ from graftc.specs.errors.diagnostics import GraftError
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "MAX_TOKENS",
-    "Batched",
-    "DataSplit",
-    "Dataset",
-    "Encoded",
-    "encode",
-    "evaluation_batches",
-    "find_data",
-    "find_model",
-    "load_r8",
-    "padded",
-    "read_tab",
-    "training_batches",
-]
 
 MAX_TOKENS = 64
 """Texts are cut after this many tokens, special tokens included."""

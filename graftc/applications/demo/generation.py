@@ -14,7 +14,6 @@ from graftc.applications.demo.data import evaluation_batches
 if TYPE_CHECKING:
     from graftc.runtime.deploy.merged import Merged
 
-__all__ = ["BATCH", "greedy", "onnx_generator"]
 
 BATCH = 32
 """The number of prompts that are continued at once."""

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
     from graftc.runtime.deploy.merged import Merged
 
-__all__ = ["SPEC", "run_llm_demo"]
 
 SPEC = """\
 version: 1

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from graftc.records.certificate import Certificate
     from graftc.records.report import Report
 
-__all__ = ["RESULT", "SEED", "Stages", "both_scores", "claim", "require", "size_of"]
 
 RESULT = "demo.json"
 """The file with the result, which identifies a folder as a demo's."""

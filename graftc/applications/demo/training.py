@@ -15,8 +15,6 @@ from graftc.records.applications.demo import Scores
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["TrainingRun", "predict", "score", "train"]
-
 
 @dataclass(frozen=True)
 class TrainingRun:

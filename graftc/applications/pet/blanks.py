@@ -10,8 +10,6 @@ from typing import Any, Literal, TypeAlias
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted, some
 
-__all__ = ["BLANK", "BlankKind", "BlankTokenizer", "has_sentinel"]
-
 BLANK = "\ue000"
 """The private-use character that represents a blank in texts; it is removed from data."""
 

@@ -14,8 +14,6 @@ from graftc.specs.errors.text import quoted, shown, some
 from graftc.specs.pet.pattern import LABEL
 from graftc.specs.strict_json import read_json
 
-__all__ = ["FIELDS", "FILE_BYTES", "ROWS", "TEXT", "PetData", "TextRows", "load_pet_data", "load_rows"]
-
 FILE_BYTES = 4 * 1024**3
 """The largest size of a file, in bytes."""
 

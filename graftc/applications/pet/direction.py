@@ -10,8 +10,6 @@ from torch import nn
 from graftc.applications.pet.blanks import BlankKind, has_sentinel
 from graftc.compiler.resolve.untie import sharing_copy
 
-__all__ = ["blank_kind", "reads_ahead"]
-
 
 def blank_kind(model: nn.Module, tokenizer: Any) -> BlankKind | None:
     """Return what a blank is for a model; None if the model does not run on tokens alone.

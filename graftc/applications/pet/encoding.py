@@ -17,8 +17,6 @@ from graftc.specs.pet.pattern import PatternSpec
 from graftc.specs.pet.verbalizer import Verbalizer
 from graftc.specs.source import format_path
 
-__all__ = ["IGNORED", "MASKED", "ClozeEncoder"]
-
 MASKED = 0.15
 """The share of tokens that the auxiliary loss covers; 8 in 10 of them are masked, 1 is replaced, 1 stays unchanged."""
 

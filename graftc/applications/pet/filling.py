@@ -10,8 +10,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 from graftc.specs.pet.pattern import PatternPart, PatternSpec
 
-__all__ = ["FilledPattern", "shortened_counts"]
-
 
 def shortened_counts(counts: Sequence[int], surplus: int) -> list[int]:
     """Return how many tokens each slot keeps; each token removed comes from the longest slot, or the last of several.

@@ -14,8 +14,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.regular_files import JSON_BYTES, read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["RECIPE", "begin_recipe", "has_recipe", "make_folder", "recorded_seed"]
-
 RECIPE = "recipe.json"
 
 

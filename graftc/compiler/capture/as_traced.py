@@ -16,8 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from graftc.compat.operators import SAFE_SOFTMAX
 
-__all__ = ["AsTraced", "kernels_as_chosen", "math_attention"]
-
 _ATTENTION = F.scaled_dot_product_attention
 """torch's own function. While transformers exports, a wrapper stands in its place and picks a kernel itself."""
 _RESTRICTED: ContextVar[bool | None] = ContextVar("restricted to the reference kernel", default=None)

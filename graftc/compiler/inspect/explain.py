@@ -17,8 +17,6 @@ from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.weights.names import module_of
 from graftc.records.explanation import NOTHING_BELOW, Below, Explanation, NodeFact, Origin, TensorFact, ValueFact
 
-__all__ = ["Explanation", "explain"]
-
 
 def explain(snapshot: Snapshot, name: str, mode: Mode = "eval") -> Explanation:
     """Explain why something is in the adapted graph.

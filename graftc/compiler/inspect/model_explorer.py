@@ -24,8 +24,6 @@ from graftc.passes.core.weights.names import module_of, parsed
 from graftc.records.places import AdaptedPlace
 from graftc.specs.errors.text import abridged, encodable, printable
 
-__all__ = ["model_explorer", "model_explorer_text"]
-
 NAME = 200
 TEXT = 2000
 """Characters of names and of attributes that are written at most."""

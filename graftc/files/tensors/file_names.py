@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["MANIFEST", "MANIFEST_BYTES", "STATE_RECORD"]
-
 MANIFEST, MANIFEST_BYTES = "manifest.json", 2**26
 """The file that says what an artifact holds, and the bytes that it may have."""
 STATE_RECORD = "_extra_state"

@@ -15,8 +15,6 @@ from graftc.files.tensors.mapped import DTYPES, MappedFile
 from graftc.files.tensors.weights import INDEX, SINGLE, UnsafeFileError, WeightFiles, weight_files
 from graftc.specs.errors.diagnostics import GraftError, Place
 
-__all__ = ["Refusal", "TensorFolder"]
-
 _SHOWN = 10
 
 

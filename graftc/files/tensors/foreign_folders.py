@@ -12,8 +12,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 from graftc.specs.regular_files import INDEX_BYTES, JSON_BYTES
 
-__all__ = ["TOKENIZER_BYTES", "require_regular_files"]
-
 TOKENIZER_BYTES = 2**27
 """Bytes that a file of a tokenizer may have."""
 _SIZES = {

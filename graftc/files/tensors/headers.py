@@ -17,8 +17,6 @@ from typing import Any
 from graftc.specs.regular_files import open_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["ITEM_SIZES", "Shard", "StoredTensor", "header_bytes", "is_tensor_name", "read_shard"]
-
 HEADER_BYTES = 2**25
 """Bytes of a header at most."""
 TENSORS = 2**17

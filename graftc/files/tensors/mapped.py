@@ -13,8 +13,6 @@ from torch import Tensor
 from graftc.files.tensors.headers import Shard, StoredTensor
 from graftc.specs.regular_files import open_regular
 
-__all__ = ["DTYPES", "MappedFile"]
-
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},

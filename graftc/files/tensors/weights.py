@@ -17,8 +17,6 @@ from graftc.files.tensors.headers import is_tensor_name
 from graftc.specs.regular_files import INDEX_BYTES, JSON_BYTES, read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["INDEX", "SINGLE", "UnsafeFileError", "WeightFiles", "embedded_adapter", "leads_inside", "weight_files"]
-
 _ADAPTER = "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ENTRIES = 2**20

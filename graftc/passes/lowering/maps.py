@@ -13,7 +13,7 @@ from graftc.passes.core.ir.cleaning import live
 from graftc.passes.core.ir.effects import Memory
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.shapes import same_type
-from graftc.passes.core.ops.projections import Runs
+from graftc.passes.core.ops.plain_projections import Runs
 from graftc.passes.lowering.head import linear_of
 
 aten = torch.ops.aten

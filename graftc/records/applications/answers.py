@@ -10,8 +10,6 @@ from annotated_types import Ge
 from graftc.records.fields import Seconds
 from graftc.specs.records.record import Record, stated
 
-__all__ = ["Answer", "GeneratedAnswer", "Settings", "Turn"]
-
 
 @dataclass(frozen=True)
 class Answer(Record, behind={"cached": ("new_tokens",), "seconds": ("tokens_per_second",)}):

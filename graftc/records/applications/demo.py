@@ -19,22 +19,6 @@ GAIN = 0.20
 PEER = 0.015
 """The allowed distance of the accuracies from those of PEFT, with the same start and the same batches."""
 
-__all__ = [
-    "GAIN",
-    "PEER",
-    "AllTopicScores",
-    "DemoResult",
-    "DemoScores",
-    "DemoTraining",
-    "ExampleCounts",
-    "LLMResult",
-    "PredictionAgreement",
-    "Scores",
-    "TokenAgreement",
-    "TopicAnswer",
-    "TopicScores",
-]
-
 
 @dataclass(frozen=True)
 class ExampleCounts(Record, published="ExamplesData"):

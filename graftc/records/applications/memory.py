@@ -11,8 +11,6 @@ from graftc.records.fields import Recomputed
 from graftc.specs.errors.text import size_text
 from graftc.specs.records.record import Record, stated
 
-__all__ = ["FitRow", "MemoryPlan", "PlannedMemory"]
-
 
 @dataclass(frozen=True)
 class MemoryPlan(Record, published="PlanData", behind={"update": ("resident", "peak"), "budget": ("fits",)}):

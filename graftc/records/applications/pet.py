@@ -12,8 +12,6 @@ from graftc.specs.records.record import Record
 
 N = TypeVar("N")
 
-__all__ = ["Accuracy", "PetGeneration", "PetMember", "PetRows"]
-
 
 class NamedNumbers(Record, Mapping[str, N]):
     """Numbers that are also read by their names, as those of a mapping."""

@@ -40,8 +40,6 @@ from graftc.runtime.sources.reference import Built, Kind, Reference
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.strict_json import read_json
 
-__all__ = ["SCHEMA_VERSION", "Manifest", "canonical_json", "read_manifest"]
-
 SCHEMA_VERSION = 1
 MANIFEST = file_names.MANIFEST
 SPEC, ADAPTERS, CONSTANTS = "spec.yaml", "adapters.safetensors", "constants.safetensors"

@@ -7,8 +7,6 @@ from pathlib import Path
 from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.specs.foreign.config import CONFIG
 
-__all__ = ["RECORD", "is_artifact", "is_merged", "is_ours", "is_peft"]
-
 RECORD = "graftc.json"
 """The file in the folder of a merged model that records where the model comes from."""
 

@@ -47,8 +47,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import parse_spec
 from graftc.specs.strict_json import read_json
 
-__all__ = ["Artifact", "open_artifact"]
-
 
 class Artifact:
     """A compiled model on disk.

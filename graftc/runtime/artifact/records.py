@@ -18,8 +18,6 @@ from graftc.specs.records.record import Record
 from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["MergedRecord", "content", "read_record"]
-
 
 @dataclass(frozen=True)
 class MergedRecord(Record):

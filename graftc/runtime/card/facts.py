@@ -15,8 +15,6 @@ from graftc.runtime.artifact.read import Artifact
 from graftc.runtime.artifact.records import read_record
 from graftc.runtime.sources.reference import Reference
 
-__all__ = ["CardFacts", "artifact_facts"]
-
 
 @dataclass(frozen=True)
 class CardFacts:

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 
 from graftc.specs.errors.text import abridged, printable
 
-__all__ = ["code", "fenced", "table"]
-
 _PLAIN = re.compile(r"[\w .,:;+*@=%#(){}\[\]/\"'-]*[\w.,:;+*@=%#(){}\[\]/\"'-]", re.ASCII)
 _TICKS = re.compile("`{3,}")
 

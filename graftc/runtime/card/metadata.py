@@ -15,8 +15,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import shown
 from graftc.specs.registry import method_specs
 
-__all__ = ["card_metadata", "task_of"]
-
 LIBRARY = "graftc"
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,95}", re.ASCII)
 _LANGUAGE = re.compile(r"[a-z]{2,8}(-[A-Za-z0-9]{1,8}){0,4}", re.ASCII)

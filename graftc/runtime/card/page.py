@@ -15,8 +15,6 @@ from graftc.runtime.sources.reference import Reference
 from graftc.specs.errors.text import abridged, format_layers
 from graftc.specs.io import dump_spec
 
-__all__ = ["render_card"]
-
 MOST_PLACES = 60
 SPEC = 50_000
 """The largest number of characters of a spec that a card shows."""

@@ -19,8 +19,6 @@ from graftc.runtime.model.evaluation import Evaluation
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
-__all__ = ["OutputComparison", "compared"]
-
 Outputs = tuple[Any, ...]
 
 

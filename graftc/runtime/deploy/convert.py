@@ -374,6 +374,3 @@ def _outputs(before: AdaptedRunner, after: AdaptedRunner) -> tuple[dict[str, flo
             differences[name] = largest_difference(a, b)
             largest = max(largest, largest_number(a))
     return differences, largest
-
-
-__all__ = ["AdaptedRunner", "Converted", "ConvertedSite"]

@@ -10,8 +10,6 @@ from torch import Tensor
 from graftc.compiler.folding.differences import largest_difference
 from graftc.compiler.folding.rounding import NARROW
 
-__all__ = ["rounding_noise"]
-
 TIMES = 8
 """The largest number of other roundings to try. A router chooses differently in few of them."""
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from graftc.passes.core.plugins import Plugin
     from graftc.runtime.export.job import ExportJob
 
-__all__ = ["ExportOption", "Exporter", "LazyFunction"]
-
 
 @dataclass(frozen=True)
 class LazyFunction:

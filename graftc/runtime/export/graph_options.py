@@ -9,8 +9,6 @@ from typing import Any
 from graftc.runtime.export.exporter import ExportOption
 from graftc.specs.errors.arguments import as_names
 
-__all__ = ["EXAMPLE_INPUTS", "INPUTS", "beside_graph", "companions_of"]
-
 
 def _names(given: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(as_names(given))) if given else ()

@@ -9,8 +9,6 @@ from graftc.runtime.export.graph_options import companions_of
 from graftc.runtime.export.job import ExportJob
 from graftc.runtime.export.module import ExportModule
 
-__all__ = ["prepare", "write_inputs"]
-
 
 def prepare(job: ExportJob) -> None:
     """Refuse a model without the graph that the job asks for."""

@@ -94,6 +94,3 @@ def without(root: Store, program: Program, names: Iterable[str], constants: Mapp
             persistent = last not in transient_of(owner)
             store.add_buffer(name, tensor, persistent=persistent)
     return store
-
-
-__all__ = ["ADAPTER_TENSORS", "require_known", "tensors_of", "without"]

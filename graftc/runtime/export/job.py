@@ -20,8 +20,6 @@ from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["AdapterSummary", "ExportJob", "require_one_graph"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSummary:

@@ -12,8 +12,6 @@ from graftc.compiler.capture.interface import COUNT
 from graftc.passes.core.ir.program import Program, above
 from graftc.runtime.model.model_runner import ModelRunner
 
-__all__ = ["without_labels"]
-
 _LOSS = "loss"
 _TARGETS = "future_values"
 _DECODED = ("decoder_input_ids", "decoder_inputs_embeds")

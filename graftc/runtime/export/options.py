@@ -9,8 +9,6 @@ from graftc.runtime.export.exporter import Exporter
 from graftc.runtime.export.registry import exporters
 from graftc.specs.errors.diagnostics import GraftError, alternatives
 
-__all__ = ["misplaced", "options_for"]
-
 
 def misplaced(exporter: Exporter, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the options that are given although the format does not take them, each with a remedy.

@@ -13,8 +13,6 @@ from graftc.runtime.interop.peft.servers import Server, require_served
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["PreparedFolder", "check", "prepare", "write"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedFolder(AdapterSummary):

@@ -20,8 +20,6 @@ from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, first_line
 from graftc.specs.errors.text import listed
 
-__all__ = ["GROUP", "exporter_of", "exporters", "formats", "reload_exporters", "summaries"]
-
 GROUP = "graftc.exporters"
 """The entry-point group."""
 

@@ -10,8 +10,6 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from graftc.passes.core.weights.containers import Tree
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["refuse_wrapping"]
-
 _HINT = (
     "graftc.compile(config, model) takes PEFT's config and the source model; compiled.add({...}) adds an adaptation; "
     "graftc.import_peft(folder, model) reads what PEFT has saved; a trainer takes the compiled model and no peft_config"

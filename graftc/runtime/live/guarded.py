@@ -16,8 +16,6 @@ from graftc.compat import pytree
 from graftc.runtime.live.element_run import GraphRunner
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["RUNNING", "Guarded", "guarded", "runs_base"]
-
 RUNNING: ContextVar[GraphRunner] = ContextVar("live runner")
 """The Runner that calls the live model in this thread."""
 

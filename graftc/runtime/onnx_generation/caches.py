@@ -13,8 +13,6 @@ from graftc.runtime.onnx_generation.io_names import Slot
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["cross_is_there", "empty", "length_of", "read", "write"]
-
 _HINT = "give a DynamicCache that this model has filled, or an empty one"
 
 

@@ -15,8 +15,6 @@ from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError, first_line
 from graftc.specs.regular_files import read_regular
 
-__all__ = ["MANIFEST", "graph_in", "write_exported_model"]
-
 MANIFEST = "export.json"
 _FILE = "model.onnx"
 _CONFIGS = ("config.json", "generation_config.json")

@@ -16,8 +16,6 @@ from graftc.specs.errors.arguments import as_path, kind_of
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["open_folder"]
-
 
 def _config(folder: Path) -> Any:
     from transformers import AutoConfig

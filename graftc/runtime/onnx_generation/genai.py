@@ -7,8 +7,6 @@ from typing import Any
 
 from graftc.runtime.onnx_generation.io_names import optimum_name, slots_of
 
-__all__ = ["genai_config", "genai_obstacle"]
-
 # The library's names of model types (src/models/model_type.h), by transformers' names. Its GPT-2 is left out, since it
 # has keys and values of a layer in one tensor.
 _TYPES = {

@@ -14,8 +14,6 @@ from torch.utils.dlpack import from_dlpack
 from graftc.runtime.onnx_generation.io_names import Slot, slots_of
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 
-__all__ = ["CPU", "OnnxGraph", "Provider", "providers_for"]
-
 Provider = str | tuple[str, Mapping[str, Any]]
 CPU = "CPUExecutionProvider"
 _CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-__all__ = ["DECODER", "PAIR", "Slot", "optimum_name", "slots_of"]
-
 DECODER = "model.onnx"
 """The file name of a decoder."""
 PAIR = ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx")

@@ -15,8 +15,6 @@ from graftc.runtime.onnx_generation import caches
 from graftc.runtime.onnx_generation.graphs import OnnxGraph
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["OnnxCausalLM", "OnnxModel", "OnnxSeq2SeqLM"]
-
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """The name that this release of transformers has for the cache in a call and in its outputs."""
 

@@ -23,8 +23,6 @@ from graftc.passes.methods.bases.sparse import SparseTensors, regions_at
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.model.runner import runner_of
 
-__all__ = ["SM3", "AgedAdamW"]
-
 Parameters = Compiled | Iterable[Tensor] | Iterable[dict[str, Any]]
 CHUNK = 1 << 20
 """How many elements are worked on at a time."""

@@ -19,8 +19,6 @@ from graftc.compiler.quiet import quiet_quantisers
 from graftc.runtime.sources.refusals import reason_of, refuse
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
-__all__ = ["from_callable"]
-
 
 def from_callable(text: str, meta: bool = False) -> tuple[nn.Module, ExampleInputs | None]:
     """Return what the callable of a MODEL argument returns: a module, and example inputs or None.

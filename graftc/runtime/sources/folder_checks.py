@@ -24,8 +24,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import shown
 from graftc.specs.regular_files import JSON_BYTES, read_regular
 
-__all__ = ["WEIGHTS", "ModelFolder", "bounded_building", "check_stored_types", "open_model_folder", "plain_config"]
-
 WEIGHTS = ("*.safetensors", "*.bin")
 _REFUSAL = Refusal("GC032", "GC101", "download the model again")
 _VALUES = 2**19

@@ -14,8 +14,6 @@ from graftc.specs.foreign.config import CONFIG as ADAPTER_CONFIG
 from graftc.specs.regular_files import JSON_BYTES, read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["is_adapter", "is_state_dict", "missing", "reader_of"]
-
 _MODEL_CONFIG, _MODEL_FILE, _GGUF = "config.json", "model.safetensors", ".gguf"
 
 

@@ -38,17 +38,6 @@ from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.regular_files import read_regular
 
-__all__ = [
-    "config_of_folder",
-    "from_checkpoint",
-    "load_as_built",
-    "load_folder",
-    "load_hub",
-    "load_model",
-    "load_model_and_inputs",
-    "local_folder",
-]
-
 _FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
 
 

@@ -19,7 +19,6 @@ from graftc.specs.errors.arguments import absolute_path
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Built", "Kind", "Reference", "is_callable", "is_hub_id"]
 
 Kind: TypeAlias = Literal["folder", "hub", "callable", "inside"]
 """A transformers folder, a hub id, ``package.module:callable``, or a folder inside the artifact."""

@@ -7,8 +7,6 @@ from typing import NoReturn
 
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
-__all__ = ["reason_of", "refuse"]
-
 
 def refuse(
     message: str,

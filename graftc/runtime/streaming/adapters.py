@@ -14,8 +14,6 @@ from graftc.runtime.streaming.sources import artifact_updates
 from graftc.runtime.streaming.update import AdapterUpdates
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["read_updates"]
-
 Made = Callable[[TensorFolder], AdapterUpdates]
 
 

@@ -18,9 +18,6 @@ from graftc.runtime.artifact.write import file_digest
 from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["Journal", "ShardDone"]
-
-
 _NAME = "journal.jsonl"
 _BYTES = 2**26
 

@@ -21,8 +21,6 @@ from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpd
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.regular_files import read_regular
 
-__all__ = ["MergePlan", "make_plan", "stored_config"]
-
 _SHOWN = 30
 """How many wrong tensors an error lists."""
 

@@ -39,8 +39,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
 from graftc.version import __version__
 
-__all__ = ["StreamedMerge", "merge_checkpoint"]
-
 BESIDE = ("config.json", "generation_config.json", *COMPANIONS, "*.py")
 """Files of a base that its users need and that folding does not change."""
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from graftc.files.tensors.folder import TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["FileNames"]
-
 
 class FileNames:
     """The names that a model's tensors have in a checkpoint.

@@ -22,8 +22,6 @@ from graftc.runtime.streaming.update import AdapterUpdates, Replacement, SiteUpd
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import CONFIG, config_bytes, read_config
 
-__all__ = ["base_named_by", "peft_updates"]
-
 NAME = "adapter"
 """The name of the adaptation, which peft's checkpoints do not contain."""
 _UNTIED = "save a base with tie_word_embeddings false, whose files have both tensors, and merge into that"

@@ -29,8 +29,6 @@ from graftc.runtime.streaming.sites import FileSite
 from graftc.runtime.streaming.update import SiteUpdate
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["RowTarget", "SiteFold", "rows_of"]
-
 
 class RowTarget:
     """The destination of folded rows: files that are written, files that are only compared, or none.

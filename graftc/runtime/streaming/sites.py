@@ -15,8 +15,6 @@ from graftc.runtime.streaming.update import SiteUpdate
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["FileSite", "rows_that_fit", "sites_of"]
-
 BLOCK = 2**20
 """The number of entries of a weight in memory in float64 at a time, if its adaptations fold row by row."""
 

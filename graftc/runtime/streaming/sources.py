@@ -25,8 +25,6 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
 
-__all__ = ["artifact_updates", "differing_tensors"]
-
 
 def artifact_updates(artifact: Artifact, checkpoint: TensorFolder) -> AdapterUpdates:
     """Return the changes that an artifact makes to a checkpoint.

@@ -10,8 +10,6 @@ from torch import Tensor
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.base import MethodSpec
 
-__all__ = ["AdapterUpdates", "Replacement", "SiteUpdate"]
-
 
 @dataclass(frozen=True)
 class SiteUpdate:

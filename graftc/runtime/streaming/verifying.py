@@ -16,8 +16,6 @@ from graftc.runtime.streaming.work import Progress, fold_shard, shards, untouche
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.text import counted
 
-__all__ = ["verify_checkpoint"]
-
 
 def verify_checkpoint(
     path: str | os.PathLike[str],

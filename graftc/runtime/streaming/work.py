@@ -25,8 +25,6 @@ from graftc.runtime.streaming.merge_plan import MergePlan
 from graftc.runtime.streaming.site_fold import RowTarget, SiteFold, rows_of
 from graftc.runtime.streaming.sites import rows_that_fit
 
-__all__ = ["Progress", "create_file", "fold_shard", "shards", "untouched"]
-
 _CHUNK = 2**22
 """The number of bytes or entries that are copied or compared at a time."""
 Progress = Callable[[int, int], None]

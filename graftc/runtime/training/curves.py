@@ -14,8 +14,6 @@ from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.text import quoted, some
 from graftc.specs.strict_json import read_json
 
-__all__ = ["Curve", "last_step", "read_log"]
-
 LINE_BYTES = 2**24
 STATE_BYTES = 2**28
 MOST_POINTS = 1000

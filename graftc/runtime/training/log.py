@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 
-__all__ = ["TrainingLog"]
-
 _OWN = ("step", "time", "figures")
 
 

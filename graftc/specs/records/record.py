@@ -9,8 +9,6 @@ from enum import Enum
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
-__all__ = ["Listed", "Named", "OrNull", "Pattern", "Record", "stated", "stated_names"]
-
 if TYPE_CHECKING:
     stated = property
 else:

@@ -31,8 +31,6 @@ from graftc.passes.core.ops.projection_plan import (
     stacked,
 )
 
-__all__ = ["LowRankUpdate", "Runs", "projections"]
-
 
 def projections(
     x: Tensor,

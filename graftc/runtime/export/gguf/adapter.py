@@ -16,8 +16,6 @@ from graftc.specs.methods.lora import LoRA
 if TYPE_CHECKING:
     from graftc.compiler.compilation import Compilation
 
-__all__ = ["adapter_file", "plain_of"]
-
 
 def adapter_file(adapter: PlainAdapter, config: Any) -> GgufFile:
     """Return the file of a LoRA adapter: ``<tensor>.lora_a`` as ``[rank, in]``, ``<tensor>.lora_b`` as ``[out, rank]``.

@@ -21,8 +21,6 @@ from graftc.runtime.interop.layouts.reference import unpaired
 from graftc.runtime.sources.models import config_of_folder
 from graftc.specs.errors.diagnostics import GraftError, Place
 
-__all__ = ["convert_to_gguf"]
-
 _DTYPES: Mapping[FileType, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 

@@ -17,8 +17,6 @@ from graftc.runtime.interop.transformers import FoldedModel
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.specs.errors.diagnostics import warn
 
-__all__ = ["check", "prepare", "write"]
-
 
 def prepare(job: ExportJob) -> Callable[[], GgufFile]:
     """Return a function that returns the file to write, which it makes once.

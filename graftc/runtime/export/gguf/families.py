@@ -17,8 +17,6 @@ from graftc.runtime.interop.layouts.plain import AttentionSizes
 from graftc.runtime.interop.layouts.rotary import as_pairs
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
-__all__ = ["FAMILIES", "Family", "architecture", "family_of", "heads_of", "rope_factors", "stored"]
-
 
 @dataclass(frozen=True)
 class Family:

@@ -13,8 +13,6 @@ from graftc.runtime.interop.transformers import FoldedModel, no_place, to_transf
 from graftc.runtime.sources.models import local_folder
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["merged_file"]
-
 
 def merged_file(merged: FoldedModel) -> GgufFile:
     """Return the file of a merged model, with its tokenizer if the base has one that llama.cpp supports.

@@ -10,8 +10,6 @@ from graftc.files.tensors.foreign_folders import TOKENIZER_BYTES, require_regula
 from graftc.specs.errors.border import library_errors
 from graftc.specs.regular_files import read_regular
 
-__all__ = ["add_vocabulary"]
-
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -15,8 +15,6 @@ from torch import Tensor
 from graftc.runtime.export.formats.gguf import FileType, file_type
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["Entry", "GgufFile", "name_of", "package"]
-
 _TYPES: Mapping[FileType, tuple[str, str]] = {
     "f32": ("F32", "ALL_F32"),
     "f16": ("F16", "MOSTLY_F16"),

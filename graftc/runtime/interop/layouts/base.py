@@ -12,8 +12,6 @@ from graftc.runtime.interop.layouts.plain import EXPERT, PlainAdapter
 from graftc.runtime.sources.models import load_folder
 from graftc.specs.errors.diagnostics import GraftError, Place
 
-__all__ = ["require_fitting", "require_usual_experts"]
-
 _FLAT = ("flat", "flat_by_expert")
 _WAY_OUT = "merge the adapter as it is, or import it: graftc merge --stream and graftc import-peft look at the model"
 

@@ -30,8 +30,6 @@ from graftc.specs.foreign.config import CONFIG, MOST, config_bytes, read_config
 from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
-__all__ = ["AdapterSource", "ConvertedFolder", "compared", "convert_folder", "is_adapter_folder"]
-
 PROBES = 4
 ROUNDING: Mapping[torch.dtype, float] = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """How far an update may be off where a factor had to be scaled, and so rounded again, by its type."""

@@ -26,8 +26,6 @@ from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, AdapterConfig, config_bytes, read_config
 from graftc.specs.methods.lora import LoRA
 
-__all__ = ["detected", "laid_out", "named", "raw_keys", "read_layout", "write_layout"]
-
 _ABOUT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out")
 _EACH = re.compile(r"(?P<module>.*\bexperts)\.(?P<expert>\d+)\.(?P<map>gate_proj|up_proj|down_proj)")
 _STACKED = re.compile(r"(?P<module>.*\bexperts)\.(?P<map>w1|w2|w3)")

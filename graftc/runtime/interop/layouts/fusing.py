@@ -15,8 +15,6 @@ import torch
 from graftc.runtime.interop.layouts.plain import AttentionSizes, PlainAdapter, Update
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["FUSED", "Fusion", "joined", "split", "together"]
-
 
 @dataclass(frozen=True)
 class Fusion:

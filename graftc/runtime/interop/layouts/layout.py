@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
-__all__ = ["LAYOUTS", "AdapterLayout", "ExpertForm", "layout_of"]
-
 from graftc.specs.errors.diagnostics import GraftError, alternatives
 
 ExpertForm: TypeAlias = Literal["flat", "flat_by_expert", "each", "stacked"]

@@ -18,8 +18,6 @@ from graftc.runtime.interop.layouts.plain import AttentionSizes
 from graftc.specs.foreign.config import matching
 from graftc.specs.regexes import RegexMatcher
 
-__all__ = ["responses", "unpaired"]
-
 Probe = Callable[[int], Tensor]
 
 

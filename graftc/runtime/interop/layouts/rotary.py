@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["as_halves", "as_pairs"]
-
 
 def as_pairs(rows: Tensor, heads: int) -> Tensor:
     """Reorder rows so that the two numbers that rotate together are adjacent.

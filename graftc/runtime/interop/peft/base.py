@@ -13,8 +13,6 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
 
-__all__ = ["behind_an_encoder", "outermost", "paths_of", "rows_in", "shapes_of", "spec_of_entries"]
-
 
 def paths_of(model: nn.Module) -> list[str]:
     """Return the paths of all modules but the model itself."""

@@ -17,8 +17,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.fields import takes_bias
 
-__all__ = ["SHOWN", "check_contents", "check_copies", "token_keys"]
-
 SHOWN = 50
 """Details that an error lists."""
 

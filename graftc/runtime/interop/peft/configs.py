@@ -38,8 +38,6 @@ from graftc.specs.foreign.fields import method_at, rows_of, table_rows
 from graftc.specs.foreign.starts import starts_of
 from graftc.specs.foreign.translate import as_data
 
-__all__ = ["spec_of"]
-
 _ADAPTER = "default"
 
 

@@ -13,8 +13,6 @@ from graftc.runtime.interop.peft.targets import globs
 from graftc.specs.foreign.config import AdapterConfig
 from graftc.specs.foreign.fields import fields_of
 
-__all__ = ["entry_of"]
-
 
 def entry_of(
     config: AdapterConfig, modules: Sequence[PeftModule], paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]

@@ -17,8 +17,6 @@ from graftc.runtime.interop.peft.pairs import Pair, pairs_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import AdapterConfig
 
-__all__ = ["SINCE", "pairs_in", "release_of"]
-
 SINCE = (0, 19)
 """The first release with the layout that `pairs_of` writes."""
 

@@ -48,8 +48,6 @@ from graftc.specs.foreign.config import CONFIG, read_config
 from graftc.specs.patterns import match_modules
 from graftc.specs.peft import PeftFormat
 
-__all__ = ["SITES", "PeftExport", "check_peft", "is_exported", "prepared", "write_peft"]
-
 SITES = "graftc_sites.json"
 """Which tensor of the file belongs to which site: for people, and to know the folders that graftc wrote."""
 

@@ -20,8 +20,6 @@ from graftc.specs.errors.text import shown, some
 from graftc.specs.methods.lora import LoRA
 from graftc.specs.peft import PeftFormat
 
-__all__ = ["own_places", "refuse_inexpressible", "task_of"]
-
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",

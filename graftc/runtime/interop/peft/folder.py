@@ -27,8 +27,6 @@ from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, AdapterConfig, config_bytes, read_config
 from graftc.specs.foreign.fields import is_listed, method_at, rows_of, table_rows, takes_bias
 
-__all__ = ["ADDED", "WEIGHTS", "PeftAdapter", "PeftModule", "read_peft"]
-
 WEIGHTS = "adapter_model.safetensors"
 ADDED = 2
 """How many times peft adds the update of the output projection to a `nn.MultiheadAttention` that it adapts: when it

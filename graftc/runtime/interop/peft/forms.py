@@ -15,8 +15,6 @@ from torch import Tensor
 
 from graftc.specs.peft import Form
 
-__all__ = ["Shaped", "filled", "to_ours", "to_theirs"]
-
 
 @dataclass(frozen=True)
 class Shaped:

@@ -34,8 +34,6 @@ from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.text import quoted, some
 from graftc.specs.foreign.fields import fields_of
 
-__all__ = ["imported", "spec_for"]
-
 
 def imported(
     path: Path,

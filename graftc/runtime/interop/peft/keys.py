@@ -9,8 +9,6 @@ from types import MappingProxyType
 from graftc.specs.foreign.config import AdapterConfig, beside
 from graftc.specs.peft import PeftFormat
 
-__all__ = ["MODEL", "ROOT", "Keys", "parse", "parts_by_key", "tensor_key"]
-
 ROOT = "base_model."
 MODEL = "base_model.model."
 _BASE = "base_layer"

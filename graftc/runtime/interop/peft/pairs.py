@@ -28,21 +28,6 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import beside
 from graftc.specs.peft import Form, PeftFormat
 
-__all__ = [
-    "Pair",
-    "is_adapted",
-    "is_listed_at",
-    "is_parameter",
-    "is_projection",
-    "pairs_of",
-    "peft_tensors",
-    "repeats",
-    "split",
-    "table_of",
-    "table_path",
-    "trains_rows",
-]
-
 
 @dataclass(frozen=True)
 class Pair:

@@ -13,8 +13,6 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import AdapterConfig
 
-__all__ = ["adapted_parameters", "meant_parameters"]
-
 
 def meant_parameters(targets: Sequence[str] | None, parameters: Iterable[str]) -> list[str]:
     """Return the parameters that `target_parameters` selects by the end of their paths, in whole segments."""

@@ -15,8 +15,6 @@ from torch import Tensor
 from graftc.compiler.compilation import Compilation
 from graftc.runtime.interop.peft.exporting import PeftExport
 
-__all__ = ["plain"]
-
 
 def plain(export: PeftExport, compilation: Compilation) -> PeftExport:
     """Return the same update in simpler terms: without ``use_rslora``, which some engines ignore.

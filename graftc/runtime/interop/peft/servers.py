@@ -10,8 +10,6 @@ from typing import Any
 from graftc.specs.errors.diagnostics import GraftError, Place, alternatives
 from graftc.specs.errors.text import shown, some
 
-__all__ = ["SERVERS", "Server", "require_served", "server_of"]
-
 _CONVERT = "graftc convert makes a LoRA of it"
 _MERGE = "merge it: graftc merge"
 _UNIFORM = "graftc convert --to {layout} gives all maps one rank and one scale"

@@ -30,8 +30,6 @@ from graftc.specs.errors.diagnostics import GraftError, GraftWarning, Place
 from graftc.specs.errors.text import quoted
 from graftc.specs.foreign.config import CONFIG
 
-__all__ = ["entry_of", "imported_together", "names_of"]
-
 
 def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
     """Return the folders by the names of their adaptations: the given names, or otherwise those of the folders.

@@ -10,8 +10,6 @@ from graftc.specs.foreign.config import AdapterConfig
 from graftc.specs.patterns import BRANCHES, glob_to_regex
 from graftc.specs.regexes import RegexMatcher
 
-__all__ = ["ALL_LINEAR", "globs", "is_saved", "meant", "suffixes"]
-
 ALL_LINEAR = "all-linear"
 """peft's word for every linear layer but the head; what it writes into files are the names."""
 

@@ -18,8 +18,6 @@ from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, table_fo
 from graftc.specs.claims import SiteKind
 from graftc.specs.errors.diagnostics import GraftError
 
-__all__ = ["apart_of", "once", "trained_apart", "trained_together"]
-
 
 def once(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> PeftAdapter:
     """Return the adapter with only one entry of what the file has under several names of a tied tensor.

@@ -19,8 +19,6 @@ from graftc.files.tensors.foreign_folders import require_regular_files
 from graftc.runtime.sources.models import local_folder
 from graftc.specs.errors.diagnostics import GraftError, warn
 
-__all__ = ["processor_example"]
-
 _FILES = ("processor_config.json", "preprocessor_config.json")
 _KINDS = {"pixel_values": "image", "input_features": "audio", "input_values": "audio"}
 """What each input besides a text is made of, as chat templates call it."""
