@@ -72,8 +72,9 @@ def fold_group(
     lazy.apply(group, values)
     rounded = Rounded(added={name: value for name, value in values.items() if name not in base})
     for name, exact in values.items():
-        before = base.setdefault(name, torch.zeros_like(exact))
-        rounded.errors[name], left = target.put(name, exact, before)
+        if name not in base:
+            base[name] = torch.zeros_like(exact)
+        rounded.errors[name], left = target.put(name, exact, base[name])
         rounded.retained[name] = [left]
     total = Retention.total(left for (left,) in rounded.retained.values())
     rounded.retained.update(_by_site(group, rounded, base, values, target.tensors))

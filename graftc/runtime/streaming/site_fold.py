@@ -100,20 +100,24 @@ class SiteFold(FoldTarget):
             GraftError: GC050 if an adaptation cannot fold, GC071 for a method's mistake, GC103 for what is not a change
                 of the site's rows or of a bias that it has.
         """
-        site, plan = self._site, self._plan
-        stored = {own.tensor: plan.current(own.tensor) for own in site.slices}
+        site = self._site
+        stored = {own.tensor: self._plan.current(own.tensor) for own in site.slices}
         for start, own in site.weight.blocks(site.rows_per_block):
-            one, store = plan.block(site, own.count), Store()
-            slices = (each.at(own.rows) for each in site.slices)
-            self._slices = dict(zip((WEIGHT, BIAS), zip(slices, one.slices, strict=False), strict=False))
-            rows = {name: rows_of(each, stored[each.tensor]) for name, (each, _) in self._slices.items()}
-            for name, values in rows.items():
-                store.put(name, self._slices[name][1].restored(values))
-            steps = [self._step(update, one, start, rows[WEIGHT], store) for update in site.updates]
-            group = FoldGroup((WEIGHT, BIAS), tuple(steps))
-            ((_, tally),), _ = fold_group(LazyTensors(store, steps), group, [one.probe], self)
-            self.tally += tally
+            self.tally += self._folded(start, own, stored)
             yield own.size
+
+    def _folded(self, start: int, own: WeightSlice, stored: Mapping[str, Tensor]) -> SiteTally:
+        """Fold some rows, of which the first is at ``start`` in the site, and return what was measured."""
+        site, one, store = self._site, self._plan.block(self._site, own.count), Store()
+        slices = (each.at(own.rows) for each in site.slices)
+        self._slices = dict(zip((WEIGHT, BIAS), zip(slices, one.slices, strict=False), strict=False))
+        rows = {name: rows_of(each, stored[each.tensor]) for name, (each, _) in self._slices.items()}
+        for name, values in rows.items():
+            store.put(name, self._slices[name][1].restored(values))
+        steps = [self._step(update, one, start, rows[WEIGHT], store) for update in site.updates]
+        group = FoldGroup((WEIGHT, BIAS), tuple(steps))
+        ((_, tally),), _ = fold_group(LazyTensors(store, steps), group, [one.probe], self)
+        return tally
 
     def put(self, name: str, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
         """Put rows into the target, unless they belong to another one or are a bias that does not change.
