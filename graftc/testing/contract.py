@@ -62,10 +62,10 @@ class Contract:
 
     def shared(self, family: str, *, perturbed: bool = False) -> tuple[nn.Module, Compiled]:
         """Return a model of ``family`` and its adapted form, created once for all tests of a class that only read."""
-        models = self._made(family)
+        models = self._models(family)
         return models.model, models.perturbed if perturbed else models.plain
 
-    def _made(self, family: str) -> _Made:
+    def _models(self, family: str) -> _SharedModels:
         """Return the models that the tests of a class share, and drop those of other classes."""
         key = (type(self), family)
         if key not in _SHARED:
@@ -77,7 +77,7 @@ class Contract:
             compiled = self.compiled(family, model)
             plain, perturbed = copy.deepcopy(compiled).eval(), copy.deepcopy(compiled)
             self.perturb(family, perturbed)
-            _SHARED[key] = _Made(model, compiled, plain, perturbed.eval(), reference, addresses)
+            _SHARED[key] = _SharedModels(model, compiled, plain, perturbed.eval(), reference, addresses)
         return _SHARED[key]
 
     @property
@@ -87,7 +87,7 @@ class Contract:
 
 
 @dataclass(frozen=True)
-class _Made:
+class _SharedModels:
     """A model in its original and adapted forms.
 
     Attributes:
@@ -106,7 +106,7 @@ class _Made:
     addresses: Mapping[str, int]
 
 
-_SHARED: dict[tuple[type[Contract], str], _Made] = {}
+_SHARED: dict[tuple[type[Contract], str], _SharedModels] = {}
 
 
 class MethodContract(Contract):
@@ -152,7 +152,7 @@ class MethodContract(Contract):
 
     def test_only_own_tensors_train(self, family: str) -> None:
         """Check that three AdamW steps keep the base bit-identical and give gradients to tensors that are not inert."""
-        models = self._made(family)
+        models = self._models(family)
         model, compiled = models.model, models.compiled
         frozen = {n: t.clone() for n, t in compiled.named_parameters() if not t.requires_grad}
         trainable = {n: t for n, t in compiled.named_parameters() if t.requires_grad}
@@ -173,7 +173,7 @@ class MethodContract(Contract):
 
     def test_source_model_is_left_alone(self, family: str) -> None:
         """Check that compiling leaves the source model's training flags, ``requires_grad`` and outputs unchanged."""
-        models = self._made(family)
+        models = self._models(family)
         model, reference = models.model, models.reference
         inputs = inputs_for(models.plain)
         assert model.training
@@ -255,7 +255,7 @@ class MethodContract(Contract):
         Everything that trains is float32 and gets gradients of that type; before training the outputs are the base's
         bit for bit; what folds is certified.
         """
-        model = copy.deepcopy(self._made(family).reference).to(torch.bfloat16).eval()
+        model = copy.deepcopy(self._models(family).reference).to(torch.bfloat16).eval()
         try:
             compiled = self.compiled(family, model).eval()
         except GraftError as error:

@@ -11,7 +11,7 @@ from torch import nn
 
 from graftc.compiler.capture.signature import Axis
 from graftc.compiler.preparing import Prepared, prepare
-from graftc.passes.core.packing.modules import held_weight, packed_types
+from graftc.passes.core.packing.modules import packed_types, packed_value
 from graftc.specs.document import Spec
 
 
@@ -27,7 +27,7 @@ def dense_twin(model: nn.Module, axes: Sequence[Axis] | None = None, **options: 
                 parameter = modules[path]._parameters[name]
                 assert parameter is not None
                 before = parameter.clone()
-                parameter.copy_(held_weight(module, name))
+                parameter.copy_(packed_value(module, name))
                 assert not torch.equal(parameter, before)
                 count += 1
     assert count

@@ -70,7 +70,7 @@ def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
             tensors |= slot_values(compilation, resolved)
             continue
         for prefix, own in _places(compilation, resolved, lambda name: store.full(name).double()):
-            dtype = store.get(prefix + next(iter(own.held))).dtype
+            dtype = store.get(prefix + next(iter(own.tensors))).dtype
             tensors |= {prefix + part: round_once(value, dtype).contiguous() for part, value in own.collapsed().items()}
     return tensors
 
@@ -95,13 +95,13 @@ class _Own:
     """The tensors of one place: its own, ``held``, and those that they collapse to."""
 
     def __init__(self, spec: MethodSpec, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
-        self.spec, self.held, self.shared = spec, tensors, shared
+        self.spec, self.tensors, self.shared = spec, tensors, shared
 
     def collapsed(self) -> Mapping[str, Tensor]:
-        gates = {part: value for part, value in self.held.items() if part in GATE}
+        gates = {part: value for part, value in self.tensors.items() if part in GATE}
         method = method_for(self.spec.method)
         assert isinstance(method, Collapsing)
-        return {**gates, **method.collapsed(self.spec, {**self.shared, **self.held})}
+        return {**gates, **method.collapsed(self.spec, {**self.shared, **self.tensors})}
 
 
 def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator[tuple[str, _Own]]:
@@ -121,7 +121,7 @@ def place_values(compilation: Compilation, resolved: Resolved) -> Iterator[tuple
     """
     simpler = _simpler(compilation, resolved)
     for site, (_, own) in zip(resolved.places, _places(compilation, resolved, compilation.store.full), strict=True):
-        yield site[0].key, own.held if simpler is None else own.collapsed()
+        yield site[0].key, own.tensors if simpler is None else own.collapsed()
 
 
 def collapse_evidence(compilation: Compilation, seed: int = 0) -> tuple[CollapseEvidence, ...]:

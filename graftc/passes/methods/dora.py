@@ -135,8 +135,8 @@ def _first_norm(
     A product with zeros changes no bit of a square.
     """
     if square is not None:
-        return norm_of_squares(build.held(square))
-    values = [build.held(node) for node in pair]
+        return norm_of_squares(build.current_value(square))
+    values = [build.current_value(node) for node in pair]
     return _norm_with_update(base.value(), *values, scaling=spec.scaling)[0]
 
 

@@ -160,8 +160,8 @@ class Converting:
             loras = {}
             for name, sites in conversion.sites.items():
                 target = conversion.spec_of(name).target if written else target_of(sites)
-                loras[name] = lora_of(name, target, conversion.made[name], sites)
-                values |= values_of(name, conversion.made[name], sites)
+                loras[name] = lora_of(name, target, conversion.factors[name], sites)
+                values |= values_of(name, conversion.factors[name], sites)
             try:
                 result = self.runner.sibling(_spec(self.runner.compilation.spec, loras, conversion.below), values)
             except GraftError:
@@ -187,9 +187,9 @@ class _Conversion:
             if name in plan.kept:
                 raise plan.kept[name]
         self.sites = {name: self._linear(name) for name in names}
-        self.made: dict[str, dict[SiteKey, Factors]] = {name: {} for name in names}
+        self.factors: dict[str, dict[SiteKey, Factors]] = {name: {} for name in names}
         self.below: list[str] = []
-        self._found: list[ConvertedSite] = []
+        self._converted: list[ConvertedSite] = []
         self._probes: dict[tuple[str, SiteKey], tuple[Tensor, Tensor]] = {}
 
     def spec_of(self, name: str) -> MethodSpec:
@@ -208,7 +208,7 @@ class _Conversion:
             for name, changed in updates.items():
                 self._take(name, changed)
         for name, sites in self.sites.items():
-            missing = [site for site in sites if site.key not in self.made[name]]
+            missing = [site for site in sites if site.key not in self.factors[name]]
             if missing or not sites:
                 what = f"changes nothing at {missing[0].key}" if missing else "adapts no linear map"
                 raise _no_lora(name, what)
@@ -221,7 +221,7 @@ class _Conversion:
         specs = dict((site.key, spec) for site, spec in self._resolved[name].places)
         for site in self.sites[name]:
             own = site.own
-            if own.tensor not in changed or site.key in self.made[name]:
+            if own.tensor not in changed or site.key in self.factors[name]:
                 continue
             wanted = own.operand(changed[own.tensor])
             self._factorise(name, site, wanted, specs[site.key])
@@ -242,11 +242,13 @@ class _Conversion:
         factors = decomposition.factors(min(rank, full))
         stored = factors.rounded(stored_dtype(site))
         exact = Factors(stored.down.double(), stored.up.double())
-        self.made[name][site.key] = factors.padded(rank)
-        generator = torch.Generator().manual_seed(len(self._found))
+        self.factors[name][site.key] = factors.padded(rank)
+        generator = torch.Generator().manual_seed(len(self._converted))
         probe = torch.randn(wanted.shape[-1], _PROBES, generator=generator, dtype=torch.float64).to(wanted.device)
         self._probes[name, site.key] = probe, wanted @ probe
-        self._found.append(ConvertedSite(name, str(site.key), rank, full, distance(exact.update, wanted), float("nan")))
+        self._converted.append(
+            ConvertedSite(name, str(site.key), rank, full, distance(exact.update, wanted), float("nan"))
+        )
 
     def checked(self, result: Any) -> tuple[ConvertedSite, ...]:
         """Return the sites along with an estimate of the error of the compiled LoRAs, measured through their own fold.
@@ -267,7 +269,7 @@ class _Conversion:
                         response = compiled_site.own.operand(changed[compiled_site.own.tensor]) @ probe
                         errors[name, str(site.key)] = distance(response, wanted)
         checked = []
-        for item in self._found:
+        for item in self._converted:
             probed = errors.get((str(item.adaptation), item.site), 1.0)
             # The estimate of an error from 16 vectors is off by more than a factor of 3 only once in a million times.
             if not probed <= 3 * item.error + _SLACK:

@@ -126,7 +126,7 @@ def role_contents(snapshot: Snapshot, structure: Structure) -> dict[str, Any]:
         "spec": {"text": text, "lines": {}},
         "adaptations": [_role(number, role, by_role[role]) for number, role in enumerate(roles)],
         "layers": [],
-        "sites": [_found(finding, roles) for finding in structure.findings],
+        "sites": [_role_site(finding, roles) for finding in structure.findings],
         "tree": model_tree(snapshot).to_json(),
         "graphs": graphs,
         "certificate": None,
@@ -167,7 +167,7 @@ def _role(number: int, role: str, findings: Sequence[Finding]) -> dict[str, Any]
     }
 
 
-def _found(finding: Finding, roles: Sequence[str]) -> dict[str, Any]:
+def _role_site(finding: Finding, roles: Sequence[str]) -> dict[str, Any]:
     return {
         "adaptation": roles.index(finding.role),
         "key": finding.parameter or finding.module,
@@ -268,23 +268,23 @@ class _Costs:
     """
 
     def __init__(self, graph: Frames, snapshot: Snapshot) -> None:
-        self._found: dict[tuple[str, str], dict[str, float]] = defaultdict(
+        self._costs: dict[tuple[str, str], dict[str, float]] = defaultdict(
             lambda: {"trainable_parameters": 0, "bytes": 0, "flops_per_token": 0.0, "value_bytes_per_token": 0.0}
         )
         for name, tensor in snapshot.adapters.items():
             layer = layer_path(_home(name))
-            costs = self._found[owner_of(name), layer]
+            costs = self._costs[owner_of(name), layer]
             costs["trainable_parameters"] += tensor.numel if tensor.trainable else 0
             costs["bytes"] += tensor.nbytes
         for node in graph.nodes:
             if node.origin is not None and node.gone < 0:
-                costs = self._found[node.origin[0], layer_path(node.module)]
+                costs = self._costs[node.origin[0], layer_path(node.module)]
                 costs["flops_per_token"] += node.flops
                 costs["value_bytes_per_token"] += node.value_bytes
 
     def of(self, name: str) -> dict[str, float]:
         """Return the costs of an adaptation, without its number of parameters."""
-        mine = [costs for (own, _), costs in self._found.items() if own == name]
+        mine = [costs for (own, _), costs in self._costs.items() if own == name]
         return {key: sum(c[key] for c in mine) for key in ("bytes", "flops_per_token", "value_bytes_per_token")}
 
     def by_layer(
@@ -299,7 +299,7 @@ class _Costs:
                 sizes[record.adaptation, layer_path(record.module)][text] = None
         return [
             {"layer": layer, "adaptation": name, "size": "; ".join(sizes[name, layer]), **costs}
-            for (name, layer), costs in self._found.items()
+            for (name, layer), costs in self._costs.items()
         ]
 
 

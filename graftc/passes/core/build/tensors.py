@@ -183,10 +183,10 @@ class Tensors(Nodes):
             raise GraftError("GC053", f"{name} is {actual}, it must be {expected}")
         return value.detach().to(device, dtype, copy=True)
 
-    def held(self, node: fx.Node) -> Tensor:
+    def current_value(self, node: fx.Node) -> Tensor:
         """Return the current value of a tensor of the adaptation, given its node."""
         if node.target is aten.to.dtype:
-            return self.held(node.all_input_nodes[0]).to(node.meta["val"].dtype)
+            return self.current_value(node.all_input_nodes[0]).to(node.meta["val"].dtype)
         return self.store.get(str(node.target)).detach()
 
     def tensors(self) -> tuple[str, ...]:

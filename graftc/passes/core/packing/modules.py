@@ -26,7 +26,7 @@ def packed_types(module: nn.Module | type) -> Mapping[str, PackedType]:
     return cast("Mapping[str, PackedType]", getattr(module, _TYPES, types.MappingProxyType({})))
 
 
-def held_weight(module: nn.Module, name: str) -> Tensor:
+def packed_value(module: nn.Module, name: str) -> Tensor:
     """Compute the value of a packed weight of a module."""
     own = packed_types(module)[name]
     return own.value([_part(module, part) for part in own.names(name)])
@@ -74,7 +74,7 @@ def hold_values(module: nn.Module, dtype: torch.dtype | None = None) -> None:
     first = {own.names(name)[0]: name for name, own in packed.items()}
     parts = {part for name, own in packed.items() for part in own.names(name)}
     parameters = dict(parameters_of(module))
-    values = {name: held_weight(module, name) for name in packed}
+    values = {name: packed_value(module, name) for name in packed}
     parameters_of(module).clear()
     for name, parameter in parameters.items():
         if name in first:
@@ -103,7 +103,7 @@ def _class_of(cls: Any, packed: tuple[tuple[str, PackedType], ...]) -> type[nn.M
 
 
 def _value(name: str, module: nn.Module) -> Tensor:
-    return held_weight(module, name)
+    return packed_value(module, name)
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedTensor]:
