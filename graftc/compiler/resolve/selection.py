@@ -111,8 +111,8 @@ class Selection(AsTarget):
         items: Any = given[0] if len(given) == 1 else given
         current = None if self._written is None else getattr(self._written, name)
         if self._written is None or (current is not None and name != "exclude"):
-            steps = {"within": self._keys, "said": self._expression, "before": self._faults}
-            return self._like(Target(**{name: items}), **steps)
+            target = Target(**{name: items})
+            return self._like(target, within=self._keys, said=self._expression, before=self._faults)
         if current is not None:
             items = (*as_items(current), *given)
         return self._like(Target(**{**written_fields(self._written), name: items}))

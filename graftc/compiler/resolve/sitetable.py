@@ -214,7 +214,8 @@ class SiteTable:
 
     def _parameter(self, finding: Finding) -> None:
         assert finding.parameter is not None
-        key = SiteKey(*finding.parameter.rpartition(".")[::2])
+        module, _, name = finding.parameter.rpartition(".")
+        key = SiteKey(module, name)
         self._add([ParameterSite(key, *_where(finding), kind=SiteKind.PARAMETER, tensor=finding.parameter)])
 
     def _other_parameters(self) -> None:
