@@ -109,7 +109,6 @@ class ExportModule:
         self.config = getattr(runner, "config", None)
         self._base, self._tensors = runner.compilation.program("train", "base", signature), store
         every = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]
-        self.axes = every  # an override of `taken` may read all of them
         self.axes = [axis for axis in every if self.taken(axis)]
         self.inputs: Mapping[str, Any] = self._traced(self.sample(sizes=(3, 7)))
         self.module = nn.Module()
