@@ -208,10 +208,7 @@ def facts(folder: Path) -> CardFacts:
 @pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
 def test_names_that_mean_harm(name: str, facts: CardFacts) -> None:
     """Whatever the names, a reader sees the same headings, tables, blocks and lines, and nothing that a name adds."""
-    sites = tuple(
-        replace(s, adaptation=name, roles=(name,), key=replace(s.key, module=name), method=name)
-        for s in facts.snapshot.sites
-    )
+    sites = tuple(replace(s, adaptation=name, roles=(name,), module=name, method=name) for s in facts.snapshot.sites)
     adaptations = tuple(replace(a, name=f"{name}{i}", method=name) for i, a in enumerate(facts.summary.adaptations))
     harmed = replace(
         facts,
