@@ -63,7 +63,7 @@ def here(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.fixture(scope="module")
 def compiled() -> Any:
-    from tests.families import tiny
+    from graftc.testing import tiny
 
     lora = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v"]}}
     return graftc.compile({"adapt": [lora]}, tiny("bert").eval()).eval()
@@ -191,7 +191,7 @@ def test_python(shapes: None, compiled: Any, tmp_path: Path) -> None:
 
 
 def test_partial_merges(shapes: None, tmp_path: Path) -> None:
-    from tests.families import tiny
+    from graftc.testing import tiny
 
     adapt = [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}, {"method": "prefix", "length": 2}]
     partial = graftc.compile({"adapt": adapt}, tiny("llama").eval()).merge_partially(allow_unchanged=True)
