@@ -23,19 +23,28 @@ from graftc.testing.families import tiny
 SCALE: dict[str, Any] = {"method": "ia3", "target": {"role": ["attn.k", "ffn.down"]}}
 
 WRONG: dict[str, tuple[Callable[..., Any], str]] = {
-    "part": (lambda t: weight_fold(lambda w: w * t["scale"]), "asks for a tensor 'scale'; it has: l"),
-    "part at once": (lambda t: Keep(t["scale"]), "asks for a tensor 'scale'; it has: l"),
-    "shape": (lambda t: weight_fold(lambda w: w[:1]), r"gives a weight of \[1, \d+\], it must be \[\d+, \d+\]"),
-    "bias": (lambda t: WeightFold(lambda w, b: (w, torch.zeros(1))), r"gives a bias of \[1\], it must be"),
+    "part": (lambda t: weight_fold(lambda w: w * t["scale"]), "requests the tensor 'scale'; the site has: l"),
+    "part at once": (lambda t: Keep(t["scale"]), "requests the tensor 'scale'; the site has: l"),
+    "shape": (
+        lambda t: weight_fold(lambda w: w[:1]),
+        r"returns the weight with shape \[1, \d+\], expected \[\d+, \d+\]",
+    ),
+    "bias": (
+        lambda t: WeightFold(lambda w, b: (w, torch.zeros(1))),
+        r"returns the bias with shape \[1\], expected",
+    ),
     "product": (lambda t: weight_fold(lambda w: w @ w @ t["l"][:3, None]), "fails: RuntimeError"),
     "arithmetic": (lambda t: weight_fold(lambda w: w * (1 // 0)), "fails: ZeroDivisionError"),
-    "whole numbers": (lambda t: weight_fold(lambda w: w.long()), "gives a weight of torch.int64"),
-    "half the digits": (lambda t: weight_fold(lambda w: w.float()), "torch.float32, it must be torch.float64"),
-    "no pair": (lambda t: WeightFold(lambda w, b: w), "gives no pair of a weight and a bias"),
-    "no tensor": (lambda t: weight_fold(lambda w: None), "gives NoneType for a weight"),
-    "no fold": (lambda t: t["l"], "gives Tensor, which is not a fold"),
+    "whole numbers": (lambda t: weight_fold(lambda w: w.long()), "returns the weight as torch.int64"),
+    "half the digits": (lambda t: weight_fold(lambda w: w.float()), "torch.float32, expected torch.float64"),
+    "no pair": (lambda t: WeightFold(lambda w, b: w), "must return a pair of a weight and a bias"),
+    "no tensor": (lambda t: weight_fold(lambda w: None), "returns NoneType for the weight, expected a tensor"),
+    "no fold": (lambda t: t["l"], "returns Tensor, which is not a fold"),
     "no such tensor": (lambda t: TensorFold({"scale": lambda w: w}), "changes 'scale'; the site has: weight, bias"),
-    "tensor of another shape": (lambda t: TensorFold({"weight": lambda w: w[:1]}), r"gives 'weight' of \[1, "),
+    "tensor of another shape": (
+        lambda t: TensorFold({"weight": lambda w: w[:1]}),
+        r"returns 'weight' with shape \[1, ",
+    ),
 }
 
 
@@ -57,7 +66,7 @@ def test_a_fold_that_is_traced_is_looked_at_too(monkeypatch: pytest.MonkeyPatch)
     """The fold is checked as well if a DoRA on top of it writes it into the graph."""
     monkeypatch.setattr(IA3Method, "fold", lambda self, *args: weight_fold(lambda w: w * args[2]["scale"]))
     dora = {"method": "dora", "target": SCALE["target"]}
-    with pytest.raises(GraftError, match=r"the fold of 'ia3' at .* asks for a tensor 'scale'") as caught:
+    with pytest.raises(GraftError, match=r"the fold of 'ia3' at .* requests the tensor 'scale'") as caught:
         graftc.compile({"adapt": [SCALE, dora]}, tiny("bert"))
     assert caught.value.code == "GC071"
 
@@ -66,7 +75,7 @@ def test_a_fold_that_is_traced_is_looked_at_too(monkeypatch: pytest.MonkeyPatch)
 def test_a_weight_is_changed_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(NormsMethod, "fold", lambda self, *args: weight_fold(lambda w: w))
     compiled = graftc.compile({"adapt": [{"method": "norms"}]}, tiny("bert")).eval()
-    with pytest.raises(GraftError, match="changes a weight, and the site has none") as caught:
+    with pytest.raises(GraftError, match="changes a weight, but the site has none") as caught:
         compiled.merge()
     assert caught.value.code == "GC071"
 
@@ -125,7 +134,7 @@ def test_claims_of_other_sites_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     _checked.cache_clear()
     try:
         with pytest.raises(
-            GraftError, match="'ia3' claims sites of kind 'linear', and IA3Method takes NormSite"
+            GraftError, match="'ia3' claims sites of kind 'linear', but IA3Method accepts NormSite"
         ) as caught:
             method_for("ia3")
         assert caught.value.code == "GC071"

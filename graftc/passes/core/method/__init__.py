@@ -1,4 +1,4 @@
-"""The interface of methods: their base class, what they may do beside the graph, and how they are found by tag.
+"""The interface of methods: their base class, their optional capabilities, and their lookup by tag.
 
 The methods themselves are in `graftc.passes.methods`.
 """

@@ -1,4 +1,4 @@
-"""Gradients of whole base tensors, for controllers that need them now and then; none outlives its backward pass."""
+"""Gradients of whole base tensors, for controllers that occasionally need them; none outlives its backward pass."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from graftc.passes.core.packing.packed_tensor import PackedTensor
 
 
 class BaseGradients:
-    """Hands over the gradients of base tensors, each as soon as it is available, and releases it.
+    """Passes on the gradient of each base tensor as soon as it is available, then frees it.
 
-    The tensors require a gradient from `want` until `release`. Several instances may want those of one tensor, if all
-    of them release them before any other wants them again.
+    The tensors require gradients from `want` until `release`. Several instances may request gradients of the same
+    tensor, provided that all of them release it before any of them requests it again.
 
     Args:
-        receive: a function that is called with a tensor's name and its gradient, once for each backward pass.
+        receive: a function that is called with a tensor's name and gradient, once per backward pass.
     """
 
     def __init__(self, receive: Callable[[str, Tensor], None]) -> None:
@@ -30,7 +30,7 @@ class BaseGradients:
         self._wanted: dict[str, tuple[Tensor, list[RemovableHandle]]] = {}
 
     def want(self, tensors: Mapping[str, Tensor]) -> None:
-        """Let tensors, by name, have gradients in the passes that follow."""
+        """Request gradients of these tensors, given by name, in subsequent passes."""
         for name, given in tensors.items():
             tensor = given.parts[0] if isinstance(given, PackedTensor) else given
             previous, handles = self._wanted.get(name, (None, []))
@@ -41,7 +41,7 @@ class BaseGradients:
                 continue
             _let_want(tensor, True)
             if previous is not tensor or not handles:
-                # The first hook gets the gradient even if another holder's second hook has already run.
+                # The first hook receives the gradient even if another instance's second hook has already run.
                 first = tensor.register_hook(partial(self._hand_over, name))  # type: ignore[no-untyped-call]
                 second = tensor.register_post_accumulate_grad_hook(_let_go)  # type: ignore[no-untyped-call]
                 self._wanted[name] = tensor, [first, second]
@@ -56,14 +56,14 @@ class BaseGradients:
         return bool(self._wanted)
 
     def pause(self) -> None:
-        """Stop further passes from giving gradients; those of passes that have been run are still handed over."""
+        """Stop requesting gradients in new passes; those of passes that have already run are still passed on."""
         for name, (tensor, handles) in list(self._wanted.items()):
             _let_want(tensor, False)
             if not handles:
                 del self._wanted[name]
 
     def release(self) -> None:
-        """Stop wanting gradients of any tensor, and remove the hooks."""
+        """Stop requesting gradients of any tensor, and remove the hooks."""
         self.pause()
         for _, handles in self._wanted.values():
             for handle in handles:
@@ -71,14 +71,14 @@ class BaseGradients:
         self._wanted.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BaseGradients:
-        """Return a copy for a copied model, which has no passes to give gradients and no hooks on its tensors."""
+        """Return a copy for a copied model, which has no pending passes and no hooks on its tensors."""
         copied = BaseGradients(copy.deepcopy(self._receive, memo))
         copied._wanted = {name: (copy.deepcopy(tensor, memo), []) for name, (tensor, _) in self._wanted.items()}
         return copied
 
 
 def wanted(tensor: Tensor) -> bool:
-    """Return whether a base tensor requires a gradient because graftc wants it, not because it has been unfrozen."""
+    """Return whether a base tensor requires a gradient because graftc requested it, not because it was unfrozen."""
     return bool(getattr(tensor, "_graftc_wanted", False))
 
 

@@ -1,6 +1,6 @@
-"""Capabilities of some methods besides adapting and folding: classes that a `Method` also derives from.
+"""Optional capabilities of methods besides adapting and folding: classes that a `Method` may also derive from.
 
-Code that needs a capability checks for it with ``isinstance``. A method without it has nothing to define.
+Code that needs a capability checks for it with ``isinstance``. A method without it need not define anything.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ S = TypeVar("S", bound=MethodSpec)
 
 @dataclass(frozen=True)
 class Transition(Generic[S]):
-    """The state that the next training of an adaptation starts from.
+    """The state from which an adaptation's next training run starts.
 
     Attributes:
-        spec: the adaptation in that training.
-        values: its tensors by their Store names; those that are missing start from their initial values.
-        rewind: whether everything else that trains restarts from where the training that has ended started.
+        spec: the adaptation in that run.
+        values: its tensors by Store name; missing tensors start from their initial values.
+        rewind: whether all other trained tensors are reset to the values they had when the previous run started.
     """
 
     spec: S
@@ -36,42 +36,42 @@ class Transition(Generic[S]):
 
 
 class Scored(ABC, Generic[S]):
-    """A method that chooses by examples what trains, before its first training."""
+    """A method that uses examples to choose what to train, before its first training run."""
 
     @abstractmethod
     def scoring(self, spec: S) -> Scoring | None:
-        """Return how examples score entries; None if the spec chooses without examples."""
+        """Return how examples score entries; None if the spec makes the choice without examples."""
 
     @abstractmethod
     def scored(self, places: Sequence[AdaptedSite[S]]) -> Sequence[str]:
-        """Return the Store names of the base's tensors whose scores `selected` needs."""
+        """Return the Store names of the base tensors whose scores `selected` needs."""
 
     @abstractmethod
     def selected(self, spec: S, places: Sequence[AdaptedSite[S]], scores: Mapping[str, Tensor]) -> Transition[S]:
-        """Return the adaptation with what the scores choose.
+        """Return the adaptation after the choice that the scores determine.
 
         Args:
             spec: the adaptation without its overrides applied.
             places: every adapted place.
-            scores: scores of every entry of the tensors of `scored`, by the tensors' Store names, in their shapes.
+            scores: the scores of every entry of the tensors that `scored` names, by Store name, in the tensors' shapes.
         """
 
 
 class Staged(ABC, Generic[S]):
-    """A method that takes several trainings. Its specs have a field ``stage``, the number of the training, from 1."""
+    """A method with several training runs. Its specs have a field ``stage``: the number of the run, from 1."""
 
     @abstractmethod
     def stages(self, spec: S) -> int:
-        """Return the number of trainings that it takes."""
+        """Return the number of training runs."""
 
     @abstractmethod
     def advance(self, spec: S, places: Sequence[AdaptedSite[S]], shared: Mapping[str, Tensor]) -> Transition[S]:
-        """Return what the training after the one of ``spec`` starts from; its spec has the next stage.
+        """Return the starting point of the training run that follows the run of ``spec``; its spec has the next stage.
 
         Args:
             spec: the adaptation without its overrides applied.
             places: every adapted place with its live tensors.
-            shared: tensors of the adaptation as a whole, by part.
+            shared: the tensors that all sites share, by part.
         """
 
 
@@ -80,49 +80,49 @@ class Collapsing(ABC, Generic[S]):
 
     @abstractmethod
     def collapse(self, spec: S) -> MethodSpec | None:
-        """Return the simpler adaptation, or None if it is deployed as it was trained.
+        """Return the simpler adaptation, or None if the adaptation is deployed as it was trained.
 
         Args:
             spec: the adaptation without its overrides applied.
         """
 
     def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the tensors of one site of the simpler adaptation, by part; by default, the tensors unchanged.
+        """Return the simpler adaptation's tensors at one site, by part; by default, the tensors unchanged.
 
         Args:
             spec: the adaptation with the site's overrides applied.
-            tensors: the site's own tensors by part, float64, and those that all sites share; on the meta device if only
-                sizes are requested.
+            tensors: the site's own tensors and those that all sites share, by part, in float64; on the meta device if
+                only sizes are requested.
         """
         return tensors
 
 
 class Figured(ABC, Generic[S]):
-    """A method with numbers that describe what training has made of a site.
+    """A method that reports figures on the effect of training at a site.
 
-    Examples are its rank and the share of its weight that is left. `Controller.figures` gives the numbers that only a
-    controller knows.
+    Examples are a site's rank and the share of its weight that remains. `Controller.figures` returns the figures that
+    only a controller knows.
     """
 
     @abstractmethod
     def figures(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the numbers of one site as scalars by name, on the tensors' device; none if it has none.
+        """Return one site's figures as scalars by name, on the tensors' device; an empty mapping if there are none.
 
         Args:
             spec: the adaptation with the site's overrides applied.
-            tensors: the site's own tensors by part, and those that all sites share.
+            tensors: the site's own tensors and those that all sites share, by part.
         """
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A number that a forward pass has and no tensor keeps: what an operator computes from a parameter.
+    """A figure that exists only during a forward pass: a value that an operator computes from a parameter.
 
     Attributes:
-        figure: the name of the number.
-        part: the part of the parameter.
-        operators: operators that read the parameter; the first one that does counts.
-        number: a function that returns the number as a scalar, from the operator's positional arguments and its result.
+        figure: the name of the figure.
+        part: the part name of the parameter.
+        operators: the operators to look for among the parameter's readers; the first match is used.
+        number: a function that computes the figure, a scalar, from the operator's positional arguments and its result.
     """
 
     figure: str
@@ -132,11 +132,11 @@ class Reading:
 
 
 class Observed(ABC, Generic[S]):
-    """A method with numbers in a forward pass that are worth observing: values of gates, routes that were drawn."""
+    """A method whose forward pass computes values worth observing, such as gate values or sampled routes."""
 
     @abstractmethod
     def readings(self, spec: S) -> Sequence[Reading]:
-        """Return what is read of the parameters of one site; readings of parts that it does not have are ignored.
+        """Return the readings for one site's parameters; readings of parts that the site lacks are ignored.
 
         Args:
             spec: the adaptation with the site's overrides applied.
@@ -147,38 +147,38 @@ class Ranked(Figured[S]):
     """A method with ranks, some of which may have no effect."""
 
     def figures(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return ``rank``, the number of ranks that have an effect; for a mixture of experts, the mean of theirs."""
+        """Return ``rank``, the number of ranks that have an effect; for a mixture of experts, the mean over experts."""
         return {"rank": self.live_ranks(spec, tensors).sum(-1).float().mean()}
 
     @abstractmethod
     def live_ranks(self, spec: S, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return which ranks of one site have an effect, ``bool[..., rank]``.
+        """Return a mask of the ranks that have an effect at one site, ``bool[..., rank]``.
 
         Args:
             spec: the adaptation with the site's overrides applied.
-            tensors: the site's own tensors by part, and those that all sites share.
+            tensors: the site's own tensors and those that all sites share, by part.
         """
 
     def deploy_rank(self, spec: S, shared: Mapping[str, Tensor], rank: int) -> None:
-        """Choose the rank that the adaptation has in eval mode and folds at, if the method allows it.
+        """Set the rank that the adaptation uses in eval mode and when it folds, if the method allows it.
 
         Args:
             spec: the adaptation without its overrides applied.
-            shared: tensors of the adaptation as a whole, by part, which store the rank.
+            shared: the tensors that all sites share, by part; they store the rank.
             rank: the new rank.
 
         Raises:
-            GraftError: GC055 if it does not, or not at this rank.
+            GraftError: GC055 if the method does not allow it, or not at this rank.
         """
         raise one_rank(spec)
 
 
 class Resized(ABC, Generic[S]):
-    """A method that ships another number of elements after all of its trainings than its parameters have now."""
+    """A method whose final size, after all of its training runs, differs from the current size of its parameters."""
 
     @abstractmethod
     def deployed(self, spec: S, places: Sequence[AdaptedSite[S]]) -> int | None:
-        """Return the number of elements that have to ship with the base; None if these are those of its parameters.
+        """Return the number of elements to ship with the base; None if it equals the number of parameter elements.
 
         Args:
             spec: the adaptation without its overrides applied.
@@ -187,39 +187,39 @@ class Resized(ABC, Generic[S]):
 
 
 class RowWise(ABC, Generic[S]):
-    """A method that folds every row of a weight by itself, so that the weight need not be in memory as a whole.
+    """A method that folds each row of a weight independently, so that the whole weight need not be in memory.
 
-    A block of rows folds as a weight of its own, with the same rows of some of the adaptation's tensors and all of the
-    others.
+    A block of rows folds like a separate weight, using the corresponding rows of some of the adaptation's tensors and
+    the others in full.
     """
 
     @abstractmethod
     def row_axes(self, spec: S) -> Mapping[str, int]:
-        """Return the axis that counts the site's rows, by part.
+        """Return the axis that corresponds to the site's rows, by part.
 
-        Parts that are not named are needed in full, and names of parts that do not exist are ignored.
+        Parts that are not listed are needed in full; names of parts that do not exist are ignored.
 
         Args:
             spec: the adaptation with the site's overrides applied.
         """
 
     def fewest_rows(self, spec: S) -> int:
-        """Return the least number of rows that a block may have."""
+        """Return the minimum number of rows in a block."""
         return 1
 
     def from_weight(self, spec: S, weight: Tensor) -> Mapping[str, Tensor]:
-        """Return the constants of its graph for a weight ``[..., rows, in]``, by part; see `Builder.constant`."""
+        """Return the graph's constants for a weight ``[..., rows, in]``, by part; see `Builder.constant`."""
         return {}
 
     def standing_alone(self, spec: S, roles: Sequence[str]) -> S:
-        """Return the same adaptation for a map without a role, with what ``roles`` would decide set in the spec."""
+        """Return the same adaptation for a map without a role, with the choices that ``roles`` imply in its spec."""
         return spec
 
 
 class Reselecting:
-    """A method that trains entries whose places others take later, so that indices of entries are in no order."""
+    """A method that replaces its trained entries with others during training, so that indices are in no fixed order."""
 
 
 def one_rank(spec: MethodSpec) -> GraftError:
     """Return the error for a method whose rank cannot be chosen."""
-    return GraftError("GC055", f"{spec.method} has one rank, which is that of its spec")
+    return GraftError("GC055", f"{spec.method} has only one rank, which its spec sets")

@@ -1,4 +1,4 @@
-"""Folds of methods, checked against what a fold may give.
+"""Calls to the methods' folds, with checks of their results.
 
 Methods may come from other packages, so a mistake in one becomes an error that names the method.
 """
@@ -21,30 +21,30 @@ from graftc.specs.errors.diagnostics import GraftError, first_line
 
 
 def fold_at(method: Method[Any, Any], spec: MethodSpec, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
-    """Call `Method.fold`, and return its fold with functions that check their results.
+    """Call `Method.fold`, and return its fold with the functions wrapped so that their results are checked.
 
     Args:
         method: the method.
         spec: the adaptation with the site's overrides applied.
         site: the adapted site.
-        tensors: the site's own tensors by part, and those that all sites share.
+        tensors: the site's own tensors and those that all sites share, by part.
 
     Raises:
-        GraftError: GC071 naming the method if it gives no fold, and later, from the fold's functions, if they request a
-            part that does not exist, or give something of another shape.
+        GraftError: GC071 naming the method if it does not return a valid fold for the site; later, also raised by the
+            fold's functions if they fail, request a part that does not exist, or return the wrong shape or dtype.
     """
     check = _Check(spec.method, site, tensors)
     with check.running():
         fold = method.fold(spec, site, tensors)
     if isinstance(fold, WeightFold):
         if not isinstance(site, LinearSite):
-            raise check.wrong("changes a weight, and the site has none")
+            raise check.wrong("changes a weight, but the site has none")
         return WeightFold(check.weight(fold.apply))
     if isinstance(fold, TensorFold):
         return TensorFold({part: check.tensor(part, change) for part, change in fold.changes.items()})
     if isinstance(fold, Keep | StandIn):
         return fold
-    raise check.wrong(f"gives {type(fold).__name__}, which is not a fold")
+    raise check.wrong(f"returns {type(fold).__name__}, which is not a fold")
 
 
 def wrong_fold(method: str, site: Site, reason: str) -> GraftError:
@@ -62,16 +62,16 @@ class _Check:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Raise errors in the block as mistakes of the method.
+        """Turn errors in the block into errors that blame the method.
 
-        While a fold is traced, the code that traces it handles torch's errors itself.
+        While a fold is being traced, torch's errors are left to the tracing code.
         """
         try:
             yield
         except KeyError as error:
             missing = error.args[0] if error.args else ""
-            has = f"it has: {', '.join(self._tensors)}" if self._tensors else "it has none"
-            raise self.wrong(f"asks for a tensor {missing!r}; {has}") from error
+            has = f"the site has: {', '.join(self._tensors)}" if self._tensors else "the site has no tensors"
+            raise self.wrong(f"requests the tensor {missing!r}; {has}") from error
         except (
             ArithmeticError,
             AssertionError,
@@ -93,10 +93,10 @@ class _Check:
             with self.running():
                 result = apply(only.pop(), bias)
             if not isinstance(result, tuple) or len(result) != 2:
-                raise self.wrong("gives no pair of a weight and a bias")
-            self._same(result[0], shapes[0], dtype, "a weight")
+                raise self.wrong("must return a pair of a weight and a bias")
+            self._same(result[0], shapes[0], dtype, "the weight")
             if result[1] is not None:
-                self._same(result[1], shapes[1], dtype, "a bias")
+                self._same(result[1], shapes[1], dtype, "the bias")
             return result
 
         return checked
@@ -115,8 +115,8 @@ class _Check:
 
     def _same(self, value: Any, shape: torch.Size, dtype: torch.dtype, what: str) -> None:
         if not isinstance(value, Tensor):
-            raise self.wrong(f"gives {type(value).__name__} for {what}")
+            raise self.wrong(f"returns {type(value).__name__} for {what}, expected a tensor")
         if value.shape != shape:
-            raise self.wrong(f"gives {what} of {list(value.shape)}, it must be {list(shape)}")
+            raise self.wrong(f"returns {what} with shape {list(value.shape)}, expected {list(shape)}")
         if value.dtype != dtype:
-            raise self.wrong(f"gives {what} of {value.dtype}, it must be {dtype}")
+            raise self.wrong(f"returns {what} as {value.dtype}, expected {dtype}")

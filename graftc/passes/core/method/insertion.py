@@ -1,4 +1,4 @@
-"""Insertion of a method: what an adaptation has once for all of its sites, and its part at one of them.
+"""Insertion of an adaptation: preparation once for all of its sites, then insertion at each site.
 
 Methods may come from other packages, so an exception in one becomes an error that names the method.
 """
@@ -18,9 +18,9 @@ from graftc.specs.errors.diagnostics import GraftError, first_line
 
 
 def prepare(spec: MethodSpec, sites: Sequence[Site], build: Builder) -> Any:
-    """Return what the method of an adaptation makes for all of its sites (`Method.prepare`).
+    """Return the result of `Method.prepare`, which all sites of the adaptation share.
 
-    If its controller has anything to do, the count of optimiser steps is created as well.
+    If the method's controller has anything to do, also create the counter of optimiser steps.
 
     Raises:
         GraftError: GC071 naming the method for every exception that is not a coded error.
@@ -36,7 +36,7 @@ def insert_at(spec: MethodSpec, site: Site, shared: Any, build: Builder) -> None
     """Call `Method.insert`, inside ``build.on(site)``.
 
     Raises:
-        GraftError: as `prepare`, also naming the site.
+        GraftError: as for `prepare`, also naming the site.
     """
     with build.on(site), _inserting(spec.method, f" at {site.key}"):
         method_for(spec.method).insert(spec, site, shared, build)
@@ -48,6 +48,6 @@ def _inserting(method: str, where: str = "") -> Iterator[None]:
         yield
     except GraftError:
         raise
-    except Exception as error:  # the message has to name the method, whatever fails in it
+    except Exception as error:  # the message must name the method, whatever fails in it
         message = f"{method!r} cannot be inserted{where}: {first_line(error)}"
         raise GraftError("GC071", message, hint="correct the method; nothing has been compiled") from error

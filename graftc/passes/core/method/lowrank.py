@@ -1,4 +1,4 @@
-"""Helpers for methods with a pair of factors: their sizes, their first values, and a gate between them."""
+"""Helpers for methods with a pair of factors: their shapes, their initialisation, and a gate between them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ aten = torch.ops.aten
 
 
 def check_rank(site: LinearSite, rank: int) -> None:
-    """Check that a site has a use for a rank, which is at most ``min(in, out)``.
+    """Check that a rank is not too large for a site.
 
     Raises:
         GraftError: GC020 when it exceeds ``min(in, out)``.
@@ -24,9 +24,9 @@ def check_rank(site: LinearSite, rank: int) -> None:
     if rank > limit:
         raise GraftError(
             "GC020",
-            f"rank {rank} exceeds {site.key}, which is {site.out_features} x {site.in_features}",
+            f"rank {rank} is too large for {site.key}, which is {site.out_features} x {site.in_features}",
             place=Place(path="rank"),
-            hint=f"a rank of at most {limit} fits; leave smaller sites out, or use overrides where the method has them",
+            hint=f"use a rank of at most {limit}, exclude smaller sites, or use overrides if the method supports them",
         )
 
 
@@ -41,13 +41,12 @@ def factors(
     freeze_down: bool = False,
     excess_rank: bool = False,
 ) -> tuple[fx.Node, fx.Node]:
-    """Create ``A: [..., rank, in]`` and ``B: [..., out, rank]`` in the site's dtype; axes of experts come first.
+    """Create ``A: [..., rank, in]`` and ``B: [..., out, rank]`` in the site's dtype; expert axes come first.
 
-    ``number`` is appended to their names if a site has several pairs. With ``freeze_down``, the first one does not
-    train.
+    ``number`` is appended to their names if a site has several pairs. With ``freeze_down``, ``A`` does not train.
 
     Raises:
-        GraftError: GC020 when the rank exceeds ``min(in, out)``, unless ``excess_rank`` accepts that.
+        GraftError: GC020 when the rank exceeds ``min(in, out)``, unless ``excess_rank`` allows that.
     """
     if not excess_rank:
         check_rank(site, rank)
@@ -70,18 +69,18 @@ def gated(build: Builder, site: LinearSite, a: fx.Node, b: fx.Node, gate: fx.Nod
 
 
 def added(weight: Tensor, b: Tensor, a: Tensor, scale: float = 1) -> Tensor:
-    """Return ``weight + scale * b @ a`` for ``weight: [..., out, in]``; no other tensor of its size is created."""
+    """Return ``weight + scale * b @ a`` for ``weight: [..., out, in]``, without an intermediate tensor of its size."""
     product = torch.addmm if weight.dim() == 2 else torch.baddbmm
     return product(weight, b, a, alpha=scale)
 
 
 def uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill a tensor uniformly within ``1 / sqrt(in)``: Kaiming's bound at ``a = sqrt(5)``, the field's default."""
+    """Fill a tensor uniformly within ``1 / sqrt(in)``: the Kaiming bound for ``a = sqrt(5)``, the usual default."""
     within(1 / math.sqrt(tensor.shape[-1]))(tensor, generator)
 
 
 def within(bound: float) -> Initialiser:
-    """Return an initialiser that is uniform between ``-bound`` and ``bound``."""
+    """Return an initialiser that draws uniformly between ``-bound`` and ``bound``."""
 
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         tensor.uniform_(-bound, bound, generator=generator)
@@ -90,7 +89,7 @@ def within(bound: float) -> Initialiser:
 
 
 def normal(deviation: float) -> Initialiser:
-    """Return an initialiser that is normal with mean 0."""
+    """Return an initialiser that draws from a normal distribution with mean 0 and this standard deviation."""
 
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         tensor.normal_(0, deviation, generator=generator)
@@ -99,7 +98,7 @@ def normal(deviation: float) -> Initialiser:
 
 
 def constant(value: float) -> Initialiser:
-    """Return an initialiser that gives all entries one value."""
+    """Return an initialiser that sets all entries to one value."""
 
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         tensor.fill_(value)

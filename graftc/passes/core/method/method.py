@@ -1,4 +1,4 @@
-"""`Method`, the base class for the code of a PEFT method: one subclass per method, in a file of the spec's name."""
+"""`Method`, the base class of PEFT methods: one subclass per method, in a file named like its spec's."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ P = TypeVar("P", bound=Site)
 
 
 class Method(ABC, Generic[S, P]):
-    """Adapts sites as a spec says, and folds the adaptation back.
+    """Base class of methods, which adapt sites according to a spec and fold the adaptation back.
 
-    A subclass names its spec class and the class of its sites, or a union of these: ``Method[LoRA, LinearSite]``. It
-    never knows which operator, orientation or fusion a `LinearSite` hides, and changes a graph through the Builder
-    only. What it claims stands beside its spec class; what else it can, it says by deriving from classes of
-    `graftc.passes.core.method.capabilities`.
+    A subclass names its spec class and its site class, or a union of site classes: ``Method[LoRA, LinearSite]``. It
+    need not know which operator, orientation or fusion a `LinearSite` hides, and changes the graph only through the
+    Builder. Its claims are declared next to its spec class. It declares further capabilities by also deriving from
+    classes in `graftc.passes.core.method.capabilities`.
     """
 
     spec_class: ClassVar[type[MethodSpec]]
-    """The spec that this class implements; its tag names the method. By default the first argument of the base."""
+    """The spec class that the method implements; its tag names the method. Default: the base's first type argument."""
 
     site_classes: ClassVar[tuple[type[Site], ...]] = (Site,)
-    """What its sites are. By default the second argument of the base; claims of other sites are refused when the method
-    is looked up, so that no function of a method has to check."""
+    """The classes of the method's sites. Default: the base's second type argument. Claims of other sites are refused
+    when the method is looked up, so no function of a method has to check."""
 
     controller: ClassVar[type[Controller[Any]] | None] = None
-    """What changes values between optimiser steps, if anything does."""
+    """The class that changes values between optimiser steps, if any."""
 
     objective: ClassVar[type[TensorObjective[Any]] | type[OutputObjective[Any]] | None] = None
-    """A term beside the loss, if there is one: of tensors, or of the outputs of several passes."""
+    """The class of a term added to the loss, if any, computed from tensors or from the outputs of several passes."""
 
     stands_in: ClassVar[bool] = False
-    """Whether all that it makes stands in for base tensors wherever they are read, under tied names too and below
-    everything that is inserted at sites, so that it always folds: copies that train, sums with differences."""
+    """Whether everything that the method creates replaces base tensors wherever they are read, also under tied names
+    and below everything inserted at sites, so that it always folds: trained copies, sums with differences."""
 
     def repeats(self, spec: S) -> bool:
-        """Return whether what is inserted at a site follows from the spec and the types of its own tensors alone.
+        """Return whether the insertion at a site depends only on the spec and the types of the site's own tensors.
 
-        This includes the first values of the method's tensors, and everything has to be made by `Builder.parameter`. In
-        layers that repeat another one, only these tensors are then created.
+        This includes the initial values of the method's tensors, all of which must be created by `Builder.parameter`.
+        If so, only these tensors are created in layers that repeat another layer.
         """
         return False
 
     def reads_channels(self, spec: S) -> bool:
-        """Return whether the method treats a convolution as more than a map of patches.
+        """Return whether the method treats a convolution as more than a linear map over patches.
 
-        This is so if its channels and the points of its kernel count separately, or if its groups are combined.
+        This is the case if it distinguishes channels from kernel positions, or combines groups.
         """
         return False
 
@@ -73,22 +73,22 @@ class Method(ABC, Generic[S, P]):
                 cls.site_classes = tuple(c for site in sites for c in _classes(site)) or (Site,)
 
     def prepare(self, spec: S, sites: Sequence[P], build: Builder) -> Any:
-        """Make what all sites of the adaptation share; called once per adaptation and Program."""
+        """Create everything that all sites of the adaptation share; called once per adaptation and Program."""
         return None
 
     def applies(self, spec: S, site: Site) -> bool:
         """Return whether the method has anything to do at a site that its target selects.
 
-        Other sites are skipped, such as maps without a bias if biases train.
+        Other sites are skipped: maps without a bias, for example, if the method trains biases.
 
         Args:
             spec: the adaptation with the site's overrides applied.
-            site: the site; it may be one that no method can adapt, which is an error unless it is skipped.
+            site: the site; if no method can adapt it, this is an error unless the site is skipped.
         """
         return True
 
     def remedy(self, spec: S) -> str | None:
-        """Return what to do if the method has nothing to do at any site that the target selects."""
+        """Return a hint for the user if the method applies to none of the sites that the target selects."""
         return None
 
     @abstractmethod
@@ -99,22 +99,22 @@ class Method(ABC, Generic[S, P]):
             spec: the adaptation with the site's overrides applied.
             site: the site to adapt.
             shared: the result of `prepare`.
-            build: the builder that makes the nodes and tensors.
+            build: the builder that creates the nodes and tensors.
         """
 
     @abstractmethod
     def fold(self, spec: S, site: P, tensors: Mapping[str, Tensor]) -> Fold:
-        """Return the adaptation of one site as a change of base tensors, or the reason why it has to stay.
+        """Return one site's adaptation as a change of base tensors, or the reason why it cannot be folded.
 
         Args:
             spec: the adaptation with the site's overrides applied.
             site: the adapted site; only its sizes and name may be used.
-            tensors: the site's own tensors by part, float64, and those that all sites share.
+            tensors: the site's own tensors and those that all sites share, by part, in float64.
         """
 
 
 def _classes(site: Any) -> tuple[type[Site], ...]:
-    """Return the classes of a site, or of a union of them; none if it is a type variable."""
+    """Return the classes in a site class or a union of site classes; none for a type variable."""
     if isinstance(site, UnionType):
         return get_args(site)
     return (site,) if isinstance(site, type) else ()

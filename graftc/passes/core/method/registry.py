@@ -1,4 +1,7 @@
-"""Methods by tag: the pass file next to each spec file, that of its mechanism for a preset, and installed plugins."""
+"""Looks up methods by tag.
+
+A method's code is in the pass file named like its spec file, for a preset in its mechanism's file, or in a plugin.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +32,20 @@ def method_for(tag: str) -> Method[Any, Any]:
     """Return the method with this tag.
 
     Raises:
-        GraftError: GC004 for an unknown tag; GC071 when its module contains no `Method` for its spec, or when the
-            mechanism that a preset names is not a method with code of its own.
+        GraftError: GC004 for an unknown tag; GC071 when its module contains no `Method` for its spec, or when a preset
+            names a mechanism that is not a method with code of its own.
     """
     return _checked(*with_code(tag))
 
 
 @cache
 def _checked(entry: SpecEntry, mechanism: SpecEntry) -> Method[Any, Any]:
-    """Return the method of a mechanism, with its sites checked against those that a tag claims."""
+    """Return a mechanism's method after checking that it accepts all sites that the tag claims."""
     method = _method(mechanism)
     wrong = [kind for kind in sorted(entry.claims.sites) if not issubclass(_SITES[kind], method.site_classes)]
     if wrong:
         takes = ", ".join(cls.__name__ for cls in method.site_classes)
-        message = f"{entry.tag!r} claims sites of kind {str(wrong[0])!r}, and {type(method).__name__} takes {takes}"
+        message = f"{entry.tag!r} claims sites of kind {str(wrong[0])!r}, but {type(method).__name__} accepts {takes}"
         raise GraftError("GC071", message, hint="name the class of every claimed site: Method[Spec, LinearSite]")
     return method
 
@@ -57,7 +60,7 @@ _SITES: Mapping[SiteKind, type[Site]] = {
     SiteKind.VALUE: ValueSite,
     SiteKind.PARAMETER: ParameterSite,
 }
-"""What a site of a kind is."""
+"""The site class of each kind."""
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Scores that examples give to every entry of a tensor, for methods that choose entries by them."""
+"""Scores of tensor entries, computed from examples, for methods that choose entries by score."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from torch import Tensor
 
 
 class Scoring(ABC):
-    """Adds up scores of entries, one backward pass at a time."""
+    """Accumulates the scores of entries, one backward pass at a time."""
 
     single = False
-    """Whether every example of a batch has a backward pass of its own."""
+    """Whether every example in a batch has its own backward pass."""
 
     @abstractmethod
     def add(self, scores: Tensor, tensor: Tensor, gradient: Tensor) -> None:
-        """Add the scores of one backward pass to the scores of a tensor.
+        """Add the scores from one backward pass to a tensor's scores.
 
         Args:
             scores: the scores so far, float32 or wider, changed in place.
-            tensor: the values of the tensor.
+            tensor: the tensor's values.
             gradient: the gradient of the loss; it may be changed.
         """
 
 
 @dataclass(frozen=True)
 class Fisher(Scoring):
-    """The diagonal of the empirical Fisher information: squares of gradients.
+    """The diagonal of the empirical Fisher information: squared gradients.
 
     Attributes:
-        single: whether the gradients are those of single examples. With whole batches, the score is the square of a
+        single: whether gradients are computed for single examples. With whole batches, the score is the square of a
             mean, which is smaller.
-        clip: largest norm of a tensor's gradient, which is first scaled down to it; None for no limit.
+        clip: maximum norm of a tensor's gradient; a larger gradient is scaled down to it. None for no limit.
     """
 
     single: bool = True
     clip: float | None = None
 
     def add(self, scores: Tensor, tensor: Tensor, gradient: Tensor) -> None:
-        """Add the squares of the gradient, which is first scaled down to `clip`."""
+        """Add the squares of the gradient, which is first clipped to the norm `clip`."""
         gradient = gradient.to(scores.dtype)
         if self.clip is not None:
             norm = torch.linalg.vector_norm(gradient)
@@ -49,7 +49,7 @@ class Fisher(Scoring):
 
 
 class Movement(Scoring):
-    """``-W dL/dW``: positive where a step of descent moves an entry away from zero (Sanh et al. 2020)."""
+    """``-W dL/dW``: positive where a gradient descent step moves an entry away from zero (Sanh et al. 2020)."""
 
     def add(self, scores: Tensor, tensor: Tensor, gradient: Tensor) -> None:
         """Add ``-W dL/dW``."""

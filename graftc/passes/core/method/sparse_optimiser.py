@@ -1,4 +1,4 @@
-"""Optimisers that know which entries of a tensor a sparse delta contains, and are notified when others replace them."""
+"""The base class of optimisers for sparse deltas, which are notified when a delta's entries are replaced."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Seen:
-    """Statistics of the gradients of new entries.
+    """Gradient statistics of new entries.
 
     Attributes:
-        mean: mean of their gradients, ``f32[k]``.
-        square: mean of their squares.
-        steps: number of optimiser steps that the means cover.
+        mean: the mean gradient of each entry, ``f32[k]``.
+        square: the mean squared gradient of each entry.
+        steps: the number of optimiser steps that the means cover.
     """
 
     mean: Tensor
@@ -26,10 +26,10 @@ class Seen:
 
 
 class SparseOptimiser(torch.optim.Optimizer, ABC):
-    """Base of the optimisers in `graftc.optim`."""
+    """Base class of the optimisers in `graftc.optim`."""
 
     factored: ClassVar[bool] = False
-    """Whether it has `accumulators` of the deltas that it trains."""
+    """Whether it has `accumulators` for the deltas that it trains."""
 
     def holds(self, delta: Tensor) -> bool:
         """Return whether this optimiser trains ``delta``."""
@@ -37,17 +37,17 @@ class SparseOptimiser(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def replaced(self, delta: Tensor, places: Tensor, seen: Seen | None = None) -> None:
-        """Forget the state for some places of a delta, which other entries have taken.
+        """Discard the state for some positions of a delta, which now hold other entries.
 
         Args:
             delta: the delta, a parameter.
-            places: the places, ``int64[n]``.
-            seen: what is known of the new entries.
+            places: the positions, ``int64[n]``.
+            seen: gradient statistics of the new entries, if known.
         """
 
     def accumulators(self, delta: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return bounds of the second moments by row and by column of the tensor that ``delta`` changes.
+        """Return bounds on the second moments of the tensor that ``delta`` changes, for each row and for each column.
 
-        These are ``f32[rows]`` and ``f32[columns]``; None if there are none.
+        These are ``f32[rows]`` and ``f32[columns]``; None if the optimiser has none.
         """
         return None

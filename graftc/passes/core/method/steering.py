@@ -1,7 +1,7 @@
 """Work outside the graph during training: controllers between optimiser steps, and objectives in addition to the loss.
 
-Their state is stored in persistent buffers of the Store, so that a checkpoint or an artifact contains it and a resumed
-run continues with bitwise the same values.
+Their state is stored in persistent buffers of the Store, so that checkpoints and artifacts contain it and a resumed run
+continues with bitwise identical values.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from graftc.specs.errors.diagnostics import GraftError
 
 S = TypeVar("S", bound=MethodSpec)
 STEP = "step"
-"""Part name of the buffer that counts optimiser steps; every adaptation with a controller has one."""
+"""Part name of the buffer that counts optimiser steps; every adaptation with an active controller has one."""
 
 
 def unknown_length(what: str) -> GraftError:
-    """Return the error for a schedule of ``what`` over a training whose length has not been set."""
+    """Return the error for a schedule of ``what`` over a training run whose length has not been set."""
     hint = "call compiled.begin(total_steps) before training, or set total_steps in the spec"
-    return GraftError("GC026", f"{what} falls over the whole training", hint=hint)
+    return GraftError("GC026", f"{what} decreases over the whole training run, whose length is not set", hint=hint)
 
 
 def zero_state(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Callable[[torch.device], Tensor]:
-    """Return a function from a device to zeros there: the first value of state, for `Builder.buffer`."""
+    """Return a function that creates zeros on a given device: the initial value of state, for `Builder.buffer`."""
     return lambda device: torch.zeros(tuple(shape), dtype=dtype, device=device)
 
 
 no_steps = zero_state([1], torch.int64)
-"""The first value of the buffer `STEP`."""
+"""The initial value of the buffer `STEP`."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class AdaptedSite(Generic[S]):
     Attributes:
         site: the adapted site.
         spec: the adaptation with the site's overrides applied.
-        tensors: its parameters and buffers, by part; looked up again each time, since moving a model replaces buffers.
-        base: the base's tensors by their Store names.
+        tensors: its parameters and buffers, by part; looked up anew each time, since moving a model replaces buffers.
+        base: the base tensors by Store name.
     """
 
     site: Site
@@ -58,23 +58,23 @@ class AdaptedSite(Generic[S]):
 
 
 class Steering(ABC, Generic[S]):
-    """Base of controllers and objectives of one adaptation.
+    """Base class of an adaptation's controllers and objectives.
 
     Args:
         spec: the adaptation.
         places: every adapted place.
-        shared: tensors of the adaptation as a whole, by part.
+        shared: the tensors that all places share, by part.
     """
 
     optimiser: torch.optim.Optimizer | None = None
-    """The optimiser, where it is one of `graftc.optim`, which say so when they are made."""
+    """The optimiser, if it is one from `graftc.optim`; these register themselves when they are created."""
 
     def __init__(self, spec: S, places: Sequence[AdaptedSite[S]], shared: Mapping[str, Tensor]) -> None:
         self.spec, self.places, self.shared = spec, places, shared
 
     @classmethod
     def wanted(cls, spec: S) -> bool:
-        """Return whether there is anything to do for an adaptation; False if its weight or threshold is 0."""
+        """Return whether an adaptation needs this at all; False if, for example, its weight or threshold is 0."""
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -87,72 +87,72 @@ class Steering(ABC, Generic[S]):
 
 
 class Controller(Steering[S]):
-    """Changes values after each optimiser step, never shapes: budgets, gates, masks.
+    """Changes values, but never shapes, after each optimiser step: budgets, gates, masks.
 
-    Gradients are those of the step that was just taken: it runs after ``optimizer.step()`` and before
-    ``optimizer.zero_grad()``, once per optimiser step however many micro-batches that had.
+    It runs after ``optimizer.step()`` and before ``optimizer.zero_grad()``, so that the gradients are those of the step
+    just taken; it runs once per optimiser step, regardless of the number of micro-batches.
     """
 
     total: int | None = None
-    """How many optimiser steps there will be; None until `begin` says so."""
+    """The total number of optimiser steps; None until `begin` sets it."""
 
     def begin(self, total: int) -> None:
-        """Set the number of optimiser steps of the whole training, including those before a resume.
+        """Set the total number of optimiser steps in the training run, including those before a resume.
 
         Raises:
-            GraftError: GC026 if a schedule does not fit into that many.
+            GraftError: GC026 if a schedule does not fit into this number of steps.
         """
         self.total = total
 
     @property
     def steps(self) -> int:
-        """The number of optimiser steps that have been taken, including those before a resume."""
+        """The number of optimiser steps taken so far, including those before a resume."""
         return int(self.shared[STEP])
 
     def check_spread(self, spread: Spread) -> None:
-        """Check that training over several processes is possible; called before each forward pass of one.
+        """Check that training across several processes is possible; called before each forward pass of such a run.
 
-        Tensors that are sharded are whole in `step`.
+        In `step`, sharded tensors are whole.
 
         Raises:
             GraftError: GC130 if it is not possible.
         """
 
     def figures(self, place: AdaptedSite[S]) -> Mapping[str, Tensor | float]:
-        """Return numbers by name that describe its work at a place and that no tensor contains; see `Figured`.
+        """Return figures by name that describe the controller's work at a place and are in no tensor; see `Figured`.
 
         By default, there are none.
         """
         return {}
 
     def before_forward(self) -> None:
-        """Prepare the backward pass of the next forward pass of a training; compiled code does not call this."""
+        """Prepare for the backward pass of the next training forward pass; compiled code does not call this."""
 
     def pause(self) -> None:
         """Prepare for something other than training: evaluation, copying, passes of the base.
 
-        Backward passes of forward passes that were run before may still follow.
+        Backward passes of earlier forward passes may still follow.
         """
 
     def skip_step(self) -> None:
-        """Respond to the discarding of the gradients since the last optimiser step.
+        """React to the gradients since the last optimiser step being discarded.
 
-        A gradient scaler discards infinite ones, for example.
+        For example, a gradient scaler discards infinite gradients.
         """
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Count an optimiser step, and do the work that is due after it."""
+        """Count an optimiser step, and call `step`."""
         self.shared[STEP].add_(1)
         self.step(self.steps)
 
     @abstractmethod
     def step(self, number: int) -> None:
-        """Change values after the optimiser step of this number, from 1; no gradients are recorded."""
+        """Change values after optimiser step ``number``, counted from 1; runs without recording gradients."""
 
 
 class TensorObjective(Steering[S]):
-    """A term in addition to the loss that depends on adapter tensors only, so it counts once per optimiser step."""
+    """A term added to the loss that depends only on adapter tensors, so it is added once per optimiser step."""
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -160,22 +160,22 @@ class TensorObjective(Steering[S]):
 
 
 class OutputObjective(Steering[S]):
-    """A term beside the loss that compares the outputs of several forward passes of one call, in train mode.
+    """A term added to the loss that compares the outputs of several forward passes of the same call, in train mode.
 
-    Whatever the graph draws, dropout masks and routes, each pass draws anew. The caller gets the outputs of the first.
-    Where they have a loss the term is added to it; otherwise it waits for the next `extra_loss`.
+    Each pass samples its own dropout masks and routes. The caller gets the outputs of the first pass. If these contain
+    a loss, the term is added to it; otherwise it is kept for the next `extra_loss`.
     """
 
     passes: ClassVar[int] = 2
-    """How many forward passes it takes."""
+    """The number of forward passes to run."""
 
     @abstractmethod
     def value(self, outputs: Sequence[Mapping[str, Tensor]], counted: Tensor | None) -> Tensor:
         """Return the term, a scalar with a gradient.
 
         Args:
-            outputs: tensors by name for each of `passes`, such as ``logits``; numbered if a field of the output has
+            outputs: for each of the `passes`, tensors by name, such as ``logits``; numbered if an output field contains
                 several.
-            counted: the positions that predict a label, ``bool[batch, sequence]``; None if no labels for positions were
-                given.
+            counted: the positions that predict a label, ``bool[batch, sequence]``; None if the call had no per-position
+                labels.
         """
