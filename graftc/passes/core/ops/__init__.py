@@ -1,4 +1,4 @@
 """The ``graftc::`` operators: kernels, gradients and decompositions into ATen.
 
-Operators take tensors and numbers only: no graph, no site, no method.
+Operators take only tensors and plain values: no graphs, sites or methods.
 """

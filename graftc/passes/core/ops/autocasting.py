@@ -1,4 +1,4 @@
-"""The casts that autocast applies to the factors of a product, for functions that cast by themselves."""
+"""The casts that autocast applies to the operands of matrix products, for functions that perform them explicitly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the element type that autocast gives to products now; None if it is that of their factors."""
+    """Return the dtype in which autocast currently computes products; None if it is disabled."""
     kind = x.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if enabled else None
@@ -24,5 +24,5 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def without_autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Return a context without autocast, which leaves tensors that were cast by hand unchanged."""
+    """Return a context that disables autocast for tensors that were cast explicitly; does nothing without a dtype."""
     return nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False)

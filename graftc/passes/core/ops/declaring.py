@@ -1,4 +1,4 @@
-"""The declaration of an operator: its kernel, with everything else that torch has to know of it."""
+"""Declares an operator: its kernel, and everything else that torch needs to know about it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 Function = Callable[..., Any]
 Gradient = tuple[Function, Function]
-"""What the backward pass keeps, ``setup_context(ctx, inputs, output)``, and the backward pass, ``backward(ctx, grad)``,
-as `torch.library.register_autograd` takes them."""
+"""``setup_context(ctx, inputs, output)``, which saves tensors for the backward pass, and ``backward(ctx, grad)``, as in
+`torch.library.register_autograd`."""
 
 DECOMPOSITIONS: dict[Any, Function] = {}
-"""ATen forms by operator: what exports write instead."""
+"""ATen equivalents by operator, which exports use instead."""
 
 
 def operator(
     fake: Function, *, plain: Function | None = None, gradient: Gradient | None = None, tags: Sequence[torch.Tag] = ()
 ) -> Function:
-    """Return a decorator that declares a kernel as the operator ``graftc::NAME``, where it is called ``NAME``.
+    """Return a decorator that declares a kernel as the operator ``graftc::NAME``, where ``NAME`` is the kernel's name.
 
     Args:
-        fake: returns tensors without values like those that the kernel returns.
-        plain: computes the same as the kernel in ATen; without it, the operator is in no exported graph.
-        gradient: the gradient; None if there is none.
-        tags: tags of the operator.
+        fake: the fake kernel, which returns tensors without values like those that the kernel returns.
+        plain: the ATen equivalent of the kernel; without it, the operator cannot appear in exported graphs.
+        gradient: the gradient; None for an operator that is not differentiable.
+        tags: the operator's tags.
     """
 
     def declared(kernel: Function) -> Any:
@@ -43,19 +43,19 @@ def operator(
 
 
 def like_first(x: Tensor, *_: Any) -> Tensor:
-    """Return a tensor without values like the first argument of an operator."""
+    """Return a tensor without values like an operator's first argument."""
     return torch.empty_like(x)
 
 
 def like_first_by_rows(x: Tensor, *_: Any) -> Tensor:
-    """Return a tensor without values of the shape and type of the first argument of an operator, contiguous."""
+    """Return a contiguous tensor without values that has the shape and dtype of an operator's first argument."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def its_own_gradient(name: str) -> Gradient:
-    """Return the gradient of an operator that multiplies its first argument by a matrix that is symmetric.
+    """Return the gradient of an operator that multiplies its first argument by a symmetric matrix.
 
-    It is the operator itself, with the same other arguments: tensors, then numbers.
+    It is the operator itself, with the same other arguments: tensors first, then numbers.
     """
 
     def setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""The ``graftc::`` operators, for which ATen has no equivalent.
+"""The decompositions of the ``graftc::`` operators into ATen, which exports use instead of the operators.
 
-Each has an eager kernel, a fake kernel, a gradient, and a decomposition into ATen that exports use instead.
+ATen has no single operator that is equivalent to any of them.
 """
 
 from __future__ import annotations
@@ -11,4 +11,4 @@ from graftc.passes.core.ops.declaring import DECOMPOSITIONS
 __all__ = ["DECOMPOSITIONS", "MODULES"]
 
 MODULES = (dropout, gradients, hard_concrete, magnitude, pruned, sparse, unpack)
-"""Modules that declare operators with decompositions: importing them registers the operators."""
+"""Modules that declare operators with decompositions; importing them registers the operators."""

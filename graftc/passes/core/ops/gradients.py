@@ -1,8 +1,8 @@
 """Operators that mask the gradient of a trained tensor.
 
-`grad_mask` returns a view of the tensor, and the gradient that comes back through it is masked by `masked_gradient`. A
-mask is a hash of the seed, the step and each element's number. It is therefore not stored; it is the same for every
-micro-batch of a step, for a layer that is recomputed and on every device, and it differs in the next step.
+`grad_mask` returns a view of the tensor; the gradient that flows back through it is masked by `masked_gradient`. A mask
+is a hash of the seed, the step and each element's index. It therefore need not be stored; it is the same for every
+micro-batch of a step, when a layer is recomputed and on every device, and it changes with each step.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from graftc.passes.core.ops.declaring import DECOMPOSITIONS, its_own_gradient, l
 from graftc.passes.core.ops.hashing import avalanche, counted, halves, wrapped
 
 _PART, _LARGE_PART = 2**16, 2**22
-"""How many elements are masked at a time, on a CPU, where their numbers stay in the cache, and on other devices."""
+"""Number of elements masked at a time, on a CPU (few enough to stay in the cache) and on other devices."""
 
 
 def _parts(tensor: Tensor, most: int, first: int = 0) -> Iterator[tuple[Tensor, int]]:
-    """Yield views of at most ``most`` elements that make up a tensor, each with the number of its first element."""
+    """Yield views of at most ``most`` elements that cover a tensor, each with the index of its first element."""
     if tensor.numel() <= most:
         yield tensor, first
         return
@@ -37,7 +37,7 @@ def _masked(grad: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
     spread = 2 * high + 1
     most = _PART if grad.device.type == "cpu" else _LARGE_PART
     numbers = torch.arange(min(grad.numel(), most), device=grad.device, dtype=torch.int32) * spread
-    least = 2**31 - max(1, round(p * 2**32))  # of the 2**32 signed numbers, those from here on keep an element
+    least = 2**31 - max(1, round(p * 2**32))  # signed 32-bit values from here on keep an element
     result, zero = torch.empty_like(grad), grad.new_zeros(())
     for (part, first), (given, _) in zip(_parts(result, most), _parts(grad, most), strict=True):
         z = avalanche(numbers[: part.numel()] + (spread * wrapped(first) + low))
@@ -51,14 +51,14 @@ _SETUP, _BACKWARD = its_own_gradient("masked_gradient")
 
 @operator(like_first, gradient=(_SETUP, _BACKWARD))
 def masked_gradient(grad: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
-    """Return ``grad`` with some elements kept and divided by ``p``, and zeros elsewhere, whatever their values were.
+    """Return ``grad`` with some elements kept and divided by ``p``, and zeros elsewhere, even in place of NaN.
 
-    It allocates the result and a few numbers for each element of a part of fixed size, and nothing else. The result is
-    a new tensor, since autograd may have passed ``grad`` to others as well.
+    Apart from the result, it allocates only a few values per element of a fixed-size chunk. The result is a new tensor,
+    since autograd may have passed ``grad`` to other functions as well.
 
     Args:
-        grad: floating point, any shape and layout. Elements are numbered by their place in the shape. Masks repeat
-            after 2**32 elements.
+        grad: floating point, any shape and layout. Elements are indexed in row-major order. Masks repeat after 2**32
+            elements.
         step: ``int64[1]``.
         seed: ``int64[1]``.
         p: probability of keeping an element, in ``(0, 1]``.
@@ -80,8 +80,8 @@ class _GradMask(torch.autograd.Function):
     backward = staticmethod(_BACKWARD)
 
 
-# An `operator` may not return a view of its input. A composite one may: tracers see the view that it consists of, and
-# autograd sees the function above.
+# An `operator` may not return a view of its input, but a composite operator may: tracers see the view that it consists
+# of, and autograd sees the function above.
 torch.library.define("graftc::grad_mask", "(Tensor(a) weight, Tensor step, Tensor seed, float p) -> Tensor(a)")
 
 
@@ -90,16 +90,16 @@ def grad_mask(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
     """Return a view of ``weight`` whose gradient goes through `masked_gradient`.
 
     Args:
-        weight: the trained tensor; any floating-point type and shape.
-        step: ``int64[1]``, the count of optimiser steps. It must not change between the forward and the backward pass.
-        seed: ``int64[1]``, for this tensor alone.
+        weight: the trained tensor; any floating-point dtype and shape.
+        step: ``int64[1]``, the number of optimiser steps. It must not change between the forward and the backward pass.
+        seed: ``int64[1]``, used for this tensor only.
         p: probability of keeping an element's gradient, in ``(0, 1]``.
     """
     return cast("Tensor", _GradMask.apply(weight, step, seed, p))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def grad_mask_decomposed(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:
-    """Compute `grad_mask` in ATen, for graphs that are not trained: the value alone."""
+    """Compute the value of `grad_mask` in ATen, for graphs that are not trained."""
     return weight.view_as(weight)
 
 

@@ -1,8 +1,8 @@
-"""The operator on a weight with gated differences: ``W' = W + z z_group w`` (hard concrete, arXiv:1712.01312).
+"""An operator that adds gated differences to a weight: ``W' = W + z z_group w`` (hard concrete, arXiv:1712.01312).
 
-A gate is ``z = clip(sigmoid(log(u / (1 - u)) + alpha) (high - low) + low, 0, 1)`` with ``u`` uniform, or without this
-noise. The noise is a hash of an entry's number, keyed by a seed, so that only the parameters and the seed are kept for
-the backward pass. Everything is computed part by part: intermediate tensors are never as large as the weight.
+A gate is ``z = clip(sigmoid(log(u / (1 - u)) + alpha) (high - low) + low, 0, 1)`` with uniform ``u``, or the same
+without the noise term. The noise is a hash of an entry's index, keyed by a seed, so that only the parameters and the
+seed are saved for the backward pass. Everything is computed in chunks, to keep intermediate tensors small.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from graftc.passes.core.ops.declaring import like_first_by_rows, operator
 from graftc.passes.core.ops.hashing import hashed, wrapped
 
 EDGE = 1e-4
-"""How far the noise stays from 0 and from 1."""
+"""Minimum distance of the noise from 0 and from 1."""
 
 _BITS = 23
-"""How many bits the noise has: in the middle of ``2**_BITS`` equal parts, which 32 bits hold exactly."""
+"""Number of bits of noise. A value is the midpoint of one of ``2**_BITS`` equal intervals, exact in float32."""
 
 _PART, _LARGE_PART = 2**16, 2**24
-"""How many entries are worked out at a time, on a CPU, where they stay in the cache, and elsewhere."""
+"""Number of entries computed at a time, on a CPU (few enough to stay in the cache) and on other devices."""
 
 _GROUP = -1
-"""The number of the group's noise; entries count from 0."""
+"""The index that keys the group's noise; entries are indexed from 0."""
 
 
 def noise(count: int, seed: Tensor, dtype: torch.dtype, start: int = 0) -> Tensor:
@@ -38,7 +38,7 @@ def noise(count: int, seed: Tensor, dtype: torch.dtype, start: int = 0) -> Tenso
         count: number of entries.
         seed: ``int64[1]``; determines the device.
         dtype: dtype of the computation and of the result.
-        start: number of the first entry. Numbers that are equal modulo ``2**32`` have the same noise.
+        start: index of the first entry. Indices that are equal modulo ``2**32`` have the same noise.
     """
     numbers = torch.arange(count, device=seed.device, dtype=torch.int32) + wrapped(start)
     bits = hashed(numbers, seed) & (2**_BITS - 1)
@@ -47,13 +47,16 @@ def noise(count: int, seed: Tensor, dtype: torch.dtype, start: int = 0) -> Tenso
 
 
 def _unclipped(alpha: Tensor, seed: Tensor | None, low: float, high: float, start: int = 0) -> Tensor:
-    """Return the values that are clipped to get the gates: a new tensor of ``alpha``'s shape."""
+    """Return the gate values before clipping: a new tensor of ``alpha``'s shape."""
     noisy = alpha if seed is None else alpha + noise(alpha.numel(), seed, alpha.dtype, start).view(alpha.shape)
     return noisy.sigmoid().mul_(high - low).add_(low)
 
 
 def _slope(raw: Tensor, low: float, high: float) -> Tensor:
-    """Return the derivative of gates by alpha, given ``raw``: ``(high - low) s (1 - s)``, zero where it is clipped."""
+    """Return the derivative of gates with respect to alpha from their unclipped values ``raw``; zero where clipped.
+
+    It is ``(high - low) s (1 - s)``, where ``s`` is the sigmoid.
+    """
     return ((raw - low) * (high - raw) / (high - low)).masked_fill_((raw <= 0) | (raw >= 1), 0)
 
 
@@ -82,15 +85,15 @@ def _gradients_like(
 def gated_gradients(
     grad: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of ``w``, ``alpha`` and ``group``, given that of `gated_weight`'s result.
+    """Return the gradients of ``w``, ``alpha`` and ``group``, given the gradient of `gated_weight`'s result.
 
     Args:
-        grad: gradient of the result, of its shape.
-        w: as for `gated_weight`, like all other arguments.
+        grad: gradient of the result, in the result's shape.
+        w: as for `gated_weight`; so are all other arguments.
 
     Returns:
-        ``g z z_group``, ``g w z_group dz/dalpha`` and the sum of ``g w z dz_group/dgroup``, each like the tensor that
-        it belongs to; the last is empty without a group. The derivative of a clipped gate is zero.
+        ``g z z_group``, ``g w z_group dz/dalpha`` and the sum of ``g w z dz_group/dgroup``, each like the corresponding
+        tensor; the last is empty without a group. The derivative of a clipped gate is zero.
     """
     grad_w = torch.empty_like(w, memory_format=torch.contiguous_format)
     grad_alpha = torch.empty_like(alpha, memory_format=torch.contiguous_format)
@@ -132,16 +135,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def gated_weight(
     weight: Tensor, w: Tensor, alpha: Tensor, group: Tensor | None, seed: Tensor | None, low: float, high: float
 ) -> Tensor:
-    """Return ``weight + z z_group w``, where gates ``z`` follow from ``alpha``, and ``z_group`` from ``group``.
+    """Return ``weight + z z_group w``, where ``alpha`` determines the gates ``z`` and ``group`` the gate ``z_group``.
 
     Args:
         weight: any shape.
-        w: differences, of the weight's shape, in a dtype at least as wide, in which everything is computed.
-        alpha: locations of the gates, like ``w``.
-        group: ``[1]`` in the dtype of ``w``: the location of one more gate, for all entries; None for no such gate.
-        seed: ``int64[1]``, drawn in the graph, so that each forward pass has its own and recomputation the same one;
+        w: differences, of the weight's shape, in a dtype at least as wide; the computation uses this dtype.
+        alpha: location parameters of the gates, like ``w``.
+        group: ``[1]`` in the dtype of ``w``: the location parameter of an additional gate for all entries; None for no
+            such gate.
+        seed: ``int64[1]``, drawn in the graph, so that each forward pass has its own seed and recomputation reuses it;
             None for gates without noise.
-        low: lower end of the range that gates are stretched to before they are clipped, below 0.
+        low: lower end of the range to which gates are stretched before clipping, below 0.
         high: upper end of that range, above 1.
 
     Returns:

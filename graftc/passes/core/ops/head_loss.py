@@ -1,8 +1,8 @@
-"""A vocabulary head and its cross-entropy in one operator: logits exist for a few rows at a time only.
+"""A vocabulary head and its cross-entropy in one operator, so that logits exist for only a few rows at a time.
 
-Rows without a label are left out. Gradients are computed in the forward pass, while a chunk's logits are available, and
-stored until the backward pass as they are for a summed loss, so that 16-bit gradients are as large as with a scaled
-loss; logits are computed twice only if the losses of single rows have to reach a weight.
+Rows without a label are skipped. Gradients are computed in the forward pass, while a chunk's logits are available, and
+stored for the backward pass as the gradients of a summed loss, so that 16-bit gradients are as large as with a scaled
+loss. Logits are computed twice only if gradients of per-row losses must reach a weight.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from graftc.passes.core.ops.declaring import operator
 from graftc.specs.errors.diagnostics import GraftError
 
 NONE, MEAN, SUM = 0, 1, 2
-"""Reductions, as torch numbers them."""
+"""Reductions, numbered as in torch."""
 
 CHUNK_BYTES = {"cpu": 16 * 2**20}
-"""Bytes of a chunk's logits, by kind of device."""
+"""Size of a chunk's logits in bytes, by device type."""
 
 CHUNK_ROWS = {"cpu": 128}
-"""Rows of a chunk, however long these are: with fewer, products take longer, since each reads all of the weight."""
+"""Minimum number of rows in a chunk, however long they are: each product reads the whole weight."""
 
 _OTHER_BYTES, _OTHER_ROWS = 256 * 2**20, 512
-"""The same of accelerators, whose products need more rows for each time that a weight is read."""
+"""The same for accelerators, which need more rows per read of the weight."""
 
 
 class Form(NamedTuple):
-    """The options of the loss that is computed from products; see `head_loss`."""
+    """The options of the loss; see `head_loss`."""
 
     starts: Sequence[int]
     ignored: int
@@ -44,23 +44,23 @@ class Form(NamedTuple):
 
 
 def chunk_rows(vocabulary: int, dtype: torch.dtype, device: str = "cpu") -> int:
-    """Return the number of rows of logits to compute at a time, from products in a dtype, on a kind of device."""
+    """Return the number of rows of logits to compute at a time, for products in ``dtype`` on this device type."""
     row = vocabulary * torch.promote_types(dtype, torch.float32).itemsize
     return max(CHUNK_ROWS.get(device, _OTHER_ROWS), CHUNK_BYTES.get(device, _OTHER_BYTES) // row)
 
 
 def _dots(a: Tensor, b: Tensor) -> Tensor:
-    """Return the dot products of matching rows, ``[n, 1]``, without a tensor of all of their terms."""
+    """Return the dot products of corresponding rows, ``[n, 1]``, without materialising their terms."""
     return torch.bmm(a[:, None], b[:, :, None])[:, 0]
 
 
 def vocabulary_of(weights: Sequence[Tensor], starts: Sequence[int]) -> int:
-    """Return the number of logits of a row."""
+    """Return the number of logits per row."""
     return max(start + len(weight) for weight, start in zip(weights, starts, strict=True))
 
 
 class _Chunks:
-    """Buffers for the logits of a chunk, and the computations on them.
+    """Buffers for a chunk's logits, and the computations on them.
 
     Args:
         weights: ``[columns, in]`` each.
@@ -69,7 +69,7 @@ class _Chunks:
         rows: maximum number of rows in a chunk.
 
     Attributes:
-        statistics: statistics of the rows in the last call of `loss`, ``[n, 4]``, if the form requests them: see
+        statistics: statistics of the rows in the last call of `loss`, ``[n, 4]``, if the form requests them; see
             `head_scores`.
     """
 
@@ -84,7 +84,7 @@ class _Chunks:
         self._slope = torch.empty_like(self._logits) if form.cap is not None else None
 
     def loss(self, xs: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the losses of rows, ``[n, 1]``, and the factor from exponentials to their gradient."""
+        """Return the losses of rows, ``[n, 1]``, and the factors that turn the exponentials into gradients."""
         form, logits = self.form, self._scaled_products(xs)
         most = logits.amax(-1, keepdim=True)
         logits.sub_(most)
@@ -132,14 +132,14 @@ class _Chunks:
         return logits.mul_(form.cap)
 
     def gradient(self, labels: Tensor, factor: Tensor, outer: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the gradient of the losses for the products, in the dtype of losses and in that of products.
+        """Return the losses' gradient with respect to the products, in the losses' dtype and in the products' dtype.
 
-        It is computed in place, from the exponentials that `loss` has left in the buffer.
+        It is computed in place, from the exponentials that `loss` left in the buffer.
 
         Args:
             labels: ``int64[n, 1]``.
-            factor: the factor that `loss` returned.
-            outer: gradients of the losses, ``[n, 1]``; by default ones.
+            factor: the factors that `loss` returned.
+            outer: gradients of the losses, ``[n, 1]``; ones by default.
         """
         count, form = len(labels), self.form
         grad = self._logits[:count].mul_(factor)
@@ -194,12 +194,12 @@ def head_loss_forward(
     """Compute `head_loss` without autograd: the losses, the number of rows with a label, and the requested gradients.
 
     Args:
-        outer: gradients of the losses of rows, ``[rows]``; by default ones.
-        needed: for each of ``xs``, each of ``weights`` and the bias, whether its gradient is computed.
+        outer: gradients of the per-row losses, ``[rows]``; ones by default.
+        needed: for each of ``xs``, each of ``weights`` and the bias, whether to compute its gradient.
 
     Returns:
-        The losses, summed with any reduction except `NONE`; the number of labels; with ``statistics`` those of rows;
-        the gradients.
+        The losses, summed with any reduction except `NONE`; the number of labels; with ``statistics``, the statistics
+        of rows; the gradients.
     """
     form = Form(starts, ignored, reduction, smoothing, scale, cap, square, statistics)
     with torch.autocast(labels.device.type, enabled=False):
@@ -250,7 +250,7 @@ def _all_chunks(given: Any, labels: Tensor, outer: Tensor | None, form: Form, ne
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The autograd function of `head_loss`. Its tensors are ``xs``, ``weights`` and the bias, which may be None."""
+    """The autograd function of `head_loss`; its tensors are ``xs``, ``weights`` and the bias, which may be None."""
 
     @staticmethod
     def forward(
@@ -271,14 +271,14 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """Implement `torch.autograd.Function.backward`.
 
-        The gradients were computed in the forward pass, except where losses of single rows reach a weight, and have no
-        gradient themselves.
+        The gradients were computed in the forward pass, unless those of per-row losses reach a weight; they are not
+        differentiable themselves.
 
         Raises:
-            GraftError: GC152 if a gradient of the gradients is requested.
+            GraftError: GC152 if second-order gradients are requested.
         """
         if torch.is_grad_enabled():
-            message = "gradients of gradients (create_graph=True) of a loss that is computed in chunks"
+            message = "a loss computed in chunks has no second-order gradients (create_graph=True)"
             raise GraftError("GC152", message, hint="use memory: {loss: whole}")
         labelled, *saved = ctx.saved_tensors
         if ctx.again:
@@ -305,7 +305,7 @@ def _forward(
 
 
 def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return a gradient times a factor, which may be too large for 16 bits, such as that of a scaled loss."""
+    """Return a gradient times a factor, which may overflow 16 bits, such as the factor of a scaled loss."""
     if factor is None:
         return grad.to(dtype)
     return (grad.to(torch.promote_types(grad.dtype, torch.float32)) * factor).to(dtype)
@@ -332,31 +332,31 @@ def head_loss(
     cap: float | None = None,
     square: float = 0.0,
 ) -> Tensor:
-    """Return the cross-entropy of labels with the logits of a head, computed some rows at a time.
+    """Return the cross-entropy between labels and a head's logits, computed a few rows at a time.
 
     Logits are ``cap * tanh(scale / cap * u)`` for ``u = sum(x @ w.mT) + bias``, or ``scale * u`` without a cap, in
-    float32 or better. The result is that of `torch.nn.functional.cross_entropy`. Products are in the dtype of their
-    factors, or that of autocast.
+    float32 or wider. The result matches `torch.nn.functional.cross_entropy`. Products are computed in the dtype of
+    their operands, or in autocast's.
 
-    ``xs``, ``weights`` and ``bias`` have a gradient, but no second one.
+    ``xs``, ``weights`` and ``bias`` have gradients, but no second-order gradients.
 
     Args:
-        xs: ``[rows, in]`` each: the hidden states and, for a head with a product of two factors beside its weight, the
-            result of the first factor.
-        weights: ``[columns, in]`` for each of ``xs``, of one dtype.
+        xs: ``[rows, in]`` each: the hidden states and, for a head with a low-rank update of its weight, the result of
+            the first factor.
+        weights: ``[columns, in]`` for each of ``xs``, all of the same dtype.
         bias: ``[vocabulary]``.
         labels: ``int64[rows]``.
-        starts: for each weight, the place in the vocabulary at which its columns begin. The first weights cover all of
-            it in order; those that begin at a place that is covered already are added there.
-        ignored: label of the rows that are left out.
-        reduction: `NONE`, `MEAN` over the rows that have a label, or `SUM`, as torch numbers them.
+        starts: for each weight, the vocabulary index at which its columns begin. The first weights cover the whole
+            vocabulary in order; a weight that begins at an index already covered is added there.
+        ignored: label of the rows to skip.
+        reduction: `NONE`, `MEAN` over the rows that have a label, or `SUM`, numbered as in torch.
         smoothing: label smoothing: the share of a label that is spread evenly over the vocabulary.
         scale: scale of the products.
         cap: cap of the logits; None for no cap.
         square: weight of the squared logarithm of the sum of exponentials (z-loss), which is added to the loss.
 
     Returns:
-        A scalar, or ``[rows]`` without a reduction: zero for rows that are left out. float32, or float64 for float64
+        A scalar, or ``[rows]`` without a reduction, with zeros for skipped rows; float32, or float64 for float64
         products.
     """
     return _recorded(xs, weights, bias, labels, Form(starts, ignored, reduction, smoothing, scale, cap, square))[0]
@@ -394,7 +394,7 @@ def head_scores(
     """Return the losses of `head_loss` without a reduction, and statistics of each row for metrics.
 
     Returns:
-        The losses, ``[rows]``, and without a gradient ``[rows, 4]``: the entropy, the logarithm of the sum of squared
-        probabilities, the mean of the logits, and 1 if no logit is larger than the label's. Zero if a row has no label.
+        The losses, ``[rows]``, and the statistics, ``[rows, 4]``, without a gradient: entropy, logarithm of the sum of
+        squared probabilities, mean logit, and 1 if the label has the top logit. Rows without a label have zeros.
     """
     return _recorded(xs, weights, bias, labels, Form(starts, ignored, NONE, 0.0, scale, cap, 0.0, True))

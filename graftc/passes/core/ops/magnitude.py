@@ -1,10 +1,10 @@
-"""Operators on the rows of a weight: the norms of an adapted weight, and rescaling of a result row by row.
+"""Operators on the rows of a weight: the row norms of an adapted weight, and the rescaling of a result by row.
 
-`row_norm` does not compute the adapted weight: a row of ``W + s B A`` has the square
-``|W|^2 + 2 s <W, B A> + s^2 |B A|^2`` with two terms that are sums over products of the size of ``B``. Only rows in
-which these terms cancel are computed in full, since rounding errors would dominate what is left of the sum. `rescale`
-keeps one tensor of its result's size for the backward pass; with ``whole``, that is the result itself, which its
-readers often keep as well.
+`row_norm` does not compute the adapted weight: the squared norm of a row of ``W + s B A`` is
+``|W|^2 + 2 s <W, B A> + s^2 |B A|^2``, where the last two terms are sums over products of the size of ``B``. Only rows
+in which these terms cancel are computed in full, since rounding errors would dominate the remainder. `rescale` saves
+one tensor of its result's size for the backward pass; with ``whole``, this is the result itself, which its readers
+often save as well.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from graftc.passes.core.ops.declaring import like_first, operator
 aten = torch.ops.aten
 
 SMALLEST = 1e-24
-"""Least square of a norm: a row of zeros has a norm of 1e-12, so that nothing is divided by zero."""
+"""Lower bound of squared norms: a row of zeros has a norm of 1e-12, so that division by the norm is safe."""
 
 _BLOCK = 2**22
-"""How many elements of a weight are widened at a time."""
+"""Number of weight elements widened at a time."""
 
 _CANCELS = 1 / 16
-"""Terms of a square cancel where less than this part of them is left, which has 16 times their rounding error."""
+"""Terms are treated as cancelling if their sum is less than this fraction of their size: its error is then 16 times as
+large."""
 
 TINY = 1e-30
-"""What a scale of exactly zero is taken for, so that the backward pass can divide by it."""
+"""Replacement for a scale of exactly zero, so that the backward pass can divide by it."""
 
 
 def squares(weight: Tensor) -> Tensor:
-    """Return the sums of squares of the rows of ``[..., rows, in]``, each as two float32 numbers: ``[2, ..., rows]``.
+    """Return the sum of squares of each row of ``[..., rows, in]``, split into two float32 values: ``[2, ..., rows]``.
 
-    The sum is computed in float64. The first number is the sum rounded to float32, the second the rest, so that float32
-    arithmetic uses the first alone and float64 arithmetic all of it. For a float64 weight both are float64.
+    The sum is computed in float64. The first value is the sum rounded to float32, the second the remainder, so that
+    float32 arithmetic effectively uses only the first, and float64 arithmetic the full sum. For a float64 weight, both
+    are float64.
     """
     kept = torch.promote_types(weight.dtype, torch.float32)
     exact = torch.cat([part.double().square().sum(-1) for part in _blocks(weight, weight)], dim=-1)
@@ -46,14 +48,14 @@ def squares(weight: Tensor) -> Tensor:
 
 
 def _blocks(tensor: Tensor, weight: Tensor) -> list[Tensor]:
-    """Split a tensor that has the rows of ``weight`` into blocks of rows."""
+    """Split a tensor with the same rows as ``weight`` into blocks of rows."""
     rows = weight.shape[-2]
     size = max(1, _BLOCK * rows // max(1, weight.numel()))
     return [tensor.narrow(-2, start, min(size, rows - start)) for start in range(0, rows, size)]
 
 
 def norm_of_squares(square: Tensor) -> Tensor:
-    """Return the norms of rows from the result of `squares`: ``[..., rows]``, in its dtype."""
+    """Return the row norms for the result of `squares`: ``[..., rows]``, in its dtype."""
     return square.sum(0).clamp_min(SMALLEST).sqrt()
 
 
@@ -76,7 +78,7 @@ def _back_product(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_norm_decomposed(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Compute `row_norm` in ATen without inspecting values: every row is computed, and used where terms cancel."""
+    """Compute `row_norm` in ATen without inspecting values: every row is also computed in full, in case terms cancel."""
     a, b = a.to(square.dtype), b.to(square.dtype)
     total, cancels = _expanded(square, weight, a, b, scale)
     direct = torch.cat([row.square().sum(-1) for row in _adapted(weight, a, b, scale)], dim=-1)
@@ -84,7 +86,7 @@ def row_norm_decomposed(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, sc
 
 
 def _expanded(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the squares of the norms from the three terms, and a mask of where these cancel: both ``[..., rows]``."""
+    """Return the squared norms as sums of the three terms, and a mask of rows where these cancel: ``[..., rows]``."""
     base, update = square.sum(0), b @ (a @ a.transpose(-1, -2))
     both = torch.add(wide_product(weight, a), update, alpha=scale / 2)
     total = torch.add(base, (both * b).sum(-1), alpha=2 * scale)
@@ -102,7 +104,7 @@ def _cancelling(
 ) -> Iterator[tuple[tuple[int, ...], Tensor, tuple[Tensor, Tensor, Tensor]]]:
     """Yield the rows in which terms cancel, one matrix after another.
 
-    Each item has the matrix's index, the rows' numbers and, in float64, these rows of the weight, all of ``a``, and
+    Each item contains the matrix's index, the row indices and, in float64, these rows of the weight, all of ``a``, and
     these rows of ``b``.
     """
     if not cancels.any():
@@ -159,11 +161,11 @@ def row_norm_backward(
 
 @operator(_norm_like, plain=row_norm_decomposed, gradient=(_norm_setup, _norm_backward))
 def row_norm(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return the norms of the rows of ``weight + scale * b @ a``, in the dtype of ``square`` also under autocast.
+    """Return the row norms of ``weight + scale * b @ a``, in the dtype of ``square``, also under autocast.
 
-    Rows that nearly vanish are as exact as others. With ``b = 0`` the result equals that of `norm_of_squares` bit for
-    bit. ``a`` and ``b`` have gradients; detach them if the norm is to be a constant in the backward pass. The gradient
-    itself has none: torch refuses a second backward pass through it.
+    Rows that nearly vanish are as accurate as others. With ``b = 0``, the result equals that of `norm_of_squares` bit
+    for bit. ``a`` and ``b`` have gradients; detach them to treat the norm as a constant in the backward pass. The
+    gradient itself is not differentiable: torch refuses a second backward pass through it.
 
     Args:
         square: the result of `squares` for the weight, ``[2, ..., rows]``, float32 or float64.
@@ -173,11 +175,11 @@ def row_norm(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float)
         scale: scale of the product.
 
     Returns:
-        ``[..., rows]``.
+        The norms, ``[..., rows]``.
     """
     device = weight.device.type
     with torch.autocast(device, enabled=False):
-        if device != "cpu":  # inspecting values would wait for the device, and cannot be captured there
+        if device != "cpu":  # inspecting values would wait for the device, and cannot be captured in its graphs
             return row_norm_decomposed(square, weight, a, b, scale)
         a, b = a.to(square.dtype), b.to(square.dtype)
         total, cancels = _expanded(square, weight, a, b, scale)
@@ -202,7 +204,7 @@ def _fixed(offset: Tensor | None, lost: Tensor | None) -> Tensor | None:
 
 
 def nonzero(scale: Tensor) -> Tensor:
-    """Return a scale that is safe to divide by: zeros become `TINY`."""
+    """Return a scale by which it is safe to divide: zeros become `TINY`."""
     return torch.where(scale == 0, TINY, scale)
 
 
@@ -241,7 +243,7 @@ def _rescale_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def column_sums(grad: Tensor, other: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sums of ``grad * other`` and of ``grad`` over the axes along which ``like`` was broadcast."""
     if like.dim() == 1 and grad.dtype == other.dtype == like.dtype:
-        # The gradients of a layer norm's gain and shift are these sums, in one pass and without a tensor of products.
+        # A layer norm's gradients of gain and shift are these sums, computed in one pass without a tensor of products.
         rows = [t.reshape(-1, like.shape[0]) for t in (grad, other)]
         ones = like.new_ones(rows[0].shape[0], 1)
         _, products, sums = aten.native_layer_norm_backward(
@@ -252,7 +254,7 @@ def column_sums(grad: Tensor, other: Tensor, like: Tensor) -> tuple[Tensor, Tens
 
 
 def _sum_to(value: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Sum ``value`` over the axes along which a tensor of ``shape`` was broadcast to it."""
+    """Sum ``value`` over the axes along which a tensor of this shape was broadcast to ``value``'s shape."""
     leading = value.dim() - len(shape)
     wide = torch.promote_types(dtype, torch.float32)
     if leading:
@@ -269,27 +271,26 @@ def rescale(
 ) -> Tensor:
     """Return ``scale * x + delta + (1 - scale) * (offset + lost)``.
 
-    A result is scaled, except for what is fixed in it, and something that is scaled already is added. With a scale of
-    one and a delta of zero, no bit of ``x`` changes. Arithmetic is in the wider dtype of ``x`` and ``scale``, the
-    result in that of ``x``, also under autocast.
+    This scales ``x`` except for its fixed parts, ``offset`` and ``lost``, and adds a ``delta`` that is already scaled.
+    With a scale of one and a delta of zero, no bit of ``x`` changes. The computation uses the wider of the dtypes of
+    ``x`` and ``scale``; the result has the dtype of ``x``, also under autocast.
 
     Args:
         x: any shape.
         scale: broadcasts to ``x``.
         delta: like ``x``.
-        offset: broadcasts to ``x``; a bias, in train and eval mode alike.
-        lost: broadcasts to ``x``; what a dropout has removed from ``x`` in training. None in eval mode.
+        offset: broadcasts to ``x``; a bias, in both train and eval mode.
+        lost: broadcasts to ``x``; the part of ``x`` that dropout removed in training. None in eval mode.
         whole: whether ``delta`` was computed with the detached ``scale`` as a factor, so that the gradient of ``scale``
-            has to account for both of its uses, which takes the result alone. Neither ``offset`` nor ``lost`` may be
-            given then; a scale of zero counts as `TINY`, here and in ``delta``, which 16-bit floats with five bits of
-            exponent cannot represent.
+            must account for both uses, for which the result suffices. ``offset`` and ``lost`` must then be None. A
+            scale of zero counts as `TINY`, here and in ``delta``; float16 cannot represent this value.
 
     Returns:
         A tensor like ``x``.
     """
     if whole:
         scale = nonzero(scale)
-    result = torch.empty_like(x)  # in the layout of x, which readers may have been compiled for
+    result = torch.empty_like(x)  # in the layout of x, for which readers may have been compiled
     if delta is None:
         torch.mul(x, scale, out=result)
     else:

@@ -1,6 +1,6 @@
-"""Products with the elements of an input that dropout keeps, computed a few rows at a time if that is faster.
+"""Products with an input masked by dropout, computed a few rows at a time where that is faster.
 
-Dropped elements are multiplied by zero: if an input has infinite entries, products contain NaN.
+Dropped elements are multiplied by zero, so infinite input entries lead to NaN.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 _BLOCK = 2**18
-"""How many elements of an input are made at a time: they stay in the cache of a CPU."""
+"""Number of input elements masked at a time: few enough to stay in a CPU's cache."""
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[int, int]]:
-    """Return the row ranges in which ``x: [rows, width]`` is processed; a single one except on a CPU."""
+    """Return the row ranges in which ``x: [rows, width]`` is processed: several on a CPU, a single one elsewhere."""
     rows, width = x.shape
     size = max(16, _BLOCK // max(1, width)) if x.device.type == "cpu" else max(1, rows)
     return ((start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """Return ``x`` where ``mask``, of its shape, is true, and zeros elsewhere."""
+    """Return ``x`` where ``mask``, of the same shape, is true, and zeros elsewhere."""
     return x * mask
 
 
@@ -43,7 +43,7 @@ def masked_product(x: Tensor, mask: Tensor, other: Tensor) -> Tensor:
 
 
 def _bytes(mask: Tensor) -> Tensor:
-    """View a mask as bytes, which are converted to floating point several times as fast."""
+    """View a mask as bytes, whose conversion to floating point is several times as fast."""
     return mask.view(torch.uint8)
 
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 Runs = tuple[tuple[int, int], ...]
-"""Columns of a result, as half-open runs; none stand for all of them."""
+"""Columns of a result, as half-open ranges; an empty tuple means all columns."""
 
 Weights = Sequence[tuple[Tensor, Tensor | None, Tensor | None]]
-"""A weight with its bias and its scale, for each map."""
+"""Each map's weight, bias and scale."""
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """Multiply with the operator that the base itself uses, so that equal weights give equal bits.
+    """Multiply with the operator that the base itself uses, so that equal weights give bitwise equal results.
 
     Args:
         x: ``[..., in]``; ``[n, in]`` with ``transposed``.

@@ -15,10 +15,10 @@ from graftc.passes.core.ops.projection_plan import Given, LowRankUpdate, Plan, a
 
 
 class Backward:
-    """The gradients of one call.
+    """Computes the gradients of one call.
 
-    Sums are accumulated in place, in products that nothing has kept, so that all gradients are differentiable
-    themselves.
+    Sums are accumulated in place, but only in products that autograd has not saved, so that all gradients are
+    differentiable themselves.
     """
 
     def __init__(self, ctx: Any, grads: Sequence[Tensor | None]) -> None:
@@ -42,7 +42,7 @@ class Backward:
         self._factors: list[list[Tensor | None]] = [[None] * 3 for _ in self._plan.updates]
 
     def gradients(self) -> list[Tensor | None]:
-        """Return the gradients of the input and of all tensors that `flat` lists, in order."""
+        """Return the gradients of the input and of all tensors that `flat` lists, in its order."""
         weights = [grad for number in range(len(self._plan.transposed)) for grad in self._of_map(number)]
         for source, below in enumerate(self._below):
             if below and self._plan.of[source]:
@@ -63,7 +63,7 @@ class Backward:
         self._sums[0] = product if self._sums[0] is None else self._sums[0] + product
 
     def _down(self, source: int, grad: Tensor) -> Tensor:
-        """Return the gradient of the first factors of a source's updates, given that of ``A z``."""
+        """Return the gradient of the first factors of a source's updates, given the gradient of ``A z``."""
         own = rows(self._given.sources[source])
         if not self._plan.masked[source]:
             return grad.t() @ own
@@ -71,9 +71,9 @@ class Backward:
         return grad.t() @ masked(x, own) if torch.is_grad_enabled() else product_of_masked(grad, x, own)
 
     def _of_map(self, number: int) -> list[Tensor | None]:
-        """Return the gradients of a map's weight, bias and scale, and compute those of its updates.
+        """Return the gradients of a map's weight, bias and scale, and compute the gradients of its updates.
 
-        The map's contribution to the gradient of the input is added up.
+        The map's contribution is added to the gradient of the input.
         """
         grad, transposed = self._results[number], self._plan.transposed[number]
         if grad is None:
@@ -105,13 +105,13 @@ class Backward:
         if self._needs.factors[number][1]:
             hidden = self._hidden[number]
             assert hidden is not None
-            # With the wide side last, this is twice as fast on a CPU.
+            # Twice as fast on a CPU with the wide side last.
             self._factors[number][1] = ((hidden * update.scale).t() @ own).t()
 
     def _of_source(self, source: int) -> None:
         """Compute the gradients of the first factors of a source's updates.
 
-        Their contribution to the gradient of the source is added up.
+        The updates' contribution is added to the gradient of the source.
         """
         numbers, grad = self._plan.of[source], self._of_hidden[source]
         has_own = grad is not None
@@ -135,7 +135,7 @@ class Backward:
 
 
 def _own(grad: Tensor, columns: Tensor | None, update: LowRankUpdate) -> Tensor:
-    """Return the columns of a result's gradient that an update is added to: ``[rows, out]``."""
+    """Return the columns of a result's gradient that correspond to an update: ``[rows, out]``."""
     if columns is not None:
         return grad.index_select(1, columns)
     if not update.runs:

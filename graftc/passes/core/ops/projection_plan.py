@@ -1,4 +1,4 @@
-"""The plan of a call to `graftc.passes.core.ops.projections`, and helpers that its two passes share."""
+"""The plan of a call to `graftc.passes.core.ops.projections`, and helpers shared by its forward and backward pass."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class LowRankUpdate(NamedTuple):
     """A product of two factors that is added to a result.
 
     Attributes:
-        of: number of the map.
-        source: number of the source that the first factor is applied to: 0 for the maps' input.
+        of: index of the map.
+        source: index of the source to which the first factor is applied; 0 is the maps' input.
         scale: scale of the product.
-        runs: columns of the result that the product is added to.
+        runs: columns of the result to which the product is added.
     """
 
     of: int
@@ -36,10 +36,10 @@ class Plan:
     """The structure of a call, known before any tensor is computed.
 
     Attributes:
-        transposed, updates: the arguments of the call; scales compensate for dropout.
+        transposed, updates: the arguments of the call, with scales that compensate for dropout.
         masked: for each source, including the maps' input, whether it is a mask of that input.
-        of: numbers of the updates of each source.
-        at: numbers of the updates of each map.
+        of: for each source, the indices of its updates.
+        at: for each map, the indices of its updates.
     """
 
     transposed: tuple[bool, ...]
@@ -54,7 +54,7 @@ class Plan:
         return len(self.masked)
 
     def read(self, source: int) -> int:
-        """Return the source that the gradient of one belongs to: a mask has none, so it is the maps' input."""
+        """Return the source that receives a source's gradient: the maps' input for a mask, otherwise the source."""
         return 0 if self.masked[source] else source
 
 
@@ -91,19 +91,19 @@ class Given(NamedTuple):
 
     @classmethod
     def of(cls, plan: Plan, x: Any, flat: Sequence[Any]) -> Given:
-        """Return the values that `flat` has flattened in their structure, with the maps' input."""
+        """Restore the structure of values that were flattened by `flat`, and include the maps' input."""
         start = plan.sources - 1
         threes = [list(flat[i : i + 3]) for i in range(start, len(flat), 3)]
         return cls([x, *flat[:start]], threes[: len(plan.transposed)], threes[len(plan.transposed) :])
 
 
 def stacked(numbers: Sequence[int], given: Given, dtype: torch.dtype | None) -> Tensor:
-    """Return the first factors of some updates in one tensor, ``[ranks, in]``."""
+    """Concatenate the first factors of some updates to one tensor, ``[ranks, in]``."""
     return joined([cast(given.factors[number][0], dtype) for number in numbers], 0)
 
 
 def apart(plan: Plan, stacked: Sequence[Tensor | None], ranks: Sequence[int]) -> list[Tensor | None]:
-    """Split values that all updates of a source have side by side into those of each update, ``[rows, rank]``."""
+    """Split the values that a source's updates share side by side into one tensor per update, ``[rows, rank]``."""
     narrow: list[Tensor | None] = [None] * len(ranks)
     for numbers, value in zip(plan.of, stacked, strict=True):
         if value is not None:

@@ -1,8 +1,8 @@
 """Linear maps of one input, with low-rank updates, in one step.
 
-In plain ATen, every map of an input and every update of its result allocates a tensor of the size of the result or of
-the input, which is added up and discarded. Here, each update is added in place to its result by the product that
-computes it, and the contributions of maps and updates to the input's gradient are accumulated in one tensor.
+In plain ATen, every map and every update allocates a tensor of the size of the result, or of the input in the backward
+pass, which is added to a sum and discarded. Here, the product that computes an update adds it to the result in place,
+and the contributions of maps and updates to the input's gradient are accumulated in one tensor.
 """
 
 from __future__ import annotations
@@ -41,26 +41,25 @@ def projections(
     updates: tuple[tuple[int, int, float, Runs], ...],
     dropped: tuple[float | None, ...],
 ) -> tuple[Tensor, ...]:
-    """Compute ``y_i = W_i x + b_i``, plus ``scale * B A z`` for each update of it.
+    """Compute ``y_i = W_i x + b_i``, plus ``scale * B A z`` for each update of ``y_i``.
 
-    ``z`` is ``x`` or another source. All tensors that require a gradient get that of the plain products, which is
-    differentiable itself. Under autocast, everything is computed in its element type, as products are. If anything but
-    autograd observes the computation (`torch.compile`, `torch.func`, forward-mode gradients, tensor subclasses), plain
-    products are used.
+    ``z`` is ``x`` or another source. Gradients are those of the plain products, and are differentiable themselves.
+    Under autocast, everything is computed in autocast's dtype, as products are. If anything except autograd observes
+    the computation (`torch.compile`, `torch.func`, forward-mode gradients, tensor subclasses), plain products are used.
 
     Args:
         x: ``[..., in]``.
-        sources: other inputs of updates, of ``x``'s shape; or masks of the elements of ``x`` that dropout keeps,
-            ``bool``.
-        weights: for each map, its weight, ``[out, in]`` or ``[in, out]``, its bias, ``[out]``, and a scale of its rows,
-            ``[out]``, by which the weight and the bias are multiplied. The scale is a factor of ``B`` as well,
-            detached, and its gradient accounts for both uses; as in `graftc::rescale`, a scale of zero counts as
-            `TINY`.
-        factors: for each update, ``A: [rank, in]``, ``B: [rows, rank]`` and, if ``B``'s rows are neither all columns of
-            the result nor runs of them, the columns that they are, ``int64[rows]``.
+        sources: other inputs of updates, of ``x``'s shape; or ``bool`` masks of the elements of ``x`` that dropout
+            keeps.
+        weights: for each map, its weight, ``[out, in]`` or ``[in, out]``, its bias, ``[out]``, and a row scale,
+            ``[out]``, by which the weight and the bias are multiplied. The detached scale is also a factor of ``B``,
+            and the scale's gradient accounts for both uses; as in `graftc::rescale`, a scale of zero counts as `TINY`.
+        factors: for each update, ``A: [rank, in]``, ``B: [rows, rank]`` and, if ``B``'s rows correspond neither to all
+            columns of the result nor to runs of columns, the indices of these columns, ``int64[rows]``.
         transposed: for each of ``weights``, whether it is ``[in, out]``.
         updates: a `LowRankUpdate` for each of ``factors``.
-        dropped: for each of ``sources`` that is a mask, the probability with which it was drawn; None for others.
+        dropped: for each of ``sources`` that is a mask, the dropout probability with which it was drawn; otherwise
+            None.
 
     Returns:
         ``[..., out]`` for each map.
@@ -78,7 +77,7 @@ def projections(
 
 
 def _watched(tensors: Sequence[Tensor | None]) -> bool:
-    """Return whether anything but autograd observes the computation, which an autograd function would hide from it."""
+    """Return whether anything except autograd observes the computation, which an autograd function would hide."""
     return (
         torch.compiler.is_compiling()
         or is_transformed()
@@ -93,8 +92,8 @@ _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 class _Projections(torch.autograd.Function):
     """The autograd function of `projections`.
 
-    Its results also include ``A z`` for the updates of each source, ``[rows, ranks]``: as results, they can be kept for
-    the backward pass and have gradients there.
+    Its results also include ``A z`` for the updates of each source, ``[rows, ranks]``: as results, they can be saved
+    for the backward pass, and receive gradients there.
     """
 
     @staticmethod
@@ -148,7 +147,7 @@ def _narrowed(plan: Plan, given: Given, source: int, down: Tensor) -> Tensor:
 
 
 def _add_to(output: Tensor, hidden: Tensor, b: Tensor, columns: Tensor | None, update: LowRankUpdate) -> None:
-    """Add an update to its columns of a result, in place."""
+    """Add an update in place to the columns of a result that it changes."""
     flat = output.view(-1, output.shape[-1])
     if columns is not None:
         flat.index_add_(1, columns, hidden @ b.t(), alpha=update.scale)
@@ -160,9 +159,9 @@ def _add_to(output: Tensor, hidden: Tensor, b: Tensor, columns: Tensor | None, u
 
 
 def _kept(plan: Plan, given: Given, needs: Given) -> list[Tensor | None]:
-    """Return the tensors that the requested gradients depend on, each input once, in the order that `Given.of` reads.
+    """Return the tensors on which the requested gradients depend, each input once, in the order that `Given.of` reads.
 
-    Weights are kept as they are stored: under autocast they are cast again, which takes less than keeping the casts.
+    Weights are saved as they are stored: under autocast, casting them again costs less than keeping the casts.
     """
     first = [any(needs.factors[n][0] for n in numbers) for numbers in plan.of]
     read = [a or (plan.masked[s] and needs.sources[0]) for s, a in enumerate(first)]

@@ -1,8 +1,8 @@
-"""Pruned weights: a weight with zeros wherever its scores are small, without a mask being stored.
+"""Pruned weights: a weight with zeros wherever its scores are small, without a stored mask.
 
-Two numbers for each group of entries determine which ones stay: a *threshold* that scores have to exceed and, since
-equal scores are common (zeros, 16 bits), the position of the *last* entry that stays among those that equal it. Thus
-exactly as many entries stay as requested, and both passes compute the same mask from scores that exist anyway.
+Two values per group of entries determine which entries stay: a *threshold* that scores must exceed and, since equal
+scores are common (zeros, 16 bits), the position of the *last* entry that stays among those equal to the threshold. Thus
+exactly the requested number of entries stays, and both passes compute the same mask from scores that exist anyway.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch import Tensor
 from graftc.passes.core.ops.declaring import like_first, operator
 
 Edge = tuple[Tensor, Tensor]
-"""A threshold and a last place, for a group or for several."""
+"""A threshold and the position of the last entry that stays, for one group or several."""
 
 
 def dropped(scores: Tensor, threshold: Tensor, last: Tensor) -> Tensor:
-    """Return the mask of entries that do not stay, ``bool`` of the shape of ``scores``. NaN stays, so that it shows.
+    """Return a mask of the entries to drop, ``bool`` of the shape of ``scores``. NaN is kept, so that it is noticed.
 
     Args:
-        scores: at least two axes; groups are equal parts along the first ones.
+        scores: at least two axes; groups are equal parts along the leading axes.
         threshold: ``[groups]``.
         last: ``int64[groups]``, counted from 0 within each group; -1 if none of the equal entries stay.
     """
     own = scores.reshape(threshold.shape[0], -1, scores.shape[-1])
     edge, end = threshold.view(-1, 1, 1), last.view(-1, 1, 1) + 1
-    # Rows and columns are compared separately: numbers for all entries would take eight times the memory of the mask.
+    # Rows and columns are compared separately: indices of all entries would take eight times the memory of the mask.
     width = own.shape[-1]
     row = torch.arange(own.shape[1], device=own.device).view(-1, 1)
     column = torch.arange(width, device=own.device)
@@ -63,13 +63,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 def pruned_weight(weight: Tensor, scores: Tensor | None, threshold: Tensor, last: Tensor) -> Tensor:
     """Return ``weight`` with zeros where `dropped` is true.
 
-    The gradient of the weight is that of the result where entries stay, and zero elsewhere. The gradient of the scores
-    passes straight through the choice: it is the result's gradient times the weight, for all entries. The mask is
-    computed again in the backward pass.
+    The gradient of the weight is the result's gradient where entries stay, and zero elsewhere. The gradient of the
+    scores is a straight-through estimate: the result's gradient times the weight, for all entries. The mask is
+    recomputed in the backward pass.
 
     Args:
         weight: floating point, at least two axes.
-        scores: of the same shape; None for magnitudes of the weight, which are constants then.
+        scores: of the same shape; None for the weight's magnitudes, which are then treated as constants.
         threshold: ``[groups]``, in a dtype that can represent every score.
         last: ``int64[groups]``.
 
@@ -85,11 +85,12 @@ def edge_of(scores: Sequence[Tensor], kept: int) -> list[Edge]:
     Among equal scores, the first ones are kept.
 
     Args:
-        scores: for each group ``[n]``; NaN is smaller than anything.
-        kept: number of entries to keep, from 1 to all of them.
+        scores: the scores of each group, ``[n]``; NaN counts as smaller than any other value.
+        kept: number of entries to keep, at least 1.
 
     Returns:
-        For each group a threshold, the same for all, and a last place, scalars on the scores' device.
+        For each group, the threshold, which is the same for all groups, and the last position, both scalars on the
+        scores' device.
     """
     ordered = [s.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) for s in scores]
     every = ordered[0] if len(ordered) == 1 else torch.cat(ordered)

@@ -1,7 +1,7 @@
-"""``graftc::route``, which records choices among values, such as a router's experts, and imposes them on another run.
+"""``graftc::route``, which records choices, such as a router's choice of experts, and imposes them on another run.
 
-If two scores differ by no more than rounding, two ways of computing the same function may choose differently, and
-everything downstream then comes from different experts. Runs with the same choices can be compared number by number.
+If two scores differ only by rounding, two implementations of the same function may choose differently, and everything
+downstream then comes from different experts. Runs with the same choices can be compared element by element.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from graftc.passes.core.ops.declaring import operator
 
 @dataclass(frozen=True)
 class RouteChoice:
-    """The scores and the outcome of one choice of a graph in one run.
+    """The scores and the outcome of one choice that a graph makes in one run.
 
     Attributes:
-        scores: the values that the choice was made from, ``[..., n]`` with the axis of the choice last; floating point.
+        scores: the values among which the choice was made, ``[..., n]``, with the axis of the choice last; floating
+            point.
         chosen: indices of the chosen values on that axis, the first choice first: ``int64[..., k]``.
     """
 
@@ -36,16 +37,15 @@ class Routes:
     """The choices of one run.
 
     Attributes:
-        imposed: by name, the choices that the run has to take instead of its own; it takes its own if a name is
-            missing.
-        seen: by name, what the run would have chosen by its own scores; filled during the run.
+        imposed: by name, the choices that the run must use instead of its own; it uses its own for missing names.
+        seen: by name, the choices that follow from the run's own scores; filled during the run.
     """
 
     imposed: Mapping[str, RouteChoice] = field(default_factory=dict)
     seen: dict[str, RouteChoice] = field(default_factory=dict)
 
     def taken(self) -> AbstractContextManager[None]:
-        """Record here what `route` chooses, and impose the given choices, while the block runs."""
+        """Return a context in which `route` records its choices in `seen` and uses the `imposed` ones."""
         return having(_CURRENT, self)
 
 
@@ -58,16 +58,16 @@ def _choice_like(scores: Tensor, chosen: Tensor, dim: int | None, name: str) -> 
 
 @operator(_choice_like)
 def route(scores: Tensor, chosen: Tensor, dim: int | None, name: str) -> tuple[Tensor, Tensor]:
-    """Return the choice that a run has to take: its own, or the one imposed on it (`Routes.taken`).
+    """Return the choice that a run must use: its own, or the one imposed on it (`Routes.taken`).
 
     Args:
         scores: the values to choose from; floating point.
         chosen: ``int64``, the run's own choice, with the axis or, for a single index, without it.
-        dim: the axis; None for an index among all elements.
+        dim: the axis; None for an index into all elements.
         name: name of the choice in the graph.
 
     Returns:
-        The scores of the taken values and their indices, both of the shape of ``chosen``.
+        The scores of the chosen values and their indices, both of the shape of ``chosen``.
     """
     rows, axis = (scores.reshape(-1), 0) if dim is None else (scores, dim)
     keeps_axis = dim is not None and chosen.dim() == scores.dim()

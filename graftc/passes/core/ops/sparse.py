@@ -1,8 +1,8 @@
-"""Operators on a weight of which only some entries are trained: ``W' = W + scatter(indices, delta)``.
+"""Operators for training only some entries of a weight: ``W' = W + scatter(indices, delta)``.
 
-Only ``delta`` is a parameter, so nothing that an optimiser does to it, decay and momentum included, can reach another
-entry. `sparse_linear` keeps its input for the backward pass and computes ``W'`` again there; `sparse_weight` returns
-``W'`` for all other readers of a tensor. Indices count the entries of the tensor as it is stored, row by row.
+Only ``delta`` is a parameter, so an optimiser, including its decay and momentum, cannot affect any other entry.
+`sparse_linear` saves its input for the backward pass and recomputes ``W'`` there; `sparse_weight` returns ``W'`` for
+all other readers of a tensor. Indices refer to the stored tensor in row-major order.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from graftc.passes.core.ops.plain_projections import product
 aten = torch.ops.aten
 
 SAMPLED_BELOW = 1 / 16
-"""Share of entries below which their gradients cost less one by one than all of the weight's do. On a CPU both take the
-same time at about an eighth (weights of 2048 by 768, 512 tokens); what is left is for the memory that is saved."""
+"""Share of entries below which computing their gradients one by one costs less than computing the whole weight's
+gradient. On a CPU, both take the same time at about an eighth (weights of 2048 by 768, 512 tokens), so below this share
+it saves time as well as memory."""
 
 
-# torch warns once about every layout of this kind; graftc's users did not ask for one.
+# torch warns once about each such layout, but graftc's users did not choose one.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
 
 
 def written(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
-    """Return ``W'`` in the dtype of ``weight``, stored row by row, with each entry rounded once."""
+    """Return ``W'`` in the dtype of ``weight``, contiguous, with each entry rounded once."""
     result = weight.clone(memory_format=torch.contiguous_format)
     flat, places = result.view(-1), indices.long()
     if weight.dtype == delta.dtype:
@@ -39,7 +40,7 @@ def written(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
     values = (flat.index_select(0, indices).to(delta.dtype) + delta).to(weight.dtype)
     if torch.are_deterministic_algorithms_enabled():
         flat.scatter_(0, places, values)
-    else:  # takes half the time on a CPU; indices have no duplicates, so the result is the same
+    else:  # takes half the time on a CPU; the result is the same, since indices have no duplicates
         flat.put_(places, values)
     return result
 
@@ -69,11 +70,11 @@ def _weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tenso
 def sparse_weight(weight: Tensor, indices: Tensor, delta: Tensor) -> Tensor:
     """Return ``weight`` with ``delta`` added at some of its entries.
 
-    The gradient of ``delta`` is that of the result at these entries; the gradient of ``weight`` is that of the result,
-    computed only if it is needed.
+    The gradient of ``delta`` is the result's gradient at these entries; the gradient of ``weight`` is the result's
+    gradient, and is returned only if it is needed.
 
     Args:
-        weight: any shape, stored row by row.
+        weight: any shape, in row-major order.
         indices: ``int32[k]`` or ``int64[k]``, without duplicates.
         delta: ``[k]``, in a dtype at least as wide.
 
@@ -154,21 +155,21 @@ def sparse_linear(
 ) -> Tensor:
     """Apply a linear map with ``W'``: ``weight`` with each of ``deltas`` added at its ``indices``, in order.
 
-    ``W'`` is computed again in the backward pass. The gradient of the full weight exists only while the gradients of
-    its entries are taken from it, and not at all with ``sampled``.
+    ``W'`` is recomputed in the backward pass. The gradient of the full weight exists only while the gradients of
+    entries are read from it, and not at all with ``sampled``.
 
     Args:
         x: ``[..., in]``; ``[n, in]`` with ``transposed``.
         weight: ``[out, in]``, or ``[in, out]`` with ``transposed``.
         bias: ``[out]``.
-        indices: for each change, the entries of the stored weight, ``int32[k]`` or ``int64[k]``.
+        indices: for each change, the indices of entries in the stored weight, ``int32[k]`` or ``int64[k]``.
         deltas: for each change, ``[k]``, in a dtype at least as wide as the weight's.
         transposed: whether the weight is stored as ``[in, out]``.
-        sampled: whether to compute the gradients of the entries one by one, which requires their indices in ascending
-            order and is supported for 32 and 64 bits; ignored for other element types and under autocast.
+        sampled: whether to compute the gradients of entries one by one, which requires indices in ascending order;
+            ignored unless the result's gradient is float32 or float64, and if the weight's own gradient is needed.
 
     Returns:
-        ``[..., out]``, in the dtype of autocast if it is enabled.
+        ``[..., out]``, in autocast's dtype if autocast is enabled.
     """
     for places, delta in zip(indices, deltas, strict=True):
         weight = written(weight, places, delta)
@@ -181,7 +182,7 @@ def _sampled_like(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
 
 @operator(_sampled_like)
 def sampled_product(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
-    """Compute some entries of ``left.mT @ right`` without the others.
+    """Compute only some entries of ``left.mT @ right``.
 
     Args:
         left: ``[n, rows]``, float32 or float64.

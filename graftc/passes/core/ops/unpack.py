@@ -15,7 +15,7 @@ from graftc.passes.core.packing.gradients import tapped
 from graftc.passes.core.packing.packing import packing_of, swapped
 
 FAMILIES = (affine, blockwise, floating, half_quadratic, ordered, row_scaled)
-"""Modules that have packings: importing them makes their kinds known."""
+"""Modules that define packings; importing them registers their kinds."""
 
 
 def unpack_decomposed(
@@ -37,8 +37,8 @@ def unpack(parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: t
 
     Args:
         parts: the stored tensors, ``uint8``, in the order of the packing's parts.
-        packing: the text form of the packing, see `graftc.passes.core.packing.packing.Packing.text`.
-        shape: shape of the weight.
+        packing: the text form of the packing; see `graftc.passes.core.packing.packing.Packing.text`.
+        shape: the weight's shape.
         dtype: dtype of its values.
     """
     return packing_of(packing).values(parts, shape, dtype, traced=False)
@@ -50,14 +50,14 @@ UNPACK = torch.ops.graftc.unpack.default
 def unpacked(
     parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype, alone: bool = True
 ) -> Tensor:
-    """Call `unpack` from a graph that runs.
+    """Call `unpack` from a running graph.
 
     When `torch.compile` traces a training step, the call is marked for recomputation in the backward pass, since the
-    values would be kept for it otherwise.
+    values would otherwise be saved for it.
 
     Args:
         parts, packing, shape, dtype: as for `unpack`.
-        alone: whether this is the only read of the weight, so that its gradient, if requested, comes from here alone.
+        alone: whether this is the only read of the weight, so that any requested gradient comes from this read alone.
     """
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and torch.is_grad_enabled():
         return cast("Tensor", checkpoint(_unpack_tensors, packing, shape, dtype, *parts, use_reentrant=False))
