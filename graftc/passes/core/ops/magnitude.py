@@ -78,7 +78,7 @@ def _back_product(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_norm_decomposed(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Compute `row_norm` in ATen without inspecting values: every row is also computed in full, in case terms cancel."""
+    """Compute `row_norm` in ATen without inspecting values: every row is computed in both ways, as terms may cancel."""
     a, b = a.to(square.dtype), b.to(square.dtype)
     total, cancels = _expanded(square, weight, a, b, scale)
     direct = torch.cat([row.square().sum(-1) for row in _adapted(weight, a, b, scale)], dim=-1)

@@ -1,5 +1,5 @@
-"""Integers of 8 or 4 bits with a scale, and a zero point if they have one, for each group of inputs of a row: torchao's
-``int8`` and grouped ``int4`` weights, and those of GPTQ, AWQ and compressed-tensors, laid out alike.
+"""8-bit and 4-bit integers with a scale, and an optional zero point, for each group of inputs in a row: torchao's
+``int8`` and grouped ``int4`` weights, and those of GPTQ, AWQ and compressed-tensors, converted to the same layout.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes, re
 
 @dataclass(frozen=True)
 class Affine(Packing):
-    """``(code - zero) * scale``, computed in the element type of the weight, or of `via`.
+    """``(code - zero) * scale``, computed in the weight's dtype, or in that of `via`.
 
     ``int8``: codes from -128 to 127, symmetric. ``int8z``: the same with zero points. ``int4``: codes and zero points
     from 0 to 15.
 
     Attributes:
-        group: the number of consecutive inputs of a row that share a scale; 0 means all of them. The last group may be
+        group: the number of consecutive inputs in a row that share a scale; 0 means all of them. The last group may be
             shorter.
-        parts: ``codes`` ``[..., rows, in]``, of 4 bits ``[..., rows, ceil(in / 2)]`` with the first of two in the lower
-            half of a byte; ``scales``, bytes of float32 or of `via`, ``[..., rows, groups * bytes]``; except for
-            ``int8``, ``zeros`` ``[..., rows, groups]``.
+        parts: ``codes``, ``[..., rows, in]``, or for 4 bits ``[..., rows, ceil(in / 2)]`` with the first of two codes
+            in a byte's lower half; ``scales``, as bytes of float32 or of the `via` dtype, ``[..., rows, groups *
+            bytes]``; except for ``int8`` also ``zeros``, ``[..., rows, groups]``.
     """
 
     group: int = 0
@@ -43,11 +43,11 @@ class Affine(Packing):
 
     @property
     def is_wide(self) -> bool:
-        """Whether codes have 8 bits and are signed."""
+        """Whether codes are signed 8-bit integers."""
         return self.kind.startswith("int8")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Return the parts of a weight; scales span zero and the values of a group."""
+        """Return the parts of a weight; scales are chosen so that codes cover zero and all values in the group."""
         width = weight.shape[-1]
         grouped = _grouped(weight, self.group)
         low, high = (-128, 127) if self.is_wide else (0, 15)
@@ -67,12 +67,12 @@ class Affine(Packing):
         return parts[: len(self.parts)]
 
     def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
-        """Keep the rows in which no value has changed."""
+        """Return the new parts, with the old ones for rows in which no value has changed."""
         rows = same.all(-1, keepdim=True)
         return [torch.where(rows, old, new) for old, new in zip(parts, packed, strict=True)]
 
     def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps:
-        """Return the codes and zero points as unsigned integers in even steps."""
+        """Return the weight as unsigned codes and zero points in even steps."""
         width = shape[-2] if self.transposed else shape[-1]
         scales, group = from_bytes(parts[1], self.scales_type).float(), self.group or width
         if self.is_wide:
@@ -88,7 +88,7 @@ class Affine(Packing):
         return (grouped * scales.unsqueeze(-1)).flatten(-2)[..., : shape[-1]].reshape(tuple(shape))
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the values of `unpack`, computed in place for float32 and whole groups."""
+        """Return the same values as `unpack`, computed in place for float32 if all groups are complete."""
         width = shape[-1]
         if width % (self.group or width) or width % 2 or dtype != torch.float32 or self.via:
             return self.unpack(parts, shape, dtype)
@@ -100,35 +100,35 @@ class Affine(Packing):
         return grouped.mul_(scales.unsqueeze(-1)).view(tuple(shape))
 
     def numbers(self, codes: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """Return the codes as numbers, ``[..., rows, width]``."""
+        """Return the codes as values of ``dtype``, ``[..., rows, width]``."""
         return self.zeros(codes if self.is_wide else from_halves(codes, width), dtype)
 
     def zeros(self, zeros: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return zero points as numbers, or codes of which each has a byte."""
+        """Return zero points, or codes stored one per byte, as values of ``dtype``."""
         return (zeros.view(torch.int8) if self.is_wide else zeros).to(dtype)
 
 
 def halves(codes: Tensor) -> Tensor:
-    """Pack two 4-bit codes into each byte along the last axis, the first in the lower half."""
+    """Pack pairs of 4-bit codes along the last axis into bytes, the first code in the lower half."""
     pairs = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
     return pairs[..., ::2] | (pairs[..., 1::2] << 4)
 
 
 def from_halves(codes: Tensor, width: int) -> Tensor:
-    """Return the codes that `halves` has packed, ``width`` of them along the last axis."""
+    """Return the codes packed by `halves`, ``width`` of them along the last axis."""
     return torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)[..., :width]
 
 
 @cache
 def _pairs() -> Tensor:
-    """Return the numbers of both codes of each byte, ``float32[256, 2]``."""
+    """Return the two codes in each possible byte, ``float32[256, 2]``."""
     with real_values():
         byte = torch.arange(256)
         return torch.stack([byte & 15, byte >> 4], dim=1).float()
 
 
 def _grouped(values: Tensor, group: int) -> Tensor:
-    """Reshape ``[..., in]`` to ``[..., groups, group]``, with zeros after the last ones."""
+    """Reshape ``[..., in]`` to ``[..., groups, group]``, padded with zeros at the end."""
     width = values.shape[-1]
     group = group or width
     if width % group:

@@ -1,7 +1,7 @@
-"""4-bit codes of a table, with one scale for each block of consecutive values: NF4 and FP4, as in bitsandbytes.
+"""4-bit indices into a table, with one scale for each block of consecutive values: NF4 and FP4, as in bitsandbytes.
 
 NF4's values are quantiles of a normal distribution (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs",
-2023, arXiv:2305.14314); its "double quantisation" stores the scales in 8 bits, with one scale for 256 of them.
+2023, arXiv:2305.14314); its "double quantisation" stores the scales in 8 bits, with a second-level scale for every 256.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
-"""By code."""
+"""The values of NF4, by code."""
 # fmt: on
 
 _FP4 = (0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-"""The half of the codes without the sign bit, in twelfths."""
+"""The values of the FP4 codes without the sign bit, in twelfths."""
 
 SCALES = 256
-"""How many scales have one scale, where these are in 8 bits."""
+"""Number of 8-bit scales that share a second-level scale."""
 
 _EXPONENTS = 7
-"""Decades that 8-bit scales span; see `dynamic_values`."""
+"""Number of decades that 8-bit scales span; see `dynamic_values`."""
 
 
 def table_of(kind: str) -> Tensor:
@@ -48,10 +48,10 @@ def table_of(kind: str) -> Tensor:
 
 
 def dynamic_values() -> Tensor:
-    """Return the 256 values of an 8-bit scale, ascending, ``float32`` on the CPU.
+    """Return the 256 possible values of an 8-bit scale, ascending, ``float32`` on the CPU.
 
-    They are the middles of equal steps through each of seven decades, twice as many in each as in the one below
-    (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016, arXiv:1511.04561).
+    They are the midpoints of equal intervals in each of seven decades, each decade having twice as many as the one
+    below (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016, arXiv:1511.04561).
     """
     values = [0.0, 1.0]
     for number in range(_EXPONENTS):
@@ -65,14 +65,14 @@ def dynamic_values() -> Tensor:
 
 @cache
 def _dynamic_table() -> Tensor:
-    """Return `dynamic_values`, which are computed once."""
+    """Return `dynamic_values`, computed once."""
     with real_values():
         return dynamic_values()
 
 
 @cache
 def _pairs(kind: str) -> Tensor:
-    """Return the values of both codes of each byte, ``float32[256, 2]``."""
+    """Return the values of the two codes in each possible byte, ``float32[256, 2]``."""
     with real_values():
         table, byte = table_of(kind), torch.arange(256)
         return torch.stack([table[byte >> 4], table[byte & 15]], dim=1)
@@ -83,7 +83,7 @@ def _moved(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _constant(values: Tensor, like: Tensor) -> Tensor:
-    """Return values as a constant of the graph that is traced."""
+    """Return values as a constant of the graph being traced."""
     return torch.tensor(values.tolist(), dtype=values.dtype, device=like.device)
 
 
@@ -92,11 +92,12 @@ class Blockwise(Packing):
     """The formats NF4 and FP4.
 
     Attributes:
-        group: the number of values in a block, over the whole weight row by row; the last block may be shorter.
+        group: the number of values in a block. Blocks span the whole weight in row-major order; the last one may be
+            shorter.
         double: whether scales are stored in 8 bits.
-        parts: ``codes`` ``[ceil(n / 2), 1]``, the first of two in the upper half of a byte; ``scales``, the bytes of
-            float32 or the codes of 8 bits, ``[blocks, ...]``; with ``double`` also ``nested``, the scales of these as
-            bytes of float32, and ``offset``, which is added to them.
+        parts: ``codes``, ``[ceil(n / 2), 1]``, with the first of two codes in a byte's upper half; ``scales``, as bytes
+            of float32 or as 8-bit codes, ``[blocks, ...]``; with ``double`` also ``nested``, the second-level scales,
+            and ``offset``, which is added to the decoded scales, both as bytes of float32.
     """
 
     group: int = 64
@@ -110,7 +111,7 @@ class Blockwise(Packing):
         return ("codes", "scales", "nested", "offset") if self.double else ("codes", "scales")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Return the parts of a weight, with the codes whose values are nearest."""
+        """Return the parts of a weight, with the code of the nearest value for each entry."""
         values, order = table_of(self.kind).to(weight.device).sort()
         largest, scaled = _scaled(weight.reshape(-1).float(), self.group)
         scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
@@ -125,10 +126,10 @@ class Blockwise(Packing):
         return codes, scales.unsqueeze(1), as_bytes(nested.unsqueeze(1)), as_bytes(offset)
 
     def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
-        """Keep unchanged blocks.
+        """Return the new parts, with the old ones for unchanged blocks.
 
-        None are kept with ``double``, where all scales depend on one another, and with an odd ``group``, where blocks
-        share bytes.
+        No block is kept with ``double``, because all scales depend on one another, or with an odd ``group``, because
+        blocks then share bytes.
         """
         if self.double or self.group % 2:
             return packed
@@ -139,19 +140,19 @@ class Blockwise(Packing):
         return [torch.where(mask, old, new) for mask, old, new in zip(each, parts, packed, strict=True)]
 
     def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> TableEntries:
-        """Return the codes as entries of a table."""
+        """Return the weight as entries of a table."""
         scales = self._scales(parts[1:], _constant)
         return TableEntries(self.kind, parts[0].reshape(-1), table_of(self.kind), scales, self.group)
 
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Look the values of the codes up in the table, and scale them."""
+        """Look up the values of the codes in the table, and scale them."""
         codes, size = parts[0], math.prod(shape)
         pairs = torch.nn.functional.embedding(codes.reshape(-1).int(), _constant(_pairs(self.kind), codes))
         scaled = _times(pairs.reshape(-1)[:size], self._scales(parts[1:], _constant), self.group)
         return scaled.reshape(tuple(shape)).to(dtype)
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the values of `unpack`; on CUDA, bitsandbytes computes them if it is installed."""
+        """Return the same values as `unpack`; on CUDA, bitsandbytes computes them if it is installed."""
         codes, size = parts[0], math.prod(shape)
         scales = self._scales(parts[1:], _moved)
         kernel = dequantize_4bit() if codes.is_cuda else None
@@ -173,7 +174,7 @@ class Blockwise(Packing):
 
 
 def pairs_by_byte(table: Tensor, codes: Tensor) -> Tensor:
-    """Return the two values of each byte, flat; both are read as one number of 64 bits.
+    """Return the two values of each byte, flattened; each pair is looked up as a single 64-bit number.
 
     Args:
         table: ``float32[256, 2]`` on the CPU.
@@ -185,9 +186,9 @@ def pairs_by_byte(table: Tensor, codes: Tensor) -> Tensor:
 
 @cache
 def dequantize_4bit() -> Callable[..., Tensor] | None:
-    """Return the operator of bitsandbytes; None if it is not installed.
+    """Return bitsandbytes's operator; None if bitsandbytes is not installed.
 
-    It takes codes, float32 scales, the size of a block, ``nf4`` or ``fp4``, and the shape and dtype of the result.
+    Its arguments are the codes, float32 scales, the block size, ``nf4`` or ``fp4``, and the result's shape and dtype.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
@@ -198,7 +199,7 @@ def dequantize_4bit() -> Callable[..., Tensor] | None:
 def _scaled(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Return the largest absolute value of each block, and the values relative to it.
 
-    The values of a shorter last block are divided by it instead of multiplied by its reciprocal, as in bitsandbytes.
+    As in bitsandbytes, values are multiplied by its reciprocal, but in a shorter last block they are divided by it.
     """
     whole = values.numel() // group * group
     blocks = values[:whole].reshape(-1, group)
@@ -212,7 +213,7 @@ def _scaled(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def _times(values: Tensor, scales: Tensor, group: int) -> Tensor:
-    """Return values times the scale of their block."""
+    """Return the values times the scales of their blocks."""
     size = values.numel()
     missing = -size % group
     if missing:

@@ -16,18 +16,18 @@ from graftc.passes.core.packing.affine import halves
 from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes, real_values
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""By code."""
+"""The values of e2m1, by code."""
 
 _LARGEST = {"e4m3": 448.0, "e2m1": 6.0}
 _E2M1_EXPONENT = 2
-"""Of the largest e2m1."""
+"""Exponent of the largest e2m1 value."""
 
 _EXPONENT_BIAS = 127
 
 
 @cache
 def _by_byte(kind: str) -> list[list[float]]:
-    """Return the values that each byte represents."""
+    """Return the values that each possible byte represents."""
     with real_values():
         byte = torch.arange(256, dtype=torch.uint8)
         if kind == "e4m3":
@@ -45,13 +45,13 @@ def _values(codes: Tensor, kind: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Floating(Packing):
-    """``value of code * scale``, computed in the element type of the weight, or of `via`.
+    """``value of code * scale``, computed in the weight's dtype, or in that of `via`.
 
     Attributes:
-        rows, group: the numbers of rows and inputs in a block; 0 means all. The last blocks may have fewer.
+        rows, group: the numbers of rows and inputs in a block; 0 means all. The last blocks may be smaller.
         exponents: whether scales are powers of two, stored as e8m0.
-        parts: ``codes`` ``[..., rows, in]``, of 4 bits ``[..., rows, in / 2]`` with the first of two in the lower half
-            of a byte; ``scales`` for each block, bytes of float32 or of `via`, or exponents,
+        parts: ``codes``, ``[..., rows, in]``, or for 4 bits ``[..., rows, in / 2]`` with the first of two codes in a
+            byte's lower half; ``scales``, one per block, as bytes of float32 or of the `via` dtype, or as exponents,
             ``[..., row blocks, blocks * bytes]``.
     """
 
@@ -65,7 +65,7 @@ class Floating(Packing):
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Return the parts of a weight.
 
-        Scales are the largest value of a block divided by that of the codes; exponents follow the Microscaling paper.
+        A scale is the block's largest absolute value divided by the format's; exponents follow the Microscaling paper.
         """
         blocks = self._blocks(weight.float())
         largest = blocks.abs().amax(dim=(-3, -1), keepdim=True).clamp(min=2.0**-100)
@@ -102,5 +102,5 @@ class Floating(Packing):
         return values.reshape(*values.shape[:-2], values.shape[-2] // rows, rows, values.shape[-1] // group, group)
 
     def _whole(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return a weight of ``shape`` from its blocks: the inverse of `_blocks`."""
+        """Return the weight with this shape from its blocks: the inverse of `_blocks`."""
         return blocks.flatten(-2).flatten(-3, -2)[..., : shape[-2], : shape[-1]]

@@ -1,4 +1,4 @@
-"""Packed weights as other software represents them: integers in even steps, or entries of a table."""
+"""Packed weights in the representations that other software uses: integers in even steps, or table entries."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class EvenSteps:
     """``(code - zero) * scale``, with scales and zero points for groups of the last axis.
 
     Attributes:
-        bits: the number of bits of a code, 4 or 8.
-        codes: ``uint8[..., rows, in]``, 0 to ``2**bits - 1``, one in each byte.
+        bits: the number of bits per code, 4 or 8.
+        codes: ``uint8[..., rows, in]``, 0 to ``2**bits - 1``, one code per byte.
         scales: ``float32[..., rows, groups]``.
-        zeros: ``uint8`` of the shape of ``scales``; None means half of the range everywhere.
+        zeros: ``uint8`` of the shape of ``scales``; None means ``2**(bits - 1)`` everywhere.
         group: the number of inputs that share a scale; the last group may be shorter.
     """
 
@@ -28,11 +28,11 @@ class EvenSteps:
 
 @dataclass(frozen=True)
 class TableEntries:
-    """``table[code] * scale``, with scales for blocks of the whole weight, row by row.
+    """``table[code] * scale``, with scales for blocks that span the whole weight in row-major order.
 
     Attributes:
         kind: ``nf4`` or ``fp4``.
-        codes: ``uint8``, two of 4 bits in a byte, the first of them in its upper half.
+        codes: ``uint8``, two 4-bit codes per byte, the first in the upper half.
         table: ``float32[16]``.
         scales: ``float32[blocks]``.
         group: the number of values that share a scale; the last block may be shorter.

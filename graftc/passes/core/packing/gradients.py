@@ -1,4 +1,4 @@
-"""Gradients of whole packed weights, for callers that need them occasionally: codes have none."""
+"""Gradients of whole packed weights, for callers that occasionally need them: the codes themselves have none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from graftc.compat.autograd import after_backward
 
 Receive = Callable[[Tensor], None]
-"""Gets the gradient of a weight."""
+"""A function that is called with a weight's gradient."""
 
 _TAP = "_graftc_tap"
 
@@ -23,8 +23,8 @@ class Tap:
     """Passes the gradients of one packed weight on to receivers.
 
     Attributes:
-        receivers: the functions that get them, also for passes that have already run, by the numbers of their handles.
-        open: whether the passes that follow provide any.
+        receivers: the functions that receive the gradients, also of passes that have already run, by handle id.
+        open: whether subsequent passes provide gradients.
     """
 
     def __init__(self) -> None:
@@ -33,9 +33,9 @@ class Tap:
         self._sum: Tensor | None = None
 
     def give(self, gradient: Tensor, alone: bool) -> None:
-        """Take the gradient of one use of the weight.
+        """Pass on the gradient of one use of the weight.
 
-        If the weight has several uses, their sum is handed over at the end of the backward pass.
+        If the weight has several uses, the sum of their gradients is passed on at the end of the backward pass.
         """
         if alone:
             self._hand_over(gradient)
@@ -57,7 +57,7 @@ class Tap:
 
 
 def tap_of(codes: Tensor) -> Tap | None:
-    """Return the tap of the weight with these codes; None if there has been no receiver."""
+    """Return the tap of the weight with these codes; None if no receiver has been registered."""
     return cast("Tap | None", getattr(codes, _TAP, None))
 
 
@@ -79,14 +79,14 @@ def listen(codes: Tensor, receive: Receive) -> RemovableHandle:
 
 
 def pass_on(codes: Tensor, copied: Tensor) -> Tensor:
-    """Return a replacement for codes, without values, after giving it their tap if that is open."""
+    """Attach the codes' tap, if it is open, to ``copied``, their replacement without values, and return this."""
     if is_open(codes):
         setattr(copied, _TAP, tap_of(codes))
     return copied
 
 
 def tapped(value: Tensor, codes: Tensor, alone: bool) -> Tensor:
-    """Return the values of a weight, so that their gradient is passed on if a receiver wants it.
+    """Return the values of a weight such that their gradient is passed on if the weight's tap is open.
 
     Args:
         value: the values, computed from the codes.

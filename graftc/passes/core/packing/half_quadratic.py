@@ -16,15 +16,14 @@ from graftc.passes.core.packing.packing import Packing, as_bytes, from_bytes
 
 @dataclass(frozen=True)
 class HalfQuadratic(Packing):
-    """``(code - zero) * scale``. Codes are integers from 0, in 8 or 4 bits each.
+    """``(code - zero) * scale``, where codes are unsigned integers of 8 or 4 bits.
 
     Attributes:
-        group: the number of values that share a scale, over the whole weight; 0 means a row, or with ``across`` a
-            column.
-        across: if true, the values of a group are in one column of the weight as ``[group, rest]``, instead of in one
-            row of it as ``[rest, group]``: ``axis=0`` in HQQ.
-        parts: ``codes`` ``[rows, in]``, of 4 bits ``[rows, ceil(in / 2)]`` with the first of two in the lower half of a
-            byte; ``scales`` and ``zeros``, bytes of float32 or of `via`, ``[groups, bytes]``.
+        group: the number of values that share a scale; 0 means a row, or a column with ``across``.
+        across: whether a group is one column of the weight reshaped to ``[group, rest]`` (``axis=0`` in HQQ) instead of
+            one row of the weight reshaped to ``[rest, group]``.
+        parts: ``codes``, ``[rows, in]``, or for 4 bits ``[rows, ceil(in / 2)]`` with the first of two codes in a byte's
+            lower half; ``scales`` and ``zeros``, as bytes of float32 or of the `via` dtype, ``[groups, bytes]``.
     """
 
     group: int = 0
@@ -34,7 +33,7 @@ class HalfQuadratic(Packing):
     parts = ("codes", "scales", "zeros")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Return the parts of a weight; scales span the values of a group, without HQQ's search for better ones."""
+        """Return the parts of a weight; scales span a group's range of values, without HQQ's search for better ones."""
         grouped, axis = self._grouped(weight)
         least, most = grouped.amin(axis, keepdim=True), grouped.amax(axis, keepdim=True)
         levels = 255 if self.kind == "hqq8" else 15
@@ -54,7 +53,7 @@ class HalfQuadratic(Packing):
         return ((grouped - zeros) * scales).reshape(tuple(shape))
 
     def _grouped(self, values: Tensor) -> tuple[Tensor, int]:
-        """Return values by groups, and the axis along which the values of a group lie."""
+        """Reshape values to groups, and return them with the axis along which the values of a group lie."""
         rows, width = values.shape
         if self.across:
             return values.reshape(self.group or rows, -1), 0

@@ -1,4 +1,4 @@
-"""Modules with packed weights: they store the parts, and compute a weight from them when it is read."""
+"""Modules with packed weights, which store the parts and compute a weight from them whenever it is read."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Packed: TypeAlias = tuple[PackedType, tuple[Tensor, ...]]
 """A packed weight: its type, and its parts."""
 
 _TYPES = "_graftc_packed"
-"""Under which a class of such modules has the types of its packed weights, by their names."""
+"""Class attribute of such modules that contains the types of their packed weights, by name."""
 
 
 def packed_types(module: nn.Module | type) -> Mapping[str, PackedType]:
-    """Return the packed weights of a module itself, by their names in it; most modules have none."""
+    """Return the types of the packed weights that a module itself owns, by name; empty for most modules."""
     return cast("Mapping[str, PackedType]", getattr(module, _TYPES, types.MappingProxyType({})))
 
 
 def packed_value(module: nn.Module, name: str) -> Tensor:
-    """Compute the value of a packed weight of a module."""
+    """Compute the value of one of a module's packed weights."""
     own = packed_types(module)[name]
     return own.value([_part(module, part) for part in own.names(name)])
 
@@ -39,11 +39,11 @@ def _part(module: nn.Module, name: str) -> Tensor:
 
 
 def hold_packed(module: nn.Module, packed: Mapping[str, Packed]) -> None:
-    """Make a module store parts instead of weights. The code of its class reads the weights as before.
+    """Make a module store parts instead of weights; the code of its class still reads the weights as before.
 
     Args:
         module: the module to change.
-        packed: types and parts, by names of its parameters. Parts that are parameters are stored themselves, so that
+        packed: types and parts, by parameter name. Parts that are already parameters are stored as they are, so that
             several modules can share them.
     """
     parameters = dict(parameters_of(module))
@@ -62,11 +62,11 @@ def hold_packed(module: nn.Module, packed: Mapping[str, Packed]) -> None:
 
 
 def hold_values(module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Undo `hold_packed`: make a module store its packed weights' values as frozen parameters.
+    """Undo `hold_packed`: make a module store the values of its packed weights as frozen parameters.
 
     Args:
         module: the module to change.
-        dtype: the element type of the values, which can represent each of them; by default the weights' own.
+        dtype: the dtype of the values, which must be able to represent all of them; by default each weight's own.
     """
     packed = packed_types(module)
     if not packed:
@@ -107,7 +107,7 @@ def _value(name: str, module: nn.Module) -> Tensor:
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedTensor]:
-    """Return the packed weights of a model by their names; tied ones are listed under each of their names."""
+    """Return a model's packed weights by name; tied weights are listed under each of their names."""
     return {
         f"{path}.{name}".lstrip("."): PackedTensor(own, [_part(module, part) for part in own.names(name)])
         for path, module in model.named_modules(remove_duplicate=False)
@@ -116,7 +116,7 @@ def packed_weights(model: nn.Module) -> dict[str, PackedTensor]:
 
 
 def packed_parameter(weight: Tensor, packing: Packing) -> Packed:
-    """Return what a module stores instead of a weight: see `hold_packed`."""
+    """Return the type and the parts that a module stores instead of a weight; see `hold_packed`."""
     with torch.no_grad():
         parts = tuple(nn.Parameter(part, requires_grad=False) for part in packing.packed(weight))
     return PackedType(packing, tuple(weight.shape), weight.dtype), parts

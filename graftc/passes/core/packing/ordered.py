@@ -1,5 +1,5 @@
-"""Integers whose groups consist of any inputs, not of consecutive ones: GPTQ's with ``desc_act`` (Frantar et al.,
-"GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023, arXiv:2210.17323), which
+"""Integers whose groups consist of arbitrary inputs instead of consecutive ones: GPTQ with ``desc_act`` (Frantar et
+al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", 2023, arXiv:2210.17323), which
 quantises inputs in the order of their activations.
 """
 
@@ -17,10 +17,10 @@ from graftc.passes.core.packing.packing import as_bytes, from_bytes
 
 @dataclass(frozen=True)
 class Ordered(Affine):
-    """`Affine` with zero points, and with the group of each input in an additional part.
+    """`Affine` with zero points, and with an additional part that contains the group of each input.
 
     Attributes:
-        parts: those of `Affine`, and ``groups``, bytes of int32, ``[1, in * 4]``.
+        parts: those of `Affine`, and ``groups``, as bytes of int32, ``[1, in * 4]``.
     """
 
     KINDS = ("int8_ordered", "int4_ordered")
@@ -28,7 +28,7 @@ class Ordered(Affine):
     parts = ("codes", "scales", "zeros", "groups")
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Return the parts of a weight, with groups of consecutive inputs."""
+        """Return the parts of a weight, grouping consecutive inputs."""
         alike = Affine("int8z" if self.is_wide else "int4", self.group, via=self.via)
         width = weight.shape[-1]
         groups = torch.arange(width, device=weight.device) // (self.group or width)
@@ -46,5 +46,5 @@ class Ordered(Affine):
         return self.unpack(parts, shape, dtype)
 
     def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
-        """Keep nothing: new rows have groups of consecutive inputs, and groups are the same for all rows."""
+        """Return only new parts: they group consecutive inputs, and all rows must have the same groups."""
         return packed

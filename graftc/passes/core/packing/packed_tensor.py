@@ -1,4 +1,4 @@
-"""A packed weight as a tensor: its sizes and types are known, its values are computed when an operator reads them."""
+"""A packed weight as a tensor with known shape and dtype, whose values are computed when an operator reads them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ aten = torch.ops.aten
 class PackedTensor(Tensor):
     """The tensor that the Store returns for a packed weight.
 
-    Each operator that reads it computes the values again and returns plain tensors; callers that need them more than
-    once use `dense`.
+    Each operator that reads it recomputes the values and returns plain tensors; callers that need the values more than
+    once should call `dense`.
 
     Args:
         own: the type of the packed weight.
         parts: the stored tensors.
-        read: returns the whole value of a part; if parts are sharded over processes, all of them have to call it.
+        read: a function that returns the whole value of a part; if parts are sharded across processes, all processes
+            must call it.
     """
 
     own: PackedType
@@ -37,7 +38,7 @@ class PackedTensor(Tensor):
     def __new__(
         cls, own: PackedType, parts: Sequence[Tensor], read: Callable[[Tensor], Tensor] = Tensor.detach
     ) -> PackedTensor:
-        """Create a tensor without values that has the sizes and types of the weight."""
+        """Create a tensor without values that has the weight's shape, dtype and strides."""
         tensor: PackedTensor = wrapper(cls, own.shape, own.dtype, parts[0].device, strides=own.strides)
         tensor.own, tensor.parts, tensor.read = own, tuple(parts), read
         return tensor
@@ -52,7 +53,7 @@ class PackedTensor(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, kinds: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] = MappingProxyType({})
     ) -> Any:
-        """Call the operator with the values; ``detach``, which reads none, is called without them."""
+        """Call an operator with the values; ``detach`` does not need them and returns another packed tensor."""
         if func is aten.detach.default:
             (tensor,) = args
             return cls(tensor.own, tensor.parts, tensor.read)
@@ -61,7 +62,7 @@ class PackedTensor(Tensor):
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return the values of a tensor: a packed one's are computed again, any other tensor is returned unchanged."""
+    """Return a tensor's values: those of a packed tensor are recomputed, any other tensor is returned unchanged."""
     if not isinstance(tensor, PackedTensor):
         return tensor
     return tensor.own.value([tensor.read(part) for part in tensor.parts])

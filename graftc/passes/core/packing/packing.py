@@ -1,4 +1,4 @@
-"""The base class of packings, and the text of a packing, which graphs and files contain."""
+"""The base class of packings, and their text form, which graphs and files contain."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from graftc.compat.modes import no_modes
 from graftc.passes.core.packing.forms import EvenSteps, TableEntries
 
 PACKINGS: dict[str, type[Packing]] = {}
-"""By kind."""
+"""Packing classes by kind."""
 
 VIA = (None, torch.float32, torch.float16, torch.bfloat16)
-"""Element types that values are made in, by the number that the text of a packing has; 0 is that of the weight."""
+"""Dtypes in which values are computed, by the index in a packing's text; index 0 means the weight's own dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Packing(ABC):
     """A format that stores a weight in fewer bits.
 
-    A subclass is one family of formats; its fields are integers, flags and words, so that the text of a packing
-    describes it in full.
+    A subclass is one family of formats. Apart from the kind, its fields are integers and flags, so that a packing's
+    text describes it in full.
 
     Attributes:
         kind: the member of the family.
-        transposed: if true, the codes are of the weight with its last two axes swapped, so that groups lie along the
+        transposed: whether the codes represent the weight with its last two axes swapped, so that groups lie along the
             inputs.
-        via: the index in `VIA` of the element type that values are computed in and rounded to, before they are
-            converted to the weight's.
+        via: the index in `VIA` of the dtype in which values are computed and rounded before they are converted to the
+            weight's dtype.
         parts: names of the stored tensors, each ``uint8``: casts of floating-point tensors leave them unchanged, and
             FSDP2 shards them along their first axis.
     """
@@ -52,17 +52,17 @@ class Packing(ABC):
 
     @abstractmethod
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Return the parts of a weight, which has the axes of its codes (see `transposed`)."""
+        """Return the parts of a weight, whose axes are in the order of the codes (see `transposed`)."""
 
     @abstractmethod
     def unpack(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the values of ``parts``, in ATen operators.
+        """Compute the values of ``parts`` with ATen operators.
 
-        The result has ``shape``, which is that of the codes (see `transposed`).
+        Both ``shape`` and the result have their axes in the order of the codes (see `transposed`).
         """
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the same values as `unpack`, to the bit, by the fastest way there is; graphs need not support it."""
+        """Compute bitwise the same values as `unpack` in the fastest available way, which graphs need not support."""
         return self.unpack(parts, shape, dtype)
 
     def packed(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -77,32 +77,32 @@ class Packing(ABC):
         Args:
             weight: the new values.
             parts: the stored parts of the old values.
-            same: a mask of the values that have not changed, ``bool`` of the weight's shape. Groups of these keep their
-                codes to the bit, in packings where that is possible.
+            same: a mask of the values that have not changed, ``bool`` of the weight's shape. Groups without changes
+                keep exactly their codes if the packing allows it.
         """
         turned = same.transpose(-1, -2) if self.transposed else same
         return tuple(part.contiguous() for part in self.keeping(self.packed(weight), parts, turned.contiguous()))
 
     def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
-        """Return the new parts, with the old ones for groups that are unchanged; ``same`` has the axes of the codes."""
+        """Return the new parts, with the old ones for unchanged groups; ``same`` has its axes in the codes' order."""
         return packed
 
     HAS_FORM: ClassVar[bool] = False
-    """Other software knows weights of this family: see `form`."""
+    """Whether other software supports weights of this family; see `form`."""
 
     def has_form(self, dtype: torch.dtype) -> bool:
-        """Return whether other software computes the values of a weight of this element type as graftc does.
+        """Return whether other software computes the same values as graftc for a weight of this dtype.
 
-        It rounds them once, to that type.
+        Other software rounds the values once, to that dtype.
         """
         return self.HAS_FORM and VIA[self.via] in (None, torch.float32, dtype)
 
     def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps | TableEntries:
-        """Return a weight as other software represents it, in the axes of its codes (see `transposed`).
+        """Return a weight in the form used by other software, with axes in the order of the codes (see `transposed`).
 
         Args:
             parts: the parts as `packed` returns them.
-            shape: the shape of the weight.
+            shape: the weight's shape.
 
         Raises:
             NotImplementedError: in families without `HAS_FORM`.
@@ -112,12 +112,12 @@ class Packing(ABC):
     def values(
         self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, *, traced: bool = True
     ) -> Tensor:
-        """Return the weight.
+        """Return the weight's values.
 
         Args:
             parts: the parts as `packed` returns them.
-            shape, dtype: the shape and the element type of the weight.
-            traced: whether to use ATen operators that exports support.
+            shape, dtype: the weight's shape and dtype.
+            traced: whether to use only ATen operators that exports support.
         """
         make, made_in = self.unpack if traced else self.run, VIA[self.via] or dtype
         if not self.transposed:
@@ -126,12 +126,12 @@ class Packing(ABC):
 
     @property
     def scales_type(self) -> torch.dtype:
-        """The element type of scales in families that store them in that of `via`: float32 without one."""
+        """The dtype of scales in families that store them in the `via` dtype; float32 if there is none."""
         return VIA[self.via] or torch.float32
 
     @property
     def text(self) -> str:
-        """The full description, which `packing_of` reads: ``nf4 group=64 double=1``."""
+        """The full description, which `packing_of` parses: ``nf4 group=64 double=1``."""
         fields = [field for field in dataclasses.fields(self) if field.name != "kind"]
         given = [(f.name, getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default]
         return " ".join([self.kind, *(f"{name}={int(value)}" for name, value in given)])
@@ -139,10 +139,10 @@ class Packing(ABC):
 
 @cache
 def packing_of(text: str) -> Packing:
-    """Return the packing that a text describes. Raise `ValueError` if there is none."""
+    """Return the packing that a text describes; raise `ValueError` if it is not the text of a packing."""
     kind, *given = text.split(" ")
     if kind not in PACKINGS:
-        raise ValueError(f"no packing is called {kind!r}")
+        raise ValueError(f"unknown packing {kind!r}")
     cls = PACKINGS[kind]
     known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls) if field.name != "kind"}
     pairs = [item.partition("=")[::2] for item in given]
@@ -158,8 +158,8 @@ class PackedType:
 
     Attributes:
         packing: the format in which it is stored.
-        shape: its sizes as a weight.
-        dtype: the element type of its values.
+        shape: the shape of the unpacked weight.
+        dtype: the dtype of its values.
     """
 
     packing: Packing
@@ -173,13 +173,13 @@ class PackedType:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """The strides of the values, which lie in memory in the order of the codes."""
+        """The strides of the values, which are in memory in the order of the codes."""
         sizes = swapped(self.shape) if self.packing.transposed else self.shape
         strides = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
         return swapped(strides) if self.packing.transposed else strides
 
     def names(self, weight: str) -> tuple[str, ...]:
-        """Return the names of the parts of a weight of this name."""
+        """Return the names of the parts of a weight with this name."""
         return tuple(f"{weight}_{part}" for part in self.packing.parts)
 
     def value(self, parts: Sequence[Tensor]) -> Tensor:
@@ -188,7 +188,7 @@ class PackedType:
 
 
 def weight_name(codes: str) -> str:
-    """Return the name of the weight whose first part has this name: see `PackedType.names`."""
+    """Return the name of the weight whose first part has this name; see `PackedType.names`."""
     return codes.removesuffix("_codes")
 
 
@@ -199,25 +199,25 @@ def swapped(sizes: Sequence[int]) -> tuple[int, ...]:
 
 @contextmanager
 def real_values() -> Iterator[None]:
-    """Run the block so that its tensors have values and can be kept for other calls, even if a graph is traced."""
+    """Run the block so that its tensors have values and can be cached for other calls, even while a graph is traced."""
     with no_modes(), torch.inference_mode(False):
         yield
 
 
 def as_bytes(numbers: Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """Return numbers as ``uint8``: their bytes along the last axis, or in another shape.
+    """Return the bytes of ``numbers`` as ``uint8``, along the last axis or in the given shape.
 
-    A number without axes gets one.
+    A scalar gets an axis.
     """
     stored = (numbers if numbers.dim() else numbers.reshape(1)).detach().contiguous().view(torch.uint8)
     return stored if shape is None else stored.reshape(tuple(shape))
 
 
 def via_of(dtype: torch.dtype) -> int:
-    """Return the index of an element type in `VIA`. Raise `ValueError` for others."""
+    """Return the index of a dtype in `VIA`; raise `ValueError` if it is not listed."""
     return VIA.index(dtype)
 
 
 def from_bytes(stored: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the numbers that `as_bytes` has stored."""
+    """Return the numbers stored by `as_bytes`."""
     return stored.view(dtype)
