@@ -98,17 +98,18 @@ class TestPlacing:
         ("arguments", "message", "hint"),
         [
             ("Pass('a', nothing), after='insrt'", "'adapt' has no pass 'insrt'", "'insert'"),
-            ("Pass('a', nothing), after='a'", "are placed by each other in a circle: 'a' of broken 1.0", "copy, roles"),
-            ("Pass('insert', nothing), after='roles'", "two passes of one name: the pass 'insert' and", "'insert-2'"),
-            ("Pass('a', nothing), before='copy'", "requires 'copy', which no pass before it ensures", "behind 'copy'"),
+            ("Pass('a', nothing), after='a'", "relative to each other in a cycle: 'a' of broken 1.0", "copy, roles"),
+            ("Pass('insert', nothing), after='roles'", "two passes with the same name: the pass 'insert' and",
+             "'insert-2'"),
+            ("Pass('a', nothing), before='copy'", "requires 'copy', which no pass before it ensures", "after 'copy'"),
             ("Pass('a', nothing, {'place'}), after='insert'", "requires 'place', which no", "did you mean 'places'?"),
-            ("Pass('a', nothing, {'adapted'}), after='roles'", "requires 'adapted', which no", "behind 'insert'"),
-            ("Pass('a', nothing, ensures={'roles'}), after='insert'", "a fact of graftc's own", "another name"),
+            ("Pass('a', nothing, {'adapted'}), after='roles'", "requires 'adapted', which no", "after 'insert'"),
+            ("Pass('a', nothing, ensures={'roles'}), after='insert'", "one of graftc's own facts", "another name"),
             ("Pass('a', nothing), pipeline='adpt', after='insert'", "the pipeline 'adpt'", "did you mean 'adapt'?"),
             ("Pass('a', nothing), after='insert', before='insert'", "with two places", "before= or after="),
             ("Pass('a', nothing)", "with no place", "before= or after="),
             ("Pass('A pass', nothing), after='insert'", "named 'A pass'", "lower-case"),
-            ("Pass('verify', nothing), after='insert'", "means something else in histories", "another name"),
+            ("Pass('verify', nothing), after='insert'", "which is a reserved name", "another name"),
             ("nothing, after='insert'", "as a pass", "AddedPass(Pass(...), after=...)"),
         ],
     )  # fmt: skip
@@ -121,12 +122,12 @@ class TestPlacing:
     def test_a_circle_of_two(self, install: Install) -> None:
         for one, other in ("ab", "ba"):
             install(f"pass-{one}", f"{HEAD}MADE = AddedPass(Pass({one!r}, nothing), after={other!r})", mine="MADE")
-        misfit("in a circle: 'a' of pass-a 1.0 after 'b', 'b' of pass-b 1.0 after 'a'")
+        misfit("in a cycle: 'a' of pass-a 1.0 after 'b', 'b' of pass-b 1.0 after 'a'")
 
     def test_two_of_one_name(self, install: Install) -> None:
         for package in ("one", "two"):
             install(package, f"{HEAD}MADE = AddedPass(Pass('same', nothing), after='insert')", mine="MADE")
-        misfit("two passes of one name: the pass 'same' of one 1.0 and the pass 'same' of two 1.0")
+        misfit("two passes with the same name: the pass 'same' of one 1.0 and the pass 'same' of two 1.0")
 
     def test_one_that_cannot_be_imported(self, install: Install) -> None:
         install("broken", "import a_module_that_is_not_there", mine="MADE")
@@ -139,31 +140,31 @@ class TestHeldToWhatTheySay:
         ("body", "says", "message"),
         [
             ("1 / 0", "", "fails: ZeroDivisionError: division by zero"),
-            ("return 3", "", "returns something"),
-            ("context.sites", "", "asks for 'sites', and does not say that it requires it"),
-            ("context.adapted", "{'sites'}", "asks for 'places'"),
-            ("context['depth']", "", "asks for 'depth'"),
-            ("context['sites']", "{'sites'}", "asks for the value of 'sites', which has none"),
-            ("pass", "ensures={'depth'}", "says that it ensures 'depth', and leaves nothing"),
-            ("context['depth'] = 3", "", "leaves 'depth', and does not say"),
+            ("return 3", "", "returns a value of type int"),
+            ("context.sites", "", "reads 'sites', but does not declare that it requires it"),
+            ("context.adapted", "{'sites'}", "reads 'places'"),
+            ("context['depth']", "", "reads 'depth'"),
+            ("context['sites']", "{'sites'}", "reads the value of 'sites', which has none"),
+            ("pass", "ensures={'depth'}", "declares that it ensures 'depth', but does not set a value"),
+            ("context['depth'] = 3", "", "sets 'depth', but does not declare"),
             ("context.figure('depth', float('nan'))", "", "nan as 'depth', which is not a finite number"),
             ("context.figure('depth', 'deep')", "", "'deep' as 'depth', which is not a finite number"),
             ("context.figure('depth', True)", "", "True as 'depth', which is not a finite number"),
             ("context.figure('depth', '12')", "", "'12' as 'depth', which is not a finite number"),
             ("context.figure('depth', 10**400)", "", "which is not a finite number"),
-            ("context.builder()", "rewrites=False", "asks for a Builder and says that it only looks"),
+            ("context.builder()", "rewrites=False", "requests a Builder, but has rewrites=False"),
             ("program.graph.output_node().meta['val'] = 0; list(program.graph.nodes)[-2].target = abs", "",
-             "leaves a graph that does not hold: after mine at"),
+             "leaves an invalid graph: after mine at"),
             ("call = list(program.graph.find_nodes(op='call_function', target=torch.ops.aten.tanh.default))[0]; "
-             "call.replace_all_uses_with(call.args[0])", "rewrites=False", "only looks, and it changed the graph"),
+             "call.replace_all_uses_with(call.args[0])", "rewrites=False", "has rewrites=False, but changed the graph"),
             ("call = list(program.graph.find_nodes(op='call_function', target=torch.ops.aten.tanh.default))[0]; "
              "call.replace_all_uses_with(call.args[0])", "", "a node of the base was changed"),
             ("program.graph.find_nodes(op='call_function', target=torch.ops.aten.tanh.default)[0].target = abs",
-             "rewrites=False", "only looks, and it changed the graph"),
+             "rewrites=False", "has rewrites=False, but changed the graph"),
             ("node = [n for n in program.graph.nodes if any(type(a) in (int, float) for a in n.args)][-1]; "
              "node.args = tuple(a + 1 if type(a) in (int, float) else a for a in node.args)",
-             "rewrites=False", "only looks, and it changed the graph"),
-            ("program.output_node.meta['val'] = 0", "rewrites=False", "only looks, and it changed the graph"),
+             "rewrites=False", "has rewrites=False, but changed the graph"),
+            ("program.output_node.meta['val'] = 0", "rewrites=False", "has rewrites=False, but changed the graph"),
         ],
     )  # fmt: skip
     def test_it(self, body: str, says: str, message: str, install: Install) -> None:
@@ -369,7 +370,7 @@ def broken(program, context):
 BROKEN = AddedPass(Pass("broken", broken), pipeline="lower", after="lower(projections)")
 """
         install("breaking", source, broken="BROKEN")
-        with pytest.raises(GraftError, match="leaves a graph that does not hold: after broken") as caught:
+        with pytest.raises(GraftError, match="leaves an invalid graph: after broken") as caught:
             model = fresh("bert", LORA).train()
             model(**inputs_for(model))
         assert caught.value.code == "GC077"

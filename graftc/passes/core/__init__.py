@@ -1,4 +1,5 @@
 """The building blocks of passes: Programs, weights, sites, the Builder, the base class of methods, operators.
 
-Independent of any method. Imports go one way: ``ops``, ``weights`` < ``ir`` < ``sites`` < ``build`` < ``method``.
+They are independent of any particular method. Imports go in one direction: ``ops``, ``weights`` < ``ir`` < ``sites`` <
+``build`` < ``method``.
 """

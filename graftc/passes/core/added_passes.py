@@ -17,23 +17,23 @@ from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 
 PipelineName = Literal["adapt", "eval", "lower"]
-"""The pipelines that take passes."""
+"""The pipelines to which passes can be added."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}")
 _RESERVED = frozenset({VERIFY, "capture", "canonicalise", "anchor", "trained", "tokens", "graftc"})
-"""Names that histories and tensors have for something else."""
+"""Names that have another meaning in histories or tensor names."""
 
 
 @dataclass(frozen=True)
 class AddedPass:
-    """A pass of a plugin and its place in a pipeline.
+    """A plugin's pass and its place in a pipeline.
 
     Attributes:
-        what: the pass: its name has lower-case letters, digits, ``_`` and ``-``. Its origin is filled in.
-        pipeline: ``"adapt"``: from a captured base to an adapted Program, in train mode. ``"eval"``: from that to eval
-            mode. ``"lower"``: to what is run of it in training.
-        before, after: the name of the pass before or after which it runs; exactly one of them is given. Passes after
-            the same one run in the order of the names of their entry points.
+        what: the pass; its name consists of lower-case letters, digits, ``_`` and ``-``. Its origin is filled in.
+        pipeline: ``"adapt"``: from a captured base to an adapted Program in train mode. ``"eval"``: from the adapted
+            Program to eval mode. ``"lower"``: from the adapted Program to the graph that runs in training.
+        before, after: the name of the pass before or after which this pass runs; exactly one of them is set. Passes
+            placed after the same pass run in the order of their entry points' names.
     """
 
     what: Pass[PassContext]
@@ -43,7 +43,7 @@ class AddedPass:
 
     @property
     def anchor(self) -> str:
-        """The name of the pass that it is placed before or after."""
+        """The name of the pass before or after which it is placed."""
         return self.before if self.before is not None else str(self.after)
 
     @property
@@ -59,18 +59,18 @@ class AddedPass:
 
 @cache
 def added_passes() -> tuple[AddedPass, ...]:
-    """Return all added passes, in the order of the names of their entry points.
+    """Return all added passes, in the order of their entry points' names.
 
-    They are looked up once; `reload_passes` looks again.
+    The result is cached until `reload_passes` is called.
 
     Raises:
-        GraftError: GC077 if an entry point names something else, naming its package.
+        GraftError: GC077 naming the package if one of its entry points is not a valid `AddedPass`.
     """
     return tuple(_loaded(point, plugin) for point, plugin in plugins().items())
 
 
 def reload_passes() -> None:
-    """Forget the passes that were found, so that a package installed since is seen."""
+    """Clear the cached passes, so that packages installed since then are found."""
     plugins.cache_clear()
     added_passes.cache_clear()
     extended.cache_clear()
@@ -93,12 +93,12 @@ def _loaded(point: EntryPoint, origin: Plugin) -> AddedPass:
 
 
 def _fault(added: AddedPass) -> tuple[str, str] | None:
-    """Return what is wrong with a pass, and what its author can do; None if nothing is."""
+    """Return a description of what is wrong with a pass, and a hint for its author; None if nothing is wrong."""
     own = added.what
     if not _NAME.fullmatch(str(own.name)):
-        return f"a pass named {own.name!r}", "a name has lower-case letters, digits, '_' and '-', a letter first"
+        return f"a pass named {own.name!r}", "use lower-case letters, digits, '_' and '-', starting with a letter"
     if own.name in _RESERVED:
-        return f"a pass named {own.name!r}, which means something else in histories", "choose another name"
+        return f"a pass named {own.name!r}, which is a reserved name", "choose another name"
     names = get_args(PipelineName)
     if added.pipeline not in names:
         close = nearest(str(added.pipeline), names)
@@ -106,7 +106,7 @@ def _fault(added: AddedPass) -> tuple[str, str] | None:
         return f"{own.name!r} for the pipeline {added.pipeline!r}, which does not exist", hint
     if (added.before is None) == (added.after is None):
         said = "no place" if added.before is None else "two places"
-        return f"{own.name!r} with {said}", "give either before= or after="
+        return f"{own.name!r} with {said}", "set either before= or after="
     return None
 
 
@@ -115,11 +115,11 @@ C = TypeVar("C", bound=PassHost)
 
 @cache
 def extended(pipeline: Pipeline[C]) -> Pipeline[C]:
-    """Return a pipeline with the passes that plugins add to it.
+    """Return a pipeline extended by the passes that plugins add to it.
 
     Raises:
-        GraftError: GC077 for a pass that cannot be placed: the pass that it is placed by does not exist, passes are
-            placed by each other in a circle, two have the same name, or a fact that one requires is missing.
+        GraftError: GC077 for a pass that cannot be placed: its anchor does not exist, anchors form a cycle, two passes
+            have the same name, or a required fact is missing; also if a pass ensures one of graftc's own facts.
     """
     waiting = [added for added in added_passes() if added.pipeline == pipeline.name]
     _require_own_facts(pipeline, waiting)
@@ -144,27 +144,27 @@ def extended(pipeline: Pipeline[C]) -> Pipeline[C]:
 
 
 def _chain(name: str, follows: Mapping[str, str]) -> Iterator[str]:
-    """Yield the pass that a pass was placed after, the one that this was placed after, and so on."""
+    """Yield the pass after which a pass was placed, then that pass's own predecessor, and so on."""
     while name in follows:
         name = follows[name]
         yield name
 
 
 def _require_own_facts(pipeline: Pipeline[Any], waiting: Sequence[AddedPass]) -> None:
-    """Check that passes of plugins ensure only facts of their own.
+    """Check that plugins' passes ensure none of graftc's own facts.
 
     Raises:
-        GraftError: GC077 if one does not.
+        GraftError: GC077 if one does.
     """
     ours = pipeline.given.union(*(each.ensures for each in pipeline))
     for added in waiting:
         if taken := sorted(added.what.ensures & ours):
-            message = f"the pass {added.what.name!r} of {added.origin} ensures {taken[0]!r}, a fact of graftc's own"
+            message = f"the pass {added.what.name!r} of {added.origin} ensures {taken[0]!r}, one of graftc's own facts"
             raise GraftError("GC077", message, place=added.origin.place, hint="choose another name for the fact")
 
 
 def _unplaced(pipeline: Pipeline[Any], waiting: Sequence[AddedPass], names: Sequence[str]) -> GraftError:
-    """Return the error for passes that cannot be placed: they form a circle, or an anchor of theirs does not exist."""
+    """Return the error for passes that cannot be placed: they form a cycle, or an anchor does not exist."""
     by_name = {added.what.name: added for added in waiting}
     circle: list[AddedPass] = []
     added = waiting[0]
@@ -173,8 +173,8 @@ def _unplaced(pipeline: Pipeline[Any], waiting: Sequence[AddedPass], names: Sequ
         added = by_name[added.anchor]
     if added in circle:
         told = ", ".join(map(str, circle[circle.index(added) :]))
-        message = f"passes of the pipeline {pipeline.name!r} are placed by each other in a circle: {told}"
-        return GraftError("GC077", message, place=added.origin.place, hint=f"place one by: {', '.join(names)}")
+        message = f"passes in the pipeline {pipeline.name!r} are placed relative to each other in a cycle: {told}"
+        return GraftError("GC077", message, place=added.origin.place, hint=f"place one next to: {', '.join(names)}")
     close = nearest(added.anchor, names)
     hint = f"did you mean {close[0]!r}?" if close else f"its passes are: {', '.join(names)}"
     message = f"the pass {added} cannot be placed: the pipeline {pipeline.name!r} has no pass {added.anchor!r}"
@@ -182,7 +182,7 @@ def _unplaced(pipeline: Pipeline[Any], waiting: Sequence[AddedPass], names: Sequ
 
 
 def _hosted(own: Pass[PassContext]) -> Pass[PassHost]:
-    """Return a plugin's pass as a pass of graftc's pipelines."""
+    """Wrap a plugin's pass as a pass for graftc's pipelines."""
 
     def apply(program: Program, host: PassHost) -> Program | None:
         return PassContext(own, host, program).run()

@@ -1,4 +1,4 @@
-"""Values of context variables for the time that a block runs."""
+"""Sets context variables for the duration of a block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 @contextmanager
 def having(variable: ContextVar[Value], value: Value) -> Iterator[None]:
-    """Give a variable another value while the block runs."""
+    """Set a context variable while the block runs."""
     token = variable.set(value)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Grouping of items by what they have in common."""
+"""Helpers for grouping items by key."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Return items by their keys; keys and the items of a key are in the order in which they occur."""
+    """Group items by key; keys, and the items of each key, are in order of occurrence."""
     return grouped_pairs((key(item), item) for item in items)
 
 
 def grouped_pairs(pairs: Iterable[tuple[K, T]]) -> dict[K, list[T]]:
-    """Return the values of each key, with keys and values in the order in which they occur."""
+    """Group the values of pairs by key; keys, and the values of each key, are in order of occurrence."""
     groups: dict[K, list[T]] = {}
     for key, value in pairs:
         groups.setdefault(key, []).append(value)

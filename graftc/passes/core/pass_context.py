@@ -1,4 +1,4 @@
-"""The context of a plugin's pass, and what the pass leaves: facts for other passes, and figures for reports."""
+"""The context of a plugin's pass, and the pass's results: facts for other passes, and figures for reports."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from graftc.passes.core.build.builder import Builder
 
 SITES, PLACES = "sites", "places"
-"""The facts behind `PassContext.sites` and `PassContext.adapted`."""
+"""The facts that `PassContext.sites` and `PassContext.adapted` require."""
 
 
 @dataclass
 class Findings:
-    """The facts and figures that plugins' passes leave while a pipeline runs.
+    """The facts and figures that plugins' passes record while a pipeline runs.
 
     Attributes:
         facts: the values of facts, by name.
-        figures: the figures of every pass that ran, in their order, by name and site.
+        figures: for every pass that ran, in order, its figures by name and site.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -47,11 +47,11 @@ class Findings:
 
 
 class PassHost:
-    """Base class of the contexts of pipelines that take passes of plugins: it provides what these may ask for.
+    """Base class of the contexts of pipelines that plugins can extend; it provides the data that their passes may use.
 
     Attributes:
-        findings: the facts and figures that the passes leave.
-        keeps_figures: whether the figures that they report are read.
+        findings: the facts and figures that the passes record.
+        keeps_figures: whether the figures that they report are used.
     """
 
     findings: Findings
@@ -59,26 +59,26 @@ class PassHost:
 
     @property
     def store(self) -> Store | None:
-        """The tensors that Programs name; None unless a subclass has them."""
+        """The Store with the tensors to which Programs refer; None unless a subclass provides it."""
         return None
 
     @property
     def requested_spec(self) -> Spec:
-        """The spec that the user asked for."""
+        """The spec that the user requested."""
         raise NotImplementedError
 
     @property
     def every_site(self) -> Sequence[Site]:
-        """Every site, if sites are known."""
+        """All sites; empty if they are not known."""
         return ()
 
     @property
     def adapted_sites(self) -> Mapping[str, Sequence[Site]]:
-        """The sites of each adaptation, if they are known."""
+        """The sites of each adaptation; empty if they are not known."""
         return {}
 
     def inserting(self, program: Program, owner: str) -> Builder | None:
-        """Return a Builder that inserts nodes in the name of ``owner``.
+        """Return a Builder that inserts nodes on behalf of ``owner``.
 
         None if graphs are no longer compared with the base.
         """
@@ -86,9 +86,9 @@ class PassHost:
 
 
 class PassContext:
-    """The context that a plugin's pass gets beside the Program.
+    """The context that a plugin's pass receives in addition to the Program.
 
-    A pass can read the facts that it declares as required, and has to leave those that it declares as ensured.
+    A pass can read the facts that it declares as required, and must set those that it declares as ensured.
 
     Args:
         own: the pass, with its origin.
@@ -103,12 +103,12 @@ class PassContext:
 
     @property
     def spec(self) -> Spec:
-        """The document that is compiled."""
+        """The spec being compiled."""
         return self._host.requested_spec
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        """Every site of the Program, adapted or not; a stored tensor that is used several times has one for each use.
+        """All sites of the Program, adapted or not; a stored tensor that is used several times has one site per use.
 
         Raises:
             GraftError: GC077 if the pass does not require ``"sites"``.
@@ -118,7 +118,7 @@ class PassContext:
 
     @property
     def adapted(self) -> Mapping[str, tuple[Site, ...]]:
-        """The sites of each adaptation, by its name, in the order of the spec.
+        """The sites of each adaptation, by adaptation name, in the order of the spec.
 
         Raises:
             GraftError: GC077 if the pass does not require ``"places"``.
@@ -127,74 +127,74 @@ class PassContext:
         return {name: tuple(sites) for name, sites in self._host.adapted_sites.items()}
 
     def __getitem__(self, fact: str) -> Any:
-        """Return the value that another plugin's pass has left for a fact.
+        """Return the value that another plugin's pass has set for a fact.
 
         Raises:
-            GraftError: GC077 if the pass does not require the fact, or if no pass leaves a value for it.
+            GraftError: GC077 if the pass does not require the fact, or if the fact has no value.
         """
         self._required(fact)
         if fact not in self._host.findings.facts:
-            raise self._error(f"asks for the value of {fact!r}, which has none", f"{fact!r} is a fact of graftc's own")
+            raise self._error(f"reads the value of {fact!r}, which has none", f"{fact!r} is one of graftc's own facts")
         return self._host.findings.facts[fact]
 
     def __setitem__(self, fact: str, value: Any) -> None:
-        """Leave a value for a fact that the pass ensures.
+        """Set the value of a fact that the pass ensures.
 
         Raises:
-            GraftError: GC077 if it does not ensure it.
+            GraftError: GC077 if the pass does not declare that it ensures the fact.
         """
         if fact not in self._own.ensures:
-            raise self._error(f"leaves {fact!r}, and does not say that it ensures it", f"add ensures={{{fact!r}}}")
+            raise self._error(f"sets {fact!r}, but does not declare that it ensures it", f"add ensures={{{fact!r}}}")
         self._host.findings.facts[fact] = value
         self._left.add(fact)
 
     def figure(self, name: str, value: float, site: Site | None = None) -> None:
-        """Report a number.
+        """Report a figure.
 
-        `compiled.report`, ``graftc check``, ``compile`` and ``inspect`` show those of the graphs of the first
-        signature.
+        `compiled.report`, ``graftc check``, ``compile`` and ``inspect`` show the figures for the first signature's
+        graphs.
 
         Args:
-            name: the name of the number, such as ``"multiply_adds"``.
+            name: the name of the figure, such as ``"multiply_adds"``.
             value: a finite number.
-            site: the site that it belongs to; by default it belongs to the whole model. A later number of the same name
-                and site replaces an earlier one.
+            site: the site to which it belongs; by default the whole model. A later figure with the same name and site
+                replaces an earlier one.
 
         Raises:
             GraftError: GC077 for a value that is not a finite number, and in the pipeline ``lower``.
         """
         if not self._host.keeps_figures:
-            raise self._error(f"reports {name!r} where nothing reads it", "add it to the pipeline 'adapt' or 'eval'")
+            raise self._error(f"reports {name!r} where figures are ignored", "add it to the pipeline 'adapt' or 'eval'")
         given: Any = value  # a plugin may pass a value of any type
         try:
             number = float(given) if not isinstance(given, bool) and isinstance(given, Real) else nan
         except (OverflowError, TypeError, ValueError):
             number = nan
         if not isfinite(number):
-            raise self._error(f"reports {value!r} as {name!r}, which is not a finite number", "report an int or float")
+            raise self._error(f"reports {value!r} as {name!r}, which is not a finite number", "pass a finite number")
         key = str(site.key) if site is not None else ""
         layer, stack = (site.layer, site.stack) if site is not None else (None, "")
         figures = self._host.findings.figures.setdefault(self._own, {})
         figures[name, key] = PassFigure(str(name), key, layer, stack, number)
 
     def builder(self) -> Builder:
-        """Return a Builder that inserts nodes and tensors in the name of the pass: ``with build.on(site): ...``.
+        """Return a Builder that inserts nodes and tensors on behalf of the pass: ``with build.on(site): ...``.
 
         Raises:
-            GraftError: GC077 for a pass that only looks, in the pipeline ``lower``, or if an adaptation has the name of
-                the pass.
+            GraftError: GC077 for a pass with ``rewrites=False``, in the pipeline ``lower``, or if an adaptation has the
+                same name as the pass.
         """
         if not self._own.rewrites:
-            raise self._error("asks for a Builder and says that it only looks", "set rewrites=True")
+            raise self._error("requests a Builder, but has rewrites=False", "set rewrites=True")
         if self._own.name in self.spec.owners:
-            raise self._error("has the name of an adaptation", "give the adaptation another name")
+            raise self._error("has the same name as an adaptation", "rename the adaptation")
         build = self._host.inserting(self._program, self._own.name)
         if build is None:
-            raise self._error("asks for a Builder where none is", "graphs that are lowered are changed with torch.fx")
+            raise self._error("requests a Builder where none is available", "change lowered graphs with torch.fx")
         return build
 
     def run(self) -> Program | None:
-        """Apply the pass, and check that it leaves what it ensures.
+        """Apply the pass, and check that it sets the facts that it ensures.
 
         Raises:
             GraftError: GC077 if it does not, or if it returns something other than None or a Program.
@@ -202,11 +202,11 @@ class PassContext:
         self._host.findings.figures[self._own] = {}
         after: Any = self._own.apply(self._program, self)
         if after is not None and not isinstance(after, Program):
-            raise self._error(f"returns something {kind_of(after)}", "return None, or another Program")
+            raise self._error(f"returns a value {kind_of(after)}", "return None or another Program")
         missing = sorted(self._own.ensures - self._left)
         if missing:
             raise self._error(
-                f"says that it ensures {missing[0]!r}, and leaves nothing under that name",
+                f"declares that it ensures {missing[0]!r}, but does not set a value for it",
                 f"set context[{missing[0]!r}]",
             )
         return after
@@ -214,8 +214,8 @@ class PassContext:
     def _required(self, fact: str) -> None:
         if fact not in self._own.requires:
             close = nearest(fact, sorted(self._own.requires))
-            hint = f"did you mean {close[0]!r}?" if close else f"add {fact!r} to what it requires"
-            raise self._error(f"asks for {fact!r}, and does not say that it requires it", hint)
+            hint = f"did you mean {close[0]!r}?" if close else f"add {fact!r} to the pass's requires"
+            raise self._error(f"reads {fact!r}, but does not declare that it requires it", hint)
 
     def _error(self, message: str, hint: str) -> GraftError:
         message = f"the pass {self._own.name!r} of {self._origin} {message}"

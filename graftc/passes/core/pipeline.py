@@ -1,7 +1,7 @@
-"""Passes over a Program, and pipelines of them.
+"""Passes over a Program, and pipelines of passes.
 
-Only the pipeline keeps times, the history, progress and verification; a pass declares what it needs, what it leaves
-behind, and what it does.
+Only the pipeline handles timing, history, progress and verification; a pass consists of a function and declarations of
+the facts that it requires and ensures.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError, Place, first_line, nearest
 
 COPIED = "copy"
-"""The fact that what passes get may be changed: passes of plugins come behind the pass that ensures it."""
+"""The fact that passes receive a copy, which they may change; plugins' passes run after the pass that ensures it."""
 
 VERIFY = "verify"
-"""The step of a history that stands behind what was verified."""
+"""Name of the step that a history contains after each verified step."""
 
 
 class HoldsStore(Protocol):
-    """The interface of the context of every pipeline: an implementation has to provide the Store."""
+    """The interface of every pipeline's context, which must provide the Store."""
 
     @property
     def store(self) -> Store | None:
-        """The tensors that Programs name; None if Programs are no longer compared with them."""
+        """The Store with the tensors to which Programs refer; None if Programs are no longer checked against it."""
 
 
 C = TypeVar("C", bound=HoldsStore)
@@ -45,17 +45,17 @@ class Pass(Generic[G]):
     """One step over a Program.
 
     Attributes:
-        name: the name in histories, reports and errors; no two passes of a pipeline have the same.
+        name: the name in histories, reports and errors, unique within a pipeline.
         apply: a function of the Program and the context. It changes the Program in place and returns None, or returns
-            another one in which nodes that are kept have their names. It leaves what it finds out in the context.
-        requires: the facts that have to hold: earlier passes ensure them, or the pipeline starts with them.
+            another Program in which the remaining nodes keep their names. It stores its findings in the context.
+        requires: the facts that must hold: earlier passes ensure them, or the pipeline starts with them.
         ensures: the facts that hold after it.
-        rewrites: whether it may change the graph. For a plugin's pass that only looks, this is checked.
-        wanted: returns whether there is anything to do; by default there always is.
-        verified: whether the verifier runs after it. Passes in a group are verified by the group, and those of plugins
+        rewrites: whether it may change the graph. If not, this is checked for plugins' passes.
+        wanted: a function that returns whether there is anything to do; by default, there always is.
+        verified: whether the verifier runs after it. Passes in a group are verified by the group, and plugins' passes
             whenever they rewrite.
-        typed: whether the verifier then infers all types again, as it does after passes of plugins.
-        origin: the plugin that provides it; None for graftc's own. It is filled in when a plugin is found.
+        typed: whether the verifier then infers all types again, as it does after plugins' passes.
+        origin: the plugin that provides it; None for graftc's own passes. It is filled in when the plugin is found.
     """
 
     name: str
@@ -82,14 +82,15 @@ class Pass(Generic[G]):
 
 @dataclass(frozen=True)
 class PassGroup(Generic[C]):
-    """A group of as many passes as a spec asks for, such as one for each adaptation.
+    """A group of passes whose number depends on the spec, such as one for each adaptation.
 
     Attributes:
         name: the name of the whole group.
-        passes: returns the passes, in order.
+        passes: a function that returns the passes, in order.
         requires, ensures: as for a `Pass`.
-        each: how many passes, from the first, are verified one by one if they rewrite, so that the faulty one is named;
-            after these the verifier runs whenever the graph has doubled, and after the last that rewrites.
+        each: the number of leading passes that are verified individually if they rewrite, so that errors name the
+            faulty one; after these, the verifier runs whenever the graph has doubled in size, and after the last pass
+            that rewrites.
     """
 
     name: str
@@ -107,7 +108,7 @@ class PassGroup(Generic[C]):
 
 
 def _freeze(each: Pass[Any] | PassGroup[Any]) -> None:
-    """Turn facts, which are given as a set or as one name, into frozen sets."""
+    """Convert facts, given as a set or as a single name, to frozen sets."""
     for name in ("requires", "ensures"):
         facts = getattr(each, name)
         object.__setattr__(each, name, frozenset({facts} if isinstance(facts, str) else facts))
@@ -121,7 +122,7 @@ def _line(name: str, marks: Sequence[str], requires: Collection[str], ensures: C
 
 @dataclass
 class Log:
-    """A record of what passes did to a Program, in order: the entries of its history.
+    """A log of the changes that passes made to a Program: the entries of its history, in order.
 
     Attributes:
         entries: the entries so far.
@@ -142,7 +143,7 @@ class Log:
         return after
 
     def looked(self, name: str, run: Callable[[], Anything]) -> Anything:
-        """Run a step that changes no graph, and return what it returns."""
+        """Run a step that changes no graph, and return its result."""
         progress.step(name)
         started = time.perf_counter()
         result = run()
@@ -153,22 +154,22 @@ class Log:
         """Run the verifier after a stage.
 
         Raises:
-            GraftError: GC040 or GC023.
+            GraftError: GC040 or GC023, raised by the verifier.
         """
         assert store is not None
         self.looked(VERIFY, partial(verify, program, store, stage, types=types))
 
 
 class Pipeline(Generic[C]):
-    """Passes in order, each of which finds the facts that it requires.
+    """A sequence of passes in which the facts that each requires are ensured before it runs.
 
     Args:
         name: the name in errors.
         passes: the passes, in order.
-        given: facts that hold before the first.
+        given: facts that hold before the first pass.
 
     Raises:
-        GraftError: GC077 if two passes have the same name, or a pass requires a fact that none before it ensures.
+        GraftError: GC077 if two passes have the same name, or a pass requires a fact that no earlier pass ensures.
     """
 
     def __init__(
@@ -190,11 +191,11 @@ class Pipeline(Generic[C]):
         later = [other.name for other in self.passes if fact in other.ensures]
         message = f"in the pipeline {self.name!r}, {_named(each)} requires {fact!r}, which no pass before it ensures"
         if later:
-            hint = f"place it behind {later[0]!r}"
+            hint = f"place it after {later[0]!r}"
         elif close := nearest(fact, sorted(every)):
             hint = f"did you mean {close[0]!r}?"
         else:
-            hint = f"the facts at its place are: {', '.join(sorted(facts))}"
+            hint = f"the facts available there are: {', '.join(sorted(facts))}"
         return GraftError("GC077", message, place=_place(each), hint=hint)
 
     def without(self, names: Collection[str]) -> Pipeline[C]:
@@ -205,16 +206,16 @@ class Pipeline(Generic[C]):
         """Apply every pass that is wanted.
 
         Args:
-            program: the Program that the first pass gets.
+            program: the Program that the first pass receives.
             context: the context of all passes.
             log: the log that receives the history.
 
         Returns:
-            The Program that the last pass leaves.
+            The Program after the last pass.
 
         Raises:
-            GraftError: from a pass; GC040 if one of graftc's own leaves a graph that is not sound; GC077 if a plugin's
-                does, changes a graph that it says it only looks at, or fails in a way of its own.
+            GraftError: raised by a pass; GC040 if one of graftc's own passes leaves an invalid graph; GC077 if a
+                plugin's pass does so, changes the graph despite ``rewrites=False``, or raises any other exception.
         """
         log = Log() if log is None else log
         for each in self.passes:
@@ -269,7 +270,7 @@ def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: L
     """Apply a plugin's pass, and check that it does what it declares.
 
     Raises:
-        GraftError: GC077, or what the pass itself raises.
+        GraftError: GC077, or an error raised by the pass itself.
     """
 
     def failed(message: str, hint: str, details: Sequence[str | GraftError] = ()) -> GraftError:
@@ -286,7 +287,7 @@ def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: L
         raise failed(f"fails: {first_line(error)}", origin.remedy) from error
     if not each.rewrites:
         if after is not program or log.entries[-1].changes != Changes() or _shape(program) != before:
-            raise failed("says that it only looks, and it changed the graph", "its author has to set rewrites=True")
+            raise failed("has rewrites=False, but changed the graph", "ask its author to set rewrites=True")
         return program
     try:
         if context.store is None:
@@ -294,26 +295,26 @@ def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: L
         else:
             log.verified(after, context.store, each.name, types=True)
     except GraftError as error:
-        hint = f"its author has to make every change with the Builder; {origin.remedy} until then"
-        raise failed(f"leaves a graph that does not hold: {error.message}", hint, error.details) from error
+        hint = f"ask its author to make every change with the Builder; until then, {origin.remedy}"
+        raise failed(f"leaves an invalid graph: {error.message}", hint, error.details) from error
     return after
 
 
 def _shape(program: Program) -> tuple[Any, ...]:
-    """Return what a `Recorder` does not compare: operators, literals and types of nodes, edits and inputs."""
+    """Return the properties that a `Recorder` does not compare, such as nodes' operators, literals and types."""
     said = [(n.name, n.target, repr(n.args), repr(n.kwargs), id(n.meta.get("val"))) for n in program.graph.nodes]
     return said, len(program.edits), len(program.tensor_edits), program.inputs, program.flags, program.mode
 
 
 def two_of_one_name(pipeline: str, one: Pass[C] | PassGroup[C], other: Pass[C] | PassGroup[C]) -> GraftError:
-    """Return the error for two passes of one name in a pipeline."""
-    message = f"the pipeline {pipeline!r} has two passes of one name: {_named(one)} and {_named(other)}"
+    """Return the error for two passes with the same name in a pipeline."""
+    message = f"the pipeline {pipeline!r} has two passes with the same name: {_named(one)} and {_named(other)}"
     added = other if _place(other) is not None else one
     return GraftError("GC077", message, place=_place(added), hint=f"rename one, for example '{other.name}-2'")
 
 
 def _named(each: Pass[C] | PassGroup[C]) -> str:
-    """Return a pass as messages name it, with the package that provides it."""
+    """Return a pass's name for messages, with the package that provides the pass."""
     origin = each.origin if isinstance(each, Pass) else None
     return f"the pass {each.name!r}" + (f" of {origin}" if origin is not None else "")
 

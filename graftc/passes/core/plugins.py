@@ -1,7 +1,7 @@
-"""Packages that register passes, read from their metadata alone: none of their code is imported.
+"""Finds packages that register passes from their metadata alone, without importing their code.
 
-They use the entry-point group ``graftc.passes``. An entry point names an `AddedPass`, as
-``macs = "graftc_macs:COUNT"`` does.
+They use the entry-point group ``graftc.passes``. An entry point names an `AddedPass`, for example
+``macs = "graftc_macs:COUNT"``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Plugin:
     """A package that provides a pass or an exporter.
 
     Attributes:
-        distribution, version: the installed package; if it has no metadata, its module and an empty string.
+        distribution, version: the installed package and its version; without metadata, the module and an empty string.
         entry_point: the entry point that registers it, such as ``macs = "graftc_macs:COUNT"``.
     """
 
@@ -32,16 +32,16 @@ class Plugin:
 
     @property
     def place(self) -> Place:
-        """The place of the fault that errors name."""
+        """The location that errors report for faults of the plugin."""
         return Place(path=f"entry point {self.entry_point}")
 
     @property
     def remedy(self) -> str:
-        """The remedy for a user who did not write the plugin."""
+        """The hint for users who did not write the plugin."""
         return f"repair or uninstall {self.distribution}"
 
     def error(self, code: str, message: str, hint: str = "") -> GraftError:
-        """Return the error for a fault of the plugin; the hint is for its author if there is one."""
+        """Return the error for a fault of the plugin; the hint is `remedy` unless one for its author is given."""
         return GraftError(code, message, place=self.place, hint=hint or self.remedy)
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Plugin:
 
 @cache
 def plugins() -> Mapping[EntryPoint, Plugin]:
-    """Return the entry points, in the order of their names. They are looked up once."""
+    """Return the entry points and their packages, in the order of the entry points' names; the result is cached."""
     points = sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
     return {point: plugin_of(point) for point in points}
 
@@ -62,5 +62,5 @@ def plugin_of(point: EntryPoint) -> Plugin:
 
 
 def registered() -> list[str]:
-    """Return every pass with its package and version, which are part of what captures are stored under."""
+    """Return every pass with its package and version, which are part of the key of cached captures."""
     return [f"{plugin.entry_point} of {plugin}" for plugin in plugins().values()]

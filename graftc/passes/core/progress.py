@@ -1,7 +1,8 @@
-"""Progress of long work: what is done, the current step, and the time taken. It needs the standard library only.
+"""Progress of long-running work: the activity, its current step, and the elapsed time.
 
-If there is no listener, a terminal shows one line on the standard error once work has taken two seconds, and keeps it
-when the work ends. ``GRAFTC_PROGRESS=off`` turns that off, ``on`` also shows the last line if there is no terminal.
+Without a listener, a status line is shown on stderr, if that is a terminal, once work has taken two seconds; it remains
+when the work ends. ``GRAFTC_PROGRESS=off`` turns this off; ``on`` also writes the final line without a terminal. This
+module needs only the standard library.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import TextIO
 from graftc.passes.core.contexts import having
 
 AFTER, EVERY = 2.0, 1.0
-"""Seconds until something is shown, and between two times that it is."""
+"""Seconds before the first update, and between updates."""
 
 Listener = Callable[[str, float], None]
-"""Is told the step that work is at, empty where it has none, and how many seconds it has taken so far: from another
-thread, once it has taken two seconds, and every second from then on."""
+"""A function that receives the current step (empty if there is none) and the elapsed seconds. It is called from another
+thread, first after two seconds and then every second."""
 
 
 @dataclass
@@ -63,11 +64,11 @@ def shown(show: bool | None) -> AbstractContextManager[None]:
 
 @contextmanager
 def working(doing: str, name: str) -> Iterator[None]:
-    """Run a block of work that may take long; work within other work is a part of that.
+    """Report the progress of a block that may take long; nested work counts as part of the outer work.
 
     Args:
         doing: the activity, such as ``compiling``.
-        name: its object: the class of a model, or a directory.
+        name: the object of the activity, such as a model class or a directory.
     """
     listener, line = _LISTENER.get(), None
     if listener is None and _wanted():
@@ -105,13 +106,13 @@ def _wanted() -> bool:
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    with suppress(Exception):  # some streams have no such method, others are closed
+    with suppress(Exception):  # some streams have no such method, and others are closed
         return stream.isatty() and os.environ.get("TERM") != "dumb"
     return False
 
 
 class _Line:
-    """A line that is overwritten until it ends; without a terminal it is written once, at the end."""
+    """A status line that is overwritten until the work ends; without a terminal, it is written once, at the end."""
 
     def __init__(self, work: str, stream: TextIO) -> None:
         self._work, self._stream, self._width = work, stream, 0

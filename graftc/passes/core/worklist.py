@@ -1,4 +1,4 @@
-"""`Worklist`: what is left to visit on a walk over a graph, and what has been visited."""
+"""`Worklist`: the pending and visited items of a graph traversal."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ T = TypeVar("T")
 
 
 class Worklist(Generic[T]):
-    """Items that a loop visits, each once, and to which it may add more while it runs.
+    """Items that a loop visits once each, and to which it may add more while it runs.
 
     Args:
-        items: the first items.
-        nearest_first: whether to visit items in the order in which they were added; by default, the last one is next.
+        items: the initial items.
+        nearest_first: whether to visit items in the order in which they were added; by default, the most recent is
+            next.
 
     Attributes:
-        visited: the items that were visited so far.
+        visited: the items visited so far.
     """
 
     def __init__(self, items: Iterable[T], *, nearest_first: bool = False) -> None:

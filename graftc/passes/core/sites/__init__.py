@@ -1,4 +1,4 @@
-"""Sites: the places in a Program that a method can adapt, and how calls use stored weights there.
+"""Sites: the places in a Program that a method can adapt, and the way in which calls use stored weights there.
 
-Sites are found and read here; only `build` changes a graph.
+This folder only recognises and reads sites; only `build` changes a graph.
 """

@@ -1,4 +1,4 @@
-"""Calls that multiply a value by a weight: one table of the positions of their operands, for roles and for sites."""
+"""Calls that multiply a value by a weight, with one table of their operands' positions for both roles and sites."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import fx
 
 
 def op_name(node: fx.Node) -> str:
-    """Return a node's operator name without namespace, overload and in-place mark; empty if it calls none."""
+    """Return a node's operator name without namespace, overload and in-place suffix; empty if it calls no function."""
     return _name(node.target) if node.op == "call_function" else ""
 
 
@@ -26,13 +26,12 @@ def _name(target: Any) -> str:
 
 @dataclass(frozen=True)
 class ProductOperands:
-    """The positions of a product's operands among the arguments of a call.
+    """The positions of a product's operands among a call's arguments.
 
     Attributes:
-        data, weight: positions of the value and of the matrix; in reverse order if the matrix comes first.
-        out_first: whether the first of the matrix's last two axes, rather than the last, counts the rows of the map.
-        bias: position of the addend that has one number for each row of the map; None if the call adds nothing of this
-            kind.
+        data, weight: positions of the value and of the matrix; ``weight`` is the smaller if the matrix comes first.
+        out_first: whether the map's rows are along the first of the matrix's last two axes instead of the last.
+        bias: position of the addend that has one entry for each row of the map; None if the call has no such addend.
     """
 
     data: int
@@ -46,7 +45,7 @@ class ProductOperands:
         return self.weight < self.data
 
     def given(self, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-        """Return the value and the matrix of a call, or None if one of them is not a node."""
+        """Return a call's value and matrix, or None if one of them is not a node."""
         if len(node.args) <= max(self.data, self.weight):
             return None
         data, weight = node.args[self.data], node.args[self.weight]
@@ -67,18 +66,18 @@ _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution", "conv_tr
 
 
 def products(node: fx.Node) -> tuple[ProductOperands, ...]:
-    """Return the ways in which a call may be the product of a value with a matrix, most likely first.
+    """Return the ways in which a call may be the product of a value and a matrix, most likely first.
 
-    The result is empty if the call is no product.
+    The result is empty if the call is not a product.
     """
     return _GROUPED if is_grouped(node) else _PRODUCTS.get(op_name(node), ())
 
 
 def is_grouped(node: fx.Node) -> bool:
-    """Return whether a call multiplies groups of rows, each by a matrix of its own."""
+    """Return whether a call multiplies groups of rows, each by its own matrix."""
     return "grouped_mm" in op_name(node)
 
 
 def is_convolution(node: fx.Node) -> bool:
-    """Return whether a call is a convolution of its first argument, with the second one as the kernel."""
+    """Return whether a call is a convolution of its first argument with the second as the kernel."""
     return op_name(node) in _CONVOLUTIONS

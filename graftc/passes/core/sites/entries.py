@@ -1,4 +1,4 @@
-"""Entries of stored tensors that an adaptation may choose from, and selections of an exact number of them."""
+"""Entries of stored tensors among which an adaptation may choose, and selections of an exact number of entries."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from graftc.passes.core.weights.weight_slice import WeightSlice, index_type
 
 
 def slices_of(site: Site, store: Store | Mapping[str, Tensor], *, biases: bool = True) -> tuple[WeightSlice, ...]:
-    """Return the tensors of a site, each as the slice that belongs to the site.
+    """Return the slices of stored tensors that belong to a site.
 
     Args:
         site: a map, a norm or a parameter.
-        store: the tensors by their Store names.
-        biases: whether to include the bias of a map.
+        store: the tensors by Store name.
+        biases: whether to include a map's bias.
     """
     if isinstance(site, LinearSite):
         return site.slices if biases else (site.own,)
@@ -33,15 +33,15 @@ def slices_of(site: Site, store: Store | Mapping[str, Tensor], *, biases: bool =
 
 
 def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
-    """Return the indices of the ``count`` largest of all scores, for each group in ascending order.
+    """Return the indices of the ``count`` largest scores overall, in ascending order for each group.
 
-    Exactly that many are returned: among equal scores the first ones are taken. At most one group, and ``count``
-    values, are in memory at a time.
+    Exactly ``count`` indices are returned: among equal scores, the first ones are selected. At most one group and
+    ``count`` values are in memory at a time.
 
     Args:
-        scores: for each group, a function that computes its scores, along one axis. It is called more than once; NaN is
-            smaller than anything.
-        count: the number of scores to select, at most as many as there are.
+        scores: for each group, a function that computes its scores. It is called more than once; NaN counts as smaller
+            than any other value.
+        count: the number of scores to select, at most the total number of scores.
     """
     if scores and isinstance(scores[0](), FakeTensor):
         return _as_many(scores, count)
@@ -66,9 +66,9 @@ def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
 
 
 def _as_many(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
-    """Return indices for scores that have no values, as many of each group as possible.
+    """Return indices for fake scores, taking as many as possible from each group in turn.
 
-    Computing them has the cost of ordering real scores.
+    The operators are those that would sort real scores, so that the cost is the same.
     """
     chosen: list[Tensor] = []
     for make in scores:
@@ -88,8 +88,8 @@ def shares(count: int, sizes: Sequence[int], *, exact: bool = True) -> list[int]
     Args:
         count: the number to divide, at most the sum of the sizes.
         sizes: sizes of the groups.
-        exact: whether the remainder of rounding down goes to the groups that lost most, so that all of ``count`` is
-            divided.
+        exact: whether the remainder left by rounding down goes to the groups that lost most, so that the shares add up
+            to ``count``.
     """
     total = sum(sizes)
     portions = [count * size // total for size in sizes]
@@ -100,5 +100,5 @@ def shares(count: int, sizes: Sequence[int], *, exact: bool = True) -> list[int]
 
 
 def drawn(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` of the numbers below ``size``, each at most once."""
+    """Draw ``count`` distinct numbers below ``size``."""
     return torch.randperm(size, generator=generator, dtype=index_type(size))[:count].long()

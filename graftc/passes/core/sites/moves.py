@@ -1,9 +1,9 @@
-"""Operators that only move entries: one table of them, and one way to run them on numbers that represent the entries.
+"""A table of the operators that only move entries, and a way to run them on numbers that represent the entries.
 
-The origin of a value's entries is needed in several places: to find the columns of a projection that belong to a head,
-the rows of a stored weight that a product reads, or the operand of a product of scores that contains the keys. In each
-case the entries are numbered and the same operators run on the numbers. Callers decide what is numbered, what is known
-about the other operands, and which groups of operators may occur.
+The origin of a value's entries is needed for several purposes: to find the columns of a projection that belong to a
+head, the rows of a stored weight that a product reads, or the operand of a product of scores that contains the keys. In
+each case, the entries are numbered and the same operators run on the numbers. Callers decide which entries to number,
+what is known about the other operands, and which groups of operators may occur.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from graftc.passes.core.sites.calls import op_name
 aten = torch.ops.aten
 
 HOLE = -1
-"""Stands for an entry that nothing is known of, or that padding adds."""
+"""The number of an entry of unknown origin, or of one that padding adds."""
 
 
 class Move(Enum):
     """The effect of an operator on the entries of its first operand."""
 
     COPY = auto()
-    """Leaves them where they are."""
+    """Leaves the entries in place."""
     CAST = auto()
-    """Leaves them where they are, perhaps in another type."""
+    """Leaves the entries in place, possibly with another dtype."""
     RESHAPE = auto()
-    """Gives them another shape, in the same order."""
+    """Changes the shape, but not the order of the entries."""
     BROADCAST = auto()
-    """Repeats them along new axes or axes of size 1, in place."""
+    """Repeats the entries along new axes or axes of size 1, without copying."""
     PERMUTE = auto()
     """Changes the order of axes."""
     REORDER = auto()
-    """Changes the order of entries, each of which occurs once in the result."""
+    """Changes the order of the entries, each of which occurs once in the result."""
     CUT = auto()
-    """Takes a part, which the arguments tell."""
+    """Selects a part, which the arguments determine."""
     SPLIT = auto()
-    """Gives several parts, as a list."""
+    """Returns a list of several parts."""
     ITEM = auto()
-    """Takes one of several results."""
+    """Selects one of several results."""
     REPEAT = auto()
-    """Repeats them in new memory, or in windows that overlap."""
+    """Repeats the entries in new memory, or in overlapping windows."""
     JOIN = auto()
-    """Puts several operands beside each other; the first operand is the list of them."""
+    """Joins several operands; the first argument is the list of them."""
     FILL = auto()
-    """Copies them, with a part replaced by the second operand."""
+    """Copies the entries, with a part replaced by the second operand."""
     PAD = auto()
-    """Surrounds them with others."""
+    """Surrounds the entries with padding."""
     PICK = auto()
-    """Takes whole lines along axes, which another operand numbers."""
+    """Selects whole slices along axes, by the indices in another operand."""
     GATHER = auto()
-    """Takes single entries, which another operand tells."""
+    """Selects single entries, which another operand determines."""
 
 
 _NAMES: Mapping[Move, str] = {
@@ -80,17 +80,18 @@ _NAMES: Mapping[Move, str] = {
 }
 
 MOVES: Mapping[str, Move] = {name: move for move, names in _NAMES.items() for name in names.split()}
-"""Every such operator by its name (`op_name`)."""
+"""The groups of all such operators, by name (`op_name`)."""
 
 _COPIED: Mapping[str, Callable[..., Any]] = {
     "view": aten.reshape.default,
     "_unsafe_view": aten.reshape.default,
     "view_as": aten.reshape_as.default,
 }
-"""Numbers are mostly broadcast views, which cost no memory: they may have to be copied where the real tensor is not."""
+"""Replacements for operators that require views: numbers are mostly broadcast, so they may need a copy where the real
+tensor does not."""
 
 BREAKS = (RuntimeError, IndexError, TypeError, ValueError)
-"""What `moved` raises where the operator does not run on these numbers."""
+"""Exceptions that `moved` raises if the operator cannot run on the numbers."""
 
 
 def names_of(*moves: Move) -> frozenset[str]:
@@ -99,7 +100,7 @@ def names_of(*moves: Move) -> frozenset[str]:
 
 
 def move_of(node: fx.Node) -> Move | None:
-    """Return the group of the operator that a node calls, or None if it calls none or does more than move entries."""
+    """Return the group of the operator that a node calls; None if it calls none, or one that does not only move."""
     return MOVES.get(op_name(node))
 
 
@@ -108,14 +109,15 @@ def moved(node: fx.Node, operand: Callable[[Any], Any]) -> Any:
 
     Args:
         node: a call of an operator in `MOVES`.
-        operand: a function that returns, for a node (or symbolic size) among the arguments, the numbers that represent
-            its entries: a tensor of its shape, ``int64`` or complex, or a list of those; for a size, the size as a
-            number; None if nothing is known about it. It is called only for what the operator reads: for a copy, only
+        operand: a function that returns the numbers that represent the entries of a node among the arguments: a tensor
+            of the node's shape, ``int64`` or complex, or a list of such tensors. For a symbolic size it returns the
+            size; if nothing is known, None. It is called only for operands that the operator reads: for a copy, only
             for the first argument.
 
     Returns:
-        A tensor of the node's shape, or a list of them, with `HOLE` in place of padding; it may share memory with the
-        operands'. None if the operator is not in the table, or if nothing is known about an operand that it reads.
+        A tensor of the node's shape, or a list of tensors, with `HOLE` in place of padding; the result may share memory
+        with the operands' numbers. None if the operator is not in the table, or if nothing is known about an operand
+        that it reads.
 
     Raises:
         RuntimeError, IndexError, TypeError, ValueError: raised by the operator itself if sizes do not fit (`BREAKS`).
@@ -156,14 +158,14 @@ def moved_along(
     """Return the numbers at the end of a chain of calls.
 
     Args:
-        steps: the calls, each with the one of its operands that the numbers so far represent.
+        steps: the calls, each preceded by the operand that the current numbers represent.
         numbers: the numbers at the beginning.
-        size: a function that returns the value of anything else that a call reads, as a number; None if it is not one.
-            By default nothing else may be read.
-        passing: names of other operators that leave entries where they are.
+        size: a function that returns the size that any other operand of a call stands for; None if it is not a size. By
+            default, calls may not read anything else.
+        passing: names of other operators that leave entries in place.
 
     Returns:
-        The numbers; None if a call is not in the table, reads anything else, or does not run.
+        The numbers; None if a call is not in the table, reads anything else, or cannot run.
     """
     current: Any = numbers
     for source, node in steps:

@@ -1,4 +1,4 @@
-"""The recognition of calls that use a stored weight as a linear map."""
+"""Recognises calls that use a stored weight as a linear map."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from graftc.passes.core.weights.weight_slice import Layout
 
 
 def linear_use(node: fx.Node) -> Use | None:
-    """Return how ``node`` uses a stored weight.
+    """Return the use of a stored weight by ``node``.
 
-    Returns None if it is not a linear map, or if its weight is computed by more than views of a stored tensor.
+    Returns None if ``node`` is not a linear map, or if its weight is not just a view of a stored tensor.
     """
     if node.op != "call_function":
         return None
@@ -31,16 +31,16 @@ def linear_use(node: fx.Node) -> Use | None:
 
 
 def _product(node: fx.Node, operands: ProductOperands) -> Use | None:
-    """Return the use for a product of a value with a matrix, or with one matrix per expert, else None."""
+    """Return the use for a product of a value and a matrix, or one matrix per expert; None if it is not a use."""
     given = operands.given(node)
     if given is None:
         return None
     data, operand = given
     view = view_of(operand)
     if view is None or (view_of(data) is not None and op_name(node) != "linear"):
-        return None  # of two stored tensors, neither is the weight unless the operator determines it
+        return None  # with two stored tensors, neither is the weight unless the operator determines which one is
     at = operands.data, operands.weight
-    if view.source.meta["val"].dim() == 3:  # the operand may only pick experts and swap the matrix axes
+    if view.source.meta["val"].dim() == 3:  # the view may only pick experts and swap the matrix axes
         stack = None if operands.flipped else view.matrices(out_first=operands.out_first)
         return None if stack is None else Experts(node, stack, None, *at, output=node, view=view)
     bias = node.args[operands.bias] if operands.bias is not None and len(node.args) > operands.bias else None
@@ -62,7 +62,7 @@ def _product(node: fx.Node, operands: ProductOperands) -> Use | None:
 
 
 def _of_tensors_alone(node: fx.Node) -> bool:
-    """Return whether a value is computed from stored tensors and numbers alone, without random numbers."""
+    """Return whether a value is computed only from stored tensors and constants, without random numbers."""
     return all(each.op in ("get_attr", "call_function") and not is_random(each) for each in above([node]))
 
 

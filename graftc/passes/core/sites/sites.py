@@ -44,13 +44,13 @@ def _dtype(node: fx.Node) -> torch.dtype:
 
 @dataclass(eq=False)
 class Site:
-    """A place in one Program.
+    """A place in one Program that a method can adapt.
 
     Attributes:
-        key: the place's key, the same in every Program.
+        key: the site's key, the same in every Program.
         roles: its roles in the architecture, most specific first; empty if only its name is known.
         layer: index of its layer; None outside the layers.
-        stack: path of the layer list that it belongs to.
+        stack: path of the layer list to which it belongs.
     """
 
     key: SiteKey
@@ -61,27 +61,27 @@ class Site:
 
     @property
     def is_head(self) -> bool:
-        """Whether it produces the outputs."""
+        """Whether the site is a head, which produces the outputs."""
         return any(parse_role(role).name == "head" for role in self.roles)
 
     @property
     def scope(self) -> str:
-        """The name part that separates its tensors from those of other sites of its module; empty if not needed."""
+        """The name part that distinguishes its tensors from those of other sites in its module; empty if not needed."""
         return ""
 
 
 def unsupported(site: Site, reason: str, hint: str | None = "leave it out with exclude") -> GraftError:
-    """Return the error (GC017) for a site that does not support an adaptation; the reason follows its name."""
+    """Return the error (GC017) for a site that does not support an adaptation; the reason follows the site's name."""
     return GraftError("GC017", f"{site.key} {reason}", hint=hint)
 
 
 @dataclass(frozen=True)
 class Applied:
-    """The insertion of one adaptation at a place.
+    """The insertion of one adaptation at a site.
 
     Attributes:
         adaptation: the adaptation's name.
-        fold: a function that returns its fold there, given its tensors by part.
+        fold: a function that returns the adaptation's fold at the site, given its tensors by part.
         parts: the Store names of these tensors, by part.
     """
 
@@ -99,7 +99,7 @@ class LinearSite(Site):
     Attributes:
         use: the map in this Program.
         own: the site's own rows of the stored weight.
-        applied: the adaptations inserted here so far, in order.
+        applied: the adaptations inserted at the site so far, in order.
     """
 
     use: Use = field(kw_only=True)
@@ -108,9 +108,9 @@ class LinearSite(Site):
 
     @property
     def scope(self) -> str:
-        """The name of the weight; empty if that is ``weight``.
+        """The name of the weight; empty if it is ``weight``.
 
-        A module may have several weights: experts, `nn.MultiheadAttention`.
+        A module may have several weights, such as experts or `nn.MultiheadAttention`.
         """
         return "" if self.key.name == "weight" else self.key.name
 
@@ -121,12 +121,12 @@ class LinearSite(Site):
 
     @property
     def slices(self) -> tuple[WeightSlice, ...]:
-        """The slices of stored tensors that belong to the site: of the weight, and of the bias if there is one."""
+        """The slices of stored tensors that belong to the site: the weight's and, if there is a bias, the bias's."""
         return (self.own,) if self.own_bias is None else (self.own, self.own_bias)
 
     @property
     def columns(self) -> WeightSlice:
-        """The site's own rows among those of the use, which are its own columns of the output."""
+        """The site's own rows among those of the use; they correspond to its own columns of the output."""
         return self.own.within(self.use.weight)
 
     @property
@@ -136,23 +136,23 @@ class LinearSite(Site):
 
     @property
     def in_features(self) -> int:
-        """The width of the input; for a convolution the entries of a patch, for a table its number of entries."""
+        """The input's width; for a convolution, the number of entries in a patch; for a table, its number of rows."""
         return self.use.in_features
 
     @property
     def out_features(self) -> int:
-        """The number of the site's own output rows."""
+        """The number of the site's own rows, which is the width of its output."""
         return self.own.count
 
     @property
     def dtype(self) -> torch.dtype:
-        """The element type of the result."""
+        """The dtype of the result."""
         return _dtype(self.use.node)
 
 
 @dataclass(eq=False)
 class ExpertsSite(LinearSite):
-    """The matrices of all experts, ``[experts, out, in]``: one linear map for each, along a leading axis."""
+    """The matrices of all experts, ``[experts, out, in]``: one linear map per expert, along a leading axis."""
 
     @property
     def experts(self) -> int:
@@ -162,16 +162,16 @@ class ExpertsSite(LinearSite):
 
 @dataclass(eq=False)
 class EmbeddingSite(LinearSite):
-    """A table of embeddings, as the linear map of one-hot vectors: ``in`` counts its entries, ``out`` is its width."""
+    """An embedding table, as a linear map of one-hot vectors: ``in`` is its number of rows, ``out`` its width."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """A call that reads the positions of tokens as whole numbers.
+    """A call that reads the positions of tokens as integers.
 
     Attributes:
         reader: the call.
-        index: the index of the argument that contains them; in a look-up, the table is argument 0.
+        index: the index of the argument that contains the positions; if not 0, argument 0 is the table of a look-up.
     """
 
     reader: fx.Node
@@ -187,18 +187,18 @@ class Positions:
 
     @property
     def table(self) -> fx.Node | None:
-        """The table that they are looked up in; None if the call computes with them instead."""
+        """The table in which positions are looked up; None if the call computes with them instead."""
         table = self.reader.args[0] if self.index else None
         return table if isinstance(table, fx.Node) else None
 
     @property
     def rows(self) -> int | None:
-        """The number of positions in the table if that is a stored tensor, else None."""
+        """The number of positions in the table if it is a stored tensor, otherwise None."""
         return None if self.table is None or self.table.op != "get_attr" else self.size
 
     @property
     def size(self) -> int | None:
-        """The number of positions in the table, stored or not; None without a table."""
+        """The number of positions in the table, whether it is stored or computed; None without a table."""
         if self.table is None:
             return None
         axis: Any = self.reader.args[1] if self.index > 1 else 0
@@ -210,9 +210,9 @@ class AttentionOperands:
     """The operands of an attention.
 
     Attributes:
-        query: the queries, as the call or the product of scores reads them.
+        query: the queries, as read by the fused call or by the product that computes scores.
         keys, values: ``[rows, heads, keys, width]``: the keys and values as a fused call reads them; if the attention
-            is written out, the nearest values above the products that have this layout.
+            is not fused, the nearest nodes above the products that have this layout.
     """
 
     query: fx.Node
@@ -227,10 +227,10 @@ class AttentionSite(Site):
     Attributes:
         node: the call that computes the heads, before the output projection.
         keys, values: ``int64[heads, width]``: the columns of the projected keys and values that belong to each head,
-            numbered from 0; heads that share keys list the same ones. None if they cannot be traced.
-        operands: the values that contain these columns; None if `keys` is.
-        positions: the origins of the positions of its input; in later layers those of other streams as well.
-        read: the value that its sublayer reads and that queries are computed from; None if it is in no sublayer.
+            numbered from 0; heads that share keys list the same columns. None if they cannot be traced.
+        operands: the values that contain these columns; None if `keys` is None.
+        positions: the calls from which its input's positions originate; in later layers also those of other streams.
+        read: the value that its sublayer reads and from which queries are computed; None if it is not in a sublayer.
     """
 
     node: fx.Node = field(kw_only=True)
@@ -242,12 +242,12 @@ class AttentionSite(Site):
 
     @property
     def crosses(self) -> bool:
-        """Whether queries and keys are from different streams."""
+        """Whether queries and keys come from different streams."""
         return any("cross" in parse_role(role).prefixes for role in self.roles)
 
     @property
     def scope(self) -> str:
-        """``cross_attn`` if queries and keys are from different streams, else ``attn``."""
+        """``cross_attn`` if queries and keys come from different streams, otherwise ``attn``."""
         return "cross_attn" if self.crosses else "attn"
 
 
@@ -257,7 +257,7 @@ class NormSite(Site):
 
     Attributes:
         node: the call that applies the scale.
-        weight, bias: Store names; bias is None if there is no shift.
+        weight, bias: the Store names of scale and shift; bias is None if there is no shift.
     """
 
     node: fx.Node = field(kw_only=True)
@@ -267,18 +267,18 @@ class NormSite(Site):
 
 @dataclass(eq=False)
 class SublayerSite(Site):
-    """A residual branch with its addition: an attention, a feed-forward, or both side by side.
+    """A residual branch with its addition: an attention, a feed-forward, or both in parallel.
 
     Attributes:
         stream: the residual input.
         normed: the value that the sublayer reads: the output of the norm before it, or the stream itself.
-        inner: the value that the last linear map reads: the heads of an attention, the inner activation of a
-            feed-forward; None if the branch ends in more than one map.
+        inner: the value that the last linear map reads: an attention's heads or a feed-forward's inner activation; None
+            if the branch ends in more than one map.
         projection: the last linear map's result, before dropout.
-        branch: the addend, after dropout, scaling and a norm within the branch.
+        branch: the addend, after dropout, scaling and any norm within the branch.
         sum: the addition.
         post_norm: the norm of the sum, if there is one.
-        output: the value that the next sublayer starts from: `post_norm` or `sum`.
+        output: the value from which the next sublayer starts: `post_norm` or `sum`.
     """
 
     stream: fx.Node = field(kw_only=True)
@@ -292,23 +292,23 @@ class SublayerSite(Site):
 
     @property
     def scope(self) -> str:
-        """``attn``, ``cross_attn``, ``ffn``, or ``attn_ffn`` for both in one."""
+        """``attn``, ``cross_attn``, ``ffn``, or ``attn_ffn`` for a branch with both."""
         names = (parse_role(role) for role in self.roles)
         words = ("_".join((*(p for p in r.prefixes if p == "cross"), r.name.partition(".")[0])) for r in names)
         return "_".join(words)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The element type of the residual stream's branch."""
+        """The dtype of the branch."""
         return _dtype(self.branch)
 
 
 @dataclass(frozen=True)
 class TokenNumbers:
-    """The numbers by which tokens are looked up in a table of embeddings.
+    """The token ids with which an embedding table is indexed.
 
     Attributes:
-        numbers: ``[batch, sequence]``, whole numbers.
+        numbers: the ids, integers of shape ``[batch, sequence]``.
         entries: the number of tokens in the table.
     """
 
@@ -324,7 +324,7 @@ class ValueSite(Site):
 
     Attributes:
         node: the value, ``[batch, sequence, width]`` in most models.
-        tokens: the tokens that its stack of layers reads; None if the value is not computed from tokens.
+        tokens: the token ids that its stack of layers reads; None if the value is not computed from tokens.
     """
 
     node: fx.Node = field(kw_only=True)
@@ -337,12 +337,12 @@ class ValueSite(Site):
 
     @property
     def width(self) -> int:
-        """The number of entries for each token."""
+        """The number of entries per token."""
         return int(self.node.meta["val"].shape[-1])
 
     @property
     def dtype(self) -> torch.dtype:
-        """The element type of the value."""
+        """The dtype of the value."""
         return _dtype(self.node)
 
 

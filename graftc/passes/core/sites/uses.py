@@ -1,8 +1,8 @@
-"""Uses: what one call computes from a stored weight, and how another weight with the same inputs is applied there.
+"""Uses: what one call computes from a stored weight, and how to apply another weight with the same inputs there.
 
-Every use is a linear map ``y = W x + b`` over the rows and columns of its *oriented* weight ``[..., out, in]``, for any
-operator that computes it and any way of storing the tensor: a product, a convolution (``in`` counts the entries of a
-patch), one matrix per expert (a leading axis), a look-up in a table (the map of a one-hot vector).
+Every use is a linear map ``y = W x + b`` with an *oriented* weight ``[..., out, in]``, regardless of the operator that
+computes it and of the way in which the tensor is stored: a product, a convolution (``in`` is the number of entries in a
+patch), one matrix per expert (a leading axis), or a look-up in a table (a map of one-hot vectors).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Call = Callable[..., fx.Node]
 """Inserts a call: `Builder.call`."""
 
 _ALIGNMENT = 16
-"""Bytes that a row's length is a multiple of in grouped products."""
+"""In grouped products, the length of a row in bytes must be a multiple of this."""
 
 PROBES = 16
-"""How many random inputs probe a map."""
+"""Number of random inputs with which a map is probed."""
 
 
 @dataclass(eq=False)
@@ -40,10 +40,10 @@ class Use(ABC):
     Attributes:
         node: the base's own call.
         weight: the rows of the stored weight that correspond to the output's columns, in order.
-        bias: the same entries of the bias; None if there is none.
-        input_index: the index of the argument of `node` that is the input.
-        weight_index: the index of the argument of `node` that is the weight, or is computed from it.
-        output: the node that represents the result now, after the edits so far.
+        bias: the same entries of the bias; None if there is no bias.
+        input_index: the index of `node`'s argument that is the input.
+        weight_index: the index of `node`'s argument that is the weight, or is computed from it.
+        output: the node that represents the result after the edits made so far.
     """
 
     node: fx.Node
@@ -54,63 +54,63 @@ class Use(ABC):
     output: fx.Node
 
     axis = -1
-    """Which axis of the output counts its columns."""
+    """The axis along which the output's columns lie."""
 
     @property
     def grouped(self) -> bool:
-        """Whether each column reads a group of inputs only, so that some columns cannot be computed separately."""
+        """Whether each column reads only a group of inputs, so that some columns cannot be computed separately."""
         return False
 
     @property
     def input_axis(self) -> int | None:
-        """The axis of the input that counts the weight's columns; None if those are not entries of the input."""
+        """The axis of the input that corresponds to the weight's columns; None if no axis does."""
         return self.axis
 
     @property
     def scaled_axis(self) -> int | None:
-        """The axis of the input whose scaling scales the weight's columns; None if there is none."""
+        """The axis of the input along which scaling is equivalent to scaling the weight's columns; None if none is."""
         return self.input_axis
 
     @property
     def entries(self) -> int:
-        """The number of entries along `scaled_axis`: columns of the weight, or channels of several columns each."""
+        """The number of entries along `scaled_axis`: the weight's columns, or channels of several columns each."""
         return self.in_features
 
     @property
     def input(self) -> fx.Node:
-        """The value that the map reads now."""
+        """The value that the map currently reads."""
         source = self.node.args[self.input_index]
         assert isinstance(source, fx.Node)
         return source
 
     @property
     def addend(self) -> fx.Node | None:
-        """The value that the call itself adds to its product, in the output's layout, apart from a stored bias."""
+        """The value that the call adds to its product, in the output's layout; None if it adds only a stored bias."""
         return None
 
     @property
     def addend_tensors(self) -> tuple[str, ...]:
-        """The names of the stored tensors that a bias is computed from."""
+        """The names of the stored tensors from which a bias is computed."""
         return ()
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """The sizes of the weight's axes before ``out`` and ``in``: the number of experts, or nothing."""
+        """The sizes of the weight's axes before ``out`` and ``in``: the number of experts, or empty."""
         return self.weight.leading
 
     @property
     def in_features(self) -> int:
-        """The number of columns of the weight."""
+        """The weight's number of columns."""
         return self.weight.in_features
 
     @property
     def out_features(self) -> int:
-        """The number of columns of the output."""
+        """The output's number of columns."""
         return self.weight.count
 
     @abstractmethod
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """Return ``weight: [..., k, in]`` applied to ``x`` as the use applies its own: ``[..., k]``, columns last."""
+        """Return ``weight: [..., k, in]`` applied to ``x`` like the use's own weight: ``[..., k]``, columns last."""
 
     def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
         """Return ``scale * (b a) x`` for ``a: [..., rank, in]`` and ``b: [..., k, rank]``, as ``[..., k]``."""
@@ -121,7 +121,7 @@ class Use(ABC):
         return call(aten.linear.default, hidden, b, part="up")
 
     def per_row(self, call: Call, x: fx.Node, value: fx.Node) -> fx.Node:
-        """Return ``value: [..., rows]``, one per row of the weight, as it broadcasts to the output, ``[..., rows]``."""
+        """Return ``value: [..., rows]``, one entry per row of the weight, so that it broadcasts to ``[..., rows]``."""
         return value
 
     def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
@@ -134,20 +134,20 @@ class Use(ABC):
 
     @abstractmethod
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """Return random values, float64 unless they are indices, for everything that the call reads from the data."""
+        """Return random values, float64 except for indices, for everything that the call reads from the data."""
 
     def _random_input(self, generator: torch.Generator, *sizes: int) -> dict[fx.Node, Tensor]:
-        """Return a random input whose last axes have the given sizes, and all before them a size of 1."""
+        """Return a random input whose last axes have the given sizes and whose other axes have size 1."""
         leading = (1,) * (self.input.meta["val"].dim() - len(sizes))
         return {self.input: torch.randn(*leading, *sizes, generator=generator, dtype=torch.float64)}
 
 
 class Dense(Use):
-    """A product with a matrix; a bias that the model computes from several tensors is an addend."""
+    """A product with a matrix; a bias that the model computes from stored tensors counts as an addend."""
 
     @property
     def addend(self) -> fx.Node | None:
-        """The bias of a linear call if it is not a stored tensor, else None."""
+        """The bias of a linear call if it is not a stored tensor, otherwise None."""
         if self.bias is not None or self.node.target is not aten.linear.default or len(self.node.args) < 3:
             return None
         bias = self.node.args[2]
@@ -155,26 +155,26 @@ class Dense(Use):
 
     @property
     def addend_tensors(self) -> tuple[str, ...]:
-        """The names of the stored tensors that the addend is computed from."""
+        """The names of the stored tensors from which the addend is computed."""
         nodes = above([self.addend]) if self.addend is not None else []
         return tuple(str(node.target) for node in nodes if node.op == "get_attr")
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """Return the linear map of ``x`` with the weight."""
+        """Return the linear map with this weight, applied to ``x``."""
         return call(aten.linear.default, x, weight, part=part)
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """Return `PROBES` random rows for the input."""
+        """Return an input of `PROBES` random rows."""
         return self._random_input(generator, PROBES, self.in_features)
 
 
 class LeftProduct(Use):
-    """A product with a matrix that comes before its input: the map's output columns are the rows of the result."""
+    """A product in which the matrix precedes the input: the map's output columns are the rows of the result."""
 
     axis = -2
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """Return the linear map of the columns of ``x``, made contiguous: torch selects other products otherwise."""
+        """Return the linear map of ``x``'s columns, made contiguous because torch otherwise selects other kernels."""
         rows = call(aten.contiguous.default, self.columns_last(call, x), part=part)
         return call(aten.linear.default, rows, weight, part=part)
 
@@ -187,18 +187,18 @@ class LeftProduct(Use):
         return call(aten.transpose.int, value, -1, -2, part="columns home")
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """Return `PROBES` random columns for the input."""
+        """Return an input of `PROBES` random columns."""
         return self._random_input(generator, self.in_features, PROBES)
 
 
 class Convolution(Use):
-    """A convolution: the linear map of a patch, at every place."""
+    """A convolution: a linear map applied to the patch at every position."""
 
     axis = 1
 
     @property
     def input_axis(self) -> int | None:
-        """The channel axis if a patch is one point and there are no groups: a column is then a channel; else None."""
+        """The channel axis for an ungrouped kernel of size 1, whose columns are channels; otherwise None."""
         return 1 if self.groups == 1 and math.prod(self._kernel[1:]) == 1 else None
 
     @property
@@ -213,26 +213,26 @@ class Convolution(Use):
 
     @property
     def groups(self) -> int:
-        """The number of groups of channels, which are convolved separately."""
+        """The number of channel groups, which are convolved separately."""
         return int(self._setting(6, 1))
 
     @property
     def grouped(self) -> bool:
-        """Whether there is more than one group of channels."""
+        """Whether there is more than one channel group."""
         return self.groups > 1
 
     @property
     def _kernel(self) -> tuple[int, ...]:
-        """The number of channels in a group, and the sizes of the kernel."""
+        """The number of input channels in a group, and the kernel's sizes."""
         return self.weight.shape[1:]
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """Return the convolution of ``x`` with the weight as its kernel, channels last."""
+        """Return the convolution of ``x`` with the weight as the kernel, channels last."""
         kernel = self.weight.restore(call, weight, part)
         return self.columns_last(call, call(self.node.target, x, kernel, None, *self.node.args[3:], part=part))
 
     def low_rank(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
-        """Return the low-rank map of a patch at every place; with groups, the factors are multiplied first."""
+        """Return the low-rank map of the patch at every position; with groups, the factors are multiplied first."""
         if self.groups == 1:
             return super().low_rank(call, x, a, b, scale)
         return self.map(call, x, call(aten.matmul.default, _scaled(call, b, scale), a, part="product"), "up")
@@ -240,7 +240,7 @@ class Convolution(Use):
     def across(self, call: Call, x: fx.Node, a: fx.Node, b: fx.Node, scale: float) -> fx.Node:
         """Return a low-rank map whose first factor spans all groups, as ``[..., rows]``.
 
-        ``a: [rank, all channels and their points]`` has no groups; each group of rows of ``b: [rows, rank / groups]``
+        ``a: [rank, channels * kernel positions]`` has no groups; each group of rows of ``b: [rows, rank / groups]``
         reads its share of the ranks.
         """
         target: Any = self.node.target
@@ -254,12 +254,12 @@ class Convolution(Use):
 
     def widen(self, call: Call, hidden: fx.Node, b: fx.Node) -> fx.Node:
         """Return ``b`` applied to the hidden values, made contiguous."""
-        # Otherwise torch multiplies by a factor that requires a gradient in a different way from one that does not,
-        # and equal factors would not cancel to the bit.
+        # Otherwise torch uses different kernels for factors that require gradients and for those that do not, and equal
+        # factors would not cancel exactly.
         return super().widen(call, call(aten.contiguous.default, hidden, part="contiguous"), b)
 
     def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
-        """Return a value with its channels moved last."""
+        """Return a value with its channels moved to the last axis."""
         return call(aten.movedim.int, value, 1, -1, part="channels last")
 
     def columns_home(self, call: Call, value: fx.Node) -> fx.Node:
@@ -267,7 +267,7 @@ class Convolution(Use):
         return call(aten.movedim.int, value, -1, 1, part="channels first")
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """Return two random inputs that are three strides longer than the kernel along each axis."""
+        """Return a random batch of two whose sizes exceed the kernel's by three strides along each axis."""
         dims = len(self._kernel) - 1
         stride, dilation = (_spread(self._setting(i, 1), dims) for i in (3, 5))
         sizes = [d * (k - 1) + 1 + 3 * s for k, s, d in zip(self._kernel[1:], stride, dilation, strict=True)]
@@ -282,7 +282,7 @@ class Experts(Use):
     """A product with one matrix per expert.
 
     Attributes:
-        view: the view that makes the operand from the stored tensor: the picked experts and the order of axes.
+        view: the view from the stored tensor to the operand: the picked experts and the order of axes.
     """
 
     view: View | None = None
@@ -301,7 +301,7 @@ class Experts(Use):
         return super().low_rank(call, x, self._aligned(call, a, -2, "down"), self._aligned(call, b, -1, "up"), scale)
 
     def _aligned(self, call: Call, value: fx.Node, axis: int, part: str) -> fx.Node:
-        """Return a value with zeros after an axis, as long as the kernel requires (rows of 16 bytes)."""
+        """Return a value padded with zeros along an axis to the alignment that the kernel requires (16-byte rows)."""
         tensor = value.meta["val"]
         unit = _ALIGNMENT // tensor.element_size() if self.node.target is GROUPED_MM else 1
         missing = -tensor.shape[axis] % unit
@@ -328,10 +328,10 @@ class Experts(Use):
         return added if isinstance(added, fx.Node) else None
 
     def per_row(self, call: Call, x: fx.Node, value: fx.Node) -> fx.Node:
-        """Return the values of each output row's expert, as they broadcast to the output.
+        """Return the values for each output row's expert, so that they broadcast to the output.
 
-        Only the call has the assignment of output rows to experts, so it multiplies the values by ones. There is more
-        than one of them, since kernels require rows of 16 bytes.
+        Only the call knows the assignment of output rows to experts, so the values are obtained by applying it to ones.
+        Their rows are wider than 1, because kernels require 16-byte rows.
         """
         dtype = x.meta["val"].dtype
         if value.meta["val"].dtype != dtype:
@@ -345,7 +345,7 @@ class Experts(Use):
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
         """Return random values for the input and for the choice of experts.
 
-        Rows are divided evenly among the experts if the call counts them.
+        If the call reads the rows' offsets per expert, rows are divided evenly among the experts.
         """
         sizes = Sizes(lambda symbol: PROBES)
         values: dict[fx.Node, Tensor] = {}
@@ -369,11 +369,11 @@ class Experts(Use):
 
 
 class Lookup(Use):
-    """A look-up of rows in a table: the map of a one-hot vector, whose columns are the table's rows."""
+    """A look-up of rows in a table: a map of one-hot vectors whose weight's columns are the table's rows."""
 
     @property
     def input_axis(self) -> int | None:
-        """None, since the columns are not entries of the input."""
+        """None, since the weight's columns are not entries of the input."""
         return None
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
@@ -382,7 +382,7 @@ class Lookup(Use):
         return call(aten.embedding.default, table, x, *self.node.args[2:3], part=part)
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """Return the indices of the table in random order, at most 4096 of them if the table is large."""
+        """Return the table's indices in random order, at most 4096 of them if the table is large."""
         shape = (1,) * (self.input.meta["val"].dim() - 1)
         count = self.in_features if self.in_features * self.out_features <= 2**26 else 2**12
         return {self.input: torch.randperm(self.in_features, generator=generator)[:count].reshape(*shape, -1)}

@@ -1,4 +1,4 @@
-"""Views: operands that are made from one stored tensor by operators that only move its entries."""
+"""Views: operands computed from one stored tensor by operators that only move its entries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 _IN_PLACE = names_of(Move.COPY, Move.CAST)
 _PICKING = names_of(Move.PICK)
 _MOVING = _IN_PLACE | _PICKING | names_of(Move.RESHAPE, Move.PERMUTE, Move.CUT, Move.SPLIT, Move.ITEM)
-"""Without what repeats entries: a value made of rows that stand for many is data, not the weight of a map."""
+"""Operators that may occur in a view. Those that repeat entries may not: a value with repeated rows is data, not the
+weight of a map."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class View:
     """A chain of operators from a stored tensor to an operand.
 
     Attributes:
-        chain: nodes from the ``get_attr`` of the stored tensor to the operand. Each is the first argument of the next;
-            that of the second may have been replaced since, by a copy that trains.
+        chain: the nodes from the stored tensor's ``get_attr`` to the operand. Each was the first argument of the next
+            one; the second node may now read a trained copy instead.
     """
 
     chain: tuple[fx.Node, ...]
@@ -40,7 +41,7 @@ class View:
         return self.chain[0]
 
     def slice(self, layout: Layout, rows: Runs | None = None) -> WeightSlice:
-        """Return a slice with rows of the stored tensor."""
+        """Return the slice with these rows of the stored tensor."""
         return WeightSlice(str(self.source.target), self._shape, layout, rows)
 
     @property
@@ -49,11 +50,11 @@ class View:
 
     @property
     def others(self) -> tuple[fx.Node, ...]:
-        """The nodes that the chain reads besides the stored tensor: the numbers of picked experts."""
+        """The nodes that the chain reads besides the stored tensor: the indices of picked experts."""
         return tuple(n for node in self.chain[1:] for n in nodes_in((node.args[1:], node.kwargs)))
 
     def is_whole(self) -> bool:
-        """Return whether the operand is the stored tensor, with its shape and order."""
+        """Return whether the operand has the entries of the stored tensor in the same shape and order."""
         if len(self.chain) == 1:
             return True
         numbers = torch.arange(math.prod(self._shape)).reshape(self._shape)
@@ -61,10 +62,9 @@ class View:
         return moved is not None and torch.equal(moved, numbers)
 
     def matrix(self, out_axis: int) -> WeightSlice | None:
-        """Return the rows of a stored matrix that ``out_axis`` of the operand counts.
+        """Return the rows of a stored matrix that lie along the operand's axis ``out_axis``.
 
-        Returns None if the stored tensor is not a matrix, if the rows are permuted, or if some columns are missing or
-        permuted.
+        Returns None if the stored tensor is not a matrix, if rows are permuted, or if columns are missing or permuted.
         """
         if len(self._shape) != 2:
             return None
@@ -102,10 +102,10 @@ class View:
         return self.slice(Layout.PLAIN, runs_of(entries))
 
     def matrices(self, *, out_first: bool) -> WeightSlice | None:
-        """Return all matrices of a stored tensor with one matrix per expert.
+        """Return the slice of all matrices in a stored tensor with one matrix per expert.
 
-        The first or the second of the operand's last two axes counts their rows. Returns None if the chain does more
-        than swap these two axes and pick experts.
+        Their rows lie along the first of the operand's last two axes with ``out_first``, otherwise along the second.
+        Returns None if the chain does more than swap these two axes and pick experts.
         """
         swapped = False
         for before, node in pairwise(self.chain):
@@ -119,7 +119,7 @@ class View:
         return self.slice(Layout.ROWS if out_first != swapped else Layout.COLUMNS)
 
     def replay(self, call: Callable[..., fx.Node], stored: fx.Node) -> fx.Node:
-        """Apply the same operators to another tensor, which has the stored one's leading axis."""
+        """Apply the same operators to another tensor that has the stored tensor's leading axis."""
         operand = stored
         for node in self.chain[1:]:
             operand = call(node.target, operand, *node.args[1:], **node.kwargs)
@@ -130,7 +130,7 @@ class View:
 
 
 def view_of(node: Any) -> View | None:
-    """Return the view of a stored tensor that ``node`` is, or None if it is not one."""
+    """Return ``node`` as a view of a stored tensor, or None if it is not one."""
     chain: list[fx.Node] = []
     while isinstance(node, fx.Node):
         chain.insert(0, node)
@@ -145,7 +145,7 @@ def view_of(node: Any) -> View | None:
 
 
 def _is_grid(numbers: Tensor, out_axis: int) -> bool:
-    """Return whether numbers vary along one axis only, judging by the first, middle and last line each way."""
+    """Return whether numbers vary along only one axis, judging by the first, middle and last slice along each axis."""
     for axis in (out_axis, 1 - out_axis):
         size = numbers.shape[axis]
         lines = [numbers.select(axis, at) for at in (0, size // 2, size - 1)]
@@ -155,7 +155,7 @@ def _is_grid(numbers: Tensor, out_axis: int) -> bool:
 
 
 def only_moves(node: fx.Node) -> bool:
-    """Return whether ``node`` is a view of its first argument, or picks from it."""
+    """Return whether ``node`` only moves entries of its first argument, or picks some of them."""
     return node.op == "call_function" and op_name(node) in _MOVING
 
 
@@ -164,7 +164,7 @@ def _swaps_last(node: fx.Node, rank: int) -> bool:
 
 
 def _picks_first(node: fx.Node) -> bool:
-    """Return whether an indexing works on the first axis only."""
+    """Return whether an indexing call selects along the first axis only."""
     where = node.args[1]
     if op_name(node) == "index":
         return isinstance(where, list | tuple) and len(where) == 1 and isinstance(where[0], fx.Node)
