@@ -13,7 +13,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from tests.kit.counting import calls
 
 CONSTANT, TRAINED, ADDED, REPLACED = EditMode
-BOTH, FIXED = "both train", "constants to"
+BOTH, FIXED = "both train", "treats as constant"
 
 
 def rows(first: int, end: int, tensor: str = "layer.weight") -> WeightSlice:
@@ -75,8 +75,8 @@ def test_texts() -> None:
     assert twice is not None and fixed is not None
     assert twice.message == "'b' and 'a' would both train all of layer.weight"
     assert twice.hint == "leave the tensor out of one of them"
-    assert fixed.message == "'b' would train all of layer.weight, whose values are constants to 'a'"
-    assert fixed.hint == "put 'b' before 'a' in the spec, or leave the place out of one of them"
+    assert fixed.message == "'b' would train all of layer.weight, whose values 'a' treats as constant"
+    assert fixed.hint == "put 'b' before 'a' in the spec, or leave the site out of one of them"
 
 
 def test_what_is_reported_of_several() -> None:
@@ -88,7 +88,7 @@ def test_what_is_reported_of_several() -> None:
         edits.check(TensorEdit("n", rows(0, 12), TRAINED))
     with pytest.raises(GraftError, match="'n' and 's' would both train"):
         edits.check(TensorEdit("n", rows(0, 4), TRAINED))
-    with pytest.raises(GraftError, match="constants to 'c'"):
+    with pytest.raises(GraftError, match="'c' treats as constant"):
         edits.check(TensorEdit("n", rows(0, 4), ADDED))
 
 

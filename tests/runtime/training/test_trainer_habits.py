@@ -246,8 +246,8 @@ def test_deepspeed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def hook(*_: Any) -> None: ...
 
     hook.__module__ = "deepspeed.runtime.zero.parameter_offload"
-    with pytest.raises(GraftError, match="GC072: a compiled model does not train with DeepSpeed"):
+    with pytest.raises(GraftError, match="GC072: a compiled model cannot be trained with DeepSpeed"):
         compiled.classifier.register_forward_hook(hook)
     monkeypatch.setitem(AcceleratorState._shared_state, "deepspeed_plugins", {"default": object()})
-    with pytest.raises(GraftError, match="GC072: a compiled model does not train with DeepSpeed"):
+    with pytest.raises(GraftError, match="GC072: a compiled model cannot be trained with DeepSpeed"):
         compiled(input_ids=DATA[0]["input_ids"][None])

@@ -1,4 +1,4 @@
-"""Modules of the Store's tree, which have the class and plain attributes of their source, but compute nothing."""
+"""Modules of the Store's tree: they have the classes and plain attributes of their sources, but compute nothing."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from graftc.passes.core.weights.sharding import is_sharded
 from graftc.specs.errors.diagnostics import GraftError, warn
 
 SOURCE = "_source"
-"""Under which of these the values are that base tensors have in the source model where graphs write to them."""
+"""The name under which the source model's values are stored for base tensors to which graphs write."""
 
 _OF_THE_SOURCE = frozenset(
     {"__doc__", "__dict__", "__weakref__", "__module__", "__annotations__", "extra_repr", STORED_VERSION}
 )
-"""What a container has from its source module's class, though every module has it."""
+"""Attributes common to all modules that a container nevertheless inherits from its source module's class."""
 
 OWN = "_graftc"
-"""The one attribute of a module in the tree that is graftc's own."""
+"""The only attribute of a module in the tree that graftc adds."""
 
 
 _TABLES = (CHILDREN, PARAMETERS, BUFFERS)
-"""Attributes of a module with its children and tensors."""
+"""The attributes of a module that contain its children and tensors."""
 
 _SHOWN = 3
-"""Up to so many names of adaptations that are alike in a module are written out."""
+"""Maximum number of names to print for identical adaptations in a module."""
 
 
 C = TypeVar("C", bound="Container")
@@ -55,8 +55,8 @@ Entry = TypeVar("Entry")
 class Tree(nn.Module):
     """A module whose children and tensors may have any name, including those of methods.
 
-    None of them can be removed, and a child can only be replaced by a module that wraps it: graphs compute what the
-    children of the source do.
+    They cannot be removed, and a child can only be replaced by a module that wraps it, because the graphs perform the
+    computation of the source's children.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -78,7 +78,7 @@ class Tree(nn.Module):
         return module_text(self)
 
     def get_submodule(self, target: str) -> nn.Module:
-        """Return the module at the path ``target``, whose segments may be names of methods."""
+        """Return the module at the path ``target``, whose segments may be method names."""
         module: nn.Module = self
         for segment in target.split(".") if target else ():
             name = printed_kind(module)
@@ -86,12 +86,12 @@ class Tree(nn.Module):
         return module
 
     def get_parameter(self, target: str) -> nn.Parameter:
-        """Return the parameter called ``target``, which may be the name of a method."""
+        """Return the parameter called ``target``, whose name may be that of a method."""
         path, _, name = target.rpartition(".")
         return _entry(parameters_of(self.get_submodule(path)), name, f"there is no parameter {target!r}")
 
     def get_buffer(self, target: str) -> torch.Tensor:
-        """Return the buffer called ``target``, which may be the name of a method."""
+        """Return the buffer called ``target``, whose name may be that of a method."""
         path, _, name = target.rpartition(".")
         return _entry(buffers_of(self.get_submodule(path)), name, f"there is no buffer {target!r}")
 
@@ -104,7 +104,7 @@ def _entry(table: Mapping[str, Entry | None], name: str, message: str) -> Entry:
 
 
 def additions(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the containers of the tensors that adaptations have in a module itself, by adaptation name."""
+    """Return the containers of the tensors that adaptations add to this module itself, by adaptation name."""
     reserved = children_of(module).get(RESERVED)
     return (
         {n: c for n, c in children_of(reserved).items() if c is not None and n != SOURCE}
@@ -114,11 +114,11 @@ def additions(module: nn.Module) -> dict[str, nn.Module]:
 
 
 Notes = Callable[[str, nn.Module], Iterable[tuple[str, str]]]
-"""What to say of a module, for its path and itself: names of adaptations, each with a text."""
+"""A function that returns the notes on a module, given its path and itself: pairs of an adaptation name and a text."""
 
 
 def tensor_notes(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield each adaptation in a module, with the names and sizes of its tensors and its number of trained elements."""
+    """Yield each adaptation in a module with a text: its tensors' names and shapes, and its trainable elements."""
     for name, added in additions(module).items():
         tensors = [
             f"{part} {list(tensor.shape)}" for part, tensor in (*added.named_parameters(), *added.named_buffers())
@@ -128,13 +128,13 @@ def tensor_notes(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def module_text(module: nn.Module, notes: Notes = tensor_notes, path: str = "") -> str:
-    """Return a tree of modules as torch prints it, with what adaptations have in each module.
+    """Return a tree of modules as torch prints it, with notes on the adaptations in each module.
 
-    Identical neighbours in a list are merged, as in torch, and so are adaptations of which a module has the same.
+    Identical neighbours in a list are merged, as in torch, and so are adaptations with the same note on a module.
 
     Args:
         module: root of the tree.
-        notes: function that returns the notes on a module.
+        notes: a function that returns the notes on a module.
         path: path of the root.
     """
     alike: dict[str, list[str]] = {}
@@ -166,67 +166,67 @@ def _named(names: list[str]) -> str:
 
 
 def _wraps(value: Any, child: nn.Module) -> bool:
-    """Return whether a module is a wrapper around a child, as libraries for parallel training create them."""
+    """Return whether a module wraps a child, like the wrappers that libraries for parallel training create."""
     return isinstance(value, nn.Module) and any(module is child for module in value.modules())
 
 
 def require_types(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Check that ``fn`` keeps the element types of the floating-point tensors in a module.
+    """Check that ``fn`` preserves the dtypes of the floating-point tensors in a module.
 
-    Graphs are made for these types, and what is trained is float32 for a reason.
+    Graphs are made for these dtypes, and trained tensors are float32 on purpose.
 
     Raises:
-        GraftError: GC033 if it would change one.
+        GraftError: GC033 if it would change a dtype.
     """
     kinds = {(t.dtype, t.device) for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()}
     for dtype, device in kinds:
         moved = fn(torch.empty(0, dtype=dtype, device=device)).dtype
         if moved != dtype:
-            message = f"tensors of {dtype} would become {moved}, and the graphs were made for them as they are"
-            hint = f"load the base in {moved} and compile that; with dtype: base in the spec, what trains has its type"
+            message = f"tensors of {dtype} would become {moved}, but the graphs were made for their current dtypes"
+            hint = f"load the base in {moved} and compile it; 'dtype: base' in the spec also trains in that dtype"
             raise GraftError("GC033", message, hint=hint)
 
 
 def _fixed(module: nn.Module, name: str) -> GraftError:
-    message = f"{name} of {printed_kind(module)} is a part of the graphs"
-    return GraftError("GC043", message, hint="change it in the source model, and compile that")
+    message = f"{name} of {printed_kind(module)} cannot be replaced or removed: the graphs depend on it"
+    return GraftError("GC043", message, hint="change it in the source model and compile that model")
 
 
 class Node:
-    """The data that graftc keeps at a container.
+    """The data that graftc stores in a container.
 
     Attributes:
         constants: attributes of the source module, with the values that are constants in the graphs.
-        tell: function that makes code which calls hooks when the source's module is called; None if there is none.
+        tell: a function that creates code which calls hooks where the source's module is called; None if there is none.
     """
 
     constants: Mapping[str, Any] = MappingProxyType({})
     tell: Callable[[], None] | None = None
 
     def enter(self, module: nn.Module, *inputs: Any) -> Any:
-        """Call the container, or the wrapper that a library has put around it, from the code of a graph."""
+        """Call the container, or a library's wrapper around it, from a graph's code."""
         return module(*inputs)
 
 
 @dataclass(frozen=True)
 class UnitCall:
-    """A run of graphs within a call of a module that FSDP2 has made a unit, whose hooks gather tensors."""
+    """A run of graphs inside the call of an FSDP2 unit, whose hooks gather tensors."""
 
     run: Callable[[], Any]
 
 
 def _keeping_types(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], convert: Callable[[], Any]) -> Any:
-    """Convert the tensors in a module. Raises GC033 if the type of one would change."""
+    """Convert the tensors in a module; raise GC033 if a dtype would change."""
     require_types(module, fn)
     return convert()
 
 
 @applied_by(_keeping_types)
 class Container(Tree):
-    """A node of the Store's tree: contains tensors and containers, computes nothing.
+    """A node of the Store's tree: it contains tensors and other containers, but computes nothing.
 
-    `like` creates one whose class is also that of a source module, so that ``isinstance``, ``len`` and indexing work as
-    they do there.
+    `like` creates a container whose class also derives from a source module's class, so that ``isinstance``, ``len``
+    and indexing work as in the source model.
     """
 
     _graftc: Node
@@ -237,7 +237,7 @@ class Container(Tree):
 
     @classmethod
     def like(cls, module: nn.Module) -> Self:
-        """Return a container with the class, the mode and the plain attributes of a module, without its tensors."""
+        """Return a container with a module's class, mode and plain attributes, but without its tensors."""
         container: Self = _class_like(cls, _source_class(type(module)))()  # type: ignore[arg-type]
         attributes = plain_attributes(module)
         vars(container).update(attributes)
@@ -249,7 +249,7 @@ class Container(Tree):
         return container
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Skip what source classes do with their subclasses, which does not apply to containers."""
+        """Skip the ``__init_subclass__`` of source classes, which does not apply to containers."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         Tree.__setattr__(self, name, value)
@@ -258,12 +258,12 @@ class Container(Tree):
             constant(self, name)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Run a `UnitCall`; refuse any other call, since the graphs of the whole model compute what a module does.
+        """Run a `UnitCall`; refuse any other call, since the graphs of the whole model perform a module's computation.
 
-        A module that FSDP2 has made a unit is called around the graphs, for its hooks.
+        An FSDP2 unit is called around the graphs, so that its hooks run.
 
         Raises:
-            GraftError: GC043 for any input but a `UnitCall`.
+            GraftError: GC043 for any input other than a `UnitCall`.
         """
         if len(inputs) == 1 and isinstance(inputs[0], UnitCall):
             return inputs[0].run()
@@ -273,11 +273,11 @@ class Container(Tree):
         """Implement `torch.nn.Module.register_parameter`.
 
         Raises:
-            GraftError: GC130 for a sharded parameter of an adaptation, which tensor parallelism would mistake for one
-                of the map.
+            GraftError: GC130 for an adaptation's parameter that is sharded, which tensor parallelism would mistake for
+                one of the map's.
         """
         if param is not None and "." in name and is_sharded(param):
-            message = f"{name} of {type(self).__name__} cannot be sharded by itself"
+            message = f"{name} of {type(self).__name__} cannot be sharded on its own"
             hint = "shard whole layers: fully_shard(block) for each of compiled.blocks.values()"
             raise GraftError("GC130", message, hint=hint)
         nn.Module.register_parameter(self, name, param)
@@ -285,12 +285,10 @@ class Container(Tree):
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
         """Implement `torch.nn.Module.register_buffer`, and warn that no graph reads or writes the buffer (GC076).
 
-        A library that counts what a module does in such a buffer (thop) would count nothing.
+        A library that uses such a buffer to count a module's operations (thop) would count nothing.
         """
         nn.Module.register_buffer(self, name, tensor, persistent)
-        message = (
-            f"{name} of {type(self).__name__} stays as it is: the graphs of the whole model do what it would count"
-        )
+        message = f"{name} of {type(self).__name__} will never be updated: the model's graphs run instead of the module"
         hint = "count operators with torch.utils.flop_counter.FlopCounterMode, or count on the source model"
         warn("GC076", message, hint=hint)
 
@@ -298,25 +296,25 @@ class Container(Tree):
         if any(_library_of(each) == "deepspeed" for each in hook):
             raise deepspeed()
         name = type(self).__name__
-        message = f"a hook on {name} would never be called: the graphs of the whole model compute what it does"
-        raise GraftError("GC043", message, hint="put it on the compiled model, on a whole layer or on the source model")
+        message = f"a hook on {name} would never be called: the model's graphs run instead of the module"
+        raise GraftError("GC043", message, hint="register it on the compiled model, a whole layer or the source model")
 
     def register_forward_hook(self, hook: Any, **options: Any) -> Any:
         """Implement `torch.nn.Module.register_forward_hook`.
 
-        The hook gets the same values as in the source model, and may not change them. A value that the graph does not
-        have in that form raises GC043 when it is accessed.
+        The hook receives the same values as in the source model, but may not change them. Accessing a value that the
+        graph does not compute in that form raises GC043.
         """
         self._tell(hook)
         return nn.Module.register_forward_hook(self, hook, **options)
 
     def register_forward_pre_hook(self, hook: Any, **options: Any) -> Any:
-        """Register a hook that is called before the module, under the conditions of `register_forward_hook`."""
+        """Register a hook that is called before the module, with the restrictions of `register_forward_hook`."""
         self._tell(hook)
         return nn.Module.register_forward_pre_hook(self, hook, **options)
 
     def _tell(self, hook: Any) -> None:
-        """Make code that calls a hook; those of FSDP2 are called around all graphs: see `forward`."""
+        """Regenerate the code so that it calls a hook; FSDP2's hooks are called around all graphs, see `forward`."""
         if of_fsdp(hook):
             return
         if self._graftc.tell is None or _library_of(hook) in _CHANGING:
@@ -333,12 +331,12 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 
 
 def is_silent(module: nn.Module) -> bool:
-    """Return whether a module is a dropout with a probability of zero, which is the same as its eval mode."""
+    """Return whether a module is a dropout with a probability of zero, which is equivalent to eval mode."""
     return isinstance(module, _DROPOUTS) and module.p == 0
 
 
 def drops_nothing(module: nn.Module) -> bool:
-    """Return whether a module is silent, or all dropouts among its own children are.
+    """Return whether a module is silent, or has dropouts as direct children and all of these are.
 
     An attention reads the dropout probability of such a child and never calls it.
     """
@@ -347,7 +345,7 @@ def drops_nothing(module: nn.Module) -> bool:
 
 
 _CHANGING = frozenset({"accelerate", "deepspeed"})
-"""Libraries whose hooks make a module compute something else, as one part of a text each."""
+"""Top-level packages whose hooks change a module's computation."""
 
 
 def _library_of(hook: Any) -> str:
@@ -355,7 +353,7 @@ def _library_of(hook: Any) -> str:
 
 
 def of_fsdp(hook: Any) -> bool:
-    """Return whether a hook is one of FSDP2's, which gathers tensors around a pass and reads no values."""
+    """Return whether a hook is one of FSDP2's, which gather tensors around a pass and read no values."""
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
@@ -368,17 +366,17 @@ for _name, _value in vars(nn.Module).items():
 def deepspeed() -> GraftError:
     """Return the error for a model that was passed to DeepSpeed."""
     hint = "train with DDP or FSDP2, which the Trainer and Accelerate start in the same way"
-    return GraftError("GC072", "a compiled model does not train with DeepSpeed", hint=hint)
+    return GraftError("GC072", "a compiled model cannot be trained with DeepSpeed", hint=hint)
 
 
 def constant(module: nn.Module, name: str) -> None:
-    """Warn that an attribute was set whose value is a constant of the graphs."""
-    message = f"{name} of {type(module).__name__} is a constant of the graphs: setting it changes nothing"
-    warn("GC048", message, hint="set it on the source model and compile that")
+    """Warn that an attribute was set whose value is a constant in the graphs."""
+    message = f"{name} of {type(module).__name__} is a constant in the graphs: setting it has no effect"
+    warn("GC048", message, hint="set it on the source model and compile that model")
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module that are numbers, text and the like, which are constants in graphs."""
+    """Return a module's attributes with plain values (numbers, strings and the like), which are constants in graphs."""
     return {name: value for name, value in vars(module).items() if _is_plain(name, value)}
 
 
@@ -391,13 +389,13 @@ def _is_plain(name: str, value: Any) -> bool:
 
 
 def _source_class(cls: type) -> type:
-    """Return the class of a source module, also if it is combined with that of a container."""
+    """Return the class of a source module, even if it is combined with a container's class."""
     return next(c for c in cls.__mro__ if not issubclass(c, Container) and c is not Tree)
 
 
 @functools.cache
 def _class_like(kind: type[C], source: type) -> type[C]:
-    """Return a subclass of a kind of container and of a source class; the kind itself if they cannot be combined."""
+    """Return a subclass of a container class and a source class; the container class if they cannot be combined."""
     space: dict[str, Any] = {"__module__": source.__module__, "__doc__": source.__doc__}
     if issubclass(source, nn.ModuleList | nn.Sequential):
 

@@ -1,7 +1,8 @@
 """Folds: the changes that adaptations make to base weights, as algebra on lazy tensors.
 
-A fold step is a pure function of the oriented rows of a site, ``(W, b) -> (W', b')`` with ``W: [..., rows, in]`` in
-float64. Steps compose in insertion order (LoRA then a scaling is not a scaling then LoRA) and round once, at the end.
+A fold step is a pure function of a site's oriented rows, ``(W, b) -> (W', b')`` with ``W: [..., rows, in]`` in float64.
+Steps compose in insertion order (LoRA followed by scaling differs from scaling followed by LoRA), and the result is
+rounded once, at the end.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ class WeightFold:
     """A fold that changes the site's weight and bias.
 
     Attributes:
-        apply: ``(W, b) -> (W', b')``; ``W`` is ``[..., rows, in]`` (experts lead) and ``b`` is ``[rows]`` or None, both
-            float64. A bias may be returned where there was none: it is then a declared addition of the folded model.
-            The function owns its arguments and may write to them; it releases everything that it allocates except its
-            results.
+        apply: ``(W, b) -> (W', b')``; ``W`` is ``[..., rows, in]`` (with any expert axis first) and ``b`` is ``[rows]``
+            or None, both float64. It may return a bias although ``b`` is None: the folded model then declares the bias
+            as an addition. The function owns its arguments and may write to them; it must release everything that it
+            allocates except its results.
     """
 
     apply: WeightFunction
 
 
 def weight_fold(change: Callable[[Tensor], Tensor]) -> WeightFold:
-    """Return a fold that changes the site's weight alone: ``W' = change(W)``; see `WeightFold.apply`."""
+    """Return a fold that changes only the site's weight: ``W' = change(W)``; see `WeightFold.apply`."""
 
     def apply(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         only = [weight]  # the only reference, so that `change` can release it
@@ -48,23 +49,23 @@ def weight_fold(change: Callable[[Tensor], Tensor]) -> WeightFold:
 
 @dataclass(frozen=True)
 class Keep:
-    """A fold result for an adaptation that stays in the graph; ``reason`` says why it cannot fold."""
+    """A fold result for an adaptation that stays in the graph; ``reason`` explains why it cannot fold."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """A fold of an overlay: what the adaptation trains replaces base tensors, and there is nothing else to fold."""
+    """The fold of an overlay: the trained tensors replace base tensors, and nothing else needs to be folded."""
 
 
 @dataclass(frozen=True)
 class TensorFold:
-    """A fold that changes tensors of the base wherever they are read, before all adaptations at sites.
+    """A fold that changes base tensors wherever they are read, before all adaptations at sites.
 
     Attributes:
-        changes: for each tensor, by its name within its module, the function from its stored values, in float64, to new
-            ones.
+        changes: for each tensor, by its name within its module, a function from its stored values in float64 to its new
+            values.
     """
 
     changes: Mapping[str, Callable[[Tensor], Tensor]]
@@ -81,8 +82,8 @@ class FoldStep:
         adaptation: name of the adaptation.
         site: the site, as text.
         weight: the site's own rows of its weight, or the part of a single tensor that is replaced.
-        bias: the same rows of the bias, also if a fold would have to add it; None for a single tensor.
-        apply: the function on the weight's operand.
+        bias: the same rows of the bias, even if the fold would have to add it; None for a single tensor.
+        apply: the function to apply to the weight's operand and the bias.
     """
 
     adaptation: str
@@ -93,7 +94,7 @@ class FoldStep:
 
     @classmethod
     def of_tensor(cls, adaptation: str, site: str, own: WeightSlice, change: Callable[[Tensor], Tensor]) -> FoldStep:
-        """Return the step that changes a single tensor, from its stored values to new ones."""
+        """Return the step that changes a single tensor by a function from its stored values to its new values."""
         return cls(adaptation, site, own, None, weight_fold(change).apply)
 
     @property
@@ -109,7 +110,7 @@ class FoldStep:
 
 @dataclass(frozen=True)
 class FoldGroup:
-    """Tensors that are folded together: those that one step changes, or that one map reads.
+    """Tensors that are folded together because one step changes them all, or one map reads them all.
 
     Attributes:
         names: names of the tensors, including biases that folding may add.
@@ -123,11 +124,11 @@ class FoldGroup:
 class LazyTensors:
     """Folded tensors that are computed on request, from base tensors and a chain of steps.
 
-    Nothing is cached: callers that need a tensor more than once, or many of them, go through `groups`. A tensor that
-    has other names changes under all of them.
+    Nothing is cached: callers that need many tensors, or one more than once, should iterate over `groups`. A tied
+    tensor changes under all of its names.
 
     Args:
-        store: the store of the base tensors, which are read and never written.
+        store: the Store with the base tensors, which are read but never written.
         steps: fold steps in insertion order.
     """
 
@@ -145,7 +146,7 @@ class LazyTensors:
         return tuple(name for name in self._chains if name in self.store)
 
     def additions(self) -> tuple[str, ...]:
-        """Return the biases that folding has to add because the base has none; groups that may need one are folded."""
+        """Return the biases that folding must add because the base lacks them, by folding the groups concerned."""
         missing = (group for group in self.groups() if any(name not in self.store for name in group.names))
         added = {name for group in missing for name in self.fold(group) if name not in self.store}
         return tuple(name for name in self._chains if name in added)
@@ -158,7 +159,7 @@ class LazyTensors:
         """Return all tensors that folding may change or add, each in exactly one group, in order.
 
         Args:
-            together: sets of names of tensors that are to be in one group; names that no step changes are skipped.
+            together: sets of tensor names to put into the same group; names that no step changes are skipped.
         """
         links: nx.Graph[str] = nx.Graph()
         links.add_nodes_from(self._chains)
@@ -183,22 +184,22 @@ class LazyTensors:
 
     @staticmethod
     def widened(base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return copies of tensors in float64."""
+        """Return float64 copies of tensors."""
         return {name: tensor.to(torch.float64, copy=True) for name, tensor in base.items()}
 
     def apply(self, group: FoldGroup, values: dict[str, Tensor]) -> None:
-        """Fold the tensors that `widened` returned, in place; only one more than the group has is alive at a time."""
+        """Fold the tensors returned by `widened`, in place, with at most one additional tensor alive at a time."""
         for step in group.steps:
             self._apply(step, values)
 
     def fold(self, group: FoldGroup) -> dict[str, Tensor]:
-        """Return the folded tensors of a group in float64, without biases that turned out not to be needed."""
+        """Return a group's folded tensors in float64, without biases that turn out not to be needed."""
         values = self.widened(self.base(group))
         self.apply(group, values)
         return values
 
     def exact(self, name: str) -> Tensor:
-        """Return the folded tensor in float64, before rounding. Raises `KeyError` if no step computes it."""
+        """Return the folded tensor in float64, before rounding; raise `KeyError` if no step changes it."""
         return self.fold(self._group_of[name])[name]
 
     @staticmethod
@@ -206,14 +207,14 @@ class LazyTensors:
         own, own_bias = step.weight, step.bias
         bias = None if own_bias is None else values.get(own_bias.tensor)
         operand = [own.operand(values[own.tensor])]
-        # If all rows are folded, only the step refers to the tensor from here on, so it can release it.
+        # If all rows are folded, only the step refers to the tensor from here on, so the step can release it.
         stored = None if own.whole else values[own.tensor]
         del values[own.tensor]
         weight, new_bias = step.apply(operand.pop(), None if bias is None or own_bias is None else own_bias.take(bias))
         values[own.tensor] = own.put_operand(stored, weight)
         if own_bias is None:
             if new_bias is not None:
-                raise GraftError("GC050", f"{step.adaptation!r} needs a bias, and {step.site} has no place for one")
+                raise GraftError("GC050", f"{step.adaptation!r} needs a bias, but {step.site} has no place for one")
             return
         if new_bias is None:
             new_bias = torch.zeros(own_bias.own_shape, dtype=torch.float64, device=weight.device)
@@ -223,19 +224,19 @@ class LazyTensors:
             values[own_bias.tensor] = own_bias.put(bias, new_bias)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype to which a folded tensor is rounded: its base's, or for an added bias that of its weight."""
+        """Return the dtype to which a folded tensor is rounded: that of the base tensor, or an added bias's weight."""
         return self.store.get(name if name in self.store else self.chain(name)[0].weight.tensor).dtype
 
     def folded(self, name: str) -> Tensor:
-        """Return the folded tensor in its base's dtype and layout, rounded once."""
+        """Return the folded tensor in the dtype of the base tensor, contiguous and rounded once."""
         return round_once(self.exact(name), self.dtype(name)).contiguous()
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 to ``dtype`` to nearest even, correctly also for bfloat16 and float16.
+    """Round float64 to ``dtype`` to nearest even, correctly even for bfloat16 and float16.
 
-    torch converts float64 to 16 bits through float32, which rounds twice. This makes a difference only if the float32
-    is midway between two neighbours; below float16's least normal number, midpoints can be anywhere.
+    torch converts float64 to 16 bits by way of float32, which rounds twice. This makes a difference only if the float32
+    value is midway between two neighbours; below float16's smallest normal number, midpoints can be anywhere.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         return value.to(dtype)
@@ -251,9 +252,9 @@ def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _round_through_odd(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute `round_once` for any numbers.
+    """Compute `round_once` for arbitrary values.
 
-    A float32 that is rounded to odd shows the second rounding what the first one dropped.
+    Rounding to odd in float32 lets the second rounding detect that the first one was inexact.
     """
     nearest = value.float()
     exact = nearest.double()

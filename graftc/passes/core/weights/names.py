@@ -1,21 +1,22 @@
-"""Names of the tensors that graftc adds, ``<module>.graftc.<adaptation>.<part>``: built and parsed only here."""
+"""Builds and parses the names of tensors that graftc adds: ``<module>.graftc.<adaptation>.<part>``."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 RESERVED = "graftc"
-"""The child of a module that holds what graftc adds there. A source model has no such name."""
+"""The child of a module that contains graftc's additions. Source models may not use this name."""
 
 
 class AdapterName(NamedTuple):
     """The components of an added tensor's name.
 
     Attributes:
-        module: path of the module that the tensor is added to; empty for a tensor that an adaptation has once, and for
-            the root.
-        adaptation: name of the adaptation that the tensor belongs to.
-        part: its name within the adaptation, preceded by the site's scope and parameter if there are several.
+        module: path of the module to which the tensor is added; empty for the root, and for a tensor that all sites of
+            the adaptation share.
+        adaptation: name of the adaptation to which the tensor belongs.
+        part: the tensor's name within the adaptation, preceded by the site's scope and parameter if a module has
+            several.
     """
 
     module: str
@@ -27,7 +28,7 @@ class AdapterName(NamedTuple):
 
 
 def adapter_name(module: str, adaptation: str, *parts: str) -> str:
-    """Return the name of a tensor of an adaptation at a module; empty parts are left out."""
+    """Return the name of an adaptation's tensor within a module; empty parts are left out."""
     return str(AdapterName(module, adaptation, ".".join(part for part in parts if part)))
 
 
@@ -41,18 +42,18 @@ def parsed(fqn: str) -> AdapterName | None:
 
 
 def owner_of(fqn: str) -> str:
-    """Return the adaptation that a tensor belongs to; empty for a base tensor."""
+    """Return the adaptation to which a tensor belongs; empty for a base tensor."""
     name = parsed(fqn)
     return name.adaptation if name is not None else ""
 
 
 def module_of(fqn: str) -> str:
-    """Return the path of the module that a tensor belongs to, or at which it was added."""
+    """Return the path of the module to which a tensor belongs or was added."""
     name = parsed(fqn)
     return name.module if name is not None else fqn.rpartition(".")[0]
 
 
 def renamed(fqn: str, adaptation: str) -> str:
-    """Return the name that an added tensor has in another adaptation; a base tensor's name is unchanged."""
+    """Return the name of an added tensor under another adaptation; a base tensor's name is returned unchanged."""
     name = parsed(fqn)
     return str(name._replace(adaptation=adaptation)) if name is not None else fqn

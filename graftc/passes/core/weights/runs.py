@@ -1,4 +1,4 @@
-"""Ascending numbers along one axis, as runs: disjoint half-open intervals ``(start, end)``."""
+"""Ascending indices along one axis, as runs: disjoint half-open intervals ``(start, end)``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor, fx
 
 aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
-"""Inserts a call of an operator."""
+"""A function that inserts a call of an operator."""
 Index = Callable[[], fx.Node]
-"""Makes a constant of numbers."""
+"""A function that creates a constant with the indices in the runs."""
 Runs = tuple[tuple[int, int], ...]
 MAX_SLICES = 4
-"""Up to this many runs are cut with slices; beyond, one index selects them."""
+"""Up to this number of runs, each is selected by a slice; beyond it, one index tensor selects them all."""
 
 
 def runs_of(numbers: Tensor) -> Runs:
-    """Return ascending numbers without duplicates as runs."""
+    """Convert ascending indices without duplicates to runs."""
     if not numbers.numel():
         return ()
     breaks = (torch.nonzero(numbers[1:] - numbers[:-1] != 1).flatten() + 1).tolist()
@@ -27,7 +27,7 @@ def runs_of(numbers: Tensor) -> Runs:
 
 
 def joined(runs: Iterable[tuple[int, int]]) -> Runs:
-    """Merge runs that touch."""
+    """Merge adjacent runs."""
     merged: list[tuple[int, int]] = []
     for start, end in runs:
         if merged and merged[-1][1] == start:
@@ -43,12 +43,12 @@ def meet(a: Runs, b: Runs) -> bool:
 
 
 def contains(a: Runs, b: Runs) -> bool:
-    """Return whether all numbers of ``b`` are in ``a``, whose runs do not touch."""
+    """Return whether all indices of ``b`` are in ``a``, whose runs are not adjacent."""
     return all(any(c <= start and end <= d for c, d in a) for start, end in b)
 
 
 def places(own: Runs, among: Runs) -> Runs:
-    """Return the positions of numbers in the list of the numbers of ``among``, which contains them."""
+    """Return the positions of the indices in ``own`` among the indices in ``among``, which contains them all."""
     positions: list[tuple[int, int]] = []
     for start, end in own:
         at = 0
@@ -60,7 +60,7 @@ def places(own: Runs, among: Runs) -> Runs:
 
 
 def window(runs: Runs, start: int, end: int) -> Runs:
-    """Return the numbers from the ``start``-th up to, but not including, the ``end``-th of those in runs."""
+    """Return the indices at positions ``start`` to ``end`` (exclusive) in ``runs``."""
     numbers: list[tuple[int, int]] = []
     at = 0
     for a, b in runs:
@@ -72,7 +72,7 @@ def window(runs: Runs, start: int, end: int) -> Runs:
 
 
 def cut(emit: Emit, node: fx.Node, axis: int, runs: Runs, index: Index) -> fx.Node:
-    """Return the node for the part of ``node`` that runs select along an axis; ``index`` makes a constant of them."""
+    """Return the node for the part of ``node`` that ``runs`` select along an axis; ``index`` creates their constant."""
     if len(runs) > MAX_SLICES:
         return emit(aten.index_select.default, node, axis, index())
     parts = [emit(aten.slice.Tensor, node, axis, start, end) for start, end in runs]
@@ -80,7 +80,7 @@ def cut(emit: Emit, node: fx.Node, axis: int, runs: Runs, index: Index) -> fx.No
 
 
 def put(emit: Emit, node: fx.Node, own: fx.Node, axis: int, runs: Runs, total: int, index: Index) -> fx.Node:
-    """Return the node for ``node``, of size ``total`` along an axis, with ``own`` in the part that `cut` selects."""
+    """Return a node for ``node``, of size ``total`` along the axis, with ``own`` as the part that `cut` selects."""
     if len(runs) > MAX_SLICES:
         return emit(aten.index_copy.default, node, axis, index(), own)
     parts: list[fx.Node] = []

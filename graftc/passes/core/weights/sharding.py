@@ -1,7 +1,7 @@
-"""Tensors that are sharded over processes: functions that read and write their full values.
+"""Reads and writes the full values of tensors that are sharded across processes.
 
-FSDP2 turns a parameter into a ``DTensor`` outside of forward and backward passes. Gathering one is collective: every
-process of its mesh has to take part.
+Outside of forward and backward passes, FSDP2 replaces a parameter by a ``DTensor``. Gathering it is a collective
+operation: every process in its mesh must take part.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def is_unit(module: nn.Module) -> bool:
 
 
 def sharded_modules(root: nn.Module) -> Iterator[nn.Module]:
-    """Iterate over the modules of a tree that FSDP2 has sharded as units."""
+    """Return an iterator over the modules of a tree that FSDP2 has sharded as units."""
     return filter(is_unit, root.modules())
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A training run over several processes.
+    """The distribution of a training run across processes.
 
     Attributes:
         processes: number of processes.
-        sharded: whether tensors are sharded over them; otherwise each has a whole model.
+        sharded: whether tensors are sharded across them; otherwise each process has a whole model.
     """
 
     processes: int
@@ -46,7 +46,7 @@ class Spread:
 
     @classmethod
     def of(cls, root: nn.Module) -> Spread | None:
-        """Return the spread of a tree of modules; None if one process holds everything unsharded."""
+        """Return the spread of a module tree; None if a single process holds everything unsharded."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         processes = torch.distributed.get_world_size() if distributed else 1
         sharded = distributed and any(True for _ in sharded_modules(root))
@@ -54,7 +54,7 @@ class Spread:
 
 
 def computes_on(unit: nn.Module) -> str | None:
-    """Return the kind of device on which FSDP2 lets a unit compute, wherever it keeps the shards.
+    """Return the device type on which an FSDP2 unit computes, regardless of where its shards are.
 
     None if the unit has no sharded parameter.
     """
@@ -77,14 +77,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the full value of a tensor, with its gradient.
+    """Return the full value of a tensor, differentiably.
 
-    Each process receives the full gradient and keeps that of its part.
+    In the backward pass, each process receives the full gradient and keeps the gradient of its part.
     """
     if not is_sharded(tensor):
         return tensor
     device, mesh = tensor.device, tensor.device_mesh  # type: ignore[attr-defined]
-    if device.type != mesh.device_type:  # offloaded to where this mesh cannot communicate
+    if device.type != mesh.device_type:  # offloaded to a device on which this mesh cannot communicate
         tensor = tensor.to(mesh.device_type)
     full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return full.to(device)
@@ -96,7 +96,7 @@ def copy_whole(own: Tensor, value: Tensor, source: int | None = 0) -> None:
     Args:
         own: the tensor to write to.
         value: the full value, of the same shape.
-        source: the process whose value counts, as a position in the mesh; None if all processes have the same value, so
+        source: the process whose value is used, as its rank in the mesh; None if all processes have the same value, so
             that nothing is sent.
     """
     if not is_sharded(own):
@@ -119,9 +119,9 @@ def all_whole(tables: Iterable[dict[str, Any]], *, write: bool) -> Iterator[None
     """Replace sharded tensors in module tables by full ones while the block runs, for code that does not handle shards.
 
     Args:
-        tables: tables of parameters.
-        write: whether in-place changes are copied into the shards afterwards; each tensor then has its full gradient.
-            Otherwise the tensors are for reading, and results computed from them have gradients with respect to the
+        tables: parameter tables of modules.
+        write: whether to copy in-place changes into the shards afterwards; each tensor then has its full gradient.
+            Otherwise the tensors are read-only, and results computed from them are differentiable with respect to the
             shards.
     """
     places = [(table, name) for table in tables for name, t in table.items() if t is not None and is_sharded(t)]

@@ -1,7 +1,7 @@
-"""A lock shared by code that changes a source model temporarily, such as a capture, and code that reads its tensors.
+"""A lock shared by code that temporarily changes a source model, such as a capture, and code that reads its tensors.
 
-While a model is traced, its tables of parameters contain fake tensors or are empty, and its forwards are replaced. If
-another thread saved, merged or exported the model then, layers would be missing from the files without an error.
+While a model is being traced, its parameter tables contain fake tensors or are empty, and its ``forward`` methods are
+replaced. If another thread saved, merged or exported the model at that time, the files would silently lack layers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,6 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def source_lock() -> Iterator[None]:
-    """Hold the lock, so that no other thread captures a model or reads the tensors of one. It is re-entrant."""
+    """Hold the re-entrant lock, so that no other thread captures a model or reads a model's tensors."""
     with _lock:
         yield

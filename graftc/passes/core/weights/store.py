@@ -1,7 +1,7 @@
-"""The only owner of tensors: a module tree that mirrors the source model.
+"""The Store, the only owner of tensors: a module tree that mirrors the source model.
 
-Programs name tensors and own none. Base tensors share storage with the source model and are never written; adapter
-tensors live under their site's module path, ``<module path>.graftc.<adaptation>.<part>``, or at the root,
+Programs refer to tensors by name and own none. Base tensors share storage with the source model and are never written;
+adapter tensors live under their site's module path, ``<module path>.graftc.<adaptation>.<part>``, or at the root,
 ``graftc.<adaptation>.<part>``, when several sites share them.
 """
 
@@ -44,14 +44,14 @@ class Store:
     """The named tensors of one Compilation.
 
     Args:
-        root: module whose tree contains the tensors; an empty `Container` by default.
+        root: the module whose tree contains the tensors; an empty `Container` by default.
 
     Attributes:
         aliases: tied names, each mapped to the name that owns the tensor.
-        constants: names of tensors that graphs mention in addition to the source model's own.
-        settled: names of kept buffers whose values determined the graphs, so that other values do not fit.
-        updated: names of base tensors that graphs write to, each mapped to the name of its tensor in the source model.
-        packed: types of packed weights by name. The tree contains the parts of each, and graphs read the weight.
+        constants: names of tensors to which graphs refer in addition to the source model's own.
+        settled: names of persistent buffers whose values determined the graphs, so that other values do not fit.
+        updated: names of base tensors to which graphs write, each mapped to the name of the source model's own tensor.
+        packed: types of packed weights by name. The tree contains each weight's parts; graphs read the weight.
     """
 
     def __init__(self, root: nn.Module | None = None) -> None:
@@ -64,14 +64,14 @@ class Store:
 
     @classmethod
     def mirror(cls, model: nn.Module) -> Store:
-        """Mirror the parameters and buffers of ``model``, sharing their storage.
+        """Create a Store that mirrors the parameters and buffers of ``model`` and shares their storage.
 
-        Parameters are frozen copies of the handles (``requires_grad=False``), so that freezing never reaches the
-        caller's model. Tied tensors stay one tensor: the first name owns it, the others are recorded in `aliases`
+        Parameters are separate objects with ``requires_grad=False``, so that freezing does not affect the caller's
+        model. Tied tensors remain a single tensor: the first name owns it, and the others are recorded in `aliases`
         (alias to owner).
 
         Raises:
-            GraftError: GC030 for a model that has something called ``graftc`` or ``_graftc``.
+            GraftError: GC030 for a model in which ``graftc`` or ``_graftc`` is used as a name.
         """
         store = cls()
         with source_lock():
@@ -81,8 +81,8 @@ class Store:
     def _take(self, model: nn.Module) -> None:
         taken = [name for name in _names(model) if not {RESERVED, OWN}.isdisjoint(name.split("."))]
         if taken:
-            message = f"{type(model).__name__} has a {taken[0]!r}, and graftc keeps {RESERVED!r} and {OWN!r} for itself"
-            raise GraftError("GC030", message, hint="give it another name in the model's code")
+            message = f"{type(model).__name__} contains {taken[0]!r}, but {RESERVED!r} and {OWN!r} are reserved names"
+            raise GraftError("GC030", message, hint="rename it in the model's code")
         seen: dict[int, tuple[str, torch.Tensor]] = {}
         self.shape(model)
         for path, module in model.named_modules(remove_duplicate=False):
@@ -97,36 +97,36 @@ class Store:
                 self._hold_packed(f"{path}.{name}".lstrip("."), own)
 
     def _hold_packed(self, name: str, own: PackedType) -> None:
-        """Record a packed weight whose parts are registered, as an alias if they are tied to another one's."""
+        """Record a packed weight whose parts are registered, as an alias if they are tied to another weight's parts."""
         first = own.names(name)[0]
         if first in self.aliases:
             self.aliases[name] = weight_name(self.aliases[first])
         self.packed[name] = own
 
     def add_packed(self, name: str, own: PackedType, parts: Iterable[torch.Tensor]) -> None:
-        """Add a packed weight, frozen. Raises `KeyError` when a name is taken."""
+        """Add a frozen packed weight; raise `KeyError` when a name is taken."""
         for part, value in zip(own.names(name), parts, strict=True):
             self.add_parameter(part, value, trainable=False)
         self._hold_packed(name, own)
 
     def parts_of(self, name: str) -> tuple[str, ...]:
-        """Return the names of the tensors in the tree that represent a tensor: its own, except for packed weights."""
+        """Return the names under which the tree stores a tensor: its own name, or a packed weight's parts."""
         return self.packed[name].names(name) if name in self.packed else (name,)
 
     @property
     def weight_of(self) -> dict[str, str]:
-        """The names of packed weights, by those of their parts."""
+        """The names of packed weights, by the names of their parts."""
         return {part: name for name in self.packed for part in self.parts_of(name)}
 
     def shape(self, model: nn.Module) -> None:
-        """Create containers like the modules of a model, below the root."""
+        """Create containers below the root that correspond to a model's modules."""
         for path, module in model.named_modules(remove_duplicate=False):
             parent, _, name = path.rpartition(".")
             if path and children_of(self.owner(parent)).get(name) is None:
                 children_of(self.owner(parent))[name] = Container.like(module)
 
     def _register(self, fqn: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
-        """Register a tensor under any name: PyTorch refuses those that are attributes of a module."""
+        """Register a tensor under any name, even one that PyTorch refuses because modules have such an attribute."""
         path, _, name = fqn.rpartition(".")
         container = self.container(path)
         if isinstance(tensor, nn.Parameter):
@@ -136,7 +136,7 @@ class Store:
         (set.discard if persistent else set.add)(transient_of(container), name)
 
     def container(self, path: str) -> nn.Module:
-        """Return the container at ``path``, creating it if there is none: some layers have no tensor."""
+        """Return the container at ``path``, creating it and those above it if necessary."""
         module, missing = self._reached(path)
         for segment in missing:
             child = children_of(module)[segment] = Container()
@@ -148,14 +148,14 @@ class Store:
         return self._reached(path)[0]
 
     def owner(self, path: str) -> nn.Module:
-        """Return the container at ``path`` (``""`` is the root). Raises `KeyError` if there is none."""
+        """Return the container at ``path`` (``""`` is the root); raise `KeyError` if it does not exist."""
         module, missing = self._reached(path)
         if missing:
             raise KeyError(path)
         return module
 
     def _reached(self, path: str) -> tuple[nn.Module, list[str]]:
-        """Return the last container on the way to ``path``, and the segments of the path from there on."""
+        """Return the last existing container along ``path``, and the remaining segments of the path."""
         module, segments = self.root, path.split(".") if path else []
         for number, segment in enumerate(segments):
             child = children_of(module).get(segment)
@@ -165,7 +165,7 @@ class Store:
         return module, []
 
     def replace_container(self, path: str, kind: type[C]) -> C:
-        """Put a container of another kind at ``path``; it adopts the contents of the previous one."""
+        """Replace the container at ``path`` by one of another class, which adopts its contents."""
         old = self.owner(path)
         replacement = kind.like(old)
         _adopt(replacement, old)
@@ -174,7 +174,7 @@ class Store:
         return replacement
 
     def rehome(self, root: nn.Module) -> None:
-        """Make ``root`` the root of the tree: it adopts the tensors and containers of the old root."""
+        """Make ``root`` the root of the tree; it adopts the old root's tensors and containers."""
         _adopt(root, self.root)
         self.root = root
 
@@ -182,7 +182,7 @@ class Store:
         return fqn in self.packed or self._stored(fqn) is not None
 
     def get(self, fqn: str) -> torch.Tensor:
-        """Return the tensor called ``fqn``; packed weights as a `PackedTensor`. Raises `KeyError` if there is none."""
+        """Return the tensor called ``fqn``, a packed weight as a `PackedTensor`; raise `KeyError` if there is none."""
         if fqn in self.packed:
             own = self.packed[fqn]
             return PackedTensor(own, [self.get(name) for name in own.names(fqn)], gathered)
@@ -192,7 +192,7 @@ class Store:
         return tensor
 
     def _stored(self, fqn: str) -> torch.Tensor | None:
-        """Return the tensor of this name in the tree; None if there is none."""
+        """Return the tensor with this name in the tree; None if there is none."""
         path, _, name = fqn.rpartition(".")
         owner, missing = self._reached(path)
         if missing:
@@ -201,34 +201,34 @@ class Store:
         return buffers_of(owner).get(name) if parameter is None else parameter
 
     def full(self, fqn: str) -> torch.Tensor:
-        """Return the full value of the tensor called ``fqn``, detached.
+        """Return the full value of the tensor called ``fqn``, detached; raise `KeyError` if there is none.
 
-        If it is sharded over processes, all of them have to call this. Raises `KeyError` if there is none.
+        If the tensor is sharded across processes, all of them must call this.
         """
         return dense(gathered(self.get(fqn)))
 
     def is_buffer(self, fqn: str) -> bool:
-        """Return whether the tensor called ``fqn`` is not a parameter. Raises `KeyError` if there is none."""
+        """Return whether the tensor called ``fqn`` is a buffer; raise `KeyError` if there is no such tensor."""
         return fqn not in self.packed and not isinstance(self.get(fqn), nn.Parameter)
 
     def add_parameter(self, fqn: str, tensor: torch.Tensor, *, trainable: bool) -> None:
-        """Add an adapter tensor. Raises `KeyError` when the name is taken."""
+        """Add an adapter tensor; raise `KeyError` when the name is taken."""
         self.put(fqn, nn.Parameter(tensor, requires_grad=trainable))
 
     def add_buffer(self, fqn: str, tensor: torch.Tensor, *, persistent: bool) -> None:
-        """Add a constant. Raises `KeyError` when the name is taken."""
+        """Add a constant; raise `KeyError` when the name is taken."""
         self.put(fqn, tensor, persistent=persistent)
 
     def put(self, fqn: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
-        """Add an adapter tensor unchanged, as a parameter or a buffer. Raises `KeyError` when the name is taken."""
+        """Add an adapter tensor unchanged, as a parameter or a buffer; raise `KeyError` when the name is taken."""
         if fqn in self:
             raise KeyError(f"{fqn} exists")
         self._register(fqn, tensor, persistent=persistent)
 
     def drop(self, fqn: str) -> None:
-        """Remove an adapter tensor, and graftc's containers that are empty afterwards.
+        """Remove an adapter tensor, and any of graftc's containers that this leaves empty.
 
-        Raises `KeyError` if there is no such tensor.
+        Raise `KeyError` if there is no such tensor.
         """
         path, _, name = fqn.rpartition(".")
         owner = self.owner(path)
@@ -237,9 +237,9 @@ class Store:
         self._drop_empty(path)
 
     def drop_container(self, path: str) -> None:
-        """Remove an empty container of graftc's, and those around it that are empty afterwards.
+        """Remove an empty container of graftc's, and any containers above it that this leaves empty.
 
-        Raises `KeyError` if there is no such container.
+        Raise `KeyError` if there is no such container.
         """
         self.owner(path)
         self._drop_empty(path)
@@ -252,7 +252,7 @@ class Store:
             del children_of(self.owner(path))[name]
 
     def add_constant(self, fqn: str, tensor: torch.Tensor) -> None:
-        """Add a tensor that the source model created while it was captured; a known name is skipped."""
+        """Add a tensor that the source model created during capture; a name that exists is skipped."""
         if fqn not in self:
             self.add_buffer(fqn, tensor, persistent=False)
             self.constants.add(fqn)
@@ -264,13 +264,13 @@ class Store:
         self.constants.discard(fqn)
 
     def own(self, name: str, value: torch.Tensor | None = None) -> None:
-        """Give the Store its own copy of a base tensor that graphs write to, so that the source model's never changes.
+        """Copy a base tensor to which graphs write, so that the source model's own tensor never changes.
 
-        The source model's tensor remains available under a name of graftc's.
+        The source model's tensor remains available under one of graftc's names.
 
         Args:
-            name: any of the names of a tensor; one that is owned already is skipped.
-            value: the value of the copy instead of the source model's value.
+            name: any of the tensor's names; nothing happens if the Store owns the tensor already.
+            value: the value of the copy; by default, the source model's value.
         """
         name = self.canonical(name)
         if name in self.updated or name in self.constants:
@@ -286,10 +286,10 @@ class Store:
     def replace(self, name: str, value: torch.Tensor) -> None:
         """Replace a tensor that the Store owns by another one, under all of its names.
 
-        References to the previous tensor keep it unchanged.
+        The previous tensor itself does not change, so existing references remain valid.
 
         Args:
-            name: any of the names of a tensor.
+            name: any of the tensor's names.
             value: the new tensor; a parameter if the previous one is.
         """
         name = self.canonical(name)
@@ -300,16 +300,16 @@ class Store:
             table[last] = value
 
     def _require_alone(self, name: str, source: torch.Tensor) -> None:
-        """Raise GC030 if a tensor shares memory with another one: of two copies, only one would be written to."""
+        """Raise GC030 if a tensor shares memory with another, since only one of the two copies would be updated."""
         begin, end = _memory(source)
         for other, tensor in self.base():
             first, last = _memory(tensor)
             if other != name and first < end and begin < last:
                 message = f"the model writes to {name}, which shares memory with {other}"
-                raise GraftError("GC030", message, hint="give each buffer memory of its own")
+                raise GraftError("GC030", message, hint="give each buffer its own memory")
 
     def add_like(self, other: Store, name: str, value: torch.Tensor, *, trainable: bool | None = None) -> None:
-        """Add a tensor of the kind that another Store has under this name, by default trainable if that one is."""
+        """Add a parameter or a buffer, whichever another Store has under this name, by default trainable likewise."""
         own = other.get(name)
         if isinstance(own, nn.Parameter):
             self.add_parameter(name, value, trainable=own.requires_grad if trainable is None else trainable)
@@ -363,7 +363,7 @@ class Store:
                 yield weight, self.get(weight)
 
     def device(self, module: str = "") -> torch.device:
-        """Return the device of the first base tensor in a module, or of the first of all; ``cpu`` if there is none."""
+        """Return the device of a module's first base tensor, else of the first of all; ``cpu`` if there are none."""
         for path in dict.fromkeys((module, "")):
             try:
                 owner = self.owner(path)
@@ -383,19 +383,19 @@ class Store:
 
 
 def _handle(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a handle of the same storage, frozen if it is that of a parameter."""
+    """Return a tensor with the same storage: a frozen parameter if ``tensor`` is a parameter."""
     detached = tensor.detach()
     return nn.Parameter(detached, requires_grad=False) if isinstance(tensor, nn.Parameter) else detached
 
 
 def plain(name: str) -> str:
-    """Return a tensor's name without the modules that libraries have wrapped around its owners."""
+    """Return a tensor's name without the wrapper modules that libraries have put around its owners."""
     return ".".join(segment for segment in name.split(".") if segment not in WRAPPED) if "._" in f".{name}" else name
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     modules = children_of(module)
-    for name in WRAPPED:  # a plain loop, since every lookup in the tree comes here
+    for name in WRAPPED:  # a plain loop for speed, since every lookup in the tree runs it
         if (inner := modules.get(name)) is not None:
             return _unwrapped(inner)
     return module

@@ -1,6 +1,6 @@
-"""Tensor edits: what each adaptation does with which rows of a stored tensor, in one table with an index by name.
+"""Tensor edits: a table of what each adaptation does with rows of stored tensors.
 
-`EXCLUSIONS` is the only rule for which of them cannot be combined.
+`EXCLUSIONS` alone determines which edits cannot be combined.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class EditMode(StrEnum):
-    """The kinds of changes that an adaptation makes to rows of a stored tensor."""
+    """The ways in which an adaptation uses or changes rows of a stored tensor."""
 
     CONSTANT = "constant"
-    """It reads them once: something that is never trained again follows from their values."""
+    """It reads the rows once, to compute constants from their values."""
     TRAINED = "trained"
-    """A copy trains in their place (an overlay)."""
+    """It trains a copy that is used instead of the rows (an overlay)."""
     ADDED = "added"
-    """It adds to their entries, on top of what others add."""
+    """It adds to the rows' entries, in addition to what other adaptations add."""
     REPLACED = "replaced"
-    """Something else is in their place, of which nothing of the base remains."""
+    """It replaces the rows by values that do not depend on the base's."""
 
 
 CHANGING = (EditMode.TRAINED, EditMode.ADDED, EditMode.REPLACED)
-"""Modes in which whatever reads the tensor reads something else."""
+"""Modes that change the values seen by the tensor's readers."""
 
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """A change that one adaptation makes to rows of a stored tensor.
+    """One adaptation's use or change of rows of a stored tensor.
 
     Attributes:
         owner: name of the adaptation.
-        own: slice of the rows, which names the tensor.
-        mode: the kind of change.
+        own: the slice of the rows, which includes the tensor's name.
+        mode: the kind of edit.
         site: key of the site where it was inserted; None for an edit that belongs to the whole adaptation.
-        trained: name in the Store of the copy that is trained; empty in all modes except `EditMode.TRAINED`.
+        trained: the trained copy's name in the Store; empty in all modes except `EditMode.TRAINED`.
     """
 
     owner: str
@@ -52,15 +52,15 @@ class TensorEdit:
 
 @dataclass(frozen=True)
 class Exclusion:
-    """The modes of two edits of overlapping rows that exclude one another.
+    """A rule that excludes two edits of overlapping rows, based on their modes.
 
     Attributes:
         existing: modes of the existing edit.
         new: modes of the later edit.
         message: template of the error message; ``{new}`` and ``{existing}`` are the owners, ``{rows}`` and ``{tensor}``
             those of the later edit.
-        hint: template of the hint about what to do.
-        same_owner: whether the rule applies within one adaptation as well.
+        hint: template of the hint.
+        same_owner: whether the rule also applies within one adaptation.
     """
 
     existing: frozenset[EditMode]
@@ -72,8 +72,8 @@ class Exclusion:
 
 _TWICE = "{new!r} and {existing!r} would both train {rows} of {tensor}"
 _LEAVE_OUT = "leave the tensor out of one of them"
-_FIXED = "{new!r} would train {rows} of {tensor}, whose values are constants to {existing!r}"
-_BEFORE = "put {new!r} before {existing!r} in the spec, or leave the place out of one of them"
+_FIXED = "{new!r} would train {rows} of {tensor}, whose values {existing!r} treats as constant"
+_BEFORE = "put {new!r} before {existing!r} in the spec, or leave the site out of one of them"
 
 EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion(
@@ -96,14 +96,14 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         same_owner=False,
     ),
 )
-"""Which edits cannot be combined; of several that hold, the first one is reported. Sums are added up, so that many may
-add to the same rows, and what is read as a constant may have been changed before, since it is read as it is then."""
+"""The edits that cannot be combined; if several rules apply, the first one is reported. Several adaptations may add to
+the same rows, and rows may be changed before they are read as constants, since their current values are read."""
 
 
 class TensorEdits(Collection[TensorEdit]):
     """The tensor edits of one Program, in the order in which they were made.
 
-    A lookup takes time in proportion to the number of edits of the tensor, or of the owner.
+    A lookup takes time proportional to the number of edits of the given tensor or owner.
 
     Args:
         edits: edits to record without checking them against one another.
@@ -150,29 +150,29 @@ class TensorEdits(Collection[TensorEdit]):
         self._record(edit)
 
     def at(self, tensor: str, modes: Collection[EditMode] = tuple(EditMode)) -> list[TensorEdit]:
-        """Return the edits of a tensor, by its Store name, in the given modes, by default in any."""
+        """Return the edits of the tensor with this Store name in the given modes; in any mode by default."""
         return [edit for edit in self._at.get(tensor, ()) if edit.mode in modes]
 
     def of(self, owner: str) -> tuple[TensorEdit, ...]:
-        """Return the edits of an adaptation."""
+        """Return an adaptation's edits."""
         return tuple(self._of.get(owner, ()))
 
     def copies(self, owner: str | None = None) -> tuple[TensorEdit, ...]:
-        """Return the edits that train a copy: those of one adaptation, or by default of all."""
+        """Return the edits that train a copy, of one adaptation or, by default, of all."""
         every = self._edits if owner is None else self._of.get(owner, ())
         return tuple(edit for edit in every if edit.trained)
 
     def trained_in_full(self) -> list[str]:
-        """Return the tensors that are trained in full as a copy: nothing depends on the base's own values."""
+        """Return the names of tensors whose trained copy has all rows, so that the base's values are not used."""
         return [edit.own.tensor for edit in self.copies() if edit.own.whole]
 
     def copy_of(self, own: WeightSlice, owner: str) -> str | None:
-        """Return the Store name of the copy of exactly these rows that an adaptation trains; None if it trains none."""
+        """Return the Store name of the copy of exactly these rows that an adaptation trains; None if there is none."""
         copies = self.at(own.tensor, (EditMode.TRAINED,))
         return next((edit.trained for edit in copies if edit.owner == owner and edit.own == own), None)
 
     def without(self, owners: Collection[str]) -> TensorEdits:
-        """Return a table without the edits of some adaptations."""
+        """Return a copy of the table without the edits of some adaptations."""
         return TensorEdits(edit for edit in self._edits if edit.owner not in owners)
 
     def _record(self, edit: TensorEdit) -> None:

@@ -1,9 +1,9 @@
-"""Weight slices: rows of a stored weight, and the only conversion between stored tensors and what a map multiplies by.
+"""Weight slices: rows of a stored weight, and the only conversion between stored tensors and the operands of maps.
 
-A map is seen as ``[..., rows, in]`` however the Store holds its weight: that matrix is the *operand*. Only
-`WeightSlice.operand` and `WeightSlice.put_operand` (values) and `WeightSlice.read_operand` and `WeightSlice.restore`
-(nodes) define how it is made from the stored tensor. Another way of storing a weight, packed codes with scales, is one
-more `Layout` for these four methods to handle.
+A map's *operand* is its weight as a matrix ``[..., rows, in]``, however the Store holds it. Only `WeightSlice.operand`
+and `WeightSlice.put_operand` (for values) and `WeightSlice.read_operand` and `WeightSlice.restore` (for nodes) define
+how it corresponds to the stored tensor. Supporting another way of storing weights takes one more `Layout` that these
+four methods handle.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from graftc.passes.core.weights.runs import Emit, Index, Runs
 
 aten = torch.ops.aten
 _SMALL = 2**31
-"""Tensors with fewer entries than this number them in 32 bits."""
+"""Indices into tensors with fewer entries than this have 32 bits."""
 
 
 def index_type(count: int) -> torch.dtype:
-    """Return the dtype in which entries of a tensor are numbered, given how many there are."""
+    """Return the dtype of indices into a tensor with ``count`` entries."""
     return torch.int32 if count < _SMALL else torch.int64
 
 
@@ -34,27 +34,27 @@ class Layout(StrEnum):
     """The order of axes in which the Store holds a weight whose oriented form is ``[..., out, in]``."""
 
     ROWS = "rows"
-    """As it is seen."""
+    """The same order."""
     COLUMNS = "columns"
     """The last two axes swapped: ``[..., in, out]``."""
     KERNEL = "kernel"
     """A convolution's ``[out, in, *kernel]``; its columns are the entries of a patch."""
     PLAIN = "plain"
-    """No matrix: a tensor that is replaced as it is, along its first axis."""
+    """Not a matrix: a tensor that is used as it is stored, with rows along its first axis."""
 
 
 @dataclass(frozen=True)
 class WeightSlice:
     """Some rows of a stored weight.
 
-    Two slices are equal if name, shape, layout and rows are; `as_stored` has the same form for the same entries.
+    Two slices are equal if their names, shapes, layouts and rows are; use `as_stored` to compare different layouts.
 
     Attributes:
         tensor: name of the weight in the Store.
         shape: its shape as it is stored.
         layout: how it is viewed as a matrix.
-        rows: the rows of that matrix, as ascending half-open runs; None for all of them. Without a matrix, they are
-            counted along the first axis.
+        rows: the rows of that matrix, as ascending half-open runs; None for all rows. In the plain layout, rows are
+            along the first axis.
 
     Raises:
         ValueError: if the runs are not ascending, or extend beyond the last row.
@@ -77,20 +77,20 @@ class WeightSlice:
 
     @classmethod
     def every(cls, tensor: str, stored: Tensor) -> WeightSlice:
-        """Return the slice of all of a stored tensor."""
+        """Return the slice that covers a whole stored tensor."""
         return cls(tensor, tuple(stored.shape))
 
     # --- rows and sizes ------------------------------------------------------------------------------------
 
     @property
     def axis(self) -> int:
-        """The axis of the stored tensor that counts the rows, from 0."""
+        """The axis of the stored tensor along which the rows lie, from 0."""
         back = {Layout.ROWS: 2, Layout.COLUMNS: 1}.get(self.layout)
         return 0 if back is None else len(self.shape) - back
 
     @property
     def total(self) -> int:
-        """The number of rows of the whole weight; 1 for a scalar."""
+        """The whole weight's number of rows; 1 for a scalar."""
         return self.shape[self.axis] if self.shape else 1
 
     @property
@@ -100,7 +100,7 @@ class WeightSlice:
 
     @property
     def spans(self) -> Runs:
-        """The runs, also if the slice has all rows."""
+        """The slice's runs, even if it has all rows."""
         return ((0, self.total),) if self.rows is None else self.rows
 
     @property
@@ -120,17 +120,17 @@ class WeightSlice:
 
     @property
     def numel(self) -> int:
-        """The number of entries of the whole tensor."""
+        """The number of entries in the whole tensor."""
         return math.prod(self.shape)
 
     @property
     def leading(self) -> tuple[int, ...]:
-        """The sizes of the operand's axes before rows and columns: the number of experts, or nothing."""
+        """The sizes of the operand's axes before rows and columns: the number of experts, or empty."""
         return self.shape[:-2] if self.layout in (Layout.ROWS, Layout.COLUMNS) else ()
 
     @property
     def in_features(self) -> int:
-        """The number of columns of the operand."""
+        """The operand's number of columns."""
         back = {Layout.ROWS: 1, Layout.COLUMNS: 2}.get(self.layout)
         return math.prod(self.shape[1:]) if back is None else self.shape[-back]
 
@@ -141,26 +141,26 @@ class WeightSlice:
 
     @property
     def as_stored(self) -> WeightSlice:
-        """The same entries in the plain layout, if the slice is whole or the first axis counts the rows.
+        """The same entries in the plain layout, if the slice is whole or its rows are along the first axis.
 
-        Readers of one tensor in different layouts can be compared by it.
+        This makes the slices of readers that use different layouts of the same tensor comparable.
         """
         return replace(self, layout=Layout.PLAIN) if self.whole or self.axis == 0 else self
 
     def at(self, rows: Runs | None) -> WeightSlice:
-        """Return the slice of other rows of the same weight."""
+        """Return the slice with other rows of the same weight."""
         return replace(self, rows=rows)
 
     def picked(self, numbers: Tensor) -> WeightSlice:
-        """Return the slice of the rows of the same weight that have these numbers, in ascending order."""
+        """Return the slice of the same weight's rows with these indices, which must be ascending."""
         return self.at(runs.runs_of(numbers))
 
     def companion(self, tensor: str) -> WeightSlice:
-        """Return the same slice of a vector that has one entry for each row: a bias."""
+        """Return the same slice of a vector that has one entry for each row, such as a bias."""
         return WeightSlice(tensor, (self.total,), Layout.PLAIN, self.rows)
 
     def overlaps(self, other: WeightSlice) -> bool:
-        """Return whether the slices share an entry: rows along different axes of a tensor always do."""
+        """Return whether the slices share an entry; rows along different axes of a tensor always do."""
         if self.tensor != other.tensor or not (self.size and other.size):
             return False
         return self.axis != other.axis or runs.meet(self.spans, other.spans)
@@ -172,19 +172,19 @@ class WeightSlice:
         return self.whole or (self.axis == other.axis and runs.contains(self.spans, other.spans))
 
     def within(self, other: WeightSlice) -> WeightSlice:
-        """Return the slice that takes these rows from what ``other``, which covers them, takes of the tensor."""
+        """Return the slice that selects these rows from the part that ``other``, which covers them, selects."""
         rows = self.rows if other.axis != self.axis else runs.places(self.spans, other.spans)
         return WeightSlice(self.tensor, other.own_shape, self.layout, rows)
 
     def index(self, device: torch.device | None = None) -> Tensor:
-        """Return the numbers of the rows, ``int64[count]``."""
+        """Return the indices of the rows, ``int64[count]``."""
         return torch.cat([torch.arange(0, device=device), *(torch.arange(a, b, device=device) for a, b in self.spans)])
 
     def __str__(self) -> str:
         return "all" if self.rows is None else f"rows {','.join(f'{a}:{b}' for a, b in self.rows)}"
 
     def blocks(self, most: int) -> Iterator[tuple[int, WeightSlice]]:
-        """Yield consecutive parts of nearly equal sizes, each with the position of its first row in the slice.
+        """Yield consecutive parts of nearly equal size, each preceded by the position of its first row in the slice.
 
         Args:
             most: maximum number of rows in a part, at least 1.
@@ -197,11 +197,11 @@ class WeightSlice:
     # --- values as they are stored -------------------------------------------------------------------------
 
     def take(self, stored: Tensor) -> Tensor:
-        """Return the slice's part of the tensor, as it is stored; the tensor itself if that is all of it."""
+        """Return the slice's part of a stored tensor, in the stored layout; the tensor itself if the slice is whole."""
         return stored if self.whole else stored.index_select(self.axis, self.index(stored.device))
 
     def put(self, stored: Tensor | None, own: Tensor) -> Tensor:
-        """Return a copy of the tensor with ``own`` as the slice's part; ``own`` itself if that is all of it."""
+        """Return a copy of a stored tensor with ``own`` as the slice's part; ``own`` itself if the slice is whole."""
         if self.whole:
             return own
         assert stored is not None
@@ -209,17 +209,17 @@ class WeightSlice:
 
     @property
     def _node_axis(self) -> int:
-        """The `axis` as graphs count it: from the end unless it is the first, since matrices come last."""
+        """The `axis` as used in graphs: counted from the end unless it is the first, since matrices come last."""
         return self.axis - len(self.shape) if self.axis else 0
 
     def read(self, emit: Emit, node: fx.Node, index: Index, axis: int | None = None) -> fx.Node:
-        """Return the node for what `take` returns for ``node``.
+        """Return a node that computes the result of `take` for ``node``.
 
         Args:
-            emit: function that inserts calls.
+            emit: a function that inserts calls.
             node: the stored tensor, or another value that has all rows along ``axis``.
-            index: function that makes a constant of `index`; called if there are many runs.
-            axis: the axis of the node that counts the rows; by default that of the stored tensor.
+            index: a function that creates a constant from `index`; called if there are many runs.
+            axis: the node's axis along which the rows lie; by default, that of the stored tensor.
         """
         axis = self._node_axis if axis is None else axis
         return node if self.whole else runs.cut(emit, node, axis, self.spans, index)
@@ -227,12 +227,12 @@ class WeightSlice:
     def write(
         self, emit: Emit, node: fx.Node, own: fx.Node, index: Index | fx.Node, axis: int | None = None
     ) -> fx.Node:
-        """Return the node for what `put` returns: ``node`` with ``own`` instead of the part that `read` selects.
+        """Return a node that computes the result of `put`: ``node`` with ``own`` as the part that `read` selects.
 
         Args:
             emit, node, axis: see `read`.
             own: the new part.
-            index: see `read`; a node that has the numbers already is used however few the runs are.
+            index: see `read`; a node that already contains the indices is used regardless of the number of runs.
         """
         axis = self._node_axis if axis is None else axis
         if self.whole:
@@ -244,31 +244,31 @@ class WeightSlice:
     # --- values as the map uses them -----------------------------------------------------------------------
 
     def operand(self, stored: Tensor) -> Tensor:
-        """Return the slice of a stored tensor as the map multiplies by it, ``[..., rows, in]``.
+        """Return the slice of a stored tensor as the operand of its map, ``[..., rows, in]``.
 
-        The result is a view if the slice has all rows; for a tensor that is not a matrix, it is that of `take`. Nothing
-        else computes values of an operand from a stored tensor.
+        The result is a view if the slice has all rows; for a tensor that is not a matrix, it equals that of `take`. No
+        other code computes the values of an operand from a stored tensor.
         """
         every = self.oriented(stored)
         return every if self.whole else every.index_select(self.row_axis, self.index(every.device))
 
     def put_operand(self, stored: Tensor | None, operand: Tensor) -> Tensor:
-        """Return what the Store would hold for another operand of these rows: the inverse of `operand`.
+        """Return the stored tensor with another operand for these rows: the inverse of `operand`.
 
         Args:
-            stored: the tensor, which is not written; not needed if the slice has all rows.
+            stored: the current tensor, which is not modified; not needed if the slice has all rows.
             operand: ``[..., rows, in]``.
         """
         return self.put(stored, self.restored(operand))
 
     def oriented(self, part: Tensor) -> Tensor:
-        """Return any rows of the weight, given as they are stored, as ``[..., k, in]``: a view."""
+        """Return any of the weight's rows, given in the stored layout, as a view ``[..., k, in]``."""
         if self.layout is Layout.COLUMNS:
             return part.transpose(-1, -2)
         return part.flatten(1) if self.layout is Layout.KERNEL else part
 
     def views(self, stored: Tensor) -> list[Tensor]:
-        """Return writable views of the slice in the stored tensor itself: ``[..., k, in]`` for each run.
+        """Return writable views of the slice in the stored tensor itself, ``[..., k, in]`` for each run.
 
         Args:
             stored: the stored tensor, contiguous.
@@ -277,13 +277,13 @@ class WeightSlice:
         return [every.narrow(self.row_axis, start, end - start) for start, end in self.spans]
 
     def restored(self, operand: Tensor) -> Tensor:
-        """Return rows as they are stored: the inverse of `oriented`."""
+        """Return rows in the stored layout: the inverse of `oriented`."""
         if self.layout is Layout.COLUMNS:
             return operand.transpose(-1, -2)
         return operand.reshape(operand.shape[0], *self.shape[1:]) if self.layout is Layout.KERNEL else operand
 
     def read_operand(self, call: Emit, node: fx.Node, index: Index) -> fx.Node:
-        """Return the node for what `operand` returns for ``node``, the stored tensor or a value that represents it.
+        """Return a node that computes the result of `operand` for ``node``, the stored tensor or its replacement.
 
         Args:
             call: the method `Builder.call`.
@@ -296,7 +296,7 @@ class WeightSlice:
         return self.read(partial(call, part="weight rows"), node, index, axis=self.row_axis)
 
     def restore(self, call: Emit, operand: fx.Node, part: str) -> fx.Node:
-        """Return the node for what `restored` returns for any rows ``[..., k, in]``."""
+        """Return a node that computes the result of `restored` for any rows ``[..., k, in]``."""
         if self.layout is Layout.COLUMNS:
             return call(aten.transpose.int, operand, -1, -2, part=part)
         if self.layout is Layout.KERNEL:
@@ -305,27 +305,27 @@ class WeightSlice:
 
     @property
     def row_axis(self) -> int:
-        """The axis of the operand that counts the rows: the first in the plain layout, otherwise the second to last."""
+        """The axis of the operand along which the rows lie: 0 in the plain layout, otherwise the second to last."""
         return 0 if self.layout is Layout.PLAIN else -2
 
     # --- entries by number ---------------------------------------------------------------------------------
 
     def entries(self, stored: Tensor) -> Tensor:
-        """Return the slice's entries of a tensor of this shape, flat, in their order there."""
+        """Return the slice's entries of a tensor with the stored shape, flattened, in the order of the tensor."""
         return self.take(stored).reshape(-1)
 
     def places(self, numbers: Tensor) -> Tensor:
-        """Return the places of entries in the tensor as it is stored, row by row, in `index_dtype`.
+        """Convert indices into the slice's entries to flat indices into the stored tensor, in `index_dtype`.
 
         Args:
-            numbers: numbers of the slice's entries, in the order of `entries`.
+            numbers: indices of the slice's entries, in the order of `entries`.
         """
         if not self.whole:
             numbers = self._every_place(numbers.device)[numbers]
         return numbers.to(self.index_dtype)
 
     def numbers(self, places: Tensor) -> Tensor:
-        """Return the numbers of entries at places, ``int64``: the inverse of `places`."""
+        """Convert flat indices into the stored tensor to indices into the slice, ``int64``: the inverse of `places`."""
         if self.whole:
             return places.long()
         every = self._every_place(places.device)
@@ -337,11 +337,11 @@ class WeightSlice:
 
     @property
     def index_dtype(self) -> torch.dtype:
-        """The dtype that numbers entries of the tensor: ``int32``, or ``int64`` from 2^31 entries on."""
+        """The dtype of indices into the tensor: ``int32``, or ``int64`` for 2^31 entries and more."""
         return index_type(self.numel)
 
     def mask(self, device: torch.device | None = None) -> Tensor:
-        """Return the mask of the slice's rows, ``bool`` with the axes of the tensor, all except the rows' of size 1."""
+        """Return a ``bool`` mask of the slice's rows that broadcasts to the tensor: only the rows' axis is not 1."""
         own = torch.zeros(self.total, dtype=torch.bool, device=device)
         own[self.index(device)] = True
         return own.view([self.total if axis == self.axis else 1 for axis in range(len(self.shape))])
