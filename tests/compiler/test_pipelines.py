@@ -102,6 +102,6 @@ def test_what_a_pass_requires_comes_before_it() -> None:
     with pytest.raises(GraftError, match="'second' requires 'a', which no pass before it ensures") as caught:
         Pipeline("test", [second, first])
     assert caught.value.hint == "place it after 'first'"
-    with pytest.raises(GraftError, match="two passes of one name"):
+    with pytest.raises(GraftError, match="two passes with the same name"):
         Pipeline("test", [first, first])
     assert [each.name for each in Pipeline("test", [second], given={"a"})] == ["second"]
