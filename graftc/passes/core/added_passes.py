@@ -1,4 +1,4 @@
-"""Passes that plugins add to graftc's pipelines."""
+"""Finds the passes that plugins provide, and adds them to graftc's pipelines."""
 
 from __future__ import annotations
 

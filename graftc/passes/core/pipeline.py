@@ -72,7 +72,7 @@ class Pass(Generic[G]):
         _freeze(self)
 
     def __str__(self) -> str:
-        """Return a description on one line."""
+        """Return a one-line description."""
         marks = ["rewrites" if self.rewrites else "looks"]
         marks += [f"verified{' with types' if self.typed else ''}"] if self.verified else []
         marks += ["where wanted"] if self.wanted is not None else []
@@ -103,7 +103,7 @@ class PassGroup(Generic[C]):
         _freeze(self)
 
     def __str__(self) -> str:
-        """Return a description on one line."""
+        """Return a one-line description."""
         return _line(self.name, ["a group", "verified"], self.requires, self.ensures)
 
 
@@ -254,7 +254,7 @@ class Pipeline(Generic[C]):
         return iter(self.passes)
 
     def __str__(self) -> str:
-        """Return the passes, one on each line."""
+        """Return a description of the passes, one per line."""
         start = f", from {', '.join(sorted(self.given))}" if self.given else ""
         return "\n".join([f"{self.name}{start}", *(f"  {each}" for each in self.passes)])
 

@@ -53,12 +53,12 @@ def step(name: str) -> None:
 
 
 def listening(listener: Listener) -> AbstractContextManager[None]:
-    """Report work in this thread to a listener while the block runs, and show nothing else."""
+    """Report this thread's progress only to a listener while the block runs, without showing anything."""
     return having(_LISTENER, listener)
 
 
 def shown(show: bool | None) -> AbstractContextManager[None]:
-    """Show or hide work in this thread while the block runs; None leaves that unchanged."""
+    """Show or hide this thread's progress while the block runs; None keeps the current setting."""
     return having(_SHOWN, _SHOWN.get() if show is None else show)
 
 

@@ -70,7 +70,7 @@ def masked_gradient(grad: Tensor, step: Tensor, seed: Tensor, p: float) -> Tenso
 
 
 class _GradMask(torch.autograd.Function):
-    """A view whose gradient is masked."""
+    """The autograd function of `grad_mask`: a view whose gradient is masked."""
 
     @staticmethod
     def forward(weight: Tensor, step: Tensor, seed: Tensor, p: float) -> Tensor:

@@ -86,7 +86,7 @@ def edge_of(scores: Sequence[Tensor], kept: int) -> list[Edge]:
 
     Args:
         scores: the scores of each group, ``[n]``; NaN counts as smaller than any other value.
-        kept: number of entries to keep, at least 1.
+        kept: number of entries to keep, from 1 to their total number.
 
     Returns:
         For each group, the threshold, which is the same for all groups, and the last position, both scalars on the

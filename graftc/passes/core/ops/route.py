@@ -45,7 +45,7 @@ class Routes:
     seen: dict[str, RouteChoice] = field(default_factory=dict)
 
     def taken(self) -> AbstractContextManager[None]:
-        """Return a context in which `route` records its choices in `seen` and uses the `imposed` ones."""
+        """Return a context in which `route` records the run's own choices in `seen` and uses the `imposed` ones."""
         return having(_CURRENT, self)
 
 

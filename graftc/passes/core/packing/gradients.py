@@ -79,7 +79,7 @@ def listen(codes: Tensor, receive: Receive) -> RemovableHandle:
 
 
 def pass_on(codes: Tensor, copied: Tensor) -> Tensor:
-    """Attach the codes' tap, if it is open, to ``copied``, their replacement without values, and return this."""
+    """Return ``copied``, which replaces codes but has no values, with the codes' tap attached if it is open."""
     if is_open(codes):
         setattr(copied, _TAP, tap_of(codes))
     return copied

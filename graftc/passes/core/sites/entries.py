@@ -66,7 +66,7 @@ def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
 
 
 def _as_many(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
-    """Return indices for fake scores, taking as many as possible from each group in turn.
+    """Return indices for fake scores, with as many as possible from each group in turn.
 
     The operators are those that would sort real scores, so that the cost is the same.
     """

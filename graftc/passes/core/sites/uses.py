@@ -24,7 +24,7 @@ from graftc.passes.core.weights.weight_slice import WeightSlice
 
 aten = torch.ops.aten
 Call = Callable[..., fx.Node]
-"""Inserts a call: `Builder.call`."""
+"""The function that inserts a call: `Builder.call`."""
 
 _ALIGNMENT = 16
 """In grouped products, the length of a row in bytes must be a multiple of this."""

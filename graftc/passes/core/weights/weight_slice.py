@@ -34,11 +34,11 @@ class Layout(StrEnum):
     """The order of axes in which the Store holds a weight whose oriented form is ``[..., out, in]``."""
 
     ROWS = "rows"
-    """The same order."""
+    """Also stored as ``[..., out, in]``."""
     COLUMNS = "columns"
-    """The last two axes swapped: ``[..., in, out]``."""
+    """Stored with the last two axes swapped: ``[..., in, out]``."""
     KERNEL = "kernel"
-    """A convolution's ``[out, in, *kernel]``; its columns are the entries of a patch."""
+    """A convolution's kernel, ``[out, in, *kernel]``; its columns are the entries of a patch."""
     PLAIN = "plain"
     """Not a matrix: a tensor that is used as it is stored, with rows along its first axis."""
 
