@@ -105,11 +105,14 @@ def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
 
 def by_values(error: BaseException | None) -> bool:
     """Return whether the error says that a trace failed for a reason that other sizes and traces do not change."""
+    return any(isinstance(each, _OF_TRACERS) for each in _with_causes(error))
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and the errors that led to it."""
     while error is not None:
-        if isinstance(error, _OF_TRACERS):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False
 
 
 def told(error: BaseException) -> str:
@@ -139,13 +142,11 @@ def of_the_model(file: str) -> bool:
 
 def _place(error: BaseException) -> str:
     """Return where in the model's code a trace failed: the innermost line that belongs to neither torch nor graftc."""
-    place = ""
-    each: BaseException | None = error
-    while each is not None and not place:
+    for each in _with_causes(error):
         places = list(_places(traceback.walk_tb(each.__traceback__)))
-        place = places[-1] if places else ""
-        each = each.__cause__ or each.__context__
-    return place
+        if places:
+            return places[-1]
+    return ""
 
 
 _OWN_ERRORS: ContextVar[dict[Hashable, Exception | None] | None] = ContextVar(

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from graftc.compiler.capture.identity.objects import closure_of
-from graftc.compiler.capture.identity.sources import home_of, home_of_module
+from graftc.compiler.capture.identity.sources import codes_in, home_of, home_of_module
 
 _ASKING = frozenset({"vars", "id", "globals", "locals"})
 _CONTAINERS = frozenset({list, dict, set, bytearray, deque, defaultdict, OrderedDict, Counter})
@@ -67,22 +67,14 @@ def _does(function: FunctionType, met: set[CodeType]) -> bool:
     if function.__code__ in met or home_of(function) != "user":
         return False
     met.add(function.__code__)
-    codes = list(_codes(function.__code__))
+    codes = list(codes_in(function.__code__))
     free = function.__code__.co_freevars
     for instruction in itertools.chain.from_iterable(map(dis.get_instructions, codes)):
-        named, where = instruction.opname, instruction.argval
-        if named in ("STORE_GLOBAL", "DELETE_GLOBAL") or (named == "STORE_DEREF" and where in free):
-            return True
-        if where == "__dict__" or (where in _ASKING and named in ("LOAD_GLOBAL", "LOAD_NAME")):
+        operation, name = instruction.opname, instruction.argval
+        writes = operation in ("STORE_GLOBAL", "DELETE_GLOBAL") or (operation == "STORE_DEREF" and name in free)
+        if writes or name == "__dict__" or (name in _ASKING and operation in ("LOAD_GLOBAL", "LOAD_NAME")):
             return True
     return any(_may_change(value, met) for value in _mentioned(function, codes))
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _codes(inner)
 
 
 def _mentioned(function: FunctionType, codes: list[CodeType]) -> Iterator[Any]:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 import sysconfig
+from collections.abc import Iterator
 from functools import cache, lru_cache
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -25,7 +26,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _GRAFTC = str(Path(__file__).parents[3]) + os.sep
 _STANDARD = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib")})
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
-_BY_NAME = ("getattr", "hasattr", "attrgetter", "methodcaller")
+_BY_NAME = frozenset({"getattr", "hasattr", "attrgetter", "methodcaller"})
 
 
 @lru_cache(maxsize=32768)
@@ -93,13 +94,20 @@ def _constant(value: Any) -> str:
 
 @lru_cache(maxsize=32768)
 def _names(number: int, code: CodeType) -> tuple[str, ...]:
-    nested = [value for value in code.co_consts if isinstance(value, CodeType)]
-    names = dict.fromkeys(code.co_names)
-    if not names.keys().isdisjoint(_BY_NAME):
-        names.update(dict.fromkeys(v for v in code.co_consts if isinstance(v, str) and v.isidentifier()))
-    for inner in nested:
-        names.update(dict.fromkeys(names_of(inner)))
+    names: dict[str, None] = {}
+    for each in codes_in(code):
+        names |= dict.fromkeys(each.co_names)
+        if not _BY_NAME.isdisjoint(each.co_names):
+            names |= dict.fromkeys(v for v in each.co_consts if isinstance(v, str) and v.isidentifier())
     return tuple(names)
+
+
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of a function, and that of the functions within it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from codes_in(inner)
 
 
 def names_of(code: CodeType) -> tuple[str, ...]:
