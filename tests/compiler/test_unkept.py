@@ -84,13 +84,13 @@ class AsksForMemory(Plain):
 
 
 TOLD: dict[type[Plain], str] = {
-    WithFunction: "WithFunction.more has a backward pass of its own, Reversed",
-    WithHelper: "reverse has a backward pass of its own, Reversed",
-    WithHook: "WithHook.more puts hooks on gradients",
-    AsksForGradients: "AsksForGradients.more asks whether gradients are enabled",
-    AsksForInference: "AsksForInference.more asks whether inference mode is on",
-    AsksForAutocast: "AsksForAutocast.more asks whether autocast is on",
-    AsksForMemory: "AsksForMemory.forward asks how an input lies in memory",
+    WithFunction: "WithFunction.more has a custom backward pass, Reversed",
+    WithHelper: "reverse has a custom backward pass, Reversed",
+    WithHook: "WithHook.more registers hooks on gradients",
+    AsksForGradients: "AsksForGradients.more checks whether gradients are enabled",
+    AsksForInference: "AsksForInference.more checks whether inference mode is on",
+    AsksForAutocast: "AsksForAutocast.more checks whether autocast is on",
+    AsksForMemory: "AsksForMemory.forward checks the memory layout of an input",
 }
 
 

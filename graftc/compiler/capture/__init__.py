@@ -1,1 +1,1 @@
-"""Capture of a model as base graphs: tracing, the cache, the anchor, inputs and signatures. Independent of any spec."""
+"""Capture a model as base graphs, independently of any spec: tracing, the cache, the anchor, inputs and signatures."""

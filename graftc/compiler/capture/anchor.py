@@ -1,9 +1,9 @@
-"""The anchor: a base graph compared with the source model itself, both run on the same inputs.
+"""The anchor: compare a base graph with the source model itself on the same inputs.
 
-All other evidence compares graphs with graphs, so it starts here. The model runs unchanged, with its hooks, its patched
-forwards and its own kernels, and without the changes made for the tracer; the graph runs node by node over the same
-tensors. Products with stored weights, which take most of the time, are computed once for both and for all modes
-(`anchoring/products.py`).
+All other evidence compares graphs with graphs, and rests on this comparison. The model runs unchanged, with its hooks,
+its patched forwards and its own kernels, but without the changes made for the tracer; the graph runs node by node over
+the same tensors. Products with stored weights, which take most of the time, are computed once for both and for all
+modes (`anchoring/products.py`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ BOUNDS: Mapping[torch.dtype, float] = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
-"""Largest difference by the model's dtype, relative to the largest element of an output, where kernels differ;
-where they are the same there is none."""
+"""The largest difference allowed, by the model's dtype, relative to the largest element of an output. Differences arise
+only where the kernels differ."""
 
 _MORE_SAMPLES = 6
 
@@ -80,7 +80,7 @@ def anchor(request: CaptureRequest, program: Program, constants: Mapping[str, Te
 
 
 def _other_interface(program: Program, axes: Sequence[Axis]) -> str | None:
-    """Return a description of the inputs that a graph takes if they are not the requested ones, otherwise None."""
+    """Return a description of a graph's inputs if they are not the requested ones, otherwise None."""
     requested = [(axis.name, axis.dtype, len(axis.axes)) for axis in axes]
     takes = [(spec.name, spec.dtype, len(spec.shape)) for spec in program.inputs]
     names = [str(node.target) for node in program.placeholders()]

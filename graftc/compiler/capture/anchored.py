@@ -12,23 +12,23 @@ class Anchor(TimedAnchor, unstated=("differing", "assigned", "plain", "from_two"
     """The result of comparing a base graph with the source model itself, on the same inputs."""
 
     differing: tuple[str, ...] = ()
-    """What exceeds the bound, in words."""
+    """Descriptions of the differences that exceed the bound."""
 
     assigned: tuple[str, ...] = ()
-    """Attributes of modules that the forward pass assigned."""
+    """Module attributes that the forward pass assigned."""
 
     plain: bool = False
-    """Whether both could be run on plain inputs only, all ones, with the sizes used for the capture."""
+    """Whether both could be run only on plain inputs: ones, with the sizes used for the capture."""
 
     from_two: tuple[str, ...] = ()
-    """Named sizes for which 1 is special to the model, so that the graph is valid from 2 on."""
+    """Named sizes for which 1 is a special case in the model, so that the graph is valid only from 2 upwards."""
 
     @property
     def passed(self) -> bool:
-        """Whether nothing contradicts that the graph computes what the model does."""
+        """Whether no difference above the bound was found between the graph and the model."""
         return not self.differing
 
     @property
     def record(self) -> AnchorRecord:
-        """The result without anything that depends on the speed of the machine."""
+        """The result without its duration."""
         return AnchorRecord(self.inputs, self.mode, self.difference, self.bound, self.skipped)

@@ -1,7 +1,7 @@
-"""A model in its capture state, and random numbers that do not depend on what was drawn before them.
+"""Put a model into its capture state, and make random numbers independent of earlier draws.
 
-This covers what is switched off, replaced and restored around a trace or a run. A model and its graph draw the same
-random numbers.
+Around a trace or a run, settings are switched off, replaced and restored. A model and its graph draw the same random
+numbers.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def as_before(model: nn.Module) -> Iterator[None]:
     tables += [vars(module)[name] for module in modules for name in _TABLES]
     items = [dict(table) for table in tables]
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    # In eval mode, attention of torch.nn would take another path, which zeroes padded rows.
+    # In eval mode, torch.nn attention would take another path, which zeroes padded rows.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
@@ -104,7 +104,7 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _random_structure(model: nn.Module) -> Iterator[tuple[Any, str, Any, str]]:
-    """Yield each setting by which Python code decides at random, in training, which layers run or what is masked.
+    """Yield each setting that makes Python code decide at random, in training, which layers run or what is masked.
 
     Each item is the setting's owner, its name, the value that switches it off, and a note.
     """
@@ -115,18 +115,18 @@ def _random_structure(model: nn.Module) -> Iterator[tuple[Any, str, Any, str]]:
             if name.endswith("layerdrop") and isinstance(value, float) and value > 0:
                 yield owner, name, 0.0, f"{name} of {where or 'the model'} is {value} and was captured as 0"
             elif name == "apply_spec_augment" and value is True:
-                note = f"{name} is on and was captured as off: which inputs it masks is drawn outside the graph"
+                note = f"{name} is on but was captured as off: what it masks is drawn at random outside the graph"
                 yield owner, name, False, note
 
 
 def random_structure(model: nn.Module) -> list[str]:
-    """Return notes on what Python code decides at random in training, which is captured as switched off."""
+    """Return notes on random decisions that Python code makes in training, which are captured as switched off."""
     return list(dict.fromkeys(note for *_, note in _random_structure(model)))
 
 
 @contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
-    """Run the block with a model in eval mode that keeps no cache unless a call asks for one; restore it afterwards."""
+    """Run the block with a model in eval mode, without a cache unless a call requests one; restore it afterwards."""
     with as_before(model):
         model.eval()
         _switch_off_caches(model)
@@ -141,7 +141,7 @@ def _switch_off_caches(model: nn.Module) -> None:
 
 @contextmanager
 def _without_state(model: nn.Module) -> Iterator[None]:
-    """Run the block with a model that remembers nothing between calls: no cache, and nothing derived from one."""
+    """Run the block with a model that stores nothing between calls: no cache, and nothing derived from one."""
     if not is_transformers(model):
         yield
         return
@@ -158,7 +158,7 @@ def _without_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Iterator[None]:
-    """Give ``forward`` a flat signature of the given inputs in the block, and tell the tracer which sizes are equal."""
+    """Give ``forward`` a flat signature of these inputs in the block, and tell the tracer which sizes are equal."""
     settings, original = dict(flags), model.forward
     alone = bool(settings.pop(ENCODER, False))
     called: Any = model.get_encoder() if alone else model  # type: ignore[operator]
@@ -169,7 +169,7 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
         tie_sizes(axes, inputs)
         given: dict[str, Any] = assembled({**inputs, **settings}, names, has_encoder(model))
         first = [given.pop(name) for name in positional if name in given]
-        # The tracer takes a module's path from how it is reached while tracing.
+        # The tracer derives a module's path from how it is reached during tracing.
         run: Any = model.get_encoder() if alone else original  # type: ignore[operator]
         return taken_apart(run(*first, **given))
 
@@ -179,15 +179,15 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
 
 
 def keeps_name(name: str) -> bool:
-    """Return whether the tracer keeps the name of an input unchanged.
+    """Return whether the tracer leaves the name of an input unchanged.
 
-    It converts names to lower case, and numbers those that mean something in the code that it generates.
+    It converts names to lower case, and appends numbers to those with a meaning in the code that it generates.
     """
     return name == name.lower() and fx.Graph().create_node("placeholder", name, name=name).name == name
 
 
 def traced_names(inputs: Iterable[str]) -> dict[str, str]:
-    """Return the tracer's name for each input: its own if the tracer keeps all of them, otherwise a numbered one."""
+    """Return the tracer's name for each input: the same if it leaves all names unchanged, otherwise a numbered one."""
     names = list(inputs)
     if all(keeps_name(name) for name in names):
         return {name: name for name in names}
@@ -196,11 +196,11 @@ def traced_names(inputs: Iterable[str]) -> dict[str, str]:
 
 @contextmanager
 def called_with(model: nn.Module, sources: Mapping[str, str]) -> Iterator[None]:
-    """Replace a model's forward, while the block runs, by one that takes other inputs, some in place of several.
+    """Replace a model's ``forward``, while the block runs, with one whose inputs may each stand in for several.
 
     Args:
         model: the model, in its capture state.
-        sources: for each of the model's inputs, the name of the one that is passed for it.
+        sources: for each of the model's inputs, the name of the input that is passed for it.
     """
     called = vars(model)["forward"]
 
@@ -212,7 +212,7 @@ def called_with(model: nn.Module, sources: Mapping[str, str]) -> Iterator[None]:
 
 
 def _taking(forward: Callable[..., Any], names: Iterable[str], module: str) -> Callable[..., Any]:
-    """Return a forward with a signature of inputs with these names, as the tracer needs it."""
+    """Return ``forward`` with a signature of inputs with these names, which the tracer needs."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, default=None) for name in names]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -247,7 +247,7 @@ class _EachFromTheSeed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def same_draws(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Make random numbers depend on their kind and shape only while the block runs; restore random states afterwards.
+    """Make random numbers depend only on their kind and shape while the block runs; restore random states afterwards.
 
     Args:
         device: the device on which they are drawn, in addition to the CPU.

@@ -1,4 +1,4 @@
-"""Operations in an element's Python code that the tracer cannot follow, and what is traced instead."""
+"""Replace operations in an element's Python code that the tracer cannot follow."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 from graftc.compat.operators import SAFE_SOFTMAX
 
 _ATTENTION = F.scaled_dot_product_attention
-"""torch's own function. While transformers exports, a wrapper stands in its place and picks a kernel itself."""
+"""torch's own function. During an export, transformers replaces it with a wrapper that chooses a kernel itself."""
 _RESTRICTED: ContextVar[bool | None] = ContextVar("restricted to the reference kernel", default=None)
-"""Whether the model's code had restricted attention when it called that wrapper; None outside of it."""
+"""Whether the model's code had restricted attention when it called that wrapper; None outside such a call."""
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SIZES = {int, torch.SymInt}
 
@@ -27,11 +27,12 @@ _SIZES = {int, torch.SymInt}
 class AsTraced(TorchFunctionMode):
     """A function mode that replaces operations in an element's Python code that the tracer cannot follow.
 
-    ``torch.div(x.shape[1], 4, rounding_mode="trunc")`` makes a tensor of sizes, whose value the tracer does not know;
-    it is computed on the sizes instead. In whole models such values are recovered later (`graftc.passes.graph.items`),
-    but an element must not read any. ``tensor.data`` becomes ``tensor.detach()``, except on parameters: code that asks
-    for the data of a parameter usually writes to it. Attention under ``sdpa_kernel(SDPBackend.MATH)`` is written out as
-    that kernel computes it: a graph does not contain the context manager, and other kernels round differently.
+    ``torch.div(x.shape[1], 4, rounding_mode="trunc")`` creates a tensor from a size, and the tracer does not know its
+    value; the division is computed on the sizes instead. In whole models, such values are recovered later
+    (`graftc.passes.graph.items`), but an element must not read any. ``tensor.data`` becomes ``tensor.detach()``, except
+    on parameters, since code that accesses a parameter's data usually writes to it. Attention under
+    ``sdpa_kernel(SDPBackend.MATH)`` is written out as that kernel computes it, because a graph does not contain the
+    context manager and other kernels round differently.
     """
 
     def __init__(self) -> None:
@@ -59,10 +60,10 @@ class AsTraced(TorchFunctionMode):
 
 @contextmanager
 def kernels_as_chosen() -> Iterator[None]:
-    """Record, for `AsTraced`, the kernels that a model has chosen when it calls ``F.scaled_dot_product_attention``.
+    """Record, for `AsTraced`, whether a model restricts kernels when it calls ``F.scaled_dot_product_attention``.
 
-    While transformers exports, it replaces that function by one that chooses other kernels before torch's own is
-    called.
+    During an export, transformers replaces that function with one that chooses other kernels before it calls torch's
+    own.
     """
     wrapper = F.scaled_dot_product_attention
 
@@ -78,7 +79,7 @@ def kernels_as_chosen() -> Iterator[None]:
 
 
 def only_math(device: str) -> bool:
-    """Return whether attention is restricted to its reference kernel on a type of device.
+    """Return whether attention is restricted to its reference kernel on a device type.
 
     This is the case under ``sdpa_kernel(SDPBackend.MATH)``. A CPU has only one other kernel.
     """

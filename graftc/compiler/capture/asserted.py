@@ -1,4 +1,4 @@
-"""Value checks made while a model is traced: their descriptions, and the refusal of those no graph may depend on."""
+"""Describe the value checks made while a model is traced, and refuse those on which no graph may depend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def noted(asserted: list[str]) -> Iterator[None]:
 def _about(message: Any) -> str:
     """Return a description of the current check: its message without values, and its file and line.
 
-    transformers keeps the message in the helper that makes the check.
+    transformers passes the message to the helper that makes the check.
     """
     for frame, line in traceback.walk_stack(inspect.currentframe()):
         code = frame.f_code
@@ -41,7 +41,7 @@ def _about(message: Any) -> str:
 def _without_values(message: Any) -> str:
     try:
         text = message() if callable(message) else message
-    except Exception:  # the message contains values, and a trace has none
+    except Exception:  # the message contains values, which a trace does not have
         return ""
     return re.split(r"[,:;]|\.\s", text)[0].strip() if isinstance(text, str) else ""
 
@@ -50,8 +50,8 @@ def hold_for_all_values(condition: Any, message: Any = "", error: Any = None) ->
     """Check the condition of a transformers patch that computes something other than the model's own code.
 
     Raises:
-        UntraceableError: if the condition depends on values and the model is being exported: the graph would be used
-            where the condition does not hold, such as for images of different sizes.
+        UntraceableError: if the condition depends on values and the model is being exported: the graph would also be
+            used where the condition does not hold, for example on images of different sizes.
     """
     if isinstance(condition, torch.Tensor):
         if not torch.compiler.is_exporting():

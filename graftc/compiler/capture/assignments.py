@@ -1,6 +1,6 @@
-"""Detection of what a forward pass assigns to its modules: attributes, contents of containers, tensors it writes to.
+"""Detect what a forward pass changes in its modules: attributes, contents of containers, tensors written in place.
 
-A graph has no attributes, so none of it happens when a graph runs, and what the forward pass read of it is constant.
+A graph has no attributes: such changes do not happen when it runs, and the values that were read are constants in it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Attributes:
         self._tables = {name: dict(self._now[name]) for name in _TABLES}
 
     def changed(self) -> list[str]:
-        """Return the names of attributes that were replaced, have other contents, or are tensors written in place."""
+        """Return the names of attributes that were replaced, have changed contents, or are tensors written in place."""
         now = {name: value for name, value in self._now.items() if name not in _TORCHS_OWN}
         names = [name for name in {**self._values, **now} if not self._same(name, now)]
         names += [name for name, count in self._versions.items() if version_of(self._values[name]) != count]
@@ -76,9 +76,9 @@ class _Contents:
         return cls(value, depth) if _is_container(value) or _is_plain(value) else None
 
     def same(self, other: Any) -> bool:
-        """Return whether a value is this one, or a container of the same type, and its contents are unchanged.
+        """Return whether a value is the recorded one, or a container of the same type, with unchanged contents.
 
-        The tracer replaces containers by copies.
+        The tracer replaces containers with copies.
         """
         if other is not self.value and not (_is_container(other) and type(other) is type(self.value)):
             return False
@@ -113,21 +113,21 @@ def _copied(value: Any, before: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether a value is an object of a user's class, in whose attributes a forward pass may keep counts."""
+    """Return whether a value is an instance of a user's class, whose attributes a forward pass may use as counters."""
     if isinstance(value, nn.Module | Tensor | type | FunctionType | MethodType) or not hasattr(value, "__dict__"):
         return False
     return not (type(value).__module__ + ".").startswith(_LIBRARIES)
 
 
 def _items(value: Any) -> dict[Any, Any]:
-    """Return the items of a dict, of any other container by number, or the attributes of an object by name."""
+    """Return the items of a dict, those of any other container by index, or the attributes of an object by name."""
     if isinstance(value, dict):
         return dict(value)
     return dict(enumerate(value)) if _is_container(value) else dict(vars(value))
 
 
 def has_same_items(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
-    """Return whether a mapping has the keys that it had, each with the same object."""
+    """Return whether a mapping has the same keys as before, each with the same object."""
     return now.keys() == before.keys() and all(now[key] is value for key, value in before.items())
 
 
@@ -135,8 +135,8 @@ def has_same_items(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
 def noticed(model: nn.Module) -> Iterator[list[str]]:
     """Yield a list that receives, after the block, the attributes that were assigned in it, as ``path.attribute``.
 
-    What layers of torch and transformers remember between calls are tables that grow with a text and the like: these
-    layers are only checked if they have a ``forward`` or a hook that the user wrote.
+    What torch and transformers layers store between calls are tables that grow with a text and the like, so these
+    layers are checked only if the user wrote their ``forward`` or one of their hooks.
     """
     before = [(path, Attributes(module)) for path, module in model.named_modules() if is_the_users(module)]
     names: list[str] = []

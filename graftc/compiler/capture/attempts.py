@@ -1,4 +1,4 @@
-"""Try the signatures of a model in turn until one can be captured."""
+"""Try a model's signatures in turn until one can be captured."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ T = TypeVar("T")
 def first_capture(model: nn.Module, axes: Sequence[Axis] | None, run: Callable[[Sequence[Axis]], T]) -> T:
     """Return the result of ``run`` for the first signature that can be captured.
 
-    The signatures tried are the one shown or, if there is none, the model's usual ones; after these, the same
-    signatures with ever more fixed sizes.
+    The signatures tried are the one of the example inputs or, without examples, the model's default ones; then the
+    same signatures with more and more sizes fixed.
 
     Raises:
-        GraftError: GC030, the first one raised, if no signature can be captured; also for inputs that are not tensors.
+        GraftError: GC030 if no signature can be captured (the error of the first attempt), or if an input is not a
+            tensor.
     """
     require_tensors(model, axes or ())
     choices = [list(axes)] if axes is not None else list(default_signatures(model))

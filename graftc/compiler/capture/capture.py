@@ -1,7 +1,7 @@
 """Capture a model as a Program: ATen training IR with dynamic batch and sequence, canonicalised.
 
-transformers models go through the helpers of ``transformers.exporters`` (an experimental module, so it is used only
-here and in the exports); any other `nn.Module` goes through ``torch.export`` just the same.
+transformers models are prepared by the helpers of ``transformers.exporters`` (an experimental module, so it is used
+only for capturing and exporting); any other `nn.Module` goes to ``torch.export`` directly.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class Capture:
         constants: tensors that the graph uses in addition to the model's own, by name.
         seconds: the duration of the capture.
         cached: whether it came from a file.
-        notes: messages on what capturing had to change.
+        notes: notes on what capturing had to change.
         key: the key that identifies the model and the request (`graftc.compiler.capture.capture_cache.key`); None if
             there is none.
-        assigned: attributes of modules that the forward pass assigned while it was traced.
+        assigned: module attributes that the forward pass assigned while it was traced.
         anchor: the comparison with the model itself.
-        alike: the number of calls of layers that were not traced, since they are like others.
+        alike: the number of layer calls that were not traced, since the layers are like others.
     """
 
     traced: Program
@@ -106,8 +106,8 @@ def capture(request: CaptureRequest, *, alike: bool = True) -> Capture:
 
     Args:
         request: the model, and what it is called with.
-        alike: whether to trace only one of the layers that are alike, see `graftc.compiler.capture.alike`; otherwise
-            all are traced.
+        alike: whether to trace only one of several alike layers (see `graftc.compiler.capture.alike`); otherwise, all
+            are traced.
 
     Raises:
         GraftError: GC030 if torch.export cannot capture the model.
@@ -126,14 +126,14 @@ def capture(request: CaptureRequest, *, alike: bool = True) -> Capture:
 
 
 class _SeenError(Exception):
-    """Raised if something needed the tensors of a layer that were hidden."""
+    """Raised if something needed the hidden tensors of a layer."""
 
 
 def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | None:
     """Try to capture once; return None if layers that seemed alike are not, or if something else prevents their reuse.
 
     Raises:
-        _SeenError: if the attempt needs what was hidden.
+        _SeenError: if the attempt needs hidden tensors.
     """
     model, axes, inputs, repeats = request.model, request.axes, request.examples(), Repeats()
     once = traced_once(model, inputs if hide else None) if alike else nullcontext(repeats)
@@ -170,7 +170,7 @@ def _export(
     repeats: Repeats,
     asserted: list[str],
 ) -> tuple[torch.export.ExportedProgram, InputSizes]:
-    """Export with every axis as dynamic as it can be, and again with the axes fixed that turned out to be bound."""
+    """Export with every axis as dynamic as possible, then again with those axes fixed that turned out to be bound."""
     auto, hidden = torch.export.Dim.AUTO, repeats.hidden
     shown = [name for name in inputs if name not in hidden.stand_ins]
     dynamic = {a.name: {i: auto for i in range(len(a.axes)) if _may_vary(a, i)} for a in axes}
@@ -208,10 +208,10 @@ def _export(
 
 
 def _may_vary(axis: Axis, dim: int) -> bool:
-    """Return whether to ask for an axis that varies.
+    """Return whether to request a dynamic axis.
 
-    A size of 0 or 1 is special to the tracer. Patches, windows and strides bind the sizes of images, and finding that
-    out takes the tracer a minute, so only a named axis of an image varies.
+    A size of 0 or 1 is special to the tracer. Patches, windows and strides bind the sizes of images, which takes the
+    tracer a minute to find out, so only named axes of an image are dynamic.
     """
     image = axis.dtype.is_floating_point and len(axis.axes) >= 4
     return axis.sizes[dim] > 1 and (isinstance(axis.axes[dim], str) or not image)
@@ -234,7 +234,7 @@ def _patches(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _patches_of_what_is_there() -> Iterator[None]:
-    """Restrict the patches of transformers to imported model code while the block runs; others would import it."""
+    """Limit transformers' patches to model code that is imported while the block runs; others would import more."""
     if (every := export_patches()) is None:
         yield
         return
@@ -244,7 +244,7 @@ def _patches_of_what_is_there() -> Iterator[None]:
 
 
 def _is_there(path: str) -> bool:
-    """Return whether the module of a model's class is imported; paths outside of models count as imported."""
+    """Return whether the module of a model's class is imported; paths outside model code count as imported."""
     model = _OF_A_MODEL.match(path)
     return model is None or model[0] in sys.modules
 
@@ -304,10 +304,10 @@ def _program(
 
 
 def _require_plain(module: fx.GraphModule, node: fx.Node) -> None:
-    """Raise unless a node is an operator on values, or a tensor; a call that holds code or structure is neither.
+    """Raise unless a node is a tensor or an operator on values, as opposed to an operator that contains code.
 
     Raises:
-        TypeError: with the operator and the module that calls it.
+        TypeError: naming the operator and the module that calls it.
     """
     if node.op == "get_attr":
         owner, _, name = str(node.target).rpartition(".")
@@ -333,9 +333,9 @@ def _module_path(node: fx.Node) -> str:
 
 
 def _numbered(exported: torch.export.ExportedProgram) -> dict[str, str]:
-    """Give the tensors of an exported program numbers for names; return the original names by number.
+    """Replace the names of an exported program's tensors with numbered ones; return the original names by new name.
 
-    Not every name can be an attribute of a `torch.fx.GraphModule`: ``code`` and ``graph`` are its own, ``class`` is a
+    Not every name can be an attribute of a `torch.fx.GraphModule`: ``code`` and ``graph`` are taken, and ``class`` is a
     keyword.
     """
     numbers: dict[str, str] = {}
@@ -357,7 +357,7 @@ def _numbered(exported: torch.export.ExportedProgram) -> dict[str, str]:
 def _constants(
     program: Program, exported: torch.export.ExportedProgram, names: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors that the forward created itself, named by their contents so that signatures share them."""
+    """Return the tensors that ``forward`` itself created, named by their contents so that signatures share them."""
     own = {names[n] for n in (*exported.state_dict, *exported.graph_signature.non_persistent_buffers)}
     values = {names[number]: value for number, value in exported.constants.items()}
     constants: dict[str, torch.Tensor] = {}
@@ -375,7 +375,7 @@ def _constants(
 
 
 def output_spec(spec: pytree.TreeSpec) -> OutputSpec:
-    """Return how outputs are put together, given how pytree takes them apart."""
+    """Return the `OutputSpec` that corresponds to pytree's spec of the outputs."""
     if spec.is_leaf():
         return OutputSpec("leaf")
     children = tuple(output_spec(child) for child in spec.children())

@@ -1,13 +1,13 @@
 """The capture cache: canonicalised, weightless graphs in the user's cache directory, as JSON.
 
-The key covers everything that a capture depends on: what the modules hold and the code that they reach (`holdings`),
+The key covers everything that a capture depends on: the contents of modules and the code that they reach (`holdings`),
 the signature (inputs and flags), the versions of Python, torch, transformers and graftc with graftc's own code, and the
-passes that plugins add. A model that holds something that cannot be written down has no key and is not kept; the report
-says what that is.
+passes that plugins add. A model with contents that cannot be serialised has no key, and its captures are not stored;
+the report names those contents.
 
 Files are not trusted: a file is used only if it belongs to this user and no other user may write to it, its first line
-is a digest of the rest, and it names the key that is looked for. Otherwise the model is captured again. A digest
-detects damage but not intent, which is left to the permissions. Set ``GRAFTC_CACHE`` to another directory, or to
+is a digest of the rest, and it contains the requested key. Otherwise the model is captured again. The digest detects
+damage but not tampering, which file permissions have to prevent. Set ``GRAFTC_CACHE`` to another directory, or to
 ``off``.
 """
 
@@ -45,7 +45,7 @@ _STALE_SECONDS = 3600
 
 
 def folder() -> Path | None:
-    """Return the directory in which captures are kept; None if the cache is off."""
+    """Return the directory in which captures are stored; None if the cache is off."""
     setting = os.environ.get("GRAFTC_CACHE", "")
     if setting.lower() in ("off", "0"):
         return None
@@ -56,7 +56,7 @@ def folder() -> Path | None:
 
 
 def key(request: CaptureRequest) -> str | None:
-    """Return the key of a capture; None for a model that holds something that cannot be written down."""
+    """Return the key of a capture; None for a model with contents that cannot be serialised."""
     try:
         return _key(request)
     except UnknownHoldingError:
@@ -81,17 +81,17 @@ def _key(request: CaptureRequest) -> str:
 
 
 def lookup(request: CaptureRequest) -> Capture | None:
-    """Return the kept capture, with fake values on the model's device, or None."""
+    """Return the stored capture, with fake values on the model's device, or None."""
     return _read(key(request), request.device)
 
 
 def keep(request: CaptureRequest, capture: Capture) -> None:
-    """Keep a capture, in a temporary file that is then renamed; what cannot be kept is skipped silently."""
+    """Store a capture, in a temporary file that is then renamed; silently skip one that cannot be stored."""
     _write(key(request), capture)
 
 
 def forget(request: CaptureRequest) -> None:
-    """Remove a kept capture that turned out to be wrong."""
+    """Remove a stored capture that turned out to be wrong."""
     path = _path(key(request))
     if path is not None:
         with suppress(OSError):
@@ -99,11 +99,11 @@ def forget(request: CaptureRequest) -> None:
 
 
 Known = Mapping[str, Callable[[], Capture | None]]
-"""Captures that are there already, by their key; a function gives None where its file has gone since."""
+"""Functions that return existing captures, by key; one returns None if its file has been removed since."""
 
 
 def captured(request: CaptureRequest, *, use_cache: bool = True, known: Known = MappingProxyType({})) -> Capture:
-    """Return the capture that is known under the request's key, one from the cache, or a new one, kept there.
+    """Return the known capture for the request's key, one from the cache, or a new one, which is stored there.
 
     A known capture whose file has been removed since is not used. See `graftc.compiler.capture.capture.capture`.
     """
@@ -122,7 +122,7 @@ def captured(request: CaptureRequest, *, use_cache: bool = True, known: Known = 
     if use_cache:
         _write(wanted, new)
         if aside and folder() is not None:
-            new.notes += (f"not kept in the capture cache, since other models may differ in it: {aside}",)
+            new.notes += (f"not kept in the capture cache, whose keys cannot include this: {aside}",)
     return new
 
 
@@ -153,10 +153,10 @@ def _read(wanted: str | None, device: torch.device) -> Capture | None:
 
 
 def _content(path: Path) -> bytes:
-    """Return the contents of a file.
+    """Return the contents of a trusted file.
 
     Raises:
-        OSError: if there is none, or if it is not a file of this user that no other user may write to.
+        OSError: if there is none, or if it is not a regular file of this user that no other user may write to.
     """
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags), "rb") as file:
@@ -165,11 +165,11 @@ def _content(path: Path) -> bytes:
         others_write = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         if not usual or (hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or others_write)):
             raise PermissionError(f"{path} is not trusted")
-        return file.read(min(status.st_size, _LARGEST_FILE) + 1)  # bounds the memory that reading takes
+        return file.read(min(status.st_size, _LARGEST_FILE) + 1)  # limits the memory that reading takes
 
 
 def _write(wanted: str | None, capture: Capture) -> None:
-    """Keep a capture, in a temporary file that is then renamed; skip what cannot be kept, or not now."""
+    """Store a capture, in a temporary file that is then renamed, unless it cannot be serialised or written."""
     path = _path(wanted)
     if path is None or any(t.numel() * t.element_size() > LARGEST_TENSOR for t in capture.constants.values()):
         return

@@ -1,6 +1,6 @@
-"""The inputs that a model is captured with if the caller shows none.
+"""The default inputs with which a model is captured if the caller gives no examples.
 
-They are inferred from the names of ``forward``'s parameters and from sizes in the config, never from the kind of model.
+They are inferred from the names of ``forward``'s parameters and from sizes in the config, never from the type of model.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis
 from graftc.specs.errors.diagnostics import GraftError
 
 ROW_INPUTS = "graftc_row_inputs"
-"""Attribute of models that names inputs of ours that have a whole number for each row."""
+"""Attribute of models that lists the inputs added by graftc that hold one integer per row."""
 
 _MASKED = ("input_ids", "inputs_embeds")
 _NESTED = ("vision_config", "audio_config", "encoder", "backbone_config")
 _FRAMES = 12
-"""Frames that raw audio should give: enough for any kernel that follows the feature extractor's."""
+"""Number of frames that raw audio should yield: enough for the kernels that follow those of the feature extractor."""
 
 
 def default_axes(model: nn.Module) -> list[Axis]:
-    """Return the first of `default_signatures`."""
+    """Return the first signature of `default_signatures`."""
     return next(default_signatures(model))
 
 
 def default_signatures(model: nn.Module) -> Iterator[list[Axis]]:
-    """Yield the inputs to try in turn: first the main one with its mask and the required parameters of ``forward``.
+    """Yield the sets of inputs to try: first the main input with its mask, and the required parameters of ``forward``.
 
-    For a model that takes text and images, both follow; for one with a decoder, the inputs without the decoder's.
+    For a model that takes text and images, a set with both follows; for an encoder-decoder model, a set without the
+    decoder's inputs.
 
     Raises:
-        GraftError: GC030 for a model whose inputs cannot be told from its interface.
+        GraftError: GC030 if the model's inputs cannot be inferred from its interface.
     """
     known = parameters(model)
     main = getattr(model, "main_input_name", None)
@@ -62,14 +63,14 @@ def _unknown(model: nn.Module, names: list[str]) -> GraftError:
     what = f"the input {names[0]!r}" if names else "the inputs"
     return GraftError(
         "GC030",
-        f"{what} of {type(model).__name__} cannot be told from its interface",
+        f"{what} of {type(model).__name__} cannot be inferred from its interface",
         hint="pass example_inputs={name: tensor} to graftc.compile; on the command line, a callable may return "
         "(model, example_inputs)",
     )
 
 
 def _required(model: nn.Module) -> list[str]:
-    """Return the parameters that have no default."""
+    """Return the names of the parameters without a default."""
     by_name = declared(model)
     return [n for n in parameters(model) if by_name[n].default is inspect.Parameter.empty]
 
@@ -108,7 +109,7 @@ def _pixels(name: str, model: nn.Module) -> Axis:
 def _features(name: str, model: nn.Module) -> Axis:
     """Return the axes of spectrograms: mel bins by a fixed number of frames, or frames by features.
 
-    The first form is used if two frames make one position.
+    The first form is used if two frames make up one position.
     """
     bins, positions = _setting(model, "num_mel_bins", default=None), _setting(model, "max_source_positions", default=0)
     per_frame = _setting(model, "input_feat_per_channel", "feature_projection_input_dim", default=None)
@@ -135,10 +136,10 @@ _MISSING = object()
 
 
 def _setting(model: nn.Module, *names: str, default: Any = _MISSING) -> Any:
-    """Return the first of some settings that the config has, itself or in the part for images or audio.
+    """Return the first of several settings that is present in the config or in its image or audio part.
 
     Raises:
-        GraftError: GC030 if there is none and no default.
+        GraftError: GC030 if none is present and there is no default.
     """
     config = getattr(model, "config", None)
     for part in (config, *(getattr(config, name, None) for name in _NESTED)):

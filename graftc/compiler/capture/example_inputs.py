@@ -25,20 +25,20 @@ def random_inputs(
     front: bool = True,
     fixed_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Return random inputs for a Program: indices within their table, masks, normal floats.
+    """Return random inputs for a Program: indices within their tables, masks, and normally distributed floats.
 
-    The rows of a batch differ in the position of their padding: in front, inside, at the end, nowhere, and so on.
+    The rows of a batch differ in the position of their padding: at the start, inside, at the end, nowhere, and so on.
 
     Args:
         program: the Program that takes the inputs.
-        store: the store of its tensors: inputs are on their device.
-        seed: the seed of the values.
-        sizes: sizes of the named axes in the order of their occurrence; the last one applies to all further ones. If
-            the graph does not support that size of an axis, the axis gets the nearest one.
-        config: the model's config. Padding has the number that it names. Texts end with the end token that it names,
-            and have it nowhere else, since some heads look for it.
-        front: whether padding may be in front. Under a causal mask its rows then see nothing, and the result of
-            attention for them depends on the kernel: zeros in torch, a mean elsewhere.
+        store: the Store of its tensors, on whose device the inputs are created.
+        seed: the seed for the values.
+        sizes: sizes of the named axes in order of occurrence; the last one applies to all further axes. If the graph
+            does not support the size of an axis, the axis gets the nearest supported one.
+        config: the model's config, which names the padding and end tokens. Each text ends with the end token, which
+            occurs nowhere else, since some heads look for it.
+        front: whether padding may be at the start. Under a causal mask, such padding attends to nothing, and its
+            attention result depends on the kernel: zeros in torch, a mean elsewhere.
         fixed_sizes: sizes of named axes to which ``sizes`` does not apply.
     """
     return samples_on(store.device(), program, seed, sizes, config, front=front, fixed_sizes=fixed_sizes)
@@ -54,7 +54,7 @@ def samples_on(
     front: bool = True,
     fixed_sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Return what `random_inputs` returns, on a given device."""
+    """Return the same inputs as `random_inputs`, on a given device."""
     generator = torch.Generator().manual_seed(seed)
     axes = _sizes(program, sizes, fixed_sizes or {})
     inputs: dict[str, Tensor] = {}
@@ -87,7 +87,7 @@ def _sizes(program: Program, sizes: Sequence[int], fixed_sizes: Mapping[str, int
 
 
 def _padding(rows: int, length: int, *, front: bool) -> Tensor:
-    """Return the padding of a batch of texts, ``bool[rows, length]``."""
+    """Return the mask of the padding in a batch of texts, ``bool[rows, length]``."""
     count, middle = max(0, min(2, (length - 1) // 3)), length // 2
     padding = torch.zeros(rows, length, dtype=torch.bool)
     behind = slice(length - count, length)
@@ -98,7 +98,7 @@ def _padding(rows: int, length: int, *, front: bool) -> Tensor:
 
 
 def _with_padding(numbers: Tensor, rows: int, config: Any, front: bool) -> Tensor:
-    """Return texts with their padding and the end token."""
+    """Return token ids with padding and the end token inserted."""
     if numbers.dim() != 2:
         return numbers
     end, pad = (_token(config, name, rows) for name in ("eos_token_id", "pad_token_id"))
@@ -118,7 +118,7 @@ def _token(config: Any, name: str, rows: int) -> int | None:
 
 
 def _table_rows(node: fx.Node) -> int | None:
-    """Return the number of rows of the table, or of slots of the bank, that an input indexes; None if there is none."""
+    """Return the number of rows of the table, or slots of the bank, that an input indexes; None if there is none."""
     for user in node.users:
         if user.target is aten.index_select.default and user.args[2] is node:
             return int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]

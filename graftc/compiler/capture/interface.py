@@ -1,7 +1,7 @@
-"""The arguments of a model's ``forward``: tensors and flags by name, and the values that make no difference.
+"""Read the arguments of a model's ``forward``: tensors and flags by name, without values that make no difference.
 
-A flag is any keyword whose value is not a tensor: it becomes a constant of the captured graph. A flag at the value that
-the model would use anyway needs no graph of its own.
+A flag is a keyword argument whose value is not a tensor; it becomes a constant of the captured graph. A flag whose
+value the model would use anyway needs no separate graph.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor
 """Inputs by name, or in the order of ``forward``'s parameters."""
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 COUNT = "num_items_in_batch"
-"""How many labels a loss is the mean over, where a batch is computed in several calls. It differs from step to step, so
-that a number is made a tensor: as a flag, each value would have a graph of its own."""
+"""The number of labels over which a loss is averaged if a batch is split into several calls. It changes from step to
+step, so a Python number is converted to a tensor: as a flag, each value would need its own graph."""
 
 
 def parameters(model: nn.Module) -> tuple[str, ...]:
-    """Return the names that the model's ``forward`` takes, in order."""
+    """Return the names of the parameters of the model's ``forward``, in order."""
     return tuple(n for n, p in declared(model).items() if p.kind in _NAMED)
 
 
 def declared(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of the class's ``forward`` by name, without the module itself, whatever its name is."""
+    """Return the parameters of the class's ``forward`` by name, except the one for the module itself."""
     function = inspect.getattr_static(type(model), "forward").__get__(model, type(model))
     try:
         return inspect.signature(function, eval_str=True).parameters
-    except (NameError, SyntaxError, TypeError):  # an annotation uses an import for type checkers only
+    except (NameError, SyntaxError, TypeError):  # an annotation refers to an import for type checkers only
         return inspect.signature(function).parameters
 
 
@@ -59,32 +59,32 @@ def has_values(model: nn.Module) -> bool:
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Return the dtype of the model's first floating-point parameter, or else of its first packed weight.
 
-    It is float32 if the model has neither.
+    Return float32 if the model has neither.
     """
     packed = (own.dtype for module in model.modules() for own in packed_types(module).values())
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), next(packed, torch.float32))
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Return whether the model is one of transformers' or derives from one, so that its conventions apply."""
+    """Return whether a transformers class is among the model's bases, so that transformers' conventions apply."""
     return any(cls.__module__.startswith("transformers.") for cls in type(model).__mro__)
 
 
 def config_of(model: nn.Module) -> Any:
-    """Return the model's config; None if it has none: a submodule, or a value of its own, may have that name."""
+    """Return the model's config; None if it has none: a submodule or an unrelated value may have that name."""
     config = getattr(model, "config", None)
     return config if hasattr(config, "to_dict") else None
 
 
 class Interface:
-    """A reader of the arguments of calls, which interprets them as a model would.
+    """Reads the arguments of a model's calls and interprets them as the model would.
 
     Args:
         model: the model, with its current ``forward`` and config.
 
     Attributes:
-        parameters: names that ``forward`` declares, in order.
-        cache: the parameter that takes a cache; None if there is none.
+        parameters: the names of the parameters that ``forward`` declares, in order.
+        cache: the name of the parameter for a cache; None if there is none.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -109,28 +109,28 @@ class Interface:
         }
 
     def optional(self, name: str) -> bool:
-        """Return whether ``forward`` can be called without an input."""
+        """Return whether ``forward`` can be called without this input."""
         return name not in self.parameters or name in self._defaults
 
     def examples(self, given: ExampleInputs) -> Mapping[str, Any]:
         """Return example inputs by name, from inputs given by name, in order, or as a single tensor.
 
         Raises:
-            GraftError: GC031 for too many, GC073 for anything else.
+            GraftError: GC031 for too many inputs, GC073 for a value of any other type.
         """
         if isinstance(given, Mapping):
             return as_mapping(given, "example inputs", object)
         inputs = (given,) if isinstance(given, Tensor) else given
         if not isinstance(inputs, list | tuple):
             message = f"the example inputs are {kind_of(inputs)}"
-            raise GraftError("GC073", message, hint="give tensors by name, or a tuple of them in order")
+            raise GraftError("GC073", message, hint="pass tensors by name, or a tuple of them in order")
         return self.named(tuple(inputs), {})
 
     def named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by name.
 
         Raises:
-            GraftError: GC031 for too many positional arguments, or one that is given twice.
+            GraftError: GC031 for too many positional arguments, or for an input that is given twice.
         """
         if len(args) > len(self._positional):
             raise GraftError("GC031", f"{len(args)} positional inputs; the model takes {len(self._positional)}")
@@ -143,7 +143,7 @@ class Interface:
     def read(self, named: Mapping[str, Any], *, structures: bool = False) -> tuple[dict[str, Any], bool]:
         """Return the tensors and flags that make a difference, by name, and whether outputs should be a plain tuple.
 
-        Usual values count as absent, and so does None. ``return_dict`` needs no graph of its own: only the container
+        Default values and None count as absent. ``return_dict`` needs no separate graph, since only the container
         differs. Its default is the one in the source model's config.
 
         A cache is returned unchanged under the name ``cache``, and ``use_cache`` is a flag only if it is True.
@@ -153,8 +153,8 @@ class Interface:
             structures: whether to accept lists, tuples and dicts, unchanged.
 
         Raises:
-            GraftError: GC031 for a name that ``forward`` does not take, or a value that is neither a tensor nor a flag;
-                GC140 for a cache if it takes none.
+            GraftError: GC031 for a name that ``forward`` does not accept, or for a value that is neither a tensor nor a
+                flag; GC140 for ``use_cache=True`` if ``forward`` accepts no cache.
         """
         present: dict[str, Any] = {}
         for name, value in named.items():
@@ -203,16 +203,16 @@ class Interface:
 
 
 def _encoded(value: Any) -> Any:
-    """Return the hidden state in an encoder's output or in a tuple; any other value is returned unchanged."""
+    """Return the hidden state in an encoder's output or in a tuple; return any other value unchanged."""
     first = value[0] if isinstance(value, tuple | list) and value else getattr(value, "last_hidden_state", value)
     return first if isinstance(first, Tensor) else value
 
 
 def _sizes_of_kernels(config: Any) -> frozenset[str]:
-    """Return the keywords that only kernels of flash attention read, if attention is of another kind.
+    """Return the keywords that only flash-attention kernels read; none if the model uses flash attention.
 
-    The longest text of a packed batch is a number that differs from batch to batch, and each number would have a graph
-    of its own.
+    They include the length of the longest text in a packed batch, which differs from batch to batch, and each length
+    would need its own graph.
     """
     from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
@@ -220,10 +220,10 @@ def _sizes_of_kernels(config: Any) -> frozenset[str]:
 
 
 def _more_keywords(model: nn.Module, by_name: Mapping[str, inspect.Parameter]) -> set[str]:
-    """Return the names that a model of transformers takes in addition to those that its ``forward`` declares.
+    """Return the keywords that a transformers model accepts in addition to those that its ``forward`` declares.
 
-    If it declares ``**kwargs``, these are the names of its typed dictionary, transformers' own, and those of the loss,
-    to which they are passed as well.
+    If ``forward`` declares ``**kwargs``, these are the keys of its typed dictionary, transformers' own keywords, and
+    the optional parameters of the loss function, which receives the keywords too.
     """
     names = {"use_cache"}  # so that every model gives the same error, with a cache or without
     rest = next((p for p in by_name.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)

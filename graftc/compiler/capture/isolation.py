@@ -1,8 +1,8 @@
-"""Graphs are made by one thread at a time, in torch's own default state, whatever the caller's state is.
+"""Create graphs in one thread at a time and in torch's default state, whatever the caller's state is.
 
-What a tracer sees of autocast, grad mode, inference mode, default dtype and device, and of modes that intercept calls,
-would become part of the graph, but the graph is used under other states as well. torch.export keeps its state in
-globals of the process, and a capture changes the model temporarily, so two captures at once would interfere.
+Autocast, grad mode, inference mode, the default dtype and device, and modes that intercept calls would become part of
+the graph, but the graph is used under other states as well. torch.export stores its state in process-wide globals, and
+a capture changes the model temporarily, so two simultaneous captures would interfere.
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ def isolated() -> Iterator[None]:
 
 @contextmanager
 def exclusive() -> Iterator[None]:
-    """Run the block as in `isolated`, by one thread of the process at a time; re-entrant.
+    """Run the block as in `isolated`, in one thread of the process at a time; re-entrant.
 
-    Hooks on every module of the process, which operator counters and profilers use, run for calls of other threads at
-    most.
+    Global module hooks, which operator counters and profilers use, run at most for calls in other threads.
     """
     with source_lock(), isolated(), _no_global_hooks():
         yield
@@ -54,10 +53,10 @@ def exclusive() -> Iterator[None]:
 
 @contextmanager
 def seldom_collected() -> Iterator[None]:
-    """Collect garbage rarely, and among new objects only, while the block runs.
+    """Collect garbage rarely, and only among new objects, while the block runs.
 
-    A compile makes many objects that stay, and with the modules of torch and transformers about a fourth of its time
-    would go into scanning all of them again and again.
+    A compilation creates many long-lived objects, and would spend about a quarter of its time on scanning them, and the
+    modules of torch and transformers, again and again.
     """
     before = gc.get_threshold()
     if before[0]:  # 0 means that collection is off
@@ -82,7 +81,7 @@ def is_traced() -> bool:
 
 
 class _OfOthers:
-    """A hook on every module that runs in all threads except one."""
+    """A global module hook that runs in all threads except one."""
 
     def __init__(self, hook: Any, thread: int) -> None:
         self._hook, self._thread = hook, thread
@@ -93,9 +92,9 @@ class _OfOthers:
 
 @contextmanager
 def _no_global_hooks() -> Iterator[None]:
-    """Suspend hooks on every module while the block runs: forward hooks in this thread, backward hooks in all threads.
+    """Suspend global module hooks while the block runs: forward hooks in this thread, backward hooks in all threads.
 
-    A backward hook changes what is recorded wherever there is one.
+    A backward hook changes the recorded operators by its mere presence.
     """
     tables = global_hooks()
     forward = (tables["global_forward_pre_hooks"], tables["global_forward_hooks"])
@@ -115,7 +114,7 @@ def _no_global_hooks() -> Iterator[None]:
 
 
 def unheard(hook: Any) -> bool:
-    """Return whether a hook on every module is suspended while this thread makes a graph."""
+    """Return whether a global module hook is suspended while this thread creates a graph."""
     return isinstance(hook, _OfOthers)
 
 
@@ -145,7 +144,7 @@ class _DefaultDtype:
         self._lock = threading.Lock()
 
     def renew(self) -> None:
-        """Replace the lock by a new one, which is not held."""
+        """Replace the lock with a new one, which is not held."""
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:

@@ -1,4 +1,4 @@
-"""Observation of how operators use a model's parameters: reads are recorded, writes of other values are refused."""
+"""Observe how operators use a model's parameters: record reads, and refuse writes that change values."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from graftc.specs.errors.diagnostics import GraftError
 
 @contextmanager
 def observed(mode: TorchDispatchMode) -> Iterator[None]:
-    """Let a mode see the operators that a model calls while the block runs.
+    """Run the block under a mode that sees the operators that a model calls.
 
-    Code that would compile itself runs eagerly meanwhile: under a mode, Dynamo keeps what it made of an operator that
-    holds code, and cannot trace it afterwards.
+    Code that would compile itself runs eagerly meanwhile: under a mode, Dynamo caches its version of an operator that
+    contains code, and cannot trace the operator afterwards.
     """
     with torch.compiler.set_stance("force_eager"), mode:
         yield
 
 
 class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode that records which parameters of a model operators read while ``recording`` returns true.
+    """A dispatch mode that records which of a model's parameters operators read while ``recording`` returns true.
 
-    Writing other values to a parameter raises GC030 and has no effect.
+    Writing different values to a parameter raises GC030 and has no effect.
 
     Args:
         model: the model whose parameters are observed.
-        recording: a function that returns whether reads are recorded now.
+        recording: a function that returns whether to record reads now.
 
     Attributes:
         read: names of the parameters that were read, in order.
@@ -46,7 +46,7 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.read: dict[str, None] = {}
         self._model, self._recording = type(model).__name__, recording
         by_memory = {_memory(parameter): name for name, parameter in model.named_parameters()}
-        self._names = {memory: name for memory, name in by_memory.items() if memory}  # wrapped and empty ones: 0
+        self._names = {memory: name for memory, name in by_memory.items() if memory}  # 0 for wrapped and empty ones
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -62,7 +62,7 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **options)
 
     def _written(self, schema: Any, args: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, tuple[str, Tensor]]:
-        """Return the parameters that an operator writes to, with their names, by the names of its arguments."""
+        """Return the names and tensors of the parameters that an operator writes to, by argument name."""
         written: dict[str, tuple[str, Tensor]] = {}
         for index, argument in enumerate(schema.arguments):
             value = args[index] if index < len(args) else options.get(argument.name)
@@ -73,12 +73,12 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _tried(
         self, func: Any, args: tuple[Any, ...], options: Mapping[str, Any], written: Mapping[str, tuple[str, Tensor]]
     ) -> Any:
-        """Run an operator that writes to parameters on copies, and return its result if no value changes.
+        """Run an operator that writes to parameters on copies of them, and return its result if no value changes.
 
-        A clamp of weights within its bounds is such an operator.
+        An example is a clamp of weights that are already within its bounds.
 
         Raises:
-            GraftError: GC030 if it would write other values.
+            GraftError: GC030 if it would change a value.
         """
         copies = {id(tensor): tensor.clone() for _, tensor in written.values()}
         originals = {id(copies[id(tensor)]): tensor for _, tensor in written.values()}
@@ -86,7 +86,7 @@ class ParameterUses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*swapped[0], **swapped[1])
         for name, tensor in written.values():
             if not torch.equal(copies[id(tensor)], tensor):
-                hint = "a forward may change buffers, and nothing else"
+                hint = "a forward pass may change buffers, but nothing else"
                 raise GraftError("GC030", f"the Python of {self._model} writes to the parameter {name}", hint=hint)
         return pytree.tree_map(lambda leaf: originals.get(id(leaf), leaf), result)
 

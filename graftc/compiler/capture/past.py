@@ -1,8 +1,9 @@
-"""The past of a text as inputs of a graph: the contents of a transformers cache, as tensors with names.
+"""Convert between a transformers cache and a text's past: the cache's contents as named inputs of a graph.
 
-A call with a cache is a call with more tensors: keys and values of every layer, ``past_0_key`` and so on, and, for a
-decoder that attends to an encoder, ``cross_0_key`` and so on. The graph returns them extended by the new tokens. A
-cache object is taken apart before a graph runs and filled again after it; inside a capture it is the other way round.
+A call with a cache is a call with additional tensors: the keys and values of every layer, named ``past_0_key`` and so
+on, and, for a decoder that attends to an encoder, ``cross_0_key`` and so on. The graph returns them extended by the new
+tokens. A cache object is taken apart before a graph runs and filled again afterwards; during a capture, it is the other
+way round.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
 CACHES = ("cache", "past_key_values")
-"""Names that ``forward`` has for a cache: that of today, and that of code that is older."""
+"""Names of the cache parameter of ``forward``: the current one, and the one in older code."""
 _BEGINS = "_graftc_begins"
-"""Where a cache that went through a graph keeps the position of its text's first token."""
+"""Attribute of a cache that has passed through a graph: the position of its text's first token."""
 CACHE, USE_CACHE = "cache", "use_cache"
 MASK, POSITIONS = "attention_mask", "position_ids"
 ENCODED = "encoder_outputs"
-"""What an encoder gave, ``[batch, sequence, width]``, where a call does not run it."""
+"""The input for an encoder's output, ``[batch, sequence, width]``, in calls that do not run the encoder."""
 ENCODER = "encoder_only"
-"""The flag of a graph that runs a model's encoder alone."""
+"""The flag of a graph that runs only a model's encoder."""
 PAST = "past"
-"""The axis of a cache that counts tokens."""
+"""The name of a cache's token axis."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,8 @@ class CacheLayout:
     """The contents of a model's cache.
 
     Attributes:
-        heads: the element type, the number of heads and the width of each head, by the name of a tensor; in the order
-            of a cache.
-        pairs: whether the model has an encoder, so that its cache is of two kinds.
+        heads: the dtype, the number of heads and the head width of each tensor, by name, in the order of a cache.
+        pairs: whether the model has an encoder, so that its cache has two kinds of entries.
     """
 
     heads: Mapping[str, tuple[torch.dtype, int, int]]
@@ -51,9 +51,9 @@ class Past:
     """The past of a call.
 
     Attributes:
-        cache: the object that the call was given, or a new one; it is filled with what a graph returns.
+        cache: the object passed to the call, or a new one; it is filled with the graph's results.
         tensors: its tensors, ``[batch, heads, length, width]``, by name.
-        length: the number of tokens of the text that are in it.
+        length: the number of the text's tokens that are in the cache.
     """
 
     cache: Any
@@ -62,20 +62,20 @@ class Past:
 
 
 def described_past(names: Iterable[str]) -> str:
-    """Return a description that distinguishes a past with tensors of these names from others."""
+    """Return a description of the kind of past that has tensors with these names."""
     return "cache:past+cross" if any(is_cross(name) for name in names) else "cache:past"
 
 
 def probe(model: nn.Module, inputs: Mapping[str, Tensor], name: str) -> CacheLayout:
-    """Return the layout of a model's cache, found by calling the model once.
+    """Return the layout of a model's cache, determined by calling the model once.
 
     Args:
         model: the source model.
-        inputs: small inputs that it takes.
-        name: the name of its parameter for a cache.
+        inputs: small inputs that the model accepts.
+        name: the name of the model's cache parameter.
 
     Raises:
-        GraftError: GC140 if it keeps no cache of keys and values.
+        GraftError: GC140 if the model keeps no cache of keys and values.
     """
     pairs = has_encoder(model)
     cache = new_cache(pairs)
@@ -95,18 +95,18 @@ def probe(model: nn.Module, inputs: Mapping[str, Tensor], name: str) -> CacheLay
             raise _no_cache(model, f"{tensor_name} has {tensor.dim()} axes")
         heads[tensor_name] = (tensor.dtype, int(tensor.shape[1]), int(tensor.shape[3]))
     if not heads:
-        raise _no_cache(model, "it leaves nothing in one")
+        raise _no_cache(model, "it stores nothing in one")
     return CacheLayout(heads, pairs)
 
 
 def require_no_cache(present: Mapping[str, Any], hint: str) -> None:
-    """Raise if an example call has a cache.
+    """Raise if an example call uses a cache.
 
     Raises:
         GraftError: GC140.
     """
     if present.get(USE_CACHE):
-        raise GraftError("GC140", "the example call has a cache", hint=hint)
+        raise GraftError("GC140", "the example call uses a cache", hint=hint)
 
 
 def has_encoder(model: nn.Module) -> bool:
@@ -125,7 +125,7 @@ def _no_cache(model: nn.Module, reason: str) -> GraftError:
 def new_cache(pairs: bool) -> Any:
     """Return an empty cache whose layers keep all tokens.
 
-    This includes layers with a sliding window, whose mask leaves out the rest.
+    Sliding-window layers keep all tokens as well; their mask excludes those outside the window.
     """
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
@@ -153,7 +153,7 @@ def tensors_of(cache: Any) -> dict[str, Tensor]:
 
 
 def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device, begins: int = 0) -> Past:
-    """Return the past that a call is given.
+    """Return the past for a call.
 
     Args:
         given: the value of ``cache``; None for a new one.
@@ -163,8 +163,8 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device,
         begins: the position of a text's first token.
 
     Raises:
-        GraftError: GC140 for a cache of another kind, of another model or another batch, one that has dropped keys, and
-            one whose text begins elsewhere.
+        GraftError: GC140 for a cache of another type, one that belongs to another model or batch, one that has dropped
+            keys, and one whose text begins at another position.
     """
     from transformers.cache_utils import Cache
 
@@ -172,12 +172,12 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device,
         given = new_cache(layout.pairs)
     if not isinstance(given, Cache):
         raise GraftError(
-            "GC140", f"the cache is {kind_of(given)}", hint="give a DynamicCache of transformers, or use_cache=True"
+            "GC140", f"the cache is {kind_of(given)}", hint="pass a transformers DynamicCache, or use_cache=True"
         )
     kinds = kinds_of(given)
     if ("cross" in kinds) != layout.pairs:
         wanted = "EncoderDecoderCache" if layout.pairs else "DynamicCache"
-        raise GraftError("GC140", f"the cache is {kind_of(given)}; the model keeps a {wanted}", hint=f"use a {wanted}")
+        raise GraftError("GC140", f"the cache is {kind_of(given)}; the model uses a {wanted}", hint=f"use a {wanted}")
     for own in kinds.values():
         require_growing(own)
     entries = tensors_of(given)
@@ -197,18 +197,18 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device,
         if tensor.dtype != dtype or tuple(tensor.shape) != (rows, heads, own_length, width):
             shown = f"{name} is {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
             wanted = f"{str(dtype).removeprefix('torch.')}{[rows, heads, own_length, width]}"
-            raise other_cache(f"{shown}, where the model and this batch have {wanted}")
+            raise other_cache(f"{shown}, but the model and this batch need {wanted}")
         tensors[name] = tensor
     if entries:
-        raise other_cache(f"it has {next(iter(entries))} too")
+        raise other_cache(f"it also has {next(iter(entries))}")
     return Past(given, tensors, length)
 
 
 def require_beginning(cache: Any, begins: int) -> None:
-    """Raise if a cache's text is at other positions than a call's; otherwise record its position in the cache.
+    """Raise if a cache's text begins at another position than a call's; otherwise record the position in the cache.
 
     Args:
-        cache: a transformers cache; nothing is known about one that no graftc model has filled.
+        cache: a transformers cache; one that no graftc model has filled has no recorded position to compare.
         begins: the position of the text's first token.
 
     Raises:
@@ -218,8 +218,8 @@ def require_beginning(cache: Any, begins: int) -> None:
         return
     known = getattr(cache, _BEGINS, begins)
     if known != begins and cache.get_seq_length():
-        message = f"the text in the cache begins at position {known}, and that of the call at {begins}"
-        hint = "go on with the adaptations that the cache was made with, or begin with a new cache"
+        message = f"the text in the cache begins at position {known}, but the call's text begins at {begins}"
+        hint = "continue with the adaptations that the cache was made with, or start with a new cache"
         raise GraftError("GC140", message, hint=hint)
     setattr(cache, _BEGINS, begins)
 
@@ -235,17 +235,17 @@ def require_growing(cache: Any) -> None:
     for layer in cache.layers:
         length = layer.keys.shape[2] if isinstance(getattr(layer, "keys", None), Tensor) and layer.keys.dim() > 2 else 0
         if isinstance(layer, DynamicSlidingWindowLayer) and layer.cumulative_length != length:
-            message = f"the cache has dropped what is behind its window of {layer.sliding_window} tokens"
-            raise GraftError("GC140", message, hint="begin with DynamicCache(), without a config: it keeps all tokens")
+            message = f"the cache has dropped the tokens outside its window of {layer.sliding_window} tokens"
+            raise GraftError("GC140", message, hint="start with DynamicCache(), without a config: it keeps all tokens")
         if type(layer) is not DynamicLayer and not isinstance(layer, DynamicSlidingWindowLayer):
-            message = f"the cache has layers of the kind {type(layer).__name__}"
-            raise GraftError("GC140", message, hint="give a DynamicCache, which grows with the text")
+            message = f"the cache has layers of type {type(layer).__name__}"
+            raise GraftError("GC140", message, hint="pass a DynamicCache, which grows with the text")
 
 
 def _length(past: Mapping[str, Tensor]) -> int:
-    """Return the number of tokens of the text in a cache.
+    """Return the number of a text's tokens that are in a cache.
 
-    Sizes are not converted to numbers, since `torch.compile` would make a graph for each number.
+    Sizes are not converted to Python integers, since `torch.compile` would create a graph for each value.
     """
     lengths = [tensor.shape[2] for name, tensor in past.items() if not is_cross(name)]
     if any(length != lengths[0] for length in lengths):
@@ -257,12 +257,12 @@ def other_cache(what: str) -> GraftError:
     """Return the error for a cache that does not belong to this model or this batch.
 
     Args:
-        what: the evidence for it.
+        what: how the cache differs.
     """
     return GraftError(
         "GC140",
-        f"the cache is not of this model, or not of this batch: {what}",
-        hint="give the cache that this model returned for the same batch, or leave it out",
+        f"the cache does not belong to this model or this batch: {what}",
+        hint="pass the cache that this model returned for the same batch, or leave it out",
     )
 
 
@@ -271,7 +271,7 @@ def fill_cache(cache: Any, tensors: Mapping[str, Tensor]) -> Any:
 
     Args:
         cache: a transformers cache.
-        tensors: keys and values by name; kinds that are missing are unchanged.
+        tensors: keys and values by name; kinds without any stay unchanged.
     """
     kinds = kinds_of(cache)
     for name, tensor in tensors.items():
@@ -297,18 +297,18 @@ def _layer(cache: Any, number: int) -> Any:
 
 
 def cache_name(parameters: Iterable[str]) -> str | None:
-    """Return the name that a ``forward`` with these parameters has for a cache; None if it takes none."""
+    """Return the name of the cache parameter among the parameters of a ``forward``; None if there is none."""
     return next((name for name in CACHES if name in parameters), None)
 
 
 def assembled(inputs: Mapping[str, Any], parameters: Iterable[str], pairs: bool) -> dict[str, Any]:
-    """Return the inputs of a graph in the form that the model takes.
+    """Return a graph's inputs in the form that the model accepts.
 
-    Tensors of a cache are assembled into a cache, and the encoder's hidden state becomes an encoder output again.
+    A cache's tensors are assembled into a cache, and the encoder's hidden state into an encoder output.
 
     Args:
         inputs: the graph's inputs by name.
-        parameters: names that the model's ``forward`` takes.
+        parameters: names of the parameters of the model's ``forward``.
         pairs: whether the model has an encoder.
     """
     given = {name: value for name, value in inputs.items() if not is_past(name)}
@@ -331,7 +331,7 @@ def taken_apart(outputs: Any) -> Any:
 
 
 def with_cache(outputs: Any, cache: Any) -> Any:
-    """Return a graph's outputs with ``cache``, filled with the named tensors that the graph returned in its place."""
+    """Return a graph's outputs with the named tensors of a cache replaced by ``cache``, which is filled with them."""
     for field in CACHES:
         if field in outputs.keys() and isinstance(outputs[field], Mapping):  # noqa: SIM118
             outputs[field] = fill_cache(cache, outputs[field])

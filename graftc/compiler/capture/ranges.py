@@ -1,7 +1,7 @@
-"""The sizes for which a captured graph is valid.
+"""Determine the sizes for which a captured graph is valid.
 
-torch.export makes every axis as dynamic as it can. If the model's code took a decision that depends on a size, the
-export records a guard; graphs here run without guards, so an axis that a guard binds is fixed to its captured size.
+torch.export makes every axis as dynamic as it can. If the model's code branches on a size, the export records a guard.
+graftc's graphs run without guards, so an axis that a guard binds is fixed to its captured size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PROBES = (5, 17, 101)
 _SIZES = (*range(2, 10), 12, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 255, 256, 257)
 _SOME = (2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 128)
 _LEAST = 2
-"""Symbols start here because 0 and 1 are special to torch's tracer; the operators themselves take those as well."""
+"""The smallest size of a symbol: 0 and 1 are special to torch's tracer, although the operators accept them."""
 
 
 class InputSizes:
@@ -32,7 +32,7 @@ class InputSizes:
 
     Args:
         axes: the requested axes.
-        placeholders: the graph's inputs, with their types.
+        placeholders: the graph's input nodes, in the same order.
     """
 
     def __init__(self, axes: Sequence[Axis], placeholders: Sequence[fx.Node]) -> None:
@@ -50,13 +50,13 @@ class InputSizes:
 
     @cached_property
     def _bound_and_limits(self) -> tuple[set[Any], dict[Any, int]]:
-        """The bound symbols and the limits of others, see `_bound_and_limited`."""
+        """The bound symbols, and the limits of others; see `_bound_and_limited`."""
         return _bound_and_limited(self.environment, self.places) if self.places else (set(), {})
 
     def undecided(self) -> dict[str, set[int]]:
-        """Return the axes, by input, that vary in the graph although it is valid for their captured size only.
+        """Return the axes, by input, that are dynamic in the graph although it is valid only for their captured size.
 
-        They have to be captured as fixed.
+        They must be captured as fixed.
         """
         undecided: dict[str, set[int]] = {}
         bound, _ = self._bound_and_limits
@@ -97,9 +97,9 @@ class InputSizes:
                 yield str(names[0]), str(names[1])
 
     def _name(self, symbol: Any) -> str | None:
-        """Return the name of any axis that has this size, since equal sizes have one name.
+        """Return the name of any axis that has this size, since equal sizes share a name.
 
-        An axis that is longer than a named one by a number is named after it.
+        An axis that is longer than a named one by a constant is named after it.
         """
         names = (axis.axes[dim] for axis, dim in self.places[symbol])
         name = next((name for name in names if isinstance(name, str)), None)
@@ -112,7 +112,7 @@ class InputSizes:
 
 
 def fixed_sizes(requested: Iterable[Axis], captured: Iterable[Axis]) -> list[str]:
-    """Return messages on sizes that are fixed as shown because the model does not run with any others."""
+    """Return notes on sizes that are fixed as shown because the model cannot be captured with any others."""
     names = {axis.name: axis.axes for axis in captured}
     return [
         f"size {own} of axis {dim} of {axis.name} is fixed: the model cannot be captured with any other"
@@ -123,7 +123,7 @@ def fixed_sizes(requested: Iterable[Axis], captured: Iterable[Axis]) -> list[str
 
 
 def fixed_notes(axes: Sequence[Axis], inputs: Iterable[InputSpec]) -> list[str]:
-    """Return messages on axes that should vary and do not."""
+    """Return notes on axes that were meant to vary but do not."""
     named = {
         name: spec.shape[dim]
         for axis, spec in zip(axes, inputs, strict=True)
@@ -131,25 +131,25 @@ def fixed_notes(axes: Sequence[Axis], inputs: Iterable[InputSpec]) -> list[str]:
         if isinstance(name, str) and isinstance(spec.shape[dim], int) and not axis.as_shown
     }
     return [
-        f"the graph holds for one {name} size only, here {size}: each other size is captured when it comes"
+        f"the graph is valid for one {name} size only, here {size}: each other size is captured when it first occurs"
         for name, size in named.items()
     ]
 
 
 def _expression(size: Any) -> Any:
-    """Return the expression that a size depends on; None if it is a number."""
+    """Return the symbolic expression of a size; None if the size is a constant."""
     return None if not isinstance(size, torch.SymInt) or size.node.expr.is_number else size.node.expr
 
 
 def _range(environment: Any, symbol: Any, captured: int, limit: int | None) -> tuple[int, int | None]:
-    """Return the smallest and the largest size, on the captured side of any sizes that the graph does not support.
+    """Return the smallest and the largest supported size, on the captured side of any unsupported sizes.
 
     Args:
         environment: the sizes and guards of the trace.
-        symbol, captured: the size that varies, and its value in the trace.
+        symbol, captured: the dynamic size, and its value in the trace.
         limit: the largest size that guards allow; None if they set no limit.
     """
-    if not symbol.is_symbol:  # a sum, of sizes that have ranges of their own
+    if not symbol.is_symbol:  # a sum of sizes that have their own ranges
         return 0, None
     bounds = environment.var_to_range[symbol]
     least, most = int(bounds.lower), [] if limit is None else [limit]
@@ -169,10 +169,10 @@ def _range(environment: Any, symbol: Any, captured: int, limit: int | None) -> t
 def _bound_and_limited(environment: Any, places: dict[Any, list[tuple[Axis, int]]]) -> tuple[set[Any], dict[Any, int]]:
     """Return the symbols that guards bind to their captured sizes, and the largest sizes of those that they only limit.
 
-    An unnamed axis is bound by any guard except a plain range. A named one is bound by what remains of a guard, once
-    bound symbols have their numbers, if that does not hold for other sizes: divisibility, a product that must have
-    another value or may not be too large. Most inequalities only distinguish sizes from 0 and 1. A table of a fixed
-    number of positions, whose last ones are taken, gives a limit.
+    An unnamed axis is bound by any guard except a plain range. A named axis is bound by a guard that does not hold for
+    other sizes once the sizes of bound symbols are inserted: divisibility, or a product that must have a certain value
+    or must not be too large. Most inequalities only distinguish sizes from 0 and 1. A limit arises, for example, from a
+    table with a fixed number of positions, of which the last ones are read.
     """
     captured = {symbol: axis.sizes[dim] for symbol, ((axis, dim), *_) in places.items() if symbol.is_symbol}
     named = {s for s in captured if any(isinstance(axis.axes[dim], str) for axis, dim in places[s])}
@@ -197,7 +197,7 @@ def _bound_and_limited(environment: Any, places: dict[Any, list[tuple[Axis, int]
 
 
 def _limit(environment: Any, guard: Any, captured: int) -> int | None:
-    """Return the size up to which a guard of one symbol holds, and beyond which it does not; None if there is none."""
+    """Return the size up to which a guard on one symbol holds and beyond which it fails; None if there is none."""
     (symbol,) = guard.free_symbols
     sizes = [size for size in range(_LEAST, max(_SIZES) + 1) if _is_size(environment, symbol, size)]
     holds = [_holds(guard, (size,)) for size in sizes]
@@ -206,18 +206,18 @@ def _limit(environment: Any, guard: Any, captured: int) -> int | None:
 
 
 def _guards(environment: Any) -> list[Any]:
-    """Return the conditions on sizes, apart from the range of each."""
+    """Return the guards on sizes, except plain ranges."""
     guards = [environment.replace(guard.expr) for guard in environment.guards]
     return [guard for guard in guards if not (guard == sympy.true or _is_range(guard))]
 
 
 def _are_two(guard: Any) -> bool:
-    """Return whether a guard says that two sizes are not the same."""
+    """Return whether a guard states that two sizes differ."""
     return isinstance(guard, sympy.Ne) and all(side.is_symbol for side in guard.args)
 
 
 def _tried(environment: Any, guard: Any) -> Iterable[tuple[int, ...]]:
-    """Return sizes of its symbols at which to try a guard: many of each for one or two symbols, a few for more."""
+    """Return sizes of a guard's symbols to test it with: many for one or two symbols, few for more or for equality."""
     symbols = _ordered(guard)
     if isinstance(guard, sympy.Eq) or len(symbols) > 2:
         return [tuple(number + step * i for i in range(len(symbols))) for number in _PROBES for step in (2, -2, 0)]
@@ -231,7 +231,7 @@ def _is_size(environment: Any, symbol: Any, size: int) -> bool:
 
 
 def _holds(guard: Any, sizes: tuple[int, ...]) -> bool:
-    """Return whether a guard holds with these numbers for its symbols."""
+    """Return whether a guard holds for these sizes of its symbols, which are in sorted order."""
     numbers = {symbol: sympy.Integer(size) for symbol, size in zip(_ordered(guard), sizes, strict=True)}
     try:
         return bool(guard.xreplace(numbers) == sympy.true)

@@ -1,4 +1,4 @@
-"""Errors for failed captures, which tell inputs that the model rejects from code that cannot be traced."""
+"""Create errors for failed captures that distinguish rejected inputs from code that cannot be traced."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _PYTHON = f"{Path(os.__file__).parent}{os.sep}"
 
 
 class MixedProductError(TypeError):
-    """Raised for a product of different element types, which kernels reject and the tracer accepts."""
+    """Raised for a product of different dtypes, which kernels reject but the tracer accepts."""
 
 
 def not_captured(request: CaptureRequest, inputs: Mapping[str, Tensor], error: Exception) -> GraftError:
-    """Return the error for a capture that failed; to be called while the model is in its capture state.
+    """Return the error for a failed capture; must be called while the model is in its capture state.
 
     Args:
-        request: what was asked for; the model runs once on the inputs, unless they are on the meta device.
-        inputs: the examples that it was captured with.
+        request: the request; its model runs once on the inputs, unless they are on the meta device.
+        inputs: the examples that were used for the capture.
         error: the error that the tracer raised.
     """
     name, called = type(request.model).__name__, str(request)
@@ -60,7 +60,7 @@ def not_captured(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
 
 
 class UntraceableError(Exception):
-    """Raised for a failed trace that neither other sizes nor another way of tracing would change."""
+    """Raised for a trace that fails whatever the sizes and the way of tracing."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(*error.args)
@@ -79,8 +79,8 @@ _OF_TRACERS = (
 def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: Exception) -> bool:
     """Return whether a trace failed for a reason that depends neither on the sizes nor on how layers are traced.
 
-    Either the model asks for values, or it runs by itself but fails at the same line on tensors without values of
-    exactly these sizes.
+    Either the model asks for values, or it runs without a tracer but fails at the same line on fake tensors of exactly
+    these sizes.
 
     Args:
         request, inputs: as for `not_captured`.
@@ -104,7 +104,7 @@ def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
 
 
 def by_values(error: BaseException | None) -> bool:
-    """Return whether the error says that a trace failed for a reason that other sizes and traces do not change."""
+    """Return whether an error shows that the trace fails whatever the sizes and the way of tracing."""
     return any(isinstance(each, _OF_TRACERS) for each in _with_causes(error))
 
 
@@ -136,7 +136,7 @@ def _places(frames: Iterable[tuple[FrameType, int]]) -> Iterator[str]:
 
 
 def of_the_model(file: str) -> bool:
-    """Return whether a source file belongs to neither Python, nor torch, nor graftc."""
+    """Return whether a source file belongs to neither Python, torch nor graftc."""
     return not file.startswith(("<", *_OURS)) and ("site-packages" in file or not file.startswith(_PYTHON))
 
 
@@ -156,7 +156,7 @@ _OWN_ERRORS: ContextVar[dict[Hashable, Exception | None] | None] = ContextVar(
 
 @contextmanager
 def own_errors_once() -> Iterator[None]:
-    """Find out at most once in the block what a model raises itself, however many captures of the same inputs fail."""
+    """Determine at most once in the block what a model itself raises, however many captures of the same inputs fail."""
     token = _OWN_ERRORS.set({})
     try:
         yield
@@ -165,7 +165,7 @@ def own_errors_once() -> Iterator[None]:
 
 
 def _own_error(request: CaptureRequest, inputs: Mapping[str, Tensor]) -> Exception | None:
-    """Return what the model itself raises; None if it runs, or if that cannot be tried."""
+    """Return the error that the model itself raises; None if it runs, or cannot be run."""
     known = _OWN_ERRORS.get()
     key = (request.mode, request.flags, *((name, tensor.shape, tensor.dtype) for name, tensor in inputs.items()))
     if known is None:
@@ -195,10 +195,10 @@ def _shown(axis: Axis) -> str:
 
 
 def require_products(graph: fx.Graph) -> None:
-    """Raise for a product of different element types, which kernels reject and the tracer accepts.
+    """Raise for a product of different dtypes, which kernels reject but the tracer accepts.
 
     Raises:
-        MixedProductError: with the operator and the types.
+        MixedProductError: naming the operator and the dtypes.
     """
     for node in graph.nodes:
         if node.op == "call_function":

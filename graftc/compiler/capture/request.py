@@ -1,4 +1,4 @@
-"""A request for a capture: a model, what it is called with, and the mode."""
+"""A request for a capture: a model, the inputs of its calls, and the mode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graftc.passes.core.ir.program_key import Mode
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """A model, and the calls of it that one graph has to serve.
+    """A model, and the calls that one graph must serve.
 
     Attributes:
         model: any module; capturing leaves its training flags, config and tensors unchanged.
@@ -42,10 +42,10 @@ class CaptureRequest:
         mode: Mode = "train",
         aliases: Mapping[str, str] = MappingProxyType({}),
     ) -> CaptureRequest:
-        """Return a request; without axes, it is for the model's main input and its mask.
+        """Return a request; without ``axes``, it is for the model's default inputs.
 
         Raises:
-            GraftError: GC030 for a model whose inputs cannot be told from its interface.
+            GraftError: GC030 if the model's inputs cannot be inferred from its interface.
         """
         return cls(model, tuple(default_axes(model) if axes is None else axes), flags, mode, aliases)
 
@@ -55,12 +55,12 @@ class CaptureRequest:
         return device_of(self.model)
 
     def examples(self) -> dict[str, Tensor]:
-        """Return the tensors that the model is captured with, by name: ones of the axes' sizes, or tensors as shown."""
+        """Return the tensors used to capture the model, by name: ones of the axes' sizes, or tensors as shown."""
         device = self.device
         return {axis.name: axis.example(device) for axis in self.axes}
 
     def shown(self) -> dict[str, Tensor]:
-        """Return the tensors that the caller has shown, by name; empty unless there are values for every input."""
+        """Return the caller's example tensors by name; empty unless there are values for every input."""
         shown = {axis.name: axis.shown for axis in self.axes if axis.shown is not None and not axis.shown.is_meta}
         return {name: value.to(self.device) for name, value in shown.items()} if len(shown) == len(self.axes) else {}
 

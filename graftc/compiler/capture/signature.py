@@ -1,7 +1,7 @@
-"""Signatures: the inputs and flags that a Program takes, and example tensors to capture it with.
+"""Signatures: a Program's inputs and flags, and the example tensors with which it is captured.
 
-Capture must not see sizes that coincide by chance (batch 1, batch equal to sequence), so example inputs are always
-created here: the caller's tensors only determine dtype, rank and fixed sizes.
+A capture must not see sizes that coincide by chance (batch 1, batch equal to sequence), so example inputs are created
+here: the caller's tensors only determine dtype, rank and fixed sizes, except for inputs that are captured as shown.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ BATCH, SEQUENCE, TARGET = "batch", "sequence", "target_sequence"
 _SIZES = {BATCH: 3, SEQUENCE: 7, PAST: 5}
 _OTHER = 11
 _SUM = "+"
-"""Joins the names of axes to that of one which is as long as these together."""
+"""Joins the names of axes into the name of an axis whose size is the sum of theirs."""
 
 
 def is_sum(name: str) -> bool:
-    """Return whether an axis is as long as several others together."""
+    """Return whether an axis's size is the sum of several others."""
     return _SUM in name
 
 
 def size_of(name: str, sizes: Mapping[str, int], default: int = _OTHER) -> int:
-    """Return the size of a named axis, which may be a sum, given the sizes of single names.
+    """Return the size of a named axis, which may be a sum, given the sizes of the single names.
 
-    Numbers within a name count as themselves.
+    Integers within a name stand for themselves.
     """
     return sum(int(part) if part.isdigit() else sizes.get(part, default) for part in name.split(_SUM))
 
 
 def _any_size(name: str) -> int:
-    """Return a size for an axis whose name says nothing about it, seldom equal to that of another axis."""
+    """Return a size for an axis whose name does not determine one; it rarely equals that of another axis."""
     return _OTHER + zlib.crc32(name.encode()) % 29
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One input's name, element type and axes; an axis given as a string has the same size wherever that name occurs.
+    """One input's name, dtype and axes; an axis given as a name has the same size wherever that name occurs.
 
     Attributes:
         shown: the caller's tensor for the input; None if there is none.
-        as_shown: whether to capture with the caller's tensor, if there is one; the axes then have names of their own.
+        as_shown: whether to capture with the caller's tensor, if there is one; its axes then have their own names.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Axis:
 
     @property
     def names(self) -> set[str]:
-        """The names of axes, including those within sums."""
+        """The names of the axes, including those within sums."""
         return {part for a in self.axes if isinstance(a, str) for part in a.split(_SUM) if not part.isdigit()}
 
     def example(self, device: torch.device) -> Tensor:
@@ -87,7 +87,7 @@ class Axis:
         return self.example(device) if self.shown is None else self.shown.to(device)
 
     def smallest(self, device: torch.device) -> Tensor:
-        """Return the same tensor with size 1 for every named axis; an input that is captured as shown is unchanged."""
+        """Return the example with size 1 for every named axis, or unchanged if the input is captured as shown."""
         if self.as_shown and self.shown is not None:
             return self.example(device)
         sizes = [1 if isinstance(name, str) else size for name, size in zip(self.axes, self.sizes, strict=True)]
@@ -96,7 +96,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Structured(Axis):
-    """An input that is a list, a tuple or a dict: the model's own Python takes it, but no graph of a whole model does.
+    """An input that is a list, tuple or dict: the model's own Python code accepts it, but no whole-model graph does.
 
     Attributes:
         structure: the value that the caller gave.
@@ -115,7 +115,7 @@ class Structured(Axis):
 
 
 def require_tensors(model: nn.Module, axes: Sequence[Axis]) -> None:
-    """Raise unless a graph can take all inputs.
+    """Raise unless a graph can accept all inputs.
 
     Raises:
         GraftError: GC030.
@@ -127,7 +127,7 @@ def require_tensors(model: nn.Module, axes: Sequence[Axis]) -> None:
 
 
 def inputs_of(present: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what distinguishes one set of inputs from another: names, dtypes and ranks of tensors, values of flags.
+    """Return a key that distinguishes sets of inputs: the names, dtypes and ranks of tensors, and the values of flags.
 
     A graph depends on all of them: models branch on the rank of a mask and on whether labels are floats.
     """
@@ -143,7 +143,7 @@ def inputs_of(present: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def inputs_of_program(inputs: Sequence[InputSpec], flags: Flags) -> tuple[str, ...]:
-    """Return what `inputs_of` returns for the calls that a Program serves."""
+    """Return the result of `inputs_of` for the calls that a Program serves."""
     own = [spec for spec in inputs if not is_past(spec.name)]
     descriptions = [f"{spec.name}:{DTYPE_NAMES.get(spec.dtype, 'other')}[{len(spec.shape)}]" for spec in own]
     if len(own) < len(inputs):
@@ -154,8 +154,8 @@ def inputs_of_program(inputs: Sequence[InputSpec], flags: Flags) -> tuple[str, .
 def fits(inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> bool:
     """Return whether a graph is valid for the sizes of the given tensors.
 
-    Sizes have to be within the graph's ranges, equal if they share a name, and different if the graph took a decision
-    that depends on it.
+    Sizes must be within the graph's ranges, equal if they share a name, and different where the captured code relied on
+    their being different.
     """
     first: dict[str, Any] = {}
     past = present.get(CACHE)
@@ -209,10 +209,10 @@ def request(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Axis], Fl
     """Return axes and flags for example inputs by name.
 
     Raises:
-        GraftError: GC031 for what ``forward`` does not take; GC140 for a cache.
+        GraftError: GC031 for an input that ``forward`` does not accept; GC140 for a cache.
     """
     present, _ = Interface(model).read(inputs, structures=True)
-    require_no_cache(present, "leave it out: a call with a cache is captured when it comes")
+    require_no_cache(present, "leave it out: calls with a cache are captured when they first occur")
     structures = {name: value for name, value in present.items() if isinstance(value, list | tuple | dict)}
     tensors, flags = split({name: value for name, value in present.items() if name not in structures})
     axes = [replace(axis, shown=tensors[axis.name]) for axis in axes_of(model, tensors)]
@@ -223,10 +223,10 @@ def axes_of(model: nn.Module, inputs: Mapping[str, Tensor], like: Sequence[Axis]
     """Return the axes for the tensors of a call, inferred from names, ranks and sizes.
 
     Args:
-        model: the model, for the names that its ``forward`` takes.
+        model: the model, whose ``forward`` determines the order of the inputs.
         inputs: the caller's tensors by name.
-        like: axes already captured; inputs of the same name get the same ones, others take batch and sequence from
-            them.
+        like: axes that were captured before; inputs with the same names reuse them, and others derive batch and
+            sequence from them.
 
     Raises:
         GraftError: GC031 for a value that is not a tensor.
@@ -254,9 +254,9 @@ def axes_of(model: nn.Module, inputs: Mapping[str, Tensor], like: Sequence[Axis]
 
 
 def _axes_beside_past(name: str, value: Tensor, inputs: Mapping[str, Tensor], pairs: bool) -> tuple[int | str, ...]:
-    """Return the axes of an input that comes with a past, inferred from its name.
+    """Return the axes of an input that accompanies a past, inferred from the input's name.
 
-    Next to a past, sizes say little, since texts of one token are common. An attention mask covers the past as well.
+    Sizes are of little use here, since texts of one token are common. An attention mask also covers the past.
     """
     past = next(tensor for other, tensor in inputs.items() if is_past(other))
     own = TARGET if pairs else SEQUENCE
@@ -273,7 +273,7 @@ def _axes_beside_past(name: str, value: Tensor, inputs: Mapping[str, Tensor], pa
 
 
 def less_dynamic(axes: Sequence[Axis], inputs: Mapping[str, Tensor] | None = None) -> Iterator[list[Axis]]:
-    """Yield the same inputs with ever fewer named axes: unchanged, with the batch only, with none.
+    """Yield the same inputs with fewer and fewer named axes: all of them, only the batch, and none.
 
     Args:
         axes: the axes to start from.
@@ -286,12 +286,12 @@ def less_dynamic(axes: Sequence[Axis], inputs: Mapping[str, Tensor] | None = Non
 
 
 def fixed_where_bound(axes: Sequence[Axis], inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> list[Axis]:
-    """Return the axes with the sizes of a call instead of the named sizes that a graph holds fixed.
+    """Return the axes with every name whose size a graph fixes replaced by the size in a call.
 
     Args:
         axes: the axes that the graph was captured with.
         inputs: the inputs of the graph.
-        present: the tensors of the call by name; other inputs of the graph, a past for example, are unchanged.
+        present: the call's tensors by name; the axes of the graph's other inputs, such as a past, are unchanged.
     """
     ranges, bound = {spec.name: spec.ranges for spec in inputs}, dict[str, int]()
     for axis in axes:
@@ -314,7 +314,7 @@ def _fixed(axis: Axis, named: Container[str] | None, sizes: Sequence[int]) -> Ax
 
 
 def _actual_sizes(ordered: Sequence[tuple[str, Tensor]], known: Mapping[str, tuple[int | str, ...]]) -> dict[str, int]:
-    """Return the sizes of batch and sequence in this call; a size of 1 next to another may be meant to broadcast."""
+    """Return the batch and sequence sizes in this call; any other size replaces 1, which may be meant to broadcast."""
     sizes: dict[str, int] = {}
     for name, value in ordered:
         for axis, size in zip(known.get(name, ()), value.shape, strict=False):
@@ -339,7 +339,7 @@ def _axes(name: str, value: Tensor, sizes: dict[str, int], pairs: bool) -> tuple
     else:
         sequences = (TARGET,) if labels and pairs else (SEQUENCE,)
     # If no input has determined the sequence, token ids ([batch, sequence]) and embeddings (one axis more) do. Other
-    # axes keep their size: capture still finds out by itself which of them may vary.
+    # axes keep their sizes: the capture itself still determines which of them may vary.
     integers = value.dim() == 2 and not value.is_floating_point() and (pairs or not labels)
     if value.dim() > 1 and sequences[0] not in sizes and (integers or name.endswith("inputs_embeds")):
         sizes[sequences[0]] = value.shape[1]

@@ -1,8 +1,9 @@
-"""The parts of a model that a graph does not keep: custom backward passes, and checks of torch's state in its code.
+"""Detect the parts of a model that a graph does not preserve: custom backward passes, and checks of torch's state.
 
-A graph has the operators that a forward pass ran, and torch's gradients of them. A forward with a custom backward pass,
-or one that checks whether gradients are wanted, becomes a different function there, and no outputs of samples show it.
-Only the user's code is inspected, from ``forward`` on through what it mentions by name; libraries are trusted.
+A graph contains the operators that a forward pass ran, with torch's gradients. A ``forward`` with a custom backward
+pass, or one that checks whether gradients are enabled, becomes a different function in the graph, and its outputs on
+samples need not show the difference. Only user code is inspected: ``forward``, and the functions that it mentions by
+name, recursively. Libraries are trusted.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from graftc.compiler.capture.identity.sources import home_of, names_of
 _STATES = {
     "is_grad_enabled": "whether gradients are enabled",
     "is_inference_mode_enabled": "whether inference mode is on",
-    "is_inference": "whether a tensor is of inference mode",
+    "is_inference": "whether a tensor was created in inference mode",
     "is_autocast_enabled": "whether autocast is on",
-    "is_contiguous": "how an input lies in memory",
-    "requires_grad": "whether a tensor wants a gradient",
+    "is_contiguous": "the memory layout of an input",
+    "requires_grad": "whether a tensor requires a gradient",
 }
 
 
 def unkept(model: nn.Module) -> list[str]:
-    """Return notes on what the graphs of a model leave out, each once."""
+    """Return notes on what a model's graphs leave out, without duplicates."""
     notes: dict[str, None] = {}
     classes: set[type] = set()
     for path, module in model.named_modules():
@@ -42,7 +43,7 @@ def unkept(model: nn.Module) -> list[str]:
 
 
 def _of_code(cls: type, own: Any) -> Iterator[str]:
-    """Yield notes on what a graph cannot keep of the forward of a class, or of one that replaces it on an instance."""
+    """Yield notes on what a graph cannot preserve of a class's ``forward``, or of an instance's replacement for it."""
     pending = [function for function in (_function(own), _function(getattr(cls, "forward", None))) if function]
     seen: set[int] = set()
     while pending:
@@ -53,12 +54,12 @@ def _of_code(cls: type, own: Any) -> Iterator[str]:
         where = f"{function.__module__}.{function.__qualname__}"
         for name in names_of(function.__code__):
             if name in _STATES:
-                yield f"{where} asks {_STATES[name]}"
+                yield f"{where} checks {_STATES[name]}"
             if name == "register_hook":
-                yield f"{where} puts hooks on gradients"
+                yield f"{where} registers hooks on gradients"
             value = function.__globals__.get(name)
             if isinstance(value, type) and issubclass(value, torch.autograd.Function):
-                yield f"{where} has a backward pass of its own, {value.__name__}"
+                yield f"{where} has a custom backward pass, {value.__name__}"
             called = (_function(value), _function(getattr(cls, name, None)))
             pending += [function for function in called if function is not None]
 

@@ -205,12 +205,12 @@ def test_a_text_that_begins_elsewhere_is_refused() -> None:
     outputs = compiled.generate(text, attention_mask=torch.ones_like(text), **SOME)
     with compiled.disabled():
         plain = compiled.generate(text, attention_mask=torch.ones_like(text), **SOME)
-        with fails("GC140", "begins at position 4, and that of the call at 0"):
+        with fails("GC140", "begins at position 4, but the call's text begins at 0"):
             compiled.generate(outputs.sequences, past_key_values=outputs.past_key_values, **SOME)
-        with fails("GC140", "begins at position 4, and that of the call at 0"):
+        with fails("GC140", "begins at position 4, but the call's text begins at 0"):
             compiled(input_ids=text[:, :1], past_key_values=copy.deepcopy(outputs.past_key_values))
     for call in (compiled.generate, compiled):
-        with fails("GC140", "begins at position 0, and that of the call at 4"):
+        with fails("GC140", "begins at position 0, but the call's text begins at 4"):
             call(plain.sequences, past_key_values=plain.past_key_values)
 
 

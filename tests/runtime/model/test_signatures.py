@@ -353,7 +353,7 @@ def test_flags_may_be_there_from_the_start() -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"cache": object()}, r"GC140: the cache is of type object(.|\n)*give a DynamicCache"),
+        ({"cache": object()}, r"GC140: the cache is of type object(.|\n)*pass a transformers DynamicCache"),
         ({"labels": [1, 2, 3]}, "GC031: input 'labels' is a list, not a tensor"),
         ({"output_hiden_states": True}, r"GC031: .*no input 'output_hiden_states'(.|\n)*'output_hidden_states'"),
         pytest.param(

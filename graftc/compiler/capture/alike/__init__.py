@@ -1,1 +1,1 @@
-"""Layers that are alike: one of each kind is traced, and the others are written as calls of it."""
+"""Trace one of several layers that are alike, and represent the others as calls to it."""

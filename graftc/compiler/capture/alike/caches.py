@@ -1,8 +1,8 @@
-"""The part of a cache that a layer owns: the keys and values of one place, selected by the layer's number.
+"""Track the part of a cache that a layer owns: the keys and values at one index, selected by the layer's number.
 
-A layer is called with the whole cache. All layers that are alike do the same with their own parts, only with other
-tensors, so a call can represent that of another layer. While a layer runs, its number is an object that records its
-uses; selecting the layer's part is the only use in which layers may differ.
+A layer is called with the whole cache. Alike layers do the same with their own parts, only with different tensors, so
+one layer's call can represent another's. While a layer runs, its number is an object that records its uses; selecting
+the layer's part is the only use in which layers may differ.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from graftc.compiler.capture.assignments import has_same_items
 from graftc.compiler.capture.past import kinds_of
 
 _CACHES = "transformers.cache_utils"
-"""Its own code compares and counts the numbers of layers to find their parts."""
+"""The module whose own code compares and counts layer numbers to find the layers' parts."""
 _OPERATORS = """
     index int float bool hash str repr format eq ne lt le gt ge neg pos abs invert trunc round floor ceil
     add sub mul truediv floordiv mod divmod pow and or xor lshift rshift
@@ -28,7 +28,7 @@ _OPERATORS = """
 
 
 class LayerNumber:
-    """The number of a layer, while the layer is called with a cache.
+    """A layer's number during a call of the layer with a cache.
 
     Args:
         number: its value.
@@ -56,7 +56,7 @@ for _name in _OPERATORS.split():
 
 
 class _ByLayer:
-    """Entries for layers, from which a `LayerNumber` selects a layer's own; any other access calls ``more``."""
+    """Mixin for a container of per-layer entries; any access other than by a `LayerNumber` calls ``more``."""
 
     def __init__(self, entries: Any, more: Callable[[], None]) -> None:
         super().__init__(entries)  # type: ignore[call-arg]
@@ -83,7 +83,7 @@ class _Parts(_ByLayer, list[Any]):
 
 
 class _Flags(_ByLayer, dict[Any, Any]):
-    """The flags that a cache has for its layers, by number."""
+    """A cache's flags for its layers, by number."""
 
     def get(self, at: Any, default: Any = None) -> Any:
         """Return the flag of a layer, as `dict.get` does."""
@@ -97,14 +97,14 @@ class _Flags(_ByLayer, dict[Any, Any]):
 
 
 class CrossedCache:
-    """The state of a cache at the time when a layer is called with it.
+    """The state of a cache when a layer is called with it.
 
     Args:
         cache: a cache that `crossed` accepts.
 
     Attributes:
         cache: the cache itself.
-        described: what two such caches have in common, apart from their parts.
+        described: the data that two such caches must have in common, apart from their parts.
     """
 
     def __init__(self, cache: Any) -> None:
@@ -123,18 +123,18 @@ class CrossedCache:
         return [value for value in values if isinstance(value, Tensor)]
 
     def part(self, number: int) -> dict[str, Any]:
-        """Return the recorded part of a layer: attributes of the cache's layers by kind, and the cache's flag."""
+        """Return a layer's recorded part: the attributes of its cache layer by kind, and the cache's flag."""
         layers = self._attributes.items()
         parts: dict[str, Any] = {kind: dict(own[number]) if number < len(own) else None for kind, own in layers}
         return {**parts, "known": self._flags.get(number)}
 
     def written(self, number: int | None) -> dict[str, Any] | None:
-        """Return the current part of a layer; None if the rest of the cache has changed or the part was empty.
+        """Return a layer's current part; None if the rest of the cache has changed or the part was empty before.
 
-        A part that was empty begins with constants, which every layer has of its own.
+        An empty part is initialised with constants, and every layer has its own.
 
         Args:
-            number: the layer's number; None if it has not looked for a part.
+            number: the layer's number; None if the layer has not selected a part.
         """
         after = CrossedCache(self.cache)
         for kind, before in self._layers.items():
@@ -154,7 +154,7 @@ class CrossedCache:
         return None if begun else written
 
     def put(self, number: int, part: dict[str, Any]) -> None:
-        """Replace the part of a layer."""
+        """Replace a layer's part."""
         for kind, own in self._kinds.items():
             if part[kind] is None:
                 continue
@@ -168,7 +168,7 @@ class CrossedCache:
 
     @contextmanager
     def watched(self, more: Callable[[], None]) -> Iterator[None]:
-        """Let slots select parts of the cache while the block runs, and call ``more`` when other parts are accessed."""
+        """Let layer numbers select parts of the cache while the block runs, and call ``more`` on any other access."""
         originals = {kind: own.layers for kind, own in self._kinds.items()}
         flags = vars(self.cache).get("is_updated")
         for own in self._kinds.values():

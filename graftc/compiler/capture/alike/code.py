@@ -1,10 +1,9 @@
-"""Detection of user code that may tell layers apart by something that no layer holds.
+"""Detect user code that may distinguish layers by something other than their contents.
 
-Layers that are alike are traced once because everything that they hold is known, and reads of what differs are
-recorded. Code that bypasses attributes (``vars``, ``__dict__``), asks for the identity of an object (``id``), or reads
-and writes state outside of the model (globals, closures, context variables) may do something else in each layer, and
-the difference need not show in an output on samples: a gradient that is stopped, a bound on large values. Library code
-is trusted.
+Alike layers are traced once because all of their contents are known, and reads of differing values are recorded. Code
+that bypasses attributes (``vars``, ``__dict__``), uses the identity of an object (``id``), or reads and writes state
+outside the model (globals, closures, context variables) may behave differently in each layer. The difference need not
+show in outputs on samples: a stopped gradient, or a bound on large values. Library code is trusted.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ _SEEN_BY_THE_TRACER = (type, ModuleType, nn.Module, torch.Tensor)
 
 
 class LooksElsewhere:
-    """A check of the classes of modules for such code, made once for each class."""
+    """Checks the classes of modules for such code, once for each class."""
 
     def __init__(self) -> None:
         self._classes: dict[type, bool] = {}
 
     def of(self, module: nn.Module) -> bool:
-        """Return whether a module's class has such code outside of ``__init__``, or slots with unlisted values."""
+        """Return whether a module's class has such code outside ``__init__``, or slots with unlisted values."""
         kind = type(module)
         if kind not in self._classes:
             self._classes[kind] = any(map(_class_does, kind.__mro__))
@@ -78,7 +77,7 @@ def _does(function: FunctionType, met: set[CodeType]) -> bool:
 
 
 def _mentioned(function: FunctionType, codes: list[CodeType]) -> Iterator[Any]:
-    """Yield the closure values and the globals that code names, and what it names in user modules among them."""
+    """Yield a function's closure values, the globals that it mentions, and the members of user modules among them."""
     names = {name for code in codes for name in code.co_names}
     yield from (value for _, filled, value in closure_of(function) if filled)
     for name in names & function.__globals__.keys():

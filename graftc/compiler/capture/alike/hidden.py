@@ -1,9 +1,9 @@
-"""Tensors of layers that the tracer is not expected to run, hidden because torch.export pays for each of them.
+"""Hide the tensors of layers that the tracer is not expected to run, since each of them takes torch.export time.
 
-It makes a stand-in, an input and a node for each tensor of a model and each input, about 8 milliseconds for a layer of
-a Llama, whether or not anything reads it, and twice that for keys and values of a cache. Which layers run is known only
-afterwards, so every access to something hidden is recorded, and the capture starts again with nothing hidden
-(`Hidden.missed`).
+For each tensor and each input of a model, torch.export creates a fake tensor, an input and a node, whether or not
+anything reads them. This takes about 8 milliseconds for a Llama layer, and twice that for the keys and values of a
+cache. Which layers run is known only afterwards, so every access to something hidden is recorded; the capture then
+starts again with nothing hidden (`Hidden.missed`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from graftc.compiler.capture.alike.modules import Layer
 from graftc.passes.core.ir.past_inputs import is_past, past_place
 
 SEEN_FIRST = 2
-"""How many layers at the front of a group stay in sight: the first runs, and the second is written out like it."""
+"""Number of layers at the start of a group that stay visible: the first runs, and the second is written out like it."""
 FEWEST = 6
-"""Layers of a group, from which on it pays: of fewer, none is a call."""
+"""The smallest group that is worth the effort: in a smaller one, no layer is a call."""
 _TABLES = (PARAMETERS, BUFFERS)
 
 
@@ -30,14 +30,14 @@ class Hidden:
     """Layers whose tensors are hidden while the model is traced.
 
     Args:
-        layers: the layers, of which some are hidden.
+        layers: the layers, some of which are hidden.
         inputs: the model's inputs, by name.
 
     Attributes:
         stand_ins: for each hidden input, the visible one that is passed in its place: keys or values of another layer's
             part of the cache, of the same type.
-        running: whether the model's own code is running: torch.export itself iterates over all tables.
-        missed: whether something accessed one of the tensors.
+        running: whether the model's own code is running; torch.export itself also iterates over all tables.
+        missed: whether something accessed a hidden tensor.
     """
 
     def __init__(self, layers: Sequence[Layer], inputs: Mapping[str, Tensor]) -> None:
@@ -50,7 +50,7 @@ class Hidden:
         return len(self._layers)
 
     def watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the model's forward, wrapped so that iterating over the tables is recorded as well while it runs."""
+        """Return the model's ``forward``, wrapped so that iteration over the tables is also recorded while it runs."""
 
         @functools.wraps(forward)
         def watching(*args: Any, **kwargs: Any) -> Any:
@@ -77,9 +77,9 @@ class Hidden:
 
 
 def _slot(layer: Layer) -> set[int]:
-    """Return the place of a layer's part of a cache, in a set.
+    """Return the index of a layer's part in a cache, as a set.
 
-    The set is empty unless all numbers in which the layer differs from the first one agree.
+    The set is empty unless all integers in which the layer differs from the first one are equal.
     """
     first = layer.group[0].numbers
     own = {number for place, number in layer.numbers.items() if number != first[place]}
@@ -98,7 +98,7 @@ def _stand_ins(slots: set[int], inputs: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 class _HiddenTable(MutableMapping[str, Tensor | None]):
-    """An empty table that records accesses to the names that it had."""
+    """An empty table that records accesses to the names in the table that it replaces."""
 
     def __init__(self, hidden: Hidden, table: Mapping[str, Any]) -> None:
         self._hidden, self._names = hidden, frozenset(table)

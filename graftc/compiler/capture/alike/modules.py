@@ -1,4 +1,4 @@
-"""The layers of a model that are alike: sibling modules that hold the same."""
+"""Find the layers of a model that are alike: sibling modules with equal contents."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from graftc.compiler.capture.alike.code import LooksElsewhere
 from graftc.compiler.capture.identity.capture_key import holdings_of_modules
 
 FEWEST = 4
-"""Layers that are alike, from which on it pays: the first and the last one are traced."""
+"""The smallest group of alike layers that is worth the effort: its first and its last layer are traced."""
 
 Place = tuple[str, str]
-"""An attribute by the path of its module within a layer and its name."""
+"""An attribute, as the path of its module within a layer and its name."""
 
 
 @dataclass(eq=False)
 class Layer:
-    """One of several layers that hold the same.
+    """One of several layers with equal contents.
 
     Attributes:
         path: the path of its module.
         module: the module itself.
-        numbers: the integers that it holds, in which it may differ from the others.
+        numbers: its integer attributes, in which it may differ from the others.
         group: this layer and the others, in the order of the model.
     """
 
@@ -43,11 +43,11 @@ class Layer:
 
 
 def alike(model: nn.Module) -> list[Layer]:
-    """Return the layers of which several hold the same: classes, values of attributes, types of tensors.
+    """Return the layers that have the same contents as others: classes, attribute values and tensor types.
 
-    Only modules that have submodules count, and none inside of another layer that is returned. A layer is like no other
-    if it shares something with another module, if it holds something that cannot be written down or a module that is
-    not its own, or if it has code that may look elsewhere (`code`).
+    Only modules with submodules count, and none inside another returned layer. A layer is like no other if it shares
+    something with another module, if it contains something that cannot be serialised or a reference to a module that is
+    not its own, or if its code may depend on state outside it (`code`).
     """
     if any(count > 1 for count in Counter(id(m) for _, m in model.named_modules(remove_duplicate=False)).values()):
         return []  # the tracer distinguishes the paths of a shared module by how it is reached
@@ -70,7 +70,7 @@ def alike(model: nn.Module) -> list[Layer]:
 
 
 def _names_modules(contents: Any) -> bool:
-    """Return whether what a module holds refers to another module of the model: it may check which one it is."""
+    """Return whether a module's contents refer to another module of the model, whose identity its code may check."""
     if not isinstance(contents, list | tuple):
         return False
     return (len(contents) == 2 and contents[0] == "module") or any(map(_names_modules, contents))
@@ -92,7 +92,7 @@ def _among(
 
 
 def _described(name: str, module: nn.Module, contents: Sequence[Any], numbers: dict[Place, int]) -> list[Any]:
-    """Return what a module within a layer holds; integers that can be watched go to ``numbers``."""
+    """Return the contents of a module within a layer; integers whose reads can be recorded go to ``numbers``."""
     kind, children, values, buffers = contents
     rest: list[Any] = []
     for attribute, value in values:

@@ -1,15 +1,14 @@
-"""Layers that are alike are traced once: what the tracer records for one of them replaces the others.
+"""Trace alike layers only once: the nodes that the tracer records for one of them replace the calls of the others.
 
-If a layer is called with arguments of the same types, and in the same state of torch, as an earlier one that holds the
-same (`modules`), its ``forward`` does not run. While the tracer is at work, an operator that computes nothing
-represents the call (`traced_once`); afterwards `written` replaces it by the nodes of the first call, over the layer's
-own tensors.
+If a layer is called with arguments of the same types, and in the same state of torch, as an earlier layer with the same
+contents (`modules`), its ``forward`` does not run. During tracing, an operator that computes nothing represents the
+call (`traced_once`); afterwards, `written` replaces it with the nodes of the first call, over the layer's own tensors.
 
-Integers may differ between layers that are alike, since most know their own position, unless ``forward`` reads them:
-reads are recorded. A call is not reused if its forward pass does anything besides returning its result, or depends on
-anything else: attributes and arguments that it changes; values that something outside of the layer uses; values that
-are neither arguments nor the layer's tensors; sizes that depend on data. Of a cache, a layer may read and write its own
-part (`caches`). The last layer is traced as well, and has to do the same as the one that was reused.
+Alike layers may differ in integers, since most store their own position, unless ``forward`` reads them: reads are
+recorded. A call is not reused if its forward pass does anything besides returning its result, or depends on anything
+besides its arguments and the layer's tensors: if it changes attributes or arguments, if code outside the layer uses
+values from inside it, if it reads other values, or if sizes depend on data. In a cache, a layer may read and write its
+own part (`caches`). The last layer is traced as well, and must do the same as the one that was reused.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ _LIBRARY: Any = torch.library.Library("graftc_capture", "DEF")  # type: ignore[n
 _LIBRARY.define("mark(bool begins, int call, Tensor[] tensors) -> ()")
 _LIBRARY.define("again(int call, int layer, Tensor[] inputs) -> Tensor[]")
 MARK: Any = torch.ops.graftc_capture.mark.default
-"""Stands in front of and behind what is traced of a call: the call's number, the tensors that it is given or made."""
+"""Marks the beginning and the end of a traced call, with the call's number and its input or output tensors."""
 AGAIN: Any = torch.ops.graftc_capture.again.default
-"""Stands for a call that is not traced: the number of the one that was, the layer's, the tensors that it is given."""
+"""Represents an untraced call: the number of the traced one, the number of the layer, and the input tensors."""
 fx.node.has_side_effect(MARK)  # keeps it in the graph although its result is unused
 
 
@@ -52,17 +51,17 @@ class TracedCall:
     Attributes:
         number: the number of the call.
         layer: the layer that is called.
-        arguments: the number of tensors that it was called with, except those in caches.
-        key: what another call must have in common with it, apart from numbers.
-        read: the numbers of the layer that were read.
-        caches: the caches that it was called with.
+        arguments: the number of tensors in its arguments, except those in caches.
+        key: the data that another call must have in common with it, apart from integers of the layers.
+        read: the integers of the layer that were read.
+        caches: the caches among its arguments.
         result: how its result is assembled from given and created tensors.
         parts: how its own part of each cache is assembled after the call.
         created: the types of the tensors that it created.
-        given: the indices, among all tensors that it was given, of its arguments and of the tensors in caches that
-            belong to its part.
-        slots: the numbers of the layer that select its own part of a cache.
-        reusable: whether it changed nothing else that is visible from outside.
+        given: the indices, among all tensors passed to it, of its arguments and of the tensors in its own part of the
+            caches.
+        slots: the integers of the layer that select its own part of a cache.
+        reusable: whether it had no other effect that is visible from outside.
     """
 
     number: int
@@ -79,7 +78,7 @@ class TracedCall:
     reusable: bool = False
 
     def stands_for(self, other: TracedCall) -> bool:
-        """Return whether this call, whose reads are known, describes what another one does."""
+        """Return whether this call, whose reads are known, does the same as another one."""
         same = all(self.layer.numbers[place] == other.layer.numbers[place] for place in self.read)
         if not same or self is other or self.layer.group is not other.layer.group or self.key != other.key:
             return False
@@ -87,15 +86,15 @@ class TracedCall:
         return own is None or (others is not None and self.told_parts(own)[0] == other.told_parts(others)[0])
 
     def slot(self, layer: Layer) -> int | None:
-        """Return the place of a layer's part of each cache, according to this call.
+        """Return the index of a layer's part in each cache, according to this call.
 
-        It is None if the call has looked for no part, or if the layer's numbers disagree.
+        Return None if the call selected no part, or if the layer's integers disagree.
         """
         numbers = {layer.numbers[place] for place in self.slots}
         return next(iter(numbers)) if len(numbers) == 1 else None
 
     def told_parts(self, number: int) -> tuple[Any, list[Tensor]]:
-        """Return the parts at a place as data, and their tensors."""
+        """Return the parts of the caches at an index as data, and their tensors."""
         tensors: list[Tensor] = []
         return [_told(cache.part(number), tensors) for cache in self.caches], tensors
 
@@ -105,7 +104,7 @@ class Repeats:
 
     Args:
         layers: the layers that are like others; by default all layers are traced.
-        inputs: the model's inputs by name, if tensors of layers are to be hidden from the tracer.
+        inputs: the model's inputs by name, if tensors of layers should be hidden from the tracer.
 
     Attributes:
         hidden: the layers among them whose tensors are hidden.
@@ -121,11 +120,11 @@ class Repeats:
         self._open: TracedCall | None = None
 
     def restart(self) -> None:
-        """Forget what was traced, because the tracer starts again."""
+        """Discard the recorded calls, because the tracer starts again."""
         self.calls, self.reused, self._open = [], 0, None
 
     def call(self, layer: Layer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Run a call of a layer while the model is traced, or reuse one that was traced before."""
+        """Run a layer's call while the model is traced, or reuse one that was traced before."""
         tensors: list[Tensor] = []
         caches: list[CrossedCache] = []
         given = [list(args), kwargs]
@@ -143,7 +142,7 @@ class Repeats:
         return self._put(known, call, tensors)
 
     def _put(self, known: TracedCall, call: TracedCall, tensors: list[Tensor]) -> Any:
-        """Return the result of a call, and update its caches, from a call that was traced."""
+        """Return a call's result, and update its caches, according to a traced call."""
         self.reused += 1
         number = known.slot(call.layer)
         given = tensors if number is None else [*tensors, *call.told_parts(number)[1]]
@@ -192,7 +191,7 @@ class Repeats:
         return result
 
     def read(self, place: Place, value: Any) -> Any:
-        """Record that a number of a layer is read, and return the value that represents it."""
+        """Record that an integer of a layer is read, and return the value to use in its place."""
         call = self._open
         if call is None or not call.caches or type(value) is not int:
             if call is not None:
@@ -215,11 +214,11 @@ torch.library.register_fake("graftc_capture::again", _again, lib=_LIBRARY)
 
 @contextmanager
 def traced_once(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Iterator[Repeats]:
-    """Let the tracer run one of the layers that are alike while the block runs; operators represent the others.
+    """Let the tracer run only one of the alike layers while the block runs; operators represent the others.
 
     Args:
         model: any module, in its capture state; it is restored afterwards.
-        inputs: the model's inputs by name, if tensors of the other layers are to be hidden from the tracer, see
+        inputs: the model's inputs by name, if tensors of the other layers should be hidden from the tracer; see
             `graftc.compiler.capture.alike.hidden`.
     """
     repeats = Repeats(alike(model), inputs)
@@ -244,7 +243,7 @@ def _called_through(repeats: Repeats, layer: Layer) -> Callable[..., Any]:
 
 
 class _Watched:
-    """A descriptor for an attribute whose value the instances of a class keep; it reports every read."""
+    """A descriptor for an attribute that is stored on instances; it reports every read."""
 
     def __init__(self, name: str, read: Callable[[nn.Module, str, Any], Any]) -> None:
         self._name, self._read = name, read
@@ -264,7 +263,7 @@ class _Watched:
 
 
 def _descriptors(repeats: Repeats) -> list[tuple[type, str, _Watched]]:
-    """Return descriptors for classes and attributes that record reads of the numbers in which layers differ."""
+    """Return descriptors, with their classes and names, that record reads of the integers in which layers differ."""
     paths: dict[int, str] = {}
     watched: set[tuple[type, str]] = set()
     for layer in repeats.layers:
@@ -282,14 +281,14 @@ def _descriptors(repeats: Repeats) -> list[tuple[type, str, _Watched]]:
 
 
 class _UntoldError(Exception):
-    """Raised for a value of a kind that cannot be inspected."""
+    """Raised for a value of a type that cannot be inspected."""
 
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def _flat(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Return the contents of nested lists, tuples and dicts, and their structure; other containers are contents."""
+    """Return the leaves of nested lists, tuples and dicts, and their structure; other containers are leaves."""
     return pytree.tree_flatten(value, is_leaf=_is_content)
 
 
@@ -302,7 +301,7 @@ def _is_content(value: Any) -> bool:
 def _told(value: Any, tensors: list[Tensor], caches: list[CrossedCache] | None = None) -> Any:
     """Return a value as data, in which tensors are described by their types and by which of them are the same object.
 
-    Tensors are collected in order, and so are caches if ``caches`` is given.
+    Tensors are appended to ``tensors`` in order, and caches to ``caches`` if it is given.
     """
     contents, structure = _flat(value)
     return [structure, [_told_content(each, tensors, caches) for each in contents]]
@@ -327,15 +326,15 @@ def _told_content(value: Any, tensors: list[Tensor], caches: list[CrossedCache] 
 
 
 def _index(value: Any, among: Iterable[Any]) -> int | None:
-    """Return the index of an object among others; None if it is none of them."""
+    """Return the index of an object among others, by identity; None if it is not among them."""
     return next((index for index, other in enumerate(among) if other is value), None)
 
 
 def _collect(tensor: Tensor, tensors: list[Tensor]) -> None:
-    """Add a tensor to others.
+    """Append a tensor to others.
 
     Raises:
-        _UntoldError: if its dtype, sizes and strides do not describe it.
+        _UntoldError: if its dtype, sizes and strides do not fully describe it.
     """
     if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
         raise _UntoldError
@@ -343,7 +342,7 @@ def _collect(tensor: Tensor, tensors: list[Tensor]) -> None:
 
 
 def _taken_apart(value: Any, given: list[Tensor], created: list[Tensor], caches: Sequence[CrossedCache]) -> Any:
-    """Return a result as data; tensors become indices among the given or the created ones, which are collected."""
+    """Return a result as data; tensors become indices of given or created ones, and the latter are collected."""
     contents, structure = _flat(value)
     return [_reference(each, given, created, caches) for each in contents], structure
 
@@ -371,9 +370,9 @@ def _put_together(data: Any, given: Sequence[Tensor], created: Sequence[Tensor],
 
 
 def _state(module: nn.Module) -> Any:
-    """Return what else a forward pass depends on: the state of torch, the modes of modules, the number of inner hooks.
+    """Return other state that a forward pass depends on: torch's state, modes of modules, the number of inner hooks.
 
-    Hooks of the layer itself run in any case.
+    The layer's own hooks run in any case.
     """
     autocast = [
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))

@@ -1,4 +1,4 @@
-"""Replacement of untraced calls by the nodes of a traced layer that is like theirs.
+"""Replace untraced calls with the nodes of a traced layer that is like theirs.
 
 See `graftc.compiler.capture.alike.repeats`.
 """
@@ -24,7 +24,7 @@ from graftc.passes.core.ir.shapes import expression
 
 _CAST = torch.ops.aten.to.dtype
 FEWEST_CALLS = 2
-"""Calls from which on a function pays."""
+"""The smallest number of calls for which a function is worth the effort."""
 
 
 class NotAlikeError(Exception):
@@ -32,7 +32,7 @@ class NotAlikeError(Exception):
 
 
 def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str], inputs: Sequence[str]) -> None:
-    """Write out the traced nodes for the second layer of each kind, and turn those up to the last into function calls.
+    """Write out the traced nodes for each kind's second layer, and turn later layers, except the last, into calls.
 
     The calls are those of `graftc.passes.core.ir.functions`.
 
@@ -40,10 +40,10 @@ def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str], in
         graph: the exported graph, with the model's tensors as attributes; changed in place.
         repeats: the result of `traced_once` during the export.
         names: the names of the model's tensors, by attribute name.
-        inputs: the names of the graph's inputs, in order. Inputs that others stood in for are added to the graph.
+        inputs: the names of the graph's inputs, in order. Inputs for which others stood in are added to the graph.
 
     Raises:
-        NotAlikeError: if a layer does more than what was traced, if the last one does something else, or if an input
+        NotAlikeError: if a traced layer is not self-contained, if the last layer does something else, or if an input
             that stood in for others is read by anything except untraced calls.
     """
     writing = _Writing(graph, repeats, names)
@@ -53,7 +53,7 @@ def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str], in
 
 @dataclass(eq=False)
 class _Segment:
-    """The traced part of a call: its inputs, its nodes except sizes and tensors of the model, and its outputs."""
+    """A traced call: its inputs, its nodes except sizes and tensors of the model, and its outputs."""
 
     call: TracedCall
     given: list[fx.Node]
@@ -108,7 +108,7 @@ class _Writing:
             self._graph.erase_node(node)
 
     def bring_back(self, inputs: Sequence[str]) -> None:
-        """Add the inputs that were hidden to the graph, and let untraced calls read their own."""
+        """Add the hidden inputs to the graph, and let untraced calls read their own."""
         hidden = self._repeats.hidden.stand_ins
         shown = [name for name in inputs if name not in hidden]
         placeholders = dict(zip(shown, self._graph.find_nodes(op="placeholder"), strict=True))
@@ -137,10 +137,10 @@ class _Writing:
                     raise NotAlikeError(f"{user} reads {name}, which stood in for others")
 
     def _read_uncast(self, segment: _Segment) -> None:
-        """Rewire readers outside of a layer from a cast that changes nothing to its source.
+        """Rewire readers outside a layer from a cast that changes nothing to the source of the cast.
 
-        Such a cast returns the tensor itself, so the tracer records the cast as the source of hidden states that the
-        model has kept.
+        Such a cast returns the tensor itself, so the tracer records the cast as the origin of hidden states that the
+        model has collected.
         """
         inside = {*segment.nodes, *self._marks}
         for node in segment.nodes:
@@ -165,7 +165,7 @@ class _Writing:
                 raise NotAlikeError(f"sizes in {path} depend on data")
 
     def _require_same(self, a: _Segment, b: _Segment) -> None:
-        """Check that two calls do the same."""
+        """Check that two calls compute the same."""
         same = dict(zip(a.given, b.given, strict=True))
 
         def tensor(source: fx.Node, segment: _Segment) -> Any:
@@ -221,14 +221,14 @@ class _Writing:
             user.meta = {"val": user.meta.get("val")}
 
     def _read(self, again: fx.Node) -> tuple[list[fx.Node], _Segment, Layer]:
-        """Return the inputs of a call, the segment that was traced instead of it, and its layer."""
+        """Return a call's inputs, the segment that was traced in its place, and its layer."""
         args: Any = again.args
         number, position, inputs = args
         return list(inputs), self._segments[number], self._repeats.layers[position]
 
 
 def _moved(node: fx.Node, segment: _Segment, path: str) -> dict[str, tuple[str, Any]]:
-    """Return a node's module stack as it is in another layer, from the layer on."""
+    """Return a node's module stack, starting at its layer, as it would be in another layer."""
     before = segment.call.layer.path
     stack = (node.meta.get("nn_module_stack") or {}).items()
     inside = [
@@ -238,7 +238,7 @@ def _moved(node: fx.Node, segment: _Segment, path: str) -> dict[str, tuple[str, 
 
 
 def alike_arguments(a: Any, b: Any, read: list[tuple[fx.Node, fx.Node]]) -> bool:
-    """Return whether arguments of two nodes are equal except for nodes, which are collected in pairs."""
+    """Return whether two nodes' arguments are equal apart from the nodes in them, which are collected in pairs."""
     if type(a) is not type(b):
         return False
     if isinstance(a, fx.Node):

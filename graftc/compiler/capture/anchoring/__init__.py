@@ -1,1 +1,1 @@
-"""The runs that the anchor compares: a source model and its graph, on the same inputs."""
+"""Run a source model and its graph on the same inputs, for the anchor to compare."""

@@ -1,4 +1,4 @@
-"""The difference between an output of a graph and the model's."""
+"""Compute the difference between a graph's output and the model's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def difference_of(a: Any, b: Any) -> tuple[float, str]:
     """Return the difference of two outputs, relative to the largest element, and a description of it."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         same = type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
-        return (0.0, "") if same else (float("inf"), f"is {_brief(b)} and the model's {_brief(a)}")
+        return (0.0, "") if same else (float("inf"), f"is {_brief(b)}, but the model's is {_brief(a)}")
     if a.shape != b.shape or a.dtype != b.dtype:
-        return float("inf"), f"is {_brief(b)} and the model's {_brief(a)}"
+        return float("inf"), f"is {_brief(b)}, but the model's is {_brief(a)}"
     if torch.equal(a, b):
         return 0.0, ""
     if not (a.is_floating_point() or a.is_complex()):
@@ -27,7 +27,7 @@ def difference_of(a: Any, b: Any) -> tuple[float, str]:
     scale = float(finite.max()) if finite.numel() else 0.0
     largest = float(apart.max()) if apart.numel() else 0.0
     if largest != largest or largest == float("inf") or (largest and not scale):
-        return float("inf"), "differs in what is not finite" if scale else "is not 0 where the model's is"
+        return float("inf"), "differs in non-finite elements" if scale else "is not 0 where the model's is"
     return (largest / scale if largest else 0.0), f"differs by {largest:.2e}, its largest element is {scale:.2e}"
 
 

@@ -1,4 +1,4 @@
-"""A model with tensors of its own, for a pass that may write to them."""
+"""Give a model its own tensors for a pass that may write to them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from graftc.compat.modules import buffers_of, parameters_of
 
 
 def with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Replace the tensors of a model by ones that a pass may write to, and return the copies by name.
+    """Replace a model's tensors with ones that a pass may write to, and return the copies by name.
 
-    Buffers, tensors in attributes and parameters in ``written`` are copied. Other parameters are replaced by ones that
-    do not require a gradient, since kernels are chosen by that. The caller restores the tables.
+    Buffers, tensors in attributes and parameters in ``written`` are copied. Other parameters are replaced with ones
+    that do not require a gradient, since this affects the choice of kernels. The caller restores the tables.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     own_copy = {id(parameter) for name, parameter in named if aliases.get(name, name) in written}

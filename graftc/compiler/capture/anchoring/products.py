@@ -1,8 +1,8 @@
-"""Products with stored weights that a model has computed, kept for later computations of the same ones.
+"""Cache the products with stored weights that a model has computed, so that equal products are computed once.
 
-They take most of the time of a pass over a model. The same operator, called on the same weight with operands that are
-equal to the bit and have the same layout in memory, gives the same result: for a graph that is compared with the model,
-and for the model itself in another mode.
+They take most of the time of a forward pass. The same operator, applied to the same weight with operands that are
+bit-identical and have the same memory layout, returns the same result, both in a graph that is compared with the model
+and in the model itself in another mode.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from graftc.compat.tensors import version_of
 
 aten = torch.ops.aten
 _OPERATORS: Mapping[Any, Any] = {linear: aten.linear.default, torch.addmm: aten.addmm.default}
-"""The operators of a graph, by the functions that a model calls."""
+"""The graph operators for the functions that a model calls."""
 _KEPT = frozenset(_OPERATORS.values())
 _LEAST, _SHARE = 2**25, 100
-"""Bytes of results that are kept of any model, and of a large one the part of what its parameters take."""
+"""The limit of cached bytes for any model, and the divisor of a large model's parameter bytes that sets its limit."""
 
 _Known = tuple[Sequence[Any], list[int], Tensor, int]
-"""Operands with their versions, and a result with its own: what was written to since is not known any more."""
+"""Operands with their versions, and a result with its version; writing to any of them invalidates the entry."""
 
 
 class Products:
-    """The results of matrix products with a model's tensors.
+    """A cache for the results of matrix products with a model's tensors.
 
     Args:
         model: the model whose parameters count as stored.
@@ -45,11 +45,11 @@ class Products:
         self._most = max(_LEAST, size // _SHARE)
 
     def fit(self, model: nn.Module) -> bool:
-        """Return whether the results still apply to a model: it may have been moved, or have other parameters."""
+        """Return whether the results still apply to a model, which may have been moved or have other parameters."""
         return self._stored == _addresses(model)
 
     def keep(self, operator: Any, args: Sequence[Any], result: Tensor) -> None:
-        """Keep the result of a call, if it is a product with a stored tensor."""
+        """Store the result of a call if it is a product with a stored tensor."""
         if operator in _KEPT and _is_plain(result) and (key := self._key(operator, args)) is not None:
             self._known[key].append((args, _versions(args), result, version_of(result)))
             self._order.append((key, result.numel() * result.element_size()))
@@ -70,9 +70,9 @@ class Products:
         return None
 
     def _key(self, operator: Any, args: Sequence[Any]) -> Any:
-        """Return what a call has in common with those that may be the same.
+        """Return a key that a call shares with calls that may be the same.
 
-        It is None if the call has operands other than tensors, or none that is stored.
+        Return None if an operand is not a plain tensor, or if no operand is a stored tensor.
         """
         if not all(map(_is_plain, args)):
             return None
@@ -81,7 +81,7 @@ class Products:
 
 
 class Computing(TorchFunctionMode):
-    """A function mode in which a model reuses the products that are known and keeps the others.
+    """A function mode in which a model reuses known products and stores the others.
 
     Args:
         products: the products of the model.
@@ -108,9 +108,9 @@ _KNOWN: WeakKeyDictionary[nn.Module, Products] = WeakKeyDictionary()
 
 
 def products_of(model: nn.Module) -> Products:
-    """Return the products that are kept for a model as long as it exists.
+    """Return a model's product cache, which lives as long as the model.
 
-    Its next signature is compared on the same texts.
+    The model's next signature is compared on the same texts.
     """
     products = _KNOWN.get(model)
     if products is None or not products.fit(model):

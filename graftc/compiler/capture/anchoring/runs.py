@@ -1,4 +1,4 @@
-"""Runs of a source model and its graph on the same inputs, for the anchor to compare."""
+"""Run a source model and its graph on the same inputs, for the anchor to compare."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from graftc.passes.core.packing.modules import packed_weights
 from graftc.specs.errors.diagnostics import first_line
 
 _SHORT = 5
-"""Tokens of the shortest texts that a model is tried with."""
+"""Number of tokens in the shortest texts on which a model is tried."""
 _STEPS = 2
 _SMALL = 400_000_000
-"""Products of parameters and positions that a pass over the samples may take."""
+"""Upper limit for the number of parameters times the number of positions in a pass over the samples."""
 
 
 RunInputs = Literal["samples", "ones", "shown"]
@@ -42,7 +42,7 @@ RunInputs = Literal["samples", "ones", "shown"]
 
 
 class NoRunError(Exception):
-    """Raised if the model itself raises on inputs on which its graph is to be compared with it."""
+    """Raised if the model itself fails on the inputs of the comparison."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Runs:
         self._length = max(_SHORT, min(24, _SMALL // max(size, 1)))
 
     def first(self) -> tuple[ModelRun, RunInputs]:
-        """Run the model on samples or, if it takes none, on what it was captured with or what the caller showed.
+        """Run the model on samples or, if it accepts none, on the captured inputs or the caller's examples.
 
         The kind of the inputs is returned as well.
         """
@@ -101,11 +101,11 @@ class Runs:
             yield "shown", shown
 
     def special_ones(self, bound: float) -> tuple[str, ...]:
-        """Return the named sizes for which the model, at 1, computes something else than its graph.
+        """Return the named sizes for which the model, at size 1, computes something other than its graph.
 
         The tracer assumes that every size is greater than 1, and records nothing if a model checks for 1. Each size is
-        tried alone, and all together; for a library's class, which checks for nothing more than a single token, they
-        are only tried all together and in eval mode: a pass over the weights takes as long for a token as for a text.
+        set to 1 alone, and all of them together. For a library's class, which checks at most for a single token, it is
+        enough if all together in eval mode show no difference: a pass takes as long for one token as for a text.
         """
         names, library = self._ones, self._is_of_a_library
         if self._ones_hold or not names or (library and self._program.mode == "train"):
@@ -119,9 +119,9 @@ class Runs:
         return tuple(special) or (names if library or self._differs_at(names, bound) else ())
 
     def _independent(self, names: Sequence[str]) -> list[list[str]]:
-        """Return the sizes in groups; trying all sizes of a group together tries each of them alone.
+        """Return the sizes in groups, such that testing a group together tests each of its sizes alone.
 
-        Elements of a live model have sizes of their own, and none reads the results of another one.
+        Elements of a live model have their own sizes, and no element reads the results of another.
         """
         own = {f"{axis.name}__{at}" for axis in self._request.axes if axis.as_shown for at in range(len(axis.axes))}
         groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
@@ -131,7 +131,7 @@ class Runs:
 
     @property
     def _is_of_a_library(self) -> bool:
-        """Whether the model's class is a library's: nothing in it checks for both the mode and the number of tokens."""
+        """Whether the model's class is a library's, which does not check for both the mode and the number of tokens."""
         own = next(cls for cls in type(self._model).__mro__ if not cls.__module__.startswith("graftc."))
         return home_of_module(own.__module__) == "library"
 
@@ -148,9 +148,9 @@ class Runs:
 
     @property
     def _generates_alike(self) -> bool:
-        """Whether the calls of text generation are as informative as any.
+        """Whether text-generation calls are as informative as any others.
 
-        They are in eval mode, for a library's class whose cache grows with the text alone. Train mode is compared on
+        They are so in eval mode, for a library's class whose cache grows only with the text. Train mode is compared on
         calls with a past and several tokens.
         """
         signature, library = self._program.signature, self._is_of_a_library
@@ -168,15 +168,15 @@ class Runs:
         return bool(self.against(ours, bound)[1])
 
     def steps(self, before: ModelRun, bound: float) -> tuple[float, list[str]]:
-        """Compare successive calls, as in text generation, and return what `against` returns.
+        """Compare successive calls, as in text generation, and return the same data as `against`.
 
-        The calls are a text without a past, if the graph takes one, and a single token after it, with the cache that
-        the model returned. For a graph with a past of one length, only the first call is compared; for a library's
+        The calls are a text without a past, if the graph accepts one, and a single token after it, with the cache that
+        the model returned. For a graph whose past has a fixed length, only the first call is compared; for a library's
         class in train mode, none is.
 
         Args:
-            before: the model's outputs on the first samples. For a library's class in eval mode these are such a text,
-                and the token follows one token of one of its rows, so that all sizes that may be 1 are.
+            before: the model's run on the first samples. For a library's class in eval mode, these are such a text, and
+                the token follows the first token of its first row, so that all sizes that may be 1 are 1.
             bound: as for `against`.
         """
         if self._is_of_a_library and self._program.mode == "train":
@@ -208,7 +208,7 @@ class Runs:
         return worst, []
 
     def _text(self) -> dict[str, Tensor]:
-        """Return inputs of a text without a past, at its own positions.
+        """Return the inputs for a text without a past, at consecutive positions from 0.
 
         Their products are known from signatures without a cache.
         """
@@ -237,7 +237,7 @@ class Runs:
         """Run the model, and return its outputs and the tensors that it updated.
 
         Raises:
-            NoRunError: if the model raises, or if no output is a number.
+            NoRunError: if the model raises, or if no output has a finite value.
         """
         model = self._model
         given = {name: tensor.clone() for name, tensor in inputs.items()}
@@ -268,10 +268,10 @@ class Runs:
         return updated
 
     def against(self, run: ModelRun, bound: float) -> tuple[float, list[str]]:
-        """Return the largest difference of the graph's results from a run, and what exceeds the bound."""
+        """Return the largest difference of the graph's results from a run, and descriptions of any above the bound."""
         program = self._program
         if run.spec != program.outputs:
-            return float("inf"), [f"it gives {_shown(program.outputs)} and the model {_shown(run.spec)}"]
+            return float("inf"), [f"it returns {_shown(program.outputs)}, but the model returns {_shown(run.spec)}"]
         tensors = {n: t.clone() if n in self._writable else t for n, t in self._read().items()}
         given = {name: tensor.clone() for name, tensor in run.inputs.items()}
         try:
@@ -367,13 +367,13 @@ def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _returned_past(run: ModelRun) -> dict[str, Tensor]:
-    """Return the cache after a call: the tensors that the model returned, and the given ones for the rest."""
+    """Return the cache after a call: the tensors that the model returned, and the given ones where it returned none."""
     returned = {n.rpartition(".")[2]: leaf for n, leaf in zip(run.spec.names, run.leaves, strict=True)}
     return {name: returned.get(name, given) for name, given in run.inputs.items() if is_past(name)}
 
 
 def _says_something(leaves: Sequence[Any]) -> bool:
-    """Return whether any output has finite numbers."""
+    """Return whether any output has a finite value."""
     return any(bool(leaf.isfinite().any()) if isinstance(leaf, Tensor) else leaf is not None for leaf in leaves)
 
 

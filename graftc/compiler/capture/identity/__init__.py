@@ -1,1 +1,1 @@
-"""Identities of models, and digests of the code that they run, from which the keys of kept captures are made."""
+"""Identify models, and digest the code that they run, for the keys of stored captures."""

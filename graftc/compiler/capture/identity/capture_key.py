@@ -1,10 +1,10 @@
-"""Everything that the capture of a model depends on, as data: what its modules hold, and the code that they reach.
+"""Record everything that a model's capture depends on as data: the contents of its modules, and the code they reach.
 
-The walk starts at the modules of the tree. Plain values are recorded directly; functions are recorded by their code,
-their defaults, what they close over and the globals that they mention, recursively; classes by the members that reached
-code mentions by name. torch and Python are identified by their versions and not walked, unless something of theirs was
-replaced. If anything is found that cannot be written down, two models could differ in it unnoticed, and the walk
-reports what it is and where.
+The walk starts at the modules of the model. Plain values are recorded directly; functions are recorded by their code,
+their defaults, their closures and the globals that they mention, recursively; classes by the members that the reached
+code mentions by name. torch and Python are identified by their versions and not walked, unless something in them was
+replaced. Two models could differ unnoticed in anything that cannot be serialised, so the walk reports such a value and
+its location.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from graftc.compiler.capture.isolation import unheard
 from graftc.passes.core.ir.shapes import raw_bytes
 
 LARGEST_TENSOR = 65536
-"""Bytes of a tensor beside parameters and buffers; larger ones are not kept with a capture."""
+"""The largest size, in bytes, of a tensor that is neither a parameter nor a buffer; larger ones prevent storing."""
 
 _RECORDING = "transformers.utils.output_capturing"
-"""Its hooks are put on a model by its first forward pass, a captured one as well."""
+"""The module whose hooks transformers adds to a model in its first forward pass, even if that is captured."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), type(NotImplemented))
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, pathlib.PurePath, range)
@@ -62,10 +62,10 @@ _PROTOCOL = """
     floor ceil str format get set delete torch_function torch_dispatch instancecheck subclasscheck class_getitem
 """
 _CALLS = frozenset({"forward", "train", *RUN_BY_CALLS, *(f"__{n}__" for n in _PROTOCOL.split())})
-"""Methods that run without being mentioned."""
+"""Methods that run without being mentioned by name."""
 
 _CREATED = _CALLS | {"__init__", "__new__", "__post_init__"}
-"""The same for classes of which code may make instances."""
+"""The same for classes that code may instantiate."""
 
 _OUTSIDE_NAMES = """
 environ environb getenv argv open read_text read_bytes import_module __import__ globals locals vars eval exec compile
@@ -73,8 +73,8 @@ backends get_num_threads get_float32_matmul_precision get_default_dtype getpid t
 __doc__ __annotations__ _getframe stack currentframe
 """
 _OUTSIDE = frozenset(_OUTSIDE_NAMES.split())
-"""What gives code and values that no model holds: the environment, files, modules by their names, settings of torch. A
-model whose own code mentions any is not kept."""
+"""Names that provide code and values from outside a model: the environment, files, modules by name, torch settings.
+Captures of a model whose own code mentions any of them are not stored."""
 
 _MADE_OF_PARTS: tuple[tuple[type, str, Callable[[Any], Sequence[Any]]], ...] = (
     (functools.partial, "partial", lambda value: (value.func, value.args, value.keywords)),
@@ -82,7 +82,7 @@ _MADE_OF_PARTS: tuple[tuple[type, str, Callable[[Any], Sequence[Any]]], ...] = (
     (weakref.ref, "reference", lambda value: (value(),)),
     (slice, "slice", lambda value: ((value.start, value.stop, value.step),)),
 )
-"""Types with what their values are made of."""
+"""Types, each with a label and a function that returns the parts of a value."""
 
 _BUILTINS = (
     types.BuiltinFunctionType,
@@ -96,7 +96,7 @@ _METHODS = (types.FunctionType, staticmethod, classmethod, functools.partialmeth
 
 
 class UnknownHoldingError(Exception):
-    """Raised for something that a capture may depend on and that cannot be written down.
+    """Raised for something that a capture may depend on but that cannot be serialised.
 
     Args:
         where: the module's path and the attribute.
@@ -110,10 +110,10 @@ class UnknownHoldingError(Exception):
 def holdings(model: nn.Module) -> list[Any]:
     """Return everything that a capture of ``model`` depends on besides the request and versions, as JSON data.
 
-    Values of parameters and buffers are not part of it, and neither is the mode: graphs read them.
+    Values of parameters and buffers are not included, since graphs read them, and neither is the mode.
 
     Raises:
-        UnknownHoldingError: if something cannot be written down: an object of unknown kind, a hook, a replaced method.
+        UnknownHoldingError: if something cannot be serialised: an object of unknown type, a hook, a replaced method.
     """
     known = _KNOWN.get()
     if known is None:
@@ -129,7 +129,7 @@ def _holdings(model: nn.Module) -> list[Any]:
     except UnknownHoldingError:
         raise
     except Exception as error:  # attributes may be of any type, and inspecting them may run their code
-        raise UnknownHoldingError(type(model).__name__, f"{type(error).__name__} while it was looked at") from error
+        raise UnknownHoldingError(type(model).__name__, f"{type(error).__name__} during inspection") from error
 
 
 _KNOWN: ContextVar[dict[nn.Module, list[Any]] | None] = ContextVar("_KNOWN", default=None)
@@ -146,10 +146,10 @@ def walked_once() -> Iterator[None]:
 
 
 def digests_of_holdings(model: nn.Module) -> dict[str, str] | None:
-    """Return digests of what the modules of a model hold, by the path of each attribute, and of the code they reach.
+    """Return digests of the contents of a model's modules, by attribute path, and of the code that they reach.
 
-    The result is None if something cannot be written down. Of a config, only what distinguishes one base from another
-    counts; which tensors require a gradient is up to the user and does not count.
+    Return None if something cannot be serialised. Only the settings of a config that distinguish bases count; which
+    tensors require a gradient is up to the user and does not count.
     """
     try:
         tensors, modules, code = holdings(model)
@@ -170,10 +170,10 @@ def digests_of_holdings(model: nn.Module) -> dict[str, str] | None:
 
 
 def holdings_of_modules(model: nn.Module) -> dict[str, list[Any]]:
-    """Return what each module of a model holds, by path, as JSON data that is equal for modules that hold the same.
+    """Return the contents of a model's modules by path, as JSON data that is equal for modules with equal contents.
 
-    The data is the module's class, the names of its submodules, its attributes, and the buffers that are not in
-    checkpoints. Modules that hold something that cannot be written down are left out.
+    The data consists of the module's class, the names of its submodules, its attributes, and the names of its buffers
+    that are not in checkpoints. Modules with contents that cannot be serialised are left out.
     """
     walk = _Walk(model)
     contents: dict[str, list[Any]] = {}
@@ -184,7 +184,7 @@ def holdings_of_modules(model: nn.Module) -> dict[str, list[Any]]:
 
 
 def _is_own(hook: Any) -> bool:
-    """Return whether a hook on every module is graftc's own; those inspect compiled models only."""
+    """Return whether a global module hook is graftc's own; such hooks only inspect compiled models."""
     return str(getattr(hook, "__module__", "")).partition(".")[0] == "graftc"
 
 
@@ -208,7 +208,7 @@ class _Walk:
         self._fresh: set[str] = set()
 
     def run(self) -> list[Any]:
-        """Return what `holdings` returns for the model."""
+        """Return the result of `holdings` for the model."""
         for kind, hooks in global_hooks().items():
             if not all(unheard(hook) or _is_own(hook) for hook in hooks.values()):
                 raise UnknownHoldingError(kind, "hooks on every module of the process")
@@ -256,7 +256,7 @@ class _Walk:
         return [path, number, list(children_of(module)), values, sorted(transient_of(module))]
 
     def _value(self, value: Any, where: str, *, strict: bool) -> Any:
-        """Return a value as JSON data; one that cannot be written down raises if ``strict``, or is just its type."""
+        """Return a value as JSON data; if it cannot be serialised, raise if ``strict``, or return only its type."""
         if type(value) in _PLAIN:
             return [type(value).__name__, repr(value)]
         if isinstance(value, nn.Module):
@@ -362,8 +362,8 @@ class _Walk:
     def _class(self, cls: type, *, created: bool = False) -> Any:
         """Return a class's number, or its name if versions or its library identify it.
 
-        ``created`` means that the class is only mentioned by code, which may create instances of it; how a library's
-        class creates them is up to the library.
+        ``created`` means that code merely mentions the class and may instantiate it; how a library's class is
+        instantiated is up to the library.
         """
         if cls not in self._classes:
             home = home_of_module(cls.__module__)
@@ -379,7 +379,7 @@ class _Walk:
         return self._numbers[id(cls)]
 
     def _reached(self) -> list[Any]:
-        """Return the code of everything that calls of the modules may reach, until nothing new is found."""
+        """Return all code that calls of the modules may reach, searching until nothing new is found."""
         while self._functions or self._pending or self._fresh:
             pending, self._pending = self._pending, []
             functions, self._functions = self._functions, []
@@ -392,7 +392,7 @@ class _Walk:
         return self._code
 
     def _members(self, cls: type, names: Set[str]) -> list[Any]:
-        """Return what a class and its bases define under these names."""
+        """Return the definitions of these names in a class and its bases."""
         known, number = self._classes[cls], self._numbers[id(cls)]
         strict = home_of_module(cls.__module__) == "user"
         members: list[Any] = []
@@ -405,9 +405,9 @@ class _Walk:
         return members
 
     def _told_function(self, function: types.FunctionType, where: str) -> Any:
-        """Return what a function does, and the values that it reaches: defaults, closure, and globals by name.
+        """Return a function's code, and the values that it reaches: defaults, closure, and globals by name.
 
-        Of a module, what the function mentions of it is recorded.
+        For a module, only the members that the function mentions are recorded.
         """
         home, code = home_of(function), function.__code__
         names = names_of(code) if home != "fixed" else ()
@@ -416,7 +416,7 @@ class _Walk:
         label = f"{function.__module__}.{function.__qualname__}"
         outside = sorted(_OUTSIDE & set(names)) if strict else ()
         if outside:
-            raise UnknownHoldingError(label, f"what {outside[0]} gives")
+            raise UnknownHoldingError(label, f"a value from {outside[0]}")
         parts = [
             self._value(vars(function), where, strict=strict) if vars(function) else None,
             function.__name__,

@@ -30,7 +30,7 @@ _PASSING = frozenset(
         "quantization_config",
     }
 )
-"""What a config says or not depending on how the model was made or what was run; dtypes and packings are told from the
+"""Incidental settings, which depend on how the model was created or what was run; dtypes and packings are read from the
 tensors."""
 
 
@@ -39,8 +39,8 @@ class TensorIdentity:
     """The identity of one base tensor.
 
     Attributes:
-        dtype: its element type, as ``"f32"``; for the codes of a packed weight, the packing and the weight's element
-            type, as ``"nf4 group=64; f32"``.
+        dtype: its dtype, such as ``"f32"``; for the codes of a packed weight, the packing and the weight's dtype, such
+            as ``"nf4 group=64; f32"``.
         shape: its sizes.
         digest: the SHA-256 of its values, or of a sample; empty on the meta device.
         parameter: whether it is a parameter; otherwise it is a buffer.
@@ -60,7 +60,7 @@ class Identity:
         config: the SHA-256 of the model's config without incidental settings; empty if there is none.
         tensors: the identity of each tensor, by the name that owns it.
         full: whether digests cover every value instead of `SAMPLES` evenly spaced ones.
-        settings: the plain values of its config by name, to say where two configs differ.
+        settings: the plain values of its config by name, used to describe how two configs differ.
     """
 
     config: str
@@ -78,7 +78,7 @@ class Identity:
 
     @property
     def packings(self) -> dict[str, str]:
-        """The storage formats of packed weights, in the format of `described`, by their names."""
+        """The packings and dtypes of packed weights by name, as returned by `described`."""
         return {
             weight_name(name): tensor.dtype
             for name, tensor in self.tensors.items()
@@ -89,7 +89,7 @@ class Identity:
         """Return descriptions of how ``other`` differs from this base; empty if it is the same."""
         differences = [] if self.config == other.config else [self.other_config(other)]
         differences += [f"it has no {name}" for name in self.tensors if name not in other.tensors]
-        differences += [f"it has a {name}, which was not there" for name in other.tensors if name not in self.tensors]
+        differences += [f"it also has a {name}" for name in other.tensors if name not in self.tensors]
         for name, mine in self.tensors.items():
             theirs = other.tensors.get(name)
             if theirs is None or theirs == mine:
@@ -119,9 +119,9 @@ def identify(model: nn.Module, *, full: bool = False, replaced: Collection[str] 
     Args:
         model: the source model.
         full: whether to digest every value instead of `SAMPLES` of each tensor. Scales and zero points of packed
-            weights are always digested in full: codes that are nearly those of another quantiser would differ in few of
-            them.
-        replaced: tensors whose values do not identify the base: see `replaced_tensors`.
+            weights are always digested in full: the codes of two quantisers may be nearly equal, so that a sample would
+            miss the difference.
+        replaced: names of tensors whose values do not identify the base; see `replaced_tensors`.
     """
     store = Store.mirror(model)
     packed = {own.names(name)[0]: described(own) for name, own in store.packed.items()}
@@ -142,7 +142,7 @@ def identify(model: nn.Module, *, full: bool = False, replaced: Collection[str] 
 
 
 def described(own: PackedType) -> str:
-    """Return a packing and the element type of the weight as text, such as ``"nf4 group=64; f32"``."""
+    """Return a weight's packing and dtype as text, such as ``"nf4 group=64; f32"``."""
     return f"{own.packing.text}; {_short(own.dtype)}"
 
 
@@ -151,13 +151,13 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def replaced_tensors(updated: Iterable[str], trained: Iterable[str], aliases: Mapping[str, str]) -> frozenset[str]:
-    """Return the base tensors that a compiled model replaces by its own, so that any values of them will do.
+    """Return the names of the base tensors that a compiled model replaces, so that their values do not matter.
 
     Args:
         updated: names of the tensors that graphs write to.
         trained: names of the tensors that are trained in full, such as a head that is random in every base.
-        aliases: tied names, each with the name that owns the tensor. The values of a trained tensor that is tied count:
-            a spec may untie it and train one of the two.
+        aliases: tied names, each with the name that owns the tensor. The values of a trained tensor do matter if it is
+            tied: a spec may untie it and train only one of the two.
     """
     tied = {*aliases, *aliases.values()}
     return frozenset({*updated, *(name for name in trained if name not in tied)})
@@ -196,7 +196,7 @@ def _all_settings(config: Any) -> dict[str, Any] | None:
     to_dict = getattr(config, "to_dict", None)
     if to_dict is None:
         return None
-    # Through JSON first: a config read from a file has strings where one created in Python may have numbers.
+    # Convert through JSON first: a config read from a file has strings where one created in Python may have numbers.
     settings: dict[str, Any] = _without_passing(json.loads(json.dumps(to_dict(), default=str)))
     return settings
 

@@ -1,4 +1,4 @@
-"""Inspection of functions, classes and objects without running any of their code."""
+"""Inspect functions, classes and objects without running any of their code."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from graftc.compiler.capture.identity.sources import home_of, home_of_module
 VALUES: tuple[Any, ...] = (int, float, complex, str, bytes)
 _COLLECTIONS = (dict, collections.OrderedDict, collections.defaultdict, list, tuple, set, frozenset, collections.deque)
 _TRANSPARENT = frozenset({object, types.SimpleNamespace, types.MappingProxyType, *VALUES, *_COLLECTIONS})
-"""Classes of which all that an object holds can be seen, beside those that are written in Python."""
+"""Classes whose instances have fully visible contents, in addition to those written in Python."""
 
 _HEAP = 1 << 9
-"""Flag of classes that were made while the program ran, which those of Python code are."""
+"""The type flag of classes that were created at run time, as those written in Python are."""
 
 
 def is_fixed(function: types.FunctionType) -> bool:
-    """Return whether a function is entirely torch's or Python's; a decorated one may contain a user's function."""
+    """Return whether a function comes entirely from torch or Python; a decorated one may contain a user's function."""
     return home_of(function) == "fixed" and not function.__closure__
 
 
 def is_foreign(value: Any) -> bool:
-    """Return whether an object in a module of torch's or Python's is not theirs but was put there."""
+    """Return whether an object in a module of torch or Python was put there by other code."""
     if isinstance(value, types.FunctionType):
         return not is_fixed(value)
     if isinstance(value, types.ModuleType):
@@ -37,10 +37,10 @@ def is_foreign(value: Any) -> bool:
 
 
 def defined(cls: type) -> dict[str, list[Any]]:
-    """Return what a class and its bases define, with all definitions of each name.
+    """Return all definitions of each name in a class and its bases.
 
-    A method may call the one that it overrides. Python's own classes are left out, since they are the same everywhere;
-    in those of `nn.Module`, something may have been replaced.
+    A method may call the one that it overrides. torch's and Python's own classes are left out, since they are the same
+    everywhere, except subclasses of `nn.Module`, in which something may have been replaced.
     """
     definitions: dict[str, list[Any]] = {}
     for base in cls.__mro__:
@@ -51,7 +51,7 @@ def defined(cls: type) -> dict[str, list[Any]]:
 
 
 def parts_of(value: Any) -> list[Any]:
-    """Return the functions behind an attribute of a class."""
+    """Return the functions behind a class attribute."""
     if isinstance(value, staticmethod | classmethod):
         return [value.__func__]
     if isinstance(value, property):
@@ -64,7 +64,7 @@ def parts_of(value: Any) -> list[Any]:
 
 
 def closure_of(function: types.FunctionType) -> Iterator[tuple[str, bool, Any]]:
-    """Yield the name of each variable that a function closes over, whether it has a value yet, and the value."""
+    """Yield the name of each variable in a function's closure, whether it has a value yet, and the value."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
         try:
             yield name, True, cell.cell_contents
@@ -73,7 +73,7 @@ def closure_of(function: types.FunctionType) -> Iterator[tuple[str, bool, Any]]:
 
 
 def is_plain(cls: type) -> bool:
-    """Return whether everything that an object of this class holds is visible: its attributes, and its items."""
+    """Return whether the contents of this class's instances are fully visible, as attributes and items."""
     for base in cls.__mro__:
         if base in _TRANSPARENT:
             continue
@@ -86,7 +86,7 @@ def is_plain(cls: type) -> bool:
 
 
 def slots_of(value: Any) -> dict[str, Any]:
-    """Return what an object has in the slots of its classes, by name."""
+    """Return the values in an object's slots, by name."""
     contents: dict[str, Any] = {}
     for base in type(value).__mro__:
         if base not in _TRANSPARENT:

@@ -1,7 +1,7 @@
-"""Code as part of a key: digests of functions, the names that they mention, who wrote them, and graftc's own files.
+"""Identify code for a key: digests of functions, the names that they mention, who wrote them, and graftc's own files.
 
-Digests are of what Python runs, not of files: a class in a notebook has no file, and a function that replaces another
-one is in a different file.
+Digests cover the code that Python runs, not files: a class in a notebook has no file, and a function that replaces
+another one may be in a different file.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 
 Home = Literal["fixed", "library", "user"]
-"""Who wrote a piece of code: "fixed" is torch, Python or graftc, which versions and `own_digest` identify; "library" is
-an installed package; "user" is anyone else."""
+"""Who wrote a piece of code: "fixed" means torch, Python or graftc, which versions and `own_digest` identify; "library"
+means an installed package; "user" means anyone else."""
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _GRAFTC = str(Path(__file__).parents[3]) + os.sep
@@ -41,7 +41,7 @@ def home_of_file(file: str) -> Home:
 
 @lru_cache(maxsize=4096)
 def home_of_module(name: str) -> Home:
-    """Return who wrote the code of a module, by its name."""
+    """Return who wrote a module's code, given the module's name."""
     root = name.partition(".")[0]
     if root == "transformers":
         return "library"
@@ -55,7 +55,7 @@ def home_of_module(name: str) -> Home:
 
 
 def home_of(function: FunctionType) -> Home:
-    """Return who wrote a function: decided by its file, or, for generated code, by the module in which it runs."""
+    """Return who wrote a function, judging by its file or, for generated code, by the module in which it runs."""
     return _home(function.__code__.co_filename, str(function.__globals__.get("__name__", "")))
 
 
@@ -78,7 +78,7 @@ def _digest(number: int, code: CodeType) -> str:
 
 
 def digest_of(code: CodeType) -> str:
-    """Return a digest of what a function does, whatever its file and line."""
+    """Return a digest of a function's code, independent of its file and line."""
     return _digest(id(code), code)  # Python takes equal code in other places as equal, but constants may be NaN
 
 
@@ -103,7 +103,7 @@ def _names(number: int, code: CodeType) -> tuple[str, ...]:
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code of a function, and that of the functions within it."""
+    """Yield a function's code, and the code of the functions within it."""
     yield code
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
@@ -117,7 +117,7 @@ def names_of(code: CodeType) -> tuple[str, ...]:
 
 @cache
 def own_digest() -> str:
-    """Return a digest of the graftc code that makes and reads captures; a change makes old captures unreachable."""
+    """Return a digest of the graftc code that creates and reads captures; a change makes old captures unreachable."""
     digest = hashlib.sha256()
     for path in own_files(Path(__file__).parents[3]):
         digest.update(path.read_bytes())
@@ -143,7 +143,7 @@ _OWN = (
     "specs/errors",
     "specs/records",
 )
-"""Folders with every file that `capture` and `cache` import, and so on, and those with classes that graftc captures."""
+"""Folders with the files that `capture` and `capture_cache` import, even indirectly, and classes that are captured."""
 
 
 def own_files(package: Path) -> list[Path]:
