@@ -1,1 +1,1 @@
-"""Models whose own Python runs between graphs: which parts of them are graphs, and how these are called."""
+"""Models whose own Python code runs between graphs: find the parts that are graphs, and how these are called."""

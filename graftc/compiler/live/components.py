@@ -1,4 +1,4 @@
-"""The components of a model that has several stacks of layers: a vision tower, a projector, a language model."""
+"""Find the components of a model with several stacks of layers: a vision tower, a projector, a language model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from graftc.specs.errors.diagnostics import GraftError, first_line
 
 @dataclass(frozen=True)
 class Component:
-    """A module that a model calls by itself, with the first call of it in a run.
+    """A module that a model calls on its own, with its first call in a run.
 
     Attributes:
         path: path of the module.
         structure: structure of the call.
-        tensors: tensors of the call, by their own names.
-        results: tensors that the call returned, by the names that a graph has for them.
+        tensors: tensors of the call, by the names of the module's parameters.
+        results: tensors that the call returned, by the names that a graph uses for them.
         given: the source of each tensor, by its name: an input of the model, or ``path/output`` of another component;
-            empty if the model's own Python created it.
+            empty if the model's own Python code created it.
     """
 
     path: str
@@ -42,30 +42,30 @@ class Component:
 def components_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Component], dict[str, str]]:
     """Return the components of a model in the order of their calls, and the modules that no graph covers, with reasons.
 
-    A component contains at most one stack of layers, and is as large as possible. A module inside a component that is
-    called from outside, such as a table of tokens, is a component as well.
+    A component contains at most one stack of layers, and is as large as possible. A module that is inside a component
+    but called from outside it, such as a token embedding, is a component as well.
 
     Args:
         model: the model, which is run once, in eval mode, without a cache; it is unchanged afterwards.
         inputs: inputs of the call, by name.
 
     Raises:
-        GraftError: GC060 for a model with one stack of layers, or one that does not run on the inputs.
+        GraftError: GC060 if the model has only one stack of layers, or does not run on the inputs.
     """
     maps = {*maps_of(model)}
     rows = {path.rpartition(".")[0] for path in layers_of(model) if path not in maps}
     composite = {path for path, _ in model.named_modules() if _stacks(rows, path) > 1}
     if not composite:
-        message = f"{type(model).__name__} has one stack of layers, and so no components"
-        raise GraftError("GC060", message, hint='format "onnx" writes it as a whole')
+        message = f"{type(model).__name__} has one stack of layers and therefore no components"
+        raise GraftError("GC060", message, hint='format "onnx" exports it as a whole')
     run = _Run(model, composite, inputs)
     watched = hooked(model, run.paths, run.before, run.after)
     with torch.no_grad(), without_caches(model), torch.random.fork_rng(devices=()), watched:
         try:
             model(**inputs)
         except Exception as error:
-            message = f"{type(model).__name__} does not run on the inputs given: {first_line(error)}"
-            raise GraftError("GC060", message, hint="give a batch that the model takes") from error
+            message = f"{type(model).__name__} does not run on the given inputs: {first_line(error)}"
+            raise GraftError("GC060", message, hint="pass a batch that the model accepts") from error
     return list(run.components.values()), run.left_out
 
 
@@ -95,7 +95,7 @@ class _Run:
         self._alive: list[Any] = list(inputs.values())  # kept alive so that no id is reused
 
     def before(self, path: str, *_: Any) -> None:
-        """Note that a module is called."""
+        """Record that a module is being called."""
         self._active.append(path)
 
     def after(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -104,7 +104,7 @@ class _Run:
         if self._active or path in self.components or path in self.left_out:
             return
         if layer_path(path):
-            self.left_out[path] = "it is one of several in a list, called by the model's own Python"
+            self.left_out[path] = "it is one of several in a list, called by the model's own Python code"
             return
         try:
             self.components[path] = self._component(path, module, args, kwargs, result)
@@ -125,7 +125,7 @@ class _Run:
 
 
 def _names(module: nn.Module, args: Any, kwargs: Any) -> dict[int, str]:
-    """Return names for the tensors of a call, by identity, from the parameters of ``forward``."""
+    """Return names for the tensors of a call, by id, derived from the parameters of ``forward``."""
     signature = inspect.signature(module.forward)
     bound = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
@@ -140,7 +140,7 @@ def _names(module: nn.Module, args: Any, kwargs: Any) -> dict[int, str]:
 
 
 def _named_leaves(result: Any) -> dict[str, Tensor]:
-    """Return the tensors of an output, by the names that a graph has for them."""
+    """Return the tensors in an output, by the names that a graph uses for them."""
     leaves, spec = pytree.tree_flatten(result)
     names = output_spec(spec).names
     return {name: leaf for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)}

@@ -1,8 +1,8 @@
 """The elements of a live model: its repeated layers, each of which is a graph, and how they are called.
 
-A live model is a Program like any other one. Its source is the union of the elements (`Elements`): a model that is
-called with the tensors of all elements, and calls each by itself. That Program is what is adapted, folded, saved and
-shown; the model's own Python calls its parts (`graftc.runtime.live`).
+A live model is a Program like any other. Its source is the union of the elements (`Elements`): a model that takes the
+tensors of all elements, and calls each element on its own. This Program is adapted, folded, saved and shown; the
+model's own Python code calls its parts (`graftc.runtime.live`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class Elements:
-    """The forward of a union of elements, as a class to put before the model's own."""
+    """Mixin placed before a model's class in the MRO, whose ``forward`` runs a union of the model's elements."""
 
     def forward(self, **inputs: Any) -> dict[str, Any]:
         """Return the outputs of each element by its path; no element reads the outputs of another.
@@ -58,8 +58,8 @@ class Elements:
             with decisions if structure.decides else nullcontext(), written_in_place(module):
                 outputs[path] = structure.finish(module(*args, **kwargs), module, tensors)
             if before != _identities([args, kwargs]):
-                message = f"{path} puts something into a list or dict that it is called with"
-                raise GraftError("GC030", message, hint="a graph gives nothing but its results")
+                message = f"{path} changes a list or dict that it is called with"
+                raise GraftError("GC030", message, hint="a graph only returns results")
             if structure.boxed:
                 outputs[path] = {"result": outputs[path]}
             if structure.cached:
@@ -72,12 +72,12 @@ class Elements:
 
 
 def mode_of(module: nn.Module) -> Mode:
-    """Return the mode that a module is in."""
+    """Return a module's mode."""
     return "train" if module.training else "eval"
 
 
 def _identities(value: Any) -> Any:
-    """Return the identities of everything in nested containers, for comparison."""
+    """Return the ids of all objects in nested containers, for comparison."""
     if isinstance(value, list | tuple):
         return [_identities(item) for item in value]
     return {key: _identities(item) for key, item in value.items()} if isinstance(value, dict) else id(value)
@@ -99,7 +99,7 @@ def hooked(
         paths: the modules' paths.
         before: called with a module's path, the module, and the positional and keyword arguments.
         after: called with the same and the result.
-        always_after: whether to call ``after`` if a call fails as well.
+        always_after: whether to call ``after`` even if a call fails.
     """
     with ExitStack() as stack:
         for path in paths:
@@ -112,7 +112,7 @@ def hooked(
 
 
 def _hook(function: Callable[..., None], path: str) -> Callable[..., None]:
-    """Return a hook of graftc's own, as `is_the_users` knows it by its module."""
+    """Return a hook that belongs to graftc, which `is_the_users` recognises by the hook's module."""
 
     def hook(*call: Any) -> None:
         function(path, *call)
@@ -126,7 +126,7 @@ def is_live(model: nn.Module) -> bool:
 
 
 def union_of(model: nn.Module, elements: Iterable[str]) -> nn.Module:
-    """Return the union of a model's elements, under its class's name; it shares all storage. The model is not changed.
+    """Return the union of a model's elements, named like its class; it shares all storage. The model is not changed.
 
     Args:
         model: the model to take apart.
@@ -154,8 +154,7 @@ def layers_of(model: nn.Module) -> list[str]:
 def maps_of(model: nn.Module) -> list[str]:
     """Return the paths of the modules that have parameters and no submodules.
 
-    Modules of torch that read the parameters of their submodules, such as ``nn.MultiheadAttention``, are included as
-    well.
+    torch modules that read the parameters of their submodules, such as ``nn.MultiheadAttention``, are included as well.
     """
     maps: list[str] = []
     for path, module in model.named_modules():
@@ -167,27 +166,27 @@ def maps_of(model: nn.Module) -> list[str]:
 
 
 def place_in_row(path: str) -> str:
-    """Return a path without its layer number, equal for modules at the same place in all layers of a row."""
+    """Return a path without its layer number, which is equal for modules at the same place in all layers of a row."""
     layer = layer_path(path)
     return layer.rpartition(".")[0] + path.removeprefix(layer)
 
 
 def hold_all(model: nn.Module, layers: Iterable[str], elements: Collection[str]) -> bool:
-    """Return whether elements contain all the parameters that are in layers of a model."""
+    """Return whether elements contain all parameters of some of a model's layers."""
     known = frozenset(elements)
     names = (f"{layer}.{name}" for layer in layers for name, _ in model.get_submodule(layer).named_parameters())
     return all(innermost(name, known) for name in names)
 
 
 Recorded = Mapping[str, tuple[CallStructure, Sequence[Tensor]]]
-"""The first call of every element that a run of a model has called."""
+"""The first call of each element in a run of a model, by path."""
 
 
 def as_inputs(calls: Recorded) -> tuple[list[Axis], Flags]:
-    """Return inputs and flags of a union for calls of its elements; sizes above 1 may vary.
+    """Return a union's inputs and flags for calls of its elements; sizes above 1 are dynamic.
 
-    Elements of a row that are called alike share the names of their sizes, so that the tracer runs only one of them
-    (`graftc.compiler.capture.alike`). Each element is still called by itself, with its own sizes.
+    Elements of a row that are called in the same way share the names of their sizes, so that the tracer runs only one
+    of them (`graftc.compiler.capture.alike`). Each element is still called on its own, with its own sizes.
     """
     axes: list[Axis] = []
     first: dict[object, str] = {}
@@ -203,12 +202,12 @@ def as_inputs(calls: Recorded) -> tuple[list[Axis], Flags]:
 
 
 def in_autocast(tensor: Tensor) -> bool:
-    """Return whether autocast chooses the dtype that a tensor is computed with."""
+    """Return whether autocast chooses the dtype for computations with a tensor."""
     return tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)
 
 
 def without_autocast(tensors: Iterable[Tensor], module: nn.Module) -> list[Tensor]:
-    """Return copies of the tensors of a call, with the dtype they would have without autocast: that of the module."""
+    """Return copies of a call's tensors, with the dtype that they would have without autocast: that of the module."""
     types = (p.dtype for p in module.parameters() if p.is_floating_point())
     dtype = next(types, torch.get_default_dtype())
     return [tensor.detach().to(dtype if in_autocast(tensor) else tensor.dtype, copy=True) for tensor in tensors]

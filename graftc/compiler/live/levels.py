@@ -1,4 +1,4 @@
-"""Selection of the elements that a model is split into: its layers, and single maps if a layer cannot be captured."""
+"""Select the elements into which a model is split: its layers, and single maps where a layer cannot be captured."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class TakenApart:
     """The elements of a model.
 
     Attributes:
-        calls: the calls of the elements in a run on the inputs shown.
-        by_parts: rows of layers of which parts are elements, and nothing smaller, each with what prevents more.
-        by_maps: rows of layers of which single maps are elements as well, each with what prevents more.
+        calls: the calls of the elements in a run on the example inputs.
+        by_parts: rows whose elements are parts of layers, but nothing smaller, each with the reason.
+        by_maps: rows whose elements include single maps, each with the reason.
         uncalled: rows of layers that the run did not call, so that nothing in them is an element.
         written: names of the buffers that the run wrote to.
-        read: names of the parameters that the model's own Python read between elements.
+        read: names of the parameters that the model's own Python code read between elements.
     """
 
     calls: Recorded
@@ -58,8 +58,8 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
 
     Args:
         model: the model that is run; it is unchanged afterwards.
-        run: what is done with the model, such as one call; repeated for each depth of layers that are not graphs.
-        maps_alone: whether no layer, and no part of one, is to be a graph.
+        run: a function that runs the model, such as one call; repeated for each depth of layers that are not graphs.
+        maps_alone: whether only maps, and no layers or parts of layers, may be graphs.
 
     Raises:
         GraftError: GC030 if the model does not run, or has no elements.
@@ -85,7 +85,7 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
     reading = {kind for kind, p in one_of_each.items() if tried(union, {p: calls[p]})}
     chosen = [p for p in _in_order(calls) if p in whole or (p in single and _kind(model, calls, p) not in reading)]
     if not chosen:
-        hint = "layers are modules in a list, and maps modules with parameters, each called as a module"
+        hint = "a layer is a module in a list, and a map a module with parameters; each must be called as a module"
         raise GraftError("GC030", f"{type(model).__name__} calls no layer and no map", hint=hint)
     rows: dict[str, list[str]] = defaultdict(list)
     for path in layers:
@@ -102,7 +102,7 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
 
 
 def _whole(union: nn.Module, seen: RecordedRun, paths: Sequence[str]) -> tuple[Recorded, dict[str, str]]:
-    """Return the calls of the layers, or parts of layers, that can be graphs, and what prevents the others.
+    """Return the calls of the layers, or parts of layers, that can be graphs, and the reasons why the others cannot.
 
     The reasons are keyed by `place_in_row`.
 
@@ -135,7 +135,7 @@ def _reason(union: nn.Module, path: str, calls: Recorded, known: dict[object, st
     Args:
         union: the union of the model's elements.
         path: path of the layer.
-        calls: how the layer is called.
+        calls: calls by path, including the layer's.
         known: answers by kind; new answers are added.
     """
     kind = place_in_row(path), _kind(union, calls, path)
@@ -155,19 +155,19 @@ def _in_order(calls: Recorded) -> list[str]:
 
 
 def _inside(model: nn.Module, paths: Collection[str], counts: Mapping[str, int]) -> list[str]:
-    """Return the modules directly inside others that contain more than one called map.
+    """Return the direct submodules of some modules that contain more than one called map.
 
     Args:
         model: the model.
         paths: paths of the outer modules.
-        counts: number of called maps that modules contain, by path.
+        counts: number of called maps in each module, by path.
     """
     own = [(path, name) for path in paths for name, _ in model.get_submodule(path).named_children()]
     return sorted(inner for path, name in own if counts.get(inner := f"{path}.{name}", 0) > 1)
 
 
 Kind = tuple[tuple[type, ...], str]
-"""The classes in an element, and how it is called: what its Python does depends on these, and on settings."""
+"""The classes in an element, and the form of its call; apart from settings, its Python code depends only on these."""
 
 
 def _kind(model: nn.Module, calls: Recorded, path: str) -> Kind:
@@ -194,15 +194,15 @@ def _in_the_way(union: nn.Module, call: Recorded) -> str:
 
 _MODES: tuple[Mode, ...] = ("train", "eval")
 READS = "its Python reads the values of tensors"
-"""The reason given for a layer whose Python depends on tensor values."""
+"""The reason given for a layer whose Python code depends on tensor values."""
 
 
 def deciding(union: nn.Module, call: Recorded) -> Recorded:
-    """Return an element's call with the decisions that its Python makes by tensor values, found by a run in each mode.
+    """Return an element's call with the decisions that its Python code makes by tensor values, from a run in each mode.
 
     Args:
         union: the union of the model's elements.
-        call: how one element is called; decisions that it already has are kept, and later ones follow from the values.
+        call: the call of one element; the decisions in it are kept, and later ones follow from the values.
     """
     ((path, (structure, tensors)),) = call.items()
     union = with_own_buffers(union)
@@ -216,11 +216,11 @@ def deciding(union: nn.Module, call: Recorded) -> Recorded:
 
 
 def tried(union: nn.Module, call: Recorded) -> str:
-    """Return why the Python of an element cannot be a graph, as runs in either mode show; empty if they show nothing.
+    """Return why an element's Python code cannot be a graph, judging by a run in each mode; empty if none shows why.
 
     Args:
         union: the union of the model's elements.
-        call: how one element is called.
+        call: the call of one element.
     """
     union = with_own_buffers(union)
     for mode in _MODES:
@@ -231,14 +231,14 @@ def tried(union: nn.Module, call: Recorded) -> str:
         except GraftError as error:
             return error.message
         except Exception as error:
-            return f"it does not run by itself: {first_line(error)}"
+            return f"it does not run on its own: {first_line(error)}"
         if values.read:
             return f"{READS}, at {values.place}" if values.place else READS
     return ""
 
 
 def _run(union: nn.Module, call: Recorded, mode: Mode, watching: AbstractContextManager[Any]) -> None:
-    """Run an element by itself in a mode, in a context that watches what its Python does."""
+    """Run an element on its own in a mode, within a context that observes its Python code."""
     axes, flags = as_inputs(call)
     request = CaptureRequest(union, tuple(axes), flags, mode)
     with as_captured(request), torch.random.fork_rng(devices=()), watching:
@@ -246,7 +246,7 @@ def _run(union: nn.Module, call: Recorded, mode: Mode, watching: AbstractContext
 
 
 class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode that notes whether Python reads tensor values; anything derived from them would be constant in a graph."""
+    """A mode that records whether Python code reads tensor values; their consequences would be constant in a graph."""
 
     supports_higher_order_operators = True
 
@@ -268,7 +268,7 @@ class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _OfMemory(TorchFunctionMode):
-    """A mode that notes reads of a tensor's memory that call no operator."""
+    """A mode that records reads of a tensor's memory that call no operator."""
 
     def __init__(self, values: _ReadValues) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Copies of buffers that protect the tensors of a source model while its Python runs, and replaced buffers."""
+"""Copy buffers to protect a source model's tensors while its Python code runs, and write back replaced buffers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def copies(tensors: Collection[Tensor]) -> list[Tensor]:
 
 
 def with_own_buffers(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with its own buffers, which shares the storage of parameters with the source."""
+    """Return a copy of a model that has its own buffers and shares the storage of parameters with the source."""
     buffers = list(model.buffers())
     own: nn.Module = sharing_copy(model, dict(zip(map(id, buffers), copies(buffers), strict=True)))
     return own

@@ -1,4 +1,4 @@
-"""Refusal of adaptations that need the whole model as one graph."""
+"""Refuse adaptations that need the whole model as one graph."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def refuse_whole(spec: Spec, name: str) -> None:
         GraftError: GC149 naming the first such part.
     """
     for path, what in _of_the_whole(spec):
-        message = f"{name} is taken apart into its layers, and {what} are of a whole call"
+        message = f"{name} is taken apart into its layers, but {what} apply to a whole call"
         raise GraftError("GC149", message, place=Place(path=path), hint="adapt layers and maps instead")
 
 
@@ -49,11 +49,11 @@ def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
 
 
 def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
-    """Raise if a tensor that the model's own Python reads between graphs is adapted; it would read the base's there.
+    """Raise if the model's own Python code reads an adapted tensor between graphs, where it would get the base's.
 
     Args:
         compilation: the Compilation of a model that is taken apart.
-        names: names of the parameters that are read there.
+        names: names of the parameters that are read between graphs.
 
     Raises:
         GraftError: GC149 naming the first of them that is adapted.
@@ -65,9 +65,9 @@ def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
 
 
 def adapted_tensors(compilation: Compilation) -> dict[str, tuple[str, ...]]:
-    """Return the adaptations of each adapted tensor of the Store, by the tensor's name.
+    """Return the names of the adaptations of each adapted tensor in the Store, by the tensor's name.
 
-    An adaptation with tensor edits adapts the tensors that these name; any other one adapts all tensors of its sites.
+    An adaptation with tensor edits adapts the tensors that these name; any other adapts all tensors of its sites.
     """
     owners: dict[str, dict[str, None]] = defaultdict(dict)
     edits = compilation.tensor_edits

@@ -1,4 +1,4 @@
-"""A run of a model that shows how its elements are called, and what else the model's own Python does with them."""
+"""Run a model to record how its elements are called, and what else the model's own Python code does with them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class RecordedRun:
     Attributes:
         calls: the first call of each element.
         written: names of the buffers that the model wrote to, in order.
-        read: names of the parameters that the model's own Python read between elements.
-        entered: elements that the model's own Python does more with than call them, each with what it does: it calls a
-            module inside, or sets an attribute.
-        untaken: elements that are called with arguments that no graph accepts, each with what those are.
+        read: names of the parameters that the model's own Python code read between elements.
+        entered: elements that the model's own Python code does more with than call them, each with a description: it
+            calls a module inside, or sets an attribute.
+        untaken: elements that are called with arguments that no graph accepts, each with a description of these.
     """
 
     calls: Recorded
@@ -40,17 +40,17 @@ class RecordedRun:
 
 
 def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Callable[[nn.Module], Any]) -> RecordedRun:
-    """Run a copy of a model, and record the inputs that its elements get and what else happens to them.
+    """Run a copy of a model, and record the inputs of its elements and what else happens to them.
 
     Args:
-        model: the model, which is run in its current mode, and then in the other one for buffers and parameters alone,
-            without gradients.
+        model: the model, which is run without gradients in its current mode, and then in the other one, whose calls are
+            not recorded.
         parts: paths of layers, or of parts of layers; none of them is inside another.
-        maps: paths of maps, inside and outside of these.
-        run: what is done with the copy, such as one call.
+        maps: paths of maps, inside and outside these.
+        run: a function that runs the copy, such as one call.
 
     Raises:
-        GraftError: GC030 if it does not run in its current mode, or writes to a parameter.
+        GraftError: GC030 if the model does not run in its current mode, or writes to a parameter.
     """
     own = with_own_buffers(model)
     before = {name: (buffer, version_of(buffer)) for name, buffer in own.named_buffers()}
@@ -64,7 +64,7 @@ def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Cal
             except GraftError:
                 raise
             except Exception as error:
-                message = f"{type(model).__name__} does not run on the inputs given: {error}"
+                message = f"{type(model).__name__} does not run on the given inputs: {error}"
                 raise GraftError("GC030", message) from error
             watch.look_at_all()
         calls = dict(watch.calls)
@@ -101,9 +101,9 @@ class _State:
         return ""
 
     def assigned(self) -> str:
-        """Return an attribute that the call of a user-defined class has assigned; empty if there is none.
+        """Return an attribute that a module of a user-defined class has assigned; empty if there is none.
 
-        Attributes that layers of libraries keep from call to call, such as tables that grow with a text, are ignored.
+        Attributes that library layers store between calls, such as tables that grow with a text, are ignored.
         """
         for name, module, attributes, _ in self._recorded:
             if is_the_users(module) and (changed := attributes.changed()):
@@ -154,7 +154,7 @@ class _Watch:
             self.entered.setdefault(path, f"the model's own Python sets its {changed}")
 
     def before(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record the first call of a layer, a part or a map, and what the model's own Python did to its element."""
+        """Record the first call of a layer, part or map, and what the model's own Python code did to its element."""
         element = self._inside[path]
         if not self.active:
             if path == element:
@@ -165,13 +165,13 @@ class _Watch:
         if path in self._recorded and path not in self.calls:
             try:
                 structure, tensors = CallStructure.of(path, module, args, kwargs)
-            except GraftError as error:  # it remains part of the model's own Python
+            except GraftError as error:  # it remains part of the model's own Python code
                 self.untaken.setdefault(path, error.message)
                 return
             self.calls[path] = structure, without_autocast(tensors, module)
 
     def after(self, path: str, *_: Any) -> None:
-        """Record what the call of an element has assigned, once no element is running any more."""
+        """Record what an element's call has assigned, once no element is running."""
         while self.active and self.active.pop() != path:
             continue
         if not self.active:
