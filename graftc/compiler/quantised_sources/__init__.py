@@ -1,1 +1,1 @@
-"""Conversion of models that arrive quantised into plain modules with packed weights."""
+"""Convert models that arrive quantised into plain modules with packed weights."""

@@ -1,4 +1,4 @@
-"""Linear maps of bitsandbytes with 4 bits (`Linear4bit`) and 8 bits (`Linear8bitLt`). The library is not imported."""
+"""Convert the 4-bit (`Linear4bit`) and 8-bit (`Linear8bitLt`) linear maps of bitsandbytes, without importing it."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ from graftc.passes.core.packing.packing import VIA, PackedType, as_bytes, via_of
 from graftc.passes.core.packing.row_scaled import RowScaled
 from graftc.specs.errors.diagnostics import GraftError
 
-_ANEW = "load the model anew, and compile it before it is called"
+_ANEW = "reload the model, and compile it before calling it"
 
 
 def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype], nn.Module]:
-    """Return the converter of a linear map of the library to a plain one.
+    """Return the function that converts a linear map of the library to a plain one.
 
     Raises:
-        GraftError: GC162 for modules that are not linear maps.
+        GraftError: GC162 for a module that is not a linear map.
     """
     names = {cls.__name__ for cls in type(module).__mro__}
     if "Linear4bit" in names:
         return linear_4bit
     if "Linear8bitLt" in names:
         return linear_8bit
-    hint = "leave it out of quantising: llm_int8_skip_modules of BitsAndBytesConfig"
-    raise GraftError("GC162", f"{path} is a {type(module).__name__} of bitsandbytes, no linear map of it", hint=hint)
+    hint = "exclude it from quantisation: llm_int8_skip_modules in BitsAndBytesConfig"
+    raise GraftError("GC162", f"{path} is a {type(module).__name__} of bitsandbytes, not a linear map", hint=hint)
 
 
 def linear_4bit(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
     """Return an `nn.Linear` with the codes of a `Linear4bit`.
 
     Args:
-        path: path of the module, named in errors.
-        module: the module of the library.
-        dtype: the element type of the weight. Values are computed and rounded as the library does it, in the element
-            type of the weight that was quantised.
+        path: the module's path, used in errors.
+        module: the library's module.
+        dtype: the dtype of the weight. Values are computed and rounded as in the library, in the dtype of the weight
+            that was quantised.
 
     Raises:
-        GraftError: GC162 if it is not quantised yet, or has another layout or table.
+        GraftError: GC162 if the module is not quantised yet, or has an unknown layout or code table.
     """
     weight = module.weight
     state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
     if state is None:
         raise GraftError("GC162", f"{path} is not quantised yet", hint="move the model to its device first: model.to")
     if getattr(state, "packing_format_for_cpu", False):
-        message = f"the scales of {path} have been rounded for a kernel of the CPU, when it was called in eval mode"
+        message = f"the scales of {path} were rounded for a CPU kernel when it was called in eval mode"
         raise GraftError("GC162", message, hint=_ANEW)
     return plain_linear(module, packed_4bit(path, weight.detach(), state, dtype))
 
 
 def packed_4bit(path: str, weight: Tensor, state: Any, dtype: torch.dtype) -> tuple[PackedType, tuple[Tensor, ...]]:
-    """Return the codes of a weight of 4 bits.
+    """Return the packing and the packed parts of a 4-bit weight.
 
     Args:
-        path: path of the module, named in errors.
-        weight: its codes, in any element type.
+        path: the module's path, used in errors.
+        weight: the weight's codes, in any dtype.
         state: the library's ``QuantState``, or an object with its attributes.
-        dtype: the element type of the weight.
+        dtype: the dtype of the weight.
 
     Raises:
-        GraftError: GC162 for other tables than the library's own, GC163 for tensors that do not fit each other.
+        GraftError: GC162 for an unknown layout or code table, GC163 for tensors whose sizes do not match.
     """
     kind, inner = state.quant_type, state.state2 if state.nested else None
     known = kind in Blockwise.KINDS and state.dtype in VIA and len(state.shape) == 2
@@ -73,7 +73,7 @@ def packed_4bit(path: str, weight: Tensor, state: Any, dtype: torch.dtype) -> tu
     if known and inner is not None:
         known = inner.blocksize == SCALES and torch.equal(inner.code.cpu().float(), dynamic_values())
     if not known:
-        raise GraftError("GC162", f"{path} has a table of codes of its own", hint=_ANEW)
+        raise GraftError("GC162", f"{path} has an unknown layout or code table", hint=_ANEW)
     rows, width = state.shape
     packing = Blockwise(kind, state.blocksize, inner is not None, via=via_of(state.dtype))
     parts = [as_bytes(weight).reshape(-1, 1)]
@@ -88,7 +88,7 @@ def packed_4bit(path: str, weight: Tensor, state: Any, dtype: torch.dtype) -> tu
         parts.append(as_bytes(state.offset.float()))
     if parts[0].numel() != -(-rows * width // 2) or not parts[1].numel():
         message = (
-            f"{path} is {rows} x {width}, and has {parts[0].numel()} bytes of codes and {state.absmax.numel()} scales"
+            f"{path} is {rows} x {width}, but has {parts[0].numel()} bytes of codes and {state.absmax.numel()} scales"
         )
         raise GraftError("GC163", message, hint="take the checkpoint anew from where it came")
     return PackedType(packing, (rows, width), dtype), tuple(parts)
@@ -97,10 +97,10 @@ def packed_4bit(path: str, weight: Tensor, state: Any, dtype: torch.dtype) -> tu
 def linear_8bit(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
     """Return an `nn.Linear` with the codes of a `Linear8bitLt`.
 
-    The library also rounds the inputs of such a map to 8 bits, which this one does not.
+    The library's map also rounds its inputs to 8 bits, which this one does not.
 
     Raises:
-        GraftError: GC162 if it is not quantised.
+        GraftError: GC162 if the module is not quantised.
     """
     weight = module.weight
     codes = getattr(weight, "CB", None)
@@ -111,18 +111,18 @@ def linear_8bit(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
         codes = weight
     if scales is None or codes.dtype != torch.int8:
         hint = "load it with has_fp16_weights=False, which is what transformers does"
-        raise GraftError("GC162", f"{path} is not quantised: it has weights of {weight.dtype}", hint=hint)
+        raise GraftError("GC162", f"{path} is not quantised: its weights are {weight.dtype}", hint=hint)
     return plain_linear(module, packed_8bit(path, codes.detach(), scales, dtype))
 
 
 def packed_8bit(path: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> tuple[PackedType, tuple[Tensor, ...]]:
-    """Return the codes of a weight of 8 bits, ``int8[rows, in]``, with its scales, ``float32[rows]``.
+    """Return the packing and packed parts of an 8-bit weight: codes ``int8[rows, in]``, and scales ``float32[rows]``.
 
     Raises:
-        GraftError: GC163 for tensors that do not fit each other.
+        GraftError: GC163 for tensors whose sizes do not match.
     """
     if codes.dim() != 2 or scales.numel() != codes.shape[0]:
-        message = f"{path} has codes {list(codes.shape)} and {scales.numel()} scales"
+        message = f"{path} has codes of shape {list(codes.shape)}, but {scales.numel()} scales"
         raise GraftError("GC163", message, hint="take the checkpoint anew from where it came")
     parts = codes.contiguous().view(torch.uint8), as_bytes(scales.float(), (codes.shape[0], 4))
     return PackedType(RowScaled("int8_rows"), tuple(codes.shape), dtype), parts

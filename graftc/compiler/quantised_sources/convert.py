@@ -1,4 +1,4 @@
-"""A source model that a library has quantised, converted to plain modules with packed weights."""
+"""Convert a source model that a library has quantised to plain modules with packed weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftc.compiler.resolve.untie import sharing_copy
 from graftc.specs.errors.diagnostics import GraftError, warn
 
 Converter: TypeAlias = Callable[[str, Any, torch.dtype], nn.Module]
-"""The plain module for one: of its path, itself and the element type that its weights are wanted in."""
+"""Returns the plain module for a quantised one, given the path, the module, and the dtype for its weights."""
 
 _READ_HERE = ("auto_gptq", "gptqmodel", "awq", "hqq", "compressed_tensors")
 """Packages whose modules come from folders that graftc reads itself."""
@@ -24,15 +24,15 @@ _READ_HERE = ("auto_gptq", "gptqmodel", "awq", "hqq", "compressed_tensors")
 _UNKNOWN = ("aqlm", "eetq", "fbgemm_gpu", "flute", "fp_quant", "quanto", "optimum", "spqr_quant", "vptq")
 
 _OF_MODELS = ("hf_quantizer", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized", "quantization_method")
-"""What transformers sets at a model that it has quantised."""
+"""Attributes that transformers sets on a model that it has quantised."""
 
 
 def arrived(model: nn.Module) -> nn.Module:
-    """Return a copy of a model in which quantised modules are plain ones that contain the library's codes.
+    """Return a copy of a model whose quantised modules are replaced with plain ones that contain the library's codes.
 
-    Everything else is shared. The model itself is returned if a library has quantised nothing in it.
+    Everything else is shared. The model itself is returned if no library has quantised anything in it.
 
-    The values of weights are those of the library's own dequantisation, to the bit: nothing is quantised a second time.
+    Weight values are bit-identical to the library's own dequantisation: nothing is quantised a second time.
 
     Args:
         model: the model as transformers loads it, which is not changed.
@@ -48,8 +48,8 @@ def arrived(model: nn.Module) -> nn.Module:
         p for p, (m, convert) in quantised.items() if convert is bitsandbytes.linear_8bit or torchao.rounds_inputs(m)
     ]
     if rounded:
-        message = f"the library that quantised {rounded[0]} rounds the inputs of linear maps too"
-        warn("GC164", f"{message}; here they stay as they are")
+        message = f"the library that quantised {rounded[0]} also rounds the inputs of linear maps"
+        warn("GC164", f"{message}; graftc does not round them")
     dtype = _element_type(model, {id(module) for module, _ in quantised.values()})
     instead: dict[int, Any] = {
         id(module): convert(path, module, dtype) for path, (module, convert) in quantised.items()
@@ -89,12 +89,12 @@ def _refused(path: str, what: str, *, read_here: bool) -> GraftError:
     if read_here:
         hint = "load it with graftc.load_base(folder), which reads the folder's tensors itself"
     else:
-        hint = "take the model's checkpoint that is not quantised, and quantise it by the spec: base: {quantize: nf4}"
+        hint = "use the model's unquantised checkpoint, and quantise it in the spec: base: {quantize: nf4}"
     return GraftError("GC162", f"{path} is {what}, whose codes graftc does not know", hint=hint)
 
 
 def _element_type(model: nn.Module, without: Collection[int]) -> torch.dtype:
-    """Return the element type that most of the model's other parameter elements have; float32 if there are none."""
+    """Return the most common dtype among elements of the model's other parameters; float32 if there are none."""
     count: Counter[torch.dtype] = Counter()
     for module in model.modules():
         if id(module) in without:

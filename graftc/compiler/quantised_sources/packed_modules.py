@@ -1,4 +1,4 @@
-"""Plain modules with packed weights."""
+"""Create plain modules with packed weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-import graftc.passes.core.ops.unpack  # noqa: F401 (makes the kinds of packing known)
+import graftc.passes.core.ops.unpack  # noqa: F401 (registers the kinds of packing)
 from graftc.compat.modules import parameters_of
 from graftc.compiler.resolve.untie import another_handle
 from graftc.passes.core.packing.modules import Packed, hold_packed
@@ -18,7 +18,7 @@ def plain_linear(like: nn.Module, packed: Packed) -> nn.Linear:
     """Return an `nn.Linear` with a packed weight ``[out, in]``.
 
     Args:
-        like: the module whose bias, if there is one, and training mode it gets.
+        like: the module whose bias, if any, and training mode are used.
         packed: the weight.
     """
     own, _ = packed
@@ -33,11 +33,11 @@ def plain_linear(like: nn.Module, packed: Packed) -> nn.Linear:
 
 
 def with_packed(module: nn.Module, packed: Mapping[str, Packed]) -> nn.Module:
-    """Return a copy of a module without children in which some parameters are packed; other tensors are shared.
+    """Return a copy of a childless module with some parameters packed; other tensors are shared.
 
     Args:
         module: the module, which is not changed.
-        packed: the weights, by names of parameters.
+        packed: the packed weights, by parameter name.
     """
     copied: Any = copy.copy(module)
     copied.__dict__ = {

@@ -1,4 +1,4 @@
-"""A base packed as a file recorded it, whether its own files are packed or not."""
+"""Pack a base as a file recorded it, whether or not its own files are packed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from graftc.passes.core.packing.packing import PackedType, packing_of, swapped
 
 
 def packed_as(model: nn.Module, packings: Mapping[str, str]) -> nn.Module:
-    """Return a model as it was when it was recorded, or the model itself if nothing has to be packed.
+    """Return a model packed as it was when it was recorded, or the model itself if nothing has to be packed.
 
-    Modules that arrive quantised are converted, and what is dense here and was packed is packed in the same way, which
-    gives the same codes if the base is the same.
+    Modules that arrive quantised are converted. Weights that are dense now but were packed are packed in the same way,
+    which gives the same codes if the base is the same.
 
-    A spec's ``base`` and libraries that quantise while loading leave a dense checkpoint on the disk; the codes are
-    compared then.
+    A spec's ``base``, and libraries that quantise while loading, leave a dense checkpoint on disk; in these cases, the
+    codes are compared.
 
     Args:
         model: the model, which is not changed.

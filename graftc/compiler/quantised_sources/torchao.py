@@ -1,4 +1,4 @@
-"""Modules whose weights torchao has quantised: tensors with codes and scales. The library is not imported."""
+"""Convert modules with weights that torchao has quantised: tensors with codes and scales. torchao is not imported."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from graftc.passes.core.packing.modules import Packed
 from graftc.passes.core.packing.packing import PackedType, Packing, as_bytes, via_of
 from graftc.specs.errors.diagnostics import GraftError
 
-_WAY_OUT = "quantise it with Int8WeightOnlyConfig or IntxWeightOnlyConfig, or by the spec: base: {quantize: int4}"
+_WAY_OUT = "quantise it with Int8WeightOnlyConfig or IntxWeightOnlyConfig, or in the spec: base: {quantize: int4}"
 
 
 def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype], nn.Module]:
-    """Return the converter of a module with such weights to a plain one.
+    """Return the function that converts a module with such weights to a plain one.
 
     Raises:
-        GraftError: GC162 for layouts that are made for a kernel, and for modules with children.
+        GraftError: GC162 for layouts that are specific to a kernel, and for modules with children.
     """
     for name, tensor in parameters_of(module).items():
         if _is_quantised(tensor) and not _is_laid_out(tensor):
-            message = f"{path}.{name} is a {type(tensor).__name__} of torchao, whose layout is made for a kernel"
+            message = f"{path}.{name} is a {type(tensor).__name__} of torchao, whose layout is specific to a kernel"
             raise GraftError("GC162", message, hint=_WAY_OUT)
     if next(module.children(), None) is not None:
-        raise GraftError("GC162", f"{path} has quantised weights of torchao beside modules of its own", hint=_WAY_OUT)
+        raise GraftError("GC162", f"{path} has both torchao-quantised weights and submodules", hint=_WAY_OUT)
     return _convert
 
 
@@ -45,7 +45,7 @@ def _is_quantised(tensor: Any) -> bool:
 
 
 def _is_laid_out(tensor: Any) -> bool:
-    """Return whether a tensor has one code for each value, in their order, and scales of blocks."""
+    """Return whether a tensor has one code per value, in the order of the values, and scales for blocks."""
     codes, scales, block = (getattr(tensor, name, None) for name in ("qdata", "scale", "block_size"))
     return codes is not None and codes.shape == tensor.shape and scales is not None and block is not None
 
@@ -62,15 +62,15 @@ def _convert(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def packed_tensor(path: str, tensor: Any) -> Packed:
-    """Return the codes of a tensor, with the element type that it reports.
+    """Return the packing and the packed parts of a tensor, with the dtype that it reports.
 
     Raises:
-        GraftError: GC162 if inputs are scaled, or blocks are not of consecutive inputs.
+        GraftError: GC162 if the inputs are scaled, or if blocks do not consist of consecutive inputs with 8-bit codes.
     """
     data, scale = tensor.qdata.detach(), tensor.scale.detach()
     shape, dtype = tuple(tensor.shape), tensor.dtype
     if getattr(tensor, "act_pre_scale", None) is not None:
-        raise GraftError("GC162", f"the inputs of {path} are scaled before it", hint=_WAY_OUT)
+        raise GraftError("GC162", f"the inputs of {path} are pre-scaled", hint=_WAY_OUT)
     block = tuple(tensor.block_size)
     block = (*(1 for _ in range(len(shape) - len(block))), *block)
     columns = shape[-1] if block[-1] in (-1, shape[-1]) else block[-1]
@@ -81,7 +81,7 @@ def packed_tensor(path: str, tensor: Any) -> Packed:
         scales = scale.float().reshape(*shape[:-2], -(-shape[-2] // rows), -1)
         return PackedType(packing, shape, dtype), (as_bytes(data, shape), as_bytes(scales))
     if any(size != 1 for size in block[:-1]) or data.dtype not in (torch.int8, torch.uint8):
-        raise GraftError("GC162", f"{path} has blocks of {block} values of {data.dtype}", hint=_WAY_OUT)
+        raise GraftError("GC162", f"{path} has blocks of {block} {data.dtype} values", hint=_WAY_OUT)
     return _affine(data, scale, tensor.zero_point, shape, dtype, columns % shape[-1], computed_in)
 
 

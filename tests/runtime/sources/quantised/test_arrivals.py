@@ -139,7 +139,7 @@ class TestBitsAndBytes:
     def test_scales_that_a_kernel_rounded_are_refused(self, bnb: Any) -> None:
         linear = bnb.nn.Linear4bit(64, 64).to("cpu")
         linear.weight.quant_state.packing_format_for_cpu = True
-        with pytest.raises(GraftError, match=r"GC162.*rounded for a kernel"):
+        with pytest.raises(GraftError, match=r"GC162.*rounded for a CPU kernel"):
             arrived(nn.ModuleList([linear]))
 
 
