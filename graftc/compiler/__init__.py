@@ -1,4 +1,4 @@
-"""The compiler: from a spec and a model to verified Programs and their evidence, with a folder for each stage.
+"""The compiler turns a spec and a model into verified Programs and their evidence; each stage has a folder.
 
-A Compilation is data, and `pipeline` and `adapting` run the stages. The source model is read and never changed.
+A Compilation is data; `pipeline` and `adapting` run the stages. The source model is read but never changed.
 """

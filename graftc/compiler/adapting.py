@@ -1,4 +1,4 @@
-"""The passes that make the Programs of one signature, in order."""
+"""Create the Programs of one signature by running passes in order."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ ADAPT: Pipeline[Adapting] = Pipeline(
         RECOMPUTE,
     ],
 )
-"""From a base that was captured and held against the model to an adapted Program."""
+"""Turns a base that was captured and compared with the model into an adapted Program."""
 
 ADAPT_CALLS = Pipeline(ADAPT.name, [*ADAPT.passes, CALLS], ADAPT.given)
-"""From a capture whose repeated layers are calls of a function to the adapted Program of train mode."""
+"""Turns a capture whose repeated layers are function calls into the adapted Program of train mode."""
 
 EVAL: Pipeline[Evaluating] = Pipeline("eval", [EVALUATE], {"adapted"})
-"""From an adapted Program to that of eval mode."""
+"""Turns an adapted Program into that of eval mode."""
 
 
 def adapt_signature(work: Work) -> tuple[Graphs, Resolution]:
@@ -75,9 +75,9 @@ def adapt_signature(work: Work) -> tuple[Graphs, Resolution]:
 
 
 def may_call(work: Work, capture: Capture) -> bool:
-    """Return whether layers of a capture may call functions.
+    """Return whether layers of a capture may remain function calls.
 
-    This requires that some layers are calls, and that nothing in the spec and no plugin applies to the whole model.
+    This requires that some layers are calls, and that neither the spec nor a plugin applies to the whole model.
     """
     if work.compilation.every_layer:
         return False
@@ -94,12 +94,12 @@ def may_call(work: Work, capture: Capture) -> bool:
 def _with_calls(work: Work, capture: Capture, checked: Sequence[HistoryEntry]) -> tuple[Graphs, Resolution] | None:
     """Adapt a capture whose repeated layers are calls; return None if every layer has to be written out.
 
-    Errors in a spec are raised by the written-out graphs, so that their messages name the same places.
+    Errors in a spec are raised later, for the written-out graphs, so that their messages name the same places.
 
     Args:
         work: the work on the signature.
-        capture: the capture, compared with the source model.
-        checked: entries of its history about the comparison.
+        capture: the capture, which has been compared with the source model.
+        checked: history entries about that comparison.
     """
     compilation = work.compilation
 
@@ -130,9 +130,9 @@ def _with_calls(work: Work, capture: Capture, checked: Sequence[HistoryEntry]) -
 
 @contextmanager
 def _added_or_not(store: Store) -> Iterator[None]:
-    """Run a block in which adaptations add tensors, and remove these tensors if it raises.
+    """Run a block in which adaptations add tensors, and remove these tensors if the block raises.
 
-    Otherwise, methods that look for tensors of their own would take the remains of a failed attempt for trained ones.
+    Otherwise, methods that look for their own tensors would mistake those of a failed attempt for trained ones.
     """
     before = {name for name, _ in store.adapters()}
     try:
@@ -152,14 +152,14 @@ def _adapt(
     called: bool = False,
     anchors: Sequence[Anchor] = (),
 ) -> tuple[Graphs, Resolution]:
-    """Adapt a capture of train mode, and derive eval mode or capture it as well.
+    """Adapt a train-mode capture, and derive eval mode or capture it as well.
 
     Args:
         work: the work on the signature.
-        main: the capture, compared with the source model.
-        checked: entries of its history about the comparison.
+        main: the capture, which has been compared with the source model.
+        checked: history entries about that comparison.
         called: whether equal layers call functions.
-        anchors: comparisons of the graphs of both modes with the model, if they are known.
+        anchors: comparisons of the graphs of both modes with the model, if they have been made.
     """
     compilation, request = work.compilation, work.request
     train = Adapting(work, request, main, work.places, called)
@@ -221,10 +221,10 @@ def _adapt(
 
 
 def _adapted(context: Adapting, log: Log) -> Program:
-    """Return a capture's Program, adapted as the spec says or at the places of another one.
+    """Return a capture's Program, adapted as the spec requests or at the places of another one.
 
     Raises:
-        GraftError: from the passes; GC031 and GC141 if a part of a call cannot be adapted by itself.
+        GraftError: from the passes; GC031 and GC141 if a part of a call cannot be adapted on its own.
     """
     program = (ADAPT_CALLS if context.called else extended(ADAPT)).run(context.base, context, log)
     require_tokens_alone(program)
@@ -246,15 +246,15 @@ def _signature(compilation: Compilation, adapted: Program, base: Program) -> Sig
 def _as_captured(axes: Sequence[Axis], source: Program) -> tuple[Axis, ...]:
     """Return the requested inputs.
 
-    Those captured as shown get the axes of the graph, which tell the sizes that vary and those that are equal.
+    Those captured as shown get the graph's axes, which show which sizes vary and which are equal.
     """
     shapes = {spec.name: spec.shape for spec in source.inputs}
     return tuple(replace(axis, axes=shapes.get(axis.name, axis.axes)) if axis.as_shown else axis for axis in axes)
 
 
 def _is_unlike_eval(program: Program) -> bool:
-    """Return whether a derived eval graph contains something that eval mode seldom has.
+    """Return whether a derived eval graph contains something that is rare in eval mode.
 
-    Random depth and the like leave more behind than dropout, and buffers may be updated in train mode only.
+    Stochastic depth and the like leave more behind than dropout, and buffers may be updated only in train mode.
     """
     return bool(program.updates) or any(draws(node) for node in program.graph.nodes)

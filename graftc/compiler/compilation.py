@@ -1,4 +1,4 @@
-"""`Compilation`: what was compiled, as data; operations on it are in files named for them, such as `adapting`."""
+"""`Compilation`: the result of compiling, as data. Operations on it are in files named after them, as `adapting`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Graphs = Mapping[tuple[Entry, Mode, Stage], Program]
 
 @dataclass(frozen=True)
 class Places:
-    """The places of adaptations.
+    """The places that are adapted.
 
     Attributes:
         resolved: the adaptations with their sites.
@@ -60,10 +60,10 @@ class Resolution:
         attentions: every attention.
         moded: paths of the modules whose mode makes a difference.
         axes: the inputs requested for capture.
-        captures: the captures: of train mode, and of eval mode if it could not be derived; each with ids, and with
-            token embeddings if there are virtual tokens.
+        captures: the captures of train mode, and of eval mode if that could not be derived; each with token ids, and
+            with token embeddings as well if there are virtual tokens.
         anchors: comparisons of the source model's graphs with the model itself.
-        passes: passes of plugins that the graphs went through, with what they found.
+        passes: plugin passes that were applied to the graphs, with their findings.
         parts: Store names of the inserted tensors, by adaptation, site and part.
         notes: notes for display on what capturing had to change, without those of other signatures.
     """
@@ -98,11 +98,11 @@ class Resolution:
 
     @cached_property
     def places_as_run(self) -> Places:
-        """The places where its graphs are adapted, in the graphs that are run."""
+        """The adapted places, in the graphs that are run."""
         return Places(self.resolved, self.trained)
 
     def add_constants(self, store: Store) -> None:
-        """Add the tensors that the graphs use beyond the model's own, if a Store does not have them yet."""
+        """Add to a Store the tensors that the graphs use in addition to the model's, unless it already has them."""
         for capture in self.captures:
             for name, tensor in capture.constants.items():
                 if name not in store:
@@ -112,7 +112,7 @@ class Resolution:
 class CalledResolution(Resolution):
     """A Resolution of graphs in which equal layers call functions (`graftc.passes.core.ir.functions`).
 
-    What describes the graphs with every layer written out is computed when it is first requested.
+    Attributes that describe the graphs with every layer written out are computed on first access.
 
     Args:
         resolution: the Resolution with calls, whose places are those of the graphs that are run.
@@ -128,10 +128,10 @@ class CalledResolution(Resolution):
 
     @property
     def graphs(self) -> Graphs:
-        """The graphs with every layer written out, made when they are first requested."""
+        """The graphs with every layer written out, created on first access."""
         if not self._graphs:
             with exclusive():
-                if not self._graphs:  # another thread may have made them in the meantime
+                if not self._graphs:  # another thread may have created them in the meantime
                     graphs, resolution = self._write_out()
                     written_out = {name: vars(resolution)[name] for name in _WRITTEN_OUT}
                     vars(self).update(written_out, _graphs=graphs, _write_out=None)
@@ -139,7 +139,7 @@ class CalledResolution(Resolution):
 
     @property
     def is_written_out(self) -> bool:
-        """Whether the graphs with every layer written out have been made."""
+        """Whether the graphs with every layer written out have been created."""
         return bool(self._graphs)
 
     def __getattr__(self, name: str) -> Any:
@@ -152,15 +152,15 @@ _WRITTEN_OUT = ("structure", "resolved", "trained", "attentions")
 
 
 class SignatureTable:
-    """The graphs of every signature. It only grows, when a new kind of call is compiled.
+    """The graphs of every signature; the table only grows, when a new kind of call is compiled.
 
     Attributes:
         programs: every graph, in which equal layers may call functions.
         resolutions: the Resolution of each signature, the first one first.
-        parts: the tensors of all of them.
+        parts: the tensors of every adaptation in all of them, by site and part.
         notes: notes for display on what capturing any of them had to change.
-        first_call: inputs of the first call of the first signature, if random ones make no sense and no caller has
-            given examples; None before.
+        first_call: the inputs of the first call of the first signature, if random ones make no sense and no caller has
+            given examples; None before that call.
     """
 
     def __init__(self) -> None:
@@ -199,13 +199,13 @@ class Compilation:
         store: the Store with every tensor.
         source: the model as it was given; `model` is a copy if the spec unties tensors or adds tokens.
         watch: detects changes of `source`.
-        seed: the seed that initial values were drawn from.
-        use_cache: whether captures are looked up and kept in the user's cache folder.
-        known: captures that exist already, by their key; None for one whose file has been removed since.
+        seed: the seed for drawing initial values.
+        use_cache: whether captures are looked up and stored in the user's cache folder.
+        known: functions that return existing captures, by key; one returns None if its file has been removed since.
         table: the graphs of every signature.
-        every_layer: whether every layer is written out in all of them.
-        in_the_way: the reasons why a model is not one graph, by the path of a stack of layers, with that of the whole
-            model under the empty path; not kept in artifacts.
+        every_layer: whether every layer is written out in all of these graphs.
+        in_the_way: the reasons why a model is not one graph, by the path of a stack of layers; the reason for the whole
+            model is under the empty path. Not stored in artifacts.
     """
 
     spec: Spec
@@ -259,7 +259,7 @@ class Compilation:
         *,
         entry: Entry = "forward",
     ) -> ProgramKey:
-        """Return the key of a Program, by default of the first signature."""
+        """Return the key of a Program, by default for the first signature."""
         return ProgramKey(entry, mode, self.main.signature if signature is None else signature, stage)
 
     @property
@@ -273,7 +273,7 @@ class Compilation:
         return {**self.known, **{capture.key: capture.again for capture in in_use if capture.key is not None}}
 
     def program(self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None) -> Program:
-        """Return a Program that every signature has, by default of the first signature."""
+        """Return a Program that every signature has, by default the first signature's."""
         return self._written_out(self.key(mode, stage, signature))
 
     def written_out(self, key: ProgramKey) -> Program | None:
@@ -281,7 +281,7 @@ class Compilation:
         return self._written_out(key) if key in self.table.programs else None
 
     def program_as_run(self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None) -> Program:
-        """Return the same as `program`, but with equal layers that may call functions."""
+        """Return the same Program as `program`, except that equal layers may call functions."""
         return self.table.programs[self.key(mode, stage, signature)]
 
     def places(self) -> Places:
@@ -293,10 +293,10 @@ class Compilation:
         return self.table.find(inputs)
 
     def graphs(self, signature: Signature) -> dict[str, Program]:
-        """Return the graphs of a signature by the names that they have in files.
+        """Return a signature's graphs by their names in files.
 
-        These are ``train``, ``eval``, ``base.train``, ``base.eval``, and what was captured for these if there are
-        virtual tokens (``tokens.train``, ``embeds.train``) or if eval mode could not be derived.
+        These are ``train``, ``eval``, ``base.train``, ``base.eval``, and the captures behind them if there are virtual
+        tokens (``tokens.train``, ``embeds.train``) or if eval mode could not be derived.
         """
         stages: tuple[tuple[str, Stage], ...] = (("base.", "base"), ("", "adapted"))
         modes: tuple[Mode, ...] = ("train", "eval")
@@ -313,7 +313,7 @@ class Compilation:
         """The layout of the source model's cache.
 
         Raises:
-            GraftError: GC140 if it keeps no cache of keys and values.
+            GraftError: GC140 if the model keeps no cache of keys and values.
         """
         device = device_of(self.model)
         name = cache_name(parameters(self.model)) or CACHE
@@ -362,17 +362,17 @@ class Compilation:
 
     @cached_property
     def controls(self) -> Mapping[str, CompositionSpec]:
-        """The inputs in addition to the source model's, by which a call chooses among adaptations."""
+        """The additional inputs by which a call chooses among adaptations, with their compositions."""
         return controls(self.spec)
 
     @cached_property
     def narrow(self) -> frozenset[str]:
-        """The names of adaptations and compositions whose tensors are kept in the base's element type."""
+        """The names of adaptations and compositions whose tensors are stored in the base's dtype."""
         return narrow_names(self.spec)
 
     @cached_property
     def units(self) -> list[Unit]:
-        """The adaptations as they are inserted: compositions, and single ones."""
+        """The adaptations as they are inserted: compositions, and single adaptations."""
         return units(self.spec, self.main.resolved)
 
     @cached_property

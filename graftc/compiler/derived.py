@@ -1,4 +1,4 @@
-"""Programs that are derived from others when a call first needs them."""
+"""Derive Programs from others when a call first needs them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def program_of(compilation: Compilation, key: ProgramKey) -> Program:
-    """Return the Program of a key: one that the Compilation has, or one derived from it.
+    """Return the Program of a key, which the Compilation already has or which is derived here.
 
     Raises:
-        GraftError: GC043 for modules in modes of their own if the eval graph is not a derived one.
+        GraftError: GC043 for modules in different modes if the eval graph is not a derived one.
     """
     program = compilation.written_out(key)
     return _mixed(compilation, key) if program is None else program
 
 
 FROM_FORWARD: frozenset[Entry] = frozenset({"hidden", "routes"})
-"""Entries whose Programs follow from that of the forward pass."""
+"""Entries whose Programs are derived from that of the forward pass."""
 
 
 def entered(entry: Entry, program: Program) -> Program:
@@ -44,7 +44,7 @@ def _mixed(compilation: Compilation, key: ProgramKey) -> Program:
     evals = key.mode
     assert isinstance(evals, frozenset)
     if any(capture.program.mode == "eval" for capture in compilation.signatures[key.signature].captures):
-        message = f"{min(evals) or 'the model'} alone is in another mode, and what that changes is not in the graph"
+        message = f"{min(evals) or 'the model'} alone is in another mode, but the graph does not contain its effect"
         raise GraftError("GC043", message, hint="put the whole model into one mode with train() or eval()")
 
     def derived(stage: Stage) -> Program:

@@ -1,4 +1,4 @@
-"""Numbers that describe each site during training: ranks, shares of entries, values of gates, routes."""
+"""Figures that describe each site during training: ranks, shares of entries, gate values, routes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from graftc.passes.graph.compose import GATE_READING
 from graftc.specs.compose import Gate
 
 Figures: TypeAlias = dict[str, dict[str, dict[str, float]]]
-"""Numbers by adaptation, site and figure."""
+"""Values by adaptation, site and name of the figure."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of one site.
+    """One figure of one site.
 
     Attributes:
-        adaptation, site, name: the adaptation, the site, and the name of the number.
-        value: a number, or a scalar on some device.
+        adaptation, site, name: the adaptation, the site, and the name of the figure.
+        value: a number, or a scalar tensor on any device.
     """
 
     adaptation: str
@@ -59,7 +59,7 @@ class SiteReading:
 
     Attributes:
         adaptation, site: the adaptation and the site.
-        reading: the quantity that is read.
+        reading: the quantity to read.
     """
 
     adaptation: str
@@ -68,7 +68,7 @@ class SiteReading:
 
 
 def live_readings(compilation: Compilation) -> Iterator[tuple[Tensor, SiteReading]]:
-    """Yield what is to be read of a forward pass, each with the parameter that operators read."""
+    """Yield the readings to take in a forward pass, each with the parameter that its operators read."""
     gates = {m.name for u in compilation.units if isinstance(u.composition, Gate) for m in u.members}
     for resolved in compilation.main.resolved:
         method = method_for(resolved.spec.method)
@@ -85,7 +85,7 @@ def live_readings(compilation: Compilation) -> Iterator[tuple[Tensor, SiteReadin
 
 @torch.no_grad()
 def as_numbers(figures: Iterable[Figure]) -> Figures:
-    """Return figures as plain numbers; those of one device are copied at once."""
+    """Return figures as plain numbers; those on one device are copied together."""
     every = list(figures)
     by_device: dict[torch.device, list[int]] = {}
     values: dict[int, float] = {}

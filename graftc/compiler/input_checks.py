@@ -17,16 +17,16 @@ from graftc.specs.errors.diagnostics import GraftError
 aten = torch.ops.aten
 
 _LARGEST = 100
-"""Operators of a check at most: one that reads hidden states is as large as the model."""
+"""The largest number of nodes in a check: one that reads hidden states would be as large as the model."""
 
 
 def require(checks: Iterable[InputCheck], present: Mapping[str, Any], store: Store) -> None:
-    """Check a call; a condition is skipped if one of its inputs is absent.
+    """Check a call's inputs; a condition is skipped if one of its inputs is absent.
 
     Args:
-        checks: the checks of the graph that is to run.
-        present: the inputs that it is called with, by name.
-        store: its tensors.
+        checks: the checks of the graph that will run.
+        present: the inputs of the call, by name.
+        store: the Store of the graph's tensors.
 
     Raises:
         GraftError: GC145 for the first condition that does not hold.
@@ -37,7 +37,7 @@ def require(checks: Iterable[InputCheck], present: Mapping[str, Any], store: Sto
         (condition,) = check.program.output_node.all_input_nodes
         (value,) = computed([condition], lambda node: present[str(node.target)], store.get, store.device())
         if not bool(value.all()):
-            raise GraftError("GC145", check.message, hint="the source model refuses this call as well")
+            raise GraftError("GC145", check.message, hint="the source model also rejects this call")
 
 
 def checks_of(program: Program, messages: list[str]) -> tuple[InputCheck, ...]:
@@ -45,7 +45,7 @@ def checks_of(program: Program, messages: list[str]) -> tuple[InputCheck, ...]:
 
     Args:
         program: the graph as captured, with its assertions.
-        messages: the subject of each assertion, in order.
+        messages: a description of each assertion, in order.
     """
     asserted = program.graph.find_nodes(op="call_function", target=IS_ALL_TRUE)
     texts = messages if len(messages) == len(asserted) else [""] * len(asserted)
@@ -69,7 +69,7 @@ def _check(program: Program, node: fx.Node, text: str) -> InputCheck | None:
     names = {str(each.target) for each in needed if each.op == "placeholder"}
     inputs = tuple(spec for spec in program.inputs if spec.name in names)
     about = f": {text}" if text else ""
-    return InputCheck(Program(graph, inputs, OutputSpec("leaf")), f"the model does not take this call{about}")
+    return InputCheck(Program(graph, inputs, OutputSpec("leaf")), f"the model does not accept this call{about}")
 
 
 def _of_more_than_inputs(node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Tensors that a model's checkpoint lacks: they are drawn at random, which is only allowed if they train in full."""
+"""Track tensors that a model's checkpoint lacks; they are random, which is allowed only if they train in full."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 5
 
 
 def mark_fresh(model: nn.Module, names: Iterable[str], where: str) -> None:
-    """Remember which tensors of a model were drawn at random, because ``where`` has none of their names or sizes."""
+    """Record which tensors of a model were drawn at random, because ``where`` has none with their names and sizes."""
     fresh = tuple(sorted(names))
     if fresh:
         _FRESH[model] = (where, fresh)
@@ -48,10 +48,10 @@ def require_weights(model: nn.Module, trained: Iterable[str] = (), canonical: Ca
     Args:
         model: the model.
         trained: names of tensors that train in full, which may be missing.
-        canonical: maps a tensor's name to the one that owns it.
+        canonical: maps a tensor's name to the name that owns it.
 
     Raises:
-        GraftError: GC089 naming the others.
+        GraftError: GC089 naming the missing tensors that do not train.
     """
     where, names = _FRESH.get(model, ("", ()))
     known = set(trained)
@@ -61,9 +61,9 @@ def require_weights(model: nn.Module, trained: Iterable[str] = (), canonical: Ca
     count = f"{len(lacking)} tensors" if len(lacking) > 1 else "a tensor"
     more = [f"... and {len(lacking) - _SHOWN} more"] if len(lacking) > _SHOWN else []
     modules = sorted({name.rpartition(".")[0] for name in lacking})
-    hint = "take a complete checkpoint"
+    hint = "use a complete checkpoint"
     if len(modules) <= _SHOWN:
-        hint += f", or train what is new in full: train: [{', '.join(modules)}]"
+        hint += f", or train the new modules in full: train: [{', '.join(modules)}]"
     raise GraftError(
         "GC089",
         f"{where} lacks {count} of {type(model).__name__}, which would be random",

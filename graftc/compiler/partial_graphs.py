@@ -43,12 +43,12 @@ def is_cached(program: Program) -> bool:
 def require_every_place(
     compilation: Compilation, program: Program, read: Sequence[Resolved], trained: Sequence[ParameterSite]
 ) -> None:
-    """Check that a decoder's graph and the graphs that gave its inputs read all adapted places between them.
+    """Check that a decoder's graph and the graphs that computed its inputs together read all adapted places.
 
     Args:
         compilation: the Compilation with those graphs.
         program: the graph.
-        read, trained: the adaptations and the trained tensors that it has.
+        read, trained: the adaptations and the trained tensors in the graph.
 
     Raises:
         GraftError: GC031 naming a place that none of them reads.
@@ -66,13 +66,13 @@ def require_every_place(
         error = not_read(program, place, owner)
         if ENCODED not in program.signature:
             raise error
-        source = "encoder_outputs come from compiled.get_encoder()(...)"
-        hint = f"{source}, whose adaptations the decoder's graph does not have"
+        source = "encoder_outputs must come from compiled.get_encoder()(...)"
+        hint = f"{source}, whose adaptations the decoder's graph does not contain"
         raise GraftError(error.code, error.message, hint=hint)
 
 
 def require_every_edit(compilation: Compilation, program: Program, base: Program) -> None:
-    """Check that a part of the model has every change of the stored tensors that it reads.
+    """Check that a part of the model contains every change to the stored tensors that it reads.
 
     Args:
         compilation: the Compilation with the changes of the whole model.
@@ -92,15 +92,17 @@ def require_every_edit(compilation: Compilation, program: Program, base: Program
 
 
 def require_no_virtual_tokens(program: Program, plan: Mapping[Any, Sequence[tuple[Unit, Any]]]) -> None:
-    """Check that a part of a call has no virtual tokens, which stand in front of the whole text.
+    """Check that a part of a call has no virtual tokens, which precede the whole text.
 
     Raises:
-        GraftError: GC141 if it has some.
+        GraftError: GC141 if it has any.
     """
     if plan and (is_cached(program) or is_part(program)):
         name = next(iter(plan.values()))[0][0].name
-        message = f"the virtual tokens of {name!r} stand in front of the whole text, and a call with a cache has a part"
-        hint = "decoders generate with one such adaptation in eval mode; else use_cache=False, or disabled(name)"
+        message = f"the virtual tokens of {name!r} precede the whole text, but a call with a cache has only part of it"
+        hint = (
+            "decoders generate with one such adaptation in eval mode; otherwise use use_cache=False or disabled(name)"
+        )
         raise GraftError("GC141", message, hint=hint)
 
 
@@ -113,20 +115,22 @@ def require_tokens_alone(program: Program) -> None:
     if not is_cached(program):
         return
     for name in _across_tokens(program):
-        message = f"what {name!r} does with a token depends on all tokens of its row, and a call with a cache has some"
+        message = (
+            f"the effect of {name!r} on a token depends on its whole row, but a call with a cache has only part of it"
+        )
         raise GraftError("GC141", message, hint=_WITHOUT)
 
 
 def require_rows_of_one(compilation: Compilation) -> None:
-    """Check that a call returns as many rows as it is given.
+    """Check that a call returns the same number of rows as its inputs have.
 
     Raises:
-        GraftError: GC141 if adaptations are parallel.
+        GraftError: GC141 for parallel adaptations.
     """
     for composition in compilation.controls.values():
         if isinstance(composition, Parallel):
-            message = f"{composition.name!r} gives rows for each of its adaptations, and a text goes on in one"
-            raise GraftError("GC141", message, hint="compose the adaptations as a bank, whose rows choose")
+            message = f"{composition.name!r} returns rows for each of its adaptations, but a text continues in only one"
+            raise GraftError("GC141", message, hint="compose the adaptations as a bank, in which each row chooses one")
 
 
 def cannot_be_cached(compilation: Compilation) -> bool:
@@ -136,7 +140,7 @@ def cannot_be_cached(compilation: Compilation) -> bool:
 
 
 def gates_over_rows(program: Program) -> list[str]:
-    """Return the names of adaptations with gates that are means over the tokens of a row."""
+    """Return the names of adaptations whose gates are means over the tokens of a row."""
     origins = (provenance(node) for node in program.graph.nodes if node.target in _MEANS)
     return list(dict.fromkeys(o["adaptation"] for o in origins if o is not None and o["part"] == "gate"))
 

@@ -1,4 +1,4 @@
-"""The pipeline: from a model and a spec to verified Programs over one Store."""
+"""The pipeline that compiles a model and a spec into verified Programs over one Store."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def compile_model(
     """Compile a spec against a model. The model is never changed.
 
     Args:
-        spec: the document that says what to adapt.
-        model: any module that torch.export captures.
-        axes: its inputs; the model's usual ones by default.
+        spec: the document that specifies what to adapt.
+        model: any module that torch.export can capture.
+        axes: its inputs; the model's default ones by default.
         flags: other keyword arguments of its calls.
-        start: the seed, and what exists already.
+        start: the seed, and existing captures and values.
 
     Raises:
-        GraftError: with a code for anything that is wrong with the spec, the model or their fit.
+        GraftError: with a code for any problem with the spec, the model or their combination.
     """
     if any(name == CALLS for name, _ in flags):  # they come from an earlier Compilation
         start = replace(start, level="layers")
@@ -55,7 +55,7 @@ def compile_model(
         if start.level is not None or spec.capture == "graph" or error.code not in _NO_GRAPH or not has_values(model):
             raise
         graph_error = error
-    # Not in the handler: that error would become the context of later ones, which says why a trace has failed.
+    # Not in the handler: the error would become the context of later ones, which are searched for causes.
     try:
         reason = told(graph_error.__cause__ or graph_error)  # without the inputs that the model was called with
         return _compiled(spec, model, axes, flags, replace(start, level="layers", because=reason))
@@ -67,7 +67,7 @@ def compile_model(
 
 
 _NO_GRAPH = ("GC030", "GC041")
-"""What is said of a model that cannot be one graph."""
+"""Codes of the errors for a model that cannot be one graph."""
 
 
 def _compiled(
@@ -116,10 +116,10 @@ def recompile(
 
     Args:
         compilation: the Compilation with the signature, the seed and the captures.
-        spec: the document that says what to adapt there.
+        spec: the document that specifies what to adapt there.
         values: adapter tensors to start from, by name.
         model: another base; by default the one that ``compilation`` was given.
-        axes: inputs of other element types, if the base has another one.
+        axes: inputs with other dtypes, if the base has another one.
     """
     return compile_model(
         spec,

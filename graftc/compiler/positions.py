@@ -1,6 +1,6 @@
-"""Tables of positions: a graph that looks up a learned vector per position takes at most as many tokens as rows.
+"""Find position tables: a graph that looks up a learned vector per position accepts at most one token per row.
 
-These lookups are found by trial: for a text of twice as many tokens as a table has rows, such a lookup exceeds it.
+These lookups are found by trial: for a text with twice as many tokens as a table has rows, such a lookup exceeds it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 
 _LARGEST = 2**16
-"""Rows of a table that is tried out."""
+"""The largest number of rows of a table that is tested."""
 _POSITIONS = "position_ids"
 
 
@@ -31,12 +31,12 @@ class PositionTable:
     """A table that is read at the positions of tokens.
 
     Attributes:
-        index: the node with the rows that are read.
-        most: the number of tokens that it has positions for.
-        rows: its number of rows: for some model families, positions begin after the first row.
-        input: the input that has the tokens, and which of its axes counts them.
+        index: the node that computes the indices of the rows to read.
+        most: the number of tokens for which it has positions.
+        rows: its number of rows; in some model families, positions begin after the first row.
+        input: the input with the tokens, and the index of its token axis.
         axis: the name of that axis.
-        given: whether calls give the positions.
+        given: whether calls pass the positions.
     """
 
     index: fx.Node
@@ -53,12 +53,12 @@ class PositionTable:
     def require(self, present: Mapping[str, Any], store: Store) -> None:
         """Check that every token of a call has a position.
 
-        Values are inspected if there are more tokens than positions, which may be padding, and on the CPU if calls give
-        the positions.
+        Values are inspected if there are more tokens than positions, since some may be padding, and on the CPU if calls
+        pass the positions.
 
         Args:
-            present: the inputs that the graph is called with, by name.
-            store: its tensors.
+            present: the inputs of the call, by name.
+            store: the Store of the graph's tensors.
 
         Raises:
             GraftError: GC143 for a token beyond the table.
@@ -79,7 +79,7 @@ def require_positions(tokens: int, most: int) -> None:
 
     Args:
         tokens: the number of tokens of the text.
-        most: the number of tokens that the table has positions for.
+        most: the number of tokens for which the table has positions.
 
     Raises:
         GraftError: GC143 if there are more tokens.
@@ -93,7 +93,7 @@ def position_tables(program: Program, store: Store) -> tuple[PositionTable, ...]
 
     Args:
         program: a captured or an adapted graph.
-        store: its tensors.
+        store: the Store of its tensors.
     """
     return tuple(_tables(program, store))
 
@@ -135,7 +135,7 @@ def _inputs_of(index: fx.Node) -> set[str] | None:
 
 
 def _long(spec: InputSpec, length: int, device: torch.device) -> Tensor:
-    """Return an input of one row of ``length`` tokens, none of which is padding, without a past."""
+    """Return an input with one row of ``length`` tokens, without padding and without a past."""
     sizes = {BATCH: 1, PAST: 0}
     shape = [size_of(size, sizes, length) if isinstance(size, str) else size for size in spec.shape]
     if spec.name.endswith(_POSITIONS):

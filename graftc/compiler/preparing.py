@@ -1,6 +1,6 @@
-"""Preparation of a source model before it is captured: a list of steps, each requested by a part of the spec.
+"""Prepare a source model for capture in a list of steps, each requested by a part of the spec.
 
-No step changes the model that it is given; a copy shares all storage that stays the same.
+No step changes the model that it is given; a copy shares all unchanged storage.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import counted
 
 Level = Literal["graph", "layers", "modules"]
-"""How much of a model is one graph: all of it, each of its layers, or each of its maps, between which its own Python
-runs."""
+"""How much of a model is one graph: all of it, each of its layers, or each of its maps. Between graphs, the model's own
+Python code runs."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class StartingPoint:
     """Inputs of a compilation in addition to the spec and the model.
 
     Attributes:
-        seed: the seed that initial values are drawn from.
-        use_cache: whether to look up and keep the captured graph in the user's cache folder.
+        seed: the seed for drawing initial values.
+        use_cache: whether to look up and store the captured graph in the user's cache folder.
         values: adapter tensors to start from instead of initial values, by name.
-        known: captures to use instead of capturing, by their key.
-        every_layer: whether to write every layer out from the beginning, for callers that inspect graphs and run none.
+        known: existing captures to use instead of capturing, by key.
+        every_layer: whether to write out every layer from the beginning, for callers that only inspect graphs.
         level: how much of the model is one graph; by default as much as possible.
-        because: the reason why it is not all of it.
-        shown: called with a model that is taken apart to see how it calls its layers; one call on its inputs by
-            default.
+        because: the reason why the whole model is not one graph.
+        shown: a function that runs a model that is taken apart, to show how it calls its layers; by default, it calls
+            the model once on its inputs.
     """
 
     seed: int = 0
@@ -72,20 +72,20 @@ class StartingPoint:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model while it is prepared for capture.
+    """A model that is being prepared for capture.
 
     Attributes:
-        spec: the document that says what is to be adapted.
+        spec: the document that specifies what to adapt.
         model: the model that is captured.
         source: the model as it was given, with its weights packed if the spec requests it.
-        axes: its inputs; None for the model's usual ones.
+        axes: its inputs; None for the model's default ones.
         flags: other keyword arguments of its calls.
-        start: what exists already, and how much of the model is one graph.
-        unpacked: the parameters from before the spec had them packed, by name.
-        notes: messages for people about what is not one graph.
-        in_the_way: the reasons by the path of a stack of layers, with the model's own under the empty path.
-        written: names of the buffers that the Python between graphs writes to.
-        read: names of the parameters that it reads.
+        start: existing captures and values, and how much of the model is one graph.
+        unpacked: the parameters as they were before being packed for the spec, by name.
+        notes: notes for display on what is not one graph.
+        in_the_way: the reasons why, by the path of a stack of layers; that for the whole model is under the empty path.
+        written: names of the buffers that the Python code between graphs writes to.
+        read: names of the parameters that this code reads.
     """
 
     spec: Spec
@@ -104,7 +104,7 @@ class Prepared:
 def _quantise(prepared: Prepared) -> Prepared:
     """Pack the weights of linear maps and experts.
 
-    Graphs read weights however they are stored, so the capture that locates them also fits the packed model.
+    Graphs read weights however these are stored, so the capture that locates the maps also fits the packed model.
     """
     model, spec, start = prepared.model, prepared.spec, prepared.start
     if spec.base.quantize is None:
@@ -143,9 +143,9 @@ def _fill(prepared: Prepared) -> Prepared:
 
 
 def _take_apart(prepared: Prepared) -> Prepared:
-    """Replace the model by the union of its layers, called as in a run on the inputs shown.
+    """Replace the model with the union of its elements, called as in a run on the example inputs.
 
-    Flags that already say how a layer is called come from an earlier Compilation.
+    Flags that already describe the calls come from an earlier Compilation.
     """
     start = prepared.start
     if not start.takes_apart:
@@ -163,9 +163,9 @@ def _take_apart(prepared: Prepared) -> Prepared:
         message = f"the layers of {row} cannot be graphs: {reason}"
         raise GraftError("GC030", message, place=Place(path="capture"), hint="capture: modules adapts their maps")
     calls, flags = as_inputs(apart.calls)
-    rows = [f"of {row} single maps are graphs, where roles are not known: {why}" for row, why in apart.by_maps.items()]
-    rows += [f"of {row} parts of layers are graphs: {why}" for row, why in apart.by_parts.items()]
-    rows += [f"the inputs shown do not call {row}, where nothing is adapted" for row in apart.uncalled]
+    rows = [f"in {row}, single maps are graphs, and roles are not known: {why}" for row, why in apart.by_maps.items()]
+    rows += [f"in {row}, parts of layers are graphs: {why}" for row, why in apart.by_parts.items()]
+    rows += [f"the inputs shown do not call {row}, so nothing is adapted there" for row in apart.uncalled]
     notes = (_told(apart.calls, model, start.because), *rows)
     union = union_of(model, elements_in(flags))
     return replace(
@@ -181,23 +181,23 @@ def _take_apart(prepared: Prepared) -> Prepared:
 
 
 def _told(elements: Collection[str], model: nn.Module, because: str) -> str:
-    """Return a sentence that says which parts of a model are graphs."""
+    """Return a sentence about which parts of a model are graphs."""
     name, known_maps = type(model).__name__, set(maps_of(model))
     maps = len(known_maps.intersection(elements))
     layers = len(set(layers_of(model)).intersection(elements) - known_maps)
     kinds = ((layers, "layer"), (len(elements) - layers - maps, "layer part"), (maps, "map"))
     parts = [counted(number, what) for number, what in kinds if number]
     of = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-    return f"{name} is its own Python between graphs of {of}" + (f": {because}" if because else "")
+    return f"{name} runs its own Python code between graphs of {of}" + (f": {because}" if because else "")
 
 
 def prepare(prepared: Prepared) -> Prepared:
-    """Take the steps that the spec requests.
+    """Run the steps that the spec requests.
 
     Raises:
-        GraftError: GC073, GC032 and GC130 for what cannot be compiled, GC162 for what a library quantised in a way that
-            cannot be converted, GC030 if quantising needs a capture and there is none, and any error of the spec's
-            part, at its place in the spec.
+        GraftError: GC073, GC032 and GC130 for a model that cannot be compiled, GC162 for a library's quantisation that
+            cannot be converted, GC030 if quantising needs a capture and none can be made, and any error from a part of
+            the spec, with its place there.
     """
     try:
         require_plain(prepared.model)
@@ -216,17 +216,15 @@ def prepare(prepared: Prepared) -> Prepared:
 
 
 def explained(error: GraftError, prepared: Prepared) -> GraftError:
-    """Return the reason why a prepared model cannot be captured, in the words of the spec, at its place there.
+    """Return the error for a prepared model that cannot be captured, in terms of the spec and with its place there.
 
     GC037 becomes GC149 if only parts of the model are graphs: the inputs of layers need not have a batch axis, so
-    nothing can choose per row.
+    nothing can be chosen per row.
     """
     if prepared.spec.cloze is not None:
         error = not_filling(error, prepared.model, prepared.spec.cloze)
     if error.code == "GC037" and prepared.start.takes_apart:
         name = type(prepared.source).__name__
-        message = (
-            f"{name} is taken apart into its layers, and what is chosen for each row of a batch is of a whole call"
-        )
+        message = f"{name} is taken apart into its layers, but a choice for each row of a batch applies to a whole call"
         error = GraftError("GC149", message, place=error.place, hint="adapt layers and maps instead")
     return prepared.spec.locate(error)

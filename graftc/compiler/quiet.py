@@ -1,10 +1,10 @@
-"""Suppression of what libraries print, warn of and log without being asked, with all other messages kept.
+"""Suppress what libraries print, warn and log unasked, but let all other messages through.
 
-Torch emits many messages while it makes a graph (`quiet`), and so do the libraries that transformers imports because
-they are installed, while it imports them (`quiet_quantisers`).
+torch emits many messages while it creates a graph (`quiet`), and so do libraries that transformers imports merely
+because they are installed (`quiet_quantisers`).
 
-Standard streams, loggers and warning filters belong to the whole process. Only the messages of one thread are dropped
-here, and those of other threads get through.
+Standard streams, loggers and warning filters are process-wide. Only one thread's messages are dropped here; those of
+other threads get through.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 _IMPORTING = "transformers.quantizers"
-"""Imports the library of every quantiser that is installed, and every model of transformers imports it."""
+"""The module that imports every installed quantiser's library; every transformers model imports it."""
 _withheld: list[logging.LogRecord] = []
 
 
@@ -30,7 +30,7 @@ class _WithoutOne:
         self._stream, self._thread = stream, cast("int | None", threading.get_ident())
 
     def write(self, text: str) -> int:
-        """Write the text to the stream, or drop it if that thread writes it."""
+        """Write the text to the stream, or drop it if it comes from that thread."""
         return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
 
     def end(self) -> None:
@@ -43,7 +43,7 @@ class _WithoutOne:
 
 @contextmanager
 def _without_errors() -> Iterator[None]:
-    """Suppress what this thread writes to the standard error while the block runs."""
+    """Suppress what this thread writes to stderr while the block runs."""
     before = sys.stderr
     if before is None:  # as under pythonw
         yield
@@ -59,25 +59,25 @@ def _without_errors() -> Iterator[None]:
 
 
 class _Unheard(logging.Filter):
-    """A filter that drops what one thread logs to some libraries' loggers below a level."""
+    """A filter that drops one thread's records below a level from some libraries' loggers."""
 
     def __init__(self, libraries: Sequence[str], least: int) -> None:
         super().__init__()
         self._libraries, self._least, self._thread = libraries, least, threading.get_ident()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether the record is from another thread, from another library or at least of the level."""
+        """Return whether the record is from another thread, from another library, or at or above the level."""
         own = record.thread == self._thread and record.name.partition(".")[0] in self._libraries
         return not own or record.levelno >= self._least
 
 
 class _Unasked(logging.Filter):
-    """A filter that holds back what other libraries log below errors while transformers imports its quantisers."""
+    """A filter that holds back other libraries' records below ERROR while transformers imports its quantisers."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to let the record pass; keep it for `tell` otherwise.
+        """Return whether to let the record pass; otherwise, store it for `tell`.
 
-        This is decided by the stack of the thread that logs, which is the one that imports.
+        The decision depends on the stack of the thread that logs, which is also the one that imports.
         """
         if record.levelno >= logging.ERROR or record.name.partition(".")[0] == "transformers":
             return True
@@ -93,7 +93,7 @@ class _Unasked(logging.Filter):
 def _filtered(ours: logging.Filter) -> Iterator[None]:
     """Add a filter to all existing handlers while the block runs.
 
-    A filter of a logger would not see the records of the loggers below it.
+    A filter on a logger would not see the records of its child loggers.
     """
     loggers = [x for x in list(logging.root.manager.loggerDict.values()) if isinstance(x, logging.Logger)]
     handlers = [handler for logger in [logging.root, *loggers] for handler in logger.handlers]
@@ -109,7 +109,7 @@ def _filtered(ours: logging.Filter) -> Iterator[None]:
 
 @contextmanager
 def quiet_quantisers() -> Iterator[None]:
-    """Hold back log records about quantiser libraries that transformers imports only because they are installed.
+    """Hold back log records of quantiser libraries that transformers imports only because they are installed.
 
     Errors are not held back. `tell` repeats the records of a library that is used after all.
     """
@@ -118,7 +118,7 @@ def quiet_quantisers() -> Iterator[None]:
 
 
 def tell(library: str) -> None:
-    """Log what `quiet_quantisers` held back of a library that is used after all, once.
+    """Log, once, the records that `quiet_quantisers` held back for a library that is used after all.
 
     Args:
         library: the first part of the loggers' names.
@@ -130,13 +130,13 @@ def tell(library: str) -> None:
 
 @contextmanager
 def quiet(libraries: Sequence[str], least: int = logging.ERROR) -> Iterator[None]:
-    """Suppress warnings, standard error and some libraries' log records of this thread while the block runs.
+    """Suppress this thread's warnings, stderr output and records of some libraries' loggers while the block runs.
 
-    For one thread at a time: use it inside of `exclusive`.
+    Only one thread at a time may use it: call it within `exclusive`.
 
     Args:
         libraries: the first parts of the loggers' names.
-        least: the level from which records are logged.
+        least: the lowest level of records that are still logged.
     """
     with warnings.catch_warnings(), _without_errors(), _filtered(_Unheard(libraries, least)):
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""The signatures of a Compilation: how the Programs of a new kind of call are made and added."""
+"""Create the Programs of a new kind of call, and add them to a Compilation as a signature."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def signature_for(compilation: Compilation, inputs: Mapping[str, Any]) -> Signature:
-    """Return the signature whose Programs apply to a call's tensors and flags; capture them if it is a new one.
+    """Return the signature whose Programs apply to a call's tensors and flags; capture it if it is new.
 
     Raises:
         GraftError: GC031 for a signature that cannot be captured, or that does not read an adapted place.
@@ -38,7 +38,7 @@ def signature_for(compilation: Compilation, inputs: Mapping[str, Any]) -> Signat
     if signature is not None:
         return signature
     with exclusive(), walked_once():
-        signature = compilation.find(inputs)  # another thread may have made it in the meantime
+        signature = compilation.find(inputs)  # another thread may have added it in the meantime
         return signature if signature is not None else _new_signature(compilation, inputs)
 
 
@@ -69,7 +69,7 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
 
 
 def _check_room(compilation: Compilation, tensors: Mapping[str, Tensor]) -> None:
-    """Check that adaptations with positions of their own leave enough of them for a text.
+    """Check that adaptations that take up positions leave enough of them for a text.
 
     Raises:
         GraftError: GC020 if they do not.
@@ -82,7 +82,9 @@ def _check_room(compilation: Compilation, tensors: Mapping[str, Tensor]) -> None
         axes = own[source.name].shape, own[source.name].ranges, source.ranges
         for size, name, (_, most), (_, before) in zip(tensors[source.name].shape, *axes, strict=False):
             if most is not None and most != before and size > most:
-                message = f"{source.name} has {size} tokens; beside those of its adaptations the model reads {most}"
+                message = (
+                    f"{source.name} has {size} tokens; besides those of its adaptations, the model can read {most}"
+                )
                 message += f": {why}" if (why := adapted.limits.get(str(name))) else ""
                 raise GraftError("GC020", message, hint="shorten the text")
 
@@ -94,8 +96,8 @@ def _not_captured(
     usual = {s.name: s.dtype for s in base.inputs}
     new = [axis for axis in axes if axis.name not in usual], tuple(f for f in flags if f not in base.flags)
     other = next((axis for axis in axes if axis.dtype != usual.get(axis.name, axis.dtype)), None)
-    reason = failure.message if failure is not None else f"{model} has none for these sizes"
-    hint = failure.hint if failure is not None else "the model may not take inputs of these sizes"
+    reason = failure.message if failure is not None else f"{model} has none that fits these sizes"
+    hint = failure.hint if failure is not None else "the model may not accept inputs of these sizes"
     if any(new):
         hint = f"leave out {described(*new)}"
     elif other is not None:
@@ -115,12 +117,12 @@ def add_signature(
     chosen: Sequence[str] = (),
     initial: Initial | None = None,
 ) -> Signature:
-    """Capture one more signature and adapt the same places there.
+    """Capture one more signature and adapt the same places in it.
 
     Args:
         compilation: the Compilation, to which the Programs are added.
         axes, flags: the inputs and flags that the source model is called with.
-        chosen: names of the Compilation's `controls` that calls also have; those that every call has need not be named.
+        chosen: names of the Compilation's `controls` that calls also have; those that every call has may be omitted.
         initial: the source of values for new tensors; by default they are drawn from the Compilation's seed.
 
     Returns:
@@ -139,16 +141,16 @@ def add_first(
     initial: Initial,
     notes: Sequence[str] = (),
 ) -> Signature:
-    """Capture the first signature, for the first inputs of those tried that can be captured, and adapt it.
+    """Capture the first signature, trying different inputs until some can be captured, and adapt it.
 
     Args:
         compilation: the Compilation, which has no signature yet.
         axes, flags: the inputs and flags that the source model is called with; None for its usual inputs.
         initial: the source of values for new tensors.
-        notes: messages about the model for people, in addition to those of the capture.
+        notes: notes for display on the model, in addition to those of the capture.
 
     Raises:
-        GraftError: GC030 if it cannot be captured, and anything that is wrong with the spec or its fit.
+        GraftError: GC030 if the model cannot be captured, and other codes for problems with the spec or its fit.
     """
 
     def attempt(tried: Sequence[Axis]) -> Signature:
@@ -165,8 +167,8 @@ def add_first(
 
 def _for_other_sizes(model: nn.Module, shown: Mapping[str, Tensor]) -> GraftError:
     sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in shown.items())
-    message = f"{type(model).__name__} has a graph for other sizes than those shown: {sizes}"
-    return GraftError("GC030", message, hint="its Python decides by sizes what it computes")
+    message = f"{type(model).__name__} has a graph that does not fit the sizes shown: {sizes}"
+    return GraftError("GC030", message, hint="its Python code computes different things for different sizes")
 
 
 def _fitting(
@@ -177,10 +179,10 @@ def _fitting(
     present: Mapping[str, Any],
     initial: Initial | None = None,
 ) -> tuple[Graphs, Resolution] | None:
-    """Return graphs that apply to a call; None if those of these axes do not.
+    """Return the graphs for these axes if they apply to a call, otherwise None.
 
     Args:
-        present: the tensors of the call by name. Sizes that turn out to be bound are captured with their values there.
+        present: the tensors of the call by name. Sizes that turn out to be bound are captured with their values in it.
     """
     for _ in range(2):
         graphs, resolution = _adapted(compilation, axes, flags, chosen, initial)
@@ -201,7 +203,7 @@ def _adapted(
     chosen: Sequence[str],
     initial: Initial | None = None,
 ) -> tuple[Graphs, Resolution]:
-    """Make the graphs of a signature without adding them to the Compilation."""
+    """Create the graphs of a signature without adding them to the Compilation."""
     always = [name for name, composition in compilation.controls.items() if isinstance(composition, Parallel)]
     request = CaptureRequest(compilation.model, tuple(axes), flags, aliases=compilation.store.aliases)
     places = compilation.places() if compilation.signatures else None
@@ -212,12 +214,12 @@ def _adapted(
 def _included(
     compilation: Compilation, graphs: Graphs, resolution: Resolution, notes: Iterable[str] | None = None
 ) -> Signature:
-    """Add graphs to the Compilation unless it has their signature, and return the signature.
+    """Add graphs to the Compilation unless it already has their signature, and return the signature.
 
     Args:
         compilation: the Compilation.
-        graphs, resolution: the graphs and what was resolved in them.
-        notes: notes for display on them; by default those of the Resolution.
+        graphs, resolution: the graphs and their Resolution.
+        notes: notes for display on the graphs; by default those of the Resolution.
     """
     if resolution.signature not in compilation.signatures:
         compilation.table.add(graphs, resolution, resolution.notes if notes is None else notes)

@@ -1,4 +1,4 @@
-"""Detection of changes to a source model after it was compiled."""
+"""Detect changes to a source model after it was compiled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from graftc.specs.errors.diagnostics import warn
 
 
 class SourceWatch:
-    """A watch over a source model that warns of changes once.
+    """Watches a source model, and warns once if it has changed.
 
     Args:
         source: the model as it is now.
@@ -20,7 +20,7 @@ class SourceWatch:
         self._before = digests_of_holdings(source)
 
     def look(self) -> None:
-        """Warn if the model has changed: graphs that are made from now on show its present state."""
+        """Warn if the model has changed: graphs that are created from now on reflect its present state."""
         if self._before is None:
             return
         before, now = self._before, digests_of_holdings(self._source)
@@ -30,6 +30,6 @@ class SourceWatch:
         where = changed[0].removeprefix("the module").strip()
         message = f"{type(self._source).__name__} has changed since it was compiled"
         message += f" ({where})" if where and now is not None else ""
-        message += ": graphs that are made from now on show it, earlier ones do not"
+        message += ": graphs created from now on reflect the change, but earlier ones do not"
         warn("GC048", message, hint="compile it again")
         self._before = None

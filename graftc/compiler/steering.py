@@ -1,4 +1,4 @@
-"""The controllers and objectives of a Compilation, over its live tensors."""
+"""Create the controllers and objectives of a Compilation, over its live tensors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LiveBase(Mapping[str, Tensor]):
 
 
 def live_places(compilation: Compilation, resolved: Resolved) -> tuple[list[AdaptedSite[Any]], Live]:
-    """Return the places of an adaptation with their tensors, and the tensors that it has as a whole."""
+    """Return an adaptation's places with their tensors, and the tensors that belong to it as a whole."""
     store, parts = compilation.store, compilation.parts.get(resolved.name, {})
     base = LiveBase(store)
     places = [AdaptedSite(site, spec, Live(store, parts.get(site.key, {})), base) for site, spec in resolved.places]
@@ -98,7 +98,7 @@ def _steers(spec: MethodSpec) -> bool:
 
 
 def _own_places(compilation: Compilation, unit: Unit) -> Iterator[AdaptedSite[Any]]:
-    """Yield the places where a composition has tensors of its own."""
+    """Yield the places where a composition has its own tensors."""
     parts = compilation.parts.get(unit.name, {})
     for site, _ in unit.members[0].places:
         if site.key in parts:

@@ -522,7 +522,9 @@ class TestErrors:
         compiled = graftc.compile({"adapt": [{"method": "prompt", "length": 20}]}, model).eval()
         ids = torch.ones(2, 13, dtype=torch.int64)
         compiled(input_ids=ids[:, :12], attention_mask=ids[:, :12])
-        with pytest.raises(GraftError, match="13 tokens; beside those of its adaptations the model reads 12") as error:
+        with pytest.raises(
+            GraftError, match="13 tokens; besides those of its adaptations, the model can read 12"
+        ) as error:
             compiled(input_ids=ids, attention_mask=ids)
         assert error.value.code == "GC020"
 

@@ -107,9 +107,9 @@ def test_rows_of_several_adaptations() -> None:
     both = [{**LORA, "name": name} for name in "ab"]
     compiled = graftc.compile({"adapt": both, "compose": {"parallel": ["a", "b"]}}, language_model("llama")).eval()
     for options in ({}, {"use_cache": False}):
-        with fails("GC141", "gives rows for each"):
+        with fails("GC141", "returns rows for each"):
             compiled.generate(**prompt(compiled), **options)
-    with fails("GC141", "gives rows for each"):
+    with fails("GC141", "returns rows for each"):
         compiled(**prompt(compiled), use_cache=True)
 
 
