@@ -77,7 +77,7 @@ def adapt_signature(work: Work) -> tuple[Graphs, Resolution]:
 def may_call(work: Work, capture: Capture) -> bool:
     """Return whether layers of a capture may remain function calls.
 
-    This requires that some layers are calls, and that neither the spec nor a plugin applies to the whole model.
+    This requires that some layers are calls, and that nothing in the spec and no plugin applies to the whole model.
     """
     if work.compilation.every_layer:
         return False

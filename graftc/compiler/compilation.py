@@ -1,4 +1,4 @@
-"""`Compilation`: the result of compiling, as data. Operations on it are in files named after them, as `adapting`."""
+"""`Compilation`: what was compiled, as data. Operations on it are in files named after them, such as `adapting`."""
 
 from __future__ import annotations
 

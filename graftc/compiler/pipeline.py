@@ -40,7 +40,7 @@ def compile_model(
     Args:
         spec: the document that specifies what to adapt.
         model: any module that torch.export can capture.
-        axes: its inputs; the model's default ones by default.
+        axes: its inputs; by default, the model's default ones.
         flags: other keyword arguments of its calls.
         start: the seed, and existing captures and values.
 

@@ -1,4 +1,4 @@
-"""Find position tables: a graph that looks up a learned vector per position accepts at most one token per row.
+"""Find position tables: a graph that looks up a vector per position accepts no more tokens than the table has rows.
 
 These lookups are found by trial: for a text with twice as many tokens as a table has rows, such a lookup exceeds it.
 """

@@ -51,8 +51,8 @@ class StartingPoint:
         every_layer: whether to write out every layer from the beginning, for callers that only inspect graphs.
         level: how much of the model is one graph; by default as much as possible.
         because: the reason why the whole model is not one graph.
-        shown: a function that runs a model that is taken apart, to show how it calls its layers; by default, it calls
-            the model once on its inputs.
+        shown: runs a model that is taken apart, to show how it calls its layers; by default, with one call on its
+            inputs.
     """
 
     seed: int = 0
@@ -83,7 +83,7 @@ class Prepared:
         start: existing captures and values, and how much of the model is one graph.
         unpacked: the parameters as they were before being packed for the spec, by name.
         notes: notes for display on what is not one graph.
-        in_the_way: the reasons why, by the path of a stack of layers; that for the whole model is under the empty path.
+        in_the_way: the reasons for that, by the path of a stack of layers; the whole model's is under the empty path.
         written: names of the buffers that the Python code between graphs writes to.
         read: names of the parameters that this code reads.
     """

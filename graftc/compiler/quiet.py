@@ -24,7 +24,7 @@ _withheld: list[logging.LogRecord] = []
 
 
 class _WithoutOne:
-    """A stream that drops what one thread writes, until `end` is called; then it only passes on."""
+    """A stream that drops what one thread writes, until `end` is called; from then on, it drops nothing."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._thread = stream, cast("int | None", threading.get_ident())

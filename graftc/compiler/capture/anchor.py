@@ -29,7 +29,7 @@ BOUNDS: Mapping[torch.dtype, float] = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
-"""The largest difference allowed, by the model's dtype, relative to the largest element of an output. Differences arise
+"""The largest allowed difference, by the model's dtype, relative to the largest element of an output. Differences arise
 only where the kernels differ."""
 
 _MORE_SAMPLES = 6

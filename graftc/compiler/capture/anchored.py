@@ -18,7 +18,7 @@ class Anchor(TimedAnchor, unstated=("differing", "assigned", "plain", "from_two"
     """Module attributes that the forward pass assigned."""
 
     plain: bool = False
-    """Whether both could be run only on plain inputs: ones, with the sizes used for the capture."""
+    """Whether both could be run only on inputs of all ones, with the sizes used for the capture."""
 
     from_two: tuple[str, ...] = ()
     """Named sizes for which 1 is a special case in the model, so that the graph is valid only from 2 upwards."""

@@ -19,7 +19,7 @@ T = TypeVar("T")
 def first_capture(model: nn.Module, axes: Sequence[Axis] | None, run: Callable[[Sequence[Axis]], T]) -> T:
     """Return the result of ``run`` for the first signature that can be captured.
 
-    The signatures tried are the one of the example inputs or, without examples, the model's default ones; then the
+    The signature of the example inputs is tried or, without examples, each of the model's default signatures; then the
     same signatures with more and more sizes fixed.
 
     Raises:

@@ -105,7 +105,7 @@ def capture(request: CaptureRequest, *, alike: bool = True) -> Capture:
     """Capture a model for one signature.
 
     Args:
-        request: the model, and what it is called with.
+        request: the model, and the inputs of its calls.
         alike: whether to trace only one of several alike layers (see `graftc.compiler.capture.alike`); otherwise, all
             are traced.
 
@@ -234,7 +234,7 @@ def _patches(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _patches_of_what_is_there() -> Iterator[None]:
-    """Limit transformers' patches to model code that is imported while the block runs; others would import more."""
+    """Limit transformers' patches, in the block, to model code that is already imported; others would import more."""
     if (every := export_patches()) is None:
         yield
         return

@@ -44,7 +44,7 @@ def not_captured(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
     """
     name, called = type(request.model).__name__, str(request)
     own = None if isinstance(error, _OF_TRACERS) else _own_error(request, inputs)
-    if isinstance(own, GraftError):  # a forward of graftc's own says what is missing
+    if isinstance(own, GraftError):  # one of graftc's own ``forward`` methods explains what is missing
         return own
     if own is not None and (type(own) is type(error) or isinstance(error, MixedProductError)):
         shown = ", ".join(_shown(axis) for axis in request.axes)
@@ -60,7 +60,7 @@ def not_captured(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
 
 
 class UntraceableError(Exception):
-    """Raised for a trace that fails whatever the sizes and the way of tracing."""
+    """Raised for a trace that fails regardless of the sizes and the way of tracing."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(*error.args)
@@ -104,7 +104,7 @@ def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
 
 
 def by_values(error: BaseException | None) -> bool:
-    """Return whether an error shows that the trace fails whatever the sizes and the way of tracing."""
+    """Return whether an error shows that the trace fails regardless of the sizes and the way of tracing."""
     return any(isinstance(each, _OF_TRACERS) for each in _with_causes(error))
 
 

@@ -27,7 +27,7 @@ BATCH, SEQUENCE, TARGET = "batch", "sequence", "target_sequence"
 _SIZES = {BATCH: 3, SEQUENCE: 7, PAST: 5}
 _OTHER = 11
 _SUM = "+"
-"""Joins the names of axes into the name of an axis whose size is the sum of theirs."""
+"""The separator that joins the names of axes into the name of an axis whose size is the sum of theirs."""
 
 
 def is_sum(name: str) -> bool:
@@ -339,7 +339,7 @@ def _axes(name: str, value: Tensor, sizes: dict[str, int], pairs: bool) -> tuple
     else:
         sequences = (TARGET,) if labels and pairs else (SEQUENCE,)
     # If no input has determined the sequence, token ids ([batch, sequence]) and embeddings (one axis more) do. Other
-    # axes keep their sizes: the capture itself still determines which of them may vary.
+    # axes keep their sizes: the capture itself still determines which of them are dynamic.
     integers = value.dim() == 2 and not value.is_floating_point() and (pairs or not labels)
     if value.dim() > 1 and sequences[0] not in sizes and (integers or name.endswith("inputs_embeds")):
         sizes[sequences[0]] = value.shape[1]

@@ -98,7 +98,7 @@ def hooked(
         model: the model with the modules.
         paths: the modules' paths.
         before: called with a module's path, the module, and the positional and keyword arguments.
-        after: called with the same and the result.
+        after: called with the same arguments and the result.
         always_after: whether to call ``after`` even if a call fails.
     """
     with ExitStack() as stack:
@@ -166,13 +166,13 @@ def maps_of(model: nn.Module) -> list[str]:
 
 
 def place_in_row(path: str) -> str:
-    """Return a path without its layer number, which is equal for modules at the same place in all layers of a row."""
+    """Return a path without its layer number; it is equal for modules at the same place in all layers of a row."""
     layer = layer_path(path)
     return layer.rpartition(".")[0] + path.removeprefix(layer)
 
 
 def hold_all(model: nn.Module, layers: Iterable[str], elements: Collection[str]) -> bool:
-    """Return whether elements contain all parameters of some of a model's layers."""
+    """Return whether the elements contain every parameter of the given layers of a model."""
     known = frozenset(elements)
     names = (f"{layer}.{name}" for layer in layers for name, _ in model.get_submodule(layer).named_parameters())
     return all(innermost(name, known) for name in names)

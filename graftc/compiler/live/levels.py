@@ -38,8 +38,8 @@ class TakenApart:
 
     Attributes:
         calls: the calls of the elements in a run on the example inputs.
-        by_parts: rows whose elements are parts of layers, but nothing smaller, each with the reason.
-        by_maps: rows whose elements include single maps, each with the reason.
+        by_parts: rows of layers that are split into parts, but not into maps, each with the reason for splitting.
+        by_maps: rows of layers that are split into single maps as well, each with the reason for splitting.
         uncalled: rows of layers that the run did not call, so that nothing in them is an element.
         written: names of the buffers that the run wrote to.
         read: names of the parameters that the model's own Python code read between elements.
@@ -58,7 +58,7 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
 
     Args:
         model: the model that is run; it is unchanged afterwards.
-        run: a function that runs the model, such as one call; repeated for each depth of layers that are not graphs.
+        run: runs the model, for example with one call; called again for each depth of layers that are not graphs.
         maps_alone: whether only maps, and no layers or parts of layers, may be graphs.
 
     Raises:
@@ -167,7 +167,7 @@ def _inside(model: nn.Module, paths: Collection[str], counts: Mapping[str, int])
 
 
 Kind = tuple[tuple[type, ...], str]
-"""The classes in an element, and the form of its call; apart from settings, its Python code depends only on these."""
+"""The classes in an element, and the form of its call; settings aside, these determine what its Python code does."""
 
 
 def _kind(model: nn.Module, calls: Recorded, path: str) -> Kind:
@@ -198,7 +198,7 @@ READS = "its Python reads the values of tensors"
 
 
 def deciding(union: nn.Module, call: Recorded) -> Recorded:
-    """Return an element's call with the decisions that its Python code makes by tensor values, from a run in each mode.
+    """Return an element's call with the decisions that its Python code bases on tensor values, from a run in each mode.
 
     Args:
         union: the union of the model's elements.
@@ -216,7 +216,7 @@ def deciding(union: nn.Module, call: Recorded) -> Recorded:
 
 
 def tried(union: nn.Module, call: Recorded) -> str:
-    """Return why an element's Python code cannot be a graph, judging by a run in each mode; empty if none shows why.
+    """Return why an element's Python code cannot be a graph, judging by a run in each mode; empty if neither shows why.
 
     Args:
         union: the union of the model's elements.

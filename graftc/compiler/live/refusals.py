@@ -49,7 +49,7 @@ def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
 
 
 def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
-    """Raise if the model's own Python code reads an adapted tensor between graphs, where it would get the base's.
+    """Raise if the model's own Python code reads an adapted tensor between graphs: it would get the base's values.
 
     Args:
         compilation: the Compilation of a model that is taken apart.
@@ -65,7 +65,7 @@ def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
 
 
 def adapted_tensors(compilation: Compilation) -> dict[str, tuple[str, ...]]:
-    """Return the names of the adaptations of each adapted tensor in the Store, by the tensor's name.
+    """Return, for each adapted tensor of the Store by name, the names of the adaptations that adapt it.
 
     An adaptation with tensor edits adapts the tensors that these name; any other adapts all tensors of its sites.
     """

@@ -47,7 +47,7 @@ def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Cal
             not recorded.
         parts: paths of layers, or of parts of layers; none of them is inside another.
         maps: paths of maps, inside and outside these.
-        run: a function that runs the copy, such as one call.
+        run: runs the copy, for example with one call.
 
     Raises:
         GraftError: GC030 if the model does not run in its current mode, or writes to a parameter.

@@ -19,7 +19,7 @@ def plain_linear(like: nn.Module, packed: Packed) -> nn.Linear:
 
     Args:
         like: the module whose bias, if any, and training mode are used.
-        packed: the weight.
+        packed: the packed weight.
     """
     own, _ = packed
     rows, width = own.shape

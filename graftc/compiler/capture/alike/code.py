@@ -2,8 +2,8 @@
 
 Alike layers are traced once because all of their contents are known, and reads of differing values are recorded. Code
 that bypasses attributes (``vars``, ``__dict__``), uses the identity of an object (``id``), or reads and writes state
-outside the model (globals, closures, context variables) may behave differently in each layer. The difference need not
-show in outputs on samples: a stopped gradient, or a bound on large values. Library code is trusted.
+outside the model (globals, closures, context variables) may behave differently in each layer. Outputs on samples need
+not show the difference, for example a stopped gradient or a bound on large values. Library code is trusted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LooksElsewhere:
         self._classes: dict[type, bool] = {}
 
     def of(self, module: nn.Module) -> bool:
-        """Return whether a module's class has such code outside ``__init__``, or slots with unlisted values."""
+        """Return whether a module's class has such code outside ``__init__``, or slots, whose values are unknown."""
         kind = type(module)
         if kind not in self._classes:
             self._classes[kind] = any(map(_class_does, kind.__mro__))

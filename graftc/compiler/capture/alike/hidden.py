@@ -1,4 +1,4 @@
-"""Hide the tensors of layers that the tracer is not expected to run, since each of them takes torch.export time.
+"""Hide the tensors of layers that the tracer is not expected to run, because each tensor slows torch.export down.
 
 For each tensor and each input of a model, torch.export creates a fake tensor, an input and a node, whether or not
 anything reads them. This takes about 8 milliseconds for a Llama layer, and twice that for the keys and values of a

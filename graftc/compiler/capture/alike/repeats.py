@@ -40,7 +40,7 @@ _LIBRARY.define("again(int call, int layer, Tensor[] inputs) -> Tensor[]")
 MARK: Any = torch.ops.graftc_capture.mark.default
 """Marks the beginning and the end of a traced call, with the call's number and its input or output tensors."""
 AGAIN: Any = torch.ops.graftc_capture.again.default
-"""Represents an untraced call: the number of the traced one, the number of the layer, and the input tensors."""
+"""Represents an untraced call by the number of the traced one, the number of the layer, and the input tensors."""
 fx.node.has_side_effect(MARK)  # keeps it in the graph although its result is unused
 
 

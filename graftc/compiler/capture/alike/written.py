@@ -137,7 +137,7 @@ class _Writing:
                     raise NotAlikeError(f"{user} reads {name}, which stood in for others")
 
     def _read_uncast(self, segment: _Segment) -> None:
-        """Rewire readers outside a layer from a cast that changes nothing to the source of the cast.
+        """Rewire readers outside a layer from a no-op cast to the cast's source.
 
         Such a cast returns the tensor itself, so the tracer records the cast as the origin of hidden states that the
         model has collected.

@@ -105,7 +105,8 @@ class Runs:
 
         The tracer assumes that every size is greater than 1, and records nothing if a model checks for 1. Each size is
         set to 1 alone, and all of them together. For a library's class, which checks at most for a single token, it is
-        enough if all together in eval mode show no difference: a pass takes as long for one token as for a text.
+        enough that all of them together show no difference in eval mode: a pass takes as long for one token as for a
+        text.
         """
         names, library = self._ones, self._is_of_a_library
         if self._ones_hold or not names or (library and self._program.mode == "train"):
@@ -131,7 +132,7 @@ class Runs:
 
     @property
     def _is_of_a_library(self) -> bool:
-        """Whether the model's class is a library's, which does not check for both the mode and the number of tokens."""
+        """Whether the model's class is a library's; these do not check for both the mode and the number of tokens."""
         own = next(cls for cls in type(self._model).__mro__ if not cls.__module__.startswith("graftc."))
         return home_of_module(own.__module__) == "library"
 

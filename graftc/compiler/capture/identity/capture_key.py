@@ -47,7 +47,7 @@ from graftc.compiler.capture.isolation import unheard
 from graftc.passes.core.ir.shapes import raw_bytes
 
 LARGEST_TENSOR = 65536
-"""The largest size, in bytes, of a tensor that is neither a parameter nor a buffer; larger ones prevent storing."""
+"""The largest size, in bytes, of a tensor other than parameters and buffers; with a larger one, nothing is stored."""
 
 _RECORDING = "transformers.utils.output_capturing"
 """The module whose hooks transformers adds to a model in its first forward pass, even if that is captured."""
@@ -256,7 +256,7 @@ class _Walk:
         return [path, number, list(children_of(module)), values, sorted(transient_of(module))]
 
     def _value(self, value: Any, where: str, *, strict: bool) -> Any:
-        """Return a value as JSON data; if it cannot be serialised, raise if ``strict``, or return only its type."""
+        """Return a value as JSON data; for one that cannot be serialised, raise if ``strict``, else return its type."""
         if type(value) in _PLAIN:
             return [type(value).__name__, repr(value)]
         if isinstance(value, nn.Module):
