@@ -1,7 +1,7 @@
-"""The Runner of a model whose adaptations can be left out, and from whose base other models can be made.
+"""The Runner of a model with adaptations, which can leave some out and compile other models from the same base.
 
-What it computes without some adaptations is an `AdaptedView`: a Compilation of another spec over the model's own Store,
-with its code. Showing a view is an assignment; calls then run it at no extra cost.
+The model without some adaptations is an `AdaptedView`: a Compilation of another spec over the model's own Store, with
+its code. Showing a view is an assignment; calls then run it at no extra cost.
 """
 
 from __future__ import annotations
@@ -53,18 +53,18 @@ _LABELS = itertools.count(1)
 
 
 class AdaptedRunner(ModelRunner):
-    """A Runner with adaptations, for everything that folds, saves, exports, inspects or trains a model.
+    """A Runner with adaptations, used by all code that folds, saves, exports, inspects or trains a model.
 
     Args:
         compilation, store: see `ModelRunner`.
 
     Attributes:
         leaving: the adaptations that calls leave out.
-        views: the views that are known, by the adaptations that they leave out.
-        progress: the progress of the training.
+        views: the views created so far, by the adaptations that they leave out.
+        progress: the training progress.
         base_only: whether calls run the base's graphs.
-        as_reference: whether they run those of eval mode.
-        recompute: how layers recompute activations, and ``n`` if every ``n``-th one does; None if none does.
+        as_reference: whether calls run the eval graphs in either mode.
+        recompute: how layers recompute activations, and ``n`` if every ``n``-th layer does; None if no layer does.
     """
 
     def __init__(self, compilation: Compilation, store: Store) -> None:
@@ -74,14 +74,14 @@ class AdaptedRunner(ModelRunner):
         self.base_only = self.as_reference = False
         self.recompute: tuple[Recompute, int] | None = None
 
-    # Other models of the same base
+    # Other models on the same base
 
     def compiled_of(self, compilation: Compilation) -> Any:
-        """Return the compiled model of a Compilation."""
+        """Return a compiled model that runs a Compilation."""
         raise NotImplementedError
 
     def over(self, compilation: Compilation) -> AdaptedRunner:
-        """Return the Runner of another Compilation: the same Programs over another Store."""
+        """Return the Runner for another Compilation, which has the same Programs over another Store."""
         return cast(AdaptedRunner, self.compiled_of(compilation)._graftc)
 
     def sibling(
@@ -95,20 +95,20 @@ class AdaptedRunner(ModelRunner):
 
         Args:
             spec: the spec to compile.
-            values: adapter tensors to start from, by name.
-            model: another base; by default the same.
-            axes: inputs of other element types, if the base has another one.
+            values: initial adapter tensors, by name.
+            model: another base; by default the same one.
+            axes: the inputs with other dtypes, if that base has another dtype.
         """
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GraftWarning)  # they were given when this model was compiled
+            warnings.simplefilter("ignore", GraftWarning)  # they were issued when this model was compiled
             compilation = recompile(self.compilation, spec, values, model, axes)
         return self.compiled_of(compilation).to(self.device)
 
     def alone(self, names: tuple[str, ...]) -> Any:
-        """Compile a model with these adaptations only, ``train:`` and added tokens, and adapter tensors of its own.
+        """Compile a model with only these adaptations, ``train:`` and added tokens; it has its own adapter tensors.
 
         Raises:
-            GraftError: GC091 if there is no such adaptation, GC036 for a part of a composition.
+            GraftError: GC091 for an unknown adaptation, GC036 for a part of a composition.
         """
         spec = self.compilation.spec
         kept = self.adaptations(names)
@@ -140,14 +140,14 @@ class AdaptedRunner(ModelRunner):
 
     @property
     def steering(self) -> Steerings:
-        """The controllers and objectives that steer the training of the shown view."""
+        """The controllers and objectives that steer training in the shown view."""
         if self.shown.steering is None:
             self.shown.steering = steerings(self.compilation)
         return self.shown.steering
 
     @property
     def everything(self) -> Steerings:
-        """The controllers and objectives that steer the training if nothing is left out."""
+        """The controllers and objectives that steer training if no adaptation is left out."""
         return self.complete().steering
 
     # Calls
@@ -156,12 +156,12 @@ class AdaptedRunner(ModelRunner):
         """Return the outputs of a call, as `ModelRunner.call` does.
 
         Raises:
-            GraftError: GC044 if a base tensor has been unfrozen, which code of `torch.compile` does not notice; GC130
-                if FSDP2 computes in another type than the graphs.
+            GraftError: GC044 if a base tensor has been unfrozen, which code compiled by `torch.compile` does not
+                detect; GC130 if FSDP2 computes in a dtype other than that of the graphs.
         """
         if is_unit(self.module) and computing_dtype(self.module) not in (None, self.dtype):
             own, other = (str(dtype).removeprefix("torch.") for dtype in (self.dtype, computing_dtype(self.module)))
-            message = f"FSDP2 computes in {other}, and the graphs were captured in {own}"
+            message = f"FSDP2 computes in {other}, but the graphs were captured in {own}"
             raise GraftError("GC130", message, hint=f"load the base in {other}, or leave out param_dtype")
         if torch.is_grad_enabled() and not is_traced():
             self._check_frozen()
@@ -171,20 +171,20 @@ class AdaptedRunner(ModelRunner):
         for path, table, name in self.once("frozen", self._parameters_of_base):
             tensor = table[name]
             if tensor.requires_grad and not wanted(tensor):
-                message = f"{path} wants a gradient, and it is the source model's"
+                message = f"{path} requires a gradient, but it belongs to the source model"
                 module = path.rpartition(".")[0] or path
-                hint = f"put train: [{module}] into the spec, which trains a copy of it, or freeze it again"
+                hint = f"add train: [{module}] to the spec, which trains a copy of it, or freeze it again"
                 raise GraftError("GC044", message, hint=hint)
 
     def _parameters_of_base(self) -> list[tuple[str, dict[str, Any], str]]:
-        """Return the names of the base's parameters, each with the table that it is in, and its key there."""
+        """Return the names of the base's parameters, each with the table that contains it and its key there."""
         names = [name for name, tensor in self.store.base() if isinstance(tensor, nn.Parameter)]
         split = ((name, *name.rpartition(".")) for name in names)
         return [(name, parameters_of(self.store.owner(path)), last) for name, path, _, last in split]
 
     @property
     def begins(self) -> int:
-        """The position of a text's first token, after shifted prefixes and virtual tokens."""
+        """The position of a text's first token, which follows shifted prefixes and virtual tokens."""
         if self.base_only:
             return 0
         specs = [resolved.spec for resolved in self.shown.compilation.places().resolved]
@@ -193,7 +193,7 @@ class AdaptedRunner(ModelRunner):
 
     @contextmanager
     def running_base(self) -> Iterator[None]:
-        """Run the base's graphs in all calls while the block runs; such blocks may be nested."""
+        """Run the base's graphs in all calls within the block; blocks may be nested."""
         before, self.base_only = self.base_only, True
         try:
             yield
@@ -201,13 +201,13 @@ class AdaptedRunner(ModelRunner):
             self.base_only = before
 
     def of_base(self) -> AdaptedRunner:
-        """Return a Runner of the same module that runs the base's eval graphs, whatever this one does meanwhile."""
+        """Return a Runner of the same module that always runs the base's eval graphs, whatever this one runs."""
         runner = copy.copy(self)
         runner.base_only = runner.as_reference = True
         return runner
 
     def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
-        """Return the key of what a call runs: an adapted graph, or one of the base."""
+        """Return the key of the Program that a call runs: an adapted graph, or the base's."""
         return ProgramKey(entry, mode, signature, "source" if self.base_only else "adapted")
 
     def mode_of(self, signature: Signature) -> Modes:
@@ -215,9 +215,9 @@ class AdaptedRunner(ModelRunner):
         return "eval" if self.as_reference else super().mode_of(signature)
 
     def program_of(self, key: ProgramKey) -> Program:
-        """Return the Program of a key that has no code yet, with every layer written out.
+        """Return the Program for a key that has no code yet, with every layer written out.
 
-        Entries that score tokens are derived from `forward`; the base's Program computes what the source does.
+        Entries that score tokens are derived from `forward`; the base's Program computes what the source model does.
         """
         if key.entry in ("losses", "scores"):
             return token_losses(self.program_of(key._replace(entry="forward")), scores=key.entry == "scores")
@@ -228,7 +228,7 @@ class AdaptedRunner(ModelRunner):
         return as_source(program, self.store.updated) if ours else program
 
     def as_run(self, key: ProgramKey) -> Program:
-        """Return the Program of a key. Layers that are alike call functions, unless hooks need each of them."""
+        """Return the Program for a key. Identical layers call functions, unless hooks need every layer written out."""
         compilation = self.shown.compilation
         program = compilation.table.programs.get(key)
         heard = self.hearing.hooked or self.hearing.everywhere or self.told or self.stops
@@ -245,7 +245,7 @@ class AdaptedRunner(ModelRunner):
     # Training graphs are lowered before they become code
 
     def install(self, key: ProgramKey, program: Program) -> None:
-        """Lower a Program to code, with its layers written out if calls of a function are not those of one block."""
+        """Lower a Program to code, with all layers written out if calls of one function do not belong to one block."""
         try:
             super().install(key, program)
         except UnlikeBodyError:
@@ -260,7 +260,7 @@ class AdaptedRunner(ModelRunner):
             code.checkpointing, code.recompute = every > 0 and number % every == 0, recompute
 
     def lowered(self, key: ProgramKey, executable: Installed) -> Program:
-        """Return the Program that code is made of: lowered if it trains, otherwise unchanged."""
+        """Return the Program from which code is generated: lowered if it trains, otherwise unchanged."""
         if not _trains(key):
             return executable.program
         spec = self.shown.compilation.spec
@@ -270,8 +270,8 @@ class AdaptedRunner(ModelRunner):
         return lowered
 
     def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, executable: Executable) -> Function:
-        """Return the code for a part of a Program; that of training graphs keeps less than autograd would."""
-        if self.stops or not _trains(key):  # hooks see each value once, so none is computed again
+        """Return the code for a part of a Program; code for training graphs stores less than autograd would."""
+        if self.stops or not _trains(key):  # hooks see each value once, so no value is recomputed
             return super().code(key, graph, module, executable)
         memory, off = self.shown.compilation.spec.memory, self.shown.compilation.spec.optimise.off
         plain = "recompute" in off and memory.budget is None and not memory.offload
@@ -286,7 +286,7 @@ class AdaptedRunner(ModelRunner):
         """Leave some adaptations out of the model while the block runs.
 
         Raises:
-            GraftError: GC091 if there is no such adaptation, GC036 for a part of a composition.
+            GraftError: GC091 for an unknown adaptation, GC036 for a part of a composition.
         """
         off, left = self.adaptations(names), self.leaving
         self.show(left.hidden | off)
@@ -299,10 +299,12 @@ class AdaptedRunner(ModelRunner):
             self.show(left.hidden)
 
     def beside(self, names: Iterable[str]) -> AdaptedRunner:
-        """Return a Runner of the same module without some adaptations, whatever calls of the module leave out.
+        """Return a Runner of the same module that leaves out these adaptations in addition to those left out now.
+
+        What calls of the module itself leave out later does not affect it.
 
         Raises:
-            GraftError: as `without`.
+            GraftError: as for `without`.
         """
         runner = copy.copy(self)
         runner.shown = self._known_view(self.leaving.hidden | self.adaptations(tuple(names)))
@@ -323,11 +325,11 @@ class AdaptedRunner(ModelRunner):
         return self.views.get(frozenset(), self.shown)
 
     def every_view(self) -> list[AdaptedView]:
-        """Return the views that calls may run: the shown one, and all that are known."""
+        """Return the views that calls may run: the shown one and all others created so far."""
         return list({id(view): view for view in (self.shown, *self.views.values())}.values())
 
     def relower(self) -> None:
-        """Make all code again, that of views included."""
+        """Generate all code again, including that of the views."""
         shown = self.shown
         try:
             for view in [*(view for view in self.every_view() if view is not shown), shown]:
@@ -337,7 +339,7 @@ class AdaptedRunner(ModelRunner):
             self.shown = shown
 
     def adaptations(self, names: tuple[str, ...]) -> frozenset[str]:
-        """Return the adaptations with these names, or in the compositions with these names."""
+        """Return the adaptations with these names and the members of compositions with these names."""
         spec = self.compilation.spec
         names = as_names(names) if names else ()
         resolved: set[str] = set()
@@ -354,11 +356,13 @@ class AdaptedRunner(ModelRunner):
         if off == self.shown.off:
             return
         if off not in self.views and is_traced():
-            raise GraftError("GC031", "this has no graph yet; call the model so once before compiling it")
+            raise GraftError(
+                "GC031", "no graph yet for these adaptations; call the model with them before compiling it"
+            )
         self.shown = self._known_view(off)
 
     def _known_view(self, off: frozenset[str]) -> AdaptedView:
-        """Return the view without some adaptations, which is made when it is first requested."""
+        """Return the view without some adaptations, which is created when it is first requested."""
         views = self.views
         if off not in views:
             with exclusive():
@@ -367,7 +371,7 @@ class AdaptedRunner(ModelRunner):
         return views[off]
 
     def _view(self, off: frozenset[str]) -> AdaptedView:
-        """Return a new view without some adaptations; what is shown does not change."""
+        """Return a new view without some adaptations; the shown view does not change."""
         spec = leaving(self.compilation.spec, off, train=TRAIN not in off)
         compilation = recompile(self.compilation, spec, dict(adapter_values(self.store)))
         every = self.everything
@@ -376,7 +380,7 @@ class AdaptedRunner(ModelRunner):
         tables = Tables(self.store)
         try:
             for fqn, tensor in compilation.store.adapters():
-                if fqn not in self.store:  # constants of what now reads a weight of the base directly
+                if fqn not in self.store:  # constants of adaptations that now read a base weight directly
                     tables.put(fqn, self.here(tensor), persistent=False)
             return self.view_of(over(compilation, self.compilation), kept, off)
         except BaseException:
@@ -384,7 +388,7 @@ class AdaptedRunner(ModelRunner):
             raise
 
     def view_of(self, compilation: Compilation, steering: Steerings, off: frozenset[str]) -> AdaptedView:
-        """Return a view with its own code for a Compilation over the same tensors; other threads may run this."""
+        """Return a view with its own code for a Compilation over the same tensors; other threads may call this."""
         beside = copy.copy(self)
         beside.shown = AdaptedView(compilation, {}, f"{next(_LABELS)}: ", off, steering)
         for key in (compilation.key("train"), compilation.key("eval")):

@@ -1,6 +1,6 @@
-"""The base model within a compiled one, callable as far as the last hidden state.
+"""The base model within a compiled model, which runs up to the last hidden state.
 
-Training loops that compute the head and the loss themselves call it.
+It is called by training loops that compute the head and the loss themselves.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ class HiddenStates(Node):
     """The state of a `BaseModel`: the function that it runs.
 
     Attributes:
-        call: a function of positional and keyword arguments that returns the last hidden state in the model's output
-            class.
+        call: a function that takes positional and keyword arguments and returns the last hidden state in the model's
+            output class.
     """
 
     call: Callable[[tuple[Any, ...], dict[str, Any]], Any] | None = None
 
 
 class BaseModel(Container):
-    """The child of a model that contains its layers, without the head: ``compiled.model`` in most decoders."""
+    """The child module that contains a model's layers without the head: ``compiled.model`` in most decoders."""
 
     _graftc: HiddenStates
 
@@ -36,7 +36,7 @@ class BaseModel(Container):
         self._graftc = HiddenStates()
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        """Run the model up to its last hidden state and return an output with ``last_hidden_state``.
+        """Run the model up to its last hidden state and return an output that has ``last_hidden_state``.
 
         Raises:
             GraftError: GC031 for inputs that cannot be captured; GC043 if the model returns no hidden states.
@@ -50,15 +50,15 @@ class BaseModel(Container):
 def install_base_model(
     store: Store, model: nn.Module, call: Callable[[tuple[Any, ...], dict[str, Any]], Any]
 ) -> BaseModel | None:
-    """Make the base model within a compiled one callable.
+    """Make the base model within a compiled model callable.
 
     Args:
         store: the Store whose tree has the containers of the compiled model.
         model: the source model, which names its base model (``base_model_prefix``).
-        call: a function that runs a call of it, given the positional and keyword arguments.
+        call: a function that runs the base model, given the positional and keyword arguments of a call.
 
     Returns:
-        The base model; None if the model has none, is one itself, or returns no hidden states.
+        The base model; None if the model has none, is a base model itself, or returns no hidden states.
     """
     prefix = getattr(model, "base_model_prefix", None)
     if not isinstance(prefix, str) or not isinstance(children_of(model).get(prefix), nn.Module):

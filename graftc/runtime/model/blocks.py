@@ -1,4 +1,4 @@
-"""Blocks: modules of the Store's tree that run a repeated layer's part of every Program."""
+"""Blocks: modules in the Store's tree that run a repeated layer's part of every Program."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from graftc.runtime.hooks.layer_learning import Border
 
 @dataclass(frozen=True)
 class Recompute:
-    """Settings by which a Block recomputes its activations in the backward pass.
+    """Settings for how a Block recomputes its activations in the backward pass.
 
     Attributes:
         options: keyword arguments of `torch.utils.checkpoint.checkpoint`, besides ``use_reentrant``, which is False.
-        offload: whether to keep what is needed for recomputing in the host's memory.
+        offload: whether to store the tensors needed for recomputation in host memory.
     """
 
     options: Mapping[str, Any] = field(default_factory=dict)
     offload: bool = False
 
     def __call__(self, function: Function, *inputs: Any) -> Any:
-        """Run a function and keep only its inputs."""
+        """Run a function and store only its inputs for the backward pass."""
         with self._kept_elsewhere(inputs):
             return checkpoint(function, *inputs, use_reentrant=False, **self.options)
 
@@ -56,16 +56,16 @@ class Recompute:
 
 
 class LayerCode(Node):
-    """The code that a Block runs, and how it runs it.
+    """The code that a Block runs, with its settings.
 
     Attributes:
-        functions: the code of its part of each Program, by key.
-        choices: the amount of its activations that each kind of call computes again.
-        checkpointing: whether to recompute activations in the backward pass instead of keeping them.
+        functions: the code for its part of each Program, by key.
+        choices: how much of its activations each kind of call recomputes.
+        checkpointing: whether to recompute activations in the backward pass instead of storing them.
         recompute: how to recompute them.
         borders: the inputs and outputs of its part of each Program, by key.
-        calls: how the source's layer is called there, by key, once hooks have requested it.
-        hearing: whether any layer of the model has hooks.
+        calls: how the source's layer is called in each Program, by key, once hooks have requested it.
+        hearing: the hooks that observe calls of the model's layers.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class LayerCode(Node):
         self.recompute = Recompute()
 
     def enter(self, module: nn.Module, *inputs: Any) -> Any:
-        """Call the module; a layer with hooks is called as the source's layer is."""
+        """Call the module; a layer with hooks is called with the arguments of the source's layer."""
         if self.hearing.live:  # the source's own module calls the hooks
             return module.forward(*inputs) if forward_hooks(module) else module(*inputs)
         if self.hearing.hooked or self.hearing.everywhere:
@@ -89,11 +89,11 @@ class LayerCode(Node):
 
 
 def _heard(register: Callable[..., RemovableHandle]) -> Any:
-    """Return a method of `nn.Module` that registers a hook, for layers.
+    """Return a version for layers of an `nn.Module` method that registers a hook.
 
-    The hook gets, and may change, what it does in the source model, also in calls with a cache; gradients are those of
-    the source's arguments and results. A value that the graph does not have in the source's form raises GC043 when the
-    hook looks into it.
+    The hook receives the same values as in the source model, and may change them in the same way, even in calls with a
+    cache; gradients are those of the source's arguments and results. A value that the graph does not have in the
+    source's form raises GC043 when the hook accesses it.
     """
 
     @wraps(register)
@@ -106,7 +106,7 @@ def _heard(register: Callable[..., RemovableHandle]) -> Any:
 
 
 class Block(Container):
-    """A repeated layer, which owns its tensors and runs its part of every Program."""
+    """A module for a repeated layer, which owns the layer's tensors and runs its part of every Program."""
 
     _graftc: LayerCode
 
@@ -123,7 +123,7 @@ class Block(Container):
         """Run a part of a Program, given its key and inputs, or a call that `LayerCode.enter` has prepared.
 
         Raises:
-            GraftError: GC043 for a call like the source layer's that no graph makes.
+            GraftError: GC043 if user code calls the layer directly, as it would call the source's layer.
         """
         code = self._graftc
         key, *values = inputs or (None,)

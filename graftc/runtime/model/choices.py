@@ -1,4 +1,4 @@
-"""Choices among the adaptations of banks in a call: one for each row of its batch, by number, name or weight."""
+"""The choices that a call makes among the adaptations of banks: one per row of its batch, by index, name or weights."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from graftc.specs.errors.diagnostics import GraftError, nearest
 
 
 def with_choices(compilation: Compilation, present: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors of a call together with those that choose among adaptations.
+    """Return a call's tensors together with those that choose among adaptations.
 
     Args:
         compilation: the Compilation that has the banks.
-        present: the inputs of the source model, by name.
-        chosen: inputs of banks as given: tensors, or lists of names and numbers.
+        present: the source model's inputs, by name.
+        chosen: bank inputs as the caller passed them: tensors, or lists of names and indices.
 
     Raises:
-        GraftError: GC038 for a choice that does not fit its bank or the batch.
+        GraftError: GC038 for a choice that does not match its bank or the batch.
     """
     tensors = repeated(compilation, present)
     for name, composition in compilation.controls.items():
@@ -35,7 +35,7 @@ def with_choices(compilation: Compilation, present: Mapping[str, Any], chosen: M
 
 
 def repeated(compilation: Compilation, present: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors of a call without choices, its rows repeated for each adaptation that runs in parallel.
+    """Return a call's tensors, without choices, with rows repeated once for each adaptation that runs in parallel.
 
     Raises:
         GraftError: GC038 if there is no batch whose rows could be repeated.
@@ -48,16 +48,16 @@ def repeated(compilation: Compilation, present: Mapping[str, Any]) -> dict[str, 
 
 
 def rows_for(compilation: Compilation, chosen: Mapping[str, Any], rows: int, device: torch.device) -> dict[str, Tensor]:
-    """Return inputs of banks, as given, with one entry for each row.
+    """Return bank inputs, as the caller passed them, expanded to one entry per row.
 
     Args:
         compilation: the Compilation that has the banks.
         chosen: inputs by name, as for `with_choices`; None counts as absent.
-        rows: the number of rows of the batch.
-        device: the device for choices that are given as a list.
+        rows: the number of rows in the batch.
+        device: the device for choices that are passed as a list.
 
     Raises:
-        GraftError: GC038 for a choice that does not fit its bank or the batch.
+        GraftError: GC038 for a choice that does not match its bank or the batch.
     """
     expanded: dict[str, Tensor] = {}
     for name, composition in compilation.controls.items():
@@ -72,7 +72,7 @@ def rows_for(compilation: Compilation, chosen: Mapping[str, Any], rows: int, dev
 
 
 def _batched(compilation: Compilation, present: Mapping[str, Any]) -> list[str]:
-    """Return the names of a call's tensors whose first axis is the batch."""
+    """Return the names of a call's tensors that have the batch as their first axis."""
     known = {spec.name: spec.shape[:1] == (BATCH,) for spec in compilation.program_as_run("train", "base").inputs}
     sure = [n for n, v in present.items() if known.get(n) and isinstance(v, Tensor)]
     rows = present[sure[0]].shape[0] if sure else None
@@ -83,14 +83,14 @@ def _batched(compilation: Compilation, present: Mapping[str, Any]) -> list[str]:
 def _rows(compilation: Compilation, present: Mapping[str, Any]) -> tuple[int, torch.device]:
     named = _batched(compilation, present)
     if not named:
-        raise GraftError("GC038", "the call has no batch whose rows could choose")
+        raise GraftError("GC038", "the call has no batched tensor, so there are no rows to assign to adaptations")
     return present[named[0]].shape[0], present[named[0]].device
 
 
 def _repeated(
     compilation: Compilation, present: Mapping[str, Any], name: str, composition: CompositionSpec
 ) -> dict[str, Any]:
-    """Repeat all rows once for each adaptation, adaptation by adaptation."""
+    """Repeat the whole batch once for each adaptation."""
     count = len(composition.members)
     rows, device = _rows(compilation, present)
     batched = set(_batched(compilation, present))
@@ -108,10 +108,10 @@ def _ids(bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> 
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= len(bank.bank):
             bad = low if low < 0 else high
-            raise GraftError("GC038", f"{name} has {bad}; {bank.name!r} has slots 0 to {len(bank.bank) - 1}")
+            raise GraftError("GC038", f"{name} contains {bad}, but {bank.name!r} has slots 0 to {len(bank.bank) - 1}")
     if given.dim() != 1 or given.is_floating_point() or given.shape[0] not in (1, rows):
         message = f"{name} is {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"
-        raise GraftError("GC038", message, hint=f"give one whole number for each of the {rows} rows")
+        raise GraftError("GC038", message, hint=f"pass one integer for each of the {rows} rows")
     chosen: Tensor = given.to(torch.int64).expand(rows)
     return chosen
 
@@ -121,15 +121,19 @@ def _weights(bank: Bank, name: str, given: Any, rows: int, device: torch.device)
     slots, shape = len(bank.bank), weights.shape
     if not weights.is_floating_point() or shape[-1:] != (slots,) or shape[:-1] not in ((), (1,), (rows,)):
         message = f"{name} is {str(weights.dtype).removeprefix('torch.')}{list(shape)}"
-        raise GraftError("GC038", message, hint=f"give a weight for each of the {rows} rows and {slots} slots")
+        raise GraftError("GC038", message, hint=f"pass a weight for each of the {rows} rows and {slots} slots")
     return weights.expand(rows, slots)
 
 
 def slot_of(bank: CompositionSpec, choice: str | int) -> int:
-    """Return the number of a slot.
+    """Return the index of a slot.
+
+    Args:
+        bank: the bank.
+        choice: the index or the name of one of its slots.
 
     Raises:
-        GraftError: GC038 if there is no such slot.
+        GraftError: GC038 if the bank has no such slot.
     """
     members = list(bank.members)
     if isinstance(choice, int) and not isinstance(choice, bool) and 0 <= choice < len(members):

@@ -1,9 +1,8 @@
-"""The cache of a call that did not request one, created when it is first used.
+"""The cache returned by a call that did not request one; its contents are computed when it is first used.
 
-If a source model's config sets ``use_cache``, its calls return a cache. Most callers ignore it, and a graph that
-returns keys and values is one more graph to capture, so such a call runs the graph without them. The cache that it
-returns is a transformers cache without contents, which are computed by a second pass over the same inputs when the
-cache is used.
+If a source model's config sets ``use_cache``, its calls return a cache. Most callers ignore it, and returning keys and
+values would require capturing one more graph, so these calls run the graph without them. The cache that they return is
+an empty transformers cache. When it is used, its contents are computed by a second pass over the same inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from graftc.compiler.capture.interface import Interface
 from graftc.compiler.capture.past import CACHES, ENCODER, USE_CACHE, new_cache
 from graftc.specs.errors.diagnostics import GraftError
 
-_HINT = "call with use_cache=True, which makes the cache at once"
+_HINT = "call with use_cache=True, which creates the cache at once"
 
 
 @dataclass(frozen=True)
@@ -30,13 +29,13 @@ class CallState:
     """The state of a call that a second pass has to reproduce.
 
     Attributes:
-        inputs: tensors of the call, by name.
-        versions: the versions of these tensors, and values that show whether adapter tensors have been written to.
+        inputs: the call's inputs, by name.
+        versions: the versions of its tensors, and values that show whether adapter tensors have been written to.
         now: a function that returns the current `versions`.
         grad: whether gradients were recorded.
         inference: whether inference mode was on.
-        autocast: the element type of autocast; None if it was off.
-        device: the kind of device that autocast applied to.
+        autocast: the autocast dtype; None if autocast was off.
+        device: the device type that autocast applied to.
     """
 
     inputs: Mapping[str, Any]
@@ -52,9 +51,9 @@ class CallState:
         """Record the state of a call.
 
         Args:
-            inputs: the inputs of the call, by name. Tensors that do not count writes are copied.
+            inputs: the inputs of the call, by name. Inference tensors, whose writes are not counted, are copied.
             tensors: a function that returns values that show whether adapter tensors have been written to.
-            device: the kind of device that the model is on.
+            device: the type of the model's device.
         """
         kept = {n: v.clone() if isinstance(v, Tensor) and v.is_inference() else v for n, v in inputs.items()}
         watched = [v for v in kept.values() if isinstance(v, Tensor) and not v.is_inference()]
@@ -68,14 +67,14 @@ class CallState:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Put torch into the state of the recorded call while the block runs.
+        """Restore the torch modes of the recorded call while the block runs.
 
         Raises:
             GraftError: GC140 if inputs or adapter tensors have been written to since, or hooks have changed.
         """
         if self.now() != self.versions:
-            message = "the cache of a call is made when it is first used, and what the call read has been written to"
-            message += ", or its hooks have changed"
+            message = "a call's cache is created when it is first used, but a tensor that the call read has been "
+            message += "written to since, or hooks have changed"
             raise GraftError("GC140", message, hint=_HINT)
         autocast: AbstractContextManager[Any] = nullcontext()
         if torch.amp.is_autocast_available(self.device):
@@ -85,14 +84,14 @@ class CallState:
 
 
 class _Deferred:
-    """A cache whose contents are created when one of its attributes is first read; then it is an ordinary one."""
+    """A cache that creates its contents and becomes an ordinary cache when one of its attributes is first read."""
 
     def __getattr__(self, name: str) -> Any:
         kind = type(self).__mro__[2]
         if name not in _attributes(kind):
             raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r}", name=name, obj=self)
         make = vars(self).get("_graftc_make")
-        if make is not None:  # otherwise another thread has created them
+        if make is not None:  # otherwise another thread has created the contents
             contents = make()
             vars(self).update({**vars(contents), **vars(self)})
             self.__class__ = kind
@@ -100,7 +99,7 @@ class _Deferred:
         return getattr(self, name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Create the contents first, so that copies and files contain an ordinary cache."""
+        """Create the contents first, so that copies and pickles contain an ordinary cache."""
         getattr(self, next(iter(_attributes(type(self).__mro__[2]))))
         return self.__reduce_ex__(protocol)
 
@@ -125,7 +124,7 @@ def deferred_cache(pairs: bool, make: Callable[[], Any]) -> Any:
 
     Args:
         pairs: whether the model has an encoder.
-        make: a function that returns the cache; its errors are raised on first use, and again on the next one.
+        make: a function that returns a cache with contents. If it raises, the error is raised at every use.
     """
     ordinary: Any = type(new_cache(pairs))
     kind = _deferred(ordinary)
@@ -135,13 +134,13 @@ def deferred_cache(pairs: bool, make: Callable[[], Any]) -> Any:
 
 
 def cache_field(outputs: Any) -> str | None:
-    """Return the name of the field for a cache if a call's outputs leave it unset; None if there is no such field."""
+    """Return the name of an output class's cache field if a call has left it unset; None if there is no such field."""
     fields = getattr(type(outputs), "__dataclass_fields__", ())
     return next((name for name in CACHES if name in fields and name not in outputs), None)
 
 
 def not_at_once(message: str) -> GraftError:
-    """Return the error for a cache that cannot be created when it is used."""
+    """Return the error for a cache that cannot be created after the call."""
     return GraftError("GC140", message, hint=_HINT)
 
 
@@ -151,10 +150,10 @@ def may_return_cache(
     """Return whether the source model may return a cache for a call that does not mention one.
 
     Args:
-        interface: the interface of the model.
-        config: the config of the model; None if it has none.
-        named: the arguments as given.
-        present: the arguments that make a difference.
+        interface: the model's interface.
+        config: the model's config; None if it has none.
+        named: the arguments as the caller passed them.
+        present: the arguments that affect the call.
         training: whether the model is in train mode.
     """
     if interface.cache is None or training:

@@ -1,4 +1,4 @@
-"""Evaluating a model on the same inputs in eval mode, whatever mode it is in and whatever it leaves out."""
+"""Evaluate a model with all of its adaptations in eval mode on fixed inputs, whatever its current state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graftc.runtime.model.model_runner import ModelRunner
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode while the block runs, then restore its mode and those of all submodules."""
+    """Put a module into eval mode while the block runs, then restore the modes of the module and its submodules."""
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:
@@ -30,11 +30,11 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 class Evaluation:
-    """A model on fixed inputs, which can run any number of times and draws the same random numbers each time.
+    """A model on fixed inputs, which can be run repeatedly and draws the same random numbers each time.
 
     Args:
         runner: the Runner of the model.
-        inputs: tensors by name; flags are those of the first signature, and choices among adaptations the default ones.
+        inputs: tensors by name; flags are those of the first signature, and banks use their default choices.
 
     Attributes:
         runner: the Runner of the model with every adaptation.
@@ -51,7 +51,7 @@ class Evaluation:
     def outputs(self, routes: Routes | None = None) -> tuple[Any, ...]:
         """Return the flat outputs.
 
-        The model's choices among its own values are recorded in ``routes``, and choices imposed there are taken.
+        The model's choices among its own values are recorded in ``routes``; choices that it imposes are used instead.
         """
         if routes is None or not self._chooses:
             return self._run("forward")
@@ -69,9 +69,9 @@ class Evaluation:
 
     @property
     def base(self) -> Program:
-        """The base's graph for such inputs, which exists once the model has run.
+        """The base's graph for inputs of this kind, available once the model has run.
 
-        It may differ from the first signature's, which can have other sizes.
+        It may differ from that of the first signature, which can have other sizes.
         """
         signature = self._compilation.find(self._present)
         assert signature is not None

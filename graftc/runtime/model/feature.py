@@ -1,4 +1,4 @@
-"""The base class of what a compiled model offers beside calls."""
+"""The base class of the features that a compiled model offers besides calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from graftc.runtime.model.adapted import AdaptedRunner
 
 
 class Feature:
-    """Something that a compiled model offers. It is created whenever it is requested, and keeps nothing of its own.
+    """A feature of a compiled model. An instance is created at each request and keeps no state of its own.
 
     Args:
         runner: the Runner of the model.

@@ -1,8 +1,7 @@
-"""Text generation with a compiled model, by transformers' own loop over graphs with a cache.
+"""Text generation with a compiled model: transformers' own loop, running graphs that have a cache.
 
-The loop runs on a *stand-in*: an object of the source model's class whose calls are those of the compiled model.
-Everything that the class defines for generation therefore applies: how inputs are prepared, which tokens begin,
-Whisper's segments.
+The loop runs on a *stand-in*: an object of the source model's class whose calls run the compiled model. Everything that
+the class defines for generation therefore applies: how inputs are prepared, the initial tokens, Whisper's segments.
 """
 
 from __future__ import annotations
@@ -42,15 +41,15 @@ from graftc.runtime.model.root import Root
 from graftc.specs.errors.diagnostics import GraftError
 
 GENERATING = ("can_generate", "encoder_parameters", "generate", "get_encoder", "most_tokens", "require_generating")
-"""What `Generating` offers."""
+"""The members of `Generating` that a model publishes."""
 
 KEPT = "logits_to_keep"
 LOOKUP = "prompt_lookup_num_tokens"
 _GROWING = (None, "dynamic")
 _SHOWN = 3
-"""Tokens that are generated to see how a model calls its maps: a prompt, and steps behind a cache."""
+"""The number of tokens generated to observe how a model calls its maps: with a prompt, then with a cache."""
 _PADDING = "_graftc_padding"
-"""Where the copy of a generation config that a call of the loop has keeps how much padding each row has at least."""
+"""The attribute of a loop's own generation config that stores the smallest amount of padding in any row."""
 
 
 class Generating:
@@ -67,13 +66,13 @@ class Generating:
         """Generate as transformers' ``generate`` does, with the same arguments and results.
 
         Greedy, sampled, beam, assisted and streamed generation are supported. The first call captures graphs with a
-        cache, which serve the prompt and every step.
+        cache, which are used for the prompt and every step.
 
-        An ``assistant_model`` may be a compiled model as well. Inputs of banks (``adapter_ids``) choose for each row.
+        The ``assistant_model`` may also be a compiled model. Bank inputs (``adapter_ids``) choose one slot per row.
 
         Raises:
-            GraftError: GC140 if the model keeps no cache of keys and values, or the call asks for one that does not
-                grow; GC141 for an adaptation that a cache cannot hold; GC142 for a model that does not generate.
+            GraftError: GC140 if the model has no cache of keys and values, or the call requests one that does not
+                grow; GC141 for an adaptation that a cache cannot represent; GC142 for a model that cannot generate.
         """
         self.require_generating()
         runner = self.runner if self.runner.live is not None or self._by_graphs() else self._live()
@@ -85,16 +84,17 @@ class Generating:
             chosen = any(kwargs.get(name) is not None for name in (*CACHES, "cache_implementation"))
             if error.code not in ("GC031", "GC140") or (error.code == "GC140" and chosen):
                 raise
-            try:  # the loop passes arguments or a cache that no graph takes
+            try:  # the loop passes arguments or a cache that no graph accepts
                 runner = live_view(self.runner)
             except GraftError:
                 raise error from None
         return self._by_layers(runner, args, kwargs)
 
     def _by_layers(self, runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Generate with the class's own loop, whose calls run graphs of layers.
+        """Generate with the class's own loop, whose calls run layer graphs.
 
-        If a layer is called with a cache that no graph takes, such as one of states, graphs of maps are used instead.
+        If a layer is called with a cache that no graph accepts, such as a cache of states, graphs of single maps are
+        used instead.
         """
         assert runner.live is not None
         random = torch.get_rng_state()
@@ -114,7 +114,7 @@ class Generating:
         return runner.live.generate(runner, *args, **kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate over graphs with a cache."""
+        """Generate with graphs that have a cache."""
         assistant, others = kwargs.get("assistant_model"), []
         if isinstance(assistant, Root) and isinstance(assistant._graftc, ModelRunner):
             assisting = Generating(assistant._graftc)
@@ -130,7 +130,7 @@ class Generating:
     def _running(self, kwargs: Mapping[str, Any]) -> Any:
         """Return the object that runs the loop.
 
-        Prefixes and virtual tokens become the first contents of the cache if possible.
+        Prefixes and virtual tokens become the cache's initial contents if possible.
         """
         runner = self.runner
         if not isinstance(runner, AdaptedRunner):
@@ -142,7 +142,7 @@ class Generating:
             every = (*shown.spec.owners, *([TRAIN] if shown.spec.train else []))
             return stand_in(runner.beside(every), runner.compilation.model)
         config = kwargs.get("generation_config")
-        # Assisted generation sizes its masks by the tokens of the text alone.
+        # Assisted generation computes the sizes of its masks from the text's tokens alone.
         ruled_out = any(kwargs.get(name) is not None for name in ("assistant_model", LOOKUP))
         ruled_out = ruled_out or getattr(config, LOOKUP, None) is not None
         ruled_out = ruled_out or False in (kwargs.get(USE_CACHE), getattr(config, USE_CACHE, None))
@@ -153,14 +153,14 @@ class Generating:
         return instance
 
     def _by_graphs(self) -> bool:
-        """Return whether graphs of whole calls, with a cache, can generate."""
+        """Return whether graphs of entire calls, with a cache, can generate."""
         return self.runner.interface.cache is not None and self.runner.keeps_cache()
 
     def _live(self) -> ModelRunner:
-        """Return the Runner that generates if graphs of whole calls cannot.
+        """Return the Runner that generates if graphs of entire calls cannot.
 
         Raises:
-            GraftError: GC140 if it cannot be created either.
+            GraftError: GC140 if this Runner cannot be created either.
         """
         compilation = self.runner.shown.compilation
         try:
@@ -175,7 +175,7 @@ class Generating:
         """Check that the model can generate.
 
         Raises:
-            GraftError: GC142 if it cannot, GC141 for adaptations that return a row several times.
+            GraftError: GC142 if it cannot, GC141 for adaptations that return each row several times.
         """
         if not self.can_generate():
             name = type(self.runner.compilation.model).__name__
@@ -183,37 +183,37 @@ class Generating:
         require_rows_of_one(self.runner.shown.compilation)
 
     def get_encoder(self) -> nn.Module:
-        """Return the encoder of a model that has one; a call of it gives the adapted model's ``encoder_outputs``.
+        """Return the encoder of an encoder-decoder model; calling it returns the adapted model's ``encoder_outputs``.
 
         Raises:
-            GraftError: GC142 if there is none.
+            GraftError: GC142 if the model has no encoder.
         """
         model: Any = self.runner.compilation.model
         if not has_encoder(model):
-            raise GraftError("GC142", f"{type(model).__name__} has no encoder beside a decoder", hint="call the model")
+            raise GraftError("GC142", f"{type(model).__name__} is not an encoder-decoder model", hint="call the model")
         return _Encoder(self.runner, model.get_encoder())
 
     @property
     def encoder_parameters(self) -> tuple[str, ...]:
-        """The names of the parameters of the encoder's ``forward``."""
+        """The parameter names of the encoder's ``forward``."""
         return _encoder_of(self.runner).parameters
 
     def can_generate(self) -> bool:
-        """Return whether the source model's class generates text."""
+        """Return whether the source model's class can generate text."""
         model: Any = self.runner.compilation.model
         can = is_transformers(model) and callable(getattr(model, "can_generate", None)) and model.can_generate()
         return bool(can)
 
     @property
     def most_tokens(self) -> int | None:
-        """The number of tokens that a text has positions for; None if there is no limit."""
+        """The largest number of tokens for which a text has positions; None if there is no limit."""
         text = TARGET if has_encoder(self.runner.compilation.model) else SEQUENCE
         tables = self.runner.position_tables(self.runner.shown.compilation.key("eval"))
         return min((table.most for table in tables if table.axis == text), default=None)
 
 
 def loop_attribute(runner: ModelRunner, name: str) -> Any:
-    """Return an attribute that transformers' loop reads from an assistant model, as the source's class gives it.
+    """Return an attribute that transformers' loop reads from an assistant model, with its value in the source's class.
 
     Raises:
         AttributeError: for an attribute that the loop does not read.
@@ -227,7 +227,7 @@ def loop_attribute(runner: ModelRunner, name: str) -> Any:
 def _called(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the outputs of a call from the loop.
 
-    It goes through the module, whose hooks then run, unless the module runs something else.
+    The call goes through the module, so that its hooks run, unless the module has another Runner.
     """
     own: Any = runner.module._graftc
     if own is runner:
@@ -236,9 +236,9 @@ def _called(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def encode(runner: ModelRunner, kwargs: dict[str, Any]) -> Any:
-    """Return the outputs of the model's encoder for a call, in its own output class.
+    """Return the outputs of the model's encoder for a call, in the encoder's own output class.
 
-    Arguments for other parts of the model are ignored, as by the encoder's own ``**kwargs``.
+    Arguments for other parts of the model are ignored, as they are by the encoder's own ``**kwargs``.
     """
     encoder, shown = _encoder_of(runner), runner.shown.compilation
     taken = (*encoder.parameters, "return_dict")
@@ -254,10 +254,10 @@ def _encoder_of(runner: ModelRunner) -> Interface:
 
 
 def stand_in_of(runner: ModelRunner) -> Any:
-    """Return the stand-in of a Runner.
+    """Return the stand-in for a Runner.
 
-    The one of the module's own Runner is kept; other Runners of the module get a new one, as each leaves out something
-    else.
+    The stand-in for the module's own Runner is cached; other Runners of the module get a new one, since each of them
+    leaves out different adaptations.
     """
     known = runner.derived.get("stand-in")
     if known is None or known._graftc_runner is not runner:
@@ -268,10 +268,10 @@ def stand_in_of(runner: ModelRunner) -> Any:
 
 
 def stand_in(runner: ModelRunner, source: nn.Module) -> Any:
-    """Return an object of a model's class that generates with the calls of a Runner.
+    """Return an object of a model's class that generates by calling a Runner.
 
     Args:
-        runner: the Runner that is called.
+        runner: the Runner to call.
         source: the model; the stand-in has its modules and all its other attributes.
     """
     own = {
@@ -294,11 +294,11 @@ def stand_in(runner: ModelRunner, source: nn.Module) -> Any:
 
 
 _OF_THE_LOOP = frozenset({"tokenizer", "assistant_tokenizer"})
-"""Arguments of ``generate`` that transformers' loop hands on to the model, where ``**kwargs`` swallows them."""
+"""Arguments of ``generate`` that transformers' loop passes on to the model, where ``**kwargs`` absorbs them."""
 
 
 def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
-    """Return a ``forward`` that calls a Runner, with the parameters of the source's and those of banks."""
+    """Return a ``forward`` that calls a Runner and has the parameters of the source's ``forward`` and of the banks."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runner = self._graftc_runner
@@ -306,13 +306,13 @@ def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
         if self._graftc_initial is not None:
             if any(map(is_fronted, kwargs.values())):
                 kwargs = self._graftc_initial.call(kwargs)
-            else:  # a call outside the loop, as in guidance: no cache has the initial contents
+            else:  # a call outside the loop, as for guidance: no cache has the initial contents
                 runner = self._graftc_whole or runner
         positions, ids = kwargs.get(POSITIONS), kwargs.get("input_ids")
         if isinstance(positions, Tensor) and isinstance(ids, Tensor) and positions.shape[:1] == (1,) != ids.shape[:1]:
             kwargs[POSITIONS] = positions.expand(ids.shape[0], -1)  # so that all batches share a graph
         kept = kwargs.get(KEPT)
-        if isinstance(kept, int) and kept > 1:  # each number would need its own graph
+        if isinstance(kept, int) and kept > 1:  # each value would need its own graph
             outputs = _called(runner, args, {**kwargs, KEPT: 0})
             outputs["logits"] = outputs.logits[:, -kept:]
             return outputs
@@ -338,7 +338,7 @@ def _expanded(
     input_ids: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Expand the inputs, and the choices among adaptations with them: each row of the prompt may become several."""
+    """Expand the inputs together with the choices among adaptations: each row of the prompt may become several rows."""
     compilation = instance._graftc_runner.shown.compilation
     given = {name: model_kwargs.pop(name) for name in compilation.controls if name in model_kwargs}
     prompt = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
@@ -350,11 +350,14 @@ def _expanded(
 def _ending(
     instance: _StandIn, criteria_of: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Return the model's own criteria, after checking that the length that every text reaches has positions."""
+    """Return the model's own stopping criteria, after checking that there are positions for the length of every text.
+
+    That is the maximum length if nothing else ends a text, and the minimum length otherwise.
+    """
     criteria = criteria_of(generation_config, *args, **kwargs)
     longest = generation_config.max_length if len(criteria) == 1 else generation_config.min_length
     most = Generating(instance._graftc_runner).most_tokens
-    if most is not None and longest is not None:  # the last token is not passed to a call
+    if most is not None and longest is not None:  # the last token is never an input
         initial = (
             instance._graftc_initial.length
             if instance._graftc_initial is not None and instance._graftc_initial.shifted
@@ -373,10 +376,10 @@ def _cached(
     batch_size: int,
     max_cache_length: Any = None,
 ) -> None:
-    """Create a cache whose layers keep all tokens unless the call gives one, and put initial contents in front."""
+    """Create a cache whose layers store all tokens, unless the caller passed one, and prepend the initial contents."""
     kind = generation_config.cache_implementation
     if kind not in _GROWING:
-        message = f"a compiled model's graphs take no cache of the kind {kind!r}"
+        message = f"a compiled model's graphs do not support the cache implementation {kind!r}"
         raise GraftError("GC140", message, hint="leave cache_implementation out: the cache grows with the text")
     name = cache_name(inspect.signature(instance.forward).parameters)
     given = model_kwargs.get(name) if name is not None else None
@@ -398,26 +401,26 @@ def _cached(
 
 @loop_steps(rows=_expanded, criteria=_ending, compiles=lambda *_, **__: False, cache=_cached)
 class _StandIn:
-    """The part of a stand-in that passes generation on to a Runner."""
+    """The base class through which a stand-in delegates generation to a Runner."""
 
     _graftc_runner: Any
     _graftc_whole: Any = None
-    """The Runner that computes what stands in front in its graphs."""
+    """The Runner whose graphs themselves compute the adaptations that the initial contents represent."""
     _graftc_initial: Any = None
     _graftc_cache: Any = None
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the encoder, whose calls are those of the Runner."""
+        """Return the encoder, whose calls run the Runner's graphs."""
         return _Encoder(self._graftc_runner, super().get_encoder(*args, **kwargs))  # type: ignore[misc]
 
     def let_go(self) -> None:
-        """Remove the initial contents from the cache at the end of the loop, so that it contains only the text."""
+        """Remove the initial contents from the cache after the loop, so that it contains only the text."""
         if self._graftc_cache is not None:
             taken_away(self._graftc_cache)
 
 
 class _Encoder(nn.Module):
-    """A model's encoder with the interface that the loop calls."""
+    """A model's encoder with the interface that the loop expects."""
 
     def __init__(self, runner: Any, encoder: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The head over the vocabulary, for training loops that compute the logits themselves."""
+"""The vocabulary head, for training loops that compute the logits themselves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class Head(nn.Module):
-    """The head if ``train:`` or an adaptation has changed it: ``weight`` and ``bias`` are those that the model uses.
+    """A head that ``train:`` or an adaptation has changed; its ``weight`` and ``bias`` are those that the model uses.
 
-    It owns no tensors. Both are read from the model at every access, and gradients reach what trains.
+    It owns no tensors. Both are read from the model at every access, and gradients reach the trained tensors.
 
     Args:
         store: the tensors.
         path: the path of the head's module.
-        edits: what adaptations do with stored tensors.
+        edits: the edits that adaptations make to stored tensors.
     """
 
     def __init__(self, store: Store, path: str, edits: TensorEdits) -> None:
@@ -33,7 +33,7 @@ class Head(nn.Module):
         """The weight, ``[vocabulary, hidden]``, as it is stored.
 
         Raises:
-            GraftError: GC072 if the head is adapted in another way than by training it or some of its rows.
+            GraftError: GC072 if the head is adapted in any way other than by training it or some of its rows.
         """
         return cast(Tensor, self._tensor("weight"))
 
@@ -42,12 +42,12 @@ class Head(nn.Module):
         """The bias, ``[vocabulary]``; None if the head has none.
 
         Raises:
-            GraftError: as `weight`.
+            GraftError: as for `weight`.
         """
         return self._tensor("bias")
 
     def forward(self, *_: Any) -> NoReturn:
-        """Refuse a call, because what the head computes is a part of the graphs of the whole model.
+        """Refuse a call, because the graphs of the whole model compute the head.
 
         Raises:
             GraftError: GC043.
@@ -61,18 +61,18 @@ class Head(nn.Module):
             return None
         copies, others = _changes(self._store, self._path, self._edits)
         if others:
-            message = f"the head {self._path} is adapted by {others[0]!r}, which its weight alone does not show"
-            hint = f"leave the head out of {others[0]!r}; train: [{self._path}] in the spec trains it as it is"
+            message = f"the head {self._path} is adapted by {others[0]!r}, which its weight alone does not include"
+            hint = f"leave the head out of {others[0]!r}, or train it itself: train: [{self._path}] in the spec"
             raise GraftError("GC072", message, hint=hint)
         for edit in copies:
             if edit.own.tensor == _owning(self._store, f"{self._path}.{name}"):
-                trained, own = self._store.get(edit.trained).to(tensor.dtype), edit.own  # as graphs cast it
+                trained, own = self._store.get(edit.trained).to(tensor.dtype), edit.own  # cast as in graphs
                 tensor = trained if own.whole else tensor.index_copy(own.axis, own.index(tensor.device), trained)
         return tensor
 
 
 def head_at(store: Store, path: str, edits: TensorEdits) -> nn.Module:
-    """Return the module of the head at a path: that of the tree, or a `Head` if adaptations change its weight."""
+    """Return the head at a path: the tree's module, or a `Head` if adaptations change its weight."""
     copies, others = _changes(store, path, edits)
     return Head(store, path, edits) if copies or others else store.owner(path)
 

@@ -1,9 +1,9 @@
-"""Adaptations as the first contents of a cache: prefixes and virtual tokens, which then cost nothing while decoding.
+"""Represent prefixes and virtual tokens as the initial contents of a cache, so that they cost nothing while decoding.
 
-A prefix is keys and values in front of those of a text. Virtual tokens in front of a text are the same if attention is
-causal, because what a layer computes for them depends on no later token. A cache that begins with them and a graph
-without these adaptations compute what the adapted graph does. This is tried out on a sample, with the adapted graph,
-before it is used.
+A prefix consists of keys and values that precede those of a text. Virtual tokens before a text amount to the same if
+attention is causal, because what a layer computes for them does not depend on later tokens. A cache that begins with
+them, with a graph that lacks these adaptations, gives the results of the adapted graph. Both are compared on a sample
+before the cache is used.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from graftc.specs.methods.prefix import PrefixSpec
 
 @dataclass(frozen=True)
 class InitialCache:
-    """The first contents of a cache, which represent adaptations.
+    """The initial contents of a cache, which represent adaptations.
 
     Attributes:
-        names: the adaptations that it represents.
-        length: the number of its tokens.
+        names: the adaptations that the contents represent.
+        length: the number of tokens in the contents.
         tensors: keys and values, ``[1, heads, length, width]``, by name.
-        shifted: whether the text's positions begin after it.
+        shifted: whether the text's positions begin after the contents.
     """
 
     names: tuple[str, ...]
@@ -58,20 +58,20 @@ class InitialCache:
     shifted: bool
 
     def cache(self, rows: int) -> Any:
-        """Return a cache with these contents, for a batch of that many rows."""
+        """Return a cache with these contents for a batch of ``rows`` rows."""
         return fill_cache(new_cache(False), {name: t.expand(rows, -1, -1, -1) for name, t in self.tensors.items()})
 
     def put_in_front(self, cache: Any, rows: int) -> None:
-        """Put the contents in front of a cache, whose reported length remains that of the text alone.
+        """Prepend the contents to a cache, whose reported length remains that of the text alone.
 
-        `taken_away` undoes it.
+        `taken_away` reverses this.
 
         Args:
             cache: the cache of a text, which may be empty.
-            rows: the number of rows of the batch, for an empty cache.
+            rows: the number of rows in the batch, for an empty cache.
 
         Raises:
-            GraftError: GC140 for a cache that does not keep all tokens, or that belongs to another model.
+            GraftError: GC140 for a cache that does not store all tokens, or that belongs to another model.
         """
         if is_fronted(cache):
             return
@@ -93,7 +93,7 @@ class InitialCache:
         cache._graftc_front = self.length
 
     def call(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call from the loop for a graph that counts the contents as a part of the text."""
+        """Convert the arguments of a call from the loop for a graph that counts the contents as part of the text."""
         arguments = dict(kwargs)
         mask, positions = arguments.get(MASK), arguments.get(POSITIONS)
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -109,7 +109,7 @@ def is_fronted(value: object) -> bool:
 
 
 def taken_away(cache: Any) -> None:
-    """Remove initial contents from a cache, so that it contains only the text; undo `InitialCache.put_in_front`."""
+    """Reverse `InitialCache.put_in_front`: remove initial contents from a cache, so that it contains only the text."""
     length = vars(cache).pop("_graftc_front", 0)
     if length:
         cache.__class__ = type(cache).__mro__[2]
@@ -117,12 +117,12 @@ def taken_away(cache: Any) -> None:
 
 
 class _Fronted:
-    """A cache that begins with contents that represent adaptations and are not part of the text."""
+    """Mixin for a cache that begins with contents that represent adaptations and are not part of the text."""
 
     _graftc_front: int
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return the number of tokens of the text."""
+        """Return the number of tokens in the text."""
         return super().get_seq_length(layer_idx) - self._graftc_front  # type: ignore[misc, no-any-return]
 
 
@@ -132,10 +132,10 @@ def _with_front(kind: Any) -> Any:
 
 
 def initial_cache(runner: AdaptedRunner) -> InitialCache | None:
-    """Return the first contents of a cache with which a model generates as adapted, or None.
+    """Return the initial cache contents with which a model generates as if adapted, or None.
 
-    None means that no adaptation can be represented so, or that the graph has to apply them: several at once, in
-    compositions, in only some of the layers, or behind windows that would hide a prefix.
+    None means that no adaptation can be represented in this way, or that the graph has to apply them: if there are
+    several, or if they are in compositions, in only some of the layers, or behind windows that would hide a prefix.
     """
     compilation = runner.shown.compilation
     if runner.base_only or runner.training or compilation.cache_layout.pairs:
@@ -175,7 +175,7 @@ def _of_prefix(runner: AdaptedRunner, resolved: Resolved) -> InitialCache | None
 
 
 def _as_heads(layout: CacheLayout, number: int, part: str, columns: Tensor | None, table: Tensor) -> Tensor | None:
-    """Return a table of ``[length, width]`` as a cache stores it, with one copy of heads that queries share."""
+    """Return a table of ``[length, width]`` in a cache's format, with one copy of each head that queries share."""
     kind = layout.heads.get(past_name("past", number, part))
     if kind is None or columns is None:
         return None
@@ -188,7 +188,7 @@ def _as_heads(layout: CacheLayout, number: int, part: str, columns: Tensor | Non
 
 
 def _of_tokens(compilation: Compilation, resolved: Resolved) -> InitialCache | None:
-    """Return what the adapted graph computes for virtual tokens, on a text that does not affect them."""
+    """Return the keys and values that the adapted graph computes for virtual tokens, whatever the text."""
     virtual = compilation.program_as_run("eval").virtual
     if len(virtual) != 1 or virtual[0].starts != (0,) or virtual[0].owner != resolved.name:
         return None
@@ -215,13 +215,13 @@ def _of_tokens(compilation: Compilation, resolved: Resolved) -> InitialCache | N
 
 
 def _in_order(compilation: Compilation) -> Iterator[AttentionSite]:
-    """Yield the attentions in the order in which a cache counts them: by layer."""
+    """Yield the attentions in cache order: by layer."""
     yield from sorted(compilation.main.attentions, key=lambda site: (site.layer is None, site.layer or 0))
 
 
 @torch.no_grad()
 def _is_the_same(runner: AdaptedRunner, initial: InitialCache) -> bool:
-    """Return whether a text after the initial contents gives what the adapted graph gives."""
+    """Return whether a text after the initial contents gives the same results as the adapted graph."""
     inputs = samples_on(runner.device, runner.shown.compilation.program("train", "base"), 0, (2, 6), None)
     inputs = {n: torch.ones_like(t) if n.endswith("mask") else t for n, t in inputs.items()}
     if not {"input_ids"} <= inputs.keys() <= {"input_ids", "attention_mask"}:

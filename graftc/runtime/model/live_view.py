@@ -1,7 +1,7 @@
-"""A view of a compiled model that runs the source's Python between graphs of its layers, whatever its own graphs are.
+"""A view of any compiled model that runs the source's Python between layer graphs.
 
-It serves ``generate`` for classes whose calls with a cache do not fit one graph, such as those that read images with
-the first tokens only.
+``generate`` uses it for classes whose calls with a cache do not fit one graph, such as those that read images only with
+the first tokens.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _KNOWN, _MAPS = "live view", "live view of maps"
 
 
 def live_view(runner: ModelRunner, shown_by: Callable[[nn.Module], Any] | None = None) -> ModelRunner:
-    """Return a Runner of the same module that calls graphs of layers, which are made once.
+    """Return a Runner of the same module that calls layer graphs, which are created once.
 
     Args:
         runner: the Runner of a model that is one graph.
-        shown_by: a function that calls the model to show how it calls its maps; with it, graphs are of single maps
-            instead of layers.
+        shown_by: a function that calls the model, to observe how the model calls its maps; if given, each graph is a
+            single map instead of a layer.
 
     Raises:
-        GraftError: GC030 if no layer and no map is a graph, GC031 if something adapted is in none of them, GC149 for
-            anything that acts on a whole call.
+        GraftError: GC030 if no layer or map can become a graph, GC031 if an adapted place is in none of them, GC149
+            for an adaptation that acts on an entire call.
     """
     shown = runner.shown
     name = _KNOWN if shown_by is None else _MAPS
@@ -61,7 +61,7 @@ def live_view(runner: ModelRunner, shown_by: Callable[[nn.Module], Any] | None =
 
 
 def _taken_apart(own: Compilation, shown_by: Callable[[nn.Module], Any] | None) -> Compilation:
-    """Return a Compilation of the layers of a model, adapted at the same places."""
+    """Return a Compilation of a model's layers, adapted at the same places."""
     values, wanted = dict(adapter_values(own.store)), _places(own)
     level: Level = "layers" if shown_by is None else "modules"
     start = StartingPoint(own.seed, own.use_cache, values, own.captures(), level=level, shown=shown_by)
@@ -75,15 +75,15 @@ def _taken_apart(own: Compilation, shown_by: Callable[[nn.Module], Any] | None) 
         if _places(compiled) == wanted:
             return compiled
     hint = "call it without a cache, or merge it"
-    raise GraftError("GC031", "what is adapted is not all in layers and maps that are graphs", hint=hint)
+    raise GraftError("GC031", "some adapted places are outside the layers and maps that are graphs", hint=hint)
 
 
 _NOT_THERE = ("GC010", "GC011", "GC012", "GC015")
-"""Targets that match nothing, or not all."""
+"""Errors for targets that match nothing, or only in part."""
 
 
 def _places(compilation: Compilation) -> dict[str, set[tuple[str, ...]]]:
-    """Return the adapted places, by the names of the adaptations."""
+    """Return the adapted places, by adaptation name."""
     every = ((resolved.name, site.key) for resolved in compilation.main.resolved for site, _ in resolved.places)
     places: dict[str, set[tuple[str, ...]]] = {}
     for name, key in every:

@@ -1,4 +1,4 @@
-"""A Runner with the interface of a source model."""
+"""A Runner with a source model's interface."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ from graftc.runtime.model.root import AdaptedView, Root, Runner, Value
 from graftc.specs.errors.diagnostics import GraftError
 
 OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")
-"""Attributes of a source model that a compiled one has as well, as copies."""
+"""Attributes of a source model that a compiled model has copies of."""
 
 
 class ModelRunner(Runner):
-    """A Runner with the interface of a source model: inputs by name or position, the model's own output class.
+    """A Runner with a source model's interface: inputs by name or position, and the model's own output class.
 
     Args:
-        compilation: the Programs, and the source model's interface.
+        compilation: the Programs and the source model's interface.
         store: the tensors to run on.
 
     Attributes:
-        compilation: the Compilation as given.
-        interface: the interface of the source model.
-        derived: values computed from the Compilation as it is, by name.
+        compilation: the Compilation passed in.
+        interface: the source model's interface.
+        derived: values computed from the current Compilation, by name.
     """
 
     config: Any
@@ -90,7 +90,7 @@ class ModelRunner(Runner):
         vars(self).update(copies_of(model, OF_GENERATING))
 
     def adopt(self, module: Root) -> None:
-        """Make a module the root of the tree, with a callable base model, hooks, and the modes of the source."""
+        """Make a module the root of the tree, with a callable base model, hooks, and the source's modes."""
         super().adopt(module)
         self._base_model = install_base_model(self.store, self.compilation.model, self.hidden)
         self._embeddings = install_embeddings(self.store, self.compilation.model, self._call_hooks)
@@ -98,7 +98,7 @@ class ModelRunner(Runner):
         self._start_in_modes(module)
 
     def _call_hooks(self) -> None:
-        """Make code that calls the hooks of the table of embeddings."""
+        """Generate code that calls the embedding table's hooks."""
         if self.hooked is None:
             self.hooked = self._embeddings
             try:
@@ -116,24 +116,24 @@ class ModelRunner(Runner):
                 module.get_submodule(path).training = source.training
 
     def entering(self, mode: bool) -> bool:
-        """Return the mode that the module is put into when one is requested."""
+        """Return the mode to set on the module when ``mode`` is requested."""
         return mode
 
     @property
     def base_model(self) -> nn.Module:
-        """The model without its head, as in transformers: a call of it gives ``last_hidden_state``.
+        """The model without its head, as in transformers; calling it returns ``last_hidden_state``.
 
-        If the model has no head, it is the model itself.
+        If the model has no head, this is the model itself.
         """
         return self.module if self._base_model is None else self._base_model
 
     @property
     def dtype(self) -> torch.dtype:
-        """The element type in which the graphs were captured."""
+        """The dtype in which the graphs were captured."""
         return self._dtype
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the outputs of a call, as the source model gives them.
+        """Return the outputs of a call, in the source model's form.
 
         Raises:
             GraftError: GC031 for inputs that cannot be captured, GC143 for more tokens than there are positions.
@@ -157,7 +157,7 @@ class ModelRunner(Runner):
         return self.within(lambda: self.respond(args, kwargs, "hidden", **{FLAG: True}))
 
     def respond(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry = "forward", **flags: Any) -> Any:
-        """Return the outputs of a call through one entry."""
+        """Return the outputs of a call through a given entry."""
         if self.live is not None:
             return self.live.call(self, args, kwargs)
         chosen = {name: kwargs.pop(name) for name in self.shown.compilation.controls if name in kwargs}
@@ -173,7 +173,7 @@ class ModelRunner(Runner):
         return self._chosen(present, chosen, plain, entry)
 
     def _chosen(self, present: dict[str, Any], chosen: Mapping[str, Any], plain: bool, entry: Entry = "forward") -> Any:
-        """Return the outputs for the inputs of a call and its choices among adaptations, as given."""
+        """Return the outputs for a call's inputs and its choices among adaptations, as the caller passed them."""
         if USE_CACHE in present:
             read_past(self.shown.compilation, present, self.begins)
         if self.shown.compilation.controls:
@@ -186,32 +186,32 @@ class ModelRunner(Runner):
         return 0
 
     def _can_return_cache(self) -> bool:
-        """Return whether the model keeps a cache of keys and values, and no adaptation rules one out."""
+        """Return whether the model has a cache of keys and values that no adaptation rules out."""
         return self.keeps_cache() and not cannot_be_cached(self.shown.compilation)
 
     def keeps_cache(self) -> bool:
-        """Return whether the source model keeps a cache of keys and values; the answer is kept."""
+        """Return whether the source model has a cache of keys and values; the answer is stored."""
         if (known := self.shown.compilation.known_to_keep_cache) is None:
             with exclusive():
                 known = self.shown.compilation.keeps_cache
         return known
 
     def _with_cache_to_come(self, present: dict[str, Any], chosen: Mapping[str, Any], plain: bool) -> Any:
-        """Return the outputs of a call, with a cache that is created when it is used."""
+        """Return the outputs of a call, with a cache that is created when it is first used."""
         call = CallState.of({**present, **chosen}, self._written, self.shown.device_type)
         outputs = self._chosen(dict(present), chosen, False)
         field = cache_field(outputs)
         if field is not None and self.keeps_cache():
-            again: ModelRunner = copy.copy(self)  # in its present state, whatever calls leave out later
+            again: ModelRunner = copy.copy(self)  # not affected by what later calls leave out
             inputs = {name: call.inputs[name] for name in present}
             choice = {name: call.inputs[name] for name in chosen}
 
             def make() -> Any:
                 if is_unit(self.module):
-                    raise not_at_once("of a sharded model all processes make a cache together")
+                    raise not_at_once("all processes of a sharded model have to create a cache together")
                 if again.training:
                     raise not_at_once(
-                        "the cache of a call is made when it is first used, and the model is in train mode by now"
+                        "a call's cache is created when it is first used, but the model is in train mode by now"
                     )
                 with call.again():
                     return again._chosen({**inputs, USE_CACHE: True}, choice, False)[field]
@@ -221,7 +221,7 @@ class ModelRunner(Runner):
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
     def _written(self) -> tuple[Any, ...]:
-        """Return a value that changes with the adaptations, their tensors, and the hooks on the table of embeddings."""
+        """Return a value that changes with the adaptations, their tensors, and the hooks on the embedding table."""
         key = id(self.compilation), self.shown.device_type
         tensors = self.once("adapters", lambda: [tensor for _, tensor in self.store.adapters()], of=key)
         table = self.module.get_submodule(self.hooked) if self.hooked is not None else None
@@ -229,7 +229,7 @@ class ModelRunner(Runner):
         return (*key, hooks, sum(map(version_of, tensors)))
 
     def run_part(self, present: dict[str, Any], plain: bool, entry: Entry = "forward") -> Any:
-        """Return the outputs for tensors and flags by name."""
+        """Return the outputs for tensors and flags, given by name."""
         past = present.get(CACHE)
         key = self.ready(present, entry)
         if not is_traced():
@@ -240,7 +240,7 @@ class ModelRunner(Runner):
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
     def _look_at(self, key: ProgramKey, present: Mapping[str, Any]) -> None:
-        """Check the positions and values of a call; the first one of each signature is checked further and remembered.
+        """Check a call's positions and values; check the first call of each signature further, and remember it.
 
         Raises:
             GraftError: GC143 for more tokens than there are positions.
@@ -259,9 +259,9 @@ class ModelRunner(Runner):
         warn_of_packed(present, virtual, partial(gates_over_rows, self.shown.executables[key].program))
 
     def position_tables(self, key: ProgramKey) -> tuple[PositionTable, ...]:
-        """Return the tables that a Program reads at the positions of tokens.
+        """Return the tables that a Program reads at token positions.
 
-        There are none on the meta device, where no values could be checked.
+        On the meta device the result is empty, since no values could be checked.
         """
         if self.device.type == "meta":
             return ()
@@ -271,12 +271,12 @@ class ModelRunner(Runner):
         return self.shown.executables[key].once("positions", lambda program: position_tables(program, self.store))
 
     def once(self, name: Hashable, make: Callable[[], Value], *, of: object = None) -> Value:
-        """Return a value that follows from the Compilation as it is.
+        """Return a value derived from the current Compilation, computed when it is first requested.
 
         Args:
             name: the name of the value.
-            make: a function that computes it, called when it is first requested.
-            of: what else it was computed of; it is computed again if that is another value.
+            make: a function that computes the value.
+            of: what else the value depends on; it is computed again when this changes.
         """
         known = self.derived.get(name)
         if known is None or known[0] != of:
@@ -288,27 +288,27 @@ class ModelRunner(Runner):
         return self.run(key, present)
 
     def ready(self, present: Mapping[str, Any], entry: Entry = "forward") -> ProgramKey:
-        """Return the key under which `run` has code for a call's tensors and flags; capture the call if there is none.
+        """Return the key under which `run` has code for a call's tensors and flags, after capturing it if necessary.
 
         Raises:
-            GraftError: GC031 if it cannot be captured.
+            GraftError: GC031 if the call cannot be captured.
         """
         signature = self.shown.compilation.find(present)
         key = self.key(signature, self.mode_of(signature), entry) if signature is not None else None
         if key is None or not self.shown.has(key):
             if is_traced() and torch.compiler.is_exporting():
-                message = f"{', '.join(present)} have no graph yet; call the model once before exporting it"
+                message = f"no graph yet for the inputs {', '.join(present)}; call the model once before exporting it"
                 raise GraftError("GC031", message)
             return cast("ProgramKey", self._captured(present, entry))
         return key
 
     @torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
-        reason="a compiled model captures a call that is new: call it once before compiling it"
+        reason="a compiled model captures every new kind of call: make the call once before compiling the model"
     )
     def _captured(self, present: Mapping[str, Any], entry: Entry) -> ProgramKey:
         """Capture a call that has no code yet and return its key.
 
-        Code of `torch.compile` leaves such a call to Python the first time.
+        Code compiled by `torch.compile` falls back to Python for the first call of a kind.
         """
         with exclusive(), seldom_collected():
             signature = signature_for(self.shown.compilation, present)
@@ -318,7 +318,7 @@ class ModelRunner(Runner):
         return key
 
     def run_above(self, key: ProgramKey, graph: fx.Graph) -> None:
-        """Make the code that calls the layers; in a live model, each element gets code of its own as well."""
+        """Generate the code that calls the layers; in a live model, also generate code for each element."""
         super().run_above(key, graph)
         if self.live is None:
             return
@@ -330,9 +330,9 @@ class ModelRunner(Runner):
         self.shown.executables[key].known[ELEMENTS] = codes
 
     def mode_of(self, signature: Signature) -> Modes:
-        """Return the mode that the modules are in; a dropout that was set to zero counts as one in eval mode.
+        """Return the mode of the modules; a dropout whose ``p`` was set to zero counts as being in eval mode.
 
-        Code of `torch.compile` looks at the mode of the whole model, and at such dropouts only once.
+        Code compiled by `torch.compile` reads the mode of the whole model, and checks for such dropouts only once.
         """
         if is_traced():
             return (self._silent(signature) or "train") if self.training else "eval"
@@ -346,14 +346,14 @@ class ModelRunner(Runner):
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _silent(self, signature: Signature) -> frozenset[str]:
-        """Return the paths of dropouts that were set to zero."""
+        """Return the paths of dropouts whose ``p`` was set to zero."""
         paths = self.shown.compilation.signatures[signature].moded
         return frozenset(silent(path) for path in paths if drops_nothing(self.store.nearest(path)))
 
     def install(self, key: ProgramKey, program: Program) -> None:
         """Lower a Program to code.
 
-        Dropouts of adaptations get modules, so that ``eval()`` and a ``p`` that is set to zero take effect on them.
+        The dropouts of adaptations get modules, so that calling ``eval()`` or setting ``p`` to zero affects them.
         """
         super().install(key, program)
         for path, p in everywhere(program.graph, dropouts(program)).items():
@@ -364,7 +364,7 @@ class ModelRunner(Runner):
                 children_of(holder)[name] = Container.like(nn.Dropout(p)).train(training)
 
     def shared(self) -> list[Any]:
-        """Return what a copy of the module shares with it: graphs, which contain no tensors, and the source model."""
+        """Return the objects that a copy of the module shares with it: graphs, which own no tensors, and the source."""
         executables = [executable for view in self.every_view() for executable in view.executables.values()]
         graphs = [graph for each in executables for graph in (each.program, each.lowered)]
         items: list[Any] = [self.interface, *graphs, self.derived, self.live]
@@ -384,37 +384,37 @@ class ModelRunner(Runner):
         return [self.shown]
 
     def compilations(self) -> list[Compilation]:
-        """Return the Compilations that calls may run: the model's own, and those of views."""
+        """Return the Compilations that calls may run: the model's own and those of views."""
         every = (self.compilation, *(view.compilation for view in self.every_view()))
         return list({id(compilation): compilation for compilation in every}.values())
 
     def copied(self) -> None:
-        """Reset what belongs to the original; called on the Runner of a copied module."""
-        self.derived = {}  # it describes the original
+        """Reset the state that belongs to the original module; called on the Runner of a copy."""
+        self.derived = {}  # this describes the original
         self.live = LiveRoot.of(self.compilation)
 
     def complete(self) -> Any:
-        """Return a Runner that leaves no adaptation out: here this one."""
+        """Return a Runner that leaves out no adaptation: here, this one."""
         return self
 
     def within(self, run: Callable[[], Any]) -> Any:
-        """Call a function, within a call of the module if that is sharded, so that its hooks gather the tensors.
+        """Call a function. If the module is sharded, do so within a call of it, so that its hooks gather the tensors.
 
-        Other hooks do not run, as no caller has called the module.
+        Other hooks do not run, because no caller has called the module.
         """
         inside = not is_unit(self.module) or self.module._graftc.entered
         return run() if inside else self.module(UnitCall(run))
 
     def key(self, signature: Signature, mode: Modes, entry: Entry = "forward") -> ProgramKey:
-        """Return the key of what a call runs."""
+        """Return the key of the Program that a call runs."""
         return ProgramKey(entry, mode, signature)
 
     def as_run(self, key: ProgramKey) -> Program:
-        """Return the Program of a key that has no code yet, in the form that code is made of."""
+        """Return the Program for a key that has no code yet, in the form from which code is generated."""
         return self.program_of(key)
 
     def program_of(self, key: ProgramKey) -> Program:
-        """Return the Program of a key that has no code yet, with every layer written out."""
+        """Return the Program for a key that has no code yet, with every layer written out."""
         if key.entry in FROM_FORWARD:
             return entered(key.entry, self.program_of(key._replace(entry="forward")))
         self.shown.compilation.signatures[key.signature].add_constants(self.store)

@@ -1,4 +1,4 @@
-"""Reading the cache of keys and values that a call is given."""
+"""Read the cache of keys and values passed to a call."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def read_past(compilation: Compilation, present: dict[str, Any], begins: int) -> None:
-    """Read the cache of a call and put it into ``present``.
+    """Read a call's cache and store it in ``present``.
 
     Args:
         compilation: the Compilation that runs.
-        present: tensors and flags of the call, by name; modified.
+        present: the tensors and flags of the call, by name; modified.
         begins: the position of a text's first token.
 
     Raises:
-        GraftError: GC140 if the model keeps no cache, the call has no tokens, or the cache is not of this model; GC141
-            for an adaptation that a cache cannot hold; GC031 for a mask of another length.
+        GraftError: GC140 if the model has no cache, the call has no tokens, or the cache belongs to another model;
+            GC141 for an adaptation that a cache cannot represent; GC031 for a mask of the wrong length.
     """
     require_rows_of_one(compilation)
     layout = compilation.known_cache_layout
@@ -34,18 +34,18 @@ def read_past(compilation: Compilation, present: dict[str, Any], begins: int) ->
     tokens = tokens_of(compilation, present)
     if tokens is None:
         name = "decoder_input_ids" if layout.pairs else "input_ids"
-        raise GraftError("GC140", f"a call with a cache needs {name}", hint=f"give {name}")
+        raise GraftError("GC140", f"a call with a cache needs {name}", hint=f"pass {name}")
     past = read_cache(present.get(CACHE), layout, tokens.shape[0], tokens.device, begins)
     present[CACHE] = past
     name = f"decoder_{MASK}" if layout.pairs else MASK
     mask, length = present.get(name), past.length + tokens.shape[1]
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != length:
-        hint = f"it has one number for each token, those in the cache included: {[tokens.shape[0], length]}"
+        hint = f"pass one value for each token, including those in the cache: {[tokens.shape[0], length]}"
         raise GraftError("GC031", f"{name} is {list(mask.shape)}", hint=hint)
 
 
 def tokens_of(compilation: Compilation, present: Mapping[str, Any]) -> Tensor | None:
-    """Return the tokens with which a call continues a cache, or None; with an encoder, they are the decoder's."""
+    """Return the tokens with which a call continues a cache (the decoder's, if there is an encoder), or None."""
     pairs = compilation.cache_layout.pairs
     names = ("decoder_input_ids", "decoder_inputs_embeds") if pairs else ("input_ids", "inputs_embeds")
     return next((present[name] for name in names if name in present), None)

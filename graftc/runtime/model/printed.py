@@ -1,4 +1,4 @@
-"""The text of ``print(compiled)``: the source's modules, what adaptations have in them, and how much of it trains."""
+"""The text of ``print(compiled)``: the source's modules, the adaptations in each, and the trainable parameters."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class _Fact:
     """A description of one adaptation in one module.
 
     Attributes:
-        sizes: the sizes that its spec states there, as text.
-        places: what it adapts there, as text: by tensor, with its shape, or by role.
+        sizes: the sizes that its spec specifies for the module, as text.
+        places: the texts for the places that it adapts in the module, by tensor or role; a tensor's includes its shape.
     """
 
     sizes: dict[str, None] = field(default_factory=dict)
     places: dict[str, list[str]] = field(default_factory=dict)
 
     def text(self) -> list[str]:
-        """Return its parts, without empty ones."""
+        """Return the non-empty parts of the description."""
         return [*self.sizes, *(place for places in self.places.values() for place in dict.fromkeys(places))]
 
 
@@ -38,9 +38,9 @@ def printed(compilation: Compilation, module: nn.Module, trainable: int, total: 
     """Return the text of a compiled model; its length and cost are linear in the number of modules and tensors.
 
     Args:
-        compilation: the Compilation with the places of adaptations in the first signature.
+        compilation: the Compilation, which has the places of adaptations in the first signature.
         module: the compiled model, over the Compilation's Store or a copy of it.
-        trainable, total: the number of elements of its parameters that train, and of all of them.
+        trainable, total: the number of elements in its trainable parameters and in all of its parameters.
     """
     facts = _facts(compilation)
     methods = compilation.spec.owners
@@ -74,13 +74,13 @@ def _facts(compilation: Compilation) -> dict[str, dict[str, _Fact]]:
         places = facts.setdefault(path, {}).setdefault(owner, _Fact()).places
         if (path, owner, own.tensor) not in copied:
             copied.add((path, owner, own.tensor))
-            places[own.tensor] = []  # the trained copy says more than the adapted place
+            places[own.tensor] = []  # the trained copy is more informative than the adapted place
         places[own.tensor].append(f"{_weight(own.tensor, own.shape, path, own.rows)} (trained copy)")
     return facts
 
 
 def _shared(spec: MethodSpec | None) -> _Fact:
-    """Return the fact about tensors that all places of an adaptation share."""
+    """Return the description for tensors that all places of an adaptation share."""
     return _Fact(dict.fromkeys(_size(spec)) if spec is not None else {})
 
 
@@ -93,7 +93,7 @@ def _size(spec: MethodSpec) -> list[str]:
 
 
 def _place(site: Site, store: Store) -> tuple[str, str]:
-    """Return the tensor that a site is, or its role, and the text for it."""
+    """Return the name of a site's tensor, or else its role, together with its text."""
     if isinstance(site, LinearSite):
         own = site.own
         return own.tensor, _weight(own.tensor, own.shape, site.key.module, own.rows)
@@ -106,7 +106,7 @@ def _place(site: Site, store: Store) -> tuple[str, str]:
 
 
 def _weight(name: str, shape: tuple[int, ...], path: str, rows: Runs | None = None) -> str:
-    """Return a tensor's name in a module, in full if it belongs to another one, and its shape as stored."""
+    """Return a tensor's name within a module (its full name if it belongs to another module) and its stored shape."""
     chosen = "" if rows is None else f" rows {format_runs(rows)}"
     return f"{name.removeprefix(f'{path}.')} {list(shape)}{chosen}"
 

@@ -1,7 +1,7 @@
-"""A Runner runs Programs over the Store's tree; a Root is the module that owns the Runner.
+"""The Runner, which runs Programs over the Store's tree, and the Root, which is the module that owns a Runner.
 
-A Root has children, tensors and the attributes of every `nn.Module`, and next to nothing else of its own. Its behaviour
-is in its Runner, which is not a module, so that no child of a source model can clash with it by name.
+Apart from children, tensors and the attributes of every `nn.Module`, a Root has almost nothing of its own. Its
+behaviour is in its Runner, which is not a module, so that the name of a source model's child cannot clash with it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Installed:
 
     Attributes:
         program: the Program that is run.
-        lowered: the Program that the code is made of.
+        lowered: the Program from which the code was generated.
         run: the code above the layers, ``run(module, *inputs)``.
-        outcomes: what lowering has rewritten, and what it has not.
+        outcomes: what lowering has rewritten and what it has not.
         known: values computed from the Program, by name.
     """
 
@@ -58,7 +58,7 @@ class Installed:
     known: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[Program], Value]) -> Value:
-        """Return a value that follows from the Program, computed when it is first requested."""
+        """Return a value derived from the Program, computed when it is first requested."""
         if name not in self.known:
             self.known[name] = make(self.program)
         return cast(Value, self.known[name])
@@ -66,15 +66,15 @@ class Installed:
 
 @dataclass
 class AdaptedView:
-    """A Compilation and its code, which a Runner runs. Several views may share a tree of tensors.
+    """A Compilation and its code, run by a Runner. Several views may share a tree of tensors.
 
     Attributes:
         compilation: the Compilation whose Programs are run.
         executables: the code of its Programs, by key.
-        label: the prefix of the names of its code in Blocks.
+        label: the prefix for the names of its code in Blocks.
         off: the adaptations that it leaves out.
-        steering: what steers its training; None until it is requested.
-        device_type: the type of the device that its code is for.
+        steering: the controllers and objectives that steer its training; None until requested.
+        device_type: the device type that its code is for.
     """
 
     compilation: Compilation
@@ -89,7 +89,7 @@ class AdaptedView:
         return key in self.executables and self.executables[key].run is not None
 
     def lowered_of(self, key: ProgramKey) -> Program:
-        """Return the Program that the code of a key was made of."""
+        """Return the Program from which the code for a key was generated."""
         lowered = self.executables[key].lowered
         assert lowered is not None
         return lowered
@@ -100,16 +100,18 @@ class Runner:
 
     Args:
         compilation: the Compilation whose Programs are run.
-        store: the Store whose tree becomes that of the module.
+        store: the Store whose tree becomes the module's.
 
     Attributes:
         module: the root of the tree.
         store: the tensors.
-        shown: what calls run.
-        hooked: the path of the table of embeddings, once it has hooks.
-        told: the paths of other modules that may have hooks, below layers and above.
-        stops: the paths of those for which code has been made.
-        entered: whether a call is within the module, whose hooks have gathered its tensors.
+        shown: the view that calls run.
+        hearing: the hooks that observe calls of layers.
+        choices: how much of its activations each kind of call recomputes in the code above the layers.
+        hooked: the path of the embedding table, once it has hooks.
+        told: the paths of other modules that may have hooks, inside layers or outside them.
+        stops: the paths of the modules at which the current code stops to call hooks.
+        entered: whether a call is running within the module, whose hooks have gathered its tensors.
     """
 
     module: Root
@@ -145,15 +147,15 @@ class Runner:
         return {name: module for name, module in self.module.named_modules() if isinstance(module, Block)}
 
     def applies(self, adaptation: str) -> bool:
-        """Return whether calls run an adaptation, given by its name in the spec."""
+        """Return whether calls run an adaptation, given its name in the spec."""
         return adaptation not in self.shown.off
 
     def compile_layers(self, **options: Any) -> None:
-        """Have `torch.compile` compile every repeated layer by itself, in place, at its next call.
+        """Compile every repeated layer separately and in place with `torch.compile`, at its next call.
 
-        Layers that do the same share their code, so that compiling takes as long for a deep model as for a shallow one;
-        what is around them, such as embeddings, the head and the loss, runs as before. A model without repeated layers
-        is compiled as a whole. To compile the model as one graph, see `torch.nn.Module.compile`.
+        Identical layers share their code, so compiling a deep model takes no longer than compiling a shallow one.
+        Everything around them, such as the embeddings, the head and the loss, runs as before. A model without repeated
+        layers is compiled as a whole. To compile the model as one graph, see `torch.nn.Module.compile`.
 
         Args:
             options: the options of `torch.compile`: ``backend``, ``mode``, ``dynamic`` ...
@@ -162,12 +164,12 @@ class Runner:
             module.compile(**options)
 
     def install(self, key: ProgramKey, program: Program) -> None:
-        """Lower a Program to code, which `run` runs under ``key``."""
+        """Lower a Program to code, which `run` finds under ``key``."""
         executable = self.shown.executables[key] = Installed(program)
         self._lower(key, executable)
 
     def forget(self, entry: Entry) -> None:
-        """Discard the Programs of one entry, with their code."""
+        """Discard one entry's Programs and their code."""
         executables = self.shown.executables
         for key in [key for key in executables if key.entry == entry]:
             del executables[key]
@@ -177,7 +179,7 @@ class Runner:
                     del functions[name]
 
     def write_out(self, key: ProgramKey) -> None:
-        """Make code of a graph with every layer written out, as hooks need it, unless there is such code."""
+        """Generate code with every layer written out, as hooks require, unless the current code is already so."""
 
     def _lower(self, key: ProgramKey, executable: Installed) -> None:
         executable.known.pop(_CALLS, None)
@@ -187,7 +189,7 @@ class Runner:
         device = self._code_device()
         executables: dict[fx.Graph, Executable] = {}
         for block in outlined.blocks:
-            if block.graph not in executables:  # layers that are alike share a graph
+            if block.graph not in executables:  # identical layers share a graph
                 executables[block.graph] = executable_of(block.graph, device)
             owner = self.store.container(block.path)
             if not isinstance(owner, Block):
@@ -202,11 +204,11 @@ class Runner:
         self.shown.device_type = device.type
 
     def run_above(self, key: ProgramKey, graph: fx.Graph) -> None:
-        """Make the code that calls the layers.
+        """Generate the code that calls the layers.
 
         Args:
             key: the key of the Program.
-            graph: the root graph that `outline` gives; it is consumed.
+            graph: the root graph that `outline` returns; it is modified.
         """
         executable = self.shown.executables[key]
         for node in graph.find_nodes(op="call_module"):
@@ -217,15 +219,15 @@ class Runner:
         executable.run = self.code(key, graph, self.module, executable_of(graph, self._code_device()))
 
     def code(self, key: ProgramKey, graph: fx.Graph, module: nn.Module, executable: Executable) -> Function:
-        """Return the code for a part of a Program, whose tensors are in ``module``."""
+        """Return the code for the part of a Program whose tensors are in ``module``."""
         return executable.over(module)
 
     def lowered(self, key: ProgramKey, executable: Installed) -> Program:
-        """Return the Program that code is made of: here the Program itself."""
+        """Return the Program from which code is generated: here, the Program itself."""
         return executable.program
 
     def _code_device(self) -> torch.device:
-        """Return the device on which code creates tensors: the base's, or the one that FSDP2 moves it to for a pass."""
+        """Return the device on which code creates tensors: the base's, or the one FSDP2 moves it to for a pass."""
         kind = computes_on(self.module) if is_unit(self.module) else None
         device = self.device
         return device if kind in (None, device.type) else torch.device(str(kind))
@@ -258,7 +260,7 @@ class Runner:
     def _module_calls(self, key: ProgramKey) -> dict[str, LayerCall]:
         """Return how modules with hooks are called in a graph.
 
-        In a sharded model, whose tensors no process has in full, their calls are unknown.
+        In a sharded model, their calls are unknown, because no process has all tensors in full.
         """
         known = self.shown.executables[key].known
         if _CALLS not in known:
@@ -270,11 +272,11 @@ class Runner:
         return cast("dict[str, LayerCall]", known[_CALLS])
 
     def tell(self, path: str) -> None:
-        """Have the next call stop where a module begins and ends, for hooks that are registered on it."""
+        """Make the next call stop where a module begins and ends, to call hooks registered on it."""
         self.told.add(path)
 
     def _stop_where_heard(self) -> None:
-        """Make the code again if other modules have hooks than when it was made."""
+        """Generate the code again if the set of modules with hooks has changed."""
         self.told = {path for path in self.told if heard_module(self.module, path)}
         if self.told != self.stops:
             self.stops = frozenset(self.told)
@@ -294,9 +296,9 @@ class Runner:
         return [given[name] for name in self.shown.lowered_of(key).signature]
 
     def _passive_units(self) -> list[nn.Module]:
-        """Return the modules that FSDP2 has made units by themselves and that compute nothing.
+        """Return the modules that are FSDP2 units of their own but compute nothing.
 
-        Accelerate makes such units of tables of embeddings and heads; their tensors are complete during a pass.
+        Accelerate turns embedding tables and heads into such units; their tensors are complete during a pass.
         """
         if not is_unit(self.module):
             return []
@@ -305,16 +307,16 @@ class Runner:
         ]
 
     def relower(self) -> None:
-        """Make all code again, for tensors that have moved to another device."""
+        """Generate all code again, for tensors that have moved to another device."""
         for key, executable in self.shown.executables.items():
             self._lower(key, executable)
 
 
 class Root(Tree):
-    """The root of a Store's tree. A name that is neither a child's nor an attribute is looked up in its Runner.
+    """The root of a Store's tree. Names that are neither children nor attributes are looked up in its Runner.
 
     Args:
-        runner: the Runner that the module gets.
+        runner: the Runner that the module will own.
     """
 
     _graftc: Runner
@@ -327,7 +329,7 @@ class Root(Tree):
         runner.adopt(self)
 
     def __getattr__(self, name: str) -> Any:
-        """Return the child or tensor of this name, or else the Runner's own attribute."""
+        """Return the child or tensor with this name, or else the Runner's attribute."""
         attributes = vars(self)
         for table in (PARAMETERS, BUFFERS, CHILDREN):
             if name in attributes.get(table, ()):
@@ -345,13 +347,13 @@ class Root(Tree):
 
 
 def _tied_once(module: Root, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Keep each tied tensor once in a state dict, by the name that owns it, as file formats require."""
+    """Keep each tied tensor only once in a state dict, under its owner's name, as file formats require."""
     for alias in module._graftc.store.aliases:
         state.pop(prefix + alias, None)
 
 
 def _tied_again(module: Root, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Add tied tensors to a state dict under each of their names, for loading."""
+    """Add each tied tensor to a state dict under all of its names, for loading."""
     for alias, owner in module._graftc.store.aliases.items():
         if prefix + owner in state:
             state.setdefault(prefix + alias, state[prefix + owner])

@@ -1,4 +1,4 @@
-"""Modules that run the Programs of a Compilation with the interface of the source model."""
+"""Modules that run a Compilation's Programs with the source model's interface."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     M = DefaultingTypeVar("M", bound=nn.Module, default=Any, covariant=True)
 else:
     M = TypeVar("M", bound=nn.Module, covariant=True)
-"""The class of a source model; `Any` where nothing is known of it."""
+"""The class of a source model; `Any` if it is unknown."""
 Source = TypeVar("Source", bound=nn.Module)
-"""The same, of an argument."""
+"""The class of a source model that is passed as an argument."""
 
 
 class Published(Generic[P, R]):
-    """A method of a Runner that its module has under the same name, whatever children the module has."""
+    """Descriptor that exposes a Runner's method on its module under the same name, whatever children the module has."""
 
     def __init__(self, method: Callable[Concatenate[Any, P], R]) -> None:
         self.__wrapped__, self.__doc__, self.__name__ = method, method.__doc__, method.__name__
@@ -48,7 +48,7 @@ class Published(Generic[P, R]):
 def runner_of(module: nn.Module | Runner) -> Any:
     """Return the Runner of a compiled or merged model.
 
-    It has everything that graftc offers, even if a child of the source model has taken the name.
+    It has everything that graftc offers, even names that are hidden by children of the source model.
 
     Raises:
         GraftError: GC073 for anything else.
@@ -56,13 +56,13 @@ def runner_of(module: nn.Module | Runner) -> Any:
     runner = module if isinstance(module, Runner) else getattr(module, "__dict__", {}).get(OWN)
     if runner is None:
         raise GraftError(
-            "GC073", f"what was given is {kind_of(module)}, no compiled model", hint="give what graftc.compile returns"
+            "GC073", f"expected a compiled model, got {kind_of(module)}", hint="pass the result of graftc.compile"
         )
     return runner
 
 
 def _moved(root: ModelRoot, fn: Callable[[Tensor], Tensor], convert: Callable[[], Any]) -> Any:
-    """Move the tensors and retarget the graphs; refuse another dtype, which needs another capture."""
+    """Move the tensors and retarget the graphs; refuse another dtype, which would require another capture."""
     runner = root._graftc
     moved = fn(torch.empty(0, dtype=runner.dtype, device=runner.device))
     if moved.dtype != runner.dtype:
@@ -78,30 +78,30 @@ def _moved(root: ModelRoot, fn: Callable[[Tensor], Tensor], convert: Callable[[]
 
 @applied_by(_moved)
 class ModelRoot(Root):
-    """A module with the interface of a source model."""
+    """A module with a source model's interface."""
 
     _graftc: ModelRunner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the model's own outputs, as its class would give them."""
+        """Return the outputs of a call, in the source model's output class."""
         return self._graftc.call(args, kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode that the Runner chooses for the requested one."""
+        """Set the mode that the Runner chooses when ``mode`` is requested."""
         super().train(self._graftc.entering(mode))
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; warn if the source model has it, since graphs have its value as a constant (GC048)."""
+        """Set an attribute; warn if the source model has it, since graphs contain its value as a constant (GC048)."""
         super().__setattr__(name, value)
         own = vars(self).get(OWN)
         if own is not None and name in own.constants and value != own.constants[name]:
             constant(self, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """Return a model with tensors of its own, including the base's; ties are kept.
+        """Return a model with its own tensors, including the base's; ties are preserved.
 
-        Graphs, which contain no tensors, are shared, and so is the source model, from which new signatures are
+        The graphs, which contain no tensors, are shared, as is the source model, from which new signatures are
         captured.
         """
         memo.update((id(item), item) for item in self._graftc.shared())
@@ -119,5 +119,5 @@ class ModelRoot(Root):
         return copied
 
     def __getstate__(self) -> NoReturn:
-        """Refuse `pickle` and `torch.save` with GC074, which says what keeps a model."""
+        """Refuse `pickle` and `torch.save` with GC074, which explains how to save a model."""
         refuse_pickling(self)

@@ -1,8 +1,8 @@
-"""A model that is sharded over processes, treated as a whole one when it is read, folded, saved and exported.
+"""Read, fold, save and export a model that is sharded over processes as if it were unsharded.
 
-All processes of the mesh gather the adapter tensors together, once and before anything else. The base never trains, so
-its values are the source model's and are not sent. Everything that follows runs within one process, on a whole model,
-and waits for no other process.
+All processes in the mesh first gather the adapter tensors together, once. The base never trains, so its values are
+those of the source model and are not sent. Everything else runs within one process, on an unsharded model, and waits
+for no other process.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _numbers: defaultdict[tuple[int, ...], Iterator[int]] = defaultdict(itertools.count)
-"""Of what processes do together, by their ranks."""
+"""Counters of the joint operations of processes, by their ranks."""
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Processes that do something together.
+    """A joint operation of several processes.
 
-    They exchange what they are doing through the store of the process group, so that a process that does something
-    else, or nothing, causes an error instead of a deadlock.
+    The processes exchange the name of the operation through the process group's store, so that a process that does
+    something else, or nothing, causes an error instead of a deadlock.
 
     Attributes:
         ranks: the ranks of the processes.
-        what: the name of what they do.
-        key: the key of this occasion.
+        what: the name of the operation.
+        key: the prefix of this operation's keys in the process group's store.
     """
 
     ranks: tuple[int, ...]
@@ -53,13 +53,12 @@ class Meeting:
 
     @classmethod
     def of(cls, root: nn.Module, what: str) -> Meeting | None:
-        """Wait for all processes over which a tree of modules is sharded, and return their meeting.
+        """Wait for all processes over which a module tree is sharded, and return their meeting.
 
-        Return None if it is not sharded.
+        Return None if the tree is not sharded.
 
         Raises:
-            GraftError: GC131 for a process that is absent when the time limit of the process group is over, or that
-                does something else.
+            GraftError: GC131 if a process does not arrive before the process group's timeout, or calls something else.
         """
         for module in sharded_modules(root):
             module.reshard()  # type: ignore[operator]  # passes without gradients leave the root gathered
@@ -89,24 +88,24 @@ class Meeting:
         others = [(rank, text) for rank, text in zip(self.ranks, said, strict=True) if text != self.what]
         if others:
             rank, text = others[0]
-            raise _apart(f"{self.what} is called here, and {text} in process {rank}")
+            raise _apart(f"{self.what} was called in this process, but {text} in process {rank}")
 
     def _wait(self, keys: list[str]) -> None:
         try:
             self._store.wait(keys)
         except RuntimeError as error:
             absent = [key.rpartition("/")[2] for key in keys if not self._store.check([key])]
-            raise _apart(f"{self.what} was called, and not in process {', '.join(absent[:5])}") from error
+            raise _apart(f"{self.what} was called, but not in process {', '.join(absent[:5])}") from error
 
     def by_first(self, action: Callable[[], object]) -> None:
-        """Run an action in the first process while the others wait; an error there is raised in all of them.
+        """Run an action in the first process while the others wait; if it fails, raise an error in all of them.
 
         Raises:
-            GraftError: the error of the first process; in the others, GC131 if that is not a `GraftError`.
+            GraftError: the first process's error; the others raise GC131 if that error is not a `GraftError`.
         """
         key = f"{self.key}/done"
         if self.first:
-            failure: dict[str, Any] = {"code": "GC131", "message": f"{self.what} has failed in process {self.ranks[0]}"}
+            failure: dict[str, Any] = {"code": "GC131", "message": f"{self.what} failed in process {self.ranks[0]}"}
             try:
                 action()
                 failure = {}
@@ -119,7 +118,7 @@ class Meeting:
         try:
             self._store.wait([key])
         except RuntimeError as error:
-            raise _apart(f"process {self.ranks[0]} did not end {self.what}") from error
+            raise _apart(f"process {self.ranks[0]} did not finish {self.what}") from error
         failed = json.loads(self._store.get(key))
         if failed:
             raise GraftError(**failed)
@@ -135,12 +134,12 @@ def _apart(message: str) -> GraftError:
 
 
 def in_every_process(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Wrap a method of an object with a Runner, ``self.runner``, so that it runs on a whole model in each process.
+    """Wrap a method of an object that has a Runner (``self.runner``) to run on an unsharded model in each process.
 
-    If the model is sharded, every process has to call it.
+    If the model is sharded, every process must call the method.
 
     Raises:
-        GraftError: GC131 as `Meeting.of`, GC130 as `whole_model`.
+        GraftError: GC131 as for `Meeting.of`, GC130 as for `whole_model`.
     """
 
     @functools.wraps(method)
@@ -152,12 +151,12 @@ def in_every_process(method: Callable[Concatenate[Any, P], R]) -> Callable[Conca
 
 
 def written_once(method: Callable[Concatenate[Any, Any, P], Path]) -> Callable[Concatenate[Any, Any, P], Path]:
-    """Wrap a method that writes to a path, its first argument, so that one process runs it on a whole model.
+    """Wrap a method that writes to a path, its first argument, so that one process runs it on an unsharded model.
 
-    If the model is sharded, every process has to call it; the others wait for the one that writes.
+    If the model is sharded, every process must call the method; the others wait for the one that writes.
 
     Raises:
-        GraftError: as `in_every_process`, and an error of the writing, in all processes.
+        GraftError: as for `in_every_process`; an error while writing is raised in all processes.
     """
 
     @functools.wraps(method)
@@ -173,11 +172,11 @@ def written_once(method: Callable[Concatenate[Any, Any, P], Path]) -> Callable[C
 
 
 def whole_model(runner: AdaptedRunner, values: dict[str, torch.Tensor] | None = None) -> AdaptedRunner:
-    """Return a compiled model with the same graphs over whole tensors, on the device of the source model.
+    """Return a compiled model with the same graphs over unsharded tensors, on the source model's device.
 
     Args:
         runner: the Runner of the sharded model.
-        values: its adapter tensors; gathered if not given.
+        values: its adapter tensors; gathered if None.
 
     Raises:
         GraftError: GC130 if the source model has no weights in this process.
@@ -186,7 +185,7 @@ def whole_model(runner: AdaptedRunner, values: dict[str, torch.Tensor] | None = 
     values = dict(adapter_values(store)) if values is None else values
     base = dict(Store.mirror(compilation.model).tensors())
     if any(tensor.device.type == "meta" for tensor in base.values()):
-        message = "the model was compiled without the base's weights in this process, and what is asked for needs them"
+        message = "the model was compiled without the base's weights in this process, but this operation needs them"
         raise GraftError("GC130", message, hint="compiled.adapter_state_dict() gathers what was trained")
     device = next((tensor.device for tensor in base.values()), torch.device("cpu"))
     whole = Store()

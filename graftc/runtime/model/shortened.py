@@ -1,8 +1,8 @@
-"""Leaving out layers that do the same as others, to derive the memory of a deep model from that of two shallow ones.
+"""Derive the memory use of a deep model from that of two shallow models, by leaving out identical layers.
 
-Between equal layers, the memory of a step grows by the same number of bytes from one to the next, in the forward and in
-the backward pass. So whenever a tensor is created before or after the layers that are left out, the memory in use is an
-affine function of their number; between them, it lies between the values at both ends.
+From one of several equal layers to the next, the memory of a step grows by the same number of bytes, in the forward as
+in the backward pass. So whenever a tensor is created before or after the layers that are left out, the memory in use is
+an affine function of the number of these layers; within them, it lies between the values at both ends.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from graftc.compat.pytree import tree_flatten
 from graftc.runtime.activations.simulated import Levels, Part
 
 FRONT = 2
-"""Repetitions that stay at the beginning: the first one may be given what wants no gradient."""
+"""Repetitions kept at the beginning: the inputs of the first may require no gradient."""
 
 KEPT = FRONT + 1
-"""Repetitions that stay."""
+"""Repetitions kept in total."""
 
 _LONGEST = 6
-"""Layers of the longest pattern that is looked for."""
+"""The number of layers in the longest pattern to search for."""
 
 
 class Step(NamedTuple):
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
     Attributes:
         backward: whether it belongs to the backward pass.
-        call: the number of the layer call that begins it.
+        call: the index of the layer call that begins it.
     """
 
     backward: bool
@@ -43,7 +43,7 @@ class Run:
     """Consecutive calls of layers in which a pattern repeats.
 
     Attributes:
-        start: the number of the first call.
+        start: the index of the first call.
         period: the number of calls in the pattern.
         count: the number of repetitions.
     """
@@ -53,7 +53,7 @@ class Run:
     count: int
 
     def left_out(self, count: int) -> range:
-        """Return the calls that are left out if the pattern is repeated only ``count`` times."""
+        """Return the indices of the calls that are left out if the pattern is repeated only ``count`` times."""
         first = self.start + FRONT * self.period
         return range(first, first + (self.count - count) * self.period)
 
@@ -63,14 +63,14 @@ def runs_of(graph: fx.Graph, kind: Callable[[fx.Node], Hashable]) -> list[Run]:
 
     Args:
         graph: a graph that calls layers.
-        kind: a function whose results are equal for calls of layers that do the same.
+        kind: a function whose results are equal for calls of identical layers.
     """
     calls = graph.find_nodes(op="call_module")
     number = {call: index for index, call in enumerate(calls)}
     kinds = [kind(call) for call in calls]
 
     def follows(index: int, period: int) -> bool:
-        """Return whether a call does the same as the one ``period`` calls earlier, on correspondingly later inputs."""
+        """Return whether a call is like the one ``period`` calls earlier, with inputs that are shifted accordingly."""
         return kinds[index] == kinds[index - period] and _shifted(
             calls[index - period].args, calls[index].args, number, period
         )
@@ -81,7 +81,7 @@ def runs_of(graph: fx.Graph, kind: Callable[[fx.Node], Hashable]) -> list[Run]:
         best = Run(index, 1, 1)
         for period in range(1, _LONGEST + 1):
             end = index + period
-            # The inputs of the first repetition come from elsewhere.
+            # The first repetition gets its inputs from outside the run.
             while end < len(calls) and (
                 follows(end, period) if end >= index + 2 * period else kinds[end] == kinds[end - period]
             ):
@@ -96,7 +96,7 @@ def runs_of(graph: fx.Graph, kind: Callable[[fx.Node], Hashable]) -> list[Run]:
 
 
 def _shifted(before: Any, after: Any, number: Mapping[fx.Node, int], period: int) -> bool:
-    """Return whether values are the same except that calls in them come ``period`` calls later."""
+    """Return whether two values are the same except that the calls in the second come ``period`` calls later."""
     leaves, form = tree_flatten(before)
     later_leaves, later_form = tree_flatten(after)
     pairs = zip(leaves, later_leaves, strict=True)
@@ -104,7 +104,7 @@ def _shifted(before: Any, after: Any, number: Mapping[fx.Node, int], period: int
 
 
 def _is_shifted(before: Any, after: Any, number: Mapping[fx.Node, int], period: int) -> bool:
-    """Do as `_shifted` for values that contain no others."""
+    """Implement `_shifted` for values that contain no others."""
     if before is after or not (isinstance(before, fx.Node) and isinstance(after, fx.Node)):
         return bool(before == after)
     if before in number or after in number:
@@ -118,7 +118,7 @@ def shorten(graph: fx.Graph, counts: Mapping[Run, int]) -> None:
 
     Args:
         graph: a graph that calls layers.
-        counts: the number of repetitions to keep of each run.
+        counts: the number of repetitions to keep in each run.
     """
     calls = graph.find_nodes(op="call_module")
     unused = {node for node in graph.nodes if not node.users}
@@ -135,11 +135,11 @@ def shorten(graph: fx.Graph, counts: Mapping[Run, int]) -> None:
 
 
 def deep(short: Levels, longer: Mapping[Run, Levels]) -> int:
-    """Return the peak of the model with all layers.
+    """Return the peak memory use of the model with all layers.
 
     Args:
-        short: the levels with `KEPT` repetitions of every run.
-        longer: for each run, the levels with one more repetition of it.
+        short: the memory levels with `KEPT` repetitions of every run.
+        longer: for each run, the memory levels with one more repetition of that run.
     """
     aligned, start = list[tuple[int, Levels]](), 0
     for run in sorted(longer, key=lambda run: run.start):
@@ -150,7 +150,7 @@ def deep(short: Levels, longer: Mapping[Run, Levels]) -> int:
 
 
 def _highest(levels: list[int], longer: Iterable[tuple[int, list[int]]]) -> int:
-    """Return the highest level of a part in a model with more repetitions of some runs."""
+    """Return the highest memory level of a part in a model with more repetitions of some runs."""
     totals = list(levels)
     for more, others in longer:
         if len(others) != len(levels):  # parts that differ are compared by their peaks only
@@ -160,12 +160,12 @@ def _highest(levels: list[int], longer: Iterable[tuple[int, list[int]]]) -> int:
 
 
 def _aligned(levels: Levels, run: Run, start: int) -> Levels:
-    """Return the levels by the parts of the shorter model, which lacks one repetition after those of the front.
+    """Return levels keyed by the parts of the shorter model, which lacks one repetition after the first `FRONT`.
 
     Args:
-        levels: the levels with that repetition.
-        run: the run that is longer.
-        start: the number of its first call in the short model.
+        levels: the memory levels of the model with that repetition.
+        run: the run that is longer in that model.
+        start: the index of its first call in the shorter model.
     """
     aligned: dict[Part, list[int]] = {}
     more = range(start + FRONT * run.period, start + (FRONT + 1) * run.period)

@@ -1,4 +1,4 @@
-"""A training step of a compiled model on tensors without memory."""
+"""A simulated training step of a compiled model, on tensors without memory."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Simulation:
 
     Args:
         runner: the Runner of the model, which is not changed. Tensors on the meta device are assumed to be on a CPU.
-        processes: the number of processes that share its gradients: each keeps a shard of them, as FSDP2 does.
+        processes: the number of processes that share the gradients: each stores one shard, as with FSDP2.
 
     Attributes:
-        mode: the mode of its tensors.
+        mode: the fake tensor mode of the copy's tensors.
         module: the copy.
         runner: the Runner of the copy.
-        trained: the parameters that an optimiser is given.
+        trained: the parameters that an optimiser would receive.
     """
 
     def __init__(self, runner: AdaptedRunner, processes: int = 1) -> None:
@@ -63,23 +63,23 @@ class Simulation:
         accumulated: bool = False,
         steered: bool = False,
     ) -> Activations:
-        """Return what a forward and a backward pass keep, and the memory that they take.
+        """Return the activations that a forward and a backward pass store, and the peak memory that they use.
 
         Args:
             signature: the signature of the call.
-            present: tensors and flags of the call, by name; only the sizes of tensors matter.
-            whole: whether to run every layer, instead of only some of those that do the same.
-            accumulated: whether there are gradients from an earlier step, to which this one adds; they are not counted.
-            steered: whether controllers look at gradients, as they do in their first step.
+            present: the tensors and flags of the call, by name; only the sizes of tensors matter.
+            whole: whether to run every layer, instead of only some of the identical ones.
+            accumulated: whether this step adds to the gradients of an earlier step, which are not counted.
+            steered: whether controllers read gradients, as they do in their first step.
         """
         self._accumulated, self._steered = accumulated, steered
         for _, part in self._parts:
-            choices_of(part).clear()  # they are for other sizes
+            choices_of(part).clear()  # they were made for other sizes
         key = self.runner.key(signature, "train")
         if not self.runner.shown.has(key) or calls(self.runner.shown.executables[key].program.graph):
             self.runner.install(key, self.runner.program_of(key))
         graph = outline(self.runner.shown.lowered_of(key)).root
-        # With a budget, layers that do the same may differ in what they keep.
+        # With a budget, identical layers may store different activations.
         spec = self.runner.shown.compilation.spec
         runs = [] if whole or spec.memory.budget is not None else runs_of(graph, self._kind_in(key))
         if not runs:
@@ -90,7 +90,7 @@ class Simulation:
         return Activations(tuple(layers_of(self._parts)), peak)
 
     def _short(self, key: ProgramKey, graph: fx.Graph, runs: list[Run], present: Mapping[str, Any]) -> int:
-        """Return the peak, computed from models with fewer layers."""
+        """Return the peak memory use, derived from models with fewer layers."""
         kept = dict.fromkeys(runs, KEPT)
 
         def levels(counts: Mapping[Run, int]) -> Levels:
@@ -113,16 +113,16 @@ class Simulation:
         return peak
 
     def _run(self, key: ProgramKey, present: Mapping[str, Any]) -> Levels:
-        """Return the bytes in use whenever a tensor is created, for each part of a step."""
+        """Run a step and return, for each of its parts, the bytes in use whenever a tensor is created."""
         own = self.runner
         given = fake(dict(present), self.mode)
         code: Any = own.shown.executables[key].run
-        if code.plain:  # plain code does not choose by itself
+        if code.plain:  # plain code does not choose on its own
             inputs = own.inputs(key, given)
             code.choose(own.module, inputs, code.kind(own.module, inputs))
 
         def loss() -> Tensor:
-            # No other result is alive in the backward pass, as in a training loop that keeps only the loss.
+            # As in a training loop that stores only the loss, no other result is alive in the backward pass.
             named = zip(own.shown.lowered_of(key).outputs.names, own.run(key, given), strict=True)
             floats = {name: value for name, value in named if isinstance(value, Tensor) and value.requires_grad}
             return floats["loss"] if "loss" in floats else torch.stack([value.sum() for value in floats.values()]).sum()
@@ -158,13 +158,13 @@ class Simulation:
                 parameter.grad = torch.empty_like(parameter)
 
     def _scatter(self, parameter: Tensor) -> None:
-        """Keep only this process's shard of a gradient."""
+        """Replace a gradient by this process's shard of it."""
         if not self._accumulated:
             self._shards.append(parameter.new_empty(shard_of(parameter, self._processes)))
         parameter.grad = None
 
     def _kind_in(self, key: ProgramKey) -> Callable[[fx.Node], Hashable]:
-        """Return a function whose results are equal for calls of layers that do the same."""
+        """Return a function whose results are equal for calls of identical layers."""
 
         def kind(call: fx.Node) -> Hashable:
             block = self.runner.blocks[str(call.target)]
@@ -177,7 +177,7 @@ class Simulation:
 
 
 def _watched(runner: AdaptedRunner, tracking: Tracking) -> Iterator[Any]:
-    """Report to ``tracking`` where layers begin, in both passes, and yield handles that end the reports."""
+    """Report to ``tracking`` where layers begin in both passes, and yield the handles that remove these hooks."""
     calls = -1
 
     def entered(*_: Any) -> None:
@@ -201,7 +201,7 @@ def _watched(runner: AdaptedRunner, tracking: Tracking) -> Iterator[Any]:
 
 
 def shard_of(tensor: Tensor, processes: int) -> tuple[int, ...]:
-    """Return the shape of the largest shard of a tensor; FSDP2 cuts along the first axis."""
+    """Return the shape of a tensor's largest shard; FSDP2 splits along the first axis."""
     if processes == 1 or not tensor.dim():
         return tuple(tensor.shape)
     return (-(-tensor.shape[0] // processes), *tensor.shape[1:])

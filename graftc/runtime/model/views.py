@@ -1,4 +1,4 @@
-"""Views of a model without some adaptations, the ones that calls leave out, and tensors added to a tree."""
+"""Helpers for views: the adaptations that calls leave out, the training progress, and tensors added to a tree."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ R = TypeVar("R")
 
 
 class Observing(Protocol):
-    """Protocol of objects that read numbers of forward passes, as `Observer` does."""
+    """Protocol for objects that observe forward passes, such as `Observer`."""
 
     def watching(self) -> AbstractContextManager[None]:
-        """Observe a forward pass that runs in the block."""
+        """Observe a forward pass that runs within the block."""
 
 
 class Waiting(list[Tensor]):
-    """Terms that are not in a loss yet. A copied model has none, since they belong to passes of the original."""
+    """Terms not yet added to a loss. A copied model has none, since they belong to passes of the original."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Waiting:
         return Waiting()
@@ -38,11 +38,11 @@ class Progress:
 
     Attributes:
         trained: adaptations with a controller or an objective whose tensors have had a gradient.
-        warned: subjects of the warnings that have been given.
+        warned: subjects of the warnings issued so far.
         extra_losses: the number of times that the sum of the objectives has been requested.
-        due: whether it has not been requested since the last step.
-        waiting: terms that are not in a loss yet.
-        observer: reads numbers of the next forward passes, if that has been requested.
+        due: whether this sum is required but has not been requested since the last step.
+        waiting: terms not yet added to a loss.
+        observer: the object that observes the next forward passes; None if none is to be observed.
     """
 
     trained: set[str] = field(default_factory=set)
@@ -58,8 +58,8 @@ class Leaving:
     """The adaptations that a model leaves out.
 
     Attributes:
-        off: the adaptations that `disable` has named.
-        within: the adaptations that each open context leaves out, the outermost context first.
+        off: the adaptations passed to `disable`.
+        within: the adaptations that each open context leaves out, outermost context first.
     """
 
     off: frozenset[str] = frozenset()
@@ -67,15 +67,15 @@ class Leaving:
 
     @property
     def hidden(self) -> frozenset[str]:
-        """The adaptations that calls leave out now."""
+        """The adaptations that calls currently leave out."""
         return self.off.union(*self.within)
 
 
 def with_every_adaptation(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Wrap a method of an object with a Runner, ``self.runner``, so that it gets one with every adaptation.
+    """Wrap a method of an object that has a Runner (``self.runner``) to use a Runner with every adaptation.
 
-    It does so even while `disable` and `disabled` leave adaptations out of calls. Every method that writes a file or
-    makes another model is wrapped. Calls in other threads are not affected.
+    This holds even while `disable` and `disabled` leave adaptations out of calls. Every method that writes a file or
+    creates another model is wrapped. Calls in other threads are not affected.
     """
 
     @functools.wraps(method)
@@ -90,19 +90,19 @@ def tables_of(steering: Steerings) -> tuple[Mapping[str, Any], ...]:
 
 
 def over(compilation: Compilation, known: Compilation) -> Compilation:
-    """Return a Compilation that was made of the same source, over the tensors of another one."""
+    """Return a Compilation over the tensors of another one that was created from the same source model."""
     return replace(compilation, store=known.store, model=known.model, watch=known.watch)
 
 
 class Tables:
-    """Adds tensors to a Store's tree, and removes them again if necessary."""
+    """Tensors added to a Store's tree, which can be removed again."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._put: list[str] = []
 
     def put(self, fqn: str, tensor: Tensor, *, persistent: bool) -> None:
-        """Add a tensor by a new name."""
+        """Add a tensor under a new name."""
         self._store.put(fqn, tensor, persistent=persistent)
         self._put.append(fqn)
 

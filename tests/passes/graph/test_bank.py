@@ -316,7 +316,7 @@ def test_two_banks_and_an_adaptation_between() -> None:
 
 
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
-    "beyond": ({"adapter_ids": torch.tensor([0, 1, 2, 4])}, "has 4; 'languages' has slots 0 to 3"),
+    "beyond": ({"adapter_ids": torch.tensor([0, 1, 2, 4])}, "contains 4, but 'languages' has slots 0 to 3"),
     "negative": ({"adapter_ids": torch.tensor([0, -1, 2, 3])}, "has -1"),
     "too few": ({"adapter_ids": torch.tensor([0, 1, 2])}, r"adapter_ids is int64\[3\]"),
     "floats": ({"adapter_ids": torch.zeros(4)}, r"adapter_ids is float32\[4\]"),
