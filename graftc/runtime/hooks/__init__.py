@@ -1,4 +1,4 @@
-"""Users' hooks on layers and on the embedding table of a compiled model.
+"""Users' hooks on layers, on modules within them, and on the embedding table of a compiled model.
 
-They get, and may change, what they do in the source model. Nothing here depends on Runners; `runtime/model` calls it.
+Hooks receive the same values as in the source model. Nothing here depends on Runners; `runtime/model` calls this code.
 """

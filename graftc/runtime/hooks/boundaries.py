@@ -1,9 +1,9 @@
-"""Calls of modules below layers in the source's form: the values that hooks on any of them get.
+"""Hooks on modules within layers, which are called with the arguments and results of the source's modules.
 
-The nodes of a graph record the module that they belong to. If a module has hooks, code is generated that stops where
-the module begins and where it ends: hooks are called there, with the arguments and results of the source's module.
-Changed results are used instead of the original ones if all their readers come afterwards; arguments are read-only. If
-no module has hooks, code has no such stops.
+The nodes of a graph record the module that they belong to. If a module has hooks, the generated code stops where the
+module begins and where it ends, and calls the hooks with the arguments and results of the source's module. Results that
+hooks change replace the original ones, provided that all readers of the results come afterwards; arguments are
+read-only. If no module has hooks, the code has no stops.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _HINT = "put it on the compiled model, on a whole layer or on the source model"
 
 
 def border_of(program: Program, path: str) -> Border | None:
-    """Return the border of a module below layers; None if no node of a graph belongs to it.
+    """Return the border of a module within a layer; None if no node of the graph belongs to the module.
 
-    Its inputs are outside values that exist when it begins: those that it reads, and others that are read later, which
-    the source may pass to the module as well.
+    Its inputs are outside values that exist when the module begins: those that the module reads, and those read later,
+    which the source may also pass to the module.
 
     Args:
         program: the graph.
@@ -52,13 +52,13 @@ def _inside(graph: fx.Graph, path: str) -> list[fx.Node]:
 
 
 def _is_alive(node: fx.Node, order: Mapping[fx.Node, int], start: int) -> bool:
-    """Return whether a value exists before a node, and is read after it."""
+    """Return whether a value exists before a node and is read after it."""
     value = node.op in ("placeholder", "call_function") and isinstance(node.meta.get("val"), Tensor)
     return value and order[node] < start and any(order[user] > start and user.op != "output" for user in node.users)
 
 
 def stopping(program: Program, paths: Iterable[str]) -> Program:
-    """Return a copy of a Program that stops at the boundaries of modules, with inner modules within outer ones."""
+    """Return a copy of a Program that stops at module boundaries; stops of inner modules are nested in outer ones."""
     stopped = program.copy()
     for path in sorted(paths, key=lambda path: path.count("."), reverse=True):
         if (border := border_of(stopped, path)) is not None:
@@ -88,7 +88,7 @@ def _stop(graph: fx.Graph, border: Border) -> None:
 
 
 def _take(graph: fx.Graph, source: fx.Node, number: int, node: fx.Node, wanted: Callable[[fx.Node], bool]) -> None:
-    """Make some users of a value read it in the form that a stop passes on."""
+    """Make some of a value's users read the value that a stop passes on instead."""
     passed = graph.call_function(_passed_on, (source, number))
     passed.meta = {**node.meta, "module": source.meta["module"]}
     node.replace_all_uses_with(passed, delete_user_cb=wanted)
@@ -99,7 +99,7 @@ def _passed_on(values: Sequence[Any], number: int) -> Any:
 
 
 def begin(path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Call the forward pre-hooks of a module, from generated code where the module begins."""
+    """Call a module's forward pre-hooks; generated code calls this where the module begins."""
     run = running_call()
     module = None if run is None else heard_module(run.module, path)
     if run is None or module is None:
@@ -122,9 +122,9 @@ def begin(path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def end(path: str, begun: tuple[Any, ...], values: tuple[Any, ...], whole: bool) -> tuple[Any, ...]:
-    """Call the forward hooks of a module, from generated code where the module ends.
+    """Call a module's forward hooks; generated code calls this where the module ends.
 
-    They may replace the results by other values of the same kind if all readers of the results come afterwards.
+    The hooks may replace the results by values of the same form if all readers of the results come afterwards.
     """
     run = running_call()
     if run is None or not run.begun or run.begun[-1][0] != path:
@@ -143,13 +143,13 @@ def end(path: str, begun: tuple[Any, ...], values: tuple[Any, ...], whole: bool)
 
 
 def heard_module(root: nn.Module, path: str) -> nn.Module | None:
-    """Return a module that has hooks; None if it has none, or none any more."""
+    """Return the module at a path if it currently has hooks; otherwise None."""
     module = root.get_submodule(path)
     return module if forward_hooks(module) else None
 
 
 def _require_unchanged(path: str, returned: Any, given: Any) -> None:
-    """Check that a hook has not changed a value that it may only read.
+    """Check that a hook has not changed read-only values.
 
     Raises:
         GraftError: GC043 if it has.
@@ -162,19 +162,19 @@ def _require_unchanged(path: str, returned: Any, given: Any) -> None:
 
 
 def _read_only(path: str) -> GraftError:
-    message = f"a hook on {path} changes what the module is given or gives, and may only read it"
+    message = f"a hook on {path} changes the module's arguments or results, which it may only read"
     return GraftError("GC043", message, hint=_HINT)
 
 
 def learn_modules(view: Shown, key: ProgramKey, paths: Sequence[str]) -> dict[str, LayerCall]:
-    """Return how modules of the source are called where a graph runs, by path.
+    """Return how the source's modules are called in the computation that a graph performs, by path.
 
-    Modules without nodes in the graph are left out, and so are those that the source does not call.
+    Modules without nodes in the graph are left out, as are modules that the source does not call.
 
     Args:
         view: the view whose code runs.
         key: the key of the Program.
-        paths: paths of the modules.
+        paths: the paths of the modules.
     """
     program = view.lowered_of(key)
     stops = {path: border for path in paths if (border := original_border(program, path)) is not None}
@@ -191,9 +191,9 @@ def learn_modules(view: Shown, key: ProgramKey, paths: Sequence[str]) -> dict[st
 
 
 def original_border(program: Program, path: str) -> Border | None:
-    """Return the border of a module in a Program that stops there; None if it does not.
+    """Return the border of a module in a Program that stops at its boundaries; None if it does not stop there.
 
-    The names are those of the values that are passed on.
+    The names are those of the original values, which the stops pass on.
     """
     begun = next((n for n in program.graph.nodes if n.target is begin and n.args[0] == path), None)
     ended = next((n for n in program.graph.nodes if n.target is end and n.args[0] == path), None)
@@ -203,11 +203,11 @@ def original_border(program: Program, path: str) -> Border | None:
 
 
 def without_stops(border: Border, program: Program) -> Border:
-    """Return a border with the names that its values have in a Program without stops.
+    """Return a border with the names that its values have in the Program without stops.
 
     Args:
-        border: the border of a part of a Program that stops at boundaries.
-        program: that Program.
+        border: the border of a part of a Program that has stops.
+        program: the Program that has stops.
     """
     names = {node.name: _named(node) for node in program.graph.nodes if node.target is _passed_on}
     inputs, outputs = (tuple(names.get(each, each) for each in own) for own in (border.inputs, border.outputs))

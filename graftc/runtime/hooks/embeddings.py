@@ -1,4 +1,4 @@
-"""The table of token embeddings of a compiled model, whose hooks get and may change the values that graphs look up."""
+"""A compiled model's token embedding table, whose hooks receive and may change the values that graphs look up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class _LookedUp(threading.local):
-    """The values that graphs of the current thread have looked up, those of the innermost call last."""
+    """The values looked up by graphs in the current thread, innermost call last."""
 
     def __init__(self) -> None:
         self.values: list[Any] = []
@@ -27,16 +27,16 @@ _looked_up = _LookedUp()
 
 
 class Hooks(Node):
-    """The data at an `Embeddings` module.
+    """The state of an `Embeddings` module.
 
     Attributes:
-        changed: function that is called when a hook is registered; it makes graphs call the module.
+        changed: a function, called when a hook is registered, that makes graphs call the module.
     """
 
     changed: Callable[[], None] | None = None
 
     def enter(self, module: nn.Module, *inputs: Any) -> Any:
-        """Call the module with the ids, as the source model does."""
+        """Call the module with the token ids, as the source model does."""
         value, ids = inputs
         _looked_up.values.append(value)
         try:
@@ -57,8 +57,8 @@ class Embeddings(Container):
     def register_forward_hook(self, hook: Any, **options: Any) -> RemovableHandle:
         """Register a forward hook, as `torch.nn.Module.register_forward_hook` does.
 
-        The output is the value that the graph looks up, including adaptations of the table, ``[batch, sequence,
-        hidden]``; the input is the ids, ``[batch, sequence]``.
+        The output is the value that the graph looks up, ``[batch, sequence, hidden]``, including adaptations of the
+        table; the input is the token ids, ``[batch, sequence]``.
 
         Raises:
             GraftError: GC043 if the output is not a single value of the graph.
@@ -71,7 +71,7 @@ class Embeddings(Container):
         """Return the value that a graph has looked up.
 
         Raises:
-            GraftError: GC043 for a call in the form of the source's module.
+            GraftError: GC043 if user code calls the module directly.
         """
         if options or len(inputs) != 1 or not _looked_up.values:
             return super().forward(*inputs, **options)
@@ -83,7 +83,7 @@ def path_by_getter(model: nn.Module, getter: str) -> str | None:
 
     Args:
         model: the model.
-        getter: the name of the method, by the convention of transformers, such as ``get_input_embeddings``.
+        getter: the method's name, as in transformers, such as ``get_input_embeddings``.
     """
     try:
         target = getattr(model, getter)()
@@ -93,15 +93,15 @@ def path_by_getter(model: nn.Module, getter: str) -> str | None:
 
 
 def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], None]) -> str | None:
-    """Make the table of token embeddings of a compiled model accept hooks.
+    """Make a compiled model's token embedding table accept hooks.
 
     Args:
-        store: the Store, whose tree has the containers of the compiled model.
-        model: the source model, which determines the place of its table.
-        changed: function to call when a hook is registered; see `Hooks`.
+        store: the Store, whose tree has the compiled model's containers.
+        model: the source model, which determines the table's path.
+        changed: the function to call when a hook is registered; see `Hooks`.
 
     Returns:
-        The path of the table; None if the model has none, or is one.
+        The path of the table; None if the model has no table or is itself one.
     """
     path = path_by_getter(model, "get_input_embeddings")
     if not path:
@@ -111,15 +111,15 @@ def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], Non
 
 
 def call_hooks(program: Program, root: fx.Graph, path: str) -> None:
-    """Make code call a module with the value that it looks up.
+    """Insert a call of the embedding table's module, with the value that the code looks up.
 
     Args:
-        program: the Program in which the value is found.
-        root: the part of its code outside layers; it is changed.
+        program: the Program in which to find the value.
+        root: the part of its code outside layers; modified.
         path: the path of the module.
 
     Raises:
-        GraftError: GC043 if there is no single such value.
+        GraftError: GC043 if the module's output is not a single value of the graph.
     """
     inside = {n for n in program.graph.nodes if n.op == "call_function" and n.meta.get("module", "") == path}
     exits = {n.name for n in inside if any(user not in inside for user in n.users)}
@@ -130,7 +130,7 @@ def call_hooks(program: Program, root: fx.Graph, path: str) -> None:
     given = (n for n in root.nodes if n.op == "placeholder" and str(n.target).endswith("input_ids"))
     ids = [node for node in root.nodes if node.name in indices] or list(given)
     if len(exits) > 1 or not outputs or not ids:
-        message = f"a hook on {path} would never be called: its output is not one value of the graph"
+        message = f"a hook on {path} would never be called: the module's output is not a single value of the graph"
         raise GraftError("GC043", message, hint="put it on the compiled model, on a whole layer or on the source model")
     (node,) = outputs
     with root.inserting_after(node):

@@ -1,10 +1,9 @@
-"""Calls of layers in the source's form: the values that hooks on a layer get and may change.
+"""Calls of layers in the source's form, with the values that hooks on a layer receive and may change.
 
-A graph calls a layer with whatever values its part of the graph reads, in any order, and gets whatever values the other
-parts read of it, such as keys and values for a cache. Hooks are written for the source's layers. A layer with hooks is
-therefore called with the arguments of the source's layer, and returns the results of that. The values of the graph that
-correspond to these are found by running the source model once on a sample, with the graph beside it, and comparing
-values.
+A graph calls a layer with the values that its part of the graph reads, in any order, and gets back the values that
+other parts read, such as keys and values for a cache. Hooks, however, are written for the source's layers. A layer with
+hooks is therefore called with the arguments of the source's layer, and returns that layer's results. To find the graph
+values that correspond to these, the source model and the graph are run once on a sample, and their values are compared.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ _HINT = "put the hook on the compiled model or on the source model"
 
 
 class NotInGraph:
-    """A placeholder that a hook gets for a value of the source that the graph lacks, or has in another form.
+    """A placeholder passed to a hook for a source value that the graph lacks or has in another form.
 
-    It may be passed on; any other use raises.
+    It may be passed on; any other use raises an error.
 
     Raises:
-        GraftError: GC043 for any use.
+        GraftError: GC043 for any other use.
     """
 
     def __init__(self, name: str, path: str) -> None:
@@ -42,7 +41,7 @@ class NotInGraph:
         return f"<{self._name} of {self._path}, which the graph does not have>"
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        message = f"a hook on {self._path} looks into {self._name}, a value that the graph does not have in this form"
+        message = f"a hook on {self._path} accesses {self._name}, a value that the graph does not have in this form"
         raise GraftError("GC043", message, hint=_HINT)
 
     def __getattr__(self, name: str) -> Any:
@@ -56,13 +55,13 @@ class NotInGraph:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A place in the arguments or the results of a layer.
+    """A leaf in the tree of a layer's arguments or results.
 
     Attributes:
-        name: the name of the place, for messages.
-        at: the index of its value among those of the graph; None if it is not in the graph.
-        value: the value if it is not in the graph.
-        cache: whether it is the cache of the call.
+        name: the name of the leaf, for messages.
+        at: the index of its value among the graph's values; None if the graph does not have it.
+        value: the value, if the graph does not have it.
+        cache: whether it is the call's cache.
     """
 
     name: str
@@ -73,11 +72,11 @@ class Leaf:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The form in which the source calls a layer, and the values of a graph in it.
+    """The form in which the source calls a layer, and the graph values that appear in it.
 
     Attributes:
         args, kwargs, results: trees of `Leaf`.
-        called: whether the source calls the layer at all; a list of layers is never called.
+        called: whether the source ever calls the layer; a list of layers is never called.
     """
 
     args: Any
@@ -87,7 +86,7 @@ class LayerCall:
 
 
 def unknown_call(path: str) -> LayerCall:
-    """Return the call of a layer that the source does not call as often as the graph does."""
+    """Return the call for a layer whose calls in the source cannot be matched with those in the graph."""
     arguments, results = (Leaf(name, value=NotInGraph(name, path)) for name in ("its arguments", "its results"))
     return LayerCall((arguments,), {}, results)
 
@@ -97,9 +96,9 @@ class Hearing:
     """The hooks that observe calls of a model's layers.
 
     Attributes:
-        hooked: whether a layer has hooks of its own.
-        everywhere: whether there have been hooks on every module of the process.
-        live: whether the source's own modules call the layers, and their hooks.
+        hooked: whether any layer has hooks of its own.
+        everywhere: whether global hooks, which apply to every module, have ever been registered.
+        live: whether the source's own modules call the layers and their hooks.
     """
 
     hooked: bool = False
@@ -112,11 +111,11 @@ class Running:
     """A call of a model whose layers have hooks.
 
     Attributes:
-        learn: function that finds out how layers are called in the graph that runs.
-        module_calls: function that returns how modules below layers are called there, by their paths.
+        learn: a function that determines how layers are called in the graph that runs.
+        module_calls: a function that returns how modules within layers are called in that graph, by path.
         module: the model.
         cache: the cache of the call; None if it has none.
-        begun: modules that have begun and not ended, with their arguments, the innermost last.
+        begun: the modules that have begun but not ended, with their arguments, innermost last.
     """
 
     learn: Callable[[], None]
@@ -128,7 +127,7 @@ class Running:
 
 @dataclass
 class Pending:
-    """The state of a call of a layer between its graph and its hooks."""
+    """The state of a layer's call, as it passes between the graph and the layer's hooks."""
 
     owner: Any
     path: str
@@ -142,7 +141,7 @@ class Pending:
 
 
 class _Stacks(threading.local):
-    """The calls of the current thread, the innermost last."""
+    """The current thread's calls, innermost last."""
 
     def __init__(self) -> None:
         self.running: list[Running] = []
@@ -154,7 +153,7 @@ _stacks = _Stacks()
 
 @contextmanager
 def running(call: Running) -> Iterator[None]:
-    """Call layers with hooks in the source's form while the block runs, and hooks on other modules as well."""
+    """While the block runs, call layers with hooks in the source's form, and call the hooks on other modules."""
     _stacks.running.append(call)
     try:
         yield
@@ -163,17 +162,17 @@ def running(call: Running) -> Iterator[None]:
 
 
 def running_call() -> Running | None:
-    """Return the innermost call of a model with hooks in this thread; None if there is none."""
+    """Return this thread's innermost call of a model with hooks; None if no such call is running."""
     return _stacks.running[-1] if _stacks.running else None
 
 
 def hooks_everywhere() -> bool:
-    """Return whether there are hooks on every module of the process."""
+    """Return whether global hooks, which apply to every module, are registered."""
     return has_global_hooks()
 
 
 def is_heard(module: nn.Module) -> bool:
-    """Return whether a layer, or a wrapper that other libraries have put around it, has hooks that look at values."""
+    """Return whether a layer, or a wrapper that another library has put around it, has hooks that read values."""
     if hooks_everywhere():
         return True
     tables = (vars(each)[name] for each in (module, *_within(module)) for name in (*FORWARD, *BACKWARD))
@@ -199,7 +198,7 @@ def enter(owner: Any, module: Any, key: str, inputs: Sequence[Any]) -> Any:
         inputs: the values that the code reads.
 
     Returns:
-        The results of the code, with the changes that hooks have made.
+        The results of the code, with any changes made by hooks.
     """
     run = _stacks.running[-1]
     path = type(module).__name__
@@ -217,23 +216,23 @@ def enter(owner: Any, module: Any, key: str, inputs: Sequence[Any]) -> Any:
 
 
 def pending_for(owner: Any) -> Pending | None:
-    """Return the call that a layer's ``forward`` has to run; None if none has been prepared."""
+    """Return the prepared call that a layer's ``forward`` has to run; None if there is none."""
     last = _stacks.pending[-1] if _stacks.pending else None
     return last if last is not None and last.owner is owner and not last.ran else None
 
 
 def inputs_of(pending: Pending, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the values that a layer's code reads, with the changes that hooks have made to its arguments.
+    """Return the values that a layer's code reads, with any changes that hooks made to the layer's arguments.
 
     Raises:
-        GraftError: GC043 if hooks have changed what the graph does not have.
+        GraftError: GC043 if hooks have changed a value that the graph does not have.
     """
     trees = pending.call.args, pending.call.kwargs
     return _with_changes(pending, pending.inputs, trees, (args, dict(kwargs)), "arguments")
 
 
 def given(pending: Pending, raw: Any) -> Any:
-    """Return the result of a layer's ``forward``, given the results of its code."""
+    """Convert the results of a layer's code to the result of the layer's ``forward``."""
     outputs = raw if isinstance(raw, tuple | list) else (raw,)
     pending.raw, pending.ran = raw, True
     pending.shown = shown(pending.call.results, outputs, pending.cache)
@@ -241,7 +240,7 @@ def given(pending: Pending, raw: Any) -> Any:
 
 
 def taken(pending: Pending, result: Any) -> Any:
-    """Return the results with which the graph continues, given the result after the hooks."""
+    """Convert the layer's result, after hooks have run, to the results with which the graph continues."""
     if result is pending.shown:
         return pending.raw
     single = not isinstance(pending.raw, tuple | list)
@@ -251,14 +250,14 @@ def taken(pending: Pending, result: Any) -> Any:
 
 
 def _with_changes(pending: Pending, values: Sequence[Any], tree: Any, changed: Any, what: str) -> list[Any]:
-    """Return values of the graph with the changes that hooks have made to what they were shown of them.
+    """Apply the changes that hooks made to arguments or results to the values of the graph, and return these.
 
     Args:
         pending: the call.
-        values: the values.
-        tree: the leaves of what the hooks were shown.
-        changed: the same as the hooks have left it.
-        what: what it is, for messages.
+        values: the graph's values.
+        tree: the tree of leaves of the arguments or results.
+        changed: the arguments or results after the hooks have run.
+        what: which of the two they are, for messages.
     """
     results = list(values)
     for leaf, value in _paired(pending, tree, changed, what):
@@ -275,7 +274,7 @@ def _with_changes(pending: Pending, values: Sequence[Any], tree: Any, changed: A
 def _alike(pending: Pending, name: str, was: Any, value: Any) -> Any:
     if not isinstance(value, Tensor) or value.shape != was.shape or value.dtype != was.dtype:
         one, other = (_described(each) for each in (was, value))
-        raise GraftError("GC043", f"a hook on {pending.path} makes {other} of {name}, which is {one}", hint=_HINT)
+        raise GraftError("GC043", f"a hook on {pending.path} changes {name} from {one} to {other}", hint=_HINT)
     return value
 
 
@@ -286,7 +285,7 @@ def _described(value: Any) -> str:
 
 
 def shown(tree: Any, values: Sequence[Any], cache: Any) -> Any:
-    """Return what hooks get for a tree of leaves, given the values of the graph and the cache of the call."""
+    """Return the value that hooks receive for a tree of leaves, given the graph's values and the call's cache."""
     if isinstance(tree, Leaf):
         outside = cache if tree.cache else tree.value
         return outside if tree.at is None else values[tree.at]
@@ -297,17 +296,17 @@ def shown(tree: Any, values: Sequence[Any], cache: Any) -> Any:
 
 
 def _paired(pending: Pending, tree: Any, value: Any, what: str) -> Iterator[tuple[Leaf, Any]]:
-    """Yield the leaves of a tree, each with the value in its place.
+    """Yield the leaves of a tree, each with the corresponding part of a value.
 
     Raises:
-        GraftError: GC043 if the value does not have the structure of the tree.
+        GraftError: GC043 if the structure of the value differs from that of the tree.
     """
     if isinstance(tree, Leaf):
         yield tree, value
         return
     alike = isinstance(value, dict) if isinstance(tree, dict) else isinstance(value, tuple | list)
     if not alike or len(value) != len(tree) or (isinstance(tree, dict) and value.keys() != tree.keys()):
-        message = f"a hook on {pending.path} puts its {what} together in another way than the layer does"
+        message = f"a hook on {pending.path} changes the structure of the layer's {what}"
         raise GraftError("GC043", message, hint=_HINT)
     names = list(tree) if isinstance(tree, dict) else range(len(tree))
     for name in names:
@@ -315,11 +314,11 @@ def _paired(pending: Pending, tree: Any, value: Any, what: str) -> Iterator[tupl
 
 
 def tree_of(value: Any, of_leaf: Callable[[Any, str], Leaf], name: str = "") -> Any:
-    """Return the tree of leaves for the arguments or results of a layer.
+    """Return the tree of leaves for a layer's arguments or results.
 
     Args:
         value: tuples, lists and dictionaries that contain any values.
-        of_leaf: function that creates a leaf from the value in a place and the name of the place.
+        of_leaf: a function that creates a leaf from a value and the name of the leaf.
         name: the name of the tree.
     """
     inner = f"{name}." if name else ""
@@ -332,10 +331,10 @@ def tree_of(value: Any, of_leaf: Callable[[Any, str], Leaf], name: str = "") -> 
 
 
 def apart(one: Tensor, other: Any) -> float:
-    """Return the distance between a value of a graph and one of the source, relative to the largest element.
+    """Return the distance between a graph value and a source value, relative to the largest element.
 
-    It is infinite if the values are not of the same kind. Elements that are not finite in both are ignored: padding may
-    attend to nothing, which gives NaN in both.
+    It is infinite if their types, shapes or dtypes differ. Elements that are non-finite in both are ignored, because
+    padding may attend to nothing, which gives NaN in both.
     """
     if not isinstance(other, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
         return float("inf")

@@ -1,4 +1,4 @@
-"""Analysis of how the source's layers are called, and which values of a graph their arguments and results are."""
+"""Determine how the source's layers are called, and which graph values are their arguments and results."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from graftc.runtime.hooks.layer_calls import LayerCall, Leaf, NotInGraph, apart,
 
 _SIZES = (3, 7, 5)
 _NEAR = 1e-2
-"""The largest distance of equal values, relative to the largest element.
+"""The largest distance between corresponding values, relative to the largest element.
 
-Kernels may differ; values that are not the same are further apart.
+Kernels may differ slightly; unrelated values are further apart.
 """
 
 
@@ -52,7 +52,7 @@ class Border:
 
     @classmethod
     def of(cls, block: BlockGraph) -> Border:
-        """Return the border of a part of an outlined graph."""
+        """Return the border of a layer's part in an outlined graph."""
         return cls(block.path, block.use, block.inputs, block.outputs)
 
 
@@ -63,13 +63,13 @@ class Shown(Protocol):
     label: str
 
     def lowered_of(self, key: ProgramKey) -> Program:
-        """Return the Program that the code of a key was generated from."""
+        """Return the Program from which the code for a key was generated."""
 
 
 def learn_layers(shown: Shown, store: Store, module: nn.Module, key: ProgramKey) -> None:
-    """Find out how the source's layers are called where a graph runs, and record it at the layers.
+    """Determine how the source's layers are called where a graph runs, and store the result in the compiled layers.
 
-    Do nothing for a sharded model, whose tensors no process has in full.
+    Do nothing for a sharded model, because no process has all tensors in full.
 
     Args:
         shown: the view whose code runs.
@@ -87,7 +87,7 @@ def learn_layers(shown: Shown, store: Store, module: nn.Module, key: ProgramKey)
 
 
 _ObservedCall: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], Any]
-"""The arguments, keyword arguments and results of a call of a layer of the source."""
+"""The arguments, keyword arguments and results of a call of one of the source's layers."""
 
 
 def _borders_of_layers(program: Program) -> dict[tuple[str, int], Border]:
@@ -97,15 +97,15 @@ def _borders_of_layers(program: Program) -> dict[tuple[str, int], Border]:
 def source_calls(
     compilation: Compilation, key: ProgramKey, borders_in: Callable[[Program], Mapping[tuple[str, int], Border]]
 ) -> dict[tuple[str, int], tuple[LayerCall, Border]]:
-    """Return how modules of the source are called where a graph runs.
+    """Return how the source's modules are called in the computation that a graph performs.
 
-    Leaves are numbered by the border of the base's graph. The source model is run once on a sample, and is unchanged
-    afterwards.
+    Leaves refer to values by their index in the border in the base's graph. The source model is run once on a sample,
+    and is unchanged afterwards.
 
     Args:
         compilation: the Compilation with the source and its graphs.
         key: the key of the graph.
-        borders_in: function that returns the borders of the modules in the base's graph, by path and use.
+        borders_in: a function that returns the borders of the modules in the base's graph, by path and use.
     """
     program = _base_of(compilation, key)
     borders = borders_in(program)
@@ -192,7 +192,7 @@ def _matched(seen: _ObservedCall | None, border: Border, values: Mapping[str, An
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device)
 """Types of values that are assumed to be the same in every call.
 
-Any other value, such as an output class with tensors in it, would contain the values of the samples.
+Any other value, such as an instance of an output class that contains tensors, would contain the samples' values.
 """
 
 
@@ -203,14 +203,14 @@ def _is_cache(value: Any) -> bool:
 
 
 def in_graph(call: LayerCall, base: Border, own: Border, program: Program, *, by_name: bool = False) -> LayerCall:
-    """Return a call of the base's graph in terms of a graph with adaptations.
+    """Translate a call of the base's graph to a graph with adaptations.
 
     Args:
-        call: the call, by the border of the base's graph.
-        base: that border.
+        call: the call, whose leaves refer to the border in the base's graph.
+        base: the border in the base's graph.
         own: the border in the graph with adaptations.
         program: the graph with adaptations.
-        by_name: if true, inputs correspond by name only, and not because they are the only ones left.
+        by_name: whether to match inputs by name only; otherwise, remaining inputs are matched in order.
     """
     nodes = {node.name: node for node in program.graph.nodes}
 
