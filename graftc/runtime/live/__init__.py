@@ -1,1 +1,1 @@
-"""Execution of live models: the source's own Python, which calls graphs."""
+"""Execution of live models, in which the source's own Python calls graphs."""

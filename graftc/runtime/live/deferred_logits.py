@@ -1,9 +1,9 @@
-"""Logits that a head computes when they are read, so that a loss that follows can be one graph with the head.
+"""Deferred logits, which a head computes only when they are read, so that head and loss can be one graph.
 
-The model's own Python calls its head, processes the logits in any way, and takes their cross-entropy. None of it is
-known in advance. So the head of a model that trains with a chunked loss returns a tensor without values, which records
-the steps applied to it. If these end in a cross-entropy, head, steps and loss are captured as one function; if anything
-else reads a value, the head is called after all.
+The model's own Python calls its head, processes the logits in any way, and computes their cross-entropy. None of this
+is known in advance. So the head of a model that trains with a chunked loss returns a tensor without values, which
+records the steps applied to it. If these end in a cross-entropy, the head, the steps and the loss are captured as one
+function; if anything else reads a value, the head is called after all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OF_FORM = frozenset(
     for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_leaf", "is_sparse")
     if (getter := getattr(getattr(Tensor, name), "__get__", None)) is not None
 ) | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, torch.is_floating_point}
-"""Functions that return the form of a tensor and read no value."""
+"""Functions that return a tensor's metadata and read no values."""
 
 
 @dataclass
@@ -38,14 +38,14 @@ class _Call:
     """A call of a head that has not run yet.
 
     Attributes:
-        run: function that makes the call.
-        x: the input of the head.
-        path: the path of the head, for messages.
-        autocast: the type of the device, whether autocast is on there, and the type that it casts to.
+        run: the function that makes the call.
+        x: the head's input.
+        path: the head's path, for messages.
+        autocast: the device type, whether autocast is on for it, and the autocast dtype.
         forms: tensors on the meta device for the head's result and that of every step.
         steps: the steps applied to the result so far.
         results: the head's result and that of every step, once they have been read.
-        versions: the tensors that are read, with their versions, which must not change before.
+        versions: the tensors that the call reads, with their versions, which must not change before it runs.
     """
 
     run: Run
@@ -58,7 +58,7 @@ class _Call:
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def goes_on(self, device: torch.device) -> bool:
-        """Return whether a step can be added now: nothing has been read, and the modes are those of the call."""
+        """Return whether a step can be added: no result has been read, and the modes are those of the call."""
         return not self.results and torch.is_grad_enabled() and self.autocast == modes_of(device)
 
     def watch(self, tensors: Sequence[Tensor]) -> None:
@@ -66,14 +66,14 @@ class _Call:
         self.versions += [(tensor, version_of(tensor)) for tensor in tensors]
 
     def add(self, step: FollowingCall, form: Tensor) -> ResultNumber:
-        """Add a step to run later and the form of its result, and return the number of the result."""
+        """Add a step to run later, with the form of its result, and return the number of that result."""
         self.watch([leaf for leaf in pytree.tree_leaves((step.args, dict(step.kwargs))) if isinstance(leaf, Tensor)])
         self.steps.append(step)
         self.forms.append(form)
         return ResultNumber(len(self.steps))
 
     def read(self, result: ResultNumber) -> Any:
-        """Return the values of a result, after running the call and all steps if necessary."""
+        """Return a result with its values, after running the call and all steps if necessary."""
         if not self.results:
             with self._as_called():
                 self.results.append(self.run(()))
@@ -82,10 +82,10 @@ class _Call:
         return self.results[result.number]
 
     def loss(self, result: ResultNumber, labels: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the loss of a result, in one graph with the head.
+        """Return the loss for a result, computed in one graph with the head.
 
-        Labels of flattened rows get back the shape of the head's input, because a size that is the product of two
-        others would make the graph valid for these sizes only.
+        Labels for flattened rows are reshaped like the rows of the head's input, because a size that is the product of
+        two others would make the graph valid for these sizes only.
         """
         steps, target = list(self.steps), cast(Any, labels)
         form = self.forms[self._unflattened(result).number]
@@ -99,7 +99,7 @@ class _Call:
             return self.run((*steps, FollowingCall(LOSS, (result, target, *args), kwargs)))
 
     def _unflattened(self, result: ResultNumber) -> ResultNumber:
-        """Return the result that another one is a flattened view of; the result itself if it is not a view."""
+        """Return the result of which another one is a flattened view; the result itself if it is not a view."""
         while result.number and self.steps[result.number - 1].function in FLATTENING:
             result = self.steps[result.number - 1].args[0]
         return result
@@ -109,10 +109,10 @@ class _Call:
         """Run the block in the modes of the call.
 
         Raises:
-            GraftError: GC031 if a tensor that the call reads has been written to since.
+            GraftError: GC031 if a tensor that the call reads has been written to since the call.
         """
         if any(version_of(tensor) != version for tensor, version in self.versions):
-            message = f"what {self.path} reads was written to before its logits were read"
+            message = f"a tensor that {self.path} reads was written to before its logits were read"
             raise GraftError("GC031", message, hint="leave out memory: {loss: chunked}")
         device, enabled, dtype = self.autocast
         with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
@@ -120,7 +120,7 @@ class _Call:
 
 
 class DeferredLogits(Tensor):
-    """A tensor whose values are computed when they are read. ``[..., vocabulary]`` in the head's type."""
+    """A tensor of logits, ``[..., vocabulary]`` in the head's dtype, whose values are computed when they are read."""
 
     _graftc_call: _Call
     _graftc_result: ResultNumber
@@ -130,8 +130,8 @@ class DeferredLogits(Tensor):
         """Create the tensor that represents a result of a call.
 
         Args:
-            form: a tensor on the meta device with its shape and type.
-            device: the device of its values.
+            form: a tensor on the meta device with the result's shape and dtype.
+            device: the device of the result's values.
             call: the call of the head.
             result: the number of the result in that call.
         """
@@ -143,7 +143,7 @@ class DeferredLogits(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Record a function that reads no value, and compute the values for any other function."""
+        """Record a function that can follow the head without reading values; compute the values for any other."""
         named = dict(kwargs or {})
         if func in _OF_FORM:
             with torch.DisableTorchFunctionSubclass():
@@ -168,14 +168,14 @@ class DeferredLogits(Tensor):
 
 
 def value_of(value: Any) -> Any:
-    """Return the values of deferred logits; return anything else unchanged."""
+    """Return deferred logits as a tensor with values; return anything else unchanged."""
     if isinstance(value, DeferredLogits):
         return value._graftc_call.read(value._graftc_result)
     return value
 
 
 def _noted(first: DeferredLogits, func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-    """Return the deferred result of a function, or the loss if it is one; None if the values have to be read."""
+    """Return a function's deferred result, or the loss if the function is a loss; None if the values must be read."""
     call, result = first._graftc_call, first._graftc_result
     if func is Tensor.to:
         args = tuple(each for each in args if each != first.device)
@@ -197,23 +197,23 @@ def _noted(first: DeferredLogits, func: Callable[..., Any], args: tuple[Any, ...
 
 
 def modes_of(device: torch.device) -> tuple[str, bool, torch.dtype]:
-    """Return the type of a device, whether autocast is on there, and the type that it casts to."""
+    """Return a device's type, whether autocast is on for it, and the autocast dtype."""
     return device.type, torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 
 
 def is_head(module: nn.Module) -> bool:
-    """Return whether a module may be a head over a vocabulary: a linear map with more outputs than inputs."""
+    """Return whether a module may be a vocabulary head: a linear map with more outputs than inputs."""
     return isinstance(module, nn.Linear) and module.out_features > module.in_features
 
 
 def deferred(run: Run, module: nn.Linear, x: Tensor, path: str) -> DeferredLogits:
-    """Return a tensor that represents the logits of a head.
+    """Return a tensor that represents a head's logits.
 
     Args:
-        run: function that makes the call.
+        run: the function that makes the call.
         module: the head.
-        x: ``[..., in_features]``, the input of the head.
-        path: the path of the head, for messages.
+        x: ``[..., in_features]``, the head's input.
+        path: the head's path, for messages.
     """
     modes = modes_of(x.device)
     form = torch.empty((*x.shape[:-1], module.out_features), dtype=modes[2] if modes[1] else x.dtype, device="meta")

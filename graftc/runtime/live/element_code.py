@@ -1,4 +1,4 @@
-"""The code of single elements of a live model, extracted from that of their union."""
+"""The code of a live model's individual elements, extracted from the graph of their union."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class ElementCode:
     """The code of one element.
 
     Attributes:
-        inputs: names of the tensors that it reads, in order.
-        run: ``run(module, *inputs)``, with the root of the tree.
-        outputs: the structure of the results, which are flat.
+        inputs: the names of the tensors that it reads, in order.
+        run: ``run(module, *inputs)``, where ``module`` is the root of the tree.
+        outputs: the structure of the results, which ``run`` returns flat.
     """
 
     inputs: tuple[str, ...]
@@ -28,11 +28,11 @@ class ElementCode:
 
 
 def parts_of(program: Program, root: fx.Graph) -> dict[str, tuple[fx.Graph, OutputSpec]]:
-    """Return the part of each element and the structure of its outputs, by path.
+    """Return each element's part of a graph and the structure of its outputs, by path.
 
     Args:
-        program: the Program of a union, whose outputs are a dict of the results of each element, by path.
-        root: its graph, in which layers may be calls of modules; unchanged.
+        program: the Program of a union, whose outputs are a dict of each element's results, by path.
+        root: the Program's graph, in which layers may be module calls; not modified.
     """
     (output,) = root.find_nodes(op="output")
     results: list[Any] = list(output.args[0])
@@ -45,7 +45,7 @@ def parts_of(program: Program, root: fx.Graph) -> dict[str, tuple[fx.Graph, Outp
 
 
 def _part(root: fx.Graph, results: Sequence[Any]) -> fx.Graph:
-    """Return the part of a graph that some results depend on."""
+    """Return the part of a graph on which some results depend."""
     nodes = [node for node in results if isinstance(node, fx.Node)]
     needed = {*nodes, *above(nodes)}
     part, copies = fx.Graph(), dict[fx.Node, fx.Node]()

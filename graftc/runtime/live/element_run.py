@@ -1,4 +1,4 @@
-"""Calls of one element of a live model, which run the graph that is valid for the call or capture a new one."""
+"""Calls of a live model's elements, each of which runs a graph that is valid for the call or captures a new one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class GraphRunner(Protocol):
-    """The interface of a Runner of graphs: see `graftc.runtime.model.model_runner.ModelRunner`."""
+    """Protocol for a Runner of graphs; see `graftc.runtime.model.model_runner.ModelRunner`."""
 
     store: Store
     shown: Any
@@ -46,7 +46,7 @@ class GraphRunner(Protocol):
         """Return the mode of a call."""
 
     def as_run(self, key: ProgramKey) -> Program:
-        """Return the Program of a key in the form that code is generated from."""
+        """Return the Program of a key in the form from which code is generated."""
 
     def install(self, key: ProgramKey, program: Program) -> None:
         """Generate the code of a Program."""
@@ -67,7 +67,7 @@ def run_element(
     Args:
         runner: the Runner whose graphs are run.
         module: the element in the live model.
-        args, kwargs: arguments as of the source's layer.
+        args, kwargs: the arguments, as passed to the source's layer.
         steps: steps to apply to the result in the same graph.
 
     Raises:
@@ -109,7 +109,7 @@ class _Call:
         self._inputs = {input_name(self._path, index): tensor for index, tensor in enumerate(tensors)}
 
     def from_known(self) -> Outcome | None:
-        """Return the results of a known graph that is valid for the call; None if there is none.
+        """Return the results of an existing graph that is valid for the call; None if there is no such graph.
 
         The graph that was valid for the element's last call is tried first.
         """
@@ -139,11 +139,11 @@ class _Call:
             alike = zip(decided, structure.decisions(mode), strict=False)
             first = next(index for index, (own, taken) in enumerate(alike) if own != taken)
             structure = structure.deciding({mode: decided[: first + 1]})
-        message = f"{self._path} decides by the values of tensors otherwise than the graph that was made for that"
-        raise GraftError("GC031", message, hint="compile with example inputs that show it")
+        message = f"{self._path} decides by the values of tensors, and graphs captured for its decisions do not match"
+        raise GraftError("GC031", message, hint="compile with example inputs that lead to these decisions")
 
     def _holding(self) -> list[Signature]:
-        """Return the signatures whose graphs are for calls of this kind, whatever the call decides."""
+        """Return the signatures whose graphs fit calls of this kind, whatever the call decides."""
         compilation: Compilation = self._runner.shown.compilation
         signatures = []
         for signature in compilation.signatures:
@@ -163,7 +163,7 @@ class _Call:
     def _outcome(self, signature: Signature) -> tuple[Outcome | None, list[bool]]:
         """Run the graph of a signature; return its results and the call's decisions.
 
-        The results are None if the graph is not valid for these decisions; its effects are undone then.
+        If the graph is not valid for these decisions, the results are None and the graph's effects are undone.
         """
         runner = self._runner
         key = runner.key(signature, runner.mode_of(signature))
@@ -185,10 +185,10 @@ class _Call:
         return ((outputs["result"], outputs) if structure.boxed else (outputs, {})), decided
 
     def _undo(self, names: Iterable[str]) -> Callable[[], None]:
-        """Return a function that restores the current values of tensors and the current states of random generators.
+        """Return a function that restores the current values of tensors and states of random number generators.
 
         Args:
-            names: names of the Store's tensors that the graph may write to.
+            names: the names of the Store's tensors that the graph may write to.
         """
         written = [self._runner.store.get(name) for name in names]
         before, devices = copies(written), {tensor.device for tensor in self._tensors if tensor.device.type == "cuda"}
@@ -205,7 +205,7 @@ class _Call:
         return undo
 
     def _add(self, structure: CallStructure) -> tuple[Signature, CallStructure]:
-        """Capture the element, and those of the same row, for a call of a new kind.
+        """Capture the element, and the similar elements of its row, for a call of a new kind.
 
         Args:
             structure: the structure of the call, with the decisions that are known.
@@ -222,9 +222,9 @@ class _Call:
                 call = deciding(self._now(), call)
                 reason = tried(compilation.model, call)
             if reason:
-                message = f"{self._path} is called in a way that no graph can be made of: {reason}"
+                message = f"{self._path} is called in a way that cannot be captured as a graph: {reason}"
                 raise GraftError(
-                    "GC031", message, hint="compile with example inputs that call it so: its maps are graphs then"
+                    "GC031", message, hint="compile with example inputs that call it so: each map then becomes a graph"
                 )
             structure, _ = call[self._path]
             alike = {path: (structure, [each.clone() for each in tensors]) for path in _alike(compilation, self._path)}
@@ -245,16 +245,16 @@ class _Call:
 
 
 _LAST = "_graftc_last"
-"""The attribute of an element with the signature that was valid for its last call."""
+"""The attribute in which an element stores the signature that was valid for its last call."""
 _TRIES = 4
 
 
 ELEMENTS = "elements"
-"""The name of the elements' code in `known` of an executable."""
+"""The key of the elements' code in an executable's `known`."""
 
 
 def _of_type(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Return whether a graph for a type accepts a tensor."""
+    """Return whether a graph for a dtype accepts a tensor."""
     return tensor.dtype == dtype or (dtype.is_floating_point and in_autocast(tensor))
 
 
@@ -262,9 +262,9 @@ def _captured(compilation: Compilation, path: str, calls: Recorded) -> Signature
     """Capture elements for calls of a new kind, and return the new signature.
 
     Args:
-        compilation: the Compilation that gets the signature.
+        compilation: the Compilation to which the signature is added.
         path: the path of the element that was called, for messages.
-        calls: the calls of that element and of those like it.
+        calls: the calls of that element and of similar ones.
 
     Raises:
         GraftError: GC031 if they cannot be captured.
@@ -276,14 +276,14 @@ def _captured(compilation: Compilation, path: str, calls: Recorded) -> Signature
     except GraftError as error:
         if error.code != "GC030":
             raise
-        message = f"{path} is called in a way that no graph can be made of: {error.message}"
+        message = f"{path} is called in a way that cannot be captured as a graph: {error.message}"
         raise GraftError("GC031", message, hint=error.hint) from error
 
 
 def _alike(compilation: Compilation, path: str) -> list[str]:
-    """Return the elements of a row that have one class and that the first signature calls in the same way.
+    """Return the elements of the same row that have the same class and are called alike in the first signature.
 
-    Their sizes are the same if they do not vary.
+    Sizes that are not dynamic are equal as well.
     """
     model = compilation.model
     inputs = {spec.name: spec for spec in compilation.program_as_run("train", "base").inputs}

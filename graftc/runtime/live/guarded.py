@@ -1,6 +1,6 @@
-"""Guards of adapted tensors: between graphs, the model's own Python may read their types, but not their values.
+"""Guards for adapted tensors: between graphs, the model's own Python may read their metadata, but not their values.
 
-The adaptation is in the graphs, so code that read the values would compute with those of the base.
+The adaptation is in the graphs, so code that reads the values would compute with the base's values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ALLOWED: frozenset[object] = frozenset(
     + [getattr(Tensor, name) for name in _METHODS]
     + list(_FUNCTIONS)
 )
-"""Functions that do not read values."""
+"""Functions that read no values."""
 _SAME: tuple[object, ...] = (Tensor.data.__get__, Tensor.detach)  # type: ignore[attr-defined]
 """Functions that return the same tensor."""
 
@@ -41,7 +41,7 @@ _SAME: tuple[object, ...] = (Tensor.data.__get__, Tensor.detach)  # type: ignore
 def _writes(func: Callable[..., Any]) -> bool:
     """Return whether a function writes to its first argument.
 
-    Clamping a weight to bounds that it is within changes nothing.
+    Writing is allowed: models clamp weights to bounds that these already satisfy, which changes nothing.
     """
     name = getattr(func, "__name__", "")
     return name.endswith("_") and not name.endswith("__")
@@ -61,7 +61,7 @@ class Guarded(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call a function of torch.
+        """Call a torch function.
 
         Raises:
             GraftError: GC031 if it reads a value that the running model adapts.
@@ -82,8 +82,8 @@ def guarded(tensor: Tensor, name: str, adaptations: tuple[str, ...]) -> Tensor:
 
     Args:
         tensor: a tensor of the Store.
-        name: its name there.
-        adaptations: names of the adaptations of the tensor.
+        name: the tensor's name in the Store.
+        adaptations: the names of the adaptations that change the tensor.
     """
     guard = tensor.detach().as_subclass(Guarded)
     guard._graftc_name, guard._graftc_adaptations = name, adaptations
@@ -91,7 +91,7 @@ def guarded(tensor: Tensor, name: str, adaptations: tuple[str, ...]) -> Tensor:
 
 
 def runs_base(runner: GraphRunner) -> bool:
-    """Return whether the base alone is called; a model's updated values are ignored then, and nothing is updated."""
+    """Return whether the base alone is called, in which case updated values are ignored and nothing is updated."""
     return bool(getattr(runner, "base_only", False))
 
 
@@ -102,5 +102,5 @@ def _refuse_adapted(tensors: Iterable[Guarded]) -> None:
     for tensor in tensors:
         applied = next(filter(runner.applies, tensor._graftc_adaptations), None)
         if applied is not None:
-            message = f"the model's own Python reads {tensor._graftc_name} between graphs, and {applied!r} adapts it"
-            raise GraftError("GC031", message, hint="leave it out, or let the model call the module instead")
+            message = f"the model's own Python reads {tensor._graftc_name} between graphs, but {applied!r} adapts it"
+            raise GraftError("GC031", message, hint="do not adapt it, or let the model call the module instead")

@@ -1,4 +1,4 @@
-"""The root of a live model: the source's own forward over the Store's tensors, with graphs as its layers."""
+"""The root of a live model, which runs the source's own forward over the Store's tensors, with graphs as its layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Ran:
     """The Runners that have called a live model, for layers that are called again in a backward pass.
 
     Attributes:
-        chunked: whether the last call had a loss in one graph with its head.
+        chunked: whether the last call computed a loss in one graph with its head.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class _Ran:
         self.chunked = False
 
     def note(self, runner: GraphRunner) -> None:
-        """Record a call by a Runner, and forget the Runners that show something else by now."""
+        """Record a call by a Runner, and forget the Runners that show another view by now."""
         known = {shown: each for shown, each in self._runners.items() if id(each.shown) == shown}
         known.setdefault(id(runner.shown), runner)
         self._runners, self.chunked = known, False
@@ -52,41 +52,46 @@ class _Ran:
         """
         if len(self._runners) == 1:
             return next(iter(self._runners.values()))
-        message = f"{path} is called again behind its call, and it has been called with other adaptations since"
-        raise GraftError("GC031", message, hint="checkpoint: layers in the spec computes activations again")
+        message = f"{path} is called again after a forward pass, but the model has run with other adaptations since"
+        raise GraftError("GC031", message, hint="recompute activations with checkpoint: layers in the spec")
 
 
 class _Part:
-    """A module that is part of a graph. Setting an attribute during a call raises, since the graph does not read it."""
+    """Mixin for a module that is part of a graph.
+
+    Setting one of its attributes during a call raises an error, because the graph does not read the attribute.
+    """
 
     _graftc_path: str
 
     def __setattr__(self, name: str, value: Any) -> None:
         if RUNNING.get(None) is not None and vars(self).get(name, RUNNING) is not value:
             message = (
-                f"the model's own Python sets {name} of {self._graftc_path}, which is a graph and does not read it"
+                f"the model's own Python sets {name} of {self._graftc_path}, which is a graph that does not read it"
             )
-            hint = "compile with example inputs that show it: its maps are graphs then"
+            hint = "compile with example inputs for which this happens: each map then becomes a graph"
             raise GraftError("GC031", message, hint=hint)
         super().__setattr__(name, value)
 
 
 class _Inside(_Part):
-    """A module inside a layer that is a graph, as a class to insert in front of its own class."""
+    """Mixin placed before a module's class in the MRO, for a module inside a layer that runs as a graph."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise GC031, because the layer does not call the module: it is one graph."""
-        message = f"{self._graftc_path} is called by itself, and the layer that it is in is one graph"
-        raise GraftError("GC031", message, hint="compile with example inputs that call it so: its maps are graphs then")
+        """Raise GC031, because the layer that contains the module is one graph, which does not call it."""
+        message = f"{self._graftc_path} is called directly, but the layer that contains it is one graph"
+        raise GraftError(
+            "GC031", message, hint="compile with example inputs that call it so: each map then becomes a graph"
+        )
 
 
 class _Element(_Part):
-    """A layer that is a graph, as a class to insert in front of its own class."""
+    """Mixin placed before a layer's class in the MRO, so that the layer runs as a graph."""
 
     _graftc_ran: _Ran
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the results of the graph; deferred logits for a head whose loss may follow."""
+        """Return the graph's results, or deferred logits for a head that a loss may follow."""
         runner = RUNNING.get(None) or self._graftc_ran.only(self._graftc_path)
         module = cast(nn.Module, self)
         if _may_wait(runner, module, args, kwargs):
@@ -96,13 +101,12 @@ class _Element(_Part):
 
 
 class LiveRoot:
-    """A copy of the source that runs its own Python. It shares no module with the source, and all tensors with a Store.
+    """A copy of the source that runs its own Python; it shares no modules with the source, and tensors with a Store.
 
     Args:
         source: the model that was compiled; it is not changed.
-        elements: paths of its layers that are graphs.
-        adapted: the adaptations of each tensor whose values the Python between graphs must not read, by the tensor's
-            name.
+        elements: the paths of its layers that are graphs.
+        adapted: for each tensor whose values the Python between graphs must not read, its adaptations, by name.
     """
 
     def __init__(self, source: nn.Module, elements: Collection[str], adapted: Mapping[str, tuple[str, ...]]) -> None:
@@ -123,7 +127,7 @@ class LiveRoot:
 
     @classmethod
     def of(cls, compilation: Compilation) -> LiveRoot | None:
-        """Return the root of a compiled model; None if the model is one graph."""
+        """Return a live root for a compiled model; None if the model is one graph."""
         if not is_live(compilation.model):
             return None
         return cls(compilation.source, elements_in(compilation.flags), adapted_tensors(compilation))
@@ -133,7 +137,7 @@ class LiveRoot:
 
         Args:
             runner: the Runner that runs the layers.
-            args, kwargs: arguments of the call.
+            args, kwargs: the arguments of the call.
         """
         with self._running(runner):
             outputs = self.model(*args, **kwargs)
@@ -141,14 +145,14 @@ class LiveRoot:
             return outputs
 
     def _warn_of_whole(self, runner: GraphRunner, outputs: Any) -> None:
-        """Warn with GC151, once, if the spec asks for a chunked loss and the loss is not in one graph with a head."""
+        """Issue GC151 once if the spec requests a chunked loss but the loss is not in one graph with a head."""
         wanted = runner.shown.compilation.spec.memory.loss == "chunked" and self.model.training
         if not wanted or self._ran.chunked or self._warned:
             return
         loss = getattr(outputs, "loss", None)
         if isinstance(loss, Tensor) and loss.requires_grad:
             self._warned = True
-            message = "the loss is computed as a whole: it is not a cross-entropy of what a linear map gives"
+            message = "the loss is computed as a whole: it is not a cross-entropy of a linear map's outputs"
             warn("GC151", message, hint="leave out memory: {loss: chunked}")
 
     def generate(self, runner: GraphRunner, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +162,7 @@ class LiveRoot:
 
     @contextmanager
     def _running(self, runner: GraphRunner) -> Iterator[None]:
-        """Run the block with a Runner's graphs as the layers, and its Store's tensors."""
+        """Run the block with a Runner's graphs as the layers and with its Store's tensors."""
         self._bind(runner)
         self._ran.note(runner)
         token = RUNNING.set(runner)
@@ -170,9 +174,9 @@ class LiveRoot:
                 self._own.keep(runner.store)
 
     def _bind(self, runner: GraphRunner) -> None:
-        """Give the modules between graphs the Store's tensors and modes, which may have moved and changed."""
+        """Update the live modules with the Store's tensors and modes, which may have moved or changed."""
         if is_unit(runner.module):
-            message = "FSDP2 shards the modules of a graph, and between graphs this model is its own Python"
+            message = "FSDP2 shards modules that are graphs, but this model runs its own Python between graphs"
             raise GraftError("GC130", message, hint="replicate it with DistributedDataParallel")
         hooked = bool(self._hooked)
         for path, module in self._modules:
@@ -189,7 +193,7 @@ class LiveRoot:
         self._own.bind(runner.store, base=runs_base(runner))
 
     def _seen(self, runner: GraphRunner, name: str) -> Tensor:
-        """Return a tensor of the Store as the Python between graphs sees it."""
+        """Return a tensor of the Store in the form in which the Python between graphs sees it."""
         tensor, owner = runner.store.get(name), runner.store.canonical(name)
         if owner not in self._adapted:
             return tensor
@@ -199,13 +203,13 @@ class LiveRoot:
         return known[1]
 
     def _hook(self, path: str, module: nn.Module, compiled: nn.Module) -> None:
-        """Add the hooks of the compiled model's module to the live module, besides those that the latter already has.
+        """Update the live module with the hooks of the compiled model's module; the live module's own hooks stay.
 
         Raises:
             GraftError: GC043 for a hook on a module inside a layer that is a graph.
         """
         if self._inside.get(id(module)) and any(vars(compiled)[hooks] for hooks in CALL_HOOKS):
-            message = f"{path} has a hook, and the layer that it is in is one graph, which calls none"
+            message = f"{path} has a hook, but the layer that contains it is one graph, which calls no hooks"
             raise GraftError("GC043", message, hint="hook the layer, or hook the source model and compile that")
         for name in CALL_HOOKS:
             own, wanted = vars(module)[name], vars(compiled)[name]
@@ -217,14 +221,14 @@ class LiveRoot:
 
 
 def _put_in_front(stand_in: type, module: nn.Module, path: str) -> None:
-    """Insert a class in front of a module's own class."""
+    """Place a class before a module's own class in the MRO."""
     cls = type(module)
     module.__class__ = type(cls.__name__, (stand_in, cls), {"__module__": __name__, "__doc__": cls.__doc__})
     vars(module)["_graftc_path"] = path
 
 
 def _may_wait(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a call may be that of a head whose loss is computed in chunks."""
+    """Return whether a call may be that of a head for a loss that is computed in chunks."""
     if runner.shown.compilation.spec.memory.loss == "whole" or not is_head(module):
         return False
     training = module.training and torch.is_grad_enabled() and not is_traced()

@@ -1,9 +1,9 @@
 """The buffers that a live model's Python reads and writes between graphs.
 
-The source's buffers are never written to. A buffer that is written to, or replaced by another tensor of its shape,
-becomes the Store's own, as it does when a graph updates it. A replacement of another shape, such as the frequencies of
-a text longer than any before it, stays with the live model, like the attributes that describe it. Calls of the base
-alone see the source's values.
+The source's buffers are never written to. If a buffer is written to, or replaced by another tensor with its shape, the
+Store gets a buffer of its own, as it does when a graph updates the buffer. A replacement with another shape, such as
+the frequencies for a text longer than any before it, stays with the live model, like the attributes that describe it.
+Calls of the base alone see the source's values.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Copied:
-    """A copy of a tensor, with the tensor and the number of writes to each of them at that time."""
+    """A copy of a tensor, together with the tensor and the version of each at the time of copying."""
 
     source: Tensor
     source_version: int
@@ -40,16 +40,16 @@ class _Copied:
     own_version: int
 
     def holds(self, source: Tensor) -> bool:
-        """Return whether the copy still has the value of a tensor."""
+        """Return whether the copy still has the tensor's value."""
         same = self.source is source and self.source_version == version_of(source)
         return same and self.own_version == version_of(self.own)
 
 
 class OwnBuffers:
-    """Copies of the buffers between graphs in a live model.
+    """Copies of a live model's buffers between graphs.
 
     Args:
-        modules: the modules of the live model between graphs, with their paths.
+        modules: the live model's modules between graphs, with their paths.
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
@@ -66,10 +66,10 @@ class OwnBuffers:
         self._lock = threading.Lock()
 
     def bind(self, store: Store, *, base: bool) -> None:
-        """Give the modules the Store's own tensors, and copies of the others, renewed if the Store has another value.
+        """Set the modules' buffers to the Store's own tensors and to copies of the others, renewing outdated copies.
 
         Args:
-            store: the Store, whose tensors may have moved and changed.
+            store: the Store, whose tensors may have moved or changed.
             base: whether the base alone is called, which uses the source's values and keeps no others.
         """
         known = self._of_base if base else self._copied
@@ -97,7 +97,7 @@ class OwnBuffers:
         self._bound[place.name] = value, version_of(value)
 
     def keep(self, store: Store) -> None:
-        """Give the Store the buffers that a call has written to or replaced.
+        """Pass the buffers that a call has written to or replaced to the Store.
 
         Args:
             store: as for `bind`.
@@ -117,7 +117,7 @@ class OwnBuffers:
     def _changed(self, store: Store) -> Iterator[tuple[_Place, Tensor, bool]]:
         """Yield the buffers that have been written to or replaced, with their values and whether the Store owns them.
 
-        Values of another shape or type are stored here instead.
+        Values with another shape or dtype are stored in this object instead.
         """
         for place in self._places:
             (bound, count), now = self._bound[place.name], buffers_of(place.module).get(place.last)

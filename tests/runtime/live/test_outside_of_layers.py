@@ -165,7 +165,7 @@ class Later(Plain):
     "other, message",
     [
         (lambda model: setattr(model.layers[1], "scale", 3.0), "sets scale of layers.1"),
-        (lambda model: model.layers[1].up(X), "layers.1.up is called by itself"),
+        (lambda model: model.layers[1].up(X), "layers.1.up is called directly"),
         (lambda model: model.layers[1].train(), "sets training of layers.1"),
     ],
 )
