@@ -1,1 +1,1 @@
-"""The choice of the activations that a training step keeps for its backward pass, and of those that it recomputes."""
+"""Choose which activations a training step keeps for its backward pass and which it recomputes."""

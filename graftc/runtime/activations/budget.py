@@ -1,4 +1,4 @@
-"""One budget for a model, which determines how much each of its layers recomputes."""
+"""Distribute a model's activation budget, which determines how much each layer recomputes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from graftc.runtime.activations.minimum_cut import ActivationPlan
 
 
 class Choice(NamedTuple):
-    """The way in which calls of one kind run.
+    """The plan chosen for calls of one kind.
 
     Attributes:
         level: the index of the chosen plan.
-        without: bytes that autograd would keep of the call that the choice was made for.
-        kept: bytes that are kept of it.
-        given: bytes of its inputs.
+        without: the bytes that autograd would keep for the call for which the choice was made.
+        kept: the bytes kept for that call.
+        given: the bytes of that call's inputs.
     """
 
     level: int
@@ -26,7 +26,7 @@ class Choice(NamedTuple):
 
 
 Choices = dict[Any, Choice]
-"""The way in which each kind of call of a module runs."""
+"""The plan chosen for each kind of call of a module."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Call:
         choices: the mapping in which the choice is recorded.
         key: the key of the choice in that mapping.
         plans: the plans to choose from; empty if the graph has to run unchanged.
-        kept: bytes that each plan keeps of this call.
-        without: bytes that autograd would keep of it.
-        given: bytes of its inputs.
+        kept: the bytes that each plan keeps for this call.
+        without: the bytes that autograd would keep for this call.
+        given: the bytes of the call's inputs.
     """
 
     choices: Choices
@@ -61,14 +61,15 @@ class Call:
 
 
 def chosen(calls: Sequence[Call], budget: float | None) -> float:
-    """Choose a plan for every call so that they keep at most a fraction of what autograd would, at the least cost.
+    """Choose a plan for every call so that together they meet a budget at the least cost.
 
-    The first layers recompute first: when the backward pass begins with the last ones, everything else is still kept,
-    and what is recomputed comes on top of it.
+    The first layers are the first to recompute: when the backward pass begins with the last layers, everything else is
+    still kept, and recomputed values come on top of it.
 
     Args:
         calls: the calls in the order in which they run; existing choices are not changed.
-        budget: the fraction of the bytes that autograd keeps by itself; None keeps whatever the cheapest plans keep.
+        budget: the largest fraction to keep of the bytes that autograd keeps on its own; None keeps whatever the
+            cheapest plans keep.
 
     Returns:
         The fraction that is kept.

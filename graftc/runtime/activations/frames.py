@@ -1,8 +1,8 @@
-"""One call of a graph that keeps less than autograd would: values that are not kept are recomputed when first read.
+"""Calls of a graph that keep less than autograd would: values that are not kept are recomputed when first read.
 
-A frame receives every tensor that autograd saves while the code runs. When the code no longer needs a value that is to
-be recomputed, the tensors saved from its storage are released. The gradients are autograd's own, of the values that it
-would have kept.
+A frame receives every tensor that autograd saves while the code runs. When the code no longer needs a value that will
+be recomputed, the frame releases the tensors saved from that value's storage. Autograd itself computes the gradients,
+from the same values that it would otherwise have kept.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from graftc.compat.tensors import storage_key, version_of
 from graftc.passes.core.ir.codegen import tensor_at
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
-"""Functions that pack and unpack, as `torch.autograd.graph.saved_tensors_hooks` takes them."""
+"""The pack and unpack functions passed to `torch.autograd.graph.saved_tensors_hooks`."""
 
 Casts = tuple[tuple[str, torch.dtype, bool, bool], ...]
-"""The autocast settings of a call: device, element type, whether it is on, and whether casts are cached."""
+"""A call's autocast settings: device type, dtype, whether autocast is on, and whether casts are cached."""
 
 _CHANGED = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor that "
-    "activations are computed again from has changed since the forward pass"
+    "activations are recomputed from has changed since the forward pass"
 )
 
 
@@ -37,8 +37,8 @@ class PartCode:
 
     Attributes:
         function: ``f(*roots, *parameters)``, which returns a tuple of values.
-        roots: indices of the frame's kept values that it reads.
-        parameters: names of the parameters that it reads, with their values of the forward pass.
+        roots: the indices of the frame's kept values that it reads.
+        parameters: the names of the parameters that it reads, which must have the values of the forward pass.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
@@ -51,9 +51,9 @@ class FrameCode:
     """The code of a graph with marks.
 
     Attributes:
-        function: ``f(module, frame, *inputs)``, which calls `keep` and `mark` on the frame.
+        function: ``f(module, frame, *inputs)``, which calls `Frame.keep` and `Frame.mark` on the frame.
         parts: the code that recomputes values.
-        targets: for each marked value, its part and its place among the part's values.
+        targets: for each marked value, the indices of its part and of the value within that part.
     """
 
     function: Callable[..., Any]
@@ -65,19 +65,19 @@ class _Part:
     """Values of one call that are recomputed together.
 
     Attributes:
-        roots: the values that they are computed from; None until the forward pass is over, and after they are computed.
+        roots: the values from which they are computed; None before the end of the forward pass and after recomputation.
         parameters: the parameters that are read, with their versions.
     """
 
     def __init__(self, code: PartCode, frame: Frame) -> None:
         self.code, self.module, self.casts = code, frame.module, frame.casts
         self.roots: list[Any] | None = None
-        # Keep the tensors themselves, since others may have replaced them by the backward pass.
+        # Keep the tensors themselves, because others may have replaced them by the time of the backward pass.
         self.parameters = [(p.detach(), version_of(p)) for p in (tensor_at(self.module, n) for n in code.parameters)]
         self.slots: dict[int, weakref.ref[_Slot]] = {}
 
     def compute(self) -> None:
-        """Fill the slots that still exist."""
+        """Recompute the values and store them in the slots that still exist."""
         assert self.roots is not None
         if any(version_of(parameter) != version for parameter, version in self.parameters):
             raise RuntimeError(_CHANGED)
@@ -97,7 +97,7 @@ class _Part:
 
 
 class _Slot:
-    """A value that is recomputed, for all tensors that autograd saved of it."""
+    """A recomputed value, shared by all tensors that autograd saved from its storage."""
 
     __slots__ = ("__weakref__", "part", "size", "stride", "value")
 
@@ -114,7 +114,7 @@ class _Slot:
         self.value, self.part = value, None
 
     def get(self) -> Tensor:
-        """Return the value, and compute it if necessary."""
+        """Return the value, computing it if necessary."""
         if self.value is None:
             assert self.part is not None
             self.part.compute()
@@ -123,7 +123,7 @@ class _Slot:
 
 
 class _Kept:
-    """A tensor that is kept, directly or by the caller's own hooks."""
+    """A tensor that is kept, either directly or by the caller's own hooks."""
 
     __slots__ = ("hooks", "tensor", "version")
 
@@ -132,7 +132,7 @@ class _Kept:
         self.tensor: Any = tensor if hooks is None else hooks[0](tensor)
 
     def get(self) -> Tensor:
-        """Return the tensor, unless it has been modified since it was kept."""
+        """Return the tensor; raise an error if it has been modified since it was kept."""
         if self.hooks is not None:
             return self.hooks[1](self.tensor)
         tensor: Tensor = self.tensor
@@ -142,12 +142,12 @@ class _Kept:
 
 
 class _Saved:
-    """The object that autograd keeps instead of a tensor: first the tensor itself, then the means to get it back.
+    """The object that autograd keeps instead of a tensor: it holds the tensor itself or the means to restore it.
 
     Attributes:
-        source: the tensor, a slot, or what the caller's own hooks keep.
+        source: the tensor, a slot, or a value kept by the caller's own hooks.
         version: the version of the tensor when it was saved.
-        view: size, strides and offset of the tensor in a slot's value.
+        view: the size, strides and offset of the tensor within a slot's value.
     """
 
     __slots__ = ("source", "version", "view")
@@ -158,7 +158,7 @@ class _Saved:
         self.version = version_of(tensor)
 
     def become(self, slot: _Slot) -> None:
-        """Release the tensor, whose value a slot has."""
+        """Release the tensor, whose value a slot will provide."""
         self.view = self.source.shape, self.source.stride(), self.source.storage_offset()
         self.source = slot
 
@@ -185,7 +185,7 @@ class Frame:
     Args:
         code: the code to run.
         module: the module to run it on.
-        hooks: the caller's own hooks, which keep what is kept.
+        hooks: the caller's own hooks, which store the values that are kept; None if there are no such hooks.
         casts: the caller's autocast settings.
     """
 
@@ -208,19 +208,19 @@ class Frame:
         return outputs
 
     def pack(self, tensor: Tensor) -> _Saved:
-        """Take a tensor that autograd saves, and return the object to keep instead."""
+        """Record a tensor that autograd saves, and return the object that autograd keeps instead."""
         saved = _Saved(tensor)
         self.open.setdefault(storage_key(tensor), []).append(saved)
         return saved
 
     def keep(self, index: int, value: Any) -> None:
-        """Keep a value that others are recomputed from."""
+        """Keep a value from which others are recomputed."""
         if isinstance(value, Tensor):
             value = _Kept(value.detach(), version_of(value), self.hooks)
         self.kept[index] = value
 
     def mark(self, index: int, value: Tensor) -> None:
-        """Release what was saved of a value that the code no longer reads and that is to be recomputed."""
+        """Release the tensors saved from a value that will be recomputed and that the code no longer reads."""
         waiting = self.open.pop(storage_key(value), None)
         if waiting is None:
             return
@@ -239,6 +239,6 @@ class Frame:
 
 
 def casts_of(devices: Sequence[str]) -> Casts:
-    """Return the autocast settings that are in force for devices."""
+    """Return the current autocast settings for some device types."""
     cached = torch.is_autocast_cache_enabled()
     return tuple((d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), cached) for d in devices)

@@ -1,7 +1,7 @@
-"""The choice of what is kept: the fewest bytes from which all that the backward pass reads can be recomputed.
+"""Choose the values to keep: the fewest bytes from which everything that the backward pass reads can be recomputed.
 
-A minimum cut through the graph separates the values that are recomputed from those that are kept: a value that may be
-recomputed needs its operands, a value that may not has to be kept if it is needed, and keeping costs bytes.
+A minimum cut through the graph separates the values that are recomputed from those that are kept. Recomputing a value
+requires its operands; a value that may not be recomputed has to be kept if it is needed; keeping a value costs bytes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from graftc.passes.core.ops.unpack import unpacked
 from graftc.runtime.activations.recording import Recorded
 
 WORTH = 2**20
-"""Bytes that a call has to save if there is no budget, since tracking what autograd saves takes time as well."""
+"""The smallest saving per call in bytes, if there is no budget; tracking the tensors that autograd saves takes time."""
 
 FLOPS_PER_BYTE = 16
-"""Floating-point operations of a product that take as long as moving one byte."""
+"""The number of a product's floating-point operations that take as long as moving one byte."""
 
 
 _FUNCTIONS = frozenset({operator.getitem, projections, unpacked})
@@ -39,8 +39,8 @@ class Recomputation:
     """Values that are recomputed together.
 
     Attributes:
-        targets: nodes whose values the backward pass reads.
-        roots: nodes that are kept to compute them.
+        targets: the nodes whose values the backward pass reads.
+        roots: the nodes whose values are kept to compute these.
         nodes: the nodes that are recomputed, in order.
     """
 
@@ -51,12 +51,12 @@ class Recomputation:
 
 @dataclass(frozen=True)
 class ActivationPlan:
-    """A plan of what is kept of a graph, and what is recomputed.
+    """A plan for which of a graph's values are kept and which are recomputed.
 
     Attributes:
-        parts: what is recomputed; empty if recomputing saves nothing.
-        kept: bytes that are kept of the run that the plan was made for.
-        cost: the cost of recomputing, in bytes moved; `FLOPS_PER_BYTE` operations of a product count as one byte.
+        parts: the recomputed values; empty if recomputing saves nothing.
+        kept: the bytes kept in the run for which the plan was made.
+        cost: the cost of recomputation, in bytes moved; `FLOPS_PER_BYTE` operations of a product count as one byte.
     """
 
     parts: tuple[Recomputation, ...]
@@ -65,7 +65,7 @@ class ActivationPlan:
 
 
 def kept_by(parts: Iterable[Recomputation], recorded: Recorded) -> int:
-    """Return the bytes that are kept of a run, of any sizes, if some values are recomputed."""
+    """Return the bytes kept in a run, which may have other sizes, if some values are recomputed."""
     again = {recorded.storages[target] for part in parts for target in part.targets}
     roots = {recorded.storages[root] for part in parts for root in part.roots if root in recorded.storages}
     return sum(recorded.sizes[storage] for storage in (recorded.saved - again) | (roots - recorded.own))
@@ -78,15 +78,15 @@ def plans(
     costly: bool = False,
     only: Collection[Any] | None = None,
 ) -> list[ActivationPlan]:
-    """Return ways to run a graph, from the fastest to the one that keeps least.
+    """Return the plans for running a graph, from the fastest to the one that keeps least.
 
     Args:
         graph: the graph to run.
-        recorded: a run of it.
-        is_buffer: function that returns whether a tensor is a buffer, which may have changed by the backward pass.
-        costly: whether products and attentions may be recomputed as well. Otherwise there is one plan: values that are
-            as cheap to compute as to move are recomputed if that saves memory.
-        only: operators that may be called again; None for all that return the same result again.
+        recorded: the record of a run of the graph.
+        is_buffer: a function that returns whether a tensor is a buffer, which may change before the backward pass.
+        costly: whether products and attentions may be recomputed as well. Otherwise there is only one plan: values that
+            are as cheap to compute as to move are recomputed if that saves memory.
+        only: the operators that may be called again; None for all that return the same result again.
     """
     choice = _Choice(graph, recorded, is_buffer, only)
     if not costly:
@@ -95,7 +95,7 @@ def plans(
     by_bytes = {first.kept: first}
 
     def between(low: float, least: ActivationPlan, high: float, most: ActivationPlan, steps: int) -> None:
-        """Find the plans for prices between two, if the plans for these differ."""
+        """Find the plans for prices between ``low`` and ``high``, if the plans for these two differ."""
         if not steps or least.kept == most.kept:
             return
         middle = (low + high) / 2
@@ -113,14 +113,14 @@ def plans(
 
 
 _LEAST, _MOST = 1e-4, 1e3
-"""The lowest and the highest price of recomputing a byte, in bytes that are kept."""
+"""The lowest and the highest price of recomputing a byte, in bytes kept."""
 
 _STEPS = 6
-"""Number of times that the range of prices is halved while plans differ."""
+"""How many times to halve the range of prices while plans differ."""
 
 
 class _Choice:
-    """A graph as a network whose minimum cuts are choices of what to keep."""
+    """A graph as a flow network, whose minimum cuts are choices of the values to keep."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Choice:
         return node.op == "get_attr" and self._is_buffer(str(node.target))
 
     def may_repeat(self, node: fx.Node, costly: bool) -> bool:
-        """Return whether a value may be recomputed; costly ones only if ``costly`` is true."""
+        """Return whether a value may be recomputed; costly values may be only if ``costly`` is true."""
         operands = node.all_input_nodes
         if node.op != "call_function" or is_random(node) or mutates(node) or not self.settled(node, *operands):
             return False
@@ -169,9 +169,9 @@ class _Choice:
         return flops > FLOPS_PER_BYTE * (self.bytes_of(node) if node in self.recorded.storages else 0)
 
     def plan(self, price: float, costly: bool, worth: int = 1) -> ActivationPlan:
-        """Return the plan with the least sum of kept bytes and the cost of recomputing times ``price``.
+        """Return the plan with the smallest sum of kept bytes and ``price`` times the cost of recomputation.
 
-        It is autograd's own choice if less than ``worth`` bytes are saved.
+        If this saves fewer than ``worth`` bytes, return autograd's own choice.
         """
         kept = self._cut(price, costly)
         targets = [self.owners[s] for s in self.needed if self.owners[s] not in kept and s not in self.recorded.outputs]
@@ -186,9 +186,9 @@ class _Choice:
         return moved + self.recorded.flops.get(node, 0) / FLOPS_PER_BYTE
 
     def _cut(self, price: float, costly: bool) -> set[fx.Node]:
-        """Return the nodes on the smallest cut between what cannot be recomputed and what the backward pass reads.
+        """Return the nodes on the minimum cut between what cannot be recomputed and what the backward pass reads.
 
-        Of several such cuts it is the one nearest to the latter, since it leaves the least to compute.
+        Among several such cuts, choose the one nearest to the latter, which leaves the least to compute.
         """
         network: nx.DiGraph[object] = nx.DiGraph()
         source, sink = "source", "sink"
@@ -202,7 +202,7 @@ class _Choice:
                 network.add_edge(inner, outer, capacity=0 if free else self.bytes_of(node))
             elif self._is_tensor(node) and self.recorded.storages.get(node) not in self.recorded.own:
                 network.add_edge(inner, outer)  # a view is kept by keeping its base
-            else:  # a number, or the model's own tensor, which exists anyway, such as a mask of gradients
+            else:  # a Python number, or the model's own tensor, which exists anyway, such as a gradient mask
                 network.add_edge(inner, outer, capacity=0)
             if self.may_repeat(node, costly):
                 network.add_edge(source, inner, capacity=price * self._cost(node))
@@ -215,12 +215,12 @@ class _Choice:
             network.add_edge((self.owners[storage], 1), sink)
         if not self.needed:
             return set()
-        # Of all smallest cuts, networkx finds the one nearest to the sink.
+        # Among all minimum cuts, networkx finds the one nearest to the sink.
         _, (_, near) = nx.minimum_cut(network, source, sink, flow_func=boykov_kolmogorov)
         return {node for node in self.graph.nodes if (node, 1) in near and (node, 0) not in near}
 
     def _parts(self, targets: list[fx.Node], kept: Collection[fx.Node]) -> Iterator[Recomputation]:
-        """Yield the targets with what is recomputed for them, grouping those that share a part of it."""
+        """Yield groups of targets with the nodes recomputed for them; targets that share such nodes form a group."""
         links: nx.Graph[fx.Node] = nx.Graph()
         roots: dict[fx.Node, set[fx.Node]] = {}
         pending, seen = list(targets), set(targets)

@@ -1,7 +1,7 @@
-"""Offloading of what is kept to the host's memory while the device continues to compute.
+"""Offload kept activations to host memory while the device continues to compute.
 
-Copies have a stream of their own. On the way back, the tensors that were sent just before the requested one are fetched
-as well, since the backward pass reads tensors in the opposite order.
+Copies run on their own stream. When a tensor is requested, the tensors sent just before it are fetched as well, since
+the backward pass reads tensors in reverse order.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from graftc.compat.tensors import storage_key
 
 LEAST = 2**20
-"""Bytes of the smallest tensor that is offloaded; smaller ones are not worth the time."""
+"""The size of the smallest tensor to offload, in bytes; smaller ones are not worth the time."""
 
 AHEAD = 2
-"""Number of tensors that are fetched before they are requested."""
+"""The number of tensors to fetch ahead of the requested one."""
 
 
 class StreamCopies:
-    """Copies between an accelerator and the host, on a stream of their own.
+    """Copies tensors between an accelerator and the host, on a stream of its own.
 
     Args:
         device: the accelerator.
@@ -35,7 +35,7 @@ class StreamCopies:
         self._stream = torch.Stream(device)
 
     def away(self, tensor: Tensor) -> Any:
-        """Start a copy to pinned memory, after the work that the device has been given so far."""
+        """Start a copy to pinned memory, which runs after the work queued on the device so far."""
         host_copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=True)
         self._stream.wait_stream(torch.accelerator.current_stream(self._device))
         with self._stream:
@@ -44,7 +44,7 @@ class StreamCopies:
         return host_copy
 
     def fetch(self, sent: Any) -> Any:
-        """Start a copy back to the device, and return it with an event for its end."""
+        """Start a copy back to the device, and return it with an event that marks its completion."""
         with self._stream:
             fetched = sent.to(self._device, non_blocking=True)
         return fetched, self._stream.record_event()
@@ -71,7 +71,7 @@ class _Sent:
 
 
 class Offload:
-    """Hooks of saved tensors that offload them.
+    """Saved-tensor hooks that offload tensors.
 
     Args:
         copies: the object that copies between the device and the host.
@@ -82,7 +82,7 @@ class Offload:
         self._last: weakref.ref[_Sent] | None = None
 
     def pack(self, own: Collection[int], tensor: Tensor) -> Any:
-        """Offload a tensor; tensors of the model, whose storages are ``own``, small ones and those on the CPU stay."""
+        """Offload a tensor, unless it is small, on the CPU, or the model's own (its storage is in ``own``)."""
         storage = tensor.untyped_storage()
         if storage.nbytes() < LEAST or storage_key(tensor) in own or tensor.device.type == "cpu":
             return tensor
@@ -92,7 +92,7 @@ class Offload:
         return sent
 
     def unpack(self, packed: Any) -> Tensor:
-        """Return the tensor, and start to fetch those that will be requested next."""
+        """Return the tensor, and start fetching those that will be requested next."""
         if isinstance(packed, Tensor):
             return packed
         one: _Sent | None = packed
@@ -107,5 +107,5 @@ class Offload:
 
 @cache
 def offload_of(device: torch.device) -> Offload:
-    """Return the hooks that offload the tensors of an accelerator."""
+    """Return the hooks that offload an accelerator's tensors."""
     return Offload(StreamCopies(device))

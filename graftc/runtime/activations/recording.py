@@ -1,4 +1,4 @@
-"""A record of what autograd keeps of a graph, from one run of the graph on tensors without memory."""
+"""Record what autograd keeps for a graph, from one run of the graph on tensors without memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ATTENTIONS = (
     CPU_FLASH_ATTENTION,
     OTHER_FUSED_ATTENTION,
 )
-"""Fused attentions for which torch does not count operations."""
+"""Fused attention operators whose floating-point operations torch does not count."""
 
 Layer = Callable[..., Any]
 """A function that runs a layer on fake tensors: ``layer(module, *inputs)``."""
@@ -32,17 +32,17 @@ Layer = Callable[..., Any]
 
 @dataclass
 class Recorded:
-    """The observations of one run.
+    """The observations from one run.
 
     Attributes:
-        storages: the storage of every node whose value is one tensor, as a number.
-        sizes: bytes of the storages.
-        saved: storages that autograd keeps, except those of parameters and buffers.
-        own: storages of parameters and buffers, which exist anyway.
-        several: nodes whose value is several tensors.
-        flops: operations of products and attentions, by node.
-        outputs: storages that the graph returns.
-        results: the values that it returns, fake.
+        storages: the storage, as a number, of every node whose value is a single tensor.
+        sizes: the sizes of the storages in bytes.
+        saved: the storages that autograd keeps, except those of parameters and buffers.
+        own: the storages of parameters and buffers, which exist anyway.
+        several: the nodes whose values consist of several tensors.
+        flops: the floating-point operations of products and attentions, by node.
+        outputs: the storages that the graph returns.
+        results: the values that the graph returns, with fake tensors.
     """
 
     storages: dict[fx.Node, int] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Recorded:
         return sum(self.sizes[storage] for storage in self.saved)
 
     def owners(self) -> dict[int, fx.Node]:
-        """Return the first node with each storage, which is the one that created it."""
+        """Return the first node for each storage, which is the node that created it."""
         owners: dict[int, fx.Node] = {}
         for node, storage in self.storages.items():
             owners.setdefault(storage, node)
@@ -96,10 +96,10 @@ class _Kept:
 
 
 def fake(value: Any, mode: FakeTensorMode) -> Any:
-    """Return a value with its tensors replaced by new ones without memory.
+    """Return a value with its tensors replaced by new tensors without memory.
 
-    They are leaves that require gradients if the originals do. For tensors on the meta device, whose later device is
-    unknown, they are on the CPU, whose operators show most of what they keep.
+    The new tensors are leaves that require gradients if the originals do. A tensor on the meta device, whose eventual
+    device is unknown, is replaced by one on the CPU, whose operators show most of what autograd keeps for them.
     """
 
     def replacement(tensor: Tensor) -> Tensor:
@@ -114,14 +114,14 @@ def fake(value: Any, mode: FakeTensorMode) -> Any:
 def record(
     graph: fx.Graph, module: nn.Module, inputs: Sequence[Any], layers: Mapping[str, Layer], mode: FakeTensorMode
 ) -> Recorded:
-    """Run a graph on fake tensors in grad mode, and return what was observed.
+    """Run a graph on fake tensors in grad mode, and return the observations.
 
     Args:
         graph: a graph that names tensors and layers relative to ``module``.
         module: the module that contains them; the values of its tensors are not read.
-        inputs: fake inputs, in order.
+        inputs: the fake inputs, in order.
         layers: functions that run the layers that the graph calls, by path.
-        mode: the mode of the fake tensors.
+        mode: the fake tensor mode.
 
     Raises:
         Exception: any error that an operator raises for tensors without values.
@@ -172,7 +172,7 @@ def record(
             elif isinstance(value, (tuple, list)):
                 recorded.several.add(node)
     recorded.outputs = frozenset(storage_of(t) for t in tree_flatten(recorded.results)[0] if isinstance(t, Tensor))
-    # Release the values that no result needs, and with them what autograd kept for them.
+    # Release the values that no result needs, together with the tensors that autograd kept for them.
     values.clear()
     recorded.saved, recorded.own = frozenset(storage_of(each.tensor) for each in saved) - own, frozenset(own)
     return recorded

@@ -1,4 +1,4 @@
-"""The memory that a training step takes, measured in a run on tensors without memory."""
+"""Measure the memory use of a training step in a run on tensors without memory."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from graftc.compat.pytree import tree_leaves
 from graftc.runtime.activations.workspaces import WORKSPACES
 
 Part = Hashable
-"""The name of a part of a step; None for the first one."""
+"""The name of a part of a step; None for the first part."""
 
 Levels = Mapping[Part, list[int]]
-"""Bytes in the order of time, by part."""
+"""The bytes in use over time, by part."""
 
 
 class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Tracks the bytes of all tensors that are created while it is active.
+    """Tracks the bytes of all tensors created while it is active.
 
     Attributes:
-        level: bytes of the tensors that exist now.
-        levels: the levels after each allocation, for every part of what ran.
+        level: the bytes of the tensors that currently exist.
+        levels: the levels after each allocation, by part of the step.
     """
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class Tracking(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is LOCAL_SCALAR:  # return some value to code that reads one
+        if func is LOCAL_SCALAR:  # code reads a value: return an arbitrary one
             return 1.0 if args[0].is_floating_point() else 0 if args[0].dtype != torch.bool else False
-        # Arguments existed before, or have been tracked since they were created.
+        # Arguments existed before, or have been tracked since their creation.
         given = {id(storage) for storage in map(_storage, tree_leaves((args, kwargs))) if storage is not None}
         result = func(*args, **(kwargs or {}))
         for storage in map(_storage, tree_leaves(result)):

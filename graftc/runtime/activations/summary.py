@@ -1,4 +1,4 @@
-"""The memory that a training step takes, as data."""
+"""The memory use of a training step, as data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class LayerActivations:
 
     Attributes:
         module: the path of a layer; empty for the part outside layers.
-        without: bytes that autograd would keep by itself.
-        kept: bytes that are kept.
+        without: the bytes that autograd would keep on its own.
+        kept: the bytes that are kept.
         recomputed: the number of values that are recomputed in the backward pass.
-        reason: why nothing could be planned, if so; the part then keeps what autograd keeps.
+        reason: why there is no plan, in which case the part keeps what autograd keeps; empty if there is one.
     """
 
     module: str
@@ -33,12 +33,12 @@ class LayerActivations:
 
 @dataclass(frozen=True)
 class Activations:
-    """The memory that a training step takes for given inputs, determined without computing the step.
+    """The memory use of a training step for given inputs, determined without running the step.
 
     Attributes:
         layers: the activations of each part of the model.
-        peak: bytes at the highest point of the forward and backward pass, not counting parameters, earlier gradients
-            and states of optimisers. The internal memory of operators is not known, except that of graftc's own.
+        peak: the peak memory use of the forward and backward pass in bytes, excluding parameters, earlier gradients
+            and optimiser states. Workspace memory is included only for graftc's own operators.
     """
 
     layers: tuple[LayerActivations, ...]
@@ -46,7 +46,7 @@ class Activations:
 
     @property
     def without(self) -> int:
-        """The bytes that autograd would keep by itself."""
+        """The bytes that autograd would keep on its own."""
         return sum(layer.without for layer in self.layers)
 
     @property
@@ -68,7 +68,7 @@ class Activations:
 
 
 def layers_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[LayerActivations]:
-    """Yield the activations of modules that have run, according to the choices made for them."""
+    """Yield the activations of modules that have run, according to the plans chosen for them."""
     for name, module in modules:
         for (code, kind), choice in choices_of(module).items():
             planned = code.planned[kind]

@@ -1,4 +1,4 @@
-"""Code of a training graph that keeps less for the backward pass than autograd would."""
+"""Code for training graphs that keeps less for the backward pass than autograd would."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from graftc.specs.errors.diagnostics import warn
 
 
 class Kind(NamedTuple):
-    """The properties of a call that a plan depends on besides the graph.
+    """The properties of a call, besides its graph, on which a plan depends.
 
     Attributes:
-        wanted: for every tensor that the graph reads, whether it requires a gradient; for codes, whether the weight
-            does.
+        wanted: for each tensor that the graph reads, whether it requires a gradient; for the codes of a packed weight,
+            whether the weight does.
         casts: the autocast settings.
-        size: the size of the inputs, by powers of four.
+        size: the size of the inputs, in powers of four.
     """
 
     wanted: tuple[bool, ...]
@@ -54,15 +54,15 @@ def training_code(
     budget: float | None = None,
     offload: bool = False,
 ) -> TrainingCode:
-    """Return the code of a graph that trains; equal graphs share the result and its plans.
+    """Return the code for a training graph; equal graphs share the code and its plans.
 
     Args:
         function: the code that `graftc.passes.core.ir.codegen` generates from the graph.
         graph: the graph itself.
         device: the device of the tensors that the graph creates.
         plain: whether to keep what autograd keeps, except the values of packed weights.
-        budget: bytes of activations to keep, as a fraction of those that autograd keeps by itself.
-        offload: whether to store what is kept in the host's memory, if the graph runs on another device.
+        budget: the bytes of activations to keep, as a fraction of those that autograd keeps on its own.
+        offload: whether to store kept activations in host memory, if the graph runs on another device.
     """
     away = device if offload and device.type not in ("cpu", "meta") else None
     return RECENT.get(
@@ -72,12 +72,12 @@ def training_code(
 
 @dataclass(frozen=True)
 class Planned:
-    """Ways to run calls of one kind.
+    """The plans for calls of one kind, with their code.
 
     Attributes:
-        plans: plans from the fastest to the one that keeps least; empty if the graph cannot be run without values.
+        plans: the plans, from the fastest to the one that keeps least; empty if the graph cannot run without values.
         codes: the code of each plan; None for autograd's own choice.
-        reason: the reason why there is no plan.
+        reason: why there is no plan.
     """
 
     plans: tuple[ActivationPlan, ...]
@@ -86,16 +86,16 @@ class Planned:
 
 
 class TrainingCode:
-    """The code of a graph that trains: ``f(module, *inputs)``.
+    """The code for a training graph: ``f(module, *inputs)``.
 
     Args:
         function: the plain code.
-        graph: the graph that it was generated from.
+        graph: the graph from which it was generated.
         plain, budget: as for `training_code`.
-        away: the device from which what is kept is moved to the host's memory.
+        away: the device from which to move kept activations to host memory; None to leave them on the device.
 
     Attributes:
-        planned: ways to run calls, by kind of call.
+        planned: the plans, by kind of call.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class TrainingCode:
         choice = choices.get((self, kind))
         if choice is None:
             if hooks is not None:
-                return self.function(module, *inputs)  # the owner of the hooks relies on calls that save the same
+                return self.function(module, *inputs)  # the hooks' owner relies on all calls saving the same tensors
             self.choose(module, inputs, kind)
             choice = choices[self, kind]
         codes = self.planned[kind].codes
@@ -137,13 +137,13 @@ class TrainingCode:
         return Frame(code, module, hooks, kind.casts).run(inputs)
 
     def prepare(self, module: nn.Module, inputs: Sequence[Any]) -> None:
-        """Choose how calls of the kind of this one are run, as the first of them would do."""
+        """Choose the plan for calls of this kind, as the first such call would do."""
         kind = self.kind(module, inputs)
         if not (self.plain and not self._unpacks) and (self, kind) not in choices_of(module):
             self.choose(module, inputs, kind)
 
     def _taken_away(self, module: nn.Module) -> Hooks:
-        """Return hooks that move what is kept to the host's memory, except the model's own tensors."""
+        """Return hooks that move kept tensors, except the model's own, to host memory."""
         assert self._away is not None
         own = {storage_key(tensor_at(module, name)) for name in self._names}
         offload = offload_of(self._away)
@@ -159,23 +159,23 @@ class TrainingCode:
         return Kind(wanted, casts_of(sorted(devices)), size)
 
     def choose(self, module: nn.Module, inputs: Sequence[Any], kind: Kind) -> None:
-        """Choose how this graph and the layers that it calls run; they share one budget."""
+        """Choose plans for this graph and the layers that it calls, which share one budget."""
         mode, calls = FakeTensorMode(), list[Call]()
         with no_modes():
             call, _ = self._call(module, fake(list(inputs), mode), kind, mode, calls)
         kept = chosen([*calls, call], self._budget)
         if self._budget is not None and kept > 1.001 * self._budget:
-            message = f"{kept:.0%} of what autograd keeps is kept, and the budget is {self._budget:.0%}"
-            warn("GC153", message, hint="the rest cannot be computed again")
+            message = f"{kept:.0%} of the bytes that autograd keeps are kept, but the budget is {self._budget:.0%}"
+            warn("GC153", message, hint="raise the budget; the kept activations cannot be recomputed")
 
     def _call(
         self, module: nn.Module, inputs: Sequence[Any], kind: Kind, mode: FakeTensorMode, calls: list[Call]
     ) -> tuple[Call, Any]:
-        """Return a call with fake inputs and its results; add the layers that it calls to ``calls``."""
+        """Return the call for fake inputs, with its results; add the calls of layers within it to ``calls``."""
         choices, key = choices_of(module), (self, kind)
         try:
             recorded = self._record(module, inputs, mode, calls)
-        except Exception as error:  # any error of an operator without values: such a graph runs unchanged
+        except Exception as error:  # an operator may raise any error without values: the graph then runs unchanged
             calls.clear()
             self.planned.setdefault(kind, Planned((), (), f"{type(error).__name__}: {error}".splitlines()[0]))
             return Call(choices, key, ()), None
@@ -224,7 +224,7 @@ class TrainingCode:
 
 
 def choices_of(module: nn.Module) -> Choices:
-    """Return the way in which each kind of call of a module runs."""
+    """Return the plan chosen for each kind of call of a module."""
     return cast(Choices, vars(module)[OWN].choices)
 
 
@@ -235,14 +235,14 @@ def _seen(value: Any) -> Any:
 
 
 def _hooks() -> Hooks | None:
-    """Return the hooks of saved tensors that are in force besides those of frames."""
+    """Return the current saved-tensor hooks, except those of frames."""
     hooks = saved_tensor_hooks()
     frame = getattr(hooks[0], "__self__", None) if hooks is not None else None
     return frame.hooks if isinstance(frame, Frame) else hooks
 
 
 def _marked(graph: fx.Graph, recorded: Recorded, roots: Sequence[fx.Node], targets: Sequence[fx.Node]) -> fx.Graph:
-    """Return a copy of a graph that tells a frame, its first input, what to keep and what need not be kept."""
+    """Return a copy of a graph that tells a frame, its first input, which values to keep and which to release."""
     marked = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     frame = marked.placeholder("frame")

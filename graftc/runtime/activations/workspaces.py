@@ -1,4 +1,4 @@
-"""The memory that graftc's operators take while they run, which tensors without memory do not show."""
+"""The workspace memory of graftc's operators, which runs on tensors without memory do not show."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DEVICE: ContextVar[str | None] = ContextVar("device", default=None)
 
 @contextmanager
 def running_on(device: str) -> Iterator[None]:
-    """Compute workspaces for a kind of device while the block runs, whatever tensors without memory are on."""
+    """Compute workspaces for a device type while the block runs, whatever device the tensors without memory are on."""
     token = _DEVICE.set(device)
     try:
         yield
@@ -37,4 +37,4 @@ def _of_head_loss(xs: Sequence[Tensor], weights: Sequence[Tensor], *rest: Any) -
 
 
 WORKSPACES: Mapping[Any, Callable[..., int]] = {torch.ops.graftc.head_loss_forward.default: _of_head_loss}
-"""Functions that compute the workspace of an operator in bytes from its arguments."""
+"""Functions that compute an operator's workspace in bytes from its arguments."""

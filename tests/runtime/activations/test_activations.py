@@ -299,7 +299,7 @@ def test_autocast(base: Any) -> None:
 @pytest.mark.full
 def test_a_budget_that_cannot_be_met_says_what_is_kept(base: Any, inputs: dict[str, Any]) -> None:
     model = trained_copy(base, memory={"budget": 1e-6})
-    with pytest.warns(graftc.GraftWarning, match=r"GC153: \d+% of what autograd keeps is kept"):
+    with pytest.warns(graftc.GraftWarning, match=r"GC153: \d+% of the bytes that autograd keeps are kept"):
         gradients(model, inputs)
 
 
