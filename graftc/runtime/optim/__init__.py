@@ -1,4 +1,4 @@
-"""Optimisers: parameter groups of a compiled model, a check of the first steps, and optimisers for sparse deltas."""
+"""Optimiser support: parameter groups, a check of the first steps, and optimisers for sparse deltas."""
 
 from graftc.runtime.optim.groups import param_groups
 from graftc.runtime.optim.sparse import SM3, AgedAdamW

@@ -1,7 +1,7 @@
 """AdamW with an age for each entry, and SM3 with accumulators by row and column.
 
-Both are created from the compiled model, whose controllers notify them of the entries that they replace. Parameters
-other than deltas are treated as by AdamW and SM3.
+Both are created from the compiled model, whose controllers notify them when entries are replaced. For parameters that
+are not deltas, they behave like plain AdamW and SM3.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from graftc.runtime.model.runner import runner_of
 
 Parameters = Compiled | Iterable[Tensor] | Iterable[dict[str, Any]]
 CHUNK = 1 << 20
-"""How many elements are worked on at a time."""
+"""The number of elements to process at a time."""
 
 
 @dataclass(frozen=True)
 class _Delta:
-    """A sparse delta, and the entries of a tensor that it changes.
+    """A sparse delta, with the entries of a tensor that it changes.
 
     Attributes:
-        store, indices: the Store, and the name in it, of the numbers of its entries; they are looked up at each step.
+        store, indices: the Store and the name of the indices of these entries in it; they are read at each step.
         shape: the shape of the tensor as stored.
         moving: whether entries may be replaced by others.
     """
@@ -50,11 +50,11 @@ class _Delta:
 
     @property
     def rows(self) -> int:
-        """The number of rows of that length."""
+        """The number of rows of length `columns`."""
         return math.prod(self.shape) // self.columns
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield the entries in chunks: their slice of the delta, their rows and their columns."""
+        """Yield the entries in chunks, each as a slice of the delta, row indices and column indices."""
         indices = self.store.get(self.indices)
         for own in _slices(indices.numel()):
             yield own, (indices[own] // self.columns).long(), (indices[own] % self.columns).long()
@@ -76,11 +76,11 @@ def _deltas(compiled: Compiled) -> Iterator[tuple[Tensor, _Delta]]:
 
 
 class _Attached(SparseOptimiser):
-    """An optimiser that knows the deltas of a compiled model.
+    """Base class of optimisers that know a compiled model's deltas.
 
     Args:
-        params: the compiled model, or parameters, or groups of them.
-        defaults: settings of groups that do not give them.
+        params: the compiled model, or parameters, or parameter groups.
+        defaults: default settings for groups.
         compiled: the model, if ``params`` are parameters.
     """
 
@@ -97,7 +97,7 @@ class _Attached(SparseOptimiser):
                 controller.optimiser = self
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict; state keeps its element types, whatever the parameters have."""
+        """Load a state dict; the state keeps its dtypes, whatever those of the parameters are."""
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, number in zip(group["params"], saved["params"], strict=True):
@@ -130,23 +130,25 @@ class _Attached(SparseOptimiser):
 
 
 class AgedAdamW(_Attached):
-    """AdamW (Loshchilov and Hutter 2019) that counts the steps of each entry separately in deltas whose entries move.
+    """AdamW (Loshchilov and Hutter 2019) with a separate step count for each entry in deltas whose entries move.
 
-    For everything that is never replaced it is `torch.optim.AdamW`. A new entry starts with the moments that it would
-    have if it had been there for the ``n`` steps in which its gradients were looked at, ``mean(g) (1 - beta1^n)`` and
-    ``mean(g^2) (1 - beta2^n)``, and with the age ``n``, which corrects their bias. Decay pulls deltas towards zero,
-    which is the base. Moments and ages are float32, or float64 for parameters of that type.
+    For parameters whose entries are never replaced it is `torch.optim.AdamW`. A new entry starts with the moments that
+    it would have if it had been present for the ``n`` steps in which its gradients were observed,
+    ``mean(g) (1 - beta1^n)`` and ``mean(g^2) (1 - beta2^n)``, and with the age ``n``, which corrects their bias. Weight
+    decay pulls deltas towards zero, that is, towards the base. Moments and ages are float32, or float64 for float64
+    parameters.
 
     Args:
-        params: a compiled model, for everything that trains in it; or parameters, or groups of them.
+        params: a compiled model, to train everything that is trainable in it; or parameters, or parameter groups.
         lr: the step size.
         betas: the decay rates of the two moments.
-        eps: the number that is added to the root of the second moment.
-        weight_decay: the share of a parameter, times ``lr``, that is subtracted in each step.
-        compiled: the model, if ``params`` are parameters; without it this is AdamW, and is not notified of new entries.
+        eps: the value added to the root of the second moment.
+        weight_decay: the fraction of a parameter, times ``lr``, that is subtracted in each step.
+        compiled: the model, if ``params`` are parameters; without it this is plain AdamW, which is not notified of new
+            entries.
 
     Raises:
-        ValueError: if a setting is out of its bounds.
+        ValueError: if a setting is out of bounds.
     """
 
     def __init__(
@@ -192,7 +194,7 @@ class AgedAdamW(_Attached):
 
     @torch.no_grad()
     def replaced(self, delta: Tensor, places: Tensor, seen: Seen | None = None) -> None:
-        """Start new entries with the moments and the age that ``seen`` gives, or with zeros."""
+        """Initialise new entries with the moments and age from ``seen``, or with zeros if it is None."""
         state = self._state(delta)
         state["age"].index_fill_(0, places, 0 if seen is None else seen.steps)
         (group,) = (g for g in self.param_groups if any(p is delta for p in g["params"]))
@@ -208,19 +210,19 @@ class SM3(_Attached):
     """SM3 (Anil et al. 2019, arXiv:1901.11150), which bounds second moments by accumulators for every axis of a tensor.
 
     For an entry in row ``i`` and column ``j``, ``v = min(R_i, C_j) + g^2`` and ``w -= lr g / sqrt(v + eps)``; ``R_i``
-    and ``C_j`` become the largest ``v`` in them. Of a tensor that a sparse delta changes, only the entries that train
-    contribute, which costs ``rows + columns`` numbers. Accumulators never decrease, even if entries are replaced. They
-    are float32, or float64 for parameters of that type.
+    and ``C_j`` become the largest ``v`` in their row and column. For a tensor that a sparse delta changes, only the
+    trained entries contribute, which costs ``rows + columns`` values. Accumulators never decrease, even if entries are
+    replaced. They are float32, or float64 for float64 parameters.
 
     Args:
-        params: a compiled model, for everything that trains in it; or parameters, or groups of them.
+        params: a compiled model, to train everything that is trainable in it; or parameters, or parameter groups.
         lr: the step size.
-        eps: the number that is added to the bound of the second moment.
-        momentum: the share of the previous step; 0 keeps none.
-        compiled: the model, if ``params`` are parameters; without it a delta is a vector like any other.
+        eps: the value added to the bound on the second moment.
+        momentum: the weight of the previous update; 0 disables momentum.
+        compiled: the model, if ``params`` are parameters; without it, deltas are treated as ordinary vectors.
 
     Raises:
-        ValueError: if a setting is out of its bounds.
+        ValueError: if a setting is out of bounds.
     """
 
     factored: ClassVar[bool] = True
@@ -265,18 +267,18 @@ class SM3(_Attached):
 
     @torch.no_grad()
     def replaced(self, delta: Tensor, places: Tensor, seen: Seen | None = None) -> None:
-        """Start new entries without momentum; bounds remain those of their rows and columns."""
+        """Reset the momentum of new entries; bounds remain those of their rows and columns."""
         if "momentum" in self.state[delta]:
             self.state[delta]["momentum"].index_fill_(0, places, 0)
 
     def accumulators(self, delta: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the accumulators of the rows and columns of a delta's tensor, or None if there are none."""
+        """Return the row and column accumulators for a delta's tensor; None if there are none."""
         state = self.state.get(delta, {})
         return (state["axis_0"], state["axis_1"]) if id(delta) in self._deltas and state else None
 
 
 def _bounds(state: dict[str, Any], p: Tensor, gradient: Tensor) -> Tensor:
-    """Return the bounds of a tensor's second moments, and put them into the accumulators of its axes."""
+    """Return the bounds on a tensor's second moments, and update the accumulators of its axes with them."""
     shape = tuple(p.shape) or (1,)
     now = gradient.to(state["axis_0"].dtype).reshape(shape)
     views = [state[f"axis_{i}"].view(*(-1 if i == j else 1 for j in range(len(shape)))) for i in range(len(shape))]
@@ -291,7 +293,7 @@ def _bounds(state: dict[str, Any], p: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _unbias(age: Tensor, beta: float) -> Tensor:
-    """Return ``1 - beta^age`` without loss of precision if it is small."""
+    """Return ``1 - beta^age`` without losing precision when it is small."""
     return torch.expm1(age * (math.log(beta) if beta else -math.inf)).neg_()
 
 

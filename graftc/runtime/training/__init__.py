@@ -1,4 +1,4 @@
-"""Training beside the graph: controllers, objectives, callbacks and selection by examples.
+"""Training support outside the graph: controllers, objectives, callbacks, logs and selection by examples.
 
-Training changes values in the Store; it never changes graphs.
+Training changes values in the Store, but never the graphs.
 """

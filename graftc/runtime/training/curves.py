@@ -1,4 +1,4 @@
-"""Training logs read as curves: files of `TrainingLog` and the Trainer's ``trainer_state.json``. Needs no torch."""
+"""Read training logs as curves, from files of `TrainingLog` or the Trainer's ``trainer_state.json``, without torch."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ _NO_CURVES = frozenset({"step", "time", "figures", "epoch"})
 
 
 class Curve(TypedDict):
-    """One number over the optimiser steps of a training."""
+    """One quantity over the optimiser steps of a training run."""
 
     name: str
-    """``loss``, or the site that the number is of."""
+    """``loss``, or the site that the quantity belongs to."""
 
     group: str
     """``training``, ``evaluation``, or the adaptation and its figure: ``adalora: rank``."""
 
     steps: list[int]
-    """Ascending; a step stands twice where the number changed after it had been the same for several lines."""
+    """The steps in ascending order, including the last step before a change of a value that was constant until then."""
 
     values: list[float]
-    """One for each step."""
+    """One value for each step."""
 
 
 @public("graftc.read_log")
 def read_log(path: str | os.PathLike[str], *, points: int = MOST_POINTS) -> list[Curve]:
     """Return the curves of a training log, in the order in which their names first appear.
 
-    If a training was resumed from an earlier step, the log's entries for that step and later ones are replaced. Long
-    logs are thinned evenly by lines; the last line is always kept. Lines that cannot be understood are left out with a
-    warning (GC124); a last line that was not written completely is left out without one.
+    If training was resumed from an earlier step, later entries replace the log's entries for that step and all
+    following steps. Long logs are thinned evenly by lines; the last line is always kept. Lines that cannot be
+    interpreted are left out with a warning (GC124); an incomplete last line is left out without one.
 
     Args:
-        path: a file of `TrainingLog`, or ``trainer_state.json`` of the transformers Trainer.
-        points: the largest number of points of a curve, at least 2.
+        path: a file written by `TrainingLog`, or the transformers Trainer's ``trainer_state.json``.
+        points: the largest number of points per curve, at least 2.
 
     Raises:
-        GraftError: GC123 if there is no such file, or it contains no line of a log; GC073 for arguments of another
-            type.
+        GraftError: GC123 if there is no such file, or it contains no lines of a training log; GC073 for arguments of
+            the wrong type.
     """
     given: Any = points
     if isinstance(given, bool) or not isinstance(given, int) or given < 2:
-        raise GraftError("GC073", f"points is {points!r:.40}", hint="give a number from 2")
+        raise GraftError("GC073", f"points is {points!r:.40}", hint="pass an integer of at least 2")
     file = as_path(path)
     read = _Reader(points)
     if file.exists() and not file.is_file():  # a pipe may never end
@@ -71,17 +71,17 @@ def read_log(path: str | os.PathLike[str], *, points: int = MOST_POINTS) -> list
     except OSError as error:
         raise _no_log(file, f"cannot be read: {(error.strerror or str(error)).lower()}") from error
     if not read.entries:
-        raise _no_log(file, "has no line of a training log")
+        raise _no_log(file, "contains no lines of a training log")
     if read.ignored:
         where = "entries" if entries is not None else "lines"
         numbers = some([str(number) for number in read.ignored], 5)
         more = f" and {read.ignored_count - len(read.ignored):,} more" if read.ignored_count > len(read.ignored) else ""
-        warn("GC124", f"{quoted(file)}: {where} that say nothing are left out: {numbers}{more}")
+        warn("GC124", f"{quoted(file)}: {where} that cannot be interpreted are left out: {numbers}{more}")
     return read.curves()
 
 
 def last_step(path: Path) -> int | None:
-    """Return the step of the last readable line in the last 16 MiB of a log; None if there is none."""
+    """Return the step of the last readable line within the last 16 MiB of a log; None if there is no such line."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -110,7 +110,7 @@ def _step_of(entry: Any) -> int | None:
 
 
 def _state_entries(path: Path) -> list[Any] | None:
-    """Return the entries of a Trainer's state; None for a file of lines."""
+    """Return the entries of a Trainer's state; None for a file that is a log of lines."""
     with path.open("rb") as file:
         if _step_of(_parsed(file.readline(LINE_BYTES))) is not None:
             return None
@@ -118,7 +118,7 @@ def _state_entries(path: Path) -> list[Any] | None:
         if size > STATE_BYTES:
             return None
         file.seek(0)
-        try:  # transformers writes NaN and Infinity like Python; curves have gaps there
+        try:  # transformers writes NaN and Infinity as Python does; they become gaps in curves
             data = json.loads(file.read(size), parse_constant=lambda _: None, parse_int=_whole)
         except (ValueError, RecursionError):
             return None
@@ -127,12 +127,12 @@ def _state_entries(path: Path) -> list[Any] | None:
 
 
 def _whole(text: str) -> int | None:
-    """Return an integer that a log may contain; None for 20 characters or more, which no count of steps reaches."""
+    """Return a log's integer; None for 20 characters or more, which no step count reaches."""
     return int(text) if len(text) < 20 else None
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """Yield lines, each with whether it is complete; lines that are too long come out empty."""
+    """Yield each line with whether it is complete; lines that are too long are replaced by empty ones."""
     with path.open("rb") as file:
         while line := file.readline(LINE_BYTES):
             if line.endswith(b"\n"):
@@ -153,7 +153,7 @@ def _read_lines(path: Path, read: _Reader) -> None:
 
 
 class _Reader:
-    """Collects the points of a log's entries, in the order of the log."""
+    """Collects the points of a log's entries, in log order."""
 
     def __init__(self, points: int) -> None:
         self._points = points
@@ -165,7 +165,7 @@ class _Reader:
         self.ignored_count = 0
 
     def take(self, number: int, entry: Any) -> None:
-        """Add the entry with this number."""
+        """Add the entry with a given line or entry number."""
         step = _step_of(entry)
         numbers = None if step is None else _numbers(entry)
         if step is None or numbers is None or not self._follows(step):
@@ -179,7 +179,7 @@ class _Reader:
             self._series.setdefault((group, name), _Series(self._points, lasts)).add(step, value, self._before)
 
     def _follows(self, step: int) -> bool:
-        """Return whether an entry can belong to this step, and remove the points that it replaces."""
+        """Remove the points that an entry for this step replaces; return False if the log has too many resumes."""
         if step > self._step:
             self._before = self._step
         elif step < self._step:
@@ -198,12 +198,12 @@ class _Reader:
             self.ignored.append(number)
 
     def curves(self) -> list[Curve]:
-        """Return the curves; figures are extended to the last step, since lines contain only changes."""
+        """Return the curves; figures are extended to the last step, since lines contain only changed figures."""
         return [series.curve(name, group, self._step) for (group, name), series in self._series.items() if series.last]
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[tuple[str, str, bool], float] | None:
-    """Return numbers by group, name and whether they hold until they change; None if the entry is not one of a log."""
+    """Return values by group, name and whether they hold until the next value; None if this is not a log entry."""
     figures = entry.get("figures", {})
     nested = figures.values() if isinstance(figures, dict) else [None]
     if not all(isinstance(sites, dict) and all(isinstance(v, dict) for v in sites.values()) for sites in nested):
@@ -231,7 +231,7 @@ class _Series:
 
     Args:
         most: the largest number of points.
-        lasts: whether a value holds until the next one.
+        lasts: whether each value holds until the next one.
     """
 
     def __init__(self, most: int, lasts: bool) -> None:
@@ -260,7 +260,7 @@ class _Series:
         self._seen += 1
 
     def cut(self, step: int) -> None:
-        """Remove the points from this step on."""
+        """Remove the points at this step and all later ones."""
         while self._kept and self._kept[-1][0] >= step:
             self._kept.pop()
         if self.last is not None and self.last[0] >= step:

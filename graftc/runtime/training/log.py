@@ -1,4 +1,4 @@
-"""Training logs: the loss of a training and its figures at each site, as lines of JSON in a file."""
+"""Training logs, which record the loss and the figures at each site as lines of JSON in a file."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ _OWN = ("step", "time", "figures")
 
 
 class TrainingLog:
-    """Records a training: the loss, other values that the loop passes, and what the training does at each site.
+    """Records a training run: the loss, other values that the loop passes, and figures that describe each site.
 
     The first optimiser step and every ``every``-th one append a line of JSON: ``{"step": 10, "time": 1766000000.0,
-    "loss": 0.69, "figures": {"adalora": {"encoder.layer.0...": {"rank": 6.0}}}}``. ``figures`` contains the numbers of
-    `Compiled.site_figures`, and from the forward pass the mean values of gates (UniPELT, ``compose: gate``) and the
-    numbers of experts that were drawn (AdaMix); code of `torch.compile` does not show the latter two. A line contains
-    the figures that have changed since the previous line. Nothing is computed at other steps.
+    "loss": 0.69, "figures": {"adalora": {"encoder.layer.0...": {"rank": 6.0}}}}``. ``figures`` contains the values of
+    `Compiled.site_figures` and, from the forward pass, the mean values of gates (UniPELT, ``compose: gate``) and the
+    indices of the experts that were drawn (AdaMix); the latter two are not available from code compiled by
+    `torch.compile`. A line contains only the figures that have changed since the previous line. Nothing is computed at
+    other steps.
 
-    An existing file is continued. `read_log` reads it back. With several processes each one has to create a log; only
-    the first one writes.
+    An existing file is continued. `read_log` reads it back. With several processes, each process has to create a log,
+    but only the first one writes.
 
     Args:
         compiled: the model that trains.
-        path: the file, which is created if it is missing. It cannot be inside an artifact, which contains no other
+        path: the file, which is created if it is missing. It cannot be inside an artifact, which may not contain other
             files.
         every: the number of optimiser steps between two lines.
 
     Raises:
-        GraftError: GC063 for a file inside an artifact, GC064 if it cannot be written, GC073 for arguments of another
+        GraftError: GC063 for a file inside an artifact, GC064 if it cannot be written, GC073 for arguments of the wrong
             type.
     """
 
@@ -65,8 +66,8 @@ class TrainingLog:
     ) -> None:
         runner: Any = runner_of(compiled)
         if not isinstance(runner, AdaptedRunner):
-            raise GraftError("GC073", "this is not a model that trains", hint="give the result of graftc.compile")
-        require_count(every, "every", "give a number of optimiser steps from 1", least=1)
+            raise GraftError("GC073", "this model cannot be trained", hint="pass the result of graftc.compile")
+        require_count(every, "every", "pass a number of optimiser steps, at least 1", least=1)
         self.path, self.every = as_path(path), every
         _require_outside(self.path)
         self._runner, self._observer = runner, Observer(runner.compilation)
@@ -79,14 +80,13 @@ class TrainingLog:
         self.expect(self._number + 1)
 
     def step(self, number: int | None = None, /, **values: Any) -> bool:
-        """Record that an optimiser step has been taken; call it after ``compiled.after_step()``.
+        """Record that an optimiser step has been taken; call this after ``compiled.after_step()``.
 
         Args:
             number: the number of the step, counted from 1; by default one more than the last. After resuming from a
-                checkpoint in the middle of the log, pass the checkpoint's number: the repeated steps replace those of
-                the log.
-            values: numbers, or tensors of one element, which are read only when a line is written: ``loss=loss``.
-                Values that are not finite are written as null.
+                checkpoint in the middle of the log, pass the step number: repeated steps replace those in the log.
+            values: numbers or one-element tensors, which are read only when a line is written: ``loss=loss``.
+                Non-finite values are written as null.
 
         Returns:
             Whether a line was written.
@@ -104,21 +104,21 @@ class TrainingLog:
         return due
 
     def note(self, number: int, /, **values: Any) -> None:
-        """Write a line with these values only, regardless of ``every``, for example those of an evaluation.
+        """Write a line with only these values, such as those of an evaluation, regardless of ``every``.
 
         Args:
-            number: the optimiser step that they belong to.
-            values: the same as for `step`.
+            number: the optimiser step that the values belong to.
+            values: as for `step`.
 
         Raises:
-            GraftError: under the same conditions as `step`.
+            GraftError: as for `step`.
         """
         self._record(number, values, None)
 
     def callback(self) -> TrainerCallback:
-        """Return a callback that keeps this log for the transformers Trainer, and adds what the Trainer itself logs.
+        """Return a callback that writes this log in the transformers Trainer, including what the Trainer itself logs.
 
-        Pass it after ``compiled.callback()``.
+        Pass it to the Trainer after ``compiled.callback()``.
         """
         return cast("TrainerCallback", for_trainer(_Logging)(self))
 
@@ -138,11 +138,11 @@ class TrainingLog:
         return self._first or number % self.every == 0
 
     def expect(self, number: int) -> None:
-        """Announce the step that the coming forward passes belong to, if it is not the next one."""
+        """Set the step to which the next forward passes belong, if it is not the next step."""
         self._runner.progress.observer = self._observer if self._due(number) else None
 
     def _changes(self) -> Figures | None:
-        """Return the figures that differ from the previous lines; None in a process that does not write."""
+        """Return the figures that have changed since the previous lines; None in a process that does not write."""
         self._first = False
         if not self._writes and not any(sharded_modules(self._runner.compilation.store.root)):
             return None
@@ -181,26 +181,26 @@ class TrainingLog:
 
 
 class _Logging:
-    """A callback that passes the Trainer's steps and logs to a log; the Trainer logs after the step itself."""
+    """A callback that passes the Trainer's steps and logged values to a log; the Trainer logs after each step."""
 
     def __init__(self, log: TrainingLog) -> None:
         self.log = log
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Announce the first step, whose number the Trainer knows."""
+        """Set the first step, whose number the Trainer knows."""
         self.log.expect(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Record the step, after the optimiser and the controllers."""
+        """Record the step, after the optimiser and the controllers have run."""
         self.log.step(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Write what the Trainer logs about training and evaluation."""
+        """Write the values that the Trainer logs for training and evaluation."""
         numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         self.log.note(state.global_step, **{n: v for n, v in numbers.items() if n not in _OWN})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop observing: later forward passes do not belong to the training."""
+        """Stop observing, since later forward passes do not belong to the training run."""
         self.log.close()
 
 
@@ -212,17 +212,17 @@ def _plain(name: str, value: Any) -> float | int | None:
     if isinstance(value, bool | int):
         return int(value)
     if not isinstance(value, float):
-        raise GraftError("GC073", f"{name} is {kind_of(value)}", hint="give numbers, or tensors of one element")
+        raise GraftError("GC073", f"{name} is {kind_of(value)}", hint="pass numbers or one-element tensors")
     return _rounded(value)
 
 
 def _rounded(value: float) -> float | None:
-    """Round to seven digits, the precision of float32; return None for a number that is not finite."""
+    """Round a value to seven digits, the precision of float32; return None for a non-finite value."""
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
 def _ends_well(path: Path) -> bool:
-    """Return whether the last line is complete; a process that is killed may leave half of one."""
+    """Return whether the last line is complete; a process that was killed may leave a partial line."""
     try:
         with path.open("rb") as file:
             if not file.seek(0, os.SEEK_END):
@@ -234,7 +234,7 @@ def _ends_well(path: Path) -> bool:
 
 
 def _require_outside(path: Path) -> None:
-    """Raise if the file is inside an artifact, which does not open with files that its manifest does not list.
+    """Raise if the file is inside an artifact, which cannot be opened if it has files that its manifest does not list.
 
     Raises:
         GraftError: GC063.
@@ -246,5 +246,5 @@ def _require_outside(path: Path) -> None:
         except OSError:
             continue
         if ours:
-            message = f"{path} is inside of the artifact {folder}, which holds what its manifest lists and nothing else"
-            raise GraftError("GC063", message, hint=f"write it beside the folder: {folder.parent / path.name}")
+            message = f"{path} is inside the artifact {folder}, which may contain only the files its manifest lists"
+            raise GraftError("GC063", message, hint=f"write it next to the folder: {folder.parent / path.name}")

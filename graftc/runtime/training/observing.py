@@ -1,4 +1,4 @@
-"""Reading of numbers that exist only during a forward pass, without another graph (see `Reading`)."""
+"""Read values that exist only during a forward pass, without another graph (see `Reading`)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from graftc.compiler.figures import Figure, SiteReading, live_readings
 
 
 class Observer:
-    """Reads the numbers that forward passes compute from some parameters.
+    """Reads values that forward passes compute from some parameters.
 
-    The last pass counts. Compiled code is not observed.
+    Values of the last pass are kept. Code compiled by `torch.compile` is not observed.
     """
 
     def __init__(self, compilation: Compilation) -> None:
@@ -26,13 +26,13 @@ class Observer:
         self._observed: dict[tuple[str, str, str], Tensor] = {}
 
     def figures(self) -> list[Figure]:
-        """Return the figures of the observed passes."""
+        """Return the figures from the observed passes."""
         return [Figure(*whose, value) for whose, value in self._observed.items()]
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Observe a forward pass while the block runs."""
-        # Compiled code is guarded by the active modes: it would be recompiled, with nothing in it to observe.
+        # Compiled code has guards on the active modes: it would be recompiled, but still could not be observed.
         if any(is_compiled(module) for module in self._compilation.store.root.modules()):
             yield
             return
@@ -47,7 +47,7 @@ class Observer:
 
 
 class _Mode(TorchFunctionMode):
-    """A mode that observes the operators that read a parameter."""
+    """A mode that observes operators that read certain parameters."""
 
     def __init__(self, wanted: dict[int, list[SiteReading]], observed: dict[tuple[str, str, str], Tensor]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Several forward passes within one call, for objectives that compare their outputs."""
+"""Run several forward passes within one call, for objectives that compare their outputs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Outputs:
-    """The flat outputs of a train Program, as objectives see them.
+    """A description of the flat outputs of a train Program, for objectives.
 
     Attributes:
         names: the names of all outputs.
-        loss: the position of the loss; None if there is none.
+        loss: the index of the loss; None if there is no loss.
         shift: the number of positions between a label and the earlier position that predicts it.
-        counted: whether the loss is the mean over the labels of the whole step, whose number the call is given.
+        counted: whether the loss is the mean over the labels of the entire step, whose number is an input of the call.
     """
 
     names: tuple[str, ...]
@@ -57,16 +57,16 @@ def _outputs(program: Program) -> Outputs:
 def repeated(
     runner: AdaptedRunner, key: ProgramKey, present: Mapping[str, Any], missed: Callable[[], None]
 ) -> tuple[Any, ...]:
-    """Run a Program several times in one call, if objectives compare the passes.
+    """Run a Program several times in one call if objectives compare the passes.
 
     Args:
         runner: the Runner of the model.
         key: the key of the Program.
         present: the inputs of the call.
-        missed: the function to call when a term has been left without its gradient.
+        missed: the function to call when the gradient of a term is not computed.
 
     Returns:
-        The flat outputs of the first pass; if they contain a loss, the objectives' terms are added to it.
+        The flat outputs of the first pass; if they contain a loss, the objectives' terms have been added to it.
     """
     first, objectives = runner.run(key, present), runner.steering.outputs
     if not runner.training or not objectives or runner.base_only:
@@ -92,7 +92,7 @@ def repeated(
 
 
 def _wait(term: Tensor, outputs: tuple[Any, ...], progress: Progress, missed: Callable[[], None]) -> None:
-    """Keep a term for the next `extra_loss`, until the backward pass of the passes that it belongs to."""
+    """Store a term for the next `extra_loss`, until the backward pass through the passes that it belongs to."""
     progress.waiting.append(term)
     if is_traced():
         return
@@ -108,7 +108,7 @@ def _wait(term: Tensor, outputs: tuple[Any, ...], progress: Progress, missed: Ca
 
 
 def waited(progress: Progress) -> list[Tensor]:
-    """Return the mean of the terms since the last call, and forget them; an empty list if there are none."""
+    """Return, and then discard, the mean of the terms since the last call; an empty list if there are no terms."""
     terms, progress.waiting = list(progress.waiting), Waiting()
     return [torch.stack(terms).mean()] if terms else []
 
@@ -118,7 +118,7 @@ def _named(names: tuple[str, ...], outputs: tuple[Any, ...]) -> dict[str, Tensor
 
 
 def _counted(labels: Any, shift: int) -> Tensor | None:
-    """Return a mask of the positions that predict a label; None if labels do not belong to positions."""
+    """Return a mask of the positions that predict a label; None if the labels are not per position."""
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return None
     counted = labels != IGNORED
@@ -126,7 +126,7 @@ def _counted(labels: Any, shift: int) -> Tensor | None:
 
 
 def share(present: Mapping[str, Any], shift: int) -> Tensor | float:
-    """Return this call's share of the step's labels: if several calls make a step, their losses are added up."""
+    """Return this call's share of the step's labels; if a step consists of several calls, their losses are added up."""
     items, labels = present.get(COUNT), present.get("shift_labels", present.get(LABELS))
     if not isinstance(items, Tensor) or not isinstance(labels, Tensor):
         return 1.0
@@ -148,13 +148,13 @@ _ALIKE = frozenset(
         TO_COPY,
     }
 )
-"""Operators that leave labels at their positions, or append others after them."""
+"""Operators that leave labels in their positions or append others after them."""
 
 
 def label_shift(program: Program) -> int:
-    """Return the number of positions between a label and the position that predicts it, as the graph's loss reads them.
+    """Return the number of positions between a label and the position that predicts it, according to the graph's loss.
 
-    It is 1 in causal language models, otherwise 0.
+    It is 1 for causal language models, otherwise 0.
     """
     starts = {0}
     pending = [node for node in program.placeholders() if str(node.target) == LABELS]

@@ -1,4 +1,4 @@
-"""Selection of entries by examples, and the transition from one training to the next."""
+"""Select entries by examples, and create the model for the next training run."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
-"""A function of a model's outputs and the example that returns a scalar."""
+"""A function that takes a model's outputs and the example and returns a scalar."""
 
 
 class Selecting:
-    """Makes the model for the next training.
+    """Creates the model for the next training run.
 
     Args:
         runner: the Runner of the current model.
@@ -43,16 +43,16 @@ class Selecting:
 
     @in_every_process
     def select(self, examples: Iterable[Mapping[str, Any]], *, loss: Loss | None = None) -> Any:
-        """Return a model whose adaptations train the entries that examples select, at their initial values.
+        """Return a model whose adaptations train the entries that examples select, with their initial values.
 
-        This model stays unchanged. Gradients are those of the whole model in eval mode, without dropout, one tensor at
-        a time: the scores of each entry are summed in float32, and the gradients are freed.
+        This model stays unchanged. Gradients are those of the whole model in eval mode, without dropout, and are
+        handled one tensor at a time: they are added to the scores of the entries, in float32, and then freed.
 
         Args:
             examples: inputs by name, with labels; batches of any size. If a selection needs single examples, a batch is
                 split along its first axis.
-            loss: a function of the outputs and the example that returns a scalar; by default the loss that the model
-                returns.
+            loss: a function that takes the outputs and the example and returns a scalar; by default the loss that the
+                model returns.
 
         Raises:
             GraftError: GC056 if no adaptation selects by examples, there are no examples, or there is no loss.
@@ -60,12 +60,10 @@ class Selecting:
         names = TrainingSteering(self.runner).unselected
         chosen = [r for r in self.runner.compilation.main.resolved if r.name in names]
         if not chosen:
-            hint = "compile the spec again to choose anew"
-            raise GraftError("GC056", "there is no adaptation whose entries examples have yet to choose", hint=hint)
+            hint = "compile the spec again to select again"
+            raise GraftError("GC056", "no adaptation has entries that are yet to be selected by examples", hint=hint)
         if self.runner.device.type == "meta":
-            raise GraftError(
-                "GC056", "there is nothing to choose by on the meta device", hint="load the base's weights"
-            )
+            raise GraftError("GC056", "entries cannot be selected on the meta device", hint="load the base's weights")
         examples = list(examples) if len(chosen) > 1 else examples
         transitions: dict[str, Transition[Any]] = {}
         for resolved in chosen:
@@ -91,17 +89,17 @@ class Selecting:
                     outputs = self.runner.module(**single)
                     value = loss(outputs, single) if loss is not None else getattr(outputs, "loss", None)
                     if value is None:
-                        hint = "give the examples labels, or a loss of your own: select(examples, loss=...)"
-                        raise GraftError("GC056", "the model gives no loss for the examples", hint=hint)
+                        hint = "add labels to the examples, or pass your own loss: select(examples, loss=...)"
+                        raise GraftError("GC056", "the model returns no loss for the examples", hint=hint)
                     value.backward()
                     count += 1
         if not count:
-            raise GraftError("GC056", "there are no examples to choose by", hint="give select some batches of inputs")
+            raise GraftError("GC056", "there are no examples to select by", hint="pass batches of inputs to select")
         return scores
 
     @contextmanager
     def _watched(self, tensors: Mapping[str, Tensor], take: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Pass the gradients of base tensors to ``take`` while the block runs; a backward pass computes no others."""
+        """Pass the gradients of base tensors to ``take`` while the block runs; backward passes compute no others."""
         trained = [p for p in self.runner.module.parameters() if p.requires_grad]
         gradients = BaseGradients(take)
         try:
@@ -117,7 +115,7 @@ class Selecting:
 
     @property
     def stages_left(self) -> int:
-        """The number of trainings that follow the one that this model is for."""
+        """The number of training runs that follow the one that this model is for."""
         return max((self._left(resolved) for resolved in self.runner.compilation.main.resolved), default=0)
 
     @staticmethod
@@ -129,18 +127,18 @@ class Selecting:
 
     @in_every_process
     def advance(self, start: Mapping[str, Tensor] | None = None) -> Any:
-        """Return the model of the next training, after the one that this model is for; this one stays unchanged.
+        """Return the model for the training run after the one that this model is for; this model stays unchanged.
 
         Args:
-            start: adapter tensors as this training started, by name: some methods rewind everything that trains to
-                these values. By default the initial values, at which a first training starts.
+            start: the adapter tensors with which this training run started, by name; some methods rewind everything
+                that trains to these values. By default the initial values, with which a first run starts.
 
         Raises:
-            GraftError: GC057 if no adaptation has another training.
+            GraftError: GC057 if no adaptation has another training run.
         """
         due = [resolved for resolved in self.runner.compilation.main.resolved if self._left(resolved) > 0]
         if not due:
-            raise GraftError("GC057", "no adaptation takes another training", hint="merge, save or export the model")
+            raise GraftError("GC057", "no adaptation has another training run", hint="merge, save or export the model")
         transitions: dict[str, Transition[Any]] = {}
         for resolved in due:
             method = method_for(resolved.spec.method)
@@ -151,14 +149,16 @@ class Selecting:
         return self._after(transitions, start)
 
     def joined(self, *others: ModelRoot) -> Any:
-        """Return one model with the adaptations of several models of the same base, this model's first.
+        """Return one model with the adaptations of several models on the same base: this model's, then the others'.
 
-        Those of the others follow in order. Modules that the others train in full, their heads, are left out; the
-        models stay unchanged. Sparse fine-tunes add up, so that the fine-tunes of a task and of a language become one
-        model.
+        Modules that the other models train in full, such as their heads, are left out; the models stay unchanged.
+        Sparse fine-tunes add up, so that the fine-tunes for a task and for a language become one model.
+
+        Args:
+            others: the other compiled models, in order.
 
         Raises:
-            GraftError: GC087 if another model has another base, GC005 if two adaptations have the same name.
+            GraftError: GC087 if a model has another base, GC005 if two adaptations have the same name.
         """
         mine = identify(self.runner.compilation.source).fingerprint
         spec, values = self.runner.compilation.spec, dict(self._others(()))
@@ -171,7 +171,7 @@ class Selecting:
             names = [str(a.name) for a in adapt]
             twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
             if twice:
-                hint = "give each a name of its own in its spec, before it is trained"
+                hint = "give each its own name in its spec before training"
                 raise GraftError("GC005", f"two of the models have an adaptation {twice[0]!r}", hint=hint)
             spec = spec.model_copy(update={"adapt": adapt, "compose": compose})
             selecting = Selecting(other)
@@ -184,7 +184,7 @@ class Selecting:
         return {n: t for n, t in adapter_values(self.runner.compilation.store) if owner_of(n) not in gone}
 
     def _after(self, transitions: Mapping[str, Transition[Any]], start: Mapping[str, Tensor] | None = None) -> Any:
-        """Return the model after transitions of some adaptations; others continue, or start again if one rewinds."""
+        """Return the model after transitions of some adaptations; the others continue, or restart if one rewinds."""
         others, spec = self._others(transitions), self.runner.compilation.spec
         if any(transition.rewind for transition in transitions.values()):
             others = {name: start[name] for name in others if name in start} if start is not None else {}

@@ -1,4 +1,4 @@
-"""Steering of a training: the calls that a loop, or the transformers Trainer, makes for controllers and objectives."""
+"""Steer training: the calls that a loop, or the transformers Trainer, makes for controllers and objectives."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def _note(trained: set[str], name: str, gradient: Tensor) -> None:
     trained.add(name)
 
 
-_NO_OBJECTIVE = "{names} has an objective, and the loss was without it"
-_NO_CONTROLLER = "{names} was trained without what it does between optimiser steps"
+_NO_OBJECTIVE = "{names} has an objective, but the loss did not include it"
+_NO_CONTROLLER = "{names} was trained without the updates that it makes between optimiser steps"
 
 
 def watch_training(runner: AdaptedRunner, names: Iterable[str] | None = None) -> None:
-    """Record when adaptations are trained, so that missing steering can be reported; by default all of them."""
+    """Record when adaptations (by default all) are trained, so that missing steering can be reported."""
     every = {*runner.steering.controllers, *runner.steering.objectives}
     for name in every if names is None else every & {*names}:
         tensors = (t for n, t in runner.compilation.store.adapters() if owner_of(n) == name and t.requires_grad)
         first = next(tensors, None)
         if first is not None:
-            # A hook is needed, since no trace of gradients is left after they have been zeroed.
+            # A hook is needed, because gradients leave no trace after they have been zeroed.
             first.register_hook(partial(_note, runner.progress.trained, name))  # type: ignore[no-untyped-call]
 
 
 class TrainingSteering:
-    """Steers the training of a compiled model: a loop calls it for controllers and objectives.
+    """Steers the training of a compiled model; a loop calls it to run controllers and objectives.
 
     Args:
         runner: the Runner of the model.
@@ -61,23 +61,24 @@ class TrainingSteering:
         self.runner = runner
 
     def begin(self, total_steps: int) -> None:
-        """Announce how many optimiser steps the training has, for adaptations with a schedule.
+        """Set the total number of optimiser steps, for adaptations with a schedule.
 
         Args:
-            total_steps: the number of steps in all, including those before a resume.
+            total_steps: the total number of steps, including those before a resume.
 
         Raises:
-            GraftError: GC026 if a schedule does not fit into that many steps, GC073 if it is not a number of steps.
+            GraftError: GC026 if a schedule does not fit into this number of steps, GC073 if ``total_steps`` is not a
+                number of steps.
         """
-        require_count(total_steps, "total_steps", "give how many optimiser steps there are in all")
+        require_count(total_steps, "total_steps", "pass the total number of optimiser steps")
         for controller in self.runner.steering.controllers.values():
             controller.begin(total_steps)
 
     def steps_left(self, steps: int) -> None:
-        """Announce how many optimiser steps are left; like `begin`, but counted from now.
+        """Set the number of remaining optimiser steps; like `begin`, but counted from now.
 
         Args:
-            steps: the number of optimiser steps that are left.
+            steps: the number of remaining optimiser steps.
 
         Raises:
             GraftError: GC026 if a schedule does not fit.
@@ -86,11 +87,11 @@ class TrainingSteering:
             controller.begin(controller.steps + steps)
 
     def extra_loss(self) -> Tensor:
-        """Return the sum of all objectives, a float32 scalar to add to the loss once per optimiser step; 0 without any.
+        """Return the sum of all objectives, a float32 scalar to add to the loss once per optimiser step; 0 if none.
 
-        Objectives that compare several passes of a call are part of the loss that the model returns, and not of this
-        sum. If the model returned no loss, because there were no labels, the sum includes their mean over the calls
-        since the last `extra_loss`: add it before the backward pass of these calls.
+        Objectives that compare several passes of a call are part of the loss that the model returns, not of this sum.
+        If the model returned no loss, because there were no labels, the sum includes the mean of these objectives over
+        the calls since the last `extra_loss`: add it before the backward pass through these calls.
         """
         progress = self.runner.progress
         progress.extra_losses += 1
@@ -103,13 +104,13 @@ class TrainingSteering:
         return torch.stack([term.float() for term in terms]).sum()
 
     def after_step(self) -> None:
-        """Run what adaptations do between optimiser steps.
+        """Run the updates that adaptations make between optimiser steps.
 
-        Call it after ``optimizer.step()`` and before ``optimizer.zero_grad()``.
+        Call this after ``optimizer.step()`` and before ``optimizer.zero_grad()``.
 
         Raises:
-            GraftError: GC026 if an adaptation has a schedule and `begin` has not been called, GC035 if it reads
-                gradients and they have been zeroed.
+            GraftError: GC026 if an adaptation has a schedule but `begin` has not been called, GC035 if it reads
+                gradients but they have been zeroed.
         """
         if self.runner.progress.due or not self.runner.progress.extra_losses:
             self.warn_once(
@@ -124,7 +125,7 @@ class TrainingSteering:
                 controller.after_step()
 
     def _whole(self, names: Collection[str], *, write: bool) -> AbstractContextManager[None]:
-        """Return a context in which the sharded tensors of these adaptations are whole; see `all_whole`."""
+        """Return a context in which sharded tensors of these adaptations are gathered; see `all_whole`."""
         store = self.runner.compilation.store
         if not names or not any(sharded_modules(store.root)):
             return nullcontext()
@@ -132,23 +133,23 @@ class TrainingSteering:
         return all_whole([parameters_of(store.owner(path)) for path in sorted(owners)], write=write)
 
     def skip_step(self) -> None:
-        """Record that the gradients since the last `after_step` have been discarded; call it instead of `after_step`.
+        """Record that the gradients since the last `after_step` were discarded; call this instead of `after_step`.
 
-        A gradient scaler discards infinite gradients.
+        Gradient scalers discard infinite gradients.
         """
         for controller in self.runner.steering.controllers.values():
             controller.skip_step()
 
     def pause(self) -> None:
-        """Release what has been prepared for a training."""
+        """Release everything that controllers have prepared for training."""
         if self.runner.shown.steering is not None:
             for controller in self.runner.shown.steering.controllers.values():
                 controller.pause()
 
     def results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return the flat outputs of a call, after the controllers have prepared it.
+        """Return the flat outputs of a call, after controllers have prepared it.
 
-        Compiled code has no hooks, so controllers are not called there.
+        Code compiled by `torch.compile` has no hooks, so controllers are not called within it.
         """
         runner, controllers = self.runner, self.runner.steering.controllers
         if not is_traced() and controllers:
@@ -167,28 +168,28 @@ class TrainingSteering:
             return repeated(runner, key, present, self._miss)
 
     def callback(self) -> TrainerCallback:
-        """Return a callback for the transformers Trainer that does all of this."""
+        """Return a callback that steers training in the transformers Trainer."""
         return cast("TrainerCallback", for_trainer(SteeringCallback)(self.runner))
 
     def warn_of_unsteered(self) -> None:
-        """Warn (GC025) about adaptations trained without steering: their method works differently without it."""
+        """Warn (GC025) about adaptations trained without the steering that their methods require."""
         trained = self.runner.progress.trained
-        hint = "call compiled.after_step() after each optimiser step, or give the Trainer compiled.callback()"
+        hint = "call compiled.after_step() after each optimiser step, or pass compiled.callback() to the Trainer"
         idle = [name for name, c in self.runner.steering.controllers.items() if name in trained and c.steps == 0]
         self.warn_once(idle, _NO_CONTROLLER, hint)
         if not self.runner.progress.extra_losses:
-            hint = "add compiled.extra_loss() to the loss, or give the Trainer compiled.callback()"
+            hint = "add compiled.extra_loss() to the loss, or pass compiled.callback() to the Trainer"
             self.warn_once([name for name in self.runner.steering.objectives if name in trained], _NO_OBJECTIVE, hint)
         store, parts = self.runner.compilation.store, self.runner.compilation.parts
         for name in self.unselected:
             deltas = (n for tensors in parts[name].values() for part, n in tensors.items() if part.endswith("_delta"))
             if any(bool(store.get(delta).any()) for delta in deltas):
-                hint = "train compiled.select(examples) instead, or let graftc.tune do both"
-                self.warn_once([name], "{names} was trained at random entries, before examples had chosen", hint)
+                hint = "train the model that compiled.select(examples) returns, or let graftc.tune do both"
+                self.warn_once([name], "{names} was trained at random entries, before selection by examples", hint)
 
     @property
     def unselected(self) -> tuple[str, ...]:
-        """The adaptations whose entries have yet to be selected by examples."""
+        """The names of adaptations whose entries have yet to be selected by examples."""
         store = self.runner.compilation.store
         names = []
         for resolved in self.runner.compilation.main.resolved:
@@ -198,12 +199,12 @@ class TrainingSteering:
         return tuple(names)
 
     def _miss(self) -> None:
-        """Warn that a term that compares passes has been left without its gradient."""
-        hint = "give the model its labels, or add compiled.extra_loss() to the loss before its backward pass"
+        """Warn that the gradient of a term that compares passes was not computed."""
+        hint = "pass labels to the model, or add compiled.extra_loss() to the loss before its backward pass"
         self.warn_once(self.runner.steering.outputs, _NO_OBJECTIVE, hint)
 
     def warn_once(self, names: Iterable[str], text: str, hint: str) -> None:
-        """Warn about each adaptation once."""
+        """Warn about adaptations, each of them only once."""
         new = [name for name in names if f"{name}: {text}" not in self.runner.progress.warned]
         self.runner.progress.warned.update(f"{name}: {text}" for name in new)
         if new:
@@ -214,10 +215,10 @@ class TrainingSteering:
 
         Args:
             name: an adaptation whose method trains for many ranks at once.
-            rank: the rank, from 1 to the rank of its spec. It is stored with the tensors: saving and loading keep it.
+            rank: the rank, from 1 to the rank in its spec. It is stored with the tensors, so it is saved and loaded.
 
         Raises:
-            GraftError: GC055 for another method or rank, GC091 if there is no such adaptation.
+            GraftError: GC055 for another method or an invalid rank, GC091 if there is no such adaptation.
         """
         resolved = self._named(name)
         _, shared = live_places(self.runner.compilation, resolved)
@@ -227,16 +228,15 @@ class TrainingSteering:
         method.deploy_rank(resolved.spec, shared, rank)
 
     def rank_pattern(self, name: str) -> dict[str, Tensor]:
-        """Return a mask of an adaptation's ranks that have an effect now.
+        """Return a mask of an adaptation's ranks that currently have an effect.
 
-        Pruned triplets, gates at zero and ranks that are not deployed have none.
+        Pruned triplets, ranks whose gates are zero and ranks that are not deployed have no effect.
 
         Args:
-            name: an adaptation of low rank.
+            name: a low-rank adaptation.
 
         Returns:
-            ``bool[..., rank]`` by site; the axis of experts comes first. Empty for methods whose ranks all have an
-            effect.
+            ``bool[..., rank]`` by site; an experts axis comes first. Empty for methods whose ranks all have an effect.
 
         Raises:
             GraftError: GC091 if there is no such adaptation.
@@ -250,14 +250,14 @@ class TrainingSteering:
             return {str(p.site.key): method.live_ranks(p.spec, {**shared, **p.tensors}) for p in places}
 
     def site_figures(self) -> Figures:
-        """Return the figures that training has given every site so far.
+        """Return the current figures of every site.
 
-        These are the ranks that have an effect (AdaLoRA, SoRA, DyLoRA), the share of entries that the last replacement
-        has replaced (SpIEL), and the share that pruning keeps. Values of gates and routes belong to a forward pass:
-        `TrainingLog` records them.
+        These are the number of ranks that have an effect (AdaLoRA, SoRA, DyLoRA), the fraction of entries that the last
+        replacement changed (SpIEL), and the fraction that pruning keeps. Gate values and routes belong to forward
+        passes; `TrainingLog` records them.
 
         Returns:
-            Numbers by adaptation, site and name: ``{"adalora": {"encoder.layer.0...": {"rank": 4.0}}}``. Adaptations
+            Values by adaptation, site and name: ``{"adalora": {"encoder.layer.0...": {"rank": 4.0}}}``. Adaptations
             without figures are left out.
         """
         return as_numbers(self.figures())

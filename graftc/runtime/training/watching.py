@@ -1,4 +1,4 @@
-"""A check of the first optimiser steps for tensors that have no gradient, or do not move."""
+"""Check the first optimiser steps for tensors that have no gradient or do not move."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, warn
 
 SAMPLE = 256
-"""The number of entries of a tensor, those with the largest gradients, that are watched for movement."""
+"""The number of entries per tensor, those with the largest gradients, that are watched for movement."""
 
 _ABSENT = "is in no optimiser"
-_FROZEN = "has been frozen since the optimiser was made"
+_FROZEN = "has been frozen since the optimiser was created"
 _UNREACHED = "had no gradient: the loss does not depend on it, or was computed without gradients"
-_ZERO = "had a gradient of zeros only"
+_ZERO = "had only zero gradients"
 _INFINITE = "had a gradient that is not finite"
 _STOPPED = "did not move: its group has a learning rate of 0"
-_UNMOVED = "did not move, although it had a gradient: something holds its values, or the optimiser passes it over"
+_UNMOVED = "did not move, although it had a gradient: something resets its values, or the optimiser skips it"
 _ROUNDED = "lost most of its step to rounding: {dtype} is too narrow for steps of this size"
 
 
 @dataclass
 class _Seen:
-    """The observations of one tensor.
+    """The observations for one tensor.
 
     Attributes:
         item: the tensor.
-        gradient, moved: whether it has had a gradient that is not zero, and has moved.
+        gradient, moved: whether it has had a non-zero gradient, and whether it has moved.
         wrong: the problem at the last step; empty if there was none.
-        sure: whether later steps cannot change the problem.
+        sure: whether the problem is certain, so that later steps cannot resolve it.
         entries, before: the observed entries, and their values before the step.
-        visible: whether plain gradient descent would have moved one of them.
+        visible: whether plain gradient descent would have moved any of these entries.
     """
 
     item: TrainedTensor
@@ -57,10 +57,10 @@ class _Seen:
 
 @dataclass
 class Watch:
-    """A check of the first steps of a training, as `watch` starts it.
+    """A check of the first training steps, started by `watch`.
 
     Attributes:
-        findings: the problems, by the Store names of the tensors; empty at first, and if there are none.
+        findings: the problems found so far, by the tensors' names in the Store.
         done: whether the check has ended.
     """
 
@@ -87,7 +87,7 @@ class Watch:
         return len(self._seen)
 
     def remove(self) -> None:
-        """End the check without a warning. It ends by itself after its last step."""
+        """End the check without a warning. The check ends automatically after its last step."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -97,7 +97,7 @@ class Watch:
     def _begin(
         self, turn: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Inspect gradients before the step; if the step has a closure, after the closure's first call."""
+        """Inspect gradients before the step or, if the step has a closure, after the closure's first call."""
         place = "closure" in kwargs
         closure = kwargs.get("closure") if place else next(iter(args[1:]), None)
         if not callable(closure):
@@ -138,7 +138,7 @@ class Watch:
             self._tell()
 
     def _tell(self) -> None:
-        """Warn about problems that are sure, and after the last step about all problems."""
+        """Warn about certain problems and, after the last step, about all problems."""
         ended = self._left <= 0
         present = self._present()
         wrong = [s for s in self._seen if s.wrong and (s.sure or ended) and id(s.item.tensor) in present]
@@ -151,10 +151,10 @@ class Watch:
             self.remove()
 
     def _excused(self, seen: _Seen) -> bool:
-        """Return whether a tensor may be without a gradient.
+        """Return whether a tensor may lack a gradient.
 
-        It may if its method says so for the start, if no call has chosen its slot, or if its zeros come from another
-        tensor of the adaptation that does not move because of a learning rate of 0.
+        It may if its method declares the tensor inert at first, if no call has chosen its slot, or if its gradient is
+        zero because another tensor of the adaptation does not move at a learning rate of 0.
         """
         if seen.wrong not in (_ZERO, _UNREACHED):
             return False
@@ -166,20 +166,20 @@ class Watch:
 
 
 def watch(compiled: nn.Module | Runner, *optimizers: Optimizer, steps: int = 3) -> Watch:
-    """Observe the first optimiser steps, and warn (GC059) about tensors that should train and do not.
+    """Observe the first optimiser steps, and warn (GC059) about tensors that should train but do not.
 
-    These are tensors that are in none of the optimisers, that have no gradient (at once) or only zero gradients (in all
-    of the steps: B of LoRA starts as zeros, so that A has no gradient in the first one), and that do not move, because
-    their learning rate is 0 (in all of the steps if a schedule may warm up) or because the step is lost in rounding to
-    16 bits. Tensors that a method declares inert at first are excused, and so are the slots of a bank that no call has
-    chosen. At each step the entries with the largest gradients are compared; the check leaves nothing behind after the
-    last one.
+    A tensor is reported if none of the optimisers contains it; if it has no gradient (reported at once) or only zero
+    gradients (in all steps: LoRA's B starts as zeros, so A's gradient is zero in the first step); or if it does not
+    move, because its learning rate is 0 (in all steps if a schedule may warm up) or because the step is lost when
+    rounding to 16 bits. Tensors that a method declares inert at first are excused, as are slots of a bank that no call
+    has chosen. At each step, the entries with the largest gradients are compared; nothing of the check remains after
+    the last step.
 
     Args:
-        compiled: a compiled model. Tensors that are frozen now (`Compiled.train_only`) are not observed.
-        optimizers: all optimisers that train it, or wrappers of them with an attribute ``optimizer``, such as
+        compiled: a compiled model. Tensors that are currently frozen (`Compiled.train_only`) are not observed.
+        optimizers: all optimisers that train it, or wrappers around them with an attribute ``optimizer``, such as
             Accelerate's.
-        steps: the number of steps of the last optimiser to observe.
+        steps: the number of steps to observe, counted by the last optimiser.
 
     Returns:
         The check: ``findings`` contains the problems found so far, ``remove()`` ends it.
@@ -188,10 +188,10 @@ def watch(compiled: nn.Module | Runner, *optimizers: Optimizer, steps: int = 3) 
         GraftError: GC073 if there is no optimiser with torch's interface, or ``steps`` is below 1.
     """
     if steps < 1:
-        raise GraftError("GC073", f"steps is {steps!r}", hint="give how many steps to look at, from 1")
+        raise GraftError("GC073", f"steps is {steps!r}", hint="pass the number of steps to observe, at least 1")
     if not optimizers or not all(map(is_plain, optimizers)):
         other = next((kind_of(each) for each in optimizers if not is_plain(each)), "none")
-        hint = "graftc.optim.watch(compiled, optimizer) takes optimisers of torch's interface"
+        hint = "pass optimisers with torch's interface: graftc.optim.watch(compiled, optimizer)"
         raise GraftError("GC073", f"the optimiser is {other}", hint=hint)
     plain = [_unwrapped(optimizer) for optimizer in optimizers]
     runner = runner_of(compiled)
@@ -205,21 +205,21 @@ def watch(compiled: nn.Module | Runner, *optimizers: Optimizer, steps: int = 3) 
 
 
 def is_plain(optimizer: Any) -> bool:
-    """Return whether an optimiser, or the one in its wrapper, has the hooks of torch's optimisers."""
+    """Return whether an optimiser, or the optimiser inside a wrapper, is one of torch's interface."""
     return isinstance(_unwrapped(optimizer), Optimizer)
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """Return the optimiser inside wrappers; those of Accelerate are optimisers that lack the hooks."""
+    """Return the optimiser inside any wrappers; Accelerate's wrappers are optimisers without step hooks."""
     while not has_step_hooks(optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def _problem(seen: _Seen, group: dict[str, Any]) -> tuple[str, bool]:
-    """Return the problem of a tensor before its step, and whether later steps cannot change it.
+    """Return a tensor's problem before its step, and whether the problem is certain.
 
-    If there is none so far, the entries that the step should move are recorded, and the last problem is returned.
+    If no problem is visible yet, record the entries that the step should move, and return the previous problem.
     """
     tensor, gradient = local(seen.item.tensor), seen.item.tensor.grad
     if not seen.item.tensor.requires_grad:
@@ -233,20 +233,20 @@ def _problem(seen: _Seen, group: dict[str, Any]) -> tuple[str, bool]:
         return _INFINITE, False
     entries = largest.indices[largest.values > 0]
     if not entries.numel():
-        shard = tensor is not seen.item.tensor  # the other processes' parts may have one
+        shard = tensor is not seen.item.tensor  # other processes' shards may have a non-zero gradient
         return "" if seen.gradient or shard else _ZERO, False
     seen.gradient = True
     if float(group["lr"]) == 0:
         return "" if seen.moved else _STOPPED, "initial_lr" not in group
     before = tensor.detach().reshape(-1)[entries]
     seen.entries, seen.before = entries, before
-    # While B is small, so is the gradient of A: unless the optimiser scales it, the step may be lost in float32.
+    # While B is small, so is A's gradient: unless the optimiser scales it, the step may be lost in float32.
     seen.visible = bool((before - float(group["lr"]) * flat[entries].to(before.dtype) != before).any())
     return seen.wrong, seen.sure
 
 
 def _compare(seen: _Seen) -> None:
-    """Compare the observed entries of a tensor with their values before the step."""
+    """Compare a tensor's observed entries with their values before the step."""
     assert seen.entries is not None and seen.before is not None
     tensor = local(seen.item.tensor).detach().reshape(-1)
     moved = int((tensor[seen.entries] != seen.before).sum())
@@ -277,9 +277,9 @@ def _some(names: Sequence[str], few: int = 3) -> str:
 
 
 _HINTS = {
-    _ABSENT: "make the optimiser of graftc.optim.param_groups(compiled, lr), after compiling and sharding",
+    _ABSENT: "create the optimiser from graftc.optim.param_groups(compiled, lr), after compiling and sharding",
     _FROZEN: "compiled.train_only() lets all adaptations train",
     _UNREACHED: "call loss.backward() on the compiled model's own outputs, outside of no_grad() and disabled()",
-    _STOPPED: "look at the learning rates of optimizer.param_groups",
-    _ROUNDED.partition("{")[0]: "keep what trains in float32, or raise the learning rate",
+    _STOPPED: "check the learning rates in optimizer.param_groups",
+    _ROUNDED.partition("{")[0]: "keep trained tensors in float32, or raise the learning rate",
 }

@@ -146,7 +146,7 @@ def test_training_before_examples_have_chosen_warns(tmp_path: Path) -> None:
     model = tiny("bert")
     compiled = graftc.compile({"adapt": [{"method": "mask", "density": 0.1}]}, model)
     train(compiled.train())
-    with pytest.warns(GraftWarning, match="before examples had chosen"):
+    with pytest.warns(GraftWarning, match="before selection by examples"):
         compiled.eval().merge()
     chosen = graftc.compile({"adapt": [{"method": "mask", "density": 0.1}]}, model).select(batches(model))
     train(chosen.train())
