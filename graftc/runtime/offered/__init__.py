@@ -1,6 +1,6 @@
-"""The features of a compiled model besides calls, and the class of the plain object that implements each.
+"""The features that a compiled model offers besides calls, with the class that implements each of them.
 
-Modules that take time to import and are not needed to compile and train are imported on first use.
+Modules that are slow to import and not needed for compiling and training are imported on first use.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _PARTS: Mapping[str, str] = MappingProxyType(
         "get_output_embeddings num_parameters print_trainable_parameters save_pretrained tie_weights",
     }
 )
-"""The classes of the parts, in modules of `graftc.runtime`, each with the names of what the part offers."""
+"""The classes that implement features, in modules of `graftc.runtime`, each with the names that it offers."""
 
 
 def _part(kind: str, runner: AdaptedRunner) -> Any:
@@ -71,4 +71,4 @@ def _part(kind: str, runner: AdaptedRunner) -> Any:
 OFFERED: Mapping[str, Callable[[AdaptedRunner], Any]] = MappingProxyType(
     {name: partial(_part, kind) for kind, names in _PARTS.items() for name in names.split()}
 )
-"""The names that a compiled model offers besides its Runner's own, each with the function that creates its part."""
+"""The names that a compiled model offers besides its Runner's own, each with a function that creates its object."""

@@ -1,6 +1,6 @@
-"""Changes to the adaptations of a live model: add, remove, rename or disable them while the others keep training.
+"""Add, remove, rename or disable a compiled model's adaptations while the others keep training.
 
-A change is compiled in a Store of its own and then applied to the live one. Tensors that stay remain the same objects,
+A change is compiled in a separate Store and then applied to the model's own. Tensors that stay remain the same objects,
 so that optimisers still recognise them, and any failure occurs before anything has changed.
 """
 
@@ -34,25 +34,25 @@ from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 
 class Adapters(Feature):
-    """Changes which adaptations a compiled model has, and which of them have an effect."""
+    """Changes which adaptations a compiled model has and which of them have an effect."""
 
     @exclusive()
     def add(
         self, adaptation: MethodSpec | Mapping[str, Any], values: Mapping[str, Tensor] | None = None
     ) -> dict[str, nn.Parameter]:
-        """Add an adaptation on top of the existing ones; it has an effect from the next call on.
+        """Add an adaptation on top of the existing ones; it takes effect with the next call.
 
         Args:
             adaptation: an entry as in a spec's ``adapt`` list.
-            values: initial tensors, by the names that they have in this model.
+            values: initial tensors, by their names in this model.
 
         Returns:
             The new trainable parameters by name, for ``optimizer.add_param_group``;
             ``graftc.optim.param_groups(compiled, lr, only=[name])`` returns them in groups.
 
         Raises:
-            GraftError: as `graftc.compile`; GC005 for a name that is taken, GC053 for values that do not fit, GC072 if
-                the model's tensors are sharded. Nothing has changed then.
+            GraftError: as for `graftc.compile`; GC005 for a name that is taken, GC053 for values that do not match,
+                GC072 if the model's tensors are sharded. In all cases, nothing has changed.
         """
         self._require_whole()
         spec = adding(self.runner.compilation.spec, adaptation)
@@ -60,7 +60,9 @@ class Adapters(Feature):
         given = dict(values or {})
         other = sorted(fqn for fqn in given if owner_of(fqn) != name)
         if other:
-            raise GraftError("GC053", f"{other[0]} is not a tensor of {name!r}", hint="give tensors of what is added")
+            raise GraftError(
+                "GC053", f"{other[0]} is not a tensor of {name!r}", hint="pass only this adaptation's tensors"
+            )
         compilation = recompile(self.runner.compilation, spec, {**dict(adapter_values(self.runner.store)), **given})
         unknown = sorted(given.keys() - {fqn for fqn, _ in compilation.store.adapters()})
         if unknown:
@@ -70,27 +72,27 @@ class Adapters(Feature):
         return {fqn: t for fqn, t in added if isinstance(t, nn.Parameter) and t.requires_grad}
 
     def load_adapter(self, folder: str | Path, name: str | None = None) -> dict[str, nn.Parameter]:
-        """Add the adaptation of a folder that PEFT wrote, on top of the existing ones.
+        """Add the adaptation from a folder written by PEFT, on top of the existing ones.
 
-        It has an effect from the next call on; ``disable(name)`` switches it off.
+        It takes effect with the next call; ``disable(name)`` switches it off.
 
         Args:
             folder: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-            name: the name of the adaptation in this model; by default the name of the folder.
+            name: the adaptation's name in this model; by default the folder's name.
 
         Returns:
             The new trainable parameters by name, as for `add`.
 
         Raises:
-            GraftError: as `graftc.import_peft` and `add`; GC112 if the adapter also trains modules of the base in full,
-                or rows of a table besides its method: import such an adapter together with the others. Nothing has
-                changed then.
+            GraftError: as for `graftc.import_peft` and `add`; GC112 if the adapter also trains entire modules of the
+                base, or rows of a table besides its method: import such an adapter together with the others. In all
+                cases, nothing has changed.
         """
         self._require_whole()
         [(adaptation, path)] = names_of([folder] if name is None else {name: folder}).items()
         if any(entry.name == adaptation for entry in self.runner.spec.adapt):
             message = f"the name {adaptation!r} is taken by another adaptation"
-            raise GraftError("GC005", message, hint="give another name")
+            raise GraftError("GC005", message, hint="pass another name")
         base = self.runner.compilation
         capture, flags = base.main.captures[0], base.program("train", "base").flags
 
@@ -103,35 +105,35 @@ class Adapters(Feature):
     def remove(self, name: str) -> None:
         """Remove an adaptation and its tensors.
 
-        An optimiser still references the tensors, without gradients, and no step changes them; create a new optimiser
-        to free the memory.
+        An existing optimiser still references the tensors, which have no gradients, so no step changes them; create a
+        new optimiser to free the memory.
 
         Args:
-            name: the name of an adaptation.
+            name: the adaptation's name.
 
         Raises:
             GraftError: GC091 if there is no such adaptation, GC036 if it is part of a composition, GC072 if the model's
-                tensors are sharded. Nothing has changed then.
+                tensors are sharded. In all cases, nothing has changed.
         """
         self._require_whole()
         spec = self._spec_with(name)
         if spec.composition_of(name) is not None:
-            hint = "an adaptation of a composition goes with it; compile a spec without them"
+            hint = "compile a spec without the composition and its adaptations"
             raise GraftError("GC036", f"{name!r} is part of a composition", hint=hint)
         kept = {fqn: t for fqn, t in adapter_values(self.runner.store) if owner_of(fqn) != name}
         self._take(recompile(self.runner.compilation, leaving(spec, {name}), kept), {})
 
     @exclusive()
     def rename(self, old: str, new: str) -> None:
-        """Rename an adaptation and its tensors, which stay the same objects.
+        """Rename an adaptation and its tensors, which remain the same objects.
 
         Args:
             old: the current name.
             new: the new name.
 
         Raises:
-            GraftError: GC091 if there is no such adaptation, GC005 for a name that is taken, GC002 for a new name that
-                is not valid, GC072 if the model's tensors are sharded. Nothing has changed then.
+            GraftError: GC091 if there is no such adaptation, GC005 for a name that is taken, GC002 for an invalid new
+                name, GC072 if the model's tensors are sharded. In all cases, nothing has changed.
         """
         self._require_whole()
         spec = self._spec_with(old)
@@ -141,19 +143,19 @@ class Adapters(Feature):
         self._take(recompile(self.runner.compilation, renaming(spec, old, new), values), {old: new})
 
     def disable(self, *names: str) -> None:
-        """Leave adaptations out of all calls until `enable`; ``compiled.disabled(name)`` does it for one block.
+        """Leave adaptations out of all calls until `enable`; ``compiled.disabled(name)`` does so for one block.
 
         Their tensors stay: `save` and `merge` include them. They are not trained meanwhile, since no loss depends on
         them.
 
-        The first use takes as long as compiling without a capture; after that it costs next to nothing.
+        The first use takes as long as compiling without a capture; later uses cost next to nothing.
 
         Args:
             names: adaptations or compositions; ``trained`` is the ``train:`` list.
 
         Raises:
-            GraftError: GC091 if there is no such adaptation, GC036 for a part of a composition; nothing has changed
-                then.
+            GraftError: GC091 if there is no such adaptation, GC036 for a part of a composition. In both cases, nothing
+                has changed.
         """
         left = self.runner.leaving
         off = left.off | self.runner.adaptations(names)
@@ -161,7 +163,10 @@ class Adapters(Feature):
         left.off = off
 
     def enable(self, *names: str) -> None:
-        """Undo `disable` for some adaptations, or for all of them if none is named.
+        """Undo `disable` for the named adaptations, or for all of them if none is named.
+
+        Args:
+            names: adaptations or compositions; ``trained`` is the ``train:`` list.
 
         Raises:
             GraftError: GC091 if there is no such adaptation.
@@ -175,11 +180,11 @@ class Adapters(Feature):
     def disabled(self, *names: str) -> Iterator[None]:
         """Run the block without the named adaptations, or with the base alone if none is named.
 
-        With ``parallel`` the base's rows are returned once for each adaptation, as many as a call returns outside the
-        block.
+        With ``parallel``, the base's rows are returned once for each adaptation, so that calls return the same number
+        of rows as outside the block.
 
-        Leaving out some adaptations takes as long as compiling without a capture at its first use, and next to nothing
-        after that.
+        The first time that a set of adaptations is left out takes as long as compiling without a capture; after that it
+        costs next to nothing.
 
         Args:
             names: adaptations or compositions to leave out; ``trained`` is the ``train:`` list. By default all of them.
@@ -195,15 +200,15 @@ class Adapters(Feature):
             yield
 
     def each_alone(self, names: Collection[str]) -> list[Any]:
-        """Return a compiled model for each imported folder, given the names that the folders' adaptations got."""
+        """Return a compiled model for each imported folder, given the names of the folders' adaptations."""
         existing = [str(entry.name) for entry in self.runner.spec.adapt]
         groups = ([name, *(f"{name}_{number}" for number in range(1, len(existing)))] for name in names)
-        # A numbered name belongs to rows of a table in the same folder, unless another folder has that name.
+        # A numbered name stands for rows of a table from the same folder, unless another folder has that name.
         members = [[n for n in group if n in existing and (n == group[0] or n not in names)] for group in groups]
         return [self.runner.alone(tuple(group)) for group in members]
 
     def _take(self, taken: Compilation, names: Mapping[str, str]) -> None:
-        """Replace the model's Compilation: move renamed tensors, add new ones and drop those that the new one lacks."""
+        """Replace the model's Compilation: move renamed tensors, add new ones, and drop those no longer needed."""
         runner, store, whole, shown = self.runner, self.runner.store, self.runner.everything, self.runner.shown
         fresh = taken.store
         wanted = dict(fresh.adapters())
@@ -251,7 +256,7 @@ class Adapters(Feature):
         runner.show(left.hidden)
 
     def _take_dropouts(self, names: Mapping[str, str]) -> None:
-        """Copy the settings of the modules that represent dropouts of renamed adaptations to the new modules."""
+        """Copy the settings of modules that represent dropouts of renamed adaptations to the new modules."""
         for path, module in list(self._dropouts()):
             name = parsed(path)
             if name is not None and name.adaptation in names:
@@ -267,12 +272,12 @@ class Adapters(Feature):
                 self.runner.store.drop_container(path)
 
     def _dropouts(self) -> Iterator[tuple[str, Any]]:
-        """Return the modules that represent dropouts of adaptations, each with its path."""
+        """Return the modules that represent adaptations' dropouts, each with its path."""
         modules = self.runner.store.root.named_modules()
         return ((path, m) for path, m in modules if isinstance(m, nn.Dropout) and parsed(path) is not None)
 
     def _prune(self) -> None:
-        """Delete the code that no view shows any more."""
+        """Delete the code that no longer belongs to a view."""
         label = self.runner.shown.label
         for block in self.runner.blocks.values():
             code = block._graftc
@@ -282,16 +287,16 @@ class Adapters(Feature):
                     del table[key]
 
     def _spec_with(self, name: str) -> Spec:
-        """Return the spec; raise GC091 if it has no adaptation of a name."""
+        """Return the spec; raise GC091 if it has no adaptation with this name."""
         known = [str(a.name) for a in self.runner.spec.adapt]
         if name not in known:
             raise unknown_name("adaptation", name, known)
         return self.runner.spec
 
     def _require_whole(self) -> None:
-        """Raise GC072 if tensors are sharded, since engines have already recorded the parameters then."""
+        """Raise GC072 if tensors are sharded, since engines have already recorded the parameters."""
         if any(hasattr(tensor, "device_mesh") for _, tensor in self.runner.store.tensors()):
-            hint = "add, remove and rename before fully_shard; disable() and disabled() work afterwards too"
+            hint = "call add, remove and rename before fully_shard; disable() and disabled() also work afterwards"
             raise GraftError("GC072", "the model's tensors are sharded over processes", hint=hint)
 
 
@@ -301,7 +306,7 @@ def _steered(steering: Steerings) -> list[str]:
 
 
 def _joined(old: Steerings, new: Steerings, names: Mapping[str, str]) -> Steerings:
-    """Return the new steerings, with the existing objects of adaptations that stay, which keep their progress."""
+    """Return the new steerings, reusing the existing objects for adaptations that stay, to preserve their progress."""
     before = {new: old for old, new in names.items()}
     for name, controller in new.controllers.items():
         known = old.controllers.get(before.get(name, ""))
@@ -315,6 +320,6 @@ def _joined(old: Steerings, new: Steerings, names: Mapping[str, str]) -> Steerin
 
 
 def _as(fqn: str, names: Mapping[str, str]) -> str:
-    """Return the name of a tensor after adaptations have been renamed."""
+    """Return a tensor's name after adaptations have been renamed."""
     owner = owner_of(fqn)
     return renamed(fqn, names[owner]) if owner in names else fqn

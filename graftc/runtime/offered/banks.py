@@ -1,4 +1,4 @@
-"""The choice among the adaptations of banks, for later calls or permanently."""
+"""Choose among the adaptations of banks, for later calls or permanently."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 Choice = str | int | Mapping[str, float]
-"""A slot by name or number, or a mixture of slots, with a factor for each that takes part."""
+"""A slot by name or index, or a mixture of slots, with a factor for each slot that takes part."""
 
 
 class Choosing(Feature):
@@ -33,7 +33,7 @@ class Choosing(Feature):
         No graph changes, so the choice may differ from call to call.
 
         Args:
-            choice: an adaptation's name, or the number of its slot.
+            choice: an adaptation's name, or the index of its slot.
             bank: the bank's name; needed only if there are several.
 
         Raises:
@@ -45,6 +45,9 @@ class Choosing(Feature):
     def active(self, bank: str | None = None) -> str:
         """Return the name of the adaptation for calls that do not choose one themselves.
 
+        Args:
+            bank: the bank's name; needed only if there are several.
+
         Raises:
             GraftError: GC091 if there is no such bank.
         """
@@ -55,9 +58,9 @@ class Choosing(Feature):
         return self.runner.compilation.store.get(adapter_name("", str(bank.name), ACTIVE))
 
     def train_only(self, *names: str) -> None:
-        """Train only these adaptations from now on, or all of them if none is named.
+        """Train only the named adaptations from now on, or all of them if none is named.
 
-        The tensors of the others no longer require gradients, so that no optimiser changes them, not even by weight
+        The tensors of all others no longer require gradients, so that no optimiser changes them, not even by weight
         decay.
 
         Args:
@@ -74,7 +77,7 @@ class Choosing(Feature):
             tensor.requires_grad_(not names or owner_of(fqn) in names)
 
     def _trainable(self) -> dict[str, Tensor]:
-        """Return the adapter tensors that train if every adaptation does, by name."""
+        """Return the adapter tensors that train when every adaptation trains, by name."""
         adapters = self.runner.store.adapters
         return self.runner.once(
             "trainable", lambda: {fqn: tensor for fqn, tensor in adapters() if tensor.requires_grad}
@@ -82,12 +85,13 @@ class Choosing(Feature):
 
     @in_every_process
     def fix(self, choice: Choice, bank: str | None = None) -> Any:
-        """Return a compiled model in which a bank is permanently one adaptation, without an axis of slots.
+        """Return a compiled model in which a bank is permanently replaced by one adaptation, without a slot axis.
 
-        The result folds and exports like any other model. This model is unchanged and shares no adapter tensor with it.
+        The result folds and exports like any other model. This model is unchanged, and the two share no adapter
+        tensors.
 
         Args:
-            choice: an adaptation's name, the number of its slot, or a factor for each adaptation that takes part; their
+            choice: an adaptation's name, the index of its slot, or a factor for each adaptation that takes part; their
                 scaled tensors are added up.
             bank: the bank's name; needed only if there are several.
 
@@ -102,7 +106,7 @@ class Choosing(Feature):
         for name in factors:
             slot_of(composition, name)
         if not factors:
-            raise GraftError("GC038", f"nothing is chosen from {composition.name!r}")
+            raise GraftError("GC038", f"no adaptation is chosen from {composition.name!r}")
         name = next(iter(factors)) if len(factors) == 1 else str(composition.name)
         spec = _without(compilation.spec, composition, next(iter(factors)), name)
         return self.runner.sibling(spec, _values(compilation, composition, factors, name))
@@ -113,14 +117,14 @@ def _bank(spec: Spec, name: str | None) -> CompositionSpec:
     if name is None and len(banks) == 1:
         return next(iter(banks.values()))
     if name is None:
-        raise GraftError("GC091", "which bank?", hint=f"there is: {', '.join(banks) or 'none'}")
+        raise GraftError("GC091", "the bank's name is missing", hint=f"the banks are: {', '.join(banks) or 'none'}")
     if name not in banks:
         raise unknown_name("bank", name, banks)
     return banks[name]
 
 
 def _without(spec: Spec, bank: CompositionSpec, like: str, name: str) -> Spec:
-    """Return the spec with one adaptation called ``name`` instead of a bank."""
+    """Return the spec with one adaptation named ``name`` instead of a bank."""
     adapt = tuple(
         a.model_copy(update={"name": name}) if a.name == like else a
         for a in spec.adapt

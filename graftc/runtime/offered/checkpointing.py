@@ -15,7 +15,7 @@ from graftc.specs.errors.diagnostics import GraftError, nearest
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(checkpoint).parameters.items()}
 _OPTIONS = [*(n for n, default in _DEFAULTS.items() if default is not inspect.Parameter.empty), "preserve_rng_state"]
-"""Keyword arguments of `torch.utils.checkpoint.checkpoint`, which reads the last one from its ``**kwargs``."""
+"""Keyword arguments of `torch.utils.checkpoint.checkpoint`; it reads the last of these from its ``**kwargs``."""
 
 
 class Checkpointing(Feature):
@@ -27,17 +27,17 @@ class Checkpointing(Feature):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Recompute each Block's activations in the backward pass instead of keeping them.
+        """Recompute each Block's activations in the backward pass instead of storing them.
 
         Args:
             activation_checkpointing_kwargs: keyword arguments of `torch.utils.checkpoint.checkpoint`. ``use_reentrant``
                 is always False, so inputs of layers need no gradient.
-            every_n_layers: the interval of recomputation: only the first of every ``every_n_layers`` layers is
+            every_n_layers: the interval between recomputed layers: only the first of every ``every_n_layers`` layers is
                 recomputed.
-            offload: whether to store in the host's memory what is kept for recomputing.
+            offload: whether to store the tensors needed for recomputation in host memory.
 
         Raises:
-            GraftError: GC034 if the model has no repeated layers, GC072 for an option or a value that is not supported.
+            GraftError: GC034 if the model has no repeated layers, GC072 for an unsupported option or value.
         """
         # As in transformers: a wrapper around the older name, such as TRL's selective recomputation, stays in effect.
         enable = vars(self.runner.module).get("gradient_checkpointing_enable", self._enable)
@@ -50,14 +50,14 @@ class Checkpointing(Feature):
         for option in options:
             if option not in _OPTIONS:
                 close = nearest(option, _OPTIONS) or list(_OPTIONS)
-                raise GraftError("GC072", f"checkpointing has no option {option!r}", hint=f"there is {close[0]!r}")
+                raise GraftError("GC072", f"checkpointing has no option {option!r}", hint=f"use {close[0]!r}")
         if options.pop("use_reentrant", None):
             message = "layers are not recomputed by a backward pass of their own (use_reentrant=True)"
-            raise GraftError("GC072", message, hint='give {"use_reentrant": False}, or leave it out')
+            raise GraftError("GC072", message, hint='pass {"use_reentrant": False}, or leave it out')
         every: Any = every_n_layers
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             message = f"every_n_layers is {every_n_layers!r}"
-            raise GraftError("GC072", message, hint="1 recomputes every layer, 2 every second one")
+            raise GraftError("GC072", message, hint="pass 1 to recompute every layer, 2 for every second layer")
         if not self.runner.blocks:
             name = printed_kind(self.runner.module)
             raise GraftError("GC034", f"{name} has no repeated layers to checkpoint")
@@ -65,7 +65,7 @@ class Checkpointing(Feature):
         self.runner.tell_blocks()
 
     def activation_checkpointing_disable(self) -> None:
-        """Keep activations for the backward pass again instead of recomputing them."""
+        """Store activations for the backward pass again, instead of recomputing them."""
         self.runner.recompute = None
         self.runner.tell_blocks()
 
@@ -75,15 +75,15 @@ class Checkpointing(Feature):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Do as `activation_checkpointing_enable`, under the name that transformers used first."""
+        """Do the same as `activation_checkpointing_enable`, under transformers' older name."""
         own = vars(self.runner.module)
         enable = own.get("activation_checkpointing_enable", self._enable)
-        if "gradient_checkpointing_enable" in own:  # it is the wrapper around this method that calls it
+        if "gradient_checkpointing_enable" in own:  # the caller is the wrapper around this method
             enable = self._enable
         enable(gradient_checkpointing_kwargs, every_n_layers=every_n_layers, offload=offload)
 
     gradient_checkpointing_disable = activation_checkpointing_disable
-    """The name that transformers used first."""
+    """The older name in transformers."""
 
     @property
     def is_activation_checkpointing(self) -> bool:
@@ -91,4 +91,4 @@ class Checkpointing(Feature):
         return self.runner.recompute is not None
 
     is_gradient_checkpointing = is_activation_checkpointing
-    """The name that transformers used first."""
+    """The older name in transformers."""

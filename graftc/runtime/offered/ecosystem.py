@@ -1,4 +1,4 @@
-"""The methods that transformers, accelerate and peft expect of a model."""
+"""The methods that transformers, accelerate and peft expect on a model."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from graftc.runtime.model.head import head_at
 
 
 class Ecosystem(Feature):
-    """Implements the methods that transformers, accelerate and peft expect of a model."""
+    """Implements the methods that transformers, accelerate and peft expect on a model."""
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Write this model into a folder of another library, as sentence-transformers does for its checkpoints.
+        """Write this model into another library's folder, for callers such as sentence-transformers.
 
-        The folder gets ``config.json`` and, in its folder ``graftc``, the artifact, without the base's weights and
-        without a certificate. After ``import graftc.auto``, transformers' ``Auto`` classes load it.
+        The folder receives ``config.json`` and, in its subfolder ``graftc``, the artifact, without the base's weights
+        and without a certificate. After ``import graftc.auto``, transformers' ``Auto`` classes load it.
 
         Args:
             save_directory: the folder, created if it is missing; other files in it stay.
-            options: options of transformers that apply here: ``is_main_process=False`` writes nothing.
+            options: transformers' options, as far as they apply here: ``is_main_process=False`` writes nothing.
 
         Raises:
-            GraftError: GC032 for a model without a config of transformers, GC064 if the folder cannot be written, GC072
+            GraftError: GC032 for a model without a transformers config, GC064 if the folder cannot be written, GC072
                 for options that request another form, such as ``state_dict`` or ``push_to_hub``.
         """
         save_pretrained(self.runner, save_directory, options)
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """Return the module with the table of token embeddings; None if there is none.
+        """Return the module with the token embedding table; None if there is none.
 
-        It contains tensors and computes nothing.
+        It contains tensors, but cannot be called.
         """
         return self._at("get_input_embeddings")
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Return the module with the weights of the head over the vocabulary, as the model uses them.
+        """Return the module with the vocabulary head's weights, as the model uses them; None if there is no head.
 
-        It is a `Head` if the head is trained. If the head is adapted in another way, reading its weight raises. None if
-        there is no head.
+        It is a `Head` if the head is trained. If the head is adapted in another way, reading its weight raises an
+        error.
         """
         path = path_by_getter(self.runner.compilation.model, "get_output_embeddings")
         if path is None:
@@ -57,17 +57,17 @@ class Ecosystem(Feature):
         )
 
     def get_decoder(self) -> nn.Module | None:
-        """Return the module with the tensors of the decoder, or of the model below its head.
+        """Return the module with the tensors of the decoder, or of the model without its head.
 
-        It computes nothing by itself. None if the source model has none.
+        It cannot be called. None if the source model has no such module.
         """
         return self._at("get_decoder")
 
     def tie_weights(self, *args: Any, **options: Any) -> None:
-        """Do nothing: tensors that the source model ties are one tensor here."""
+        """Do nothing, since tensors that the source model ties are a single tensor here."""
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Return the bytes of all parameters, of the base and of adapters, counting tied ones once.
+        """Return the size of all parameters (the base's and the adapters') in bytes, counting tied ones once.
 
         Args:
             return_buffers: whether to count buffers as well.
@@ -80,11 +80,11 @@ class Ecosystem(Feature):
         return None if path is None else self.runner.module.get_submodule(path)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of elements of all parameters, including the base's and counting tied ones once.
+        """Return the number of elements in all parameters, including the base's and counting tied ones once.
 
         Args:
-            only_trainable: whether to count only what trains.
-            exclude_embeddings: whether to leave out tables of embeddings.
+            only_trainable: whether to count only trainable parameters.
+            exclude_embeddings: whether to leave out embedding tables.
         """
         tables = set()
         if exclude_embeddings:
@@ -96,11 +96,11 @@ class Ecosystem(Feature):
         return sum(p.numel() for name, p in counted if name not in tables)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the number of trainable elements and the number of all elements."""
+        """Return the number of trainable elements and the total number of elements."""
         return self.num_parameters(only_trainable=True), self.num_parameters()
 
     def print_trainable_parameters(self) -> None:
-        """Print the result of `get_nb_trainable_parameters` in the format of peft."""
+        """Print the result of `get_nb_trainable_parameters` in peft's format."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
@@ -112,13 +112,13 @@ class Ecosystem(Feature):
         vars(self.runner)["model_tags"] = list(dict.fromkeys([*known, *new]))
 
     def enable_input_require_grads(self) -> None:
-        """Do nothing: recomputed layers need no gradient of their inputs."""
+        """Do nothing, since recomputed layers do not need inputs that require gradients."""
 
     def disable_input_require_grads(self) -> None:
         """Do nothing; see `enable_input_require_grads`."""
 
     def floating_point_ops(self, inputs: dict[str, Any], exclude_embeddings: bool = True) -> int:
-        """Estimate the operations of a forward and a backward pass: six per token and parameter, as in transformers."""
+        """Estimate the FLOPs of a forward and a backward pass: six per token and parameter, as in transformers."""
         tokens = inputs.get(getattr(self.runner, "main_input_name", "input_ids"))
         if not isinstance(tokens, torch.Tensor):
             return 0

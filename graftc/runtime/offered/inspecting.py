@@ -1,4 +1,4 @@
-"""Inspection of a compiled model: its report, its graphs as text, explanations, and the memory of a training step."""
+"""Inspect a compiled model: its report, graphs as text, explanations, and the memory use of a training step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Inspecting(Feature):
 
     @property
     def report(self) -> Report:
-        """The additions of every adaptation: sites, parameters, bytes, FLOPs per token."""
+        """What each adaptation adds: sites, parameters, bytes and FLOPs per token."""
         return self.runner.once("report", lambda: report(self.runner.compilation))
 
     def print_graph(self, mode: Mode = "eval") -> str:
@@ -34,43 +34,47 @@ class Inspecting(Feature):
         return format_program(self.runner.program(mode))
 
     def diff(self, mode: Mode = "eval") -> str:
-        """Return the graph before and after adaptation as a diff, with identical layers collapsed and counted."""
+        """Return a diff of the graphs before and after adaptation, with identical layers collapsed and counted."""
         return diff_programs(self.runner.program(mode, base=True), self.runner.program(mode))
 
     def explain(self, name: str, mode: Mode = "eval") -> Explanation:
         """Explain why a printed value, node, place or tensor is in the adapted graph; print the result to read it.
 
+        Args:
+            name: the name, as printed.
+            mode: the mode of the graph.
+
         Raises:
-            GraftError: GC091 if nothing has this name, or several things have.
+            GraftError: GC091 if the name is unknown or ambiguous.
         """
         return explain(self.runner.snapshot, name, mode)
 
     def model_explorer(self, mode: Mode = "eval") -> dict[str, Any]:
-        """Return the rewritten graph and the base's own as a collection of Google's Model Explorer, in JSON data."""
+        """Return the rewritten graph and the base's graph as JSON data of a collection for Google's Model Explorer."""
         return model_explorer(self.runner.snapshot, mode)
 
     def tree(self) -> TreeNode:
-        """Return the source model's modules with the additions to them, equal layers once; print it to read it."""
+        """Return the source model's modules with their additions, identical layers only once; print it to read it."""
         return model_tree(self.runner.snapshot)
 
     def activations(self, **inputs: Any) -> Activations:
-        """Return what a training step keeps and its peak memory, computed on tensors without memory.
+        """Return the activations that a training step keeps and its peak memory, computed on tensors without memory.
 
         Args:
-            inputs: inputs of a call; only the sizes of tensors matter. If the outputs have a ``loss``, the step is that
-                of the loss, otherwise that of all outputs.
+            inputs: the inputs of a call; only the sizes of tensors matter. The backward pass starts from the ``loss``
+                if the outputs have one, otherwise from all outputs.
 
         Raises:
             GraftError: GC031 for inputs that cannot be captured.
         """
         runner = self.runner
         present, _ = runner.interface.read(runner.interface.named((), inputs))
-        signature = signature_for(runner.shown.compilation, present)  # before the copy: it may be a new one
+        signature = signature_for(runner.shown.compilation, present)  # before the copy, as it may be new
         return Simulation(runner).step(signature, present)
 
     def lowering(self) -> Lowered:
-        """Return the sites that the lowering steps rewrite, and the reason why each of the others is not rewritten.
+        """Return the sites that lowering rewrites in the first signature's training graph, and why others are not.
 
-        The graph is the training graph of the first signature; print the result to read it.
+        Print the result to read it.
         """
         return lowering(self.runner.snapshot)

@@ -1,4 +1,4 @@
-"""Presentation of a compiled model: a page, pictures and a model card."""
+"""Present a compiled model as a page, a picture or a model card."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ class Presenting(Feature):
 
     @with_every_adaptation
     def view(self, *, certify: bool = False, log: str | Path | None = None) -> ModelView:
-        """Return a view of the rewritten graph, with figures, steps, and what folds.
+        """Return a view of the rewritten graph, with figures, steps and the fold plan.
 
         A notebook shows it as a page; ``view().save("view.html")`` writes the page, or a picture of the graph.
 
         Args:
-            certify: whether to fold the model and show the certificate, which requires the values of its base.
-            log: a training log, for curves: a file of `graftc.TrainingLog`, or the Trainer's ``trainer_state.json``.
+            certify: whether to fold the model and show the certificate, which requires the base's values.
+            log: a training log whose curves to show: a file of `graftc.TrainingLog`, or the Trainer's
+                ``trainer_state.json``.
 
         Raises:
-            GraftError: GC123 for a file that is not a log, when the view is first used.
+            GraftError: GC123, when the view is first used, for a file that is not a log.
         """
         runner = self.runner
         return ModelView(lambda: contents(runner.snapshot, evidence_of(runner, certify, log)))
@@ -48,15 +49,15 @@ class Presenting(Feature):
         language: Sequence[str] = (),
         tags: Sequence[str] = (),
     ) -> str:
-        """Return a model card in Markdown with the hub's metadata; ``graftc card DIR`` creates that of an artifact.
+        """Return a model card in Markdown with the hub's metadata; ``graftc card DIR`` creates one for an artifact.
 
         Args:
-            certify: whether to fold what folds, as `save` does, and report the result.
-            base_model: the hub's id of the base; by default the one that transformers has recorded for the model.
-            license, language, tags: metadata as the hub takes them: ``"apache-2.0"``, ``["en"]``, any words.
+            certify: whether to fold the adaptations that can be folded, as `save` does, and report the result.
+            base_model: the base's hub id; by default the one that transformers has recorded for the model.
+            license, language, tags: metadata in the hub's form: ``"apache-2.0"``, ``["en"]``, any words.
 
         Raises:
-            GraftError: GC073 for metadata that the hub does not take, GC051 as for `save`.
+            GraftError: GC073 for metadata that the hub does not accept, GC051 as for `save`.
         """
         runner = self.runner
         certificate, kept = certificate_of(runner) if certify else (None, {})

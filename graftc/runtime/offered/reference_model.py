@@ -1,4 +1,4 @@
-"""The base of a compiled model as a module over the same tensors: the reference model of DPO and similar methods."""
+"""A compiled model's base as a module over the same tensors: the reference model for DPO and similar methods."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from graftc.specs.errors.diagnostics import GraftError
 T = TypeVar("T")
 
 SAME = frozenset({*COPIED, "config", "device", "dtype", "main_input_name"})
-"""Attributes of a compiled model that its reference has as well."""
+"""Attributes of a compiled model that its reference also has."""
 
 
 class ReferenceModel(nn.Module):
-    """A module that computes what the base of a compiled model computes, in eval mode, without a tensor of its own.
+    """A module that computes what a compiled model's base computes, in eval mode, without tensors of its own.
 
-    A call runs the base's graph over the tensors of the compiled model, even after they have been moved or sharded. The
-    module has no parameters, so that no optimiser, wrapper or copy mistakes them for another model's.
+    A call runs the base's graph over the compiled model's tensors, even after these have been moved or sharded. The
+    module has no parameters, so that no optimiser, wrapper or copy mistakes them for those of another model.
 
     Args:
         runner: the Runner of the compiled model.
@@ -41,7 +41,7 @@ class ReferenceModel(nn.Module):
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the base's own outputs, as its class would return them.
+        """Return the base's outputs, in its own output class.
 
         Raises:
             GraftError: GC031 for inputs that cannot be captured.
@@ -51,33 +51,33 @@ class ReferenceModel(nn.Module):
 
     @property
     def base_model(self) -> ReferenceModel:
-        """The base without its head; a call of it gives ``last_hidden_state``."""
+        """The base without its head; calling it returns ``last_hidden_state``."""
         return ReferenceModel(self._runner, "hidden")
 
     def train(self, mode: bool = True) -> Self:
-        """Return the module unchanged: a reference is in eval mode, whatever the mode of the compiled model is."""
+        """Return the module unchanged: a reference is always in eval mode, whatever the compiled model's mode."""
         return self
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """Return the module with the table of token embeddings; None if there is none."""
+        """Return the module with the token embedding table; None if there is none."""
         return Ecosystem(self._runner).get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Return the module with the base's own weights of the head over the vocabulary; None if there is none."""
+        """Return the module with the weights of the base's own vocabulary head; None if there is none."""
         return Ecosystem(self._runner.of_base()).get_output_embeddings()
 
     def get_extra_state(self) -> Tensor:
-        """Return the record of the base as ``uint8[bytes]``; see `torch.nn.Module.get_extra_state`.
+        """Return the compiled model's record as ``uint8[bytes]``; see `torch.nn.Module.get_extra_state`.
 
-        It distinguishes the base's results from those of another base.
+        It distinguishes this base's results from those of another base.
         """
         return StateDicts(self._runner).record()
 
     def set_extra_state(self, state: Any) -> None:
-        """Do nothing: there is nothing to load."""
+        """Do nothing, since there is nothing to load."""
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute that the reference has in common with the compiled model."""
+        """Return an attribute that the reference shares with the compiled model."""
         return getattr(self._runner, name) if name in SAME else super().__getattr__(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReferenceModel:
@@ -85,43 +85,43 @@ class ReferenceModel(nn.Module):
         return ReferenceModel(self._runner, self._entry)
 
     def extra_repr(self) -> str:
-        """Return the name of the compiled model's class, for the text of the module."""
+        """Return the name of the compiled model's class, for the module's printed form."""
         return f"of {type(self._runner.module).__name__}"
 
 
 class Referring(Feature):
-    """Provides the base of a compiled model as a reference model, for trainers of TRL as well."""
+    """Provides a compiled model's base as a reference model, including for TRL's trainers."""
 
     def reference(self) -> ReferenceModel:
-        """Return a module that computes what the base computes, in eval mode, over the tensors of this model.
+        """Return a module that computes what the base computes, in eval mode, over this model's tensors.
 
-        It is the reference model of DPO and KTO: ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``. No
-        second model is in memory, and the module follows this model to another device.
+        It serves as the reference model for DPO and KTO: ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``.
+        No second model is in memory, and the module follows this model to another device.
 
-        It has the config, ``base_model`` and ``get_output_embeddings()`` of the base, and no parameters.
+        It has the base's config, ``base_model`` and ``get_output_embeddings()``, but no parameters.
         """
         return ReferenceModel(self.runner)
 
     @public("compiled.trainer")
     def trainer(self, kind: Callable[..., T], *, args: Any = None, **arguments: Any) -> T:
-        """Return a TRL trainer of this model that uses `reference` instead of loading the base a second time.
+        """Return a TRL trainer for this model that uses `reference` instead of loading the base a second time.
 
-        This also works for a base in memory, which has no file to load:
+        This also works for a base that exists only in memory and has no file to load:
         ``compiled.trainer(GRPOTrainer, args=GRPOConfig(beta=0.04), reward_funcs=...)``.
 
         Args:
-            kind: the trainer's class: ``DPOTrainer``, ``KTOTrainer``, ``GRPOTrainer``, ``RLOOTrainer`` and similar
-                ones. A trainer without a reference is created as usual.
-            args: the trainer's config, unchanged afterwards.
+            kind: the trainer's class: ``DPOTrainer``, ``KTOTrainer``, ``GRPOTrainer``, ``RLOOTrainer`` or a similar
+                one. A trainer without a reference is created as usual.
+            args: the trainer's config; it is unchanged afterwards.
             arguments: the trainer's other arguments, by name.
 
         Raises:
-            GraftError: GC072 for a ``peft_config``; GC073 for a ``kind`` that is not a class of a trainer, and for a
-                ``model``, since that is always this one.
+            GraftError: GC072 for a ``peft_config``; GC073 for a ``kind`` that is not a trainer class, and for a
+                ``model``, since the model is always this one.
         """
         if not callable(kind):
             raise GraftError(
-                "GC073", f"kind is {kind_of(kind)}", hint="give the class: compiled.trainer(DPOTrainer, args=...)"
+                "GC073", f"kind is {kind_of(kind)}", hint="pass the class: compiled.trainer(DPOTrainer, args=...)"
             )
         if "model" in arguments:
             hint = f"leave model out: compiled.trainer({getattr(kind, '__name__', 'kind')}, args=...)"
@@ -135,7 +135,7 @@ class Referring(Feature):
         if "reward_funcs" in arguments:  # TRL would load them with the changed settings
             arguments["reward_funcs"] = _loaded_rewards(arguments["reward_funcs"], before or {})
         reference = self.reference()
-        # TRL loads a reference with the class that is named there, from whatever path.
+        # TRL loads a reference with the class that is named in these settings, whatever the path.
         loader = SimpleNamespace(from_pretrained=lambda path, **settings: reference)
         args.model_init_kwargs = {**(before or {}), "architecture": loader}
         try:
@@ -145,7 +145,7 @@ class Referring(Feature):
 
 
 def _loaded_rewards(given: Any, settings: Mapping[str, Any]) -> Any:
-    """Return the reward models, with those that are given by name loaded as TRL loads them."""
+    """Return the reward models, after loading those given by name as TRL would."""
     if isinstance(given, list):
         return [_loaded_rewards(each, settings) for each in given]
     if not isinstance(given, str):

@@ -1,4 +1,4 @@
-"""The Runner of a compiled model, which resolves the offered features and lets them take part in calls."""
+"""The Runner of a compiled model, which looks up the offered features and lets them take part in calls."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from graftc.runtime.training.steering import TrainingSteering, watch_training
 
 @saves_all_keys
 class CompiledRunner(AdaptedRunner):
-    """The Runner with everything that a `Compiled` does.
+    """The Runner that implements everything a `Compiled` does.
 
     Args:
         compilation: the Compilation to run.
-        make: function that creates the compiled model of another Compilation.
+        make: a function that creates a compiled model for another Compilation.
     """
 
     def __init__(self, compilation: Compilation, make: Callable[[Compilation], Any]) -> None:
@@ -37,8 +37,8 @@ class CompiledRunner(AdaptedRunner):
         """Return an offered attribute, or one that transformers' generation loop reads.
 
         Raises:
-            NotHereError: GC072 for an attribute that other libraries' models have, with a hint at what does the same
-                here.
+            NotHereError: GC072 for an attribute that other libraries' models have, with a hint that names the
+                equivalent here.
         """
         if name in OFFERED:
             return getattr(OFFERED[name](self), name)
@@ -51,7 +51,7 @@ class CompiledRunner(AdaptedRunner):
         return sorted({*super().__dir__(), *OFFERED})
 
     def compiled_of(self, compilation: Compilation) -> Any:
-        """Create the compiled model of another Compilation."""
+        """Create a compiled model for another Compilation."""
         return self._make(compilation)
 
     def adopt(self, module: Root) -> None:
@@ -65,7 +65,7 @@ class CompiledRunner(AdaptedRunner):
         outputs_of(self.shown.executables[key])
 
     def entering(self, mode: bool) -> bool:
-        """Return the mode; for eval mode, first release what has been prepared for training."""
+        """Return the mode; for eval mode, first release everything prepared for training."""
         if not mode:
             TrainingSteering(self).pause()
         return mode
@@ -75,7 +75,7 @@ class CompiledRunner(AdaptedRunner):
         return TrainingSteering(self).results(key, present)
 
     def copied(self) -> None:
-        """Prepare the Runner of a copied module, with copies of what steers its training and of the progress."""
+        """Prepare the Runner of a copied module, whose steering and training progress are copies."""
         super().copied()
         watch_training(self)
         TrainingSteering(self).pause()

@@ -1,4 +1,4 @@
-"""Saving of a compiled model as an artifact, with the certificate of what folds."""
+"""Save a compiled model as an artifact, with the certificate of its fold."""
 
 from __future__ import annotations
 

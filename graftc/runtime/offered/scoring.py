@@ -1,4 +1,4 @@
-"""Log-probabilities of single tokens, for objectives that compare them, such as TRL's."""
+"""Log-probabilities of individual tokens, for objectives that compare them, such as TRL's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 _IGNORED = -100
 _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-"""TRL's names of the columns of `head_scores`."""
+"""TRL's names for the columns of `head_scores`."""
 
 
 class TokenScoring(Feature):
@@ -26,28 +26,28 @@ class TokenScoring(Feature):
     def token_log_probs(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the log-probability of every label at the position that predicts it, ``[batch, sequence]``.
 
-        Values are in float32 or wider, and 0 where there is no label. In causal language models the entry at a position
-        belongs to the next token.
+        Values are in float32 or wider, and 0 where there is no label. In causal language models, the entry at a
+        position belongs to the next token.
 
-        The arguments are those of a call with ``labels``. Adapted heads, caps and scales of logits are taken into
-        account. Logits are computed a few rows at a time, whatever ``memory`` says, wherever `memory: {loss: chunked}`
-        is possible. Gradients are supported; inside `disabled` the scores are those of the base.
+        The arguments are those of a call with ``labels``. Adapted heads, logit caps and logit scales are taken into
+        account. Wherever `memory: {loss: chunked}` is possible, logits are computed a few rows at a time, whatever the
+        spec's ``memory``. Gradients are supported; inside `disabled`, the scores are those of the base.
 
         Raises:
             GraftError: GC073 without labels, GC031 if the model has no loss over tokens.
         """
         labels = self.runner.interface.named(args, kwargs).get("labels")
         if labels is None:
-            raise GraftError("GC073", "token_log_probs needs labels", hint="labels=ids, with -100 where none counts")
+            raise GraftError("GC073", "token_log_probs needs labels", hint="pass labels=ids, with -100 where to ignore")
         losses: Tensor = self.runner.within(lambda: self.runner.respond(args, kwargs, "losses"))
         return -losses.view(len(labels), -1)
 
     def fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: tuple[str, ...]) -> dict[str, Any] | None:
-        """Return what TRL's forward returns with `FUSED`, by field; None for a call that it has to answer itself.
+        """Return the fields that TRL's forward returns with `FUSED`; None for a call that it has to answer itself.
 
         Args:
-            args, kwargs: arguments of the call.
-            wanted: names of the fields of single tokens to return.
+            args, kwargs: the arguments of the call.
+            wanted: the names of the per-token fields to return.
         """
         given = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
         labels, count = given.get("labels"), kwargs.get("num_items_in_batch")
@@ -70,19 +70,19 @@ class TokenScoring(Feature):
 
 
 def answering(runner: AdaptedRunner, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward to use in place of a model's: if ``forward`` is TRL's, graftc answers calls with `FUSED`.
+    """Return the forward to set on a model: if ``forward`` is TRL's, graftc answers calls with `FUSED`.
 
     TRL's forward supports gradients of entropies, a temperature and a head in float32. If it was created for these, or
-    does not have the known form, it is returned unchanged.
+    does not have the expected form, it is returned unchanged.
 
     Args:
         runner: the Runner of the model.
-        forward: the forward that is set on the model.
+        forward: the forward that a caller sets on the model.
     """
     fused = fused_forward(forward)
     if fused is None or not fused.plain or not {*fused.fields} <= {"log_probs", *_STATISTICS}:
         return forward
-    # Objectives request entropies alone; together with other metrics they are only a metric.
+    # An objective requests no metrics besides entropies; together with other metrics, entropies are only a metric.
     if {*fused.fields} == {"log_probs", "entropy"}:
         return forward
 

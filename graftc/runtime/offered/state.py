@@ -1,4 +1,4 @@
-"""State dicts, which contain what trains, steers or is updated, but not the base, since it is never written to."""
+"""State dicts, which contain trained, steering and updated tensors, but not the base, which is never written to."""
 
 from __future__ import annotations
 
@@ -26,52 +26,57 @@ from graftc.specs.errors.text import counted
 
 
 class StateDicts(Feature):
-    """Creates and loads the state dicts of a compiled model."""
+    """Creates and loads a compiled model's state dicts."""
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Return every tensor that graftc added and that has to be kept, by its full name, detached.
+        """Return every tensor that graftc added and that has to be saved, by its full name, detached.
 
-        These are parameters and the state of controllers. The tensors of a sharded model are gathered, so every process
-        has to call this method.
+        These are parameters and controller state. The tensors of a sharded model are gathered, so every process must
+        call this method.
         """
         Meeting.of(self.runner.module, "adapter_state_dict")
         return dict(adapter_values(self.runner.store))
 
     def load_adapter_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy adapter tensors into the model; names and shapes have to be those of `adapter_state_dict`.
+        """Copy adapter tensors into the model; names and shapes must be those of `adapter_state_dict`.
 
-        For a sharded model every process has to call this method, and gets its parts of the tensors of the first
-        process.
+        For a sharded model, every process must call this method, and receives its shards of the first process's
+        tensors.
+
+        Args:
+            tensors: the adapter tensors, by name.
 
         Raises:
-            GraftError: GC053 for missing, unknown or misshapen tensors, for values that the dtype here cannot
-                represent, and for tensors of other rows than were chosen here; GC073 for an argument that is not a
-                mapping of tensors. Nothing is copied then.
+            GraftError: GC053 for missing, unknown or misshapen tensors, for values that the model's dtype cannot
+                represent, and for tensors of rows other than those that this model has chosen; GC073 for an argument
+                that is not a mapping of tensors. In all cases, nothing is copied.
         """
         as_mapping(tensors, "adapter tensors", Tensor)
         own = dict(adapter_tensors(self.runner.store))
         wrong = sorted(own.keys() ^ tensors.keys())
         wrong += [n for n in own.keys() & tensors.keys() if own[n].shape != tensors[n].shape]
         if wrong:
-            raise GraftError("GC053", f"the adapter tensors do not fit: {', '.join(wrong[:5])}")
+            raise GraftError("GC053", f"the adapter tensors do not match the model: {', '.join(wrong[:5])}")
         odd = sorted(n for n in own if not _holds(own[n], tensors[n]))
         if odd:
             kind = str(tensors[odd[0]].dtype).removeprefix("torch.")
-            message = f"{odd[0]} has values that {str(own[odd[0]].dtype).removeprefix('torch.')} cannot hold: {kind}"
+            message = (
+                f"{odd[0]} has {kind} values that {str(own[odd[0]].dtype).removeprefix('torch.')} cannot represent"
+            )
             raise GraftError("GC053", message, details=[counted(len(odd), "tensor")])
         other = sorted(n for n in self.runner.store.settled if not torch.equal(own[n].cpu(), tensors[n].cpu()))
         if other:
-            message = f"the graphs were made by other numbers: {', '.join(other[:5])}"
-            raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors are from")
+            message = f"the graphs depend on other values of {', '.join(other[:5])}"
+            raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors come from")
         Meeting.of(self.runner.module, "load_adapter_state_dict")
         with torch.no_grad():
             for name in own:  # in the same order in every process
                 copy_whole(own[name], tensors[name])
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Return every tensor, including the base's, by its name, detached; tied ones once, by the name that owns them.
+        """Return every tensor, including the base's, by name, detached; tied ones only once, under their owner's name.
 
-        The tensors of a sharded model are gathered, so every process has to call this method.
+        The tensors of a sharded model are gathered, so every process must call this method.
         """
         Meeting.of(self.runner.module, "full_state_dict")
         kept = dict(adapter_tensors(self.runner.store))
@@ -80,12 +85,12 @@ class StateDicts(Feature):
         return {name: gathered(tensor) for name, tensor in (base | kept).items()}
 
     def record(self) -> Tensor:
-        """Return what the tensors of a state dict belong to (spec, base and inputs) as ``uint8[bytes]``."""
+        """Return a record of the spec, base and inputs that a state dict belongs to, as ``uint8[bytes]``."""
         values = self.runner.device.type != "meta"
         return as_tensor(record_of(self.runner.compilation, self.identity(), values=values))
 
     def identity(self) -> Identity:
-        """Return the identity of the source model, computed again after one of its tensors has been written to."""
+        """Return the source model's identity, which is computed again after one of its tensors has been written to."""
         source = self.runner.compilation.source
         with source_lock():
             version = [(id(tensor), version_of(tensor)) for tensor in [*source.parameters(), *source.buffers()]]
@@ -97,9 +102,9 @@ class StateDicts(Feature):
         return {plain(name) for name in [*(name for name, _ in adapter_tensors(self.runner.store)), *trained]}
 
     def stone(self, kept: set[str]) -> str | None:
-        """Return the name of the base tensor that a state dict contains as an empty one; None if there is none.
+        """Return the name of the base tensor that a state dict contains as an empty tensor; None if there is none.
 
-        Loading the dict as the state of a plain model fails then, since no loader accepts another size.
+        Because of it, loading the dict into a plain model fails, since no loader accepts another size.
         """
         inner = f"{getattr(self.runner, 'base_model_prefix', '')}."
         names = [name for name, t in self.runner.store.base() if isinstance(t, nn.Parameter) and t.numel()]
@@ -108,7 +113,7 @@ class StateDicts(Feature):
 
 
 def persists(store: Store, name: str) -> bool:
-    """Return whether a tensor is in state dicts of its module."""
+    """Return whether its module's state dicts contain a tensor."""
     path, _, last = name.rpartition(".")
     return last not in transient_of(store.owner(path))
 
@@ -130,12 +135,12 @@ def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: An
     """Remove the base from a state dict.
 
     Raises:
-        GraftError: GC130 for a base that was sharded on the meta device, to be filled from a state dict.
+        GraftError: GC130 for a base that was sharded on the meta device, to be loaded from a state dict later.
     """
     states = _of(module)
     if any(is_sharded(tensor) and tensor.device.type == "meta" for tensor in module.parameters()):
-        message = "the base was sharded without its weights, and a state dict of a compiled model has none of them"
-        hint = "load the base in every process: fsdp_cpu_ram_efficient_loading: false in the config of Accelerate"
+        message = "the base was sharded without its weights, but a compiled model's state dict contains none of them"
+        hint = "load the base in every process: fsdp_cpu_ram_efficient_loading: false in Accelerate's config"
         raise GraftError("GC130", message, hint=hint)
     kept = states.kept()
     for key in [key for key in state if key.startswith(prefix)]:
@@ -148,11 +153,13 @@ def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: An
 
 
 def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Check what a state dict says about the base against the base here, and remove it, since it is never written to.
+    """Check a state dict's record and base tensors against this model's base, and remove the base tensors.
+
+    They are not loaded, since the base is never written to.
 
     Raises:
-        GraftError: GC087 for another base, GC053 if tensors that determined the graphs differ, GC073 for an entry of
-            the base that is not a tensor.
+        GraftError: GC087 for another base, GC053 if tensors that determined the graphs differ, GC073 for a base entry
+            that is not a tensor.
     """
     states = _of(module)
     states.runner.derived["loading"] = prefix
@@ -163,23 +170,23 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
     for key in [key for key in state if key.startswith(prefix)]:
         name = plain(key.removeprefix(prefix))
         if name in own and name in kept and isinstance(state[key], Tensor):
-            # Copying casts as well; ``assign`` would set a type that the graphs cannot take.
+            # Copying would cast anyway; ``assign`` would set a dtype that the graphs cannot use.
             state[key] = state[key].to(own[name].dtype)
         if name in own and name not in kept and persists(store, name):
             given = state.pop(key)
             if not isinstance(given, Tensor):
-                raise GraftError("GC073", f"{name} of the state dict is {kind_of(given)}", hint="give tensors by name")
+                raise GraftError("GC073", f"{name} in the state dict is {kind_of(given)}", hint="pass tensors by name")
             if given.numel() and not _same(own[name], given):
                 other.append(name)
     if other:
-        message = f"the state dict is of another base: {', '.join(other[:5])}"
-        hint = "compile its own base; load_adapter_state_dict() takes adapter tensors for this one"
+        message = f"the state dict belongs to another base: {', '.join(other[:5])}"
+        hint = "compile its own base, or load adapter tensors into this one with load_adapter_state_dict()"
         raise GraftError("GC087", message, hint=hint, details=[f"{counted(len(other), 'tensor')} of another base"])
     settled = {name: state[prefix + name] for name in store.settled if prefix + name in state}
     wrong = sorted(name for name, given in settled.items() if not _same(store.get(name), given))
     if wrong:
-        message = f"the graphs were made by other numbers: {', '.join(wrong[:5])}"
-        raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors are from")
+        message = f"the graphs depend on other values of {', '.join(wrong[:5])}"
+        raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors come from")
 
 
 def _check_record(states: StateDicts, state: Any) -> None:
@@ -187,13 +194,13 @@ def _check_record(states: StateDicts, state: Any) -> None:
         return
     record = from_tensor(state, "the state dict")
     if record.base.weights not in (None, weights_of(states.identity())):
-        message = f"the state dict is of another base, a {record.base.model} with other weights"
-        hint = "compile its own base; load_adapter_state_dict() takes its adapter tensors for this one"
+        message = f"the state dict belongs to another base, a {record.base.model} with other weights"
+        hint = "compile its own base, or load its adapter tensors into this one with load_adapter_state_dict()"
         raise GraftError("GC087", message, hint=hint)
 
 
 def _holds(own: Tensor, given: Tensor) -> bool:
-    """Return whether a tensor's type can represent the values of another one, rounded if they are floating-point."""
+    """Return whether a tensor's dtype can represent another tensor's values, which may be rounded if floating-point."""
     if not own.is_floating_point() or not given.is_floating_point():
         return own.dtype == given.dtype
     wider = torch.promote_types(own.dtype, given.dtype) != own.dtype
@@ -210,7 +217,7 @@ def _same(own: Tensor, given: Any) -> bool:
 
 
 def _miss_no_base(module: Root, keys: Any) -> None:
-    """Remove base tensors from the missing keys, since no state dict has to contain them."""
+    """Remove base tensors from the missing keys, since state dicts need not contain them."""
     prefix, kept = _of(module).runner.derived.get("loading", ""), _of(module).kept()
     missing: list[str] = keys.missing_keys
     missing[:] = [key for key in missing if not key.startswith(prefix) or plain(key.removeprefix(prefix)) in kept]

@@ -1,4 +1,4 @@
-"""Preparation of a model for its first calls, at a time of the user's choosing."""
+"""Prepare a model for its first calls at a time of the user's choosing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graftc.specs.errors.arguments import as_mapping
 from graftc.specs.errors.diagnostics import GraftError
 
 _PROMPT = 4
-"""Number of tokens of the text that tokens are generated after."""
+"""The number of tokens in the prompt for generation."""
 
 
 class Warming(Feature):
@@ -30,23 +30,23 @@ class Warming(Feature):
     def warm_up(self, batch: Mapping[str, Any], *, generate: bool = False) -> None:
         """Do the work of the first calls now: capture and check their graphs, generate code, and plan a training step.
 
-        It takes as long as it would in these calls, with progress, and nothing is trained: parameters, gradients,
-        buffers and random states are as before. Graphs are checked against the source model, and the plan says what a
-        training step keeps.
+        This takes as long as it would in these calls, and shows progress. Nothing is trained: parameters, gradients,
+        buffers and random states are unchanged. Graphs are checked against the source model; the plan determines which
+        activations a training step keeps.
 
-        For a model in training mode, the call is prepared in eval mode as well. Calls with the inputs and flags of the
-        batch start at once from then on; a call with others is captured when it occurs.
+        For a model in train mode, the call is prepared in eval mode as well. Calls with the inputs and flags of the
+        batch then start at once; a call with others is captured when it occurs.
 
         Args:
-            batch: arguments of a call by name, such as a batch of the data loader with its ``labels``. Only the names,
-                types and sizes of tensors matter.
-            generate: whether to prepare `generate` as well, for the prompt and for the tokens after it: two tokens are
-                generated after the first four of the batch's first text. Prompts with an ``attention_mask`` have graphs
-                of their own, so pass one if yours have one.
+            batch: the arguments of a call by name, such as a batch from the data loader, with its ``labels``. Only the
+                names, dtypes and sizes of tensors matter.
+            generate: whether to prepare `generate` as well, for the prompt and for subsequent tokens: two tokens are
+                generated after the first four of the batch's first text. Prompts with an ``attention_mask`` have their
+                own graphs, so pass one if yours have one.
 
         Raises:
             GraftError: GC031 for inputs that cannot be captured, GC073 if the batch is not a mapping or, with
-                ``generate``, has no ``input_ids``, and any error of `generate`.
+                ``generate``, has no ``input_ids``, and any error from `generate`.
         """
         given = as_mapping(batch, "the batch", object)
         with exclusive(), working("warming up", self.runner):
@@ -59,7 +59,7 @@ class Warming(Feature):
                     self._generate(given)
 
     def _make_ready(self, given: Mapping[str, Any]) -> None:
-        """Prepare code for a call in the mode that the model is in, and plan what a training step keeps."""
+        """Prepare code for a call in the model's current mode, and plan which activations a training step keeps."""
         runner, shown = self.runner, self.runner.shown
         if runner.live is not None:
             self._call(given)
@@ -87,11 +87,11 @@ class Warming(Feature):
                     store.get(name).copy_(before[name])
 
     def _generate(self, given: Mapping[str, Any]) -> None:
-        """Generate two tokens after the beginning of a row, so that there is code for a prompt and for what follows."""
+        """Generate two tokens after the start of a row, to prepare code for the prompt and for subsequent tokens."""
         ids = given.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
-            hint = "give them"
-            raise GraftError("GC073", "the batch has no input_ids [batch, sequence] to generate behind", hint=hint)
+            hint = "add input_ids"
+            raise GraftError("GC073", "the batch has no input_ids [batch, sequence] as a prompt", hint=hint)
         text = {name: given[name][:1, :_PROMPT] for name in ("input_ids", MASK) if isinstance(given.get(name), Tensor)}
         with torch.no_grad(), torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else [ids.device]):
             Generating(self.runner).generate(**text, min_new_tokens=2, max_new_tokens=2, do_sample=False)
