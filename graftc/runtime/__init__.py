@@ -1,4 +1,4 @@
-"""What a compiled model is and does: running, training, merging, exporting, saving and loading.
+"""Everything that a compiled model does: running, training, merging, exporting, saving and loading.
 
-`compiled` has the class that users work with; `offered` lists which object implements which of its methods.
+`compiled` has the class that users work with; `offered` lists the classes that implement its methods.
 """

@@ -62,23 +62,23 @@ def compile(
 
     Args:
         spec: a `Spec`, a mapping, or the path of a YAML, JSON or TOML file.
-        model: a transformers model, or any `nn.Module` that torch.export captures. It is never changed; its base
+        model: a transformers model, or any `nn.Module` that torch.export can capture. It is never changed; its base
             tensors are shared, not copied.
-        example_inputs: the inputs by name or in order, for models whose inputs cannot be derived from their interface;
-            by default what the interface says, or, for a model that reads text with images or sound, what the processor
-            in the folder that it was loaded from makes of a small example. The first axis is the batch. Values of
-            tensors matter only for models that cannot be one graph, which are run on them. Flags
+        example_inputs: the inputs, by name or in order, for models whose inputs cannot be derived from their interface.
+            By default they are derived from the interface or, for a model that reads text with images or sound, created
+            from a small example by the processor in the folder from which the model was loaded. The first axis is the
+            batch. Tensor values matter only for models that cannot be one graph, because these are run on them. Flags
             (``output_hidden_states=True``) may be included.
-        seed: the seed on which, with their names, the initial values of adapter tensors depend; it is stored in an
-            artifact. By default `torch.initial_seed()`, which `torch.manual_seed` and transformers' `set_seed` set;
-            nothing is drawn from the global generator. In a process group the default is that of rank 0 on all ranks,
-            so each of them has to call this function, or pass a seed.
-        cache: whether to keep captured graphs in the user's cache folder.
-        progress: whether a line on standard error says what is being done once it takes over two seconds; by default on
-            a terminal, or what the environment variable ``GRAFTC_PROGRESS`` says, ``on`` or ``off``.
+        seed: the seed that, together with the tensors' names, determines the initial values of adapter tensors; it is
+            stored in an artifact. By default `torch.initial_seed()`, which `torch.manual_seed` and transformers'
+            `set_seed` set; nothing is drawn from the global generator. In a process group, the default on all ranks is
+            that of rank 0, so all ranks must call this function or pass a seed.
+        cache: whether to cache captured graphs in the user's cache folder.
+        progress: whether to show the current step in a line on stderr once compiling takes over two seconds. By default
+            it is shown on a terminal, unless the environment variable ``GRAFTC_PROGRESS`` (``on`` or ``off``) decides.
 
     Raises:
-        GraftError: with a code, for everything that is wrong with the spec, the model or their fit.
+        GraftError: with a code, for any problem with the spec, the model or their combination.
     """
     check_spec_and_model("graftc.compile", spec, model)
     chosen = starting_seed() if seed is None else as_seed(seed)
@@ -92,7 +92,7 @@ def compile(
 
 
 def _register_auto_classes() -> None:
-    """Register classes with which transformers' ``Auto`` classes load what ``save_pretrained`` has written."""
+    """Register the classes through which transformers' ``Auto`` classes load folders from ``save_pretrained``."""
     from graftc.runtime.loading import auto_classes  # noqa: F401, it registers them
 
 
@@ -105,22 +105,22 @@ def load(path: str | Path, model: Source, *, cache: bool = True) -> Compiled[Sou
 def load(path: str | Path, model: str | None = None, *, cache: bool = True) -> Compiled: ...
 @public("graftc.load")
 def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
-    """Load a compiled model from an artifact, or from a checkpoint of one that a trainer wrote.
+    """Load a compiled model from an artifact, or from a checkpoint that a trainer wrote.
 
-    Every file is checked before any of it is used. The spec is compiled again and must adapt the same places; the
-    artifact's own graphs are used if model, code and versions are those that they were captured with.
+    Every file is checked before any of its contents are used. The spec is compiled again and must adapt the same
+    places; the artifact's own graphs are used if they were captured with the same model, code and versions.
 
     Args:
         path: the folder of the artifact, or of a checkpoint: a ``model.safetensors`` with the output of
             `Compiled.state_dict`.
-        model: the base, or its location in the form that the command line takes. By default the location recorded in
-            the artifact, or, for a base folder that was moved together with it, the same relative place.
-        cache: whether to keep captured graphs in the user's cache folder.
+        model: the base, or its location in the form that the command line accepts. By default the location recorded in
+            the artifact or, for a base folder that was moved together with the artifact, the same relative location.
+        cache: whether to cache captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: GC080 to GC085 for an artifact that is missing, of a newer format, damaged or not safe; GC086 if the
-            base is not there; GC087 if it is another model; GC088 if the spec now adapts other places; GC089 if its
-            checkpoint lacks tensors; GC073 for arguments of another kind.
+        GraftError: GC080 to GC085 for an artifact that is missing, damaged, unsafe or in a newer format; GC086 if the
+            base cannot be found; GC087 if it is another model; GC088 if the spec now adapts other places; GC089 if the
+            base's checkpoint lacks tensors; GC073 for arguments of the wrong kind.
     """
     from graftc.runtime.loading.load import load as load_from
 
@@ -132,25 +132,26 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
 
 @public("graftc.load_base")
 def load_base(name: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None) -> nn.Module:
-    """Load a model of transformers in eval mode, from a folder or the hub, quantised or not. None of its code is run.
+    """Load a transformers model in eval mode, quantised or not, from a folder or the hub, without running its code.
 
     Checkpoints of bitsandbytes, GPTQ, AWQ, HQQ, FP8, compressed-tensors and MXFP4 are read without the libraries that
     wrote them: linear maps and experts store the codes, and their weights are computed from these whenever they are
-    read, bit for bit as the library computes them. `compile` accepts such a model like any other.
+    read, bit for bit as in the library. `compile` accepts such a model like any other.
 
     Args:
-        name: a folder whose ``config.json`` names the class in ``architectures``, or the id of such a repository.
-        dtype: the element type of what is not quantised, and of the weights that are computed from codes; by default
-            what the config says.
-        revision: the commit of a hub repository; by default its newest.
+        name: a folder whose ``config.json`` names the class in ``architectures``, or the id of a hub repository with
+            such a file.
+        dtype: the dtype of tensors that are not quantised and of weights computed from codes; by default the one in the
+            config.
+        revision: the commit of a hub repository; by default the newest.
 
     Raises:
-        GraftError: GC032 if there is no such model, GC073 for a ``dtype`` that is not a floating-point type, GC161 for
-            a format that is not supported, GC163 for codes, scales and zero points that do not fit.
+        GraftError: GC032 if there is no such model, GC073 for a ``dtype`` that is not a floating-point dtype, GC161 for
+            an unsupported format, GC163 for inconsistent codes, scales and zero points.
     """
     given: object = dtype
     if not (given is None or (isinstance(given, torch.dtype) and given.is_floating_point)):
-        raise GraftError("GC073", f"dtype is {dtype!r}", hint="give an element type of torch: torch.bfloat16")
+        raise GraftError("GC073", f"dtype is {dtype!r}", hint="pass a floating-point dtype: torch.bfloat16")
     folder = as_path(name).expanduser()
     if folder.exists() or not is_hub_id(str(name)):
         return load_folder(folder, dtype=dtype)
@@ -166,23 +167,22 @@ def import_peft(
     name: str | None = None,
     cache: bool = True,
 ) -> Compiled[Source]:
-    """Create a compiled model in eval mode from a checkpoint of PEFT, or from several.
+    """Create a compiled model in eval mode from one or several PEFT checkpoints.
 
     Args:
         path: the folder that PEFT's ``save_pretrained`` wrote, with ``adapter_config.json`` and
-            ``adapter_model.safetensors``; or several: a list, whose adaptations are named after the folders, or a
-            mapping from names to folders. The adaptations of all are in effect; ``compiled.disable(name)`` switches one
-            off.
+            ``adapter_model.safetensors``; or several folders: a list, whose adaptations are named after the folders, or
+            a mapping from names to folders. All adaptations are in effect; ``compiled.disable(name)`` switches one off.
         model: the base, which is never changed.
         example_inputs: as for `compile`.
-        name: the name of an adapter in a sub-folder of one folder, where PEFT writes all adapters except ``default``.
-        cache: whether to keep captured graphs in the user's cache folder.
+        name: the name of an adapter in a subfolder of one folder, where PEFT writes all adapters except ``default``.
+        cache: whether to cache captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: GC005 for two folders of one name, GC073 for ``name`` with several folders, GC110 if there is no
-            adapter, GC111 for a config that cannot be read, GC112 for a type or an option that has no equivalent, GC113
-            for tensors that the config does not explain, GC114 for another base; and as `compile`. The model is
-            unchanged then.
+        GraftError: GC005 for two folders with the same name, GC073 for ``name`` with several folders, GC110 if there is
+            no adapter, GC111 for a config that cannot be read, GC112 for a type or option that has no equivalent, GC113
+            for tensors that the config does not account for, GC114 for another base; and as for `compile`. In all
+            cases, the model is unchanged.
     """
     from graftc.runtime.interop.peft.importing import imported
 
@@ -196,8 +196,8 @@ def import_peft(
         from graftc.runtime.interop.peft.several import imported_together, names_of
 
         if name is not None:
-            hint = "name the adapter's own folder"
-            raise GraftError("GC073", "name is of an adapter in one folder, and there are several", hint=hint)
+            hint = "leave name out, and pass the adapter's own folder"
+            raise GraftError("GC073", "name selects an adapter in one folder, but several were passed", hint=hint)
         compilation = imported_together(names_of(path), model, axes, flags, cache=cache, structure=structure)
     else:
         compilation = imported(as_path(path), model, axes, flags, name=name, cache=cache, structure=structure)
@@ -213,10 +213,13 @@ def check(
     *,
     cache: bool = True,
 ) -> Report:
-    """Resolve and cost a spec without creating a compiled model; works on the meta device.
+    """Resolve a spec and report its cost without creating a compiled model; works on the meta device.
+
+    Args:
+        spec, model, example_inputs, cache: as for `compile`.
 
     Raises:
-        GraftError: as `compile`.
+        GraftError: as for `compile`.
     """
     check_spec_and_model("graftc.check", spec, model)
     loaded = spec_for(spec, model, example_inputs, cache=cache)
@@ -232,14 +235,14 @@ def spec_for(
 ) -> Spec:
     """Return the spec that `compile` compiles against a model.
 
-    In a config of PEFT, what is adapted depends on the kind of the model, the task and the version of transformers; the
-    spec lists by name what `peft.get_peft_model` adapts in this model.
+    Which modules a PEFT config adapts depends on the kind of the model, the task and the version of transformers; the
+    spec lists by name the modules that `peft.get_peft_model` adapts in this model.
 
     Args:
         spec, model, example_inputs, cache: as for `compile`.
 
     Raises:
-        GraftError: as `compile`.
+        GraftError: as for `compile`.
     """
 
     def from_config(config: object, where: str) -> Spec:
@@ -255,6 +258,9 @@ def spec_for(
 def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True) -> ModelStructure:
     """Return the roles found in a model, with the evidence for each; `select` accepts the result as well as the model.
 
+    Args:
+        model, example_inputs, cache: as for `compile`.
+
     Raises:
         GraftError: GC030 if the model cannot be captured.
     """
@@ -265,7 +271,7 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
 def captured_roles(
     model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True
 ) -> tuple[ModelStructure, Snapshot]:
-    """Return the roles found in a model, and the model as data: see `roles`."""
+    """Return the roles found in a model, and the model as data; see `roles`."""
     axes, flags = _request(model, example_inputs)
     model = arrived(model)
     store = Store.mirror(model)
@@ -288,7 +294,7 @@ def captured_roles(
 def _roles_apart(
     model: nn.Module, axes: Sequence[Axis] | None, flags: Flags, cache: bool
 ) -> tuple[ModelStructure, Snapshot]:
-    """Do as `captured_roles` for a model that has to be taken apart, from the graphs of its layers and maps."""
+    """Do the same as `captured_roles` for a model that is not one graph, from the graphs of its layers and maps."""
     start = StartingPoint(use_cache=cache, every_layer=True)
     compilation = compile_model(load_spec({"adapt": []}), model, axes, flags=flags, start=start)
     store = compilation.store
@@ -313,17 +319,17 @@ def select(
     method: str | None = None,
     cache: bool = True,
 ) -> Selection:
-    """Return the places of a model that targets select from, to count and combine before writing a spec.
+    """Return the places from which targets select in a model, to count and combine them before writing a spec.
 
     A spec accepts a selection as a ``target``.
 
     Args:
-        model: a model, on the meta device as well; a compiled one, whose base is used; or the result of `roles`. The
+        model: a model, possibly on the meta device; a compiled model, whose base is used; or the result of `roles`. The
             latter two are not captured again, and neither are the models of narrowed selections.
-        example_inputs: as for `compile`; only for a model.
-        method: the tag of a method: the selection has the kinds of site that it takes. By default the weights of linear
+        example_inputs: as for `compile`; only used with a model.
+        method: the tag of a method, to select among the kinds of site that it accepts. By default the weights of linear
             maps, embeddings and experts, and sites of any kind that a role names.
-        cache: whether to keep the captured graph in the user's cache folder.
+        cache: whether to cache the captured graph in the user's cache folder.
 
     Raises:
         GraftError: GC030 if the model cannot be captured; GC004 for an unknown method; GC073 for an argument that is
@@ -332,8 +338,8 @@ def select(
     if isinstance(model, Compiled):
         return Selection(_places_of(model), method=method)
     if isinstance(model, Structure) and not isinstance(model, ModelStructure):
-        hint = "give the model, or what graftc.roles(model) returns"
-        raise GraftError("GC073", "these roles do not say which model they are of", hint=hint)
+        hint = "pass the model, or the result of graftc.roles(model)"
+        raise GraftError("GC073", "these roles do not identify their model", hint=hint)
     structure = model if isinstance(model, ModelStructure) else roles(model, example_inputs, cache=cache)
     return Selection(structure.places, method=method)
 

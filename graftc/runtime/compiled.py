@@ -1,7 +1,6 @@
-"""`Compiled`: the adapted model as an `nn.Module` that behaves like the model that it was made from.
+"""`Compiled`, the adapted model as an `nn.Module` that behaves like the source model.
 
-Its features are implemented by plain objects that are given its Runner, each in a file of its own; `offered` lists
-them.
+Its features are implemented by plain objects that receive its Runner, each in its own file; `offered` lists them.
 """
 
 from __future__ import annotations
@@ -47,16 +46,16 @@ if TYPE_CHECKING:
 
 @printed_as(lambda compiled: type(compiled._graftc.compilation.model).__name__)
 class Compiled(ModelRoot, Generic[M]):
-    """The adapted model: same inputs, same outputs, loss from ``labels``; only what the spec says trains.
+    """The adapted model, with the source model's inputs and outputs, and a loss from ``labels``.
 
-    Instances are created by `graftc.compile`; ``Compiled[M]`` is the type for a source of class ``M``. A call returns
-    what ``M.forward`` returns, in its own output class; as for every `torch.nn.Module`, a type checker sees `Any`
-    there. ``train()`` and ``eval()`` switch between two graphs over one set of tensors. An input that was absent so far
-    is captured at its first use.
+    Only the tensors that the spec trains require gradients. Instances are created by `graftc.compile`; ``Compiled[M]``
+    is the type for a source of class ``M``. A call returns the same type of output as ``M.forward``; as for every
+    `torch.nn.Module`, type checkers see `Any` as the type of a call. ``train()`` and ``eval()`` switch between two
+    graphs over one set of tensors. A call with a new set of inputs is captured at its first use.
 
-    The names below are graftc's, whatever the names of the source model's children are. Everything else that graftc
-    offers gives way to a child, a parameter or a buffer of the same name, and is an attribute of `runner_of(compiled)`
-    as well.
+    The names below are always graftc's, whatever the names of the source model's children. Everything else that graftc
+    offers gives way to a child, parameter or buffer with the same name, and is also an attribute of
+    `runner_of(compiled)`.
     """
 
     _graftc: CompiledRunner
@@ -94,30 +93,30 @@ class Compiled(ModelRoot, Generic[M]):
     ) -> Path:
         """Write an artifact: spec, places, graphs without weights, adapter tensors, and the location of the base.
 
-        The base's own weights are not in it. `graftc.load` reads it. For a sharded model every process has to call this
-        method, and the first one writes.
+        It does not contain the base's own weights. `graftc.load` reads it. For a sharded model, every process must call
+        this method; the first one writes.
 
         Args:
-            path: the folder to create; it is complete when it appears.
+            path: the folder to create; it is complete as soon as it appears.
             force: whether to replace an existing artifact, in one step.
-            base: the location of the base, in the form that the command line takes; by default what transformers has
-                recorded for the model.
-            certify: whether to fold what folds, and include the certificate.
-            full: whether to identify the base by all its values instead of a sample of each tensor.
+            base: the base's location, in the form that the command line accepts; by default the one that transformers
+                has recorded for the model.
+            certify: whether to fold the adaptations that can be folded and include the certificate.
+            full: whether to identify the base by all of its values instead of a sample from each tensor.
 
         Raises:
-            GraftError: GC063 if something else is there, GC064 if the artifact cannot be written.
+            GraftError: GC063 if the path is taken by something else, GC064 if the artifact cannot be written.
         """
         return cast(Path, self._graftc.save(path, force=force, base=base, certify=certify, full=full))
 
     def disabled(self, *names: str) -> AbstractContextManager[None]:
         """Run the block without the named adaptations, or with the base alone if none is named.
 
-        With ``parallel`` the base's rows are returned once for each adaptation, as many as a call returns outside the
-        block.
+        With ``parallel``, the base's rows are returned once for each adaptation, so that calls return the same number
+        of rows as outside the block.
 
-        Leaving out some adaptations takes as long as compiling without a capture at its first use, and next to nothing
-        after that.
+        The first time that a set of adaptations is left out takes as long as compiling without a capture; after that it
+        costs next to nothing.
 
         Args:
             names: adaptations or compositions to leave out; ``trained`` is the ``train:`` list. By default all of them.
@@ -128,12 +127,12 @@ class Compiled(ModelRoot, Generic[M]):
         return cast("AbstractContextManager[None]", self._graftc.disabled(*names))
 
     def reference(self) -> ReferenceModel:
-        """Return a module that computes what the base computes, in eval mode, over the tensors of this model.
+        """Return a module that computes what the base computes, in eval mode, over this model's tensors.
 
-        It is the reference model of DPO and KTO: ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``. No
-        second model is in memory, and the module follows this model to another device.
+        It serves as the reference model for DPO and KTO: ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``.
+        No second model is in memory, and the module follows this model to another device.
 
-        It has the config, ``base_model`` and ``get_output_embeddings()`` of the base, and no parameters.
+        It has the base's config, ``base_model`` and ``get_output_embeddings()``, but no parameters.
         """
         return cast("ReferenceModel", self._graftc.reference())
 
@@ -143,7 +142,7 @@ class Compiled(ModelRoot, Generic[M]):
         No graph changes, so the choice may differ from call to call.
 
         Args:
-            choice: an adaptation's name, or the number of its slot.
+            choice: an adaptation's name, or the index of its slot.
             bank: the bank's name; needed only if there are several.
 
         Raises:
@@ -152,9 +151,9 @@ class Compiled(ModelRoot, Generic[M]):
         self._graftc.activate(choice, bank)
 
     def train_only(self, *names: str) -> None:
-        """Train only these adaptations from now on, or all of them if none is named.
+        """Train only the named adaptations from now on, or all of them if none is named.
 
-        The tensors of the others no longer require gradients, so that no optimiser changes them, not even by weight
+        The tensors of all others no longer require gradients, so that no optimiser changes them, not even by weight
         decay.
 
         Args:
@@ -168,31 +167,35 @@ class Compiled(ModelRoot, Generic[M]):
     def explain(self, name: str, mode: Mode = "eval") -> Explanation:
         """Explain why a printed value, node, place or tensor is in the adapted graph; print the result to read it.
 
+        Args:
+            name: the name, as printed.
+            mode: the mode of the graph.
+
         Raises:
-            GraftError: GC091 if nothing has this name, or several things have.
+            GraftError: GC091 if the name is unknown or ambiguous.
         """
         return cast("Explanation", self._graftc.explain(name, mode))
 
     def merged_state_dict(self, *, digests: bool = False) -> MergedTensors:
-        """Return the tensors of the merged model one by one, for trainers that push weights to an inference engine.
+        """Return the merged model's tensors one by one, for trainers that push weights to an inference engine.
 
         Each tensor is folded when it is requested, always from the base's own values, so that repeated merging does not
-        accumulate rounding: the same adapters give the same bits, and the base is never written to. At any time only
+        accumulate rounding: the same adapters give the same bits, and the base is never written to. At any time, only
         one tensor exists, or those that are folded together. Names are those of the source model's state dict,
         including tied ones. A tensor that folding does not change is the base's own: copy it before writing to it.
-        Packed weights are returned by their values, in full precision. No graph is made, and nothing is certified or
-        saved.
+        Packed weights are returned as values in full precision. No graph is created, and nothing is certified or saved.
 
         Args:
-            digests: whether to compute the SHA-256 of each tensor as well; it is then in ``digests`` of the returned
-                object, for the receiver to compare.
+            digests: whether to compute the SHA-256 of each tensor as well; the returned object's ``digests`` then
+                contains it, so that the receiver can compare.
 
         Returns:
-            An iterator of ``(name, tensor)``, in the base's element types and on the device of the model.
+            An iterator of ``(name, tensor)``, in the base's dtypes and on the model's device.
 
         Raises:
-            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 if an adapter has values that are
-                not finite; during iteration GC051 for such a tensor, GC052 for a bias that the class has no place for.
+            GraftError: GC050 for adaptations that cannot be folded, GC022 for tied weights, GC051 if an adapter has
+                non-finite values; during iteration, GC051 for a non-finite tensor, GC052 for a bias for which the class
+                has no place.
         """
         return cast("MergedTensors", self._graftc.merged_state_dict(digests=digests))
 
@@ -209,25 +212,25 @@ class Compiled(ModelRoot, Generic[M]):
         """Fold every adaptation into base weights and certify the result; this model is unchanged.
 
         Args:
-            names: the only adaptations to fold, besides the ``train:`` list and added tokens; the others are left out,
-                and nothing of them is in the result. `merge_partially` with ``only`` keeps them beside the new base.
-            budget: the largest allowed absolute difference of outputs; by default the spec's, or a bound by dtype.
-            progress: function that is called with the fraction of the folding that is done, from 0 to 1, tensor by
-                tensor.
-            dtype: ``torch.float32`` first widens a base in 16 bits, so that rounding takes nothing of the update: the
-                merged model, its folder and its certificate are in float32. By default the base's own.
+            names: the only adaptations to fold, besides the ``train:`` list and added tokens; the result contains
+                nothing of the others. To keep them on top of the new base, use `merge_partially` with ``only``.
+            budget: the largest allowed absolute difference in outputs; by default the spec's, or a bound by dtype.
+            progress: a function that is called after each tensor with the completed fraction of the folding, from 0
+                to 1.
+            dtype: ``torch.float32`` first widens a 16-bit base, so that rounding loses nothing of the update: the
+                merged model, its folder and its certificate are in float32. By default the base's own dtype.
             base: the form of a quantised base's packed weights in the result. ``"full"``: all are in full precision, in
-                the element type of the model, and the merged model is a plain one of the source's class.
-                ``"requantized"``: those that change are packed again as before, others keep their codes; the
-                certificate has the measured error (`Certificate.requantised`), and ``budget`` is by default half of the
-                largest output, 5 % with `int8`. There is no default: the fold is exact only in full precision.
-            allow_unchanged: if true, a merge that changes no tensor of the base is not an error.
+                the model's dtype, and the merged model is a plain model of the source's class. ``"requantized"``:
+                weights that change are packed again as before, others keep their codes; the certificate has the
+                measured error (`Certificate.requantised`), and ``budget`` is by default half of the largest output, or
+                5 % of it with `int8`. There is no default: the fold is exact only in full precision.
+            allow_unchanged: whether to accept a merge that changes no tensor of the base.
 
         Raises:
-            GraftError: GC050 naming what cannot fold, GC022 for tied weights, GC051 over budget, GC104 if no tensor
-                changes, GC073 for a budget that is not a number and a dtype that is not wider; for ``names``, GC091 for
-                an unknown one and GC036 for a part of a composition; GC165 for a quantised base if ``base`` is missing,
-                GC166 if weights cannot be packed again.
+            GraftError: GC050 for adaptations that cannot be folded, GC022 for tied weights, GC051 over budget, GC104 if
+                no tensor changes, GC073 for a budget that is not a number or a dtype that is not wider; for ``names``,
+                GC091 for an unknown name and GC036 for a part of a composition; GC165 for a quantised base if ``base``
+                is missing, GC166 if weights cannot be packed again.
         """
         options = {"dtype": dtype, "base": base, "allow_unchanged": allow_unchanged}
         return cast("Merged[M]", self._graftc.merge(names, budget=budget, progress=progress, **options))
@@ -240,48 +243,49 @@ class Compiled(ModelRoot, Generic[M]):
         base: BaseForm | None = None,
         allow_unchanged: bool = False,
     ) -> Partial[M, Compiled[M]]:
-        """Fold what folds, certify that, and compile the rest on a base that has the folded weights.
+        """Fold the adaptations that can be folded, certify that, and compile the rest on a base with folded weights.
 
         An adaptation that was trained with randomly drawn experts becomes the simpler adaptation with their mean,
-        whether anything folds or not.
+        whether or not anything is folded.
 
         Args:
             budget, base, allow_unchanged: as for `merge`.
-            only: names of the adaptations to fold, ``trained`` for the ``train:`` list; the rest stays beside the new
-                base, whether it would fold or not. By default all that fold.
+            only: the names of the adaptations to fold, ``trained`` for the ``train:`` list; the rest stays on top of
+                the new base, even if it could be folded. By default all that can be folded.
 
         Raises:
-            GraftError: GC051 over budget, GC052 if the class has no place for a folded tensor, GC104 if what folds
-                changes no tensor; for ``only``, GC050 and GC022 for what does not fold and GC091 for an unknown name.
+            GraftError: GC051 over budget, GC052 if the class has no place for a folded tensor, GC104 if the fold
+                changes no tensor; for ``only``, GC050 and GC022 for adaptations that cannot be folded and GC091 for an
+                unknown name.
         """
         partial = self._graftc.merge_partially(budget, only=only, base=base, allow_unchanged=allow_unchanged)
         return cast("Partial[M, Compiled[M]]", partial)
 
     def get_extra_state(self) -> Tensor:
-        """Return what the tensors of a state dict belong to, as ``uint8[bytes]``.
+        """Return a record of the spec, base and inputs that a state dict belongs to, as ``uint8[bytes]``.
 
         See `torch.nn.Module.get_extra_state`.
         """
         return StateDicts(self._graftc).record()
 
     def set_extra_state(self, state: Any) -> None:
-        """Do nothing: the state has been read before the first tensor was loaded."""
+        """Do nothing, since the state was read before the first tensor was loaded."""
 
     @property
     def report(self) -> Report:
-        """The additions of every adaptation: sites, parameters, bytes, FLOPs per token."""
+        """What each adaptation adds: sites, parameters, bytes and FLOPs per token."""
         return cast(Report, self._graftc.report)
 
     def __repr__(self) -> str:
-        """Return the source's modules as text, each with the adaptations that it has.
+        """Return the source's modules as text, each with its adaptations.
 
-        For an adaptation it contains the shape of the weight, the method, its rank (or another measure of its size) and
-        the number of trainable elements. Equal layers are shown once; the last line has totals.
+        For each adaptation, the text has the shape of the weight, the method, its rank (or another measure of its size)
+        and the number of trainable elements. Identical layers are shown once; the last line has totals.
         """
         return printed(self._graftc.compilation, self, *self._graftc.get_nb_trainable_parameters())
 
     def _repr_html_(self) -> str:
-        """Return HTML for notebooks: the adaptations and what they train, and the collapsed tree of modules."""
+        """Return HTML for notebooks: the adaptations with what they train, and the collapsed module tree."""
         snapshot = self._graftc.snapshot
         return summary(snapshot)._repr_html_() + model_tree(snapshot)._repr_html_()
 
@@ -291,9 +295,13 @@ class Compiled(ModelRoot, Generic[M]):
 
 
 def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compiled]:
-    """Return a subclass of `Compiled` whose ``forward`` has the source model's signature, and inputs of banks as well.
+    """Return a subclass of `Compiled` whose ``forward`` has the source model's signature plus bank inputs.
 
-    Trainers look at this signature.
+    Trainers inspect this signature.
+
+    Args:
+        model: the source model.
+        controls: the names of the bank inputs.
     """
     signature = inspect.signature(type(model).forward)
     kind = inspect.Parameter.KEYWORD_ONLY
@@ -307,7 +315,7 @@ def compiled_class(model: nn.Module, controls: Iterable[str] = ()) -> type[Compi
 
     forward.__signature__ = signature  # type: ignore[attr-defined]
     forward.__doc__ = type(model).forward.__doc__
-    # Trainers look for "QuestionAnswering" and similar words in the name of a class.
+    # Trainers look for "QuestionAnswering" and similar words in class names.
     return type(f"Compiled{type(model).__name__}", (Compiled,), {"forward": forward, "__module__": __name__})
 
 
@@ -316,7 +324,7 @@ refuse_wrapping()
 
 @exclusive()
 def make_compiled(compilation: Compilation) -> Compiled:
-    """Return the module for a Compilation, with its first signature lowered in both modes."""
+    """Return a module for a Compilation, with its first signature lowered in both modes."""
     given = [n for n, c in compilation.controls.items() if not isinstance(c, Parallel)]
     runner = CompiledRunner(compilation, make_compiled)
     compiled = compiled_class(compilation.model, given)(runner)

@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 def working(doing: str, runner: ModelRunner) -> AbstractContextManager[None]:
-    """Show progress of an operation on a model while the block runs, if it takes long.
+    """Show progress of an operation on a model while the block runs, if the operation takes long.
 
     Args:
         doing: the activity, such as ``merging``.
@@ -25,7 +25,7 @@ def working(doing: str, runner: ModelRunner) -> AbstractContextManager[None]:
 
 
 def during(doing: str) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[Concatenate[Any, P], R]]:
-    """Return a decorator that runs a method of an object with a Runner, ``self.runner``, in the block of `working`."""
+    """Return a decorator that wraps a method in `working`; the method's object must have a Runner (``self.runner``)."""
 
     def around(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
         @wraps(method)

@@ -1,4 +1,4 @@
-"""The default seed of adapters, and seeding the random numbers of a training."""
+"""The default seed for adapters, and seeding of random number generators for training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import distributed
 
 
 def starting_seed() -> int:
-    """Return the seed of torch's random numbers, which `torch.manual_seed` and transformers' `set_seed` determine.
+    """Return the seed of torch's random number generator, as set by `torch.manual_seed` or transformers' `set_seed`.
 
-    No random number is drawn. In an initialised process group the seed is that of rank 0 on all ranks: all of them have
-    to call this function.
+    No random number is drawn. In an initialised process group, all ranks get the seed of rank 0, so all of them must
+    call this function.
     """
     own = torch.initial_seed()
     if not (distributed.is_available() and distributed.is_initialized()):
@@ -25,9 +25,9 @@ def starting_seed() -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the random numbers of Python, NumPy and torch, on every device, as transformers' `set_seed` does.
+    """Seed the generators of Python, NumPy and torch, on every device, as transformers' `set_seed` does.
 
-    That function imports installed libraries such as PEFT and bitsandbytes; this one does not.
+    Unlike `set_seed`, this function does not import installed libraries such as PEFT and bitsandbytes.
     """
     random.seed(seed)
     numpy.random.seed(seed % 2**32)

@@ -1,4 +1,4 @@
-"""Detecting swapped or misplaced arguments of `compile` and similar functions, by what they are."""
+"""Detect swapped or misplaced arguments of `compile` and similar functions by their kinds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SPECS = ("a spec", "a config of PEFT")
 
 
 def check_spec_and_model(function: str, spec: Any, model: Any, call: str = "spec, model") -> None:
-    """Raise an error that says what was passed as the spec or the model, if it is another object used in training.
+    """Raise an error if another kind of object used in training was passed as the spec or the model.
 
     Args:
         function: the name of the function that was called, for the hint.
@@ -35,22 +35,22 @@ def check_spec_and_model(function: str, spec: Any, model: Any, call: str = "spec
     one, two = _kind(spec), _kind(model)
     usage = f"{function}({call})"
     if one in ("a model", *_OTHERS):
-        message = f"{one} stands where the spec goes: {_shown(spec)}"
+        message = f"expected a spec, got {one}: {_shown(spec)}"
         if one == "a model" and two in (*_SPECS, "a path"):
             raise _swapped(message, two, usage)
         raise GraftError("GC073", message, hint=f"{usage}: first what to adapt, then the model")
     if two in (*_SPECS, *_OTHERS):
-        message = f"{two} stands where the model goes: {_shown(model)}"
+        message = f"expected a model, got {two}: {_shown(model)}"
         raise GraftError("GC073", message, hint=f"{usage}: the model is an nn.Module")
 
 
 def check_folder_and_model(function: str, folder: Any, model: Any, *, by_name: bool = False) -> None:
-    """Raise an error that says what was passed as a folder, or as the model for its content, if it is neither.
+    """Raise an error if the arguments for a folder and for the model that its files belong to are something else.
 
     Args:
         function: the name of the function that was called, for the hint.
         folder, model: its first two arguments; both may be None.
-        by_name: whether the model may also be given as a path or an id.
+        by_name: whether the model may also be passed as a path or an id.
 
     Raises:
         GraftError: GC073.
@@ -58,21 +58,21 @@ def check_folder_and_model(function: str, folder: Any, model: Any, *, by_name: b
     one, two = _kind(folder), _kind(model)
     usage = f"{function}(folder, model)"
     if one in ("a model", *_SPECS, *_OTHERS) and not _are_paths(folder):
-        message = f"{one} stands where the folder goes: {_shown(folder)}"
+        message = f"expected a folder, got {one}: {_shown(folder)}"
         if one == "a model" and (two == "a path" or _are_paths(model)):
             raise _swapped(message, "a path" if two == "a path" else "paths", usage)
-        hint = f"{usage}: first where the files are, then their base"
+        hint = f"{usage}: first the folder of the files, then their base"
         if one in _SPECS:
-            hint = "graftc.compile(spec, model) makes an adapted model of a spec"
+            hint = "use graftc.compile(spec, model) to adapt a model by a spec"
         raise GraftError("GC073", message, hint=hint)
     if two in (*_SPECS, *_OTHERS) or (two == "a path" and not by_name):
-        message = f"{two} stands where the model goes: {_shown(model)}"
+        message = f"expected a model, got {two}: {_shown(model)}"
         reader = reader_of(as_path(model)) if two == "a path" and model else None
         raise GraftError("GC073", message, hint=f"{usage}: {reader or 'the model is an nn.Module'}")
 
 
 def check_adapter_and_base(function: str, adapter: Any, base: Any) -> None:
-    """Refuse the folders of an adapter and of its base if they are swapped, or anything else that was passed as one.
+    """Raise an error if an adapter's folder and its base's folder are swapped, or if something else was passed.
 
     Args:
         function: the name of the function that was called, for the hint.
@@ -84,15 +84,15 @@ def check_adapter_and_base(function: str, adapter: Any, base: Any) -> None:
     usage = f"{function}(adapter, model)"
     for value, place in ((adapter, "adapter"), (base, "base")):
         if (kind := _kind(value)) not in ("", "a path"):
-            message = f"{kind} stands where the folder of the {place} goes: {_shown(value)}"
-            raise GraftError("GC073", message, hint=f"{usage}: both are folders, and compiled.merge() merges in memory")
+            message = f"expected the folder of the {place}, got {kind}: {_shown(value)}"
+            raise GraftError("GC073", message, hint=f"{usage}: pass folders; compiled.merge() merges in memory")
     if _kind(adapter) == _kind(base) == "a path" and is_adapter(as_path(base)) and not is_adapter(as_path(adapter)):
-        message = f"{_shown(base)} is an adapter and stands where the base goes"
+        message = f"expected the base's folder, got an adapter: {_shown(base)}"
         raise GraftError("GC073", message, hint=f"swap them: {usage}")
 
 
 def _swapped(message: str, other: str, usage: str) -> GraftError:
-    return GraftError("GC073", f"{message}, and {other} where the model goes", hint=f"swap them: {usage}")
+    return GraftError("GC073", f"{message}; expected a model, got {other}", hint=f"swap them: {usage}")
 
 
 def _shown(value: Any) -> str:
@@ -100,13 +100,13 @@ def _shown(value: Any) -> str:
 
 
 def _are_paths(value: Any) -> bool:
-    """Return whether a value is several folders, in order or by name."""
+    """Return whether a value contains several folders, in order or by name."""
     values = list(value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ())
     return bool(values) and all(isinstance(path, str | os.PathLike) for path in values)
 
 
 def _kind(value: Any) -> str:
-    """Return what a value is in a training, in words; an empty string for anything else."""
+    """Return the kind of a value that is used in training, in words; an empty string for any other value."""
     mapping = value if isinstance(value, Mapping) else {}
     several = value if isinstance(value, list | tuple) else ()
     kinds = (
@@ -126,6 +126,6 @@ def _kind(value: Any) -> str:
 
 
 def _is_a(value: Any, module: str, name: str) -> bool:
-    """Return whether a value is an instance of a class, which need not have been imported."""
+    """Return whether a value is an instance of a class, without importing the class's module."""
     kind = getattr(sys.modules.get(module), name, None)
     return isinstance(kind, type) and isinstance(value, kind)

@@ -51,26 +51,26 @@ def message_of(function: str, spec: Any, model: Any) -> str:
 def test_swapped(name: str, function: str) -> None:
     what = name.partition(",")[0]
     message = message_of(function, MODEL, SPECS[name]())
-    assert message == f"a model stands where the spec goes: a Linear, and {what} where the model goes"
+    assert message == f"expected a spec, got a model: a Linear; expected a model, got {what}"
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", WRONG)
 def test_another_thing_in_the_place_of_the_spec(name: str, function: str) -> None:
     what = name.partition(",")[0]
-    assert message_of(function, WRONG[name](), MODEL).startswith(f"{what} stands where the spec goes")
+    assert message_of(function, WRONG[name](), MODEL).startswith(f"expected a spec, got {what}")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", [*WRONG, *SPECS])
 def test_another_thing_in_the_place_of_the_model(name: str, function: str) -> None:
     what = name.partition(",")[0]
-    assert message_of(function, SPEC, {**WRONG, **SPECS}[name]()).startswith(f"{what} stands where the model goes")
+    assert message_of(function, SPEC, {**WRONG, **SPECS}[name]()).startswith(f"expected a model, got {what}")
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_two_models(function: str) -> None:
-    assert message_of(function, MODEL, MODEL) == "a model stands where the spec goes: a Linear"
+    assert message_of(function, MODEL, MODEL) == "expected a spec, got a model: a Linear"
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------
@@ -93,13 +93,13 @@ def test_a_model_and_a_path(function: str, path: Any) -> None:
         {**FOLDERS, **FUNCTIONS}[function](MODEL, path)
     error = caught.value
     assert error.code == "GC073" and (error.hint or "").startswith(f"swap them: graftc.{function}({place}, model")
-    assert error.message == f"a model stands where the {place} goes: a Linear, and a path where the model goes"
+    assert error.message == f"expected a {place}, got a model: a Linear; expected a model, got a path"
 
 
 @pytest.mark.parametrize("paths", [["a", "b"], {"one": "a", "two": Path("b")}], ids=["list", "mapping"])
 def test_a_model_and_several_folders(paths: Any) -> None:
     error = refused_folder("import_peft", MODEL, paths)
-    assert error.message == "a model stands where the folder goes: a Linear, and paths where the model goes"
+    assert error.message == "expected a folder, got a model: a Linear; expected a model, got paths"
     assert error.hint == "swap them: graftc.import_peft(folder, model)"
 
 
@@ -108,7 +108,7 @@ def test_a_model_and_several_folders(paths: Any) -> None:
 def test_another_thing_in_the_place_of_the_folder(name: str, function: str) -> None:
     what = name.partition(",")[0]
     error = refused_folder(function, {**WRONG, **SPECS}[name](), MODEL)
-    assert error.message.startswith(f"{what} stands where the folder goes")
+    assert error.message.startswith(f"expected a folder, got {what}")
     call = "graftc.compile(spec, model)" if name in SPECS else f"graftc.{function}(folder, model)"
     assert call in (error.hint or "")
 
@@ -118,19 +118,19 @@ def test_another_thing_in_the_place_of_the_folder(name: str, function: str) -> N
 def test_another_thing_beside_a_folder(name: str, function: str) -> None:
     what = name.partition(",")[0]
     error = refused_folder(function, "adapter", {**WRONG, **SPECS}[name]())
-    assert error.message.startswith(f"{what} stands where the model goes")
+    assert error.message.startswith(f"expected a model, got {what}")
     assert f"graftc.{function}(folder, model)" in (error.hint or "")
 
 
 @pytest.mark.parametrize("function", FOLDERS)
 def test_two_models_and_no_folder(function: str) -> None:
-    assert refused_folder(function, MODEL, MODEL).message == "a model stands where the folder goes: a Linear"
+    assert refused_folder(function, MODEL, MODEL).message == "expected a folder, got a model: a Linear"
 
 
 def test_a_path_in_the_place_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     error = refused_folder("import_peft", "adapter", tmp_path)
-    assert error.message.startswith("a path stands where the model goes")
+    assert error.message.startswith("expected a model, got a path")
     assert f"graftc.load_base({str(tmp_path)!r})" in (error.hint or "")
 
 
@@ -140,14 +140,14 @@ def test_an_adapter_in_the_place_of_the_base(file: str, text: str, tmp_path: Pat
         (tmp_path / name.partition(".")[0]).mkdir()
         (tmp_path / name.partition(".")[0] / name).write_text(content)
     adapter, base = tmp_path / file.partition(".")[0], tmp_path / "config"
-    with pytest.raises(GraftError, match="is an adapter and stands where the base goes") as caught:
+    with pytest.raises(GraftError, match="expected the base's folder, got an adapter") as caught:
         graftc.merge_checkpoint(base, adapter)
     assert caught.value.code == "GC073" and caught.value.hint == "swap them: graftc.merge_checkpoint(adapter, model)"
 
 
 @pytest.mark.parametrize("order", [(MODEL, None), ("adapter", MODEL), (MODEL, "adapter"), (SPEC, "base")], ids=str)
 def test_what_is_in_memory_does_not_stream(order: tuple[Any, Any]) -> None:
-    with pytest.raises(GraftError, match="stands where the folder of the") as caught:
+    with pytest.raises(GraftError, match="expected the folder of the") as caught:
         graftc.merge_checkpoint(*order)
     assert caught.value.code == "GC073" and "compiled.merge()" in (caught.value.hint or "")
 
