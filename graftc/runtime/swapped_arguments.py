@@ -17,8 +17,8 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import shown
 from graftc.specs.foreign import is_foreign
 
-_OTHERS = ("a tokenizer", "example inputs", "a config of transformers")
-_SPECS = ("a spec", "a config of PEFT")
+_OTHERS = ("a tokenizer", "example inputs", "a transformers config")
+_SPECS = ("a spec", "a PEFT config")
 
 
 def check_spec_and_model(function: str, spec: Any, model: Any, call: str = "spec, model") -> None:
@@ -112,11 +112,11 @@ def _kind(value: Any) -> str:
     kinds = (
         ("a model", isinstance(value, nn.Module)),
         ("a path", isinstance(value, str | os.PathLike)),
-        ("a config of PEFT", is_foreign(value)),
+        ("a PEFT config", is_foreign(value)),
         ("a spec", isinstance(value, SpecModel)),
         ("a tokenizer", _is_a(value, "transformers.tokenization_utils_base", "PreTrainedTokenizerBase")),
         ("a tokenizer", _is_a(value, "transformers.processing_utils", "ProcessorMixin")),
-        ("a config of transformers", _is_a(value, "transformers.configuration_utils", "PreTrainedConfig")),
+        ("a transformers config", _is_a(value, "transformers.configuration_utils", "PreTrainedConfig")),
         ("example inputs", isinstance(value, torch.Tensor)),
         ("example inputs", any(isinstance(part, torch.Tensor) for part in mapping.values())),
         ("example inputs", bool(several) and all(isinstance(part, torch.Tensor) for part in several)),

@@ -63,7 +63,7 @@ class Activations:
         lines = [f"kept {self.kept / 1e6:.1f} MB{share}; peak {self.peak / 1e6:.1f} MB"]
         for layer in self.layers:
             what = layer.reason or f"{layer.kept / 1e6:.1f} of {layer.without / 1e6:.1f} MB"
-            lines.append(f"  {layer.module or '(outside of layers)'}: {what}")
+            lines.append(f"  {layer.module or '(outside layers)'}: {what}")
         return "\n".join(lines)
 
 

@@ -217,7 +217,7 @@ class AdaptedRunner(ModelRunner):
     def program_of(self, key: ProgramKey) -> Program:
         """Return the Program for a key that has no code yet, with every layer written out.
 
-        Entries that score tokens are derived from `forward`; the base's Program computes what the source model does.
+        Entries that score tokens are derived from ``forward``; the base's Program computes what the source model does.
         """
         if key.entry in ("losses", "scores"):
             return token_losses(self.program_of(key._replace(entry="forward")), scores=key.entry == "scores")
@@ -299,9 +299,7 @@ class AdaptedRunner(ModelRunner):
             self.show(left.hidden)
 
     def beside(self, names: Iterable[str]) -> AdaptedRunner:
-        """Return a Runner of the same module that leaves out these adaptations in addition to those left out now.
-
-        What calls of the module itself leave out later does not affect it.
+        """Return a Runner of the same module without some adaptations, unaffected by later changes to what is left out.
 
         Raises:
             GraftError: as for `without`.

@@ -168,7 +168,7 @@ class Generating:
         except GraftError as error:
             if self.runner.interface.cache is not None:
                 _ = compilation.cache_layout  # raises the reason
-            message = f"{type(compilation.source).__name__} keeps no cache of keys and values: its forward takes none"
+            message = f"{type(compilation.source).__name__} has no cache of keys and values: its forward accepts none"
             raise GraftError("GC140", message, hint="call it without a cache: use_cache=False") from error
 
     def require_generating(self) -> None:
@@ -350,10 +350,7 @@ def _expanded(
 def _ending(
     instance: _StandIn, criteria_of: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Return the model's own stopping criteria, after checking that there are positions for the length of every text.
-
-    That is the maximum length if nothing else ends a text, and the minimum length otherwise.
-    """
+    """Return the model's own stopping criteria, after checking that there are positions for every text's length."""
     criteria = criteria_of(generation_config, *args, **kwargs)
     longest = generation_config.max_length if len(criteria) == 1 else generation_config.min_length
     most = Generating(instance._graftc_runner).most_tokens

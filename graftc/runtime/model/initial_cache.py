@@ -1,9 +1,9 @@
 """Represent prefixes and virtual tokens as the initial contents of a cache, so that they cost nothing while decoding.
 
 A prefix consists of keys and values that precede those of a text. Virtual tokens before a text amount to the same if
-attention is causal, because what a layer computes for them does not depend on later tokens. A cache that begins with
-them, with a graph that lacks these adaptations, gives the results of the adapted graph. Both are compared on a sample
-before the cache is used.
+attention is causal, because what a layer computes for them does not depend on later tokens. A graph without these
+adaptations, run with a cache that begins with their keys and values, gives the same results as the adapted graph. The
+two are compared on a sample before the cache is used.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Checkpointing(Feature):
                 close = nearest(option, _OPTIONS) or list(_OPTIONS)
                 raise GraftError("GC072", f"checkpointing has no option {option!r}", hint=f"use {close[0]!r}")
         if options.pop("use_reentrant", None):
-            message = "layers are not recomputed by a backward pass of their own (use_reentrant=True)"
+            message = "reentrant checkpointing (use_reentrant=True) is not supported"
             raise GraftError("GC072", message, hint='pass {"use_reentrant": False}, or leave it out')
         every: Any = every_n_layers
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:

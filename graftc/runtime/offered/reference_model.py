@@ -125,7 +125,7 @@ class Referring(Feature):
             )
         if "model" in arguments:
             hint = f"leave model out: compiled.trainer({getattr(kind, '__name__', 'kind')}, args=...)"
-            raise GraftError("GC073", "a trainer of a compiled model trains that model", hint=hint)
+            raise GraftError("GC073", "a trainer for a compiled model always trains that model", hint=hint)
         if "ref_model" in inspect.signature(kind).parameters:
             arguments.setdefault("ref_model", self.reference())
             return kind(model=self.runner.module, args=args, **arguments)

@@ -84,7 +84,7 @@ class TrainingLog:
 
         Args:
             number: the number of the step, counted from 1; by default one more than the last. After resuming from a
-                checkpoint in the middle of the log, pass the step number: repeated steps replace those in the log.
+                checkpoint in the middle of the log, pass the step's number: repeated steps replace those in the log.
             values: numbers or one-element tensors, which are read only when a line is written: ``loss=loss``.
                 Non-finite values are written as null.
 

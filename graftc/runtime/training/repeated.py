@@ -33,7 +33,7 @@ class Outputs:
         names: the names of all outputs.
         loss: the index of the loss; None if there is no loss.
         shift: the number of positions between a label and the earlier position that predicts it.
-        counted: whether the loss is the mean over the labels of the entire step, whose number is an input of the call.
+        counted: whether the loss is the mean over all labels of the step, whose count is passed to the call.
     """
 
     names: tuple[str, ...]

@@ -166,7 +166,7 @@ class Selecting:
             other = runner_of(model)
             compilation = other.compilation
             if identify(compilation.source).fingerprint != mine:
-                raise GraftError("GC087", "models of different bases cannot be joined")
+                raise GraftError("GC087", "models with different bases cannot be joined")
             adapt, compose = (*spec.adapt, *compilation.spec.adapt), (*spec.compose, *compilation.spec.compose)
             names = [str(a.name) for a in adapt]
             twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]

@@ -99,7 +99,7 @@ TRAINERS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "a model alone": (lambda own: own.trainer(model=own), "compiled.trainer needs kind", "call compiled.trainer(kind)"),
     "a model too": (
         lambda own: own.trainer(Trainer, model=own),
-        "a trainer of a compiled model trains that model",
+        "a trainer for a compiled model always trains that model",
         "leave model out: compiled.trainer(Trainer, args=...)",
     ),
     "a name": (

@@ -23,13 +23,13 @@ WRONG: dict[str, Callable[[], Any]] = {
     "example inputs": lambda: {"input_ids": torch.ones(1, 2, dtype=torch.long)},
     "example inputs, in order": lambda: (torch.ones(1, 2),),
     "example inputs, alone": lambda: torch.ones(1, 2),
-    "a config of transformers": lambda: tiny("bert").config,
+    "a transformers config": lambda: tiny("bert").config,
 }
 SPECS: dict[str, Callable[[], Any]] = {
     "a spec": lambda: SPEC,
     "a spec, read": lambda: graftc.Spec.model_validate(SPEC),
-    "a config of PEFT": lambda: pytest.importorskip("peft").LoraConfig(target_modules=["q"]),
-    "a config of PEFT, as data": lambda: {"peft_type": "LORA", "target_modules": ["q"]},
+    "a PEFT config": lambda: pytest.importorskip("peft").LoraConfig(target_modules=["q"]),
+    "a PEFT config, as data": lambda: {"peft_type": "LORA", "target_modules": ["q"]},
 }
 FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "compile": graftc.compile,
