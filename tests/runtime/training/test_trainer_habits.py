@@ -214,7 +214,7 @@ def test_groups_of_an_optimiser_of_ones_own_train(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "reentrant": (
-        "GC072: reentrant checkpointing (use_reentrant=True) is not supported",
+        r"GC072: reentrant checkpointing \(use_reentrant=True\) is not supported",
         lambda folder: trainer(
             folder, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
         ).train(),

@@ -105,7 +105,7 @@ TRAINERS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "a name": (
         lambda own: own.trainer("DPOTrainer"),
         "kind is of type str",
-        "give the class: compiled.trainer(DPOTrainer, args=...)",
+        "pass the class: compiled.trainer(DPOTrainer, args=...)",
     ),
     "by position": (
         lambda own: own.trainer(Trainer, None),
