@@ -354,9 +354,7 @@ class AdaptedRunner(ModelRunner):
         if off == self.shown.off:
             return
         if off not in self.views and is_traced():
-            raise GraftError(
-                "GC031", "no graph yet for these adaptations; call the model with them before compiling it"
-            )
+            raise GraftError("GC031", "no graph yet for these adaptations; call the model with them before compiling")
         self.shown = self._known_view(off)
 
     def _known_view(self, off: frozenset[str]) -> AdaptedView:
