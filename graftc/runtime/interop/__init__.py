@@ -1,4 +1,4 @@
-"""Models and files of other libraries.
+"""Models and files from other libraries.
 
 Files are read as data and never trusted.
 """

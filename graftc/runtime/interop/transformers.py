@@ -1,4 +1,4 @@
-"""Conversion of a merged model back to transformers: a model of the source's class with folded weights."""
+"""Convert a merged model back to transformers: an instance of the source's class that holds the folded weights."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class FoldedModel(Protocol):
 
     @property
     def additions(self) -> Sequence[str]:
-        """The names of biases that folding has added."""
+        """The names of the biases that folding added."""
 
     @property
     def kept(self) -> Mapping[str, str]:
-        """The adaptations that have not been folded, each with the reason."""
+        """The adaptations that were not folded, each with the reason."""
 
     def folded_state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors by the source model's names."""
+        """Return the tensors, keyed by their names in the source model."""
 
 
 def no_place(missing: Sequence[str], source: nn.Module) -> GraftError:
-    """Return the error for biases that folding added and that the source's class has no place for."""
+    """Return the error for biases that folding added but the source's class cannot hold."""
     return GraftError(
         "GC052",
         f"folding had to add {', '.join(missing[:3])}, which {type(source).__name__} has no place for",
@@ -49,7 +49,7 @@ def no_place(missing: Sequence[str], source: nn.Module) -> GraftError:
 
 
 def require_plain(store: Store) -> None:
-    """Raise if the weights of a merged model are packed, for outputs that only store plain values.
+    """Raise if a merged model's weights are packed; called for outputs that can only store plain values.
 
     Raises:
         GraftError: GC166.
@@ -61,7 +61,7 @@ def require_plain(store: Store) -> None:
 
 
 def _plain_config(config: Any) -> Any:
-    """Return a copy of a config without its quantisation settings, because the weights are stored as plain values."""
+    """Return a copy of a config without quantisation settings, because the weights are stored as plain values."""
     plain = copy.deepcopy(config)
     for part in (plain, *vars(plain).values()):
         if getattr(part, "quantization_config", None) is not None:
@@ -70,7 +70,7 @@ def _plain_config(config: Any) -> Any:
 
 
 def to_transformers(merged: FoldedModel) -> Any:
-    """Implement `Merged.to_transformers`: build the class on the meta device, then give it the folded tensors."""
+    """Implement `Merged.to_transformers`: build the model on the meta device, then insert the folded tensors."""
     source = merged.compilation.model
     require_plain(merged.store)
     if config_of(source) is None:

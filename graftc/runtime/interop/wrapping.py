@@ -1,4 +1,4 @@
-"""A check that raises when a compiled model is put into a model of peft, with a hint of what to write instead."""
+"""Refuse to wrap a compiled model in a peft model; the error's hint names the graftc calls to use instead."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _HINT = (
 
 
 def refuse_wrapping() -> None:
-    """Register a hook that raises when a compiled model becomes part of a model of peft.
+    """Register a hook that raises when a compiled model becomes part of a peft model.
 
-    peft calls no hook of a model before it changes it, but `get_peft_model`, `inject_adapter_in_model`,
-    `PeftModel.from_pretrained` and trainers with a ``peft_config`` all register it in a module of peft first.
+    peft calls no hook on a model before changing it. However, `get_peft_model`, `inject_adapter_in_model`,
+    `PeftModel.from_pretrained` and trainers with a ``peft_config`` all register the model in a peft module first.
     """
     register_module_module_registration_hook(_check)
 
 
 def _check(module: nn.Module, name: str, part: Any) -> None:
-    """Raise if a module of peft registers a compiled model.
+    """Raise if a peft module registers a compiled model.
 
-    The signature is that of the hooks of `torch.nn.modules.module.register_module_module_registration_hook`.
+    The signature is the one that `torch.nn.modules.module.register_module_module_registration_hook` expects of a hook.
 
     Raises:
         GraftError: GC072.

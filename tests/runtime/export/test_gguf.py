@@ -276,6 +276,6 @@ def test_an_adapter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(GraftError, match="needs the config of the base"):
         convert_to_gguf(source, None, None)
     monkeypatch.setattr(writer, "stored", lambda family, heads, name, tensor: tensor)
-    with pytest.raises(GraftError, match=r"another update at 4 of 6 maps: .*(q|k)_proj") as caught:
+    with pytest.raises(GraftError, match=r"update differs at 4 of 6 maps: .*(q|k)_proj") as caught:
         convert_to_gguf(source, tmp_path / "wrong.gguf", tmp_path / "base")
     assert caught.value.code == "GC067" and not (tmp_path / "wrong.gguf").exists()

@@ -223,7 +223,7 @@ def pruned(tensors: Any) -> None:
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 TENSORS: dict[str, tuple[Any, str, str]] = {
     "unknown": (lambda t: t.update({"base_model.model.x.weight": torch.ones(2)}), "GC113", "x.weight"),
-    "no prefix": (lambda t: t.update({"x": torch.ones(2)}), "GC113", "tensors that LORA does not: x"),
+    "no prefix": (lambda t: t.update({"x": torch.ones(2)}), "GC113", "tensors that LORA does not have: x"),
     "half a pair": (lambda t: t.pop(Q.format("A")), "GC113", "not in the file"),
     "a module less": (pruned, "GC113", "different modules"),
     "other modules": (
@@ -232,7 +232,7 @@ TENSORS: dict[str, tuple[Any, str, str]] = {
         "z_proj",
     ),
     "not finite": (lambda t: t[Q.format("A")].fill_(float("nan")), "GC113", "not finite"),
-    "rank": (lambda t: t.update({Q.format("A"): torch.ones(4, 48)}), "GC114", "has room for [3, 48]"),
+    "rank": (lambda t: t.update({Q.format("A"): torch.ones(4, 48)}), "GC114", "the model needs [3, 48]"),
 }
 
 
@@ -259,7 +259,7 @@ def test_all_wrong_tensors_are_listed_at_once(copied: Path) -> None:
 def test_another_base(llama: Path) -> None:
     assert unimported(llama, "bert").code == "GC114"
     with pytest.raises(
-        GraftError, match=r"v_proj.lora_B.weight is \[24, 3\], the model has room for \[48, 3\]"
+        GraftError, match=r"v_proj.lora_B.weight is \[24, 3\], but the model needs \[48, 3\]"
     ) as caught:
         graftc.import_peft(llama, tiny("llama", num_key_value_heads=4))
     assert caught.value.code == "GC114" and len(caught.value.details) == 2

@@ -83,7 +83,7 @@ def test_where_servers_differ(name: str, change: dict[str, Any], taken: list[str
 def test_the_largest_of_a_pattern() -> None:
     config = {**PLAIN, "rank_pattern": {"q_proj": 40, "v_proj": 2}}
     assert require_served(server_of("vllm"), config, [KEY]) == 64
-    with pytest.raises(GraftError, match="r is 40, the largest rank is 16"):
+    with pytest.raises(GraftError, match="r is 40, but the largest rank is 16"):
         require_served(server_of("vllm"), config, [KEY], max_rank=16)
 
 
@@ -151,11 +151,11 @@ def test_what_is_written_for_a_server(kind: str, name: str, tmp_path: Path) -> N
 
 
 def test_ranks() -> None:
-    with pytest.raises(GraftError, match=r"r is 513, the largest rank is 512: graftc convert --rank 512"):
+    with pytest.raises(GraftError, match=r"r is 513, but the largest rank is 512: graftc convert --rank 512"):
         require_served(server_of("vllm"), {**PLAIN, "r": 513}, [KEY])
-    with pytest.raises(GraftError, match=r"r is 12, the largest rank is 8"):
+    with pytest.raises(GraftError, match=r"r is 12, but the largest rank is 8"):
         require_served(server_of("sglang"), PLAIN, [KEY], max_rank=8)
-    with pytest.raises(GraftError, match="--max-lora-rank 24 is none of 1, 8, 16"):
+    with pytest.raises(GraftError, match="--max-lora-rank 24 is not one of 1, 8, 16"):
         require_served(server_of("vllm"), PLAIN, [KEY], max_rank=24)
     with pytest.raises(GraftError) as caught:
         server_of("vlm")
@@ -210,7 +210,7 @@ def test_on_the_command_line(
     assert outcome.status == 0 and "the server needs:     --max-lora-rank 16" in outcome.out
     assert run_here(capsys, *words, "--for", "vllm", "--dry-run", "--json").data["max_rank"] == 16
     error = run_here(capsys, *words, "--for", "vllm", "--max-rank", "8", "--out", "x", "--json").data["error"]
-    assert error["code"] == "GC068" and "r is 12, the largest rank is 8" in error["message"]
+    assert error["code"] == "GC068" and "r is 12, but the largest rank is 8" in error["message"]
     error = run_here(capsys, *words, "--max-rank", "8", "--out", "x", "--json").data["error"]
     assert error["code"] == "GC090" and "--for" in error["hint"]
     error = run_here(capsys, "export", "artifact", "-f", "onnx", "--for", "vllm", "--out", "x", "--json").data["error"]

@@ -1,4 +1,4 @@
-"""Checks that an adapter fits a base, and that the base stores its experts as the layouts describe them."""
+"""Check that an adapter fits a base, and that the base stores its experts as the layouts assume."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _WAY_OUT = "merge the adapter as it is, or import it: graftc merge --stream and 
 
 
 def require_fitting(adapter: PlainAdapter, base: Path) -> None:
-    """Raise if the adapter has maps that the base lacks or has in other sizes; experts are not checked.
+    """Raise if the adapter has maps that the base lacks or that have different sizes there; experts are not checked.
 
-    Nothing is checked if the base cannot be built, as when transformers does not have its class.
+    Nothing is checked if the base cannot be built, for example because transformers lacks its class.
 
     Raises:
-        GraftError: GC069 with all of these maps.
+        GraftError: GC069, which lists these maps.
     """
     try:
         model = load_folder(base, meta=True)
@@ -39,29 +39,29 @@ def require_fitting(adapter: PlainAdapter, base: Path) -> None:
         elif sorted(sizes := [update.rows, update.down.shape[-1]]) != sorted(weight.shape):
             wrong.append(f"{path} is {list(weight.shape)}, and the adapter is for {sizes}")
     if wrong:
-        message = f"the adapter is for another base than {base}: {wrong[0]}"
+        message = f"the adapter is for a base other than {base}: {wrong[0]}"
         raise GraftError("GC069", message, place=Place(str(base)), details=tuple(wrong[1:30]))
 
 
 def require_usual_experts(adapter: PlainAdapter, layouts: tuple[AdapterLayout, ...], base: Path | None) -> None:
-    """Raise if experts have to be split or fused and the base does not store them as the layouts say.
+    """Raise if experts have to be split or fused but the base does not store them as the layouts assume.
 
-    The layouts say ``[experts, out, in]``, with the rows of the gate above those of the up projection. gpt-oss and
-    Llama 4 store them otherwise, under the same keys.
+    The layouts assume ``[experts, out, in]``, with the gate's rows above those of the up projection. gpt-oss and
+    Llama 4 store experts differently under the same keys.
 
     Args:
-        adapter: the adapter that is converted.
-        layouts: the layouts that are read and written.
-        base: the folder of the base; its config is enough.
+        adapter: the adapter to convert.
+        layouts: the layouts to read and to write.
+        base: the base's folder; its config is enough.
 
     Raises:
-        GraftError: GC069 if the base is not at hand, or stores its experts otherwise; GC032 if its config cannot be
-            read.
+        GraftError: GC069 if the base is not available or stores its experts differently; GC032 if its config cannot
+            be read.
     """
     if not adapter.has_experts or not any(layout.experts in _FLAT for layout in layouts):
         return
     if base is None:
-        message = "the adapter has experts, whose order its keys do not tell: the base is needed, or its config.json"
+        message = "the adapter has experts, whose order its keys do not show: the base is needed, or its config.json"
         raise GraftError("GC069", message, hint="name the folder of the base: --model MODEL")
     model = load_folder(base, meta=True)
     wrong: dict[str, None] = {}
@@ -75,7 +75,7 @@ def require_usual_experts(adapter: PlainAdapter, layouts: tuple[AdapterLayout, .
 
 
 def _unusual(model: nn.Module, path: str, adapter: PlainAdapter) -> str | None:
-    """Return how the storage of experts differs from what the layouts say; None if it does not."""
+    """Return how the storage of experts differs from the layouts' assumptions; None if it does not."""
     try:
         module: Any = model.get_submodule(path)
     except AttributeError:

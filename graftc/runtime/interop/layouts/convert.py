@@ -1,4 +1,4 @@
-"""Conversion of adapter folders between layouts; probes check that the written files give the same updates."""
+"""Convert adapter folders between layouts, and probe the written files to check that the updates are unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from graftc.specs.strict_json import read_json
 
 PROBES = 4
 ROUNDING: Mapping[torch.dtype, float] = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""How far an update may be off where a factor had to be scaled, and so rounded again, by its type."""
+"""Relative error allowed for an update whose factor had to be rescaled, and so rounded again, by the factor's dtype."""
 _EXACT = 1e-12
 
 
@@ -41,11 +41,11 @@ class ConvertedFolder:
     """The result of a conversion.
 
     Attributes:
-        out: the folder; None if nothing was written.
-        source: name of the layout that was read.
-        target: name of the layout that was written.
-        sites: all maps, probed.
-        rank: the largest rank that was written.
+        out: the written folder; None if nothing was written.
+        source: name of the source layout.
+        target: name of the target layout.
+        sites: all maps, with the errors that were measured.
+        rank: the largest rank written.
     """
 
     out: Path | None
@@ -56,7 +56,7 @@ class ConvertedFolder:
 
     @property
     def largest_error(self) -> float:
-        """The largest error of any map."""
+        """The largest error over all maps."""
         return max((probed.error for probed in self.sites), default=0.0)
 
 
@@ -74,24 +74,24 @@ def convert_folder(
     apart: Sequence[str] = (),
     force: bool = False,
 ) -> ConvertedFolder:
-    """Convert adapter folders, and check what was written before it appears.
+    """Convert adapter folders, and check the written files before they appear at the destination.
 
     Args:
         origin: the source to read.
-        out: the folder to write; None only checks.
-        to: name of the layout to write.
+        out: the folder to write; None to check the conversion only.
+        to: name of the target layout.
         join: groups of maps to fuse into one: ``"qkv"``, ``"gate_up"``.
         apart: groups to split into their parts.
-        force: whether to replace an adapter folder that exists.
+        force: whether to replace an existing adapter folder.
 
     Raises:
-        GraftError: GC067 if the written adapter gives another update, GC069 for content that a layout has no place for,
-            GC110 to GC113 for a folder that cannot be read, GC063 and GC064 for the destination.
+        GraftError: GC067 if the written adapter computes a different update, GC069 for content that a layout cannot
+            store, GC110 to GC113 for a folder that cannot be read, GC063 and GC064 for the destination.
     """
     target = layout_of(to)
     for word in (*join, *apart):
         if word not in FUSED:
-            raise GraftError("GC069", f"nothing is fused as {word!r}", hint=f"what can be fused: {', '.join(FUSED)}")
+            raise GraftError("GC069", f"nothing is fused as {word!r}", hint=f"use one of: {', '.join(FUSED)}")
     adapter, wanted = origin.read(join, apart)
     if origin.base is not None and (origin.given or len(origin.folders) > 1) and not (join or apart):
         require_fitting(adapter, origin.base)
@@ -106,11 +106,11 @@ class AdapterSource:
     """The input of a conversion.
 
     Attributes:
-        folders: adapter folders of one layout and base, whose updates are added.
+        folders: adapter folders with one layout and one base, whose updates are added up.
         layout: the layout of the folders.
-        base: the folder of the base, or of its config alone; None if it is not at hand.
-        heads: attention sizes of the base, if its config states them.
-        given: whether the base was named by the caller, not found through the adapter's config.
+        base: the folder of the base, or of its config alone; None if neither is available.
+        heads: the base's attention sizes, if its config defines them.
+        given: whether the caller named the base, as opposed to the adapter's config.
     """
 
     folders: tuple[Path, ...]
@@ -127,13 +127,13 @@ class AdapterSource:
 
         Args:
             folder: the first folder.
-            layout: name of the layout; by default the one that the keys imply, but Unsloth's has to be named.
-            add: more folders of the same layout and base.
-            model: folder of the base, of which the config is read: experts need it, and anything that depends on heads.
-                By default, the base that the adapter's config names, if it is a folder or in the hub's cache.
+            layout: name of the layout; by default the one that the keys imply. Unsloth's must be named.
+            add: more folders with the same layout and base.
+            model: the base's folder, whose config is needed for experts and for anything that depends on heads. By
+                default, the base that the adapter's config names, if it is a folder or in the hub's cache.
 
         Raises:
-            GraftError: GC069 for folders of several bases or layouts, GC110 to GC113 for one that cannot be read.
+            GraftError: GC069 for folders with different bases or layouts, GC110 to GC113 for one that cannot be read.
         """
         folders = (folder, *add)
         _require_readable(folders)
@@ -145,7 +145,7 @@ class AdapterSource:
         return cls(folders, source_layout, base, None if base is None else _heads(base, required=given), given)
 
     def read(self, join: Sequence[str] = (), apart: Sequence[str] = ()) -> tuple[PlainAdapter, dict[str, Tensor]]:
-        """Return one adapter with the updates of all folders, and the responses by the reference of their layout."""
+        """Return one adapter with the updates of all folders, and the responses that the layout's reference gives."""
         adapter = reduce(concatenated, self._parts)
         for word in apart:
             adapter = split(adapter, word, self.heads)
@@ -163,12 +163,12 @@ class AdapterSource:
 
     @property
     def rounded(self) -> bool:
-        """Whether a factor has to take on another scale or type, and is therefore rounded again."""
+        """Whether a factor may be converted to another scale or dtype, and so rounded again."""
         return len({(u.scale, u.up.dtype) for part in self._parts for u in part.updates.values()}) > 1
 
     @staticmethod
     def probe(size: int) -> Tensor:
-        """Return random float64 inputs ``[size, probes]``, the same for the same size."""
+        """Return random float64 inputs ``[size, probes]``, always the same for a given size."""
         return torch.randn(size, PROBES, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
 
 
@@ -188,10 +188,10 @@ def _written(
 
 
 def compared(wanted: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed: float) -> tuple[ConvertedSite, ...]:
-    """Return the error of every map of both sides, of which either may fuse what the other keeps separate.
+    """Return the error of every map on either side; each side may fuse maps that the other keeps separate.
 
     Raises:
-        GraftError: GC067 naming the maps that differ.
+        GraftError: GC067, which names the maps that differ.
     """
     wanted, actual = _level(wanted, actual), _level(actual, wanted)
     maps = []
@@ -206,14 +206,14 @@ def compared(wanted: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed
         maps.append(ConvertedSite(None, path, None, None, error, error))
     wrong = sorted((m for m in maps if not m.error <= allowed), key=lambda m: -m.error)
     if wrong:
-        message = f"the written adapter gives another update at {len(wrong)} of {len(maps)} maps: {wrong[0].site}"
-        hint = "the source may have another layout than it was taken for: say which with --from"
+        message = f"the written adapter's update differs at {len(wrong)} of {len(maps)} maps: {wrong[0].site}"
+        hint = "the source may have a layout other than the assumed one: name it with --from"
         raise GraftError("GC067", message, hint=hint, details=tuple(f"{m.site}: {m.error:.1e}" for m in wrong))
     return tuple(maps)
 
 
 def _level(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the responses with parts joined if the other side has them in one map."""
+    """Return the responses, with parts joined where the other side has them in one map."""
     result = dict(own)
     for path in other:
         module, _, last = path.rpartition(".")
@@ -250,7 +250,7 @@ def _require_readable(folders: Sequence[Path]) -> None:
 
 
 def _require_one_base(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> None:
-    """Raise if the configs of the adapters name different bases.
+    """Raise if the adapters' configs name different bases.
 
     Raises:
         GraftError: GC069.
@@ -263,7 +263,7 @@ def _require_one_base(folders: Sequence[Path], configs: Sequence[Mapping[str, An
     if len(named) > 1:
         (first, _), (second, path), *_ = named.items()
         message = f"the adapters name different bases: {first} and, in {path}, {second}"
-        raise GraftError("GC069", message, hint="where both are the same model, name it: --model MODEL")
+        raise GraftError("GC069", message, hint="if both are the same model, name it: --model MODEL")
 
 
 def _base(config: Mapping[str, Any], model: Path | None) -> Path | None:
@@ -281,7 +281,7 @@ def _heads(base: Path, *, required: bool) -> AttentionSizes | None:
     try:
         return AttentionSizes.of(json.loads(read_regular(file)), str(file))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise GraftError("GC069", f"the config of the base cannot be read: {error}", place=Place(str(file))) from None
+        raise GraftError("GC069", f"the base's config cannot be read: {error}", place=Place(str(file))) from None
     except GraftError:
         if required:
             raise

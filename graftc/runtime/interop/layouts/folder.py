@@ -1,4 +1,4 @@
-"""Reading and writing of adapter folders according to the table of layouts."""
+"""Read and write adapter folders according to the table of layouts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STACKED = re.compile(r"(?P<module>.*\bexperts)\.(?P<map>w1|w2|w3)")
 
 
 def raw_keys(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the keys and sizes of a folder's tensors.
+    """Return the shapes of a folder's tensors, by key.
 
     Raises:
         GraftError: GC113 for a file that is missing or damaged.
@@ -41,7 +41,7 @@ def raw_keys(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def detected(folder: Path) -> AdapterLayout:
-    """Return the layout that the keys of a folder imply; Unsloth's has PEFT's keys and is never guessed."""
+    """Return the layout that a folder's keys imply; Unsloth's has the same keys as PEFT's and is never guessed."""
     keys = raw_keys(folder)
     paths = [re.sub(r"\.lora_\w+(\.weight)?$", "", key) for key in keys]
     if any(".lora_a." in key for key in keys):
@@ -54,7 +54,7 @@ def detected(folder: Path) -> AdapterLayout:
 
 
 def named(layout: AdapterLayout, path: str, *, back: bool = False) -> str:
-    """Translate a path of transformers to the names of a layout, or back."""
+    """Translate a path from transformers' names to a layout's, or back."""
     pairs = [(b, a) if back else (a, b) for a, b in layout.names.items()]
     if back:
         pairs.sort(key=lambda pair: -pair[0].count("."))
@@ -71,11 +71,11 @@ def read_layout(folder: Path, layout: AdapterLayout, heads: AttentionSizes | Non
 
     Args:
         folder: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        layout: the layout that it was written in.
-        heads: attention sizes of the base; needed if the layout orders rotated rows.
+        layout: the folder's layout.
+        heads: the base's attention sizes; needed if the layout stores rotated rows in pairs.
 
     Raises:
-        GraftError: GC069 for a folder that is not plain LoRA or does not fit the layout; GC110 to GC113 as for
+        GraftError: GC069 for a folder that is not plain LoRA or does not fit the layout; GC110 to GC113 as in
             `read_peft`.
     """
     read = _peft if layout.factors == ("lora_A", "lora_B") else _torchtune
@@ -93,7 +93,7 @@ def read_layout(folder: Path, layout: AdapterLayout, heads: AttentionSizes | Non
 def _peft(folder: Path, layout: AdapterLayout) -> tuple[AdapterConfig, list[tuple[str, Update]]]:
     paths = {re.sub(r"(\.base_layer)*\.lora_\w+(\.weight)?$", "", key) for key in raw_keys(folder)}
     owners = [path.removeprefix(layout.prefix) for path in paths if path.endswith(".experts")]
-    # In the order of transformers, which is also the order in which PEFT wraps them.
+    # In transformers' order, which is also the order in which PEFT wraps them.
     shapes = {f"{owner}.{name}": () for owner in owners for name in ("gate_up_proj", "down_proj")}
     adapter = read_peft(folder, shapes=shapes)
     _require_plain(adapter)
@@ -102,10 +102,10 @@ def _peft(folder: Path, layout: AdapterLayout) -> tuple[AdapterConfig, list[tupl
 
 
 def _require_plain(adapter: PeftAdapter) -> None:
-    """Raise if an adapter contains what a layout of LoRA has no place for.
+    """Raise if an adapter contains anything that a LoRA layout cannot store.
 
     Raises:
-        GraftError: GC069 with every reason.
+        GraftError: GC069, which lists every reason.
     """
     reasons = []
     for module in adapter.modules:
@@ -118,7 +118,7 @@ def _require_plain(adapter: PeftAdapter) -> None:
     release = release_of(adapter.config)
     if release is not None and release < SINCE and any(module.named for module in adapter.modules):
         reasons.append(f"PEFT {adapter.config.peft_version} wrote the factors of experts the other way round")
-    # PEFT saves adapted embeddings and heads beside the adapter; those that are not adapted may have rows of their own.
+    # PEFT saves adapted embeddings and heads with the adapter; those that are not adapted may have rows of their own.
     adapted = {module.path for module in adapter.modules}
     reasons += [f"{name} was saved whole" for name in adapter.copies if name.rpartition(".")[0] not in adapted]
     if reasons:
@@ -163,7 +163,7 @@ def _updates(adapter: PeftAdapter, module: PeftModule, layout: AdapterLayout) ->
 
 
 def _expanded(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors, with one that all experts share repeated for each of them."""
+    """Return the factors, with a factor that all experts share expanded to one per expert."""
     if down.dim() == up.dim() == 3 and 1 in (len(down), len(up)):
         count = max(len(down), len(up))
         return down.expand(count, -1, -1), up.expand(count, -1, -1)
@@ -205,10 +205,10 @@ def _scale(config: AdapterConfig) -> float:
 
 
 def _gathered(entries: Iterable[tuple[str, Update]], folder: Path) -> Iterator[tuple[str, Update]]:
-    """Yield the updates, with separate experts stacked into one update for each projection.
+    """Yield the updates, with separate experts stacked into one update per projection.
 
     Raises:
-        GraftError: GC069 for experts that are missing, or differ in what must be equal.
+        GraftError: GC069 for experts that are missing or whose sizes differ.
     """
     each: dict[str, dict[int, Update]] = {}
     for path, update in entries:
@@ -242,7 +242,7 @@ def write_layout(
     """Write an adapter folder, which must not exist yet.
 
     Raises:
-        GraftError: GC069 for content that the layout has no place for.
+        GraftError: GC069 for content that the layout cannot store.
         OSError: if the folder cannot be written.
     """
     tensors, config = laid_out(adapter, layout, heads)
@@ -254,10 +254,10 @@ def write_layout(
 def laid_out(
     adapter: PlainAdapter, layout: AdapterLayout, heads: AttentionSizes | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors by key, and the config, of an adapter in a layout.
+    """Return an adapter's tensors, by key, and its config in a layout.
 
     Raises:
-        GraftError: GC069 for content that the layout has no place for.
+        GraftError: GC069 for content that the layout cannot store.
     """
     _require_place(adapter, layout)
     updates = dict(_fused(adapter.updates)) if layout.experts in ("flat", "flat_by_expert") else dict(adapter.updates)
@@ -282,12 +282,12 @@ def _require_place(adapter: PlainAdapter, layout: AdapterLayout) -> None:
     if not layout.tables and any(update.table for update in adapter.updates.values()):
         reasons.append("embedding tables")
     if reasons:
-        message = f"the layout {layout.name} has no adapters of {' and '.join(reasons)}"
-        raise GraftError("GC069", message, hint="the layouts peft and vllm have")
+        message = f"the layout {layout.name} cannot store adapters for {' and '.join(reasons)}"
+        raise GraftError("GC069", message, hint="use the layout peft or vllm")
 
 
 def _fused(updates: Mapping[str, Update]) -> Iterator[tuple[str, Update]]:
-    """Yield the updates with gate and up projections of experts in one map, as transformers stores them."""
+    """Yield the updates with the experts' gate and up projections in one map, as transformers stores them."""
     for path, update in updates.items():
         match = EXPERT.fullmatch(path)
         if match is None or match["map"] == "down_proj":
@@ -309,7 +309,7 @@ def _keyed(
 def _placed(
     path: str, update: Update, layout: AdapterLayout, updates: Mapping[str, Update]
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Yield the factors that a layout stores of an update, each pair with its path."""
+    """Yield the pairs of factors by which a layout stores an update, each with its path."""
     module, _, last = path.rpartition(".")
     if update.experts is None:
         yield named(layout, path), (update.down, update.up)
@@ -319,7 +319,7 @@ def _placed(
     elif layout.experts == "stacked":
         yield f"{module}.{STACKED[last]}", (update.down, update.up)
     else:
-        # The parameter that PEFT wraps last is outside the other.
+        # The parameter that PEFT wraps last is the outer one.
         inner = last == "gate_up_proj" and f"{module}.down_proj" in updates
         shaped, up = Shaped(experts=update.experts), update.up
         up = up.transpose(0, 1).flatten(1) if layout.experts == "flat_by_expert" else to_theirs("up", up, shaped)

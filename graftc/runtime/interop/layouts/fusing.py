@@ -1,7 +1,7 @@
-"""Maps that one program keeps separate and another fuses: q, k and v, or the gate and up projections.
+"""Join and split maps that one program stores separately and another fuses: q, k and v, or gate and up projections.
 
-Joining is exact: if the parts share ``A``, it is kept once; otherwise ``B`` becomes block-diagonal and ranks add up.
-Splitting keeps for each part the ranks that its rows use, so that splitting what was joined gives back the parts.
+Joining is exact: if the parts share ``A``, it is stored once; otherwise ``B`` becomes block-diagonal and ranks add up.
+Splitting keeps only the ranks that each part's rows use, so that splitting a joined map restores its parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 @dataclass(frozen=True)
 class Fusion:
-    """The maps of one module whose rows another model has in one map, in this order."""
+    """Maps of one module whose rows another model stores in a single map, in this order."""
 
     fused: str
     parts: tuple[str, ...]
@@ -30,14 +30,14 @@ FUSED: Mapping[str, Fusion] = MappingProxyType(
         "gate_up": Fusion("gate_up_proj", ("gate_proj", "up_proj")),
     }
 )
-"""What can be fused, by the word for it on the command line."""
+"""The possible fusions, by their names on the command line."""
 
 
 def together(parts: Sequence[Update | None], rows: Sequence[int]) -> Update:
-    """Return one update of the map that consists of the rows of the parts, in order.
+    """Return one update for the map that consists of the parts' rows, in order.
 
     Args:
-        parts: the updates of the parts; None for a part without one.
+        parts: the parts' updates; None for a part without one.
         rows: number of rows of each part.
 
     Raises:
@@ -60,7 +60,7 @@ def together(parts: Sequence[Update | None], rows: Sequence[int]) -> Update:
 
 
 def apart(update: Update, rows: Sequence[int]) -> list[Update]:
-    """Split an update into one for the rows of each part."""
+    """Split an update by rows into one for each part."""
     return [replace(update, up=block).trimmed() for block in torch.split(update.up, list(rows), -2)]
 
 
@@ -68,9 +68,9 @@ def joined(adapter: PlainAdapter, what: str, heads: AttentionSizes | None = None
     """Return the adapter with the parts in their fused map.
 
     Args:
-        adapter: the adapter of the separate parts.
+        adapter: the adapter with separate parts.
         what: a key of `FUSED`.
-        heads: attention sizes of the base, needed if an adapter has only some of q, k and v.
+        heads: the base's attention sizes, needed if an adapter has only some of q, k and v.
 
     Raises:
         GraftError: GC069 if the rows of a missing part are unknown, if the parts read inputs of different sizes, or if
@@ -93,7 +93,7 @@ def joined(adapter: PlainAdapter, what: str, heads: AttentionSizes | None = None
         try:
             updates[f"{module}.{fusion.fused}"] = together([parts.get(part) for part in fusion.parts], rows)
         except (ValueError, RuntimeError) as error:
-            raise GraftError("GC069", f"the maps of {module} read inputs of other sizes") from error
+            raise GraftError("GC069", f"the maps of {module} read inputs of different sizes") from error
     return replace(adapter, updates=updates)
 
 
@@ -114,7 +114,7 @@ def split(adapter: PlainAdapter, what: str, heads: AttentionSizes | None = None)
         hits += 1
         rows = _sizes(fusion, update.rows, heads)
         if sum(rows) != update.rows:
-            message = f"{path} has {update.rows} rows, its parts have {' + '.join(map(str, rows))}"
+            message = f"{path} has {update.rows} rows, but its parts have {' + '.join(map(str, rows))}"
             raise GraftError("GC069", message, hint="name the base that the adapter is for: --model MODEL")
         for part, piece in zip(fusion.parts, apart(update, rows), strict=True):
             if bool(piece.up.any()):

@@ -1,4 +1,4 @@
-"""The layouts as data: how each program names maps, and how it stores those of experts.
+"""The layouts as data: how each program names maps, and how it stores the maps of experts.
 
 Taken from peft 0.21, vLLM 0.26 (`lora_model.py`, `model_manager.py`), SGLang (`lora.py`, PR 21466), unsloth-zoo before
 PR 1269, tinker-cookbook 125e52e (`weights/_adapter.py`) and torchtune 0.6 (`convert_weights.py`).
@@ -16,26 +16,26 @@ from graftc.specs.errors.diagnostics import GraftError, alternatives
 ExpertForm: TypeAlias = Literal["flat", "flat_by_expert", "each", "stacked"]
 """How the factors of experts are stored.
 
-`flat`: one matrix each, for the gate and the up projection together and for the down projection; ``A`` counts experts
-slowest, ``B`` fastest. `flat_by_expert`: the same with experts slowest in ``B`` too. `each`: a matrix per expert and
-projection, ``experts.3.gate_proj``. `stacked`: a tensor per projection with experts first, ``experts.w1``; one that all
-experts share has one."""
+`flat`: one matrix for the gate and up projections together, and one for the down projection; the expert index varies
+slowest in ``A`` and fastest in ``B``. `flat_by_expert`: the same, but experts vary slowest in ``B`` too. `each`: a
+matrix per expert and projection, ``experts.3.gate_proj``. `stacked`: a tensor per projection with experts as its first
+axis, ``experts.w1``; the axis of a factor that all experts share has size 1."""
 
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """The way in which one program lays out a LoRA adapter.
+    """How one program lays out a LoRA adapter.
 
     Attributes:
         name: name of the layout on the command line.
-        about: description for users, which says whose layout it is.
+        about: description for users, which names the program.
         experts: how experts are stored; None if the layout has none.
-        names: parts of paths that have other names: transformers' name, then the layout's. Whole segments only.
+        names: segments of paths that are named differently: transformers' name, then the layout's. Whole segments only.
         prefix: prefix of every path.
-        factors: the words for ``A`` and ``B``.
-        rotary: whether the rows of queries and keys are ordered in pairs of the rotation, as in Meta's weights.
-        uniform: whether every map has the rank and the scale that the config states once.
-        tables: whether the layout has adapters of embedding tables.
+        factors: the names of ``A`` and ``B``.
+        rotary: whether the rows of queries and keys are stored in rotation pairs, as in Meta's weights.
+        uniform: whether every map has the one rank and scale that the config defines.
+        tables: whether the layout can store adapters for embedding tables.
     """
 
     name: str
@@ -50,7 +50,7 @@ class AdapterLayout:
 
 
 STACKED: Mapping[str, str] = MappingProxyType({"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"})
-"""What `stacked` calls the projections of experts."""
+"""The names of the experts' projections in `stacked`."""
 
 _TORCHTUNE: Mapping[str, str] = MappingProxyType(
     {
@@ -97,7 +97,7 @@ LAYOUTS: Mapping[str, AdapterLayout] = MappingProxyType({layout.name: layout for
 
 
 def layout_of(name: str) -> AdapterLayout:
-    """Return the layout of a name.
+    """Return the layout that has a name.
 
     Raises:
         GraftError: GC069 for an unknown layout.

@@ -1,4 +1,4 @@
-"""A LoRA adapter as plain updates of a base's maps, regardless of the layout of its file."""
+"""A LoRA adapter as plain updates to a base's maps, independent of its file's layout."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from graftc.specs.errors.diagnostics import GraftError
 
 EXPERT = re.compile(r"(?P<module>.*\bexperts)\.(?P<map>gate_proj|up_proj|down_proj)")
-"""The place of one projection of all experts of a layer."""
+"""Matches the path of one projection of all experts in a layer."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """An update ``scale * up @ down`` of one map: ``down: [..., rank, in]``, ``up: [..., out, rank]``, experts first.
+    """The update ``scale * up @ down`` to one map: ``down: [..., rank, in]``, ``up: [..., out, rank]``, experts first.
 
     Attributes:
-        down, up: the factors, in the type in which they are stored.
+        down, up: the factors, in their stored dtype.
         scale: factor of their product.
         table: whether the map is an embedding table, whose columns are tokens.
     """
@@ -34,7 +34,7 @@ class Update:
     def __post_init__(self) -> None:
         fits = self.down.shape[:-2] == self.up.shape[:-2] and self.down.shape[-2] == self.up.shape[-1]
         if self.down.dim() not in (2, 3) or not fits:
-            raise ValueError(f"A {list(self.down.shape)} and B {list(self.up.shape)} do not belong together")
+            raise ValueError(f"the shapes of A {list(self.down.shape)} and B {list(self.up.shape)} do not match")
 
     @property
     def rank(self) -> int:
@@ -52,7 +52,7 @@ class Update:
         return self.up.shape[0] if self.up.dim() == 3 else None
 
     def scaled(self, scale: float) -> Update:
-        """Return the same update with another scale; ``up`` absorbs the difference, rounded to its type."""
+        """Return the same update with another scale; ``up`` absorbs the difference, rounded to its dtype."""
         if scale == self.scale:
             return self
         up = (self.up.double() * (self.scale / scale)).to(self.up.dtype)
@@ -65,14 +65,14 @@ class Update:
         return self if more <= 0 else replace(self, down=pad(self.down, (0, 0, 0, more)), up=pad(self.up, (0, more)))
 
     def beside(self, other: Update) -> Update:
-        """Return one update that adds what both add: factors side by side, with this one's scale and the wider type."""
+        """Return the sum of two updates: factors side by side, with this update's scale and the wider dtype."""
         dtype = torch.promote_types(self.up.dtype, other.up.dtype)
         other = replace(other, down=other.down.to(dtype), up=other.up.to(dtype)).scaled(self.scale)
         down = torch.cat([self.down.to(dtype), other.down], -2)
         return replace(self, down=down, up=torch.cat([self.up.to(dtype), other.up], -1))
 
     def trimmed(self) -> Update:
-        """Return the same update without the ranks at which ``up`` is zero everywhere; at least one rank stays."""
+        """Return the same update without the ranks whose column of ``up`` is all zeros; at least one rank remains."""
         used = self.up.flatten(0, -2).ne(0).any(0)
         if bool(used.all()):
             return self
@@ -83,12 +83,12 @@ class Update:
 
 @dataclass(frozen=True)
 class PlainAdapter:
-    """A LoRA adapter, by the paths of its maps in the base of transformers.
+    """A LoRA adapter, keyed by its maps' paths in the transformers model.
 
     Attributes:
-        updates: updates by path. Experts are one update per projection, ``<...>.experts.gate_proj``, with a leading
+        updates: updates by path. Experts have one update per projection, ``<...>.experts.gate_proj``, with a leading
             axis.
-        about: fields of the config that any layout keeps: the base, its revision, the task.
+        about: config fields that every layout preserves: the base, its revision, the task.
     """
 
     updates: Mapping[str, Update]
@@ -96,7 +96,7 @@ class PlainAdapter:
 
     @property
     def has_experts(self) -> bool:
-        """Whether any of its maps belongs to experts."""
+        """Whether any of the adapter's maps belongs to experts."""
         return any(EXPERT.fullmatch(path) for path in self.updates)
 
 
@@ -105,8 +105,8 @@ class AttentionSizes:
     """The sizes of a base's attention, on which rotary permutations and fused projections depend.
 
     Attributes:
-        queries, keys: number of heads of queries, and of keys and values.
-        size: number of outputs of one head.
+        queries, keys: number of query heads, and of key and value heads.
+        size: number of outputs per head.
     """
 
     queries: int
@@ -115,26 +115,26 @@ class AttentionSizes:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str) -> AttentionSizes:
-        """Read the sizes from the config of a base.
+        """Read the sizes from a base's config.
 
         Raises:
-            GraftError: GC069 if the config does not state them.
+            GraftError: GC069 if the config does not define them.
         """
         config = config.get("text_config", config)
         queries, hidden = config.get("num_attention_heads"), config.get("hidden_size")
         keys = config.get("num_key_value_heads") or queries
         if not all(isinstance(n, int) and n > 0 for n in (queries, keys, hidden)):
             hint = "name the base's folder: --model MODEL"
-            raise GraftError("GC069", f"{where} does not say how many heads there are", hint=hint)
+            raise GraftError("GC069", f"{where} does not define the number of attention heads", hint=hint)
         assert isinstance(queries, int) and isinstance(keys, int) and isinstance(hidden, int)
         return cls(queries, keys, int(config.get("head_dim") or hidden // queries))
 
 
 def concatenated(first: PlainAdapter, second: PlainAdapter) -> PlainAdapter:
-    """Return one adapter that adds what both add: their factors side by side, so that ranks add up.
+    """Return the sum of two adapters: their factors side by side, so that ranks add up.
 
     Raises:
-        GraftError: GC069 if they are for maps of different sizes.
+        GraftError: GC069 if the sizes of a map differ.
     """
     updates = dict(first.updates)
     for path, other in second.updates.items():
@@ -146,6 +146,6 @@ def concatenated(first: PlainAdapter, second: PlainAdapter) -> PlainAdapter:
             other.down.shape[-1],
             other.rows,
         ):
-            raise GraftError("GC069", f"the adapters are for maps of other sizes at {path}", hint="they need one base")
+            raise GraftError("GC069", f"the adapters' maps have different sizes at {path}", hint="they need one base")
         updates[path] = update.beside(other)
     return PlainAdapter(updates, first.about)

@@ -1,7 +1,7 @@
-"""A reference for what an adapter folder computes in each layout, written out by row and column numbers.
+"""A reference for what an adapter folder computes in each layout, written out by row and column indices.
 
-Conversions are checked against it. It shares nothing with the code that reads and writes the layouts, except their
-names and how patterns match paths.
+Conversions are checked against it. It shares nothing with the code that reads and writes the layouts except their names
+and the matching of patterns to paths.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def responses(
     probe: Probe,
     heads: AttentionSizes | None = None,
 ) -> dict[str, Tensor]:
-    """Return what every map adds to its output, ``[out, probes]`` in float64, by its path.
+    """Return each map's addition to its output, ``[out, probes]`` in float64, by the map's path.
 
     The path of an expert's map is ``<...>.experts.3.gate_proj``.
 
     Args:
-        layout: the layout in which the tensors are read.
+        layout: the tensors' layout.
         tensors: the tensors by key.
         config: the contents of ``adapter_config.json``.
-        probe: function that returns inputs ``[in, probes]`` of a size, float64: the same for the same size.
-        heads: attention sizes of the base, if rows are rotated in pairs.
+        probe: function that returns float64 inputs ``[in, probes]`` for a size, always the same for a given size.
+        heads: the base's attention sizes, if rows are stored in rotation pairs.
     """
     results: dict[str, Tensor] = {}
     stated = _Config(config)
@@ -55,7 +55,7 @@ def responses(
 
 
 class _Pair:
-    """The factors of one key, and products with some rows of one and some columns of the other."""
+    """The factors of one key, and products of selected rows of one and columns of the other."""
 
     def __init__(self, down: Tensor, up: Tensor, probe: Probe) -> None:
         self.down, self.up, self.probe = down, up, probe
@@ -89,9 +89,9 @@ def _stacked(path: str, pair: _Pair, config: _Config) -> Iterator[tuple[str, Ten
 
 
 def _flat(layout: AdapterLayout, path: str, bare: str, pair: _Pair, config: _Config) -> Iterator[tuple[str, Tensor]]:
-    """Yield the responses of experts in PEFT's flat form: row ``e * r + k`` of A is rank k of expert e.
+    """Yield the experts' responses in PEFT's flat form: row ``e * r + k`` of A is rank k of expert e.
 
-    So is column ``k * E + e`` of B, or column ``e * r + k`` in the form `flat_by_expert`.
+    In B, that is column ``k * E + e``, or column ``e * r + k`` in the form `flat_by_expert`.
     """
     targets = [str(name).rpartition(".")[2] for name in config.own.get("target_parameters") or ()]
     inner = path != bare or targets == ["gate_up_proj"]
@@ -113,7 +113,7 @@ def _flat(layout: AdapterLayout, path: str, bare: str, pair: _Pair, config: _Con
 
 
 class _Config:
-    """The ranks and scales that a config states, from its patterns if requested."""
+    """The ranks and scales that a config defines, taken from its patterns if requested."""
 
     def __init__(self, own: Mapping[str, Any]) -> None:
         self.own, self._matcher = own, RegexMatcher()
@@ -138,7 +138,7 @@ class _Config:
 
 
 def unpaired(value: Tensor, size: int) -> Tensor:
-    """Return the rows in halves of the rotation: row ``2 i + j`` of a head is number i of the rotation's half j."""
+    """Return the rows ordered by rotation halves: row ``2 i + j`` of a head becomes row i of its half j."""
     rows = []
     for start in range(0, value.shape[0], size):
         rows += [value[start + 2 * i + j] for j in range(2) for i in range(size // 2)]

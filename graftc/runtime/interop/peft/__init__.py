@@ -1,5 +1,5 @@
-"""Reading and writing of peft's checkpoints by the tables that methods have beside their specs (`graftc.specs.peft`).
+"""Read and write peft checkpoints according to the tables defined next to methods' specs (`graftc.specs.peft`).
 
-Neither peft nor anything that a file names is imported for this. `folder` reads the files, and `importing` compiles
-what they contain.
+This imports neither peft nor anything that a file names. `folder` reads the files, and `importing` compiles their
+contents.
 """

@@ -1,4 +1,4 @@
-"""What adapters are compared with in a base: the paths and sizes of its modules, and the spec that adapts it."""
+"""Helpers for comparing adapters with a base: its modules' paths and shapes, and the spec that adapts it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from graftc.specs.document import Spec
 
 
 def paths_of(model: nn.Module) -> list[str]:
-    """Return the paths of all modules but the model itself."""
+    """Return the paths of all modules except the model itself."""
     return [path for path, _ in model.named_modules(remove_duplicate=False) if path]
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the sizes of all parameters, by name."""
+    """Return the shapes of all parameters, by name."""
     return {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
@@ -30,12 +30,12 @@ def outermost(paths: Collection[str]) -> list[str]:
 
 
 def rows_in(spec: MethodSpec) -> list[int]:
-    """Return the rows of a table that a spec trains; none if it trains no rows."""
+    """Return the table rows that a spec trains; empty if it trains no rows."""
     return list(getattr(spec, "rows", None) or ())
 
 
 def behind_an_encoder(model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
-    """Return the target of peft's virtual keys in a model with two stacks: the decoder's own attention."""
+    """Return the target of peft's virtual keys in an encoder-decoder model: the decoder's self-attention."""
     cross = [f.module for f in structure().findings if f.kind is SiteKind.ATTENTION and "cross." in f.role]
     return {"role": "decoder.attn", "exclude": globs(dict.fromkeys(cross), paths_of(model))}
 
@@ -43,7 +43,7 @@ def behind_an_encoder(model: nn.Module, structure: Callable[[], Structure]) -> d
 def spec_of_entries(
     adapt: Iterable[Mapping[str, Any]], train: Collection[str], untie: Collection[str], model: nn.Module
 ) -> Spec:
-    """Return the spec of some entries that also trains modules of a model, and gives some of them own tensors."""
+    """Return the spec with the given entries that also trains some of a model's modules and unties others."""
     paths = paths_of(model)
     more = {"train": globs(train, paths)} if train else {}
     more |= {"untie": globs(untie, paths)} if untie else {}

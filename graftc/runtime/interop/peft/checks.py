@@ -1,6 +1,6 @@
-"""Checks of a peft folder against a base, for imports and for merges file by file.
+"""Check a peft folder against a base, for imports and for merges that stream files.
 
-Everything that the config says must be in the file, and everything in the file must be for this base.
+Everything that the config defines must be in the file, and everything in the file must fit this base.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from graftc.specs.errors.text import some
 from graftc.specs.foreign.fields import takes_bias
 
 SHOWN = 50
-"""Details that an error lists."""
+"""Maximum number of details that an error lists."""
 
 
 def token_keys(adapter: PeftAdapter) -> set[str]:
-    """Return the keys of trained rows that are stored beside the method."""
+    """Return the keys of trained rows that are stored in addition to the method's tensors."""
     return set(adapter.keys.tokens.values())
 
 
 def check_contents(adapter: PeftAdapter, modules: Sequence[str], parameters: Mapping[str, Tensor]) -> None:
-    """Raise if a file has more than its config and the base explain, or less.
+    """Raise if a file has more or less than its config and the base require.
 
     Args:
         adapter: the folder.
         modules: paths of the base's modules.
-        parameters: the base's parameters by name, tied ones under each of their names; values do not matter.
+        parameters: the base's parameters, tied ones under each of their names; values are not read.
 
     Raises:
-        GraftError: GC113 with every module and tensor at once.
+        GraftError: GC112 if `target_modules` is null; GC113, which lists the modules or tensors that do not match.
     """
     _check_targets(adapter, modules)
     _check_parameters(adapter, parameters)
-    lacking = [f"{name}: trained by the config, not in the file" for name in _trained(adapter, modules, parameters)]
+    lacking = [f"{name}: trained by the config, but not in the file" for name in _trained(adapter, modules, parameters)]
     rows = adapter.config.trainable_token_indices
     if rows and not adapter.keys.tokens:
         lacking.append("trainable_token_indices: the file has no rows")
@@ -54,8 +54,8 @@ def _check_targets(adapter: PeftAdapter, modules: Sequence[str]) -> None:
     if adapter.config.is_prompt:
         return
     if own and adapter.config.target_modules is None and not adapter.config.target_parameters:
-        message = "target_modules is null: peft then takes what it knows of the model's class, and leaves out the rest"
-        hint = f"name the modules that the file has tensors of: {some(sorted({p.rpartition('.')[2] for p in own}))}"
+        message = "target_modules is null: peft then adapts only its defaults for the model's class"
+        hint = f"name the modules that have tensors in the file: {some(sorted({p.rpartition('.')[2] for p in own}))}"
         raise GraftError("GC112", message, place=adapter.in_config("target_modules"), hint=hint)
     if named is None:
         return
@@ -78,7 +78,7 @@ def _refuse_difference(adapter: PeftAdapter, field: str, kind: str, own: set[str
 
 
 def _trained(adapter: PeftAdapter, modules: Sequence[str], parameters: Mapping[str, Tensor]) -> list[str]:
-    """Return the parameters that the config trains in full and the file lacks."""
+    """Return the parameters that the config trains in full but that the file lacks."""
     full = [path for path in modules if is_saved(adapter.config, path)]
     adapted = {module.path for module in adapter.modules}
     present = {id(parameters[name]) for name in adapter.trained if name in parameters}
@@ -93,24 +93,24 @@ def _trained(adapter: PeftAdapter, modules: Sequence[str], parameters: Mapping[s
 
 
 def check_copies(adapter: PeftAdapter, base: Mapping[str, Sequence[int]], read: Callable[[str], Tensor | None]) -> None:
-    """Raise unless the tensors of the base that were saved as well are those of this base.
+    """Raise if tensors that were saved in addition to the adapter differ from those of this base.
 
     Args:
         adapter: the folder.
-        base: sizes of the base's parameters and buffers, by name.
-        read: function that returns the values of one of them; None if there are none to compare.
+        base: shapes of the base's parameters and buffers, by name.
+        read: function that returns the base's tensor by name, or None if its values are not available.
 
     Raises:
-        GraftError: GC113 for tensors that are neither the method's nor the base's, GC114 for those of another base.
+        GraftError: GC113 for tensors that belong to neither the method nor the base, GC114 for tensors of another base.
     """
     unknown = [key for name, key in adapter.copies.items() if name not in base]
     if unknown:
-        message = f"the file has tensors that {adapter.config.peft_type} does not: {some(unknown, 5)}"
+        message = f"the file has tensors that {adapter.config.peft_type} does not have: {some(unknown, 5)}"
         raise GraftError("GC113", message, place=adapter.place, details=unknown[5:SHOWN])
     wrong: list[str] = []
     for name, key in adapter.copies.items():
         if tuple(base[name]) != adapter.shapes[key]:
-            wrong.append(f"{name} is {list(base[name])}, in the file it is {list(adapter.shapes[key])}")
+            wrong.append(f"{name} is {list(base[name])}, but in the file it is {list(adapter.shapes[key])}")
             continue
         expected = read(name)
         if expected is not None and not torch.equal(adapter.tensor(key).to(expected.device, expected.dtype), expected):
@@ -120,5 +120,7 @@ def check_copies(adapter: PeftAdapter, base: Mapping[str, Sequence[int]], read: 
             wrong.append(f"{first} and {key} differ")
     if wrong:
         message = f"the file holds tensors of another base: {wrong[0]}"
-        hint = "give the base that the adapter was trained on; where its vocabulary was resized, save that model first"
+        hint = (
+            "use the base that the adapter was trained on; if its vocabulary was resized, save the resized model first"
+        )
         raise GraftError("GC114", message, place=adapter.place, details=wrong[1:SHOWN], hint=hint)

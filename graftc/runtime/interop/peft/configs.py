@@ -1,7 +1,7 @@
-"""Translation of peft configs to specs for a given model: which modules, heads and rows peft itself would adapt there.
+"""Translate peft configs to specs for a given model, with the modules, heads and rows that peft itself would adapt.
 
-A config may leave that to peft: targets by the kind of the model, ``all-linear``, heads by the task, layers that
-another version of transformers has joined. peft adapts a copy of the model without storage, and the spec names what it
+A config may leave these to peft: default targets for the model type, ``all-linear``, heads for the task, layers that
+another version of transformers fuses. peft adapts a copy of the model without storage, and the spec names what it
 adapted.
 """
 
@@ -49,8 +49,8 @@ class _Adapted:
         config: the config as completed by peft.
         modules, parameters: names of the adapted modules and parameters.
         heads: paths of modules that train in full.
-        by_task: the heads that the task adds to those that the config names.
-        tables: paths of tables of which some rows train as well.
+        by_task: the heads that the task adds to those named in the config.
+        tables: paths of tables with additional trained rows.
     """
 
     config: AdapterConfig
@@ -62,19 +62,19 @@ class _Adapted:
 
 
 def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[], Structure]) -> Spec:
-    """Return the spec that adapts in a model what `peft.get_peft_model` adapts there.
+    """Return the spec that adapts the same parts of a model as `peft.get_peft_model`.
 
-    A config that is data does not need peft, but without peft it has to name its modules.
+    A config given as data does not require peft, but without peft it must name its modules.
 
     Args:
-        source: a config, as an object or as data, or a mapping of names to configs that contains only one.
-        where: path of the config, named in errors.
+        source: a config, as an object or as data, or a mapping from one name to its config.
+        where: the config's path, for errors.
         model: the model, which is not changed.
-        structure: function that finds the model's roles.
+        structure: function that returns the model's roles.
 
     Raises:
-        GraftError: GC073 for several configs, GC111 for one that cannot be read, GC112 for one that peft does not
-            accept for this model, or that has no equivalent here.
+        GraftError: GC073 for several configs, GC111 for one that cannot be read, GC112 for one that peft rejects for
+            this model or that has no equivalent in graftc.
     """
     data = as_data(source)
     config = read_config(data, where)
@@ -106,9 +106,9 @@ def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[]
 
 
 def _spec(adapt: Sequence[Mapping[str, Any]], adapted: _Adapted, model: nn.Module) -> Spec:
-    """Return the spec of the entries, which also trains the heads that peft trains.
+    """Return the spec with the entries, which also trains the heads that peft trains.
 
-    Warn about heads that the task adds.
+    Issue a warning about heads that the task adds.
     """
     added = [path for path in adapted.heads if path in adapted.by_task]
     if added:
@@ -122,9 +122,9 @@ def _spec(adapt: Sequence[Mapping[str, Any]], adapted: _Adapted, model: nn.Modul
 
 
 def _stack(config: AdapterConfig, model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
-    """Return the target of virtual keys in a model with two stacks, otherwise nothing.
+    """Return the target of virtual keys in an encoder-decoder model; empty for other models.
 
-    peft has them in the decoder's own attention.
+    peft puts them in the decoder's self-attention.
     """
     if config.format[1].joined != ("prompt_embeddings", 1) or config.task_type != "SEQ_2_SEQ_LM":
         return {}
@@ -142,22 +142,22 @@ _PLAIN = re.compile(r"[\w.-]*")
 def _without_patterns(
     peft: ModuleType, theirs: Any, config: AdapterConfig, model: nn.Module, where: str
 ) -> set[str] | None:
-    """Replace peft's regular expressions by names, because peft matches them without the time limit that graftc has.
+    """Replace peft's regular expressions with names, because peft matches them without a time limit.
 
     Args:
         peft: the library.
         theirs: peft's config, which is changed in place.
         config: the same config, as read by graftc.
         model: the base.
-        where: path of the config, named in errors.
+        where: the config's path, for errors.
 
     Returns:
-        The paths that the expression of `target_modules` matches; None if it is not an expression, or if peft compares
+        The paths that the expression in `target_modules` matches; None if it is not an expression, or if peft compares
         the last segments of paths.
 
     Raises:
-        GraftError: GC008 for an expression that takes too long, GC002 for an invalid one, GC112 for one in a field of
-            names.
+        GraftError: GC008 for an expression that takes too long, GC002 for an invalid one, GC112 for one in a field
+            that accepts only names.
     """
     for field in ("modules_to_save", "layers_pattern"):
         given = config.value(field)
@@ -180,13 +180,13 @@ def _without_patterns(
 
 
 def _last_segments(config: AdapterConfig, model: nn.Module, old: Mapping[str, str]) -> set[str]:
-    """Return the names that peft derives from a regular expression if it converts the names of experts.
+    """Return the names that peft derives from a regular expression when it converts the names of experts.
 
-    They are the last segments of the matching modules, parameters and older names, which peft then looks for in every
-    layer.
+    They are the last segments of the matching modules, parameters and older names; peft then searches every layer for
+    them.
 
     Args:
-        config: the config whose `target_modules` is the expression.
+        config: the config that has the expression as its `target_modules`.
         model: the base.
         old: the older names, as returned by `_older_names`.
     """
@@ -204,10 +204,10 @@ def _last_segments(config: AdapterConfig, model: nn.Module, old: Mapping[str, st
 
 
 def _older_names(peft: ModuleType, config: AdapterConfig, model: nn.Module) -> Mapping[str, str]:
-    """Return the names that a model's projections had in transformers 4, each with the name of what contains it now.
+    """Return the names of a model's projections in transformers 4, each with the name that contains it now.
 
-    The result is empty if peft does not convert configs for the model. peft has a table for each kind of model: the
-    right one is the one whose names it converts.
+    The result is empty if peft does not convert configs for the model. peft has several tables; the right one for a
+    model is the one whose names peft converts.
     """
     from peft.utils import transformers_weight_conversion as conversion
 
@@ -222,10 +222,10 @@ def _older_names(peft: ModuleType, config: AdapterConfig, model: nn.Module) -> M
 
 
 def _with_patterns(complete: dict[str, Any], config: AdapterConfig, targets: Sequence[str], where: str) -> None:
-    """Put the ranks and scales for some modules back, in front of those that peft has added.
+    """Restore the config's ranks and scales for individual modules, ahead of those that peft has added.
 
     Raises:
-        GraftError: GC011 for one that matches no module.
+        GraftError: GC011 for a pattern that matches no adapted module.
     """
     for field in config.format[1].patterns:
         given = config.value(field)
@@ -234,7 +234,7 @@ def _with_patterns(complete: dict[str, Any], config: AdapterConfig, targets: Seq
         complete[field] = {**given, **(complete[field] or {})}
         for key in given:
             if not any(matching([key], name, config.matcher) for name in targets):
-                message = f"{field}: {quoted(key)} means none of the {len(targets)} adapted modules"
+                message = f"{field}: {quoted(key)} matches none of the {len(targets)} adapted modules"
                 raise GraftError("GC011", message, place=Place(where, path=field), hint="remove it, or correct it")
 
 
@@ -242,12 +242,12 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
     """Let peft adapt a copy of the model without storage, and return what it adapted.
 
     Raises:
-        GraftError: GC112, with peft's own message if peft does not accept the config.
+        GraftError: GC112, with peft's own message if peft rejects the config.
     """
     try:
         theirs = copy.deepcopy(source) if isinstance(source, peft.PeftConfig) else peft.get_peft_config(dict(data))
     except (TypeError, ValueError) as error:
-        raise _refused("", f"PEFT does not read it: {first_line(error)}", where) from None
+        raise _refused("", f"PEFT cannot read it: {first_line(error)}", where) from None
     if hasattr(theirs, "init_lora_weights"):
         theirs.init_lora_weights = True  # decompositions need values
     config = read_config(data, where)
@@ -257,8 +257,8 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
         try:
             peft_model = peft.get_peft_model(_without_storage(arrived(model)), theirs, _ADAPTER, low_cpu_mem_usage=True)
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
-            message = f"PEFT does not adapt {type(model).__name__} by it: {first_line(error)}"
-            raise _refused("", message, where, "target_modules: name modules of the model, or all-linear") from None
+            message = f"PEFT cannot adapt {type(model).__name__} with it: {first_line(error)}"
+            raise _refused("", message, where, "target_modules: name modules of the model, or use all-linear") from None
     tuner, base = (
         (None, peft_model.base_model)
         if theirs.is_prompt_learning
@@ -268,7 +268,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
         (tuner.targeted_module_names, tuner.targeted_parameter_names) if tuner is not None else ([], [])
     )
     if getattr(theirs, "target_modules_to_tie", None):
-        message = "PEFT gives the embeddings and the head that is tied to them one pair of factors"
+        message = "PEFT uses one pair of factors for the embeddings and the head that is tied to them"
         hint = "train them in full (modules_to_save), or some of their rows (trainable_token_indices)"
         raise _refused("ensure_weight_tying", f"{message}, which has no equivalent here", where, hint)
     if matched is not None:  # peft also matches a listed name as the end of longer ones
@@ -288,7 +288,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
 
 
 def _without_storage(model: nn.Module) -> nn.Module:
-    """Return a copy of a model whose tensors only have sizes; ties are kept."""
+    """Return a copy of a model whose tensors have shapes but no values; ties are preserved."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*parameters_of(module).values(), *buffers_of(module).values()):
@@ -300,7 +300,7 @@ def _without_storage(model: nn.Module) -> nn.Module:
 
 
 def _beside(peft: ModuleType, model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the paths of modules that train in full, and of tables of which rows do, by the wrappers around them."""
+    """Return the paths of modules that train in full and of tables with trained rows, as peft's wrappers show them."""
     full: list[str] = []
     tables: list[str] = []
     for path, module in model.named_modules():
@@ -312,7 +312,7 @@ def _beside(peft: ModuleType, model: nn.Module) -> tuple[list[str], list[str]]:
 
 
 def _at(config: AdapterConfig, path: str, parameter: str | None = None) -> PeftModule:
-    """Return a module, or a parameter of one, with the spec that applies there."""
+    """Return a module, or one of its parameters, with the spec that applies to it."""
     spec = method_at(config, path if parameter is None else f"{path}.{parameter}")
     if "rows" in type(spec).model_fields:
         spec = table_rows(rows_of(config, path)[0], path)
@@ -320,9 +320,9 @@ def _at(config: AdapterConfig, path: str, parameter: str | None = None) -> PeftM
 
 
 def _inside(own: PeftModule, model: nn.Module) -> list[PeftModule]:
-    """Return a module and what peft adapts inside of it.
+    """Return a module, and any module inside it that peft adapts along with it.
 
-    That is the output projection of an attention of torch, whose update peft adds twice.
+    The only such module is the output projection of torch's `nn.MultiheadAttention`, whose update peft adds twice.
     """
     if not isinstance(model.get_submodule(own.path), nn.MultiheadAttention):
         return [own]
@@ -331,12 +331,12 @@ def _inside(own: PeftModule, model: nn.Module) -> list[PeftModule]:
 
 
 def _named(config: AdapterConfig) -> Sequence[str]:
-    """Return the names in `target_modules` that peft looked for; it has replaced others by parameters."""
+    """Return the names in `target_modules` that peft looked for; it has replaced others with parameters."""
     return config.target_modules if isinstance(config.target_modules, list) else ()
 
 
 def _check_names(named: Sequence[str] | str | None, model: nn.Module, where: str) -> None:
-    """Raise if a name in `target_modules` matches no module, which peft would ignore.
+    """Raise if a name in `target_modules` matches no module; peft would ignore it.
 
     Raises:
         GraftError: GC011.
@@ -346,5 +346,5 @@ def _check_names(named: Sequence[str] | str | None, model: nn.Module, where: str
         if not any(path.endswith(f".{name}") for path in paths):
             close = nearest(name, dict.fromkeys(path.rpartition(".")[2] for path in paths))
             hint = f"did you mean {some(close)}?" if close else "graftc.roles(model) lists the modules"
-            message = f"no module of {type(model).__name__} is called {quoted(name)}"
+            message = f"no module of {type(model).__name__} is named {quoted(name)}"
             raise GraftError("GC011", message, place=Place(where, path="target_modules"), hint=hint)

@@ -1,4 +1,4 @@
-"""The spec entry that adapts given modules of a base as a config of peft says."""
+"""The spec entry that adapts given modules of a base as a peft config does."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from graftc.specs.foreign.fields import fields_of
 def entry_of(
     config: AdapterConfig, modules: Sequence[PeftModule], paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """Return the entry: the values of most modules, and overrides for the others.
+    """Return the entry, with the most common values and with overrides for modules that differ.
 
     Args:
-        config: the config that they are adapted by.
+        config: the config that adapts the modules.
         modules: the adapted modules, at least one.
         paths: paths of all modules of the base.
-        shapes: sizes of all parameters of the base, by name.
+        shapes: shapes of all parameters of the base, by name.
     """
     _, table = config.format
     varying = sorted({*table.patterns.values(), *(own.field for own in table.lists.values())})
@@ -48,7 +48,7 @@ def entry_of(
 
 
 def _exceeds(module: PeftModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether the rank at a module is above that of any matrix of its size."""
+    """Return whether a module's rank exceeds the largest possible rank of its matrix."""
     shape = shapes.get(module.name, ())
     if len(shape) < 2:
         return False

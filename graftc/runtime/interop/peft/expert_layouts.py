@@ -1,4 +1,4 @@
-"""The orientation of the factors of experts in a file, which depends on the release of PEFT that wrote it.
+"""The orientation of the experts' factors in a file, which depends on the PEFT release that wrote it.
 
 Up to 0.18, the first factor reads the middle axis of a weight ``[experts, a, b]``, regardless of its meaning; from 0.19
 on, it reads the experts' inputs, which are the last axis unless their module sets `is_transposed`.
@@ -24,10 +24,10 @@ _RELEASE = re.compile(r"(\d+)\.(\d+)(\.\d+)*(\.post\d+)?")
 
 
 def pairs_in(adapter: PeftAdapter, compilation: Compilation) -> list[Pair]:
-    """Return `pairs_of` in the layout of a folder: the one that its sizes fit, or otherwise that of its `peft_version`.
+    """Return `pairs_of` in a folder's layout: the one that its shapes fit, or if both fit, that of its `peft_version`.
 
     Raises:
-        GraftError: GC113 if nothing tells the layouts apart.
+        GraftError: GC113 if nothing distinguishes the layouts.
     """
     named = {f"{module.path}.{module.parameter}" for module in adapter.modules if module.named}
     newer, older = pairs_of(compilation, named=named), pairs_of(compilation, older=True, named=named)
@@ -39,21 +39,21 @@ def pairs_in(adapter: PeftAdapter, compilation: Compilation) -> list[Pair]:
         return newer if release >= SINCE else older
     first = next(pair.site for pair, other in zip(newer, older, strict=True) if pair != other)
     message = (
-        f"the factors of {first} are those of PEFT up to 0.18, or of PEFT from 0.19 on, which have the two the other "
-        "way round: the weights are square, so that both fit, and peft_version does not say which release wrote them"
+        f"the factors of {first} may be those of PEFT up to 0.18 or of PEFT from 0.19 on, which swaps the two: "
+        "the weights are square, so both fit, and peft_version does not name the release that wrote them"
     )
-    hint = 'set "peft_version" in the config to the release that wrote it, such as "0.18.1" or "0.19.0"'
+    hint = 'set "peft_version" in the config to the release that wrote the file, such as "0.18.1" or "0.19.0"'
     raise GraftError("GC113", message, place=adapter.in_config("peft_version"), hint=hint)
 
 
 def release_of(config: AdapterConfig) -> tuple[int, int] | None:
-    """Return the release of PEFT that wrote a config; None if it does not say."""
+    """Return the PEFT release that wrote a config; None if the config does not name it."""
     release = _RELEASE.fullmatch(config.peft_version or "")
     return None if release is None else (int(release[1]), int(release[2]))
 
 
 def _fits(adapter: PeftAdapter, compilation: Compilation, pairs: Sequence[Pair]) -> bool:
-    """Return whether all factors of experts in the file have the sizes of the given pairs."""
+    """Return whether all factors of experts in the file have the shapes of the given pairs."""
     own = [pair for pair in pairs if pair.shaped.experts is not None and pair.key in adapter.shapes]
     like = {pair: torch.empty(compilation.store.get(pair.tensor).shape, device="meta") for pair in own}
     return all(tuple(pair.write(tensor).shape) == adapter.shapes[pair.key] for pair, tensor in like.items())

@@ -1,6 +1,6 @@
-"""Export of a compiled model to a folder that peft loads, by the same tables and pairs as an import.
+"""Export a compiled model to a folder that peft loads, with the same tables and pairs as an import.
 
-Anything that peft cannot express is refused by name before anything is written, and what was written is read back and
+Anything that peft cannot express is refused by name before anything is written. The written folder is read back and
 compared.
 """
 
@@ -49,16 +49,16 @@ from graftc.specs.patterns import match_modules
 from graftc.specs.peft import PeftFormat
 
 SITES = "graftc_sites.json"
-"""Which tensor of the file belongs to which site: for people, and to know the folders that graftc wrote."""
+"""Lists which site each tensor in the file belongs to: for readers, and to recognise folders that graftc wrote."""
 
 
 @dataclass(frozen=True)
 class PeftExport:
-    """The contents of a folder for peft.
+    """The contents of a peft folder.
 
     Attributes:
         config: the contents of ``adapter_config.json``.
-        pairs: the pairs of tensors, in the order of the spec.
+        pairs: the pairs of tensors, in the spec's order.
         tensors: peft's tensors, by key.
     """
 
@@ -67,27 +67,27 @@ class PeftExport:
     tensors: Mapping[str, Tensor]
 
     def sites(self) -> tuple[PeftTensor, ...]:
-        """Return the records of the pairs."""
+        """Return a record for each pair."""
         return peft_tensors(self.pairs)
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether graftc wrote a folder for peft, or the folder is empty."""
+    """Return whether a folder is empty or a peft folder that graftc wrote."""
     return path.is_dir() and ((path / SITES).is_file() or not any(path.iterdir()))
 
 
 def prepared(compilation: Compilation) -> PeftExport:
-    """Return what a folder for peft would contain, without writing anything.
+    """Return the contents of a peft folder without writing anything.
 
     Raises:
-        GraftError: GC115 naming what peft cannot express.
+        GraftError: GC115, which names what peft cannot express.
     """
     main, others = split(compilation)
     refuse_inexpressible(compilation, main, others)
     pairs = pairs_of(compilation)
     config = _config(compilation, main, others)
     if pairs != pairs_of(compilation, older=True):
-        # Sizes do not show the layout of experts whose weights are square.
+        # Shapes do not reveal the layout of experts whose weights are square.
         config["peft_version"] = f"{SINCE[0]}.{SINCE[1]}.0"
     read_config(config, CONFIG)
     tensors = _tensors(compilation, pairs)
@@ -95,7 +95,7 @@ def prepared(compilation: Compilation) -> PeftExport:
     for pair in pairs:
         allowed = axes.get(pair.part)
         if allowed is not None and tensors[pair.key].dim() not in allowed:
-            raise GraftError("GC115", f"PEFT makes another product of {pair.part} at {pair.site}", hint="merge it")
+            raise GraftError("GC115", f"PEFT multiplies {pair.part} differently at {pair.site}", hint="merge it")
     return PeftExport(config, pairs, tensors)
 
 
@@ -113,7 +113,7 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def check_peft(export: PeftExport, folder: Path) -> None:
-    """Check that a folder reads back as it was written.
+    """Check that reading a folder yields what was written.
 
     Raises:
         GraftError: GC060 if it does not.
@@ -121,11 +121,11 @@ def check_peft(export: PeftExport, folder: Path) -> None:
     adapter = read_peft(folder)
     same = adapter.shapes.keys() == export.tensors.keys()
     if not same or any(not torch.equal(adapter.tensor(key), value.cpu()) for key, value in export.tensors.items()):
-        raise GraftError("GC060", "the folder for PEFT does not read back as it was written")
+        raise GraftError("GC060", "the folder for PEFT differs from what was written when it is read back")
 
 
 def _tensors(compilation: Compilation, pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    """Return peft's tensors: separate ones, and shared ones put together from their parts."""
+    """Return peft's tensors: separate ones, and shared ones assembled from their parts."""
     tensors: dict[str, Tensor] = {}
     shared: dict[str, list[tuple[Pair, Tensor]]] = {}
     for pair in pairs:
@@ -164,7 +164,7 @@ def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]
 
 
 def _fields(places: Sequence[tuple[Site, MethodSpec]], main: Resolved, table: PeftFormat) -> dict[str, Any]:
-    """Return the fields of the config that are fields of the spec; if sites differ, with the most common value."""
+    """Return the config fields that have a counterpart in the spec, with the most common value if sites differ."""
     specs = [spec for _, spec in places]
     fields: dict[str, Any] = {}
     for theirs, ours in table.fields.items():
@@ -181,9 +181,9 @@ def _fields(places: Sequence[tuple[Site, MethodSpec]], main: Resolved, table: Pe
 
 
 def _as_json(value: Any) -> Any:
-    """Return a value of a spec as peft writes it.
+    """Return a spec value as peft writes it.
 
-    Whole floats become integers, because servers require integers in fields that usually have them.
+    Floats without a fractional part become integers, because servers require integers in fields that usually have them.
     """
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -191,7 +191,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved], table: PeftFormat) -> dict[str, Any]:
-    """Return which modules are adapted, and what differs among them."""
+    """Return the config fields that name the adapted modules and define how they differ."""
     universe = paths_of(compilation.source)
     own = own_places(compilation, main)
     plain = [(site, spec) for site, spec in own if not is_parameter(compilation, site)]
@@ -231,7 +231,7 @@ def _parameters(compilation: Compilation) -> list[str]:
 
 
 def _saved(compilation: Compilation) -> list[str]:
-    """Return the modules that train in full, outermost ones only, by the shortest ends of their paths."""
+    """Return the shortest unique path suffixes of the outermost modules that train in full."""
     if not compilation.spec.train:
         return []
     paths = [path for path, _ in compilation.source.named_modules() if path]
@@ -240,14 +240,14 @@ def _saved(compilation: Compilation) -> list[str]:
 
 
 def _trains_tied(compilation: Compilation) -> bool:
-    """Return whether a tensor that several modules share trains in full; peft would give each of them its own."""
+    """Return whether a tensor that several modules share trains in full; by default, peft would give each a copy."""
     copies = {edit.trained: edit.own.tensor for edit in compilation.tensor_edits.copies()}
     trained = (name for names in compilation.parts.get(TRAIN, {}).values() for name in names.values())
     return any(compilation.store.tied(copies[name]) for name in trained)
 
 
 def _virtual(compilation: Compilation, main: Resolved) -> dict[str, Any]:
-    """Return the sizes of the table of virtual tokens."""
+    """Return the sizes of the virtual token table."""
     site = main.places[0][0]
     width = next(iter(compilation.parts[main.name][site.key].values()))
     sizes = {"token_dim": int(compilation.store.get(width).shape[-1]), "num_transformer_submodules": 1}

@@ -1,4 +1,4 @@
-"""Checks that peft's checkpoints can express a compiled model; the errors name what they cannot express."""
+"""Check that a peft checkpoint can express a compiled model; the errors name what it cannot express."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _TASKS = {
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
 _WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""Tasks for which peft trains a head by itself."""
+"""Tasks for which peft trains a head without being told to."""
 
 
 def task_of(compilation: Compilation, saved: Sequence[str] = ()) -> str | None:
-    """Return peft's task of a model; None if it has none, or if peft would expect a trained head that is missing."""
+    """Return a model's task in peft; None if it has none, or if peft would expect a trained head that is missing."""
     kind = type(compilation.source).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
     return None if task in _WITH_HEAD and not saved else task
 
 
 def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Sequence[Resolved]) -> None:
-    """Raise if peft has no field or key for something in the model.
+    """Raise if peft has no field or key for any part of the model.
 
     Raises:
-        GraftError: GC115 naming it.
+        GraftError: GC115, which names that part.
     """
     spec = compilation.spec
     for composition in spec.compose:
@@ -86,15 +86,15 @@ def _check_sites(resolved: Resolved, index: int) -> None:
 
 
 def own_places(compilation: Compilation, resolved: Resolved) -> list[tuple[Site, MethodSpec]]:
-    """Return the places in peft's config: all except output projections that it adapts with their attention."""
+    """Return the places that peft's config names: all but output projections, adapted along with their attention."""
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
     return [(site, spec) for site, spec in resolved.places if not is_projection(site.key.module, modules)]
 
 
 def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) -> None:
-    """Check that both projections of each `nn.MultiheadAttention` are adapted as peft adapts them.
+    """Check that both projections of each `nn.MultiheadAttention` are adapted in the way that peft adapts them.
 
-    peft adapts both with one rank, and adds the update of the second one twice.
+    peft adapts both with the same rank, and adds the second one's update twice.
     """
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
     places = [(site.key.module, spec) for site, spec in resolved.places]
@@ -112,7 +112,7 @@ def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) 
 
 
 def _check_parameters(compilation: Compilation, resolved: Resolved, table: PeftFormat, index: int) -> None:
-    """Check the places that peft adapts as parameters: it supports LoRA only, without dropout of what experts read."""
+    """Check the places that peft adapts as parameters: it supports only LoRA there, without dropout."""
     for site, spec in resolved.places:
         if is_parameter(compilation, site):
             if not table.parameters:
@@ -124,7 +124,7 @@ def _check_parameters(compilation: Compilation, resolved: Resolved, table: PeftF
 def _check_called(compilation: Compilation, resolved: Resolved, index: int) -> None:
     """Raise if a site's weight is read without calling its module.
 
-    peft adapts the output of a module's forward, and silently has no effect if the module is not called.
+    peft adapts the output of a module's forward, so the adaptation silently has no effect if the module is not called.
     """
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
     for site, _ in own_places(compilation, resolved):
@@ -132,7 +132,7 @@ def _check_called(compilation: Compilation, resolved: Resolved, index: int) -> N
             continue
         if modules.get(str(site.use.node.meta["module"])) is not modules[site.key.module]:
             what = f"an adaptation of {site.key.module}, whose weight the model reads without calling the module"
-            raise _error(what, f"adapt[{index}].target", "merge the model: PEFT would load it and not apply it")
+            raise _error(what, f"adapt[{index}].target", "merge the model: PEFT would load it but not apply it")
 
 
 def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:
@@ -149,14 +149,14 @@ def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:
 
 
 def _without_effect(compilation: Compilation, resolved: Resolved) -> frozenset[str]:
-    """Return the fields that change nothing in this model, regardless of their values."""
+    """Return the fields that have no effect on this model, whatever their values."""
     if getattr(resolved.spec, "window", "masked") == "masked" or may_have_windows(compilation.source):
         return frozenset()
     return frozenset({"window"})
 
 
 def _check_options(resolved: Resolved, table: PeftFormat, where: str, ignored: frozenset[str]) -> None:
-    """Check the fields of a spec against those of peft's config, except fields without effect."""
+    """Check a spec's fields against those of peft's config, except fields without effect."""
     specs = [spec for _, spec in resolved.places]
     said = {*table.fields.values(), *table.patterns.values(), *(own.field for own in table.lists.values())}
     varies = {*table.patterns.values(), *(own.field for own in table.lists.values()), *table.training}
@@ -165,7 +165,7 @@ def _check_options(resolved: Resolved, table: PeftFormat, where: str, ignored: f
             continue
         values = list(dict.fromkeys(_hashable(getattr(spec, field)) for spec in specs))
         if field in said and field not in varies and len(values) > 1:
-            raise _error(f"a {field} that differs among sites", f"{where}.overrides", "give all sites one value")
+            raise _error(f"a {field} that differs among sites", f"{where}.overrides", "use one value for all sites")
         if field not in said and field not in table.training:
             expected = table.constant.get(field, type(resolved.spec).model_fields[field].get_default())
             if values != [_hashable(expected)]:
@@ -185,7 +185,7 @@ def _hashable(value: Any) -> Any:
 def _check_virtual(compilation: Compilation, main: Resolved) -> None:
     """Raise for virtual tokens that peft cannot express.
 
-    It has one kind of virtual tokens for each task, and pools those of classifiers.
+    It supports one kind of virtual tokens per task, and a classifier pools over them.
     """
     if table_of(main.spec).joined is None:
         return
@@ -198,11 +198,11 @@ def _check_virtual(compilation: Compilation, main: Resolved) -> None:
         what = "a prefix of its own for each layer of a model with two stacks: PEFT's table repeats"
         raise _error(what, where, "save it as an artifact, or export it to ONNX")
     if task == "SEQ_2_SEQ_LM" and any("decoder" in role for site, _ in main.places for role in site.roles):
-        raise _error("virtual tokens of a decoder behind an encoder", where, "give the encoder's text alone some")
+        raise _error("virtual tokens of a decoder behind an encoder", where, "add them to the encoder's text only")
     names = compilation.parts[main.name]
     shapes = {tuple(compilation.store.get(name).shape) for site, _ in main.places for name in names[site.key].values()}
     if len(shapes) > 1:
-        raise _error("prefixes of different sizes", where, "give all layers one length")
+        raise _error("prefixes of different sizes", where, "use one length for all layers")
     layers = getattr(getattr(compilation.source, "config", None), "num_hidden_layers", len(main.places))
     if isinstance(main.places[0][0], AttentionSite) and layers != len(main.places):
         raise _error(f"a prefix in {len(main.places)} of {layers} layers", f"{where}.target", "adapt every layer")

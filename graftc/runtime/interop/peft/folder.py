@@ -1,6 +1,6 @@
-"""A folder that peft wrote, as data: which modules are adapted, by which spec, and their tensors by our part names.
+"""A folder that peft wrote, as data: the adapted modules, their specs, and their tensors by graftc's part names.
 
-No model is needed and none is built; tensors are read on demand.
+No model is needed or built; tensors are read on demand.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from graftc.specs.foreign.fields import is_listed, method_at, rows_of, table_row
 
 WEIGHTS = "adapter_model.safetensors"
 ADDED = 2
-"""How many times peft adds the update of the output projection to a `nn.MultiheadAttention` that it adapts: when it
-merges the attention for a call, and when that merges the projection."""
+"""How many times peft adds the output projection's update in an adapted `nn.MultiheadAttention`: once when it merges
+the attention for a call, and again when that merge merges the projection."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
 class PeftModule:
-    """A module that is adapted, with the contents of a checkpoint for it, if there is one.
+    """An adapted module, with its contents in a checkpoint, if there is a checkpoint.
 
     Attributes:
         path: path of the module in the base.
         parameter: the adapted parameter: the one that `target_parameters` names, or otherwise the module's weight.
-        spec: the adaptation with the rank, the scaling and the other values that apply there.
-        keys: keys of its tensors, by our part.
-        shaped: how they are stored.
-        depth: number of other adapters of the same module around this one in the file.
-        named: whether `target_parameters` names the parameter, rather than `target_modules` the module.
-        around: the adapted module that this one is part of, with which peft adapts it: `nn.MultiheadAttention`.
-        read_at: the module by which the base reads the tensor, if that is another one that shares it.
+        spec: the adaptation, with the rank, the scaling and the other values that apply to this module.
+        keys: keys of its tensors, by graftc's part names.
+        shaped: properties that determine how they are stored.
+        depth: number of other adapters that wrap this one at the same module in the file.
+        named: whether the config names the parameter in `target_parameters`, not the module in `target_modules`.
+        around: path of the adapted `nn.MultiheadAttention` that contains this module and with which peft adapts it.
+        read_at: the module through which the base reads the tensor, if it is another module that shares the tensor.
     """
 
     path: str
@@ -62,12 +62,12 @@ class PeftModule:
 
     @property
     def name(self) -> str:
-        """The name of the base's tensor."""
+        """The name of the adapted tensor in the base."""
         return f"{self.path}.{self.parameter}"
 
     @property
     def target(self) -> str:
-        """The name by which a target selects it: the module, or the named parameter if that is not its weight."""
+        """The name by which a target selects it: the module, or a named parameter other than its weight."""
         return self.name if self.named and self.parameter != "weight" else self.read_at or self.path
 
 
@@ -80,8 +80,8 @@ class PeftAdapter:
         config: the contents of ``adapter_config.json``.
         keys: the parsed keys of its tensors.
         file: the file with its tensors.
-        modules: the adapted modules, in the order of the file: the method's own modules, then trained rows of tables.
-        doubles: pairs of keys that must have the same values, of which the first is used.
+        modules: the adapted modules, in the file's order: the method's own modules, then trained rows of tables.
+        doubles: pairs of keys whose tensors must be equal; the first one is used.
     """
 
     folder: Path
@@ -97,28 +97,28 @@ class PeftAdapter:
         return Place(str(self.folder / WEIGHTS))
 
     def in_config(self, field: str) -> Place:
-        """Return a field of the config as a place, for errors."""
+        """Return a config field as a place, for errors."""
         return Place(str(self.folder / CONFIG), path=field)
 
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The sizes of its tensors as they are stored, by key."""
+        """The shapes of its tensors as stored, by key."""
         return {key: stored.shape for key, stored in self.file.entries.items()}
 
     @cached_property
     def trained(self) -> Mapping[str, str]:
-        """The keys of tensors that replace the base's unchanged, by the base's names.
+        """The keys of tensors that replace the base's as they are, by the base's names.
 
-        They are those of modules that were trained in full, and biases.
+        They belong to modules trained in full, or are biases.
         """
         return {name: key for name, key in self.keys.plain.items() if self._trains(name)}
 
     @cached_property
     def copies(self) -> Mapping[str, str]:
-        """The keys of tensors of the base that were saved beside the adapter, by the base's names.
+        """The keys of base tensors that were saved along with the adapter, by the base's names.
 
-        They must be equal to the base's: peft saves embeddings that are adapted, and those of a vocabulary that has
-        been resized.
+        They must be equal to the base's: peft saves embeddings that are adapted, and those whose vocabulary was
+        resized.
         """
         return {name: key for name, key in self.keys.plain.items() if name not in self.trained}
 
@@ -129,7 +129,7 @@ class PeftAdapter:
         return last == "bias" and takes_bias(self.config, {m.path for m in self.modules}, module)
 
     def tensor(self, key: str) -> Tensor:
-        """Read a tensor from the file, as it is stored.
+        """Read a tensor from the file, as stored.
 
         Raises:
             GraftError: GC113 for a file that has changed or is damaged.
@@ -137,10 +137,10 @@ class PeftAdapter:
         return self.file[key]
 
     def tensors(self, module: PeftModule) -> dict[str, Tensor]:
-        """Return the tensors of a module by our part names and in our form, in the type in which they are stored.
+        """Return a module's tensors by graftc's part names, in graftc's form and the stored dtype.
 
         Raises:
-            GraftError: GC113 for sizes that are not those of the method.
+            GraftError: GC113 for shapes that do not fit the method.
         """
         tensors: dict[str, Tensor] = {}
         table = type(module.spec).peft
@@ -156,7 +156,7 @@ class PeftAdapter:
         return tensors
 
     def shared(self) -> dict[str, Tensor]:
-        """Return the tensors of the adaptation as a whole, by our part names."""
+        """Return the tensors of the adaptation as a whole, by graftc's part names."""
         return {part: self.tensor(key) for part, key in self.keys.shared.items()}
 
 
@@ -172,26 +172,26 @@ def read_peft(
 
     Args:
         path: the folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        name: name of an adapter in a sub-folder, as peft writes all except the one called ``default``.
-        shapes: sizes of the base's tensors by name, in the order of the base. Only needed if several parameters of one
-            module are adapted (`target_parameters`), to tell which is which.
+        name: name of an adapter in a sub-folder, which peft creates for every adapter except ``default``.
+        shapes: shapes of the base's tensors by name, in the base's order. Only needed if several parameters of one
+            module are adapted (`target_parameters`), to distinguish them.
 
     Raises:
-        GraftError: GC110 if there is none, or only pickled weights; GC111 for a config that cannot be read; GC112 for a
-            type or an option without an equivalent; GC113 for tensors that the config does not explain.
+        GraftError: GC110 if there is no adapter, or only pickled weights; GC111 for a config that cannot be read; GC112
+            for a type or an option without an equivalent; GC113 for tensors that do not match the config.
     """
     folder = _folder(as_path(path), name)
     config = read_config(config_bytes(folder / CONFIG), str(folder / CONFIG))
     file = adapter_tensors(folder / WEIGHTS)
     keys = parse(file.entries, config)
     if keys.unknown:
-        message = f"the file has tensors that {config.peft_type} does not: {some(keys.unknown, 5)}"
+        message = f"the file has tensors that {config.peft_type} does not have: {some(keys.unknown, 5)}"
         raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=keys.unknown[5:50])
     plain = {*keys.plain.values(), *(key for _, key in keys.again), *keys.unused}
     own = {key: stored.dtype for key, stored in file.entries.items() if key not in plain}
     numbers = [f"{key} is {kind}" for key, kind in own.items() if kind not in FLOATING]
     if numbers:
-        message = f"the method's tensors are floating-point numbers of 16, 32 or 64 bits: {numbers[0]}"
+        message = f"the method's tensors must be 16-, 32- or 64-bit floating-point: {numbers[0]}"
         raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=numbers[1:50])
     doubles = tuple((keys.plain[name], key) for name, key in keys.again if name in keys.plain)
     bare = PeftAdapter(folder, config, keys, file, (), doubles)
@@ -211,12 +211,12 @@ def _folder(path: Path, name: str | None) -> Path:
         raise GraftError("GC110", f"{folder} has no {CONFIG}", place=place, hint=hint)
     pickled = next((word for word in _PICKLES if (folder / word).exists()), None)
     if pickled is not None:
-        raise GraftError("GC110", f"{folder} has pickled weights only ({pickled}), which are never read", place=place)
+        raise GraftError("GC110", f"{folder} has only pickled weights ({pickled}), which are never read", place=place)
     raise GraftError("GC110", f"{folder} has no {WEIGHTS}", place=place)
 
 
 def adapter_tensors(file: Path) -> TensorFolder:
-    """Return the tensors of an adapter's file.
+    """Return the tensors in an adapter's file.
 
     Raises:
         GraftError: GC113 if it cannot be read.
@@ -252,15 +252,15 @@ def _check_axes(adapter: PeftAdapter, path: str, keys: Mapping[str, str]) -> Non
     for part, key in keys.items():
         axes, shape = table.parts[part].axes, adapter.shapes[key]
         if axes is not None and len(shape) not in axes:
-            message = f"of {key}, which is {list(shape)}, PEFT makes another product than {spec_class.tag()} does"
-            hint = f"merge it in PEFT, or leave {path} out there"
+            message = f"PEFT multiplies {key}, which is {list(shape)}, differently than {spec_class.tag()} does"
+            hint = f"merge it in PEFT, or leave out {path}"
             raise GraftError("GC112", message, place=adapter.in_config("target_modules"), hint=hint)
 
 
 def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int, *, sure: bool) -> int | None:
     """Return the number of matrices that the factors belong to; None for a single matrix.
 
-    Without a base, it is a guess which parameter has which rank.
+    Without a base, the assignment of ranks to parameters is a guess.
     """
     rows = adapter.shapes[keys["A"]][0] if "A" in keys else rank
     if rows % rank and sure:
@@ -270,7 +270,7 @@ def _experts(adapter: PeftAdapter, keys: Mapping[str, str], rank: int, *, sure: 
 
 
 def _tables(adapter: PeftAdapter) -> list[PeftModule]:
-    """Return the trained rows of embedding tables that are stored beside another method."""
+    """Return the trained rows of embedding tables that are stored along with another method."""
     tables = []
     for path, key in adapter.keys.tokens.items():
         rows, order = rows_of(adapter.config, path)
@@ -284,7 +284,7 @@ def finite(tensor: Tensor) -> bool:
 
 
 def table_form(module: PeftModule, part: str) -> str:
-    """Return the form in which a part is stored at a module; empty if its method has no such part."""
+    """Return the form in which a module's part is stored; empty if the method has no such part."""
     table = type(module.spec).peft
     own = table.parts.get(part) if table is not None else None
     return own.form if own is not None else ""

@@ -1,6 +1,6 @@
-"""Conversions of tensors to and from the forms in which peft's files store them, named by `graftc.specs.peft.Form`.
+"""Convert tensors to and from the forms in which peft's files store them, named by `graftc.specs.peft.Form`.
 
-Each form is a pair of functions that only move entries, so that each is the other's inverse.
+Each form is a pair of functions that only move entries and are each other's inverse.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from graftc.specs.peft import Form
 
 @dataclass(frozen=True)
 class Shaped:
-    """The properties that the stored form of a tensor depends on, besides the tensor itself.
+    """Properties, besides the tensor itself, that determine a tensor's stored form.
 
     Attributes:
         experts: number of matrices along a leading axis; None if the weight is a single matrix.
-        kernel: sizes of a convolution's kernel; empty for other weights.
-        inward: whether a vector belongs to the input of the map.
-        order: position in the file of each of our rows; None if the order is the same.
-        turned: whether the file's matrices belong to the weight's transpose.
+        kernel: kernel size of a convolution; empty for other weights.
+        inward: whether a vector applies to the map's input.
+        order: position in the file of each row; None if the order is the same.
+        turned: whether the file's matrices are for the transposed weight.
     """
 
     experts: int | None = None
@@ -39,20 +39,20 @@ _Turn: TypeAlias = Callable[[Tensor, Shaped], Tensor]
 
 
 def to_ours(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
-    """Return a tensor of a file in graftc's form: a view if entries stay in order.
+    """Return a tensor from a file in graftc's form: a view if the entries keep their order.
 
     Raises:
-        ValueError: if its sizes are not of that form.
+        ValueError: if its shape does not fit the form.
     """
     try:
         ours = _FORMS[form][0](tensor, shaped)
         return ours.transpose(-1, -2) if shaped.turned else ours
     except (RuntimeError, IndexError) as error:
-        raise ValueError(f"{list(tensor.shape)} is not a tensor of the form {form!r}") from error
+        raise ValueError(f"{list(tensor.shape)} is not the shape of a tensor in the form {form!r}") from error
 
 
 def to_theirs(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
-    """Return a tensor of graftc's in the form of a file; the inverse of `to_ours`."""
+    """Return one of graftc's tensors in the file's form; the inverse of `to_ours`."""
     return _FORMS[form][1](tensor.transpose(-1, -2) if shaped.turned else tensor, shaped)
 
 
@@ -124,9 +124,9 @@ _FORMS: Mapping[Form, tuple[_Turn, _Turn]] = MappingProxyType(
 
 
 def filled(tensor: Tensor, axis: int | None, rank: int | None) -> Tensor:
-    """Return the tensor, padded with zeros along an axis up to a rank.
+    """Return a tensor padded with zeros along an axis up to a rank.
 
-    The zeros replace ranks that were removed during training.
+    The zeros stand for ranks that were removed during training.
     """
     if axis is None or rank is None or tensor.shape[axis] >= rank:
         return tensor

@@ -1,7 +1,7 @@
-"""Import of a peft folder into a compiled model.
+"""Import a peft folder into a compiled model.
 
-The keys of the file say which modules are adapted. The spec's targets are made to resolve to exactly those, its values
-come from the config, and the tensors are copied pair by pair; everything that does not fit is reported at once.
+The file's keys determine which modules are adapted. The spec's targets resolve to exactly these modules, its values
+come from the config, and the tensors are copied pair by pair. All mismatches are reported at once.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def imported(
     cache: bool,
     structure: Callable[[], Structure],
 ) -> Compilation:
-    """Compile a model with the adapter of a folder, for `graftc.import_peft`.
+    """Compile a model with a folder's adapter, for `graftc.import_peft`.
 
     Args:
         path, model, name, cache: as for `graftc.import_peft`.
-        axes, flags: the axes and flags that the model is captured with.
-        structure: function that finds the model's roles.
+        axes, flags: the axes and flags to capture the model with.
+        structure: function that returns the model's roles.
     """
     adapter = once(read_peft(path, name, shapes=shapes_of(model)), model, structure)
     _check_model(adapter, model)
@@ -67,16 +67,16 @@ def imported(
 def _not_possible(adapter: PeftAdapter, model: nn.Module, error: GraftError) -> GraftError:
     """Return the error for a model that cannot be compiled with the adapter.
 
-    It says that the adapter is for another base only if the model has modules in these places that peft does not adapt.
+    It reports that the adapter is for another base only if peft cannot adapt the modules that the model has there.
     """
     where = error.place.path if error.place is not None else ""
     if not where.startswith(("adapt[", "train", "untie")):
         return error
-    message = f"the adapter cannot be put into {type(model).__name__}: {error.message}"
+    message = f"the adapter cannot be applied to {type(model).__name__}: {error.message}"
     modules = dict(model.named_modules(remove_duplicate=False))
     own = [module for module in adapter.modules if not module.named and table_form(module, "weight") != "same"]
     if strange := [module.path for module in own if not is_adapted(modules[module.path])]:
-        what = f"the adapter is for another base than {type(model).__name__}: {strange[0]} is not a layer PEFT adapts"
+        what = f"the adapter is for a base other than {type(model).__name__}: PEFT cannot adapt {strange[0]}"
         return GraftError("GC114", what, place=adapter.place, details=[*strange[1:SHOWN], error])
     table = adapter.config.format[1]
     words = {ours: theirs for theirs, ours in table.fields.items()} | {"across_groups": "target_modules"}
@@ -90,8 +90,8 @@ def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
     """Check the file against the config and the model, before anything is compiled.
 
     Raises:
-        GraftError: GC114 for modules that the model does not have, GC113 if config and file name different modules or
-            the file contains other values of the base.
+        GraftError: GC113 if config and file name different modules, GC114 for modules that the model lacks, or if the
+            base's values in the file differ.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -100,7 +100,7 @@ def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
     absent += [name for name in adapter.trained if name not in tensors]
     inside = [m for m in adapter.modules if m.around and m.path in modules]
     if strange := [m.path for m in inside if not is_projection(m.path, modules)]:
-        message = f"the file adapts {strange[0]} inside of another adapted module"
+        message = f"the file adapts {strange[0]} inside another adapted module"
         raise GraftError("GC113", message, place=adapter.place, details=strange[1:SHOWN])
     if absent:
         count = f"{len(absent)} modules or tensors" if len(absent) > 1 else "a module or tensor"
@@ -116,7 +116,7 @@ def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
 
 
 def spec_for(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> Spec:
-    """Return the spec whose targets are exactly what a checkpoint adapts in a model.
+    """Return the spec whose targets are exactly the modules that a checkpoint adapts in a model.
 
     Raises:
         GraftError: GC112 for content that no spec can express.
@@ -130,14 +130,14 @@ def spec_for(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Str
     trained = {path: [name for name in adapter.trained if name.startswith(f"{path}.")] for path in saved}
     full = [path for path, names in trained.items() if names]
     if adapter.config.value("bias") == "all" and any(name.endswith(".bias") for path in full for name in trained[path]):
-        message = "bias: all beside modules_to_save whose biases train as well has no equivalent here"
+        message = "bias: all has no equivalent here if modules in modules_to_save train their biases as well"
         raise GraftError("GC112", message, place=adapter.in_config("bias"))
     train = outermost(dict.fromkeys((*full, *trained_together(adapter, model))))
     return spec_of_entries([entry, *beside], train, trained_apart(adapter, model), model)
 
 
 def _adaptation(adapter: PeftAdapter, modules: Sequence[PeftModule], model: nn.Module) -> dict[str, Any]:
-    """Return the entry of the spec: the values of most sites, and overrides for the others."""
+    """Return the spec's entry, with the most common values and with overrides for sites that differ."""
     if not modules:
         raise GraftError("GC113", "the file adapts no module", place=adapter.place)
     shapes = shapes_of(model)
@@ -148,16 +148,16 @@ def _adaptation(adapter: PeftAdapter, modules: Sequence[PeftModule], model: nn.M
 
 
 def _meets_groups(adapter: PeftAdapter, module: PeftModule, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether a factor reads all channels of a convolution whose kernels have those of one group."""
+    """Return whether a factor reads all channels of a convolution whose kernels read only those of one group."""
     own, shape = adapter.shapes.get(module.keys.get("A", ""), ()), shapes.get(module.name, ())
     return len(own) == len(shape) > 2 and not module.named and own[1] > shape[1]
 
 
 def _virtual(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
-    """Return the entry of a spec for virtual tokens.
+    """Return the spec entry for virtual tokens.
 
-    In a model with two stacks, peft's prefix is in the decoder's own attention, and its prompt in front of the
-    encoder's text: of a table with rows for both stacks, it reads the first half.
+    In an encoder-decoder model, peft puts a prefix in the decoder's self-attention, and a prompt in front of the
+    encoder's text: it reads only the first half of a table with rows for both stacks.
     """
     entry = fields_of(adapter.config)
     key = adapter.keys.joined
@@ -174,10 +174,10 @@ def _virtual(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Str
 
 
 def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
-    """Copy the tensors into the model, once all of them are known to fit.
+    """Copy the tensors into the model once all of them are known to fit.
 
     Raises:
-        GraftError: GC113 and GC114 with everything that does not fit.
+        GraftError: GC113 or GC114, which lists every mismatch.
     """
     pairs = [pair for pair in pairs_in(adapter, compilation) if not pair.again]
     store = compilation.store
@@ -186,7 +186,7 @@ def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
     present -= {key for _, key in (*adapter.keys.again, *adapter.doubles)}
     lacking = [key for key, pair in wanted.items() if key not in present and not _drawn(adapter, pair)]
     problems = [f"{key}: not in the file" for key in lacking]
-    problems += [f"{key}: nothing in the model takes it" for key in sorted(present - wanted.keys())]
+    problems += [f"{key}: nothing in the model uses it" for key in sorted(present - wanted.keys())]
     values: list[tuple[str, Tensor]] = []
     rounded: list[str] = []
     for pair in pairs:
@@ -208,7 +208,7 @@ def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
         details = problems[:SHOWN] if len(problems) > 1 else []
         raise GraftError("GC114" if _sizes(problems) else "GC113", message, place=adapter.place, details=details)
     if rounded:
-        warn("GC116", f"{len(rounded)} adapter tensors were rounded to a narrower type, such as {rounded[0]}")
+        warn("GC116", f"{len(rounded)} adapter tensors were rounded to a narrower dtype, such as {rounded[0]}")
     with torch.no_grad():
         for name, value in values:
             store.get(name).copy_(value)
@@ -219,7 +219,7 @@ def _sizes(problems: Sequence[str]) -> bool:
 
 
 def _drawn(adapter: PeftAdapter, pair: Pair) -> bool:
-    """Return whether a tensor is not in the file because it is drawn from a seed."""
+    """Return whether a tensor is missing from the file because it is drawn from a seed."""
     _, table = adapter.config.format
     return pair.shared and table.drawn is not None and adapter.config.value(table.drawn) is False
 
@@ -234,13 +234,13 @@ def _value(adapter: PeftAdapter, pair: Pair, own: Tensor, theirs: Tensor, proble
         value = filled(value, pair.rank, own.shape[pair.rank])
     if value is None or value.shape != own.shape:
         wanted = list(pair.write(own.detach()).shape)
-        problems.append(f"{pair.key} is {list(theirs.shape)}, the model has room for {wanted}")
+        problems.append(f"{pair.key} is {list(theirs.shape)}, but the model needs {wanted}")
         return None
     return value
 
 
 def _left_over(adapter: PeftAdapter, compilation: Compilation, pairs: Sequence[Pair]) -> list[str]:
-    """Return a message for each tensor that several parts share and whose size is not that of the parts together."""
+    """Return a message for each tensor shared by several parts whose size differs from the total size of the parts."""
     problems = []
     for key in {pair.key for pair in pairs if pair.start is not None} & adapter.shapes.keys():
         own = [pair for pair in pairs if pair.key == key]
@@ -248,7 +248,7 @@ def _left_over(adapter: PeftAdapter, compilation: Compilation, pairs: Sequence[P
         size = sum(compilation.store.get(pair.tensor).shape[axis] for pair in own)
         if shape[axis] != size and not (axis == 0 and shape[0] == 2 * size):
             wanted = [size if number == axis else length for number, length in enumerate(shape)]
-            problems.append(f"{key} is {list(shape)}, the model has room for {wanted}")
+            problems.append(f"{key} is {list(shape)}, but the model needs {wanted}")
     return problems
 
 
@@ -256,4 +256,4 @@ def _unfilled(compilation: Compilation, pairs: Sequence[Pair]) -> list[str]:
     """Return a message for each trained tensor that no pair fills."""
     filled = {pair.tensor for pair in pairs}
     rest = [n for n, t in adapter_tensors(compilation.store) if n not in filled and t.requires_grad]
-    return [f"{quoted(name)}: the file has nothing for it" for name in rest]
+    return [f"{quoted(name)}: no tensor in the file fills it" for name in rest]

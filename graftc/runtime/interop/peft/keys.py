@@ -1,4 +1,4 @@
-"""Keys of peft's checkpoints: translation to modules and parts of methods, and back."""
+"""Translate the keys of peft checkpoints to modules and methods' parts, and back."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _BASE = "base_layer"
 
 @dataclass
 class Keys:
-    """The keys of a checkpoint, sorted by what they are.
+    """A checkpoint's keys, sorted by kind.
 
     Attributes:
-        modules: key of each part, by module and number of other adapters around it there.
+        modules: key of each part, by module and number of other adapters that wrap it at that module.
         inside: modules whose keys lead through another adapted module, each with that module.
-        tokens: keys of trained rows of embedding tables, by module, if they are stored beside another method.
-        shared: keys of tensors of the adaptation as a whole, by part.
-        joined: key of the one tensor of virtual tokens.
-        plain: keys of tensors that the base has as well, by their name there.
-        again: keys that repeat one of `plain`, with the same name.
-        unused: keys of values of the base that nothing reads.
+        tokens: keys of trained rows of embedding tables, by module, if they are stored along with another method.
+        shared: keys of tensors that belong to the adaptation as a whole, by part.
+        joined: key of the single tensor with the virtual tokens.
+        plain: keys of tensors that the base has as well, by the base's names.
+        again: keys that repeat one of `plain`, each preceded by that name.
+        unused: keys of base values that nothing reads.
         unknown: all other keys.
     """
 
@@ -42,13 +42,13 @@ class Keys:
 
 
 def parts_by_key(table: PeftFormat) -> dict[str, str]:
-    """Return our part for every key of a table that follows a module's path, longest keys first."""
+    """Return graftc's part for each key suffix in a table, longest suffixes first."""
     parts = {key: part for part, own in table.parts.items() for key in own.keys}
     return dict(sorted(parts.items(), key=lambda item: -len(item[0])))
 
 
 def parse(keys: Iterable[str], config: AdapterConfig) -> Keys:
-    """Sort the keys of a checkpoint by what they are."""
+    """Sort a checkpoint's keys by kind."""
     _, table = config.format
     sorted_keys = Keys()
     parts, tokens = parts_by_key(table), beside()[2]
@@ -80,7 +80,7 @@ def _behind(path: str, suffix: str) -> str | None:
 
 
 def _unwrapped(path: str) -> tuple[str, int, str]:
-    """Return the module, the number of adapters around the tensor there, and the adapted module around it, if any."""
+    """Return the module, the number of adapters that wrap its tensor, and the adapted module around it, if any."""
     segments = path.split(".")
     depth = 0
     while segments and segments[-1] == _BASE:
@@ -106,9 +106,9 @@ def _sort_plain(keys: Keys, path: str, key: str) -> None:
 def tensor_key(
     module: str, suffix: str, depth: int = 0, *, prefix: str = MODEL, wrapped: Mapping[str, int] = MappingProxyType({})
 ) -> str:
-    """Return the key of a tensor of a module, inside `depth` other adapters there.
+    """Return the key of a module's tensor, wrapped by `depth` other adapters at that module.
 
-    Modules that the path leads through may be wrapped as well, each as often as `wrapped` says.
+    Modules along the path may be wrapped as well; `wrapped` maps each one to its number of wrappers.
     """
     segments = module.split(".")
     words: list[str] = []

@@ -1,7 +1,7 @@
-"""The pairs of tensors of a compiled model and of peft's file, for both directions.
+"""Pairs of a compiled model's tensors and their counterparts in peft's file, for both directions.
 
-The keys follow from the compiled sites and the tables of methods, so that reading and writing a checkpoint use the same
-pairs.
+The keys are derived from the compiled sites and the methods' tables, so that reading and writing a checkpoint use the
+same pairs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ class Pair:
     Attributes:
         key: peft's key.
         tensor: name of the tensor in the Store.
-        site: the place, as text; empty for a tensor of the adaptation as a whole.
-        part: which part of the method the tensor is.
+        site: the place, as text; empty for a tensor that belongs to the adaptation as a whole.
+        part: the method's part that the tensor stores.
         form, shaped: how it is stored.
-        rank: the axis of our tensor that counts ranks, which zeros fill; None if there is none.
-        start: where it begins along the axis of a tensor that several share; None if it has one of its own.
-        axis: that axis.
+        rank: the rank axis of graftc's tensor, which is padded with zeros; None if there is none.
+        start: where it begins along `axis` in a tensor that several pairs share; None if its tensor is not shared.
+        axis: the axis along which a shared tensor is divided.
         shared: whether it belongs to the adaptation as a whole.
-        again: whether there is a pair for it already, under the key of another name of a tied tensor.
+        again: whether the tensor already has a pair, under another name of a tied tensor.
     """
 
     key: str
@@ -59,10 +59,10 @@ class Pair:
     again: bool = False
 
     def read(self, theirs: Tensor, like: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
-        """Return our tensor from peft's.
+        """Return graftc's tensor, read from peft's.
 
         Raises:
-            ValueError: if the sizes are not of that form.
+            ValueError: if the shape does not fit the form.
         """
         if self.start is not None:
             if theirs.dim() != like.dim() or self.start + like.shape[self.axis] > theirs.shape[self.axis]:
@@ -71,42 +71,42 @@ class Pair:
         return to_ours(self.form, theirs, replace(self.shaped, order=order))
 
     def write(self, ours: Tensor) -> Tensor:
-        """Return peft's tensor from ours; for a shared tensor, its part."""
+        """Return peft's tensor, made from graftc's; for a shared tensor, this pair's part of it."""
         return to_theirs(self.form, ours, self.shaped)
 
 
 def table_of(spec: MethodSpec) -> PeftFormat:
-    """Return the table by which a method is written.
+    """Return the table that defines how a method is written.
 
-    A class that inherits from such a method is another method.
+    A subclass of such a method is a different method.
 
     Raises:
         GraftError: GC115 if peft does not have the method.
     """
     table = vars(type(spec)).get("peft")
     if not isinstance(table, PeftFormat):
-        message = f"PEFT has no {spec.method}, which {spec.name!r} is"
+        message = f"PEFT does not have the method {spec.method} of {spec.name!r}"
         raise GraftError("GC115", message, hint="merge it, or save the model as an artifact")
     return table
 
 
 def trains_rows(table: PeftFormat) -> bool:
-    """Return whether a method trains rows of tables."""
+    """Return whether a method trains table rows."""
     return any(part.form == "rows" for part in table.parts.values())
 
 
 def is_listed_at(site: Site, spec: MethodSpec, table: PeftFormat) -> bool:
-    """Return whether the lists of modules in peft's config name the module of a site."""
+    """Return whether the module lists in peft's config name a site's module."""
     return any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
 
 
 def pairs_of(compilation: Compilation, *, older: bool = False, named: Collection[str] = frozenset()) -> list[Pair]:
-    """Return the pairs of all tensors that peft's file must have for a compiled model, in the order of the spec.
+    """Return the pairs for all tensors that peft's file must have for a compiled model, in the spec's order.
 
     Args:
         compilation: the compiled model.
-        older: whether the factors of experts are as PEFT wrote them up to 0.18.
-        named: parameters that a config names itself (`target_parameters`), of modules that peft would adapt as such.
+        older: whether the experts' factors are laid out as PEFT wrote them up to 0.18.
+        named: parameters that a config names itself (`target_parameters`), whether or not peft adapts their modules.
 
     Raises:
         GraftError: GC115 for a method or a tensor that peft does not have.
@@ -128,7 +128,7 @@ def pairs_of(compilation: Compilation, *, older: bool = False, named: Collection
 
 
 def split(compilation: Compilation) -> tuple[Resolved, list[Resolved]]:
-    """Return the adaptation that peft's config describes, and those of table rows that train beside it.
+    """Return the adaptation that peft's config describes, and those that train table rows beside it.
 
     Raises:
         GraftError: GC115 for adaptations that no single config can express.
@@ -143,7 +143,7 @@ def split(compilation: Compilation) -> tuple[Resolved, list[Resolved]]:
     if len(mains) > 1 or any(type(other.spec) is not rows for other in others):
         names = ", ".join(resolved.name for resolved in every)
         hint = "combine them into one (compiled.combine), or fold all but one"
-        raise GraftError("GC115", f"one PEFT adapter cannot say several adaptations: {names}", hint=hint)
+        raise GraftError("GC115", f"one PEFT adapter cannot represent several adaptations: {names}", hint=hint)
     return mains[0], others
 
 
@@ -198,7 +198,7 @@ def _of(
 
 
 def _names(compilation: Compilation, key: SiteKey) -> dict[str, None]:
-    """Return the paths of the modules that have the tensor of a place."""
+    """Return the paths of the modules that hold a place's tensor."""
     name = f"{key.module}.{key.name}"
     return dict.fromkeys(each.rpartition(".")[0] for each in (name, *compilation.store.tied(name)))
 
@@ -206,7 +206,7 @@ def _names(compilation: Compilation, key: SiteKey) -> dict[str, None]:
 def table_path(compilation: Compilation, key: SiteKey) -> str:
     """Return the path of the module whose rows peft trains.
 
-    If several modules share a table, that is the model's input embeddings, to which peft ties the others.
+    If several modules share a table, it is the model's input embeddings, to which peft ties the others.
     """
     names = _names(compilation, key)
     path = path_by_getter(compilation.source, "get_input_embeddings") if len(names) > 1 else None
@@ -220,16 +220,16 @@ def _plain(base: str, name: str, site: SiteKey | None, part: str, wrapped: Mappi
 
 
 def is_adapted(module: nn.Module) -> bool:
-    """Return whether peft adapts a module by its name; for others, a config has to name the parameter."""
+    """Return whether peft adapts a module that is targeted by name; otherwise a config has to name the parameter."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D))
 
 
 def is_parameter(compilation: Compilation, site: Site) -> bool:
-    """Return whether peft needs the name of the parameter that a site is.
+    """Return whether peft needs the name of a site's parameter.
 
-    It does for a module that has the matrices of several experts, and for classes that it does not adapt.
+    It does for modules that hold several experts' matrices, and for classes that it does not adapt.
     """
     if not isinstance(site, LinearSite):
         return False
@@ -237,7 +237,7 @@ def is_parameter(compilation: Compilation, site: Site) -> bool:
 
 
 def is_projection(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether a module is the output projection of an attention which peft adapts as a whole."""
+    """Return whether a module is the output projection of an attention that peft adapts as a whole."""
     around, _, last = path.rpartition(".")
     return last == "out_proj" and isinstance(modules.get(around), nn.MultiheadAttention)
 
@@ -247,7 +247,7 @@ _OPPOSITE: Mapping[Form, Form] = {"down": "up", "up": "down"}
 
 @dataclass(frozen=True)
 class _Turned:
-    """The places at which peft's first factor is at the output instead of the input.
+    """Determines the sites where peft's first factor is at the output instead of the input.
 
     The attributes are the arguments of `pairs_of`.
     """
@@ -259,8 +259,8 @@ class _Turned:
     def at(self, site: LinearSite) -> bool:
         """Return whether peft's first factor is at the output of a site.
 
-        For experts, peft uses an attribute of their module (`is_transposed`), which not every class whose weights are
-        ``[experts, in, out]`` has, and which older releases take for granted. Any other parameter that is adapted by
+        For experts, peft uses an attribute of their module (`is_transposed`), which not every class with weights
+        ``[experts, in, out]`` has, and which older releases assume to be set. Any other parameter that is adapted by
         its name is treated as ``[out, in]``.
         """
         module, columns = self.compilation.source.get_submodule(site.key.module), site.own.layout is Layout.COLUMNS
@@ -279,7 +279,7 @@ def _shaped(site: Site, spec: MethodSpec, table: PeftFormat, turned: _Turned) ->
 
 
 def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:
-    """Return how many other adapters are around each site; the first of a module's parameters is innermost."""
+    """Return the number of other adapters that wrap each site; the first of a module's parameters is innermost."""
     depths: dict[SiteKey, int] = {}
     for module, keys in grouped_pairs((site.key.module, site.key) for site in sites).items():
         if len(keys) > 1:
@@ -290,7 +290,7 @@ def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:
 
 
 def _joined(compilation: Compilation, resolved: Resolved, table: PeftFormat) -> Iterator[Pair]:
-    """Yield the pairs of virtual tokens: the parts of all sites are side by side in one tensor, layer by layer."""
+    """Yield the pairs for virtual tokens: the parts of all sites lie side by side in one tensor, layer by layer."""
     assert table.joined is not None
     key, axis = table.joined
     names, count = compilation.parts[resolved.name], len(table.parts)
@@ -307,11 +307,11 @@ def _joined(compilation: Compilation, resolved: Resolved, table: PeftFormat) -> 
 
 
 def repeats(compilation: Compilation, resolved: Resolved) -> bool:
-    """Return whether peft's table is read with repetitions: by attentions of a model with two stacks."""
+    """Return whether peft's table is read with repetitions, as by the attentions of an encoder-decoder model."""
     attends = any(isinstance(site, AttentionSite) for site, _ in resolved.places)
     return attends and bool(getattr(getattr(compilation.model, "config", None), "is_encoder_decoder", False))
 
 
 def peft_tensors(pairs: Iterable[Pair]) -> tuple[PeftTensor, ...]:
-    """Return the records of pairs."""
+    """Return a record for each pair."""
     return tuple(PeftTensor(pair.key, pair.site, pair.part, pair.tensor) for pair in pairs)

@@ -1,6 +1,6 @@
-"""The parameter of a module that each adapter of a file belongs to, found as peft finds it.
+"""Determine which parameter each adapter in a file belongs to, by the same rules as peft.
 
-A config may name parameters as well as modules (`target_parameters`), and several of one module are nested in the file.
+A config may name parameters as well as modules (`target_parameters`), and the file nests a module's adapted parameters.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from graftc.specs.foreign.config import AdapterConfig
 
 
 def meant_parameters(targets: Sequence[str] | None, parameters: Iterable[str]) -> list[str]:
-    """Return the parameters that `target_parameters` selects by the end of their paths, in whole segments."""
+    """Return the parameters that `target_parameters` selects, by suffixes of their paths in whole segments."""
     return [name for name in parameters if any(_means(target, name) for target in targets or ())]
 
 
@@ -26,16 +26,16 @@ def _means(target: str, name: str) -> bool:
 def adapted_parameters(
     config: AdapterConfig, modules: Iterable[tuple[str, int]], place: Place, shapes: Mapping[str, Sequence[int]]
 ) -> dict[tuple[str, int], tuple[str, bool]]:
-    """Return, by module and depth in the file, the parameter's name and whether the config names it.
+    """Return each parameter's name and whether the config names it, by module and depth in the file.
 
     Args:
-        config: the config of the adapter.
-        modules: paths and depths that its file contains.
-        place: the place of its file, for errors.
-        shapes: sizes of the base's parameters by name, in the base's order; empty if there is no base.
+        config: the adapter's config.
+        modules: the paths and depths in its file.
+        place: its file, for errors.
+        shapes: shapes of the base's parameters by name, in the base's order; empty if there is no base.
 
     Raises:
-        GraftError: GC113 if the config names another number of a module's parameters than the file has.
+        GraftError: GC113 if the config names more or fewer of a module's parameters than the file has adapters for.
     """
     resolved = dict[tuple[str, int], tuple[str, bool]]()
     targets = config.target_parameters or []
@@ -50,16 +50,17 @@ def adapted_parameters(
         if not names:
             resolved |= {(path, depth): (_weight(owned.get(path, ()), shapes, path), False) for depth in levels}
             continue
-        if not shapes:  # a guess at the names that a module has; the longest targets say most about it
+        if not shapes:  # a guess at the module's parameter names; the longest targets are the most specific
             telling = [target.rpartition(".") for target in sorted(targets, key=lambda target: -target.count("."))]
             fitting = [name for around, _, name in telling if not around or f".{path}".endswith(f".{around}")]
             names = list(dict.fromkeys([*fitting, *names]))[: len(levels)]
         if len(names) != len(levels):
             message = (
-                f"the file has {len(levels)} adapters at {path}, target_parameters names {len(names)}: {some(names)}"
+                f"the file has {len(levels)} adapters at {path}, "
+                f"but target_parameters names {len(names)}: {some(names)}"
             )
             raise GraftError("GC113", message, place=place)
-        # The first of several is the innermost.
+        # The first of several parameters is the innermost.
         resolved |= {
             (path, depth): (name, True) for name, depth in zip(names, sorted(levels, reverse=True), strict=True)
         }
@@ -67,7 +68,7 @@ def adapted_parameters(
 
 
 def _weight(names: Sequence[str], shapes: Mapping[str, Sequence[int]], path: str) -> str:
-    """Return the name of a module's weight: ``weight``, or the name of its only matrix if no parameter is called so."""
+    """Return the name of a module's weight: ``weight``, or its only matrix if no parameter has that name."""
     if not names or "weight" in names:
         return "weight"
     matrices = [name for name in names if len(shapes[f"{path}.{name}"]) > 1]

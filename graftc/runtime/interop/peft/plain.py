@@ -1,4 +1,4 @@
-"""Conversion of a PEFT folder to plain LoRA, which every engine reads correctly.
+"""Convert a PEFT folder to plain LoRA, which every engine reads correctly.
 
 The update is scaled by ``alpha / rank``, and the base stays unchanged.
 """
@@ -17,14 +17,14 @@ from graftc.runtime.interop.peft.exporting import PeftExport
 
 
 def plain(export: PeftExport, compilation: Compilation) -> PeftExport:
-    """Return the same update in simpler terms: without ``use_rslora``, which some engines ignore.
+    """Return the same update as plain LoRA: without ``use_rslora``, which some engines ignore.
 
-    Factors that started from the weight get their starts beside them, at twice the rank, because engines add to the
-    base that they have.
+    Factors initialised from the weight are joined with their initial values, which doubles the rank, because engines
+    add the update to the unmodified base.
 
     Args:
-        export: contents of a folder, which are not changed.
-        compilation: the compiled model that they were made from.
+        export: a folder's contents, which are not changed.
+        compilation: the compiled model that they were created from.
     """
     config, tensors = dict(export.config), dict(export.tensors)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
@@ -39,7 +39,7 @@ def plain(export: PeftExport, compilation: Compilation) -> PeftExport:
 
 
 def _scaled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return alphas such that ``alpha / rank`` equals the former ``alpha / sqrt(rank)``."""
+    """Return alphas such that ``alpha / rank`` equals the original ``alpha / sqrt(rank)``."""
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     usual = alpha * rank**0.5
@@ -58,7 +58,7 @@ def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _starts(export: PeftExport, compilation: Compilation) -> dict[str, Tensor]:
-    """Return the factors with their starts appended, negated for ``B``, by the keys of the factors."""
+    """Return the factors with their initial values appended (negated for ``B``), by the factors' keys."""
     starts = {
         names[part]: names[f"{part}0"]
         for sites in compilation.parts.values()

@@ -1,4 +1,4 @@
-"""The limits of servers for PEFT's folders, as data, and the check of a folder before it is written."""
+"""Servers' limits for PEFT folders, as data, and a check of a folder before it is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from graftc.specs.errors.diagnostics import GraftError, Place, alternatives
 from graftc.specs.errors.text import shown, some
 
-_CONVERT = "graftc convert makes a LoRA of it"
+_CONVERT = "graftc convert turns it into a LoRA"
 _MERGE = "merge it: graftc merge"
 _UNIFORM = "graftc convert --to {layout} gives all maps one rank and one scale"
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -18,13 +18,13 @@ _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 @dataclass(frozen=True)
 class Server:
-    """The limits of one server.
+    """One server's limits.
 
     Attributes:
         name: name of the server on the command line.
-        read: version of the server whose files the limits were read from.
-        ranks: values that its largest rank may have; empty if any will do.
-        refused: fields of the config that have to be off, each with the way out.
+        read: version of the server from whose source the limits were taken.
+        ranks: allowed values of the largest rank; empty if there is no restriction.
+        refused: config fields that must be off, each with a remedy.
         option: the option that sets the largest rank; None if there is none.
         layout: the layout of ``graftc convert`` that it reads.
         saved: names of the heads that it accepts beside an adapter (``modules_to_save``).
@@ -39,7 +39,7 @@ class Server:
     saved: tuple[str, ...] = ()
 
     def rank_for(self, rank: int) -> int | None:
-        """Return the smallest allowed value of the largest rank that fits adapters of a rank; None if none does."""
+        """Return the smallest allowed largest rank that accommodates an adapter's rank; None if there is none."""
         return rank if not self.ranks else min((r for r in self.ranks if r >= rank), default=None)
 
 
@@ -74,17 +74,17 @@ SERVERS: Mapping[str, Server] = MappingProxyType(
         "mistralrs": Server("mistralrs", "mistral.rs 0.9.5", (), {**_COMMON, **_UNEVEN}, None, "vllm"),
     }
 )
-"""Every server by its name. What is not known to be read right is refused."""
+"""All servers by name. Anything that a server is not known to read correctly is refused."""
 
 _OF_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Starts of factors that leave the base as it is; others are relative to a base that no server has."""
+"""Initialisations that leave the base unchanged; others are relative to a modified base, which no server has."""
 
 _PREFIX = "base_model.model."
-"""Names that do not begin so are loaded, and do nothing."""
+"""Tensors whose names lack this prefix are loaded but have no effect."""
 
 
 def server_of(name: str) -> Server:
-    """Return the server of a name.
+    """Return the server that has a name.
 
     Raises:
         GraftError: GC068 for an unknown server.
@@ -92,7 +92,7 @@ def server_of(name: str) -> Server:
     server = SERVERS.get(name)
     if server is None:
         hint = alternatives(name, SERVERS, "servers")
-        raise GraftError("GC068", f"no limits are known of a server {name!r}", hint=hint)
+        raise GraftError("GC068", f"the limits of a server {name!r} are not known", hint=hint)
     return server
 
 
@@ -103,7 +103,7 @@ def require_served(
     *,
     max_rank: int | None = None,
 ) -> int:
-    """Raise if a server would refuse an adapter, or compute something else with it.
+    """Raise if a server would reject an adapter or compute something else with it.
 
     Args:
         server: the server.
@@ -115,7 +115,7 @@ def require_served(
         The value of the server's option for the largest rank.
 
     Raises:
-        GraftError: GC068 with every field that is in the way, and the way out.
+        GraftError: GC068, which lists every problem with its remedy.
     """
     problems = list(_problems(server, config, list(keys)))
     rank = int(config.get("r") or 0)
@@ -124,12 +124,12 @@ def require_served(
     limit = max_rank if max_rank is not None else max(server.ranks, default=rank)
     if max_rank is not None and server.ranks and max_rank not in server.ranks:
         problems.append(
-            f"{server.option or 'the largest rank'} {max_rank} is none of {', '.join(map(str, server.ranks))}"
+            f"{server.option or 'the largest rank'} {max_rank} is not one of {', '.join(map(str, server.ranks))}"
         )
     elif needed is None or rank > limit:
-        problems.append(f"r is {rank}, the largest rank is {limit}: graftc convert --rank {limit} lowers it")
+        problems.append(f"r is {rank}, but the largest rank is {limit}: graftc convert --rank {limit} lowers it")
     if problems:
-        message = f"{server.name} does not take the adapter: {problems[0]}"
+        message = f"{server.name} does not accept the adapter: {problems[0]}"
         raise GraftError("GC068", message, place=Place("adapter_config.json"), details=tuple(problems[1:]))
     assert needed is not None
     return needed

@@ -1,7 +1,7 @@
-"""Import of several peft folders into one model, and of one more folder into a model that has been compiled.
+"""Import several peft folders into one model, or one more folder into a compiled model.
 
-Each folder is imported alone, with all the checks of an import, and its tensors then belong to an adaptation of its
-name.
+Each folder is imported alone, with all the checks of an import, and its tensors then move to an adaptation with the
+folder's name.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from graftc.specs.foreign.config import CONFIG
 
 
 def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, Path]:
-    """Return the folders by the names of their adaptations: the given names, or otherwise those of the folders.
+    """Return the folders by their adaptations' names: the given names, or otherwise the folders' own.
 
     Raises:
         GraftError: GC005 for two folders with one name, GC002 for an invalid name, GC073 if there is no folder.
     """
     if not folders:
-        raise GraftError("GC073", "there is no folder to import", hint="give one or several")
+        raise GraftError("GC073", "there is no folder to import", hint="pass one or several")
     paths: dict[str, Path] = {}
     pairs = folders.items() if isinstance(folders, Mapping) else [(None, folder) for folder in folders]
     for name, folder in pairs:
@@ -47,8 +47,8 @@ def names_of(folders: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[s
         if (wrong := check_name(label)) is not None:
             raise wrong
         if label in paths:
-            hint = "give the folders by name: {'one': ..., 'other': ...}"
-            raise GraftError("GC005", f"{paths[label]} and {path} would both be {quoted(label)}", hint=hint)
+            hint = "pass the folders by name: {'one': ..., 'other': ...}"
+            raise GraftError("GC005", f"{paths[label]} and {path} would both be named {quoted(label)}", hint=hint)
         paths[label] = path
     return paths
 
@@ -97,11 +97,11 @@ def entry_of(
     flags: Flags,
     structure: Callable[[], Structure],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a folder adds to a compiled model: an entry of a spec, and its tensors by their names there.
+    """Return a folder's contribution to a compiled model: a spec entry, and its tensors by their names in the model.
 
     Raises:
-        GraftError: as for `graftc.import_peft`; GC112 for a folder that trains modules of the base in full, or rows of
-            a table beside its method.
+        GraftError: as for `graftc.import_peft`; GC112 for a folder that trains base modules in full, or table rows
+            beside its method.
     """
     compilation = imported(folder, model, axes, flags, name=None, cache=True, structure=structure)
     spec = compilation.spec
@@ -111,7 +111,7 @@ def entry_of(
     if len(entries) > 1:
         hint = "import it with the others: graftc.import_peft([folder, folder], model)"
         place = Place(str(folder / CONFIG), path="trainable_token_indices")
-        raise GraftError("GC112", "the adapter trains rows of a table beside its method", place=place, hint=hint)
+        raise GraftError("GC112", "the adapter trains table rows beside its method", place=place, hint=hint)
     return entries[0], values
 
 
@@ -122,9 +122,9 @@ def _trains_base(folder: Path, why: str) -> GraftError:
 
 
 def _renamed(compilation: Compilation, name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Return the entries of a spec and their tensors under a name.
+    """Return a compilation's spec entries and their tensors, renamed.
 
-    Rows of tables beside the first entry get the name and a number.
+    Entries after the first, which train table rows, get the name with a number appended.
     """
     adapt = compilation.spec.adapt
     names = {str(own.name): name if not number else f"{name}_{number}" for number, own in enumerate(adapt)}

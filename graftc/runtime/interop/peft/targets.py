@@ -1,4 +1,4 @@
-"""The modules that a config selects, found as peft finds them, and globs that match exactly given modules."""
+"""Find the modules that a config selects, by the same rules as peft, and globs that match exactly the given modules."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from graftc.specs.patterns import BRANCHES, glob_to_regex
 from graftc.specs.regexes import RegexMatcher
 
 ALL_LINEAR = "all-linear"
-"""peft's word for every linear layer but the head; what it writes into files are the names."""
+"""peft's keyword for every linear layer except the head; saved configs list the names instead."""
 
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 def meant(config: AdapterConfig, modules: Sequence[str]) -> set[str] | None:
-    """Return the modules that `target_modules` selects by their paths; None if it leaves that open."""
+    """Return the modules that `target_modules` selects by their paths; None if it leaves the choice to peft."""
     targets = config.target_modules
     if targets is None and config.target_parameters:
         targets = []
@@ -36,7 +36,7 @@ def meant(config: AdapterConfig, modules: Sequence[str]) -> set[str] | None:
 def is_saved(config: AdapterConfig, path: str) -> bool:
     """Return whether `modules_to_save` names a module.
 
-    peft compares ends of paths, so that ``norm`` means ``input_layernorm`` as well.
+    peft compares suffixes of paths, so ``norm`` also matches ``input_layernorm``.
     """
     return any(path.endswith(word) for word in config.modules_to_save or ())
 
@@ -49,7 +49,7 @@ def _named(targets: Sequence[str] | str, modules: Sequence[str], matcher: RegexM
 
 
 def _ends(path: str) -> Iterator[str]:
-    """Yield the path, and what follows each of its dots."""
+    """Yield the path, and the remainder after each of its dots."""
     while path:
         yield path
         _, _, path = path.partition(".")
@@ -79,7 +79,7 @@ def _in_layers(config: AdapterConfig, path: str, matcher: RegexMatcher) -> bool:
 
 
 def globs(wanted: Collection[str], universe: Collection[str]) -> list[str]:
-    """Return globs that match exactly the wanted paths among all paths, few and short if possible.
+    """Return globs that match exactly the wanted paths among all paths, as few and as short as possible.
 
     Args:
         wanted: the paths to match.
@@ -117,7 +117,7 @@ def _candidates(shape: str, members: Sequence[str]) -> Iterator[str]:
 
 
 def suffixes(wanted: Collection[str], universe: Collection[str]) -> list[str]:
-    """Return the shortest ends of paths by which peft finds exactly the wanted paths among all paths."""
+    """Return the shortest path suffixes by which peft selects exactly the wanted paths among all paths."""
     allowed, result = set(wanted), list[str]()
     meaning = grouped_pairs((end, path) for path in universe for end in _ends(path))
     for path in wanted:

@@ -1,7 +1,7 @@
-"""Tensors that several modules of a base share, in a peft folder for that base.
+"""Handle tensors that several modules of a base share, in a peft folder for that base.
 
-peft trains a separate module for each name in `modules_to_save`, unless `ensure_weight_tying` says otherwise; it ties
-rows of a table (`trainable_token_indices`) to the model's input embeddings by itself.
+peft trains a separate module for each name in `modules_to_save` unless `ensure_weight_tying` is set; it always ties
+trained table rows (`trainable_token_indices`) to the model's input embeddings.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def once(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structure]) -> PeftAdapter:
-    """Return the adapter with only one entry of what the file has under several names of a tied tensor.
+    """Return the adapter with a single entry for each tied tensor that the file has under several names.
 
-    Rows of a table get the name by which the model reads it.
+    Table rows get the name by which the model reads the table.
 
     Raises:
-        GraftError: GC112 for an adaptation of a tied tensor that has no equivalent here.
+        GraftError: GC112 for an adaptation of a tied tensor that has no equivalent in graftc.
     """
     tied = {name: names for names in _tied_names(model) for name in names}
     if not tied:
@@ -35,7 +35,7 @@ def once(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Structu
 
 
 def _refuse_shared_factors(adapter: PeftAdapter, tied: Mapping[str, list[str]]) -> None:
-    """Raise if one pair of factors belongs to a table and to the head that it is tied to.
+    """Raise if a table and the head that is tied to it share one pair of factors.
 
     peft creates such a pair with `ensure_weight_tying`.
     """
@@ -44,7 +44,7 @@ def _refuse_shared_factors(adapter: PeftAdapter, tied: Mapping[str, list[str]]) 
     adapted = [module.name for module in adapter.modules if {"A", "B"} & module.keys.keys()]
     for name in adapted:
         if others := [other for other in adapted if other != name and other in tied.get(name, ())]:
-            message = f"{name} and {others[0]} have one pair of factors, which has no equivalent here"
+            message = f"{name} and {others[0]} share one pair of factors, which has no equivalent here"
             hint = "train the table in full (modules_to_save), or some of its rows (trainable_token_indices)"
             raise GraftError("GC112", message, place=adapter.in_config("ensure_weight_tying"), hint=hint)
 
@@ -62,8 +62,8 @@ def _rows_once(
         main = next((module for module in group if module.path == source), None)
         if beside and (main is None or len(group) > 1):
             others = ", ".join(tied[first])
-            message = f"rows of {group[0].name} train apart from tensors that it is tied to: {others}"
-            hint = f"PEFT ties the rows of {source}, if no others are named" if source else None
+            message = f"rows of {group[0].name} train separately from tensors that it is tied to: {others}"
+            hint = f"PEFT ties the rows of {source} if no others are named" if source else None
             raise GraftError("GC112", message, place=adapter.in_config("trainable_token_indices"), hint=hint)
         main = main or group[0]
         for module in group:
@@ -76,7 +76,7 @@ def _rows_once(
 
 
 def _read(path: str, paths: list[str], structure: Callable[[], Structure]) -> str:
-    """Return the path of the module by which a table is read.
+    """Return the path of the module through which a table is read.
 
     An encoder-decoder may have the table under a name that is never called.
     """
@@ -85,9 +85,9 @@ def _read(path: str, paths: list[str], structure: Callable[[], Structure]) -> st
 
 
 def _trained_once(adapter: PeftAdapter, tied: Mapping[str, list[str]]) -> PeftAdapter:
-    """Return the adapter with one name of each trained tensor if `ensure_weight_tying` is set.
+    """Return the adapter with a single name for each trained tensor if `ensure_weight_tying` is set.
 
-    All names of such a tensor have the same values, of which the first is used.
+    The values stored under such a tensor's names must be equal; the first ones are used.
     """
     if not adapter.config.value("ensure_weight_tying", False):
         return adapter
@@ -107,19 +107,19 @@ def _trained_once(adapter: PeftAdapter, tied: Mapping[str, list[str]]) -> PeftAd
 
 
 def trained_together(adapter: PeftAdapter, model: nn.Module) -> list[str]:
-    """Return the modules that share a tensor which the adapter trains for all of them."""
+    """Return the modules that share a tensor and for which the adapter trains it jointly."""
     if not adapter.config.value("ensure_weight_tying", False):
         return []
     return [path for _, paths in _shared(adapter.trained, model) for path in paths]
 
 
 def trained_apart(adapter: PeftAdapter, model: nn.Module) -> list[str]:
-    """Return the modules that need their own copy of a shared tensor: each that trains in full by itself."""
+    """Return the modules that need their own copy of a shared tensor because they train in full separately."""
     return [] if adapter.config.value("ensure_weight_tying", False) else apart_of(adapter.trained, model)
 
 
 def apart_of(trained: Collection[str], model: nn.Module) -> list[str]:
-    """Return the modules that need a tensor of their own if each of the named tensors trains by itself."""
+    """Return the modules that need their own tensor if each of the named tensors trains separately."""
     untied: list[str] = []
     for own, paths in _shared(trained, model):
         # If all of them train, the first one keeps the shared tensor.
@@ -128,7 +128,7 @@ def apart_of(trained: Collection[str], model: nn.Module) -> list[str]:
 
 
 def _shared(trained: Collection[str], model: nn.Module) -> list[tuple[list[str], list[str]]]:
-    """Return, for each shared tensor that trains, the modules that train it and all modules that have it."""
+    """Return, for each shared tensor that trains, the modules that train it and all modules that hold it."""
     shared = [(names, [name for name in names if name in trained]) for names in _tied_names(model)]
     return [(_modules_of(own), _modules_of(names)) for names, own in shared if own]
 
@@ -138,6 +138,6 @@ def _modules_of(names: Iterable[str]) -> list[str]:
 
 
 def _tied_names(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that has several."""
+    """Return the names of each parameter that has several names."""
     names = grouped_pairs((parameter, name) for name, parameter in model.named_parameters(remove_duplicate=False))
     return [own for own in names.values() if len(own) > 1]
