@@ -1,1 +1,1 @@
-"""Exports: ONNX, ``.pt2`` and GGUF, each checked after writing and renamed into place when it is complete."""
+"""Export models to ONNX, ``.pt2`` and GGUF; each export is checked after writing, then renamed into place."""

@@ -1,9 +1,9 @@
-"""Export of graphs with a cache as ONNX files that can generate, with Optimum's names of files, inputs and outputs.
+"""Export graphs with a cache as ONNX files for generation, with Optimum's names for files, inputs and outputs.
 
-A decoder is one file, ``model.onnx``, for prompts and for all later steps. A model with an encoder is three:
-``encoder_model.onnx``; ``decoder_model.onnx``, the first step, which computes keys and values of the encoder's output;
-and ``decoder_with_past_model.onnx`` for all other steps. The model's config and generation config are in the same
-folder.
+A decoder becomes one file, ``model.onnx``, for prompts and for all later steps. A model with an encoder becomes three:
+``encoder_model.onnx``; ``decoder_model.onnx``, the first step, which computes keys and values from the encoder's
+output; and ``decoder_with_past_model.onnx`` for all other steps. The folder also contains the model's config and
+generation config.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _HIDDEN = "last_hidden_state"
 
 @dataclass(frozen=True)
 class CachedFile:
-    """One of the files.
+    """One of the ONNX files.
 
     Attributes:
         name: the file name.
         present: the call that its graph is for.
-        inputs, outputs: functions from names in the graph to names in the file; outputs without a name are left out.
-        empty: a predicate of inputs of the graph that the file lacks because they have no tokens.
+        inputs, outputs: functions from names in the graph to names in the file; outputs mapped to None are left out.
+        empty: a predicate for graph inputs that the file lacks because they have no tokens.
     """
 
     name: str
@@ -58,7 +58,7 @@ class CachedFile:
 
 
 class CachedModule(ExportModule):
-    """A graph with a cache as a module: see `ExportModule`."""
+    """An `ExportModule` for a graph with a cache."""
 
     def __init__(self, runner: ModelRunner, signature: Signature, file: CachedFile) -> None:
         self._file = file
@@ -66,19 +66,19 @@ class CachedModule(ExportModule):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the outputs that the file has, in order."""
+        """Names of the file's outputs, in order."""
         return tuple(name for name in super().outputs if self._file.outputs(name) is not None)
 
     def input_name(self, name: str) -> str:
-        """Return the name of an input in the file, as the `CachedFile` defines it."""
+        """Return an input's name in the file, as the `CachedFile` defines it."""
         return self._file.inputs(name)
 
     def output_name(self, name: str) -> str:
-        """Return the name of an output in the file, as the `CachedFile` defines it."""
+        """Return an output's name in the file, as the `CachedFile` defines it."""
         return str(self._file.outputs(name))
 
     def axis_name(self, name: str) -> str:
-        """Return Optimum's name of an axis, or of a sum of axes."""
+        """Return Optimum's name for an axis or a sum of axes."""
         return " + ".join(self._axis(part) for part in name.split("+"))
 
     def _axis(self, name: str) -> str:
@@ -88,13 +88,13 @@ class CachedModule(ExportModule):
         return _AXES.get(name, name)
 
     def taken(self, axis: Axis) -> bool:
-        """Return whether the file has an input: some node of the graph reads it, and it has tokens."""
+        """Return whether the file has an input: a node in the graph reads it, and it has tokens."""
         node = next(n for n in self.program.placeholders() if str(n.target) == axis.name)
         read = bool(node.users) and not all(user.op == "output" for user in node.users)
         return not self._file.empty(axis.name) and read
 
     def filled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the module's inputs along with empty tensors for those that the file lacks."""
+        """Return the module's inputs together with empty tensors for those that the file lacks."""
         like = next(value for value in inputs.values() if isinstance(value, Tensor))
         rows = {BATCH: like.shape[0]}
         absent = [spec for spec in self.program.inputs if spec.name not in inputs]
@@ -113,11 +113,11 @@ def prepare(job: ExportJob) -> None:
 
 
 def write(job: ExportJob, folder: Path) -> None:
-    """Create a folder of ONNX files that can generate.
+    """Create a folder of ONNX files for generation.
 
     Raises:
-        GraftError: GC142 for a model that does not generate, GC140 for one that keeps no cache of keys and values,
-            GC141 for adaptations that a cache cannot hold; others as `prepare_onnx`.
+        GraftError: GC142 for a model that does not generate, GC140 for one without a cache of keys and values, GC141
+            for adaptations that a cache cannot hold; others as in `prepare_onnx`.
     """
     runner = job.simplest
     Generating(runner).require_generating()
@@ -139,7 +139,7 @@ def write(job: ExportJob, folder: Path) -> None:
 
 
 def check(job: ExportJob, folder: Path) -> None:
-    """Check every file of the folder in ONNX Runtime.
+    """Check every file in the folder with ONNX Runtime.
 
     Raises:
         GraftError: GC060 if a check fails.
@@ -149,7 +149,7 @@ def check(job: ExportJob, folder: Path) -> None:
 
 
 def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, name: str) -> None:
-    """Write the config that onnxruntime-genai reads beside a graph, if it supports such models."""
+    """Write onnxruntime-genai's config beside a graph, if it supports such models."""
     inputs = [module.input_name(axis.name) for axis in module.axes]
     outputs = [module.output_name(output) for output in module.outputs]
     if generation is not None and (content := genai_config(config, generation, name, inputs, outputs)) is not None:
@@ -157,12 +157,12 @@ def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, 
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether `write` wrote a folder, so that it may be replaced."""
+    """Return whether `write` created a folder, so that it may be replaced."""
     return (path / "config.json").is_file() and any((path / name).is_file() for name in (DECODER, PAIR[0]))
 
 
 def _files(runner: ModelRunner) -> Iterator[CachedFile]:
-    """Yield the files of a model, in the order in which their graphs are built."""
+    """Yield a model's files, in the order in which their graphs are built."""
     compilation, device = runner.compilation, runner.device
     layout, takes = compilation.cache_layout, runner.interface.parameters
     if not layout.pairs:
@@ -188,7 +188,7 @@ def _files(runner: ModelRunner) -> Iterator[CachedFile]:
 
 
 def _called(runner: ModelRunner, given: Mapping[str, Any], past: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return a call with a cache, in the form in which its signature is looked up."""
+    """Return a call with a cache, in the form used to look up its signature."""
     layout = runner.compilation.cache_layout
     rows = next(iter(given.values())).shape[0]
     cache = fill_cache(new_cache(layout.pairs), past)
@@ -224,7 +224,7 @@ def _pair_output(name: str) -> str | None:
 
 
 def _text_output(name: str) -> str | None:
-    """Return the name of an output of a step that does not compute the encoder's keys and values; None for those."""
+    """Return an output's name in a step that leaves out the encoder's keys and values; None for an output of these."""
     return None if is_cross(name.rpartition(".")[2]) else _pair_output(name)
 
 

@@ -1,4 +1,4 @@
-"""The components of a model as ONNX files of their own, with a manifest for servers that call one after the other."""
+"""Export a model's components as separate ONNX files, with a manifest for servers that call them in turn."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ VERSION = 1
 
 
 class ComponentModule(ExportModule):
-    """The graph of a component as a module, with names of its own: see `ExportModule`."""
+    """An `ExportModule` for a component's graph, with the component's own names."""
 
     def __init__(self, runner: ModelRunner, component: Component) -> None:
         self._inputs = {input_name(component.path, i): name for i, name in enumerate(component.tensors)}
@@ -46,31 +46,31 @@ class ComponentModule(ExportModule):
     def sample(
         self, seed: int = 0, sizes: tuple[int, int] = (2, 9), fixed_sizes: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
-        """Return the tensors of the component's call, lengthened by ``seed`` repeats of their last entries.
+        """Return the tensors of the component's call, lengthened by repeating their last entries ``seed`` times.
 
-        They are not random, since masks and positions cannot be arbitrary numbers. Only axes that vary are lengthened,
-        and sizes that were equal stay equal, such as the number of rows of a mask and of what it masks.
+        They are not random, since masks and positions cannot have arbitrary values. Only dynamic axes are lengthened,
+        and equal sizes stay equal, such as the number of rows of a mask and of the tensor that it masks.
         """
         return {axis.name: _lengthened(self._shown[axis.name], axis, seed) for axis in self.axes}
 
     def counting(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the positions that the attention mask selects, or None without such a mask.
+        """Return the positions that the attention mask selects; None without a two-dimensional integer or bool mask.
 
-        Kernels differ in their results for tokens that attend to nothing, such as padding.
+        Kernels give different results for tokens that attend to nothing, such as padding.
         """
         mask = inputs.get("attention_mask")
         return None if mask is None or mask.dim() != 2 or mask.is_floating_point() else mask.bool()
 
     def input_name(self, name: str) -> str:
-        """Return the component's own name of an input."""
+        """Return the component's own name for an input."""
         return self._inputs[name]
 
     def output_name(self, name: str) -> str:
-        """Return the name of an output without the component's path."""
+        """Return an output's name without the component's path."""
         return name.removeprefix(self._prefix) if name.startswith(self._prefix) else "output"
 
     def axis_name(self, name: str) -> str:
-        """Return the name of an axis, made of the component's own name of the input and the number of the axis."""
+        """Return an axis's name, made of the component's own name for the input and the axis's index."""
         owner, _, at = name.rpartition("__")
         return f"{self._inputs[owner]}_{at}" if owner in self._inputs else name
 
@@ -84,19 +84,19 @@ def export_components(
     *,
     force: bool = False,
 ) -> Path:
-    """Write every component of a model that can be a graph as an ONNX file, and ``components.json``.
+    """Write every component of a model that can become a graph as an ONNX file, and write ``components.json``.
 
     Args:
         runner: the Runner of the merged model.
         model: a model of the source's class, with the folded weights.
-        path: the folder; nothing exists there until all files are complete and checked in ONNX Runtime.
-        inputs: inputs, by name, of a call that runs the components. None of their values are written.
-        evidence: the evidence of the fold to put into the files.
-        force: if true, replace such a folder.
+        path: the folder, which appears only after all files are complete and checked in ONNX Runtime.
+        inputs: inputs, by name, of a call that runs the components. Their values are not written.
+        evidence: the evidence of the fold to include in the files.
+        force: if true, replace a folder that this function created.
 
     Raises:
-        GraftError: GC060 for a model without components, or one of which none can be exported; GC061 if a package is
-            missing; GC063 if ``path`` exists, GC064 if it cannot be written.
+        GraftError: GC060 for a model without components, or if none can be exported; GC061 if a package is missing;
+            GC063 if ``path`` exists, GC064 if it cannot be written.
     """
     try:
         components, left_out = components_of(model, _with_rows(inputs))
@@ -133,19 +133,19 @@ def export_components(
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether `export_components` wrote a folder, so that it may be replaced."""
+    """Return whether `export_components` created a folder, so that it may be replaced."""
     return (path / MANIFEST).is_file()
 
 
 def _with_rows(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Repeat the row of a call that has one row only, since the tracer treats a size of 1 as fixed."""
+    """Return a call's inputs, with a single row repeated, since the tracer treats a size of 1 as fixed."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.dim()}
     one = all(value.shape[0] == 1 for value in tensors.values())
     return {**inputs, **({name: torch.cat([value, value]) for name, value in tensors.items()} if one else {})}
 
 
 def _file_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return a file name for each component: its last name if no other component has the same, otherwise its path."""
+    """Return a file name for each component: the last segment of its path if that is unique, otherwise the path."""
     short = Counter(path.rpartition(".")[2] for path in paths)
     return {path: f"{last if short[last := path.rpartition('.')[2]] == 1 else path}.onnx" for path in paths}
 
@@ -167,7 +167,7 @@ def _write(
 
 
 def _lengthened(tensor: Tensor, axis: Axis, more: int) -> Tensor:
-    """Return a tensor with its last entries repeated along the axes that vary."""
+    """Return a tensor with its last entries repeated along its dynamic axes."""
     for dim, name in enumerate(axis.axes):
         if isinstance(name, str):
             size = tensor.shape[dim]

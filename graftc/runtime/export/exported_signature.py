@@ -1,4 +1,4 @@
-"""The choice of the signature that a graph is exported for."""
+"""Choose the signature to export a graph for."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from graftc.runtime.model.model_runner import ModelRunner
 
 
 def exported_signature(runner: ModelRunner, example_inputs: ExampleInputs | None) -> Signature:
-    """Return the signature of a call, without labels.
+    """Return a call's signature, without labels.
 
-    By default it is that of the call that the model was compiled with, at the sizes shown then if a graph is valid for
-    one size only.
+    The default is the call that the model was compiled with, at its original sizes if a graph is valid only for one
+    size.
     """
     compilation = runner.compilation
     chosen: dict[str, Any] = {}

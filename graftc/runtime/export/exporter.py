@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LazyFunction:
-    """A function that is imported when it is first called, so that naming it loads no torch.
+    """A function that is imported when it is first called, so that referring to it does not load torch.
 
     Attributes:
-        place: its module and its name, such as ``"graftc.runtime.export.onnx:write"``.
+        place: its module and name, such as ``"graftc.runtime.export.onnx:write"``.
     """
 
     place: str
@@ -38,12 +38,12 @@ class ExportOption:
 
     Attributes:
         name: its name in Python, and in ``--option NAME=VALUE``.
-        meaning: what it says, in one sentence without a full stop.
-        words: the words that it may have; empty for other values.
-        read: a function that returns the value of the option for a given one, or raises, such as ``int``. The command
-            line gives texts. By default one of the words, or any value if there are none.
+        meaning: a description, in one sentence without a full stop.
+        words: the allowed words; empty if the values are not words.
+        read: a function that converts a given value to the option's value or raises, such as ``int``. The command line
+            passes strings. By default, one of the words is required, or any value is accepted if there are none.
         default: the value if none is given.
-        flag: the option of its own that it has on the command line; empty for ``--option NAME=VALUE``.
+        flag: its dedicated command line option; empty for ``--option NAME=VALUE``.
     """
 
     name: str
@@ -55,15 +55,15 @@ class ExportOption:
 
     @property
     def help(self) -> str:
-        """The meaning with the words that the option may have."""
+        """The meaning, followed by the allowed words."""
         words = [f"{word}, which is the default" if word == self.default else word for word in self.words]
         return f"{self.meaning}{': ' if words else ''}{listed(words, 'or')}."
 
     def checked(self, value: Any) -> Any:
-        """Return the value of the option for a given one.
+        """Return the option's value for a given one.
 
         Raises:
-            GraftError: GC073 for a value that the option does not allow, or what `read` raises.
+            GraftError: GC073 for a value that the option does not allow, or an error from `read`.
         """
         try:
             if self.read is not None:
@@ -72,7 +72,7 @@ class ExportOption:
                 return value
         except (TypeError, ValueError):
             pass
-        hint = f"give {listed(self.words, 'or')}" if self.words else self.meaning
+        hint = f"use {listed(self.words, 'or')}" if self.words else self.meaning
         raise GraftError("GC073", f"{self.name} is {shown(value)}", hint=hint)
 
 
@@ -80,24 +80,24 @@ class ExportOption:
 class Exporter:
     """One export format.
 
-    Functions of a job that refuse it raise `GraftError`. What they raise otherwise is reported as a fault of the
+    Its functions take a job, and raise `GraftError` to refuse it. Any other exception is reported as a fault in the
     package that the exporter comes from (GC078).
 
     Attributes:
-        name: its name, which is also that of its entry point.
+        name: its name, which is also the name of its entry point.
         summary: what it writes, in one sentence without a full stop.
         options: its options.
         write: a function that writes a job to a path where nothing exists: a file, or a folder, which it creates. The
-            path has the name of the destination, and is put in its place when it is complete and checked.
-        check: a function that reads back what has been written to the path, and raises if it is not right.
-        prepare: a function that refuses a job before anything is written, also with ``--dry-run``; what it returns is
-            ``prepared`` of the job.
-        content: whether it writes whole models, or the adapters alone of models that are not folded; ``"either"``:
-            folded models, and the adapters of others.
-        replaceable: a predicate of paths that ``force`` may replace; by default of files.
-        companions: a function that returns names of files that may be written beside a path, with some options.
-        instead: what to do instead, for options that users may well expect of it.
-        origin: the package that it comes from; None for graftc itself. It is filled in.
+            path has the destination's name, and is moved there once it is complete and checked.
+        check: a function that reads back what was written to the path, and raises if it is wrong.
+        prepare: a function that may refuse a job before anything is written, also with ``--dry-run``; its result
+            becomes the job's ``prepared``.
+        content: whether it writes whole models (``"model"``), or only the adapters of models that are not folded
+            (``"adapters"``); ``"either"``: folded models, and the adapters of others.
+        replaceable: a predicate for paths that ``force`` may replace; files by default.
+        companions: a function that returns the names of files that may be written beside a path with given options.
+        instead: remedies for options that users may expect the format to have, by option.
+        origin: the package that it comes from; None for graftc itself. It is set by the registry.
     """
 
     name: str
@@ -119,17 +119,17 @@ class Exporter:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The values of options that are not given."""
+        """The options' default values."""
         return {option.name: option.default for option in self.options}
 
     def failed(self, reason: str) -> GraftError:
-        """Return the error for a plugin's exporter that does not do its work."""
+        """Return the error for a plugin's exporter that failed."""
         assert self.origin is not None
         return self.origin.error("GC078", f"the exporter {self.name!r} of {self.origin} failed: {reason}")
 
     @contextmanager
     def reported(self) -> Iterator[None]:
-        """Report what a plugin's exporter raises while the block runs, unless it is a `GraftError`.
+        """Convert exceptions that a plugin's exporter raises in the block, other than `GraftError`, to errors.
 
         Raises:
             GraftError: GC078.

@@ -1,4 +1,4 @@
-"""Export of a compiled or merged model in any format."""
+"""Export a compiled or merged model in any format."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from graftc.specs.errors.arguments import as_path
 
 @dataclass(frozen=True)
 class ReadyExport:
-    """An export that has passed all checks that are possible before files are written.
+    """An export that has passed every check that can run before files are written.
 
     Attributes:
-        exporter: the exporter of the format.
-        job: what is exported.
+        exporter: the format's exporter.
+        job: the model to export, with its options.
     """
 
     exporter: Exporter
@@ -36,15 +36,15 @@ class ReadyExport:
 
     @property
     def adapters(self) -> AdapterSummary:
-        """What is known about adapters that are written alone."""
+        """The summary of adapters that are written alone; empty for other exports."""
         return self.job.prepared if isinstance(self.job.prepared, AdapterSummary) else AdapterSummary()
 
     def write(self, *, force: bool) -> None:
-        """Write the export to the path of the job, and check it.
+        """Write the export to the job's path, and check it.
 
         Raises:
-            GraftError: GC063 if something is there and may not be replaced, GC064 if it cannot be written; what the
-                exporter raises.
+            GraftError: GC063 if the path exists and may not be replaced, GC064 if it cannot be written, or an error
+                from the exporter.
         """
         exporter, job, path = self.exporter, self.job, self.job.path
         assert path is not None
@@ -62,7 +62,7 @@ class Exporting:
 
     Args:
         runner: the Runner of the model.
-        evidence: the evidence of a fold to put into the files.
+        evidence: the evidence of a fold to include in the files.
     """
 
     evidence = UNFOLDED
@@ -90,39 +90,40 @@ class Exporting:
     ) -> Path:
         """Export the model in eval mode.
 
-        A compiled model is exported with its adapters, experts averaged; a merged one is exported folded, with its
-        certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT loads.
-        ``"gguf"`` writes a merged model for llama.cpp, or the LoRAs of a compiled one as an adapter for it.
-        ``"onnx-generate"`` writes a folder of graphs with a cache, with which ONNX Runtime generates.
+        A compiled model is exported with its adapters, with AdaMix experts averaged; a merged one is exported folded,
+        with its certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT
+        loads. ``"gguf"`` writes a merged model for llama.cpp, or the LoRAs of a compiled one as an adapter for it.
+        ``"onnx-generate"`` writes a folder of graphs with a cache, for generation with ONNX Runtime.
 
         The file contains every adaptation, including disabled ones. Graphs take no labels and return no loss.
 
-        The tensors of ``inputs`` are not constants of the graph but inputs, by their full names, so that one file
-        serves every adaptation with these shapes; in ``.pt2`` they are one keyword argument, ``adapter_tensors``, a
-        mapping from names to tensors. Their values are stored beside the file, in ``<file>.<adaptation>.safetensors``.
+        The tensors of adaptations in ``inputs`` become inputs of the graph, by their full names, instead of constants,
+        so that one file serves every adaptation with these shapes; in ``.pt2`` they form one keyword argument,
+        ``adapter_tensors``, a mapping from names to tensors. Their values are stored beside the file, in
+        ``<file>.<adaptation>.safetensors``.
 
         Args:
             path: the file or folder to write.
             format: ``"onnx"``, ``"onnx-generate"``, ``"pt2"``, ``"peft"``, ``"gguf"``, or a format that an installed
                 package adds.
             example_inputs: for onnx and pt2, a call whose signature is exported, by name or in order; by default the
-                call that the model was compiled with. Values of tensors do not matter.
+                call that the model was compiled with. Tensors' values do not matter.
             inputs: for onnx and pt2, names of adaptations in the graph whose tensors become inputs.
             dtype: the element type of the matrices in a GGUF file: ``"f32"`` by default, ``"f16"`` or ``"bf16"``.
-            server: the server that a folder for PEFT has to be suitable for. The update is then written as plain LoRA,
-                scaled by ``alpha / rank`` and relative to the unchanged base: at twice the rank if factors started from
-                the weights.
-            max_rank: the largest rank that the server was started with; by default the largest that it may have.
+            server: the server that must be able to load a PEFT folder. The update is then written as plain LoRA, scaled
+                by ``alpha / rank`` and relative to the unchanged base: at twice the rank if factors were initialised
+                from the weights.
+            max_rank: the largest rank that the server was started with; by default the largest that it supports.
             force: whether to replace an existing file or folder.
             options: options of a format that an installed package adds.
 
         Raises:
-            GraftError: GC031 for example inputs that have no graph, GC060 for an unknown format, and if the exporter or
+            GraftError: GC031 for example inputs that have no graph, GC060 for an unknown format, or if the exporter or
                 the check of its result fails, GC061 without the ``export`` extra, GC063 if ``path`` exists, GC064 if it
-                cannot be written, GC065 for an input of which the graph reads nothing, GC073 for an option that the
-                format does not take, GC078 if a package's exporter fails, GC091 for an input that does not exist; GC115
-                for what PEFT cannot express, before anything is written, GC066 for what is not a LoRA in a GGUF
-                adapter, and GC068 for what the server does not take.
+                cannot be written, GC065 for an adaptation in ``inputs`` that the graph does not read, GC073 for an
+                option that the format does not have, GC078 if a package's exporter fails, GC091 for an adaptation in
+                ``inputs`` that does not exist; before anything is written, GC115 for a model that PEFT cannot express,
+                GC066 for anything but LoRA in a GGUF adapter, and GC068 for anything that the server does not accept.
         """
         to, given = as_path(path), {**options, "example_inputs": example_inputs, "inputs": inputs, "dtype": dtype}
         given |= {"server": server, "max_rank": max_rank}
@@ -131,16 +132,16 @@ class Exporting:
 
 
 def ready_export(exporting: Exporting, exporter: Exporter, given: Mapping[str, Any], path: Path | None) -> ReadyExport:
-    """Prepare an export of every adaptation, including disabled ones; it is still to be written.
+    """Prepare an export of every adaptation, including disabled ones, without writing it.
 
     Args:
-        exporting: the export operation of the model.
-        exporter: the exporter of the format.
-        given: options of the format, by name.
-        path: where to write it; None if it is only to be prepared.
+        exporting: the model's export operation.
+        exporter: the format's exporter.
+        given: the format's options, by name.
+        path: where to write it; None to prepare it only.
 
     Raises:
-        GraftError: for an option or a model that the format does not take.
+        GraftError: for an option or a model that the format does not support.
     """
     options = exporter.defaults | options_for(exporter, given)
     job = ExportJob(exporting.runner.complete(), options, exporting.evidence, path)

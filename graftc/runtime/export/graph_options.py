@@ -1,4 +1,4 @@
-"""What the formats of one graph have in common: their options, and the files beside the graph. No torch."""
+"""Options and companion files that the single-graph formats share. Does not load torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INPUTS = ExportOption(
 
 
 def companions_of(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return, for each adaptation, the name of the file beside an export that contains its tensors."""
+    """Return, for each adaptation, the name of the file beside an export that holds its tensors."""
     return {name: f"{path.name}.{name}.safetensors" for name in names}
 
 

@@ -1,4 +1,4 @@
-"""Adaptations as inputs of an exported graph: their tensors, and the names of these."""
+"""Adaptations as inputs of an exported graph: their tensors and the tensors' names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 ADAPTER_TENSORS = "adapter_tensors"
-"""The keyword argument of a ``.pt2`` program that takes tensors of adaptations, by their full names."""
+"""The keyword argument of a ``.pt2`` program for adaptations' tensors, by their full names."""
 
 
 def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None:
-    """Raise unless every name is that of an adaptation or composition.
+    """Raise unless every name belongs to an adaptation or composition.
 
     Raises:
-        GraftError: GC091 with the nearest names.
+        GraftError: GC091, which suggests the nearest names.
     """
     runner = runner_of(runner)
     tensors = [pair for pair in adapter_tensors(runner.store) if owner_of(pair[0])]
@@ -34,7 +34,7 @@ def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None
 
 
 def tensors_of(runner: ModelRunner, program: Program, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of adaptations that a Program reads, by adaptation and full name, names in order.
+    """Return the adaptations' tensors that a Program reads, by adaptation and full name; names are sorted.
 
     Args:
         runner: the Runner that has the adaptations.
@@ -42,7 +42,7 @@ def tensors_of(runner: ModelRunner, program: Program, names: Sequence[str]) -> d
         names: names of the adaptations.
 
     Raises:
-        GraftError: GC091 if there is no such adaptation, GC065 if the Program reads no tensor of it.
+        GraftError: GC091 for an unknown adaptation, GC065 if the Program reads none of an adaptation's tensors.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     if not names:
@@ -66,17 +66,17 @@ def _hint(runner: ModelRunner, name: str, kept: Mapping[str, Tensor]) -> str:
     if name in getattr(runner, "folded", ()):
         return "it has been folded into the weights: export the compiled model, with --no-merge on the command line"
     others = list(dict.fromkeys(map(owner_of, kept)))
-    return f"tensors are read of: {', '.join(others)}" if others else "leave it out of the inputs"
+    return f"the graph reads tensors of: {', '.join(others)}" if others else "leave it out of the inputs"
 
 
 def without(root: Store, program: Program, names: Iterable[str], constants: Mapping[str, Tensor]) -> Store:
     """Return a Store with the tensors that a Program reads, except those that are inputs.
 
     Args:
-        root: the Store that has the tensors.
+        root: the Store that holds the tensors.
         program: the Program that reads them.
         names: names of the tensors that are inputs.
-        constants: tensors that it reads in addition to those of ``root``, by name.
+        constants: tensors that it reads in addition to those in ``root``, by name.
     """
     store, taken = Store(), set(names)
     for node in program.graph.find_nodes(op="get_attr"):

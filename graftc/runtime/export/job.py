@@ -1,4 +1,4 @@
-"""A model to export: what the functions of an exporter are given."""
+"""The argument of an exporter's functions: a model to export, with the format's options."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from graftc.specs.errors.diagnostics import GraftError
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSummary:
-    """What is known, before it is written, about an export of adapters alone; `Exporter.prepare` may return one.
+    """A summary of an export of adapters alone, known before it is written; `Exporter.prepare` may return one.
 
     Attributes:
-        title: a readable name of the kind of adapters; empty for graphs and models.
-        tensors: the key of each tensor in the file, and site, part and name of the tensor in the model.
+        title: a readable name for the kind of adapters; empty for graphs and models.
+        tensors: the key of each tensor in the file, with its site, part and name in the model.
         max_rank: the largest rank, with which the server has to be started; None if it does not matter.
-        needs: the option that sets it for the server; None if there is none.
+        needs: the server option that sets it, with its value; None if there is none.
     """
 
     title: str = ""
@@ -45,10 +45,10 @@ class ExportJob:
     Attributes:
         runner: the Runner of a compiled or merged model.
         options: the format's options, with defaults for those that are not given.
-        evidence: the evidence of a fold to put into the files: ``certificate`` and ``folded``, the names of adaptations
-            that have gone into the weights.
-        path: where the export will be put; None if it is not written.
-        prepared: what the exporter's `prepare` has returned; ``write`` may put there what ``check`` needs.
+        evidence: the evidence of a fold to include in the files: ``certificate`` and ``folded``, the names of
+            adaptations that were folded into the weights.
+        path: the export's destination; None if it is not written.
+        prepared: the result of the exporter's `prepare`; ``write`` may replace it with data that ``check`` needs.
     """
 
     runner: ModelRunner
@@ -65,12 +65,12 @@ class ExportJob:
 
     @cached_property
     def simplest(self) -> ModelRunner:
-        """The Runner of what is written, with adaptations in their simplest form."""
+        """The Runner of the model that is written, with adaptations in their simplest form."""
         return deployed(self.runner) if isinstance(self.runner, AdaptedRunner) else self.runner
 
     @cached_property
     def signature(self) -> Signature:
-        """The signature of the exported graph: that of the option ``example_inputs``, or of the first call.
+        """The exported graph's signature: that of the option ``example_inputs``, or of the first call.
 
         Raises:
             GraftError: GC031 for example inputs that have no graph, GC149 for a model that is not one graph.
@@ -79,15 +79,16 @@ class ExportJob:
         return exported_signature(self.simplest, self.options.get("example_inputs"))
 
     def graph(self, *, apart: bool = False) -> ExportModule:
-        """Return the model's graph in eval mode as a plain module, which is made once.
+        """Return the model's graph in eval mode as a plain module, which is created once.
 
-        The tensors of adaptations in the option ``inputs`` are inputs of it.
+        The tensors of adaptations in the option ``inputs`` become its inputs.
 
         Args:
             apart: whether packed weights are inputs as well, as described in `ExportModule`.
 
         Raises:
-            GraftError: as `signature`; GC065 for an input of which the graph reads nothing, GC091 for an unknown one.
+            GraftError: as in `signature`; GC065 for an adaptation in ``inputs`` that the graph does not read, GC091 for
+                an unknown one.
         """
         if apart not in self._graphs:
             inputs = self.options.get("inputs") or ()
@@ -95,12 +96,13 @@ class ExportJob:
         return self._graphs[apart]
 
     def metadata(self, module: ExportModule) -> dict[str, str]:
-        """Return the metadata of a file with a graph: spec, fingerprint, certificate, places of adaptations."""
+        """Return the metadata for a file with a graph: spec, fingerprint, certificate, adaptations' places."""
         return metadata(self.simplest, module.program, self.evidence, self.options.get("inputs") or ())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the model's tensors by name, tied ones once, packed ones with their values: the base's, folded if the
-        model is, then those of adaptations.
+        """Yield the model's tensors by name: the base's, which are folded if the model is, then the adaptations'.
+
+        Tied tensors occur once, and packed ones have their full values.
         """
         store = self.simplest.store
         for name, _ in [*store.weights(), *store.adapters()]:
@@ -115,6 +117,6 @@ def require_one_graph(runner: ModelRunner) -> None:
         GraftError: GC149.
     """
     if runner.live is not None:
-        message = f"{type(runner.compilation.source).__name__} is its own Python between graphs of its layers"
-        hint = "save the merged model, or what to_transformers() gives: a file of graphs has no Python"
+        message = f"{type(runner.compilation.source).__name__} runs its own Python between graphs of its layers"
+        hint = "save the merged model, or what to_transformers() returns: a file of graphs cannot contain Python"
         raise GraftError("GC149", message, hint=hint)

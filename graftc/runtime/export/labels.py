@@ -1,4 +1,4 @@
-"""Removal of labels from calls, since exported graphs compute no loss."""
+"""Remove labels from calls, since exported graphs compute no loss."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _DECODED = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 def without_labels(runner: ModelRunner, present: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors and flags of a call without those that only a loss needs.
+    """Return a call's tensors and flags without those that only a loss needs.
 
-    Labels are the arguments that transformers takes for labels of the class, and those that only the output ``loss``
-    depends on in the model's first graph; one that ``forward`` requires stays. A decoder that derives its tokens from
-    the labels is given tokens instead; a model that takes tokens and runs without any gets none.
+    Labels are the arguments that transformers regards as the class's labels, and those that only the output ``loss``
+    depends on in the model's first graph. An argument that ``forward`` requires stays. A decoder that derives its
+    tokens from the labels receives tokens instead; a model that accepts tokens but runs without them receives none.
     """
     from transformers.utils.generic import find_labels
 
@@ -42,7 +42,7 @@ def without_labels(runner: ModelRunner, present: Mapping[str, Any]) -> dict[str,
 
 
 def _of_the_loss(program: Program) -> set[str]:
-    """Return the inputs that only the loss depends on."""
+    """Return the inputs that nothing but the loss depends on."""
     names, (values, *_) = program.outputs.names, program.output_node.args
     if _LOSS not in names or len(names) < 2 or not isinstance(values, tuple | list):
         return set()

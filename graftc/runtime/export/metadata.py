@@ -1,4 +1,4 @@
-"""The metadata of an exported file."""
+"""Build the metadata of an exported file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from graftc.specs.io import dump_spec
 
 
 class FoldEvidence(NamedTuple):
-    """The information about a fold in an export.
+    """Information about a fold in an export.
 
     Attributes:
-        certificate: the certificate of the fold.
-        folded: names of the adaptations that have gone into the weights.
+        certificate: the fold's certificate.
+        folded: names of the adaptations that were folded into the weights.
     """
 
     certificate: Certificate | None = None
@@ -27,17 +27,17 @@ class FoldEvidence(NamedTuple):
 
 
 UNFOLDED = FoldEvidence()
-"""The evidence in an export if nothing has been folded."""
+"""The evidence in an export without a fold."""
 
 
 def metadata(
     runner: ModelRunner, program: Program, evidence: FoldEvidence, inputs: Sequence[str] = ()
 ) -> dict[str, str]:
-    """Return the metadata of an exported file.
+    """Return an exported file's metadata.
 
-    It consists of the spec, the base fingerprint, names of classes in the order of logits, the certificate, the
-    adaptations that are inputs, and the place of each adaptation in the file: ``"folded"`` into the weights, a
-    ``"constant"`` of the graph, or an ``"input"``.
+    It consists of the spec, the base fingerprint, class names in the order of the logits, the certificate, the
+    adaptations that are inputs, and each adaptation's place in the file: ``"folded"`` into the weights, a
+    ``"constant"`` in the graph, or an ``"input"``.
 
     Args:
         runner: the Runner of the exported model.
@@ -65,7 +65,7 @@ def metadata(
 
 
 def adaptations_in(program: Program) -> list[str]:
-    """Return the adaptations that occur in a graph, by nodes or by tensors that it reads."""
+    """Return the adaptations that own nodes in a graph or tensors that it reads."""
     names: dict[str, None] = {}
     for node in program.graph.nodes:
         origin = provenance(node)

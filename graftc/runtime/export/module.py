@@ -1,4 +1,4 @@
-"""A plain module around one Program, for exporters: inputs by name, outputs by name, the Store's tensor names."""
+"""A plain module around one Program, for exporters: named inputs and outputs, and the Store's tensor names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _decomposed(program: Program) -> fx.Graph:
 
 @dataclass(frozen=True)
 class PackedWeight(PackedType):
-    """A packed weight of an exported graph, with a function that reads its parts."""
+    """A packed weight in an exported graph, with a function that reads its parts."""
 
     parts: Callable[[], Sequence[Tensor]]
 
@@ -67,7 +67,7 @@ def _parts(store: Store, names: Sequence[str]) -> list[Tensor]:
 
 
 class ExportModule:
-    """One eval Program as a module, which has only the tensors that the Program reads.
+    """One eval Program as a module that holds only the tensors that the Program reads.
 
     Args:
         runner: the Runner of the compiled or merged model.
@@ -82,11 +82,11 @@ class ExportModule:
         axes: the model's own inputs.
         adaptations: the tensors that are inputs as well, by adaptation and full name.
         tensors: the same by full name, in the order of inputs, followed by packed weights.
-        packed: the types of these weights, with their forms for other software.
+        packed: the types of these packed weights, with their forms for other software.
         inputs: example inputs.
 
     Raises:
-        GraftError: as `graftc.runtime.export.inputs.tensors_of`.
+        GraftError: as in `graftc.runtime.export.inputs.tensors_of`.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class ExportModule:
             vars(self.module).update(config=self.config)
 
     def _traced(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return the inputs with tensors that have no values and take no memory in place of packed weights."""
+        """Return the inputs, with scalars expanded to the right shape in place of packed weights."""
         if not self.packed:
             return inputs
         empty = {name: torch.zeros((), dtype=own.dtype).expand(own.shape) for name, own in self.packed.items()}
@@ -151,27 +151,27 @@ class ExportModule:
         return tuple(name for name, leaf in pairs if leaf is not None)
 
     def input_name(self, name: str) -> str:
-        """Return the name of an input in the file."""
+        """Return an input's name in the file."""
         return name
 
     def output_name(self, name: str) -> str:
-        """Return the name of an output in the file."""
+        """Return an output's name in the file."""
         return name
 
     def axis_name(self, name: str) -> str:
-        """Return the name of an axis in the file."""
+        """Return an axis's name in the file."""
         return name
 
     def taken(self, axis: Axis) -> bool:
-        """Return whether an input of the Program is an input of the module."""
+        """Return whether a Program's input is also an input of the module."""
         return True
 
     def counting(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """Return which positions of outputs are compared, as ``bool`` for their first axes; None for all."""
+        """Return which output positions are compared, as ``bool`` over their first axes; None for all."""
         return None
 
     def filled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the module's inputs along with the other inputs of the Program."""
+        """Return the module's inputs together with the Program's other inputs."""
         return dict(inputs)
 
     def _taken(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,10 +181,10 @@ class ExportModule:
     def sample(
         self, seed: int = 0, sizes: tuple[int, int] = (2, 9), fixed_sizes: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
-        """Return random inputs of batch and sequence ``sizes``, with the sizes in ``fixed_sizes`` for these names.
+        """Return random inputs with batch and sequence ``sizes``, and the given ``fixed_sizes`` for the axes named there.
 
-        Tensors of adaptations have their own values with seed 0, and these in reverse with any other seed, which
-        reveals a graph that has them as constants.
+        Adaptations' tensors have their own values with seed 0, and the same values in reverse with any other seed; this
+        reveals a graph that contains them as constants.
         """
         inputs: dict[str, Any] = self._taken(self._sample(seed, sizes, fixed_sizes))
         if self.tensors:
@@ -203,7 +203,7 @@ class ExportModule:
         return inputs
 
     def dynamic_shapes(self) -> dict[str, dict[Any, Any]]:
-        """Return the axes that vary, by input; an adaptation's tensors have none."""
+        """Return the dynamic axes, by input; an adaptation's tensors have none."""
         auto = torch.export.Dim.AUTO
         own: dict[str, dict[Any, Any]] = {
             a.name: {i: auto for i, s in enumerate(a.axes) if isinstance(s, str)} for a in self.axes
@@ -211,7 +211,7 @@ class ExportModule:
         return {**own, **({ADAPTER_TENSORS: {name: {} for name in self.tensors}} if self.tensors else {})}
 
     def flat(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return inputs by the names that they have in a graph without containers."""
+        """Return inputs by their names in a graph without containers."""
         own = {name: value for name, value in inputs.items() if name != ADAPTER_TENSORS}
         given = {name: t for name, t in inputs.get(ADAPTER_TENSORS, {}).items() if name not in self.packed}
         return {**own, **given}

@@ -1,4 +1,4 @@
-"""ONNX export through transformers' exporter, with its graph fixes; checked by ``onnx.checker`` and ONNX Runtime."""
+"""Export to ONNX through transformers' exporter, with its graph fixes; check with ``onnx.checker`` and ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from graftc.runtime.export.onnx_packed import OPSET, lower_packed
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
 TOLERANCE = 1e-4
-"""The largest allowed difference from torch for a float32 export, relative to the largest output or 1."""
+"""The largest difference from torch allowed for a float32 export, relative to the largest output or 1."""
 
 _LIBRARIES = ("torch", "transformers", "onnx_ir", "onnxscript")
-"""Libraries that log and warn about their own internals."""
+"""Libraries that log messages and issue warnings about their own internals."""
 
 LARGE = 64 * 2**20
-"""Weights of more bytes than this go into a file of their own."""
+"""Weights with more bytes than this in total go into a separate file."""
 
 
 def write(job: ExportJob, path: Path) -> None:
-    """Write a model's graph, and the tensors of adaptations that are inputs beside it.
+    """Write a model's graph and, beside it, the tensors of adaptations that are inputs.
 
     Raises:
-        GraftError: as `prepare_onnx`.
+        GraftError: as in `prepare_onnx`.
     """
     module = job.graph(apart=True)
     save_onnx(prepare_onnx(module, job.metadata(module)), path)
@@ -47,12 +47,12 @@ def write(job: ExportJob, path: Path) -> None:
 
 
 def check(job: ExportJob, path: Path) -> None:
-    """Check the file that `write` has written; see `check_onnx`."""
+    """Check the file that `write` wrote; see `check_onnx`."""
     check_onnx(job.graph(apart=True), path)
 
 
 def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Any:
-    """Return an ONNX model in memory, with the model's own input and output names and named dynamic axes.
+    """Return an in-memory ONNX model with the model's own input and output names and named dynamic axes.
 
     Raises:
         GraftError: GC060 if exporting fails, GC061 without the ``export`` extra.
@@ -71,7 +71,7 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Any:
     _name_axes(ir, model, module)
     lower_packed(model, module.packed)
     for node in model.graph.all_nodes():
-        # Stack traces contain paths of this machine, and make up half of a small file.
+        # Stack traces contain this machine's paths, and make up half of a small file.
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
     model.metadata_props.update(metadata)
     model.producer_name = "graftc"
@@ -79,14 +79,14 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Any:
 
 
 def save_onnx(model: Any, path: Path) -> None:
-    """Write an ONNX model, with large weights in a file of their own."""
+    """Write an ONNX model, with large weights in a separate file."""
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     beside = {"external_data": f"{path.name}.data"} if size > LARGE else {}
     _package("onnx_ir").save(model, str(path), **beside)
 
 
 def check_onnx(module: ExportModule, path: Path) -> None:
-    """Check a file with ``onnx.checker``, and compare what ONNX Runtime computes with it.
+    """Check a file with ``onnx.checker``, and compare its results in ONNX Runtime with torch's.
 
     Raises:
         GraftError: GC060 if a check fails.
@@ -104,8 +104,8 @@ def check_onnx(module: ExportModule, path: Path) -> None:
 
 
 def _no_kernel(module: ExportModule, error: Exception) -> GraftError:
-    """Return the error for a file that ONNX Runtime does not run."""
-    message = f"ONNX Runtime does not run the export: {first_line(error)}"
+    """Return the error for a file that ONNX Runtime cannot run."""
+    message = f"ONNX Runtime cannot run the export: {first_line(error)}"
     dtypes = {tensor.dtype for tensor in module.module.state_dict().values()}
     hint = "export to .pt2, or load the base in float32 or float16: ONNX Runtime has no bfloat16 on CPUs"
     return GraftError("GC060", message, hint=hint if torch.bfloat16 in dtypes else None)
@@ -122,10 +122,10 @@ def _package(name: str) -> Any:
 
 @contextmanager
 def _not_verbose() -> Iterator[None]:
-    """Make torch's exporter print no progress by default while the block runs; transformers' has no option for it.
+    """Turn off the progress output of torch's exporter while the block runs; transformers' has no option for it.
 
-    Standard output is not redirected, since it belongs to the whole process, where other threads may print or redirect
-    it meanwhile.
+    stdout is not redirected, since it belongs to the whole process, whose other threads may print to or redirect it in
+    the meantime.
     """
     before = torch.onnx.export
     torch.onnx.export = functools.partial(before, verbose=False)
@@ -136,7 +136,7 @@ def _not_verbose() -> Iterator[None]:
 
 
 def _name_tensors(model: Any, module: ExportModule) -> None:
-    """Name inputs and outputs; inputs that are tensors of adaptations get their full names."""
+    """Name inputs and outputs; inputs that are adaptations' tensors get their full names."""
     for value in [*model.graph.inputs, *model.graph.outputs]:
         renamed = module.input_name if value in model.graph.inputs else module.output_name
         value.name = renamed(value.name)
@@ -146,7 +146,7 @@ def _name_tensors(model: Any, module: ExportModule) -> None:
 
 
 def _name_axes(ir: Any, model: Any, module: ExportModule) -> None:
-    """Name dynamic axes on inputs and outputs."""
+    """Name the dynamic axes of inputs and outputs."""
     names: dict[str, str] = {}
     for value, axis in zip(model.graph.inputs, module.axes, strict=False):
         for dim, size in zip(value.shape, axis.axes, strict=True):
@@ -159,12 +159,12 @@ def _name_axes(ir: Any, model: Any, module: ExportModule) -> None:
 
 
 def _named(names: Mapping[str, str], size: Any) -> Any:
-    """Return a size with symbols replaced by names of axes; it may be a sum of them."""
+    """Return a size with its symbols replaced by axis names; it may be a sum of symbols."""
     return size if size is None else re.sub(r"\w+", lambda found: names.get(found[0], found[0]), str(size))
 
 
 def _compare(ort: Any, module: ExportModule, path: Path) -> None:
-    """Compare the file's outputs in ONNX Runtime, which optimises it first, with torch's, at sizes not captured."""
+    """Compare the outputs of the file as optimised by ONNX Runtime with torch's, at sizes other than the captured."""
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = module.outputs
     samples = [module.sample(seed, sizes) for seed, sizes in enumerate(((2, 5), (1, 4)))]
@@ -183,7 +183,7 @@ def _compare(ort: Any, module: ExportModule, path: Path) -> None:
 def compare(
     path: Path, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], counting: Tensor | None = None
 ) -> None:
-    """Compare a file's outputs in ONNX Runtime with those of a model on the same inputs.
+    """Compare a file's outputs in ONNX Runtime with a model's on the same inputs.
 
     Args:
         path: the file.
@@ -191,7 +191,7 @@ def compare(
         counting: the positions to compare, as in `ExportModule.counting`.
 
     Raises:
-        GraftError: GC060 if its results differ.
+        GraftError: GC060 if the outputs differ.
     """
     session = _package("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     known = {value.name for value in session.get_inputs()}
@@ -212,7 +212,7 @@ def _require_close(
         difference = largest_difference(reference, result)
         if not difference <= _bound(wanted.dtype) * max(1.0, largest_number(reference)):
             beyond = f"by {difference:.2e}, more than {_bound(wanted.dtype):.0e}"
-            how = beyond if math.isfinite(difference) else "in what is finite"
+            how = beyond if math.isfinite(difference) else "in which values are finite"
             raise GraftError("GC060", f"ONNX Runtime's {name} differs from torch {how}")
 
 

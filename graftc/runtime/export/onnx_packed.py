@@ -1,9 +1,8 @@
-"""Packed weights in ONNX files: codes and scales as they are stored, and operators of ONNX Runtime that read them.
+"""Store packed weights in ONNX files: codes and scales as they are, and ONNX Runtime operators that read them.
 
-A weight that only linear maps read is multiplied by ``MatMulNBits`` or ``MatMulBnb4``, which never build it in full.
-Any other weight is built by ``DequantizeLinear`` when a call needs it. ONNX Runtime computes everything that depends on
-constants alone when it loads a file, and would keep the result in full precision, but it makes an exception for that
-operator.
+A weight that only linear maps read is multiplied by ``MatMulNBits`` or ``MatMulBnb4``, which never materialise it.
+Any other weight is materialised by ``DequantizeLinear`` when a call needs it. When ONNX Runtime loads a file, it folds
+everything that depends only on constants and would store the result in full precision, but it exempts that operator.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ _WASTE = 1.07
 
 
 def lower_packed(model: Any, weights: Mapping[str, PackedWeight]) -> None:
-    """Replace inputs of a graph that are packed weights by their stored parts, in place.
+    """Replace a graph's packed-weight inputs with the weights' stored parts, in place.
 
     Args:
-        model: an ``onnx_ir.Model`` of opset `OPSET` at least.
-        weights: the packed weights by the names of the inputs.
+        model: an ``onnx_ir.Model`` with at least opset `OPSET`.
+        weights: the packed weights, by input name.
     """
     ir = importlib.import_module("onnx_ir")
     for value in [value for value in model.graph.inputs if value.name in weights]:
@@ -50,11 +49,11 @@ def lower_packed(model: Any, weights: Mapping[str, PackedWeight]) -> None:
 
 @dataclass(frozen=True)
 class _Product:
-    """A product by a weight, as it occurs in the graph.
+    """A multiplication by a weight in the graph.
 
     Attributes:
         node: the node that computes it.
-        bias: the value that is added, if any.
+        bias: the value that the node adds, if any.
         between: the node between the weight and the product, if any.
     """
 
@@ -73,7 +72,7 @@ class _Lowering:
         self.before: Any = None
 
     def run(self) -> None:
-        """Rewrite everything that reads the weight."""
+        """Rewrite every node that reads the weight."""
         products = self._products()
         multiply = None if products is None else self._multiply()
         if products is None or multiply is None:
@@ -90,7 +89,7 @@ class _Lowering:
                 self.graph.remove(product.between, safe=True)
 
     def _products(self) -> list[_Product] | None:
-        """Return the products by the weight; None if anything else reads it, or if it is not a float32 matrix."""
+        """Return the multiplications by the weight; None if anything else reads it or it is not a float32 matrix."""
         if len(self.weight.shape) != 2 or self.weight.dtype != torch.float32:
             return None
         products: list[_Product] = []
@@ -119,7 +118,7 @@ class _Lowering:
         return _Product(node, node.inputs[2] if len(node.inputs) > 2 else None, between)
 
     def _multiply(self) -> Callable[[Any], tuple[str, list[Any], dict[str, Any], str]] | None:
-        """Return a function that gives the node to multiply inputs by the packed weight; None if no operator can."""
+        """Return a function that describes the node for multiplying by the packed weight; None if no operator can."""
         rows, width = self.weight.shape[::-1] if self.turned else self.weight.shape
         sizes = {"K": width, "N": rows}
         if isinstance(self.form, TableEntries):
@@ -132,12 +131,12 @@ class _Lowering:
         if block is None:
             return None
         stored = [self._constant(name, part) for name, part in zip(_STORED, in_blocks(self.form, block), strict=False)]
-        # Level 1 is float32; the level that ONNX Runtime uses by default when it fuses rounds the inputs to 8 bits.
+        # Level 1 is float32; ONNX Runtime's default level when it fuses rounds the inputs to 8 bits.
         attributes = {**sizes, "bits": self.form.bits, "block_size": block, "accuracy_level": 1}
         return lambda x: ("MatMulNBits", [x, *stored], attributes, _CONTRIB)
 
     def _make_dense(self) -> None:
-        """Build the weight in full once, before the first node that reads it."""
+        """Materialise the weight once, before the first node that reads it."""
         readers = {node for node, _ in self.value.uses()}
         self.before = next(node for node in self.graph if node in readers)
         dense = self._steps(self.form) if isinstance(self.form, EvenSteps) else self._entries(self.form)
@@ -205,7 +204,7 @@ class _Lowering:
         return result
 
     def _constant(self, part: str, tensor: Tensor, dtype: Any = None) -> Any:
-        """Return a constant of the file, created on first use and named after the weight."""
+        """Return a constant in the file, created on first use and named after the weight."""
         name = f"{self.name}_{part}"
         if name in self.graph.initializers:
             return self.graph.initializers[name]
@@ -227,7 +226,7 @@ class _Lowering:
         return self._constant(part, torch.tensor(sizes, dtype=torch.int64))
 
     def _replace(self, value: Any, by: Any) -> None:
-        """Make every reader of a value read another one, which takes over the name if that is an output's."""
+        """Make every reader of a value read another one, which takes over the name if the value is an output."""
         outputs = self.graph.outputs
         if value in outputs:
             name = value.name
@@ -239,7 +238,7 @@ _STORED = ("codes", "scales", "zeros")
 
 
 def block_of(group: int, width: int) -> int | None:
-    """Return the largest block size with one scale for each block and little padding of rows; None if there is none."""
+    """Return the largest block size with one scale per block and little row padding; None if there is none."""
     if group >= width:  # each row has one scale
         fitting = [size for size in _BLOCKS if -(-width // size) * size <= _WASTE * width]
         return fitting[0] if fitting else 16
@@ -249,8 +248,8 @@ def block_of(group: int, width: int) -> int | None:
 def in_blocks(form: EvenSteps, block: int) -> tuple[Tensor, ...]:
     """Return the tensors that ``MatMulNBits`` reads.
 
-    They are codes ``uint8[rows, blocks, block * bits / 8]``, scales ``float32[rows, blocks]``, and, unless zero points
-    are half of the range, zero points ``uint8[rows, ceil(blocks * bits / 8)]``.
+    They are codes ``uint8[rows, blocks, block * bits / 8]``, scales ``float32[rows, blocks]``, and, unless they are at
+    half of the range, zero points ``uint8[rows, ceil(blocks * bits / 8)]``.
     """
     rows, width = form.codes.shape
     blocks = -(-width // block)

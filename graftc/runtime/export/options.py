@@ -1,4 +1,4 @@
-"""Options of an export: one that the format does not declare is refused, never ignored. No torch."""
+"""Check export options: one that the format does not declare is refused, never ignored. Does not load torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from graftc.specs.errors.diagnostics import GraftError, alternatives
 
 
 def misplaced(exporter: Exporter, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the options that are given although the format does not take them, each with a remedy.
+    """Yield the given options that the format does not have, each with a remedy.
 
     Args:
-        exporter: the exporter of the format.
-        given: options by name; one that is None, empty or False counts as not given.
+        exporter: the format's exporter.
+        given: options by name; None, False or an empty value counts as not given.
     """
     own = [option.name for option in exporter.options]
     for name, value in given.items():
@@ -28,12 +28,12 @@ def misplaced(exporter: Exporter, given: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def options_for(exporter: Exporter, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of an export that are given, checked.
+    """Return the given options of an export, checked.
 
     Raises:
-        GraftError: GC073 for an option that the format does not take, or for a value that the option does not allow.
+        GraftError: GC073 for an option that the format does not have, or for a value that the option does not allow.
     """
     for name, hint in misplaced(exporter, given):
-        raise GraftError("GC073", f"the format {exporter.name!r} takes no {name}", hint=hint)
+        raise GraftError("GC073", f"the format {exporter.name!r} has no option {name}", hint=hint)
     with exporter.reported():
         return {o.name: o.checked(given[o.name]) for o in exporter.options if given.get(o.name) is not None}

@@ -1,4 +1,4 @@
-"""Export of adaptations as a folder for PEFT, within the limits of a server if one is named."""
+"""Export adaptations as a PEFT folder, within the limits of a server if one is named."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from graftc.specs.errors.diagnostics import GraftError
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedFolder(AdapterSummary):
-    """A folder for PEFT, before it is written."""
+    """A PEFT folder before it is written."""
 
     content: PeftExport
 
 
 def prepare(job: ExportJob) -> PreparedFolder:
-    """Return what the folder will contain.
+    """Return the folder's contents.
 
     Raises:
-        GraftError: GC053 for a model without values, GC068 for what the server does not take, GC073 for a limit of no
-            server, GC115 for what PEFT cannot express, and for a merged model.
+        GraftError: GC053 for a model without values, GC068 for anything that the server does not accept, GC073 for a
+            largest rank without a server, GC115 for anything that PEFT cannot express, or for a merged model.
     """
     if not isinstance(job.runner, AdaptedRunner):
         raise GraftError("GC115", "a merged model has no adaptation", hint="export the compiled model it was made from")
     server: Server | None = job.options["server"]
     rank, largest = None, job.options["max_rank"]
     if largest is not None and server is None:
-        raise GraftError("GC073", "max_rank is a limit of a server", hint='name it: server="vllm"')
+        raise GraftError("GC073", "max_rank is a server's limit", hint='name the server: server="vllm"')
     require_values(job.runner)
     compilation = job.simplest.compilation
     content = prepared(compilation)
@@ -51,7 +51,7 @@ def write(job: ExportJob, folder: Path) -> None:
 
 
 def check(job: ExportJob, folder: Path) -> None:
-    """Check that the folder reads back.
+    """Check that reading the folder yields what was written.
 
     Raises:
         GraftError: GC060 if it does not.

@@ -1,4 +1,4 @@
-"""Export to ``.pt2``, torch's own serialised program."""
+"""Export to ``.pt2``, torch's format for serialised programs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from graftc.specs.errors.diagnostics import GraftError, first_line
 
 
 def write(job: ExportJob, path: Path) -> None:
-    """Write a model's graph, and the tensors of adaptations that are inputs beside it.
+    """Write a model's graph and, beside it, the tensors of adaptations that are inputs.
 
     Raises:
-        GraftError: as `prepare_pt2`.
+        GraftError: as in `prepare_pt2`.
     """
     module = job.graph()
     prepare_pt2(module, job.metadata(module))(path)
@@ -30,7 +30,7 @@ def write(job: ExportJob, path: Path) -> None:
 
 
 def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[Path], None]:
-    """Export to a ``.pt2`` archive; spec, fingerprint and certificate are extra files in it.
+    """Export to a ``.pt2`` archive, with spec, fingerprint and certificate as extra files in it.
 
     Load it with ``torch.export.load``, which runs code from the file: only load what you trust.
 
@@ -58,12 +58,12 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
 
 
 def _require_names(module: ExportModule, program: torch.export.ExportedProgram) -> None:
-    """Check that the names of the model's inputs have the same meaning in the file as in the model.
+    """Check that the model's input names have the same meaning in the file as in the model.
 
-    torch writes them in lower case there, in code in which some names are taken.
+    torch converts them to lower case in the file, in generated code where some names are already in use.
 
     Raises:
-        GraftError: GC060 if a call by these names fails or returns other values.
+        GraftError: GC060 if a call with these names fails or returns different values.
     """
     changed = [axis.name for axis in module.axes if not keeps_name(axis.name)]
     if not changed:
@@ -75,13 +75,13 @@ def _require_names(module: ExportModule, program: torch.export.ExportedProgram) 
     except Exception:  # a name may have any meaning in code that torch generates
         differs = True
     if differs:
-        message = f"a .pt2 cannot have inputs called {', '.join(axis.name for axis in module.axes)}"
-        hint = f"export it as ONNX, or give the argument {changed[0]} of forward another name"
+        message = f"a .pt2 cannot have inputs named {', '.join(axis.name for axis in module.axes)}"
+        hint = f"export to ONNX, or rename the argument {changed[0]} of forward"
         raise GraftError("GC060", message, hint=hint)
 
 
 def _reserve(path: Path, module: ExportModule) -> None:
-    """Check that the disk has room for the file: torch's writer ends the process when a disk is full.
+    """Check that the disk has room for the file: torch's writer terminates the process when the disk is full.
 
     Raises:
         OSError: if there is not enough room.

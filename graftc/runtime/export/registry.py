@@ -1,7 +1,7 @@
-"""The export formats: those of this package and of the entry-point group ``graftc.exporters``. No torch.
+"""Find the export formats: built-in ones, and those in the entry-point group ``graftc.exporters``. Loads no torch.
 
-An entry point has the name of the format and refers to its `Exporter`, as ``shapes = "graftc_shapes:SHAPES"`` does. The
-names are known from metadata alone; an exporter is imported when it is used.
+An entry point has the format's name and refers to its `Exporter`, as in ``shapes = "graftc_shapes:SHAPES"``. The names
+come from metadata alone; an exporter is imported when it is used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GROUP = "graftc.exporters"
 
 @cache
 def _points() -> Mapping[str, tuple[EntryPoint, ...]]:
-    """Return the entry points by name: our own in order, then those of plugins, which may have taken a name."""
+    """Return the entry points by name: the built-in ones in order, then the plugins', which may reuse a name."""
     own = [EntryPoint(n, f"{package.__name__}.{n.replace('-', '_')}:EXPORTER", GROUP) for n in package.BUILT_IN]
     points: dict[str, tuple[EntryPoint, ...]] = {}
     for point in [*own, *sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))]:
@@ -35,12 +35,12 @@ def _points() -> Mapping[str, tuple[EntryPoint, ...]]:
 
 
 def formats() -> tuple[str, ...]:
-    """Return the names of all formats. They are looked up once; `reload_exporters` looks again."""
+    """Return the names of all formats. They are looked up once; `reload_exporters` discards the result."""
     return tuple(_points())
 
 
 def summaries() -> dict[str, str]:
-    """Return what each format writes, by its name; of a plugin's, which is not imported for this, its package."""
+    """Return each format's summary, by name; for a plugin, which is not imported for this, the package instead."""
     firsts = {name: points[0] for name, points in _points().items()}
     return {n: _loaded(p).summary if n in package.BUILT_IN else f"of {plugin_of(p)}" for n, p in firsts.items()}
 
@@ -49,7 +49,7 @@ def exporter_of(format: Any) -> Exporter:
     """Return the exporter of a format.
 
     Raises:
-        GraftError: GC060 if the format is unknown, GC078 if the entry point of a plugin is broken, or its name taken.
+        GraftError: GC060 if the format is unknown, GC078 if a plugin's entry point is broken or reuses a name.
     """
     points = _points().get(format) if isinstance(format, str) else None
     if points is None:
@@ -62,7 +62,7 @@ def exporter_of(format: Any) -> Exporter:
 
 
 def exporters() -> dict[str, Exporter]:
-    """Return the exporters of all formats, without those that are broken, which are reported when they are used."""
+    """Return the exporters of all formats, except broken ones, which are reported when they are used."""
     every = {}
     for name in formats():
         with suppress(GraftError):
@@ -71,7 +71,7 @@ def exporters() -> dict[str, Exporter]:
 
 
 def reload_exporters() -> None:
-    """Forget the exporters that were looked up, so that a package installed since is seen."""
+    """Forget the exporters found so far, so that packages installed since then are found."""
     for function in (_points, _loaded):
         function.cache_clear()
 

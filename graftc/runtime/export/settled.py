@@ -1,7 +1,7 @@
-"""Constants of an exported file for what adaptations compute from packed weights and other constants alone.
+"""Precompute values that adaptations derive only from packed weights and other constants, for an exported file.
 
-DoRA divides by the norms of rows, which it computes from the whole weight. In a file that is written once, these are
-numbers, so that only products read the weight.
+DoRA, for example, divides by row norms, which it computes from the whole weight. A file can store these norms as
+constants, so that only multiplications read the weight.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from graftc.passes.core.weights.store import Store
 
 
 def settled(program: Program, store: Store, inputs: Collection[str]) -> tuple[Program, dict[str, Tensor]]:
-    """Return a Program that reads such values as constants if they are smaller than the weight, and these by name.
+    """Return a Program that reads such values as constants where they are smaller than the weight, and the constants.
 
-    If there are none, the Program itself is returned.
+    The constants are returned by name. If there are none, the Program itself is returned.
 
     Args:
         program: the Program, which stays unchanged.
-        store: the Store that has the values of all tensors and knows which weights are packed.
+        store: the Store that holds all tensors' values and determines which weights are packed.
         inputs: names of tensors that are not constants.
     """
     rewritten, new_constants = program.copy(), dict[str, Tensor]()

@@ -1,4 +1,4 @@
-"""The model that an export writes, with adaptations in their simplest form."""
+"""Simplify a model's adaptations for an export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from graftc.runtime.model.runner import runner_of
 
 
 def deployed(compiled: AdaptedRunner) -> AdaptedRunner:
-    """Return the same model with simpler adaptations in place of those that collapse; itself if none does."""
+    """Return the model with adaptations that collapse replaced by simpler ones; the model itself if none collapse."""
     compilation = compiled.compilation
     if not collapsing(compilation):
         return compiled

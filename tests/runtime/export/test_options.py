@@ -80,9 +80,9 @@ def test_what_is_not_given(format: str, option: str) -> None:
     [
         ("onnx", {"inputs": 5}, "the names are 5"),
         ("onnx", {"inputs": [5]}, "the names are"),
-        ("peft", {"server": "vllm", "max_rank": 0}, "max_rank is 0"),
-        ("peft", {"server": "vllm", "max_rank": True}, "max_rank is True"),
-        ("peft", {"max_rank": 8}, "limit of a server"),
+        ("peft", {"server": "vllm", "max_rank": 0}, "max_rank must be a positive integer, got 0"),
+        ("peft", {"server": "vllm", "max_rank": True}, "max_rank must be a positive integer, got True"),
+        ("peft", {"max_rank": 8}, "a server's limit"),
     ],
 )
 def test_values_that_are_none(models: dict[str, Any], format: str, given: Any, words: str, tmp_path: Path) -> None:

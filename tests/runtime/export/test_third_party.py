@@ -181,7 +181,7 @@ def test_python(shapes: None, compiled: Any, tmp_path: Path) -> None:
         assert path.read_text(encoding="utf-8").splitlines() == expected(model)
     in_order = compiled.export(tmp_path / "order.txt", format="shapes")
     assert sorted(in_order.read_text(encoding="utf-8").splitlines()) == expected(compiled)
-    for wrong, words in (({"order": "size"}, "order is 'size'"), ({"colour": "red"}, "takes no colour")):
+    for wrong, words in (({"order": "size"}, "order is 'size'"), ({"colour": "red"}, "has no option colour")):
         with pytest.raises(GraftError, match=words) as caught:
             compiled.export(tmp_path / "x.txt", "shapes", **wrong)
         assert caught.value.code == "GC073" and not (tmp_path / "x.txt").exists()

@@ -1,4 +1,4 @@
-"""The built-in formats, one file per format, which declares it and loads no torch."""
+"""The built-in formats: one file per format, which declares it without loading torch."""
 
 BUILT_IN = ("onnx", "onnx-generate", "pt2", "gguf", "peft")
-"""Their names, in the order of listings. Each one's module has its name, and an ``EXPORTER``."""
+"""The formats' names, in the order of listings. Each has a module with its name, which defines ``EXPORTER``."""

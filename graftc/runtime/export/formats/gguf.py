@@ -6,14 +6,14 @@ from graftc.runtime.export.exporter import Exporter, ExportOption, LazyFunction
 from graftc.specs.errors.diagnostics import GraftError
 
 FileType: TypeAlias = Literal["f32", "f16", "bf16"]
-"""The types of the matrices in a file."""
+"""The element types of the matrices in a file."""
 
 
 def file_type(given: Any) -> FileType:
-    """Return a type that a file may have.
+    """Return the given element type if a file may have it.
 
     Raises:
-        GraftError: GC060 for an unknown one.
+        GraftError: GC060 for an unknown type.
     """
     types: tuple[FileType, ...] = get_args(FileType)
     if given not in types:

@@ -1,4 +1,4 @@
-"""ONNX, one graph."""
+"""The format ``onnx``: one graph."""
 
 from graftc.runtime.export.exporter import Exporter, LazyFunction
 from graftc.runtime.export.graph_options import EXAMPLE_INPUTS, INPUTS, beside_graph

@@ -1,4 +1,4 @@
-"""ONNX with a cache of keys and values, to generate."""
+"""The format ``onnx-generate``: ONNX graphs with a cache of keys and values, for generation."""
 
 from graftc.runtime.export.exporter import Exporter, LazyFunction
 

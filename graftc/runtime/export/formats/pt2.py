@@ -1,4 +1,4 @@
-"""``.pt2``, torch's own serialised program."""
+"""The format ``pt2``: torch's serialised programs."""
 
 from graftc.runtime.export.exporter import Exporter, LazyFunction
 from graftc.runtime.export.graph_options import EXAMPLE_INPUTS, INPUTS, beside_graph

@@ -1,4 +1,4 @@
-"""Export of LoRA adapters as GGUF, for a base in that format."""
+"""Export LoRA adapters as GGUF, for a base in that format."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 
 def adapter_file(adapter: PlainAdapter, config: Any) -> GgufFile:
-    """Return the file of a LoRA adapter: ``<tensor>.lora_a`` as ``[rank, in]``, ``<tensor>.lora_b`` as ``[out, rank]``.
+    """Return a LoRA adapter's file: ``<tensor>.lora_a`` as ``[rank, in]``, ``<tensor>.lora_b`` as ``[out, rank]``.
 
-    llama.cpp scales a product by ``adapter.lora.alpha`` over its rank; if sites need another scale, it is in their
-    ``lora_b``.
+    llama.cpp scales a product by ``adapter.lora.alpha`` over its rank; any other scale that a site needs is absorbed
+    into its ``lora_b``.
 
     Args:
-        adapter: the adapter, by the paths that its maps have in transformers.
+        adapter: the adapter, with its maps' paths in transformers.
         config: the base's config.
 
     Raises:
-        GraftError: GC060 for a model type or a map that GGUF has no place for, GC061 without the package.
+        GraftError: GC060 for a model type or a map that GGUF cannot store, GC061 without the package.
     """
     gguf = package()
     family = family_of(config)
     if adapter.has_experts:
-        raise GraftError("GC060", "adapters of experts cannot be written as GGUF", hint="merge them into the model")
+        raise GraftError("GC060", "adapters for experts cannot be written as GGUF", hint="merge them into the model")
     names = gguf.get_tensor_name_map(architecture(gguf, family), config.num_hidden_layers)
     heads = heads_of(config)
     first = next(iter(adapter.updates.values()))
@@ -58,10 +58,10 @@ def adapter_file(adapter: PlainAdapter, config: Any) -> GgufFile:
 
 
 def _require_own(name: str, place: str, *, tied: bool) -> None:
-    """Raise if an update is for one use of a tied table, which a file has once for both uses.
+    """Raise if an update is for one use of a tied table, which a file stores once for both uses.
 
-    If a model has no head of its own, llama.cpp multiplies by the table, and takes an update of the embedding for one
-    of the head: its sizes do not fit, which ends a server at its first request.
+    If a model has no separate head, llama.cpp multiplies by the table and treats an update to the embedding as one to
+    the head. Its sizes do not fit, which terminates a server at its first request.
 
     Raises:
         GraftError: GC060.
@@ -70,11 +70,11 @@ def _require_own(name: str, place: str, *, tied: bool) -> None:
     if tied and name in uses:
         other, own = uses[name]
         hint = f"leave the {own} out, or untie the head (untie: in the spec) and export the merged model"
-        raise GraftError("GC060", f"{place} is tied to {other}, and has no tensor of its own", hint=hint)
+        raise GraftError("GC060", f"{place} is tied to {other} and has no tensor of its own", hint=hint)
 
 
 def plain_of(compilation: Compilation) -> PlainAdapter:
-    """Return the LoRAs of a compiled model as plain updates of whole modules, side by side for the same module.
+    """Return a compiled model's LoRAs as plain updates to whole modules; a module's LoRAs are placed side by side.
 
     Raises:
         GraftError: GC066 for anything that is not plain LoRA.
@@ -91,7 +91,7 @@ def plain_of(compilation: Compilation) -> PlainAdapter:
             if not isinstance(spec, LoRA) or "A0" in parts:
                 raise _no_lora(resolved.name, f"is not plain LoRA at {site.key}")
             if site.key.name != "weight" or site.own.leading or len(site.own.shape) != 2:  # type: ignore[attr-defined]
-                raise GraftError("GC060", f"{site.key} has no place in a GGUF adapter", hint="merge it into the model")
+                raise GraftError("GC060", f"a GGUF adapter cannot store {site.key}", hint="merge it into the model")
             update = _whole(compilation, site, parts, spec)
             previous = updates.get(site.key.module)
             updates[site.key.module] = update if previous is None else previous.beside(update)
@@ -101,7 +101,7 @@ def plain_of(compilation: Compilation) -> PlainAdapter:
 
 
 def _whole(compilation: Compilation, site: Any, parts: Mapping[str, str], spec: LoRA) -> Update:
-    """Return the factors at a site, with zeros at the rows of its module that are not its own."""
+    """Return a site's factors, with zeros for its module's other rows."""
     down, up = (compilation.store.full(parts[part]).detach() for part in ("A", "B"))
     if not site.own.whole:
         own, up = up, up.new_zeros(site.own.total, up.shape[-1])
@@ -111,5 +111,5 @@ def _whole(compilation: Compilation, site: Any, parts: Mapping[str, str], spec: 
 
 
 def _no_lora(name: str, what: str) -> GraftError:
-    hint = "compiled.convert() makes LoRA of whatever changes linear maps alone; a merged model is exported whole"
+    hint = "compiled.convert() turns adaptations of linear maps into LoRA; a merged model is exported whole"
     return GraftError("GC066", f"{name!r} {what}", hint=hint)

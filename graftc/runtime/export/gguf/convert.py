@@ -1,4 +1,4 @@
-"""Conversion of adapter folders to GGUF, with a check that the file gives the same updates as llama.cpp reads it."""
+"""Convert adapter folders to GGUF, and check that llama.cpp would compute the same updates from the file."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def convert_to_gguf(
 
     Args:
         source: the adapter to read.
-        out: the file; None only checks.
-        model: the folder of the base, of which only ``config.json`` is read.
-        dtype: the type of the factors.
+        out: the file; None to check the conversion only.
+        model: the base's folder, from which only ``config.json`` is read.
+        dtype: the factors' element type.
         force: if true, replace an existing file.
 
     Raises:
-        GraftError: GC032 for a config that cannot be read, GC067 if the file gives another update, GC069 without the
-            base's config, GC060 and GC061 as `adapter_file`.
+        GraftError: GC032 for a config that cannot be read, GC067 if the file's updates differ, GC069 without the base's
+            config, GC060 and GC061 as in `adapter_file`.
     """
     if model is None or not (model / "config.json").is_file():
         hint = "name the base that the adapter is for: --model MODEL"
@@ -60,7 +60,7 @@ def _written(
 
 
 def _responses(adapter: PlainAdapter, config: Any, file: Path, source: AdapterSource) -> dict[str, Tensor]:
-    """Return what llama.cpp adds: ``alpha / rank`` times the product, with rows of rotated heads put back in halves."""
+    """Return llama.cpp's additions: ``alpha / rank`` times the product, with rotated rows reordered into halves."""
     gguf = package()
     reader = gguf.GGUFReader(file)
     tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors}

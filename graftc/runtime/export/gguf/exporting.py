@@ -1,4 +1,4 @@
-"""Export of models as GGUF: of a merged model as a whole, and of the LoRAs of a compiled one."""
+"""Export models as GGUF: a whole merged model, or the LoRAs of a compiled one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graftc.specs.errors.diagnostics import warn
 
 
 def prepare(job: ExportJob) -> Callable[[], GgufFile]:
-    """Return a function that returns the file to write, which it makes once.
+    """Return a function that returns the file to write, which it creates once.
 
     Raises:
         GraftError: GC053 for a model without values, GC066 for anything that is not plain LoRA.
@@ -35,7 +35,7 @@ def write(job: ExportJob, path: Path) -> None:
     """Write the file; see `merged_file` and `adapter_file`.
 
     Raises:
-        GraftError: as these, and as `GgufFile.write`.
+        GraftError: as in these functions and in `GgufFile.write`.
     """
     lacking = job.prepared().write(path, job.options["dtype"])
     if lacking is not None:
@@ -44,7 +44,7 @@ def write(job: ExportJob, path: Path) -> None:
 
 
 def check(job: ExportJob, path: Path) -> None:
-    """Check that the file reads back.
+    """Check that reading the file yields what was written.
 
     Raises:
         GraftError: GC060 if it does not.

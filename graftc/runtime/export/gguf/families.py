@@ -1,6 +1,6 @@
-"""The model types that can be written as GGUF, as data: llama.cpp's names for them, and where its layout differs.
+"""The model types that can be written as GGUF, as data: llama.cpp's names for them, and differences in layout.
 
-Names of tensors come from the package ``gguf``; layouts from llama.cpp's ``convert_hf_to_gguf.py`` (0b03ada).
+Tensor names come from the package ``gguf``, layouts from llama.cpp's ``convert_hf_to_gguf.py`` (0b03ada).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Family:
 
     Attributes:
         arch: its name in GGUF.
-        rotary: whether rows of queries and keys are stored in pairs of the rotation.
+        rotary: whether the rows of queries and keys are stored in rotation pairs.
         transposed: name suffixes of weights that transformers stores as ``[in, out]``.
-        rope: whether positions are rotations.
-        fields: fields of the config that become numbers of the file: names in the config, of which the first one
-            present is read, by the writer's function.
+        rope: whether positions are encoded as rotations.
+        fields: config fields that become values in the file, by the writer's function: names in the config, the first
+            of which that is present is read.
     """
 
     arch: str
@@ -76,14 +76,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         ),
     }
 )
-"""The families by transformers' model type."""
+"""All families, by transformers' model type."""
 
 
 def family_of(config: Any) -> Family:
-    """Return the family of a model.
+    """Return a model's family.
 
     Raises:
-        GraftError: GC060 for a model type that is not in the table, or an option of one that GGUF has no place for.
+        GraftError: GC060 for a model type that is not in the table, or an option that GGUF cannot store.
     """
     kind = str(getattr(config, "model_type", ""))
     family = FAMILIES.get(kind)
@@ -98,18 +98,18 @@ def family_of(config: Any) -> Family:
 
 
 def architecture(gguf: Any, family: Family) -> Any:
-    """Return a family's architecture as the package's own constant."""
+    """Return a family's architecture as a constant of the package."""
     return next(key for key, word in gguf.MODEL_ARCH_NAMES.items() if word == family.arch)
 
 
 def heads_of(config: Any) -> AttentionSizes:
-    """Return the attention sizes of a model."""
+    """Return a model's attention sizes."""
     names = ("num_attention_heads", "num_key_value_heads", "hidden_size", "head_dim")
     return AttentionSizes.of({name: getattr(config, name, None) for name in names}, "the config")
 
 
 def rope_factors(config: Any) -> Tensor | None:
-    """Return the divisors of the rotation's frequencies, ``[size / 2]`` float32; None if they are the usual ones.
+    """Return the divisors of the rotation frequencies, ``[size / 2]`` float32; None for the default frequencies.
 
     Raises:
         GraftError: GC060 for a rotation that depends on the length of the text.
@@ -129,7 +129,7 @@ def rope_factors(config: Any) -> Tensor | None:
 
 
 def stored(family: Family, heads: AttentionSizes | None, name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor of a model, or rows of one, in GGUF's layout: rotated rows in pairs, weights as ``[out, in]``."""
+    """Return a model's tensor, or rows of one, in GGUF's layout: rotated rows in pairs, weights as ``[out, in]``."""
     if family.rotary and heads is not None and ".q_proj." in name:
         return as_pairs(tensor, heads.queries)
     if family.rotary and heads is not None and ".k_proj." in name:

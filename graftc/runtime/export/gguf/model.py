@@ -1,4 +1,4 @@
-"""Export of a merged model as GGUF."""
+"""Export a merged model as GGUF."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def merged_file(merged: FoldedModel) -> GgufFile:
-    """Return the file of a merged model, with its tokenizer if the base has one that llama.cpp supports.
+    """Return a merged model's file, with a tokenizer if the base has one that llama.cpp supports.
 
     Args:
-        merged: the merged model, in which everything has to be folded.
+        merged: the merged model, whose adaptations must all be folded.
 
     Raises:
-        GraftError: GC050 if something is left in the graph, GC052 for an added bias, GC060 for a model type or a tensor
-            that GGUF has no place for, GC061 without the package.
+        GraftError: GC032 for a model without a config, GC050 if an adaptation is left in the graph, GC052 for an added
+            bias, GC060 for a model type or a tensor that GGUF cannot store, GC061 without the package.
     """
     gguf = package()
     if merged.kept:
@@ -54,7 +54,7 @@ def _entries(gguf: Any, family: Family, config: Any, model: Any) -> list[Entry]:
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict().items():
         if tensor.data_ptr() in seen and seen[tensor.data_ptr()] != name:
-            continue  # a tied head is the embedding table again
+            continue  # a tied head repeats the embedding table
         seen[tensor.data_ptr()] = name
         make = partial(stored, family, heads, name, tensor)
         exact = tensor.dim() < 2 or name.endswith("wpe.weight")

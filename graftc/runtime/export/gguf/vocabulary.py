@@ -1,4 +1,4 @@
-"""A tokenizer in the form that llama.cpp reads, from the folder of a base."""
+"""Write a base's tokenizer in the form that llama.cpp reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SPLITTERS = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
-"""llama.cpp's names for ways to split texts before encoding, by the regular expression in ``tokenizer.json``."""
+"""llama.cpp's names for methods of splitting text before encoding, by the regular expression in ``tokenizer.json``."""
 
 
 def add_vocabulary(writer: Any, gguf: Any, folder: Path | None, size: int) -> str | None:
@@ -24,11 +24,11 @@ def add_vocabulary(writer: Any, gguf: Any, folder: Path | None, size: int) -> st
     Args:
         writer: the writer of the file.
         gguf: the package.
-        folder: the base's folder; None if it has none.
+        folder: the base's folder; None if there is none.
         size: the number of rows of the model's embedding table.
 
     Returns:
-        The reason why there is no tokenizer in the file; None if there is one.
+        The reason why the file has no tokenizer; None if it has one.
     """
     file = None if folder is None else folder / "tokenizer.json"
     if folder is None or file is None or not file.is_file():
@@ -84,7 +84,7 @@ def _splitter(data: dict[str, Any]) -> str | None:
 
 
 def _byte_level(gguf: Any, data: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Return every token by its number, and its kind; numbers without a token are unused."""
+    """Return the tokens in the order of their ids, and each one's kind; ids without a token are marked as unused."""
     by_number = {number: token for token, number in data["model"]["vocab"].items()}
     kinds = {number: gguf.TokenType.NORMAL for number in by_number}
     for token in data.get("added_tokens", []):

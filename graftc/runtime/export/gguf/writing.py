@@ -1,4 +1,4 @@
-"""Writing a GGUF file tensor by tensor, and reading it back."""
+"""Write a GGUF file tensor by tensor, and read it back."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _LARGEST_HALF = 65504.0
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file.
+    """A tensor in a file.
 
     Attributes:
         name: its name in GGUF.
         shape: its shape in numpy's order.
         make: a function that returns its values, which are read as float32; called when the tensor is written, and
-            again to compare.
-        exact: whether it stays float32 regardless of the file's type, as for vectors and tables of positions.
+            again for the comparison.
+        exact: whether it stays float32 regardless of the file's element type, like vectors and position tables.
     """
 
     name: str
@@ -59,14 +59,14 @@ def package() -> Any:
 
 
 def name_of(names: Any, tensor: str) -> str:
-    """Return the name of a model's tensor in GGUF.
+    """Return the GGUF name of a model's tensor.
 
     Args:
         names: a table returned by ``gguf.get_tensor_name_map``.
         tensor: its name in transformers, with ``.weight`` or ``.bias``.
 
     Raises:
-        GraftError: GC060 for a tensor that has none.
+        GraftError: GC060 for a tensor without a name in GGUF.
     """
     name = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
     if name is None:
@@ -76,13 +76,12 @@ def name_of(names: Any, tensor: str) -> str:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The content of a file.
+    """A file's content.
 
     Attributes:
         arch: the model's architecture.
         entries: its tensors.
-        fill: a function that adds everything else to the writer, and returns why the file has no tokenizer if it should
-            have one.
+        fill: a function that adds everything else to the writer, and returns the reason if a tokenizer is missing.
     """
 
     arch: str
@@ -90,14 +89,14 @@ class GgufFile:
     fill: Callable[[Any], str | None]
 
     def write(self, path: Path, dtype: FileType) -> str | None:
-        """Write the file, and return what `fill` has returned.
+        """Write the file, and return the result of `fill`.
 
         Args:
             path: the file, which must not exist.
-            dtype: the type of tensors with more than one axis; vectors are float32.
+            dtype: the element type of tensors that need not be exact; the others are float32.
 
         Raises:
-            GraftError: GC060 for values that the type cannot represent.
+            GraftError: GC060 for values that the element type cannot represent.
             OSError: if it cannot be written.
         """
         gguf = package()
@@ -120,10 +119,10 @@ class GgufFile:
         return lacking
 
     def check(self, path: Path, dtype: FileType) -> None:
-        """Check that names, sizes and every byte read back from the file.
+        """Check that reading the file yields the same names, sizes and bytes.
 
         Raises:
-            GraftError: GC060 if they do not.
+            GraftError: GC060 if they differ.
         """
         gguf, kind = package(), _TYPES[dtype][0]
         tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
@@ -131,13 +130,13 @@ class GgufFile:
             tensor = tensors.pop(entry.name, None)
             same = tensor is not None and tuple(int(n) for n in reversed(tensor.shape)) == entry.shape
             if not same or tensor.data.tobytes() != _data(gguf, entry, kind).tobytes():
-                raise GraftError("GC060", f"{entry.name} does not read back as it was written")
+                raise GraftError("GC060", f"{entry.name} reads back differently from what was written")
         if tensors:
             raise GraftError("GC060", f"the file has a tensor that was not written: {next(iter(tensors))}")
 
 
 def _described(gguf: Any, entry: Entry, own: Any) -> tuple[Sequence[int], Any]:
-    """Return sizes and numpy type as the writer expects them; for bfloat16 it counts bytes."""
+    """Return the shape and numpy dtype that the writer expects; for bfloat16, both describe bytes."""
     if own == gguf.GGMLQuantizationType.BF16:
         return gguf.quant_shape_to_byte_shape(entry.shape, own), np.dtype(np.uint8)
     return entry.shape, np.dtype(np.float16 if own == gguf.GGMLQuantizationType.F16 else np.float32)
@@ -153,11 +152,11 @@ def _data(gguf: Any, entry: Entry, kind: str) -> np.ndarray[Any, Any]:
     if tuple(value.shape) != entry.shape:
         raise GraftError("GC060", f"{entry.name} is {list(value.shape)}, not {list(entry.shape)}")
     if not bool(value.isfinite().all()):
-        raise GraftError("GC060", f"{entry.name} has numbers that are not finite")
+        raise GraftError("GC060", f"{entry.name} has values that are not finite")
     if entry.exact or kind == "F32":
         return value.numpy()
     if kind == "F16":
         if float(value.abs().max()) > _LARGEST_HALF:
-            raise GraftError("GC060", f"{entry.name} has numbers that f16 cannot hold", hint="write bf16 or f32")
+            raise GraftError("GC060", f"{entry.name} has values that f16 cannot represent", hint="write bf16 or f32")
         return value.half().numpy()
     return value.bfloat16().contiguous().view(torch.uint8).numpy()

@@ -121,7 +121,7 @@ def check_peft(export: PeftExport, folder: Path) -> None:
     adapter = read_peft(folder)
     same = adapter.shapes.keys() == export.tensors.keys()
     if not same or any(not torch.equal(adapter.tensor(key), value.cpu()) for key, value in export.tensors.items()):
-        raise GraftError("GC060", "the folder for PEFT differs from what was written when it is read back")
+        raise GraftError("GC060", "the folder for PEFT reads back differently from what was written")
 
 
 def _tensors(compilation: Compilation, pairs: Sequence[Pair]) -> dict[str, Tensor]:
