@@ -1,4 +1,4 @@
-"""The certificate of a merge: evidence of the fold at every site, and a comparison of the outputs and the graphs."""
+"""Certify a merge: gather evidence for the fold at every site, and compare outputs and graphs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class FoldRequest:
 
     Attributes:
         budget: the budget, as for `Compiled.merge`.
-        base: the form of packed weights in the result, see `Compiled.merge`. By default those that change are in full
-            precision and the others stay packed, which is what a certificate needs.
-        advance: a callback that receives the share of the folding that is done, from 0 to 1.
-        origin: the model that this one was widened from, whose base the certificate names.
+        base: the form of packed weights in the result, see `Compiled.merge`. By default, weights that change are in
+            full precision and the others stay packed, as a certificate requires.
+        advance: a callback that receives the completed fraction of the folding, from 0 to 1.
+        origin: the model from which this one was widened, whose base the certificate names.
     """
 
     budget: float | None = None
@@ -44,12 +44,12 @@ def certify(
     repacked: Repacked,
     request: FoldRequest,
 ) -> Certificate:
-    """Return the certificate of a fold, whether it passes or not.
+    """Return a fold's certificate, whether or not it passes.
 
     Args:
         runner: the Runner of the adapted model.
         merged: the Runner of the folded model.
-        folded, repacked: the results of folding and of packing weights again.
+        folded, repacked: the results of folding and of repacking weights.
         request: the options of the fold.
     """
     compilation, additions = runner.compilation, merged.additions
@@ -73,13 +73,13 @@ def certify(
         with comparison.repeating() as run:
             noise = rounding_noise(weights, recasting(compilation, merged.folded), run, comparison.after, enough)
         if doubted and 2 * noise > budget:
-            notes = (f"the budget is twice what other roundings of the folded weights do to outputs, not {budget:.1e}",)
+            notes = (f"the budget is twice the effect of rounding the folded weights differently, not {budget:.1e}",)
             budget = 2 * noise
     if repacked.packed:
         count = f"{len(repacked.packed)} weights" if len(repacked.packed) > 1 else "1 weight"
         notes += (f"the fold is not exact: {count} that it changes were packed again",)
     elif compilation.store.packed:
-        notes += ("the base's weights are packed; what was folded is in full precision",)
+        notes += ("the base's weights are packed; folded weights are in full precision",)
     if origin is not runner:
         notes += (f"the base is in {str(origin.dtype).removeprefix('torch.')}",)
     program = merged.program_of(compilation.key("eval"))

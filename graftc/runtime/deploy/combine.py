@@ -1,4 +1,4 @@
-"""Combination of several adaptations into one LoRA, with the error that this causes at every site."""
+"""Combine several adaptations into one LoRA, and measure the resulting error at every site."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ class Combined:
     Attributes:
         compiled: the model with the new adaptation instead of the others.
         name: the name of the new adaptation.
-        errors: by site, the Frobenius distance of the new update from the update that the kind of combination asks for,
-            over the norm of the latter. 0 up to rounding for a concatenation; for ``linear``, the distance is measured
-            from the weighted sum of the updates.
+        errors: by site, the Frobenius distance of the new update from the exact result of the combination, relative to
+            the norm of the latter. 0 up to rounding for a concatenation; for ``linear``, the exact result is the
+            weighted sum of the updates.
     """
 
     compiled: Any
@@ -63,7 +63,7 @@ class Combined:
 
     @property
     def largest_error(self) -> float:
-        """The error of the worst site; 0 if there is no site."""
+        """The error at the worst site; 0 if there are no sites."""
         return max(self.errors.values(), default=0.0)
 
 
@@ -90,22 +90,22 @@ class Combining:
         density: float = 0.5,
         seed: int = 0,
     ) -> Combined:
-        """Combine adaptations into one LoRA, and measure the error of doing so; this model stays unchanged.
+        """Combine adaptations into one LoRA, and measure the error; this model stays unchanged.
 
-        At a place that only some of them adapt, the updates of the others count as zero.
+        Where only some of them adapt a place, the updates of the others count as zero.
 
         Args:
             names: names of the adaptations.
-            weights: a factor for each; 1 by default.
+            weights: a factor for each adaptation; 1 by default.
             kind: ``"concatenation"`` puts factors side by side, which is exact and adds up ranks; ``"linear"`` adds the
-                factors, which is cheap but is not the sum of the updates; ``"svd"`` is the nearest update of a given
-                rank; ``"ties"`` and ``"dare"`` thin the updates out first (Yadav et al. 2023, TIES-Merging; Yu et al.
+                factors, which is cheap but is not the sum of the updates; ``"svd"`` uses the nearest update of a given
+                rank; ``"ties"`` and ``"dare"`` sparsify the updates first (Yadav et al. 2023, TIES-Merging; Yu et al.
                 2024, Language Models are Super Mario). The last three accept every method that folds into the weight
                 alone.
             name: the name of the new adaptation.
-            rank: the rank for ``"svd"``, ``"ties"`` and ``"dare"``; the largest of the adaptations by default.
-            density: the share of entries that ``"ties"`` and ``"dare"`` keep.
-            seed: the seed of the random numbers that ``"dare"`` draws.
+            rank: the rank for ``"svd"``, ``"ties"`` and ``"dare"``; by default the largest of the adaptations' ranks.
+            density: the fraction of entries that ``"ties"`` and ``"dare"`` keep.
+            seed: the random seed for ``"dare"``.
 
         Raises:
             GraftError: GC002 for arguments that do not fit, GC029 for adaptations that cannot be combined in this way,
@@ -117,7 +117,7 @@ class Combining:
         if kind not in KINDS or len(factors) != len(names) or not 0 < density <= 1 or (rank is not None and rank < 1):
             raise GraftError(
                 "GC002",
-                "combining takes one weight for each adaptation, a density in (0, 1] and a rank of at least 1",
+                "combining needs a known kind, one weight per adaptation, a density in (0, 1] and a rank of at least 1",
                 hint=f"the kinds are: {', '.join(KINDS)}",
             )
         way = _Way(kind, rank, density, seed)
@@ -136,16 +136,16 @@ class Combining:
 
 
 def _chosen(compilation: Compilation, names: Sequence[str]) -> list[Resolved]:
-    """Return the adaptations of these names, and check that they can be combined."""
+    """Return the adaptations with these names, after checking that they can be combined."""
     known = {r.name: r for r in compilation.main.resolved}
     if isinstance(names, str) or not isinstance(names, Sequence):
-        raise GraftError("GC073", f"the names are {kind_of(names)}", hint="give a list of adaptations")
+        raise GraftError("GC073", f"names must be a list of strings, got {kind_of(names)}", hint="pass a list of names")
     for name in names:
         if name not in known:
             raise unknown_name("adaptation", name, known)
     chosen = [known[name] for name in names]
     if len(set(names)) < max(2, len(names)):
-        raise GraftError("GC002", "combining takes two or more adaptations, each once")
+        raise GraftError("GC002", "combining needs two or more different adaptations")
     _check_compositions(compilation.spec, names)
     return chosen
 
@@ -159,10 +159,10 @@ def _sites(chosen: Sequence[Resolved]) -> list[LinearSite]:
 
 
 def _target(chosen: Sequence[Resolved], sites: Sequence[LinearSite]) -> Target:
-    """Return the target of all places: the adaptations' own if all have the same places, otherwise their modules.
+    """Return a target for all places: the adaptations' own if all have the same places, otherwise their modules.
 
     Raises:
-        GraftError: GC029 for part of the rows of a fused weight, which no list of modules can name.
+        GraftError: GC029 for a part of a fused weight's rows, which no list of modules can name.
     """
     places = [{site.key for site, _ in item.places} for item in chosen]
     for item, keys in zip(chosen, places, strict=True):
@@ -170,7 +170,7 @@ def _target(chosen: Sequence[Resolved], sites: Sequence[LinearSite]) -> Target:
             message = (
                 f"{item.name!r} and {chosen[0].name!r} are not at the same places, and {parts[0]} is part of a weight"
             )
-            raise GraftError("GC029", message, hint="combine adaptations of the same target, or of whole modules")
+            raise GraftError("GC029", message, hint="combine adaptations with the same target, or of whole modules")
     if all(keys == places[0] for keys in places):
         return chosen[0].spec.target
     several = {SiteKind.EXPERTS}
@@ -189,7 +189,7 @@ def _at(
     site: LinearSite,
     way: _Way,
 ) -> tuple[Factors, float]:
-    """Return the factors of the new LoRA at one site, for a scaling of 1, and the error there, in float64."""
+    """Return the new LoRA's factors at one site, for a scaling of 1, and its error at that site, in float64."""
     present = [number for number, item in enumerate(chosen) if _is_at(item, site)]
     if way.kind in ("concatenation", "linear"):
         adapting, factors = [chosen[number] for number in present], [weights[number] for number in present]
@@ -209,7 +209,7 @@ def _at(
 
 
 def _update(compilation: Compilation, item: Resolved, site: LinearSite) -> Tensor:
-    """Return what an adaptation alone adds to the site's weight, by its own fold; zeros if it is not at the site."""
+    """Return the update that an adaptation's own fold adds to a site's weight; zeros if it is not at the site."""
     if not _is_at(item, site):
         own = site.own.operand(compilation.store.full(site.own.tensor).double())
         return torch.zeros_like(own)
@@ -227,7 +227,7 @@ def _step(compilation: Compilation, item: Resolved, site: LinearSite) -> FoldSte
     own = site_steps(compilation, Unit(None, (item,), 0))
     steps = [s for s in own if s.site == str(site.key)]
     if len(steps) != 1:
-        raise GraftError("GC029", f"{item.name!r} is not a change of the weight alone at {site.key}")
+        raise GraftError("GC029", f"{item.name!r} does not fold into the weight alone at {site.key}")
     return steps[0]
 
 
@@ -239,18 +239,18 @@ def _rank(item: Resolved, site: LinearSite, limit: int) -> int:
 def _of_factors(
     compilation: Compilation, chosen: Sequence[Resolved], weights: Sequence[float], site: LinearSite, kind: Kind
 ) -> tuple[Factors, float]:
-    """Combine the factors themselves: side by side, or added up."""
+    """Return the combination of the factors themselves, side by side or added up, and its error."""
     downs, ups, total = [], [], None
     for item, weight in zip(chosen, weights, strict=True):
         spec = next(spec for other, spec in item.places if other.key == site.key)
         parts = compilation.parts[item.name].get(site.key, {})
         if not isinstance(spec, LoRA) or "A0" in parts:
-            hint = "svd, ties and dare take every method that folds"
-            raise GraftError("GC029", f"{item.name!r} has no plain factors to combine by {kind}", hint=hint)
+            hint = "svd, ties and dare accept every method that folds"
+            raise GraftError("GC029", f"{item.name!r} has no plain factors for a {kind} combination", hint=hint)
         a, b = (compilation.store.full(parts[part]).double() for part in ("A", "B"))
         scale = weight * spec.scaling
         total = scale * b @ a if total is None else total + scale * b @ a
-        # Each factor gets the square root of the scale, and one of them its sign.
+        # Each factor is multiplied by the square root of the scale, and one of them also by its sign.
         root = math.sqrt(abs(scale))
         downs.append(root * a)
         ups.append(math.copysign(root, scale) * b)
@@ -258,13 +258,13 @@ def _of_factors(
     if kind == "concatenation":
         return Factors(torch.cat(downs, -2), torch.cat(ups, -1)), 0.0
     if len({a.shape for a in downs}) > 1:
-        raise GraftError("GC029", f"linear combination needs one rank at {site.key}", hint="concatenation does not")
+        raise GraftError("GC029", f"a linear combination needs equal ranks at {site.key}", hint="use concatenation")
     added = Factors(torch.stack(downs).sum(0), torch.stack(ups).sum(0))
     return added, distance(added.update, total)
 
 
 def _ties(updates: Tensor, density: float) -> Tensor:
-    """Keep each update's largest entries, elect a sign by mass, and average what agrees (Yadav et al. 2023)."""
+    """Keep each update's largest entries, elect signs by mass, and average those that agree (Yadav et al. 2023)."""
     kept = torch.stack([_largest(update, density) for update in updates])
     sign = kept.sum(0).sign()
     agree = (kept.sign() == sign) & (kept != 0)
@@ -278,7 +278,7 @@ def _largest(update: Tensor, density: float) -> Tensor:
 
 
 def _dare(updates: Tensor, density: float, seed: int, place: str) -> Tensor:
-    """Drop entries at random, scale the rest up, and add (Yu et al. 2024)."""
+    """Drop entries at random, scale the rest up, and sum the updates (Yu et al. 2024)."""
     digest = hashlib.sha256(f"{seed}:{place}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     mask = torch.rand(updates.shape, generator=generator, dtype=torch.float64).to(updates.device) < density
@@ -286,10 +286,10 @@ def _dare(updates: Tensor, density: float, seed: int, place: str) -> Tensor:
 
 
 def _check_compositions(spec: Spec, names: Sequence[str]) -> None:
-    """Raise GC029 if an adaptation belongs to a composition that is neither a stack nor a bank to be combined in full.
+    """Raise GC029 if an adaptation belongs to a composition that is neither a stack nor a bank combined in full.
 
-    All adaptations of a bank without sharing may become one; what another composition computes from its members is not
-    a LoRA.
+    All members of a bank without sharing may be combined into one; other compositions do not compute a LoRA from their
+    members.
     """
     for composition in spec.compose:
         inside = [name for name in composition.members if name in names]
@@ -298,14 +298,14 @@ def _check_compositions(spec: Spec, names: Sequence[str]) -> None:
         whole_bank = isinstance(composition, Bank) and not composition.share and len(inside) == len(composition.members)
         if not whole_bank:
             message = f"{inside[0]!r} is part of the composition {composition.name!r}"
-            hint = "combine all adaptations of a bank, or give compiled.fix a factor for each"
+            hint = "combine all adaptations of a bank, or pass compiled.fix a factor for each"
             raise GraftError("GC029", message, hint=hint)
 
 
 def _spec(spec: Spec, like: Resolved, names: Sequence[str], new: LoRA) -> Spec:
-    """Return the spec with one LoRA in place of the first of the adaptations, and without the others."""
+    """Return the spec with the new LoRA in place of the first adaptation, and without the others."""
     adapt = [new if a.name == like.name else a for a in spec.adapt if a.name == like.name or a.name not in names]
     if sum(a.name == new.name for a in adapt) > 1:
-        raise GraftError("GC005", f"the name {new.name!r} is taken by another adaptation")
+        raise GraftError("GC005", f"another adaptation already has the name {new.name!r}")
     compose = (c for c in spec.compose if not any(member in names for member in c.members))
     return spec.model_copy(update={"adapt": tuple(adapt), "compose": tuple(compose)})

@@ -1,4 +1,4 @@
-"""A comparison of two models on the same inputs, with the first one's routes imposed on the second."""
+"""Compare two models on the same inputs, with the first one's routes imposed on the second."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Outputs = tuple[Any, ...]
 
 
 class OutputComparison:
-    """The outputs of two models on the same inputs.
+    """A comparison of two models' outputs on the same inputs.
 
     If a model chooses among its own values, as a router does among experts, the first model's choices are imposed on
-    the second, so that a difference in outputs is a numerical one and not that of another expert.
+    the second, so that differences in outputs are numerical and not caused by different experts.
 
     Attributes:
         before, after: flat outputs of each model.
-        differences: the largest absolute difference of every floating-point output, by its name.
-        noise: by the names of choices, how far scores have moved in runs of `repeating`.
-        allowed: by the names of choices, how far apart scores may be in any case.
+        differences: the largest absolute difference in every floating-point output, by name.
+        noise: by choice name, how far scores moved in runs of `repeating`.
+        allowed: by choice name, the difference in scores that is allowed regardless of noise.
     """
 
     def __init__(self, first: Evaluation, second: Evaluation, difference: float = 0.0, share: float = 0.0) -> None:
@@ -59,21 +59,21 @@ class OutputComparison:
 
     @property
     def largest(self) -> float:
-        """The largest absolute number among the first model's outputs; 1 if it has no tensor output."""
+        """The largest absolute value in the first model's outputs; 1 if it has no tensor output."""
         return max((largest_number(a) for a in self.before if isinstance(a, Tensor)), default=1.0)
 
     @cached_property
     def flips(self) -> dict[str, Flips]:
-        """The numbers of choices in which the second model would have differed, by the names of choices."""
+        """The counts of choices that the second model would have made differently, by choice name."""
         seen = self._own.seen
         both = [name for name in self._modules if name in self._imposed and name in seen]
         return {name: Flips.between(self._imposed[name], seen[name]) for name in both}
 
     @contextmanager
     def repeating(self) -> Iterator[Callable[[], Outputs]]:
-        """Yield a function that runs the second model again, with the same routes; its weights may have changed a bit.
+        """Yield a function that runs the second model again with the same routes, after small changes to its weights.
 
-        Each run updates `noise`, which says how far scores move.
+        Each run updates `noise`, which records how far scores move.
         """
 
         def again() -> Outputs:
@@ -90,12 +90,12 @@ class OutputComparison:
 
     @property
     def explained(self) -> bool:
-        """Whether rounding explains every different choice, as far as `noise` is known."""
+        """Whether rounding explains every different choice, according to the `noise` measured so far."""
         return all(item.passed for item in self.routes)
 
     @property
     def routes(self) -> tuple[RouteEvidence, ...]:
-        """The evidence for each choice, in the order of the graph."""
+        """The evidence for each choice, in graph order."""
         evidence: list[RouteEvidence] = []
         for name, item in self.flips.items():
             scores = self._imposed[name].scores
@@ -107,23 +107,23 @@ class OutputComparison:
 
 @torch.no_grad()
 def compared(before: ModelRunner, after: ModelRunner, difference: float = 0.0, share: float = 0.0) -> OutputComparison:
-    """Compare two models of the same interface in eval mode.
+    """Compare two models with the same interface in eval mode.
 
-    Their inputs are random or, if random ones make no sense, those of callers.
+    The inputs are random or, if random inputs make no sense, inputs from callers.
 
     Args:
         before: the first model.
         after: the second model, which must not be in use elsewhere yet.
-        difference, share: scores count as close if they are at most ``difference`` apart, or at most ``share`` of the
-            largest score of their choice.
+        difference, share: scores count as close if they are at most ``difference`` apart, or at most ``share`` times
+            the largest score of their choice.
 
     Raises:
-        GraftError: GC051 if the models do not run on random inputs, and no caller gave others.
+        GraftError: GC051 if the models do not run on random inputs and no caller provided others.
     """
     inputs = samples(before.compilation)
     try:
         return OutputComparison(Evaluation(before, inputs), Evaluation(after, inputs), difference, share)
     except (RuntimeError, ValueError, LookupError) as error:
-        message = f"the model does not run on random inputs, so that nothing can be certified: {first_line(error)}"
-        hint = "call it once, or compile it, with inputs that it runs on: a certificate then runs these"
+        message = f"the model does not run on random inputs, so nothing can be certified: {first_line(error)}"
+        hint = "call it once, or compile it, with inputs that it runs on: a certificate then uses them"
         raise GraftError("GC051", message, hint=hint) from error

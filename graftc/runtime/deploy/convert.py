@@ -1,4 +1,4 @@
-"""Conversion of adaptations to LoRA, with the error that this causes at every site and in the model's outputs."""
+"""Convert adaptations to LoRA, and measure the resulting error at every site and in the model's outputs."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ from graftc.specs.methods.lora import LoRA
 
 _PROBES = 16
 _SLACK = 1e-6
-"""How far a probe of the new LoRA may be from the wanted update beyond the measured error, relative to the update."""
+"""Allowed distance of a probe of the new LoRA from the wanted update, beyond the measured error; relative."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A model whose adaptations have become LoRA.
+    """A model whose adaptations were converted to LoRA.
 
     Attributes:
-        compiled: the model with the new adaptations, under the names of the old ones.
+        compiled: the model with the new adaptations, under the old ones' names.
         sites: the result at every site.
         outputs: by output, the largest absolute difference between the two models on random inputs, in eval mode.
-        largest_output: the largest absolute number among these outputs.
-        partial: the partial merge that was folded into a base of its own first; None if there was none.
+        largest_output: the largest absolute value in these outputs.
+        partial: the partial merge that first created a new base; None if there was none.
     """
 
     compiled: Any
@@ -67,20 +67,20 @@ class Converted:
 
     @property
     def largest_error(self) -> float:
-        """The error of the worst site; 0 if there is no site."""
+        """The error at the worst site; 0 if there are no sites."""
         return max((site.error for site in self.sites), default=0.0)
 
     @property
     def largest_difference(self) -> float:
-        """The difference of the worst output; NaN if one of the differences is NaN."""
+        """The difference in the worst output; NaN if any difference is NaN."""
         differences = list(self.outputs.values())
         return math.nan if any(math.isnan(value) for value in differences) else max(differences, default=0.0)
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write an artifact, including its base if something was folded into that.
+        """Write an artifact, including its base if anything was folded into it.
 
         Raises:
-            GraftError: as `Compiled.save`.
+            GraftError: as in `Compiled.save`.
         """
         if self.partial is None:
             destination: Path = self.compiled.save(path, force=force)
@@ -112,27 +112,27 @@ class Converting:
         error: float | None = None,
         into_base: Sequence[str] = (),
     ) -> Converted:
-        """Convert adaptations that change linear maps alone to LoRA, by singular values; this model stays unchanged.
+        """Convert adaptations that change only linear maps to LoRA, by singular values; this model stays unchanged.
 
-        An adaptation keeps its name, its sites and its place among the others, so that everything computed on top of it
-        stays the same. Ranks may differ from site to site (`overrides`); scalings are 1.
+        An adaptation keeps its name, its sites and its position among the others, so that everything computed on top of
+        it stays the same. Ranks may differ from site to site (`overrides`); scalings are 1.
 
         Args:
             names: names of the adaptations; all by default.
-            rank: the rank at every site, or the largest allowed one if ``error`` is given as well. By default the rank
-                of each site's update, which loses nothing except rounding.
-            error: a bound on the error of each site, in the Frobenius norm relative to the update's; each site gets the
+            rank: the rank at every site, or the largest allowed rank if ``error`` is given as well. The default is the
+                rank of each site's update, which is exact up to rounding.
+            error: a bound on the error at each site, in the Frobenius norm relative to the update's; each site gets the
                 smallest rank within it.
-            into_base: names to fold first into a base of its own, which is saved along with the artifact: adaptations,
-                or ``trained`` for the ``train:`` list.
+            into_base: names to fold first into a new base, which is saved with the artifact: adaptations, or
+                ``trained`` for the ``train:`` list.
 
         Raises:
-            GraftError: GC002 for a rank or error out of bounds, GC066 for anything that is not a change of linear maps
-                alone, GC067 if the error bound cannot be met, GC091 for unknown names, GC050 and GC022 for anything
-                that does not fold.
+            GraftError: GC002 for a rank or error out of bounds, GC066 for an adaptation that changes anything but
+                linear maps, GC067 if the error bound cannot be met, GC091 for unknown names, GC050 and GC022 for an
+                adaptation that does not fold.
         """
         if (rank is not None and rank < 1) or (error is not None and not 0 < error < 1):
-            raise GraftError("GC002", "converting takes a rank of at least 1, and an error in (0, 1)")
+            raise GraftError("GC002", "converting needs a rank of at least 1, and an error in (0, 1)")
         if into_base:
             partial = Merging(self.runner).merge_partially(only=into_base)
             converted = Converting(runner_of(partial.compiled)).convert(names, rank=rank, error=error)
@@ -152,7 +152,7 @@ class Converting:
     def _with_loras(self, conversion: _Conversion) -> Any:
         """Return the model with the new adaptations.
 
-        Targets stay as they were written if a LoRA has the same sites with them, and name modules otherwise.
+        Targets stay as written if a LoRA has the same sites with them; otherwise they name modules.
         """
         kept = {n: t for n, t in adapter_values(self.runner.compilation.store) if owner_of(n) not in conversion.sites}
         for written in (True, False):
@@ -193,7 +193,7 @@ class _Conversion:
         self._probes: dict[tuple[str, SiteKey], tuple[Tensor, Tensor]] = {}
 
     def spec_of(self, name: str) -> MethodSpec:
-        """Return the spec of the adaptation as it was written."""
+        """Return the adaptation's spec as written."""
         return self._resolved[name].spec
 
     def run(self) -> None:
@@ -251,10 +251,10 @@ class _Conversion:
         )
 
     def checked(self, result: Any) -> tuple[ConvertedSite, ...]:
-        """Return the sites along with an estimate of the error of the compiled LoRAs, measured through their own fold.
+        """Return the sites, each with an estimate of the compiled LoRA's error, measured through its own fold.
 
         Raises:
-            GraftError: GC067 if that is not the error measured before.
+            GraftError: GC067 if the estimate exceeds the error measured before by more than its uncertainty.
         """
         compilation = runner_of(result).compilation
         places = {(r.name, site.key): site for r in compilation.main.resolved for site, _ in r.places}
@@ -271,16 +271,16 @@ class _Conversion:
         checked = []
         for item in self._converted:
             probed = errors.get((str(item.adaptation), item.site), 1.0)
-            # The estimate of an error from 16 vectors is off by more than a factor of 3 only once in a million times.
+            # An error estimated from 16 vectors is off by more than a factor of 3 only once in a million times.
             if not probed <= 3 * item.error + _SLACK:
-                message = f"the LoRA {item.adaptation!r} adds {probed:.1e} of something else at {item.site}"
+                message = f"the update of the LoRA {item.adaptation!r} differs by {probed:.1e} at {item.site}"
                 raise GraftError("GC067", message, hint="report it with the spec and the model's class")
             checked.append(ConvertedSite(*(item.adaptation, item.site, item.rank, item.full_rank, item.error, probed)))
         return tuple(checked)
 
 
 def lazy_tensors_of(compilation: Compilation) -> LazyTensors:
-    """Return the folded tensors of everything if all adaptations fold, otherwise those of the adaptations that do."""
+    """Return the folded tensors of all adaptations if all fold, otherwise those of the adaptations that do."""
     try:
         return lazy_tensors(compilation)
     except GraftError:
@@ -288,7 +288,7 @@ def lazy_tensors_of(compilation: Compilation) -> LazyTensors:
 
 
 def _updates(lazy: LazyTensors, names: Collection[str]) -> Iterator[tuple[FoldGroup, dict[str, dict[str, Tensor]]]]:
-    """Yield, by group of tensors, what each of some adaptations adds to each tensor, on top of those below it."""
+    """Yield, for each group of tensors, what the named adaptations add to each tensor, on top of those below them."""
     for group in lazy.groups():
         if not any(step.adaptation in names for step in group.steps):
             continue
@@ -305,38 +305,39 @@ def _updates(lazy: LazyTensors, names: Collection[str]) -> Iterator[tuple[FoldGr
 
 
 def _chosen(compilation: Compilation, names: Sequence[str] | None) -> list[str]:
-    """Return the names of the adaptations to convert, in the order of the spec.
+    """Return the names of the adaptations to convert, in the spec's order.
 
     Raises:
-        GraftError: GC073, GC091; GC066 for members of compositions other than stacks.
+        GraftError: GC073 for names that are not a list, GC091 for an unknown name; GC066 if there is no adaptation, or
+            for members of compositions other than stacks.
     """
     known = [r.name for r in compilation.main.resolved]
     if isinstance(names, str) or not isinstance(names, Sequence | None):
-        raise GraftError("GC073", f"the names are {kind_of(names)}", hint="give a list of adaptations")
+        raise GraftError("GC073", f"names must be a list of strings, got {kind_of(names)}", hint="pass a list of names")
     for name in names or ():
         if name not in known:
             raise unknown_name("adaptation", name, known)
     chosen = [name for name in known if names is None or name in names]
     if not chosen:
-        raise GraftError("GC066", "the spec has no adaptation to convert", hint="the train: list goes into a base")
+        raise GraftError("GC066", "the spec has no adaptation to convert", hint="fold the train: list into a base")
     for composition in compilation.spec.compose:
         inside = [name for name in composition.members if name in chosen]
         if inside and not isinstance(composition, Stack):
             message = f"{inside[0]!r} is part of the composition {composition.name!r}"
-            hint = "compiled.combine makes one LoRA of a bank, and compiled.fix keeps one member of it"
+            hint = "compiled.combine turns a bank into one LoRA, and compiled.fix keeps one of its members"
             raise GraftError("GC066", message, hint=hint)
     return chosen
 
 
 def _no_lora(name: str, what: str) -> GraftError:
-    hint = f"fold it into a base that is saved beside (into_base, --into-base {name}), or merge the model"
+    hint = f"fold it into a base that is saved with the artifact (into_base, --into-base {name}), or merge the model"
     return GraftError("GC066", f"{name!r} {what}", hint=hint)
 
 
 def _spec(spec: Spec, loras: Mapping[str, LoRA], below: Iterable[str]) -> Spec:
-    """Return the spec with the LoRAs in place of the adaptations of their names.
+    """Return the spec with each LoRA in place of the adaptation that has its name.
 
-    Adaptations that changed weights below everything that stands at sites stay below it, in front of the others.
+    Adaptations that changed weights below all site adaptations stay below them, in front of the others.
     """
     first = [loras[name] for name in below]
     rest = [loras.get(str(a.name), a) for a in spec.adapt if a.name not in {lora.name for lora in first}]
@@ -344,7 +345,7 @@ def _spec(spec: Spec, loras: Mapping[str, LoRA], below: Iterable[str]) -> Spec:
 
 
 def _elsewhere(compilation: Compilation, sites: Mapping[str, Sequence[LinearSite]]) -> str | None:
-    """Return the name of an adaptation whose sites are not the wanted ones, or None."""
+    """Return the name of an adaptation whose sites are not the wanted ones; None if there is none."""
     site_keys = {r.name: {site.key for site, _ in r.places} for r in compilation.main.resolved}
     return next((name for name, wanted in sites.items() if site_keys[name] != {site.key for site in wanted}), None)
 
@@ -353,7 +354,7 @@ def _require_within(sites: Sequence[ConvertedSite], error: float) -> None:
     """Raise unless every site is within the error bound.
 
     Raises:
-        GraftError: GC067 naming every such site, the worst one first.
+        GraftError: GC067, which lists every site that is not, the worst one first.
     """
     over = sorted((site for site in sites if site.error > error), key=lambda site: -site.error)
     if over:
@@ -364,7 +365,7 @@ def _require_within(sites: Sequence[ConvertedSite], error: float) -> None:
 
 
 def _outputs(before: AdaptedRunner, after: AdaptedRunner) -> tuple[dict[str, float], float]:
-    """Return the differences of two models' outputs on random inputs, and the first one's largest number among them."""
+    """Return the differences in two models' outputs on random inputs, and the first one's largest absolute value."""
     compilation = before.compilation
     program = compilation.program("train", "base")
     inputs = samples(compilation)

@@ -1,4 +1,4 @@
-"""The Runner of a merged model: the base's graphs over folded tensors."""
+"""A merged model's Runner: the base's graphs over folded tensors."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class FoldedRunner(ModelRunner):
 
     Attributes:
         certificate: the evidence for the fold.
-        folded: names of the adaptations that have gone into the weights.
-        kept: the adaptations that have not been folded, with the reason; empty after a full merge.
-        changed: names of the tensors that folding has changed or added.
-        additions: names of the biases that folding has added.
+        folded: names of the adaptations that were folded into the weights.
+        kept: the adaptations that were not folded, each with the reason; empty after a full merge.
+        changed: names of the tensors that folding changed or added.
+        additions: names of the biases that folding added.
     """
 
     certificate: Certificate
@@ -46,7 +46,7 @@ class FoldedRunner(ModelRunner):
         super().__init__(compilation, folded_store(compilation, fold, folded, packed, full=full))
 
     def program_of(self, key: ProgramKey) -> Program:
-        """Return the Program of a key with the folded adaptations removed; a train mode is refused with GC054."""
+        """Return the Program for a key, with the folded adaptations removed; raise GC054 for train mode."""
         if key.entry != "forward":
             return super().program_of(key)
         if key.mode != "eval":
@@ -54,21 +54,21 @@ class FoldedRunner(ModelRunner):
         return folded(super().program_of(key), self.folded, self.additions)
 
     def applies(self, adaptation: str) -> bool:
-        """Return whether calls run an adaptation, which is true for unfolded ones only."""
+        """Return whether calls run an adaptation, which is true only for unfolded ones."""
         return adaptation in self.kept
 
     def _start_in_modes(self, module: Root) -> None:
-        """Put every module into eval mode, regardless of the mode of the source."""
+        """Put every module into eval mode, regardless of the source's mode."""
         module.eval()
 
     def entering(self, mode: bool) -> bool:
-        """Return False; raise GC054 for train mode, since folded models are for deployment and have eval mode only."""
+        """Return False; raise GC054 for train mode, since folded models are for deployment and have only eval mode."""
         if mode:
             raise GraftError("GC054", "a merged model has no train mode", hint="train the compiled model it came from")
         return False
 
     def folded_state_dict(self) -> dict[str, Tensor]:
-        """Return the base's tensors with the folded ones in place, by the source model's names (tied names included).
+        """Return the base's tensors, with folded ones in place, by the source model's names, including tied names.
 
         A packed weight is represented by its stored parts, as in the state dict of the compiled model.
         """

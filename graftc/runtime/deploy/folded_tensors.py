@@ -1,4 +1,4 @@
-"""The tensors of a merged model."""
+"""Build the Store of a merged model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def folded_store(
     Args:
         compilation, fold, folds: the compilation, its fold plan and the result of folding.
         packed: the parts of weights that were packed again.
-        full: if true, no weight stays packed except those in ``packed``; otherwise those stay packed that did not
-            change.
+        full: if true, no weight stays packed except those in ``packed``; otherwise weights that did not change stay
+            packed.
     """
     store, folded = compilation.store, Store()
     folded.shape(compilation.model)

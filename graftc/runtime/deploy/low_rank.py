@@ -1,7 +1,7 @@
-"""Updates of weights as factors of a LoRA, and the spec and tensors of a LoRA made of them.
+"""Decompose weight updates into LoRA factors, and build the spec and tensors of a LoRA from them.
 
-This is the common part of `combine` and `convert`: they determine the wanted update at every site, and this module
-turns it into a LoRA, whose rank may differ from site to site.
+`combine` and `convert` share this module: they determine the wanted update at every site, and this module turns it into
+a LoRA whose rank may differ from site to site.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from graftc.specs.methods.lora import LoRA, LoRAOverride
 from graftc.specs.target import Target
 
 _EXACT = 1e-13
-"""The relative distance below which a range found by random vectors is the whole range of an update in float64."""
+"""The relative distance below which a range found with random vectors is an update's whole range in float64."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Factors:
         return self if more <= 0 else Factors(pad(self.down, (0, 0, 0, more)), pad(self.up, (0, more)))
 
     def rounded(self, dtype: torch.dtype) -> Factors:
-        """Return the factors in the type in which they are stored, rounded once."""
+        """Return the factors in the dtype in which they are stored, rounded once."""
         return Factors(round_once(self.down, dtype), round_once(self.up, dtype))
 
 
 class Decomposition:
-    """The singular values and vectors of an update, from which factors of any rank can be read.
+    """An update's singular values and vectors, which yield factors of any rank.
 
-    An update whose rank is known to be small is decomposed through its range, which costs only a few products with it;
-    that these capture the whole range is checked.
+    An update whose rank is known to be small is decomposed through its range, which costs only a few products with it.
+    Whether these capture the whole range is checked.
 
     Args:
         update: the update ``[..., out, in]``, float64.
@@ -72,26 +72,26 @@ class Decomposition:
         self.values: Tensor = s
 
     def rank(self, error: float = 0.0) -> int:
-        """Return the smallest rank, at least 1, with a relative Frobenius error of at most ``error``, over all experts.
+        """Return the smallest rank, at least 1, whose relative Frobenius error over all experts is at most ``error``.
 
-        If ``error`` is 0, return the number of singular values that exceed rounding in float64.
+        If ``error`` is 0, return the number of singular values that exceed the rounding error of float64.
         """
         s = self.values.reshape(-1, self.values.shape[-1])
         if not error:
             floor = s.max() * max(self.update.shape[-2:]) * torch.finfo(s.dtype).eps
             return max(1, int((s > floor).sum(-1).max()))
-        # tails[k]: the norm of what is left out at rank k.
+        # tails[k]: the norm of the part that rank k leaves out.
         tails = s.square().sum(0).flip(0).cumsum(0).flip(0).sqrt()
         return max(1, int((tails > error * self.norm).sum()))
 
     def factors(self, rank: int) -> Factors:
-        """Return the factors of the nearest update of a rank; each singular value is shared equally by both factors."""
+        """Return the factors of the nearest update with a rank; both get the square root of each singular value."""
         root = self.values[..., :rank].sqrt()
         return Factors(root[..., :, None] * self._v[..., :rank, :], self._u[..., :rank] * root[..., None, :])
 
 
 def _through_range(update: Tensor, at_most: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return the decomposition of an update of small rank, or None if the rank is too large."""
+    """Return the decomposition of an update with a small rank; None if the rank is too large."""
     width = at_most + 4
     if 4 * width > min(update.shape[-2:]):
         return None
@@ -106,17 +106,17 @@ def _through_range(update: Tensor, at_most: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def stored_dtype(site: LinearSite) -> torch.dtype:
-    """Return the element type of a LoRA's factors at a site: at least float32."""
+    """Return the dtype of a LoRA's factors at a site: at least float32."""
     return torch.promote_types(site.dtype, torch.float32)
 
 
 def distance(actual: Tensor, wanted: Tensor) -> float:
-    """Return the Frobenius distance over the norm of ``wanted``; 0 if both are zero."""
+    """Return the Frobenius distance relative to the norm of ``wanted``; 0 if both are zero."""
     return float((actual - wanted).norm() / wanted.norm().clamp_min(1e-300))
 
 
 def lora_of(name: str, target: Target, factors: Mapping[SiteKey, Factors], sites: Iterable[LinearSite]) -> LoRA:
-    """Return the spec of a LoRA with a scaling of 1 and the ranks of the factors, with overrides where these differ."""
+    """Return the spec of a LoRA with a scaling of 1 and the factors' ranks, with overrides where they differ."""
     sites = tuple(sites)
     ranks = {where: rank for where, rank in _ranks(factors, sites).items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
@@ -132,7 +132,7 @@ def lora_of(name: str, target: Target, factors: Mapping[SiteKey, Factors], sites
 
 
 def values_of(name: str, factors_by_site: Mapping[SiteKey, Factors], sites: Iterable[LinearSite]) -> dict[str, Tensor]:
-    """Return the tensors of the LoRA of `lora_of` under their names, at least in float32."""
+    """Return the tensors, by name, of the LoRA that `lora_of` returns, at least in float32."""
     sites = tuple(sites)
     ranks, told = _ranks(factors_by_site, sites), _told_by(sites)
     values: dict[str, Tensor] = {}
@@ -146,7 +146,7 @@ def values_of(name: str, factors_by_site: Mapping[SiteKey, Factors], sites: Iter
 
 
 def target_of(sites: Sequence[LinearSite]) -> Target:
-    """Return a target that names modules, and roles if some of the sites are only part of the rows of a weight."""
+    """Return a target that names modules, and also roles if some sites cover only part of a weight's rows."""
     modules = tuple(dict.fromkeys(site.key.module for site in sites))
     roles = tuple(dict.fromkeys(site.roles[0] for site in sites if site.roles))
     partial = any(not site.own.whole for site in sites)
@@ -154,7 +154,7 @@ def target_of(sites: Sequence[LinearSite]) -> Target:
 
 
 def _told_by(sites: Sequence[LinearSite]) -> dict[SiteKey, tuple[str, str | None]]:
-    """Return the module and role by which an override can select each site; no role if the module has one site only."""
+    """Return the module and role by which an override can select each site; no role if the module has only one site."""
     count = Counter(site.key.module for site in sites)
     return {
         site.key: (site.key.module, site.roles[0] if count[site.key.module] > 1 and site.roles else None)
@@ -163,7 +163,7 @@ def _told_by(sites: Sequence[LinearSite]) -> dict[SiteKey, tuple[str, str | None
 
 
 def _ranks(factors: Mapping[SiteKey, Factors], sites: Sequence[LinearSite]) -> dict[tuple[str, str | None], int]:
-    """Return the rank of every site, the largest among sites that no override can tell apart."""
+    """Return the rank of every site, or the largest rank among sites that no override can distinguish."""
     ranks: dict[tuple[str, str | None], int] = {}
     for key, where in _told_by(sites).items():
         ranks[where] = max(factors[key].rank, ranks.get(where, 1))

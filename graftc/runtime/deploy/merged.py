@@ -1,4 +1,4 @@
-"""`Merged`: the model with its adaptations folded into base weights, and the certificate of the fold."""
+"""`Merged`: a model whose adaptations are folded into base weights, and the certificate of the fold."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class MergedRunner(FoldedRunner):
-    """The Runner of a `Merged`, which implements its methods."""
+    """The Runner behind a `Merged`, which implements its methods."""
 
     def __getattr__(self, name: str) -> Any:
-        """Return a method of generation, the export method, or an attribute that transformers' generation needs."""
+        """Return a generation method, the export method, or an attribute that transformers' generation needs."""
         if name in GENERATING:
             return getattr(Generating(self), name)
         return self.exporting.export if name == "export" else loop_attribute(self, name)
 
     @property
     def exporting(self) -> Exporting:
-        """The object that exports the model, with its certificate."""
+        """The model's export operation, with its certificate."""
         return Exporting(self, FoldEvidence(self.certificate, self.folded))
 
     def __dir__(self) -> list[str]:
@@ -52,35 +52,36 @@ class MergedRunner(FoldedRunner):
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write a folder that transformers loads, with the base's tokenizer and ``graftc.json``.
 
-        The latter contains the certificate, the spec and a list of the folder's files. For a model without a config,
-        only the weights are written.
+        ``graftc.json`` contains the certificate, the spec and a list of the folder's files. For a model without a
+        config, only the weights are written besides it.
 
         Args:
-            path: the folder to create; it is complete when it appears.
+            path: the folder to create; it appears only once it is complete.
             force: if true, replace an existing merged model, in one step.
 
         Raises:
-            GraftError: GC050 if something is left in the graph, GC052 if the class has no place for a folded tensor,
-                GC063 if something else exists at the path, GC064 if it cannot be written.
+            GraftError: GC050 if an adaptation is left in the graph, GC052 if the class cannot hold a folded tensor,
+                GC063 if the path exists and may not be replaced, GC064 if it cannot be written.
         """
         return save_merged(self, as_path(path), force=force)
 
     def export_components(self, path: str | Path, example_inputs: ExampleInputs, *, force: bool = False) -> Path:
-        """Export the parts of a model that has several stacks of layers as ONNX files of their own.
+        """Export the parts of a model with several stacks of layers as separate ONNX files.
 
-        Examples of parts are a vision tower, a projector and a language model. ``components.json`` lists them in the
-        order of their calls: inputs and outputs, the source of each input, and what could not be exported and why. What
-        the model's own Python does between them is not exported. A cache is not among their inputs.
+        Examples of parts are a vision tower, a projector and a language model. ``components.json`` lists them in call
+        order, with their inputs and outputs and the source of each input, and the parts that could not be exported,
+        with the reasons. The Python code that the model runs between them is not exported. A cache is not among their
+        inputs.
 
         Args:
-            path: the folder to create; it is complete when it appears, and every file has been run in ONNX Runtime.
-            example_inputs: inputs, by name, of a call that runs the parts; none of their values are written.
-            force: if true, replace such a folder.
+            path: the folder to create; it appears only once it is complete and every file was run in ONNX Runtime.
+            example_inputs: inputs, by name, of a call that runs the parts; their values are not written.
+            force: if true, replace a folder that this method created.
 
         Raises:
-            GraftError: GC060 for a model with one stack of layers, or one of which no part can be exported; GC061
-                without the ``export`` extra; GC052, GC032 and GC166 as `to_transformers`; GC063 if something else
-                exists at the path, GC064 if it cannot be written.
+            GraftError: GC060 for a model with one stack of layers, or if no part can be exported; GC061 without the
+                ``export`` extra; GC052, GC032 and GC166 as in `to_transformers`; GC063 if the path exists and may not
+                be replaced, GC064 if it cannot be written.
         """
         to, given = as_path(path), dict(self.interface.examples(example_inputs))
         evidence = FoldEvidence(self.certificate, self.folded)
@@ -96,7 +97,7 @@ class MergedRunner(FoldedRunner):
 
 
 class Merged(ModelRoot, Generic[M]):
-    """The folded model, in eval mode: the base's graph over folded tensors.
+    """A folded model in eval mode: the base's graph over folded tensors.
 
     ``Merged[M]`` is the type for a source of class ``M``. Tensors that folding does not change are shared with the
     compiled model and the source. As in a `Compiled`, the names below take precedence over those of the source model's
@@ -126,12 +127,12 @@ class Merged(ModelRoot, Generic[M]):
 
     @property
     def folded(self) -> tuple[str, ...]:
-        """Names of the adaptations that have gone into the weights."""
+        """Names of the adaptations that were folded into the weights."""
         return self._graftc.folded
 
     @property
     def kept(self) -> dict[str, str]:
-        """The adaptations left unfolded, with the reason; empty after a full merge."""
+        """The adaptations left unfolded, each with the reason; empty after a full merge."""
         return self._graftc.kept
 
 
@@ -144,7 +145,7 @@ def merge(
     base: BaseForm | None = None,
     allow_unchanged: bool = False,
 ) -> Merged:
-    """Fold and certify a model. See `Compiled.merge`."""
+    """Fold and certify a model; see `Compiled.merge`."""
     require_decided(runner, base)
     wide = widened(runner, dtype, base)
     merged = fold(wide, FoldRequest(as_budget(budget), base, advance, runner), every=True)
@@ -154,25 +155,25 @@ def merge(
 
 
 def require_passed(certificate: Certificate) -> None:
-    """Raise unless the certificate of a fold passes.
+    """Raise unless a fold's certificate passes.
 
     Raises:
-        GraftError: GC051 with the failures.
+        GraftError: GC051, which lists the failures.
     """
     failures = tuple(certificate.failures())
     if failures:
         hint = None if certificate.finite else "look for NaN in what was trained and in buffers of the base"
         if certificate.finite and certificate.requantised:
             left = f"packing leaves {certificate.retention.norm:.1%} of the update: "
-            hint = left + 'base="full" (--base full) keeps all of it; budget= (--budget) accepts more of a difference'
+            hint = left + 'base="full" (--base full) keeps all of it; budget= (--budget) accepts a larger difference'
         raise GraftError("GC051", "the fold is not certified: " + "; ".join(failures[:3]), hint=hint, details=failures)
 
 
 def require_decided(runner: AdaptedRunner, base: BaseForm | None) -> None:
-    """Raise unless it has been decided what becomes of packed weights in a merge.
+    """Raise unless the caller has decided how a merge treats packed weights.
 
     Raises:
-        GraftError: GC073 for an unknown value, GC165 if a decision is missing, GC166 if there is none to take.
+        GraftError: GC073 for an unknown value, GC165 if a decision is missing, GC166 if no weight is packed.
     """
     store = runner.compilation.store
     if base not in (None, *get_args(BaseForm)):
@@ -180,12 +181,12 @@ def require_decided(runner: AdaptedRunner, base: BaseForm | None) -> None:
     if store.packed and base is None:
         kinds = ", ".join(dict.fromkeys(own.packing.kind for own in store.packed.values()))
         hint = (
-            'base="full" (--base full) makes a model in full precision, base="requantized" packs what changed '
+            'base="full" (--base full) makes a model in full precision, base="requantized" packs changed weights '
             "again, with a measured error; export and save keep the adapters beside the packed base as they are"
         )
         raise GraftError("GC165", f"the base's weights are packed ({kinds}), and have no room for an update", hint=hint)
     if base == "requantized" and not store.packed:
-        raise GraftError("GC166", "no weight of the base is packed", hint="leave base out: a merge rounds once")
+        raise GraftError("GC166", "no weight of the base is packed", hint="leave base out")
 
 
 def require_weights(runner: AdaptedRunner) -> None:
@@ -205,17 +206,17 @@ def fold(
     every: bool = False,
     only: Sequence[str] | None = None,
 ) -> Merged:
-    """Fold what can be folded, and return the merged model, whether its certificate passes or not.
+    """Fold what can be folded, and return the merged model, whether or not its certificate passes.
 
     Args:
         runner: the Runner of the model to fold, which stays unchanged.
         request: the options of the fold; by default those of `Compiled.merge`.
         every: whether all adaptations have to fold.
-        only: names of the adaptations that have to fold, while no others do; None for all that fold.
+        only: names of the adaptations to fold, all of which must fold; None for all that can.
 
     Raises:
-        GraftError: GC050 on the meta device; with ``every`` or ``only``, GC050 or GC022 naming an adaptation that does
-            not fold; GC091 for an unknown name in ``only``.
+        GraftError: GC050 on the meta device; with ``every`` or ``only``, GC050 or GC022 for an adaptation that does not
+            fold; GC091 for an unknown name in ``only``.
     """
     with working("folding", runner):
         return _fold(runner, _plan(runner, only, every=every), request or FoldRequest())
@@ -246,16 +247,16 @@ def _fold(runner: AdaptedRunner, plan: FoldPlan, request: FoldRequest) -> Merged
 
 
 def certificate_of(compiled: ModelRoot | AdaptedRunner) -> tuple[Certificate | None, dict[str, str]]:
-    """Return the certificate of folding what can be folded, passed or not, and the other adaptations with reasons.
+    """Return a certificate, passed or not, for folding what can be folded, and the other adaptations with reasons.
 
     The certificate is None if nothing can be folded.
 
     Raises:
-        GraftError: GC051 if the model's outputs are not finite, so that there is nothing to certify.
+        GraftError: GC051 if the model's outputs are not finite, so that nothing can be certified.
     """
     merged = fold(runner_of(compiled))
     if merged.folded and not merged.certificate.finite:
-        message = "the model gives numbers that are not finite, so that nothing can be certified"
+        message = "the model's outputs are not finite, so nothing can be certified"
         hint = "look for NaN in what was trained and in buffers; certify=False saves it as it is"
         raise GraftError("GC051", message, hint=hint)
     return (merged.certificate if merged.folded else None), dict(merged.kept)

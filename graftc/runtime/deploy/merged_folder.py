@@ -1,4 +1,4 @@
-"""A merged model as a folder that transformers loads, with the certificate of the fold in a file of its own."""
+"""Write a merged model as a folder that transformers loads, with the fold's certificate in a separate file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from graftc.specs.io import dump_spec
 
 
 def save_merged(merged: FoldedRunner, path: Path, *, force: bool = False) -> Path:
-    """Write a merged model. See `Merged.save`."""
+    """Write a merged model; see `Merged.save`."""
     if merged.kept:
         name, reason = next(iter(merged.kept.items()))
         raise GraftError("GC050", f"{name!r} is still in the graph: {reason}", hint="merge it, or save an artifact")
@@ -44,12 +44,12 @@ def save_merged(merged: FoldedRunner, path: Path, *, force: bool = False) -> Pat
 
 
 def write_merged(merged: ModelRoot | FoldedRunner, folder: Path) -> Any:
-    """Write the model itself, with its tokenizer if the base has one, and return it.
+    """Write the model itself, with a tokenizer if the base has one, and return it.
 
     For a model without a config, the folded weights go into ``model.safetensors``, by the source's own names.
 
     Raises:
-        GraftError: GC052 if the class has no place for a folded tensor.
+        GraftError: GC052 if the class cannot hold a folded tensor.
         OSError: if it cannot be written.
     """
     runner: FoldedRunner = runner_of(merged)
@@ -77,7 +77,7 @@ def write_merged(merged: ModelRoot | FoldedRunner, folder: Path) -> Any:
 
 
 def _repeat_rotation(file: Path) -> None:
-    """Write the base of the rotation also where transformers 4 had it, since some engines read it only there."""
+    """Also write the rotation's base under transformers 4's key, since some engines read only that key."""
     config = json.loads(file.read_text(encoding="utf-8"))
     rotation = config.get("rope_parameters")
     theta = rotation.get("rope_theta") if isinstance(rotation, dict) else None

@@ -1,4 +1,4 @@
-"""A merged model as a source model, on which another one can be compiled."""
+"""Turn a merged model into a source model on which another one can be compiled."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from graftc.runtime.model.runner import ModelRoot, runner_of
 
 
 def base_of(merged: ModelRoot | FoldedRunner) -> Any:
-    """Return a model with the folded weights.
+    """Return a plain model with the folded weights.
 
-    It is of the source's own class, as `Merged.to_transformers` returns it; if weights are packed, it is a copy of the
-    source that contains the packed parts.
+    It is an instance of the source's class, as returned by `Merged.to_transformers`; if weights are packed, it is a
+    copy of the source that contains the packed parts.
 
     Raises:
-        GraftError: GC052 if the class has no place for a folded tensor, GC032 for a source without a config.
+        GraftError: GC052 if the class cannot hold a folded tensor, GC032 for a source without a config.
     """
     runner: FoldedRunner = runner_of(merged)
     if not runner.store.packed:

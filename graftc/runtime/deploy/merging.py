@@ -1,4 +1,4 @@
-"""Merging a compiled model: as a whole, in part, or as a stream of tensors."""
+"""Merge a compiled model: as a whole, in part, or as a stream of tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Partial merges: a base with the folded weights, and the adaptations that do not fold compiled on top of it."""
+"""Merge partially: create a base with the folded weights, and compile the adaptations that do not fold on top of it."""
 
 from __future__ import annotations
 
@@ -49,17 +49,17 @@ if TYPE_CHECKING:
     C = DefaultingTypeVar("C", bound=nn.Module, default=Any, covariant=True)
 else:
     C = TypeVar("C", bound=nn.Module, covariant=True)
-"""The class of a compiled model."""
+"""The type of a compiled model."""
 
 
 @dataclass(frozen=True)
 class Partial(Generic[M, C]):
-    """The result of folding some adaptations; when saved, an artifact that contains its own base.
+    """The result of folding some adaptations; it is saved as an artifact that contains its own base.
 
     Attributes:
-        merged: the model with the folded weights, and the rest in its graph.
-        compiled: the rest, compiled on a base that has the folded weights.
-        certificate: the certificate of the fold; its outputs also cover those of `compiled`.
+        merged: the model with the folded weights, and the other adaptations in its graph.
+        compiled: the other adaptations, compiled on a base that has the folded weights.
+        certificate: the fold's certificate, whose output differences also cover `compiled`.
     """
 
     merged: Merged[M]
@@ -68,19 +68,19 @@ class Partial(Generic[M, C]):
 
     @property
     def folded(self) -> tuple[str, ...]:
-        """Names of the adaptations that have gone into the base's weights."""
+        """Names of the adaptations that were folded into the base's weights."""
         return self.merged.folded
 
     @property
     def kept(self) -> Mapping[str, str]:
-        """The adaptations left unfolded, with the reason."""
+        """The adaptations left unfolded, each with the reason."""
         return self.merged.kept
 
     def save(self, path: Path, *, force: bool = False) -> Manifest:
         """Write the artifact.
 
         Raises:
-            GraftError: as `Compiled.save`; GC166 if the base is packed.
+            GraftError: as in `Compiled.save`; GC166 if the base is packed.
         """
         return save(
             runner_of(self.compiled), path, force=force, bundle=lambda folder: write_merged(self.merged, folder)
@@ -98,16 +98,16 @@ class Partial(Generic[M, C]):
     ) -> Path:
         """Export `compiled`, with the certificate in the metadata.
 
-        Args, Raises: as `Compiled.export`.
+        Args, Raises: as in `Compiled.export`.
         """
         if exporter_of(format).content != "model":
-            hint = "save it, which has its own base inside, and export `compiled` of it, whose base that is"
-            raise GraftError("GC060", f"what a partial merge leaves cannot be {format!r}", hint=hint)
+            hint = "save it, which includes its own base, then export its `compiled` model, which is for that base"
+            raise GraftError("GC060", f"a partial merge cannot be exported as {format!r}", hint=hint)
         return self.exporting.export(path, format, example_inputs, inputs=inputs, force=force, **options)
 
     @property
     def exporting(self) -> Exporting:
-        """The object that exports `compiled`, with the certificate."""
+        """The export operation of `compiled`, with the certificate."""
         return Exporting(runner_of(self.compiled), FoldEvidence(self.certificate, self.folded))
 
 
@@ -119,7 +119,7 @@ def merge_partially(
     base: BaseForm | None = None,
     allow_unchanged: bool = False,
 ) -> Partial[Any, Any]:
-    """Fold what can be folded, and compile the rest on the result, collapsed if it has a simpler form.
+    """Fold what can be folded, and compile the rest, in its simplest form, on the result.
 
     See `Compiled.merge_partially`.
     """
@@ -141,16 +141,16 @@ def _folded(
 
 
 def _require_any(merged: Merged) -> None:
-    """Raise if nothing folds and nothing has a simpler form.
+    """Raise if no adaptation folds or has a simpler form.
 
     Raises:
-        GraftError: GC050 with the adaptations that stay, and the reasons.
+        GraftError: GC050, which lists the adaptations that stay, with the reasons.
     """
     if merged.certificate.sites or merged.certificate.collapses:
         return
     reasons = tuple(f"{name}: {reason}" for name, reason in merged.kept.items())
     message = f"nothing folds: {reasons[0]}" if reasons else "nothing folds: the spec adapts no tensor of the base"
-    hint = "save or export the compiled model instead; what it has is in no weight"
+    hint = "save or export the compiled model instead: no adaptation is part of a weight"
     raise GraftError("GC050", message, hint=hint, details=reasons)
 
 
@@ -179,11 +179,11 @@ def merge_what_folds(
     Args:
         compiled: the model to merge.
         budget: the budget, as for `Compiled.merge`.
-        advance: a callback that receives the share of the folding that is done, from 0 to 1.
+        advance: a callback that receives the completed fraction of the folding, from 0 to 1.
         dtype, base, allow_unchanged: as for `Compiled.merge`.
 
     Raises:
-        GraftError: as `merge_partially`; GC073 for a dtype that is not wider.
+        GraftError: as in `merge_partially`; GC073 for a dtype that is not wider.
     """
     runner: AdaptedRunner = runner_of(compiled)
     require_decided(runner, base)
@@ -196,8 +196,8 @@ def merge_what_folds(
 def _rest(compilation: Compilation, merged: Merged) -> Spec:
     """Return the spec without the folded adaptations, and with the rest in its simplest form.
 
-    It is for a base in which the weights that the spec unties are untied already, and those that it quantises are
-    either quantised or in full precision.
+    It is for a base in which the weights that the spec unties are already untied, and those that it quantises are
+    already quantised or in full precision.
     """
     changes: dict[str, Any] = {"untie": ()}
     changes["compose"] = tuple(rest for c in compilation.spec.compose if (rest := _left(c, merged)) is not None)
@@ -209,7 +209,7 @@ def _rest(compilation: Compilation, merged: Merged) -> Spec:
 
 
 def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | None:
-    """Return what is left of a composition: of a stack its unfolded members, in order; of others, all or nothing."""
+    """Return what remains of a composition: a stack's unfolded members, in order; any other, whole or not at all."""
     members = tuple(name for name in composition.members if name in merged.kept)
     if isinstance(composition, Stack) and len(members) > 1:
         return composition.model_copy(update={composition.kind: members})
@@ -218,7 +218,7 @@ def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | Non
 
 @torch.no_grad()
 def _with_outputs(merged: FoldedRunner, before: AdaptedRunner, after: AdaptedRunner) -> Certificate:
-    """Return the certificate with the larger difference of each output: of folding, or of compiling on the result."""
+    """Return the certificate with each output's larger difference, from folding or from compiling on the result."""
     certificate = merged.certificate
     comparison = compared(before, after)
     comparison.allowed.update((route.choice, route.bound) for route in certificate.routes)

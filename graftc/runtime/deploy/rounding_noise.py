@@ -1,4 +1,4 @@
-"""The noise of a comparison: the change of outputs when folded weights are rounded differently."""
+"""Measure a comparison's noise: the change in outputs when folded weights are rounded differently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graftc.compiler.folding.differences import largest_difference
 from graftc.compiler.folding.rounding import NARROW
 
 TIMES = 8
-"""The largest number of other roundings to try. A router chooses differently in few of them."""
+"""The maximum number of random roundings to try. A router chooses differently in few of them."""
 
 
 def rounding_noise(
@@ -21,19 +21,19 @@ def rounding_noise(
     outputs: Sequence[object],
     enough: Callable[[float], bool] = lambda _: False,
 ) -> float:
-    """Return the largest difference of outputs over a few runs in which weights are rounded differently.
+    """Return the largest difference in outputs over a few runs in which weights are rounded differently.
 
-    In one run, the tensors that weights are folded from are rounded first, as in the adapted graph. In the others,
-    every entry is multiplied by ``1 + r``, with ``r`` drawn from ``[-eps / 2, eps / 2]`` by a fixed seed, and rounded
-    to its type. Weights of any value move by rounding alone: a wrong one stays wrong, and explains nothing. Afterwards
-    they have their own values again, even after an error.
+    In one run, the tensors from which weights are folded are rounded first, as in the adapted graph. In the others,
+    every entry is multiplied by ``1 + r``, with ``r`` drawn from ``[-eps / 2, eps / 2]`` with a fixed seed, and rounded
+    to its dtype. Weights change only by rounding: a wrong weight stays wrong, so its error is not explained as noise.
+    Afterwards, even after an error, their original values are restored.
 
     Args:
-        weights: floating-point weights by name, which are written to one after the other.
-        recast: a function that returns the change of one of them for the first of these roundings.
+        weights: floating-point weights by name, which are overwritten one after the other.
+        recast: a function that returns the change to a weight for the first of these roundings.
         run: a function that returns the outputs of the model that has the weights.
         outputs: the outputs with the weights unchanged.
-        enough: a predicate of the largest difference so far; no further run is tried once it returns true.
+        enough: a predicate for the largest difference so far; no further run is tried once it returns true.
     """
     detached = {name: weight.detach() for name, weight in weights.items()}
     originals = {name: weight.clone() for name, weight in detached.items()}

@@ -1,4 +1,4 @@
-"""Merged tensors one after the other, for callers that push weights elsewhere; none is captured, certified or kept."""
+"""Stream merged tensors to callers that push weights elsewhere; nothing is captured, certified or kept in memory."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class MergedTensors(Iterator[tuple[str, Tensor]]):
-    """An iterator over the tensors of the merged model, as returned by `Compiled.merged_state_dict`.
+    """An iterator over a merged model's tensors, as returned by `Compiled.merged_state_dict`.
 
     It yields pairs of a name in the source model and a tensor. Each tensor is folded when it is requested, from the
-    base's current values, and released when the next one is requested. Packed weights are yielded as their values, in
-    full precision. The iterator goes through the model once; tensors that are requested after further training include
-    its effect.
+    base's current values, and released when the next one is requested. Packed weights are yielded as values in full
+    precision. The iterator makes one pass over the model; tensors requested after further training include its effect.
 
     Attributes:
-        digests: SHA-256 of the bytes of each tensor yielded so far, in row-major order, by name; empty if digests were
-            not requested. `graftc.compiler.capture.identity.fingerprint.tensor_digest` computes the same for a tensor.
+        digests: SHA-256 of each tensor yielded so far, over its bytes in row-major order, by name; empty if digests
+            were not requested. `graftc.compiler.capture.identity.fingerprint.tensor_digest` computes the same digest.
     """
 
     digests: dict[str, str]
@@ -43,7 +42,7 @@ class MergedTensors(Iterator[tuple[str, Tensor]]):
         if plan.kept:
             raise next(iter(plan.kept.values()))
         for name, tensor in adapter_values(compilation.store):
-            if not compilation.store.is_buffer(name):  # a threshold below which nothing is pruned is infinite
+            if not compilation.store.is_buffer(name):  # a pruning threshold may be infinite
                 _require_finite(name, tensor)
         self.digests = {}
         self._wanted = digests
@@ -73,7 +72,7 @@ class MergedTensors(Iterator[tuple[str, Tensor]]):
         """Return the tensors of a group, rounded.
 
         Raises:
-            GraftError: GC051 if one is not finite, GC052 for a bias that the class has no place for.
+            GraftError: GC051 if a tensor is not finite, GC052 for a bias that the class cannot hold.
         """
         values, rounded = lazy.fold(group), {}
         for name in filter(values.__contains__, group.names):
@@ -99,7 +98,7 @@ def _kept(store: Store, name: str) -> bool:
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:
-    """Raise if the tensor has NaN or infinite values.
+    """Raise if a tensor has NaN or infinite values.
 
     Raises:
         GraftError: GC051.

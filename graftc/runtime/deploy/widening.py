@@ -1,4 +1,4 @@
-"""The same compiled model over a base in a wider element type, so that a merge loses none of the update to rounding."""
+"""Recompile a model over a base in a wider dtype, so that a merge loses none of the update to rounding."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from graftc.specs.options.base import BaseOptions
 
 
 def widened(runner: AdaptedRunner, dtype: torch.dtype | None, base: BaseForm | None = None) -> AdaptedRunner:
-    """Return the compiled model with every 16-bit tensor in ``dtype``; the base's values are the same, to the bit.
+    """Return the compiled model with every 16-bit tensor in ``dtype``; the base's values stay exactly the same.
 
-    The graphs are captured again, from a copy of the source model in which packed weights have their values. If
+    The graphs are captured again, from a copy of the source model in which packed weights are stored as values. If
     ``dtype`` is None or the model's own, the model itself is returned.
 
     Raises:
-        GraftError: GC073 for anything that is not a dtype, for one that is not wider than the model's, and if weights
-            are to be packed again, which requires values of their own type.
+        GraftError: GC073 for a value that is not a dtype, for a dtype that is not wider than the model's, or if weights
+            are to be packed again, which requires their own dtype.
     """
     if dtype is None or dtype == runner.dtype:
         return runner
     if not isinstance(dtype, torch.dtype):
-        raise GraftError("GC073", f"the dtype is {kind_of(dtype)}", hint="give torch.float32, or None for the base's")
+        raise GraftError("GC073", f"dtype must be a torch dtype, got {kind_of(dtype)}", hint="pass torch.float32")
     if dtype is not torch.float32 or runner.dtype not in NARROW:
         own, wanted = (str(each).removeprefix("torch.") for each in (runner.dtype, dtype))
         message = f"a base in {own} cannot be merged in {wanted}: only 16 bits can be widened, to float32"
-        hint = "merge in the base's own dtype and cast the result: casting rounds what no adaptation changes as well"
+        hint = "merge in the base's own dtype and cast the result: casting also rounds what no adaptation changes"
         raise GraftError("GC073", message, hint=hint)
     compilation, spec = runner.compilation, runner.compilation.spec
     if base == "requantized":
-        raise GraftError("GC073", "packed weights keep their type", hint='leave dtype out, or write base="full"')
+        raise GraftError("GC073", "packed weights keep their dtype", hint='leave dtype out, or pass base="full"')
     values = {name: _wide(tensor, dtype) for name, tensor in adapter_values(compilation.store)}
     axes = [replace(axis, dtype=dtype) if axis.dtype in NARROW else axis for axis in compilation.main.axes]
     wide: AdaptedRunner = runner.sibling(unquantised(spec), values, _copy(compilation.source, dtype), axes)._graftc
@@ -49,7 +49,7 @@ def widened(runner: AdaptedRunner, dtype: torch.dtype | None, base: BaseForm | N
 
 
 def unquantised(spec: Spec) -> Spec:
-    """Return the spec for a base that has its values in full precision."""
+    """Return the spec for a base whose values are in full precision."""
     return spec.model_copy(update={"base": BaseOptions()})
 
 
@@ -58,7 +58,7 @@ def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _copy(source: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a model that shares the tensors that are wide enough; tied tensors stay tied."""
+    """Return a copy of a model that shares tensors that are already wide enough; tied tensors stay tied."""
     instead: dict[int, Tensor] = {}
     with source_lock():
         for tensor in (*source.parameters(), *source.buffers()):

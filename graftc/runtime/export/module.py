@@ -181,7 +181,7 @@ class ExportModule:
     def sample(
         self, seed: int = 0, sizes: tuple[int, int] = (2, 9), fixed_sizes: Mapping[str, int] | None = None
     ) -> dict[str, Any]:
-        """Return random inputs with batch and sequence ``sizes``, and the given ``fixed_sizes`` for the axes named there.
+        """Return random inputs with batch and sequence ``sizes``, and with ``fixed_sizes`` for the axes named there.
 
         Adaptations' tensors have their own values with seed 0, and the same values in reverse with any other seed; this
         reveals a graph that contains them as constants.

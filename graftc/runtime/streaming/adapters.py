@@ -1,4 +1,4 @@
-"""Reading adapters of either kind from their folders, and finding their bases."""
+"""Read adapters of either kind from their folders, and locate their bases."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Made = Callable[[TensorFolder], AdapterUpdates]
 
 
 def read_updates(path: Path, base: Path | None) -> tuple[Path, Made]:
-    """Return the base's folder, and a function that makes the updates of the base's checkpoint.
+    """Return the base's folder, and a function that returns the adapter's updates to the base's checkpoint.
 
     Args:
         path: the adapter's folder.
-        base: the base's folder; None for the one that the adapter names.
+        base: the base's folder; None for the folder that the adapter names.
 
     Raises:
         GraftError: GC080 if there is no adapter, GC086 if the base is not known.
@@ -31,7 +31,7 @@ def read_updates(path: Path, base: Path | None) -> tuple[Path, Made]:
         folder = base or base_named_by(path)
         if folder is None:
             hint = "name the base's folder: --model FOLDER"
-            raise GraftError("GC086", f"{path} names no base that is in a folder here", hint=hint)
+            raise GraftError("GC086", f"{path} names no base in a folder on this machine", hint=hint)
         return folder, lambda checkpoint: peft_updates(path, checkpoint)
     artifact = open_artifact(path)
     return (base or _base_of(artifact)), lambda checkpoint: artifact_updates(artifact, checkpoint)
@@ -41,7 +41,7 @@ def _base_of(artifact: Artifact) -> Path:
     """Return the folder that an artifact names as its base.
 
     Raises:
-        GraftError: GC086 if it names none, or none that is on this machine.
+        GraftError: GC086 if it names no folder, or none that exists on this machine.
     """
     place = artifact.manifest.base.place
     hint = "name its folder: --model FOLDER"

@@ -1,8 +1,8 @@
-"""The journal of a merge: the files that are done, so that a killed merge can be resumed.
+"""The journal of a merge: its finished files, so that a killed merge can be resumed.
 
-A file's line is written after the file itself is on the disk. When a merge is resumed, every file is compared with the
-digest in its line, and done again if they differ. That detects damage. Beyond that, the journal is not trusted: anybody
-who can write one can also write a file that matches it, so that merging checks what is in the file.
+A file's line is written after the file itself has been flushed to disk. When a merge is resumed, every file is compared
+with the digest in its line, and is written again if they differ. This detects damage. Beyond that, the journal is not
+trusted: anybody who can write one can also write a file that matches it, so merging checks the file's contents.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _BYTES = 2**26
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A file that is done.
+    """A finished file.
 
     Attributes:
-        sha256: the digest of what was written.
+        sha256: the digest of the written file.
         untouched: the number of tensors that equal the base's, bit for bit, in full or in all rows that were not
             folded.
-        sites: the evidence for what was folded.
+        sites: the evidence for the folded sites.
     """
 
     sha256: str
@@ -39,7 +39,7 @@ class ShardDone:
 
 
 class Journal:
-    """Lines of JSON, one for each file that is done: its name and digest.
+    """Lines of JSON, one for each finished file, with its name and digest.
 
     Args:
         staging: the folder that contains the journal.
@@ -50,7 +50,7 @@ class Journal:
         self._path, self._folder = staging / _NAME, folder
 
     def done(self) -> dict[str, str]:
-        """Return the SHA-256 of each file that the journal lists and that has not changed since, by name."""
+        """Return the SHA-256 of each file that the journal lists and that has not changed since then, by name."""
         try:
             lines = read_regular(self._path, _BYTES, follow=False).split(b"\n")
         except OSError:
@@ -72,7 +72,7 @@ class Journal:
             return False
 
     def add(self, name: str, done: ShardDone) -> None:
-        """Record that a file is done, and on the disk."""
+        """Record that a file is finished and flushed to disk."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"file": name, "sha256": done.sha256}) + "\n")
             file.flush()

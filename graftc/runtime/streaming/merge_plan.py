@@ -22,18 +22,18 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.regular_files import read_regular
 
 _SHOWN = 30
-"""How many wrong tensors an error lists."""
+"""Maximum number of wrong tensors that an error lists."""
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge that is to be done.
+    """A merge to perform.
 
     Attributes:
         checkpoint: the base.
         updates: the adapter.
         sites: the sites to fold.
-        dtype: the type that 16-bit tensors are written in; None for their own.
+        dtype: the dtype in which 16-bit tensors are written; None for their own.
     """
 
     checkpoint: TensorFolder
@@ -44,14 +44,14 @@ class MergePlan:
 
     @cached_property
     def replacements(self) -> dict[str, Replacement]:
-        """Trained copies, by the names of the tensors that they replace."""
+        """The trained copies, by the names of the tensors that they replace."""
         return {item.tensor: item for item in self.updates.replacements}
 
     def block(self, site: FileSite, rows: int) -> OneMap:
-        """Return the map of so many rows of a site, without values; it is built once for all sites of a kind.
+        """Return the map of the given number of a site's rows, without values; all sites of a kind share it.
 
         Raises:
-            GraftError: as `FileSite.block`.
+            GraftError: as in `FileSite.block`.
         """
         key = site.kind, rows
         if key not in self._blocks:
@@ -59,12 +59,12 @@ class MergePlan:
         return self._blocks[key]
 
     def current(self, name: str) -> Tensor:
-        """Return a tensor of the base, or the trained copy that replaces it."""
+        """Return the trained copy that replaces a tensor of the base, or otherwise the tensor itself."""
         replacement = self.replacements.get(name)
         return self.checkpoint[name] if replacement is None else replacement.value
 
     def written(self, stored: StoredTensor) -> str:
-        """Return the element type that a tensor is written in."""
+        """Return the dtype in which a tensor is written."""
         widened = self.dtype is not None and stored.dtype in ("F16", "BF16")
         return self.dtype if widened and self.dtype is not None else stored.dtype
 
@@ -75,11 +75,11 @@ def make_plan(checkpoint: TensorFolder, updates: AdapterUpdates, dtype: str | No
     Args:
         checkpoint: the base.
         updates: the adapter.
-        dtype: ``"F32"``, or None for the base's own types.
+        dtype: ``"F32"``, or None for the base's own dtypes.
 
     Raises:
-        GraftError: GC102 with everything that does not fit, GC103 if the base is quantised, GC104 if the adapter
-            changes no stored tensor.
+        GraftError: GC102, which lists every mismatch, GC103 if the base is quantised, GC104 if the adapter changes no
+            stored tensor.
     """
     _check_floating(checkpoint, updates)
     tensors = checkpoint.entries
@@ -100,16 +100,16 @@ def _raise(checkpoint: TensorFolder, wrong: list[str]) -> None:
     raise GraftError(
         "GC102",
         f"the adapter does not fit {checkpoint.path}: {wrong[0]}",
-        hint="give the base that the adapter was trained on",
+        hint="use the base that the adapter was trained on",
         details=[*wrong[1:_SHOWN], *more],
     )
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
-    """Return the config of a model's folder; empty if there is none.
+    """Return the config in a model's folder; empty if there is none.
 
     Raises:
-        GraftError: GC100 if it cannot be read, or is not a table.
+        GraftError: GC100 if it cannot be read or is not a JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -119,15 +119,17 @@ def stored_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise GraftError("GC100", f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict):
-        raise GraftError("GC100", f"{path} is not a table")
+        raise GraftError("GC100", f"{path} is not a JSON object")
     return data
 
 
 def _check_floating(checkpoint: TensorFolder, updates: AdapterUpdates) -> None:
     config = stored_config(checkpoint.path)
-    hint = "merge in memory (--base full), without --stream; or give the model it was quantised from: --model FOLDER"
+    hint = "merge in memory (--base full), without --stream; or name the model it was quantised from: --model FOLDER"
     if config.get("quantization_config"):
-        raise GraftError("GC103", f"{checkpoint.path} is quantised, and rounding is no longer what it was", hint=hint)
+        raise GraftError(
+            "GC103", f"{checkpoint.path} is quantised, and folded rows cannot be quantised here", hint=hint
+        )
     tensors = checkpoint.entries
     changed = [own.tensor for u in updates.updates for own in (u.weight, u.bias) if own is not None]
     changed += [item.tensor for item in updates.replacements]
@@ -145,7 +147,7 @@ def _wrong_slices(update: SiteUpdate, tensors: Mapping[str, StoredTensor]) -> It
         if stored is None:
             yield f"there is no {own.tensor}, which {update.adaptation!r} changes"
         elif stored.shape != own.shape:
-            yield f"{own.tensor} is {list(stored.shape)}, and {update.adaptation!r} is for {list(own.shape)}"
+            yield f"{own.tensor} is {list(stored.shape)}, but {update.adaptation!r} is for {list(own.shape)}"
 
 
 def _wrong_copy(item: Replacement, tensors: Mapping[str, StoredTensor]) -> Iterator[str]:
@@ -153,13 +155,13 @@ def _wrong_copy(item: Replacement, tensors: Mapping[str, StoredTensor]) -> Itera
     if stored is None:
         yield f"there is no {item.tensor}, which {item.adaptation!r} replaces"
     elif stored.shape != tuple(item.value.shape):
-        yield f"{item.tensor} is {list(stored.shape)}, and {item.adaptation!r} has {list(item.value.shape)} for it"
+        yield f"{item.tensor} is {list(stored.shape)}, but {item.adaptation!r} is for {list(item.value.shape)}"
     elif not bool(torch.isfinite(item.value).all()):
-        yield f"what {item.adaptation!r} has for {item.tensor} is not finite"
+        yield f"{item.adaptation!r} replaces {item.tensor} with values that are not finite"
 
 
 def _wrong_parts(plan: MergePlan, site: FileSite) -> Iterator[str]:
-    """Yield what is wrong with the adapter's tensors at a site: sizes that do not fit, or values that are not finite.
+    """Yield the problems with the adapter's tensors at a site: shapes that do not fit, or values that are not finite.
 
     Raises:
         GraftError: GC103 for a missing tensor.
@@ -172,8 +174,8 @@ def _wrong_parts(plan: MergePlan, site: FileSite) -> Iterator[str]:
                 continue
             tensor = parts.get(own.part)
             if tensor is None:
-                message = f"{where} has no {own.part} in its file, which follows from the model"
-                hint = "import it with graftc import-peft, and merge the artifact"
+                message = f"the file of {where} has no {own.part}, which depends on the model"
+                hint = "import it with graftc import-peft, then merge the artifact"
                 raise GraftError("GC103", message, hint=hint)
             actual = tuple(tensor.shape)
             least = len(actual) == len(shape) and all(a >= b for a, b in zip(actual, shape, strict=True))

@@ -1,4 +1,4 @@
-"""Merging an adapter into a checkpoint file by file: no model is built, and little is in memory at a time."""
+"""Merge an adapter into a checkpoint file by file, without building a model and with little in memory at a time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from graftc.specs.errors.text import counted
 from graftc.version import __version__
 
 BESIDE = ("config.json", "generation_config.json", *COMPANIONS, "*.py")
-"""Files of a base that its users need and that folding does not change."""
+"""Patterns for the base's files that its users need and that folding does not change."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class StreamedMerge:
     """The result of a merge.
 
     Attributes:
-        path: the folder that was written; None if nothing was to be written.
-        certificate: the evidence for every site, and what rounding left of the update.
+        path: the written folder; None if the merge was only measured.
+        certificate: the evidence for every site, and how much of the update was left after rounding.
         folded: names of the adaptations.
         untouched: the number of tensors that equal the base's, bit for bit.
-        resumed: the number of files that a killed run had done already.
-        dtype: the type that the changed weights are stored in.
+        resumed: the number of files that a killed run had already finished.
+        dtype: the dtype in which the changed weights are stored.
     """
 
     path: Path | None
@@ -77,25 +77,26 @@ def merge_checkpoint(
 ) -> StreamedMerge:
     """Merge an adapter into a folder of safetensors files, without capturing or loading the model.
 
-    Every file is copied, and folded weights are written into the copy, some rows at a time: computed in float64 and
-    rounded once. At every site random inputs are run through the unfolded map, which does not use the fold, and through
-    the folded rows. What is not folded is compared with the base after it was written. The folder appears when all of
-    it is done; if the process is killed, the same call resumes the merge, after it has compared the existing files with
-    the base and the adapter.
+    Every file is copied, and folded weights are written into the copy, some rows at a time, computed in float64 and
+    rounded once. At every site, random inputs are run through the unfolded map, which does not use the fold, and
+    through the folded rows. Everything else is compared with the base after writing. The folder appears only once it is
+    complete; if the process is killed, the same call resumes the merge, after comparing the existing files with the
+    base and the adapter.
 
     Args:
         adapter: a graftc artifact, or a folder that peft wrote.
         model: the base's folder; by default the one that the adapter names.
         out: the folder to create; None to measure without writing.
-        dtype: ``torch.float32`` to store 16-bit weights in float32, which keeps all of the update.
+        dtype: ``torch.float32`` to store 16-bit weights in float32, which preserves the whole update.
         allow_unchanged: whether to write the folder even if no entry differs from the base's.
         force: whether to replace an existing merged model.
-        progress: called with the number of bytes of the base's files that are done, and their total.
+        progress: called with the number of bytes of the base's files processed so far, and their total.
 
     Raises:
-        GraftError: GC050 for what does not fold, GC051 if the evidence fails, GC063 and GC064 for the destination,
-            GC086 and GC087 for the base of an artifact, GC100 and GC101 for the base's files, GC102 if the adapter does
-            not fit, GC103 if the model itself is needed, GC104 if nothing would change. Nothing is written then.
+        GraftError: GC050 for an adaptation that does not fold, GC051 if the evidence fails, GC063 and GC064 for the
+            destination, GC086 and GC087 for the base of an artifact, GC100 and GC101 for the base's files, GC102 if the
+            adapter does not fit, GC103 if the model itself is needed, GC104 if nothing would change. After an error, no
+            folder is created.
     """
     check_adapter_and_base("graftc.merge_checkpoint", adapter, model)
     source = as_path(adapter)
@@ -107,12 +108,12 @@ def merge_checkpoint(
         plan = make_plan(checkpoint, updates_of(checkpoint), wide)
         return _merge(plan, before, source, None if out is None else as_path(out), progress, allow_unchanged, force)
     except Exception:
-        _require_unchanged(checkpoint, before)  # a base that changed meanwhile is reported in place of other errors
+        _require_unchanged(checkpoint, before)  # a base that changed in the meantime takes precedence over other errors
         raise
 
 
 States = Mapping[Path, tuple[int, int] | None]
-"""The size and the time of the last change of each file; None for a missing one."""
+"""The size and the modification time of each file; None for a missing one."""
 
 
 def _states(checkpoint: TensorFolder) -> States:
@@ -127,10 +128,10 @@ def _states(checkpoint: TensorFolder) -> States:
 
 
 def _require_unchanged(checkpoint: TensorFolder, before: States) -> None:
-    """Raise GC100 if files have changed since the start, naming all of them."""
+    """Raise GC100, which names every file that has changed since the start."""
     now = _states(checkpoint)
     if wrong := [str(path) for path, state in before.items() if now[path] != state]:
-        hint = "merge again once nobody writes to the base"
+        hint = "merge again once nothing writes to the base"
         raise GraftError("GC100", f"{wrong[0]} changed while it was merged", hint=hint, details=wrong[1:])
 
 
@@ -181,13 +182,13 @@ def _merge(
 
 def _as_written(dtype: torch.dtype | None) -> str | None:
     if dtype not in (None, torch.float32):
-        hint = "leave it out for the base's own type; a narrower type would round what folding did not change"
+        hint = "leave it out for the base's own dtype; a narrower one would round values that folding did not change"
         raise GraftError("GC073", f"merged weights can be stored in float32, not in {dtype}", hint=hint)
     return None if dtype is None else "F32"
 
 
 def _measured(plan: MergePlan, shard: Shard, advance: Advance) -> ShardDone:
-    """Fold a file without writing it."""
+    """Fold a file and measure the result, without writing it."""
     dtypes = {name: plan.written(stored) for name, stored in shard.tensors.items()}
     sites, changed = fold_shard(plan, shard, RowTarget(shard.tensors, None, dtypes=dtypes), advance)
     _require_passed(sites)
@@ -204,7 +205,7 @@ def _merged(plan: MergePlan, shard: Shard, path: Path, advance: Advance) -> Shar
     with TensorFolder(path) as written:
         compared = dict(untouched(plan, shard, written, changed))
     if wrong := [name for name, same in compared.items() if not same]:
-        message = f"{counted(len(wrong), 'tensor')} changed into which nothing folds: {wrong[0]}"
+        message = f"{counted(len(wrong), 'tensor')} changed although nothing folds into them: {wrong[0]}"
         raise GraftError("GC051", message, details=wrong[1:10])
     digest = file_digest(path)
     shutil.copymode(shard.path, path)
@@ -214,9 +215,9 @@ def _merged(plan: MergePlan, shard: Shard, path: Path, advance: Advance) -> Shar
 
 
 def _resumed(plan: MergePlan, shard: Shard, path: Path, advance: Advance, digest: str) -> ShardDone | None:
-    """Return the report of a file that a killed run has left; None if it is not, bit for bit, what this merge creates.
+    """Return the report for a file left by a killed run; None unless it is exactly the file that this merge creates.
 
-    Everything is folded again and compared, because anybody may have written the file.
+    Everything is folded again and compared bit for bit, because anybody may have written the file.
     """
     try:
         written = TensorFolder(path)
@@ -255,10 +256,10 @@ def _require_passed(sites: Iterable[SiteEvidence]) -> None:
 def _result(
     plan: MergePlan, path: Path | None, done: Mapping[str, ShardDone], resumed: int, *, allow_unchanged: bool
 ) -> StreamedMerge:
-    """Return the result of the merge, from the reports of all files.
+    """Return the result of the merge from all files' reports.
 
     Raises:
-        GraftError: GC104 if nothing has changed, unless that is allowed.
+        GraftError: GC104 if nothing changed, unless that is allowed.
     """
     sites: dict[str, SiteEvidence] = {}
     for evidence in (evidence for each in done.values() for evidence in each.sites):
@@ -268,7 +269,7 @@ def _result(
     total = Retention.total(evidence.retention for evidence in sites.values())
     dtypes = {plan.written(plan.checkpoint.entries[site.weight.tensor]) for site in plan.sites} or {"F32"}
     dtype = str(DTYPES[sorted(dtypes)[0]]).removeprefix("torch.")
-    note = "made from files: every site was probed, and the outputs of the whole model were not compared"
+    note = "made from files: every site was probed, but the outputs of the whole model were not compared"
     evidence_in_order = tuple(sites[site] for site in dict.fromkeys(order) if site in sites)
     certificate = Certificate(
         evidence_in_order, {}, 0.0, "", "", fingerprint=plan.updates.base, dtype=dtype, notes=(note,), retention=total
@@ -279,13 +280,13 @@ def _result(
 
 
 def _joined(a: SiteEvidence, b: SiteEvidence) -> SiteEvidence:
-    """Return the evidence for one site from two files as one."""
+    """Return the evidence for one site, combined from two files."""
     worst = {name: max(getattr(a, name), getattr(b, name)) for name in ("change", "algebra", "rounding")}
     return SiteEvidence(a.site, a.adaptations, **worst, retention=a.retention + b.retention)
 
 
 def _identity(plan: MergePlan, states: States) -> str:
-    """Return the SHA-256 of what determines the result: the base's files, the adapter, the type, graftc's version."""
+    """Return the SHA-256 of the inputs that determine the result: base files, adapter, dtype, graftc's version."""
     files = [
         (shard.name, states[shard.path], sorted(map(str, shard.tensors.items()))) for shard in plan.checkpoint.shards
     ]
@@ -294,11 +295,11 @@ def _identity(plan: MergePlan, states: States) -> str:
 
 
 def _copy_beside(plan: MergePlan, folder: Path) -> None:
-    """Copy the index and the files beside the weights; if the type changes, the config states the new one."""
+    """Copy the index and the files beside the weights, and set the dtype in the config if it changes."""
     base = plan.checkpoint.path
     for file in dict.fromkeys(file for pattern in BESIDE for file in sorted(base.glob(pattern))):
         if file.is_symlink() and not leads_inside(file):
-            raise GraftError("GC101", f"{file} is a link that leads out of the folder")
+            raise GraftError("GC101", f"{file} is a link to a file outside the folder")
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
             shutil.copymode(file, folder / file.name)

@@ -1,4 +1,4 @@
-"""Names of a model's tensors in its files: they differ by ties, and by a prefix that a class adds."""
+"""Map the names of a model's tensors to those in its files, which differ by ties and by a prefix that a class adds."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class FileNames:
-    """The names that a model's tensors have in a checkpoint.
+    """The names of a model's tensors in a checkpoint.
 
-    A class with a head calls its body ``model.`` or the like, and a checkpoint may have been saved with or without that
-    prefix: `fit` finds the one prefix to add or to remove so that most names are found.
+    A class with a head stores its body under a prefix such as ``model.``, and a checkpoint may have been saved with or
+    without it: `fit` determines the prefix to add or to remove so that most names are found.
 
     Args:
         checkpoint: the files.
@@ -30,7 +30,7 @@ class FileNames:
         self._added, self._removed = "", ""
 
     def fit(self, names: Iterable[str]) -> None:
-        """Find the prefix with which most of these names are in the files."""
+        """Determine the prefix change with which most of the given names occur in the files."""
         wanted = list(names)
         known, plain = set(wanted), {name for name in wanted if name in self._stored}
         added, removed = Counter[str](), Counter[str]()
@@ -48,7 +48,7 @@ class FileNames:
         return self._added + name.removeprefix(self._removed)
 
     def find(self, name: str) -> str | None:
-        """Return the name in the files of a model's tensor, or of one that is tied to it; None if there is none."""
+        """Return the name in the files of a model's tensor or of one that is tied to it; None if there is none."""
         owner = self._owner.get(name, name)
         for each in (name, owner, *self._tied.get(owner, ())):
             for spelled in (self._spelled(each), each):
@@ -57,7 +57,7 @@ class FileNames:
         return None
 
     def of(self, name: str) -> str:
-        """Return the name of a model's tensor in the files.
+        """Return the name in the files of a model's tensor or of one that is tied to it.
 
         Raises:
             GraftError: GC102 if there is none.

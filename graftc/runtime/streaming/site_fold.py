@@ -1,4 +1,4 @@
-"""The fold of one site of a checkpoint, block by block into a target, with the evidence that is gathered on the way."""
+"""Fold one site of a checkpoint block by block into a target, and gather evidence along the way."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class RowTarget:
-    """The destination of folded rows: files that are written, files that are only compared, or none.
+    """The destination of folded rows: files to write, files to compare with, or none.
 
     Args:
         names: names of the tensors that the target contains.
         tensors: the files; None to measure only.
         writes: whether to write to the files.
-        dtypes: element types by tensor, needed if there are no files.
+        dtypes: dtypes by tensor, needed if there are no files.
     """
 
     def __init__(
@@ -54,10 +54,10 @@ class RowTarget:
         return name in self._names
 
     def put(self, own: WeightSlice, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-        """Round rows once and store them, or compare them with the stored ones if the files are not written.
+        """Round rows once and store them, or compare them with the stored rows if the files are not written.
 
         Args:
-            own: the rows, and the tensor that they belong to.
+            own: the rows and the tensor to which they belong.
             exact: their folded values, ``float64[rows, in]``, or ``[rows]`` for a bias.
             base: their values before folding.
 
@@ -79,11 +79,11 @@ class SiteFold(FoldTarget):
     Args:
         plan: the merge.
         site: the site.
-        target: where the rows go that it contains.
+        target: the destination of the rows, for tensors that it contains.
 
     Attributes:
-        tally: what has been measured so far.
-        changed: the slices of the target that the fold changes, as far as it is done.
+        tally: the measurements so far.
+        changed: the slices in the target that the fold has changed so far.
     """
 
     def __init__(self, plan: MergePlan, site: FileSite, target: RowTarget) -> None:
@@ -94,11 +94,11 @@ class SiteFold(FoldTarget):
         self.changed = [site.weight] if site.weight.tensor in target else []
 
     def blocks(self) -> Iterator[int]:
-        """Fold block by block, and yield the number of entries of each.
+        """Fold block by block, and yield the number of entries in each.
 
         Raises:
-            GraftError: GC050 if an adaptation cannot fold, GC071 for a method's mistake, GC103 for what is not a change
-                of the site's rows or of a bias that it has.
+            GraftError: GC050 if an adaptation cannot fold, GC071 for a method's mistake, GC103 for an adaptation that
+                changes anything other than the site's rows or its existing bias.
         """
         site = self._site
         stored = {own.tensor: self._plan.current(own.tensor) for own in site.slices}
@@ -107,7 +107,7 @@ class SiteFold(FoldTarget):
             yield own.size
 
     def _folded(self, start: int, own: WeightSlice, stored: Mapping[str, Tensor]) -> SiteTally:
-        """Fold some rows, of which the first is at ``start`` in the site, and return what was measured."""
+        """Fold rows of the site, beginning at ``start``, and return the measurements."""
         site, one, store = self._site, self._plan.block(self._site, own.count), Store()
         slices = (each.at(own.rows) for each in site.slices)
         self._slices = dict(zip((WEIGHT, BIAS), zip(slices, one.slices, strict=False), strict=False))
@@ -120,13 +120,13 @@ class SiteFold(FoldTarget):
         return tally
 
     def put(self, name: str, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-        """Put rows into the target, unless they belong to another one or are a bias that does not change.
+        """Put rows into the target, unless they belong to another target or are a bias that does not change.
 
         Raises:
             GraftError: GC103 for a bias that the site does not have.
         """
         if name not in self._slices:
-            message = f"{self._site.adaptations[-1]!r} needs a bias, and {self._site.name} has none"
+            message = f"{self._site.adaptations[-1]!r} needs a bias, but {self._site.name} has none"
             raise GraftError("GC103", message)
         own, mine = self._slices[name]
         if own.tensor not in self._target or (name == BIAS and torch.equal(exact, base)):
@@ -135,7 +135,7 @@ class SiteFold(FoldTarget):
         return self._target.put(own, mine.oriented(exact), mine.oriented(base))
 
     def _step(self, update: SiteUpdate, one: OneMap, start: int, rows: Tensor, store: Store) -> FoldStep:
-        """Return the fold of one update of a block, after adding what its unfolded graph reads to a Store."""
+        """Return one update's fold of a block, after adding the tensors that its unfolded graph reads to a Store."""
         method: Any = method_for(update.spec.method)
         parts = self._cut(update, start, len(rows))
         every = {**(method.from_weight(update.spec, rows) if isinstance(method, RowWise) else {}), **parts}
@@ -146,11 +146,11 @@ class SiteFold(FoldTarget):
         if isinstance(fold, Keep):
             raise GraftError("GC050", f"{update.adaptation!r} cannot fold at {update.site}: {fold.reason}")
         if not isinstance(fold, WeightFold):
-            raise GraftError("GC103", f"{update.adaptation!r} is not a change of the rows of {update.site}")
+            raise GraftError("GC103", f"{update.adaptation!r} does not fold into the rows of {update.site}")
         return FoldStep(update.adaptation, self._site.name, *one.slices, fold.apply)
 
     def _cut(self, update: SiteUpdate, start: int, count: int) -> dict[str, Tensor]:
-        """Return the tensors that a block of rows folds with, floating-point ones in float64."""
+        """Return an update's tensors for a block of rows, with floating-point ones in float64."""
         method = method_for(update.spec.method)
         axes = method.row_axes(update.spec) if isinstance(method, RowWise) else {}
         if update.adaptation not in self._parts:
@@ -160,7 +160,7 @@ class SiteFold(FoldTarget):
 
 
 def rows_of(own: WeightSlice, stored: Tensor) -> Tensor:
-    """Return a copy of a slice's rows in float64, as the map uses them."""
+    """Return a float64 copy of a slice's rows, as the map uses them."""
     views = own.views(stored)
     return (views[0] if len(views) == 1 else torch.cat(views, own.row_axis)).to(torch.float64, copy=True)
 

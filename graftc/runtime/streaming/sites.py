@@ -1,4 +1,4 @@
-"""Sites of a checkpoint: rows of stored weights with all updates of them."""
+"""Sites of a checkpoint: rows of stored weights, with all updates to them."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
 
 BLOCK = 2**20
-"""The number of entries of a weight in memory in float64 at a time, if its adaptations fold row by row."""
+"""The number of a weight's entries held in memory in float64 at a time, if its adaptations fold row by row."""
 
 
 def rows_that_fit(columns: int) -> int:
-    """Return how many rows of a weight with so many columns are in memory at a time."""
+    """Return how many rows of a weight with the given number of columns are held in memory at a time."""
     return BLOCK // max(1, columns)
 
 
 @dataclass(frozen=True)
 class FileSite:
-    """The same rows of one weight with everything that adapts them.
+    """Rows of one weight with all adaptations of them.
 
     Attributes:
-        updates: one or more updates of equal slices, in order.
+        updates: one or more updates to the same slice, in order.
     """
 
     updates: tuple[SiteUpdate, ...]
@@ -41,7 +41,7 @@ class FileSite:
 
     @property
     def slices(self) -> tuple[WeightSlice, ...]:
-        """The rows of the weight, and of the bias if there is one."""
+        """The weight's rows, and the bias's if there is one."""
         bias = self.updates[0].bias
         return (self.weight,) if bias is None else (self.weight, bias)
 
@@ -52,7 +52,7 @@ class FileSite:
 
     @property
     def adaptations(self) -> tuple[str, ...]:
-        """Names of the adaptations."""
+        """The adaptations' names."""
         return tuple(update.adaptation for update in self.updates)
 
     @property
@@ -64,12 +64,12 @@ class FileSite:
             if not isinstance(method, RowWise):
                 return self.weight.count
             least = max(least, method.fewest_rows(update.spec))
-        # Blocks are nearly equal: if there are several, none has less than half of the rows that fit.
+        # Blocks have nearly equal sizes: if there are several, none has less than half of the rows that fit.
         return max(2 * least, rows_that_fit(self.weight.in_features))
 
     @cached_property
     def kind(self) -> str:
-        """Text that sites have in common if equally many of their rows are the same map."""
+        """Text that is equal for two sites if, for the same number of rows, they have the same map."""
         texts = [spec.model_dump(mode="json", exclude={"target", "overrides"}) for spec in self._specs]
         return json.dumps([self.weight.in_features, len(self.slices), self.updates[0].lookup, texts], sort_keys=True)
 
@@ -78,17 +78,17 @@ class FileSite:
         return list(map(_without_biases, self.updates))
 
     def block(self, rows: int) -> OneMap:
-        """Return the map of so many rows, without values.
+        """Return the map of the given number of rows, without values.
 
         Raises:
-            GraftError: as `one_map`.
+            GraftError: as in `one_map`.
         """
         columns, lookup = self.weight.in_features, self.updates[0].lookup
         return one_map(self._specs, rows, columns, bias=len(self.slices) > 1, lookup=lookup)
 
 
 def _without_biases(update: SiteUpdate) -> MethodSpec:
-    """Return the spec of an update without the biases that it trains, which are replaced as a whole."""
+    """Return an update's spec without its trained biases, which are replaced as a whole."""
     biases = getattr(update.spec, "bias", None) in ("all", "lora_only")
     return update.spec.model_copy(update={"name": update.adaptation, **({"bias": "none"} if biases else {})})
 
@@ -97,10 +97,10 @@ def sites_of(updates: Iterable[SiteUpdate]) -> list[FileSite]:
     """Group updates by the rows that they change, in order.
 
     Raises:
-        GraftError: GC021 for rows that overlap and are not the same.
+        GraftError: GC021 for rows that overlap but are not the same.
     """
     chains: dict[WeightSlice, list[SiteUpdate]] = {}
-    slices: dict[str, list[WeightSlice]] = {}  # by tensor: those of other tensors cannot overlap
+    slices: dict[str, list[WeightSlice]] = {}  # by tensor: slices of different tensors cannot overlap
     for update in updates:
         weight = update.weight
         for own in slices.get(weight.tensor, ()):

@@ -1,4 +1,4 @@
-"""Updates from a graftc artifact: the manifest lists the adapted rows, the base's graph tells how they are stored."""
+"""Read updates from a graftc artifact: the manifest lists adapted rows, the base graph shows how they are stored."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def artifact_updates(artifact: Artifact, checkpoint: TensorFolder) -> AdapterUpd
     """Return the changes that an artifact makes to a checkpoint.
 
     Raises:
-        GraftError: GC022 for a weight that has other readers, GC050 for what does not fold, GC084 for damaged tensors,
-            GC087 if the checkpoint is not the artifact's base, GC103 if the model itself is needed.
+        GraftError: GC022 for a weight that has other readers, GC050 for an adaptation that does not fold, GC084 for
+            damaged tensors, GC087 if the checkpoint is not the artifact's base, GC103 if the model itself is needed.
     """
     _check_folds(artifact)
     names = FileNames(checkpoint, artifact.manifest.base.aliases)
@@ -66,7 +66,7 @@ def _check_folds(artifact: Artifact) -> None:
         kept = artifact.manifest.kept[0]
         raise GraftError("GC050", kept.reason)
     if spec.base.quantize is not None:
-        message = f"the spec of {artifact.path} quantises the base, whose files have other values"
+        message = f"the spec of {artifact.path} quantises the base, whose files have different values"
         raise GraftError("GC103", message, hint="merge in memory, without --stream: graftc merge DIR --base full")
     if spec.compose or spec.tokens is not None or spec.untie:
         what = (
@@ -76,7 +76,7 @@ def _check_folds(artifact: Artifact) -> None:
 
 
 def _tensors(artifact: Artifact) -> Mapping[str, Tensor]:
-    """Return the adapter tensors in their file, each checked against the manifest."""
+    """Return an artifact's adapter tensors, each checked against the manifest."""
     where, listed = f"{artifact.path} is not as it was written", artifact.manifest.adapters
     hint = "copy it again"
     stored = TensorFolder(artifact.path / ADAPTERS, Refusal("GC084", hint=hint))
@@ -86,31 +86,31 @@ def _tensors(artifact: Artifact) -> Mapping[str, Tensor]:
     for name, record in listed.items():
         tensor = stored[name]
         if (DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape)) != (record.dtype, record.shape):
-            wrong.append(f"{name} is of another type or size than listed")
+            wrong.append(f"{name} has a dtype or shape other than listed")
         elif tensor_digest(tensor) != record.sha256:
-            wrong.append(f"{name} has other values than listed")
+            wrong.append(f"{name} has values other than listed")
     if wrong:
         raise GraftError("GC084", f"{where}: {wrong[0]}", hint=hint, details=wrong[1:10])
     return stored
 
 
 def _check_base(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) -> None:
-    """Check a checkpoint's tensors against those that the artifact was made from.
+    """Check a checkpoint's tensors against those that the artifact was created from.
 
     Raises:
-        GraftError: GC087 with everything that differs.
+        GraftError: GC087, which lists every difference.
     """
     wrong = differing_tensors(artifact, checkpoint, names)
     if wrong:
-        message = f"{artifact.path} adapts another model than {checkpoint.path}: {wrong[0]}"
+        message = f"{artifact.path} adapts a model other than {checkpoint.path}: {wrong[0]}"
         more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
-        hint = "name the base, in the type in which it was adapted: --model MODEL; merge in memory where its class"
+        hint = "name the base, in the dtype in which it was adapted: --model MODEL; merge in memory if its class"
         hint += " names tensors differently from its files"
         raise GraftError("GC087", message, hint=hint, details=[*wrong[1:20], *more])
 
 
 def differing_tensors(artifact: Artifact, checkpoint: TensorFolder, names: FileNames) -> list[str]:
-    """Return readable descriptions of the tensors in which a checkpoint differs from the base of an artifact."""
+    """Return readable descriptions of the tensors in which a checkpoint differs from an artifact's base."""
     base, replaced = artifact.manifest.base, artifact.replaced
     differences = []
     for name, record in base.tensors.items():
@@ -124,13 +124,13 @@ def differing_tensors(artifact: Artifact, checkpoint: TensorFolder, names: FileN
         if (stored.dtype.lower(), stored.shape) != (record.dtype, record.shape):
             differences.append(f"{own} is {str(stored).lower()}, not {shape}")
         elif name not in replaced and tensor_digest(checkpoint[own], full=base.full) != record.sha256:
-            differences.append(f"{own} has other values")
+            differences.append(f"{own} has different values")
     checkpoint.release()
     return differences
 
 
 class _Uses:
-    """The linear maps of a graph, by the tensors that they read."""
+    """A graph's linear maps, by the tensors that they read."""
 
     def __init__(self, graph: Program, aliases: Mapping[str, str]) -> None:
         self._aliases = aliases
@@ -172,14 +172,14 @@ def _update(
     if uses.readers[uses.canonical(tensor)] > place.uses:
         raise GraftError(
             "GC022",
-            f"{place.adaptation!r} would fold into {site}, which something else reads too",
-            hint="folding would change both; leave the site out, or give the module a weight of its own with untie:",
+            f"{place.adaptation!r} would fold into {site}, which something else also reads",
+            hint="folding would change both; leave the site out, or give the module its own weight with untie:",
         )
     depth = depths.get(place.stack)
     spec = specs[place.adaptation].for_site(place.module, place.roles, place.layer, depth=depth)
     method = method_for(spec.method)
     if use.weight.layout is Layout.KERNEL and method.reads_channels(spec):
-        raise GraftError("GC103", f"{place.adaptation!r} reads channels at {site}, which is not a change of a matrix")
+        raise GraftError("GC103", f"{place.adaptation!r} reads channels at {site}, so it does not fold into a matrix")
     if isinstance(method, RowWise):
         spec = method.standing_alone(spec, place.roles)
     own, bias = use.weight.at(place.rows), use.bias
@@ -200,7 +200,7 @@ def _in_file(own: WeightSlice, names: FileNames) -> WeightSlice:
 
 
 def _shared(tensors: Mapping[str, Tensor], adaptation: str) -> dict[str, Tensor]:
-    """Return the tensors that an adaptation has once for all sites, by part."""
+    """Return the tensors that an adaptation shares among all its sites, by part."""
     prefix = adapter_name("", adaptation) + "."
     return {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
@@ -215,7 +215,7 @@ def _replacements(artifact: Artifact, tensors: Mapping[str, Tensor], names: File
 
 
 def _depths(artifact: Artifact) -> dict[str, int]:
-    """Return the number of layers of each stack, from the names of the base's tensors."""
+    """Return the number of layers in each stack, derived from the names of the base's tensors."""
     stacks, names = {place.stack for place in artifact.manifest.sites if place.stack}, artifact.manifest.base.tensors
     layers = {
         stack: [n[len(stack) + 1 :].partition(".")[0] for n in names if n.startswith(f"{stack}.")] for stack in stacks

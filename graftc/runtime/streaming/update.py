@@ -1,4 +1,4 @@
-"""The changes that an adapter makes to rows of stored weights, as data that does not depend on a model."""
+"""An adapter's changes to rows of stored weights, as data that does not depend on a model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class SiteUpdate:
         adaptation: its name.
         spec: the adaptation with the site's values applied; it no longer depends on roles.
         site: the site, as text.
-        weight: the adapted rows of the stored weight, under the name that the weight has in the checkpoint.
+        weight: the adapted rows of the stored weight, under the weight's name in the checkpoint.
         bias: the same rows of the bias; None if there is none.
-        lookup: whether the weight is a table of embeddings, whose columns are its entries.
-        read: returns the adaptation's tensors at the site, and those that all sites share, by part.
+        lookup: whether the weight is an embedding table, whose columns are its entries.
+        read: a function that returns the adaptation's tensors at the site, and those that all sites share, by part.
     """
 
     adaptation: str
@@ -36,11 +36,11 @@ class SiteUpdate:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A trained copy that replaces a whole stored tensor; updates at sites are applied on top of it.
+    """A trained copy that replaces a whole stored tensor; updates to sites are applied on top of it.
 
     Attributes:
         adaptation: the name of the adaptation that trained it.
-        tensor: name of the tensor in the checkpoint.
+        tensor: the tensor's name in the checkpoint.
         value: the copy.
     """
 
@@ -55,10 +55,10 @@ class AdapterUpdates:
 
     Attributes:
         kind: ``artifact`` or ``peft``.
-        updates: updates at sites, in the order in which they apply.
+        updates: updates to sites, in the order in which they apply.
         replacements: replacements of whole tensors.
         digest: SHA-256 that identifies the adapter.
-        base: fingerprint of the base that the adapter is for; empty if it has none.
+        base: fingerprint of the adapter's base; empty if the adapter does not record one.
         spec: the spec, or peft's config, as text.
     """
 

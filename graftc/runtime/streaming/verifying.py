@@ -1,4 +1,4 @@
-"""Verification of a merged folder against its base and its adapter: everything is folded again and compared."""
+"""Verify a merged folder against its base and its adapter: everything is folded again and compared."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def verify_checkpoint(
     *,
     progress: Progress = lambda done, size: None,
 ) -> Verification:
-    """Check a merged folder, whatever wrote it, against the base and the adapter that it was made from.
+    """Check a merged folder, whatever program wrote it, against the base and the adapter that it was made from.
 
-    Every site is folded again and probed against the unfolded map, and each stored entry has to be its exact value
-    rounded to nearest. Every other tensor has to equal the base's, bit for bit. Files may be split differently from the
-    base's.
+    Every site is folded again and probed against the unfolded map, and each stored entry must be its exact value
+    rounded to nearest. Every other tensor must equal the base's, bit for bit. The tensors may be distributed over files
+    differently than in the base.
 
     Args:
         path: the merged folder.
         adapter: a graftc artifact, or a folder that peft wrote.
         model: the base's folder; by default the one that the adapter names.
-        progress: called with the number of bytes of the base's files that are done, and their total.
+        progress: called with the number of bytes of the base's files processed so far, and their total.
 
     Raises:
-        GraftError: as `merge_checkpoint`, if the base or the adapter cannot be read, or they do not fit.
+        GraftError: as in `merge_checkpoint`, if the base or the adapter cannot be read, or they do not fit.
     """
     folder = as_path(path)
     base, updates_of = read_updates(as_path(adapter), None if model is None else as_path(model))
@@ -73,7 +73,7 @@ def _same_names(base: TensorFolder, merged: TensorFolder, plan: MergePlan) -> tu
     for name, tensor in ours.items():
         entry = theirs[name]
         if entry.shape != tensor.shape or (entry.dtype != tensor.dtype and entry.dtype not in FLOATING):
-            return False, f"{name} is {entry}, and {tensor} in the base"
+            return False, f"{name} is {entry}, but {tensor} in the base"
     return True, f"{counted(len(ours), 'tensor')} with the names and sizes of the base's"
 
 
@@ -84,7 +84,7 @@ def _folded(sites: list[SiteEvidence]) -> tuple[bool, str]:
             f"{site.site}: off by {site.rounding:.3g} units in the last place, {site.retention.error:.1e} of the update"
             for site in failed[:3]
         )
-        what = "other than the base with the adapter, rounded to nearest"
+        what = "differ from the base with the adapter, rounded to nearest"
         return False, f"{len(failed)} of {counted(len(sites))} {what}: {shown}"
     kept = Retention.total(site.retention for site in sites)
     worst = max((site.algebra for site in sites), default=0.0)
@@ -97,5 +97,5 @@ def _folded(sites: list[SiteEvidence]) -> tuple[bool, str]:
 def _untouched(others: list[tuple[str, bool]]) -> tuple[bool, str]:
     wrong = [name for name, same in others if not same]
     if wrong:
-        return False, f"{counted(len(wrong), 'tensor')} other than the base's: {', '.join(wrong[:3])}"
+        return False, f"{counted(len(wrong), 'tensor')} different from the base's: {', '.join(wrong[:3])}"
     return True, f"{counted(len(others), 'tensor')} equal to the base's, bit for bit"

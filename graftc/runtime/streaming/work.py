@@ -1,6 +1,6 @@
-"""Folding of one file of a checkpoint, block by block into a copy on the disk, which is then read again and compared.
+"""Fold one file of a checkpoint block by block into a copy on disk, then read the copy back and compare it.
 
-The same code verifies an existing file, and measures without writing one.
+The same code verifies existing files, and measures folds without writing any.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from graftc.runtime.streaming.site_fold import RowTarget, SiteFold, rows_of
 from graftc.runtime.streaming.sites import rows_that_fit
 
 _CHUNK = 2**22
-"""The number of bytes or entries that are copied or compared at a time."""
+"""The number of bytes or entries to copy or compare at a time."""
 Progress = Callable[[int, int], None]
-"""Called with the number of bytes of the base that are done, and their total."""
+"""A function that receives the number of the base's bytes processed so far, and their total."""
 
 
 def shards(checkpoint: TensorFolder, progress: Progress) -> Iterator[tuple[Shard, Advance]]:
-    """Yield the files of a checkpoint, each with a function to call with the part that is done, from 0 to 1.
+    """Yield a checkpoint's files, each with a function to call with the completed fraction, from 0 to 1.
 
     Args:
         checkpoint: the files, which are released one after the other.
-        progress: called with the number of bytes that are done, and their total.
+        progress: called with the number of bytes processed so far, and their total.
     """
     done = 0
     for shard in checkpoint.shards:
@@ -50,7 +50,7 @@ def shards(checkpoint: TensorFolder, progress: Progress) -> Iterator[tuple[Shard
 
 
 def create_file(plan: MergePlan, shard: Shard, path: Path) -> None:
-    """Create the file to fold into: a copy of the base's, byte for byte, or one with tensors in a wider type.
+    """Create the file to fold into: a byte-for-byte copy of the base's, or one with tensors in a wider dtype.
 
     Raises:
         OSError: if it cannot be written.
@@ -74,16 +74,16 @@ def create_file(plan: MergePlan, shard: Shard, path: Path) -> None:
 def fold_shard(
     plan: MergePlan, shard: Shard, target: RowTarget, advance: Advance
 ) -> tuple[list[SiteEvidence], list[WeightSlice]]:
-    """Fold everything that a file contains, and compare the stored result with the unfolded computation.
+    """Fold all sites in a file, and compare the stored result with the unfolded computation.
 
     Args:
         plan: the merge.
         shard: the base's file.
         target: the destination of folded rows.
-        advance: called with the part that is done.
+        advance: called with the completed fraction.
 
     Returns:
-        The evidence for what was folded, and the slices of weights and biases that were folded in this file.
+        The evidence for the folds, and the slices of weights and biases that were folded in this file.
 
     Raises:
         GraftError: if an update is not a fold.
@@ -100,7 +100,7 @@ def fold_shard(
             done += size
             advance(done / total)
         changed += fold.changed
-        # A bias in another file than its weight has separate evidence, if it changes.
+        # A bias in a file other than its weight's has separate evidence, if it changes.
         evidence += [fold.tally.evidence] if fold.changed else []
     for item in copies:  # only the rows that no fold has written, since folds start from the copy
         rest = _complement([own for own in changed if own.tensor == item.tensor], shard.tensors[item.tensor])
@@ -120,15 +120,15 @@ def fold_shard(
 def untouched(
     plan: MergePlan, shard: Shard, written: TensorFolder, changed: Collection[WeightSlice]
 ) -> Iterator[tuple[str, bool]]:
-    """Yield the name of every tensor that folding leaves alone, and whether it equals the base's, bit for bit.
+    """Yield the name of every tensor that folding does not change, and whether it equals the base's, bit for bit.
 
-    For a tensor of which some rows were folded, the other rows are compared. One that is missing, or has another shape,
+    If some of a tensor's rows were folded, the other rows are compared. A tensor that is missing or has another shape
     counts as different.
 
     Args:
         plan: the merge.
         shard: the base's file.
-        written: the files that were written.
+        written: the written files.
         changed: the slices that were folded in this file.
     """
     owned: dict[str, list[WeightSlice]] = {}
@@ -146,7 +146,7 @@ def untouched(
 
 
 def _complement(slices: Sequence[WeightSlice], stored: StoredTensor) -> WeightSlice | None:
-    """Return the rows of a tensor that are in none of several slices; None if there are none."""
+    """Return the rows of a tensor that belong to none of the given slices; None if there are none."""
     if not slices:
         return WeightSlice(stored.name, stored.shape)
     spans = sorted(span for own in slices for span in own.spans)
@@ -159,7 +159,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _same(tensor: Tensor, base: Tensor) -> bool:
-    """Return whether two tensors have the same bits, piece by piece; the second is widened to the first one's type."""
+    """Return whether two tensors have the same bits, piece by piece; the second is widened to the first one's dtype."""
     if not tensor.dim():
         tensor, base = tensor.reshape(1), base.reshape(1)
     rows = max(1, _CHUNK * len(tensor) // max(1, tensor.numel()))

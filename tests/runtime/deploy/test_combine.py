@@ -186,8 +186,8 @@ def test_as_peft_does(kind: Kind, weights: tuple[float, float]) -> None:
     [
         (["one", "tow"], {}, "GC091", "there is no adaptation 'tow'"),
         (["one"], {}, "GC002", "two or more"),
-        (["one", "one"], {}, "GC002", "each once"),
-        (["one", "two"], {"weights": [1.0]}, "GC002", "one weight for each"),
+        (["one", "one"], {}, "GC002", "two or more different adaptations"),
+        (["one", "two"], {"weights": [1.0]}, "GC002", "one weight per adaptation"),
         (["one", "two"], {"kind": "mean"}, "GC002", "one weight"),
         (["one", "two"], {"density": 0.0}, "GC002", "density"),
         (["one", "other"], {"kind": "linear"}, "GC029", "one rank"),

@@ -76,6 +76,6 @@ def test_the_noise_of_rounding_is_the_budget_of_a_model_that_makes_much_of_it(ti
     perturb(compiled, 0.3)
     certificate = compiled.merge().certificate
     assert certificate.passed
-    doubted = [note for note in certificate.notes if "other roundings" in note]
+    doubted = [note for note in certificate.notes if "weights differently" in note]
     assert bool(doubted) == (times == 14)
     assert certificate.budget < 1e-2

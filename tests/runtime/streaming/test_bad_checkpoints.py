@@ -275,9 +275,9 @@ PEFT: dict[str, tuple[Spoiling, str, str]] = {
     "keys with the adapter's name": (_renamed, "GC113", "self_attn.q_proj"),
     "a norm that no one trains": (
         lambda c, h: h.update({"base_model.model.model.norm.weight": torch.full((48,), torch.nan)}),
-        *("GC114", "model.norm.weight has other values"),
+        *("GC114", "model.norm.weight has different values"),
     ),
-    "a table of another base": (_other_table, "GC114", "embed_tokens.weight has other values"),
+    "a table of another base": (_other_table, "GC114", "embed_tokens.weight has different values"),
     "a table of another size": (_more_rows, "GC114", r"embed_tokens.weight is \[101, 48\], but in the file it is \[150"),
     "a tensor of nothing": (
         lambda c, h: h.update({"base_model.model.junk.weight": torch.ones(2)}),

@@ -114,7 +114,7 @@ def check_copies(adapter: PeftAdapter, base: Mapping[str, Sequence[int]], read: 
             continue
         expected = read(name)
         if expected is not None and not torch.equal(adapter.tensor(key).to(expected.device, expected.dtype), expected):
-            wrong.append(f"{name} has other values")
+            wrong.append(f"{name} has different values")
     for first, key in adapter.doubles:
         if not torch.equal(adapter.tensor(first), adapter.tensor(key)):
             wrong.append(f"{first} and {key} differ")
