@@ -72,7 +72,7 @@ def test_a_callable(meta: bool) -> None:
     [
         ("own_models:Onw", "own_models has no 'Onw'", "did you mean 'own_models:Own'?"),
         ("own_modles:Own", "there is no module 'own_modles'", "did you mean 'own_models'?"),
-        ("own_models:value", "own_models:value is not callable but int", "name a function"),
+        ("own_models:value", "own_models:value is not callable but of type int", "name a function"),
         ("own_models:text", "own_models:text returned str, not an nn.Module", "return the model"),
         ("own_models:fails", "own_models:fails failed: ValueError: no weights here", "Give a transformers folder"),
         ("own_models:leaves", "own_models:leaves failed: SystemExit: 4", "Give a transformers folder"),
@@ -108,9 +108,9 @@ def test_a_misspelt_folder(saved: Path) -> None:
     ("architectures", "message", "hint"),
     [
         (["BertForSequenceClasification"], "transformers has no model 'BertForSequenceClasification'", "did you mean"),
-        (["OwnModel"], "transformers has no model 'OwnModel'", "a class of your own"),
+        (["OwnModel"], "transformers has no model 'OwnModel'", "to load your own class"),
         (["BertConfig"], "transformers has no model 'BertConfig'", "did you mean"),
-        (None, "the config of 'saved' does not say which class it is for", "add"),
+        (None, "the config of 'saved' does not name its class", "add"),
     ],
 )
 def test_architectures_that_name_no_class(
@@ -135,8 +135,8 @@ def test_an_adapter_folder_names_its_base(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}', encoding="utf-8")
     error = unloadable("adapter")
     assert (error.message, error.hint) == (
-        "'adapter' holds a PEFT adapter, not a model",
-        "give its base model: org/base",
+        "'adapter' contains a PEFT adapter, not a model",
+        "use its base model: org/base",
     )
 
 

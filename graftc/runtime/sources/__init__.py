@@ -1,4 +1,4 @@
-"""Base models and where they come from: folders, hub ids, callables, quantised checkpoints, processors beside them.
+"""Sources of base models: folders, hub ids, callables, quantised checkpoints, and the processors beside models.
 
 Everything is checked before a library reads it.
 """

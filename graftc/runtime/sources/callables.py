@@ -1,4 +1,4 @@
-"""Models that a user's callable returns: ``package.module:callable``."""
+"""Load models from a user's callable: ``package.module:callable``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graftc.specs.errors.diagnostics import GraftError, nearest
 
 
 def from_callable(text: str, meta: bool = False) -> tuple[nn.Module, ExampleInputs | None]:
-    """Return what the callable of a MODEL argument returns: a module, and example inputs or None.
+    """Call the callable that a MODEL argument names, and return a module, and example inputs or None.
 
     Args:
         text: ``package.module:callable``.
@@ -38,7 +38,7 @@ def _called(text: str, meta: bool) -> tuple[nn.Module, ExampleInputs | None]:
     path, _, name = text.partition(":")
     make = _attribute(_module(path), path, name)
     if not callable(make):
-        refuse(f"{text} is not callable but {type(make).__name__}", "name a function that returns the model")
+        refuse(f"{text} is not callable but of type {type(make).__name__}", "name a function that returns the model")
     try:
         with torch.device("meta") if meta else nullcontext():
             result = make()
@@ -76,7 +76,7 @@ def _module(path: str) -> Any:
 
 
 def _sibling(missing: str) -> str | None:
-    """Return a hint that names the nearest module beside the missing one; None if none is near."""
+    """Return a hint that suggests the module with the nearest name to a missing one; None if none is near."""
     import pkgutil
 
     parent, _, last = missing.rpartition(".")
@@ -97,6 +97,6 @@ def _attribute(module: Any, path: str, name: str) -> Callable[[], Any]:
 
 
 def _where(error: BaseException) -> tuple[str, ...]:
-    """Return the line of the user's code that failed, as details of an error; nothing if there is none."""
+    """Return the line of the user's code that failed, as an error's details; empty if there is none."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__ and f.filename[:1] != "<"]
     return (f"at {frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name}",) if frames else ()

@@ -1,4 +1,4 @@
-"""Files beside a model: its tokenizer, its chat template, its processors."""
+"""Find the files beside a model: its tokenizer, its chat template, its processors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
 )
-"""Files beside a model that its users need and that folding does not change."""
+"""Patterns for files beside a model that its users need and that folding does not change."""
 
 
 def companions_of_model(source: Any) -> list[Path]:

@@ -1,7 +1,7 @@
-"""Checks of a model folder of unknown origin, before transformers reads any of it and afterwards.
+"""Check a model folder of unknown origin, before transformers reads any of it and afterwards.
 
-The config determines how much time and memory transformers takes, and transformers casts what the files contain to the
-type of the model's tensors: both are checked against the files.
+The config determines how much time and memory transformers uses, and transformers casts the files' contents to the
+dtypes of the model's tensors: both are checked against the files.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _COUNT = 100_000
 _MODULES, _MODULES_PER_TENSOR = 2_000, 20
 _MODULES_UNKNOWN = 200_000
 _BYTES, _TIMES, _TIMES_PACKED = 2**27, 8, 64
-"""Limits of the bytes of a model's tensors: a fixed part, and multiples of the size of the files; a weight of 1 bit may
-become one of 32."""
+"""Limits on the bytes of a model's tensors: a fixed part, and multiples of the files' size; a 1-bit weight may become a
+32-bit one."""
 _SUFFIXES = ("weight", "bias")
 _EIGHT_BITS = "F8_"
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A folder that has been checked.
+    """A checked folder.
 
     Attributes:
         path: the folder.
-        stored: the tensors in its files; None if they are pickles, or there are none.
+        stored: the tensors in its files; None if the files are pickles or the weights are not to be loaded.
         bytes: the size of its weights.
-        quantised: whether its config says that they are quantised.
+        quantised: whether its config declares them as quantised.
     """
 
     path: Path
@@ -57,7 +57,7 @@ class ModelFolder:
 
 
 def open_model_folder(folder: Path, where: str, *, weights: bool = True) -> ModelFolder:
-    """Check the config of a folder and the headers of its files.
+    """Check a folder's config and the headers of its files.
 
     Args:
         folder: a folder with a ``config.json``.
@@ -65,56 +65,57 @@ def open_model_folder(folder: Path, where: str, *, weights: bool = True) -> Mode
         weights: whether its weights are to be loaded.
 
     Raises:
-        GraftError: GC032 for a config that cannot be used, files that are damaged, or more layers than they have
-            tensors for; GC101 for names that lead out of the folder.
+        GraftError: GC032 for an unusable config, damaged files, or more layers than the files have tensors for; GC101
+            for names that lead outside the folder.
     """
     config = plain_config(folder, where)
     quantised = bool(config.get("quantization_config"))
     if not weights:
         return ModelFolder(folder, None, 0, quantised)
     if (adapter := embedded_adapter(folder)) is not None:
-        message = f"{where!r} holds a model and {adapter}, which transformers would put on top of it"
-        refuse(message, f"move {adapter} and its tensors to a folder of their own")
+        message = f"{where!r} contains a model and {adapter}, which transformers would apply to it"
+        refuse(message, f"move {adapter} and its tensors to a separate folder")
     try:
         safe = weight_files(folder) is not None
     except UnsafeFileError as error:
         raise _REFUSAL.error(folder, str(error), unsafe=True) from error
     except (OSError, ValueError):
-        safe = True  # opening the files below raises the same as a coded error
+        safe = True  # opening the files below raises the same error, with a code
     if not safe:
         return ModelFolder(folder, None, sum(file.stat().st_size for file in folder.glob("*.bin")), quantised)
     stored = TensorFolder(folder, _REFUSAL, strict=False)
     most = max(_counted(config, "layer"), default=0)
     if most > max(len(stored), _MODULES):
-        message = f"the config of {where!r} has {most} layers, and its files have {len(stored)} tensors"
-        refuse(message, "take a complete checkpoint")
+        message = f"the config of {where!r} has {most} layers, but its files have {len(stored)} tensors"
+        refuse(message, "use a complete checkpoint")
     return ModelFolder(folder, stored, stored.size, quantised)
 
 
 def plain_config(folder: Path, where: str, code: str = "GC032") -> dict[str, Any]:
-    """Return the config of a folder as plain data, after checks that limit the work of reading it.
+    """Return a folder's config as plain data, after checks that limit the work of reading it.
 
     Args:
         folder: a folder with a ``config.json``.
         where: its name in errors.
-        code: the code of the error.
+        code: the error code.
 
     Raises:
-        GraftError: with this code, for what is not a config of a model, is too large, or has too many layers or labels.
+        GraftError: with this code, for a file that is not a model's config, is too large, or has too many layers or
+            labels.
     """
-    hint = "take the config.json from where the model came"
+    hint = "download the model's config.json again"
     try:
         raw = read_regular(folder / "config.json", JSON_BYTES)
         if sum(map(raw.count, (b",", b"[", b"{"))) > _VALUES:
             raise ValueError(f"it has more than {_VALUES:,} values")
         data = json.loads(raw)
     except RecursionError as error:
-        refuse(f"the config.json of {where!r} cannot be read: it is too deep", hint, cause=error, code=code)
+        refuse(f"the config.json of {where!r} cannot be read: it is nested too deeply", hint, cause=error, code=code)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         refuse(f"the config.json of {where!r} cannot be read: {reason}", hint, cause=error, code=code)
     if not isinstance(data, dict):
-        refuse(f"the config.json of {where!r} cannot be read: it is not a table", hint, code=code)
+        refuse(f"the config.json of {where!r} cannot be read: it is not a JSON object", hint, code=code)
     names = data.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         refuse(f"the config.json of {where!r} has architectures that are not names: {shown(names)}", hint, code=code)
@@ -125,7 +126,7 @@ def plain_config(folder: Path, where: str, code: str = "GC032") -> dict[str, Any
 
 
 def _counted(settings: Mapping[Any, Any], word: str) -> Iterator[int]:
-    """Yield the numbers in a config that count something, such as layers."""
+    """Yield the values in a config that count the named thing, such as ``layer``."""
     waiting: list[Any] = [settings]
     while waiting:
         mapping = waiting.pop()
@@ -138,10 +139,10 @@ def _counted(settings: Mapping[Any, Any], word: str) -> Iterator[int]:
 
 @contextmanager
 def bounded_building(folder: ModelFolder, where: str) -> Iterator[None]:
-    """Refuse any model much larger than its files that this thread builds while the block runs.
+    """Refuse any model that this thread builds in the block if the model is much larger than its files.
 
     Raises:
-        GraftError: GC032 as soon as a model has too many modules, or its tensors too many bytes.
+        GraftError: GC032 as soon as a model has too many modules or its tensors have too many bytes.
     """
     known = folder.stored
     modules = _MODULES_UNKNOWN if known is None else _MODULES + _MODULES_PER_TENSOR * len(known)
@@ -152,7 +153,7 @@ def bounded_building(folder: ModelFolder, where: str) -> Iterator[None]:
         if threading.get_ident() == thread:
             counts[0] += 1
             if counts[0] > modules:
-                has = "" if known is None else f", and its files have {len(known)} tensors"
+                has = "" if known is None else f", but its files have {len(known)} tensors"
                 refuse(f"the config of {where!r} makes a model of more than {modules:,} modules{has}", _LARGER)
 
     def measure(_: nn.Module, name: str, tensor: Tensor | None) -> None:
@@ -160,8 +161,8 @@ def bounded_building(folder: ModelFolder, where: str) -> Iterator[None]:
             counts[1] += tensor.numel() * tensor.element_size()
             if counts[1] > most:
                 refuse(
-                    f"the config of {where!r} makes a model of more than {most:,} bytes, a {name} of "
-                    f"{list(tensor.shape)} among them, and its files have {folder.bytes:,}",
+                    f"the config of {where!r} makes a model of more than {most:,} bytes, including a {name} of "
+                    f"{list(tensor.shape)}, but its files have {folder.bytes:,}",
                     _LARGER,
                 )
 
@@ -177,7 +178,7 @@ def bounded_building(folder: ModelFolder, where: str) -> Iterator[None]:
             hook.remove()
 
 
-_LARGER = "take the config.json and the weights from where the model came, together"
+_LARGER = "download the config.json and the weights again, together"
 
 
 def check_stored_types(
@@ -185,18 +186,18 @@ def check_stored_types(
 ) -> None:
     """Refuse stored weights that would be misread.
 
-    These are integers where the model has floating-point numbers, and weights that have not been multiplied by the
-    scales beside them.
+    These are integers where the model has floating-point values, and weights that are not multiplied by the scales
+    stored beside them.
 
     Args:
-        model: the model as transformers has loaded it.
+        model: the model as loaded by transformers.
         stored: the tensors in the files.
-        code: the code of the error.
+        code: the error code.
         where: the folder's name.
-        read: names of tensors that the caller has interpreted itself.
+        read: names of tensors that the caller interpreted itself.
 
     Raises:
-        GraftError: with this code, naming every such tensor.
+        GraftError: with this code; it lists every such tensor.
     """
     integral = [n for n, t in stored.entries.items() if n not in read and not t.dtype.startswith(("F", "BF"))]
     beside = [name for name in stored if name not in read and _is_beside(name, stored, read)]
@@ -206,17 +207,17 @@ def check_stored_types(
     for name in integral:
         tensor = known.get(targets[name])
         if tensor is not None and tensor.is_floating_point():
-            wrong.append(f"{name} is stored as {stored.entries[name].dtype}, which is not a type of weights")
+            wrong.append(f"{name} is stored as {stored.entries[name].dtype}, which is not a dtype for weights")
     for name in beside:
         if targets[name] not in known:
-            wrong.append(f"{name.rpartition('.')[0]}.weight would be loaded as it is, without {name}")
+            wrong.append(f"{name.rpartition('.')[0]}.weight would be loaded without {name}")
     if wrong:
-        hint = "take the checkpoint anew from where it came, with its own config.json"
+        hint = "download the checkpoint again, with its own config.json"
         raise GraftError(code, f"{where}: {wrong[0]}", hint=hint, details=wrong[1:20])
 
 
 def _is_beside(name: str, stored: TensorFolder, read: Collection[str]) -> bool:
-    """Return whether a tensor describes a weight that is loaded without it."""
+    """Return whether a tensor describes a weight that would be loaded without it."""
     module, _, last = name.rpartition(".")
     weight = stored.entries.get(f"{module}.weight")
     if weight is None or weight.name in read or last in _SUFFIXES:
@@ -225,12 +226,12 @@ def _is_beside(name: str, stored: TensorFolder, read: Collection[str]) -> bool:
 
 
 def target_names(model: Any, names: Iterable[str], known: Mapping[str, Any]) -> dict[str, str]:
-    """Return the tensors of a model that transformers loads stored ones into, by stored name."""
+    """Return the model's tensors into which transformers loads stored ones, by stored name."""
     return {name: target for name, (target, _) in converted_names(model, names, known).items()}
 
 
 def converted_names(model: Any, names: Iterable[str], known: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
-    """Return `target_names`, each with the pattern of the conversion that the stored tensor is a part of, or None."""
+    """Return `target_names`, each with the pattern of the conversion that includes the stored tensor, or None."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

@@ -1,4 +1,4 @@
-"""Telling what a folder or file contains that was given to the wrong function, and which call reads it."""
+"""Identify a folder or file that was passed to the wrong function, and the call that reads it."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _MODEL_CONFIG, _MODEL_FILE, _GGUF = "config.json", "model.safetensors", ".gguf"
 
 
 def missing(path: Path, file: str) -> str:
-    """Return why a folder that needs a certain file cannot be read, to follow the folder's name in a message."""
+    """Return why a folder that needs a file cannot be read, as text that follows the folder's name in a message."""
     if os.path.isdir(path):
         return f"has no {file}"
     return "is a file, not a directory" if os.path.exists(path) else "does not exist"
 
 
 def reader_of(path: Path, unless: str = "") -> str | None:
-    """Return a hint that says what is at a path and which call reads it; None if that cannot be told.
+    """Return a hint that describes what a path contains and names the call that reads it; None if it is unknown.
 
-    Only names of files, and small files that describe the others, are read.
+    Only file names, and small files that describe the others, are read.
 
     Args:
         path: a folder or a file.
-        unless: the function that was called, such as ``graftc.load``, which is not recommended again.
+        unless: the function that was called, such as ``graftc.load``, so that it is not suggested again.
     """
     what, call = _told(path)
     return None if not call or (unless and call.startswith(f"{unless}(")) else f"it is {what}: {call} reads it"
@@ -43,7 +43,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def _told(path: Path) -> tuple[str, str]:
-    """Return what is at a path, and the call that reads it; two empty strings if that cannot be told."""
+    """Return a description of what a path contains, and the call that reads it; empty strings if it is unknown."""
     name = repr(str(path))
     if os.path.isfile(path):
         return _told_of_file(path, name)
@@ -72,7 +72,7 @@ def _told_of_file(path: Path, name: str) -> tuple[str, str]:
         what, call = _told(path.parent)
         return (f"a file of {what}", call) if call else ("", "")
     if path.suffix in (".yaml", ".yml", ".toml", ".json"):
-        return "a file such as specs are", f"graftc.compile({name}, model)"
+        return "possibly a spec", f"graftc.compile({name}, model)"
     return "", ""
 
 
@@ -103,7 +103,7 @@ def is_state_dict(file: Path) -> bool:
 
 
 def _json(file: Path, most: int) -> Mapping[str, Any]:
-    """Return the mapping in a small JSON file; an empty one if the file does not contain one."""
+    """Return the mapping in a small JSON file; empty if the file does not contain one."""
     try:
         data = read_json(read_regular(file, most), most)
     except (OSError, ValueError, RecursionError):

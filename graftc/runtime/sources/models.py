@@ -1,7 +1,7 @@
-"""Loading models from a transformers folder, a hub id, or a callable that returns a module.
+"""Load models from a transformers folder, a hub id, or a callable that returns a module.
 
-A user's argument may be any of these (`load_model`). A name in a file is data: `load_folder` and `load_hub` take only a
-folder or an id, and never import or call what it names.
+A user's argument may be any of these (`load_model`). A name in a file is data: `load_folder` and `load_hub` accept only
+a folder or an id, and never import or call anything that it names.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
 
 
 def local_folder(model: nn.Module) -> Path | None:
-    """Return the folder, perhaps in the hub's cache, that transformers loaded a model from; None for other models."""
+    """Return the folder, possibly in the hub's cache, from which transformers loaded a model; None for other models."""
     name = path_of(getattr(model, "config", None))
     if not name:
         return None
@@ -50,7 +50,7 @@ def local_folder(model: nn.Module) -> Path | None:
 
 
 def local_config(name: str) -> Path | None:
-    """Return the folder on this machine that has the config of a folder or hub id; None if there is none."""
+    """Return the folder on this machine that holds the config of a folder or hub id; None if there is none."""
     return Path(name) if (Path(name) / "config.json").is_file() else _cached_config(name)
 
 
@@ -66,14 +66,14 @@ def _cached_config(name: str, revision: str | None = None) -> Path | None:
 
 
 def load_model(text: str, *, meta: bool = False, revision: str | None = None, built: Built | None = None) -> nn.Module:
-    """Load the model that a MODEL argument names, in eval mode and otherwise as its source provides it.
+    """Load the model that a MODEL argument names, in eval mode but otherwise as its source provides it.
 
     Args:
         text: a folder whose ``config.json`` names the class in ``architectures``; the id of such a repository on the
-            hub (only its cached files without a network); or ``package.module:callable``, called without arguments,
-            which may be imported from the current folder.
+            hub (without a network, only cached files are used); or ``package.module:callable``, called without
+            arguments, which may be imported from the current folder.
         meta: whether to build it on the meta device. A folder then needs no weights, and a hub id only its config.
-        revision: commit of a hub's repository; the newest by default.
+        revision: commit of a hub repository; the newest by default.
         built: the class, labels, dtype and settings to build it with; by default those of the folder or repository.
 
     Raises:
@@ -83,10 +83,10 @@ def load_model(text: str, *, meta: bool = False, revision: str | None = None, bu
 
 
 def load_as_built(text: str, built: Built) -> nn.Module:
-    """Load the model that a MODEL argument names, built as another was or, if that fails, as its files say.
+    """Load the model that a MODEL argument names, built like an earlier model or, if that fails, as its files define.
 
     Raises:
-        GraftError: as `load_model`.
+        GraftError: as in `load_model`.
     """
     try:
         return load_model(text, built=built)
@@ -101,10 +101,11 @@ def load_model_and_inputs(
 ) -> tuple[nn.Module, ExampleInputs | None]:
     """Load a model as `load_model` does, with example inputs if a callable returns ``(model, example_inputs)``.
 
-    They are tensors by name or in order, or one tensor, for models whose interface does not determine their inputs.
+    The example inputs are tensors by name or in order, or one tensor, for models whose interface does not determine
+    their inputs.
 
     Raises:
-        GraftError: as `load_model`.
+        GraftError: as in `load_model`.
     """
     inputs: ExampleInputs | None = None
     folder = Path(text).expanduser()
@@ -128,13 +129,13 @@ def load_model_and_inputs(
 def load_folder(
     folder: Path, *, meta: bool = False, built: Built | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """Load the model of a transformers folder, in eval mode. No code in the folder is run.
+    """Load the model in a transformers folder, in eval mode. No code in the folder is run.
 
     Args:
         folder: the folder.
         meta: whether to build it on the meta device.
-        built: the class, labels and dtype to build it with; by default those of its config.
-        dtype: the element type of its tensors, instead of the one in ``built``.
+        built: the class, labels, dtype and settings to build it with; by default those of its config.
+        dtype: the dtype of its tensors, instead of the one in ``built``.
 
     Raises:
         GraftError: GC032; GC161 and GC163 for quantised folders that cannot be read.
@@ -152,7 +153,7 @@ def load_hub(
     built: Built | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Load the model of a hub's repository, in eval mode, even if a folder here has that name. None of its code is run.
+    """Load the model in a hub repository, in eval mode, even if a local folder has that name. None of its code is run.
 
     See `load_folder`.
 
@@ -175,7 +176,7 @@ def load_hub(
 
 
 def _snapshot(name: str, meta: bool, revision: str | None) -> Path:
-    """Return a repository's folder in the hub's cache; transformers would prefer a folder of this name to the hub."""
+    """Return a repository's folder in the hub's cache; transformers would prefer a local folder with the same name."""
     from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
@@ -223,9 +224,9 @@ def _from_transformers(
 def from_checkpoint(
     cls: Any, folder: Path, where: str, *, looked_at: ModelFolder | None = None, **options: Any
 ) -> nn.Module:
-    """Load a model of a transformers class, or of an auto class, with the weights of a folder, in eval mode.
+    """Load a model of a transformers class, or of an auto class, with a folder's weights, in eval mode.
 
-    Tensors that the folder lacks are drawn with a fixed seed, and recorded: see `graftc.compiler.missing_weights` for
+    Tensors that the folder lacks are drawn with a fixed seed and recorded: see `graftc.compiler.missing_weights` for
     how they may be used.
 
     Args:
@@ -236,8 +237,8 @@ def from_checkpoint(
         options: options of ``from_pretrained``.
 
     Raises:
-        GraftError: GC032 and GC101 as `open_model_folder`, and GC032 if the files have types that weights do not have;
-            GC161 and GC163 for quantised folders.
+        GraftError: GC032 and GC101 as in `open_model_folder`, and GC032 if the files have dtypes that are not for
+            weights; GC161 and GC163 for quantised folders.
     """
     own = looked_at or open_model_folder(folder, where)
     with torch.random.fork_rng(devices=()), bounded_building(own, where):
@@ -260,7 +261,7 @@ def _check_folder(folder: Path, meta: bool) -> None:
     if not (folder / "config.json").is_file():
         adapter = folder / "adapter_config.json"
         if adapter.is_file():
-            refuse(f"{str(folder)!r} holds a PEFT adapter, not a model", _base_of(adapter))
+            refuse(f"{str(folder)!r} contains a PEFT adapter, not a model", _base_of(adapter))
         inner = sorted(p.parent.name for p in folder.glob("*/config.json"))
         hint = f"did you mean {str(folder / inner[0])!r}?" if inner else reader_of(folder) or _FORMS
         refuse(f"{str(folder)!r} {missing(folder, 'config.json')}", hint)
@@ -273,18 +274,18 @@ def _base_of(adapter: Path) -> str | None:
         base = json.loads(read_regular(adapter)).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    return f"give its base model: {base}" if base else None
+    return f"use its base model: {base}" if base else None
 
 
 def config_of_folder(folder: Path, where: str) -> Any:
-    """Return the config of a folder as transformers reads it, after checking it.
+    """Return a folder's config as transformers reads it, after checking it.
 
     Args:
         folder: a folder with a ``config.json``.
         where: its name in errors.
 
     Raises:
-        GraftError: GC032 if it cannot be read or is not a config of a model.
+        GraftError: GC032 if it cannot be read or is not a model's config.
     """
     open_model_folder(folder, where, weights=False)
     return _config(where, folder)
@@ -302,20 +303,20 @@ def _architecture(text: str, config: Any) -> Any:
 
     names = getattr(config, "architectures", None)
     if not names:
-        message = f"the config of {text!r} does not say which class it is for"
-        refuse(message, 'add "architectures": ["BertModel"], or the class that it is, to config.json')
+        message = f"the config of {text!r} does not name its class"
+        refuse(message, 'add "architectures" to config.json, with the class, such as ["BertModel"]')
     cls = getattr(transformers, names[0], None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         shared = os.path.commonprefix
         known = [n for n in dir(transformers) if n[:1].isupper() and len(shared([n, names[0]])) > 2]
         close = nearest(names[0], known, n=1)
-        own = "a class of your own loads as package.module:callable"
+        own = "to load your own class, use package.module:callable"
         refuse(f"transformers has no model {names[0]!r}", f"did you mean {close[0]!r}?" if close else own)
     return cls
 
 
 def _built_as(name: str, cls: Any, config: Any) -> Any:
-    """Return the class of transformers that a file names, if it is for the same config; otherwise ``cls``."""
+    """Return the transformers class that a file names if it has the same config class; otherwise ``cls``."""
     import transformers
 
     named = getattr(transformers, name, None) if name.isidentifier() else None
@@ -324,9 +325,10 @@ def _built_as(name: str, cls: Any, config: Any) -> Any:
 
 
 def _set(config: Any, settings: Mapping[str, Any]) -> None:
-    """Set the values of a config that a file gives: numbers and truth values that the config also has.
+    """Set the config values that a file gives, if they are numbers or truth values that the config also has.
 
-    A value that would make the model larger is ignored, and so is text, which may name code.
+    Integers larger than the config's, which could make the model larger, are ignored, and so are strings, which may
+    name code.
     """
     for name, value in settings_of(config).items():
         wanted = settings.get(name)
@@ -336,13 +338,13 @@ def _set(config: Any, settings: Mapping[str, Any]) -> None:
 
 
 def _dtype(config: Any) -> dict[str, Any]:
-    """Return the dtype that loading the weights would result in, as an option."""
+    """Return, as an option, the dtype that loading the weights would produce."""
     dtype = getattr(config, "dtype", None)
     return {} if dtype is None else {"dtype": dtype}
 
 
 def _neighbour(path: Path) -> str | None:
-    """Return a hint that names the nearest folder beside a path that does not exist; None if none is near."""
+    """Return a hint that suggests the folder with the nearest name to a missing path; None if none is near."""
     try:
         names = [p.name for p in path.parent.iterdir() if (p / "config.json").is_file()]
     except OSError:
@@ -352,7 +354,7 @@ def _neighbour(path: Path) -> str | None:
 
 
 def _cached(text: str) -> str | None:
-    """Return a hint that names the nearest model in the hub's cache; None if none is near."""
+    """Return a hint that suggests the model with the nearest name in the hub's cache; None if none is near."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     try:
@@ -365,9 +367,9 @@ def _cached(text: str) -> str | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Suppress progress bars and warnings of transformers while the block runs, as for a head without weights.
+    """Suppress transformers' progress bars and warnings, such as those about missing weights, while the block runs.
 
-    The output of quantisers' libraries, which it imports unasked, is suppressed as well.
+    The output of quantisation libraries, which transformers imports on its own, is suppressed as well.
     """
     from transformers.utils import logging as untyped
 

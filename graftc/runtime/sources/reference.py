@@ -1,7 +1,7 @@
-"""References: what an artifact says of where its base is. Does not import torch.
+"""References: records of a base's location in an artifact. Does not import torch.
 
-A reference in a file is data: a folder or a hub id, depending on its kind, which is only loaded as such. Nothing that a
-file names is imported or called.
+A reference in a file is data: a folder or a hub id is loaded only as the kind that the reference declares. Nothing that
+a file names is imported or called.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ def is_callable(text: str) -> bool:
 
 
 def is_hub_id(text: str) -> bool:
-    """Return whether a text has the form of a hub's id: ``name`` or ``owner/name``."""
+    """Return whether a text has the form of a hub id: ``name`` or ``owner/name``."""
     return _HUB_ID.fullmatch(text) is not None and ".." not in text and "--" not in text
 
 
 @dataclass(frozen=True)
 class Built:
-    """The choices made in building a model from a folder whose config leaves them open.
+    """The choices made when building a model from a folder whose config leaves them open.
 
     Attributes:
         architecture: its class.
         labels: names of the classes that it distinguishes; None if its config has none.
-        dtype: its element type, such as ``"float32"``.
+        dtype: its dtype, such as ``"float32"``.
         settings: plain values of its config, by name.
     """
 
@@ -61,14 +61,14 @@ class Built:
 
 @dataclass(frozen=True)
 class Reference:
-    """The source of a model: a folder, an id, or a callable.
+    """A model's source: a folder, a hub id, or a callable.
 
     Attributes:
-        kind: what the text is; None for a model created in Python.
+        kind: the kind of source; None for a model created in Python.
         text: an absolute path, an id or a name.
-        revision: commit of a hub's repository.
-        relative: the path of the folder relative to an artifact, with ``/``; None if there is none.
-        built: how to build the model from what is there.
+        revision: commit of a hub repository.
+        relative: the folder's path relative to an artifact, with ``/``; None if there is none.
+        built: the choices with which to build the model from its source.
     """
 
     kind: Kind | None = None
@@ -82,8 +82,8 @@ class Reference:
         """Return the reference to a model.
 
         Args:
-            model: the model; one that transformers loaded records where it came from.
-            text: the MODEL argument that it was loaded by, if there was one.
+            model: the model; if transformers loaded it, its config records its source.
+            text: the MODEL argument with which it was loaded, if there was one.
         """
         config = getattr(model, "config", None)
         text = text or path_of(config)
@@ -98,7 +98,7 @@ class Reference:
         return reference if reference.flaw() is None else cls()
 
     def seen_from(self, folder: Path) -> Reference:
-        """Return this reference as an artifact in ``folder`` records it."""
+        """Return this reference as recorded by an artifact in ``folder``."""
         relative = self.text if self.kind == "inside" else None
         if self.kind == "folder" and self.text is not None:
             try:
@@ -109,7 +109,7 @@ class Reference:
         return reference if reference.flaw() is None else self
 
     def flaw(self) -> str | None:
-        """Return what makes this a reference that graftc would not create; None if nothing does."""
+        """Return the part of this reference that graftc would not create; None if there is none."""
         text, relative = self.text, self.relative
         if self.kind is None:
             return None if text is relative is self.revision is None else "a reference to nothing"
@@ -126,7 +126,7 @@ class Reference:
         if self.revision is not None and (self.kind != "hub" or not _REVISION.fullmatch(self.revision)):
             return f"the revision {self.revision!r}"
         fit = relative == text if self.kind == "inside" else relative is None or _is_relative(relative)
-        return None if fit else f"{relative!r} as a way to its base"
+        return None if fit else f"{relative!r} as a path to its base"
 
 
 def _is_relative(path: str) -> bool:

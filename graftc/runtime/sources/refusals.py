@@ -1,4 +1,4 @@
-"""The error for a model that cannot be loaded from where it is said to be."""
+"""The error for a model that cannot be loaded from its stated source."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def refuse(
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of an error, to follow a colon."""
+    """Return an error's first line, as text to follow a colon."""
     return first_line(error).rstrip(".")

@@ -258,9 +258,7 @@ def test_all_wrong_tensors_are_listed_at_once(copied: Path) -> None:
 @pytest.mark.full
 def test_another_base(llama: Path) -> None:
     assert unimported(llama, "bert").code == "GC114"
-    with pytest.raises(
-        GraftError, match=r"v_proj.lora_B.weight is \[24, 3\], but the model needs \[48, 3\]"
-    ) as caught:
+    with pytest.raises(GraftError, match=r"v_proj.lora_B.weight is \[24, 3\], but the model needs \[48, 3\]") as caught:
         graftc.import_peft(llama, tiny("llama", num_key_value_heads=4))
     assert caught.value.code == "GC114" and len(caught.value.details) == 2
 

@@ -40,7 +40,7 @@ CALLS = {
     "artifacts": ("a folder of artifacts", "graftc.load({inner!r})"),
     "adapter/adapter_config.json": (f"a file of {ADAPTER}", "graftc.import_peft({parent!r}, model)"),
     "merged/config.json": (f"a file of {PLAIN}", "graftc.load_base({parent!r})"),
-    "spec.yaml": ("a file such as specs are", "graftc.compile({path!r}, model)"),
+    "spec.yaml": ("possibly a spec", "graftc.compile({path!r}, model)"),
 }
 READS = {
     "load": ("artifact", "checkpoint"),

@@ -278,7 +278,11 @@ PEFT: dict[str, tuple[Spoiling, str, str]] = {
         *("GC114", "model.norm.weight has different values"),
     ),
     "a table of another base": (_other_table, "GC114", "embed_tokens.weight has different values"),
-    "a table of another size": (_more_rows, "GC114", r"embed_tokens.weight is \[101, 48\], but in the file it is \[150"),
+    "a table of another size": (
+        _more_rows,
+        "GC114",
+        r"embed_tokens.weight is \[101, 48\], but in the file it is \[150",
+    ),
     "a tensor of nothing": (
         lambda c, h: h.update({"base_model.model.junk.weight": torch.ones(2)}),
         "GC113",

@@ -1,4 +1,5 @@
-"""Processors of folders: third-party code and sizes, which run in a separate process.
+"""Run the processors in model folders, third-party code of unknown cost, in a separate process.
 
-`example` starts it and checks what comes back; `worker` is that process and imports nothing of graftc.
+`example` starts the process and checks its results; `worker` is the script that it runs, which imports nothing from
+graftc.
 """

@@ -1,4 +1,4 @@
-"""An example call of a model that reads text with images or sound, made by the processor in its folder."""
+"""Make an example call for a model that reads text with images or sound, with the processor in its folder."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ from graftc.specs.errors.diagnostics import GraftError, warn
 
 _FILES = ("processor_config.json", "preprocessor_config.json")
 _KINDS = {"pixel_values": "image", "input_features": "audio", "input_values": "audio"}
-"""What each input besides a text is made of, as chat templates call it."""
+"""The kind of content behind each input other than text, as chat templates name it."""
 _WORKER = Path(__file__).with_name("worker.py")
 _WAIT = 120.0
-"""Seconds that the other process may run; importing transformers takes most of them."""
+"""Seconds for which the other process may run; importing transformers takes most of them."""
 _MOST = 2**25
-"""The most entries that an example may have."""
+"""The maximum number of entries in an example."""
 
 
 def processor_example(model: nn.Module) -> dict[str, Any] | None:
-    """Make a call of two rows, each a text with an image or a sound, by the processor in a model's folder.
+    """Return a call of two rows, each a text with an image or a sound, made by the processor in a model's folder.
 
-    How many tokens of a text an image takes is part of no model's interface; only its processor determines it. The
-    processor runs in a separate process, in bounded time and memory, and no code of the folder is run. A processor that
-    fails causes a warning.
+    The number of text tokens that an image occupies is not part of a model's interface; only its processor determines
+    it. The processor runs in a separate process, with bounded time and memory, and no code in the folder is run. A
+    processor that fails causes a warning.
 
     Returns:
         Tensors by name on the model's device, floating-point ones in its dtype. None for a model that reads only text
-        or only images, for one on the meta device, which could not be run on them, and if there is no processor or it
-        failed.
+        or only images, for one on the meta device, which cannot be run, or if there is no processor or it failed.
     """
     folder, known, device = local_folder(model), parameters(model), device_of(model)
     kind = next((kind for name, kind in _KINDS.items() if name in known), None)
@@ -51,8 +50,8 @@ def processor_example(model: nn.Module) -> dict[str, Any] | None:
         require_regular_files(folder, "GC030")
         tensors = _arrays(folder, kind)
     except GraftError as error:
-        message = f"the processor in {str(folder)!r} makes no example of text with {kind}: {error.message}"
-        warn("GC183", message, hint="show a batch: example_inputs={name: tensor}")
+        message = f"the processor in {str(folder)!r} cannot make an example of text with {kind}: {error.message}"
+        warn("GC183", message, hint="pass a batch: example_inputs={name: tensor}")
         return None
     dtype, wanted = dtype_of(model), {name: tensor for name, tensor in tensors.items() if name in known}
     return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in wanted.items()}
@@ -62,7 +61,7 @@ def _arrays(folder: Path, kind: str) -> dict[str, Tensor]:
     """Return the arrays that the other process writes.
 
     Raises:
-        GraftError: GC030 with the reason if there are none.
+        GraftError: GC030, with the reason, if there are none.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     with tempfile.TemporaryDirectory() as place:
@@ -72,7 +71,7 @@ def _arrays(folder: Path, kind: str) -> dict[str, Tensor]:
         try:
             run = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=_WAIT, **quiet)
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise GraftError("GC030", f"it did not end: {type(error).__name__}") from error
+            raise GraftError("GC030", f"it did not finish: {type(error).__name__}") from error
         if run.returncode != 0:
             raise GraftError("GC030", "it takes more time or memory than an example may")
         told = json.loads(run.stdout.decode("utf-8", "replace").rstrip().rpartition("\n")[2])
@@ -81,5 +80,5 @@ def _arrays(folder: Path, kind: str) -> dict[str, Tensor]:
         with np.load(file, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     if (entries := sum(tensor.numel() for tensor in tensors.values())) > _MOST:
-        raise GraftError("GC030", f"it has {entries:,} entries, and {_MOST:,} are the most")
+        raise GraftError("GC030", f"it has {entries:,} entries, more than {_MOST:,}")
     return tensors

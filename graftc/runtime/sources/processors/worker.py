@@ -1,8 +1,8 @@
-"""A separate process in which the processor of a folder makes an example, in bounded time and memory.
+"""A script that makes an example with a folder's processor in a separate process, with bounded time and memory.
 
-It is run as a script, by `graftc.runtime.sources.processors.example`, and imports nothing of graftc. Arguments are the
-folder, ``image`` or ``audio``, and the file to write: arrays by name, as `numpy.savez` does. It writes JSON to the
-standard output, one line: null, or why there is no such file.
+`graftc.runtime.sources.processors.example` runs it; it imports nothing from graftc. Its arguments are the folder,
+``image`` or ``audio``, and the file to write, with arrays by name in the format of `numpy.savez`. It prints one line of
+JSON to stdout: null, or the reason why there is no file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _QUESTION = "What is this?"
 _EDGE = 64
 """The width and height of the image, in pixels; processors resize it."""
 _PIECES = ("do_image_splitting", "crop_to_patches", "do_pan_and_scan")
-"""Settings by which image processors cut an image into several; one is enough here."""
+"""Settings that make image processors cut an image into several; one is enough here."""
 _ROWS = 2
 _SECONDS, _WAY_SECONDS = 60, 10
-"""Processor seconds for the whole process, and for one way to call a processor."""
+"""Limits in seconds of CPU time: for the whole process, and for one way of calling a processor."""
 _MEMORY, _FILE = 6 * 2**30, 2**28
 
 
 def main(folder: str, kind: str, file: str) -> str | None:
-    """Write an example, and return None; return the reason if there is no example."""
+    """Write an example and return None, or return the reason why there is no example."""
     _limit()
     try:
         np.savez(file, **_arrays(folder, kind))
@@ -43,7 +43,7 @@ def _limit() -> None:
 
         limits = {resource.RLIMIT_CPU: _SECONDS, resource.RLIMIT_DATA: _MEMORY, resource.RLIMIT_FSIZE: _FILE}
         for what, most in limits.items():
-            with suppress(ValueError, OSError):  # there is a lower limit already
+            with suppress(ValueError, OSError):  # a lower limit is already set
                 resource.setrlimit(what, (most, most))
 
 
@@ -64,7 +64,7 @@ def _arrays(folder: str, kind: str) -> dict[str, Any]:
             failed = failed or error
             continue
         return {name: value.numpy() for name, value in batch.items() if hasattr(value, "numpy")}
-    raise failed or TypeError(f"{type(processor).__name__} takes no {kind}")
+    raise failed or TypeError(f"{type(processor).__name__} does not accept {kind}")
 
 
 def _in_time(way: Callable[[], Any]) -> Any:
@@ -88,7 +88,7 @@ def _in_time(way: Callable[[], Any]) -> Any:
 
 
 def _ways(processor: Any, kind: str) -> Iterator[Callable[[], Any]]:
-    """Yield the calls that processors take, that of the chat template first."""
+    """Yield the calls that processors may accept, that of the chat template first."""
     shown = _image() if kind == "image" else _sound(processor)
     if isinstance(getattr(processor, "chat_template", None), str):
         yield lambda: _chat(processor, kind, shown)

@@ -1,4 +1,4 @@
-"""Folders of quantised models: their codes are read from safetensors, without the libraries that wrote them."""
+"""Load folders of quantised models: codes are read from safetensors, without the libraries that wrote them."""
 
 PACKED_FORMATS = ("awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "hqq", "mxfp4", "mxfp8")
-"""Formats that are read, by what a config has as ``quant_method``. `load` has what reads each."""
+"""The supported formats, by their ``quant_method`` in a config. `load` maps each to its reader."""

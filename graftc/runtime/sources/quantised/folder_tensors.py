@@ -1,4 +1,4 @@
-"""The tensors of a folder by name, read when they are requested."""
+"""Access a folder's tensors by name; each is read when it is requested."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from graftc.files.tensors.folder import Refusal, TensorFolder
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import shown
 
-_ANEW = "take the checkpoint anew from where it came"
+_ANEW = "download the checkpoint again"
 REFUSAL = Refusal("GC163", "GC101", _ANEW)
 
 
 class FolderTensors:
-    """The tensors in the safetensors files of a folder.
+    """The tensors in a folder's safetensors files.
 
     Args:
         stored: the tensors of a transformers model.
 
     Attributes:
         stored: the tensors as given.
-        read: the names of the tensors that have been read.
+        read: names of the tensors that have been read.
     """
 
     def __init__(self, stored: TensorFolder) -> None:
@@ -34,15 +34,15 @@ class FolderTensors:
         return name in self.stored
 
     def ending(self, suffix: str) -> Iterator[str]:
-        """Return the names that end with a suffix, without it and in order."""
+        """Return the sorted names that end with a suffix, without the suffix."""
         return (name.removesuffix(suffix) for name in sorted(self.stored) if name.endswith(suffix))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the sizes of a tensor."""
+        """Return a tensor's shape."""
         return self.stored.entries[name].shape
 
     def kind(self, name: str) -> str:
-        """Return the element type of a tensor as the file names it: ``F8_E4M3``."""
+        """Return a tensor's dtype under its name in the file, such as ``F8_E4M3``."""
         return self.stored.entries[name].dtype
 
     def get(self, name: str, *dtypes: torch.dtype, shape: Sequence[int | None] | None = None) -> Tensor:
@@ -50,11 +50,11 @@ class FolderTensors:
 
         Args:
             name: its name.
-            dtypes: the element types that it may have; any if none are given.
-            shape: the sizes that it must have, None for any size.
+            dtypes: the allowed dtypes; any if none are given.
+            shape: the required sizes, with None for any size.
 
         Raises:
-            GraftError: GC163 if it is missing, or has another type or shape.
+            GraftError: GC163 if it is missing, or has another dtype or shape.
         """
         if name not in self.stored:
             damaged(f"{self.stored.path} has no {name}")
@@ -69,10 +69,10 @@ class FolderTensors:
         return tensor
 
     def require_sizes(self, name: str, sizes: Sequence[int]) -> None:
-        """Check that a tensor says that a weight has certain sizes.
+        """Check that a tensor contains the given sizes of a weight.
 
         Raises:
-            GraftError: GC163 if it says anything else.
+            GraftError: GC163 if it contains anything else.
         """
         stated = self.get(name).tolist()
         if stated != list(sizes):

@@ -1,8 +1,8 @@
-"""Loading a transformers model from a quantised folder: plain tensors as transformers loads them, codes as stored.
+"""Load a transformers model from a quantised folder: transformers loads plain tensors, and codes stay as stored.
 
-Transformers builds the model without weights, renames and converts plain tensors, ties and fills the rest. A quantizer
-of graftc's own takes the quantised weights out of the model first and puts packed ones in afterwards, so that no
-quantised weight ever exists in full and no library for quantisation is needed.
+transformers builds the model without weights, renames and converts plain tensors, and ties and fills the rest. graftc's
+own quantizer first removes the quantised weights from the model and afterwards inserts packed ones, so that no
+quantised weight ever exists in full and no quantisation library is needed.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ FORMATS: Mapping[str, Format] = {
     "mxfp4": mxfp4.weights,
     "mxfp8": fp8.weights,
 }
-"""By what a config has as ``quant_method``."""
+"""The readers of the formats, by ``quant_method`` in a config."""
 
 BY_TRANSFORMERS = ("torchao",)
-"""Methods whose folders transformers loads on any machine with their package."""
+"""Methods whose folders transformers loads on any machine that has their package."""
 
 _PLAN = "graftc"
 _OURS = ("hf_quantizer", "is_quantized", "quantization_method")
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
-    """Return what a config says about how the folder's weights are quantised; None if they are not.
+    """Return a config's settings for quantised weights; None if the weights are not quantised.
 
     Args:
-        config: a config of transformers.
+        config: a transformers config.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None and hasattr(config, "get_text_config"):
@@ -76,8 +76,8 @@ def require_read(config: Any, where: str) -> None:
         _require_package(method, where)
     elif method not in FORMATS:
         known = ", ".join(sorted([*FORMATS, *BY_TRANSFORMERS]))
-        hint = "take the checkpoint that is not quantised, and let the spec quantise it: base: {quantize: nf4}; or one "
-        unread(f"the weights of {where} are quantised by {shown(method)}, which is not read", f"{hint}of {known}")
+        hint = "use the checkpoint that is not quantised, and let the spec quantise it: base: {quantize: nf4}; or use "
+        unread(f"the weights of {where} are quantised by {shown(method)}, which is not read", f"{hint}one of {known}")
 
 
 def _require_package(name: str, where: str) -> None:
@@ -90,13 +90,13 @@ def _require_package(name: str, where: str) -> None:
 
 
 def load_quantised(cls: Any, folder: ModelFolder, where: str, options: Mapping[str, Any], **kwargs: Any) -> Any:
-    """Load a model with the weights of a quantised folder, and return it with what transformers reports on the loading.
+    """Load a model with a quantised folder's weights, and return it with transformers' loading info.
 
     Args:
         cls: the transformers class.
-        folder: the folder, which has been checked.
-        where: the name of the folder in errors.
-        options: what its config says under ``quantization_config``.
+        folder: the checked folder.
+        where: the folder's name in errors.
+        options: the ``quantization_config`` in its config.
         kwargs: arguments of ``from_pretrained``, including the config.
 
     Raises:
@@ -105,7 +105,7 @@ def load_quantised(cls: Any, folder: ModelFolder, where: str, options: Mapping[s
     tensors = FolderTensors(folder.stored or TensorFolder(folder.path, REFUSAL))
     weights = list(FORMATS[str(options["quant_method"])](tensors, options))
     if not weights:
-        damaged(f"the config of {where} says {options['quant_method']}, and none of its weights are quantised")
+        damaged(f"the config of {where} declares {options['quant_method']}, but none of its weights are quantised")
     _warn_of_activations(where, options)
     config = copy.deepcopy(kwargs.pop("config"))
     for own in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
@@ -139,19 +139,19 @@ def _warn_of_activations(where: str, options: Mapping[str, Any]) -> None:
     groups = (options.get("config_groups") or {}).values()
     inputs = any(isinstance(group, Mapping) and group.get("input_activations") for group in groups)
     if inputs or options.get("activation_scheme") or options.get("load_in_8bit"):
-        message = f"the library that wrote {where} rounds the inputs of its linear maps too; here they stay as they are"
+        message = f"the library that wrote {where} also rounds the inputs of its linear maps; here they are not rounded"
         warn("GC164", message)
 
 
 @cache
 def _plan() -> Any:
-    """Return the class of what transformers takes for a config of a quantizer, which names the quantizer below."""
+    """Return a class that transformers accepts as a quantisation config, which selects the quantizer defined below."""
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class Plan(QuantizationConfigMixin):
-        """The weights to put into a model."""
+        """The weights to insert into a model."""
 
         def __init__(self, weights: Sequence[StoredWeight]) -> None:
             self.quant_method, self.weights = _PLAN, weights  # type: ignore[assignment]
@@ -161,7 +161,7 @@ def _plan() -> Any:
 
     @register_quantizer(_PLAN)
     class Quantizer(HfQuantizer):
-        """Takes quantised weights out of a model before loading, and puts them in afterwards."""
+        """Removes quantised weights from a model before loading, and inserts packed ones afterwards."""
 
         def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
             self.places = places_of(model, cast(Plan, self.quantization_config).weights)

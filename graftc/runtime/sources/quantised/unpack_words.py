@@ -1,4 +1,4 @@
-"""Unpacking codes of a few bits from the 32-bit words in which they are stored."""
+"""Unpack codes of a few bits from the 32-bit words that store them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def fields(words: Tensor, bits: int, count: int) -> Tensor:
 
     Args:
         words: ``int32[..., n]``: a stream of bits that starts at the lowest bit of the first word.
-        bits: the number of bits of a code, 1 to 8.
+        bits: the number of bits per code, 1 to 8.
         count: the number of codes, at most ``n * 32 / bits``.
     """
     start = torch.arange(count) * bits
@@ -24,5 +24,5 @@ def fields(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def words_for(count: int, bits: int) -> int:
-    """Return the number of words that ``count`` codes take."""
+    """Return the number of words that ``count`` codes occupy."""
     return -(-count * bits // _WORD)

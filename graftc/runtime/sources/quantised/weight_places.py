@@ -1,4 +1,4 @@
-"""The places of a folder's quantised weights in a model that has no weights yet."""
+"""Find the places of a folder's quantised weights in a model that has no weights yet."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from graftc.runtime.sources.quantised.folder_tensors import damaged
 from graftc.runtime.sources.quantised.weights import StoredWeight, unread
 
 _BY_ROWS = (Affine, RowScaled, Floating)
-"""Families, but for `Ordered`, whose parts are of rows, so that those of experts stack."""
+"""Packings whose parts consist of rows, so that those of experts can be stacked; `Ordered`, a subclass, is excluded."""
 
 
 @dataclass(frozen=True)
 class PackedPlace:
-    """A parameter that is packed.
+    """A parameter to be packed.
 
     Attributes:
         module: the module that has it.
-        parameter: its name there.
+        parameter: its name in the module.
         read: a function that reads its codes.
     """
 
@@ -44,17 +44,17 @@ class PackedPlace:
 
 
 def places_of(model: Any, stored: Iterable[StoredWeight]) -> list[PackedPlace]:
-    """Return the parameters that quantised weights are for, and take them out of the model.
+    """Return the parameters for quantised weights, and remove them from the model.
 
-    Loading then does not miss them. Modules that transpose become plain linear maps.
+    Loading then does not report them as missing. Modules with transposed weights become plain linear maps.
 
     Args:
-        model: a model of transformers, on the meta device.
+        model: a transformers model, on the meta device.
         stored: the weights.
 
     Raises:
-        GraftError: GC163 if the model has no place for a weight, GC161 if several weights that form one cannot be
-            joined without quantising again.
+        GraftError: GC163 if the model has no place for a weight, GC161 if several weights that form one parameter
+            cannot be joined without quantising again.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key
@@ -82,14 +82,14 @@ def places_of(model: Any, stored: Iterable[StoredWeight]) -> list[PackedPlace]:
             sources = {source: converter for converter in converters for source in converter.source_patterns}
             read = _joined(target, weights, sources[str(weights[0][0])], shape, dtype)
         parameters_of(module)[name] = None
-        module.__dict__[name] = parameter.detach()  # for code that initialises all tensors of a module; it is on meta
+        module.__dict__[name] = parameter.detach()  # on meta, for code that initialises all of a module's tensors
         leave_as_it_is(module)
         places.append(PackedPlace(module, name, read))
     return places
 
 
 def _as_linear(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    """Return a linear map ``[out, in]``: the module itself, or what replaces it in the model if it is ``[in, out]``."""
+    """Return a linear map ``[out, in]``: the module itself, or its replacement in the model if it is ``[in, out]``."""
     if not is_turned(module):
         return module
     weight = parameters_of(module)["weight"]
@@ -108,16 +108,16 @@ def _joined(
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> Callable[[], Packed]:
-    """Return a function that reads the weights of experts, which are one weight in the model."""
+    """Return a function that reads the experts' weights and joins them, since they form one weight in the model."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     known = len(converter.operations) in (1, 2)
     known = known and all(map(isinstance, converter.operations, (MergeModulelist, Concatenate)))
     parts = [[weight for source, weight in weights if source == pattern] for pattern in converter.source_patterns]
     if not known or len(shape) != 3:
-        unread(f"{target} is made of {len(weights)} weights in a way that quantised ones are not")
+        unread(f"{target} is made of {len(weights)} weights in a way that is not supported for quantised ones")
     if any(len(part) != shape[0] for part in parts) or shape[1] % len(parts):
-        damaged(f"{target} is of {shape[0]} experts, and {[len(part) for part in parts]} weights are there")
+        damaged(f"{target} has {shape[0]} experts, but the files have {[len(part) for part in parts]} weights")
 
     def read() -> Packed:
         single = shape[1] // len(parts), shape[2]
@@ -125,7 +125,7 @@ def _joined(
         kinds = {own for weights in packed for own, _ in weights}
         own = next(iter(kinds))
         if len(kinds) > 1 or not _joins(own, single):
-            unread(f"{target} is made of weights that are quantised in ways that do not join")
+            unread(f"{target} is made of weights that are quantised in ways that cannot be joined")
         packing = own.packing
         if isinstance(packing, Floating) and packing.rows == 0:
             packing = replace(packing, rows=single[0])
@@ -137,7 +137,7 @@ def _joined(
 
 
 def _joins(own: PackedType, single: tuple[int, int]) -> bool:
-    """Return whether parts consist of rows, and blocks end at the last row of each weight."""
+    """Return whether parts consist of rows and blocks end at each weight's last row."""
     if not isinstance(own.packing, _BY_ROWS) or isinstance(own.packing, Ordered):
         return False
     rows = getattr(own.packing, "rows", 1)

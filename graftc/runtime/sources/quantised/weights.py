@@ -1,4 +1,4 @@
-"""Quantised weights of a folder, and what their formats have in common."""
+"""A folder's quantised weights, and helpers that their formats share."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import shown
 
 Options: TypeAlias = Mapping[str, Any]
-"""What a config says under ``quantization_config``."""
+"""The ``quantization_config`` of a config."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One quantised weight of a folder.
+    """One quantised weight in a folder.
 
     Attributes:
         name: the name that it would have if it were not quantised.
-        read: a function that reads it, for the sizes and the element type that the model wants.
+        read: a function that reads it, given the shape and the dtype that the model requires.
     """
 
     name: str
@@ -37,35 +37,35 @@ class StoredWeight:
 
 
 Format: TypeAlias = Callable[[FolderTensors, Options], Iterable[StoredWeight]]
-"""Finds the quantised weights of a folder."""
+"""A function that finds the quantised weights in a folder."""
 
 
 def unread(message: str, hint: str | None = None) -> NoReturn:
-    """Raise GC161 for a format, or an option of one, that is not read."""
-    hint = hint or "take the checkpoint that is not quantised, and let the spec quantise it: base: {quantize: nf4}"
+    """Raise GC161 for a format, or an option of a format, that is not read."""
+    hint = hint or "use the checkpoint that is not quantised, and let the spec quantise it: base: {quantize: nf4}"
     raise GraftError("GC161", message, hint=hint)
 
 
 def whole_number(options: Options, name: str, default: int | None = None) -> int:
-    """Return a whole number from a config; raise GC161 if it is anything else."""
+    """Return an integer from a config; raise GC161 if it is anything else."""
     value = options.get(name, default)
     if type(value) is not int:
-        unread(f"the quantization_config has {name}: {shown(value)}, which is not a whole number")
+        unread(f"the quantization_config has {name}: {shown(value)}, which is not an integer")
     return value
 
 
 def affine(
     codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int, order: Tensor | None, dtype: torch.dtype
 ) -> Packed:
-    """Pack a weight of whole numbers.
+    """Pack a weight stored as integers.
 
     Args:
-        codes: ``uint8[rows, in]``, counted from 0.
-        scales, zeros: ``[rows, groups]``; zeros have the form of codes.
-        bits: the number of bits of a code; codes of fewer than 4 are stored in 4, those of 5 to 7 in 8.
-        group: the number of inputs in a group.
+        codes: ``uint8[rows, in]``, starting at 0.
+        scales, zeros: ``[rows, groups]``; zeros have the same form as codes.
+        bits: the number of bits per code; codes of fewer than 4 bits are stored in 4, codes of 5 to 7 bits in 8.
+        group: the number of inputs per group.
         order: the group of each input, if groups are not consecutive.
-        dtype: the element type of the weight; values are computed in that of ``scales``.
+        dtype: the weight's dtype; values are computed in the dtype of ``scales``.
     """
     rows, width = codes.shape
     group = 0 if group >= width else group
@@ -90,11 +90,11 @@ def affine(
 
 
 def order_of(groups: Tensor, name: str, group: int, count: int) -> Tensor | None:
-    """Return the group of each input as stored; None if groups consist of consecutive inputs.
+    """Return each input's group as stored; None if groups consist of consecutive inputs.
 
     Raises:
         GraftError: GC163 for groups that do not exist.
     """
     if bool((groups < 0).any()) or bool((groups >= count).any()):
-        damaged(f"{name} has inputs in group {int(groups.max())}; there are {count} groups")
+        damaged(f"{name} has inputs in group {int(groups.max())}, but there are {count} groups")
     return None if torch.equal(groups.long(), torch.arange(groups.numel()) // group) else groups

@@ -139,7 +139,7 @@ def test_experts_whose_groups_are_of_any_inputs_are_not_joined(tmp_path: Path) -
         stored, _ = gptq(4, order=True)(state.pop(name))
         state |= {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in stored.items()}
     _save(tmp_path, model, state, FORMATS["gptq 4"][2])
-    with pytest.raises(GraftError, match=r"GC161.*do not join"):
+    with pytest.raises(GraftError, match=r"GC161.*cannot be joined"):
         graftc.load_base(tmp_path)
 
 

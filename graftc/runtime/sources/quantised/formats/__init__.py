@@ -1,1 +1,1 @@
-"""Formats of quantised checkpoints, one file each: where codes, scales and zero points are, and what they mean."""
+"""Formats of quantised checkpoints, one file each: the locations and meanings of codes, scales and zero points."""

@@ -1,7 +1,6 @@
 """AWQ (Lin et al., "AWQ: Activation-aware Weight Quantization", 2023, arXiv:2306.00978).
 
-As AutoAWQ packs it for ``gemm``, codes and zero points are along the outputs, each eight of them in an order of their
-own.
+As packed by AutoAWQ for ``gemm``: codes and zero points run along the outputs, and each group of eight is permuted.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from graftc.runtime.sources.quantised.weights import FLOATS, Options, StoredWeig
 from graftc.specs.errors.text import shown
 
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word each of eight outputs is."""
+"""The position of each of eight outputs within a word."""
 
 _BITS = 4
 
@@ -28,11 +27,11 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     """Yield the quantised weights of a folder.
 
     Raises:
-        GraftError: GC161 for other packings than ``gemm``, and for codes of other than 4 bits.
+        GraftError: GC161 for packings other than ``gemm``, or for codes that do not have 4 bits.
     """
     layout = str(options.get("version") or options.get("format") or "gemm").lower()
     if layout != "gemm":
-        unread(f"the AWQ packing {shown(layout)} is made for a kernel", "take a checkpoint of version gemm")
+        unread(f"the AWQ packing {shown(layout)} is specific to a kernel", "use a checkpoint of version gemm")
     if whole_number(options, "bits", options.get("w_bit", _BITS)) != _BITS:
         unread(f"AWQ has {_BITS} bits")
     group = whole_number(options, "group_size", options.get("q_group_size", 128))
@@ -44,7 +43,7 @@ def _read(tensors: FolderTensors, name: str, group: int, shape: tuple[int, ...],
     rows, width = shape
     group = width if group <= 0 else group
     if rows % len(PLACES) or width % group:
-        damaged(f"{name} is {rows} x {width}, which AWQ does not pack in eights, in groups of {group}")
+        damaged(f"{name} is {rows} x {width}, which AWQ cannot pack in eights, in groups of {group}")
     words = tensors.get(f"{name}.qweight", torch.int32, shape=(width, rows // len(PLACES)))
     packed = tensors.get(f"{name}.qzeros", torch.int32, shape=(width // group, rows // len(PLACES)))
     scales = tensors.get(f"{name}.scales", *FLOATS, shape=(width // group, rows))

@@ -1,4 +1,4 @@
-"""Folders of bitsandbytes models that transformers saved, in 4 or 8 bits."""
+"""bitsandbytes in 4 or 8 bits, as saved by transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""compressed-tensors, as llm-compressor writes it: whole numbers in words or bytes, and FP8."""
+"""compressed-tensors, as written by llm-compressor: integers in words or bytes, and FP8."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     """Yield the quantised weights of a folder.
 
     Raises:
-        GraftError: GC161 for other layouts and numbers of bits, sparse weights and transforms.
+        GraftError: GC161 for other layouts or bit widths, for sparse weights, or for transforms.
     """
     groups = options.get("config_groups")
     if not isinstance(groups, Mapping) or not all(isinstance(group, Mapping) for group in groups.values()):
         unread("the quantization_config has no config_groups")
     for layout in (options.get("format"), *(group.get("format") for group in groups.values())):
         if layout is not None and layout not in _LAYOUTS:
-            unread(f"the compressed-tensors format {shown(layout)} is not read", f"there are {', '.join(_LAYOUTS)}")
+            unread(f"the compressed-tensors format {shown(layout)} is not read", f"use one of {', '.join(_LAYOUTS)}")
     sparse = options.get("sparsity_config") or {}
     if sparse and sparse.get("format", "dense") != "dense":
-        unread(f"the weights are sparse too: {shown(sparse.get('format'))}")
+        unread(f"the weights are also sparse: {shown(sparse.get('format'))}")
     if (options.get("transform_config") or {}).get("config_groups"):
         unread("activations are transformed before the quantised weights, which is not read")
     widths = {bits for group in groups.values() if (bits := (group.get("weights") or {}).get("num_bits")) is not None}
     if not all(type(bits) is int and 1 <= bits <= 8 for bits in widths):
-        unread(f"weights of {shown(sorted(map(str, widths)))} bits are not read", "there are 1 to 8")
+        unread(f"weights of {shown(sorted(map(str, widths)))} bits are not read", "use 1 to 8 bits")
     blocks = [block for group in groups.values() if (block := _block(group.get("weights") or {})) is not None]
     for name in tensors.ending(".weight_packed"):
         yield StoredWeight(f"{name}.weight", partial(_read_words, tensors, name, sorted(widths)))
@@ -106,7 +106,7 @@ def _read_floats(
 
 
 def _scales(tensors: FolderTensors, name: str, rows: int, width: int) -> tuple[Tensor, int, int]:
-    """Return the scales ``[rows, groups]``, the number of groups in a row, and the number of inputs in a group."""
+    """Return the scales ``[rows, groups]``, the number of groups per row, and the number of inputs per group."""
     scales = tensors.get(f"{name}.weight_scale", *FLOATS)
     if scales.numel() == 1:
         scales = scales.reshape(1, 1).expand(rows, 1)

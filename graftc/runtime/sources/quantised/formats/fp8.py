@@ -1,6 +1,6 @@
-"""FP8 as in DeepSeek's checkpoints, and MXFP8.
+"""FP8, as in DeepSeek's checkpoints, and MXFP8.
 
-FP8 has a scale for each block of rows and columns, or one for a weight; MXFP8 has a power of two for every 32 values.
+FP8 has a scale for each block of rows and columns, or one per weight; MXFP8 has a power of two for every 32 values.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     """Yield the quantised weights of a folder.
 
     Raises:
-        GraftError: GC161 for numbers other than e4m3, or block sizes that are not a pair.
+        GraftError: GC161 for formats other than e4m3, or for block sizes that are not a pair.
     """
     block = options.get("weight_block_size")
     if block is not None and not (isinstance(block, list | tuple) and len(block) == 2 and all(map(_is_size, block))):
         unread(f"the quantization_config has weight_block_size: {shown(block)}, which is not a pair of sizes")
     if options.get("fmt", "e4m3") != "e4m3":
-        unread(f"FP8 of format {shown(options.get('fmt'))} is not read", "there is e4m3")
+        unread(f"FP8 of format {shown(options.get('fmt'))} is not read", "use e4m3")
     sizes = None if block is None else (block[0], block[1])
     for name in tensors.ending(".weight"):
         if tensors.kind(f"{name}.weight") == "F8_E4M3":
             yield StoredWeight(f"{name}.weight", partial(_read, tensors, name, sizes))
         elif tensors.kind(f"{name}.weight") == "F8_E5M2":
-            unread(f"{name}.weight is of e5m2, which is not read")
+            unread(f"{name}.weight is in e5m2, which is not read")
 
 
 def _is_size(size: object) -> bool:
@@ -61,18 +61,18 @@ def floating(
     made_in: torch.dtype,
     dtype: torch.dtype,
 ) -> Packed:
-    """Pack a weight of e4m3 numbers.
+    """Pack a weight stored in e4m3.
 
     Args:
         codes: ``[rows, in]``.
-        scales: one scale, ``[rows]`` or ``[rows, 1]``, or one for each block; whole numbers and e8m0 are exponents.
-        block: the block sizes that the scales have to match; if None, blocks are equal and as many as there are scales.
+        scales: one scale, one per row (``[rows]`` or ``[rows, 1]``), or one per block; integers and e8m0 are exponents.
+        block: the block sizes that the scales must match; if None, the weight is divided evenly among the scales.
         name: the name of the scales in errors.
-        made_in: the element type in which values are computed.
-        dtype: the element type of the weight.
+        made_in: the dtype in which values are computed.
+        dtype: the weight's dtype.
 
     Raises:
-        GraftError: GC163 if there are not as many scales as blocks.
+        GraftError: GC163 if the shape of the scales does not match the weight or its blocks.
     """
     rows, width = codes.shape
     if block is not None:

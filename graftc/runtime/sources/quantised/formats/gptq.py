@@ -1,4 +1,4 @@
-"""GPTQ, as AutoGPTQ and GPTQModel write it: codes packed along the inputs, zero points along the outputs."""
+"""GPTQ, as written by AutoGPTQ and GPTQModel: codes packed along the inputs, zero points along the outputs."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from graftc.specs.errors.text import shown
 
 _BITS = (2, 3, 4, 8)
 _LESS_ONE = "gptq"
-"""The older convention: zero points are stored less one."""
+"""The older layout, in which zero points are stored minus one."""
 
 
 def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     """Yield the quantised weights of a folder.
 
     Raises:
-        GraftError: GC161 for layouts that are made for a kernel, and for bits other than 2, 3, 4 and 8.
+        GraftError: GC161 for layouts that are specific to a kernel, or for bit widths other than 2, 3, 4 and 8.
     """
     bits = whole_number(options, "bits")
     layout = options.get("checkpoint_format") or options.get("format") or _LESS_ONE
     if bits not in _BITS:
-        unread(f"GPTQ of {shown(bits)} bits is not read", "there are 2, 3, 4 and 8 bits")
+        unread(f"GPTQ of {shown(bits)} bits is not read", "use 2, 3, 4 or 8 bits")
     if layout not in (_LESS_ONE, "gptq_v2"):
-        unread(f"the GPTQ layout {shown(layout)} is made for a kernel", "take a checkpoint of checkpoint_format gptq")
+        unread(f"the GPTQ layout {shown(layout)} is specific to a kernel", "use a checkpoint_format of gptq")
     group, before = whole_number(options, "group_size", 128), 1 if layout == _LESS_ONE else 0
     for name in tensors.ending(".qweight"):
         yield StoredWeight(f"{name}.weight", partial(_read, tensors, name, bits, group, before))

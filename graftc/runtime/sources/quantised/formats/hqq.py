@@ -1,4 +1,4 @@
-"""HQQ, as in ``HQQLinear.state_dict``: codes, with the options of each weight beside them."""
+"""HQQ, as in ``HQQLinear.state_dict``: codes, with each weight's options beside them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def _read(tensors: FolderTensors, name: str, shape: tuple[int, ...], dtype: torc
     tensors.require_sizes(f"{name}.shape", shape)
     for part in ("scale", "zero"):
         if f"{name}.quant_{part}" in tensors and _number(tensors, f"{name}.quant_{part}"):
-            unread(f"the {part}s of {name} are quantised too, which is not read")
+            unread(f"the {part}s of {name} are also quantised, which is not read")
     layout, made_in = _text(tensors, f"{name}.packing"), _TYPES.get(_text(tensors, f"{name}.compute_dtype"))
     if layout not in _PACKINGS or made_in is None:
-        unread(f"the HQQ packing {shown(layout)} of {name} is not read", f"there are {', '.join(_PACKINGS)}")
+        unread(f"the HQQ packing {shown(layout)} of {name} is not read", f"use one of {', '.join(_PACKINGS)}")
     bits = _PACKINGS[layout]
     group = _number(tensors, f"{name}.group_size") if f"{name}.group_size" in tensors else 0
     axis = _number(tensors, f"{name}.axis")
     size = group or (width if axis else rows)
     if size <= 0 or rows * width % size or axis not in (0, 1):
-        damaged(f"{name} is {rows} x {width}, which is not in groups of {size}")
+        damaged(f"{name} is {rows} x {width}, which cannot be divided into groups of {size}")
     count = rows * width // size
     grouped = (count, size) if axis else (size, count)
     words = tensors.get(f"{name}.W_q")
@@ -56,9 +56,9 @@ def _read(tensors: FolderTensors, name: str, shape: tuple[int, ...], dtype: torc
 
 
 def _unpacked(words: Tensor, bits: int) -> Tensor:
-    """Return the codes of words.
+    """Return the codes in the stored bytes.
 
-    Each byte has one code from each of ``8 / bits`` parts of the rows, the first in the highest bits.
+    Each byte holds one code from each of ``8 / bits`` parts of the rows, with the first part in the highest bits.
     """
     return torch.cat([(words >> shift) & (2**bits - 1) for shift in range(8 - bits, -1, -bits)])
 
@@ -66,12 +66,12 @@ def _unpacked(words: Tensor, bits: int) -> Tensor:
 def _number(tensors: FolderTensors, name: str) -> int:
     tensor = tensors.get(name)
     if tensor.numel() != 1 or tensor.is_floating_point():
-        damaged(f"{name} is not a whole number")
+        damaged(f"{name} is not an integer")
     return int(tensor)
 
 
 def _text(tensors: FolderTensors, name: str) -> str:
     tensor = tensors.get(name, torch.uint8)
     if tensor.dim() != 1 or tensor.numel() > 64:
-        damaged(f"{name} is not a word")
+        damaged(f"{name} is not a short text")
     return bytes(tensor.tolist()).decode("latin-1")

@@ -1,4 +1,4 @@
-"""MXFP4 experts, as in gpt-oss: blocks of 32 values of 4 bits along the inputs, with exponents as scales."""
+"""MXFP4 experts, as in gpt-oss: blocks of 32 4-bit values along the inputs, with exponents as scales."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
 
 def _read(tensors: FolderTensors, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Packed:
     if len(shape) != 3 or shape[1] % _BLOCK:
-        damaged(f"{name} is {list(shape)}, which MXFP4 does not pack in blocks of {_BLOCK}")
+        damaged(f"{name} is {list(shape)}, which MXFP4 cannot pack in blocks of {_BLOCK}")
     experts, width, rows = shape
     blocks = tensors.get(f"{name}_blocks", torch.uint8, shape=(experts, rows, width // _BLOCK, _BLOCK // 2))
     scales = tensors.get(f"{name}_scales", torch.uint8, shape=(experts, rows, width // _BLOCK))
