@@ -167,9 +167,7 @@ def _target(chosen: Sequence[Resolved], sites: Sequence[LinearSite]) -> Target:
     places = [{site.key for site, _ in item.places} for item in chosen]
     for item, keys in zip(chosen, places, strict=True):
         if keys != places[0] and (parts := [site.key for site in sites if site.key.part or site.key.use]):
-            message = (
-                f"{item.name!r} and {chosen[0].name!r} are not at the same places, and {parts[0]} is part of a weight"
-            )
+            message = f"{item.name!r} and {chosen[0].name!r} adapt different places, and {parts[0]} is part of a weight"
             raise GraftError("GC029", message, hint="combine adaptations with the same target, or of whole modules")
     if all(keys == places[0] for keys in places):
         return chosen[0].spec.target

@@ -44,7 +44,7 @@ from graftc.specs.methods.lora import LoRA
 
 _PROBES = 16
 _SLACK = 1e-6
-"""Allowed distance of a probe of the new LoRA from the wanted update, beyond the measured error; relative."""
+"""The error allowed for a probe of the new LoRA in excess of the measured error, relative to the update."""
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ class Factors:
 class Decomposition:
     """An update's singular values and vectors, which yield factors of any rank.
 
-    An update whose rank is known to be small is decomposed through its range, which costs only a few products with it.
-    Whether these capture the whole range is checked.
+    An update whose rank is known to be small is decomposed through its range, which costs only a few products with it;
+    a check verifies that these capture the whole range.
 
     Args:
         update: the update ``[..., out, in]``, float64.

@@ -162,7 +162,7 @@ def require_passed(certificate: Certificate) -> None:
     """
     failures = tuple(certificate.failures())
     if failures:
-        hint = None if certificate.finite else "look for NaN in what was trained and in buffers of the base"
+        hint = None if certificate.finite else "look for NaN in trained tensors and in the base's buffers"
         if certificate.finite and certificate.requantised:
             left = f"packing leaves {certificate.retention.norm:.1%} of the update: "
             hint = left + 'base="full" (--base full) keeps all of it; budget= (--budget) accepts a larger difference'
@@ -177,14 +177,14 @@ def require_decided(runner: AdaptedRunner, base: BaseForm | None) -> None:
     """
     store = runner.compilation.store
     if base not in (None, *get_args(BaseForm)):
-        raise GraftError("GC073", f"base={base!r} is not known", hint='write "full" or "requantized"')
+        raise GraftError("GC073", f"base must be 'full' or 'requantized', got {base!r}", hint="pass one of these")
     if store.packed and base is None:
         kinds = ", ".join(dict.fromkeys(own.packing.kind for own in store.packed.values()))
         hint = (
             'base="full" (--base full) makes a model in full precision, base="requantized" packs changed weights '
             "again, with a measured error; export and save keep the adapters beside the packed base as they are"
         )
-        raise GraftError("GC165", f"the base's weights are packed ({kinds}), and have no room for an update", hint=hint)
+        raise GraftError("GC165", f"the base's weights are packed ({kinds}) and cannot absorb an update", hint=hint)
     if base == "requantized" and not store.packed:
         raise GraftError("GC166", "no weight of the base is packed", hint="leave base out")
 
@@ -257,6 +257,6 @@ def certificate_of(compiled: ModelRoot | AdaptedRunner) -> tuple[Certificate | N
     merged = fold(runner_of(compiled))
     if merged.folded and not merged.certificate.finite:
         message = "the model's outputs are not finite, so nothing can be certified"
-        hint = "look for NaN in what was trained and in buffers; certify=False saves it as it is"
+        hint = "look for NaN in trained tensors and in buffers; certify=False saves the model as it is"
         raise GraftError("GC051", message, hint=hint)
     return (merged.certificate if merged.folded else None), dict(merged.kept)

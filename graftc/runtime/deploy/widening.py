@@ -36,7 +36,7 @@ def widened(runner: AdaptedRunner, dtype: torch.dtype | None, base: BaseForm | N
         raise GraftError("GC073", f"dtype must be a torch dtype, got {kind_of(dtype)}", hint="pass torch.float32")
     if dtype is not torch.float32 or runner.dtype not in NARROW:
         own, wanted = (str(each).removeprefix("torch.") for each in (runner.dtype, dtype))
-        message = f"a base in {own} cannot be merged in {wanted}: only 16 bits can be widened, to float32"
+        message = f"a base in {own} cannot be merged in {wanted}: only 16-bit dtypes can be widened, to float32"
         hint = "merge in the base's own dtype and cast the result: casting also rounds what no adaptation changes"
         raise GraftError("GC073", message, hint=hint)
     compilation, spec = runner.compilation, runner.compilation.spec

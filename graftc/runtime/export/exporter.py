@@ -60,7 +60,7 @@ class ExportOption:
         return f"{self.meaning}{': ' if words else ''}{listed(words, 'or')}."
 
     def checked(self, value: Any) -> Any:
-        """Return the option's value for a given one.
+        """Return a given value, checked and converted.
 
         Raises:
             GraftError: GC073 for a value that the option does not allow, or an error from `read`.
@@ -129,7 +129,7 @@ class Exporter:
 
     @contextmanager
     def reported(self) -> Iterator[None]:
-        """Convert exceptions that a plugin's exporter raises in the block, other than `GraftError`, to errors.
+        """Turn any exception, except `GraftError`, that a plugin's exporter raises in the block into a coded error.
 
         Raises:
             GraftError: GC078.

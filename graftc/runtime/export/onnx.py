@@ -164,7 +164,7 @@ def _named(names: Mapping[str, str], size: Any) -> Any:
 
 
 def _compare(ort: Any, module: ExportModule, path: Path) -> None:
-    """Compare the outputs of the file as optimised by ONNX Runtime with torch's, at sizes other than the captured."""
+    """Compare the file's outputs in ONNX Runtime, which optimises it first, with torch's, at sizes not yet captured."""
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = module.outputs
     samples = [module.sample(seed, sizes) for seed, sizes in enumerate(((2, 5), (1, 4)))]
@@ -207,7 +207,7 @@ def _require_close(
         if counting is not None and reference.shape[: counting.dim()] == counting.shape:
             reference, result = reference[counting.cpu()], result[counting.cpu()]
         if reference.numel() and not bool(reference.isfinite().any()):
-            hint = "look for NaN in what was trained and in buffers of the base"
+            hint = "look for NaN in trained tensors and in the base's buffers"
             raise GraftError("GC060", f"{name} is not finite in torch, so nothing can be compared", hint=hint)
         difference = largest_difference(reference, result)
         if not difference <= _bound(wanted.dtype) * max(1.0, largest_number(reference)):

@@ -55,8 +55,8 @@ def require_plain(store: Store) -> None:
         GraftError: GC166.
     """
     if store.packed:
-        message = "the merged model's weights are packed again, which no class of transformers holds"
-        hint = 'merge with base="full" (--base full), or export to ONNX or .pt2, which hold what is packed'
+        message = "the merged model's weights are packed again, which no transformers class supports"
+        hint = 'merge with base="full" (--base full), or export to ONNX or .pt2, which support packed weights'
         raise GraftError("GC166", message, hint=hint)
 
 

@@ -11,8 +11,8 @@ from graftc.passes.core.weights.containers import Tree
 from graftc.specs.errors.diagnostics import GraftError
 
 _HINT = (
-    "graftc.compile(config, model) takes PEFT's config and the source model; compiled.add({...}) adds an adaptation; "
-    "graftc.import_peft(folder, model) reads what PEFT has saved; a trainer takes the compiled model and no peft_config"
+    "graftc.compile(config, model) accepts PEFT's config and the source model; compiled.add({...}) adds an adaptation; "
+    "graftc.import_peft(folder, model) reads a folder that PEFT saved; pass trainers the compiled model, no peft_config"
 )
 
 
@@ -34,5 +34,5 @@ def _check(module: nn.Module, name: str, part: Any) -> None:
         GraftError: GC072.
     """
     if isinstance(part, Tree) and any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
-        message = f"{type(module).__name__} of PEFT cannot adapt a {type(part).__name__}, whose graphs are adapted"
+        message = f"PEFT's {type(module).__name__} cannot adapt a {type(part).__name__}, whose graphs are adapted"
         raise GraftError("GC072", message, hint=_HINT)

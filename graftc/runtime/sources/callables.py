@@ -54,7 +54,7 @@ def _called(text: str, meta: bool) -> tuple[nn.Module, ExampleInputs | None]:
         inputs = (inputs,)
     if inputs is not None and not isinstance(inputs, Mapping | tuple | list):
         given = type(inputs).__name__
-        refuse(f"{text} returned example inputs that are a {given}", "return tensors by name, or in order")
+        refuse(f"{text} returned example inputs of type {given}", "return tensors by name, or in order")
     return (model.to("meta") if meta else model), inputs
 
 

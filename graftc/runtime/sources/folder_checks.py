@@ -154,14 +154,14 @@ def bounded_building(folder: ModelFolder, where: str) -> Iterator[None]:
             counts[0] += 1
             if counts[0] > modules:
                 has = "" if known is None else f", but its files have {len(known)} tensors"
-                refuse(f"the config of {where!r} makes a model of more than {modules:,} modules{has}", _LARGER)
+                refuse(f"the config of {where!r} describes more than {modules:,} modules{has}", _LARGER)
 
     def measure(_: nn.Module, name: str, tensor: Tensor | None) -> None:
         if threading.get_ident() == thread and tensor is not None and most is not None:
             counts[1] += tensor.numel() * tensor.element_size()
             if counts[1] > most:
                 refuse(
-                    f"the config of {where!r} makes a model of more than {most:,} bytes, including a {name} of "
+                    f"the config of {where!r} describes a model of more than {most:,} bytes, including a {name} of "
                     f"{list(tensor.shape)}, but its files have {folder.bytes:,}",
                     _LARGER,
                 )

@@ -48,7 +48,7 @@ def _told(path: Path) -> tuple[str, str]:
     if os.path.isfile(path):
         return _told_of_file(path, name)
     if _is_artifact(path):
-        return "an artifact of graftc", f"graftc.load({name})"
+        return "a graftc artifact", f"graftc.load({name})"
     if os.path.isfile(path / ADAPTER_CONFIG):
         return "a PEFT adapter", f"graftc.import_peft({name}, model)"
     if is_state_dict(path / _MODEL_FILE):
@@ -81,13 +81,13 @@ def _told_of_model(path: Path, name: str) -> tuple[str, str]:
     if isinstance(quantisation, Mapping):
         kind = str(quantisation.get("quant_method", "quantised"))[:40]
         if kind not in PACKED_FORMATS:
-            return f"a {kind} model of transformers", f"AutoModel.from_pretrained({name})"
-        return f"a {kind} model of transformers", f"graftc.load_base({name})"
-    return "a model of transformers, merged or never adapted", f"graftc.load_base({name})"
+            return f"a transformers model quantised by {kind}", f"AutoModel.from_pretrained({name})"
+        return f"a transformers model quantised by {kind}", f"graftc.load_base({name})"
+    return "a transformers model, merged or never adapted", f"graftc.load_base({name})"
 
 
 def _gguf_call(folder: str, file: str) -> str:
-    return f"AutoModelForCausalLM.from_pretrained({folder}, gguf_file={file!r}) of transformers"
+    return f"transformers.AutoModelForCausalLM.from_pretrained({folder}, gguf_file={file!r})"
 
 
 def _is_artifact(path: Path) -> bool:

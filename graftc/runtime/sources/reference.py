@@ -68,7 +68,7 @@ class Reference:
         text: an absolute path, an id or a name.
         revision: commit of a hub repository.
         relative: the folder's path relative to an artifact, with ``/``; None if there is none.
-        built: the choices with which to build the model from its source.
+        built: how to build the model from its source.
     """
 
     kind: Kind | None = None

@@ -140,7 +140,7 @@ def test_it_is_listed(shapes: None, capsys: pytest.CaptureFixture[str], monkeypa
         (["--option", "oder=name"], "GC090", "--option oder", "did you mean 'order'?"),
         (["--option", "order"], "GC090", "--option order is not understood", "write --option NAME=VALUE"),
         (["--option", "dtype=f16"], "GC090", "--option dtype=f16 is not understood", "write --dtype"),
-        (["--option", "order=size"], "GC073", "order is 'size'", "give model or name"),
+        (["--option", "order=size"], "GC073", "order is 'size'", "use model or name"),
         (["--dtype", "f16"], "GC090", "--dtype is not for --format shapes", "an option of gguf"),
         (["--inputs", "lora"], "GC090", "--inputs is not for --format shapes", "an option of onnx and pt2"),
     ],

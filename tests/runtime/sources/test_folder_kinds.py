@@ -18,8 +18,8 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing.families import tiny
 
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "attn.q"}}]}
-ADAPTER, ARTIFACT, CHECKPOINT = "a PEFT adapter", "an artifact of graftc", "a trainer's checkpoint of a compiled model"
-PLAIN, QUANTISED = "a model of transformers, merged or never adapted", "a gptq model of transformers"
+ADAPTER, ARTIFACT, CHECKPOINT = "a PEFT adapter", "a graftc artifact", "a trainer's checkpoint of a compiled model"
+PLAIN, QUANTISED = "a transformers model, merged or never adapted", "a transformers model quantised by gptq"
 CALLS = {
     "adapter": (ADAPTER, "graftc.import_peft({path!r}, model)"),
     "artifact": (ARTIFACT, "graftc.load({path!r})"),
@@ -27,14 +27,14 @@ CALLS = {
     "merged": (PLAIN, "graftc.load_base({path!r})"),
     "plain": (PLAIN, "graftc.load_base({path!r})"),
     "gptq": (QUANTISED, "graftc.load_base({path!r})"),
-    "aqlm": ("a aqlm model of transformers", "AutoModel.from_pretrained({path!r})"),
+    "aqlm": ("a transformers model quantised by aqlm", "AutoModel.from_pretrained({path!r})"),
     "gguf": (
         "a folder of GGUF files",
-        "AutoModelForCausalLM.from_pretrained({path!r}, gguf_file='m.gguf') of transformers",
+        "transformers.AutoModelForCausalLM.from_pretrained({path!r}, gguf_file='m.gguf')",
     ),
     "gguf/m.gguf": (
         "a GGUF file",
-        "AutoModelForCausalLM.from_pretrained({parent!r}, gguf_file='m.gguf') of transformers",
+        "transformers.AutoModelForCausalLM.from_pretrained({parent!r}, gguf_file='m.gguf')",
     ),
     "adapters": ("a folder of PEFT adapters", "graftc.import_peft({path!r}, model, name='first')"),
     "artifacts": ("a folder of artifacts", "graftc.load({inner!r})"),

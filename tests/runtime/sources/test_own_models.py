@@ -220,4 +220,4 @@ def test_the_command_line_takes_a_model_with_its_inputs(
     without = run_here(capsys, "roles", f"{name}:model")
     assert without.status == 3 and "(model, example_inputs)" in without.err
     wrong = run_here(capsys, "roles", f"{name}:wrong")
-    assert wrong.status == 3 and "example inputs that are a int" in wrong.err
+    assert wrong.status == 3 and "example inputs of type int" in wrong.err

@@ -32,5 +32,5 @@ EXPORTER = Exporter(
     check=LazyFunction("graftc.runtime.export.gguf.exporting:check"),
     prepare=LazyFunction("graftc.runtime.export.gguf.exporting:prepare"),
     content="either",
-    instead={"inputs": "the LoRAs of a compiled model that is not merged are a file of their own"},
+    instead={"inputs": "leave it out: the LoRAs of an unmerged model are exported as a separate file"},
 )

@@ -4,14 +4,14 @@ from graftc.runtime.export.exporter import Exporter, LazyFunction
 
 EXPORTER = Exporter(
     "onnx-generate",
-    "A folder of graphs with a cache, with which ONNX Runtime generates",
+    "A folder of graphs with a cache, for generation with ONNX Runtime",
     (),
     write=LazyFunction("graftc.runtime.export.cached:write"),
     check=LazyFunction("graftc.runtime.export.cached:check"),
     prepare=LazyFunction("graftc.runtime.export.cached:prepare"),
     replaceable=LazyFunction("graftc.runtime.export.cached:is_exported"),
     instead={
-        "inputs": 'one graph without a cache takes adaptations as inputs: format "onnx"',
-        "example_inputs": "the graphs that generate have inputs of their own",
+        "inputs": 'use format "onnx", one graph without a cache, which can take adaptations as inputs',
+        "example_inputs": "leave it out: the inputs of graphs for generation are fixed",
     },
 )

@@ -19,7 +19,7 @@ def _positive(rank: Any) -> int:
 
 SERVER = ExportOption(
     "server",
-    "Write a PEFT folder as a server reads it right, within its limits",
+    "Write a PEFT folder that a server can load, within the server's limits",
     tuple(SERVERS),
     server_of,
     flag="--for",
@@ -36,5 +36,5 @@ EXPORTER = Exporter(
     prepare=LazyFunction("graftc.runtime.export.peft:prepare"),
     content="adapters",
     replaceable=LazyFunction("graftc.runtime.interop.peft.exporting:is_exported"),
-    instead={"inputs": "the folder has the adapters alone, and no graph"},
+    instead={"inputs": "leave it out: the folder contains only adapters, and no graph"},
 )

@@ -27,8 +27,8 @@ class Family:
         rotary: whether the rows of queries and keys are stored in rotation pairs.
         transposed: name suffixes of weights that transformers stores as ``[in, out]``.
         rope: whether positions are encoded as rotations.
-        fields: config fields that become values in the file, by the writer's function: names in the config, the first
-            of which that is present is read.
+        fields: the names of config fields for each of the writer's functions that adds a value to the file; the first
+            field that is present is read.
     """
 
     arch: str

@@ -31,7 +31,7 @@ def merged_file(merged: FoldedModel) -> GgufFile:
     source = merged.compilation.source
     config = config_of(source)
     if config is None:
-        raise GraftError("GC032", f"{type(source).__name__} has no config", hint="GGUF is for models of transformers")
+        raise GraftError("GC032", f"{type(source).__name__} has no config", hint="GGUF needs a transformers model")
     if merged.additions:
         raise no_place(merged.additions, source)
     family = family_of(config)

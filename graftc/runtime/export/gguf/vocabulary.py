@@ -44,7 +44,7 @@ def _added(writer: Any, gguf: Any, folder: Path, data: dict[str, Any], size: int
     model = data["model"]
     if model.get("type") != "BPE":
         writer.add_tokenizer_model("no_vocab")
-        return f"its tokenizer is a {model.get('type')}, and llama.cpp's are byte-pair encodings here"
+        return f"its tokenizer is of type {model.get('type')}, but only byte-pair encodings are supported"
     if model.get("byte_fallback"):
         vocabulary = gguf.LlamaHfVocab(folder)
         tokens, scores, types = (list(column) for column in zip(*vocabulary.all_tokens(), strict=True))
@@ -61,7 +61,7 @@ def _added(writer: Any, gguf: Any, folder: Path, data: dict[str, Any], size: int
         splitter = _splitter(data)
         if splitter is None:
             writer.add_tokenizer_model("no_vocab")
-            return "its tokenizer splits texts in a way that is not among those known here"
+            return "its tokenizer splits texts in an unknown way"
         tokens, types = _byte_level(gguf, data, size)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(splitter)

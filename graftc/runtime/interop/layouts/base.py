@@ -37,7 +37,7 @@ def require_fitting(adapter: PlainAdapter, base: Path) -> None:
         if not isinstance(weight, Tensor):
             wrong.append(f"it has no {path}")
         elif sorted(sizes := [update.rows, update.down.shape[-1]]) != sorted(weight.shape):
-            wrong.append(f"{path} is {list(weight.shape)}, and the adapter is for {sizes}")
+            wrong.append(f"{path} is {list(weight.shape)}, but the adapter is for {sizes}")
     if wrong:
         message = f"the adapter is for a base other than {base}: {wrong[0]}"
         raise GraftError("GC069", message, place=Place(str(base)), details=tuple(wrong[1:30]))
@@ -70,7 +70,7 @@ def require_usual_experts(adapter: PlainAdapter, layouts: tuple[AdapterLayout, .
         if match is not None and (reason := _unusual(model, match["module"], adapter)) is not None:
             wrong[f"{match['module']}: {reason}"] = None
     if wrong:
-        message = f"the layouts do not describe the experts of {type(model).__name__}: {next(iter(wrong))}"
+        message = f"the layouts do not match the experts of {type(model).__name__}: {next(iter(wrong))}"
         raise GraftError("GC069", message, place=Place(str(base)), hint=_WAY_OUT, details=tuple(wrong))
 
 
@@ -86,10 +86,10 @@ def _unusual(model: nn.Module, path: str, adapter: PlainAdapter) -> str | None:
     if getattr(module, "is_transposed", False) or (both.shape[1], both.shape[2]) != (2 * down.shape[2], down.shape[1]):
         return "its matrices are stored as [in, out]"
     if not getattr(module, "is_concatenated", True):
-        return "rows of the gate and of the up projection alternate"
+        return "the rows of the gate and up projections alternate"
     sizes = {"gate_proj": both[:, : both.shape[1] // 2], "up_proj": both[:, both.shape[1] // 2 :], "down_proj": down}
     for word, weight in sizes.items():
         update = adapter.updates.get(f"{path}.{word}")
         if update is not None and (update.experts, update.rows, update.down.shape[-1]) != tuple(weight.shape):
-            return f"its {word} is {list(weight.shape)}, which the adapter's does not fit"
+            return f"its {word} is {list(weight.shape)}, which does not match the adapter's"
     return None

@@ -117,13 +117,13 @@ def _require_plain(adapter: PeftAdapter) -> None:
     reasons += [f"{name} is trained in full" for name in adapter.trained]
     release = release_of(adapter.config)
     if release is not None and release < SINCE and any(module.named for module in adapter.modules):
-        reasons.append(f"PEFT {adapter.config.peft_version} wrote the factors of experts the other way round")
+        reasons.append(f"PEFT {adapter.config.peft_version} wrote the factors of experts in swapped order")
     # PEFT saves adapted embeddings and heads with the adapter; those that are not adapted may have rows of their own.
     adapted = {module.path for module in adapter.modules}
-    reasons += [f"{name} was saved whole" for name in adapter.copies if name.rpartition(".")[0] not in adapted]
+    reasons += [f"{name} was saved in full" for name in adapter.copies if name.rpartition(".")[0] not in adapted]
     if reasons:
         hint = "import it with graftc import-peft, and convert the artifact to a LoRA with graftc convert"
-        message = f"it is not a LoRA of linear maps alone: {reasons[0]}"
+        message = f"it is not just a LoRA of linear maps: {reasons[0]}"
         raise GraftError("GC069", message, place=adapter.place, hint=hint, details=tuple(dict.fromkeys(reasons)))
 
 
@@ -230,7 +230,7 @@ def _gathered(entries: Iterable[tuple[str, Update]], folder: Path) -> Iterator[t
         try:
             yield path, Update(torch.stack([u.down for u in even]), torch.stack([u.up for u in even]), scale)
         except RuntimeError as error:
-            raise GraftError("GC069", f"the experts of {path} are of different sizes: {error}") from None
+            raise GraftError("GC069", f"the experts of {path} have different sizes: {error}") from None
 
 
 # --- writing ---------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ _EVERY = (
     AdapterLayout("sglang", "SGLang's with a tensor per projection of experts", experts="stacked", uniform=True),
     AdapterLayout(
         "tinker",
-        "what Tinker's checkpoints have",
+        "the layout of Tinker's checkpoints",
         experts="stacked",
         names=MappingProxyType({"lm_head": "model.unembed_tokens"}),
         uniform=True,

@@ -206,8 +206,8 @@ def _last_segments(config: AdapterConfig, model: nn.Module, old: Mapping[str, st
 def _older_names(peft: ModuleType, config: AdapterConfig, model: nn.Module) -> Mapping[str, str]:
     """Return the names of a model's projections in transformers 4, each with the name that contains it now.
 
-    The result is empty if peft does not convert configs for the model. peft has several tables; the right one for a
-    model is the one whose names peft converts.
+    The result is empty if peft does not convert configs for the model. peft has several tables; a model's table is the
+    one whose names peft converts.
     """
     from peft.utils import transformers_weight_conversion as conversion
 

@@ -53,12 +53,12 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
                 what, "compose", "combine its members into one adaptation (compiled.combine), or fix one of them"
             )
     if spec.tokens:
-        raise _error("tokens of the spec", "tokens", "merge the model instead")
+        raise _error("the spec's tokens", "tokens", "merge the model instead")
     by_rows = [own.name for own in (main, *others) if trains_rows(table_of(own.spec))]
     if spec.untie and by_rows:
-        raise _error(f"untie beside {by_rows[0]!r}: PEFT ties rows that train", "untie", "leave it out")
+        raise _error(f"untie together with {by_rows[0]!r}: PEFT ties trained rows", "untie", "leave it out")
     if spec.train and trains_rows(table_of(main.spec)):
-        raise _error(f"train beside {main.spec.method}", "train", "add a LoRA, beside which PEFT trains both")
+        raise _error(f"train together with {main.spec.method}", "train", "add a LoRA, with which PEFT can train both")
     for resolved in (main, *others):
         table = table_of(resolved.spec)
         index = next(number for number, own in enumerate(spec.adapt) if own.name == resolved.name)
@@ -82,7 +82,7 @@ def _check_sites(resolved: Resolved, index: int) -> None:
         raise _error(what, f"adapt[{index}].target", "adapt the whole module, by its path instead of a role")
     used = [str(site.key) for site, _ in resolved.places if isinstance(site, LinearSite) and site.key.use]
     if used:
-        raise _error(f"one use of a weight alone: {some(used, 3)}", f"adapt[{index}].target", "merge it")
+        raise _error(f"a single use of a weight: {some(used, 3)}", f"adapt[{index}].target", "merge it")
 
 
 def own_places(compilation: Compilation, resolved: Resolved) -> list[tuple[Site, MethodSpec]]:
@@ -103,7 +103,7 @@ def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) 
     for path in dict.fromkeys((*inner, *outer)):
         first, second = (own.get(path) for own in (outer, inner))
         if first is None or second is None:
-            raise _error(f"one of the projections of {path} alone", f"adapt[{index}].target", "adapt both")
+            raise _error(f"only one of the projections of {path}", f"adapt[{index}].target", "adapt both")
         sizes = [(getattr(spec, "rank", None), getattr(spec, "scaling", None)) for spec in (first, second)]
         if not isinstance(first, LoRA) or sizes[1] != (sizes[0][0], ADDED * first.scaling):
             what = f"{path} with these ranks and scalings: PEFT adds its output projection's update {ADDED} times"
@@ -185,17 +185,17 @@ def _hashable(value: Any) -> Any:
 def _check_virtual(compilation: Compilation, main: Resolved) -> None:
     """Raise for virtual tokens that peft cannot express.
 
-    It supports one kind of virtual tokens per task, and a classifier pools over them.
+    It supports one kind of virtual tokens per task, and its classifiers pool one of the tokens.
     """
     if table_of(main.spec).joined is None:
         return
     task = task_of(compilation, ["any"])
     where = "adapt[0]"
     if task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        what = f"virtual tokens of {type(compilation.source).__name__}: a classifier of PEFT pools one of them"
+        what = f"virtual tokens of {type(compilation.source).__name__}: PEFT's classifiers pool one of them"
         raise _error(what, where, "save it as an artifact, or export it to ONNX")
     if repeats(compilation, main):
-        what = "a prefix of its own for each layer of a model with two stacks: PEFT's table repeats"
+        what = "a separate prefix for each layer of an encoder-decoder model: PEFT's table repeats"
         raise _error(what, where, "save it as an artifact, or export it to ONNX")
     if task == "SEQ_2_SEQ_LM" and any("decoder" in role for site, _ in main.places for role in site.roles):
         raise _error("virtual tokens of a decoder behind an encoder", where, "add them to the encoder's text only")

@@ -25,7 +25,7 @@ class Keys:
         shared: keys of tensors that belong to the adaptation as a whole, by part.
         joined: key of the single tensor with the virtual tokens.
         plain: keys of tensors that the base has as well, by the base's names.
-        again: keys that repeat one of `plain`, each preceded by that name.
+        again: additional keys for tensors in `plain`, each with the base's name.
         unused: keys of base values that nothing reads.
         unknown: all other keys.
     """

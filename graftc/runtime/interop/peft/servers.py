@@ -39,7 +39,7 @@ class Server:
     saved: tuple[str, ...] = ()
 
     def rank_for(self, rank: int) -> int | None:
-        """Return the smallest allowed largest rank that accommodates an adapter's rank; None if there is none."""
+        """Return the smallest allowed value of the largest rank that covers an adapter's rank; None if none does."""
         return rank if not self.ranks else min((r for r in self.ranks if r >= rank), default=None)
 
 
@@ -153,7 +153,7 @@ def _problems(server: Server, config: Mapping[str, Any], keys: list[str]) -> Ite
         yield f"init_lora_weights is {shown(start)}, which changes the base that the factors are for: {_CONVERT}"
     lost = [key for key in keys if not key.startswith(_PREFIX)]
     if lost:
-        yield f"{some(lost, 3)} do not begin with {_PREFIX!r}, and would do nothing: {_CONVERT}"
+        yield f"{some(lost, 3)} do not begin with {_PREFIX!r}, and would have no effect: {_CONVERT}"
     whole = [key for key in keys if ".lora_" not in key and key not in lost]
     if whole and not saved:
         yield f"{some(whole, 3)} are tensors of the base: {_MERGE}"

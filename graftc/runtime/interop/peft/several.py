@@ -79,7 +79,7 @@ def imported_together(
             field: getattr(compilation.spec, field) for field in ("train", "untie") if getattr(compilation.spec, field)
         }
         if more and base:
-            raise _trains_base(folder, "another one does so too")
+            raise _trains_base(folder, "so does another one")
         base, alone = (more, compilation) if more or alone is None else (base, alone)
         adapt += entries
         values |= tensors
@@ -106,7 +106,7 @@ def entry_of(
     compilation = imported(folder, model, axes, flags, name=None, cache=True, structure=structure)
     spec = compilation.spec
     if spec.train or spec.untie:
-        raise _trains_base(folder, "the model is compiled already")
+        raise _trains_base(folder, "the model is already compiled")
     entries, values = _renamed(compilation, name)
     if len(entries) > 1:
         hint = "import it with the others: graftc.import_peft([folder, folder], model)"

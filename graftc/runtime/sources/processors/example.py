@@ -73,7 +73,7 @@ def _arrays(folder: Path, kind: str) -> dict[str, Tensor]:
         except (OSError, subprocess.TimeoutExpired) as error:
             raise GraftError("GC030", f"it did not finish: {type(error).__name__}") from error
         if run.returncode != 0:
-            raise GraftError("GC030", "it takes more time or memory than an example may")
+            raise GraftError("GC030", "it used more time or memory than allowed")
         told = json.loads(run.stdout.decode("utf-8", "replace").rstrip().rpartition("\n")[2])
         if told is not None:
             raise GraftError("GC030", str(told).partition("\n")[0])

@@ -77,7 +77,9 @@ def require_read(config: Any, where: str) -> None:
     elif method not in FORMATS:
         known = ", ".join(sorted([*FORMATS, *BY_TRANSFORMERS]))
         hint = "use the checkpoint that is not quantised, and let the spec quantise it: base: {quantize: nf4}; or use "
-        unread(f"the weights of {where} are quantised by {shown(method)}, which is not read", f"{hint}one of {known}")
+        unread(
+            f"the weights of {where} are quantised by {shown(method)}, which is not supported", f"{hint}one of {known}"
+        )
 
 
 def _require_package(name: str, where: str) -> None:
@@ -100,7 +102,7 @@ def load_quantised(cls: Any, folder: ModelFolder, where: str, options: Mapping[s
         kwargs: arguments of ``from_pretrained``, including the config.
 
     Raises:
-        GraftError: GC161 for a method or an option that is not read, GC163 for tensors that do not fit.
+        GraftError: GC161 for a method or an option that is not supported, GC163 for tensors that do not fit.
     """
     tensors = FolderTensors(folder.stored or TensorFolder(folder.path, REFUSAL))
     weights = list(FORMATS[str(options["quant_method"])](tensors, options))

@@ -41,7 +41,7 @@ Format: TypeAlias = Callable[[FolderTensors, Options], Iterable[StoredWeight]]
 
 
 def unread(message: str, hint: str | None = None) -> NoReturn:
-    """Raise GC161 for a format, or an option of a format, that is not read."""
+    """Raise GC161 for a format, or an option of a format, that is not supported."""
     hint = hint or "use the checkpoint that is not quantised, and let the spec quantise it: base: {quantize: nf4}"
     raise GraftError("GC161", message, hint=hint)
 

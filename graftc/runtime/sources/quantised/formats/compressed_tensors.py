@@ -31,15 +31,17 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
         unread("the quantization_config has no config_groups")
     for layout in (options.get("format"), *(group.get("format") for group in groups.values())):
         if layout is not None and layout not in _LAYOUTS:
-            unread(f"the compressed-tensors format {shown(layout)} is not read", f"use one of {', '.join(_LAYOUTS)}")
+            unread(
+                f"the compressed-tensors format {shown(layout)} is not supported", f"use one of {', '.join(_LAYOUTS)}"
+            )
     sparse = options.get("sparsity_config") or {}
     if sparse and sparse.get("format", "dense") != "dense":
         unread(f"the weights are also sparse: {shown(sparse.get('format'))}")
     if (options.get("transform_config") or {}).get("config_groups"):
-        unread("activations are transformed before the quantised weights, which is not read")
+        unread("activations are transformed before the quantised weights, which is not supported")
     widths = {bits for group in groups.values() if (bits := (group.get("weights") or {}).get("num_bits")) is not None}
     if not all(type(bits) is int and 1 <= bits <= 8 for bits in widths):
-        unread(f"weights of {shown(sorted(map(str, widths)))} bits are not read", "use 1 to 8 bits")
+        unread(f"weights of {shown(sorted(map(str, widths)))} bits are not supported", "use 1 to 8 bits")
     blocks = [block for group in groups.values() if (block := _block(group.get("weights") or {})) is not None]
     for name in tensors.ending(".weight_packed"):
         yield StoredWeight(f"{name}.weight", partial(_read_words, tensors, name, sorted(widths)))

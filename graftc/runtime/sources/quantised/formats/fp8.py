@@ -31,13 +31,13 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     if block is not None and not (isinstance(block, list | tuple) and len(block) == 2 and all(map(_is_size, block))):
         unread(f"the quantization_config has weight_block_size: {shown(block)}, which is not a pair of sizes")
     if options.get("fmt", "e4m3") != "e4m3":
-        unread(f"FP8 of format {shown(options.get('fmt'))} is not read", "use e4m3")
+        unread(f"FP8 of format {shown(options.get('fmt'))} is not supported", "use e4m3")
     sizes = None if block is None else (block[0], block[1])
     for name in tensors.ending(".weight"):
         if tensors.kind(f"{name}.weight") == "F8_E4M3":
             yield StoredWeight(f"{name}.weight", partial(_read, tensors, name, sizes))
         elif tensors.kind(f"{name}.weight") == "F8_E5M2":
-            unread(f"{name}.weight is in e5m2, which is not read")
+            unread(f"{name}.weight is in e5m2, which is not supported")
 
 
 def _is_size(size: object) -> bool:

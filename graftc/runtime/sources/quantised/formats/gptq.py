@@ -35,7 +35,7 @@ def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
     bits = whole_number(options, "bits")
     layout = options.get("checkpoint_format") or options.get("format") or _LESS_ONE
     if bits not in _BITS:
-        unread(f"GPTQ of {shown(bits)} bits is not read", "use 2, 3, 4 or 8 bits")
+        unread(f"GPTQ of {shown(bits)} bits is not supported", "use 2, 3, 4 or 8 bits")
     if layout not in (_LESS_ONE, "gptq_v2"):
         unread(f"the GPTQ layout {shown(layout)} is specific to a kernel", "use a checkpoint_format of gptq")
     group, before = whole_number(options, "group_size", 128), 1 if layout == _LESS_ONE else 0

@@ -31,10 +31,10 @@ def _read(tensors: FolderTensors, name: str, shape: tuple[int, ...], dtype: torc
     tensors.require_sizes(f"{name}.shape", shape)
     for part in ("scale", "zero"):
         if f"{name}.quant_{part}" in tensors and _number(tensors, f"{name}.quant_{part}"):
-            unread(f"the {part}s of {name} are also quantised, which is not read")
+            unread(f"the {part}s of {name} are also quantised, which is not supported")
     layout, made_in = _text(tensors, f"{name}.packing"), _TYPES.get(_text(tensors, f"{name}.compute_dtype"))
     if layout not in _PACKINGS or made_in is None:
-        unread(f"the HQQ packing {shown(layout)} of {name} is not read", f"use one of {', '.join(_PACKINGS)}")
+        unread(f"the HQQ packing {shown(layout)} of {name} is not supported", f"use one of {', '.join(_PACKINGS)}")
     bits = _PACKINGS[layout]
     group = _number(tensors, f"{name}.group_size") if f"{name}.group_size" in tensors else 0
     axis = _number(tensors, f"{name}.axis")
