@@ -25,7 +25,7 @@ _EXACT = 1e-13
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of an update ``up @ down``: ``down: [..., rank, in]``, ``up: [..., out, rank]``; expert axes lead."""
+    """The factors of an update ``up @ down``: ``down: [..., rank, in]``, ``up: [..., out, rank]``, experts first."""
 
     down: Tensor
     up: Tensor

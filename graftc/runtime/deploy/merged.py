@@ -88,10 +88,10 @@ class MergedRunner(FoldedRunner):
         return export_components(self, to_transformers(self), to, without_labels(self, given), evidence, force=force)
 
     def to_transformers(self) -> Any:
-        """Return a model of the source's own class with folded weights, which plain transformers saves and loads.
+        """Return an instance of the source's class with the folded weights, which plain transformers can save and load.
 
         Raises:
-            GraftError: GC052 if the class has no place for a folded tensor, GC032 for a source without a config.
+            GraftError: GC052 if the class cannot hold a folded tensor, GC032 for a source without a config.
         """
         return to_transformers(self)
 
@@ -112,10 +112,10 @@ class Merged(ModelRoot, Generic[M]):
     folded_state_dict = Published(MergedRunner.folded_state_dict)
 
     def to_transformers(self) -> M:
-        """Return a model of the source's own class with folded weights, which plain transformers saves and loads.
+        """Return an instance of the source's class with the folded weights, which plain transformers can save and load.
 
         Raises:
-            GraftError: GC052 if the class has no place for a folded tensor, GC032 for a source without a config.
+            GraftError: GC052 if the class cannot hold a folded tensor, GC032 for a source without a config.
         """
         model: M = self._graftc.to_transformers()
         return model
@@ -190,7 +190,7 @@ def require_decided(runner: AdaptedRunner, base: BaseForm | None) -> None:
 
 
 def require_weights(runner: AdaptedRunner) -> None:
-    """Raise if the model has no values.
+    """Raise if the model's tensors have no values.
 
     Raises:
         GraftError: GC050 on the meta device.

@@ -104,7 +104,7 @@ class CachedModule(ExportModule):
 
 
 def prepare(job: ExportJob) -> None:
-    """Refuse a model that is not one graph.
+    """Raise if the model is not a single graph.
 
     Raises:
         GraftError: GC149.

@@ -1,4 +1,4 @@
-"""An export format as data: its name, its options, and the functions that write a file and check it. No torch."""
+"""An export format as data: its name, options, and functions that write and check a file. Does not load torch."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class Exporter:
 
     @property
     def folds(self) -> bool:
-        """Whether adaptations can be folded first."""
+        """Whether adaptations can be folded before the export."""
         return self.content != "adapters"
 
     @property

@@ -60,7 +60,7 @@ class ExportJob:
 
     @property
     def model(self) -> nn.Module:
-        """The model: a `graftc.Compiled`, or a `graftc.Merged`."""
+        """The model: a `graftc.Compiled` or a `graftc.Merged`."""
         return self.runner.module
 
     @cached_property
@@ -111,7 +111,7 @@ class ExportJob:
 
 
 def require_one_graph(runner: ModelRunner) -> None:
-    """Raise for a model whose own Python runs between graphs.
+    """Raise for a model that runs its own Python between graphs.
 
     Raises:
         GraftError: GC149.

@@ -63,7 +63,7 @@ class _Product:
 
 
 class _Lowering:
-    """The replacement of one packed weight in a graph."""
+    """Replaces one packed weight in a graph with its stored parts."""
 
     def __init__(self, ir: Any, model: Any, value: Any, weight: PackedWeight) -> None:
         self.ir, self.graph, self.value, self.weight = ir, model.graph, value, weight

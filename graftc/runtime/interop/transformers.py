@@ -17,7 +17,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class FoldedModel(Protocol):
-    """A model whose adaptations have been folded into its weights."""
+    """A model whose adaptations were folded into its weights."""
 
     @property
     def compilation(self) -> Compilation:

@@ -16,7 +16,7 @@ def refuse(
     details: Sequence[str] = (),
     code: str = "GC032",
 ) -> NoReturn:
-    """Raise GC032, or another code.
+    """Raise an error with the code GC032 or another one.
 
     Raises:
         GraftError: always.

@@ -1,4 +1,4 @@
-"""The plan of a merge, checked as a whole before anything is written."""
+"""Plan a merge, and check the plan as a whole before anything is written."""
 
 from __future__ import annotations
 

@@ -197,7 +197,7 @@ def _measured(plan: MergePlan, shard: Shard, advance: Advance) -> ShardDone:
 
 
 def _merged(plan: MergePlan, shard: Shard, path: Path, advance: Advance) -> ShardDone:
-    """Create one file, check it, and flush it to the disk."""
+    """Create one file, check it, and flush it to disk."""
     create_file(plan, shard, path)
     with TensorFolder(path, writable=True) as written:
         sites, changed = fold_shard(plan, shard, RowTarget(shard.tensors, written, writes=True), advance)

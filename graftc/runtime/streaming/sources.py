@@ -148,7 +148,7 @@ class _Uses:
         return self._aliases.get(name, name)
 
     def of(self, name: str, *, lookup: bool) -> Use | None:
-        """Return the first map that reads a tensor as a look-up table, or as a matrix; None if there is none."""
+        """Return the first map that reads a tensor as a lookup table or as a matrix; None if there is none."""
         candidates = self._uses.get(self.canonical(name), ())
         return next((use for use in candidates if isinstance(use, Lookup) is lookup), None)
 

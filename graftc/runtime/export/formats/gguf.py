@@ -1,4 +1,4 @@
-"""GGUF, the format of llama.cpp and Ollama."""
+"""The format ``gguf``, which llama.cpp and Ollama read."""
 
 from typing import Any, Literal, TypeAlias, get_args
 

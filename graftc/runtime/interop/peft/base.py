@@ -25,7 +25,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def outermost(paths: Collection[str]) -> list[str]:
-    """Return the paths that are not below another one."""
+    """Return the paths that are not nested below another of them."""
     return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 

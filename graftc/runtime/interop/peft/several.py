@@ -67,7 +67,7 @@ def imported_together(
     cache: bool,
     structure: Callable[[], Structure],
 ) -> Compilation:
-    """Compile a model with the adapters of several folders, for `graftc.import_peft`."""
+    """Compile a model with several folders' adapters, for `graftc.import_peft`."""
     alone: Compilation | None = None
     adapt: list[dict[str, Any]] = []
     values: dict[str, Tensor] = {}
