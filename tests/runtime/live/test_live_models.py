@@ -167,19 +167,19 @@ def test_a_graph_generates_by_its_layers_where_calls_with_a_cache_are_no_graph()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
-def test_it_generates_as_its_merged_class_does(name: str) -> None:
-    case = CASES[name]()
-    trained = with_noise(case_compiled(name, case))
+@pytest.mark.parametrize("named", ["qwen2_vl", "gemma3"], indirect=True)
+def test_it_generates_as_its_merged_class_does(named: tuple[str, Case, Any]) -> None:
+    _, case, compiled = named
+    trained = with_noise(copy.deepcopy(compiled))
     asked, plain = generates_as_its_merged_class(trained, case, 8)
     beams = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
     assert torch.equal(trained.generate(**asked, **beams), plain.generate(**asked, **beams))
 
 
-def test_of_vision_layers_parts_and_maps_are_graphs_and_of_the_others_layers() -> None:
+@pytest.mark.parametrize("named", ["qwen2_vl"], indirect=True)
+def test_of_vision_layers_parts_and_maps_are_graphs_and_of_the_others_layers(named: tuple[str, Case, Any]) -> None:
     """The attention of a vision layer reads lengths; its feed-forward part does not."""
-    compiled = case_compiled("qwen2_vl", qwen2_vl())
-    elements = set(elements_in(compiled.compilation.flags))
+    elements = set(elements_in(named[2].compilation.flags))
     assert "model.language_model.layers.0" in elements and "model.visual.blocks.0" not in elements
     assert {"model.visual.blocks.0.attn.qkv", "model.visual.blocks.1.mlp"} <= elements
     assert not any(path.startswith("model.visual.blocks.1.mlp.") for path in elements)
@@ -187,10 +187,11 @@ def test_of_vision_layers_parts_and_maps_are_graphs_and_of_the_others_layers() -
 
 
 @pytest.mark.slow
-def test_steps_of_one_kind_add_one_signature() -> None:
+@pytest.mark.parametrize("named", ["gemma3"], indirect=True)
+def test_steps_of_one_kind_add_one_signature(named: tuple[str, Case, Any]) -> None:
     """This holds for any number of generated tokens: the length of the past varies within one graph."""
-    case = CASES["gemma3"]()
-    compiled = case_compiled("gemma3", case).eval()
+    _, case, compiled = named
+    compiled = copy.deepcopy(compiled).eval()
     asked = {key: value for key, value in case.first.items() if key != "labels"}
     counts = []
     for tokens in (3, 6, 12):
