@@ -246,7 +246,7 @@ def test_a_role_that_some_layers_lack_is_refused_with_counts() -> None:
     assert error.code == "GC015"
     assert error.message == "'attn.v' matched 25 of 30 layers; these 5 have none: 3, 9, 15, 21, 27"
     assert error.hint == (
-        'if that is meant, say so with layers: ["0:3", "4:9", "10:15", "16:21", "22:27", "28:30"], or expect: 25'
+        'if that is intended, set layers: ["0:3", "4:9", "10:15", "16:21", "22:27", "28:30"], or expect: 25'
     )
 
 
@@ -277,7 +277,7 @@ def test_missing_layers_are_told_by_stack() -> None:
     ]
     error = misselected(candidates, role="attn.v")
     assert error.message == "'attn.v' matched 4 of 6 layers; these 2 have none: decoder.2, encoder.1"
-    assert error.hint == "if that is meant, say so with expect: 6"
+    assert error.hint == "if that is intended, set expect: 6"
 
 
 def test_cross_attention_belongs_where_cross_attention_is() -> None:
@@ -309,7 +309,7 @@ def test_an_unmatched_branch_comes_with_the_counts_of_the_others() -> None:
 
 
 def test_a_kind_that_the_method_cannot_take_comes_with_what_it_could() -> None:
-    assert misselected(encoder(), role="attn").hint == "it could take: attn.k, attn.o, attn.q, attn.v"
+    assert misselected(encoder(), role="attn").hint == "it can take: attn.k, attn.o, attn.q, attn.v"
     error = misselected(encoder(), modules="bert.encoder.layer.0.attention.self")
     assert error.hint == "'bert.encoder.layer.0.attention.self.**' matches 3 sites"
 

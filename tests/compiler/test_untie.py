@@ -122,7 +122,7 @@ def test_a_class_that_asks_whether_it_is_tied() -> None:
 @pytest.mark.parametrize(
     ("untie", "code", "words"),
     [
-        (["lm_head", "transformer.h.0"], "GC027", "nothing in transformer.h.0 is tied"),
+        (["lm_head", "transformer.h.0"], "GC027", "no parameter in transformer.h.0 is tied"),
         (["lm_head", "lm_haed"], "GC011", "untie 'lm_haed' matches none"),
         (["lm_head", "lm_{head,haed}"], "GC011", "untie 'lm_haed' of 'lm_{head,haed}' matches none"),
     ],

@@ -101,7 +101,7 @@ def site_steps(compilation: Compilation, unit: Unit, read: Read | None = None) -
             raise GraftError(
                 "GC022",
                 f"{unit.name!r} would fold into {site.key}, which {resolved.shared[site.key]}",
-                hint="folding would change both; give the module its own with untie:, or leave this site out",
+                hint="folding would change both; untie the module with untie:, or leave this site out",
             )
         if isinstance(site.use, Dense) and site.use.addend is not None and _changes_bias(compilation, site, fold):
             reason = "it changes the bias, which the model computes from other tensors"

@@ -1,4 +1,4 @@
-"""The sites of a Program whose layers call functions: those of its bodies, and their counterparts at every call."""
+"""`CalledSites`: the sites of a Program whose layers call functions, in the bodies and at every call."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from graftc.specs.target import Candidate
 class CalledSites(SiteTable):
     """All sites of a Program with calls.
 
-    The sites of its layers are found in a graph from which the layers that are calls have been cut out. A site at a
-    call has the nodes of the body, except for values that layers read and return, which have nodes of their own.
+    Layer sites are detected in a graph from which the called layers have been cut out. A site at a call refers to the
+    nodes of the body, except for the layer's inputs and outputs, for which every call has its own nodes.
 
     Args:
         program, store, modules, token_embeddings: as for `SiteTable`.
-        structure: the roles found in the Program with its calls cut out.
+        structure: the roles found in the Program without its calls.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class CalledSites(SiteTable):
         return self._call_of.get(layer_path(module))
 
     def _read_calls(self, layer: str, move: SiteMove) -> None:
-        """Let the sites of a layer that follows calls refer to the values that it reads from these calls."""
+        """Make the sites of a layer that follows calls refer to the values that the layer reads from these calls."""
         for entry in self.entries:
             if layer and layer_path(entry[0].key.module) == layer:
                 entry[:] = [move.site(site) for site in entry]
 
     def _repeat(self) -> None:
-        """Insert the sites of calls after those of the bodies, in the order of the layers."""
+        """Insert each call's sites after those of its body, in layer order."""
         pairs = [*zip(self.candidates, self.entries, strict=True)]
         self.entries, self.candidates = [], []
         for in_body, group in groupby(pairs, key=lambda pair: layer_path(pair[0].module) in self._bodies):
@@ -80,7 +80,7 @@ class CalledSites(SiteTable):
         self.entries.append(sites)
 
     def _at(self, one: FunctionCall, site: Site) -> Site:
-        """Return the counterpart at a call of a site of the body."""
+        """Return a body site's counterpart at a call."""
         if not isinstance(site, ValueSite):
             return self._moves[one.path].site(site)
         if site.node not in (*one.given, *one.body_results):
@@ -88,12 +88,12 @@ class CalledSites(SiteTable):
         return self._edges[one.path].site(site)
 
     def reads(self, tensor: str) -> bool:
-        """Return whether the Program reads a tensor; those of a call are looked up by their names in the body."""
+        """Return whether the Program reads a tensor; a call's tensors are looked up under their names in the body."""
         one = self.call_of(tensor)
         return super().reads(tensor if one is None else renamed(tensor, one.path, one.body))
 
     def same(self, site: Site) -> list[Site]:
-        """Return the sites at the place of a site of another Program; those of a call are derived from the body's."""
+        """Return the sites at the same place as another Program's site; a call's are derived from the body's."""
         one = self.call_of(site.key.module)
         if one is None or not isinstance(site, LinearSite):
             return super().same(site)
@@ -105,18 +105,18 @@ class CalledSites(SiteTable):
         return self._same[spot]
 
     def readers(self, site: LinearSite) -> list[Site]:
-        """Refuse to list the readers of a tensor, since only a graph with written-out layers shows them all.
+        """Refuse to list the readers of a tensor, since only a graph without calls shows them all.
 
         Raises:
-            UnlikeBodyError: always, because layers have to be written out for it.
+            UnlikeBodyError: always, because all layers must be written out first.
         """
         raise UnlikeBodyError(f"{site.key} may be read anywhere")
 
     def read_elsewhere(self, sites: Sequence[LinearSite]) -> str | None:
-        """Return another reader of these sites' rows, if any; None at a call, since the body's sites decide.
+        """Return another reader of these sites' rows, if any; None at a call, where the body's sites decide.
 
         Raises:
-            UnlikeBodyError: a weight of a body is read outside of its site.
+            UnlikeBodyError: if a body's weight is read outside of its site.
         """
         if self.call_of(sites[0].key.module) is not None:
             return None  # the body's sites decide
@@ -127,7 +127,7 @@ class CalledSites(SiteTable):
 
 
 def _edges(one: FunctionCall) -> dict[fx.Node, fx.Node]:
-    """Return what a call is given and returns, by what the body is given and computes."""
+    """Return a map from the body's inputs and results to those of a call."""
     results = {one.body_results[index]: node for node, index in one.results.items()}
     return {**dict(zip(one.given, one.inputs, strict=True)), **results}
 

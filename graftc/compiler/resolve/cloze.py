@@ -1,4 +1,4 @@
-"""Language models that classify by filling blanks: copies of the source model with another forward."""
+"""Copy a language model and replace its forward, so that it classifies by filling blanks."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.options.cloze import ClozeOptions
 
 TOKEN_TARGETS = "token_targets"
-"""The input by which a call asks for the language model itself and its loss: labels of single tokens, as the model
-takes them. Trainers take whatever has "label" in its name for something that every evaluation has."""
+"""The input with token labels in the model's own format; a call with it returns the language model's own result and
+loss. The name avoids "label", because trainers expect inputs with "label" in their names in every evaluation."""
 
 PATTERN = "pattern"
-"""The input that says which verbalizer every row has, ``int64[batch]``."""
+"""The input with the index of each row's verbalizer, ``int64[batch]``."""
 
 _DECODERS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds")
 
 
 class Filling:
-    """A mixin for the class of a language model, with a forward that classifies by filling blanks.
+    """Mixin for a language model's class that makes it classify by filling blanks.
 
     Attributes:
-        cloze: blank, decoder, words and their shares, as plain lists.
+        cloze: the blank, the decoder's tokens, and the words with their shares, as plain lists.
     """
 
     cloze: dict[str, Any]
@@ -44,13 +44,13 @@ class Filling:
     def fill(self, language_model: Any, given: dict[str, Any]) -> Any:
         """Return the result of a call.
 
-        This is transformers' ``SequenceClassifierOutput`` with ``logits[batch, labels]`` and, if there are ``labels``
-        (``int64[batch]``, or their probabilities, ``[batch, labels]``), the cross-entropy; with ``token_targets`` it is
-        the language model's own result.
+        This is transformers' ``SequenceClassifierOutput`` with ``logits[batch, labels]`` and, if ``labels`` are given
+        (``int64[batch]``, or probabilities ``[batch, labels]``), the cross-entropy. With ``token_targets``, it is the
+        language model's own result.
 
         Args:
             language_model: the forward of the model's own class.
-            given: arguments by name.
+            given: the call's arguments by name.
         """
         from transformers.modeling_outputs import SequenceClassifierOutput
 
@@ -58,8 +58,8 @@ class Filling:
         pattern, count = given.pop(PATTERN, None), given.pop("num_items_in_batch", None)
         given = {name: value for name, value in given.items() if value is not None}
         if tokens is not None and labels is not None:
-            hint = "labels are of texts, token_targets of tokens: call the model for each"
-            raise GraftError("GC031", "there are both labels and token_targets", hint=hint)
+            hint = "labels classify texts, token_targets tokens: call the model once with each"
+            raise GraftError("GC031", "the call has both labels and token_targets", hint=hint)
         if tokens is not None:
             return language_model(**given, labels=tokens)
         places = self._places(given)
@@ -76,11 +76,11 @@ class Filling:
         return SequenceClassifierOutput(loss=loss if count is None else loss / count, logits=scores)
 
     def _places(self, given: dict[str, Any]) -> Tensor:
-        """Return the positions of the blanks, ``int64[batch, blanks]``, padded with others in rows with fewer."""
+        """Return the positions of the blanks, ``int64[batch, blanks]``; rows with fewer are padded with others."""
         ids: Tensor | None = given.get("input_ids")
         blank = self.cloze["blank"]
         if ids is None:
-            raise GraftError("GC031", "blanks are found by token ids", hint="call the model with input_ids")
+            raise GraftError("GC031", "blanks are located by token ids", hint="call the model with input_ids")
         if self.cloze["decoder"]:
             return ids.new_full((ids.shape[0], 1), len(self.cloze["decoder"]) - 1)
         length = ids.shape[1]
@@ -89,11 +89,11 @@ class Filling:
             mask = given.get("attention_mask")
             last: Tensor = numbers.expand_as(ids) if mask is None else numbers * (mask != 0)
             return last.amax(1, keepdim=True)
-        # Numbered from the end, so that the first blank has the highest number.
+        # Counted from the end, so that the first blank has the highest number.
         order, count = torch.where(ids == blank, 2 * length - numbers, length - numbers), self.cloze["blanks"]
         if count == 1:
             return order.argmax(1, keepdim=True)
-        # A text may have fewer tokens than there are blanks, for example during capture.
+        # A text may have fewer tokens than blanks, for example during capture.
         return F.pad(order, (0, count)).topk(count, dim=1).indices.clamp(max=length - 1)
 
     def _scores(self, logits: Tensor, pattern: Tensor | None) -> Tensor:
@@ -104,8 +104,8 @@ class Filling:
             words, shares = words.expand(logits.shape[0], -1, -1), shares.expand(logits.shape[0], -1, -1)
         elif pattern is None or pattern.dim() != 1 or pattern.shape[0] != logits.shape[0]:
             several = len(self.cloze["words"])
-            message = f"there are {several} verbalizers, and {PATTERN} does not say which one every row has"
-            raise GraftError("GC031", message, hint=f"{PATTERN}: whole numbers below {several} of shape [batch]")
+            message = f"there are {several} verbalizers, but {PATTERN} does not choose one for every row"
+            raise GraftError("GC031", message, hint=f"pass {PATTERN} as integers below {several}, of shape [batch]")
         else:
             words, shares = words.index_select(0, pattern), shares.index_select(0, pattern)
         scores = (logits.gather(2, words) * shares).sum(1)
@@ -113,27 +113,27 @@ class Filling:
 
 
 def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
-    """Return a copy of a language model that classifies by filling blanks; it shares all storage.
+    """Return a copy of a language model that classifies by filling blanks and shares all storage with the model.
 
     The model is not changed.
 
     Raises:
-        GraftError: GC170 for a model that is not a language model of transformers, or lacks the tokens.
+        GraftError: GC170 for a model that is not a transformers language model, or lacks the tokens.
     """
     config = config_of(model)
     if config is None or not is_transformers(model) or output_head(model) is None:
-        hint = "give a masked, causal or sequence-to-sequence language model of transformers, with its head"
+        hint = "use a masked, causal or sequence-to-sequence transformers language model with its head"
         raise GraftError("GC170", f"{type(model).__name__} has no head over a vocabulary", place=_PLACE, hint=hint)
     _require_tokens(model, options)
     decodes = bool(getattr(config, "is_encoder_decoder", False))
     if options.decoder and not decodes:
-        message = f"{type(model).__name__} has no decoder beside an encoder that could be given tokens of its own"
-        hint = "blank: the mask token, or, for a model that writes from left to right, blank: last"
+        message = f"{type(model).__name__} has no separate decoder that could start with given tokens"
+        hint = "set blank to the mask token or, for a model that generates from left to right, to last"
         raise GraftError("GC170", message, place=Place(path="cloze.decoder"), hint=hint)
     patched = next((name for name, module in model.named_modules() if "forward" in vars(module)), None)
     if patched is not None:  # it uses the tensors of the model, not those of a copy
-        message = f"the forward of {patched or type(model).__name__} was replaced in the instance, which no copy has"
-        raise GraftError("GC170", message, place=_PLACE, hint="replace it in a subclass, or use a hook")
+        message = f"forward of {patched or type(model).__name__} was replaced on the instance, so a copy cannot run it"
+        raise GraftError("GC170", message, place=_PLACE, hint="override it in a subclass, or use a hook")
     classifier = sharing_copy(model)
     classifier.__class__ = _filling_class(cast("Any", type(model)), len(options.verbalizers) > 1, decodes)
     classifier.cloze = _plain(options)
@@ -144,14 +144,14 @@ def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
 
 
 def not_filling(error: GraftError, model: nn.Module, options: ClozeOptions) -> GraftError:
-    """Return the error for a model that does not run as one that fills blanks.
+    """Return the error for a model that cannot run when it fills blanks.
 
-    This is GC170 if its decoder is given nothing, otherwise the error itself.
+    This is GC170 if its decoder receives no input, otherwise the error itself.
     """
     if error.code != "GC030" or options.decoder or not getattr(config_of(model), "is_encoder_decoder", False):
         return error
-    message = f"{type(model).__name__} fills no blanks in its input: its decoder is given nothing"
-    hint = "leave blank out, and say how the decoder starts, for T5 decoder: [pad token, first sentinel]"
+    message = f"{type(model).__name__} cannot fill blanks in its input: its decoder receives no tokens"
+    hint = "leave blank out, and set the decoder's first tokens, for T5 decoder: [pad token, first sentinel]"
     return GraftError("GC170", message, place=Place(path="cloze.blank"), hint=hint, details=[error.message])
 
 
@@ -159,7 +159,7 @@ _PLACE = Place(path="cloze")
 
 
 def _require_tokens(model: Any, options: ClozeOptions) -> None:
-    """Check that the model's table has all tokens.
+    """Check that the model's embedding table contains all tokens.
 
     Raises:
         GraftError: GC170 for a token that it lacks.
@@ -180,15 +180,15 @@ def _require_tokens(model: Any, options: ClozeOptions) -> None:
     ]
     for path, token in named:
         if token >= rows:
-            place, hint = Place(path=f"cloze.{path}"), "take the ids from the tokenizer of this very model"
+            place, hint = Place(path=f"cloze.{path}"), "take the ids from this model's own tokenizer"
             raise GraftError("GC170", f"there is no token {token}: the model has {rows}", place=place, hint=hint)
 
 
 def _plain(options: ClozeOptions) -> dict[str, Any]:
     """Return the options as lists of equal size.
 
-    For each pattern and blank they contain one token of every word of every label, with its share of the label's logit;
-    padding has a share of 0.
+    For each pattern and blank, they contain one token from every word of every label, with the token's share of the
+    label's logit; padding has a share of 0.
     """
     blanks, most = options.blanks, max(len(words) for verbalizer in options.verbalizers for words in verbalizer)
     tokens, shares = list[list[list[int]]](), list[list[list[float]]]()
@@ -209,13 +209,13 @@ def _plain(options: ClozeOptions) -> dict[str, Any]:
 
 @functools.lru_cache
 def _filling_class(cls: type[nn.Module], several: bool, decodes: bool) -> type[nn.Module]:
-    """Return a subclass of a model's class with the forward of `Filling`, under the same name."""
+    """Return a subclass of a model's class, with the same name, whose forward is that of `Filling`."""
     signature = inspect.signature(cls.forward)
     kept = [p for p in signature.parameters.values() if not (decodes and p.name in _DECODERS)]
     rest = [p for p in kept if p.kind is inspect.Parameter.VAR_KEYWORD]
     kind = inspect.Parameter.KEYWORD_ONLY
     new = [inspect.Parameter(n, kind, default=None) for n in (TOKEN_TARGETS, *([PATTERN] if several else []))]
-    # Annotations are dropped: the cache of captures would have to know everything that they name.
+    # Annotations are dropped, because the capture cache would have to know everything that they name.
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in [*(p for p in kept if p not in rest), *new, *rest]]
     signature = inspect.Signature(plain)
 
@@ -236,5 +236,5 @@ def _logits_of(outputs: Any) -> Tensor:
     """Return the logits over the vocabulary, ``[batch, sequence, vocabulary]``."""
     logits = getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 3:
-        raise ValueError("the model gives no logits of tokens")
+        raise ValueError("the model does not return token logits of shape [batch, sequence, vocabulary]")
     return logits

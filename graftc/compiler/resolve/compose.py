@@ -1,4 +1,4 @@
-"""The compositions of a spec in one Program: which adaptations are inserted together, and in what form."""
+"""Insert a spec's compositions into one Program: which adaptations are inserted together, and in what form."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
 
 ACTIVE = "active"
-"""Part name of the buffer with the slot of a bank that is used where a call chooses none."""
+"""Part name of the buffer with the bank slot that is used if a call does not choose one."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Unit:
     Attributes:
         composition: the composition that combines them; None for a single adaptation.
         members: the adaptations.
-        index: index of the composition, or of the adaptation, in its list of the spec.
+        index: index of the composition or adaptation in its list in the spec.
     """
 
     composition: CompositionSpec | None
@@ -44,12 +44,12 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """The name of the owner of its nodes."""
+        """The name that owns its nodes: that of the composition or of the single adaptation."""
         return self.members[0].name if self.composition is None else str(self.composition.name)
 
     @property
     def of_one_shape(self) -> bool:
-        """Whether its members become one adaptation whose tensors are chosen or averaged."""
+        """Whether its members form one adaptation whose tensors are chosen or averaged."""
         averaged = isinstance(self.composition, Average) and self.composition.of == "parameters"
         return averaged or isinstance(self.composition, Bank | Parallel)
 
@@ -60,7 +60,7 @@ class Unit:
 
 
 def units(spec: Spec, resolved: Sequence[Resolved]) -> list[Unit]:
-    """Return the adaptations in the order in which they are inserted, those of a composition together."""
+    """Return the adaptations in insertion order, with the members of a composition as one unit."""
     by_name = {item.name: item for item in resolved}
     numbers = {composition.name: number for number, composition in enumerate(spec.compose)}
     by_owner: dict[str, Unit] = {}
@@ -85,10 +85,10 @@ def _order(spec: Spec, names: Sequence[str]) -> list[str]:
 
 
 def narrow_names(spec: Spec) -> frozenset[str]:
-    """Return the names of what is kept in the base's element type.
+    """Return the names of the adaptations and compositions that are stored in the base's dtype.
 
-    These are adaptations with ``dtype: base``, and compositions of nothing else. The element type of other adaptations
-    makes no difference, so they can be added and removed.
+    These are adaptations with ``dtype: base``, and compositions of only such adaptations. The dtype of other
+    adaptations makes no difference, so they can be added and removed.
     """
     narrow = {str(a.name) for a in spec.adapt if a.dtype == "base"}
     return frozenset(narrow | {str(c.name) for c in spec.compose if narrow.issuperset(c.members)})
@@ -98,7 +98,7 @@ def check_units(spec: Spec, units: Sequence[Unit]) -> None:
     """Check that the members of every composition fit together.
 
     Raises:
-        GraftError: GC036 naming the member that differs.
+        GraftError: GC036, naming the member that differs.
     """
     for unit in units:
         if unit.composition is None:
@@ -119,19 +119,19 @@ def _check(unit: Unit) -> None:
             message = f"{member.spec.method} cannot share a {kind}: its tensors cannot be chosen row by row or averaged"
             raise GraftError("GC036", message, place=place)
         if unit.of_one_shape and (difference := _difference(first, member)) is not None:
-            hint = "what shares a bank is alike but for its name"
+            hint = "these members may differ only in their names"
             message = f"{member.name!r} and {first.name!r} differ in {difference}"
             raise GraftError("GC036", message, place=place, hint=hint)
         if kind != "gate":
             theirs, ours = ({str(place_of(s)): None for s, _ in m.sites} for m in (member, first))
             odd = [key for key in theirs if key not in ours] + [key for key in ours if key not in theirs]
             if odd:
-                message = f"{member.name!r} and {first.name!r} are not at the same places: {odd[0]} is one's only"
+                message = f"{member.name!r} and {first.name!r} have different places: only one of them has {odd[0]}"
                 raise GraftError("GC036", message, place=place, hint="give them the same target")
 
 
 def _difference(first: Resolved, other: Resolved) -> str | None:
-    """Return the field in which two specs differ, apart from their names; None if there is none."""
+    """Return the first field, other than the name, in which two specs differ; None if they are equal."""
     fields = type(first.spec).model_fields
     if type(other.spec) is not type(first.spec):
         return "method"
@@ -139,7 +139,7 @@ def _difference(first: Resolved, other: Resolved) -> str | None:
 
 
 def placed(spec: Spec, unit: Unit, error: GraftError) -> GraftError:
-    """Return an error with its place in the spec; methods and compositions name only a field of their own."""
+    """Return an error with its place in the spec; methods and compositions name only one of their own fields."""
     return spec.locate(error.within(unit.path))
 
 
@@ -164,10 +164,10 @@ def add_controls(program: Program, spec: Spec, names: Sequence[str], dtype: torc
         program: the Program, changed in place.
         spec: the spec with the compositions to choose from.
         names: the names of the `controls` to add.
-        dtype: element type of inputs that are weights.
+        dtype: the dtype of inputs that are weights.
 
     Raises:
-        GraftError: GC037 if the model has no batch of any size, GC038 for ids and weights of one bank.
+        GraftError: GC037 if no input has a dynamic batch axis, GC038 for both ids and weights of one bank.
     """
     known = controls(spec)
     source = batch_input(program) if names else None
@@ -177,7 +177,7 @@ def add_controls(program: Program, spec: Spec, names: Sequence[str], dtype: torc
         composition = known[name]
         if isinstance(composition, Bank) and {composition.ids, composition.mixture} <= set(names):
             message = f"{composition.ids} and {composition.mixture} both choose from {composition.name!r}"
-            raise GraftError("GC038", message, hint="give one of them")
+            raise GraftError("GC038", message, hint="pass only one of them")
         mixture = isinstance(composition, Bank) and name == composition.mixture
         slots = (len(composition.members),) if mixture else ()
         kind = dtype if mixture else torch.int64
@@ -206,11 +206,11 @@ def insert_unit(
         unit: the unit to insert; its `composition` is not None.
         program: the Program, changed in place.
         spec: the whole document.
-        new: creates a builder from a name, a method's tag and seams.
+        new: creates a builder from an owner's name, a method's tag and seams.
         insert: inserts one adaptation with a builder.
 
     Returns:
-        The tensors of each owner, by site and part.
+        Each owner's tensors, by site and part.
 
     Raises:
         GraftError: GC036 and others, with their place in the spec.
@@ -287,7 +287,7 @@ def _stays(unit: Unit) -> Applied:
 
 
 def keep_composed(fold: Fold, unit: Unit) -> Fold:
-    """Return a `Keep` with the reason why a composition stays; other units and averaged parameters keep their fold."""
+    """Return a `Keep` with the reason if a composition must stay; other units and averaged parameters use ``fold``."""
     if unit.composition is None or (isinstance(unit.composition, Average) and unit.of_one_shape):
         return fold
     added = f"what they add goes through a composition ({unit.composition.kind})"
@@ -297,9 +297,9 @@ def keep_composed(fold: Fold, unit: Unit) -> Fold:
 def averaged(
     unit: Unit, parts: Mapping[str, Parts], key: SiteKey | None, get: Callable[[str], Tensor]
 ) -> Mapping[str, Tensor]:
-    """Return the tensors of a unit at a place, by part, in float64: its own, or the average of its members'.
+    """Return a unit's tensors at a place, by part, in float64: its own, or the weighted sum of its members'.
 
-    Each tensor is computed when it is read, and not kept.
+    Each tensor is computed on every read and not cached.
     """
     factors = unit.composition.factors if isinstance(unit.composition, Average) else (1.0,)
     names = [parts.get(member.name, {}) for member, _ in zip(unit.members, factors, strict=False)]

@@ -1,4 +1,4 @@
-"""The entry ``embeds``: Programs with room for virtual tokens, whose layers are captured with token embeddings."""
+"""Build Programs for the entry ``embeds``: with room for virtual tokens, and layers that read token embeddings."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ _HINT = "use a method that adds no virtual tokens, for example prefix"
 
 
 Plan: TypeAlias = Mapping[str, Sequence[tuple[Unit, Sequence[ValueSite]]]]
-"""Which adaptations have virtual tokens in a sequence, and at which values of it; by input of token ids."""
+"""By token-id input: the units that add virtual tokens to its sequence, each with its sites there."""
 
 
 def require_token_embeddings(spec: Spec, model: nn.Module, table: SiteTable) -> None:
-    """Check that a graph takes token embeddings if a spec has virtual tokens.
+    """Check that a model accepts token embeddings if a spec has virtual tokens.
 
     Raises:
-        GraftError: GC019 if it does not.
+        GraftError: GC019 if the spec has virtual tokens but the model does not accept token embeddings.
     """
     given = ", ".join(table.program.signature)
     for index, adaptation in enumerate(spec.adapt):
         if adaptation.virtual_tokens() and not table.token_embeddings:
-            message = f"{type(model).__name__} takes no token embeddings (inputs_embeds) in the place of {given}"
+            message = f"{type(model).__name__} does not accept token embeddings (inputs_embeds) in place of {given}"
             hint = _HINT
             if "inputs_embeds" in table.program.signature:
-                message = f"virtual tokens stand among words that the model looks up, and {given} are given"
+                message = f"virtual tokens need token ids that the model looks up, but the inputs are {given}"
                 hint = "call the model with input_ids"
             raise spec.locate(GraftError("GC019", message, place=Place(path=f"adapt[{index}].method"), hint=hint))
 
 
 def planned(units: Iterable[Unit], vectors: Sequence[TokenEmbeddings]) -> Plan:
-    """Return the adaptations that have virtual tokens, with their sites, by the sequence that they lengthen.
+    """Return the units that have virtual tokens, with their sites, by the sequence that they lengthen.
 
     Raises:
-        GraftError: GC019 if the sequence of a place cannot be lengthened, GC036 for compositions that cannot have
-            virtual tokens.
+        GraftError: GC019 if a site's sequence cannot be lengthened, GC036 for compositions that cannot have virtual
+            tokens.
     """
     plan: dict[str, list[tuple[Unit, list[ValueSite]]]] = {}
     for unit in units:
@@ -71,7 +71,7 @@ def planned(units: Iterable[Unit], vectors: Sequence[TokenEmbeddings]) -> Plan:
                 continue
             if unit.composition is not None and not unit.of_one_shape:
                 kind = unit.composition.kind
-                raise GraftError("GC036", f"{member.name!r} adds virtual tokens, which no {kind} can compose")
+                raise GraftError("GC036", f"{member.name!r} adds virtual tokens, which cannot be part of a {kind}")
             sites: dict[str, list[ValueSite]] = {}
             for site, _ in member.sites:
                 assert isinstance(site, ValueSite)
@@ -85,7 +85,7 @@ def planned(units: Iterable[Unit], vectors: Sequence[TokenEmbeddings]) -> Plan:
 def _sequence(
     site: ValueSite, sites: Iterable[tuple[object, object]], vectors: Sequence[TokenEmbeddings]
 ) -> TokenEmbeddings:
-    """Return the sequence of a site: the only one that the first layer of its stack is computed from."""
+    """Return a site's sequence: the only one from which the first layer of its stack is computed."""
     for own in vectors:
         if own.node is site.node:
             return own
@@ -94,7 +94,7 @@ def _sequence(
     reached = [own for own in vectors if own.node in sources]
     if len(reached) != 1:
         message = (
-            f"{site.key} cannot have virtual tokens: the model takes no token embeddings in the place of its token ids"
+            f"{site.key} cannot have virtual tokens: the model does not accept token embeddings in place of token ids"
         )
         raise GraftError("GC019", message, hint=_HINT)
     return reached[0]
@@ -106,17 +106,17 @@ def lengthened(
     plan: Plan,
     capture: Callable[[Sequence[Axis], Flags], Capture],
 ) -> tuple[Program, Capture]:
-    """Return a Program with room for virtual tokens, and the capture that its layers come from.
+    """Return a Program with room for virtual tokens, and the capture that provides its layers.
 
     Args:
         model: the source model.
-        table: the sites of its capture with token ids.
+        table: the sites in its capture with token ids.
         plan: the virtual tokens to add; see `planned`.
-        capture: captures the model for other inputs.
+        capture: captures the model with other inputs.
 
     Raises:
-        GraftError: GC019 if the model cannot be captured with token embeddings, or the end of its layers is not found;
-            GC020 if no room is left for a text.
+        GraftError: GC019 if the model cannot be captured with token embeddings, or the end of its layers cannot be
+            found; GC020 if no room is left for a text.
     """
     program, vectors = table.program, table.token_embeddings
     streams = [
@@ -134,14 +134,14 @@ def lengthened(
     ]
     ends = _ends(table.structure)
     if not ends:
-        raise GraftError("GC019", f"the layers of {type(model).__name__} are not found", hint=_HINT)
+        raise GraftError("GC019", f"could not find the layers of {type(model).__name__}", hint=_HINT)
     axes = _axes(program, streams, list(ends.values()))
     try:
         body = capture(axes, program.flags)
     except GraftError as error:
         if error.code != "GC030":
             raise
-        raise GraftError("GC019", f"it cannot be called with token embeddings: {error.message}", hint=_HINT) from error
+        raise GraftError("GC019", f"cannot capture with token embeddings: {error.message}", hint=_HINT) from error
     body_structure = find_structure(body.program.graph, body.constants)
     limits = {stream.ids: _most(body.program, stream, body_structure) for stream in streams}
     for stream in streams:
@@ -153,24 +153,24 @@ def lengthened(
 
 
 def _counted(tokens: Program, structure: Structure, body: Program, own: Structure) -> list[tuple[fx.Node, fx.Node]]:
-    """Return the positions counted by ids, each with that of the same table in the capture with token embeddings."""
+    """Return positions counted from ids, paired with those of the same table in the capture with token embeddings."""
     numbers = {name: node for name, node in _positions(tokens, structure).items() if counted_inputs(node)}
     return [(numbers[name], node) for name, node in _positions(body, own).items() if name in numbers]
 
 
 def _positions(program: Program, structure: Structure) -> dict[str, fx.Node]:
-    """Return the numbers of positions, by the table in which they are looked up."""
+    """Return the nodes with position ids, by the name of the table in which they are looked up."""
     lookups = position_readers(program.graph, structure.findings)
     return {str(lookup.table.target): lookup.numbers for lookup in lookups if lookup.table is not None}
 
 
 def _ends(structure: Structure) -> dict[str, fx.Node]:
-    """Return the output of the last sublayer of each stack, with an axis for the tokens."""
+    """Return the output of each stack's last sublayer, with a token axis."""
     return {sublayer.stack: _by_token(sublayer.output) for sublayer in structure.sublayers if sublayer.roles}
 
 
 def _by_token(value: fx.Node) -> fx.Node:
-    """Return a value, or its view with separate axes for rows and tokens if a layer has merged these into one."""
+    """Return a value, or its view with separate row and token axes if a layer has merged these into one."""
     while len(value.users) == 1 and value.meta["val"].dim() < 3:
         (user,) = value.users
         if user.target not in _VIEWS or user.meta["val"].dim() <= value.meta["val"].dim():
@@ -201,9 +201,9 @@ def _axes(program: Program, streams: Sequence[Lengthened], ends: Sequence[fx.Nod
 
 
 def _most(body: Program, stream: Lengthened, structure: Structure) -> int | None:
-    """Return the largest number of tokens that the layers can read; None if it is not bounded.
+    """Return the largest number of tokens that the layers can read; None if it is unbounded.
 
-    It is bounded by the ranges of their graph and by tables of positions.
+    The bounds are the size ranges of the layers' graph and the sizes of position tables.
     """
     spec = next(spec for spec in body.inputs if spec.name == stream.embeds)
     bounds = [spec.ranges[1][1]] if isinstance(spec.shape[1], str) else []
@@ -215,12 +215,12 @@ def _most(body: Program, stream: Lengthened, structure: Structure) -> int | None
 
 
 def _check_room(stream: Lengthened, limit: int | None) -> None:
-    """Raise GC020 unless the text that a model is captured with has room beside virtual tokens."""
+    """Raise GC020 unless the text that the model was captured with fits together with the virtual tokens."""
     text = stream.value.meta["val"].shape[1]
     least = text if isinstance(text, int) else int(text.node.hint)
     if limit is not None and least + stream.length > limit:
         raise GraftError(
             "GC020",
-            f"{stream.length} virtual tokens leave no room for a text of {least}: the model reads {limit} at most",
-            hint="take fewer virtual tokens, or shorter texts",
+            f"{stream.length} virtual tokens leave no room for a text of {least}: the model reads at most {limit}",
+            hint="use fewer virtual tokens, or shorter texts",
         )

@@ -1,4 +1,4 @@
-"""Matching and counting of a target's patterns, and the errors for patterns that match nothing.
+"""Match and count a target's patterns, and build the errors for patterns that match nothing.
 
 Torch-free: it works on candidates, not graphs.
 """
@@ -28,7 +28,7 @@ from graftc.specs.target import Candidate, Target, depths
 
 _LAYERED = ("attn", "ffn", "layer")
 _DETAILS = 8
-"""How many reasons a near miss is explained with."""
+"""How many reasons an error for a near miss lists."""
 
 Missing = Callable[[tuple[str, int] | None], Sequence[str]]
 
@@ -57,9 +57,9 @@ class Meant:
     """The places that a target selects, with its errors collected instead of raised.
 
     Attributes:
-        chosen: the selected candidates, in their order.
-        faults: errors, the first of which `select` raises.
-        gaps: errors for layers that lack a role which the others have; raised only if no number of sites is stated.
+        chosen: the selected candidates, in model order.
+        faults: the errors, of which `select` raises the first.
+        gaps: errors for layers that lack a role which other layers have; raised only if ``expect`` is not set.
     """
 
     chosen: list[Candidate] = field(default_factory=list)
@@ -81,13 +81,13 @@ class ForMethod:
 
 
 class Matching:
-    """The matching of one target against the candidates of one model.
+    """Matches one target against the candidates of one model.
 
     Args:
         target, candidates, where, matcher: as for `graftc.compiler.resolve.select.select`.
-        method: the method of the adaptation.
-        meant: collects the errors of the target; if None, the first error is raised.
-        within: keys of the only candidates to choose from; by default all.
+        method: the method that the target is for.
+        meant: collects the target's errors; if None, the first error is raised.
+        within: the keys of the candidates to choose from; by default all.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Matching:
         self.depths = depths(self.all)
 
     def takes(self, candidate: Candidate) -> bool:
-        """Return whether a candidate may be chosen and is of a kind that the method takes."""
+        """Return whether a candidate may be chosen and has a kind that the method takes."""
         inside = self.within is None or candidate.key in self.within
         return inside and (self.kinds is None or candidate.kind in self.kinds)
 
@@ -121,7 +121,7 @@ class Matching:
         self.meant.faults.append(error)
 
     def run(self) -> list[Candidate]:
-        """Return the candidates that the target selects, in their order."""
+        """Return the candidates that the target selects, in model order."""
         patterns = [*self.roles(), *self.paths("modules"), *self.paths("regex")]
         chosen = self.conjunction(patterns)
         stages = [("matched", len(chosen))]
@@ -182,8 +182,8 @@ class Matching:
         for p in patterns:
             if p.hits and not p.hits & keys:
                 others = " and ".join(f for f in fields if f != p.field)
-                message = f"{p.counted}, but none that {others} selects too"
-                self.refuse(_error("GC011", message, p.path, "a site must meet every one of role, modules and regex"))
+                message = f"{p.counted}, but none that {others} also selects"
+                self.refuse(_error("GC011", message, p.path, "a site must match all of role, modules and regex"))
         return [c for c in self.pool if c.key in keys]
 
     # Narrowing
@@ -193,7 +193,7 @@ class Matching:
             return chosen
         stacks = {c.stack for c in chosen if c.layer is not None}
         if not stacks:
-            message = f"the target selects {counted(len(chosen))}, none of them in a layer that layers could name"
+            message = f"the target selects {counted(len(chosen))}, none of them in a layer that layers can select"
             if chosen or self.meant is None:
                 self.refuse(_error("GC011", message, f"{self.where}.layers"))
             return []
@@ -235,7 +235,7 @@ class Matching:
     def check_count(self, final: list[Candidate], patterns: list[_Pattern]) -> None:
         expect = self.target.expect
         if expect == len(final):
-            return  # if a stated number is met, gaps are intended
+            return  # if the expected number is met, gaps are intended
         gaps = [gap for p in patterns if p.field == "role" and (gap := self.gap(p, patterns, len(final)))]
         if expect is not None:
             keys = {c.key for c in final}
@@ -249,7 +249,7 @@ class Matching:
             raise gaps[0]
 
     def gap(self, p: _Pattern, patterns: list[_Pattern], count: int) -> GraftError | None:
-        """Return the error for layers that lack an expected role; None if none do or modules are named by path."""
+        """Return the error for layers that lack an expected role; None if none do, or if the target uses paths."""
         role = parse_role(p.branch)
         family = role.name.split(".")[0]
         if family not in _LAYERED or self.target.modules is not None or self.target.regex is not None:
@@ -258,11 +258,11 @@ class Matching:
         stacks = {stack for stack, _ in with_role}
         every = {spot for c in self.all if (spot := _spot(c)) and spot[0] in stacks and self.is_wanted(spot)}
         wanted = {spot for spot in every if spot in with_role or self.may_have(family, spot)}
-        if "cross" in role.prefixes:  # a decoder may have cross-attention in some layers only
+        if "cross" in role.prefixes:  # a decoder may have cross-attention only in some layers
             stem = ".".join((*role.prefixes, family))
             has_it = (c for c in self.all if any(r == stem or r.startswith(f"{stem}.") for r in c.roles))
             wanted &= {spot for c in has_it if (spot := _spot(c))}
-        if family == "ffn":  # experts replace a feed-forward part if the target names them as well
+        if family == "ffn":  # experts replace a feed-forward part if the target also names them
             keys = frozenset[Hashable]().union(*(q.hits for q in patterns if q.branch.endswith("experts")))
             wanted -= {spot for c in self.pool if c.key in keys and (spot := _spot(c))} - with_role
         missing = sorted(wanted - with_role)
@@ -275,14 +275,14 @@ class Matching:
         matched = f"'{p.branch}' matched {len(present)} of {len(wanted)} layers"
         message = f"{matched}; {these} none: {some(names)}"
         layers = f"layers: {write_layers([layer for _, layer in present])}, or " if one else ""
-        hint = f"if that is meant, say so with {layers}expect: {count}"
+        hint = f"if that is intended, set {layers}expect: {count}"
         reasons = dict.fromkeys(reason for spot in missing for reason in self.missing(spot))
         return _error("GC015", message, p.path, hint=hint, details=list(reasons)[:_DETAILS])
 
     def may_have(self, family: str, spot: tuple[str, int]) -> bool:
-        """Return whether a layer has something of a family of roles, or a place whose role is unknown.
+        """Return whether a layer has a role of a family, or a place whose role is unknown.
 
-        A layer in which every role is known and none is of the family, such as a state-space layer of a hybrid model,
+        A layer whose roles are all known and outside of the family, such as a state-space layer in a hybrid model,
         lacks nothing. Every layer has an input and an output.
         """
         if family == "layer":
@@ -301,15 +301,15 @@ class Matching:
         others = [c for c in self.all if branch in c.roles]
         if others and self.within is None:
             inside = sorted({r for c in self.pool for r in c.roles if r.startswith(f"{branch}.")})
-            hint = f"it could take: {', '.join(inside)}" if inside else None
+            hint = f"it can take: {', '.join(inside)}" if inside else None
             return self.wrong_kind(f"role '{branch}'", others, path, hint)
         if others:
             return self.outside(f"role '{branch}'", others, path)
         present = {r for c in self.pool for r in c.roles}
         stem = "".join(f"{prefix}." for prefix in parse_role(branch).prefixes)
         spelled = [f"{stem}{r}" for r in ROLES if f"{stem}{r}" in present] or [r for r in ROLES if r in present]
-        known = f"it has: {', '.join(spelled)}" if spelled else "it has none at all"
-        hint = f"{known}; `graftc roles MODEL` says what was found and why"
+        known = f"it has: {', '.join(spelled)}" if spelled else "it has no roles"
+        hint = f"{known}; `graftc roles MODEL` shows what was found and why"
         reasons = list(dict.fromkeys(self.missing(None)))[:_DETAILS]
         return _error("GC015", f"role '{branch}' is not in this model", path, hint, details=reasons)
 
@@ -333,7 +333,7 @@ class Matching:
 
     def outside(self, what: str, others: list[Candidate], path: str) -> GraftError:
         message = f"{what} matches {counted(len(others))}, none of them among the {len(self.pool)} selected so far"
-        return _error("GC011", message, path, "each step narrows what those before it selected")
+        return _error("GC011", message, path, "each step narrows the selection of the steps before it")
 
     def no_match(self, p: _Pattern, patterns: list[_Pattern]) -> GraftError:
         message = f"{p.field} {p.shown} matches none of the {counted(len(self.pool))}"
@@ -353,7 +353,7 @@ class Matching:
 
 
 def counted_kinds(candidates: Iterable[Candidate]) -> str:
-    """Return how many candidates of each kind there are, as text."""
+    """Return the number of candidates of each kind, as text."""
     counts = Counter(str(c.kind) for c in candidates)
     return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 

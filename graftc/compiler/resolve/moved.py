@@ -1,4 +1,4 @@
-"""`SiteMove`: sites of a layer that a graph has written out, moved to a layer that calls it."""
+"""`SiteMove`: moves the sites of a written-out layer to a layer that is a call of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PLAIN = frozenset({int, float, bool, type(None), Tensor})
 
 
 def nodes_within(value: Any) -> bool:
-    """Return whether a value contains a node; values that cannot be inspected count as containing one."""
+    """Return whether a value contains a node; a value that cannot be inspected counts as containing one."""
     if isinstance(value, tuple | list):
         return any(map(nodes_within, value))
     if isinstance(value, dict):
@@ -37,11 +37,11 @@ def _names(kind: Any) -> tuple[str, ...]:
 
 
 class SiteMove:
-    """A translation of sites from one layer to another.
+    """Translates sites from one layer to another.
 
     Args:
-        before, after: paths of the layers.
-        nodes: replacements for nodes; other nodes stay unchanged.
+        before, after: paths of the two layers.
+        nodes: replacements for nodes; all other nodes stay unchanged.
     """
 
     def __init__(self, before: str, after: str, nodes: Mapping[fx.Node, fx.Node]) -> None:
@@ -49,7 +49,7 @@ class SiteMove:
         self._uses: dict[Use, Any] = {}
 
     def site(self, site: S) -> S:
-        """Return the site in the other layer, with nothing inserted; rows of one use share it there as well."""
+        """Return the site in the other layer, with nothing inserted; sites that share a use still share one there."""
         moved = self._copied(site)
         if self.before != self.after:
             moved.layer, moved.stack = place(moved.key.module)

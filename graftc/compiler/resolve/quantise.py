@@ -1,4 +1,4 @@
-"""Quantisation of a source model's base, as a spec's ``base`` requests.
+"""Quantise a source model's weights, as a spec's ``base`` requests.
 
 The model's graph shows which weights belong to linear maps and experts, and how they are stored.
 """
@@ -28,11 +28,11 @@ from graftc.specs.patterns import match_modules
 _PACKABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 _GROUPS = {"int8": 0, "int4": 64, "nf4": 64, "fp4": 64}
-"""Groups by format, where the spec has none; 0 is a whole row."""
+"""Default group size of each format; 0 means a whole row."""
 
 
 def packing_for(options: BaseOptions, *, transposed: bool = False) -> Packing:
-    """Return the packing that a spec's options name.
+    """Return the packing that a spec's options request.
 
     Args:
         options: the options, with a format.
@@ -46,10 +46,10 @@ def packing_for(options: BaseOptions, *, transposed: bool = False) -> Packing:
 
 
 def linear_maps(capture: Capture) -> dict[str, Layout]:
-    """Return the weights of a graph that only linear maps and experts read, by name, with their layouts.
+    """Return the weights that only linear maps and experts of a graph read, with their layouts, by name.
 
-    These are the weights in repeated layers, or all of them if there are no repeated layers. Routers, whose results
-    decide what is computed, are left out.
+    Only weights in repeated layers count, unless the model has no repeated layers. Routers, whose results decide what
+    is computed, are left out.
     """
     graph = capture.program.graph
     routers = {f.node for f in find_structure(graph, capture.constants).findings if f.role.endswith("router")}
@@ -71,7 +71,7 @@ def linear_maps(capture: Capture) -> dict[str, Layout]:
 def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]) -> nn.Module:
     """Return a copy of ``model`` with packed weights; everything else is shared.
 
-    Weights that are packed already stay unchanged. The model is not changed.
+    Weights that are already packed stay unchanged. The model is not changed.
 
     Args:
         model: the source.
@@ -98,13 +98,13 @@ def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]
     if not any(packed_types(module) for module in result.modules()):
         hint = "skip fewer modules" if skipped else "leave quantize out"
         message = f"{type(model).__name__} has no linear maps in repeated layers that could be quantised"
-        message += ", of float32, bfloat16 or float16" if others else ""
+        message += " (only float32, bfloat16 and float16 can)" if others else ""
         raise GraftError("GC160", message, place=Place(path="base.quantize"), hint=hint)
     return result
 
 
 def _pack(model: nn.Module, chosen: Mapping[str, Mapping[str, Packing]]) -> None:
-    """Pack weights of a model; those that are one tensor stay one, in all modules that have them."""
+    """Pack some of a model's weights; a tensor that several modules share stays shared."""
     modules = dict(model.named_modules(remove_duplicate=False))
     wanted = {
         id(parameters_of(modules[path])[name]): own for path, part in chosen.items() for name, own in part.items()
@@ -120,6 +120,6 @@ def _pack(model: nn.Module, chosen: Mapping[str, Mapping[str, Packing]]) -> None
 
 
 def is_turned(module: nn.Module) -> bool:
-    """Return whether a module is a linear map whose weight is ``[in, out]``, as transformers' ``Conv1D``."""
+    """Return whether a module is a linear map whose weight is ``[in, out]``, such as transformers' ``Conv1D``."""
     weight, outputs = parameters_of(module).get("weight"), getattr(module, "nf", None)
     return weight is not None and weight.dim() == 2 and type(outputs) is int and weight.shape[1] == outputs

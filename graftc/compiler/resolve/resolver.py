@@ -1,4 +1,4 @@
-"""Resolution of a spec's targets to the sites of one Program, with checks for conflicts among them."""
+"""Resolve a spec's targets to the sites of one Program, and check them for conflicts."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Resolved:
 
     Attributes:
         spec: the adaptation.
-        sites: every use of every place, each with the spec that applies to it.
-        shared: places whose tensor has another reader and therefore cannot fold, with a description of that reader.
+        sites: every use of every place, each with the spec that applies there.
+        shared: places that cannot fold because their tensor has another reader, with a description of that reader.
     """
 
     spec: MethodSpec
@@ -57,17 +57,17 @@ class Resolved:
 def place_of(site: Site) -> SiteKey:
     """Return the key of the place that a site belongs to.
 
-    Uses of one weight are one place, and so are sublayers that end in one weight and the values of a layer that runs
-    several times; each use of anything else is a place of its own.
+    All uses of one weight are one place, and so are sublayers that end in the same weight, and the values of a layer
+    that runs several times. Each use of anything else is a separate place.
     """
     return site.key.place if isinstance(site, LinearSite | SublayerSite | ValueSite) else site.key
 
 
 class Resolver:
-    """A resolver of specs on one Program.
+    """Resolves specs to the sites of one Program.
 
     Args:
-        table: the sites of the Program.
+        table: the Program's sites.
     """
 
     def __init__(self, table: SiteTable) -> None:
@@ -131,7 +131,7 @@ class Resolver:
         return Resolved(adaptation, tuple(sites), shared)
 
     def _shared(self, sites: Sequence[LinearSite]) -> str | None:
-        """Return a description of what shares a place's tensor without being adapted with it; None if nothing does."""
+        """Return a description of another, unadapted reader of a place's tensor; None if there is no such reader."""
         reader = self.table.read_elsewhere(sites)
         if reader is None:
             return None
@@ -143,16 +143,16 @@ class Resolver:
     def again(
         self, main: Iterable[Resolved], *, required: Required = "all", edits: TensorEdits | None = None
     ) -> list[Resolved]:
-        """Return the adaptations of another Program with their places in this one.
+        """Return another Program's adaptations with their sites in this one.
 
         Args:
             main: the adaptations as resolved in the other Program.
-            required: which of the places have to exist here; others that do not are left out.
-            edits: what that Program's adaptations do with stored tensors: in a part of a model, another module may read
-                such a tensor.
+            required: which places must exist here; other missing places are left out.
+            edits: what the other Program's adaptations do with stored tensors; in a part of a model, another module may
+                read a changed tensor.
 
         Raises:
-            GraftError: GC031 naming an adaptation and a place that this Program does not read.
+            GraftError: GC031, naming an adaptation and a place that this Program does not read.
         """
         result: list[Resolved] = []
         for resolved in main:
@@ -169,12 +169,12 @@ class Resolver:
         return result
 
     def _is_called(self, site: Site) -> bool:
-        """Return whether the Program reads a site's tensor or, for a site without one, has nodes of its module."""
+        """Return whether the Program reads a linear site's tensor or, for other sites, runs the site's module."""
         return self.table.reads(site.own.tensor) if isinstance(site, LinearSite) else site.key.module in self._called
 
     @cached_property
     def _called(self) -> frozenset[str]:
-        """Paths of the modules that have nodes in the Program, or that contain modules which have."""
+        """The paths of all modules that have nodes in the Program, and of all modules that contain these."""
         graph = self.table.program.graph
         owners = {str(node.meta.get("module", "")) for node in graph.nodes if node.op == "call_function"}
         in_calls = {
@@ -183,23 +183,23 @@ class Resolver:
         return frozenset(path for owner in owners | in_calls for path in accumulate(owner.split("."), "{}.{}".format))
 
     def _conflicts(self, spec: Spec, all_resolved: Sequence[Resolved]) -> None:
-        """Raise GC021 unless rows of one weight belong to one adaptation, or to several with exactly the same rows."""
+        """Raise GC021 if two adaptations of one weight have overlapping rows that are not exactly the same."""
         owners: dict[tuple[str, str], dict[WeightSlice, list[str]]] = defaultdict(dict)
         for index, resolved in enumerate(all_resolved):
             for site, _ in resolved.places:
                 if not isinstance(site, LinearSite):
                     continue
                 owners_of_rows = owners[site.key.module, site.key.name]
-                for taken, names in owners_of_rows.items():  # as many as parts of a weight, however many adaptations
+                for taken, names in owners_of_rows.items():  # one per part of a weight, however many adaptations
                     same = taken == site.own and names[-1] != resolved.name
                     if taken.overlaps(site.own) and not same:
                         raise spec.locate(
                             GraftError(
                                 "GC021",
                                 f"{resolved.name!r} adapts {_rows(site.own)} of {site.key.module}, "
-                                f"{names[0]!r} adapts {_rows(taken)} of it",
+                                f"but {names[0]!r} adapts {_rows(taken)} of it",
                                 place=Place(path=f"adapt[{index}].target"),
-                                hint="adaptations stack on exactly the same rows; leave one of them out, or name "
+                                hint="adaptations stack only on exactly the same rows; leave one of them out, or name "
                                 "the same rows in both",
                             )
                         )
@@ -212,16 +212,16 @@ class Resolver:
             place = spec.place(f"adapt[{index}].target")
             for site, _ in resolved.places:
                 if (reader := resolved.shared.get(place_of(site))) is not None:
-                    message = f"{site.key} {reader}: {resolved.name!r} trains there but will not fold"
+                    message = f"{site.key} {reader}: {resolved.name!r} trains it but will not fold"
                     warn("GC024", message, place=place, hint="exclude it, or deploy with the adaptation in the graph")
 
 
 Required = Literal["all", "called", "none"]
-"""The adapted places that a later Program must contain: all, only those in modules it calls, or none."""
+"""The adapted places that another Program must contain: all, only those in modules that it calls, or none."""
 
 
 def not_read(program: Program, place: str, owner: str) -> GraftError:
-    """Return the error for a signature whose graph does not read an adapted place."""
+    """Return the error for a Program that does not read an adapted place."""
     return GraftError(
         "GC031",
         f"with the inputs {', '.join(program.signature)} the model does not read {place}, which {owner!r} adapts",

@@ -1,4 +1,4 @@
-"""Selection of sites by a target: all patterns match and all counts hold, or an error says what came closest.
+"""Select sites with a target: every pattern and count must hold, otherwise an error shows what came closest.
 
 Torch-free: it works on candidates, not graphs.
 """
@@ -25,7 +25,7 @@ def select(
     missing: Missing = lambda spot: (),
     matcher: RegexMatcher | None = None,
 ) -> list[Candidate]:
-    """Return the candidates that a target selects, in their order.
+    """Return the candidates that a target selects, in model order.
 
     Args:
         target: the target to resolve.
@@ -33,15 +33,15 @@ def select(
         where: path of the target in the spec, named in errors: ``adapt[0].target``.
         kinds: the kinds of site that the method takes; None for all.
         method: the method's tag, named in errors.
-        missing: returns what has no role in a layer (stack and number; None for the whole model) and why, which
-            explains a near miss.
-        matcher: the matcher for regular expressions; the targets of a spec share one, and its time limit.
+        missing: returns the modules without a role in a layer (stack and index; None for the whole model), each with
+            the reason, to explain near misses.
+        matcher: the matcher for regular expressions; a spec's targets share one, and with it a time limit.
 
     Raises:
         GraftError: GC008 if a regular expression takes too long; GC011 if a glob, regex, list item, brace branch, layer
-            or exclusion matches nothing, or narrowing leaves it without a site; GC013 if ``expect`` is not met; GC014
-            if nothing is left; GC015 if the model, or some layers of a stack, have no such role; GC016 if the method
-            does not take what matches. Places contain paths; ``Spec.locate`` adds line and column.
+            or exclusion matches nothing, or if narrowing drops all of its matches; GC013 if ``expect`` is not met;
+            GC014 if nothing is left; GC015 if the model, or some layers of a stack, lack a role; GC016 if the method
+            does not take the matched kinds. Places contain paths; ``Spec.locate`` adds line and column.
     """
     return Matching(target, candidates, where, ForMethod(kinds, method, missing), matcher or RegexMatcher()).run()
 
@@ -56,11 +56,11 @@ def meant(
     missing: Missing = lambda spot: (),
     within: Collection[Hashable] | None = None,
 ) -> Meant:
-    """Return what a target selects, with its errors: `select` for a target that is still being written.
+    """Return a target's selection together with its errors: `select` for a target that is still being written.
 
     Args:
         target, candidates, where, kinds, method, missing: as for `select`.
-        within: keys of the only candidates to choose from; by default all. Layers are counted in all of them.
+        within: the keys of the candidates to choose from; by default all. Layers are counted over all candidates.
 
     Raises:
         GraftError: GC008 if a regular expression takes too long.
@@ -87,6 +87,6 @@ def check_overrides(
         depth: number of layers of each stack, from :func:`depths` of all candidates; by default from ``selected``.
 
     Raises:
-        GraftError: GC011 naming the override, or its pattern that matches nothing.
+        GraftError: GC011, naming the override, or its pattern that matches nothing.
     """
     check_used(spec.override_list(), selected, depths(selected) if depth is None else depth, f"{where}.overrides")

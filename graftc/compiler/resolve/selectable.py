@@ -1,4 +1,4 @@
-"""The places of a model as data, without graphs or tensors: what targets select from and what is known of it."""
+"""A model's selectable places as plain data, without graphs or tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from graftc.specs.target import Candidate
 
 @dataclass(frozen=True)
 class SelectedPlace:
-    """One place of a model that a target can select.
+    """A place in a model that a target can select.
 
     Attributes:
         name: the module path, followed by the part of a fused weight, as in ``transformer.h.0.attn.c_attn[q]``, or by
@@ -38,12 +38,12 @@ class SelectedPlace:
         kind: the kind of site.
         layer, stack: index of its layer and path of the list that contains the layer; None and empty outside of layers.
         tensors: names of its weight and its bias; empty for attentions, sublayers and values.
-        rows: the output rows of the weight that it covers, as ascending half-open runs; None for all of them.
-        shape: sizes of these rows as stored; empty if there is no weight.
-        parameters: number of elements of its tensors, counting only these rows.
-        uses: number of times that the model computes with it.
+        rows: the output rows that it covers in the weight, as ascending half-open runs; None for all rows.
+        shape: the shape of these rows as stored; empty if there is no weight.
+        parameters: number of elements in its tensors, counting only these rows.
+        uses: how many times the model computes with it.
         evidence: the reason for its role.
-        blocked: the reason why no method can adapt it; empty for all others.
+        blocked: the reason why no method can adapt it; empty if one can.
         unused: whether it is blocked because no output needs it.
     """
 
@@ -69,7 +69,7 @@ class SelectedPlace:
 
     @property
     def starred(self) -> str:
-        """The name with a star in place of the layer index, which equal layers have in common."""
+        """The name with a star in place of the layer index, the same for equal layers."""
         number = f"{self.stack}.{self.layer}".lstrip(".")
         same = self.layer is not None and f"{self.name}.".startswith(f"{number}.")
         return f"{self.stack}.*".lstrip(".") + self.name[len(number) :] if same else self.name
@@ -93,8 +93,8 @@ class Selectable:
     Attributes:
         model: name of the model's class.
         candidates: the places as the resolver sees them.
-        places: the same places with what is known of each, by key.
-        unresolved: everything that has no role.
+        places: the same places with their details, by key.
+        unresolved: the parts of the model that have no role.
     """
 
     model: str
@@ -103,11 +103,11 @@ class Selectable:
     unresolved: tuple[Unresolved, ...] = ()
 
     def missing(self, spot: tuple[str, int] | None) -> Sequence[str]:
-        """Return what has no role in a layer (its stack and number), or in the whole model, and why."""
+        """Return the parts of a layer (its stack and index), or of the whole model, that have no role, with reasons."""
         return reasons(self.unresolved, spot)
 
     def require_adaptable(self, place: SelectedPlace) -> None:
-        """Raise the error that compiling raises for a place that no method can adapt (GC017, GC023)."""
+        """Raise GC017 or GC023, as compiling does, if no method can adapt a place."""
         if place.blocked:
             code = "GC023" if place.unused else "GC017"
             raise GraftError(code, f"{place.module} {place.blocked}", hint="leave it out with exclude")
@@ -125,11 +125,11 @@ class ModelStructure(Structure):
 
 
 def selectable(model: nn.Module, program: Program, store: Store, structure: Structure) -> Selectable:
-    """Return the places of a base model that targets can select.
+    """Return a base model's places that targets can select.
 
     Args:
         model: the model that was captured.
-        program: its graph as captured.
+        program: the captured graph.
         store: its tensors.
         structure: the roles found in that graph.
     """

@@ -1,4 +1,4 @@
-"""Selections: the places that a target would select, to be counted, inspected and combined before a spec is written."""
+"""`Selection`: places that a target would select, to count, inspect and combine before writing a spec."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from graftc.specs.target import AsTarget, Target, written_fields
 
 _WHERE = "selection"
 _WEIGHTS = frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS})
-"""What a path stands for where neither a role nor a method says what kind of site is meant."""
+"""The kinds of site that a path selects if neither a role nor a method determines the kind."""
 _NO_ROLE = "a selection without a role or a method"
 _LINES = 40
-"""Lines of a printed table."""
+"""Maximum number of lines in a printed table."""
 _HEADINGS = ("role", "place", "rows", "layers", "kind", "shape", "parameters", "evidence")
 
 
 class Selection(AsTarget):
-    """Some places of a model. Immutable: every method returns another selection.
+    """A set of places in a model. Immutable: every method returns a new selection.
 
-    Created by `graftc.select`, which returns all weights of linear maps, embeddings and experts, or all places of the
-    kinds that a method takes. Each method narrows a selection as the field of the same name narrows a target;
-    alternatives go into one call (``role("attn.q", "attn.v")``) or are joined with ``|``. ``&`` and ``-`` work as for
-    sets. `len` counts places, and iterating yields each as a `SelectedPlace`, in the order of the model.
+    `graftc.select` creates a selection of all linear, embedding and expert weights, or of all places whose kind a
+    method takes. Each method narrows a selection as the field of the same name narrows a target; alternatives go into
+    one call (``role("attn.q", "attn.v")``) or are joined with ``|``. ``&`` and ``-`` work as for sets. `len` counts the
+    places, and iteration yields each as a `SelectedPlace`, in model order.
 
-    A role may name any kind of site. A path alone selects whole weights, as in a target: rows of fused weights are
+    A role may select any kind of site. A path alone selects whole weights, as in a target; rows of fused weights are
     selected by role.
 
-    A pattern that matches nothing is not an error while a selection is built; printing shows what came closest, and
-    `to_target` raises the error.
+    A pattern that matches nothing is not an error while a selection is being built: printing the selection shows what
+    came closest, and `to_target` raises the error.
     """
 
     def __init__(self, places: Selectable, *, method: str | None = None) -> None:
@@ -49,7 +49,7 @@ class Selection(AsTarget):
 
         Args:
             places: the places of a model.
-            method: the tag of the method; None for weights, and for any kind of place that a role names.
+            method: the method's tag; None for weights, and any other kind of place that a role selects.
 
         Raises:
             GraftError: GC004 if the method is unknown.
@@ -107,7 +107,7 @@ class Selection(AsTarget):
     def _narrowed(self, name: str, values: Sequence[Any]) -> Selection:
         given = tuple(v for value in values for v in (as_items(value) if isinstance(value, list | tuple) else (value,)))
         if not given:
-            raise GraftError("GC002", f"{name}() names nothing", hint=f"give what {name} of a target takes")
+            raise GraftError("GC002", f"{name}() has no arguments", hint=f"pass what a target's {name} field accepts")
         items: Any = given[0] if len(given) == 1 else given
         current = None if self._written is None else getattr(self._written, name)
         if self._written is None or (current is not None and name != "exclude"):
@@ -133,8 +133,8 @@ class Selection(AsTarget):
             return NotImplemented  # type: ignore[no-any-return]
         two: Selection = other
         if not self._same_model(two):
-            message = f"one selection is of {self._places.model}, the other of {two._places.model} with other places"
-            raise GraftError("GC073", message, hint="select both in the same model")
+            message = f"one selection is from {self._places.model}, the other from a different {two._places.model}"
+            raise GraftError("GC073", message, hint="select both from the same model")
         keys = combine(self._keys, two._keys)
         return self._like(
             None,
@@ -147,14 +147,14 @@ class Selection(AsTarget):
         )
 
     def _fused_with(self, other: Selection) -> list[str]:
-        """Return a note if one selection has rows of a fused weight and the other one the whole weight: two places."""
+        """Return a note if one selection has part of a fused weight and the other the whole weight, as two places."""
         chosen = (self._meant.chosen, other._meant.chosen)
         for one, two in (chosen, chosen[::-1]):
             whole = {c.module for c in two if not c.part and c.kind in _WEIGHTS}
             part = next((c for c in one if c.part and c.module in whole), None)
             if part is not None:
                 names = f"{one_line(part.name)} and {one_line(part.module)}"
-                return [f"note: {names} are two places, rows of a weight and the whole; name a role on both sides"]
+                return [f"note: {names} are two places, part of a weight and all of it; use a role on both sides"]
         return []
 
     @property
@@ -165,7 +165,7 @@ class Selection(AsTarget):
         return self._places is other._places or self._places.candidates == other._places.candidates
 
     def _like(self, written: Target | None, **changes: Any) -> Selection:
-        """Return a copy with another target, which is matched, and with other values of some attributes."""
+        """Return a copy with another target, which is matched if not None, and with some attributes changed."""
         copied: Selection = copy.copy(self)
         for name, value in {**changes, "written": written}.items():
             setattr(copied, f"_{name}", value)
@@ -175,7 +175,7 @@ class Selection(AsTarget):
 
     @property
     def _faults(self) -> tuple[GraftError, ...]:
-        """The errors of all patterns that the selection was made with."""
+        """The errors of all patterns that built the selection."""
         return (*self._before, *self._meant.faults)
 
     @property
@@ -218,18 +218,18 @@ class Selection(AsTarget):
 
     @property
     def parameters(self) -> int:
-        """The number of elements of all tensors in it; tensors of several places, such as tied ones, count once."""
+        """The number of elements in all of its tensors; a tensor of several places, such as a tied one, counts once."""
         return sum({(place.tensors, place.rows): place.parameters for place in self}.values())
 
     def expect(self, count: int) -> Selection:
         """Return the same selection if it has the expected number of places.
 
         Args:
-            count: the expected number, from 0.
+            count: the expected number, at least 0.
 
         Raises:
-            GraftError: GC013 if it has another number, with the count of each pattern and what came closest; GC073 if
-                ``count`` is not a whole number from 0.
+            GraftError: GC013 if the number differs, with each pattern's count and what came closest; GC073 if ``count``
+                is not a non-negative integer.
         """
         count = _count(count)
         if len(self) == count:
@@ -244,15 +244,15 @@ class Selection(AsTarget):
     def to_target(self, method: str | None = None) -> Target:
         """Return a target that selects exactly these places in this model.
 
-        The target is checked by resolving it. It states the number of places (``expect``), so that it raises an error
-        for another method or model that has a different number of them.
+        The target is verified by resolving it. It contains the number of places (``expect``), so that a method or model
+        with a different number of them raises an error.
 
-        The fields are those of the calls that made the selection. For a combined selection, suitable fields are chosen:
-        roles, roles in layers, or a list of modules.
+        The fields are those of the calls that built the selection. For a combined selection, suitable fields are
+        chosen: roles, roles in layers, or a list of modules.
 
         Args:
-            method: the method that the target is for; by default that of `graftc.select`, or any method that takes such
-                sites.
+            method: the method that the target is for; by default that passed to `graftc.select`, or any method that
+                takes such sites.
 
         Raises:
             GraftError: GC014 for an empty selection; GC011, GC014 or GC015 for a pattern that matches nothing; GC016
@@ -268,7 +268,7 @@ class Selection(AsTarget):
 
     @property
     def _expression(self) -> str:
-        """The steps that made the selection, written as fields of a target."""
+        """The steps that built the selection, written as a target's fields."""
         values = {name: getattr(self._written, name, None) for name in Target.model_fields}
         fields = ", ".join(f"{name}: {write_items(value)}" for name, value in values.items() if value is not None)
         return f"({self._said}) & {fields}" if self._said and fields else self._said or fields or "all"
@@ -281,7 +281,7 @@ class Selection(AsTarget):
     def rows(self) -> list[tuple[str, ...]]:
         """Return the lines of a table: role, place, rows, layers, kind, shape, parameters and evidence.
 
-        Equal layers of a stack share a line, with the parameters of all and the evidence of the first.
+        Equal layers of a stack share a line, with their total of parameters and the evidence of the first.
         """
         result: list[tuple[str, ...]] = []
         for (role, starred, rows, kind, shape), sites in grouped(self, _common).items():
@@ -328,7 +328,7 @@ class Selection(AsTarget):
 
 
 def _common(site: SelectedPlace) -> tuple[str, str, str, str, str]:
-    """Return what the sites that share a line of the table have in common."""
+    """Return the cells that are the same for all sites on one line of the table."""
     return ", ".join(site.roles), site.starred, site.rows_text, str(site.kind), " x ".join(map(str, site.shape))
 
 
@@ -337,4 +337,4 @@ def _count(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     shown = value if isinstance(value, int) and not isinstance(value, bool) else kind_of(value)
-    raise GraftError("GC073", f"the number of sites is {shown}", hint="give a whole number from 0")
+    raise GraftError("GC073", f"the number of sites cannot be {shown}", hint="pass a non-negative integer")

@@ -1,4 +1,4 @@
-"""The table of all sites of one Program, as candidates for targets."""
+"""`SiteTable`: all sites of one Program, as candidates for targets."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from graftc.specs.target import Candidate
 
 @dataclass(eq=False)
 class BlockedSite(Site):
-    """A place that a target may name but no method can adapt.
+    """A place that a target may select but no method can adapt.
 
     Attributes:
         reason: the reason why no method can adapt it.
@@ -59,17 +59,17 @@ class BlockedSite(Site):
 class SiteTable:
     """All sites of one Program.
 
-    A stored weight is one candidate however often it is used, or one per role if roles own only some of its rows.
+    A stored weight is one candidate, however often it is used; if roles own only some of its rows, it has one per role.
 
     Args:
-        program: the base as captured, canonicalised.
+        program: the captured and canonicalised base.
         store: its tensors.
         structure: the roles found in it.
-        modules: the source model's modules by path, to tell a wrong name from a module that no output needs.
-        token_embeddings: the places where it looks tokens up.
+        modules: the source model's modules by path, to distinguish a wrong name from a module that no output needs.
+        token_embeddings: the places where the model looks tokens up.
 
     Attributes:
-        entries: the sites of each candidate: one per use of its tensor.
+        entries: each candidate's sites, one per use of its tensor.
         candidates: the places that targets select from; a candidate's key is its index in `entries`.
         uses: the uses of stored weights, by module and parameter name.
         token_embeddings: the places where the model looks tokens up.
@@ -114,9 +114,9 @@ class SiteTable:
     # --- weights ---------------------------------------------------------------------------------------
 
     def _owner(self, use: Use) -> tuple[str, str]:
-        """Return module and parameter name: the calling module's own name for the tensor, or the first name.
+        """Return the module and parameter name: the calling module's own name for the tensor, or the first name.
 
-        A module that is registered under several paths is named by the first.
+        A module that is registered under several paths is identified by the first.
         """
         calling = str(use.node.meta["module"])
         names = [use.weight.tensor, *self.store.tied(use.weight.tensor)]
@@ -127,7 +127,7 @@ class SiteTable:
         return module, name
 
     def _weight(self, module: str, name: str) -> None:
-        """Add the sites of a whole weight, if a use reads all of it, and of the rows that roles own."""
+        """Add sites for the whole weight, if a use reads all of it, and for the rows that roles own."""
         uses = self.uses[module, name]
         spans: dict[WeightSlice, list[Finding]] = {}
         whole = uses[0].weight.at(None)
@@ -150,9 +150,9 @@ class SiteTable:
     def linear_sites(
         self, key: SiteKey, own: WeightSlice, findings: Sequence[Finding] = (), like: Site | None = None
     ) -> list[Site]:
-        """Return the sites of some rows of a weight, one per use that reads all of those rows.
+        """Return the sites for some rows of a weight, one per use that reads all of these rows.
 
-        A use that reads the tensor in another layout than the first one has other rows, and counts as another reader.
+        A use with a different layout from the first has different rows, and counts as another reader.
         """
         every = self.uses.get((key.module, key.name), [])
         uses = [u for u in every if u.weight.layout is every[0].weight.layout and u.weight.covers(own)]
@@ -164,9 +164,9 @@ class SiteTable:
         return [site_of(use, replace(key, use=index), own, roles, layer, stack) for index, use in enumerate(uses)]
 
     def readers(self, site: LinearSite) -> list[Site]:
-        """Return a site for every use here that reads the rows of a site of another Program, in any module.
+        """Return a site for every use in this Program, in any module, that reads the rows of another Program's site.
 
-        Changes of the tensor itself affect all of these.
+        A change to the tensor itself affects all of them.
         """
         uses = self._uses_of(site.own.tensor)
         alike = [use for use in uses if use.weight.layout is site.use.weight.layout and use.weight.covers(site.own)]
@@ -183,7 +183,7 @@ class SiteTable:
     def read_elsewhere(self, sites: Sequence[LinearSite]) -> str | None:
         """Return another reader of the rows that these sites of one weight adapt; None if there is none.
 
-        Folding into the weight would change the result of that reader as well.
+        Folding into the weight would also change that reader's result.
         """
         own = sites[0].own
         apart = {use.node for use in self._uses_of(own.tensor) if not use.weight.overlaps(own)}
@@ -219,7 +219,7 @@ class SiteTable:
         self._add([ParameterSite(key, *_where(finding), kind=SiteKind.PARAMETER, tensor=finding.parameter)])
 
     def _other_parameters(self) -> None:
-        """Add the parameters of the base that are read and belong to no other site."""
+        """Add the base parameters that the Program reads and that belong to no other site."""
         known = {own.tensor for sites in self.entries for site in sites for own in slices_of(site, self.store)}
         for name, _ in self.store.weights():
             if not self.store.is_buffer(name) and name in self._attributes and name not in known:
@@ -248,7 +248,7 @@ class SiteTable:
     def _sublayers(self) -> None:
         """Add the sites of sublayers.
 
-        Sublayers that end in the same weight are uses of one place; others with the same roles in a layer are numbered.
+        Sublayers that end in the same weight are uses of one place; a layer's others with the same roles are numbered.
         """
         by_role: dict[tuple[str, str], dict[Any, list[Site]]] = defaultdict(dict)
         for sublayer in self.structure.sublayers:
@@ -281,9 +281,9 @@ class SiteTable:
             self._add(sites)
 
     def _token_embeddings(self, embeddings: Sequence[TokenEmbeddings]) -> None:
-        """Add the token embeddings of every sequence.
+        """Add a site for each sequence's token embeddings.
 
-        Without a prefix, the role means those of the first sequence, an encoder's.
+        Without a prefix, the role selects those of the first sequence, which is the encoder's if there are two.
         """
         for own in embeddings:
             key = SiteKey(own.module, own.role)
@@ -292,12 +292,12 @@ class SiteTable:
 
     def _blocked(self, finding: Finding) -> None:
         name = (finding.parameter or finding.role).rpartition(".")[2]
-        reason = "has a weight that is more than rows of one stored tensor, in order"
+        reason = "has a weight that is not just rows of one stored tensor, in order"
         site = BlockedSite(SiteKey(finding.module, name), *_where(finding), kind=finding.kind, reason=reason)
         self._add([site])
 
     def _other_modules(self) -> None:
-        """Add weights without a site as blocked candidates, so that naming one shows the reason."""
+        """Add weights without a site as blocked candidates, so that selecting one shows the reason."""
         present = {candidate.module for candidate in self.candidates}
         for path, module in self.modules.items():
             weight = packed_types(module).get("weight", parameters_of(module).get("weight"))
@@ -307,7 +307,7 @@ class SiteTable:
             reason = (
                 "is not needed for any output of the model, so it would never learn"
                 if unused
-                else "has a weight that is not a linear map's, or is read as more than rows of the stored tensor"
+                else "has a weight that no linear map reads, or that is not read as just rows of the stored tensor"
             )
             key = SiteKey(path, "weight")
             self._add([BlockedSite(key, (), *place(path), kind=SiteKind.LINEAR, reason=reason, unused=unused)])
@@ -326,13 +326,13 @@ class SiteTable:
         )
 
     def missing(self, spot: tuple[str, int] | None) -> list[str]:
-        """Return what was left without a role in a layer (its stack and number), or in the whole model, and why."""
+        """Return the parts of a layer (its stack and index), or of the whole model, that have no role, with reasons."""
         return reasons(self.structure.unresolved, spot)
 
     def same(self, site: Site) -> list[Site]:
-        """Return the sites here at the place of a site of another Program; empty if the place is not read here."""
+        """Return this Program's sites at the place of another Program's site; empty if it does not read the place."""
         if isinstance(site, LinearSite):
-            # Adaptations that stack on a place share its sites, which record what has been inserted so far.
+            # Adaptations that stack on a place share its sites, which record all insertions so far.
             spot = site.key.place, site.own
             if spot not in self._same:
                 self._same[spot] = self.linear_sites(*spot, like=site)
@@ -346,7 +346,7 @@ class SiteTable:
 
 
 def parameter_site(tensor: str) -> ParameterSite:
-    """Return the site of a whole stored tensor that has no role."""
+    """Return a site for a whole stored tensor, without a role."""
     module, _, name = tensor.rpartition(".")
     return ParameterSite(SiteKey(module, name), (), *place(module), kind=SiteKind.PARAMETER, tensor=tensor)
 
@@ -354,7 +354,7 @@ def parameter_site(tensor: str) -> ParameterSite:
 def site_of(
     use: Use, key: SiteKey, own: WeightSlice, roles: tuple[str, ...] = (), layer: int | None = None, stack: str = ""
 ) -> LinearSite:
-    """Return the typed site of some rows of a use."""
+    """Return a site for some rows of a use, of the class that matches the use."""
     cls, kind = LinearSite, SiteKind.LINEAR
     if isinstance(use, Experts):
         cls, kind = ExpertsSite, SiteKind.EXPERTS
@@ -364,13 +364,13 @@ def site_of(
 
 
 def _end(sublayer: Sublayer) -> str | fx.Node:
-    """Return the weight that a branch ends in, or its sum if several meet; two runs of one sublayer share it."""
+    """Return the weight that a branch ends in, or its sum if several paths meet; runs of one sublayer share it."""
     last = _last_map(sublayer.projection)
     return last.weight.tensor if last is not None else sublayer.sum
 
 
 def _last_map(projection: fx.Node) -> Use | None:
-    """Return the linear map that a branch ends in; None if several meet."""
+    """Return the linear map that a branch ends in; None if several paths meet after it."""
     node = projection
     while (use := linear_use(node)) is None:
         sources = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]

@@ -1,4 +1,4 @@
-"""Targets that select exactly some given places: several forms are tried, and the resolver decides which one does."""
+"""Find a target that selects exactly some given places: try several forms and verify each with the resolver."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graftc.specs.registry import method_specs, unknown_method
 from graftc.specs.target import Candidate, Target, depths, written_fields
 
 _SHOWN = 4
-"""How many places that a form selects besides, or leaves out, an error names."""
+"""How many wrongly selected, or missing, places an error lists."""
 
 Keys = frozenset[Hashable]
 
@@ -38,8 +38,8 @@ def kinds_of(method: object) -> frozenset[SiteKind]:
 def exact_target(places: Selectable, keys: Keys, written: Target | None, method: str | None) -> Target:
     """Return a target that selects exactly some places of a model, as verified by the resolver.
 
-    The target states the number of places (``expect``), so that it raises an error for another method or model that
-    has a different number of them.
+    The target contains the number of places (``expect``), so that a method or model with a different number of them
+    raises an error.
 
     Args:
         places: all places of the model.
@@ -53,7 +53,7 @@ def exact_target(places: Selectable, keys: Keys, written: Target | None, method:
             errors of ``written`` as for `graftc.compiler.resolve.select.select`.
     """
     if not keys:
-        raise GraftError("GC014", "the selection is empty", hint="print it: it says what came closest")
+        raise GraftError("GC014", "the selection is empty", hint="print it to see what came closest")
     chosen = [c for c in places.candidates if c.key in keys]
     for candidate in chosen:
         places.require_adaptable(places.places[candidate.key])
@@ -75,7 +75,7 @@ def exact_target(places: Selectable, keys: Keys, written: Target | None, method:
         try:
             target = Target(**fields, expect=len(keys))
             miss = _miss(places, target, kinds, keys)
-        except GraftError as error:  # for a name that no pattern can contain
+        except GraftError as error:  # a name that no pattern can contain
             miss = error.message
         if miss is not None:
             misses.append(f"{_said(fields)}: {miss}")
@@ -103,7 +103,7 @@ def _miss(places: Selectable, target: Target, kinds: Collection[SiteKind], keys:
 
 
 def _covering(chosen: Sequence[Candidate], pool: Iterable[Candidate]) -> list[str]:
-    """Return few roles, chosen greedily, that all chosen sites have and no other one of ``pool``; empty if none do."""
+    """Return a few roles, chosen greedily, that cover all chosen sites and no others of ``pool``; empty if none do."""
     keys = {c.key for c in chosen}
     hits: dict[str, set[Hashable]] = {role: set() for c in chosen for role in sorted(c.roles)}
     for c in pool:
@@ -122,7 +122,7 @@ def _covering(chosen: Sequence[Candidate], pool: Iterable[Candidate]) -> list[st
 
 
 def _forms(chosen: Sequence[Candidate], pool: Sequence[Candidate]) -> Iterator[dict[str, Any]]:
-    """Yield ways to write some places, the most descriptive first; none of them has been checked."""
+    """Yield the fields of possible targets for some places, the most descriptive first, without checking them."""
     if roles := _covering(chosen, pool):
         yield {"role": _one(roles)}
     layers = {c.layer for c in chosen if c.layer is not None}
@@ -137,7 +137,7 @@ def _forms(chosen: Sequence[Candidate], pool: Sequence[Candidate]) -> Iterator[d
 
 
 def _named(paths: Sequence[str], chosen: Sequence[Candidate], pool: Sequence[Candidate]) -> dict[str, Any]:
-    """Return paths as globs that combine equal layers, or as regular expressions if a name has glob characters."""
+    """Return paths as globs that combine equal layers, or as regular expressions if a path has glob characters."""
     if any(mark in path for path in paths for mark in "*{},"):
         return {"regex": _one([re.escape(path) for path in paths])}
     deep = depths(pool)
@@ -162,7 +162,7 @@ def _one(items: Sequence[Any]) -> Any:
 
 
 def _said(fields: dict[str, Any]) -> str:
-    """Return the fields of a target as they may appear in a spec, shortened."""
+    """Return a target's fields as they may appear in a spec, shortened."""
     return one_line(
         ", ".join(
             f"{name}: {write_items(tuple(value) if isinstance(value, list) else value)}"
@@ -172,7 +172,7 @@ def _said(fields: dict[str, Any]) -> str:
 
 
 def _difference(places: Selectable, keys: Keys, got: Keys) -> str:
-    """Return a description of what is in one of two sets of places and not in the other."""
+    """Return a description of the places that are in only one of two sets."""
     parts = []
     for what, only in (("also selects", got - keys), ("leaves out", keys - got)):
         names = [one_line(p.name) for key, p in places.places.items() if key in only]

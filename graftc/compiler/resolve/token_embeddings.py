@@ -1,4 +1,4 @@
-"""The places where a model looks its tokens up, and the inputs that take their vectors instead."""
+"""Find where a model looks tokens up, and the inputs that accept token embeddings instead."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class TokenEmbeddings:
 
     Attributes:
         ids: the input with the token ids.
-        embeds: the input that takes their vectors instead.
+        embeds: the input that takes token embeddings instead.
         role: ``embed.token``, prefixed with its stack if there are two.
         module: path of the module that looks them up.
-        node: the node with their value.
+        node: the node that computes the embeddings.
     """
 
     ids: str
@@ -34,7 +34,7 @@ class TokenEmbeddings:
 
 
 def token_embeddings(model: nn.Module, program: Program) -> list[TokenEmbeddings]:
-    """Return the token lookups of a Program, one per sequence that the model also takes as vectors."""
+    """Return a Program's token lookups, one per sequence that the model also accepts as embeddings."""
     pair = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     known = parameters(model)
     inputs = {str(node.target): node for node in program.placeholders()}
@@ -53,7 +53,7 @@ def token_embeddings(model: nn.Module, program: Program) -> list[TokenEmbeddings
 
 
 def looking_up(model: nn.Module, stack: str = "") -> Any:
-    """Return the module that looks tokens up, by the convention of transformers; None if a model does not follow it."""
+    """Return the module that looks tokens up, by transformers' convention; None if the model does not follow it."""
     owner: Any = model
     try:
         if stack:
@@ -64,7 +64,7 @@ def looking_up(model: nn.Module, stack: str = "") -> Any:
 
 
 def output_head(model: Any) -> Any:
-    """Return the head over the vocabulary, by the convention of transformers; None if there is none."""
+    """Return the head over the vocabulary, by transformers' convention; None if there is none."""
     try:
         return model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -72,7 +72,7 @@ def output_head(model: Any) -> Any:
 
 
 def _value(graph: fx.Graph, paths: Sequence[str], ids: fx.Node) -> fx.Node | None:
-    """Return the last value that a module computes from some ids; None if there is none."""
+    """Return the last value that a module, under any of its paths, computes from ``ids``; None if there is none."""
     below: set[fx.Node] = {ids}
     last = None
     for node in graph.nodes:

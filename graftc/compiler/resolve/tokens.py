@@ -1,4 +1,4 @@
-"""Added tokens: a source model with room for their rows, and the sites where these rows are read."""
+"""Make room for added tokens in a source model, and find the sites that read their rows."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from graftc.specs.document import Tokens
 from graftc.specs.errors.diagnostics import GraftError, Place
 
 TOKENS = OWNERS["tokens"]
-"""Name under which a spec's ``tokens`` owns its rows."""
+"""The owner's name for the rows of a spec's ``tokens``."""
 
 
 def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
-    """Return ``model`` itself if its table has the rows, otherwise a copy with a longer table and head.
+    """Return ``model`` itself if its table already has the rows, otherwise a copy with a longer table and head.
 
-    The copy shares all other storage. New rows start at the mean of the existing ones. The model is not changed.
+    The copy shares all other storage. Each new row starts as the mean of the existing rows. The model is not changed.
 
     Raises:
         GraftError: GC018 if the model's table cannot be determined or resized, or if the first new id would leave a
@@ -59,14 +59,14 @@ def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
 def token_sites(
     model: nn.Module, store: Store, table: SiteTable, tokens: Tokens
 ) -> list[tuple[WeightSlice, list[LinearSite]]]:
-    """Return the new rows of every tensor that contains them, each with all its readers in one Program.
+    """Return the new rows of each tensor that has them, together with all of their readers in one Program.
 
     Raises:
-        GraftError: GC018 if a tensor is read in a way that new rows cannot be inserted into, GC031 if the Program does
-            not look up the table.
+        GraftError: GC018 if new rows cannot be inserted at one of a tensor's readers, GC031 if the Program looks up no
+            tokens.
     """
     tables: list[tuple[WeightSlice, list[LinearSite]]] = []
-    parameters = reversed(list(model.named_parameters(remove_duplicate=False)))  # the first name of each counts
+    parameters = reversed(list(model.named_parameters(remove_duplicate=False)))  # the first name of each wins
     names = {id(parameter): store.canonical(name) for name, parameter in parameters}
     tensors = [t for t in (_table(model), _head(model)) if t is not None]
     for tensor in {id(t): t for t in tensors}.values():
@@ -76,12 +76,12 @@ def token_sites(
         sites = _readers(table, rows)
         others = table.read_elsewhere(sites) if sites else None
         if others:
-            raise GraftError("GC018", f"{name} is also read by {others}, where new rows cannot be put", place=_PLACE)
+            raise GraftError("GC018", f"{name} is also read by {others}, where new rows cannot be added", place=_PLACE)
         if not sites and tensor is tensors[0]:
             inputs = ", ".join(table.program.signature)
             raise GraftError(
                 "GC031",
-                f"with the inputs {inputs} the model looks up no tokens, and the spec adds some",
+                f"with the inputs {inputs} the model looks up no tokens, but the spec adds some",
                 hint="call the model with token ids",
             )
         if sites:
@@ -116,7 +116,7 @@ def _head(model: Any) -> torch.Tensor | None:
 def _cannot(model: nn.Module) -> GraftError:
     return GraftError(
         "GC018",
-        f"{type(model).__name__} does not say which table holds its tokens",
+        f"cannot find or resize the token embedding table of {type(model).__name__}",
         place=_PLACE,
-        hint="it needs get_input_embeddings and resize_token_embeddings, as transformers models have them",
+        hint="the model needs get_input_embeddings and resize_token_embeddings, as in transformers",
     )

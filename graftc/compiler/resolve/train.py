@@ -1,4 +1,4 @@
-"""The ``train:`` list of a spec: parameters of the base that train directly, through copies in their place."""
+"""Insert a spec's ``train:`` list: base parameters that are trained directly, through copies that replace them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.patterns import match_modules
 
 TRAIN = OWNERS["train"]
-"""Name under which the list owns its copies."""
+"""The owner's name for the list's copies."""
 
 
 def train_sites(table: SiteTable, spec: Spec) -> list[ParameterSite]:
-    """Return the parameters of the modules that ``train:`` names, as sites.
+    """Return sites for the parameters of the modules that ``train:`` selects.
 
     Raises:
-        GraftError: GC011 for a pattern that matches no module, GC022 for a tensor that is tied to one that does not
-            train, GC023 for one that no output needs.
+        GraftError: GC011 for a pattern that matches no module, GC022 for a tensor that is tied to one that is not
+            trained, GC023 for one that no output needs.
     """
     if not spec.train:
         return []
@@ -42,10 +42,10 @@ def train_sites_again(table: SiteTable, main: Sequence[ParameterSite], *, every:
     Args:
         table: the sites of this Program.
         main: the parameters that the other Program trains.
-        every: if true, all of them have to be read here; otherwise those that are not are left out.
+        every: whether this Program must read all of them; if false, those that it does not read are left out.
 
     Raises:
-        GraftError: GC031 naming a parameter that this Program does not read.
+        GraftError: GC031, naming a parameter that this Program does not read.
     """
     missing = [site.tensor for site in main if not table.reads(site.tensor)]
     if missing and every:
@@ -54,14 +54,14 @@ def train_sites_again(table: SiteTable, main: Sequence[ParameterSite], *, every:
 
 
 def insert_train(build: Builder, sites: Sequence[ParameterSite]) -> None:
-    """Insert copies of the parameters, which train in their place."""
+    """Insert copies of the parameters, which are trained in their place."""
     for site in sites:
         with build.on(site):
             build.overlay(site.tensor)
 
 
 def _parameters(table: SiteTable, path: str, trained: Collection[str]) -> list[ParameterSite]:
-    """Return the parameters of a module; those that it shares with others have one name."""
+    """Return sites for a module's parameters; a parameter with several names appears once."""
     sites: list[ParameterSite] = []
     where, store = Place(path="train"), table.store
     names = (name for name, _ in table.modules[path].named_parameters(path, remove_duplicate=False))
@@ -72,7 +72,7 @@ def _parameters(table: SiteTable, path: str, trained: Collection[str]) -> list[P
                 "GC022",
                 f"{path} would train {stored}, which is tied to {', '.join(others)}",
                 place=where,
-                hint="train both, or give the module its own with untie:",
+                hint="train both, or untie the module with untie:",
             )
         name = store.canonical(stored)
         if not table.reads(name):

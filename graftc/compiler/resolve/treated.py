@@ -1,4 +1,4 @@
-"""Grouping of the layers that call one function by how they are adapted."""
+"""Group the layers that call one function by how they are adapted."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from graftc.passes.core.ir.layers import layer_path
 from graftc.specs.base import MethodSpec
 
 Groups = Mapping[str, Sequence[Sequence[str]]]
-"""By body, the paths of the layers that are alike; those of the body itself first."""
+"""For each body, groups of paths of layers that are adapted alike; the body's own group comes first."""
 
 
 class TreatedUnlikeError(UnlikeBodyError):
     """Raised when some calls of a body are to be adapted differently from the body.
 
     Attributes:
-        groups: the layers that are adapted alike, by body.
+        groups: the groups of layers that are adapted alike, by body.
     """
 
     def __init__(self, groups: Groups) -> None:
-        super().__init__("layers that are alike are adapted differently")
+        super().__init__("identical layers are adapted differently")
         self.groups = groups
 
 
 def treated_alike(resolved: Sequence[Resolved], function_calls: Sequence[FunctionCall]) -> dict[str, list[list[str]]]:
-    """Group the calls of each body by what adaptations do there; the group of the body itself comes first.
+    """Group each body's calls by how they are adapted; the body's own group comes first.
 
     Args:
         resolved: the adaptations with their sites.
-        function_calls: the calls.
+        function_calls: the calls of all bodies.
     """
     bodies = {one.path: one.body for one in function_calls} | {one.body: one.body for one in function_calls}
     wanted: dict[str, list[tuple[int, Any, MethodSpec]]] = {path: [] for path in bodies}

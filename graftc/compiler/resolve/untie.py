@@ -1,4 +1,4 @@
-"""Copies of a source model that share its storage, for specs that need another set of tensors."""
+"""Copy a source model without copying its storage, for specs that need other tensors than the source has."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def sharing_copy(model: nn.Module, instead: Mapping[int, Any] = MappingProxyType
 
     Args:
         model: the model to copy, which is not changed.
-        instead: replacements in the copy for objects of the model, by the ids of these objects. Modules among them are
-            not inspected.
+        instead: replacements for some of the model's objects, by object id. Modules among these are not inspected.
     """
     with source_lock():
         tensors = (
@@ -40,26 +39,26 @@ def sharing_copy(model: nn.Module, instead: Mapping[int, Any] = MappingProxyType
 
 
 def another_handle(tensor: torch.Tensor) -> Any:
-    """Return another parameter, or another tensor if it is none, on the same storage."""
+    """Return a new parameter, or a new tensor if ``tensor`` is not a parameter, on the same storage."""
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
     return tensor.detach()
 
 
 def untied(model: nn.Module, patterns: Sequence[str], axes: Sequence[Axis] | None = None) -> nn.Module:
-    """Return a copy of ``model`` in which the modules that ``patterns`` name have tensors of their own.
+    """Return a copy of ``model`` in which the modules that match ``patterns`` have their own tensors.
 
-    Storage is shared until something is folded, so untying costs no memory. A transformers config is set to say that
-    embeddings are not tied, so that a merged model stays untied.
+    Storage is shared until something is folded, so untying costs no memory. In a transformers config,
+    ``tie_word_embeddings`` is set to false, so that a merged model stays untied.
 
     Args:
         model: the source, which is not changed.
-        patterns: globs of module paths, as in a spec's ``untie``.
-        axes: the model's inputs; its usual ones by default.
+        patterns: globs for module paths, as in a spec's ``untie``.
+        axes: the model's inputs; by default its usual ones.
 
     Raises:
-        GraftError: GC011 for a pattern that matches no module, GC027 for one whose modules have nothing that is tied,
-            GC028 for a class that computes something else when its config says that nothing is tied.
+        GraftError: GC011 for a pattern that matches no module, GC027 for one whose modules have no tied tensors, GC028
+            for a class whose outputs change when its config says that embeddings are not tied.
     """
     result = sharing_copy(model)
     modules = dict(result.named_modules(remove_duplicate=False))
@@ -71,7 +70,7 @@ def untied(model: nn.Module, patterns: Sequence[str], axes: Sequence[Axis] | Non
         if not tied:
             raise GraftError(
                 "GC027",
-                f"nothing in {pattern} is tied to anything outside of it",
+                f"no parameter in {pattern} is tied to a parameter elsewhere",
                 place=Place(path=f"untie[{index}]"),
                 hint="leave it out of untie",
             )
@@ -83,9 +82,9 @@ def untied(model: nn.Module, patterns: Sequence[str], axes: Sequence[Axis] | Non
 
 @torch.no_grad()
 def _check_function(model: nn.Module, other: nn.Module, axes: Sequence[Axis] | None) -> None:
-    """Raise GC028 if the untied copy computes something else than the model.
+    """Raise GC028 if the untied copy and the model have different outputs.
 
-    Some classes scale the input of a tied head, and consult their config for whether it is tied.
+    Some classes scale the input of a tied head, and read from their config whether it is tied.
     """
     device = device_of(model)
     if device.type == "meta":
@@ -103,14 +102,14 @@ def _check_function(model: nn.Module, other: nn.Module, axes: Sequence[Axis] | N
     if not all(torch.equal(a, b) for a, b in pairs):
         raise GraftError(
             "GC028",
-            f"{type(model).__name__} computes something else when its embeddings are not tied",
+            f"{type(model).__name__} computes different outputs when its embeddings are not tied",
             place=Place(path="untie"),
             hint="adapt the shared tensor without untying, and deploy with the adaptation in the graph",
         )
 
 
 def _untie(root: nn.Module, module: nn.Module, path: str) -> bool:
-    """Give a module's parameters their own handles if they are shared with other modules; return whether any was."""
+    """Replace a module's parameters that other modules share by new handles, and return whether there were any."""
     outside = {
         id(p) for name, p in root.named_parameters(remove_duplicate=False) if not f"{name}.".startswith(f"{path}.")
     }

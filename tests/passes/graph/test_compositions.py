@@ -415,7 +415,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str, str]] = {
             "compose": KINDS["fuse"],
         },
         "GC036",
-        "are not at the same places",
+        "have different places",
     ),
     "other values": (
         {"adapt": [{**LORA, "name": "a"}, {**LORA, "name": "b", "rank": 4}], "compose": {"bank": ["a", "b"]}},
