@@ -105,7 +105,7 @@ def test_a_sum_weighed_by_a_softmax_is_neither_feed_forward_nor_mixer() -> None:
     model = captured(Pooled(), VALUES)
     assert roles(model) == {}
     assert set(reasons(model)) == {"value", "out", "scores", "query"}
-    assert "weighs by a softmax" in reasons(model)["value"]
+    assert "applies softmax weights" in reasons(model)["value"]
 
 
 class Convolutional(nn.Module):

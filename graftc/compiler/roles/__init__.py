@@ -1,1 +1,1 @@
-"""Detection of what the parts of a graph do, from its data flow alone, independent of specs and names."""
+"""Detect what each part of a graph does from its data flow alone, without specs or names."""

@@ -1,4 +1,4 @@
-"""Collection of findings: roles assigned so far, the stack that a node belongs to, and what is left without a role."""
+"""`Labels`: collects findings, with the roles assigned so far, each node's stack, and the parts without a role."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Labels:
     """The findings of a graph while they are being collected.
 
     Attributes:
-        flow, columns: the facts that findings are derived from.
-        roles: the roles assigned so far to each source node, with their columns (None for all of them).
-        stream: numbers of the sources that residual streams start from or go through.
-        encoder_only: whether the graph is that of an encoder alone.
-        encoder: nodes of the encoder, as a bit set of positions, in a graph with cross-attention.
-        crosses: attentions whose keys come from a different stream than their queries.
-        mixing: nodes that mix positions without attention, as a bit set; None until requested.
+        flow, columns: the facts from which findings are derived.
+        roles: the roles assigned to each source node so far, with their columns (None for all columns).
+        stream: the numbers of the sources that residual streams start from or pass through.
+        encoder_only: whether the graph contains only an encoder.
+        encoder: the encoder's nodes, as a bit set of positions, in a graph with cross-attention.
+        crosses: the attentions whose keys come from a different stream than their queries.
+        mixing: the nodes that mix positions without attention, as a bit set; None until requested.
     """
 
     def __init__(self, flow: Flow, columns: Columns, *, encoder: bool = False) -> None:
@@ -57,19 +57,19 @@ class Labels:
         return [n for n in self.nearest(node) if n in self.flow.linears]
 
     def linear_columns(self, node: fx.Node) -> dict[fx.Node, Tensor]:
-        """Return the linear maps that ``node`` has columns of, each with those columns."""
+        """Return the linear maps whose columns ``node`` contains, each with these columns."""
         columns = {self.columns.sources[i]: c for i, c in self.columns.columns(node).items()}
         return {n: c for n, c in columns.items() if n in self.flow.linears}
 
     def has_role(self, node: fx.Node, columns: Tensor | None = None) -> bool:
-        """Return whether any of these columns of a source (default all) has a role."""
+        """Return whether any of a source's given columns (by default all) has a role."""
         roles = self.roles.get(node, {})
         if columns is None:
             return bool(roles)
         return any(own is None or bool(torch.isin(columns, own).any()) for own in roles.values())
 
     def _stream(self) -> set[int]:
-        """Return the sources that a residual stream starts from or goes through, across any number of linear maps."""
+        """Return the sources that residual streams start from or pass through, across any number of linear maps."""
         front = self.columns.front
         numbers = Worklist(n for r in self.flow.residuals.values() for n in bits(front.get(r.stream, 0)))
         for number in numbers:
@@ -79,21 +79,21 @@ class Labels:
         return numbers.visited
 
     def in_stream(self, node: fx.Node) -> bool:
-        """Return whether a source is part of a residual stream, or of the values that the stream starts from."""
+        """Return whether a source is part of a residual stream or of the values that a stream starts from."""
         return self.columns.number.get(node, -1) in self.stream
 
     def inside(self, base: fx.Node, branch: fx.Node) -> list[fx.Node]:
-        """Return the weights and attentions from ``base`` to ``branch``, in graph order."""
+        """Return the linear maps, convolutions and attentions from ``base`` to ``branch``, in graph order."""
         return self.flow.between(base, branch, self.flow.working)
 
     def between(self, base: fx.Node, node: fx.Node, branch: fx.Node) -> bool:
-        """Return whether ``node`` lies on the way from ``base`` to ``branch``."""
+        """Return whether ``node`` lies on a path from ``base`` to ``branch``."""
         return self.flow.is_above(base, node) and (node is branch or self.flow.is_above(node, branch))
 
     # --- recording -------------------------------------------------------------------------------------
 
     def prefix(self, node: fx.Node, attention: fx.Node | None = None) -> str:
-        """Return ``encoder.``, ``decoder.`` or ``decoder.cross.`` in a model of two stacks; empty for other models."""
+        """Return ``encoder.``, ``decoder.`` or ``decoder.cross.`` for a model with two stacks, otherwise empty."""
         if self.encoder_only:
             return "encoder."
         if not self.crosses:
@@ -135,13 +135,15 @@ class Labels:
             evidence += f", rows {format_runs(rows)} of {self.short(linear.node)}"
         if not self._is_stored(linear):
             names = " and ".join(str(n.target) for n in self.flow.parameters(linear.weight))
-            self.fail(linear.node, f"is {role}, but its weight is computed from {names}, whose rows cannot be told")
+            self.fail(
+                linear.node, f"is {role}, but its weight is computed from {names}, whose rows cannot be determined"
+            )
             parameter, rows = None, None
         prefix = "" if bare else self.prefix(linear.node, attention)
         self.add(role, kind, linear.node, parameter, evidence, rows=rows, prefix=prefix)
 
     def short(self, node: fx.Node) -> str:
-        """Return the last part of the owning module's path."""
+        """Return the last segment of the owning module's path."""
         return self.module(node).rpartition(".")[2] or node.name
 
     def _is_stored(self, linear: Linear) -> bool:
@@ -151,7 +153,7 @@ class Labels:
         return linear.experts or linear.weight.op == "get_attr" or self._mapped(linear) is not None
 
     def _stored_rows(self, linear: Linear, columns: Tensor | None) -> Runs | None:
-        """Return the rows of the stored parameter behind these output columns; None for all of them."""
+        """Return the rows of the stored parameter behind these output columns; None for all rows."""
         mapped = self._mapped(linear)
         if mapped is None:
             return None if columns is None else runs_of(columns)
@@ -170,20 +172,20 @@ class Labels:
         rows: Runs | None = None,
         prefix: str | None = None,
     ) -> None:
-        """Record a finding whose role gets a prefix, by default that of its node."""
+        """Record a finding; its role gets a prefix, by default that of its node."""
         module = self.module(node)
         full = (self.prefix(node) if prefix is None else prefix) + role
         self.findings.append(Finding(full, kind, node, module, parameter, rows, *place(module), 0, evidence))
 
     def fail(self, node: fx.Node, reason: str) -> None:
-        """Record why a weight or table has no role; only the first reason is kept."""
+        """Record why a node has no role; only the first reason is kept."""
         module = self.module(node)
         self.unresolved.setdefault(node, Unresolved(module, *place(module), reason))
 
     # --- results ---------------------------------------------------------------------------------------
 
     def report_rest(self) -> None:
-        """Record a reason for every linear map without a role, and for rows of fused maps that no role covers."""
+        """Record a reason for every linear map without a role, and for rows of fused maps without a role."""
         for node, linear in {**self.flow.linears, **self.flow.depthwise}.items():
             roles = self.roles.get(node)
             if not roles:
@@ -194,7 +196,7 @@ class Labels:
                     taken[columns] = True
                 free = torch.nonzero(~taken).flatten()
                 if free.numel():
-                    self.fail(node, f"rows {format_runs(runs_of(free))} reach nothing that gives them a role")
+                    self.fail(node, f"rows {format_runs(runs_of(free))} reach nothing that determines their role")
 
     def _why(self, node: fx.Node) -> str:
         reason = self._misfit(node)
@@ -205,12 +207,12 @@ class Labels:
     def _misfit(self, node: fx.Node) -> str:
         below = [n for n in self.flow.attentions.values() if self._scores_from(node, n)]
         if below:
-            return f"reaches the scores of {below[0].name} beside its queries and keys"
+            return f"reaches the scores of {below[0].name} in addition to its queries and keys"
         linear = self.flow.linears.get(node)
         if linear is not None and not self.flow.is_data(linear.input):
-            return "reads nothing of the data: what it computes is a constant"
+            return "does not depend on the inputs: its result is a constant"
         if node in self.flow.depthwise:
-            return "a convolution of each channel with itself, in no branch that mixes positions without attention"
+            return "a depthwise convolution outside of branches that mix positions without attention"
         if self.in_stream(node):
             return "lies on the residual stream itself (projects the embeddings, or joins two streams)"
         gated = [n for n in self.flow.attentions if self._gates(node, n)]
@@ -218,10 +220,10 @@ class Labels:
             return f"is a gate on the output of {self.flow.attentions[gated[0]].name}"
         if not any(self.flow.is_above(node, r) for r in self.flow.residuals):
             return "lies in no residual branch and does not feed the output projection"
-        return "its place in the residual branch is not one of the known ones"
+        return "its place in the residual branch fits no known form"
 
     def _gates(self, node: fx.Node, attention: fx.Node) -> bool:
-        """Return whether an output projection reads this map together with an attention."""
+        """Return whether an output projection reads both this map and an attention."""
         projections = (n for n, roles in self.roles.items() if "attn.o" in roles)
         return any({node, attention} <= {*self.nearest(self.flow.linears[n].input)} for n in projections)
 
@@ -244,13 +246,13 @@ class Labels:
         return Structure(tuple(findings), tuple(rest), tuple(sublayers), heads)
 
     def _settled(self, node: fx.Node) -> bool:
-        """Return whether all of a weight has received a role after all."""
+        """Return whether all of a weight received a role later."""
         roles = self.roles.get(node)
         linear = self.flow.linears.get(node)
         return bool(roles) and linear is not None and self._is_stored(linear) and None in (roles or {}).values()
 
     def journey(self, node: fx.Node) -> str:
-        """Return the operations between a value's sources and the value, for evidence: `` through norm and rotary``."""
+        """Return the operations from a value's sources to the value, for evidence: `` through norm and rotary``."""
         through = self.columns.through.get(node, Through.NOTHING)
         words = [w for mark, w in ((Through.NORM, "norm"), (Through.ROTARY, "rotary")) if through & mark]
         return " through " + " and ".join(words) if words else ""

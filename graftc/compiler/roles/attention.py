@@ -1,4 +1,4 @@
-"""Attention projections, and detection of attentions whose keys come from another stream."""
+"""Label attention projections, and detect attentions whose keys come from another stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graftc.specs.claims import SiteKind
 
 
 def read_attentions(labels: Labels) -> None:
-    """Label attentions with their query, key, value and output projections, and low-rank stages before those."""
+    """Label attentions, their query, key, value and output projections, and low-rank stages before the projections."""
     _find_crosses(labels)
     attentions = [a for a in labels.flow.attentions.values() if not _pools_stream(labels, a)]
     for attention in attentions:
@@ -32,12 +32,12 @@ def read_attentions(labels: Labels) -> None:
 
 
 def _pools_stream(labels: Labels, attention: Attention) -> bool:
-    """Return whether an attention weighs layers by a constant query without projections, and report it if so."""
+    """Return whether an attention weights layers by a constant query without projections, and report it if so."""
     if labels.flow.is_data(attention.query) or labels.linear_columns(attention.query):
         return False
     if all(n in labels.flow.linears for n in labels.nearest(attention.key)):
         return False
-    reason = f"{attention.name} weighs values of the stream by a constant query, without projections"
+    reason = f"{attention.name} weights values of the stream by a constant query, without projections"
     labels.fail(attention.node, reason)
     return True
 
@@ -47,7 +47,7 @@ def _projection(labels: Labels, attention: Attention, letter: str, operand: fx.N
     for node, columns in projections.items():
         linear = labels.flow.linears[node]
         if linear.experts:
-            labels.fail(node, f"a 3-D weight, reaches {letter} of {attention.name}")
+            labels.fail(node, f"a 3-D weight that reaches {letter} of {attention.name}")
             continue
         evidence = f"{letter}: reaches {attention.name}{labels.journey(operand)}"
         labels.linear(f"attn.{letter}", linear, columns, evidence, attention=attention.node)
@@ -82,7 +82,7 @@ def _low_rank(labels: Labels, attention: Attention) -> None:
     for role, stages in (("lowrank.q", queries), ("lowrank.kv", keys)):
         for node, columns in stages.items():
             if node in queries and node in keys and bool(torch.isin(queries[node], keys[node]).any()):
-                labels.fail(node, f"feeds the queries and the keys or values of {attention.name} alike")
+                labels.fail(node, f"feeds both the queries and the keys or values of {attention.name}")
                 continue
             evidence = f"feeds the {role.removeprefix('lowrank.')} projection of {attention.name}"
             labels.linear(role, labels.flow.linears[node], columns, evidence, attention=attention.node)
@@ -106,8 +106,7 @@ def _stages(labels: Labels, operands: tuple[fx.Node, ...]) -> dict[fx.Node, Tens
 def _find_crosses(labels: Labels) -> None:
     """Record the cross-attentions and, if there are any, the nodes of the encoder.
 
-    The keys of a cross-attention come from a stream that is not the queries' own and that does not read the queries'
-    stream.
+    A cross-attention's keys come from a stream that is different from the queries' stream and does not read it.
     """
     lines = _Lines(labels)
     first: Attention | None = None
@@ -125,7 +124,7 @@ def _find_crosses(labels: Labels) -> None:
 
 
 class _Lines:
-    """Residual streams as lines: all adds on one stream, and what the stream starts from, form one line."""
+    """Residual streams as lines: all adds on one stream, and the values that it starts from, form one line."""
 
     def __init__(self, labels: Labels) -> None:
         self.labels = labels
@@ -136,7 +135,7 @@ class _Lines:
                 self._join(own, labels.columns.number[source])
 
     def of(self, node: fx.Node) -> set[int]:
-        """Return the lines that ``node`` is computed from, through any number of weights."""
+        """Return the lines from which ``node`` is computed, through any number of weights."""
         labels = self.labels
         roots = {*labels.flow.embeddings, *(n for n in labels.columns.sources if n.op == "placeholder")}
         lines: set[int] = set()
@@ -152,7 +151,7 @@ class _Lines:
         return lines
 
     def depends(self, line: int, other: int) -> bool:
-        """Return whether a branch of one line reads what the other line starts from."""
+        """Return whether a branch of one line reads a value that the other line starts from."""
         flow, sources = self.labels.flow, self.labels.columns.sources
         members = [(self._root(number), sources[number]) for number in self._parent]
         starts = flow.marked(n for root, n in members if root == other and n not in flow.residuals)
@@ -180,7 +179,7 @@ def read_heads(labels: Labels) -> dict[fx.Node, Heads]:
 
 
 def _headed(labels: Labels, attention: Attention, operand: fx.Node) -> tuple[fx.Node, Tensor] | None:
-    """Return the value ``[rows, heads, keys, width]`` that an operand is a view of, and each head's columns of it.
+    """Return the value ``[rows, heads, keys, width]`` behind an operand, and each head's columns in it.
 
     For a fused call, that value is the operand itself.
     """
@@ -210,7 +209,7 @@ def _columns(labels: Labels, operand: fx.Node) -> Tensor | None:
 
 
 def _behind_a_past(index: Tensor) -> Tensor | None:
-    """Return each head's columns, taken from the tokens of the call alone, which follow those of its past."""
+    """Return each head's columns, taken only from the call's own tokens, which follow those of its past."""
     return _of_heads(index[:, :, (index >= 0).any(dim=3).any(dim=1).any(dim=0)])
 
 

@@ -1,4 +1,4 @@
-"""Detection of the operands of a product of scores that hold queries and keys: a softmax runs over keys."""
+"""Determine which operand of a score product holds the keys: the softmax runs over keys."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ _MOVING = frozenset(MOVES) - names_of(Move.COPY, Move.CAST)
 def keys_are_second(product: fx.Node, between: Sequence[fx.Node], softmax: fx.Node, sizes: Sizes) -> bool | None:
     """Return whether the softmax below a product runs over the product's last axis; None if that cannot be determined.
 
-    If no operator moves entries, the axis alone decides; otherwise the numbers along the axis are moved like the
-    scores.
+    If no operator moves entries, the axis alone decides; otherwise indices along the axis are moved like the scores.
 
     Args:
-        product: the scores as computed.
-        between: nodes from the product to what the softmax reads, in graph order.
+        product: the call that computes the scores.
+        between: the nodes from the product to the softmax's input, in graph order.
         softmax: the softmax call.
-        sizes: numbers for symbolic sizes.
+        sizes: the values of symbolic sizes.
     """
     dim = softmax.args[1]
     assert isinstance(dim, int)
@@ -52,7 +51,7 @@ def _rank(node: fx.Node) -> int:
 
 
 def _moved(product: fx.Node, numbers: Tensor, between: Sequence[fx.Node], sizes: Sizes) -> Any:
-    """Return the numbers at the last of these nodes."""
+    """Return the indices as they arrive at the last of these nodes."""
     values: dict[fx.Node, Any] = {product: numbers}
     for node in between:
         values[node] = _step(node, values, sizes)

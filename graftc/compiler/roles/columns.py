@@ -1,10 +1,10 @@
-"""Column indices: the sources, and the output columns of each, that every value of a graph consists of.
+"""Column indices: which sources, and which of their output columns, each value of a graph consists of.
 
 The graph is run on small ``int64`` tensors. A source (a linear map, an embedding, an attention, a residual add)
-produces ``source << 32 | column``; shape operators actually run on those numbers, so heads may be split, interleaved,
+produces ``source << 32 | column``. Shape operators really run on these indices, so heads may be split, interleaved,
 repeated or permuted in any way; elementwise operators pass on their first tracked operand; normalisations pass columns
-through; statistics are untracked. Only the nearest sources that reach a value are recorded, as a bit set. What similar
-layers do with their columns is computed once (`patterns`).
+through; statistics are untracked. Only the nearest sources that reach a value are recorded, as a bit set. The column
+operations that similar layers share are computed once (`patterns`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from graftc.passes.core.worklist import Worklist
 
 
 class Through(IntFlag):
-    """The kinds of operation that a value has gone through since its nearest sources."""
+    """The kinds of operation between a value's nearest sources and the value."""
 
     NOTHING = 0
     NONLINEAR = 1
@@ -55,18 +55,18 @@ _MARKS: Mapping[Through, Collection[str]] = {
     Through.NORM: NORMALISING,
     Through.STATISTIC: ("mean", "var", "var_mean", "sum", "linalg_vector_norm", "norm"),
 }
-"""The operators that each kind of operation consists of, except for those that depend on their operands."""
+"""The operators of each kind, except where the kind depends on the operands."""
 
 
 class Columns:
     """The propagated indices of one graph.
 
     Attributes:
-        sources: source nodes; their position is their number in bit sets and indices.
+        sources: the source nodes; a node's position is its number in bit sets and indices.
         number: the number of each source node.
         front: the nearest sources that reach each node, as a bit set.
-        through: the operations between those sources and each node.
-        cached: whether the graph takes keys and values of earlier tokens.
+        through: the operations between these sources and each node.
+        cached: whether the graph has inputs for keys and values of earlier tokens.
     """
 
     def __init__(self, flow: Flow, constants: Mapping[str, Tensor]) -> None:
@@ -104,16 +104,16 @@ class Columns:
         return self.index(node) is not None
 
     def index(self, node: fx.Node) -> Tensor | None:
-        """Return the column indices of ``node``, or None if unknown; they tell sources apart and keep their order."""
+        """Return the column indices of ``node``, or None if unknown; they distinguish sources and keep their order."""
         indexed = self._index.get(node)
         return None if indexed is None else indexed.index
 
     def once(self, function: Callable[[Tensor], T], index: Tensor) -> T:
-        """Return a function's result for indices, computed once for all values that share them."""
+        """Return a function's result for some indices, computed once for all values that share them."""
         return self._patterns.once((function, id(index)), (index,), lambda: function(index))
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Return the shape of a tensor node at small sizes; a shape with an empty axis counts as a failure."""
+        """Return a tensor node's shape at the chosen sizes; a shape with an empty axis counts as a failure."""
         if node not in self._shapes:
             self._shapes[node] = self.flow.sizes.shape(node.meta["val"])
             if any(size < 1 for size in self._shapes[node]):
@@ -142,7 +142,7 @@ class Columns:
         try:
             indexed = self._run(node, name)
         except BREAKS:
-            # Sizes that break an operator say nothing about columns: the value is left untracked instead of guessed.
+            # Sizes that break an operator reveal nothing about columns: the value stays untracked, without guessing.
             self.failures.append(node)
             return
         if indexed is not None:
@@ -161,7 +161,7 @@ class Columns:
                 self._index[node] = self._patterns.source(own, number)
 
     def _axes(self, node: fx.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the axes that count a source's columns, from its weight or, for an add, from what it adds."""
+        """Return the axes that count a source's columns, from its weight or, for an add, from its operands."""
         if node in self.flow.linears:
             return self.flow.linears[node].axes
         if node in self.flow.residuals:
@@ -183,7 +183,7 @@ class Columns:
     def _product(self, node: fx.Node, through: Through) -> Through:
         """Return the marks of a product.
 
-        A value times its own inverse deviation is normalised; a further scale ends the pattern.
+        A value times its own inverse deviation is normalised; another scale ends the pattern.
         """
         operands = tensor_nodes(node.args[:2])
         if len(operands) != 2:
@@ -225,7 +225,7 @@ class Columns:
     def _of_first(self, node: fx.Node, run: Callable[[fx.Node, Tensor], Tensor | None]) -> Indexed | None:
         """Return the indices that `run` computes from those of the first operand.
 
-        Operators with several results give positions or the like beside the first one, which are left untracked.
+        If an operator has several results, those after the first, such as positions, are left untracked.
         """
         indexed = self._index.get(node.args[0])  # type: ignore[arg-type]
         if indexed is None or indexed.index is None:
@@ -238,7 +238,7 @@ class Columns:
         return Indexed((result, *(None for _ in value[1:])) if several else result, indexed.sources)
 
     def _moved(self, node: fx.Node, move: Move) -> Indexed | None:
-        """Return the indices that the operator itself produces, if columns of an operand that it moves are known."""
+        """Return the indices that the operator itself produces, if the columns of any operand it moves are known."""
         if move in (Move.COPY, Move.CAST):
             return self._index.get(node.args[0])  # type: ignore[arg-type]
         operands = node.all_input_nodes if move in (Move.JOIN, Move.FILL) else nodes_in(node.args[:1])
@@ -281,7 +281,7 @@ class Columns:
         return self._patterns.once(("expanded", shape, id(index)), (index,), lambda: index.expand(shape))
 
     def _pooled(self, node: fx.Node, index: Tensor) -> Tensor | None:
-        """Return the indices after pooling, which keeps columns if everything that is pooled has the same ones."""
+        """Return the indices after pooling, which keeps columns if all pooled entries have the same ones."""
         if len(node.args) < 2:
             return None
         dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
@@ -294,12 +294,12 @@ class Columns:
         return index.expand(shape)
 
     def _first_shape(self, node: fx.Node) -> tuple[int, ...]:
-        """Return the shape of a result, or of the first of several."""
+        """Return the shape of a node's result, or of its first result if it has several."""
         value = node.meta["val"]
         return self.flow.sizes.shape(value[0]) if isinstance(value, list | tuple) else self.shape(node)
 
     def _resized(self, node: fx.Node, index: Tensor) -> Tensor | None:
-        """Return the indices after a resize, which keeps columns if sizes change along other axes only."""
+        """Return the indices after a resize, which keeps columns if sizes change only along other axes."""
         shape = self._first_shape(node)
         if len(shape) != index.dim() or not index.numel():
             return None
@@ -313,7 +313,7 @@ class Columns:
     def _rowwise(self, node: fx.Node, index: Tensor) -> Tensor | None:
         """Return the indices after picking rows, which keeps columns if all rows have the same ones."""
         shape = self.shape(node)
-        # The operator itself picks the indices if the positions to pick are known.
+        # If the positions to pick are known, the operator itself picks the indices.
         picked: Tensor | None = moved(node, lambda leaf: index if leaf is node.args[0] else self._numbers(leaf))
         if picked is not None:
             return picked
@@ -357,7 +357,7 @@ class Columns:
         return False
 
     def _copy(self, node: fx.Node) -> Indexed | None:
-        """Write into the indices of the tensor that a slice is a view of, as the graph writes into the tensor."""
+        """Write into the indices of a view's base tensor, as the graph writes into the tensor."""
         target, source = node.args[0], node.args[1]
         assert isinstance(target, fx.Node) and isinstance(source, fx.Node)
         index, written = self.index(target), self.index(source)
@@ -377,7 +377,7 @@ _COMPLEX: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def _told(value: Any, known: Callable[[Any], Any]) -> Any:
-    """Return arguments in hashable form, as a key for looking up results."""
+    """Return arguments in hashable form, as a cache key for results."""
     if isinstance(value, fx.Node | torch.SymInt):
         return known(value)
     if isinstance(value, list | tuple):
@@ -390,7 +390,7 @@ def _told(value: Any, known: Callable[[Any], Any]) -> Any:
 
 
 def _touches_last(node: fx.Node, rank: int) -> bool:
-    """Return whether an indexing operator picks along the last axis of an operand of this rank."""
+    """Return whether an indexing operator picks along the last axis of an operand with this rank."""
     if len(node.args) < 2:
         return True
     dims = node.args[1]

@@ -1,7 +1,7 @@
-"""The rows of a stored parameter behind the output columns of a linear map whose weight is computed from it.
+"""Map the output columns of a linear map with a computed weight to rows of the stored parameter.
 
-``nn.MultiheadAttention`` reads slices of one parameter, other models multiply by ``W.T``: the shape operators in
-between are run on row and column numbers, as broadcast views that use no memory.
+``nn.MultiheadAttention`` reads slices of one parameter; other models multiply by ``W.T``. The shape operators in
+between are run on row and column indices, as broadcast views that use no memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ELEMENTWISE = PASSING | {"mul", "div", "add"}
 
 
 def parameter_rows(flow: Flow, linear: Linear) -> tuple[Tensor, int] | None:
-    """Return the parameter's row for each output column, and the number of rows of the parameter.
+    """Return the parameter's row for each output column, and the parameter's number of rows.
 
     Rows are those of the weight viewed as ``[out, in]``, however it is stored.
 
@@ -34,7 +34,7 @@ def parameter_rows(flow: Flow, linear: Linear) -> tuple[Tensor, int] | None:
     if chain is None:
         return None
     shape = tuple(int(size) for size in chain[0].meta["val"].shape)
-    # A matrix may be stored either way round; the rows of a kernel are along its first axis.
+    # A matrix may be stored in either orientation; the rows of a kernel are along its first axis.
     for axis in range(2 if len(shape) == 2 else 1):
         total = shape[axis]
         numbers = moved_along(pairwise(chain), columns_along(shape, (axis,)), flow.number, _ELEMENTWISE)

@@ -1,4 +1,4 @@
-"""Roles at both ends of a model, embedding tables and output projections, and of the normalisations in between."""
+"""Label both ends of a model, embedding tables and output projections, and the normalisations in between."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _COUNTING = frozenset({"arange", "cumsum", "linspace"})
 
 
 def read_ends(labels: Labels, ends: Collection[str] | None = None) -> None:
-    """Label the last linear maps before the outputs, and the ones that feed only those.
+    """Label the last linear maps before the outputs, and the maps that feed only these.
 
-    A map that a residual stream starts from is not a head, even if the model also returns its result, as models do with
-    the projected features of images.
+    A map that a residual stream starts from is not a head, even if the model also returns its result, as with the
+    projected features of images.
 
     Args:
         labels: the labels that receive the roles.
@@ -39,7 +39,7 @@ def read_ends(labels: Labels, ends: Collection[str] | None = None) -> None:
         heads = [node for node in heads if innermost(labels.module(node), ends)]
     for head in heads:
         labels.linear("head", labels.flow.linears[head], None, "the last linear map before the output", bare=True)
-    for reader in heads:  # those that feed heads are appended
+    for reader in heads:  # maps that feed heads are appended during the loop
         above = labels.nearest(labels.flow.linears[reader].input)
         linear = labels.flow.linears.get(above[0]) if len(above) == 1 else None
         if linear is None or linear.mixes or labels.has_role(linear.node) or _feeds_stream(labels, linear.node):
@@ -58,7 +58,7 @@ def _feeds_stream(labels: Labels, node: fx.Node) -> bool:
 
 @dataclass
 class _Origin:
-    """The origin of the numbers that look up a table."""
+    """The origin of the indices that look up a table."""
 
     inputs: set[str] = field(default_factory=set)
     stored: list[fx.Node] = field(default_factory=list)
@@ -67,7 +67,7 @@ class _Origin:
 
 
 def read_tables(labels: Labels) -> None:
-    """Label embedding tables by the numbers that look them up: token numbers, or positions."""
+    """Label embedding tables by the indices that look them up: token ids or positions."""
     for node in labels.flow.embeddings:
         table = node.args[0]
         if not isinstance(table, fx.Node) or labels.flow.is_data(table):
@@ -99,7 +99,7 @@ def _table_role(node: fx.Node, table: fx.Node) -> tuple[str, str]:
         return "embed", f"looked up by the input {', '.join(sorted(origin.inputs))}"
     if origin.stored and all(int(s.meta["val"].shape[-1]) <= rows for s in origin.stored):
         return "embed.position", f"looked up by the stored numbers {origin.stored[0].target}"
-    return "", "a table looked up by constants that count no positions (segments?)"
+    return "", "a table looked up by constants that are not counted positions (segments?)"
 
 
 def counts_tokens(index: fx.Node) -> bool:
@@ -109,7 +109,7 @@ def counts_tokens(index: fx.Node) -> bool:
 
 
 def _origin(index: object) -> _Origin:
-    """Return the origin of integers; of a gather, the values that are picked count, not the positions to pick."""
+    """Return the origin of integers; for a gather, it is that of the picked values, not of the positions to pick."""
     origin = _Origin()
     nodes = Worklist(tensor_nodes([index]))
     for node in nodes:
@@ -155,7 +155,7 @@ def _stored_matrix(node: fx.Node) -> fx.Node | None:
 
 
 def read_norms(labels: Labels) -> None:
-    """Label normalisation scales, either arguments of a fused call or factors of a normalised value."""
+    """Label normalisation scales, which are arguments of a fused call or factors of a normalised value."""
     for node in labels.flow.order:
         name = op_name(node)
         if name in ("layer_norm", "rms_norm", "native_layer_norm"):
@@ -183,7 +183,7 @@ def _written_norm(labels: Labels, node: fx.Node) -> None:
 
 
 def _vector(node: fx.Node) -> str | None:
-    """Return the name of the stored vector that ``node`` is, up to casts, reshapes and the addition of a number."""
+    """Return the name of the stored vector behind ``node``, up to casts, reshapes and an added constant."""
     node = beneath(node, PASSING | RESHAPING)
     while op_name(node) == "add" and not isinstance(node.args[1], fx.Node) and isinstance(node.args[0], fx.Node):
         node = beneath(node.args[0], PASSING | RESHAPING)

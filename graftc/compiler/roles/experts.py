@@ -1,4 +1,4 @@
-"""Mixtures of experts: weights with one matrix per expert, and the maps that choose among them."""
+"""Label mixtures of experts: weights with one matrix per expert, and the maps that choose among them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _CHOOSING = frozenset({"topk", "argmax", "max", "sort"})
 def read_experts(labels: Labels) -> None:
     """Label routers, and the 3-D weights that they choose from.
 
-    A router is a linear map whose output is compared within one residual branch, with one column per expert, and does
-    not affect what an attention sees. 3-D weights without a router get no role: they may be heads of anything.
+    A router is a linear map with one output column per expert. Its columns are compared within one residual branch, and
+    no attention depends on the choice. 3-D weights without a router get no role: they may be any kind of head.
     """
     experts = [e for e in labels.flow.linears.values() if e.experts]
     choices = [(node, r) for node in labels.flow.order if (r := _chosen_in(labels, node)) is not None]
@@ -38,7 +38,7 @@ def read_experts(labels: Labels) -> None:
 
 
 def _routes(labels: Labels, node: fx.Node, linear: Linear, linears: list[Linear]) -> bool:
-    """Return whether a choice compares one column of a map per expert, or without experts chooses among several."""
+    """Return whether a choice compares one column of a map per expert or, without experts, chooses among several."""
     compared = labels.linear_columns(node.args[0]).get(linear.node) if isinstance(node.args[0], fx.Node) else None
     counts = {linear.out, linear.out if compared is None else compared.numel()}
     if linears:
@@ -47,13 +47,13 @@ def _routes(labels: Labels, node: fx.Node, linear: Linear, linears: list[Linear]
 
 
 def _count(labels: Labels, linear: Linear) -> int:
-    """Return the number of experts of a 3-D weight."""
+    """Return the number of experts in a 3-D weight."""
     stored = next(n for n in labels.flow.parameters(linear.weight) if str(n.target) == linear.parameter)
     return int(labels.flow.sizes.size(stored.meta["val"].shape[0]))
 
 
 def _chosen_in(labels: Labels, node: fx.Node) -> Residual | None:
-    """Return the residual branch that a choice is made in, if any, unless an attention in it depends on the choice."""
+    """Return the residual branch in which a choice is made, if any, unless an attention in it depends on the choice."""
     flow = labels.flow
     if op_name(node) not in _CHOOSING and op_name(node) not in SOFTMAX:
         return None

@@ -1,4 +1,4 @@
-"""Feed-forward projections: what a residual branch contains besides attention, experts and mixers."""
+"""Label feed-forward projections: those in residual branches besides attention, experts and mixers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.worklist import Worklist
 
 Misfits = list[tuple[fx.Node, str]]
-"""Nodes that fit no known form, with the reasons; empty if a feed-forward was labelled."""
+"""Nodes that do not fit a known form, with the reasons; empty if a feed-forward was labelled."""
 
 
 def read_branches(labels: Labels) -> None:
-    """Label what each residual branch contains besides attention, inner branches first."""
+    """Label the experts, mixers and feed-forwards in each residual branch, inner branches first."""
     read_experts(labels)
     for residual in labels.flow.residuals.values():
         read_mixers(labels, residual)
@@ -30,9 +30,9 @@ def read_branches(labels: Labels) -> None:
 
 
 def _feed_forward(labels: Labels, down: Linear) -> Misfits:
-    """Label the feed-forward that ``down`` ends.
+    """Label the feed-forward that ends in ``down``.
 
-    What ``down`` reads must come from one linear map, or from a gated pair or fused one.
+    The input of ``down`` must come from one linear map, or from a gated pair, which may be fused.
     """
     inner = labels.nearest(down.input)
     linears = [n for n in inner if n in labels.flow.linears]
@@ -44,7 +44,7 @@ def _feed_forward(labels: Labels, down: Linear) -> Misfits:
     if len(linears) < len(inner):
         other = next(n for n in inner if n not in labels.flow.linears)
         reads = op_name(other) or other.name
-        return [(down.node, f"reads {reads} beside the output of {labels.module(linears[0])}")]
+        return [(down.node, f"reads {reads} in addition to the output of {labels.module(linears[0])}")]
     for node in linears:
         before = labels.nearest_linears(labels.flow.linears[node].input)
         stages = [n for n in before if n not in linears and not labels.in_stream(n)]
@@ -65,7 +65,7 @@ def _unfit(labels: Labels, down: Linear, linears: list[fx.Node]) -> str:
     if any(m.experts for m in maps):
         return "meets a 3-D weight that no router chooses from"
     if any(m.mixes for m in maps):
-        return "a convolution over positions stands in its residual branch"
+        return "its residual branch contains a convolution over positions"
     for node in flow.nodes(flow.above[flow.at[down.node]] & mixing(labels)):
         if any(flow.is_above(n, node) for n in linears):
             return f"{node.name} mixes positions between it and the other linear map"
@@ -93,7 +93,7 @@ def _inner(labels: Labels, down: Linear, linears: list[fx.Node]) -> Misfits:
         which = "both" if sides[0] else "neither"
         return [(n, f"{which} of the factors of {product[0].name} * {product[1].name} are nonlinear") for n in maps]
     if {n for side in product for n in labels.linear_columns(side)} != set(linears):
-        reason = "more reaches the last linear map of the branch than the two factors of a gated product"
+        reason = "the last linear map of the branch reads more than the two factors of a gated product"
         return [(n, reason) for n in maps]
     gate, up_side = product if sides[0] else product[::-1]
     for role, side in (("ffn.gate", gate), ("ffn.up", up_side)):
@@ -110,7 +110,7 @@ def _nonlinearity(labels: Labels, node: fx.Node) -> str:
 
 
 def _gated_product(labels: Labels, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Return the factors of the nearest product above ``node`` whose two factors consist of different columns."""
+    """Return the factors of the nearest product above ``node`` whose factors consist of different columns."""
     nodes = Worklist([node], nearest_first=True)
     for current in nodes:
         if current in labels.columns.number:

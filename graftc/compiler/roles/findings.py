@@ -1,4 +1,4 @@
-"""Results of the analysis of a graph: roles with their evidence, and what could not be resolved."""
+"""Results of analysing a graph: roles with their evidence, and parts that could not be resolved."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from graftc.records.roles import Finding, Sublayer, Unresolved, role_rows, unres
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """The columns that the keys and values of an attention consist of, head by head.
+    """The columns of an attention's keys and values, head by head.
 
     Attributes:
-        keys, values: ``int64[heads, width]``: the columns of the projected values, numbered from 0 in their own order,
-            so that heads that share keys have the same column numbers.
-        operands: the values that contain them.
+        keys, values: ``int64[heads, width]``: each head's columns of the projection, renumbered from 0 in their order;
+            heads that share keys have the same numbers.
+        operands: the values that contain these columns.
     """
 
     keys: Tensor
@@ -33,10 +33,10 @@ class Structure:
     """The architecture of one graph.
 
     Attributes:
-        findings: roles, in graph order.
-        unresolved: weights that fit no role, with the reason.
-        sublayers: residual branches, in graph order.
-        heads: attentions whose keys and values can be followed head by head.
+        findings: the roles, in graph order.
+        unresolved: the weights and other nodes without a role, with reasons.
+        sublayers: the residual branches, in graph order.
+        heads: the heads of each attention whose keys and values can be followed head by head.
     """
 
     findings: tuple[Finding, ...]
@@ -65,12 +65,12 @@ class Structure:
         return role_rows(self.findings)
 
     def unresolved_rows(self) -> list[tuple[str, str, str]]:
-        """Return `unresolved_rows` of what has no role."""
+        """Return `unresolved_rows` of the parts without a role."""
         return unresolved_rows(self.unresolved)
 
 
 def reasons(unresolved: Iterable[Unresolved], spot: tuple[str, int] | None) -> list[str]:
-    """Return what was left without a role in a layer (its stack and number), or in the whole model, and why."""
+    """Return the parts of a layer (its stack and index), or of the whole model, that have no role, with reasons."""
     return [f"{u.module}: {u.reason}" for u in unresolved if spot is None or (u.stack, u.layer) == spot]
 
 

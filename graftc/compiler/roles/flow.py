@@ -1,8 +1,7 @@
-"""The data flow of one graph: ancestors, weights in use, attentions and residual adds.
+"""Analyse one graph's data flow: ancestors, weights in use, attentions and residual adds.
 
-Nothing here depends on a model type, a class or a parameter's name: a weight is a value that depends on no input, an
-attention is a fused call or a softmax between two products, and a residual add joins a value with something computed
-from it.
+The analysis uses no model types, classes or parameter names: a weight is a value that depends on no input, an attention
+is a fused call or a softmax between two products, and a residual add joins a value with another computed from it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Attention:
 
     Attributes:
         node: the call, or the product.
-        query, key, value: its operands; if it is written out, query and key are those of the product of scores.
+        query, key, value: its operands; if it is written out, query and key are the operands of the score product.
         name: its name in messages.
         written_out: whether it consists of several calls.
     """
@@ -50,7 +49,7 @@ class Residual:
     Attributes:
         node: the add, or another call that joins the two with fixed weights.
         stream, branch: the operands.
-        base: the value that the branch is computed from: the stream, up to scaling, or the stream of an earlier add.
+        base: the value from which the branch is computed: the stream, up to scaling, or the stream of an earlier add.
     """
 
     node: fx.Node
@@ -73,7 +72,7 @@ def tensor_nodes(values: Iterable[Any]) -> list[fx.Node]:
 
 
 def view_chain(node: fx.Node) -> list[fx.Node]:
-    """Return a tensor and the tensors that it is a view of, nearest first."""
+    """Return a tensor and the tensors of which it is a view, nearest first."""
     chain = [node]
     while op_name(chain[-1]) in VIEWING and isinstance(chain[-1].args[0], fx.Node):
         chain.append(chain[-1].args[0])
@@ -84,16 +83,16 @@ class Flow:
     """Facts about one graph that do not depend on the values of its tensors.
 
     Attributes:
-        order, at: nodes in graph order, and the position of each; bit sets count positions.
+        order, at: the nodes in graph order, and each node's position; bit sets contain positions.
         above: all ancestors of each node, as a bit set.
-        data: nodes that depend on the values (not only the sizes) of an input, as a bit set.
-        linears: linear maps, including convolutions with a stored kernel, by node in graph order.
-        depthwise: convolutions of each channel with itself, which pass columns on.
-        convolutions: convolutions with a computed kernel.
-        attentions, residuals, embeddings: the attentions, residual adds and embeddings that were recognised.
-        working: linear maps, convolutions and attentions, as a bit set.
-        products: products of two values that both depend on data.
-        scores: products that the softmax of an attention is applied to.
+        data: the nodes that depend on the values (not only the sizes) of an input, as a bit set.
+        linears: the linear maps, including convolutions with a stored kernel, by node in graph order.
+        depthwise: the depthwise convolutions, which pass columns on.
+        convolutions: the convolutions with a computed kernel.
+        attentions, residuals, embeddings: the recognised attentions, residual adds and embeddings.
+        working: the linear maps, convolutions and attentions, as a bit set.
+        products: the products of two values that both depend on data.
+        scores: the products to which an attention's softmax is applied.
     """
 
     def __init__(self, graph: fx.Graph, sizes: Sizes) -> None:
@@ -118,7 +117,7 @@ class Flow:
         for node in self.order:
             if op_name(node) in SOFTMAX:
                 self._score_nodes(node)
-        # A depthwise convolution with a skip is not a branch of a stream: its channels are passed on.
+        # A depthwise convolution with a skip connection is not a branch of a stream: its channels are passed on.
         self._weighty = self.marked((*self.linears, *self.attentions, *self.convolutions))
         self.working = self._weighty | self.marked(self.depthwise)
         for node in self.order:
@@ -143,7 +142,7 @@ class Flow:
                 self.data |= 1 << position
 
     def number(self, leaf: Any) -> int | None:
-        """Return a symbolic size, or the value of a node that is one, as a number; None for a node that is a tensor."""
+        """Return a symbolic size, or the size that a node computes, as a number; None for a tensor."""
         value = leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf
         return self.sizes.size(value) if isinstance(value, torch.SymInt | int) else None
 
@@ -164,11 +163,11 @@ class Flow:
         return self.above[self.at[node]] | 1 << self.at[node]
 
     def between(self, first: fx.Node, last: fx.Node, among: int = -1) -> list[fx.Node]:
-        """Return the nodes computed from ``first`` that are ``last`` or lead to it, in graph order.
+        """Return the nodes that are computed from ``first`` and are or lead to ``last``, in graph order.
 
         Args:
-            first, last: the ends of the way.
-            among: the only nodes to return, as a bit set; by default, all.
+            first, last: the ends of the paths.
+            among: the nodes that may be returned, as a bit set; by default all.
         """
         after = self.up_to(last) & among & ~((1 << self.at[first] + 1) - 1)
         return [node for node in self.nodes(after) if self.is_above(first, node)]
@@ -178,14 +177,14 @@ class Flow:
         return bool(self.above[self.at[second]] >> self.at[first] & 1)
 
     def parameters(self, weight: fx.Node) -> list[fx.Node]:
-        """Return the stored matrices that a constant expression is computed from."""
+        """Return the stored matrices from which a constant expression is computed."""
         if weight.op == "get_attr":
             return [weight]
         ancestors = self.nodes(self.above[self.at[weight]])
         return [n for n in ancestors if n.op == "get_attr" and n.meta["val"].dim() >= 2]
 
     def weights(self, value: Any) -> list[fx.Node]:
-        """Return the stored matrices that a value is computed from; none if it depends on data."""
+        """Return the stored matrices from which a value is computed; none if it depends on data."""
         if not isinstance(value, fx.Node) or self.is_data(value):
             return []
         return self.parameters(value)
@@ -215,7 +214,7 @@ class Flow:
         return f"{name}#{len(self.attentions)}"
 
     def _written_out(self, node: fx.Node, first: fx.Node, second: fx.Node) -> None:
-        """Register a ``softmax(Q K^T) V`` that is spelled out: follow the weights to a softmax, then to the scores."""
+        """Register a written-out ``softmax(Q K^T) V``: follow the weights to a softmax, then to the scores."""
         for weights, value in ((first, second), (second, first)):
             softmax = self._softmax(weights) if self.is_data(value) else None
             scores = self._scores(softmax) if softmax is not None else []
@@ -242,7 +241,7 @@ class Flow:
         return None
 
     def _scores(self, softmax: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-        """Return the operands of the products behind the scores, in the order found going up from the softmax."""
+        """Return the operands of the score products, in the order in which they are found upwards from the softmax."""
         operands: list[tuple[fx.Node, fx.Node]] = []
         nodes = Worklist(softmax.all_input_nodes[:1], nearest_first=True)
         for node in nodes:
@@ -261,7 +260,7 @@ class Flow:
         return operands
 
     def _score_nodes(self, softmax: fx.Node) -> None:
-        """Mark nodes on the way to a softmax: sums there add masks and biases to scores and are not residual adds."""
+        """Mark nodes on paths to a softmax: their sums add masks and biases to scores and are not residual adds."""
         pending = [n for n in softmax.all_input_nodes if self.is_data(n)]
         while pending:
             node = pending.pop()
@@ -273,7 +272,7 @@ class Flow:
             pending += [n for n in node.all_input_nodes if self.is_data(n)]
 
     def _nearest_inputs(self, node: fx.Node) -> set[fx.Node]:
-        """Return the nodes that the nearest weights above a value read."""
+        """Return the inputs of the nearest linear maps above a value."""
         inputs: set[fx.Node] = set()
         nodes = Worklist([node])
         for source in nodes:
@@ -328,21 +327,21 @@ class Flow:
         return operands if len(operands) == 2 else []
 
     def _bases(self, stream: fx.Node) -> list[fx.Node]:
-        """Return where a branch on ``stream`` may start: here, or before the last adds (parallel branches)."""
+        """Return where a branch on ``stream`` may start: at the stream, or before the last adds (parallel branches)."""
         bases = [stream, self._bare(stream)]
         while bases[-1] in self.residuals and len(bases) < 4:
             bases.append(self._bare(self.residuals[bases[-1]].stream))
         return bases
 
     def _computed_from(self, base: fx.Node, branch: fx.Node) -> bool:
-        """Return whether a weight or an attention lies on the way from ``base`` to ``branch``."""
+        """Return whether a weight or an attention lies on a path from ``base`` to ``branch``."""
         return self.is_above(base, branch) and bool(self.between(base, branch, self._weighty))
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    """Return a value before casts to the dtype that it already has.
+    """Return a value without its casts to the dtype that it already has.
 
-    The tracer does not distinguish the two, whichever of them the model adds to.
+    The tracer does not distinguish the value from its cast, whichever of them the model adds to.
     """
     while node.target is torch.ops.aten.to.dtype:
         source = node.all_input_nodes[0]
@@ -353,7 +352,7 @@ def _uncast(node: fx.Node) -> fx.Node:
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Return the two operands of a product; the second one provides the last axis of the result."""
+    """Return the two operands of a product; the second provides the last axis of the result."""
     name = op_name(node)
     if name == "einsum":
         equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]

@@ -1,4 +1,4 @@
-"""Tensors of column indices: ``source << 32 | column``, or `HOLE` for an unknown column."""
+"""Helpers for tensors of column indices: ``source << 32 | column``, or `HOLE` for an unknown column."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def distinct(index: Tensor) -> dict[int, Tensor]:
 
 
 def renumbered(index: Tensor, numbers: Sequence[int]) -> Tensor:
-    """Return the indices with their sources, which are counted from 0, replaced by these numbers."""
+    """Return the indices with their source numbers, which count from 0, replaced by ``numbers``."""
     if index.is_complex():
         return torch.view_as_complex(
             renumbered(torch.view_as_real(index.resolve_conj()).round().long(), numbers).double()

@@ -1,4 +1,4 @@
-"""The values at the start and end of layers, with the tokens that they are computed from: :func:`value_sites`."""
+"""Find the values at the start and end of layers, with the tokens behind them: :func:`value_sites`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from graftc.specs.roles import parse_role
 
 @dataclass
 class LayerRun:
-    """One run of one layer, with its sublayers in graph order.
+    """One run of a layer, with its sublayers in graph order.
 
     Attributes:
         layer, stack: index of the layer, and path of the list that contains it.
         sublayers: residual branches of the run.
-        ends: marks of its sublayers; a mark that appears a second time belongs to another run.
+        ends: the marks of its sublayers; when a mark repeats, another run has started.
     """
 
     layer: int
@@ -54,12 +54,11 @@ class LayerRun:
 def layer_values(
     sublayers: Sequence[Sublayer], end: Callable[[Sublayer], Hashable]
 ) -> dict[str, list[tuple[LayerRun, str]]]:
-    """Return the runs of every layer, each with its stem, by the layer's path and in graph order.
+    """Return every layer's runs in graph order, each with its stem, by layer path.
 
     Args:
-        sublayers: residual branches in graph order; those without a role also belong to their layers.
-        end: a function that returns what a branch ends in. If an end appears a second time in a layer, the layer has
-            started another run.
+        sublayers: residual branches in graph order; branches without a role also belong to their layers.
+        end: returns a mark for the end of a branch. When a mark repeats in a layer, the layer has started another run.
     """
     by_owner: dict[str, list[LayerRun]] = defaultdict(list)
     for sublayer in sublayers:
@@ -79,7 +78,7 @@ def layer_values(
 def value_sites(
     graph: fx.Graph, structure: Structure, end: Callable[[Sublayer], Hashable]
 ) -> Iterator[list[ValueSite]]:
-    """Yield the sites ``layer.in`` and ``layer.out`` of every layer, each as a list with one site for each run.
+    """Yield the sites ``layer.in`` and ``layer.out`` of every layer, each as a list with one site per run.
 
     Args:
         graph: the graph.
@@ -98,9 +97,9 @@ def value_sites(
 
 
 def attended(attention: fx.Node, sublayers: Iterable[Sublayer]) -> fx.Node | None:
-    """Return the value that the sublayer of an attention reads, or None if no sublayer contains the attention.
+    """Return the value that an attention's sublayer reads, or None if no sublayer contains the attention.
 
-    The sublayer is the first one that ends after the attention.
+    The sublayer is the first attention sublayer that ends after the attention.
 
     Args:
         attention: the node of the attention.
@@ -114,11 +113,11 @@ def attended(attention: fx.Node, sublayers: Iterable[Sublayer]) -> fx.Node | Non
 
 
 class TokenReaders:
-    """The tokens that each value of a graph is computed from.
+    """Finds the tokens from which a value of a graph is computed.
 
     Args:
         graph: the graph.
-        findings: the roles of the graph; those of token embedding tables show where tokens are looked up.
+        findings: the graph's roles; those of token embedding tables show where tokens are looked up.
     """
 
     def __init__(self, graph: fx.Graph, findings: Iterable[Finding]) -> None:
@@ -127,9 +126,9 @@ class TokenReaders:
         self._lookups = ItemsAbove(graph, {f.node: f for f in lookups if f.node.target is embedding})
 
     def of(self, value: fx.Node, stem: str) -> TokenNumbers | None:
-        """Return the tokens of ``value: [batch, sequence, ...]``, or None if there are none.
+        """Return the tokens behind ``value: [batch, sequence, ...]``, or None if there are none.
 
-        If several tables are looked up, the largest one counts, since others contain languages and the like.
+        If several tables are looked up, the largest counts, since others contain languages and the like.
 
         Args:
             value: the value.

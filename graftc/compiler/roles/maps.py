@@ -1,7 +1,7 @@
-"""Linear maps: calls that multiply a value by a stored weight, however the product is written.
+"""Recognise linear maps: calls that multiply a value by a stored weight, however the product is written.
 
-Products, index expressions and convolutions are treated alike: columns of the output, numbered along some of its axes,
-are rows of a weight. Nothing depends on where in memory or along which axis they lie.
+Matrix products, ``einsum`` and convolutions are treated alike: output columns, numbered along some of the output's
+axes, are rows of a weight. Neither the memory layout nor the axis matters.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Linear:
     """One use of a weight: ``y = x W^T``.
 
     Attributes:
-        node, input, weight: the call, its input, and the weight's node (a parameter, or an expression of parameters).
-        parameter: name of the parameter in it; None if it cannot be determined.
+        node, input, weight: the call, its input, and the weight's node (a parameter, or computed from parameters).
+        parameter: name of the parameter behind the weight; None if it cannot be determined.
         out: number of output columns.
         experts: whether the weight is 3-D, with one matrix per expert.
-        axes: output axes, counted from the end, that number the columns, slowest first.
-        out_axes: axes of the weight that number the columns, in the same order.
-        mixes: whether it also mixes positions (a convolution with a kernel).
-        own: whether each column is computed from the same column of the input only (a depthwise convolution).
+        axes: output axes, counted from the end, along which columns are numbered, slowest first.
+        out_axes: axes of the weight along which columns are numbered, in the same order.
+        mixes: whether it also mixes positions (a convolution whose kernel is wider than 1).
+        own: whether each column is computed only from the same column of the input (a depthwise convolution).
     """
 
     node: fx.Node
@@ -45,12 +45,12 @@ class Linear:
     own: bool = False
 
     def numbers(self, shape: tuple[int, ...]) -> Tensor:
-        """Return the column number of every entry of the output, as a broadcast view."""
+        """Return the column number of every output entry, as a broadcast view."""
         return columns_along(shape, self.axes)
 
 
 def columns_along(shape: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
-    """Return numbers counted along some axes of a tensor of this shape, slowest first; a broadcast ``int64`` view."""
+    """Return ``int64`` indices that count along some axes of this shape, slowest first, as a broadcast view."""
     places = [axis % len(shape) for axis in axes]
     sizes = [shape[place] for place in places]
     numbers = torch.arange(prod(sizes)).view(sizes)
@@ -59,12 +59,12 @@ def columns_along(shape: tuple[int, ...], axes: tuple[int, ...]) -> Tensor:
 
 
 Weights = Callable[[fx.Node], list[fx.Node]]
-"""The stored matrices that a node is made of; none where it depends on data."""
+"""Returns the stored matrices from which a node is computed; none if it depends on data."""
 Size = Callable[[Any], int]
 
 
 def read_map(node: fx.Node, weights: Weights, size: Size) -> Linear | None:
-    """Return the linear map that a call computes, or None if it computes none."""
+    """Return the linear map that a call computes, or None if the call is not a linear map."""
     if op_name(node) == "einsum":
         return _index_expression(node, weights, size)
     if is_convolution(node):
@@ -105,7 +105,7 @@ def _product(
 
 
 def _flipped(node: fx.Node, data: fx.Node, weight: fx.Node, weights: Weights, size: Size) -> Linear | None:
-    """Return the linear map of ``W @ x``, in which the weight comes first and rows of the result are the columns."""
+    """Return the linear map of ``W @ x``, where the weight comes first and the result's rows are the columns."""
     if weight.meta["val"].dim() != 2:
         return None
     parameters = weights(weight)
@@ -115,7 +115,7 @@ def _flipped(node: fx.Node, data: fx.Node, weight: fx.Node, weights: Weights, si
 
 
 def _selected(weight: fx.Node) -> fx.Node | None:
-    """Return the stored 3-D tensor that ``weight`` is, or that it picks one or more matrices from."""
+    """Return the stored 3-D tensor that ``weight`` is, or from which it picks one or more matrices."""
     if weight.meta["val"].dim() not in (2, 3):
         return None
     stored = beneath(weight, SELECTING | PASSING)
@@ -126,7 +126,7 @@ def _selected(weight: fx.Node) -> fx.Node | None:
 def _index_expression(node: fx.Node, weights: Weights, size: Size) -> Linear | None:
     """Return the linear map of an ``einsum`` of a value and a weight.
 
-    Letters that only the weight and the result contain number the columns.
+    Letters that occur only in the weight and the result number the columns.
     """
     inputs, _, output = str(node.args[0]).replace(" ", "").replace("...", ".").partition("->")
     terms, operands = inputs.split(","), node.args[1]

@@ -1,10 +1,10 @@
-"""Branches that mix positions without a softmax attention: state-space, linear-attention and convolutional layers.
+"""Label branches that mix positions without softmax attention: state-space, linear-attention and convolutional layers.
 
-The rule is based on data flow. A residual branch mixes positions if a value in it is a convolution with a kernel, a
-product of two values of the data, a running sum, a Fourier transform, a shift along positions, a pooling window, or a
-linear map over positions. A plain sum or mean alone is not enough, because the axis that it runs over cannot always be
-determined. Every linear map or convolution before, after or in such a place, or before one of those, is a ``mixer``,
-unless an attention lies on its way, in which case its purpose cannot be determined.
+The rule is based on data flow. A residual branch mixes positions if it contains a convolution along positions, a
+product of two data-dependent values, a running sum, a Fourier transform, a shift along positions, a pooling window, or
+a linear map over positions. A plain sum or mean alone is not enough, because its axis cannot always be determined.
+Every linear map or convolution that is such an operation, or lies before or after one, is a ``mixer``, and so is every
+map that feeds a mixer. If an attention lies on the map's path, its purpose cannot be determined.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def read_mixers(labels: Labels, residual: Residual) -> None:
         weighed = _met(labels, node, soft)
         fed = next((n for n in mixers if flow.is_above(node, n)), None)
         if weighed is not None:
-            labels.fail(node, f"{weighed.name} weighs by a softmax, but is not an attention of a known form")
+            labels.fail(node, f"{weighed.name} applies softmax weights, but is not a known form of attention")
             continue
         if met is node:
-            evidence = "mixes positions, with no attention on its way"
+            evidence = "mixes positions without attention"
         elif met is not None:
             side = "leads to" if flow.is_above(node, met) else "reads from"
             evidence = f"{side} {met.name}, which mixes positions without attention"
@@ -58,13 +58,13 @@ def read_mixers(labels: Labels, residual: Residual) -> None:
 
 
 def _met(labels: Labels, node: fx.Node, others: list[fx.Node]) -> fx.Node | None:
-    """Return the first of these nodes that a node leads to, reads from or is."""
+    """Return the first of ``others`` that a node is, leads to or is computed from."""
     flow = labels.flow
     return next((n for n in others if n is node or flow.is_above(node, n) or flow.is_above(n, node)), None)
 
 
 def _weighted(labels: Labels, residual: Residual, node: fx.Node) -> bool:
-    """Return whether a softmax in the branch lies above a node."""
+    """Return whether a node depends on a softmax in the branch."""
     return any(op_name(n) in _WEIGHING for n in labels.flow.between(residual.base, node) if n is not node)
 
 
@@ -100,7 +100,7 @@ def _sums(labels: Labels, node: fx.Node) -> bool:
 
 
 def _pools_positions(labels: Labels, node: fx.Node) -> bool:
-    """Return whether columns are the same along a pooled axis, which then counts something else."""
+    """Return whether columns are the same along a pooled axis, which then does not count columns."""
     value = node.args[0]
     index = labels.columns.index(value) if isinstance(value, fx.Node) else None
     if index is None or len(node.args) < 2:

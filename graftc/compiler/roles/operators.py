@@ -15,7 +15,7 @@ from graftc.passes.core.sites.moves import Move, names_of
 
 
 def beneath(node: fx.Node, names: Collection[str]) -> fx.Node:
-    """Return the value that a node is computed from by operators with these names alone, along first operands."""
+    """Return the value behind a node after skipping operators with these names, along first operands."""
     while op_name(node) in names and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
@@ -26,16 +26,16 @@ def _names(text: str) -> frozenset[str]:
 
 
 PASSING = names_of(Move.COPY, Move.CAST) | _names("dropout native_dropout feature_dropout set_grad_enabled")
-"""Results with the values (up to precision and dropped entries) and the shape of the first operand."""
+"""Operators whose result has the first operand's shape and values (up to precision and dropped entries)."""
 
 RESHAPING = names_of(Move.RESHAPE, Move.BROADCAST)
-"""Results with the entries of the first operand in the same order."""
+"""Operators whose result has the first operand's entries in the same order."""
 
 MOVING = RESHAPING | names_of(Move.PERMUTE, Move.CUT, Move.ITEM, Move.PICK)
-"""Results with some or all entries of the first operand."""
+"""Operators whose result has some or all of the first operand's entries."""
 
 ADDING = _names("add sub lerp addcmul")
-"""Sums of two values, also with fixed weights."""
+"""Sums of two values, with or without fixed weights."""
 
 PRODUCTS = _names("matmul bmm baddbmm einsum")
 SOFTMAX = _names("softmax _softmax _safe_softmax")
@@ -46,12 +46,12 @@ VIEWING = RESHAPING | names_of(Move.PERMUTE, Move.CUT, Move.SPLIT, Move.ITEM) | 
 """Operators whose result shares memory with the first operand."""
 
 SHAPING = RESHAPING | names_of(Move.PERMUTE, Move.REORDER, Move.CUT, Move.SPLIT, Move.REPEAT)
-"""Results made of entries of the first operand alone, at places that the arguments tell."""
+"""Operators whose result consists only of the first operand's entries, at places determined by the arguments."""
 
 PADDING = names_of(Move.PAD)
 NORMALISING = _names("layer_norm rms_norm native_layer_norm group_norm batch_norm instance_norm")
 POOLING = _names("sum mean amax amin max min cumsum cumprod logcumsumexp std var logsumexp")
-"""Operators that pool along the axes that their second argument names."""
+"""Operators that pool along the axes in their second argument."""
 
 RESIZING = _names(
     """
@@ -60,7 +60,7 @@ RESIZING = _names(
     upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa grid_sampler grid_sampler_2d
     """
 )
-"""Operators that pool or interpolate along spatial axes, which the sizes tell."""
+"""Operators that pool or interpolate along spatial axes, which are inferred from the sizes."""
 
 CREATING = _names(
     """
@@ -68,7 +68,7 @@ CREATING = _names(
     """
 )
 POINTWISE = _names("prelu rrelu hardswish hardsigmoid mish softplus where masked_fill masked_scatter")
-"""Operators without the tag of elementwise ones that keep the columns of their first operand as those do."""
+"""Operators without PyTorch's tag for pointwise operators that also keep the columns of their first operand."""
 
 NONLINEAR = _names(
     """
@@ -76,10 +76,10 @@ NONLINEAR = _names(
     hardtanh mish log_sigmoid prelu rrelu square swish glu
     """
 )
-"""Activations, and what written-out ones are made of."""
+"""Activations, and the operators that written-out activations consist of."""
 
 SELECTING = MOVING | names_of(Move.SPLIT)
-"""Operators between a stack of matrices and the ones that a product reads."""
+"""Operators between a stack of matrices and the matrices that a product reads."""
 
 RUNNING = _names(
     """
@@ -87,4 +87,4 @@ RUNNING = _names(
     fft_rfftn fft_rfft2 fft_irfft fft_irfft2 fft_irfftn fft_ifft fft_ifft2
     """
 )
-"""Operators whose result depends on several entries along an axis, and that no pooling is."""
+"""Operators other than pooling whose result depends on several entries along an axis."""

@@ -1,6 +1,6 @@
-"""Column indices of values as patterns that count sources from 0, stored beside the actual numbers of these sources.
+"""Store column indices as patterns that count sources from 0, together with the sources' actual numbers.
 
-Similar layers do the same with the columns of different sources, so each operator is applied to a pattern only once.
+Similar layers do the same to the columns of different sources, so each operator is applied to a pattern only once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Indexed:
-    """The indices of a value, as a pattern and the numbers of its sources.
+    """A value's indices, as a pattern and the numbers of its sources.
 
     Attributes:
         pattern: a tensor, or a list of them, in which sources are counted from 0.
@@ -38,8 +38,8 @@ class Patterns:
     """A cache of results computed from patterns.
 
     Args:
-        shared: false if values are written to: every value then has a pattern of its own, which contains the numbers of
-            its sources.
+        shared: whether values share patterns; false if the graph writes to values, whose patterns then contain the
+            actual source numbers.
     """
 
     def __init__(self, shared: bool) -> None:
@@ -50,10 +50,9 @@ class Patterns:
         """Return a result computed from some patterns, computing it only once if patterns are shared.
 
         Args:
-            key: the key of the result, equal for the same computation on the same patterns; it may contain their
-                identities.
-            patterns: the patterns, kept alive so that their identities are not reused.
-            make: the function that computes the result.
+            key: the result's key, equal for the same computation on the same patterns; it may contain their ids.
+            patterns: the patterns, kept alive so that their ids are not reused.
+            make: computes the result.
         """
         if not self._shared:
             return make()
@@ -63,11 +62,11 @@ class Patterns:
         return result
 
     def source(self, own: Tensor, number: int) -> Indexed:
-        """Return the indices of a source.
+        """Return a source's indices.
 
         Args:
-            own: the columns of the source.
-            number: the number of the source.
+            own: the source's columns.
+            number: the source's number.
         """
         return Indexed(own, (number,)) if self._shared else Indexed(own + (number << SHIFT), None)
 

@@ -1,4 +1,4 @@
-"""The places where a graph turns token positions into values: tables of positions, and rotations."""
+"""Find where a graph turns token positions into values: position tables and rotary embeddings."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from graftc.specs.roles import parse_role
 aten = torch.ops.aten
 _ROTATING = (aten.cos.default, aten.sin.default)
 _LOOK_UPS = {aten.index.Tensor: 1, aten.index_select.default: 2, aten.gather.default: 2}
-"""Which argument of a look-up in a table the numbers of rows are."""
+"""The index of the argument with the row indices, by look-up operator."""
 _COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
 def position_readers(graph: fx.Graph, findings: Iterable[Finding]) -> list[Positions]:
     """Return the calls that read integer positions, in graph order.
 
-    These are look-ups in a table of positions, and calls that turn positions into the angles of a rotary embedding.
+    These are look-ups in a position table, and calls that turn positions into the angles of a rotary embedding.
     """
     by_reader: dict[fx.Node, Positions] = {}
     for finding in findings:
@@ -43,10 +43,10 @@ def position_readers(graph: fx.Graph, findings: Iterable[Finding]) -> list[Posit
 
 
 def _look_ups(graph: fx.Graph) -> Iterator[Positions]:
-    """Yield look-ups of one row per token in a table of values that depend on no input.
+    """Yield look-ups of one row per token in a floating-point table that depends on no input.
 
-    An example is a table of the sines and cosines of every position. Numbers with two axes that count tokens are
-    distances, which stay unchanged.
+    An example is a table with the sine and cosine of every position. Indices with two axes that count tokens are
+    distances, and are left out.
     """
     data: set[fx.Node] = set()
     for node in graph.nodes:
@@ -63,13 +63,13 @@ def _look_ups(graph: fx.Graph) -> Iterator[Positions]:
         if not by_axis or not isinstance(given, fx.Node) or not node.args[0].meta["val"].is_floating_point():
             continue
         if not isinstance(node.args[0].meta["val"].shape[node.args[1] if index > 1 else 0], int):
-            continue  # a table that is as long as the text has no rows for more positions
+            continue  # a table as long as the text has no rows for more positions
         if _of_tokens(given) and counts_tokens(given):
             yield Positions(node, index)
 
 
 def _of_tokens(numbers: fx.Node) -> bool:
-    """Return whether numbers differ along at most one axis; distances between tokens differ along two."""
+    """Return whether positions vary along at most one axis; distances between tokens vary along two."""
     counting = [node for node in above([numbers]) if node.target in _COUNTING]
     lengths = {expression(n.meta["val"].shape[a]) for n in counting for a in range(n.meta["val"].dim())} - {1}
     shape = [expression(size) for size in numbers.meta["val"].shape]
@@ -77,7 +77,7 @@ def _of_tokens(numbers: fx.Node) -> bool:
 
 
 def _casts(node: fx.Node) -> list[fx.Node]:
-    """Return the calls above a rotation that convert integers to floating-point numbers."""
+    """Return the calls above a rotation that convert integers to floating point."""
     casts, pending, seen = [], [node], {node}
     while pending:
         current = pending.pop()

@@ -1,8 +1,8 @@
-"""Detection of roles in a captured transformer from data flow alone: :func:`find_structure`.
+"""Detect the roles in a captured transformer from data flow alone: :func:`find_structure`.
 
-A role says what a weight does in the architecture (``attn.q``, ``ffn.down``, ...). It is derived from where the columns
-of the weight's output go, never from the model's type or the names of its modules. Anything that does not fit is
-reported as unresolved with a reason; nothing is guessed.
+A role describes what a weight does in the architecture (``attn.q``, ``ffn.down``, ...). It is derived from where the
+weight's output columns go, never from the model's type or the names of its modules. Anything that does not fit is
+reported as unresolved, with a reason; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def find_structure(
             sizes) and ``meta["module"]`` (dotted path of its owning module). The graph is not changed and its weights
             are not read, so a model on ``meta`` is sufficient.
         constants: integer tensors that the graph refers to in addition to the model's own, by name; some models pick
-            heads with them. Default none: columns picked by such a tensor are then unresolved.
-        encoder: whether the graph is that of a model's encoder alone, whose roles have its prefix.
+            heads with them. By default none; columns picked by such a tensor are then unresolved.
+        encoder: whether the graph contains only a model's encoder, whose roles have its prefix.
         ends: paths of the elements that may be heads, if the graph is a union of elements; see `last_elements`. None
             for the graph of a whole model.
 
     Returns:
-        Findings in graph order, weights without a role with the reason, and the residual branches.
+        Findings in graph order, weights without a role with reasons, and the residual branches.
     """
     columns = _propagate(graph, constants or {})
     labels = Labels(columns.flow, columns, encoder=encoder)
@@ -64,12 +64,12 @@ def find_structure(
 
 
 def roles_of(program: Program, constants: Mapping[str, Tensor] | None = None, *, encoder: bool = False) -> Structure:
-    """Return the roles in a base Program, a model's own or that of one taken apart. Args as for `find_structure`."""
+    """Return the roles in a base Program, of a whole model or of one taken apart. Args as for `find_structure`."""
     return find_structure(program.graph, constants, encoder=encoder, ends=last_elements(program))
 
 
 def _propagate(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Columns:
-    """Propagate columns with small sizes, falling back to the sizes of the capture if those break an operator."""
+    """Propagate columns with small sizes, or with the captured sizes if small ones break an operator."""
     tried: list[Columns] = []
     hints = captured_sizes(graph)
     for sizes in (Sizes(lambda _: _SMALL), Sizes(lambda symbol: hints.get(symbol, _SMALL))):
@@ -81,7 +81,7 @@ def _propagate(graph: fx.Graph, constants: Mapping[str, Tensor]) -> Columns:
 
 
 def captured_sizes(graph: fx.Graph) -> dict[str, int]:
-    """Return the sizes that the graph was captured with, by symbol name."""
+    """Return the sizes with which the graph was captured, by symbol name."""
     for node in graph.nodes:
         mode = getattr(node.meta.get("val"), "fake_mode", None)
         env = getattr(mode, "shape_env", None)

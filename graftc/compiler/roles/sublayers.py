@@ -1,4 +1,4 @@
-"""Residual branches, with the nodes that methods adapt: :func:`read_sublayers`."""
+"""Find residual branches, with the nodes that methods adapt: :func:`read_sublayers`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Joint:
 
 
 def read_sublayers(labels: Labels) -> list[Sublayer]:
-    """Return the branches of all residual adds, in graph order; parallel ones share their stream and their sum."""
+    """Return the branches of all residual adds, in graph order; parallel branches share their stream and sum."""
     normed = _Norms(labels)
     sublayers: list[Sublayer] = []
     uses: dict[tuple[str, tuple[str, ...]], int] = defaultdict(int)
@@ -62,7 +62,7 @@ def _joints(labels: Labels) -> list[_Joint]:
 
 
 def _terms(labels: Labels, residual: Residual, branch: fx.Node) -> list[fx.Node]:
-    """Return the sublayers that a branch is a sum of, or the branch itself."""
+    """Return the sublayers whose sum a branch is, or the branch itself."""
     node = beneath(branch, PASSING)
     operands = tensor_nodes(node.args[:2]) if op_name(node) == "add" and node not in labels.flow.residuals else []
     if len(operands) == 2:
@@ -108,7 +108,7 @@ def _sublayer(labels: Labels, joint: _Joint, branch: fx.Node, post_norm: fx.Node
 
 
 def _normed(labels: Labels, base: fx.Node, branch: fx.Node) -> fx.Node:
-    """Return the last value that the whole branch is computed from, before heads, windows or rows are split off."""
+    """Return the last value from which the whole branch is computed, before heads, windows or rows are split off."""
     flow = labels.flow
     common = -1
     for entry in _entries(labels, base, branch):
@@ -137,7 +137,7 @@ def _entries(labels: Labels, base: fx.Node, branch: fx.Node) -> list[fx.Node]:
 
 
 def _projection(labels: Labels, branch: fx.Node) -> fx.Node:
-    """Return the value that the branch's dropout, norms, scales and shape operators are applied to."""
+    """Return the value to which the branch's dropout, norms, scales and shape operators are applied."""
     path = [branch]
     while path[-1] not in labels.columns.number:
         above = _carried(labels, path[-1])
@@ -156,7 +156,7 @@ def _projection(labels: Labels, branch: fx.Node) -> fx.Node:
 
 
 def _carried(labels: Labels, node: fx.Node) -> fx.Node | None:
-    """Return the operand that a node passes on, at most scaled or normalised."""
+    """Return the operand that a node passes on, possibly scaled or normalised; None if there is none."""
     name = op_name(node)
     if name in PASSING or name in SHAPING or name in PADDING or name in NORMALISING or name == "getitem":
         return node.args[0] if isinstance(node.args[0], fx.Node) else None

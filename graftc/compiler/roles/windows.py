@@ -1,4 +1,4 @@
-"""Detection of layers in a transformers model that see only the last tokens of a text."""
+"""Detect layers of a transformers model that see only the last tokens of a text."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import nn
 
 
 def has_windows(config: Any) -> bool:
-    """Return whether a layer's cache would drop the tokens that a sliding window has passed."""
+    """Return whether any layer's cache would drop tokens that have left a sliding window."""
     from transformers.cache_utils import DynamicCache
 
     return any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=config).layers)
 
 
 def may_have_windows(model: nn.Module) -> bool:
-    """Return whether a layer may hide the first token from the last one, by its cache or a stored mask (as in GPT-Neo).
+    """Return whether a layer may hide the first token from the last, by its cache or a stored mask (as in GPT-Neo).
 
-    True if the model has no transformers config from which this could be determined.
+    True if the model has no transformers config from which this can be determined.
     """
     from transformers import PreTrainedConfig
 
