@@ -1,1 +1,1 @@
-"""The passes that adapt a captured Program; `graftc.compiler.adapting` defines their order."""
+"""Passes that adapt a captured Program; `graftc.compiler.adapting` defines their order."""

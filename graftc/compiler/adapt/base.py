@@ -1,4 +1,4 @@
-"""Capture of the Program that is adapted, with verification and comparison against the source model."""
+"""Capture the Program to adapt, verify it, and compare it with the source model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _gather(program: Program, compilation: Compilation) -> Program:
 
 
 GATHER: Pipeline[Compilation] = Pipeline("gather", [Pass("gather early", _gather, verified=True)])
-"""For a cloze: choose the places of a text that are read before the head computes all of them."""
+"""For a cloze: select the positions that are read before the head would compute all positions."""
 
 
 def take(work: Work, request: CaptureRequest, log: Log) -> Capture:
@@ -49,7 +49,7 @@ def take(work: Work, request: CaptureRequest, log: Log) -> Capture:
             raise
         capture = _every_layer(compilation, capture, request, log)
         if from_cache:
-            capture.notes += (f"the graph that was kept for this model was captured anew: {first_line(error)}",)
+            capture.notes += (f"the cached graph of this model was captured again: {first_line(error)}",)
     _note(work, capture)
     if compilation.spec.cloze is not None:
         capture = replace(capture, traced=capture.program)
@@ -73,7 +73,7 @@ def _checked(compilation: Compilation, capture: Capture, log: Log, shown: Sequen
     """Return a capture with its anchor.
 
     Raises:
-        GraftError: GC030 if it writes to what it may not, GC040 if it is not a graph of the Store's tensors, GC041 if
+        GraftError: GC030 for a write that is not allowed, GC040 if the graph does not fit the Store's tensors, GC041 if
             it does not match the model.
     """
     store, program = compilation.store, record_baseline(capture.traced)
@@ -85,18 +85,18 @@ def _checked(compilation: Compilation, capture: Capture, log: Log, shown: Sequen
         write = flaw(program.graph, program.mode, store.is_buffer)
         if write is not None:
             message = f"{type(compilation.source).__name__} cannot be adapted: at {write[0].name} {write[1]}"
-            raise GraftError("GC030", message, hint="a forward may change buffers in train mode, and nothing else")
+            raise GraftError("GC030", message, hint="a forward may only change buffers, and only in train mode")
         log.verified(program, store, "canonicalise")
         comparison = anchored(compilation, capture, program, shown)
-        untried = ("it was not held against all kinds of inputs",) if comparison.plain else ()
+        untried = ("it was not compared on all kinds of inputs",) if comparison.plain else ()
         differing = comparison.differing or untried
         if differing and (comparison.differing or capture.cached):
             where = f"{comparison.mode} mode with {comparison.inputs}"
-            message = f"the graph of {type(compilation.model).__name__} is not the model: in {where}, {differing[0]}"
+            message = f"the graph of {type(compilation.model).__name__} is not its model: in {where}, {differing[0]}"
             raise GraftError("GC041", message, hint=_NOT_THE_MODEL, details=differing[1:5])
         if is_live(compilation.model) and comparison.difference is None:  # each layer ran by itself when it was chosen
             name, why = type(compilation.model).__name__, comparison.skipped
-            message = f"the graphs of the layers of {name} could not be compared with these: {why}"
+            message = f"the layers of {name} could not be compared with their graphs: {why}"
             raise GraftError("GC041", message, hint=_NOT_THE_MODEL)
     except Exception:
         for name in added:
@@ -107,13 +107,13 @@ def _checked(compilation: Compilation, capture: Capture, log: Log, shown: Sequen
 
 
 def anchored(compilation: Compilation, capture: Capture, program: Program, shown: Sequence[Axis] = ()) -> Anchor:
-    """Return the comparison of a graph, captured or derived from a captured one, with the source model.
+    """Return the comparison of a graph, captured or derived from a capture, with the source model.
 
     Args:
         compilation: the Compilation with the model.
         capture: the capture.
         program: the graph.
-        shown: the requested inputs. Those to be captured as shown are compared as shown as well; the others are used
+        shown: the requested inputs. Inputs that are captured as shown are also compared as shown; the others are used
             for a model that takes no samples.
     """
     progress.step(f"anchor({program.mode})")
@@ -125,11 +125,11 @@ def anchored(compilation: Compilation, capture: Capture, program: Program, shown
     return anchor(request, program, capture.constants)
 
 
-_NOT_THE_MODEL = "what forward decides by values or keeps outside of tensors and buffers has no place in a graph"
+_NOT_THE_MODEL = "a graph has no decisions that depend on values, and no state outside of tensors and buffers"
 
 
 def _note(work: Work, capture: Capture) -> None:
-    """Record what a graph lacks of the model and warn about it, each once."""
+    """Record and warn about each part of the model that its graph lacks, once."""
     compilation = work.compilation
     known = {*compilation.notes, *work.notes}
     assigned = [*capture.assigned, *(capture.anchor.assigned if capture.anchor is not None else ())]
@@ -140,9 +140,9 @@ def _note(work: Work, capture: Capture) -> None:
     work.notes += new
     for note in new:
         if note in written:
-            hint = "what it read there is a constant of the graph; keep what changes in buffers, or return it"
+            hint = "the value read there is a constant of the graph; store changing values in buffers, or return them"
             warn("GC042", f"{type(compilation.model).__name__}'s {note}, which its graph does not", hint=hint)
         elif note in lost:
-            warn("GC049", note, hint="its graph has the gradients and the state that capturing it shows")
+            warn("GC049", note, hint="its graph has the gradients and the state seen during capture")
         elif note in drawn:
-            warn("GC047", note, hint="set it to what is wanted before compiling, so that nobody misses it")
+            warn("GC047", note, hint="set it to the intended value before compiling")

@@ -1,9 +1,9 @@
-"""Adaptation of layers that call functions: what is inserted in a body is inserted for every call of it.
+"""Adapt layers that call functions: whatever is inserted into a body is also inserted for every call of it.
 
-A method inserts into a body as into any layer. For each call it then inserts into a copy of the body over the call's
-own tensors, which creates these tensors and shows that the call does what the body does now. If that follows from the
-spec and the types of tensors alone (`Method.repeats`), the first call shows it for all, and the others only get their
-tensors.
+A method inserts into a body as into any layer. For each call, it then inserts into a copy of the body with the call's
+own tensors. This creates these tensors and verifies that the call computes the same as the adapted body. If this
+follows from the spec and the types of tensors alone (`Method.repeats`), verifying the first call is enough, and only
+tensors are created for the others.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from graftc.specs.base import MethodSpec
 
 @dataclass
 class _Template:
-    """A body before anything was inserted, from which copies are made and with which they are compared.
+    """A body before any insertion, from which copies are made and with which they are compared.
 
     Attributes:
-        base: the Program before anything was inserted.
-        given, results: the nodes that the body is given and computes there.
-        nodes: nodes of the base between what the body is given and what it computes, with those of the adapted Program.
+        base: the Program before any insertion.
+        given, results: the body's input and result nodes in the base.
+        nodes: the base nodes from the body's inputs to its results, each with its node in the adapted Program.
         body: path of the body's layer.
         inside: the nodes that the body computes in the adapted Program.
     """
@@ -63,9 +63,9 @@ class _Template:
 
     @classmethod
     def of(cls, base: Program, one: FunctionCall, now: FunctionCall, adapted: Mapping[str, fx.Node]) -> _Template:
-        """Build the template of a call as it was in the base and as it is now.
+        """Build a template from a call as it was in the base and as it is now.
 
-        The nodes of the adapted Program are given by name.
+        ``adapted`` contains the adapted Program's nodes by name.
         """
         given, outputs = one.given, one.body_results
         wanted = sorted({*above(outputs, stop=given), *given, *base.placeholders()})
@@ -73,10 +73,9 @@ class _Template:
         return cls(base, given, outputs, {node: adapted[node.name] for node in wanted}, one.body, inside)
 
     def copy(self, path: str) -> tuple[Program, dict[fx.Node, fx.Node]]:
-        """Return the body over the tensors of another layer, and its nodes by those of the adapted Program.
+        """Return the body with another layer's tensors, and its nodes by those of the adapted Program.
 
-        The outputs of the copy are what it is given and what it computes. The computation of what it is given is left
-        out.
+        The outputs of the copy are its inputs and its results; the computation of its inputs is left out.
         """
         graph, nodes, given = fx.Graph(), dict[fx.Node, fx.Node](), set(self.given)
         for node in self.nodes:
@@ -102,7 +101,7 @@ def _insert_in_calls(program: Program, context: Adapting) -> None:
     shown: dict[str, str] = {}
     repeated = _Repeated(program, context)
     for now in calls(program.graph):
-        # For later signatures, the first one has shown that layers are adapted alike.
+        # For later signatures, the first has verified that layers are adapted alike.
         if context.places is not None and all(name in context.store for name in bodies.tensors(now)):
             continue
         if now.body in shown:
@@ -116,11 +115,11 @@ def _insert_in_calls(program: Program, context: Adapting) -> None:
 
 
 Sites = Mapping[str, list[tuple[Site, MethodSpec]]]
-"""Sites of one layer with what is to be inserted there, by the name of the adaptation."""
+"""The sites of one layer, each with the spec that applies there, by adaptation name."""
 
 
 def _sites_of_calls(context: Adapting) -> Mapping[str, Sites]:
-    """Return the sites of every layer that calls a function, by its path."""
+    """Return the sites in every layer that calls a function, by layer path."""
     by_layer: dict[str, dict[str, list[tuple[Site, MethodSpec]]]] = defaultdict(lambda: defaultdict(list))
     for item in context.resolved:
         for site, spec in item.sites:
@@ -130,7 +129,7 @@ def _sites_of_calls(context: Adapting) -> Mapping[str, Sites]:
 
 
 class _Repeated:
-    """The tensors of further calls, created from what the first call of a body has recorded."""
+    """Creates the tensors of further calls from those recorded for a body's first call."""
 
     def __init__(self, program: Program, context: Adapting) -> None:
         self._program, self._context = program, context
@@ -138,7 +137,7 @@ class _Repeated:
         self._builders: dict[str, Builder] = {}
 
     def is_possible(self, sites: Sites) -> bool:
-        """Return whether the first call has recorded everything that further calls of the same body need."""
+        """Return whether everything that further calls of the body need was recorded for the first call."""
         parts, starts = self._context.work.parts, self._context.starts
         return all(
             method_for(spec.method).repeats(spec) and starts.keys() >= set(parts[name].get(site.key, {}).values())
@@ -147,10 +146,10 @@ class _Repeated:
         )
 
     def make(self, before: str, path: str, sites: Sites) -> None:
-        """Create the tensors of a call.
+        """Create a call's tensors.
 
         Args:
-            before: path of the call that was recorded.
+            before: path of the recorded call.
             path: path of this call.
             sites: the sites of this call.
         """
@@ -174,7 +173,7 @@ def _insert_in_call(program: Program, context: Adapting, now: FunctionCall, temp
     """Insert into a copy of the body, and return whether base tensors of the call are edited.
 
     Raises:
-        UnlikeBodyError: the call does something else than the body.
+        UnlikeBodyError: if the call does not compute the same as the body.
     """
     copy, nodes = template.copy(now.path)
     move, elsewhere = SiteMove(now.path, now.path, nodes), SiteMove("", "", nodes)
@@ -183,7 +182,7 @@ def _insert_in_call(program: Program, context: Adapting, now: FunctionCall, temp
     mine = set(map(id, local.values()))
     for unit in units(context.compilation.spec, context.resolved):
         (item,) = unit.members
-        # A method that creates something for all sites together needs all of them again.
+        # A method that creates something for all sites together needs all sites again.
         every = sites[item.name] if item.name in context.prepared else item.sites
         own = tuple((local.get(id(site)) or elsewhere.site(site), spec) for site, spec in every)
         insert_single(copy, context, unit, replace(item, sites=own), lambda site: id(site) in mine)
@@ -203,18 +202,18 @@ def _require_same(
     nodes: Mapping[fx.Node, fx.Node],
     inside: Collection[fx.Node],
 ) -> None:
-    """Check that a call does the same as the body into which adaptations have been inserted.
+    """Check that a call computes the same as the body into which adaptations have been inserted.
 
     Args:
         program: the Program with the body.
         now: the call.
-        copy: the body over the tensors of the call, with the same adaptations inserted.
-        nodes: nodes of the copy by those of the Program. Nodes that the Program computes outside of the body may have
-            been adapted there, but not in the copy.
+        copy: the body with the call's tensors, with the same adaptations inserted.
+        nodes: the copy's nodes by those of the Program. Nodes that the Program computes outside of the body may be
+            adapted in the Program but not in the copy.
         inside: the nodes that the body computes.
 
     Raises:
-        UnlikeBodyError: the call does something else.
+        UnlikeBodyError: if the call computes something else.
     """
     outputs: Any = copy.output_node.args[0]
     count = len(now.given)
@@ -255,4 +254,4 @@ CALLS: Pass[Adapting] = Pass(
     rewrites=False,
     verified=True,
 )
-"""Make the tensors of layers that call functions, and see that they do what the bodies do."""
+"""Create the tensors of layers that call functions, and verify that these layers compute the same as the bodies."""

@@ -1,4 +1,4 @@
-"""The state of the passes that adapt one Program: what they are given and what they find out."""
+"""The state of the passes that adapt one Program: their inputs and their results."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from graftc.specs.document import Spec
 
 @dataclass
 class Work:
-    """One more signature of a Compilation while it is being made.
+    """Another signature of a Compilation while it is being built.
 
     Attributes:
         compilation: the Compilation that it belongs to, without the signature.
-        request: the calls of the source model that it is for, in train mode.
-        controls: inputs in addition to these, by which a call chooses among adaptations.
+        request: the source model's calls that it is for, in train mode.
+        controls: additional inputs, with which a call chooses among adaptations.
         places: the places where the first signature is adapted; None for the first signature itself.
         initial: the source of values for new tensors.
         parts: the inserted tensors, by adaptation, site and part.
-        notes: what capturing had to change, in words for people, unless the Compilation says it already.
+        notes: readable notes on what capturing had to change, except for those that the Compilation already has.
     """
 
     compilation: Compilation
@@ -53,23 +53,24 @@ class Work:
 
 @dataclass
 class Adapting(PassHost):
-    """One Program that is being adapted.
+    """A Program while it is being adapted.
 
     Attributes:
-        work: the work on the signature that it belongs to.
+        work: the work on the Program's signature.
         request: the request for the capture.
         capture: the result of the request.
         places: the places to adapt: those of the first signature, or of the same signature in train mode; None if the
             spec's targets decide.
         called: whether equal layers call functions; otherwise every layer is written out.
-        base: the Program that is adapted, which stays unchanged.
-        captures: the captures that it was made of.
+        base: the Program to adapt, which stays unchanged.
+        captures: the captures from which the Program was built.
         resolver, structure: its sites and its roles, once they are known.
-        resolved, trained: the adaptations with their sites, and tensors that train in place, once they are known.
-        plan: the virtual tokens, by the ids in front of which they are placed.
+        resolved, trained: the adaptations with their sites, and the parameters that train in place, once known.
+        plan: the virtual tokens, by the input of token ids whose sequence they lengthen.
         findings: the findings of plugins' passes.
-        prepared: what methods have created for all sites of an adaptation, by its name, if it is data alone.
-        starts: the starts of the parameters that were created, by name.
+        prepared: the objects that methods created for all sites of an adaptation, by its name, if they contain no
+            nodes.
+        starts: the initial values of the created parameters, by name.
     """
 
     work: Work
@@ -94,7 +95,7 @@ class Adapting(PassHost):
 
     @property
     def compilation(self) -> Compilation:
-        """The Compilation, without the signature that is being made."""
+        """The Compilation, without the signature that is being built."""
         return self.work.compilation
 
     @property
@@ -104,7 +105,7 @@ class Adapting(PassHost):
 
     @property
     def requested_spec(self) -> Spec:
-        """The spec that the user asked for."""
+        """The user's spec."""
         return self.compilation.spec
 
     @property
@@ -115,11 +116,11 @@ class Adapting(PassHost):
 
     @property
     def adapted_sites(self) -> Mapping[str, Sequence[Site]]:
-        """The sites of each adaptation, by its name."""
+        """Each adaptation's sites, by its name."""
         return {item.name: [site for site, _ in item.sites] for item in self.resolved}
 
     def inserting(self, program: Program, owner: str) -> Builder:
-        """Return a builder that inserts nodes in the name of ``owner``."""
+        """Return a builder that inserts nodes owned by ``owner``."""
         return self.builder(program, owner, owner)
 
     @property
@@ -134,5 +135,5 @@ class Adapting(PassHost):
         return of_call and not isinstance(site, ValueSite)
 
     def builder(self, program: Program, adaptation: str, method: str, seams: Seams | None = None) -> Builder:
-        """Return a builder that inserts the nodes of an adaptation."""
+        """Return a builder that inserts an adaptation's nodes."""
         return Builder(program, self.store, adaptation, method, self.work.initial, seams=seams)

@@ -1,4 +1,4 @@
-"""The Programs of eval mode: derived from those of train mode, or captured if eval mode cannot be derived."""
+"""Build eval-mode Programs: derived from those of train mode, or captured if eval mode cannot be derived."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from graftc.specs.document import Spec
 
 @dataclass
 class Evaluating(PassHost):
-    """An adapted Program from which that of eval mode is made.
+    """An adapted Program while its eval-mode Program is being built.
 
     Attributes:
-        adapting: the context that the adapted Program came from.
+        adapting: the context in which the Program was adapted.
         adapted: the adapted Program in train mode, or one captured in eval mode.
-        derived: whether what the base does only in train mode has to be removed as well.
-        base: the base in eval mode, which the result is compared with.
+        derived: whether the base's train-mode operations must also be removed.
+        base: the base in eval mode, the baseline of the result.
         findings: the findings of plugins' passes.
     """
 
@@ -39,11 +39,11 @@ class Evaluating(PassHost):
 
     @property
     def requested_spec(self) -> Spec:
-        """The spec that the user asked for."""
+        """The user's spec."""
         return self.adapting.requested_spec
 
     def inserting(self, program: Program, owner: str) -> Builder:
-        """Return a builder that inserts nodes in the name of ``owner``."""
+        """Return a builder that inserts nodes owned by ``owner``."""
         return self.adapting.builder(program, owner, owner)
 
 
@@ -54,4 +54,4 @@ def _evaluate(program: Program, context: Evaluating) -> Program:
 
 
 EVALUATE = Pass("mode(eval)", _evaluate, {"adapted"}, {"evaluated", COPIED}, verified=True, typed=True)
-"""Take out what happens in train mode alone, dropout above all."""
+"""Remove operations that only run in train mode, dropout above all."""

@@ -1,4 +1,4 @@
-"""The passes that adapt a Program at its places: controls, added tokens, tensors that train in place, adaptations."""
+"""Passes that adapt a Program at its places: controls, added tokens, parameters that train in place, adaptations."""
 
 from __future__ import annotations
 
@@ -74,16 +74,16 @@ def _insert(program: Program, context: Adapting, unit: Unit) -> None:
 def insert_single(
     program: Program, context: Adapting, unit: Unit, item: Resolved, here: Callable[[Site], bool]
 ) -> None:
-    """Insert an adaptation that is in no composition.
+    """Insert an adaptation that is not part of a composition.
 
-    What its method creates for all sites together is created only once if it is data alone.
+    Objects that its method creates for all sites together are created only once if they contain no nodes.
 
     Args:
         program: the Program, changed in place.
         context: records the tensors.
-        unit: the unit of the spec that the adaptation is.
+        unit: the adaptation's unit in the spec.
         item: the adaptation with all of its sites.
-        here: returns whether a site belongs to this Program.
+        here: returns whether to insert at a site in this Program.
     """
     if not item.sites:
         return
@@ -104,13 +104,13 @@ def insert_single(
 
 
 def _size(build: Builder) -> tuple[int, ...]:
-    """Return the counts of what a method may have created for all of its sites."""
+    """Return the counts of everything that a method may create for all of its sites."""
     program = build.program
     return len(program.graph.nodes), len(program.edits), len(program.tensor_edits), len(build.parts)
 
 
 def adapt(build: Builder, item: Resolved) -> None:
-    """Insert an adaptation at all of its sites, with what its method makes for all of them together."""
+    """Insert an adaptation at all of its sites, after preparing everything that the sites share."""
     shared = prepare(item.spec, [site for site, _ in item.sites], build)
     _insert_at_sites(build, item, shared, lambda site: True)
 
@@ -141,10 +141,10 @@ CONTROLS = Pass(
     {"controls"},
     wanted=lambda program, context: bool(context.work.controls),
 )
-"""Add the inputs by which a call chooses among adaptations."""
+"""Add the inputs with which a call chooses among adaptations."""
 
 ADDED_TOKENS = PassGroup("insert tokens", _tokens, {"sites", "room"}, {"tokens"}, each=0)
-"""Put the rows of added tokens under those of the tables."""
+"""Replace the tables' rows for added tokens by trained rows."""
 
 TRAIN_IN_PLACE = Pass(
     "insert(train)",
@@ -154,10 +154,10 @@ TRAIN_IN_PLACE = Pass(
     wanted=lambda program, context: bool(context.trained),
     verified=True,
 )
-"""Let tensors of the base train."""
+"""Let base parameters train, through copies."""
 
 ADAPTATIONS = PassGroup("insert", _adaptations, {"places", "controls", "tokens", "trained in place"}, {"adapted"})
-"""Insert every adaptation, and every composition of them, at its places."""
+"""Insert every adaptation and every composition at its places."""
 
 RECOMPUTE = Pass("recompute", _recompute, {"adapted"}, wanted=_has_sparse_weights, verified=True)
-"""Make sums of a weight and a sparse delta where they are read, and again in the backward pass."""
+"""Compute sums of a weight and a sparse delta where they are read, and recompute them in the backward pass."""

@@ -1,4 +1,4 @@
-"""The places where a Program is adapted: its roles and sites as captured, and again with room for virtual tokens."""
+"""Passes that find where to adapt a Program: its roles and sites, and both again with room for virtual tokens."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def _resolve(program: Program, context: Adapting) -> None:
 
 
 def _require_alike(program: Program, context: Adapting) -> None:
-    """Check that all calls of a body get what the body gets.
+    """Check that all calls of a body are adapted like the body.
 
     Raises:
-        TreatedUnlikeError: naming those that do not.
+        TreatedUnlikeError: with the groups of layers, if some are adapted differently.
         UnlikeBodyError: for virtual tokens and compositions, which do not support calls.
     """
     if context.plan or any(unit.composition is not None for unit in units(context.compilation.spec, context.resolved)):
-        raise UnlikeBodyError("virtual tokens and compositions are for layers that are written out")
+        raise UnlikeBodyError("virtual tokens and compositions need layers that are written out")
     groups = treated_alike(context.resolved, calls(program.graph))
     if any(len(alike) > 1 for alike in groups.values()):
         raise TreatedUnlikeError(groups)
@@ -78,9 +78,10 @@ def _require_alike(program: Program, context: Adapting) -> None:
 def _required(context: Adapting) -> Required:
     """Return which adapted places the Program must contain.
 
-    A place that only train mode reads is adapted there only. A later signature must read every place, since the caller
-    may pass in what an adapted module would have computed, such as embeddings. Two kinds of signatures need not: those
-    of generation, which read all places between them, and those that only leave inputs out, as for text alone.
+    A place that only train mode reads is adapted only in train mode. A later signature must read every place, since the
+    caller could otherwise pass values that an adapted module should compute, such as embeddings. There are two
+    exceptions: signatures for generation, which together read all places, and signatures that only leave inputs out, as
+    for text without images.
     """
     if isinstance(context.places, Adapting) or is_part(context.base):
         return "none"
@@ -119,13 +120,13 @@ def _resolve_train(program: Program, context: Adapting) -> None:
 
 
 COPY = Pass("copy", _copy, ensures={COPIED})
-"""Leave the base as it is."""
+"""Copy the base, so that it stays unchanged."""
 
 ROLES = Pass("roles", _roles, {COPIED}, {"roles"}, rewrites=False)
-"""Find attentions, feed-forward parts and layers by what the graph computes."""
+"""Detect attentions, feed-forward parts and layers by what the graph computes."""
 
 RESOLVE = Pass("resolve", _resolve, {"roles"}, {SITES, PLACES}, rewrites=False)
-"""Find the sites that the spec's targets name, or those of the first signature."""
+"""Find the sites that the spec's targets select, or those of the first signature."""
 
 _LENGTHENING = (
     Pass("lengthen", _lengthen),
@@ -142,4 +143,4 @@ LENGTHEN = PassGroup("lengthen", _lengthening, {PLACES}, {"room"})
 """Make room for virtual tokens, and find the places again in the longer graph."""
 
 RESOLVE_TRAIN = Pass("resolve train", _resolve_train, {SITES, "room"}, {"trained"}, rewrites=False)
-"""Find the tensors that train in place."""
+"""Find the parameters that train in place."""
