@@ -1,4 +1,4 @@
-"""The budgets of certificates, and the refusal of folds that change nothing."""
+"""Budgets for certificates, and the refusal of folds that change nothing."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ DEFAULT_BUDGET: Mapping[torch.dtype, float] = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
-"""Largest difference of outputs by dtype, relative to the largest output or 1."""
+"""Largest allowed difference of outputs by dtype, relative to the largest output or 1."""
 
 HALF = 0.5
-"""What is left of the norm of an update below which a merge warns."""
+"""The fraction of an update's norm below which a merge warns."""
 
 _WIDER = "dtype=torch.float32 (--dtype float32) keeps it"
 
 
 def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> None:
-    """Refuse a fold after which every folded tensor equals the base's, unless that is allowed.
+    """Refuse a fold that leaves every tensor equal to the base's, unless that is allowed.
 
     Warn (GC105) if rounding has lost more than half of the update.
 
@@ -42,12 +42,12 @@ def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> 
         where = "the only site" if sites == 1 else f"all {sites} sites"
         if retention.wanted:
             message = f"the merge changes nothing: at {where} the update is lost in {to}"
-            hint = f"{wider}; allow_unchanged=True (--allow-unchanged) merges all the same"
+            hint = f"{wider}; allow_unchanged=True (--allow-unchanged) merges anyway"
         else:
             message = f"the merge changes nothing: the update is zero at {where}"
             hint = (
-                "train first, or load the tensors that were trained, and look at alpha; allow_unchanged=True "
-                "(--allow-unchanged) merges all the same"
+                "train first, or load the trained tensors, and check alpha; allow_unchanged=True "
+                "(--allow-unchanged) merges anyway"
             )
         raise GraftError("GC104", message, hint=hint)
     if retention.norm < HALF and not retention.unchanged:

@@ -1,16 +1,17 @@
-"""Folding with evidence: every base tensor that folding changes is folded once, probed, rounded, checked and released.
+"""Fold with evidence: each base tensor that folding changes is folded once, probed, rounded, checked and released.
 
-Tensors are processed one group at a time (`graftc.compiler.folding.fold_group`): those that are folded together, or
-read by one call. At any time, the group's tensors are in memory in float64 before or while they are folded, and the
-same tensors afterwards: at most two tensors of the largest one's size, except for what a method's own graph or fold
-allocates. Anything else that is large is processed in pieces.
+Tensors are processed one group at a time (`graftc.compiler.folding.fold_group`); a group contains tensors that are
+folded together or read by one call. At any time, memory holds the group's tensors in float64, before or during the
+fold, and the folded tensors: at most two tensors of the largest one's size, apart from allocations by a method's own
+graph or fold. All other large values are processed in pieces.
 
-What the evidence shows. A linear map is run on `PROBES` random inputs, unfolded and folded; a table is looked up at
-every entry (one of more than 2**26 numbers at 4,096 entries, and at as many of those that are replaced); a tensor that
-belongs to no map is compared as a whole. Large results are multiplied by random vectors before they are compared. A
-folded tensor that differs from the right one in any element changes such products with probability one; differences
-below `ALGEBRA_BOUND` of the largest output count as rounding. Every element of the folded tensors is checked for
-rounding to nearest, and the same pass measures how much of the update is left (`graftc.compiler.folding.retention`).
+The evidence is collected as follows. A linear map is run on `PROBES` random inputs, unfolded and folded. A table is
+looked up at every entry; a table with more than 2**26 elements is looked up at 4,096 entries and at up to 4,096
+replaced ones. A tensor that belongs to no map is compared as a whole. Large results are multiplied by random vectors
+before they are compared: if a folded tensor is wrong in any element, these products differ with probability one.
+Differences below `ALGEBRA_BOUND` of the largest output count as rounding. Every element of the folded tensors is
+checked for rounding to nearest, and the same pass measures how much of the update is left
+(`graftc.compiler.folding.retention`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from graftc.passes.core.weights.folds import FoldStep, LazyTensors
 from graftc.records.certificate import Retention, SiteEvidence
 
 Advance = Callable[[float], None]
-"""Told how much of the work is done, from 0 to 1."""
+"""Receives the completed fraction of the work, from 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Folded:
     """The result of folding.
 
     Attributes:
-        tensors: the folded tensors by name, each in its base's element type, including biases that had to be added.
+        tensors: the folded tensors by name, each in its base's dtype, including biases that had to be added.
         additions: names of these biases.
-        sites: the evidence, in the order of the graph.
-        retention: how much of the updates of all tensors is left after rounding.
+        sites: the evidence, in graph order.
+        retention: how much of all tensors' updates is left after rounding.
     """
 
     tensors: dict[str, Tensor]
@@ -65,9 +66,9 @@ def fold_tensors(
     Args:
         lazy: the tensors to fold.
         unfolded: the eval graph with only the adaptations that fold.
-        base: the eval graph of the base.
-        seed: the seed of the probes.
-        advance: called with the fraction of the work that is done.
+        base: the base's eval graph.
+        seed: the seed for the probes.
+        advance: called with the completed fraction of the work.
     """
     uses: list[Use] = []
     readers: dict[str, fx.Node] = {}
@@ -104,7 +105,7 @@ def fold_tensors(
 
 
 class _InMemory(FoldTarget):
-    """Keeps all tensors, each in its base's element type."""
+    """Keeps all tensors, each in its base's dtype."""
 
     def __init__(self, lazy: LazyTensors) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -116,7 +117,7 @@ class _InMemory(FoldTarget):
 
 
 def _replaced_entries(use: Use, steps: Sequence[FoldStep], device: torch.device) -> Tensor | None:
-    """Return the entries of a table that are replaced as such, and not along its rows; None if there are none."""
+    """Return the entries of a table that are replaced along another axis than its rows; None if there are none."""
     table = use.weight
     chain = (step.weight for step in steps if table.tensor in step.tensors)
     entries = [own.index(device) for own in chain if own.axis != table.axis and not own.whole]

@@ -1,7 +1,7 @@
-"""Collapsing: the simpler deployed form of adaptations that do not fold, and its distance from the trained form.
+"""Collapse adaptations that do not fold into a simpler deployed form, and measure its distance from the trained form.
 
-The evidence runs the train Program's own nodes at a site once for every way in which its routes can be drawn, and
-compares the mean of the results with the result of the same nodes in eval mode.
+To collect the evidence, the train Program's own nodes at a site run once for every possible draw of its routes; the
+mean of the results is compared with the result of the same nodes in eval mode.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 
 
 def collapsing(compilation: Compilation) -> list[Resolved]:
-    """Return the adaptations that are deployed in a simpler form."""
+    """Return the adaptations that are deployed in simpler form."""
     return [resolved for resolved in compilation.main.resolved if _simpler(compilation, resolved) is not None]
 
 
@@ -43,8 +43,8 @@ def collapsed_spec(compilation: Compilation, names: Collection[str] | None = Non
     """Return the spec with each adaptation that collapses replaced by its simpler form.
 
     Args:
-        compilation: the compilation that was trained.
-        names: names of the adaptations to keep, collapsed or not; all by default.
+        compilation: the trained compilation.
+        names: names of the adaptations to keep, collapsed or not; by default all.
     """
     simpler = {resolved.name: _simpler(compilation, resolved) for resolved in compilation.main.resolved}
     spec = compilation.spec
@@ -53,7 +53,7 @@ def collapsed_spec(compilation: Compilation, names: Collection[str] | None = Non
 
 
 def _simpler(compilation: Compilation, resolved: Resolved) -> MethodSpec | None:
-    """Return the spec that an adaptation is deployed as; None if it is deployed unchanged."""
+    """Return the simpler spec with which an adaptation is deployed; None if it is deployed unchanged."""
     if resolved.spec.virtual_tokens() and not are_constant(compilation, resolved):
         return None
     method = method_for(resolved.spec.method)
@@ -62,7 +62,7 @@ def _simpler(compilation: Compilation, resolved: Resolved) -> MethodSpec | None:
 
 
 def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
-    """Return the tensors of the simpler adaptations by their full names, rounded once."""
+    """Return the simpler adaptations' tensors by full name, rounded once."""
     store = compilation.store
     tensors: dict[str, Tensor] = {}
     for resolved in collapsing(compilation):
@@ -76,7 +76,7 @@ def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
 
 
 def collapsed_parameters(compilation: Compilation) -> dict[str, int]:
-    """Return the number of elements of each simpler adaptation, by name; they are counted from shapes."""
+    """Return each simpler adaptation's number of elements, by name, counted from shapes."""
     return {resolved.name: _parameters(compilation, resolved) for resolved in collapsing(compilation)}
 
 
@@ -92,7 +92,7 @@ def _parameters(compilation: Compilation, resolved: Resolved) -> int:
 
 
 class _Own:
-    """The tensors of one place: its own, ``held``, and those that they collapse to."""
+    """The tensors of one place: its own, those it shares with other places, and the result of collapsing both."""
 
     def __init__(self, spec: MethodSpec, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
         self.spec, self.tensors, self.shared = spec, tensors, shared
@@ -105,7 +105,7 @@ class _Own:
 
 
 def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator[tuple[str, _Own]]:
-    """Yield the tensors of every place, with the prefix of their names."""
+    """Yield the tensors of every place, with their names' prefix."""
     parts = compilation.parts[resolved.name]
     shared = {part: read(name) for part, name in parts.get(None, {}).items()}
     for site, spec in resolved.places:
@@ -115,9 +115,9 @@ def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator
 
 
 def place_values(compilation: Compilation, resolved: Resolved) -> Iterator[tuple[SiteKey, Mapping[str, Tensor]]]:
-    """Yield the tensors that each place of an adaptation is deployed with, by part.
+    """Yield the deployed tensors of each of an adaptation's places, by part.
 
-    They are the place's own tensors, or what these collapse to.
+    These are the place's own tensors, or the result of collapsing them.
     """
     simpler = _simpler(compilation, resolved)
     for site, (_, own) in zip(resolved.places, _places(compilation, resolved, compilation.store.full), strict=True):
@@ -125,7 +125,7 @@ def place_values(compilation: Compilation, resolved: Resolved) -> Iterator[tuple
 
 
 def collapse_evidence(compilation: Compilation, seed: int = 0) -> tuple[CollapseEvidence, ...]:
-    """Measure how far each place's deployed function is from the mean of all that training can draw."""
+    """Measure how far each place's deployed function is from the mean over all routes that training can draw."""
     drawn = [resolved for resolved in collapsing(compilation) if not resolved.spec.virtual_tokens()]
     if not drawn:
         return ()
@@ -137,7 +137,7 @@ def collapse_evidence(compilation: Compilation, seed: int = 0) -> tuple[Collapse
 
 
 class _Routes:
-    """The sites of a Program whose routes are drawn, and those of the same Program with the mean of its routes."""
+    """A Program whose routes are drawn, and the same Program with the mean of its routes, compared site by site."""
 
     def __init__(
         self,
@@ -180,10 +180,9 @@ class _Routes:
     def _spans(
         routed: Program, places: Sequence[tuple[str, str]]
     ) -> dict[tuple[str, str], tuple[fx.Node | None, fx.Node]]:
-        """Return the node that each adaptation replaced at each site, and the node that replaces it.
+        """Return, for each adaptation and site, the node that was replaced and the node that replaces it.
 
-        Within a composition, an adaptation replaces nothing by itself: there, None is paired with the adaptation's own
-        result.
+        An adaptation within a composition replaces nothing by itself; its own result is then paired with None.
         """
         edits = {(e.adaptation, e.site): (e.before, e.after) for e in routed.edits if not e.narrow}
         results: dict[tuple[str, str], fx.Node] = {}
@@ -196,8 +195,8 @@ class _Routes:
     def _inputs(self, end: fx.Node) -> dict[fx.Node, Any]:
         """Return values for the nodes that the adaptation reads at a site, in float64.
 
-        Floating-point values are random, in the sizes that they have for the sample inputs; masks, integers and sizes
-        keep the values that they have for these.
+        Floating-point values are random, with the shapes that they have for the sample inputs; masks, integers and
+        sizes have the same values as for the sample inputs.
         """
         generator = torch.Generator().manual_seed(self.seed)
 
@@ -209,7 +208,7 @@ class _Routes:
         return {node: random(self.samples[node]) for node in self.read[end]}
 
     def _sampled(self, nodes: Collection[fx.Node]) -> dict[fx.Node, Any]:
-        """Return the values of nodes of the routed Program for the sample inputs."""
+        """Return the values that nodes of the routed Program have for the sample inputs."""
         compilation = self.compilation
         inputs = samples(compilation)
         values = computed(list(nodes), lambda node: inputs[str(node.target)], compilation.store.get, self.device)
@@ -217,7 +216,7 @@ class _Routes:
 
     @staticmethod
     def _boundary(mine: tuple[str, str], start: fx.Node | None, end: fx.Node) -> list[fx.Node]:
-        """Return the outside nodes that an adaptation reads at a site, except tensors and routes."""
+        """Return the nodes outside of an adaptation that it reads at a site, except tensors and routes."""
         outside: dict[fx.Node, None] = {} if start is None else {start: None}
         pending, seen = [end], set(outside)
         while pending:
@@ -233,12 +232,12 @@ class _Routes:
 
     @staticmethod
     def _draws(end: fx.Node, inputs: Mapping[fx.Node, Any]) -> set[fx.Node]:
-        """Return the routes that decide the result at a site."""
+        """Return the routes that determine the result at a site."""
         routes = (node for node in above([end], stop=inputs) if node not in inputs and is_route(node))
         return {node for node in routes if any(is_pick(user) for user in node.users)}
 
 
 def _owner(node: fx.Node) -> tuple[str, str]:
-    """Return the adaptation and the site that a node was inserted for."""
+    """Return the adaptation and the site for which a node was inserted."""
     origin = provenance(node) or {}
     return origin.get("adaptation", ""), origin.get("site", "")

@@ -1,4 +1,4 @@
-"""Differences of outputs that may contain infinities, as masked scores and rows of nothing but padding do."""
+"""Compare outputs that may contain infinities or NaN, such as masked scores and rows that are all padding."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:
-    """Return the largest absolute difference of two tensors; infinite if their shapes differ.
+    """Return the largest absolute difference between two tensors; infinite if their shapes differ.
 
-    Elements that are the same infinity, or NaN in both, do not differ. The result is NaN if an element is NaN in only
-    one of the two, and if no element of ``a`` is finite: nothing can be said about such outputs.
+    Elements that are the same infinity, or NaN in both tensors, do not differ. The result is NaN if an element is NaN
+    in only one of the tensors, or if ``a`` has infinite or NaN elements only: such outputs cannot be compared.
     """
     if a.shape != b.shape:
         return math.inf

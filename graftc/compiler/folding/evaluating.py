@@ -1,8 +1,8 @@
-"""Evaluation of parts of graphs in float64, with which certificates compare folds and collapses.
+"""Evaluate parts of graphs in float64, so that certificates can compare folds and collapses.
 
-Every floating-point value is float64, whatever the graph says: tensors that are read, element types among arguments,
-positional or keyword, and whatever an operator creates itself (a mask, a constant). What a graph in 16 bits rounds is
-not rounded here.
+Every floating-point value is float64, whatever the graph specifies: tensors that are read, dtypes among positional or
+keyword arguments, and values that an operator itself creates (a mask, a constant). Values that a 16-bit graph rounds
+are not rounded here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ aten = torch.ops.aten
 
 
 def evaluate(output: fx.Node, inputs: Mapping[fx.Node, Any], tensor: Callable[[str], Tensor]) -> Tensor:
-    """Return the value of ``output`` in float64, from the values of other nodes and the tensors that are read.
+    """Return the value of ``output`` in float64, computed from other nodes' values and the tensors that it reads.
 
     Args and errors as for `evaluate_all`.
     """
@@ -35,12 +35,12 @@ def evaluate_all(
 ) -> list[Tensor]:
     """Return the values of nodes in float64.
 
-    Any other value is released when the last node that reads it has been computed.
+    All other values are released once the last node that reads them has been computed.
 
     Args:
-        outputs: the nodes to evaluate; what they share is computed once.
-        inputs: values of nodes that are not to be computed, floating-point ones in float64.
-        tensor: returns a tensor of the Store by name; it is widened unless it is float64 already.
+        outputs: the nodes to evaluate; shared ancestors are computed once.
+        inputs: values for nodes that are not computed; floating-point values are float64.
+        tensor: returns a tensor of the Store by name, which is widened unless it is already float64.
 
     Raises:
         ValueError: if an output depends on an input of the graph that has no value.
@@ -75,7 +75,7 @@ def _call(target: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _wide(value: Any) -> Any:
-    """Return a tensor or an element type as float64 if it is floating-point, and everything else unchanged."""
+    """Return a floating-point tensor or dtype as float64, and everything else unchanged."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
@@ -90,12 +90,12 @@ def grouped_mm(
 ) -> Tensor:
     """Compute ``aten._grouped_mm``, whose kernels take at most float32.
 
-    Rows of ``x: [rows, in]`` are multiplied by the matrix of their expert, ``weight: [experts, in, out]``; each group
-    of rows ends at its entry of ``offs: int[experts]``. Rows after the last group are zeros. Without ``offs``, there
-    is one product for each expert.
+    Rows of ``x: [rows, in]`` are multiplied by their expert's matrix in ``weight: [experts, in, out]``; each group of
+    rows ends at its entry in ``offs: int[experts]``. Rows after the last group are zero. Without ``offs``, there is
+    one product per expert.
 
     Raises:
-        NotImplementedError: for groups along other axes, which no forward pass has.
+        NotImplementedError: for groups along other axes, which do not occur in a forward pass.
     """
     if weight.dim() != 3 or (x.dim() == 2) != (offs is not None):
         raise NotImplementedError(f"groups of {tuple(x.shape)} by {tuple(weight.shape)}")
@@ -110,4 +110,4 @@ def grouped_mm(
 
 
 _REFERENCES: Mapping[Any, Callable[..., Any]] = MappingProxyType({GROUPED_MM: grouped_mm})
-"""Operators without a kernel for float64, and what computes the same."""
+"""Replacements for operators without a float64 kernel."""

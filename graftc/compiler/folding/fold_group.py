@@ -1,8 +1,8 @@
-"""The fold of one group of tensors, with evidence: they are probed, folded, rounded and probed again.
+"""Fold one group of tensors with evidence: probe, fold, round, and probe again.
 
-This is the same wherever tensors come from, a model or files, and wherever they go. At any time, the group's tensors
-are in memory in float64 before or while they are folded, and whatever their target keeps of them afterwards, except for
-what a method's own graph or fold allocates.
+This works in the same way for tensors from a model and from files, wherever the results go. At any time, memory holds
+the group's tensors in float64, before or during the fold, and the results that their target keeps, apart from
+allocations by a method's own graph or fold.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from graftc.records.certificate import Retention
 
 
 class FoldTarget(ABC):
-    """Where the folded tensors of a group go.
+    """A destination for a group's folded tensors.
 
     Attributes:
-        tensors: those that it keeps, rounded, by name. Tensors of which a site has only some rows have to be kept.
+        tensors: the rounded tensors that it keeps, by name. A tensor must be kept if a site has only some of its rows.
     """
 
     tensors: Mapping[str, Tensor] = MappingProxyType({})
@@ -35,7 +35,7 @@ class FoldTarget(ABC):
         """Round a tensor once.
 
         Args:
-            name: the tensor.
+            name: the tensor's name.
             exact: its folded values, in float64.
             base: its values before folding.
 
@@ -47,17 +47,16 @@ class FoldTarget(ABC):
 def fold_group(
     lazy: LazyTensors, group: FoldGroup, probes: Sequence[Probe], target: FoldTarget
 ) -> tuple[list[tuple[fx.Node, SiteTally]], Retention]:
-    """Fold a group of tensors, probe what this changes, and compare every other folded tensor with its replacement.
+    """Fold a group of tensors, and probe them before and after the fold.
 
     Args:
-        lazy: the tensors to fold.
-        group: those that are folded now.
-        probes: the maps that read them, and the tensors that no map reads.
-        target: where the folded tensors go.
+        lazy: all tensors to fold.
+        group: the tensors to fold now.
+        probes: probes for the maps that read these tensors, and for tensors that no map reads.
+        target: the destination for the folded tensors.
 
     Returns:
-        What was measured at each site, with the node of the base that was probed; and how much of the updates of all
-        tensors is left.
+        The measurements at each site, with the probed base node; and how much of all tensors' updates is left.
     """
     base = lazy.base(group)
     values = lazy.widened(base)
@@ -82,11 +81,11 @@ def fold_group(
 
 
 def _by_site(group: FoldGroup, rounded: Rounded, *tensors: Mapping[str, Tensor]) -> dict[str, list[Retention]]:
-    """Return what is left of the update at each site: of its own rows of a weight, and of its bias."""
+    """Return how much of the update is left at each site: in its own rows of a weight, and in its bias."""
     left: dict[str, list[Retention]] = {}
     own = {(step.site, part.as_stored): part for step in group.steps for part in step.parts}
     for (site, _), part in own.items():
-        if part.tensor in rounded.errors:  # unless it is a bias that did not have to be added
+        if part.tensor in rounded.errors:  # false for a bias that did not have to be added
             whole = rounded.retained[part.tensor]
             parts = (part.take(each[part.tensor]) for each in tensors)
             left.setdefault(site, []).extend(whole if part.whole else [retained(*parts)])

@@ -1,4 +1,4 @@
-"""The choice of the adaptations of a Compilation that fold, with the reasons why the others do not."""
+"""Determine which adaptations of a Compilation fold, and why the others do not."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ class FoldPlan:
 
     Attributes:
         lazy: the folded tensors.
-        names: names of the adaptations that fold, in the order in which they were inserted, ``tokens`` and ``trained``
-            included.
-        kept: the other adaptations, each with the error that says why it stays.
+        names: names of the adaptations that fold, in insertion order, including ``tokens`` and ``trained``.
+        kept: the other adaptations, each with the error that explains why it stays.
     """
 
     lazy: LazyTensors
@@ -32,23 +31,23 @@ class FoldPlan:
     kept: Mapping[str, GraftError]
 
     def reasons(self) -> dict[str, str]:
-        """Return the reason why each of the other adaptations stays, as a readable message."""
+        """Return the reason why each other adaptation stays, as a readable message."""
         return {name: error.message for name, error in self.kept.items()}
 
 
 def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> FoldPlan:
-    """Try to fold every adaptation, and return which ones do.
+    """Try to fold every adaptation, and return the adaptations that fold and those that stay.
 
-    An adaptation that was inserted on top of one that stays has to stay as well: folding it into the weights would
-    apply it first. Replacements of base tensors are on top of nothing. Nothing folds in a graph that a plugin's pass
-    has rewritten.
+    An adaptation that was inserted on top of one that stays must also stay: folding it into the weights would apply it
+    first. This does not concern replacements of base tensors, which come below everything else. Nothing folds in a
+    graph that a plugin's pass has rewritten.
 
     Args:
         compilation: the compilation to fold.
-        only: names of the adaptations that have to fold, while all others stay; by default all that can fold do.
+        only: names of the adaptations that must fold, while all others stay; by default, all that can fold do.
 
     Raises:
-        GraftError: for ``only``, GC091 for an unknown name, GC050 and GC022 for an adaptation that does not fold.
+        GraftError: with ``only``, GC091 for an unknown name, GC050 and GC022 for an adaptation that does not fold.
     """
     rewritten = _rewritten(compilation)
     units = {unit.name: unit for unit in compilation.units}
@@ -64,14 +63,14 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
         try:
             if only is not None and name not in only:
                 if present:
-                    kept[name] = GraftError("GC050", f"{name!r} is not among what was to be folded")
+                    kept[name] = GraftError("GC050", f"{name!r} was not selected for folding")
                 continue
             if rewritten is not None and present:
                 raise rewritten
             if below is not None:
                 chosen = only is None or below[0] in only
-                reason = "which does not fold" if chosen else "which is to stay, and would then apply after it"
-                message = f"{name!r} stands on {below[0]!r} at {below[1]}, {reason}"
+                reason = "which does not fold" if chosen else "which stays, and would then apply after it"
+                message = f"{name!r} is stacked on {below[0]!r} at {below[1]}, {reason}"
                 other = "without it" if chosen else f"{below[0]!r} too"
                 raise GraftError("GC050", message, hint=f"fold {other}, or put {name!r} first in the spec")
             own = own_steps(compilation, name)
@@ -93,25 +92,25 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
 
 
 def _rewritten(compilation: Compilation) -> GraftError | None:
-    """Return why nothing folds if a plugin's pass has rewritten a graph; None if no pass has.
+    """Return the reason why nothing folds if a plugin's pass has rewritten a graph; None if no pass has.
 
-    Folding takes adaptations out of a graph, and what is left has to be the base's graph.
+    Folding removes adaptations from a graph, and the result must be the base's graph.
     """
     edits = [compilation.program(mode).edits for mode in ("train", "eval")]
     for own in compilation.main.passes:
         if own.rewrites and any(edit.adaptation == own.name for each in edits for edit in each):
-            message = f"{own} has rewritten the graph, which no weights can say"
-            return GraftError("GC050", message, hint=f"compile where {own.distribution} is not installed")
+            message = f"{own} has rewritten the graph, which weights cannot represent"
+            return GraftError("GC050", message, hint=f"compile in an environment without {own.distribution}")
     return None
 
 
 def _present(compilation: Compilation, name: str) -> bool:
-    """Return whether there is such an adaptation; the lists of a spec may be empty."""
+    """Return whether an adaptation has anything inserted; a spec's ``tokens`` and ``train`` may be unset."""
     return name in compilation.unit_of or bool(compilation.tensor_edits.copies(name))
 
 
 def _below(resolved: Mapping[str, Resolved], name: str, kept: Mapping[str, GraftError]) -> tuple[str, SiteKey] | None:
-    """Return an adaptation that stays, and a place where ``name`` adapts the same rows; None if there is none."""
+    """Return an adaptation that stays and a place where ``name`` adapts overlapping rows; None if there is none."""
     if name not in resolved or method_for(resolved[name].spec.method).stands_in:
         return None
     mine = [site for site, _ in resolved[name].places if isinstance(site, LinearSite)]

@@ -1,7 +1,7 @@
-"""One linear map with its adaptations as a Program of its own: the unfolded side of a fold whose model is not at hand.
+"""Build a Program with a single linear map and its adaptations: the unfolded side of a fold without the model.
 
-The Program is written by the Builder, without values: what is evaluated is what methods insert, on the real rows of a
-weight and the real tensors of an adapter. None of this uses a fold, and nothing is captured.
+The Builder writes the Program without values. The nodes that methods insert are then evaluated on the real rows of a
+weight and the real tensors of an adapter. Nothing here uses a fold, and nothing is captured.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class OneMap:
     Attributes:
         site: the site to fold at.
         probe: the map on random inputs; its results are compared in full.
-        parts: what the graph reads besides the map's own tensors, by name: parts of adaptations, and constants that
-            follow from the rows of the base's weight (`RowWise.from_weight`).
-        shapes: the sizes of the former; for parts that all sites share, which have no module, the smallest ones.
+        parts: the tensors that the graph reads in addition to the map's own, by name: parts of adaptations, and
+            constants computed from rows of the base's weight (`RowWise.from_weight`).
+        shapes: the shapes of the adaptations' parts; parts that all sites share, which have no module, have their
+            smallest shape.
     """
 
     site: LinearSite
@@ -56,7 +57,7 @@ class OneMap:
 
     @property
     def slices(self) -> tuple[WeightSlice, WeightSlice]:
-        """The weight, and the bias, also of a map without one."""
+        """The slices of the weight and of the bias, even if the map has no bias."""
         return self.site.own, self.site.own.companion(BIAS)
 
 
@@ -66,12 +67,12 @@ def one_map(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: bool,
     Args:
         specs: the adaptations, in order.
         rows, columns: the sizes of the weight.
-        bias: whether there is a bias.
-        lookup: whether the weight is a table of embeddings, whose columns are its entries.
+        bias: whether the map has a bias.
+        lookup: whether the weight is an embedding table, whose columns are its entries.
 
     Raises:
-        GraftError: as `compile_model`, for a spec that does not fit the sizes; GC103 if what it inserts reads more than
-            the map.
+        GraftError: as for `compile_model`, for a spec that does not fit the sizes; GC103 if an adaptation's nodes read
+            more than the map.
     """
     store = Store()
     base = _without_adaptations(store, rows, columns, bias=bias, lookup=lookup)
@@ -91,7 +92,7 @@ def one_map(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: bool,
     read = (str(node.target) for node in program.graph.find_nodes(op="get_attr"))
     parts = {name: own for name in read if (own := parsed(name)) is not None}
     if unknown := sorted(parts.keys() - constants.union(*(each.parts.values() for each in site.applied))):
-        message = f"{specs[0].name!r} reads {unknown[0]}, which follows from the whole model"
+        message = f"{specs[0].name!r} reads {unknown[0]}, which depends on the whole model"
         raise GraftError("GC103", message)
     shapes = {own: tuple(store.get(name).shape) for name, own in parts.items() if name not in constants}
     probe = MapProbe(AdaptedGraph(program), _use_of(base), torch.device("cpu"), large=math.inf)
@@ -99,7 +100,7 @@ def one_map(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: bool,
 
 
 def _without_adaptations(store: Store, rows: int, columns: int, *, bias: bool, lookup: bool) -> Program:
-    """Return the Program of a map alone, and add its tensors to a Store."""
+    """Return a Program with only the map, and add its tensors to a Store."""
     sizes = {WEIGHT: (columns, rows) if lookup else (rows, columns), **({BIAS: (rows,)} if bias else {})}
     for name, shape in sizes.items():
         value = torch.empty(shape, dtype=torch.float64, device="meta")

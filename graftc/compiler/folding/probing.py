@@ -1,7 +1,7 @@
-"""Probes: what the adapted graph computes from the same inputs in float64, before and after a fold.
+"""Probes: compare a value in float64 before and after a fold, on the same inputs.
 
-Unfolded, the nodes of the adapted graph run with the base's tensors and the adapters. Folded, the base's own nodes run
-with the folded tensors.
+Unfolded, the adapted graph's nodes run with the base's tensors and the adapters. Folded, the base's own nodes run with
+the folded tensors.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from graftc.passes.graph.remove_folded import added_bias
 from graftc.records.certificate import Retention
 
 LARGE = 2**21
-"""Elements from which on outputs are looked up, and compared, in parts."""
+"""Number of elements above which outputs are looked up in parts, and compared through random vectors."""
 Read = Callable[[str], Tensor]
-"""Returns a tensor in its current state, by name: the base's, or the folded one."""
+"""Returns a tensor's current values by name: the base's, or the folded ones."""
 
 
 class AdaptedGraph:
-    """The nodes of the adapted graph that correspond to nodes of the base.
+    """Finds the adapted graph's nodes that correspond to nodes of the base.
 
     Args:
         program: the adapted graph.
@@ -42,16 +42,16 @@ class AdaptedGraph:
         self._edits = program.edits
 
     def stages(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes that represent a base node's value, from before any edit to after the last."""
+        """Return the nodes that represent a base node's value, from before the first edit to after the last."""
         nodes = [self._edits.original(self._nodes[node.name])]
         while (edit := self._edits.replacement(nodes[-1])) is not None:
             nodes.append(edit.after)
         return nodes
 
     def kept(self, node: fx.Node, inputs: Collection[fx.Node]) -> fx.Node | None:
-        """Return the adapted graph's node that computes what a base node does, from the same inputs and base tensors.
+        """Return the adapted graph's counterpart of a base node if it reads the same inputs and base tensors.
 
-        None if it reads anything else there.
+        None if it reads anything else.
         """
         counterpart = self._nodes[node.name]
         for mine, theirs in zip(counterpart.all_input_nodes, node.all_input_nodes, strict=False):
@@ -67,11 +67,11 @@ class AdaptedGraph:
 
 @dataclass(frozen=True)
 class Rounded:
-    """What is known of tensors once they have been folded and rounded.
+    """Measurements of tensors after folding and rounding.
 
     Attributes:
-        errors: the largest rounding error of each, in units in the last place.
-        retained: how much of the updates is left, by the names of tensors and by sites.
+        errors: each tensor's largest rounding error, in units in the last place.
+        retained: how much of the updates is left, by tensor name and by site.
         added: the exact values of biases that the base does not have.
     """
 
@@ -81,25 +81,25 @@ class Rounded:
 
 
 Finish = Callable[[Rounded], list[SiteTally]]
-"""Computes a probe's value again, with the folded tensors, and returns what was measured at each of its sites."""
+"""Computes a probe's value again with the folded tensors, and returns the measurements at each of its sites."""
 
 ProbedSite = tuple[str, tuple[str, ...], Tensor | None]
-"""A site, the adaptations that fold there, and its own columns of a value; None if they are all columns."""
+"""A site, the adaptations that fold there, and its own columns of a value; None for all columns."""
 
 
 class Probe(ABC):
-    """A value of the base, and what the adapted graph computes instead of it.
+    """A value of the base, and the value that replaces it in the adapted graph.
 
     Args:
         graph: the adapted graph.
         node: the base's node.
-        tensors: names of the tensors that decide the value.
+        tensors: names of the tensors that determine the value.
 
     Attributes:
         node: the base's node.
-        reads: names of those tensors that the base has.
-        inputs: the inputs that the value is computed from, in one or several parts.
-        vectors: random vectors by which it is multiplied before it is compared; None if it is compared as it is.
+        reads: names of the tensors among these that the base has.
+        inputs: the inputs from which the value is computed, in one or several parts.
+        vectors: random vectors by which the value is multiplied before the comparison; None if it is compared directly.
         axis: the axis of the value that counts its columns.
     """
 
@@ -113,14 +113,14 @@ class Probe(ABC):
 
     @abstractmethod
     def sites(self, steps: Sequence[FoldStep]) -> list[ProbedSite]:
-        """Return the sites that the value shows, given the fold steps of its group."""
+        """Return the sites whose folds affect the value, given the fold steps of its group."""
 
     def unfold(self, read: Read, steps: Sequence[FoldStep]) -> Finish:
-        """Compute the value before anything is folded, and return the function that computes it again and compares.
+        """Compute the value before the fold, and return a function that computes it again and compares.
 
         Args:
-            read: returns the tensors.
-            steps: the fold steps that are about to change them.
+            read: returns a tensor's current values.
+            steps: the fold steps that are about to change the tensors.
         """
         sites = self.sites(steps)
         columns = [own for _, _, own in sites]
@@ -143,7 +143,7 @@ class Probe(ABC):
                 for (site, names, _), change, error in zip(sites, changes, errors, strict=False)
             ]
             whole = SiteTally(self._tensors[0], (), changes[every], errors[every], scale, ulps)
-            # Rows that no site owns must not have changed: this also detects a fold that writes to the wrong rows.
+            # Rows that no site owns must not change; checking the whole value also detects writes to wrong rows.
             if tallies and not whole.algebra <= largest(*(tally.algebra for tally in tallies)):
                 tallies[0] = replace(tallies[0], error=whole.error)
             return tallies or [whole]
@@ -151,11 +151,11 @@ class Probe(ABC):
         return finish
 
     def folded(self, value: Tensor, rounded: Rounded) -> Tensor:
-        """Return the value as the folded model computes it, given what the base's node computes."""
+        """Return the folded model's value, given the value that the base's node computes with folded tensors."""
         return value
 
     def _unfolded_and_base(self, inputs: Mapping[fx.Node, Tensor], read: Read) -> Sequence[Tensor]:
-        """Return the value in the adapted graph and in the base's."""
+        """Return the value in the adapted graph and in the base graph."""
         graph = self._graph
         values = {stage: value for source, value in inputs.items() for stage in graph.stages(source)}
         kept = graph.kept(self.node, values)
@@ -164,21 +164,21 @@ class Probe(ABC):
         return evaluate(graph.last(self.node), values, read), evaluate(self.node, inputs, read)
 
     def _seen(self, value: Tensor, columns: Sequence[Tensor | None]) -> list[Tensor]:
-        """Return the compared parts of a value, columns or all of it, or random sums of these."""
+        """Return the parts of a value to compare, some columns or all of it, or random sums over these."""
         parts = (value if own is None else value.index_select(self.axis, own) for own in columns)
         return list(parts) if self.vectors is None else [part @ self.vectors[: part.shape[-1]] for part in parts]
 
 
 class MapProbe(Probe):
-    """One map on random inputs.
+    """A probe that runs one map on random inputs.
 
     Args:
         graph: the adapted graph.
         use: the map in the base.
         device: the device of its tensors.
-        seed: the seed of the inputs.
-        more: entries to look up in addition to random ones in a table that is too large to be looked up in full.
-        large: the number of elements from which on the results of a table are compared in parts.
+        seed: the seed for the inputs.
+        more: entries to look up in addition to random ones, in a table too large to be looked up in full.
+        large: the number of elements above which a table's results are compared through random vectors.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class MapProbe(Probe):
         self.inputs = [{node: part} for part in torch.split(entries, most, -1)]
 
     def sites(self, steps: Sequence[FoldStep]) -> list[ProbedSite]:
-        """Return the sites of which the map reads rows."""
+        """Return the sites whose rows the map reads."""
         use = self._use
         mine = [step for step in steps if step.weight.tensor in self.reads]
         # Equal rows of a weight and of its bias count once.
@@ -220,7 +220,7 @@ class MapProbe(Probe):
         ]
 
     def _own_rows(self, changed: WeightSlice) -> WeightSlice | None:
-        """Return the rows of the use that a changed slice has an effect on; None if this use does not read them."""
+        """Return the use's rows that a changed slice affects; None if the use does not read the slice."""
         weight = self._use.weight
         if changed.axis != weight.axis:  # inputs of the map, or experts: any column may change
             return weight.within(weight)
@@ -228,19 +228,19 @@ class MapProbe(Probe):
         return own.within(weight) if weight.covers(own) else None
 
     def folded(self, value: Tensor, rounded: Rounded) -> Tensor:
-        """Return the result of the map with the bias that folding adds, if it does."""
+        """Return the map's result with the bias that folding adds, if any."""
         bias = rounded.added.get(added_bias(self.node)) if self._use.bias is None else None
         return value if bias is None else value.movedim(self.axis, -1).add(bias).movedim(-1, self.axis)
 
 
 class TensorProbe(Probe):
-    """A tensor that belongs to no linear map.
+    """A probe for a tensor that belongs to no linear map.
 
     Args:
         graph: the adapted graph.
-        node: the base's node that reads it.
-        stored: the tensor, of which only the sizes and the device matter.
-        seed: the seed of the vectors that it is multiplied by if it is large.
+        node: the base's node that reads the tensor.
+        stored: the tensor, of which only the shape and the device matter.
+        seed: the seed for the random vectors by which a large tensor is multiplied.
     """
 
     def __init__(self, graph: AdaptedGraph, node: fx.Node, stored: Tensor, seed: int = 0) -> None:
@@ -255,7 +255,7 @@ class TensorProbe(Probe):
 
 
 def tensors_of(use: Use) -> tuple[str, str]:
-    """Return the names of a map's weight and bias; without a bias, the name of one that folding would add."""
+    """Return the names of a map's weight and bias; without a bias, the name of the one that folding would add."""
     return use.weight.tensor, added_bias(use.node) if use.bias is None else use.bias.tensor
 
 
@@ -264,7 +264,7 @@ def _adaptations(steps: Iterable[FoldStep]) -> tuple[str, ...]:
 
 
 def _worst(numbers: Sequence[float], a: Sequence[Tensor], b: Sequence[Tensor]) -> list[float]:
-    """Return the largest of each number and of the largest difference of two tensors."""
+    """Return the larger of each number and the largest difference between the corresponding tensors."""
     return [largest(number, furthest(*pair)) for number, *pair in zip(numbers, a, b, strict=True)]
 
 

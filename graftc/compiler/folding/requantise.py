@@ -1,8 +1,8 @@
-"""Packing of folded weights, and how much of the fold it loses.
+"""Pack folded weights again, and measure how much of the fold is lost.
 
-A fold on a quantised base is exact in the element type of the weights. Packed again, its values become the nearest ones
-that the packing can represent, and the spacing of these is often much coarser than an update. This module measures how
-much of the update is left, and how far the weights are from the folded ones.
+A fold on a quantised base is exact in the weights' dtype. Packing it again rounds each value to the nearest one that
+the packing can represent, and the spacing of these values is often much coarser than an update. This module measures
+how much of the update is left, and how far the packed weights are from the folded ones.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from graftc.records.certificate import PackingEvidence, Retention
 from graftc.specs.errors.diagnostics import GraftError
 
 BaseForm: TypeAlias = Literal["full", "requantized"]
-"""What a merge makes of packed weights: see `Compiled.merge`."""
+"""The form in which a merge stores weights that were packed: see `Compiled.merge`."""
 
 REQUANTISED_BUDGET: Mapping[str, float] = {"int8": 0.05}
-"""What outputs may differ by, relative to the largest output or 1, where weights are packed again, by packing."""
+"""How much outputs may differ after packing again, relative to the largest output or 1, by packing."""
 
 REQUANTISED_MOST = 0.5
-"""The same of all other packings, which have 4 bits."""
+"""The same for all other packings, which have 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Repacked:
     """The result of packing folded weights again.
 
     Attributes:
-        packed: the packed parts of the weights that changed, by the weight's name; all other weights keep theirs.
-        evidence: the evidence by site.
-        budget: the default budget of outputs, relative to the largest one; 0 if nothing was packed again.
+        packed: the packed parts of the weights that changed, by weight name; all other weights keep theirs.
+        evidence: the evidence, one entry per site.
+        budget: the default budget for outputs, relative to the largest; 0 if nothing was packed again.
     """
 
     packed: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -53,12 +53,12 @@ def requantised(store: Store, lazy: LazyTensors, folds: Folded) -> tuple[Folded,
     """Pack the folded weights that were packed before, each in its own packing.
 
     Args:
-        store: the Store of the base.
+        store: the base's Store.
         lazy: the lazy tensors, which define the rows that belong to each site.
-        folds: the fold; for a packed weight, the values that it is rounded to are packed.
+        folds: the fold; a packed weight is packed again from its rounded values.
 
     Returns:
-        The fold without these weights, with what packing has left of the updates, and the packed weights.
+        The fold without these weights, with the retention after packing, and the packed weights.
 
     Raises:
         GraftError: GC166 for a packing that can only be read.
@@ -93,12 +93,12 @@ def _packed(store: Store, name: str, own: PackedType, folded: Tensor, same: Tens
     try:
         return own.packing.repacked(folded, [store.full(part) for part in own.names(name)], same)
     except NotImplementedError as error:
-        message = f"{name} is packed as {own.packing.kind!r}, which graftc reads and does not write"
+        message = f"{name} is packed as {own.packing.kind!r}, which graftc can read but not write"
         raise GraftError("GC166", message, hint='merge with base="full" (--base full)') from error
 
 
 def _parts(name: str, steps: Iterable[FoldStep]) -> list[tuple[str, WeightSlice]]:
-    """Return each site's own rows of a weight, each site once."""
+    """Return each site's own rows of a weight, with each site once."""
     slices = {step.site: part for step in steps for part in step.parts if part.tensor == name}
     return list(slices.items())
 

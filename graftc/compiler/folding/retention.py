@@ -1,7 +1,8 @@
-"""Update retention: how much of an update is left once folded tensors have been rounded to the type that is deployed.
+"""Measure update retention: how much of an update is left after rounding folded tensors to the deployed dtype.
 
-With the exact update ``u = W' - W`` and what was applied, ``v = round(W') - W``, an update that is much smaller than
-the spacing of ``W``'s type is lost: most entries of ``v`` are 0, and the others are a whole step too large.
+The exact update is ``u = W' - W``, and the applied update is ``v = round(W') - W``. An update much smaller than the
+spacing of ``W``'s dtype is lost: most entries of ``v`` are 0, and the others are whole steps, far larger than those of
+``u``.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from graftc.records.certificate import Retention
 
 
 def retention_of(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
-    """Return the retention of one tensor or of a part of it, from three tensors of one shape.
+    """Return the retention of a tensor, or of part of it, from three tensors with the same shape.
 
-    Two more tensors of that shape are allocated in float64.
+    Two more float64 tensors of that shape are allocated.
 
     Args:
-        base: the tensor before the fold, in any floating-point type.
+        base: the tensor before the fold, in any floating-point dtype.
         exact: the folded tensor, in float64.
-        rounded: the folded and rounded tensor, in the type that is deployed.
+        rounded: the folded and rounded tensor, in the deployed dtype.
     """
     return retention_of_error(base, exact, rounded.to(torch.float64, copy=True).sub_(exact))
 
@@ -28,8 +29,8 @@ def retention_of(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
 def retention_of_error(base: Tensor, exact: Tensor, error: Tensor, spare: Tensor | None = None) -> Retention:
     """Return the same as `retention_of`, given ``rounded - exact`` in float64.
 
-    ``error`` is overwritten, and so is ``spare``, a buffer of the same type and sizes. If rounding restores the base's
-    value, ``error`` is ``-u`` to the bit, so that the entry counts as unchanged.
+    ``error`` is overwritten, and so is ``spare``, a buffer with the same dtype and shape. If rounding restores the
+    base's value, ``error`` is bitwise equal to ``-u``, so that the entry counts as unchanged.
     """
     back = torch.empty_like(error) if spare is None else spare
     back = back.copy_(base).sub_(exact).add_(0.0).reshape(-1)  # -u, without a -0.0
@@ -40,8 +41,8 @@ def retention_of_error(base: Tensor, exact: Tensor, error: Tensor, spare: Tensor
 
 
 def _not_zero(values: Tensor) -> int:
-    """Return how many of contiguous float64 numbers are not 0.
+    """Return how many values of a contiguous float64 tensor are not 0.
 
-    None of them may be -0.0: they are counted as integers, which is faster.
+    No value may be -0.0: values are counted as integers, which is faster.
     """
     return int(torch.count_nonzero(values.view(torch.int64)))

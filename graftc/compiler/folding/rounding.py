@@ -1,4 +1,4 @@
-"""Rounding of folded tensors to the type that is deployed, in pieces that stay in the processor's cache."""
+"""Round folded tensors to the deployed dtype, in pieces that stay in the processor's cache."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from graftc.passes.core.weights import folds
 from graftc.records.certificate import Retention
 
 PIECE = 2**18
-"""Elements that are rounded and checked at a time."""
+"""Number of elements that are rounded and checked at a time."""
 
 NARROW = (torch.bfloat16, torch.float16)
-"""Types of 16 bits, which may round a small update away. What is in one can be widened, to float32."""
+"""The 16-bit dtypes, which may round a small update away; values in them can be widened to float32."""
 
 
 def round_pieces(into: Tensor, exact: Tensor) -> None:
-    """Round a float64 tensor once into a contiguous one of the same shape, to the type of the latter."""
+    """Round a float64 tensor once into a contiguous tensor of the same shape, to the latter's dtype."""
     for to, own in pieces(into, exact):
         to.copy_(folds.round_once(own, to.dtype))
 
@@ -30,8 +30,8 @@ def round_into(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool = True
 
     Args:
         into, exact: as for `round_pieces`.
-        base: the tensor that was folded, of the same shape.
-        writes: whether to round; if not, the first tensor has been rounded elsewhere.
+        base: the tensor before the fold, with the same shape.
+        writes: whether to round; if false, ``into`` already contains rounded values.
 
     Returns:
         The largest error in units in the last place, and how much of the update is left.
@@ -50,7 +50,7 @@ def round_into(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool = True
 
 
 def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
-    """Return how much of an update is left, for tensors of any size and layout."""
+    """Return how much of an update is left, for tensors with any size and layout."""
     left = Retention()
     for parts in pieces(base, exact, rounded):
         left += retention_of(*parts)
@@ -65,38 +65,38 @@ def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype, spare: Tens
 
 
 def power_below(values: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return the power of two at or below each absolute value, which determines its unit in the last place.
+    """Return the largest power of two at or below each absolute value, which determines its unit in the last place.
 
     The result is at least the smallest normal number of ``dtype``, below which units stay the same.
 
     Args:
         values: the values, in float64.
-        dtype: a floating-point type.
-        out: the tensor to write to, of the shape and type of ``values``; a new one by default.
+        dtype: a floating-point dtype.
+        out: the tensor to write to, with the shape and dtype of ``values``; by default a new tensor.
     """
     power = torch.empty_like(values) if out is None else out
-    # A float64 of which only the exponent is left is that power.
+    # A float64 with only its exponent bits left is that power.
     torch.bitwise_and(values.view(torch.int64), 0x7FF0000000000000, out=power.view(torch.int64))
     return power.clamp_min_(torch.finfo(dtype).tiny)
 
 
 def furthest(a: Tensor, b: Tensor) -> float:
-    """Return the largest absolute difference; NaN if there is one, 0 if there are no elements."""
+    """Return the largest absolute difference; NaN if any difference is NaN, 0 for empty tensors."""
     return size(a - b)
 
 
 def size(values: Tensor) -> float:
-    """Return the largest absolute value; NaN if there is one, 0 if there are no elements."""
+    """Return the largest absolute value; NaN if any value is NaN, 0 for an empty tensor."""
     return float(values.abs().max()) if values.numel() else 0.0
 
 
 def largest(*values: float) -> float:
-    """Return the largest number; NaN if there is one, which Python's ``max`` may pass over."""
+    """Return the largest value; NaN if any value is NaN, which Python's ``max`` may ignore."""
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield tensors of one shape in parts of at most `PIECE` elements, whatever their layout."""
+    """Yield tensors with the same shape in parts of at most `PIECE` elements, whatever their layout."""
     first = tensors[0]
     if not first.numel():
         return

@@ -1,4 +1,4 @@
-"""Different choices of the routers of a folded model: how often they occur, and how close the scores were."""
+"""Compare a folded model's routing choices: how often they differ, and how close the scores were."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from graftc.passes.core.ops.route import RouteChoice
 from graftc.records.certificate import RouteEvidence
 
 TIMES = 4.0
-"""How far apart two scores may be for rounding to swap them, in multiples of a score's noise: outputs may differ by
-twice what a different rounding changes, and each of the two scores may move by that much."""
+"""How far apart two scores may be for rounding to swap them, in multiples of a score's noise: an output may differ by
+twice the effect of a different rounding, and each of the two scores may move by that much."""
 
 
 def worse(one: RouteEvidence, other: RouteEvidence) -> RouteEvidence:
@@ -24,7 +24,7 @@ def worse(one: RouteEvidence, other: RouteEvidence) -> RouteEvidence:
 
 @dataclass(frozen=True)
 class Flips:
-    """The number of different choices of two runs, from scores that are the same up to rounding.
+    """The number of choices that differ between two runs, with scores that are the same up to rounding.
 
     Attributes:
         choices, flips, gap: as for `RouteEvidence`.
@@ -36,7 +36,7 @@ class Flips:
 
     @classmethod
     def between(cls, before: RouteChoice, after: RouteChoice) -> Flips:
-        """Compare one choice in two runs; if shapes differ, every row counts as a different choice."""
+        """Return the comparison of one choice in two runs; if shapes differ, every row counts as a different choice."""
         rows = before.chosen.shape[:-1].numel()
         if before.scores.shape != after.scores.shape or before.chosen.shape != after.chosen.shape:
             return cls(rows, rows, float("inf"))
@@ -54,18 +54,18 @@ class Flips:
 
 
 def score_noise(scores: Tensor, dtype: torch.dtype) -> float:
-    """Return the least rounding error of scores: a unit in the last place of the largest.
+    """Return the smallest rounding error to expect in scores: a unit in the last place of the largest.
 
     Args:
         scores: the scores to choose among.
-        dtype: the type that the model computes in. Scores may be in a wider type, but are computed from values in this
-            one.
+        dtype: the dtype in which the model computes. Scores may have a wider dtype, but are computed from values in
+            this one.
     """
     return max(torch.finfo(each).eps for each in (scores.dtype, dtype)) * largest_number(scores)
 
 
 def moved(before: Mapping[str, RouteChoice], after: Mapping[str, RouteChoice]) -> dict[str, float]:
-    """Return the largest difference between the scores of two runs, by name."""
+    """Return the largest difference between two runs' scores, by name."""
     both = [name for name in before if name in after and before[name].scores.shape == after[name].scores.shape]
     return {name: largest_difference(before[name].scores, after[name].scores) for name in both}
 
@@ -75,7 +75,7 @@ def _sorted(numbers: Tensor) -> Tensor:
 
 
 def _gap(scores: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Return the largest gap, in any row, between a score that only one side chose and one that only the other did."""
+    """Return the largest gap in any row between a score chosen only by one side and one chosen only by the other."""
     mine, theirs = (torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, own, True) for own in (first, second))
     one, other = mine & ~theirs, theirs & ~mine
     inf = float("inf")
@@ -85,5 +85,5 @@ def _gap(scores: Tensor, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _ordered_gap(scores: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Return the largest difference between two scores at the same position of two orderings."""
+    """Return the largest difference between two scores at the same position in two orderings."""
     return (scores.gather(-1, first) - scores.gather(-1, second)).abs().max()

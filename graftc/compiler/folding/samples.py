@@ -1,4 +1,4 @@
-"""The inputs on which certificates run a model."""
+"""Choose the inputs on which certificates run a model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Signature
 
 _TEXT = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "position_ids", "labels")
-"""Ends of names of inputs that any values of their kind make sense for, whatever the others are."""
+"""Suffixes of the names of inputs that may be random, independently of the other inputs."""
 
 
 def beyond_text(program: Program) -> bool:
-    """Return whether a program takes token ids along with inputs that are not text, such as images.
+    """Return whether a Program takes token ids together with inputs that are not text, such as images.
 
-    The ids mark where these belong, so that random ids make no sense beside them.
+    The ids mark the places of these inputs, so random ids would make no sense.
     """
     names = program.signature
     return any(name.endswith("input_ids") for name in names) and not all(name.endswith(_TEXT) for name in names)
 
 
 def remember(compilation: Compilation, signature: Signature, present: Mapping[str, object]) -> None:
-    """Keep the inputs of the first call if random ones make no sense and no caller has shown any."""
+    """Store the first call's inputs if random inputs would make no sense and no example inputs were given."""
     main, table = compilation.main, compilation.table
     if main.signature != signature or main.shown or table.first_call is not None:
         return
@@ -35,7 +35,7 @@ def remember(compilation: Compilation, signature: Signature, present: Mapping[st
 
 
 def samples(compilation: Compilation) -> dict[str, Tensor]:
-    """Return inputs of the first signature: random ones, or what callers gave if random ones make no sense."""
+    """Return inputs for the first signature: random ones, or the callers' if random ones would make no sense."""
     base, store, main = compilation.program("train", "base"), compilation.store, compilation.main
     shown = {**(compilation.table.first_call or {}), **main.shown}
     if (beyond_text(base) or any(axis.as_shown for axis in main.axes)) and shown.keys() >= set(base.signature):

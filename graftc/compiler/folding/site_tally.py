@@ -1,4 +1,4 @@
-"""The measurements at one site, as numbers that add up over the blocks that it is folded in."""
+"""`SiteTally`: the measurements at one site, which can be added up over the blocks in which it is folded."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class SiteTally:
     """The measurements at one site.
 
     Attributes:
-        site: the site, as text, or the name of a tensor that belongs to none.
+        site: the site, as text, or the name of a tensor that belongs to no site.
         adaptations: names of the adaptations that fold there.
-        change: the largest change of the output by the adaptations.
-        error: the largest difference of unfolded and folded output.
-        scale: the largest output.
+        change: the largest change that the adaptations make to the output.
+        error: the largest difference between unfolded and folded output.
+        scale: the largest absolute output.
         rounding: as for `SiteEvidence`.
         retained: how much of the update is left, for each part of a tensor that belongs to the site.
     """

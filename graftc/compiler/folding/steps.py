@@ -1,4 +1,4 @@
-"""Folding: the changes that every adaptation makes to base tensors, as steps in the order in which they apply."""
+"""Build the fold steps: the changes that adaptations make to base tensors, in the order in which they apply."""
 
 from __future__ import annotations
 
@@ -32,36 +32,36 @@ from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 from graftc.specs.errors.diagnostics import GraftError
 
 Read = Callable[[str], Tensor]
-"""Gives an adapter tensor by its Store name."""
+"""Returns an adapter tensor by its name in the Store."""
 
 
 class OwnSteps(NamedTuple):
-    """The steps of one adaptation: those that apply ``below`` everything at sites, and those ``above`` them."""
+    """The steps of one adaptation: those ``below`` everything inserted at sites, and those ``above``."""
 
     below: list[FoldStep]
     above: list[FoldStep]
 
 
 def fold_steps(compilation: Compilation, only: Sequence[str] | None = None, read: Read | None = None) -> list[FoldStep]:
-    """Return every adaptation's changes of base tensors, in the order in which they apply.
+    """Return every adaptation's changes to base tensors, in the order in which they apply.
 
-    Replacements of tensors, and what is derived from these, come below everything at sites; both are in insertion
+    Replacements and other changes of tensors as stored come below all changes to sites' weights; both are in insertion
     order.
 
     Args:
         compilation: the compilation to fold.
-        only: names of adaptations, by default all.
-        read: returns an adapter tensor by name, by default that of the Store.
+        only: names of adaptations; by default all.
+        read: returns an adapter tensor by name; by default from the Store.
 
     Raises:
-        GraftError: GC050 naming the adaptation that cannot fold and why.
+        GraftError: GC050, naming the adaptation that cannot fold, with the reason.
     """
     names = only if only is not None else [TOKENS, TRAIN, *compilation.unit_of]
     return in_order(own_steps(compilation, name, read) for name in names)
 
 
 def own_steps(compilation: Compilation, name: str, read: Read | None = None) -> OwnSteps:
-    """Return the fold steps of one adaptation, none if it has nothing to fold. Args and errors as for `fold_steps`."""
+    """Return one adaptation's fold steps; none if it has nothing to fold. Args and errors as for `fold_steps`."""
     read = read or compilation.store.full
     unit = compilation.unit_of.get(name)
     own = site_steps(compilation, unit, read) if unit is not None else []
@@ -80,7 +80,7 @@ def site_steps(compilation: Compilation, unit: Unit, read: Read | None = None) -
     """Return the changes that an adaptation or a composition makes to its sites' weights. Args as for `fold_steps`.
 
     Raises:
-        GraftError: GC050 if it cannot fold, GC022 if something else reads a weight.
+        GraftError: GC050 if it cannot fold, GC022 if anything else reads a weight.
     """
     resolved = unit.members[0]
     method = method_for(resolved.spec.method)
@@ -126,14 +126,14 @@ def _tensor_steps(compilation: Compilation, name: str, site: Site, method: str, 
 
 
 def _new_bias(compilation: Compilation, site: LinearSite) -> WeightSlice | None:
-    """Return a bias that folding may add; None if the call takes none, or the module has another use for it."""
+    """Return a bias that folding may add; None if the call takes no bias, or if the name is already taken."""
     name = f"{site.key.module}.bias".lstrip(".")
     fixed = not isinstance(site.use, Dense) or site.use.addend is not None or name in compilation.store
     return None if fixed else site.own.companion(name)
 
 
 def _changes_bias(compilation: Compilation, site: LinearSite, fold: WeightFold) -> bool:
-    """Return whether a fold changes a bias; it is tried on a bias of ones if tensors have values."""
+    """Return whether a fold changes or drops a bias of ones; without values, on ``meta``, only dropping it counts."""
     device = compilation.store.get(site.own.tensor).device
     weight = torch.zeros(site.out_features, site.in_features, dtype=torch.float64, device=device)
     ones = torch.ones(site.out_features, dtype=torch.float64, device=device)
@@ -149,17 +149,17 @@ def _overlay_steps(compilation: Compilation, name: str, read: Read) -> list[Fold
 
 
 def lazy_tensors(compilation: Compilation) -> LazyTensors:
-    """Return the folded tensors: every base tensor that an adaptation changes, computed on request."""
+    """Return the folded tensors: every base tensor that an adaptation changes, computed on demand."""
     return LazyTensors(compilation.store, fold_steps(compilation))
 
 
 def recasting(compilation: Compilation, names: Sequence[str]) -> Callable[[str], Tensor]:
-    """Return a function that says, in float64, how a folded tensor changes if adapter tensors are cast before the fold.
+    """Return a function that computes how casting adapter tensors before the fold changes a folded tensor.
 
-    They are cast to the types that the adapted graph computes with.
+    They are cast to the dtypes in which the adapted graph computes; the change is in float64.
 
     Args:
-        compilation: the compilation that is folded.
+        compilation: the compilation to fold.
         names: names of the adaptations.
     """
     steps = fold_steps(compilation, names)
@@ -168,10 +168,10 @@ def recasting(compilation: Compilation, names: Sequence[str]) -> Callable[[str],
 
 
 def as_cast(compilation: Compilation, names: Sequence[str]) -> LazyTensors:
-    """Return the tensors folded from adapter tensors in the types that the adapted graph computes with.
+    """Return the tensors folded from adapter tensors in the dtypes in which the adapted graph computes.
 
     Args:
-        compilation: the compilation that is folded.
+        compilation: the compilation to fold.
         names: names of the adaptations.
     """
     steps = fold_steps(compilation, names, _casting(compilation))
@@ -179,7 +179,7 @@ def as_cast(compilation: Compilation, names: Sequence[str]) -> LazyTensors:
 
 
 def _casting(compilation: Compilation) -> Read:
-    """Return a function that reads adapter tensors in the types that the adapted graph computes with."""
+    """Return a function that reads adapter tensors in the dtypes in which the adapted graph computes."""
     graph = compilation.program("eval").graph
     nodes = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
 

@@ -1,4 +1,4 @@
-"""Virtual tokens whose activations are constant at every layer, as keys and values of every attention."""
+"""Turn virtual tokens whose activations are constant at every layer into keys and values of every attention."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from graftc.specs.compose import Average, Stack
 def are_constant(compilation: Compilation, resolved: Resolved) -> bool:
     """Return whether the keys and values that every attention computes from virtual tokens do not depend on the text.
 
-    That is so if each layer of the only stack reads vectors of the adaptation's own there, and no map on the way
-    depends on the row, as gated or chosen ones do.
+    This requires that each layer of the only stack reads its own trained vectors at the virtual tokens, and that no map
+    differs from row to row, as gated or chosen maps may.
     """
     main, virtual = compilation.main, compilation.program("train").virtual
     read = {(site.stack, site.layer) for site, _ in resolved.sites}
@@ -44,16 +44,16 @@ def _may_differ(resolved: Resolved) -> bool:
 
 
 def slot_parameters(compilation: Compilation, resolved: Resolved) -> int:
-    """Return the number of elements of the keys and values."""
+    """Return the number of elements in the keys and values."""
     length = sum(run.length for run in resolved.spec.virtual_tokens())
     return sum(length * (_width(keys) + _width(values)) for _, keys, values in _columns(compilation))
 
 
 @torch.no_grad()
 def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tensor]:
-    """Return the keys and values, ``[length, width]``, by the names that `prefix` gives them.
+    """Return the keys and values, ``[length, width]``, under the names that `prefix` uses.
 
-    They are what the attentions of the adapted graph read at virtual tokens, rotated if the model rotates them.
+    These are the values that attentions of the adapted graph read at virtual tokens, rotated if the model rotates them.
     """
     store = compilation.store
     length = sum(run.length for run in resolved.spec.virtual_tokens())
