@@ -1,1 +1,1 @@
-"""Views of a Compilation as data and text: reports, explanations, diffs and trees. They change nothing."""
+"""Read-only views of a Compilation as data and text: reports, explanations, diffs and trees."""

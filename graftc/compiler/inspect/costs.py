@@ -1,4 +1,4 @@
-"""The cost of graph nodes per token."""
+"""Compute the per-token cost of graph nodes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from graftc.passes.core.sites.uses import Lookup
 
 aten = torch.ops.aten
 BATCH, SEQUENCE = 2, 3
-"""Sizes at which FLOPs are counted; they are shared out over that many tokens."""
+"""Batch and sequence sizes at which FLOPs are counted; the count is divided by the number of tokens."""
 
 TOKENS = 512
-"""The tokens of one row at which bytes of values are counted: of short ones, what is made once would be most."""
+"""Row length, in tokens, at which bytes are counted: in shorter rows, values computed once would dominate."""
 
 
 class Costs:
-    """FLOPs and bytes of the nodes of a Program, per token.
+    """FLOPs and bytes per token of a Program's nodes.
 
     Args:
         program: the Program that contains the nodes.
@@ -44,7 +44,7 @@ class Costs:
         self._long_tokens = TOKENS if rows else 1
 
     def flops(self, node: fx.Node) -> float:
-        """Return the multiply-adds of a matrix product, times two; 0 for other nodes."""
+        """Return twice the number of multiply-adds in a matrix product; 0 for other nodes."""
         summed = _summed(node)
         value = node.meta.get("val")
         if not summed or not isinstance(value, Tensor):
@@ -57,7 +57,7 @@ class Costs:
         return sum(map(self.flops, nodes))
 
     def value_bytes(self, node: fx.Node) -> float:
-        """Return the bytes of a call's result, in a row of `TOKENS`; 0 for views and for nodes that are not calls."""
+        """Return the bytes of a call's result, for a row of `TOKENS` tokens; 0 for views and nodes without a call."""
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor) or _is_view(node):
             return 0.0
@@ -72,7 +72,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _summed(node: fx.Node) -> Sequence[Any]:
-    """Return the sizes of the axes that a product sums over; empty for other nodes."""
+    """Return the sizes of the axes over which a product sums; empty for other nodes."""
     use = linear_use(node) if node.op == "call_function" else None
     if use is not None:
         return () if isinstance(use, Lookup) else (use.in_features,)

@@ -1,4 +1,4 @@
-"""The changes between two Programs, with layers that changed alike collapsed and counted."""
+"""Compare two Programs; layers with the same changes are collapsed and counted."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from graftc.records.graphs import Diff, DiffChange
 
 
 def diff_programs(before: Program, after: Program, context: int = 1) -> str:
-    """Return the text of `diff`."""
+    """Return the result of `diff` as text."""
     return diff(before, after, context).text()
 
 
 def diff(before: Program, after: Program, context: int = 1) -> Diff:
-    """Return the changes by layer; layers of one stack with the same change are shown once.
+    """Return the changes by layer; layers of one stack with the same changes are shown once.
 
     Values are numbered within their layer, and base nodes have the numbers of ``before`` in both Programs. ``%in`` is a
-    value that enters a layer from another one, or one that no other layer of the stack reads.
+    value that enters a layer from another layer, or from outside the layers if no other layer of the stack reads it.
 
     Args:
-        before: the base.
+        before: the base Program.
         after: the rewritten Program.
         context: number of unchanged lines around a change.
     """
@@ -37,7 +37,7 @@ def diff(before: Program, after: Program, context: int = 1) -> Diff:
         lines = tuple(_diff(old.get(layer, []), new.get(layer, []), context))
         changed = tuple(line for line in lines if line[0] in "+-")
         if changed:
-            # The context of a change may be numbered differently in the first layer of a stack.
+            # Lines around a change may be numbered differently in the first layer of a stack.
             changes.setdefault((_stack(layer), changed), ([], lines))[0].append(layer)
     return Diff(after.mode, tuple(_change(layers, lines) for layers, lines in changes.values()))
 
@@ -53,9 +53,9 @@ def _stack(layer: str) -> str:
 
 
 class _Names:
-    """The names of values in two Programs, equal for layers that compute the same.
+    """The names of values in two Programs, which are the same in layers that compute the same.
 
-    Nodes of the base keep their fx names when a graph is rewritten, so they are identified by these names.
+    Base nodes keep their fx names when a graph is rewritten, so these names identify them.
     """
 
     def __init__(self, before: Program, after: Program) -> None:
@@ -83,7 +83,7 @@ class _Names:
         return node.name, "" if provenance(node) is None else str(provenance(node))
 
     def seen_from(self, layer: str, node: fx.Node) -> str:
-        """Return the name of a node in the text of a layer."""
+        """Return a node's name in the text of a layer."""
         if node.op == "get_attr":
             return _relative(printed_tensor(str(node.target)), layer)
         home, local = _layer(node), self._local[self._key(node)]
@@ -119,7 +119,7 @@ def _layer(node: fx.Node) -> str:
 
 
 def _by_layer(program: Program, names: _Names) -> dict[str, list[str]]:
-    """Return the lines of a Program by layer."""
+    """Return a Program's lines by layer."""
     printer = Printer(program, numbered=False)
     seen: dict[str, _Seen] = {}
     lines: dict[str, list[str]] = defaultdict(list)
@@ -133,7 +133,7 @@ def _by_layer(program: Program, names: _Names) -> dict[str, list[str]]:
 
 
 def _relative(text: str, layer: str) -> str:
-    """Return a text with its paths relative to the layer."""
+    """Return a text with its paths made relative to a layer."""
     return text.replace(f"{layer}.", "") if layer else text
 
 

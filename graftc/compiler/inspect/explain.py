@@ -1,4 +1,4 @@
-"""Explanations of values, tensors and places of a rewritten graph: what they are, and why they are there."""
+"""Explain values, tensors and places in a rewritten graph: what they are, and why they are there."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def explain(snapshot: Snapshot, name: str, mode: Mode = "eval") -> Explanation:
 
     Args:
         snapshot: the Compilation.
-        name: a printed value (``%query.down_3``, with or without ``%``), the name of an fx node, a place (a module's
-            path, or a SiteKey's text) or a tensor (``@attention.bert...A``, or its Store name). For a path, some
-            segments including the last one are enough if only one path has them.
+        name: a printed value (``%query.down_3``, with or without ``%``), the name of an fx node, a place (a module
+            path, or a SiteKey's text) or a tensor (``@attention.bert...A``, or its name in the Store). A path may be
+            shortened to some of its segments, including the last, if they are unambiguous.
         mode: the mode of the graph.
 
     Raises:
-        GraftError: GC091 if nothing has that name, or several things have it.
+        GraftError: GC091 if the name is unknown or ambiguous.
     """
     index = Index(snapshot, mode)
     target = index.find(name)
@@ -57,7 +57,7 @@ def _value(index: Index, name: str, node: fx.Node) -> Explanation:
 
 
 def _at_place_of(index: Index, node: fx.Node, reads: Sequence[str]) -> list[Origin]:
-    """Return the adaptations at the place that a base node belongs to: that of a tensor it reads, or of its result."""
+    """Return the adaptations at a base node's place: at the tensors that it reads, or at its result."""
     causes = [cause for tensor in reads for cause in index.on_tensor(tensor)]
     for user in node.users:
         made_by = provenance(user)
@@ -110,7 +110,7 @@ def _place_of(
 
 
 def _sites(node: fx.Node) -> tuple[str, ...]:
-    """Return the place that a node was inserted for, with and without its use; empty for nodes of the base."""
+    """Return the place for which a node was inserted, with and without its use; empty for base nodes."""
     made_by = provenance(node)
     return () if made_by is None else (made_by["site"], made_by["site"].partition("#")[0])
 

@@ -1,7 +1,7 @@
-"""A graph at every step of its history, as columns: each node and edge once, with the steps between which it exists.
+"""Reconstruct a graph at every step of its history: each node and edge once, with the steps between which it exists.
 
-The steps are reconstructed backwards from the final graph: what a step inserted did not exist before it, what it erased
-did, and what it rewired read what its record says.
+The steps are reconstructed backwards from the final graph, using the record of each step: nodes that it inserted are
+removed, nodes that it erased are restored, and nodes that it rewired read their earlier inputs again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from graftc.records.graphs import HistoryRow
 
 OPERATIONS = ("placeholder", "get_attr", "call_function", "output")
 STAYS = -1
-"""In the place of a step: it is never gone."""
+"""Value of ``gone`` for nodes and edges that are never removed."""
 
 _ORIGIN = ("adaptation", "site", "part")
 
@@ -37,14 +37,14 @@ class FrameNode:
         name: the printed name; for a node that a step erased, its name in the fx graph.
         op: the index of its operation in `OPERATIONS`.
         target: the operator, or the name of the input or tensor that it reads.
-        type: the type of its value, as text; empty if the type is unknown.
+        type: the type of its value, as text; empty if unknown.
         module: path of the module that it belongs to.
-        origin: adaptation, site and part of an inserted node.
+        origin: adaptation, site and part, for an inserted node.
         trainable: whether it reads a tensor that trains.
         flops, value_bytes: cost per token.
-        base: whether the earlier graph has it: the base's own graph, or the one that is compared with.
-        unread: whether the graph has it although no output depends on it any more.
-        was: operator and type in the earlier graph, if they are different.
+        base: whether it is in the earlier graph: the base's own graph, or another graph to compare with.
+        unread: whether it remains in the graph although no output depends on it.
+        was: operator and type in the earlier graph, if different.
         born, gone: the step from which it exists, and the step at which it is removed.
         order: its position among the nodes.
     """
@@ -68,7 +68,7 @@ class FrameNode:
 
 @dataclass
 class FrameEdge:
-    """A value that a node reads, and the argument that it is; the other attributes are as in `FrameNode`."""
+    """A value that a node reads, with its argument position; the other attributes are as in `FrameNode`."""
 
     source: int
     target: int
@@ -85,8 +85,8 @@ class Frames:
     Attributes:
         rows: the steps.
         rewired: number of nodes that each step rewired.
-        exact: whether the record of every step exists; without it, nodes get the step of their adaptation, and erased
-            nodes are unknown.
+        exact: whether every step has a record; if not, nodes get the step of their adaptation, and erased nodes are
+            unknown.
         nodes, edges: all nodes and edges that ever existed.
     """
 
@@ -106,10 +106,10 @@ class Frames:
         return nodes, {(edge.source, edge.target, edge.position) for edge in self.edges if there(edge)}
 
     def to_json(self, adaptations: Iterable[str]) -> dict[str, Any]:
-        """Return the frames as columns, with texts as numbers of a table of texts.
+        """Return the frames as columns, in which texts are indices into a string table.
 
         Args:
-            adaptations: names of the adaptations; their positions are the numbers of adaptations.
+            adaptations: names of the adaptations; an adaptation's number is its position.
         """
         table: dict[str, int] = {}
         numbers = {name: number for number, name in enumerate(adaptations)}
@@ -151,7 +151,7 @@ class Frames:
 
 
 def frames(snapshot: Snapshot, mode: Mode = "eval", before: Program | None = None) -> Frames:
-    """Return the adapted graph of a mode at every step, together with the earlier graph.
+    """Return a mode's adapted graph at every step, together with the earlier graph.
 
     Args:
         snapshot: the Compilation.
@@ -165,7 +165,7 @@ def frames(snapshot: Snapshot, mode: Mode = "eval", before: Program | None = Non
 
 
 def plain_frames(snapshot: Snapshot, mode: Mode = "eval") -> Frames:
-    """Return the base's own graph of a mode, without steps."""
+    """Return the base's own graph in a mode, without steps."""
     program = snapshot.program(mode, base=True)
     plain = _Making(program, Frames(()), snapshot).frames
     for node in plain.nodes:
@@ -176,11 +176,11 @@ def plain_frames(snapshot: Snapshot, mode: Mode = "eval") -> Frames:
 
 
 class _Making:
-    """A builder of `Frames` that works backwards from the final graph."""
+    """Builds `Frames` backwards from the final graph."""
 
     def __init__(self, program: Program, frames: Frames, snapshot: Snapshot) -> None:
         self.program, self.frames, self.snapshot = program, frames, snapshot
-        self._now: dict[str, int] = {}  # nodes of the step reached so far, by name
+        self._now: dict[str, int] = {}  # nodes at the step reached so far, by name
         self._reading: dict[int, dict[tuple[str, int], int]] = {}  # edges by reading node
         printer, costs = Printer(program), Costs(program)
         for order, node in enumerate(program.graph.nodes):
@@ -214,7 +214,7 @@ class _Making:
         return len(self.frames.nodes) - 1
 
     def _read(self, reader: int, reads: Reads, gone: int) -> None:
-        """Add edges for the values that a node reads; they exist until a step."""
+        """Add edges for the values that a node reads, which exist until step ``gone``."""
         for position, name in reads:
             source = self._now.get(name)
             if source is None:  # the source was inserted and erased within one step
@@ -223,7 +223,7 @@ class _Making:
             self.frames.edges.append(FrameEdge(source, reader, position, gone=gone))
 
     def rewind(self) -> None:
-        """Go back through the steps from the last to the first."""
+        """Undo all steps, from the last to the first."""
         rows = self.frames.rows
         entries = [entry for entry in self.program.history if entry.step != "verify"]
         recorded = [None, *(entry.changes for entry in entries)]  # the first row is the capture
@@ -266,7 +266,7 @@ class _Making:
             self._read(number, tuple((p, n) for p, n in before if (p, self._now.get(n)) not in reading), step)
 
     def _by_provenance(self) -> None:
-        """Assign steps without records: what an adaptation inserted appears with the step of that adaptation."""
+        """Assign steps without records: inserted nodes appear with the step of their adaptation."""
         steps = {row.step: number for number, row in enumerate(self.frames.rows)}
         nodes = self.frames.nodes
         for node in nodes:
@@ -276,7 +276,7 @@ class _Making:
             edge.born = max(nodes[edge.source].born, nodes[edge.target].born)
 
     def add_before(self, before: Program) -> None:
-        """Mark the nodes and edges of the earlier graph, and add those that no step has."""
+        """Mark the nodes and edges of the earlier graph, and add those that are missing from every step."""
         nodes, never = self.frames.nodes, len(self.frames.rows)
         last = {node.name: number for number, node in enumerate(self.program.graph.nodes)}
         earlier = {node.name[1:]: number for number, node in enumerate(nodes) if node.gone != STAYS}

@@ -1,4 +1,4 @@
-"""The history of a Program: what every step of the pipeline did to it, as rows."""
+"""List a Program's history: the effect of every pipeline step, as rows."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from graftc.passes.lowering.lower import lower
 from graftc.records.graphs import HistoryRow
 
 CAPTURE = "capture"
-"""The step that base nodes come from."""
+"""The step in which base nodes are created."""
 
 _VERIFY, _INSERT = "verify", "insert("
 
 
 def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -> tuple[HistoryRow, ...]:
-    """Return the steps from the capture to the adapted Program of a mode; runs of the verifier are marks on other rows.
+    """Return the steps from the capture to a mode's adapted Program; verifier runs are flags on the preceding rows.
 
     Args:
         snapshot: the Compilation.
         mode: the mode of the Program.
-        lowered: whether to include, in train mode, the steps that lower the Program to what is run.
+        lowered: whether to include, in train mode, the steps that lower the Program to the form that runs.
     """
     program = snapshot.program(mode)
     # Both modes start from the graph captured in train mode.
@@ -40,7 +40,7 @@ def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -
         nodes += entry.added - entry.removed
         inserted += entry.added if entry.step.startswith(_INSERT) or entry.step in inserting else 0
         if all(later.step == _VERIFY for later in entries[index + 1 :]):
-            # Changing the mode also removes inserted nodes, so they are counted in the graph itself.
+            # Changing the mode also removes inserted nodes, so count them in the graph itself.
             inserted = sum(provenance(node) is not None for node in program.graph.nodes)
         verified = index + 1 < len(entries) and entries[index + 1].step == _VERIFY
         seconds = entry.seconds if entry.seconds > 0 else None

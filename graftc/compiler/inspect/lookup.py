@@ -1,4 +1,4 @@
-"""Name lookup: the printed value, fx node, place or tensor that a name refers to."""
+"""Look up the printed value, fx node, place or tensor that a name refers to."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Found:
 
 
 class Index:
-    """The names of everything in a Compilation's adapted Program.
+    """An index of all names in a Compilation's adapted Program.
 
     Args:
         snapshot: the Compilation.
@@ -61,18 +61,18 @@ class Index:
         return self.printer.symbols.type(self.attributes[tensor].meta.get("val"))
 
     def on_tensor(self, tensor: str) -> list[Origin]:
-        """Return the adaptations that a tensor belongs to or, for a base tensor, those at its place."""
+        """Return the adaptations that a tensor belongs to or, for a base tensor, the adaptations at its place."""
         names = {tensor, *(alias for alias, owner in self.snapshot.aliases.items() if owner == tensor)}
         return [o for o in self.origins if tensor in o.tensors or _tensor_of(o.site) in names]
 
     def base_tensor(self, site: str) -> str:
-        """Return the base tensor that a place is; empty if it is none."""
+        """Return the base tensor at a place; empty if the place is not a tensor."""
         name = self.canonical(_tensor_of(site))
         return name if name in self.snapshot.base else ""
 
     @staticmethod
     def within(module: str, path: str) -> bool:
-        """Return whether a module is the one at ``path``, or below it."""
+        """Return whether a module is at or below ``path``."""
         return module == path or module.startswith(f"{path}.") or not path
 
     @cached_property
@@ -82,7 +82,7 @@ class Index:
 
     @cached_property
     def modules(self) -> dict[str, None]:
-        """The paths of modules that have nodes, tensors or adapted places, and of the modules above them."""
+        """The paths of all modules with nodes, tensors or adapted places, and of the modules that contain them."""
         paths = [str(node.meta.get("module") or "") for node in self.nodes]
         paths += [module_of(tensor) for tensor in self.tensors] + [origin.module for origin in self.origins]
         modules: dict[str, None] = {}
@@ -93,7 +93,7 @@ class Index:
         return modules
 
     def find(self, name: str) -> Found:
-        """Return what a name refers to.
+        """Return the object that a name refers to.
 
         Raises:
             GraftError: GC091 if the name is unknown or ambiguous.
@@ -129,7 +129,7 @@ class Index:
         return Found(tensor=str(node.target)) if node.op == "get_attr" else Found(node)
 
     def _by_segments(self, asked: str, name: str) -> Found:
-        """Return the module or tensor that has the requested segments in order, ending with the last of them."""
+        """Return the module or tensor whose path has the requested segments in order and ends with the last of them."""
         if not asked or asked.startswith("%"):
             raise self._unknown(name)
         if asked.startswith("@"):
@@ -150,8 +150,8 @@ class Index:
         more = [f"and {len(fits) - _SHOWN} more"] if len(fits) > _SHOWN else []
         raise GraftError(
             "GC091",
-            f"'{name}' may be any of {len(fits)}",
-            hint=f"give more of the path, for example '{fits[0]}'",
+            f"'{name}' matches {len(fits)} names",
+            hint=f"use more of the path, for example '{fits[0]}'",
             details=[*fits[:_SHOWN], *more],
         )
 
@@ -161,7 +161,7 @@ class Index:
         other: Mode = "train" if self.mode == "eval" else "eval"
         values = Printer(self.snapshot.program(other)).names.values()
         if (asked if asked.startswith(("%", "@")) else f"%{asked}") in values:
-            return GraftError("GC091", message, hint=f"the {other} graph has it: look there with mode {other}")
+            return GraftError("GC091", message, hint=f"the {other} graph has it: use mode {other}")
         near = nearest(asked, self._candidates(asked))
         hint = f"did you mean {' or '.join(repr(c) for c in near)}?" if near else "print the graph to see its names"
         return GraftError("GC091", message, hint=hint)
@@ -175,12 +175,12 @@ class Index:
 
 
 def _tensor_of(site: str) -> str:
-    """Return a SiteKey's text without rows and use."""
+    """Return a SiteKey's text without part and use."""
     return site.partition("[")[0].partition("#")[0]
 
 
 def _having(asked: str, candidates: Iterable[str]) -> Sequence[str]:
-    """Return the candidates that have the segments of ``asked`` in order, ending with the last of them."""
+    """Return the candidates that have the segments of ``asked`` in order and end with the last of them."""
     wanted = asked.split(".")
     return [candidate for candidate in candidates if _in_order(wanted, candidate.split("."))]
 

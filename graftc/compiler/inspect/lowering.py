@@ -1,4 +1,4 @@
-"""The outcome of lowering a training graph: the sites that each step rewrites, and why it skips the others."""
+"""Report the outcome of lowering a training graph: which sites each step rewrites, and why it skips the others."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from graftc.records.graphs import OUTCOME_COLUMNS, LoweringOutcome, outcome_rows
 
 @dataclass(frozen=True)
 class Lowered:
-    """The outcomes of every step; printing it shows a table.
+    """The outcomes of all lowering steps; printed as a table.
 
     Attributes:
-        outcomes: one outcome for each step and site, in the order of the graph's edits.
+        outcomes: one outcome per step and site, in the order of the graph's edits.
     """
 
     outcomes: tuple[LoweringOutcome, ...]
@@ -32,5 +32,5 @@ class Lowered:
 
 
 def lowering(snapshot: Snapshot) -> Lowered:
-    """Return the outcomes of the steps that the spec leaves on, for the training graph of the first signature."""
+    """Return the outcomes of the steps that the spec enables, for the first signature's training graph."""
     return Lowered(tuple(lower(snapshot.program("train"), snapshot.spec)[1]))

@@ -1,8 +1,8 @@
-"""Graphs for Google's Model Explorer: a collection of the rewritten graph and the base's own, as JSON.
+"""Write graphs for Google's Model Explorer: a JSON collection of the rewritten graph and the base's own.
 
-The format is that of the package ``ai-edge-model-explorer`` (``graph_builder.GraphCollection``), whose page opens a
-file of it. Modules are namespaces; what an adaptation inserted in a module is a namespace of its own there, in the
-adaptation's colour.
+The format is that of the package ``ai-edge-model-explorer`` (``graph_builder.GraphCollection``), whose page can open
+the file. Modules are namespaces; nodes that an adaptation inserted in a module form a separate namespace below it, in
+the adaptation's colour.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from graftc.specs.errors.text import abridged, encodable, printable
 
 NAME = 200
 TEXT = 2000
-"""Characters of names and of attributes that are written at most."""
+"""Maximum number of characters written for names and for attributes."""
 
 _BASE_TENSOR = "#eeeeee"
-# Characters that Model Explorer splits namespaces at or that break lines, and harmless replacements.
+# Characters at which Model Explorer splits namespaces, or that break lines, with harmless replacements.
 _SEPARATORS = str.maketrans({"/": "\N{DIVISION SLASH}", ";": "\N{FULLWIDTH SEMICOLON}", "\n": " ", "\t": " "})
 
 
 def model_explorer(snapshot: Snapshot, mode: Mode = "eval") -> dict[str, Any]:
-    """Return the rewritten graph and the base's own as a collection for Model Explorer.
+    """Return the rewritten graph and the base's own graph as a collection for Model Explorer.
 
     Args:
         snapshot: a snapshot of a live model or of an artifact.
         mode: the mode of the two graphs.
 
     Returns:
-        JSON data with ``label``, ``graphs`` (``adapted (eval)``, then ``base (eval)``) and ``graphSorting``. Nodes have
-        the names of the printed graph, so that nodes of the two graphs can be matched.
+        JSON data with ``label``, ``graphs`` (``adapted (eval)``, then ``base (eval)``) and ``graphSorting``. Nodes are
+        named as in the printed graph, so that the two graphs' nodes can be matched.
 
     Raises:
         GraftError: GC091 for an artifact without graphs.
@@ -62,12 +62,12 @@ def model_explorer(snapshot: Snapshot, mode: Mode = "eval") -> dict[str, Any]:
 
 
 def model_explorer_text(snapshot: Snapshot, mode: Mode = "eval") -> str:
-    """Return the collection of `model_explorer` as the text of a file."""
+    """Return the result of `model_explorer` as the text of a file."""
     return json.dumps(model_explorer(snapshot, mode), indent=1, allow_nan=False) + "\n"
 
 
 def _adaptations(snapshot: Snapshot) -> list[str]:
-    """Return the names of everything that inserts nodes, in spec order, including full training and new tokens."""
+    """Return the owners of inserted nodes, in spec order, including full training and new tokens."""
     names = [*snapshot.spec.owners, *(record.owner for record in snapshot.trained)]
     inserted = (origin["adaptation"] for n in snapshot.program().graph.nodes if (origin := provenance(n)) is not None)
     return list(dict.fromkeys([*names, *inserted]))
@@ -82,7 +82,7 @@ def _graph(program: Program, name: str, colours: Mapping[str, str]) -> dict[str,
 
 
 def _unique(names: Mapping[fx.Node, str]) -> dict[fx.Node, str]:
-    """Return names that can be displayed, each of them still unique to one node."""
+    """Return displayable names, each still unique to one node."""
     unique: dict[fx.Node, str] = {}
     taken: set[str] = set()
     for node, name in names.items():
@@ -122,7 +122,7 @@ def _node(node: fx.Node, printer: Printer, ids: Mapping[fx.Node, str], colours: 
 
 
 def _owner(node: fx.Node) -> str | None:
-    """Return the adaptation that inserted a node, or whose tensor it reads; None for nodes of the base."""
+    """Return the adaptation that inserted a node, or whose tensor the node reads; None for base nodes."""
     origin = provenance(node)
     if origin is not None:
         return str(origin["adaptation"])
@@ -144,7 +144,7 @@ def _label(node: fx.Node) -> str:
 
 
 def _namespace(node: fx.Node, adaptation: str | None) -> str:
-    """Return the modules from the outermost one, and ``+ NAME`` below them for what an adaptation inserted."""
+    """Return the path of modules from the outermost, with ``+ NAME`` below them for an adaptation's nodes."""
     if node.op == "get_attr":
         tensor = parsed(str(node.target))
         module = module_of(str(node.target)) if tensor is None else tensor.module
@@ -163,12 +163,12 @@ def _added(adaptation: str) -> str:
 
 
 def _group(adaptation: str, colour: str) -> dict[str, Any]:
-    """Return the appearance of the groups that contain what an adaptation inserted."""
+    """Return the appearance of groups that contain an adaptation's nodes."""
     return {"namespaceRegex": f"(^|/){_escaped(_added(adaptation))}$", "backgroundColor": colour}
 
 
 def _escaped(text: str) -> str:
-    """Return the text escaped for a JavaScript regular expression, where escapes differ from Python's."""
+    """Return a text escaped for a JavaScript regular expression, where escapes differ from Python's."""
     return re.sub(r"[\\^$.*+?()\[\]{}|/]", lambda match: "\\" + match.group(), text)
 
 
@@ -197,14 +197,14 @@ def _types(node: fx.Node, printer: Printer) -> Iterator[str]:
 
 
 def _output_id(reader: fx.Node, source: fx.Node) -> str:
-    """Return which of several outputs a reader takes."""
+    """Return the id of the source's output that a reader uses."""
     several = isinstance(source.meta.get("val"), list | tuple)
     taken = several and target_name(reader.target) == "getitem" and len(reader.args) > 1
     return str(reader.args[1]) if taken else "0"
 
 
 def _sites(sites: tuple[AdaptedPlace, ...]) -> dict[str, dict[str, str]]:
-    """Return the attributes that groups of modules show for the places in them."""
+    """Return the attributes that module groups show for the adapted places in them."""
     groups: dict[str, dict[str, str]] = {}
     for site in sites:
         path = "/".join(_segment(word) for word in site.module.split(".") if word)

@@ -1,4 +1,4 @@
-"""The reasons for an adaptation at a place: the spec line, the target that selected it, the role and its evidence."""
+"""Find why a place is adapted: the spec line, the target that selected it, the role and its evidence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graftc.specs.roles import widen
 
 
 def origins(snapshot: Snapshot) -> tuple[Origin, ...]:
-    """Return the origins of every adapted place, in the order of the spec, then of the tensors that train in full."""
+    """Return the origins of all adapted places, in spec order, followed by those of tensors that train in full."""
     sites = tuple(_of_site(snapshot, record) for record in snapshot.sites)
     known = {name for origin in sites for name in origin.tensors}
     trained = tuple(_of_trained(snapshot, record) for record in snapshot.trained if record.tensor not in known)
@@ -26,7 +26,7 @@ def origins(snapshot: Snapshot) -> tuple[Origin, ...]:
 
 
 def shared_origin(snapshot: Snapshot, adaptation: str) -> Origin:
-    """Return the origin of what belongs to an adaptation as a whole."""
+    """Return the origin of nodes and tensors that belong to an adaptation as a whole."""
     method = snapshot.spec.owners.get(adaptation, adaptation)
     place = _spec_place(snapshot, adaptation, "")
     return Origin(
@@ -94,7 +94,7 @@ def _ends(path: str) -> Iterator[int]:
 
 
 def _step(snapshot: Snapshot, adaptation: str) -> str:
-    """Return the step that inserted an adaptation or its composition; for a plugin's pass, the pass itself."""
+    """Return the step that inserted an adaptation or its composition; for a plugin's pass, the pass's own name."""
     if any(own.name == adaptation for own in snapshot.passes):
         return adaptation
     composition = snapshot.spec.composition_of(adaptation)
@@ -103,7 +103,7 @@ def _step(snapshot: Snapshot, adaptation: str) -> str:
 
 
 def _selectors(adaptation: MethodSpec, record: AdaptedPlace) -> Iterator[tuple[str, str]]:
-    """Yield the parts of a target that match a place, each as the path below the target and as text."""
+    """Yield the parts of a target that match a place, each as a path relative to the target and as text."""
     target = adaptation.target
     spellings = {spelling for role in record.roles for spelling in widen(role)}
     tests: dict[str, Callable[[str], bool]] = {
@@ -124,7 +124,7 @@ def _selectors(adaptation: MethodSpec, record: AdaptedPlace) -> Iterator[tuple[s
 def _spec_place(snapshot: Snapshot, owner: str, below: str) -> Place:
     """Return where the spec names an adaptation's places; for a plugin's pass, the package that provides it.
 
-    ``below`` is the part that selected a place.
+    ``below`` is the relative path of the part that selected a place.
     """
     spec = snapshot.spec
     for own in snapshot.passes:

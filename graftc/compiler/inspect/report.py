@@ -1,6 +1,6 @@
-"""The report of what every adaptation adds, counted from the graph, also for models on the meta device.
+"""Report what every adaptation adds, counted from the graph, even for models on the meta device.
 
-The task head is not counted (it trains anyway); percentages are of base plus added parameters, as PEFT prints them.
+The task head is not counted (it trains anyway). Percentages are relative to base plus added parameters, as in PEFT.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from graftc.records.report import AdaptationReport, Report, StepReport
 
 
 def report(compilation: Compilation) -> Report:
-    """Count what a Compilation adds."""
+    """Return the counts of everything that a Compilation adds to its base."""
     store, main = compilation.store, compilation.main
     adapted, base_eval = compilation.program("eval"), compilation.program("eval", "base")
     base = sum(t.numel() for name, t in store.weights() if not store.is_buffer(name))
@@ -46,7 +46,7 @@ def report(compilation: Compilation) -> Report:
         full = entry.trainable_parameters
         entries.append(entry)
     added = {entry.name: entry.trainable_parameters + entry.frozen_parameters for entry in entries}
-    uncompared = [f"not held against the model itself: {each.skipped}" for each in main.anchors if each.skipped]
+    uncompared = [f"not compared with the model itself: {each.skipped}" for each in main.anchors if each.skipped]
     return Report(
         tuple(entries),
         base,
@@ -67,9 +67,9 @@ def report(compilation: Compilation) -> Report:
 
 
 def _steps(main: Resolution, adapted: Program) -> tuple[StepReport, ...]:
-    """Return the time of each step: capturing, comparing with the model, and the history of the adapted eval graph.
+    """Return the time of each step: capturing, comparing with the model, and the adapted eval graph's history.
 
-    That history continues the one of train mode.
+    That history continues the one in train mode.
     """
     times = {"capture": main.capture_seconds, "anchor": sum(a.seconds for a in main.anchors)}
     for entry in adapted.history:
@@ -78,7 +78,7 @@ def _steps(main: Resolution, adapted: Program) -> tuple[StepReport, ...]:
 
 
 def _left(compilation: Compilation) -> dict[str, int]:
-    """Return the number of elements to deploy, by name, for adaptations that determine it themselves."""
+    """Return the number of elements to deploy, by adaptation name, for methods that determine it themselves."""
     counts: dict[str, int] = {}
     for item in compilation.main.resolved:
         method = method_for(item.spec.method)
@@ -91,11 +91,11 @@ def _left(compilation: Compilation) -> dict[str, int]:
 
 
 class _Counts:
-    """Tensors and nodes added by each adaptation, counted for all of them in one pass.
+    """Counts the tensors and nodes that each adaptation added, collected in a single pass.
 
     Args:
         program: the adapted graph.
-        store: the tensors of the graph.
+        store: the graph's tensors.
     """
 
     def __init__(self, program: Program, store: Store) -> None:

@@ -1,4 +1,4 @@
-"""The sizes of adaptations at their places, as the spec states them: ranks, lengths, bottlenecks."""
+"""Read adaptations' sizes at their places from the spec: ranks, lengths, bottlenecks."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from graftc.specs.roles import widen
 
 
 class StatedSizes:
-    """The sizes that the spec states for adaptations at their places, with overrides applied.
+    """The sizes that the spec defines for adaptations at their places, with overrides applied.
 
     Args:
-        snapshot: the Compilation that has the places.
+        snapshot: the Compilation with the places.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -30,7 +30,7 @@ class StatedSizes:
                 self._depths[record.stack] = max(self._depths.get(record.stack, 0), record.layer + 1)
 
     def spec(self, record: AdaptedPlace) -> MethodSpec | None:
-        """Return the spec of an adaptation at a place, with overrides applied; None for compositions."""
+        """Return an adaptation's spec at a place, with overrides applied; None for compositions."""
         adaptation = self._specs.get(record.adaptation)
         if adaptation is None or not adaptation.override_list():
             return adaptation
@@ -40,13 +40,13 @@ class StatedSizes:
         return adaptation.for_site(record.module, roles, record.layer, depth=depth, parameter=parameter)
 
     def at(self, record: AdaptedPlace) -> tuple[str, str] | None:
-        """Return the size of an adaptation at a place, ``("rank", "8")``; None if the spec states none."""
+        """Return an adaptation's size at a place, ``("rank", "8")``; None if the spec has none."""
         own = self.spec(record)
         size = None if own is None else own.stated_size()
         return None if size is None else (size[0].replace("_", " "), str(size[1]))
 
     def text(self, name: str) -> str:
-        """Return the size of an adaptation, with layers if there are several sizes: ``rank 4 (0-9), rank 8 (10)``."""
+        """Return an adaptation's size, with layers if there are several sizes: ``rank 4 (0-9), rank 8 (10)``."""
         sizes: dict[str, list[int]] = defaultdict(list)
         for record in self._sites.get(name, ()):
             if (size := self.at(record)) is not None:

@@ -1,4 +1,4 @@
-"""A Compilation as data: places, tensors and Programs. A live model and an artifact on disk give the same data."""
+"""Represent a Compilation as data: places, tensors and Programs, the same for a live model and an artifact on disk."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class TensorRecord:
     """A description of a tensor without its values.
 
     Attributes:
-        dtype: the element type, such as ``"f32"``.
-        shape: the sizes.
+        dtype: the dtype, such as ``"f32"``.
+        shape: the shape.
         trainable: whether it trains.
-        parameter: whether it is a parameter, trainable or not, and not a buffer.
+        parameter: whether it is a parameter, trainable or not, as opposed to a buffer.
     """
 
     dtype: str
@@ -59,7 +59,7 @@ class TensorRecord:
 
     @property
     def nbytes(self) -> int:
-        """The number of bytes of the elements, one each for an element type that graphs have no name for."""
+        """The number of bytes; a dtype without a name in graphs counts as one byte per element."""
         return self.numel * DTYPES.get(self.dtype, torch.uint8).itemsize
 
 
@@ -69,14 +69,14 @@ class Snapshot:
 
     Attributes:
         model: name of the source model's class.
-        spec: the spec that it was compiled from.
+        spec: the spec from which it was compiled.
         sites: every adapted place, in the order of the spec's adaptations.
-        trained: base tensors that train.
-        base: tensors of the base, in the source model's order; tied ones are listed under the name that owns them.
-        aliases: the name that owns the tensor, by tied name.
-        adapters: tensors that graftc added.
-        passes: passes of plugins that the graphs went through.
-        read: a function that returns the Program of the first signature for a mode, adapted or the base's own.
+        trained: the base tensors that train.
+        base: the base's tensors, in the source model's order; tied tensors are listed under the name that owns them.
+        aliases: the owning name, by tied name.
+        adapters: the tensors that graftc added.
+        passes: the plugins' passes that were applied to the graphs.
+        read: returns the first signature's Program in a mode, adapted or the base's own.
     """
 
     model: str
@@ -90,12 +90,12 @@ class Snapshot:
     read: Callable[[Mode, bool], Program]
 
     def program(self, mode: Mode = "eval", *, base: bool = False) -> Program:
-        """Return the Program of the first signature, adapted or the base's own."""
+        """Return the first signature's Program, adapted or the base's own."""
         return self.read(mode, base)
 
 
 def snapshot(compilation: Compilation) -> Snapshot:
-    """Return the live Compilation as data."""
+    """Return a live Compilation as data."""
     store = compilation.store
     return Snapshot(
         type(compilation.model).__name__,
@@ -111,7 +111,7 @@ def snapshot(compilation: Compilation) -> Snapshot:
 
 
 def base_snapshot(model: nn.Module, program: Program, store: Store) -> Snapshot:
-    """Return a model as data, with nothing adapted.
+    """Return an unadapted model as data.
 
     Args:
         model: the model.
@@ -129,9 +129,9 @@ def base_snapshot(model: nn.Module, program: Program, store: Store) -> Snapshot:
 
 
 def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that have to be kept beside the base.
+    """Yield the tensors that must be stored in addition to the base.
 
-    These are the parameters (also frozen ones) and persistent buffers that graftc added, and the base's tensors that
+    These are the parameters (including frozen ones) and persistent buffers that graftc added, and the base tensors that
     graphs update.
     """
     for name, tensor in store.adapters():
@@ -143,7 +143,7 @@ def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
 
 
 def adapter_values(store: Store) -> Iterator[tuple[str, Tensor]]:
-    """Return an iterator over `adapter_tensors` with detached full values, also of tensors sharded over processes."""
+    """Return an iterator over `adapter_tensors` with detached full values, even if sharded across processes."""
     return ((name, gathered(tensor)) for name, tensor in adapter_tensors(store))
 
 

@@ -1,4 +1,4 @@
-"""Reports on how much of each stack of layers is a graph, and what prevents more."""
+"""Report how much of each stack of layers runs as a graph, and what prevents more."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from graftc.records.report import StackLevel, StackReport
 
 
 def stacks(compilation: Compilation, base: Program) -> tuple[StackReport, ...]:
-    """Return the stacks of a model in its order; a model without repeated layers has none.
+    """Return a report on each of a model's stacks, in model order; a model without repeated layers has none.
 
     Args:
-        compilation: the Compilation of the model.
-        base: the base graph of the first signature, with every layer written out.
+        compilation: the model's Compilation.
+        base: the first signature's base graph, with every layer written out.
     """
     model, why = compilation.source, compilation.in_the_way
     elements = elements_in(compilation.flags) if is_live(compilation.model) else None

@@ -1,4 +1,4 @@
-"""A summary of a Compilation in a few lines: what is adapted, and how much trains."""
+"""Summarise a Compilation in a few lines: what is adapted, and how much trains."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _adaptation(snapshot: Snapshot, name: str, method: str) -> AdaptationSummary
 
 
 def _layers(sites: Iterable[AdaptedPlace]) -> str:
-    """Return the layers of places as text, ``0-5``, with the stack if there are several."""
+    """Return the places' layers as text, ``0-5``, with stack names if there are several stacks."""
     stacks: dict[str, list[int]] = {}
     for site in sites:
         if site.layer is not None:

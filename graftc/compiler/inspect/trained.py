@@ -1,4 +1,4 @@
-"""Facts about every tensor that trains: its adaptation, what it does there, and how deep in the model it is."""
+"""Describe every tensor that trains: its adaptation, its function in it, and its depth in the model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from graftc.passes.graph.compose import GATE
 from graftc.specs.claims import Claims
 
 Kind: TypeAlias = Literal["weight", "up", "table", "vector"]
-"""`up`: the factor next to the output in a low-rank product. `table`: a factor at a table of embeddings. `vector`:
-biases, norms, scales and gates. `weight`: all else."""
+"""`up`: the factor next to the output in a low-rank product. `table`: a factor at an embedding table. `vector`:
+biases, norms, scales and gates. `weight`: everything else."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class TrainedTensor:
         adaptation: the adaptation that it belongs to; ``trained`` for the spec's ``train`` list, ``tokens`` for new
             tokens.
         part: its name within the adaptation.
-        kind: what it does.
+        kind: its function.
         inert: whether the method claims that it may have no gradient at first.
-        site: the site that it belongs to; None for tensors that an adaptation has once.
-        below: number of layers between it and the output side of its stack: 0 outside the layers, 1 in the last one,
-            one more than there are layers for tensors that are read before them.
+        site: the site that it belongs to; None for a tensor that belongs to the adaptation as a whole.
+        below: its layer's position counted from the end of the stack, 1 for the last layer; 0 outside the layers, and
+            the number of layers plus one for tensors that are read before the layers.
     """
 
     name: str
@@ -52,7 +52,7 @@ class TrainedTensor:
 
 
 def trained_tensors(compilation: Compilation) -> Iterator[TrainedTensor]:
-    """Return an iterator over the tensors that train now, each once, in the order of the Store."""
+    """Return an iterator over the tensors that currently train, each once, in Store order."""
     known: dict[str, TrainedTensor] = {}
     depths = _Depths(compilation)
     store = compilation.store
@@ -74,7 +74,7 @@ def trained_tensors(compilation: Compilation) -> Iterator[TrainedTensor]:
 
 
 def _sites(compilation: Compilation, adaptation: str) -> dict[SiteKey, Site]:
-    """Return the sites of an adaptation, or of the members of a composition, by key."""
+    """Return the sites of an adaptation, or of a composition's members, by key."""
     main = compilation.main
     unit = compilation.unit_of.get(adaptation)
     members = unit.members if unit is not None else [r for r in main.resolved if r.name == adaptation]
@@ -84,7 +84,7 @@ def _sites(compilation: Compilation, adaptation: str) -> dict[SiteKey, Site]:
 def _stored(
     compilation: Compilation, adaptation: str, sites: Mapping[SiteKey, Site]
 ) -> Mapping[SiteKey | None, dict[str, int]]:
-    """Return the number of axes of the base tensors that an adaptation replaces, by site and part."""
+    """Return the number of axes in each base tensor that an adaptation replaces, by site and part."""
     resolved = next((r for r in compilation.main.resolved if r.name == adaptation), None)
     if resolved is None or not method_for(resolved.spec.method).stands_in:
         return {}
@@ -93,9 +93,9 @@ def _stored(
 
 
 def _axes(part: str, tensor: Tensor, site: Site | None, stored: Mapping[str, int]) -> int:
-    """Return the number of axes of a tensor without those of experts.
+    """Return a tensor's number of axes, not counting expert axes.
 
-    For entries of a base tensor, it is at least that tensor's number.
+    For entries of a base tensor, this is at least the base tensor's number of axes.
     """
     for name, axes in stored.items():
         if part == name or part.startswith(f"{name}_"):
@@ -113,7 +113,7 @@ def _kind(part: str, axes: int, site: Site | None, claims: Claims | None, *, cop
 
 
 class _Depths:
-    """The depths of tensors, from their layers or, outside the layers, from where the graph reads them first."""
+    """The depths of tensors, based on their layers or, outside the layers, on where the graph first reads them."""
 
     def __init__(self, compilation: Compilation) -> None:
         program = compilation.program("train")
@@ -130,7 +130,7 @@ class _Depths:
                 self._start = number
 
     def of(self, name: str, key: SiteKey | None) -> int:
-        """Return the value of `TrainedTensor.below` for a tensor."""
+        """Return `TrainedTensor.below` for a tensor."""
         if key is None:
             return 0
         layer, stack = place(key.module)
@@ -145,9 +145,9 @@ class _Depths:
 
 
 def _layers(compilation: Compilation, program: Program) -> dict[str, int]:
-    """Return the number of layers of each stack.
+    """Return the number of layers in each stack.
 
-    The stacks are those with residual branches or, if there are none, all lists of modules that the graph runs.
+    The stacks are those with residual branches or, if there are none, all module lists that the graph runs.
     """
     branches = {s.stack for s in compilation.main.structure.sublayers if s.stack}
     stacks = branches or {path.rpartition(".")[0] for path in repeated_layers(program)}

@@ -1,4 +1,4 @@
-"""The source model's module tree with what was added to it; layers that are alike are shown once and counted."""
+"""Build the source model's module tree with all additions; identical layers are shown once and counted."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _Module:
 
 
 def model_tree(snapshot: Snapshot) -> TreeNode:
-    """Return the module tree of a Compilation, without modules that hold no tensor and are not adapted."""
+    """Return a Compilation's module tree, without modules that have no tensors and are not adapted."""
     root = _Module()
     for name, record in snapshot.base.items():
         path, _, last = name.rpartition(".")
@@ -119,6 +119,6 @@ def _titled(node: TreeNode, parent: str) -> TreeNode:
 
 
 def _alike(node: TreeNode) -> tuple[Any, ...]:
-    """Return what layers that are alike have in common: everything except the names of the layers themselves."""
+    """Return a key that is equal for identical layers: everything except the names of the layers themselves."""
     own = tuple(node.name.split(".")[1:]), node.alike, node.roles, node.tensors, node.added
     return (*own, tuple((child.name.split(".")[0], _alike(child)) for child in node.children))
