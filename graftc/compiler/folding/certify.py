@@ -117,7 +117,7 @@ class _InMemory(FoldTarget):
 
 
 def _replaced_entries(use: Use, steps: Sequence[FoldStep], device: torch.device) -> Tensor | None:
-    """Return the entries of a table that are replaced along another axis than its rows; None if there are none."""
+    """Return the entries of a table that are replaced along a different axis from its rows; None if there are none."""
     table = use.weight
     chain = (step.weight for step in steps if table.tensor in step.tensors)
     entries = [own.index(device) for own in chain if own.axis != table.axis and not own.whole]

@@ -11,7 +11,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
     """Return the largest absolute difference between two tensors; infinite if their shapes differ.
 
     Elements that are the same infinity, or NaN in both tensors, do not differ. The result is NaN if an element is NaN
-    in only one of the tensors, or if ``a`` has infinite or NaN elements only: such outputs cannot be compared.
+    in only one of the tensors, or if no element of ``a`` is finite: such outputs cannot be compared.
     """
     if a.shape != b.shape:
         return math.inf

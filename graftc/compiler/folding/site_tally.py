@@ -1,4 +1,4 @@
-"""`SiteTally`: the measurements at one site, which can be added up over the blocks in which it is folded."""
+"""`SiteTally`: the measurements at one site, which can be combined over the blocks in which it is folded."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ class Selection(AsTarget):
             return NotImplemented  # type: ignore[no-any-return]
         two: Selection = other
         if not self._same_model(two):
-            message = f"one selection is from {self._places.model}, the other from a different {two._places.model}"
+            message = f"the selections are from models with different places: {self._places.model}, {two._places.model}"
             raise GraftError("GC073", message, hint="select both from the same model")
         keys = combine(self._keys, two._keys)
         return self._like(
@@ -314,7 +314,7 @@ class Selection(AsTarget):
         return Html(tag("div", title, 1_000) + body + bullets(map(lines, self.notes())))
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values: the model's class, how the selection was made, its places, and what matched nothing."""
+        """Return plain values: the model's class, how the selection was built, its places, and its notes."""
         return {
             "model": self._places.model,
             "method": self._method,

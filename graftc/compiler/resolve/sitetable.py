@@ -59,7 +59,8 @@ class BlockedSite(Site):
 class SiteTable:
     """All sites of one Program.
 
-    A stored weight is one candidate, however often it is used; if roles own only some of its rows, it has one per role.
+    A stored weight that is read as a whole is one candidate, however often it is used. Rows that roles own are separate
+    candidates.
 
     Args:
         program: the captured and canonicalised base.
@@ -248,7 +249,8 @@ class SiteTable:
     def _sublayers(self) -> None:
         """Add the sites of sublayers.
 
-        Sublayers that end in the same weight are uses of one place; a layer's others with the same roles are numbered.
+        Sublayers that end in the same weight are uses of one place; further ones with the same roles in a layer are
+        numbered.
         """
         by_role: dict[tuple[str, str], dict[Any, list[Site]]] = defaultdict(dict)
         for sublayer in self.structure.sublayers:

@@ -109,7 +109,7 @@ def _check_function(model: nn.Module, other: nn.Module, axes: Sequence[Axis] | N
 
 
 def _untie(root: nn.Module, module: nn.Module, path: str) -> bool:
-    """Replace a module's parameters that other modules share by new handles, and return whether there were any."""
+    """Give a module new handles on the parameters that it shares with other modules; return whether there are any."""
     outside = {
         id(p) for name, p in root.named_parameters(remove_duplicate=False) if not f"{name}.".startswith(f"{path}.")
     }

@@ -4,7 +4,7 @@ The rule is based on data flow. A residual branch mixes positions if it contains
 product of two data-dependent values, a running sum, a Fourier transform, a shift along positions, a pooling window, or
 a linear map over positions. A plain sum or mean alone is not enough, because its axis cannot always be determined.
 Every linear map or convolution that is such an operation, or lies before or after one, is a ``mixer``, and so is every
-map that feeds a mixer. If an attention lies on the map's path, its purpose cannot be determined.
+map that feeds a mixer. Maps on a path with an attention are left out, because their purpose cannot be determined.
 """
 
 from __future__ import annotations
