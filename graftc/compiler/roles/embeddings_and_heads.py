@@ -99,7 +99,7 @@ def _table_role(node: fx.Node, table: fx.Node) -> tuple[str, str]:
         return "embed", f"looked up by the input {', '.join(sorted(origin.inputs))}"
     if origin.stored and all(int(s.meta["val"].shape[-1]) <= rows for s in origin.stored):
         return "embed.position", f"looked up by the stored numbers {origin.stored[0].target}"
-    return "", "a table looked up by constants that are not counted positions (segments?)"
+    return "", "a table looked up by constants that are not positions (segments?)"
 
 
 def counts_tokens(index: fx.Node) -> bool:
