@@ -28,7 +28,7 @@ from graftc.runtime.model.printed import printed
 from graftc.runtime.model.runner import M, ModelRoot, Published
 from graftc.runtime.offered.runner import CompiledRunner as CompiledRunner
 from graftc.runtime.offered.scoring import answering
-from graftc.runtime.offered.state import StateDicts
+from graftc.runtime.offered.state_dicts import StateDicts
 from graftc.runtime.training.selecting import Selecting
 from graftc.runtime.training.steering import TrainingSteering, watch_training
 from graftc.specs.compose import Parallel

@@ -15,7 +15,7 @@ from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.method.folding import fold_at, wrong_fold
 from graftc.passes.core.method.registry import method_for
-from graftc.passes.core.sites.entries import slices_of
+from graftc.passes.core.sites.site_slices import slices_of
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.sites.uses import Dense
 from graftc.passes.core.weights.folds import (

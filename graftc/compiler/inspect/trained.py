@@ -15,7 +15,7 @@ from graftc.compiler.roles.findings import place
 from graftc.passes.core.ir.layers import repeated_layers
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.method.registry import method_for
-from graftc.passes.core.sites.entries import slices_of
+from graftc.passes.core.sites.site_slices import slices_of
 from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, Site, SiteKey
 from graftc.passes.graph.compose import GATE
 from graftc.specs.claims import Claims

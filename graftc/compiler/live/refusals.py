@@ -9,7 +9,7 @@ from typing import get_origin
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.method.steering import OutputObjective
-from graftc.passes.core.sites.entries import slices_of
+from graftc.passes.core.sites.site_slices import slices_of
 from graftc.specs.compose import Bank, Gate, Parallel, Split
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place

@@ -13,7 +13,7 @@ from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
 from graftc.compiler.resolve.token_embeddings import token_embeddings
 from graftc.compiler.roles.findings import Structure, reasons
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.sites.entries import slices_of
+from graftc.passes.core.sites.site_slices import slices_of
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, NormSite, ParameterSite, Site, SublayerSite
 from graftc.passes.core.weights.runs import Runs
 from graftc.passes.core.weights.store import Store

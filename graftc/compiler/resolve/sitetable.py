@@ -18,7 +18,7 @@ from graftc.compiler.roles.positions import position_readers
 from graftc.passes.core.grouping import grouped
 from graftc.passes.core.ir.program import ItemsAbove, Program
 from graftc.passes.core.packing.modules import packed_types
-from graftc.passes.core.sites.entries import slices_of
+from graftc.passes.core.sites.site_slices import slices_of
 from graftc.passes.core.sites.sites import (
     AttentionSite,
     EmbeddingSite,

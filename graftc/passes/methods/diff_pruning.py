@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.operations import drawn_beside
 from graftc.passes.core.method.capabilities import Resized, Staged, Transition
+from graftc.passes.core.method.entry_selection import largest
 from graftc.passes.core.method.lowrank import constant, zeros
 from graftc.passes.core.method.steering import AdaptedSite, TensorObjective
 from graftc.passes.core.ops.hashing import SEEDS
-from graftc.passes.core.sites.entries import largest
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.folds import Fold, TensorFold
 from graftc.passes.core.weights.weight_slice import WeightSlice

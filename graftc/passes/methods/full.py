@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.entries import slices_of
+from graftc.passes.core.sites.site_slices import slices_of
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.specs.base import MethodSpec

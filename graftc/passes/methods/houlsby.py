@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.sites.entries import slices_of
+from graftc.passes.core.sites.site_slices import slices_of
 from graftc.passes.core.sites.sites import LinearSite, NormSite, SublayerSite
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.passes.methods.bottleneck import BottleneckAdapter

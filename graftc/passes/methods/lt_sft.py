@@ -11,9 +11,9 @@ from torch import Tensor
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.tensors import tensor_name
 from graftc.passes.core.method.capabilities import Staged, Transition
+from graftc.passes.core.method.entry_selection import largest
 from graftc.passes.core.method.steering import AdaptedSite, TensorObjective, zero_state
 from graftc.passes.core.ops.sparse import written
-from graftc.passes.core.sites.entries import largest
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.bases.sparse import ChosenEntries, SparseTensors, budget_of, entry_values, regions_at

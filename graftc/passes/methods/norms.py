@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.method import Method
-from graftc.passes.core.sites.entries import slices_of
+from graftc.passes.core.sites.site_slices import slices_of
 from graftc.passes.core.sites.sites import NormSite
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.specs.methods.norms import Norms

@@ -9,8 +9,8 @@ import torch
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.capabilities import Reselecting
+from graftc.passes.core.method.entry_selection import shares
 from graftc.passes.core.method.steering import zero_state
-from graftc.passes.core.sites.entries import shares
 from graftc.passes.core.sites.sites import LinearSite, Site
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.bases.drop_and_grow import Reselection

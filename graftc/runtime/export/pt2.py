@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from graftc.compiler.capture.as_captured import keeps_name
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.folding.differences import largest_difference
 from graftc.compiler.quiet import quiet
+from graftc.files.disk_space import require_disk_space
 from graftc.runtime.export.graphs import write_inputs
 from graftc.runtime.export.job import ExportJob
 from graftc.runtime.export.module import ExportModule
@@ -50,7 +50,9 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
     _require_names(module, program)
 
     def write(path: Path) -> None:
-        _reserve(path, module)
+        weights = sum(t.numel() * t.element_size() for t in module.module.state_dict().values())
+        # torch's writer terminates the process when the disk is full.
+        require_disk_space(path, int(1.05 * weights) + 4096 * len(module.program.graph.nodes) + 2**20)
         with exclusive(), quiet(["torch"]):
             torch.export.save(program, path, extra_files=dict(metadata))
 
@@ -78,21 +80,3 @@ def _require_names(module: ExportModule, program: torch.export.ExportedProgram) 
         message = f"a .pt2 cannot have inputs named {', '.join(axis.name for axis in module.axes)}"
         hint = f"export to ONNX, or rename the argument {changed[0]} of forward"
         raise GraftError("GC060", message, hint=hint)
-
-
-def _reserve(path: Path, module: ExportModule) -> None:
-    """Check that the disk has room for the file: torch's writer terminates the process when the disk is full.
-
-    Raises:
-        OSError: if there is not enough room.
-    """
-    if not hasattr(os, "posix_fallocate"):
-        return
-    weights = sum(t.numel() * t.element_size() for t in module.module.state_dict().values())
-    room = int(1.05 * weights) + 4096 * len(module.program.graph.nodes) + 2**20
-    probe = path.with_name(f"{path.name}.room")
-    try:
-        with probe.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, room)
-    finally:
-        probe.unlink(missing_ok=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the classes that the table names
     from graftc.runtime.offered.reference_model import Referring as Referring
     from graftc.runtime.offered.saving import Saving as Saving
     from graftc.runtime.offered.scoring import TokenScoring as TokenScoring
-    from graftc.runtime.offered.state import StateDicts as StateDicts
+    from graftc.runtime.offered.state_dicts import StateDicts as StateDicts
     from graftc.runtime.offered.warming import Warming as Warming
     from graftc.runtime.training.selecting import Selecting as Selecting
     from graftc.runtime.training.steering import TrainingSteering as TrainingSteering

@@ -25,7 +25,7 @@ from graftc.passes.core.weights.names import owner_of, parsed, renamed
 from graftc.runtime.interop.peft.several import entry_of, names_of
 from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.views import Tables, over, tables_of
-from graftc.runtime.offered.state import persists
+from graftc.runtime.offered.state_dicts import persists
 from graftc.runtime.training.steering import watch_training
 from graftc.specs.base import MethodSpec
 from graftc.specs.changes import adding, leaving, renaming

@@ -11,7 +11,7 @@ from graftc.runtime.card.page import render_card
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.views import with_every_adaptation
-from graftc.runtime.offered.state import StateDicts
+from graftc.runtime.offered.state_dicts import StateDicts
 from graftc.runtime.sources.reference import Reference
 from graftc.runtime.view.contents import contents
 from graftc.runtime.view.evidence import evidence_of

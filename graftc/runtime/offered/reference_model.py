@@ -13,7 +13,7 @@ from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.libraries import COPIED
 from graftc.runtime.offered.ecosystem import Ecosystem
-from graftc.runtime.offered.state import StateDicts
+from graftc.runtime.offered.state_dicts import StateDicts
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError

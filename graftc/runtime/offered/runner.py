@@ -14,7 +14,7 @@ from graftc.runtime.model.generation import loop_attribute
 from graftc.runtime.model.libraries import ELSEWHERE, NotHereError, taken_over
 from graftc.runtime.model.root import Root
 from graftc.runtime.offered import OFFERED
-from graftc.runtime.offered.state import keep_state
+from graftc.runtime.offered.state_dicts import keep_state
 from graftc.runtime.training.repeated import outputs_of
 from graftc.runtime.training.steering import TrainingSteering, watch_training
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from graftc.runtime.sources.companions import COMPANIONS
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Journal, ShardDone
 from graftc.runtime.streaming.merge_plan import MergePlan, make_plan, stored_config
+from graftc.runtime.streaming.resuming import States, accepted_file, merge_identity
 from graftc.runtime.streaming.site_fold import RowTarget
 from graftc.runtime.streaming.work import Progress, create_file, fold_shard, shards, untouched
 from graftc.runtime.swapped_arguments import check_adapter_and_base
@@ -37,7 +37,6 @@ from graftc.specs.errors.arguments import absolute_path, as_path
 from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
-from graftc.version import __version__
 
 BESIDE = ("config.json", "generation_config.json", *COMPANIONS, "*.py")
 """Patterns for the base's files that its users need and that folding does not change."""
@@ -112,10 +111,6 @@ def merge_checkpoint(
         raise
 
 
-States = Mapping[Path, tuple[int, int] | None]
-"""The size and the modification time of each file; None for a missing one."""
-
-
 def _states(checkpoint: TensorFolder) -> States:
     states: dict[Path, tuple[int, int] | None] = {}
     for path in (shard.path for shard in checkpoint.shards):
@@ -155,7 +150,7 @@ def _merge(
     check_apart(path, source, base)
     check_destination(path, force=force, replaceable=is_merged)
     require_regular_files(base, "GC100")
-    resume = _identity(plan, states)
+    resume = merge_identity(plan, states)
     with staged(path, force=force, replaceable=is_merged, sources=[base], resume=resume, keep_modes=True) as folder:
         folder.mkdir(exist_ok=True)
         journal, resumed = Journal(folder.parent.parent, folder), 0
@@ -165,7 +160,7 @@ def _merge(
                 opened.remove(left)  # files that a killed run had not finished
         for shard, advance in shards(checkpoint, progress):
             file, digest = folder / shard.name, before.get(shard.name)
-            shard_done = None if digest is None else _resumed(plan, shard, file, advance, digest)
+            shard_done = None if digest is None else accepted_file(plan, shard, file, advance, digest)
             resumed += shard_done is not None
             if shard_done is None:
                 file.unlink(missing_ok=True)
@@ -211,29 +206,6 @@ def _merged(plan: MergePlan, shard: Shard, path: Path, advance: Advance) -> Shar
     shutil.copymode(shard.path, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return ShardDone(digest, len(compared), tuple(sites))
-
-
-def _resumed(plan: MergePlan, shard: Shard, path: Path, advance: Advance, digest: str) -> ShardDone | None:
-    """Return the report for a file left by a killed run; None unless it is exactly the file that this merge creates.
-
-    Everything is folded again and compared bit for bit, because anybody may have written the file.
-    """
-    try:
-        written = TensorFolder(path)
-    except GraftError:
-        return None
-    (stored_shard,) = written.shards
-    wanted = {name: (plan.written(stored), stored.shape) for name, stored in shard.tensors.items()}
-    actual = {name: (stored.dtype, stored.shape) for name, stored in stored_shard.tensors.items()}
-    if actual != wanted or stored_shard.metadata != shard.metadata:
-        return None
-    with written:
-        sites, changed = fold_shard(plan, shard, RowTarget(shard.tensors, written), advance)
-        compared = dict(untouched(plan, shard, written, changed))
-    if not all(site.passed for site in sites) or not all(compared.values()):
-        return None
-    shutil.copymode(shard.path, path)
     return ShardDone(digest, len(compared), tuple(sites))
 
 
@@ -283,15 +255,6 @@ def _joined(a: SiteEvidence, b: SiteEvidence) -> SiteEvidence:
     """Return the evidence for one site, combined from two files."""
     worst = {name: max(getattr(a, name), getattr(b, name)) for name in ("change", "algebra", "rounding")}
     return SiteEvidence(a.site, a.adaptations, **worst, retention=a.retention + b.retention)
-
-
-def _identity(plan: MergePlan, states: States) -> str:
-    """Return the SHA-256 of the inputs that determine the result: base files, adapter, dtype, graftc's version."""
-    files = [
-        (shard.name, states[shard.path], sorted(map(str, shard.tensors.items()))) for shard in plan.checkpoint.shards
-    ]
-    data = [os.path.realpath(plan.checkpoint.path), files, plan.updates.digest, plan.dtype, __version__]
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
 def _copy_beside(plan: MergePlan, folder: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from graftc.passes.core.method.entry_selection import drawn, largest, shares
 from graftc.passes.core.ops.sparse import sparse_linear_decomposed, sparse_weight_decomposed
-from graftc.passes.core.sites.entries import drawn, largest, shares
 from graftc.passes.methods.bases import drop_and_grow
 
 ops = torch.ops.graftc

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.applications.recipes.tune import Stage
-from graftc.passes.core.sites.entries import slices_of
+from graftc.passes.core.sites.site_slices import slices_of
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import outputs_of, same_bits

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.method.base_gradients import BaseGradients
+from graftc.passes.core.method.entry_selection import largest
 from graftc.passes.core.method.sparse_optimiser import Seen, SparseOptimiser
 from graftc.passes.core.method.steering import AdaptedSite, unknown_length
-from graftc.passes.core.sites.entries import largest
 from graftc.passes.core.weights.sharding import Spread
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.bases.scheduled import ScheduledController

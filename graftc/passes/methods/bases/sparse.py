@@ -13,10 +13,11 @@ from torch import Tensor, fx
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.tensors import tensor_name
 from graftc.passes.core.method.capabilities import Reselecting, Scored, Transition
+from graftc.passes.core.method.entry_selection import drawn, largest, shares
 from graftc.passes.core.method.lowrank import zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.method.steering import AdaptedSite, zero_state
-from graftc.passes.core.sites.entries import drawn, largest, shares, slices_of
+from graftc.passes.core.sites.site_slices import slices_of
 from graftc.passes.core.sites.sites import LinearSite, NormSite, ParameterSite, Site
 from graftc.passes.core.weights.folds import Fold, TensorFold
 from graftc.passes.core.weights.store import Store

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graftc.files.writing import staged_or_dropped
 from graftc.records.conversion import ConvertedSite
-from graftc.runtime.interop.layouts.base import require_fitting, require_usual_experts
+from graftc.runtime.interop.layouts.base_checks import require_fitting, require_usual_experts
 from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
 from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
 from graftc.runtime.interop.layouts.layout import AdapterLayout, layout_of
