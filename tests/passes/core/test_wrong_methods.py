@@ -116,7 +116,9 @@ def test_what_is_inserted_has_the_type_of_the_values(monkeypatch: pytest.MonkeyP
         build.add(site, build.call(torch.ops.aten.to.dtype, output, torch.float64))
 
     monkeypatch.setattr(LoRAMethod, "insert", wider)
-    with pytest.raises(GraftError, match=r"'lora' .* at bert.* torch.float64 for values of torch.float32") as caught:
+    with pytest.raises(
+        GraftError, match=r"'lora' .* at bert.* torch.float64 values to replace torch.float32 values"
+    ) as caught:
         graftc.compile({"adapt": [{"method": "lora", "target": {"role": "attn.q"}}]}, tiny("bert"))
     assert caught.value.code == "GC071"
 

@@ -203,14 +203,16 @@ def _decides(*args: Any) -> WeightFold:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("fold", "reason"), [(_keeps, "it is not linear"), (_decides, "its fold decides by values")])
+@pytest.mark.parametrize(
+    ("fold", "reason"), [(_keeps, "it is not linear"), (_decides, "its fold depends on tensor values")]
+)
 def test_what_has_no_weight_below_is_refused(monkeypatch: pytest.MonkeyPatch, fold: Any, reason: str) -> None:
     """The message names both adaptations and the place, and says what to do; the other order is accepted."""
     monkeypatch.setattr(LoRAMethod, "fold", lambda self, *args: fold(*args))
     with pytest.raises(GraftError) as error:
         stacked(tiny("llama"), "lora", "dora", roles="ffn.down")
     assert error.value.code == "GC017"
-    assert error.value.message.startswith("'a1' starts from the weight of model.layers.0.mlp.down_proj.weight")
+    assert error.value.message.startswith("'a1' needs the effective weight of model.layers.0.mlp.down_proj.weight")
     assert "'a0'" in error.value.message and reason in error.value.message
     assert error.value.hint == "put 'a1' before 'a0' in the spec, or leave the place out of one of them"
     assert error.value.place is not None

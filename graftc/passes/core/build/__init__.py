@@ -1,4 +1,4 @@
-"""The Builder, the only code that changes a graph, by subject: tensors, linear maps, attentions ...
+"""The Builder, the only code that changes a graph, split by subject: tensors, linear maps, attentions ...
 
-Methods call it; compositions override its seams and nothing else.
+Methods call it; compositions override only its seams.
 """

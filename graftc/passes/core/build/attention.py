@@ -1,4 +1,4 @@
-"""The part of the `Builder` that works on attentions."""
+"""The part of the `Builder` that changes attentions."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
 _TAKEN = "positions taken"
 _ANY = (2, 2)
-"""Tokens to count positions of: padding is 0 or 1 in most vocabularies."""
+"""Sample tokens whose positions are read; they are not padding, which is 0 or 1 in most vocabularies."""
 
 
 class Attentions(Masks, Virtual):
-    """Puts virtual tokens in front of those of an attention: their keys and values."""
+    """Puts the keys and values of virtual tokens in front of an attention's own."""
 
     def batched(self, node: fx.Node, like: fx.Node, part: str) -> fx.Node:
         """Expand ``[heads, length, width]`` to every row of ``like: [rows, heads, keys, width]``."""
@@ -43,7 +43,7 @@ class Attentions(Masks, Virtual):
     def shift(self, positions: Positions, length: int) -> None:
         """Make the tokens' positions begin at ``length``.
 
-        The Program then takes no more tokens than a table has rows for.
+        The Program then accepts only as many tokens as the position table has rows left.
         """
         self._write(Change("positions"), lambda: self._shift(positions, length))
 
@@ -55,7 +55,7 @@ class Attentions(Masks, Virtual):
         self._redirect(numbers, later, lambda user: user is positions.reader, narrow=True)
 
     def _later(self, numbers: fx.Node, length: int) -> fx.Node:
-        """Return the numbers of positions after ``length`` tokens."""
+        """Return the position ids after ``length`` tokens in front."""
         inputs = counted_inputs(numbers)
         if not inputs:
             return self.call(aten.add.Tensor, numbers, length, part="positions")
@@ -66,9 +66,9 @@ class Attentions(Masks, Virtual):
         return call(aten.slice.Tensor, recounted(numbers, longer, call, lambda node: node), 1, length, END)
 
     def _limit_positions(self, positions: Positions, numbers: fx.Node, length: int) -> None:
-        """Limit the axis that counts the positions to the rows that are left in their table.
+        """Limit the axis of positions to the rows that are left in their table.
 
-        If a call passes position numbers itself, only the caller can know their range.
+        If a call passes position ids itself, only the caller can know their range.
         """
         rows, table = positions.rows, positions.table
         if rows is None or table is None:
@@ -81,7 +81,7 @@ class Attentions(Masks, Virtual):
             return
         taken = numbers.meta.get(_TAKEN, 0) + length
         most = rows - 1 - taken - int(sample.max()) + len(_ANY)
-        why = f"{self.adaptation!r} takes {length} of the {rows} positions of {table.target}"
+        why = f"{self.adaptation!r} uses {length} of the {rows} positions of {table.target}"
         for spec, node in zip(self.program.inputs, self.program.placeholders(), strict=True):
             for name, size in zip(spec.shape, node.meta["val"].shape, strict=True):
                 if isinstance(name, str) and surplus(numbers.meta["val"].shape[-1], size) is not None:
@@ -89,30 +89,30 @@ class Attentions(Masks, Virtual):
                     self.program.inputs = limited(self.program.inputs, {name: most})
 
     def attended(self, site: AttentionSite) -> fx.Node:
-        """Return the value that an attention reads now, ``[batch, sequence, width]``, before its projections.
+        """Return an attention's current input, ``[batch, sequence, width]``, before its projections.
 
         Raises:
-            GraftError: GC017 if the attention is in no residual branch.
+            GraftError: GC017 if the attention is not in a residual branch.
         """
         if site.read is None:
-            raise unsupported(site, "is in no residual branch, so that nobody knows what it reads")
+            raise unsupported(site, "is not in a residual branch, so its input is unknown")
         return self._read(self.program.current(site.read), "attended", site)
 
     def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
-        """Make every query of an attention see keys and values in front of its own, ``[rows, heads, length, width]``.
+        """Let every query attend to ``keys`` and ``values``, ``[rows, heads, length, width]``, put before its own.
 
-        A mask or bias is recomputed for keys in front of the text (`Masks`), so that a bias of positions extends to
-        them. If that is not possible, it gets columns that let everything through. A causal attention without a mask
-        stays causal: zero queries are put in front as well and their results are cut off, so that the fused kernel
-        keeps its mask. An attention that is written out is computed again, starting from keys and values.
+        A mask or bias is recomputed for the keys in front (`Masks`), so that a position bias extends to them. If that
+        is not possible, it gets columns that hide nothing. A causal attention without a mask stays causal: zero queries
+        are put in front as well and their results are cut off, so that the fused kernel keeps its mask. An attention
+        that is written out is recomputed, starting from its keys and values.
 
         Args:
             site: the attention.
-            keys, values: the keys and values in front.
-            window: whether a sliding window hides them as it would hide tokens there.
+            keys, values: the keys and values to put in front.
+            window: whether a sliding window hides them as it would hide tokens in their place.
 
         Raises:
-            GraftError: GC017 if the attention cannot be rewritten, or if its window cannot be followed.
+            GraftError: GC017 if the attention cannot be rewritten, or if the effect of its window is unknown.
         """
         change = Change("keys", (keys, values), window=window)
         self._write(change, lambda keys, values: self._attend(site, keys, values, window))
@@ -143,32 +143,33 @@ class Attentions(Masks, Virtual):
         return after
 
     def _current_attention(self, site: AttentionSite) -> fx.Node:
-        """Return the call that is now at the site: that of the last prefix, if there is one."""
+        """Return the current attention call of the site: that of the last prefix, if it has one."""
         node = self.program.current(site.node)
         tag = provenance(node)
         if node.target is _SDPA or tag is None or tag["part"] == "attend":
             return node
-        reason = "has been replaced by something that is not an attention"
-        raise unsupported(site, reason, "put the prefix before what adds to the heads")
+        reason = "has been replaced by a call that is not an attention"
+        raise unsupported(site, reason, "put the prefix before the adaptation that adds to the heads")
 
     # --- masks -----------------------------------------------------------------------------------------
 
     def _wider(self, site: AttentionSite, mask: fx.Node, length: int, window: Window, sees: bool = True) -> fx.Node:
         """Return a mask with columns for ``length`` keys in front.
 
-        A bias gets the values that it would have for tokens there. For a mask of pairs that is an input, or that is
-        computed from activations, these are unknown: zeros are put in front of a bias, and a boolean mask lets
-        everything through. If sizes are fixed, zeros are put in front of a bias that only hides keys.
+        A bias gets the values that it would have for tokens in their place. For a pairwise mask that is an input, or
+        that is computed from activations, these are unknown: a bias gets zeros in front, and a boolean mask hides
+        nothing there. If sizes are fixed, a bias that only hides keys gets zeros in front.
 
         Args:
             site: the attention.
             mask: the mask, ``[..., rows, keys]``, either boolean or added to scores.
             length: the number of keys in front.
-            window: the window of `attend`.
+            window: the window mode, as in `attend`.
             sees: the boolean value that makes a key visible.
 
         Raises:
-            GraftError: GC017 for a bias of fixed size that depends on positions, or if the window cannot be followed.
+            GraftError: GC017 for a bias of fixed size that depends on positions, or if the effect of the window is
+                unknown.
         """
         key = ("mask", mask, length, window, sees)
         return self._once(key, lambda: self._new_wider(site, mask, length, window, sees))
@@ -180,18 +181,18 @@ class Attentions(Masks, Virtual):
         wide = self._longer_mask(mask, self._keys(site), length)
         if wide is None:
             if window == "masked" and not _is_input(mask):
-                message = f"what the window of {site.key} would hide of a prefix cannot be told from this graph"
-                hint = "use window: visible, or inputs whose sequence may vary"
+                message = f"this graph does not determine which keys of a prefix the window of {site.key} hides"
+                hint = "use window: visible, or inputs with a dynamic sequence axis"
                 raise GraftError("GC017", message, place=Place(path="window"), hint=hint)
             if not own and not self._hides_only(mask):
-                message = f"the bias of {site.key} for keys in front of the text cannot be told from this graph"
-                hint = "use inputs whose sequence may vary, or leave it out with exclude"
+                message = f"this graph does not determine the bias of {site.key} for keys in front of the text"
+                hint = "use inputs with a dynamic sequence axis, or leave it out with exclude"
                 raise GraftError("GC017", message, hint=hint)
             return self._in_front(mask, length, sees and own)
         return wide if own or window == "masked" else self._unhidden(site, wide)
 
     def _keys(self, site: AttentionSite) -> Any:
-        """Return the number of keys in the base."""
+        """Return the number of keys that the attention has in the base."""
         assert site.operands is not None
         return site.operands.keys.meta["val"].shape[2]
 
@@ -202,7 +203,7 @@ class Attentions(Masks, Virtual):
         return self.call(aten.cat.default, [front, mask], -1, part="mask")
 
     def _unhidden(self, site: AttentionSite, wide: fx.Node) -> fx.Node:
-        """Return a bias that hides nothing in front of the text: values near the least number become zero there."""
+        """Return a bias that hides no key in front of the text: values near the dtype's minimum become zero there."""
         value = wide.meta["val"]
         count = surplus(value.shape[-1], self._keys(site), most_of(self.program))
         assert count is not None
@@ -218,7 +219,7 @@ class Attentions(Masks, Virtual):
     def _written_out(
         self, site: AttentionSite, node: fx.Node, keys: fx.Node, values: fx.Node, window: Window
     ) -> fx.Node:
-        """Recompute an attention, starting from keys and values with others in front: scores, caps, masks, softmax."""
+        """Recompute an attention from its keys and values with others in front: scores, caps, masks, softmax."""
         assert site.operands is not None
         now = self.program.current
         own = [self._foremost(site, now(n)) for n in (site.operands.keys, site.operands.values)]
@@ -228,22 +229,22 @@ class Attentions(Masks, Virtual):
         spot = _Spot(site, int(keys.meta["val"].shape[2]), own[0].meta["val"].shape[2], window, {*region, *own})
         try:
             if len(again) < 2:
-                raise ValueError("keys and values are one")
+                raise ValueError("keys and values are the same node")
             for step in region:
                 arguments = {n: again.get(n) or self._leaf(spot, n, step) for n in step.all_input_nodes}
                 args, kwargs = map_nodes((step.args, dict(step.kwargs)), arguments.__getitem__)
                 again[step] = self.call(step.target, *args, part="attend", **kwargs)
             before, now = (n.meta["val"].shape for n in (node, again[node]))
             if len(before) != len(now) or not all(map(same_size, before, now)):
-                raise ValueError("it has another shape")
+                raise ValueError("the recomputed attention has a different shape")
         except (RuntimeError, ValueError, IndexError, KeyError) as error:
-            reason = "is written out in a way that no keys can be put in front of"
-            hint = "load the model with attn_implementation='sdpa', where it has that, or leave it out with exclude"
+            reason = "is written out in a form that does not allow keys to be put in front"
+            hint = "load the model with attn_implementation='sdpa' if it supports that, or leave it out with exclude"
             raise unsupported(site, reason, hint) from error
         return again[node]
 
     def _foremost(self, site: AttentionSite, operand: fx.Node) -> fx.Node:
-        """Return keys or values together with those that earlier prefixes have put in front of them."""
+        """Return keys or values together with those that earlier prefixes have put before them."""
         mine = str(site.key)
         while True:
             joined = [n for n in operand.users if n.target is aten.cat.default and nodes_in(n.args)[-1] is operand]
@@ -255,7 +256,7 @@ class Attentions(Masks, Virtual):
     def _leaf(self, spot: _Spot, source: fx.Node, reader: fx.Node) -> fx.Node:
         """Return an operand of a written-out attention that does not depend on the keys.
 
-        It is a mask or a bias, and is made longer, if it has an axis for the keys.
+        An operand with an axis for the keys is a mask or a bias, and is extended.
         """
         site, value = spot.site, source.meta["val"]
         assert site.operands is not None
@@ -270,13 +271,13 @@ class Attentions(Masks, Virtual):
             return self._wider(site, source, spot.length, spot.window)
         wide = self._longer_mask(source, self._keys(site), spot.length)
         if wide is None:
-            raise ValueError(f"{source.name} cannot be made longer")
+            raise ValueError(f"{source.name} cannot be extended")
         return wide
 
 
 @dataclass(frozen=True)
 class _Spot:
-    """An attention being rewritten: how many keys are put in front of how many, and the calls to write again."""
+    """An attention being rewritten: the number of keys in front, that of its own keys, and the calls to recompute."""
 
     site: AttentionSite
     length: int
@@ -289,14 +290,14 @@ _MASKING = (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, at
 
 
 def _is_input(mask: fx.Node) -> bool:
-    """Return whether a mask of pairs is an input of the graph, up to calls with a single operand."""
+    """Return whether a mask is a pairwise input of the graph, possibly behind calls with a single operand."""
     while mask.op == "call_function" and len(mask.all_input_nodes) == 1:
         mask = mask.all_input_nodes[0]
     return mask.op == "placeholder" and mask.meta["val"].dim() > 2
 
 
 def _between(last: fx.Node, first: list[fx.Node], query: fx.Node) -> list[fx.Node]:
-    """Return the calls from some operands to ``last``, in graph order, except those on the way to the query."""
+    """Return the calls on paths from ``first`` to ``last``, in graph order, except those that lead to the query."""
     ends, below = {*first, query}, set(first)
     for node in above([last], stop=ends):
         if node not in ends and not below.isdisjoint(node.all_input_nodes):

@@ -1,8 +1,8 @@
-"""The seams of several adaptations of one shape of which one, or a mixture, is computed: banks and parameter averages.
+"""Seams that build several adaptations of one shape as one: banks and parameter averages.
 
-A method requests its tensors as usual. The tensors that it gets are computed from those of all members: either for the
-whole call, with the shape that it requested, so that nothing else differs; or with one tensor for each row of the
-batch, along a leading axis.
+A method requests its tensors as usual. The tensors that it receives are computed from those of all members: either one
+for the whole call, of the shape that it requested, so that nothing else differs; or one for each row of the batch,
+along a leading axis.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
 Mixing = Callable[[Nodes, list[fx.Node]], fx.Node]
-"""Makes one tensor of those of all members, all of one shape."""
+"""Combines the members' tensors, all of one shape, into one tensor."""
 
 
 class Chosen(Seams):
-    """The seams of several adaptations of one shape that are built as one: chosen, or mixed, for the whole call.
+    """Seams that build several adaptations of one shape as one, chosen or mixed for the whole call.
 
     Args:
         members: names of the adaptations, in the order of their slots.
-        mixing: a function that computes one tensor from those of the members.
+        mixing: a function that computes one tensor from the members' tensors.
         share: names of the parts that all members share.
     """
 
@@ -47,8 +47,8 @@ class Chosen(Seams):
         """Create a parameter for each member; constants and shared parts are created once.
 
         Raises:
-            GraftError: GC036 for state, which belongs to one adaptation alone, and for a trained copy of a base tensor,
-                which can be replaced only once.
+            GraftError: GC036 for state, which belongs to a single adaptation, and for a trained copy of a base tensor,
+                because a base tensor can be replaced only once.
         """
         if new.kind == "state":
             raise self._refusal(nodes, f"it keeps state ({new.part})")
@@ -63,7 +63,7 @@ class Chosen(Seams):
         return names
 
     def mix(self, nodes: Nodes, new: NewTensor, names: Sequence[str]) -> fx.Node:
-        """Return the node that mixes a tensor of all members; constants and shared parts are not mixed."""
+        """Return the node that mixes the members' tensors; constants and shared parts are not mixed."""
         if new.kind == "constant":
             return super().mix(nodes, new, names)
         if new.part in self.share:
@@ -79,50 +79,50 @@ class Chosen(Seams):
         return self._mixed[key]
 
     def write(self, nodes: Nodes, change: Change, put: Callable[..., None]) -> None:
-        """Change values of the model other than base tensors.
+        """Change the model's values, except base tensors.
 
         Raises:
             GraftError: GC036 for a base tensor, which can be replaced only once.
         """
         if change.kind == "tensor":
-            raise self._refusal(nodes, "it puts something in the place of a tensor of the base")
+            raise self._refusal(nodes, "it replaces a base tensor")
         super().write(nodes, change, put)
 
     def _one(self, nodes: Nodes, node: fx.Node) -> fx.Node:
-        """Return a tensor that all rows share, with the axes of the mixed ones."""
+        """Return a tensor that all rows share, with the same axes as the mixed tensors."""
         return node
 
     def _refusal(self, nodes: Nodes, reason: str) -> GraftError:
         names = ", ".join(self.parts)
-        hint = "leave out what trains beside the method's own tensors, or give each its own place"
+        hint = "leave out the options that train more than the method's own tensors, or give each its own place"
         return GraftError(
             "GC036", f"{nodes.method} cannot be one of {names} in {nodes.adaptation!r}: {reason}", hint=hint
         )
 
 
 class Rows(Chosen):
-    """The seams of several adaptations of one shape that are built as one: chosen, or mixed, for each row of the batch.
+    """Seams that build several adaptations of one shape as one, chosen or mixed for each row of the batch.
 
-    Every tensor of the method has the batch, or 1, as an axis before its own, and every value of the model is given
-    with the rows of the batch first.
+    Every tensor of the method has a leading axis of the batch size or of size 1, and every value of the model has the
+    batch axis first.
     """
 
     _batch: Batch | None = None
 
     def read(self, nodes: Nodes, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
-        """Return a value of the model with the rows of the batch first.
+        """Return a value of the model with the batch axis first.
 
         Raises:
-            GraftError: GC037 if no axis counts rows, and for the inputs of convolutions, tables, experts and all other
-                maps that are not `Dense`.
+            GraftError: GC037 if there is no batch axis, and for the inputs of convolutions, tables, experts and all
+                other maps that are not `Dense`.
         """
         if kind == "input" and isinstance(site, LinearSite) and not isinstance(site.use, Dense):
-            message = f"{site.key} is not a product with a matrix that stands behind its input"
+            message = f"{site.key} is not a dense layer, so its members cannot be chosen for each row of the batch"
             raise GraftError("GC037", message, hint="leave it out with exclude, or choose for the whole call")
         return self._rows(nodes).first(node, str(site.key))
 
     def write(self, nodes: Nodes, change: Change, put: Callable[..., None]) -> None:
-        """Change values of the model, with the rows moved back to their axis there."""
+        """Change the model's values, with the batch axis moved back to its place."""
         like, batch = change.like, self._rows(nodes)
         given = change.given if like is None else tuple(batch.home(node, like) for node in change.given)
         super().write(nodes, replace(change, given=given), put)
@@ -140,7 +140,7 @@ class Rows(Chosen):
 
 
 def by_index(index: fx.Node) -> Mixing:
-    """Return a mixing that picks one member for each entry of ``index: int64[n]``: ``[n, ...]``."""
+    """Return a mixing that picks one member for each entry of ``index: int64[n]`` and returns ``[n, ...]``."""
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
         stacked = nodes.call(aten.stack.default, results, 0, part="slots")
@@ -150,7 +150,7 @@ def by_index(index: fx.Node) -> Mixing:
 
 
 def active(index: fx.Node) -> Mixing:
-    """Return a mixing that picks the member of the single entry of ``index: int64[1]``."""
+    """Return a mixing that picks the member given by the single entry of ``index: int64[1]``."""
     choose = by_index(index)
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
@@ -160,7 +160,7 @@ def active(index: fx.Node) -> Mixing:
 
 
 def by_weights(weights: fx.Node) -> Mixing:
-    """Return a mixing that computes a mixture of the members for each row of ``weights: [n, slots]``: ``[n, ...]``."""
+    """Return a mixing that computes a weighted sum of the members for each row of ``weights: [n, slots]``."""
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
         shape = [int(size) for size in results[0].meta["val"].shape]
@@ -173,7 +173,7 @@ def by_weights(weights: fx.Node) -> Mixing:
 
 
 def average(factors: Sequence[float]) -> Mixing:
-    """Return a mixing that adds up the members, each multiplied by its factor."""
+    """Return a mixing that sums the members, each multiplied by its factor."""
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
         terms = [nodes.call(aten.mul.Tensor, n, f, part="average") for n, f in zip(results, factors, strict=True)]

@@ -1,4 +1,4 @@
-"""The values that a base computes for given tokens, for tensors that are initialised from activations."""
+"""Activations of the base for given tokens, from which tensors are initialised."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 def read_tokens(program: Program, store: Store, tokens: Sequence[int], wanted: Sequence[fx.Node]) -> list[Tensor]:
     """Return the values of nodes when the base, in eval mode, reads one row of tokens.
 
-    Nothing that has been inserted so far is included. Both stacks of an encoder-decoder model read the tokens.
+    Adaptations inserted so far are left out. Both stacks of an encoder-decoder model read the tokens.
 
     Args:
         program: the base's graph, with or without adaptations.
-        store: the Store of its tensors.
+        store: the Store that holds its tensors.
         tokens: the token ids.
         wanted: nodes of the base.
 
     Raises:
-        GraftError: GC039 for a token that is not in the vocabulary; GC017 if the graph takes something other than
-            tokens, or no row of that length.
+        GraftError: GC039 for a token that is not in the vocabulary; GC017 if the graph needs inputs other than tokens,
+            or does not accept a row of that length.
     """
     eval_program = to_eval(program)
     origin = {edit.after: edit.before for edit in eval_program.edits}
@@ -44,9 +44,9 @@ def read_tokens(program: Program, store: Store, tokens: Sequence[int], wanted: S
         return computed(targets, inputs.__getitem__, store.get, device, origin)
     except IndexError as error:
         _check_ids(eval_program, tokens)
-        raise _refused(f"no row of {len(tokens)} tokens goes through it: {error}") from error
+        raise _refused(f"it cannot process a row of {len(tokens)} tokens: {error}") from error
     except RuntimeError as error:
-        raise _refused(f"no row of {len(tokens)} tokens goes through it: {error}") from error
+        raise _refused(f"it cannot process a row of {len(tokens)} tokens: {error}") from error
 
 
 @torch.no_grad()
@@ -62,9 +62,10 @@ def computed(
     Args:
         nodes: the nodes to compute, along with everything that they depend on.
         given: a function that returns the value of an input of the graph.
-        tensor: a function that returns a tensor of the Store by name.
-        device: the device of the values; by default torch's.
-        links: the nodes that are read in place of others, for example from *after* to *before* of edits.
+        tensor: a function that returns the Store tensor with a given name.
+        device: the device to compute on; by default torch's.
+        links: a mapping from nodes to the nodes that are read instead, for example from each edit's *after* to its
+            *before*.
     """
     values: dict[fx.Node, Any] = {}
     for node in above(nodes, sources=lambda node: [follow(source, links) for source in node.all_input_nodes]):
@@ -85,7 +86,7 @@ def unknown_token(number: int, entries: int, path: str) -> GraftError:
     Args:
         number: the token's id.
         entries: the size of the vocabulary.
-        path: the token's place in the adaptation.
+        path: the token's path within the adaptation.
     """
     message = f"token {number} is not in the vocabulary, whose ids end at {entries - 1}"
     return GraftError("GC039", message, place=Place(path=path))
@@ -93,7 +94,7 @@ def unknown_token(number: int, entries: int, path: str) -> GraftError:
 
 def _input(spec: InputSpec, tokens: Sequence[int]) -> Tensor:
     if spec.dtype.is_floating_point and not spec.name.endswith("mask"):
-        raise _refused(f"it takes {spec.name}, which no tokens give")
+        raise _refused(f"it needs {spec.name}, which cannot be derived from tokens")
     if spec.name.endswith("input_ids"):
         return torch.tensor([tokens], dtype=spec.dtype)
     if spec.name.endswith("position_ids"):
@@ -103,7 +104,7 @@ def _input(spec: InputSpec, tokens: Sequence[int]) -> Tensor:
 
 
 def _check_ids(program: Program, tokens: Sequence[int]) -> None:
-    """Raise GC039 for a token that has no row in the smallest of the tables that tokens are looked up in."""
+    """Raise GC039 for a token that has no row in the smallest of the tables in which tokens are looked up."""
     lookups = program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
     rows = min((int(node.args[0].meta["val"].shape[0]) for node in lookups if _reads_tokens(node)), default=None)
     for index, number in enumerate(tokens):
@@ -117,5 +118,5 @@ def _reads_tokens(lookup: fx.Node) -> bool:
 
 
 def _refused(reason: str) -> GraftError:
-    message = f"nothing can start from what the model reads: {reason}"
+    message = f"tensors cannot be initialised from the model's activations: {reason}"
     return GraftError("GC017", message, place=Place(path="init"), hint="leave out init and init_tokens")

@@ -1,4 +1,4 @@
-"""The axis of a value that counts the rows of the batch, and its move to the front and back."""
+"""Find the batch axis of a value, and move it to the front and back."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Call = Callable[..., fx.Node]
 """Inserts a call: `Builder.call`."""
 
 BATCH = "batch"
-"""What an axis of an input is called that counts the rows of the batch."""
+"""The name of the batch axis of an input."""
 
 
 def batch_input(program: Program) -> fx.Node | None:
-    """Return an input whose first axis counts the rows of the batch, or None if there is none."""
+    """Return an input whose first axis is the batch axis, or None if there is none."""
     inputs = zip(program.inputs, program.placeholders(), strict=True)
     return next((node for spec, node in inputs if spec.shape[:1] == (BATCH,)), None)
 
@@ -35,13 +35,13 @@ class Batch:
         nodes: the `Nodes` that insert calls into it.
 
     Raises:
-        GraftError: GC037 if no input has a batch.
+        GraftError: GC037 if no input has a batch axis.
     """
 
     def __init__(self, nodes: Nodes) -> None:
         source = batch_input(nodes.program)
         if source is None:
-            message = f"none of the inputs {', '.join(nodes.program.signature)} has a batch of any size"
+            message = f"none of the inputs {', '.join(nodes.program.signature)} has a dynamic batch axis"
             raise GraftError("GC037", message, hint="choose for the whole call")
         self._nodes, self._source = nodes, source
         self._size = expression(source.meta["val"].shape[0])
@@ -56,7 +56,7 @@ class Batch:
         """Return ``node`` as ``[batch, ...]``.
 
         Raises:
-            GraftError: GC037 if no axis counts rows, or positions row by row.
+            GraftError: GC037 if no axis is the batch axis or has it folded in.
         """
         if node not in self._first:
             self._first[node] = self._put_first(node, where)
@@ -69,14 +69,14 @@ class Batch:
         if axis is not None:
             return self._nodes.call(aten.movedim.int, node, axis, 0, part="rows first")
         if not self._folded(node):
-            message = f"no axis of {node.name} at {where} counts the rows of the batch"
+            message = f"{node.name} at {where} has no batch axis"
             raise GraftError("GC037", message, hint="leave the place out, or choose for the whole call")
         rest = [size_of(self._nodes, node, i) for i in range(1, node.meta["val"].dim())]
         rows = self._nodes.call(aten.sym_size.int, self._source, 0, part="rows")
         return self._nodes.call(aten.view.default, node, [rows, -1, *rest], part="rows first")
 
     def home(self, node: fx.Node, like: fx.Node) -> fx.Node:
-        """Move the rows from the front back to their axis in ``like``, whose last axis may be of another size."""
+        """Move the batch axis from the front back to its place in ``like``, whose last axis may differ in size."""
         axis = self._axis(like)
         if axis == 0:
             return node
@@ -89,7 +89,7 @@ class Batch:
         return next((i for i, size in enumerate(sizes) if size == self._size), None)
 
     def _folded(self, node: fx.Node) -> bool:
-        """Return whether a view has folded the rows of the batch and something within each into the first axis."""
+        """Return whether a view has folded the batch axis and further axes into the first axis."""
         size = expression(node.meta["val"].shape[0])
         if isinstance(size, int) or not size.has(self._size):
             return False

@@ -2,7 +2,7 @@
 
 It inserts nodes where their arguments are available, creates tensors with an initialiser, keeps ``meta["val"]``
 correct, tags every node with its provenance, and records each replacement so that folding can undo it. Each of its
-bases has one subject; the operations that compositions intercept are its `Seams`.
+base classes covers one subject; the operations that compositions intercept are its `Seams`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Builder(LinearMaps, Attentions):
     """Builds one adaptation into one Program; see `Nodes` for the arguments."""
 
     def within(self, seams: Seams, adaptation: str, method: str) -> Builder:
-        """Return a builder of an adaptation that this one composes.
+        """Return a builder for an adaptation that this builder's adaptation composes.
 
-        If it has the same name as this one's adaptation, both record their tensors together.
+        If both adaptations have the same name, both builders record tensors in the same ``parts``.
         """
         builder = Builder(self.program, self.store, adaptation, method, self.initial, seams=seams, within=self)
         if adaptation == self.adaptation:
@@ -37,11 +37,11 @@ class Builder(LinearMaps, Attentions):
 
     @property
     def site(self) -> Site:
-        """The current site, which new nodes belong to."""
+        """The current site, to which new nodes belong."""
         assert self._site is not None
         return self._site
 
     @property
     def without_values(self) -> bool:
-        """Whether the base is on the meta device, where tensors have sizes but no values."""
+        """Whether the base is on the meta device, where tensors have shapes but no values."""
         return self.store.device().type == "meta"

@@ -1,8 +1,8 @@
-"""The weight and the offset that a site computes so far, as nodes of the graph.
+"""Effective weights: a site's weight and offset, including the adaptations inserted so far, as graph nodes.
 
-If nothing has been inserted at the site, the weight is the base's own. Otherwise the folds of the adaptations there are
-written as nodes, in order: a fold is a pure function ``(W, b) -> (W', b')``, so a method that needs the weight as
-adapted so far works on top of every method that folds, without depending on any of them.
+If nothing has been inserted at the site, the weight is the base's own. Otherwise the folds of its adaptations are
+inserted as nodes, in order: a fold is a pure function ``(W, b) -> (W', b')``, so a method that needs the effective
+weight works on top of every method that folds, without depending on any of them.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from graftc.specs.errors.diagnostics import GraftError
 aten = torch.ops.aten
 
 NO_BIAS = "no bias"
-"""Part of a node of zeros, which is what a site adds before the first adaptation that gives it a bias."""
+"""Part of the zeros that stand for a site's bias before the first adaptation that adds one."""
 
 
 @dataclass(frozen=True)
 class EffectiveWeight:
-    """The weight and the offset that a site computes so far.
+    """A site's weight and offset, including the adaptations inserted so far.
 
     Attributes:
-        weight: the weight, ``[..., rows, in]``: the base's in its dtype, an adapted one in float32 or better.
-        offset: the addend of ``W x``, as it broadcasts to the site's output; None if there is none.
-        fixed: whether nothing trains in the weight and it is the base's.
-        value: a function that computes the current value of the weight, in the dtype of the node.
+        weight: the weight, ``[..., rows, in]``: the base's in its own dtype, an adapted one in at least float32.
+        offset: the term added to ``W x``, broadcastable to the site's output, or None.
+        fixed: whether the weight is the base's own and nothing trains it.
+        value: a function that computes the current value of the weight, in the node's dtype.
     """
 
     weight: fx.Node
@@ -47,11 +47,11 @@ class EffectiveWeight:
 
 
 def effective_weight(build: Builder, site: LinearSite) -> EffectiveWeight:
-    """Return what ``site`` computes before the adaptation that ``build`` builds.
+    """Return the effective weight of ``site`` before the adaptation that ``build`` builds.
 
     Raises:
-        GraftError: GC017 if anything inserted there has no equivalent change of weights, or if ``build`` builds a bank
-            where anything is inserted.
+        GraftError: GC017 if an adaptation of the site cannot be expressed as a change of the weight, or if ``build``
+            builds a bank at a site that is already adapted.
     """
     weight, offset = build.weight(site), build.offset(site)
     _check_known(build, site)
@@ -85,10 +85,10 @@ def effective_weight(build: Builder, site: LinearSite) -> EffectiveWeight:
 def _after(
     build: Builder, site: LinearSite, item: Applied, weight: fx.Node, bias: fx.Node | None, wide: torch.dtype
 ) -> tuple[fx.Node, fx.Node | None]:
-    """Return weight and bias after one adaptation.
+    """Return the weight and bias after one adaptation.
 
-    Edits record both, together with their values without the adaptation, which are needed once it has been folded into
-    the base's tensors.
+    Edits record both together with the nodes that they replace, which are needed once the adaptation has been folded
+    into the base tensors.
     """
     tensors = [_widened(build, build.attribute(name), wide) for name in item.parts.values()]
     sources = [weight, *([bias] if bias is not None else []), *tensors]
@@ -106,26 +106,26 @@ def _after(
 
 
 def trace(build: Builder, function: Callable[..., Any], nodes: Sequence[fx.Node], part: str) -> list[fx.Node]:
-    """Write what ``function`` computes from ``nodes`` into the graph and return the nodes of its results.
+    """Trace ``function`` applied to ``nodes`` into the graph and return the nodes of its results.
 
     Args:
         build: the builder that inserts the calls.
-        function: a function that takes tensors and returns a sequence of them; it may inspect their types only, not
-            their values.
+        function: a function that takes tensors and returns a sequence of tensors; it may inspect their shapes and
+            dtypes, but not their values.
         nodes: the nodes of its arguments.
-        part: the part that the new nodes are labelled with.
+        part: the part with which the new nodes are labelled.
 
     Raises:
-        RuntimeError: if the function depends on a value in its control flow, or creates a constant of its own.
+        RuntimeError: if the function's control flow depends on a value, or if it creates a constant tensor.
     """
     with build.fake():
-        # Nodes of equal types share one value, but tracing needs a distinct one for each argument.
+        # Nodes of the same shape and dtype share one fake tensor, but tracing needs a distinct one for each argument.
         values = [torch.empty_like(node.meta["val"]) for node in nodes]
         traced = make_fx(function, pre_dispatch=True)(*values).graph
     known: dict[fx.Node, fx.Node] = dict(zip(traced.find_nodes(op="placeholder"), nodes, strict=True))
     for node in traced.nodes:
         if node.op == "get_attr":
-            raise RuntimeError(f"it makes a tensor of its own ({node.target})")
+            raise RuntimeError(f"it creates a constant tensor ({node.target})")
         if node.op != "call_function":
             continue
         args, kwargs = map_nodes((node.args, dict(node.kwargs)), known.__getitem__)
@@ -137,7 +137,7 @@ def trace(build: Builder, function: Callable[..., Any], nodes: Sequence[fx.Node]
 
 
 def _chain(build: Builder, site: LinearSite, applied: Sequence[Applied], biased: bool) -> Callable[..., list[Tensor]]:
-    """Return the folds of ``applied`` as one function of the weight, the bias if any, and all their tensors."""
+    """Return the folds of ``applied`` as one function of the weight, the bias (if any) and all adapter tensors."""
 
     def function(weight: Tensor, *rest: Tensor) -> list[Tensor]:
         bias, tensors = (rest[0], list(rest[1:])) if biased else (None, list(rest))
@@ -157,14 +157,14 @@ def _apply(
         if isinstance(fold, WeightFold):
             return fold.apply(weight, bias)
     except RuntimeError as error:
-        raise _refusal(build, site, item.adaptation, f"its fold decides by values: {error}") from error
+        raise _refusal(build, site, item.adaptation, f"its fold depends on tensor values: {error}") from error
     if isinstance(fold, Keep):
         raise _refusal(build, site, item.adaptation, fold.reason)
     return weight, bias
 
 
 def _check_known(build: Builder, site: LinearSite) -> None:
-    """Raise GC017 if anything but the site's adaptations, such as new tokens, replaces rows: no fold includes that."""
+    """Raise GC017 if anything but the site's adaptations, such as new tokens, replaces rows, as no fold covers that."""
     names = {item.adaptation for item in site.applied}
     tensor, node = str(site.key.whole), site.use.node
     while (edit := build.program.edits.replacement(node)) is not None:
@@ -176,8 +176,8 @@ def _check_known(build: Builder, site: LinearSite) -> None:
 def _refusal(build: Builder, site: LinearSite, other: str, reason: str) -> GraftError:
     return GraftError(
         "GC017",
-        f"{build.adaptation!r} starts from the weight of {site.key} as adapted so far, and {other!r}, which stands "
-        f"there, has no such weight: {reason}",
+        f"{build.adaptation!r} needs the effective weight of {site.key}, but {other!r}, which comes before it, "
+        f"cannot be expressed as a weight: {reason}",
         hint=f"put {build.adaptation!r} before {other!r} in the spec, or leave the place out of one of them",
     )
 

@@ -14,15 +14,15 @@ Initialiser = Callable[[Tensor, torch.Generator], None]
 
 @dataclass(frozen=True)
 class Initial:
-    """The settings that determine the first values of tensors.
+    """The settings that determine the initial values of tensors.
 
     Attributes:
         seed: the seed; an initial value depends on it and on the tensor's name, never on the order of creation.
         values: existing tensors by name, which are used instead of initial values.
-        originals: weights of the base before the spec packed them, by name, for initialisers.
-        narrow: names of adaptations whose tensors are stored in the element type that they are computed with. Tensors
-            of other adaptations are at least float32 and graphs cast them, because steps that are small compared with a
-            value are lost in 16 bits.
+        originals: the base weights before the spec packed them, by name, for use in initialisers.
+        narrow: names of adaptations whose tensors are stored in their compute dtype. Tensors of other adaptations are
+            stored in at least float32 and cast in the graph, because in 16 bits an update much smaller than the value
+            is lost.
     """
 
     seed: int = 0
@@ -36,10 +36,10 @@ class ParameterStart:
     """The initial state of a parameter.
 
     Attributes:
-        shape: its sizes.
-        init: a function that fills a float32 CPU tensor with its first values.
-        dtype: the element type that it is stored in.
-        trains: whether it trains.
+        shape: its shape.
+        init: a function that fills a float32 CPU tensor with the initial values.
+        dtype: the dtype in which it is stored.
+        trains: whether it is trained.
     """
 
     shape: tuple[int, ...]

@@ -17,13 +17,13 @@ DROPOUTS = (torch.ops.graftc.masked_dropout.default, torch.ops.graftc.seeded_dro
 
 
 class LinearMaps(Tensors, Operations):
-    """Reads the inputs and results of maps, applies other weights as a map applies its own, and changes results."""
+    """Reads and changes linear maps' inputs and outputs, and applies other weights the way a map applies its own."""
 
     def input(self, site: LinearSite) -> fx.Node:
-        """Return the input of the site in the base's own layout, which `map` and `low_rank` can handle.
+        """Return the site's input in the base's own layout, which `map` and `low_rank` accept.
 
-        It does not include what `set_input` has put in front of the map so far: adaptations of a site add up in the
-        order of insertion, so a later one does not pass through an earlier one's change of the input.
+        Changes made with `set_input` so far are not included: a site's adaptations add up in the order of insertion,
+        so a later one does not see an earlier one's change to the input.
         """
         return self._read(self._input(site), "input", site)
 
@@ -34,15 +34,17 @@ class LinearMaps(Tensors, Operations):
         """Return ``weight: [..., k, in]`` applied to ``x`` as the site applies its own weight: ``[..., k]``.
 
         Raises:
-            GraftError: GC017 at a convolution in groups, where the position of a row determines what it reads, for
-                anything but the site's own rows.
+            GraftError: GC017 for anything but the site's own rows at a grouped convolution, where a row's position
+                determines which channels it reads.
         """
         if _has_rows(site, weight, 2):
             return self._product(x, weight, part)
         if not site.use.grouped:
             return site.use.map(self.call, x, weight, part)
         if weight.meta["val"].shape[-2] != site.out_features:
-            raise unsupported(site, "is a convolution in groups, where nothing but its own rows can be applied")
+            raise unsupported(
+                site, "is a grouped convolution, where only a weight for exactly its own rows can be applied"
+            )
         return self._own_columns(site, site.use.map(self.call, x, self._every_row(site, weight), part))
 
     def low_rank(self, site: LinearSite, x: fx.Node, a: fx.Node, b: fx.Node, scale: float = 1) -> fx.Node:
@@ -59,9 +61,9 @@ class LinearMaps(Tensors, Operations):
         return self._own_columns(site, site.use.low_rank(self.call, x, a, self._every_row(site, b), scale))
 
     def _every_row(self, site: LinearSite, own: fx.Node) -> fx.Node:
-        """Return the site's own rows with zeros for the other rows of the use.
+        """Return the site's own rows, with zeros for the use's other rows.
 
-        Groups are counted over all rows of a use.
+        All rows of a use are needed because they determine the groups.
         """
         if site.columns.whole:
             return own
@@ -73,28 +75,28 @@ class LinearMaps(Tensors, Operations):
         return self._rows(site.columns, result, "own rows", -1)
 
     def per_row(self, site: LinearSite, value: fx.Node) -> fx.Node:
-        """Return ``value: [..., rows]`` (experts lead), one for each own row, as it broadcasts to `output`."""
+        """Return ``value: [..., rows]`` (experts first), one entry for each own row, broadcastable to `output`."""
         if _has_rows(site, value, 1):
             return self.along(value, self.output(site))
         return site.use.per_row(self.call, site.use.input, value)
 
     def offset(self, site: LinearSite) -> fx.Node | None:
-        """Return the bias that the base adds to ``W x`` at the site, as it broadcasts to `output`, or None."""
+        """Return the bias that the base adds to ``W x`` at the site, broadcastable to `output`, or None."""
         addend = site.use.addend
         if addend is None:
             return self.bias(site)
         return site.use.columns_last(self.call, self._rows(site.columns, addend, "own rows", site.use.axis))
 
     def output(self, site: LinearSite) -> fx.Node:
-        """Return the site's own rows of the current result, ``[..., rows]``."""
+        """Return the site's own rows of the current output, ``[..., rows]``."""
         return self._read(site.use.columns_last(self.call, self._own(site)), "output", site)
 
     def _own(self, site: LinearSite) -> fx.Node:
-        """Return the site's own part of the result, in the base's layout."""
+        """Return the site's own part of the output, in the base's layout."""
         return self._rows(site.columns, site.use.output, "own rows", site.use.axis)
 
     def set_output(self, site: LinearSite, own: fx.Node, part: str = "") -> None:
-        """Make ``own`` (``[..., rows]``) the site's result for everything that reads it."""
+        """Replace the site's output with ``own`` (``[..., rows]``) for all of its readers."""
         change = Change("output", (own,), site.use.output)
         self._write(change, lambda node: self._put(site, site.use.columns_home(self.call, node), part))
 
@@ -105,7 +107,7 @@ class LinearMaps(Tensors, Operations):
         site.use.output = after
 
     def add(self, site: LinearSite, delta: fx.Node, part: str = "add") -> None:
-        """Add ``delta``, ``[..., rows]`` as `output` is or ``[rows]``, to the site's result."""
+        """Add ``delta``, ``[rows]`` or with the shape of `output`, ``[..., rows]``, to the site's output."""
         self._write(Change("sum", (delta,), source=lambda: self.input(site)), lambda node: self._add(site, node, part))
 
     def _add(self, site: LinearSite, delta: fx.Node, part: str) -> None:
@@ -123,7 +125,7 @@ class LinearMaps(Tensors, Operations):
     def set_input(self, site: LinearSite, node: fx.Node) -> None:
         """Replace the input of the site, and of everything inserted there so far, with ``node``.
 
-        The node is computed from `input` and has its layout.
+        The node must be computed from `input` and have the same layout.
         """
         self._write(Change("input", (node,), self._input(site)), lambda own: self._set_input(site, own))
 
@@ -140,7 +142,7 @@ class LinearMaps(Tensors, Operations):
             self._put_first(site, own)
 
     def _shared_dropouts(self, x: fx.Node, site: str) -> list[fx.Node]:
-        """Return the inserted dropouts of ``x`` that a site does not have for itself.
+        """Return the inserted dropouts of ``x`` that a site shares with others.
 
         Nodes of other sites read them as well, or another site inserted them.
         """
@@ -148,7 +150,7 @@ class LinearMaps(Tensors, Operations):
         return [u for u in drops if len({_is_at(reader, site) for reader in u.users}) > 1 or not _is_at(u, site)]
 
     def _own_map(self, site: LinearSite, x: fx.Node) -> fx.Node:
-        """Return the base's own map of ``x`` for the site's rows alone, in the output's layout."""
+        """Return the base's own map applied to ``x`` for only the site's rows, in the output's layout."""
         weight = self.weight(site)
         narrow = torch.finfo(weight.meta["val"].dtype).bits == 16
         plain = narrow and isinstance(site.use, Dense) and not _has_rows(site, weight, 2)
@@ -162,7 +164,7 @@ class LinearMaps(Tensors, Operations):
         return site.use.columns_home(self.call, own)
 
     def _put_first(self, site: LinearSite, own: fx.Node) -> None:
-        """Make ``own`` the site's part of the base's result, before everything that is inserted there."""
+        """Make ``own`` the site's part of the base's output, ahead of everything inserted there."""
         use, before = site.use, site.use.node
         after = self._with_rows(site.columns, before, own, "write rows", use.axis)
         self._redirect(before, after, lambda user: True)
@@ -171,14 +173,14 @@ class LinearMaps(Tensors, Operations):
     def scale_input(self, site: LinearSite, scale: fx.Node) -> None:
         """Multiply the input of the site, and of everything inserted there so far, by ``scale: [entries]``.
 
-        The entries are ``[in]``, or one number for each channel of a convolution.
+        There is one entry per input feature, or one per channel of a convolution.
 
         Raises:
-            GraftError: GC017 if no axis of the input counts columns of the weight, as for tables.
+            GraftError: GC017 if no axis of the input corresponds to the weight's columns, as for tables.
         """
         x, axis = self.input(site), site.use.scaled_axis
         if axis is None:
-            reason = "is a map of indices: it has no input axis that could be scaled"
+            reason = "looks up indices, so it has no input axis to scale"
             raise unsupported(site, reason, "scale its output, or leave it out with exclude")
         trailing = (x.meta["val"].dim() - axis if axis >= 0 else -axis) - 1
         if trailing:
@@ -192,16 +194,16 @@ class LinearMaps(Tensors, Operations):
         return site.own.read_operand(self.call, self._current(site.own.tensor), lambda: self._index(site.own))
 
     def bias(self, site: LinearSite) -> fx.Node | None:
-        """Return the site's own rows of the bias, ``[rows]``, or None if there is none."""
+        """Return the site's own rows of the bias, ``[rows]``, or None if it has no bias."""
         own = site.own_bias
         return None if own is None else self._rows(own, self._current(own.tensor), "bias rows")
 
     def is_overlaid(self, name: str) -> bool:
-        """Return whether anything trained replaces a base tensor or some of its rows."""
+        """Return whether a base tensor, or some of its rows, has been replaced."""
         return self._current(name) is not self._attributes[name]
 
     def _current(self, name: str) -> fx.Node:
-        """Return the node that represents a base tensor now: its overlay if it has one."""
+        """Return the node that now represents a base tensor: its overlay if it has one."""
         return self.program.current(self._attributes[name])
 
 
@@ -211,5 +213,5 @@ def _is_at(node: fx.Node, site: str) -> bool:
 
 
 def _has_rows(site: LinearSite, tensor: fx.Node, axes: int) -> bool:
-    """Return whether a tensor has an axis of batch rows, besides those of experts and ``axes`` of its own."""
+    """Return whether a tensor has a batch axis in addition to the expert axes and ``axes`` axes of its own."""
     return bool(tensor.meta["val"].dim() > axes + len(site.leading))

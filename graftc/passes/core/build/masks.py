@@ -1,4 +1,4 @@
-"""The part of the `Builder` that recomputes masks and biases for keys in front of a text."""
+"""The part of the `Builder` that recomputes masks and biases for keys placed before the text."""
 
 from __future__ import annotations
 
@@ -25,45 +25,44 @@ _LIKE = {
     aten.new_full.default,
     aten.new_empty.default,
 }
-"""Calls that take no more than element type and device from their first argument."""
+"""Calls that use only the dtype and device of their first argument."""
 
 _NUMBERS = (13, 101)
 _LEAST, _LONGEST = 2, 2**24
 END = 2**63 - 1
-"""Where a slice ends that goes as far as there are entries."""
+"""The end of a slice without an upper bound."""
 
 _ROWS = 2
 _HIDDEN = -1e3
-"""An addend to scores hides a key where it is at most this."""
+"""A bias of at most this value hides a key."""
 
 
 class Masks(Nodes):
-    """Replays the calls that compute a mask, as if the text had more tokens in front."""
+    """Replays the calls that compute a mask, as if more tokens preceded the text."""
 
     @cached_property
     def _replayed(self) -> dict[tuple[Any, int], dict[fx.Node, fx.Node]]:
-        """The nodes that replace others in longer texts, by the growing size and by how many tokens are in front."""
+        """The replacements of nodes for longer texts, by the growing size and the number of tokens in front."""
         return {}
 
     def _longer_mask(self, mask: fx.Node, size: Any, length: int) -> fx.Node | None:
-        """Return ``mask`` as the model would compute it with ``length`` more tokens in front that are not padding.
+        """Return ``mask`` as the model would compute it with ``length`` more tokens, none of them padding, in front.
 
         The rows of these tokens are cut off again, so that only columns are added.
 
-        Everything that the mask is computed from is computed again: sizes are greater, masks of tokens that are inputs
-        have ones in front, the text's position numbers begin at ``length``, stored tensors stay the same. This covers
-        windows, causal masks, tables of relative positions and ALiBi alike, without a need to distinguish them. Masks
-        of one size share their common parts.
+        Everything that the mask depends on is recomputed: sizes grow, token masks passed as inputs get ones in front,
+        the text's position ids begin at ``length``, and stored tensors stay the same. This handles windows, causal
+        masks, tables of relative positions and ALiBi alike, without distinguishing them. Masks of the same size share
+        their common parts.
 
         Args:
-            mask: the mask, ``[..., rows, size]``, computed from sizes, stored tensors, masks of tokens and their
-                positions.
-            size: the number of keys: a symbol of the graph, or the sum of the tokens in a cache and those of the call.
+            mask: the mask, ``[..., rows, size]``, computed from sizes, stored tensors, token masks and position ids.
+            size: the number of keys: a symbol of the graph, or the number of cached tokens plus that of the call.
             length: the number of tokens in front.
 
         Returns:
             ``[..., rows, size + length]``; None if the mask depends on anything else (activations, token ids, an input
-            that is already a mask of pairs), if sizes are fixed, or if the result is not a mask of that shape.
+            that is already a pairwise mask), if sizes are fixed, or if the result does not have that shape.
         """
         symbol = self._growing(expression(size))
         if symbol is None:
@@ -87,8 +86,9 @@ class Masks(Nodes):
     def _hides_only(self, bias: fx.Node) -> bool:
         """Return whether a bias of fixed size is known to be zero except where it hides a key.
 
-        A bias that depends on activations, token ids or a mask of pairs counts as such, since its values for other keys
-        do not depend on their positions alone. So does the bias of an image model, where nothing is in front.
+        The answer is also True for a bias that depends on activations, token ids or a pairwise mask, since its values
+        for other keys do not depend on their positions alone, and for the bias of an image model, where keys have no
+        position before the others.
         """
         if _cone(bias, None) is None or all(len(spec.shape) > 3 for spec in self.program.inputs):
             return True
@@ -100,7 +100,7 @@ class Masks(Nodes):
         return not values.is_meta and bool(((values == 0) | (values <= _HIDDEN)).all())
 
     def _growing(self, size: Any) -> Any:
-        """Return the symbol that is greater for a text with more tokens in front, or None if there is none."""
+        """Return the symbol that grows when tokens are put in front of the text, or None."""
         if isinstance(size, int):
             return None
         if size.is_symbol:
@@ -109,7 +109,7 @@ class Masks(Nodes):
         return past if past is not None and _growth(size, past) == 1 else None
 
     def _longer(self, node: fx.Node, symbol: Any, length: int, replaced: dict[fx.Node, fx.Node]) -> fx.Node | None:
-        """Return the node that replaces ``node`` in the longer text, or None if it is unchanged."""
+        """Return the node that replaces ``node`` for the longer text, or None if it does not change."""
         if node.op == "placeholder":
             return self._longer_input(node, symbol, length)
         if node.target is aten.sym_size.int:
@@ -138,9 +138,9 @@ class Masks(Nodes):
         return self._like(node, self.call(aten.cat.default, [front, later], axis, part="mask"))
 
     def _like(self, node: fx.Node, again: fx.Node) -> fx.Node:
-        """Return the recomputed node, assigned to the module of the original.
+        """Assign the recomputed node to the original's module and return it.
 
-        The mask belongs to that module, not to the adapted layer: other layers read it as well.
+        The mask belongs to that module rather than to the adapted layer, because other layers read it as well.
         """
         again.meta["module"] = node.meta.get("module", "")
         return again
@@ -160,7 +160,7 @@ class Masks(Nodes):
         return again
 
     def _limit_tokens(self, actual: Any, wanted: Any, symbol: Any, length: int) -> None:
-        """Limit the axis that counts tokens to sizes for which the mask covers all keys: some are cut from a table."""
+        """Limit the token axis to sizes for which the mask covers all keys, since some masks are cut from a table."""
         rest = expression(actual) - expression(wanted)
         if isinstance(rest, int) or rest.free_symbols != {symbol} or rest.subs(symbol, _LEAST) != 0:
             return
@@ -170,7 +170,7 @@ class Masks(Nodes):
             return
         program = self.program
         names = {name for name, size, _ in _named_sizes(program) if size == symbol}
-        why = f"{self.adaptation!r} takes {length} of the {most + length} positions that attention has biases for"
+        why = f"{self.adaptation!r} uses {length} of the {most + length} positions that attention has biases for"
         for name in names:
             program.limits.setdefault(name, why)
         program.inputs = limited(program.inputs, dict.fromkeys(names, most))
@@ -186,19 +186,19 @@ def _named_sizes(program: Program) -> Iterator[tuple[str, Any, int | None]]:
 
 
 def most_of(program: Program) -> dict[Any, int]:
-    """Return the maximum sizes that a graph is valid for, by symbol."""
+    """Return the maximum sizes for which a graph is valid, by symbol."""
     return {size: high for _, size, high in _named_sizes(program) if high is not None}
 
 
 def same_size(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyType({})) -> bool:
-    """Return whether two sizes are equal, by their expressions or by the numbers that these evaluate to."""
+    """Return whether two sizes are equal, either as expressions or when evaluated."""
     return surplus(first, second, most) == 0
 
 
 def surplus(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyType({})) -> int | None:
-    """Return how much greater one size is than another, or None if the difference is not a fixed number.
+    """Return the difference ``first - second`` of two sizes, or None if it is not constant.
 
-    No symbol is taken to be greater than in ``most``.
+    No symbol is assumed to exceed its value in ``most``.
     """
     difference = expression(first) - expression(second)
     if isinstance(difference, int) or difference.is_number:
@@ -208,16 +208,16 @@ def surplus(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyType(
 
 
 def _at(size: Any, start: int, most: Mapping[Any, int]) -> int:
-    """Evaluate an expression with numbers from ``start`` for its symbols, all different unless ``most`` limits them."""
+    """Evaluate an expression with values from ``start`` upwards for its symbols, distinct unless ``most`` caps them."""
     symbols = sorted(size.free_symbols, key=str)
     numbers = {symbol: start + 3 * i for i, symbol in enumerate(symbols)}
     return int(size.subs({symbol: min(number, most.get(symbol, number)) for symbol, number in numbers.items()}))
 
 
 def _sample(node: fx.Node) -> Tensor:
-    """Return a sample of an input that a bias may depend on: masks that hide nothing, positions, sizes."""
+    """Return a sample value for an input that a bias may depend on: a mask that hides nothing, or position ids."""
     value = node.meta["val"]
-    sizes = [surplus(size, 0) or _ROWS for size in value.shape]  # `surplus` is None for sizes that vary
+    sizes = [surplus(size, 0) or _ROWS for size in value.shape]  # `surplus` is None for dynamic sizes
     if _is_positions(node):
         return torch.arange(sizes[-1], dtype=value.dtype).expand(sizes)
     return torch.ones(sizes, dtype=value.dtype)
@@ -232,14 +232,14 @@ def _axes(node: fx.Node, symbol: Any) -> list[int]:
 
 
 def _growth(size: Any, symbol: Any) -> int | None:
-    """Return how much a size grows when a symbol grows by 1, or None if that is not a fixed number."""
+    """Return how much a size grows when a symbol grows by 1, or None if that is not constant."""
     if isinstance(size, int) or symbol not in size.free_symbols:
         return 0
     return surplus(size.subs(symbol, symbol + 1), size)
 
 
 def _read(node: fx.Node) -> Iterable[fx.Node]:
-    """Return the nodes that a call's values depend on."""
+    """Return the nodes on which a call's values depend."""
     if node.op != "call_function" or node.target is aten.sym_size.int:
         return ()
     if node.target in _LIKE:
@@ -250,13 +250,13 @@ def _read(node: fx.Node) -> Iterable[fx.Node]:
 
 
 def _cone(mask: fx.Node, symbol: Any) -> list[fx.Node] | None:
-    """Return everything that a mask is computed from, in graph order, or None if it cannot be made longer."""
+    """Return the nodes that a mask is computed from, in graph order, or None if the mask cannot be extended."""
     cone = above([mask], sources=_read)
     return cone if all(_known_in_front(node, symbol) for node in cone) else None
 
 
 def _known_in_front(node: fx.Node, symbol: Any) -> bool:
-    """Return whether the values in front are known: ones of a mask of tokens, position numbers, sizes."""
+    """Return whether a node's values for tokens in front are known: ones in a token mask, position ids, sizes."""
     if is_random(node):
         return False
     if node.target is aten.sym_size.int:

@@ -1,4 +1,4 @@
-"""The insertion of nodes of one adaptation into one Program, which all parts of the `Builder` build on."""
+"""The insertion of an adaptation's nodes into a Program, the foundation of all parts of the `Builder`."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ aten = torch.ops.aten
 
 
 class Nodes:
-    """Inserts nodes of one adaptation into one Program: the base of all parts of the `Builder`.
+    """Inserts one adaptation's nodes into one Program: the base class of all parts of the `Builder`.
 
     Args:
         program: the Program, changed in place.
-        store: the Store that new tensors are added to; an existing one is reused, so that Programs share tensors.
+        store: the Store that new tensors are added to; existing tensors are reused, so that Programs share them.
         adaptation: the adaptation's name.
         method: its method's tag.
-        initial: the source of the values of new tensors.
-        seams: the composition of the adaptation with others; by default there is none.
+        initial: the source of new tensors' initial values.
+        seams: how the adaptation is composed with others; by default it is not.
         within: the builder of the composing adaptation, if any. Nodes inserted at a site then count as that
-            adaptation's own, which keep reading what was there before.
+            adaptation's own nodes, which keep reading the values from before its changes.
 
     Attributes:
         adaptation: the adaptation whose tensors are being created.
         parts: the Store names of the adaptation's tensors, by site and part; those that all sites share are under None.
-        starts: the initial states of the parameters that were created here, by name.
-        seed, values: the seed of initial values, and existing tensors by name, which are used instead of them.
+        starts: the initial states of the parameters created here, by name.
+        seed, values: the seed of the initial values, and the existing tensors, by name, that are used instead of them.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Nodes:
 
     @contextmanager
     def on(self, site: Site) -> Iterator[None]:
-        """Run the block with ``site`` as the current site, which new nodes belong to."""
+        """Run the block with ``site`` as the current site, to which new nodes belong."""
         previous = self._site, self.emitted
         self._site, self.emitted = site, set() if self._composing is None else self._composing.emitted
         try:
@@ -90,19 +90,19 @@ class Nodes:
             self.adaptation, self.parts = previous
 
     def call(self, target: Any, *args: Any, part: str = "", **kwargs: Any) -> fx.Node:
-        """Insert a call after the latest of its arguments and return its node.
+        """Insert a call after the last of its arguments and return its node.
 
         Args:
             target: the operator to call.
             args, kwargs: its arguments: nodes and literals.
-            part: a readable label of the node within the adaptation (for example ``"down"``).
+            part: a readable label for the node within the adaptation (for example ``"down"``).
         """
         graph = self.program.graph
         sources = nodes_in((args, kwargs))
         computed = [n for n in sources if n.op != "get_attr"]
         point: fx.Node = max(computed) if computed else self._first_call().prev
         point = max([point, *self._writes_before(computed)])
-        if point.op == "placeholder":  # inputs stay in front of everything that is computed
+        if point.op == "placeholder":  # inputs stay before all computed nodes
             point = max(self.program.placeholders())
         with graph.inserting_after(point):
             node = create_node(graph, "call_function", target, args, kwargs)
@@ -116,9 +116,9 @@ class Nodes:
         return node
 
     def _writes_before(self, sources: Sequence[fx.Node]) -> list[fx.Node]:
-        """Return the calls that write to the memory of values before the site's map reads it.
+        """Return the calls that write to the memory of ``sources`` before the site's map runs.
 
-        The map reads the values as these calls leave them.
+        The map reads the values that these calls leave behind.
         """
         memory = memory_of(self.program)
         if not memory.writes or not isinstance(self._site, LinearSite):
@@ -128,7 +128,7 @@ class Nodes:
         return [write for write, roots in memory.writes.items() if own & roots and write < reader]
 
     def _first_call(self) -> fx.Node:
-        """Return the first node after inputs and tensors, cached because there may be thousands of tensors."""
+        """Return the first node after the inputs and tensors, cached because there may be thousands of tensors."""
         if self._first_computed is None or is_erased(self._first_computed):
             self._first_computed = next(n for n in self.program.graph.nodes if n.op in ("call_function", "output"))
         return self._first_computed
@@ -142,11 +142,11 @@ class Nodes:
         return str(self._site.key) if self._site is not None else ""
 
     def fake(self) -> FakeTensorMode:
-        """Return the fake mode that the nodes' values belong to."""
+        """Return the fake tensor mode to which the nodes' values belong."""
         return self._types.fake
 
     def attribute(self, name: str, part: str = "") -> fx.Node:
-        """Return the node that reads a tensor of the Store."""
+        """Return the node that reads a Store tensor."""
         if name not in self._attributes:
             graph = self.program.graph
             with graph.inserting_before(self._first_call()):
@@ -155,25 +155,25 @@ class Nodes:
         return self._attributes[name]
 
     def _once(self, key: Hashable, make: Callable[[], fx.Node]) -> fx.Node:
-        """Return the node of a key, which is created with ``make`` when it is first requested."""
+        """Return the node cached under ``key``, created with ``make`` on first request."""
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
 
     def _kept_in(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the element type that a tensor of the adaptation is stored in if the graph computes in ``dtype``."""
+        """Return the dtype in which the adaptation's tensors are stored if the graph computes in ``dtype``."""
         if self.adaptation in self.initial.narrow or not dtype.is_floating_point:
             return dtype
         return torch.promote_types(dtype, torch.float32)
 
     def cast(self, node: fx.Node, dtype: torch.dtype | None) -> fx.Node:
-        """Return a tensor of the adaptation, or a node computed from it, in the type that the graph computes with."""
+        """Cast an adapter tensor, or a node computed from one, to the graph's compute dtype."""
         if dtype is None or node.meta["val"].dtype == dtype:
             return node
         return self.call(aten.to.dtype, node, dtype, part="cast")
 
     def _emit(self, part: str) -> Callable[..., fx.Node]:
-        """Return `call` as a function of the target and its positional arguments alone."""
+        """Return `call` as a function of only the target and its positional arguments."""
         return lambda target, *args: self.call(target, *args, part=part)
 
     def _device(self) -> torch.device:
@@ -185,7 +185,7 @@ class Nodes:
     def _redirect(
         self, before: fx.Node, after: fx.Node, take: Callable[[fx.Node], bool], *, narrow: bool = False
     ) -> None:
-        """Make the users of a node that ``take`` selects read another one, as an edit; only inside `Seams.write`."""
+        """Make the users of ``before`` that ``take`` selects read ``after``, as an edit; only inside `Seams.write`."""
         if after is before:
             return
         before.replace_all_uses_with(
@@ -198,22 +198,22 @@ class Nodes:
         return self.seams.read(self, node, kind, site)
 
     def _write(self, change: Change, put: Callable[..., None]) -> None:
-        """Change values of the model through the seams.
+        """Change the model's values through the seams.
 
         Raises:
-            TypeError: if the types of the given and the model's values differ. In a sum, a narrower one is widened: a
-                stream may be in float32 although the weights are in 16 bits.
+            TypeError: if the adaptation's values and the model's differ in dtype. In a sum, a narrower addend is
+                widened: the residual stream may be in float32 while the weights are in 16 bits.
         """
         if change.like is not None and change.given:
             mine, theirs = change.given[0].meta["val"].dtype, change.like.meta["val"].dtype
             after = torch.promote_types(mine, theirs) if change.kind == "sum" else mine
             if after != theirs:
-                raise TypeError(f"it gives values of {mine} for values of {theirs}")
+                raise TypeError(f"it returns {mine} values to replace {theirs} values")
         self.seams.write(self, change, put)
 
 
 def size_of(nodes: Nodes, node: fx.Node, axis: int) -> Any:
-    """Return the size of an axis: a number, or a node that computes it."""
+    """Return the size of an axis: an integer, or a node that computes it."""
     size = expression(node.meta["val"].shape[axis])
     return size if isinstance(size, int) else nodes.call(aten.sym_size.int, node, axis, part="size")
 
@@ -221,12 +221,12 @@ def size_of(nodes: Nodes, node: fx.Node, axis: int) -> Any:
 class Seams:
     """The operations of the `Builder` that a composition of adaptations intercepts.
 
-    There are two pairs. A tensor of an adaptation is created through `make` and put into the graph by `mix`; a value of
-    the model is obtained from `read` and changed through `write`. Everything in between is written once, for tensors
-    with and without an axis of rows before their own.
+    There are two pairs: an adaptation's tensor is created by `make` and put into the graph by `mix`; a value of the
+    model is read with `read` and changed with `write`. All other code is written once, for tensors with and without a
+    leading batch axis.
 
-    These are the seams of a single adaptation: every tensor is one tensor, and every value is the model's own. A
-    composition is a subclass. It may override these four methods and nothing else of the Builder.
+    This class is the trivial case of a single adaptation: every tensor is one tensor, and every value is the model's
+    own. A composition is a subclass that may override these four methods and nothing else of the Builder.
     """
 
     composed: ClassVar[bool] = False
@@ -236,33 +236,33 @@ class Seams:
         """Create a tensor of the adaptation.
 
         Args:
-            nodes: the `Nodes` of the adaptation that the tensor belongs to.
-            new: the tensor.
+            nodes: the `Nodes` of the adaptation to which the tensor belongs.
+            new: the requested tensor.
 
         Returns:
-            The Store names of the tensors that are created: one, or one for each member.
+            The Store names of the created tensors: one, or one for each member.
         """
         return [new.create(new.trainable)]
 
     def mix(self, nodes: Nodes, new: NewTensor, names: Sequence[str]) -> fx.Node:
-        """Return the node that the method gets for a tensor.
+        """Return the node that the method receives for a tensor.
 
         Args:
-            nodes: the `Nodes` that insert the calls that compute it.
-            new: the tensor.
+            nodes: the `Nodes` that insert the calls needed to compute it.
+            new: the requested tensor.
             names: the names that `make` returned.
         """
         (name,) = names
         return nodes.cast(nodes.attribute(name, new.part), new.dtype)
 
     def read(self, nodes: Nodes, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
-        """Return a value of the model in the form that the method gets.
+        """Return a value of the model in the form that the method receives.
 
         Args:
-            nodes: the `Nodes` that insert the calls that compute it.
-            node: the value in the model's own axes.
+            nodes: the `Nodes` that insert the calls needed to compute it.
+            node: the value in the model's own layout.
             kind: the kind of value.
-            site: the site that the value belongs to.
+            site: the site to which the value belongs.
         """
         return node
 
@@ -270,8 +270,8 @@ class Seams:
         """Change values of the model.
 
         Args:
-            nodes: the `Nodes` that insert the calls that this needs.
+            nodes: the `Nodes` that insert the calls needed for the change.
             change: the change to make.
-            put: a function that makes the change; takes one node for each of those that are ``given``.
+            put: a function that makes the change, called with one node for each of ``change.given``.
         """
         put(*change.given)

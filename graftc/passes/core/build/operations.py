@@ -1,7 +1,7 @@
 """The part of the `Builder` that computes: products, look-ups, norms and dropout.
 
-If each row of the batch has tensors of its own, a tensor of an adaptation has the rows of the batch as an axis before
-its own; a size of 1 there applies to all rows. The values that it is combined with then have the rows first.
+If each row of the batch has its own tensors, an adaptation's tensors have a leading batch axis; a size of 1 there
+applies to all rows. The values that they are combined with then have the batch axis first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DropoutScope = Literal["input", "target"]
 
 
 class Operations(Nodes):
-    """Inserts operations that do not depend on the kind of site."""
+    """Inserts operations that do not depend on the type of site."""
 
     def linear(self, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None, part: str = "") -> fx.Node:
         """Return ``weight x + bias`` over the last axis of ``x`` for ``weight: [out, in]`` and ``bias: [out]``."""
@@ -30,7 +30,7 @@ class Operations(Nodes):
         return result if bias is None else self.call(aten.add.Tensor, result, self.along(bias, result), part=part)
 
     def _product(self, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """Return ``weight: [rows, out, in]`` applied to ``x: [rows, ..., in]``; one without rows is applied to all."""
+        """Apply ``weight: [rows, out, in]`` to ``x: [rows, ..., in]`` row by row; a 2-D weight applies to all rows."""
         across = self.call(aten.transpose.int, weight, -1, -2, part=part)
         dims = x.meta["val"].dim()
         if dims == 2:
@@ -41,14 +41,14 @@ class Operations(Nodes):
         return self.call(aten.squeeze.dim, result, 1, part=part) if dims == 2 else result
 
     def along(self, vector: fx.Node, x: fx.Node) -> fx.Node:
-        """Return ``vector: [width]``, one value for each entry of the last axis of ``x``, as it broadcasts to ``x``."""
+        """Return ``vector: [width]``, aligned with the last axis of ``x``, in a shape that broadcasts to ``x``."""
         axes = vector.meta["val"].dim()
         for _ in range(x.meta["val"].dim() - axes if axes > 1 else 0):
             vector = self.call(aten.unsqueeze.default, vector, 1, part="rows")
         return vector
 
     def look_up(self, table: fx.Node, index: fx.Node, part: str = "") -> fx.Node:
-        """Look up ``index: int64[batch, sequence]`` in ``table: [entries, width]``: ``[batch, sequence, width]``."""
+        """Return the rows ``index: int64[batch, sequence]`` of ``table: [entries, width]``."""
         if table.meta["val"].dim() == 2:
             return self.call(aten.embedding.default, table, index, part=part)
         rows, entries = table.meta["val"].shape[:2]
@@ -63,7 +63,7 @@ class Operations(Nodes):
     def layer_norm(self, x: fx.Node, weight: fx.Node, bias: fx.Node, part: str = "norm") -> fx.Node:
         """Normalise over the last axis with ``weight`` and ``bias``, both ``[width]``, and an epsilon of 1e-5.
 
-        Scale and shift are separate from the kernel, so that those of single rows give the same bits.
+        Scale and shift are applied outside the kernel, so that scales and shifts per row give bit-identical results.
         """
         width = [int(x.meta["val"].shape[-1])]
         normed = self.call(aten.layer_norm.default, x, width, None, None, 1e-5, part=part)
@@ -75,11 +75,11 @@ class Operations(Nodes):
 
         Args:
             node: the activation.
-            p: probability of dropping an element; 0 inserts nothing. Indices of a table are returned unchanged.
-            recompute: whether to keep a seed instead of the mask for the backward pass
+            p: probability of dropping an element; 0 inserts nothing. Table indices are returned unchanged.
+            recompute: whether to save a seed instead of the mask for the backward pass
                 (`graftc.passes.core.ops.decompositions`); a mask rounds ``p`` to a multiple of ``1 / 65536``
                 (`graftc.passes.core.ops.dropout`).
-            scope: ``"input"``: sites of the adaptation that read the same input share one mask; ``"target"``: each site
+            scope: ``"input"``: the adaptation's sites that read the same input share one mask; ``"target"``: each site
                 has its own.
         """
         if p == 0 or not node.meta["val"].is_floating_point():
@@ -96,9 +96,9 @@ class Operations(Nodes):
 
 
 def drawn_beside(build: Nodes, like: fx.Node, high: int, part: str) -> fx.Node:
-    """Return a random number below ``high``, ``int64[1]``, drawn again in every forward pass.
+    """Return a random integer below ``high``, ``int64[1]``, redrawn in every forward pass.
 
-    It is drawn next to a value, so that a layer that is recomputed in the backward pass uses the same one.
+    It is drawn next to ``like``, so that a layer recomputed in the backward pass uses the same integer.
     """
     zero = build.call(aten.new_zeros.default, like, [1], dtype=torch.int64, part=part)
     return build.call(aten.randint_like.low_dtype, zero, 0, high, part=part)

@@ -1,4 +1,4 @@
-"""Positions that a model counts by its tokens, as RoBERTa numbers those that are not padding, for longer inputs."""
+"""Recompute position ids that a model counts from its tokens (RoBERTa skips padding) for longer inputs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ aten = torch.ops.aten
 def counted_inputs(numbers: fx.Node) -> list[fx.Node]:
     """Return the inputs whose values determine the positions, if token ids are among them.
 
-    Otherwise the list is empty: the positions are given, or depend on sizes and masks alone, which adjust to a longer
-    sequence by themselves.
+    Otherwise the list is empty: the positions are passed in, or depend only on sizes and masks, and need no recount.
     """
     read = {
         source
@@ -31,7 +30,7 @@ def counted_inputs(numbers: fx.Node) -> list[fx.Node]:
 
 
 def tokens_in_front(call: Call, numbers: fx.Node, ids: fx.Node, length: int) -> fx.Node:
-    """Return ``[batch, length]`` tokens that are counted, of the type of ``ids: [batch, n]``."""
+    """Return ``[batch, length]`` tokens that the model counts as positions, in the dtype of ``ids: [batch, n]``."""
     ones = call(aten.new_ones.default, ids, [call(aten.sym_size.int, ids, 0), length])
     token = 1 if _is_mask(ids) else _counted_token(numbers)
     return ones if token == 1 else call(aten.mul.Tensor, ones, token)
@@ -40,13 +39,13 @@ def tokens_in_front(call: Call, numbers: fx.Node, ids: fx.Node, length: int) -> 
 def recounted(
     numbers: fx.Node, longer: Mapping[fx.Node, fx.Node], call: Call, same: Callable[[fx.Node], fx.Node]
 ) -> fx.Node:
-    """Return ``numbers`` computed from other inputs.
+    """Recompute ``numbers`` from replaced inputs and return the new node.
 
     Args:
-        numbers: the positions.
-        longer: the replacements of inputs.
+        numbers: the position ids.
+        longer: the replacement of each input.
         call: a function that inserts a call.
-        same: a function that returns the replacement of a node that depends on none of these inputs.
+        same: a function that returns the replacement of a node that does not depend on these inputs.
     """
     replaced = dict(longer)
     for node in above([numbers]):
@@ -59,7 +58,7 @@ def recounted(
 
 
 def _counted_token(numbers: fx.Node) -> int:
-    """Return a token id that does not occur in the calls above ``numbers``, as the padding id does."""
+    """Return a token id that, unlike the padding id, is not a literal argument of any call above ``numbers``."""
     literals = {value for node in above([numbers]) for value in node.args if type(value) is int}
     return next(token for token in count() if token not in literals)
 

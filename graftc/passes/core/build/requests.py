@@ -1,4 +1,4 @@
-"""Requests that pass the seams of the `Builder`: new tensors, and changes of the model's values."""
+"""Requests that pass through the `Builder`'s seams: new tensors, and changes to the model's values."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import fx
 
 Window = Literal["visible", "masked"]
 TensorKind = Literal["parameter", "state", "copy", "constant"]
-"""A parameter of the method; state that is kept with them; a copy of a base tensor that stands in for it; what follows
-from the base alone."""
+"""A parameter of the method; state that is saved with the parameters; a trained copy that replaces a base tensor; a
+constant determined by the base alone."""
 
 Reading = Literal["input", "output", "branch", "value", "attended"]
-"""What a linear map reads or gives, a value of a sublayer, what a layer reads or gives, what an attention reads."""
+"""A linear map's input or output; a value of a sublayer; a layer's input or output; an attention's input."""
 
 Writing = Literal["sum", "output", "input", "value", "tokens", "keys", "positions", "tensor"]
-"""What is added to a value; what takes the place of a map's result or input, of what a layer reads or gives, or of the
-vectors of virtual tokens; keys and values in front of an attention's; numbers of positions; base tensors."""
+"""A term added to a value; a replacement for a map's output or input, for a layer's input or output, or for the vectors
+of virtual tokens; keys and values in front of an attention's own; position ids; a replacement for a base tensor."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class NewTensor:
     Attributes:
         part: its name within the adaptation.
         kind: the kind of tensor.
-        create: a function that puts the tensor into the Store under the name that it has in the adaptation being built,
-            unless it is there already, and returns that name; the argument says whether a parameter trains.
-        trainable: whether the method lets it train.
-        base: the base tensor that it is a copy of.
-        dtype: the element type that the method computes with; None for the one that it is stored in.
+        create: a function that adds the tensor to the Store, unless it exists, under the name that it has in the
+            adaptation being built, and returns that name; its argument is whether a parameter is trained.
+        trainable: whether the method trains it.
+        base: the base tensor of which it is a copy.
+        dtype: the dtype that the method computes with; None for the stored dtype.
     """
 
     part: str
@@ -46,15 +46,15 @@ class NewTensor:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of the model's values.
+    """A change to the model's values.
 
     Attributes:
         kind: the kind of value that is changed.
-        given: the nodes that the adaptation has computed: one, keys and values, or none for ``positions``.
-        like: the value whose axes these nodes have to get in the model; None if their axes need no change.
-        source: a function that returns the value that a sum was computed from.
-        place: the names of two values of a sublayer: the one that a sum is added to, and the one that it was computed
-            from; None at a linear map.
+        given: the nodes that the adaptation has computed: one; keys and values; or none for ``positions``.
+        like: the value whose axis order these nodes must have in the model; None if they need no change.
+        source: a function that returns the value from which an addend was computed.
+        place: the names of two values of a sublayer: the one that an addend is added to, and the one that it was
+            computed from; None at a linear map.
         window: for keys, the window of `Attentions.attend`.
     """
 

@@ -1,4 +1,4 @@
-"""The part of the `Builder` that works on residual branches, and on the inputs and outputs of layers."""
+"""The part of the `Builder` that changes residual branches, and the inputs and outputs of layers."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
 AGAIN = "again"
-"""The part of what is computed a second time."""
+"""The part label of recomputed nodes."""
 
 
 class Branches(Nodes):
-    """Reads the values of a sublayer and adds to them, and replaces the inputs and outputs of layers."""
+    """Reads and adds to a sublayer's values, and replaces the inputs and outputs of layers."""
 
     def value(self, site: ValueSite) -> fx.Node:
-        """Return the current value of a site, with everything inserted there so far."""
+        """Return the current value of a site, including everything inserted there so far."""
         return self._read(self.program.current(site.node), "value", site)
 
     def set_value(self, site: ValueSite, node: fx.Node) -> None:
-        """Replace a value with ``node``, computed from `value` and of the same sizes, for everything that reads it.
+        """Replace a value with ``node``, which is computed from `value` and has the same shape, for all its readers.
 
-        That includes projections, the residual, and the outputs if the value is one of them.
+        These include projections, the residual, and the outputs if the value is one of them.
         """
         before = self.program.current(site.node)
         self._write(Change("value", (node,), before), lambda after: self._redirect(before, after, lambda user: True))
 
     def at(self, site: SublayerSite, place: str) -> fx.Node:
-        """Return the current value at a place of a sublayer, with everything inserted there so far.
+        """Return the current value at a place of a sublayer, including everything inserted there so far.
 
         Args:
             site: the sublayer.
@@ -49,24 +49,24 @@ class Branches(Nodes):
     def _at(self, site: SublayerSite, place: str) -> fx.Node:
         node = getattr(site, place)
         if node is None:
-            reason = f"ends in more than one map, so that it has no {place} activation"
+            reason = f"ends in more than one linear map, so it has no {place} activation"
             raise unsupported(site, reason, "read or add at its branch, or leave it out with exclude")
         return self.program.current(node, str(site.key))
 
     def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
         """Add ``delta`` to a value of a sublayer.
 
-        If ``delta`` was computed from a value further down (the norm after the sum), everything in between is computed
-        a second time from the result, and everything that read that value reads the recomputed one instead.
+        If ``delta`` was computed from a value further down (the norm after the sum), everything in between is
+        recomputed from the result, and all readers of that value read the recomputed one instead.
 
         Args:
             site: the sublayer.
             place: the name of the value to add to.
-            delta: the addend, of the same sizes; one of the two may have batch and sequence folded into one axis.
-            read: the name of the value that ``delta`` was computed from.
+            delta: the addend, of the same shape; one of the two may have batch and sequence folded into one axis.
+            read: the name of the value from which ``delta`` was computed.
 
         Raises:
-            GraftError: GC017 if anything random is in between, or if ``delta`` does not fit.
+            GraftError: GC017 if an operator in between is random, or if ``delta`` does not have a matching shape.
         """
         change = Change("sum", (delta,), self._at(site, place), lambda: self.at(site, read), (place, read))
         self._write(change, lambda own: self._add_at(site, place, own, read))
@@ -76,7 +76,7 @@ class Branches(Nodes):
         try:
             after = self.call(aten.add.Tensor, value, self._shaped(delta, value), part="add")
         except RuntimeError:
-            message = f"the {read} and the {place} of {site.key} are laid out differently, as attention in windows is"
+            message = f"the {read} and the {place} of {site.key} have different layouts, as in windowed attention"
             raise GraftError("GC017", message, hint="read or add at its branch, or leave it out with exclude") from None
         between = _between(value, source, self.program.edits)
         if not between:
@@ -85,9 +85,9 @@ class Branches(Nodes):
         again: dict[fx.Node, fx.Node] = {value: after}
         for node in between:
             if is_random(node):
-                message = f"{node.name} draws random numbers between the {place} of {site.key} and what is read there"
+                message = f"{node.name} draws random numbers between the {place} and the {read} of {site.key}"
                 ours = provenance(node) is not None
-                hint = "put the adaptation that drops behind this one in adapt" if ours else "add at its branch"
+                hint = "put the adaptation with dropout after this one in adapt" if ours else "add at its branch"
                 raise GraftError("GC017", message, hint=hint)
             args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: again.get(n, n))
             again[node] = self.call(node.target, *args, part=AGAIN, **kwargs)
@@ -98,7 +98,7 @@ class Branches(Nodes):
         self._redirect(source, again[source], lambda user: True)
 
     def _shaped(self, delta: fx.Node, value: fx.Node) -> fx.Node:
-        """Return ``delta`` with batch and sequence in one axis or in two, as ``value`` has them."""
+        """Return ``delta`` with batch and sequence on one axis or on two, as in ``value``."""
         have, want = delta.meta["val"], value.meta["val"]
         if have.dim() == want.dim():
             return delta
@@ -111,8 +111,8 @@ class Branches(Nodes):
 def _between(start: fx.Node, end: fx.Node, edits: Edits) -> list[fx.Node]:
     """Return the nodes after ``start`` on the paths to ``end``, including ``end``, in graph order.
 
-    The list is empty if there is no path. No path goes through the replacement of a value that does not depend on
-    ``start``: a parallel branch whose adapter reads the sum of both is a separate branch.
+    The list is empty if there is no path. Paths do not go through the replacement of a value that is independent of
+    ``start``: a parallel branch remains a separate branch even if its adapter reads the sum of both.
     """
     below, node = {start}, start
     while node < end:

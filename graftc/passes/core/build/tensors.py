@@ -21,23 +21,23 @@ aten = torch.ops.aten
 
 
 def _is_exact(stored: torch.dtype, wanted: torch.dtype) -> bool:
-    """Return whether ``wanted`` represents every value of ``stored``.
+    """Return whether ``wanted`` can represent every value of ``stored``.
 
-    Files of earlier releases contain 16-bit tensors where 32 bits are stored now.
+    Some tensors that are now stored in 32 bits have 16 bits in files written by earlier releases.
     """
     floating = stored.is_floating_point and wanted.is_floating_point
     return stored == wanted or (floating and torch.promote_types(stored, wanted) == wanted)
 
 
 def tensor_name(site: Site | None, adaptation: str, part: str) -> str:
-    """Return the name of a tensor of an adaptation at a site, or of one that all its sites share if that is None."""
+    """Return the Store name of an adaptation's tensor at a site; one without a site is shared by all its sites."""
     if site is None:
         return adapter_name("", adaptation, part)
     return adapter_name(site.key.module, adaptation, site.scope, site.key.part, part)
 
 
 class Tensors(Nodes):
-    """The part of the `Builder` that creates the tensors of one adaptation, each once: Programs share them."""
+    """The part of the `Builder` that creates an adaptation's tensors, each only once: Programs share them."""
 
     def _new(self, new: NewTensor) -> fx.Node:
         """Create a tensor through the seams and return its node."""
@@ -52,14 +52,14 @@ class Tensors(Nodes):
         dtype: torch.dtype,
         trainable: bool = True,
     ) -> fx.Node:
-        """Return the node of a parameter of the current site (or of the whole adaptation, outside `on`), created once.
+        """Return the node of a parameter of the current site (outside `on`: of the whole adaptation), created once.
 
         Args:
             part: the parameter's name within the adaptation, for example ``"A"``.
-            shape: its sizes.
-            init: a function that fills a float32 CPU tensor with its first values; not called on the meta device.
-            dtype: element type of the node. A 16-bit parameter is stored as float32 and cast in the graph, unless the
-                spec has ``dtype: base``.
+            shape: its shape.
+            init: a function that fills a float32 CPU tensor with the initial values; not called on the meta device.
+            dtype: dtype of the node. A 16-bit parameter is stored as float32 and cast in the graph, unless the spec
+                has ``dtype: base``.
             trainable: False for constants that the method reads.
         """
 
@@ -69,11 +69,11 @@ class Tensors(Nodes):
         return self._new(NewTensor(part, "parameter", create, trainable, dtype=dtype))
 
     def begin(self, part: str, start: ParameterStart) -> str:
-        """Create a tensor of the current site once, without a node, and return its Store name.
+        """Create a tensor of the current site, unless it exists, and return its Store name; no node is inserted.
 
         Args:
             part: the tensor's name within the adaptation.
-            start: its sizes, its type and its first value.
+            start: its shape, dtype and initial value.
         """
         name = self._enter(part)
         if name not in self.store:
@@ -83,13 +83,13 @@ class Tensors(Nodes):
         return name
 
     def trained(self, part: str, value: Callable[[], Tensor], *, dtype: torch.dtype | None = None) -> fx.Node:
-        """Return the node of a trainable tensor of the current site whose first value is computed, created once.
+        """Return the node of a trainable tensor of the current site whose initial value is computed, created once.
 
         Args:
             part: the tensor's name within the adaptation, for example ``"m"``.
-            value: a function that computes its first value on the site's device; the sizes are final.
-            dtype: element type of the node, stored as for `parameter`; by default that of the value, which is also the
-                stored one.
+            value: a function that computes the initial value on the site's device and thereby fixes the shape.
+            dtype: dtype of the node, stored as for `parameter`; by default the node and the stored tensor have the
+                value's dtype.
         """
 
         def create(trains: bool) -> str:
@@ -103,19 +103,19 @@ class Tensors(Nodes):
         return self._new(NewTensor(part, "parameter", create, dtype=dtype))
 
     def _enter(self, part: str) -> str:
-        """Record a tensor of the current site among those of the adaptation and return its Store name."""
+        """Record a tensor of the current site among the adaptation's tensors and return its Store name."""
         name = self._name(part)
         self.parts.setdefault(self._site.key if self._site is not None else None, {})[part] = name
         return name
 
     def constant(self, part: str, value: Callable[[], Tensor]) -> fx.Node:
-        """Return the node of a constant that is derived from the current site's rows of the base weight.
+        """Return the node of a constant derived from the current site's rows of the base weight.
 
-        It is computed once and never saved to files. Nothing that is inserted later may train these rows.
+        The constant is computed once and never saved. No adaptation inserted later may train these rows.
 
         Args:
             part: the constant's name within the adaptation.
-            value: a function that computes it, on the site's device.
+            value: a function that computes it on the site's device.
         """
         return self._new(NewTensor(part, "constant", lambda trains: self._constant(part, value)))
 
@@ -128,22 +128,22 @@ class Tensors(Nodes):
         return name
 
     def numbers(self, part: str, value: Tensor) -> fx.Node:
-        """Return the node of a constant of the current site that depends on the architecture alone."""
+        """Return the node of a constant of the current site that depends only on the architecture."""
         return self.constant(part, lambda: value.to(self._device()))
 
     def buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> fx.Node:
-        """Return the node of state of the current site (or of the whole adaptation, outside `on`).
+        """Return the node of a state tensor of the current site (outside `on`: of the whole adaptation).
 
-        It is saved with the parameters.
+        The state is saved with the parameters.
 
         Args:
             part: the state's name within the adaptation.
-            value: a function that computes its first value on a device; element type and sizes are final.
+            value: a function that computes the initial value on a given device and thereby fixes dtype and shape.
         """
         return self.attribute(self.keep_buffer(part, value), part)
 
     def keep_buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> str:
-        """Create state as `buffer` does, but without a node, for a controller alone to read; return its Store name."""
+        """Create state like `buffer`, but without a node, for use by a controller only; return its Store name."""
 
         def create(trains: bool) -> str:
             name = self._enter(part)
@@ -157,8 +157,8 @@ class Tensors(Nodes):
     def drawn(self, deployed: fx.Node, low: int, high: int, part: str = "draw") -> fx.Node:
         """Return the node of a random integer in ``[low, high)``.
 
-        It is drawn again in every forward pass while training; in eval mode it is ``deployed``, an ``int64`` buffer of
-        the adaptation.
+        In train mode it is redrawn in every forward pass; in eval mode it is ``deployed``, an ``int64`` buffer of the
+        adaptation.
         """
         return self.call(aten.randint_like.low_dtype, deployed, low, high, part=part)
 
@@ -173,40 +173,40 @@ class Tensors(Nodes):
         return value.to(device=device, dtype=dtype)
 
     def _given_or(self, name: str, own: Tensor) -> Tensor:
-        """Return the value given for a tensor, in the type of its own first value, or that one if none is given."""
+        """Return the value supplied for a tensor, cast to the dtype of ``own``, or ``own`` if none was supplied."""
         return self._given(name, tuple(own.shape), own.dtype, own.device) if name in self.initial.values else own
 
     def _given(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         value = self.initial.values[name]
         if tuple(value.shape) != shape or not _is_exact(value.dtype, dtype):
             actual, expected = f"{value.dtype}{list(value.shape)}", f"{dtype}{list(shape)}"
-            raise GraftError("GC053", f"{name} is {actual}, it must be {expected}")
+            raise GraftError("GC053", f"{name} must be {expected}, got {actual}")
         return value.detach().to(device, dtype, copy=True)
 
     def current_value(self, node: fx.Node) -> Tensor:
-        """Return the current value of a tensor of the adaptation, given its node."""
+        """Return the current value of the adaptation's tensor that a node reads."""
         if node.target is aten.to.dtype:
             return self.current_value(node.all_input_nodes[0]).to(node.meta["val"].dtype)
         return self.store.get(str(node.target)).detach()
 
     def tensors(self) -> tuple[str, ...]:
-        """Return the names of the base tensors that the Program reads, in the order of the graph."""
+        """Return the names of the base tensors that the Program reads, in graph order."""
         return tuple(name for name in self._attributes if not self.store.is_adapter(name))
 
     def read_weight(self, site: LinearSite) -> Tensor:
-        """Return the values of the site's own rows of the base weight, ``[..., rows, in]``, for initialisers."""
+        """Return the values of the site's own rows of the base weight, ``[..., rows, in]``, for use in initialisers."""
         return site.own.operand(self.store.full(site.own.tensor))
 
     def read_original(self, site: LinearSite) -> Tensor:
-        """Return the values of the same rows before the weight was quantised, for initialisers.
+        """Return the values of the same rows before the weight was quantised, for use in initialisers.
 
         Raises:
-            GraftError: GC167 if the original weight is not known.
+            GraftError: GC167 if the original weight is not available.
         """
         original = self.initial.originals.get(site.own.tensor)
         if original is None:
-            message = f"what quantising took from the weight of {site.key} is not known"
-            hint = "let the spec quantise the base: base: {quantize: nf4}, or choose another init"
+            message = f"the original weight of {site.key}, before quantisation, is not available"
+            hint = "quantise the base in the spec (base: {quantize: nf4}), or choose another init"
             raise GraftError("GC167", message, hint=hint)
         return site.own.operand(original)
 
@@ -214,12 +214,12 @@ class Tensors(Nodes):
         return tensor_name(self._site, self.adaptation, part)
 
     def generator(self, name: str) -> torch.Generator:
-        """Return the generator for the random values called ``name``, seeded by the name and `Initial.seed`."""
+        """Return the generator for the random values named ``name``, seeded with `Initial.seed` and the name."""
         digest = hashlib.sha256(f"{self.initial.seed}:{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def every(self, tensor: str) -> WeightSlice:
-        """Return a slice that covers all of a tensor of the Store."""
+        """Return a slice that covers an entire Store tensor."""
         return WeightSlice.every(tensor, self.store.get(tensor))
 
     def overlay(
@@ -228,17 +228,17 @@ class Tensors(Nodes):
         index: fx.Node | None = None,
         through: Callable[[fx.Node], fx.Node] = lambda trained: trained,
     ) -> fx.Node:
-        """Train a copy of a base tensor, or of some of its rows, in place of the original; the base is never written.
+        """Train a copy of a base tensor, or of some of its rows, instead of the original; the base is never written to.
 
-        Returns the node of the trained tensor, which has the sizes that the base's rows are stored in. Folding replaces
-        these rows with it. A copy of a 16-bit tensor is float32, unless the spec has ``dtype: base``, and the value
-        that replaces the base's is cast.
+        Returns the node of the trained tensor, which has the shape in which the base stores the rows. Folding replaces
+        these rows with it. A copy of a 16-bit tensor is float32, unless the spec has ``dtype: base``, and is cast
+        where it replaces the base's value.
 
         Args:
             base: the rows of the base tensor, or a Store name for the whole tensor.
-            index: the numbers of the rows, if the graph contains them; by default they become constants of the graph.
-            through: a function that computes from the trained tensor what is read in place of the base's rows, of the
-                same type. If the values differ, the method folds the computed ones.
+            index: a node with the row indices, if the graph has one; by default a constant is added to the graph.
+            through: a function from the trained tensor to the value that is read instead of the base's rows, of the
+                same shape and dtype. If that value differs from the trained tensor, the method folds the former.
         """
         own = self.every(base) if isinstance(base, str) else base
         is_new = self.program.tensor_edits.copy_of(own.as_stored, self.adaptation) is None
@@ -251,10 +251,10 @@ class Tensors(Nodes):
         return trained
 
     def trained_rows(self, own: WeightSlice) -> fx.Node:
-        """Return the node of a trained copy of rows of a base tensor.
+        """Return the node of a trained copy of some rows of a base tensor.
 
-        It has the sizes that the rows are stored in and is at least float32 (see `overlay`). The caller puts it in
-        place wherever the rows are read.
+        The copy has the shape in which the rows are stored and is at least float32 (see `overlay`). The caller
+        substitutes it wherever the rows are read.
         """
         return self._new(NewTensor(own.part, "copy", lambda trains: self._trained_rows(own), base=own.tensor))
 
@@ -277,11 +277,11 @@ class Tensors(Nodes):
 
         Args:
             own: the rows.
-            make: a function that returns a node of the same type. If it is `graftc::sparse_weight`, products with it
-                are replaced as well.
+            make: a function that returns a node of the same shape and dtype. If it calls `graftc::sparse_weight`,
+                products with it are replaced as well.
 
         Raises:
-            GraftError: GC021 if another adaptation trains the rows, or uses them as constants.
+            GraftError: GC021 if another adaptation trains the rows or uses them as constants.
         """
         self._edit_tensor(own, EditMode.REPLACED)
         node, current = make(), self._attributes.get(own.tensor)
@@ -289,22 +289,22 @@ class Tensors(Nodes):
             self._replace(current, self._with_rows(own, current, node, "instead"))
 
     def known(self, name: str) -> Tensor | None:
-        """Return a tensor of the adaptation by its Store name if it exists: created for another Program, or given."""
+        """Return the adaptation's tensor with this Store name, created for another Program or supplied, else None."""
         return self.store.get(name) if name in self.store else self.initial.values.get(name)
 
     def stand_in(self, own: WeightSlice, make: Callable[[fx.Node], fx.Node], *, within: bool = False) -> None:
-        """Replace a base tensor, wherever it is read, with something that is computed from it.
+        """Replace a base tensor, wherever it is read, with a value computed from it.
 
-        The input of that computation includes what other adaptations have put in the tensor's place.
+        The computation starts from the tensor's current form, including other adaptations' replacements.
 
         Args:
-            own: the rows that the replacement is computed from.
-            make: a function that computes from the tensor's node one of the same type, which adds to entries of these
-                rows.
-            within: whether ``make`` gets these rows alone.
+            own: the rows that the replacement changes.
+            make: a function that receives the tensor's node, adds to entries of these rows, and returns a node of the
+                same shape and dtype.
+            within: whether ``make`` receives only these rows.
 
         Raises:
-            GraftError: GC021 if another adaptation trains the rows in another way, or uses them as constants.
+            GraftError: GC021 if another adaptation trains the rows in a different way or uses them as constants.
         """
         self._edit_tensor(own, EditMode.ADDED)
         read = self._attributes.get(own.tensor)
@@ -321,26 +321,27 @@ class Tensors(Nodes):
         self._write(Change("tensor", (after,)), lambda node: self._redirect(current, node, lambda user: True))
 
     def _rows(self, own: WeightSlice, node: fx.Node, part: str, axis: int | None = None) -> fx.Node:
-        """Return the part of a value that a slice selects along an axis; see `WeightSlice.read`."""
+        """Return the rows of a value that a slice selects along an axis; see `WeightSlice.read`."""
         return own.read(self._emit(part), node, lambda: self._index(own), axis)
 
     def _with_rows(self, own: WeightSlice, node: fx.Node, rows: fx.Node, part: str, axis: int | None = None) -> fx.Node:
-        """Return a value with other rows in the place of those that `_rows` selects; see `WeightSlice.write`."""
+        """Return a value in which ``rows`` replaces the rows that `_rows` selects; see `WeightSlice.write`."""
         return own.write(self._emit(part), node, rows, lambda: self._index(own), axis)
 
     def settled(self, part: str, value: Callable[[torch.Generator], Tensor]) -> tuple[fx.Node, Tensor]:
-        """Return numbers that determine how the graph is built.
+        """Return values that determine how the graph is built.
 
-        They are computed once and saved with the parameters, so that every graph, including one that is built from a
-        file, uses the same numbers.
+        They are computed once and saved with the parameters, so that every graph, including one built from a file,
+        uses the same values.
 
         Args:
-            part: the numbers' name within the adaptation.
-            value: a function that computes them on the CPU, drawing only from the generator, which depends on the seed
-                and the tensor's name; the sizes are final. On the meta device it is called for every graph.
+            part: the tensor's name within the adaptation.
+            value: a function that computes the values on the CPU and thereby fixes the shape. It draws only from the
+                generator, which is seeded by the seed and the tensor's name. On the meta device it is called for every
+                graph.
 
         Returns:
-            Their node, and the numbers themselves on the CPU.
+            Their node, and the values themselves on the CPU.
         """
         name = self._name(part)
         self.keep_buffer(part, lambda device: value(self.generator(name)).to(device))
@@ -349,12 +350,12 @@ class Tensors(Nodes):
         return self.attribute(name, part), value(self.generator(name)) if numbers.is_meta else numbers.cpu()
 
     def _edit_tensor(self, own: WeightSlice, mode: EditMode, trained: str = "") -> None:
-        """Record what the adaptation does with rows of a base tensor; raise GC021 if another one excludes that."""
+        """Record how the adaptation uses rows of a base tensor; raise GC021 if that conflicts with another one."""
         site = self._site.key if self._site is not None else None
         self.program.tensor_edits.add(TensorEdit(self.adaptation, own, mode, site, trained))
 
     def _index(self, own: WeightSlice) -> fx.Node:
-        """Return the node of a constant with row numbers, shared by everything that selects the same rows."""
+        """Return the node of a constant with row indices, shared by all code that selects the same rows."""
         digest = hashlib.sha256(str(own.spans).encode()).hexdigest()[:12]
         assert self._site is not None
         name = adapter_name(self._site.key.module, self.adaptation, f"rows_{digest}")

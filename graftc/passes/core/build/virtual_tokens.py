@@ -1,4 +1,4 @@
-"""The part of the `Builder` that fills virtual tokens."""
+"""The part of the `Builder` that fills in virtual tokens."""
 
 from __future__ import annotations
 
@@ -20,23 +20,20 @@ aten = torch.ops.aten
 
 
 class Virtual(Tensors, Branches):
-    """Fills virtual tokens, both where words are looked up and at any layer."""
+    """Fills in virtual tokens, both at the embedding and at any layer."""
 
     def virtual(self, site: ValueSite) -> VirtualTokens:
-        """Return the adaptation's virtual tokens in the sequence of a site."""
+        """Return the adaptation's virtual tokens in a site's sequence."""
         return next(v for v in self.program.virtual if v.owner == self.adaptation and site.key in v.sites)
 
     def fill(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
-        """Make ``vectors: [length, width]``, or ``[batch, length, width]``, the word vectors of a run."""
+        """Make ``vectors: [length, width]``, or ``[batch, length, width]``, the token embeddings of a run."""
         rows = self.virtual(site).rows[run]
         change = Change("tokens", (self._for_rows(vectors, rows, part),), rows)
         self._write(change, lambda own: self._redirect(rows, own, lambda user: True))
 
     def hold(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
-        """Replace the values that a run's virtual tokens have at a layer with ``vectors``.
-
-        These are ``[length, width]``, or ``[batch, length, width]``.
-        """
+        """Replace a run's values at a layer with ``vectors: [length, width]``, or ``[batch, length, width]``."""
         value, start = self.value(site), self.virtual(site).starts[run]
         expanded = self._for_rows(vectors, value, part)
         length = int(expanded.meta["val"].shape[1])
@@ -62,18 +59,18 @@ class Virtual(Tensors, Branches):
         return self.call(aten.expand.default, vectors, sizes)
 
     def vocabulary(self, site: ValueSite) -> int:
-        """Return the number of tokens that can be looked up.
+        """Return the number of tokens in the vocabulary.
 
         Raises:
-            GraftError: GC019 if they are not looked up in a table.
+            GraftError: GC019 if tokens are not looked up in a table.
         """
         tables = [n.args[0] for n in above([site.node]) if n.target is aten.embedding.default]
         sizes = [int(t.meta["val"].shape[0]) for t in tables if isinstance(t, fx.Node)]
         if not sizes:
-            raise GraftError("GC019", f"the vectors of {site.key} are not looked up in a table")
+            raise GraftError("GC019", f"the embeddings at {site.key} are not looked up in a table")
         return min(sizes)
 
     def embedded(self, site: ValueSite, ids: Tensor) -> Tensor:
-        """Return the vectors that the model looks up for ``ids: int64[n]``: ``[n, width]``, float32 on the CPU."""
+        """Return the model's token embeddings of ``ids: int64[n]``, ``[n, width]`` in float32 on the CPU."""
         given = ids[None].to(self._device())
         return computed([site.node], lambda node: given, self.store.get, given.device)[0][0].float().cpu()
