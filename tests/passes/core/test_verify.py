@@ -142,19 +142,19 @@ def replacement_of_another_shape(program: Program) -> fx.Node:
 
 CASES: dict[str, tuple[Plant, str]] = {
     "tensor missing": (tensor_missing, "bert.nowhere is not in the Store"),
-    "tensor of another shape": (tensor_of_another_shape, "the graph says otherwise"),
-    "tensor of another type": (tensor_of_another_type, "the graph says otherwise"),
-    "order": (read_before_it_is_made, "the graph is not sound"),
-    "input gone": (input_gone, "the inputs are"),
-    "input renamed": (input_renamed, "the inputs are ('tokens'"),
-    "output twice": (output_twice, "2 outputs, there were 1"),
+    "tensor of another shape": (tensor_of_another_shape, "in the Store, but not in the graph"),
+    "tensor of another type": (tensor_of_another_type, "in the Store, but not in the graph"),
+    "order": (read_before_it_is_made, "the graph is malformed"),
+    "input gone": (input_gone, "the inputs must be"),
+    "input renamed": (input_renamed, "got ('tokens'"),
+    "output twice": (output_twice, "must have 1 outputs, got 2"),
     "literal of the base changed": (literal_changed, "a node of the base was changed"),
     "base wired past a node": (wired_past, "a node of the base was changed"),
     "rerouted without an edit": (rerouted_without_an_edit, "a node of the base was changed"),
-    "call of the base gone": (base_call_gone, "nodes of the base are gone: tanh"),
-    "no provenance": (nobody_inserted_it, "says nothing of who inserted it"),
-    "replacement of another type": (replacement_of_another_type, "'lora' replaced a torch.float32"),
-    "replacement of another shape": (replacement_of_another_shape, "'lora' replaced a torch.float32"),
+    "call of the base gone": (base_call_gone, "nodes of the base are missing: tanh"),
+    "no provenance": (nobody_inserted_it, "an inserted node has no provenance"),
+    "replacement of another type": (replacement_of_another_type, "'lora' replaced torch.float32"),
+    "replacement of another shape": (replacement_of_another_shape, "'lora' replaced torch.float32"),
 }
 
 
@@ -186,7 +186,7 @@ def test_wrong_value_of_an_inserted_node(part: str, program: Program, compilatio
     with pytest.raises(GraftError) as error:
         verify(program, compilation.store, "some pass", types=True)
     assert error.value.code == "GC040"
-    assert "the graph says" in error.value.message
+    assert "the graph declares" in error.value.message
 
 
 def test_call_that_cannot_run(program: Program, compilation: Any) -> None:

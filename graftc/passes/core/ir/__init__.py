@@ -1,4 +1,4 @@
-"""Programs: their graphs, and how these are checked, printed and hashed; `stored` writes them to files.
+"""Programs: their graphs, with verification, printing and hashing; `stored` reads and writes them as files.
 
-Nothing here changes what a Program computes, except the derivation of eval mode.
+Only the derivation of eval mode changes what a Program computes.
 """

@@ -14,7 +14,7 @@ from graftc.passes.core.ir.program import Program, above, mutates
 
 
 def remove_dead(program: Program) -> None:
-    """Erase computations that nothing uses and that change nothing. Inputs and nodes that an edit replaced stay."""
+    """Erase unused calls without side effects, and unused tensors; inputs and nodes replaced by edits stay."""
     kept = {edit.before for edit in program.edits}
     for node in reversed(list(program.graph.nodes)):
         unused = not node.users and node not in kept
@@ -23,9 +23,9 @@ def remove_dead(program: Program) -> None:
 
 
 def live(program: Program) -> set[fx.Node]:
-    """Return what outputs need, the inputs, and what changes a tensor.
+    """Return the inputs, and the nodes that outputs or in-place changes depend on.
 
-    A node that an edit has replaced may have no reader left, and is then not among them.
+    A node that an edit has replaced is not included if it has no readers left.
     """
     return set(above(n for n in program.graph.nodes if n.op in ("placeholder", "output") or mutates(n)))
 
@@ -33,12 +33,12 @@ def live(program: Program) -> set[fx.Node]:
 def on_device(
     target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device | None
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Return arguments with which an operator creates its tensor on a device, instead of any device that they name.
+    """Return arguments that make an operator create its tensor on ``device`` instead of any device that they name.
 
     Args:
-        target: an operator, or any other function, whose arguments are returned unchanged.
-        args, kwargs: arguments of the operator.
-        device: the device; None to keep what the arguments say.
+        target: the operator; the arguments of a function that does not create a tensor are returned unchanged.
+        args, kwargs: the arguments.
+        device: the device; None to leave the arguments unchanged.
     """
     if device is None or not takes_device(target):
         return args, kwargs
@@ -55,6 +55,6 @@ def takes_device(target: Any) -> bool:
 
 @cache
 def _device_place(target: Any) -> int | None:
-    """Return the position of an operator's ``device`` argument; None if it has none."""
+    """Return the position of an operator's ``device`` argument, or None if it has no such argument."""
     names = [argument.name for argument in schema_of(target).arguments]
     return names.index("device") if "device" in names else None

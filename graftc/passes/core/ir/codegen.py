@@ -1,7 +1,7 @@
-"""Code for graphs: functions over a module tree, so that one tree of tensors serves many graphs.
+"""Generate code for graphs: functions over a module tree, so that one tree of tensors serves many graphs.
 
 Graphs with equal code share one function object, so that identical layers compile once. Tensors and modules are read
-from the tables that modules keep them in, never as attributes: a model may name its children as it likes.
+from the modules' own tables, never as attributes, since a model may give its children any names.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _OF_A_BATCH: dict[Any, Function] = {
     torch.ops.aten.batch_norm.default: nn.functional.batch_norm,
     torch.ops.aten.instance_norm.default: nn.functional.instance_norm,
 }
-"""Statistics of a single value are NaN, so that torch's functions refuse it: only a graph that runs knows how many."""
+"""torch's functions reject a single value per channel, whose statistics are NaN; that is known only at run time."""
 
 Value = TypeVar("Value")
 
 
 class RecentCode:
-    """A cache of what is made from graphs, shared by equal ones: the most recently used entries, up to a maximum.
+    """A bounded LRU cache of objects generated from graphs, which equal graphs share.
 
-    Code that a model runs keeps working when it is no longer in the cache, but results made later do not share it.
+    Code in use keeps working after its entry is evicted, but later results no longer share it.
 
     Args:
         most: the maximum number of entries.
@@ -53,7 +53,7 @@ class RecentCode:
         return len(self._entries)
 
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """Return the value of a key, which is created with ``make`` if it is missing."""
+        """Return the value cached under ``key``, created with ``make`` if it is missing."""
         with self._lock:
             if key not in self._entries:
                 self._entries[key] = make()
@@ -65,17 +65,17 @@ class RecentCode:
 
 
 RECENT = RecentCode(512)
-"""All code of this process. A signature of a model takes some ten entries, of a few kilobytes each."""
+"""All code of this process. Each signature of a model needs about ten entries of a few kilobytes each."""
 
 
 @dataclass(frozen=True, eq=False)
 class Executable:
-    """A graph as code: ``executable(tensors, inputs)``, wherever the tensors come from. `over` uses a module's own.
+    """A graph as code, called as ``executable(tensors, inputs)`` with tensors of any origin; `over` binds a module's.
 
     Attributes:
-        function: a function of tensors, then modules of layers, then inputs.
+        function: a function of tensors, then layer modules, then inputs.
         tensors: names of the tensors that it reads, in order.
-        layers: paths of the modules that it calls, in order.
+        layers: paths of the layer modules that it calls, in order.
     """
 
     function: Function
@@ -83,12 +83,13 @@ class Executable:
     layers: tuple[str, ...] = ()
 
     def __call__(self, tensors: Mapping[str, Tensor], inputs: Sequence[Any]) -> Any:
-        """Run a graph that calls no modules of layers."""
+        """Run a graph that does not call layer modules."""
         return self.function(*(tensors[name] for name in self.tensors), *inputs)
 
     def over(self, module: nn.Module) -> Function:
-        """Return ``f(module, *inputs)``, which reads the tensors and layers of a module, or of one like it, on every
-        call.
+        """Return ``f(module, *inputs)``, which reads tensors and layers anew on every call.
+
+        It may be called with ``module`` or with another module of the same structure.
         """
         values = [_tensor(module, name) for name in self.tensors] + [_module(path) for path in self.layers]
         return RECENT.get((self.function, *values), lambda: _reading(self.function, values))
@@ -98,7 +99,7 @@ def executable_of(graph: fx.Graph, device: torch.device) -> Executable:
     """Return the code of a graph.
 
     Args:
-        graph: a graph that names tensors and modules relative to the module that it is to run over.
+        graph: a graph that names tensors and modules relative to the module on which it will run.
         device: the device of tensors that the graph creates.
     """
     key = _digest(device, [_of_node(node) for node in graph.nodes])
@@ -110,17 +111,16 @@ def function_of(graph: fx.Graph, module: nn.Module, device: torch.device) -> Fun
 
     Args:
         graph: a graph that names tensors relative to the module.
-        module: a module on which the function is to run; it determines which tensors are parameters and which are
-            buffers.
+        module: a module on which the function will run; it determines which tensors are parameters and which buffers.
         device: the device of tensors that the graph creates.
     """
     return executable_of(graph, device).over(module)
 
 
 def _of_node(node: fx.Node) -> tuple[str, ...]:
-    """Return everything in a node that code depends on, as text.
+    """Return everything in a node that affects its code, as text.
 
-    A target is identified by its address, since code keeps it alive.
+    A target is identified by its address, since the code keeps it alive.
     """
     target: Any = node.target if isinstance(node.target, str) else f"{node.target}@{id(node.target)}"
     return node.op, node.name, target, repr(node.args), repr(node.kwargs)
@@ -131,7 +131,7 @@ def _digest(*parts: object) -> str:
 
 
 def placed(graph: fx.Graph, device: torch.device) -> fx.Graph:
-    """Return a copy of a graph for one device, with the operators that run there."""
+    """Return a copy of a graph for one device, with the operators that suit that device."""
     result = fx.Graph()
     result.output(result.graph_copy(graph, {}))
     for node in result.nodes:
@@ -142,14 +142,14 @@ def placed(graph: fx.Graph, device: torch.device) -> fx.Graph:
             node.args = (x, mean, variance, weight, bias, *settings)
             node.target = _OF_A_BATCH[node.target]
         if node.op == "placeholder":
-            node.target = node.name  # unique: the name of an input in a model or file may be that of a value
+            node.target = node.name  # unique: an input of a model or file may have the same name as a value
     if device.type == "cpu":
         share_heads(result)
     return result
 
 
 def code_of(graph: fx.Graph) -> Executable:
-    """Return the code of a graph that `placed` returned, as `executable_of` does; the graph is used up."""
+    """Return the code of a graph that `placed` returned, like `executable_of`; the graph is consumed."""
     tensors, layers = _read_first(graph)
     graph.set_codegen(_Reading([*tensors.values(), *layers.values()]))
     code = graph.python_code("self", verbose=False)
@@ -162,7 +162,7 @@ _numbers = itertools.count()
 
 
 def _compiled(source: str, names: Mapping[str, Any]) -> Function:
-    """Return the function that source code defines; tracebacks show the source as long as the function exists."""
+    """Return the function that source code defines; tracebacks show the source while the function exists."""
     filename, scope = f"<graftc {next(_numbers)}>", dict(names)
     exec(compile(source, filename, "exec"), scope)
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
@@ -174,14 +174,14 @@ def _compiled(source: str, names: Mapping[str, Any]) -> Function:
 def _reading(function: Function, values: Sequence[str]) -> Function:
     """Return a function of a module and inputs that passes values of the module, then the inputs, to ``function``.
 
-    The values are given as expressions that read the module.
+    The values are source expressions that read the module as ``self``.
     """
     source = f"def forward(self, *inputs):\n    return function({', '.join([*values, '*inputs'])})\n"
     return _compiled(source, {"function": function})
 
 
 def _follows_input(target: Any) -> bool:
-    """Return whether an operator creates its tensor on the device of an input by default."""
+    """Return whether an operator by default creates its tensor on the device of an input."""
     return any(isinstance(a.type, torch.TensorType) for a in schema_of(target).arguments)
 
 
@@ -192,7 +192,7 @@ def call(module: nn.Module, *inputs: Any) -> Any:
 
 
 class _Reading(fx.graph.CodeGen):
-    """A generator of functions whose first parameters are tensors and layers, and which have no ``self``.
+    """Generates functions without ``self`` whose first parameters are tensors and layers.
 
     Args:
         values: names of these parameters.
@@ -203,15 +203,15 @@ class _Reading(fx.graph.CodeGen):
         self._values = values
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
-        """Return the first line of the function: its parameters are tensors and layers, then inputs."""
+        """Return the function's first line; the parameters are tensors and layers, then inputs."""
         inputs = [name for name in free_vars if name not in self._values]
         return f"def forward({', '.join([*self._values, *inputs])}){maybe_return_annotation}:"
 
 
 def _read_first(graph: fx.Graph) -> tuple[dict[str, str], dict[str, str]]:
-    """Turn a graph's tensors and modules into parameters; return the parameter of each, by name and by path.
+    """Turn a graph's tensors and modules into parameters; return their parameter names, by tensor name and module path.
 
-    A layer that is called several times has one parameter.
+    A layer that is called several times becomes one parameter.
     """
     tensors: dict[str, str] = {}
     layers: dict[str, str] = {}
@@ -247,7 +247,7 @@ def _tensor(module: nn.Module, name: str) -> str:
 
 
 def tensor_at(module: nn.Module, name: str) -> Tensor:
-    """Return the parameter or buffer that code reads by a name."""
+    """Return the parameter or buffer that code reads under a name."""
     path, _, last = name.rpartition(".")
     owner = _owner(module, path)
     parameter = parameters_of(owner).get(last)

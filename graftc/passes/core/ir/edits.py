@@ -1,7 +1,7 @@
-"""The edits of a Program: the replacements of nodes that adaptations have made, indexed by node.
+"""A Program's edits: the replacements of nodes made by adaptations, indexed by node.
 
-A Program has one `Edits`. All changes go through it, so that the index stays valid when edits are inserted, rebased or
-copied.
+A Program has one `Edits`, and all changes go through it, so that the index stays valid when edits are inserted, rebased
+or copied.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Edit:
     """One replacement that an adaptation made: every use of ``before`` now reads ``after``.
 
     Attributes:
-        adaptation, site: the adaptation that made the edit, and the site at which it did.
+        adaptation, site: the adaptation that made the edit, and the site where it did so.
         before, after: the node that was replaced, and its replacement.
-        narrow: if true, only the readers at ``site`` read ``after``: the input of the site was replaced, not a result.
-            For a sublayer, only what is inserted there later reads ``after``, since an adapter still reads what it
+        narrow: if true, only the readers at ``site`` read ``after``: the site's input was replaced, not a result. For a
+            sublayer, only nodes inserted there later read ``after``, since an adapter still reads the value that it
             replaced.
     """
 
@@ -33,18 +33,18 @@ class Edit:
 
     @property
     def scope(self) -> str | None:
-        """The only site that sees the edit; None if every reader does."""
+        """The only site that sees the edit; None if every reader sees it."""
         return self.site if self.narrow else None
 
 
 class Edits(Sequence[Edit]):
-    """The edits of one Program, in the order in which they were made.
+    """One Program's edits, in the order in which they were made.
 
-    If several edits start from one node, look-ups see the last one. They take constant time, however many edits there
-    are; `current` does so on average, since it remembers the paths that it has followed.
+    If several edits start from one node, look-ups see the last one. Look-ups take constant time, `current` on average,
+    since it caches the paths that it has followed.
 
     Args:
-        edits: the first edits, recorded unchanged: none of them rebases another.
+        edits: the initial edits, recorded as they are: none of them rebases another.
     """
 
     def __init__(self, edits: Iterable[Edit] = ()) -> None:
@@ -75,27 +75,27 @@ class Edits(Sequence[Edit]):
     def add(self, edit: Edit) -> None:
         """Record an edit.
 
-        Unless it is narrow, edits that started from its ``before``, including narrow ones, now start from its
-        ``after``: earlier replacements stay above it.
+        Unless it is narrow, all edits that started from its ``before``, including narrow ones, now start from its
+        ``after``, so that earlier replacements still apply after it.
         """
         if not edit.narrow:
             self._rebase(edit.before, edit.after)
         self._record(edit)
 
     def mapped(self, change: Callable[[fx.Node], fx.Node]) -> Edits:
-        """Return the same edits with other nodes, such as their copies or the nodes that replace erased ones."""
+        """Return the same edits on mapped nodes, such as copies or the replacements of erased nodes."""
         return Edits(replace(e, before=change(e.before), after=change(e.after)) for e in self._edits)
 
     def within(self, nodes: Collection[fx.Node]) -> Edits:
-        """Return the edits whose two ends are both among ``nodes``; the ends of the others have been erased."""
+        """Return the edits with both ends in ``nodes``; the others have an erased end."""
         return Edits(e for e in self._edits if e.before in nodes and e.after in nodes)
 
     def replacement(self, node: fx.Node, site: str | None = None) -> Edit | None:
-        """Return the edit that starts from a node; None if the node has not been replaced.
+        """Return the edit that starts from a node, or None if the node has not been replaced.
 
         Args:
             node: the node that may have been replaced.
-            site: a site whose narrow edits count as well; by default, none do.
+            site: a site whose narrow edits are included; by default no narrow edits are.
         """
         index = self._next.get((node, None))
         if site is not None:
@@ -104,16 +104,16 @@ class Edits(Sequence[Edit]):
         return None if index is None else self._edits[index]
 
     def origin(self, node: fx.Node) -> Edit | None:
-        """Return the edit, narrow or not, that a node is the replacement of; None if there is none."""
+        """Return the edit, narrow or not, that created a node as a replacement, or None."""
         index = self._ending.get(node)
         return None if index is None else self._edits[index]
 
     def current(self, node: fx.Node, site: str | None = None) -> fx.Node:
-        """Return the node that replaces a node after all edits, which is the node itself if there are none.
+        """Return the node that replaces ``node`` after all edits, or ``node`` itself if it has not been replaced.
 
         Args:
             node: the node that may have been replaced.
-            site: a site whose narrow edits count as well; see `replacement`.
+            site: a site whose narrow edits are included; see `replacement`.
         """
         ahead = self._ahead.setdefault(site, {})
         passed: list[fx.Node] = []
@@ -130,13 +130,13 @@ class Edits(Sequence[Edit]):
         return node
 
     def original(self, node: fx.Node) -> fx.Node:
-        """Return the node that a node replaces, traced back through all edits."""
+        """Return the node that ``node`` originally replaced, traced back through all edits."""
         while (edit := self.origin(node)) is not None:
             node = edit.before
         return node
 
     def unchanged_input(self, node: fx.Node, site: str) -> fx.Node:
-        """Return the node that a site would read instead of a node without its own narrow edits."""
+        """Return the node that a site would read instead of ``node`` if it had no narrow edits of its own."""
         while (index := self._ending_at.get((node, site))) is not None:
             node = self._edits[index].before
         return node
@@ -153,9 +153,9 @@ class Edits(Sequence[Edit]):
             self._ending_at[edit.after, scope] = at
 
     def _rebase(self, before: fx.Node, after: fx.Node) -> None:
-        """Let the edits that start from ``before`` start from ``after``.
+        """Make the edits that start from ``before`` start from ``after``.
 
-        The ends of paths from other nodes remain the same: ``after`` comes between ``before`` and what replaced it.
+        Paths from other nodes keep their ends: ``after`` comes between ``before`` and its earlier replacements.
         """
         if after in self._starting:
             self._ahead.clear()

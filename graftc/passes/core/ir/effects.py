@@ -1,8 +1,8 @@
-"""The writes of a graph: which of its nodes change a value in place, and whose memory that is.
+"""The writes in a graph: which nodes change a value in place, and which node owns the memory.
 
-Operators declare in their schemas which arguments they change, and whose memory their results share. A few do not
-declare it and are listed here. With these, a written value is traced back to the origin of its memory: an input, a
-tensor of the Store, or a value that the graph made itself.
+An operator's schema declares which arguments it changes and which its results alias. The few operators whose schemas
+omit this are listed here. A written value is traced back to the origin of its memory: an input, a Store tensor, or a
+value that the graph has computed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHARING = frozenset(
         *("pixel_unshuffle", "rrelu", "tensordot", "type_as"),
     }
 )
-"""ATen operators whose result may be an argument or a view of one, and whose schemas do not say so."""
+"""ATen operators whose result may be an argument or a view of one without their schemas declaring it."""
 
 _STATISTICS = {
     aten.batch_norm.default: "training",
@@ -36,16 +36,16 @@ _STATISTICS = {
     aten.miopen_batch_norm.default: "training",
     aten.native_batch_norm.default: "training",
 }
-"""Operators that update the statistics they are given, and do not say so, with the argument by which they do."""
+"""Operators that update statistics passed to them without declaring it, with the argument that enables the update."""
 
 
 class Memory:
-    """The owners of the memory of a graph's values, if one of its operators may write to it.
+    """The owners of the memory of a graph's values, computed only if some operator may write.
 
-    In most graphs no operator writes, and the owners do not matter.
+    In most graphs no operator writes, so the owners do not matter.
 
     Attributes:
-        writes: every node that changes a value in place, with the nodes whose memory that may be, in graph order.
+        writes: every node that changes a value in place, with the nodes that may own the memory, in graph order.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -60,11 +60,11 @@ class Memory:
         self._written = frozenset[fx.Node]().union(*self.writes.values())
 
     def roots(self, node: fx.Node) -> frozenset[fx.Node]:
-        """Return the nodes whose memory a value may share; for a new value, only itself."""
+        """Return the nodes whose memory a value may share: for a new value, only itself."""
         return self._roots.get(node, frozenset({node}))
 
     def settled(self, *nodes: fx.Node) -> bool:
-        """Return whether nothing writes to the memory of values, so that it does not matter when they are read."""
+        """Return whether nothing writes to the values' memory, so that they may be read at any time."""
         return all(self._written.isdisjoint(self.roots(node)) for node in nodes)
 
     def _of(self, values: Iterable[Any]) -> frozenset[fx.Node]:
@@ -74,7 +74,7 @@ class Memory:
 
 
 def updated(graph: fx.Graph) -> dict[str, fx.Node]:
-    """Return the tensors of the Store that a graph writes to, by name, each with the first node that does."""
+    """Return the Store tensors that a graph writes to, by name, each with the first node that does so."""
     tensors: dict[str, fx.Node] = {}
     for node, roots in Memory(graph).writes.items():
         for root in roots:
@@ -84,9 +84,9 @@ def updated(graph: fx.Graph) -> dict[str, fx.Node]:
 
 
 def flaw(graph: fx.Graph, mode: Mode, is_buffer: Callable[[str], bool]) -> tuple[fx.Node, str] | None:
-    """Return the first write that no graph may make, with what is wrong with it; None if there is none.
+    """Return the first forbidden write with a description of the error, or None.
 
-    A graph may change values that it made itself and, in train mode, buffers.
+    A graph may change values that it has computed and, in train mode, buffers.
     """
     for node, roots in Memory(graph).writes.items():
         for root in sorted(roots):
@@ -95,12 +95,12 @@ def flaw(graph: fx.Graph, mode: Mode, is_buffer: Callable[[str], bool]) -> tuple
             if root.op == "get_attr" and not is_buffer(str(root.target)):
                 return node, f"it writes to the parameter {root.target}"
             if root.op == "get_attr" and mode != "train":
-                return node, f"it writes to {root.target}, which only train mode may"
+                return node, f"it writes to {root.target}, which is allowed only in train mode"
     return None
 
 
 def _arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
-    """Yield the arguments of a call by the names in its schema; for Python functions, by position."""
+    """Yield a call's arguments by their names in the schema, or by position for Python functions."""
     target = node.target
     if node.op != "call_function":
         return
@@ -119,16 +119,16 @@ def _shares(target: Any, name: str) -> bool:
 
 @cache
 def _aliased(target: Any) -> Collection[str]:
-    """Return the names of the arguments whose memory the result of an operator may share."""
+    """Return the names of the arguments whose memory an operator's result may share."""
     schema = schema_of(target)
     whole = target.namespace == "aten" and schema.name.removeprefix("aten::") in SHARING
     return frozenset(a.name for a in schema.arguments if whole or a.alias_info is not None)
 
 
 def _is_product(node: fx.Node, operands: Any) -> bool:
-    """Return whether a node is an einsum of several operands, which makes a new value.
+    """Return whether a node is an einsum of several operands, which creates a new value.
 
-    The result of an einsum of one operand may be a view of it.
+    An einsum of a single operand may return a view of it.
     """
     return node.target is aten.einsum.default and isinstance(operands, (list, tuple)) and len(operands) > 1
 

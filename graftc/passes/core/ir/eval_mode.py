@@ -26,7 +26,7 @@ _DROPPING = (
     aten.scaled_dot_product_attention.default,
     torch.ops.graftc.rescale.default,
 )
-"""What a dropout of probability 0 changes; all else that depends on a module's mode goes on."""
+"""The operators that a dropout probability of 0 disables; other effects of a module's mode remain."""
 _PROBABILITY: dict[object, int] = {aten.dropout.default: 1, aten.scaled_dot_product_attention.default: 4}
 """The position of the dropout probability among an operator's arguments."""
 ATTENTION: Mapping[str, Any] = {
@@ -43,25 +43,25 @@ _SILENT = ":dropout"
 
 
 def silent(path: str) -> str:
-    """Return the entry for a module in train mode whose dropouts were set to zero, in a set of paths in eval mode."""
+    """Return the entry, in a set of eval-mode paths, for a train-mode module whose dropouts were set to zero."""
     return path + _SILENT
 
 
 def moded(program: Program) -> set[str]:
-    """Return the paths of the modules whose mode affects a train Program; dropouts of probability 0 have no effect."""
+    """Return the paths of the modules whose mode affects a train Program; dropouts of probability 0 are ignored."""
     calls = (n for n in program.graph.nodes if n.op == "call_function" and n.target in RULES)
     return {_place(node)[0] for node in calls if dropout_probability(node) != 0}
 
 
 def dropout_probability(node: fx.Node) -> object:
-    """Return the dropout probability of an ATen dropout or attention; None for other nodes."""
+    """Return the dropout probability of an ATen dropout or attention, or None for other nodes."""
     if (position := _PROBABILITY.get(node.target)) is None:
         return None
     return node.args[position] if len(node.args) > position else node.kwargs.get("dropout_p", 0.0)
 
 
 def dropouts(program: Program) -> dict[str, float]:
-    """Return the probabilities of the dropouts of adaptations, by the paths of the modules that represent them."""
+    """Return the adaptations' dropout probabilities, by the paths of the modules that represent them."""
     nodes = (n for n in program.graph.nodes if n.op == "call_function" and n.target in _DROPOUTS)
     placed = ((_place(n), float(n.args[2])) for n in nodes)
     return {path: p for (path, inserted), p in placed if inserted}
@@ -70,7 +70,7 @@ def dropouts(program: Program) -> dict[str, float]:
 def _place(node: fx.Node) -> tuple[str, bool]:
     """Return the path of the module whose mode a node depends on, and whether the node belongs to an adaptation.
 
-    A dropout of an adaptation has its own path, below that of its site.
+    An adaptation's dropout has its own path, below that of its site.
     """
     module, owner = str(node.meta.get("module", "")), provenance(node)
     dropped = owner is not None and node.target in (*_DROPOUTS, torch.ops.graftc.rescale.default)
@@ -83,15 +83,16 @@ def to_eval(
 ) -> Program:
     """Return a new Program in eval mode.
 
-    Dropout and stochastic depth disappear, attention drops nothing, batch normalisation uses its running statistics and
-    counts no batch. A test asserts that the result hash-equals a direct capture in eval mode.
+    Dropout and stochastic depth are removed, attention has no dropout, and batch normalisation uses its running
+    statistics and does not count batches. A test asserts that the result has the same hash as a direct capture in eval
+    mode.
 
     Args:
         program: the train Program, which is not changed.
         keep: operators that are left in train mode.
-        only: paths of modules that are in eval mode while the others train, and `silent` ones; by default, all modules
-            are in eval mode.
-        base: whether the base's nodes are in train mode as well; otherwise, only the nodes inserted among them are.
+        only: paths of modules that are in eval mode while the others are in train mode, and `silent` entries; by
+            default, all modules are in eval mode.
+        base: whether the base's nodes are converted as well; if false, only inserted nodes are.
     """
     result = program.copy(mode="eval" if only is None else program.mode)
     erased: dict[fx.Node, fx.Node] = {}
@@ -111,11 +112,11 @@ def to_eval(
 
 
 Replaced = dict[fx.Node, fx.Node] | None
-"""The nodes that a rule has erased, each with the one that is read instead; None if there is none."""
+"""The nodes that a rule has erased, each with its replacement, or None."""
 
 
 def _replace(node: fx.Node, source: Any) -> Replaced:
-    """Let the readers of a node read another one, and erase it."""
+    """Make a node's readers read another one, and erase the node."""
     assert isinstance(source, fx.Node)
     node.replace_all_uses_with(source)
     node.graph.erase_node(node)
@@ -123,7 +124,7 @@ def _replace(node: fx.Node, source: Any) -> Replaced:
 
 
 def _erase(node: fx.Node) -> Replaced:
-    """Let the readers of a node read its first argument."""
+    """Replace a node with its first argument, and erase it."""
     return _replace(node, node.args[0])
 
 
@@ -141,14 +142,14 @@ def _batch_norm(node: fx.Node) -> None:
 
 
 def _counter(node: fx.Node) -> Replaced:
-    """Remove the in-place count of batches: a buffer plus one."""
+    """Remove the in-place batch counter: a buffer plus one."""
     source = node.args[0]
     counts = isinstance(source, fx.Node) and str(source.target).endswith("num_batches_tracked")
     return _erase(node) if counts else None
 
 
 def _drop_path(node: fx.Node) -> Replaced:
-    """Replace stochastic depth, ``(x / keep) * floor(uniform + keep)``, by ``x``, which is read in place of it."""
+    """Replace stochastic depth, ``(x / keep) * floor(uniform + keep)``, with ``x``."""
     erased: dict[fx.Node, fx.Node] = {}
     source = node.args[0]
     operands = source.args if isinstance(source, fx.Node) and source.target is aten.add.Tensor else ()
@@ -162,35 +163,35 @@ def _drop_path(node: fx.Node) -> Replaced:
 
 
 def _drawn(node: fx.Node) -> Replaced:
-    """Replace a number that an adaptation draws while training by the one that it is deployed with."""
+    """Replace a number that an adaptation draws in train mode with the one that it is deployed with."""
     source = node.args[0]
     deployed = provenance(node) is not None and isinstance(source, fx.Node) and source.op == "get_attr"
     return _erase(node) if deployed else None
 
 
 def _mean_of_experts(node: fx.Node) -> None:
-    """Replace the choice of one expert while training by the mean of the experts."""
+    """Replace the choice of one expert in train mode with the mean of all experts."""
     if is_pick(node):
         node.target, node.args = aten.mean.dim, (node.args[0], [0], True)
 
 
 def _detached(node: fx.Node) -> Replaced:
-    """Remove a stopped gradient that an adaptation chooses at random: eval mode draws no choice.
+    """Remove a `detach` that an adaptation chooses at random, since eval mode makes no random choice.
 
-    A value that is always a constant for the backward pass remains one.
+    A value that is always detached stays detached.
     """
     chooses = provenance(node) is not None and any(user.target is aten.where.self for user in node.users)
     return _erase(node) if chooses else None
 
 
 def _alike(node: fx.Node) -> Replaced:
-    """Remove the choice of an adaptation between a value and the same value without its gradient."""
+    """Remove an adaptation's choice between a value and its detached copy, once both are the same node."""
     _, a, b = node.args
     return _replace(node, a) if provenance(node) is not None and a is b else None
 
 
 def _lost(node: fx.Node) -> None:
-    """Clear the argument for what is lost to a dropout, or for the noise of gates: eval mode has neither."""
+    """Clear the argument for the part that dropout removes, or for gate noise: eval mode has neither."""
     node.update_arg(4, None)
 
 

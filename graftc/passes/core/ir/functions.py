@@ -1,9 +1,9 @@
-"""Functions: a layer that a graph repeats is written out once, and the layers that do the same call it.
+"""Functions: a repeated layer is written out once in the graph, and the identical layers call it.
 
-The body of a function is a part of the graph: the nodes between the values that it is `given` and its `body_results`.
-A call says that the same is computed from other values, with the tensors of another module. The first, the second and
-the last layer of a row are written out, since what a layer does may depend on what comes before and after it; the
-second one is the body that the layers in between call.
+The body of a function is a part of the graph: the nodes between its `given` values and its `body_results`. A call
+represents the same computation on other values, with the tensors of another module. The first, the second and the last
+layer of a stack are written out, since a layer may depend on its neighbours; the second one is the body that the layers
+in between call.
 
 `inlined` writes out every call.
 """
@@ -26,18 +26,18 @@ from graftc.passes.core.ir.program import Program, above
 class UnlikeBodyError(Exception):
     """Raised if the layers that call a function have to be written out.
 
-    Either such a layer has to do something other than the body of the function, or a request cannot be met with calls.
+    Either such a layer must differ from the function's body, or a request cannot be met with calls.
     """
 
 
 def call(path: str, body: str, inputs: Sequence[Any], given: Sequence[Any], results: Sequence[Any]) -> list[Any]:
-    """Represent the call of a function, as the target of a node; run by itself, only return values of the right types.
+    """Represent a function call, as the target of a node; if run, return values of the right shapes and dtypes only.
 
     Args:
         path: path of the module whose tensors the call reads.
         body: path of the module whose layer is written out.
-        inputs: values that the call is given.
-        given, results: values that the body is given, and values that it has made.
+        inputs: input values of the call.
+        given, results: input values of the body, and its results.
     """
     return list(results)
 
@@ -60,32 +60,32 @@ class FunctionCall:
 
     @property
     def inputs(self) -> list[fx.Node]:
-        """The values that the call is given."""
+        """The call's input values."""
         return list(self.node.args[2])  # type: ignore[arg-type]
 
     @property
     def given(self) -> list[fx.Node]:
-        """The values that the body is given."""
+        """The body's input values."""
         return list(self.node.args[3])  # type: ignore[arg-type]
 
     @property
     def body_results(self) -> list[fx.Node]:
-        """The values that the body has made."""
+        """The body's result values."""
         return list(self.node.args[4])  # type: ignore[arg-type]
 
     @property
     def results(self) -> dict[fx.Node, int]:
-        """The nodes that pick results of the call, each with its index among the values that the body has made."""
+        """The nodes that pick results of the call, each with its index among the body's results."""
         return {user: int(user.args[1]) for user in self.node.users}  # type: ignore[arg-type]
 
 
 def calls(graph: fx.Graph) -> list[FunctionCall]:
-    """Return the calls of a graph, in order."""
+    """Return a graph's function calls, in order."""
     return [FunctionCall(node) for node in graph.find_nodes(op="call_function", target=call)]
 
 
 def is_sound(one: FunctionCall) -> bool:
-    """Return whether a call is well-formed; one that was read from a file need not be."""
+    """Return whether a call is well-formed, which is not guaranteed for a call read from a file."""
     args = one.node.args
     if len(args) != 5 or one.node.kwargs or not all(type(text) is str and text for text in args[:2]):
         return False
@@ -102,31 +102,28 @@ def is_sound(one: FunctionCall) -> bool:
 
 
 def renamed(name: str, before: str, after: str) -> str:
-    """Return a path in the layer ``before`` as the path in the layer ``after``; any other path is unchanged.
-
-    The path is that of a module or tensor.
-    """
+    """Return a module or tensor path with the layer ``before`` replaced by ``after``; other paths are unchanged."""
     return after + name[len(before) :] if is_within(name, before) else name
 
 
 def is_within(name: str, layer: str) -> bool:
-    """Return whether a path is that of a layer or of something in it."""
+    """Return whether a path belongs to a layer or lies within it."""
     return name == layer or name.startswith(f"{layer}.")
 
 
 def region(
     given: Collection[fx.Node], results: Sequence[fx.Node], body: str, writes: Collection[fx.Node] = ()
 ) -> list[fx.Node]:
-    """Return the nodes that the body of a function computes, in graph order.
+    """Return the nodes that a function's body computes, in graph order.
 
-    These are the nodes that lead to what the body has made and that belong to its layer, or depend on what it is given
-    or on its own tensors. Tensors are not among them.
+    These are the nodes above the body's results that belong to its layer, or depend on its inputs or on its own
+    tensors. Tensors are not included.
 
     Args:
-        given, results: values that the body is given, and values that it has made.
+        given, results: input values of the body, and its results.
         body: path of its layer.
-        writes: nodes that change values in place. Those of the layer are part of the body, although nothing that it has
-            made refers to them.
+        writes: nodes that change values in place. Those of the layer belong to the body even if no result depends on
+            them.
     """
     computed: dict[fx.Node, None] = {}
     for node in above([*results, *(w for w in writes if in_layer(w, body))], stop=given):
@@ -137,7 +134,7 @@ def region(
 
 
 class Bodies:
-    """The bodies that the calls of a graph name, each analysed once.
+    """The bodies that a graph's calls refer to, each analysed once.
 
     Args:
         writes: nodes that change values in place; see `region`.
@@ -149,14 +146,14 @@ class Bodies:
         self._tensors: dict[tuple[Any, ...], list[str]] = {}
 
     def region(self, one: FunctionCall) -> list[fx.Node]:
-        """Return the nodes that the body of a call computes; see the function `region`."""
+        """Return the nodes that a call's body computes; see the function `region`."""
         key = _body_key(one)
         if key not in self._regions:
             self._regions[key] = region(set(one.given), one.body_results, one.body, self._writes)
         return self._regions[key]
 
     def tensors(self, one: FunctionCall) -> list[str]:
-        """Return the names of the tensors that a call reads where the body reads its own."""
+        """Return the names of the tensors that a call reads in place of the body's own tensors."""
         key = _body_key(one)
         if key not in self._tensors:
             read = (source for node in self.region(one) for source in node.all_input_nodes if source.op == "get_attr")
@@ -174,7 +171,7 @@ def _is_own(attribute: fx.Node, body: str) -> bool:
 
 
 def in_layer(node: fx.Node, body: str) -> bool:
-    """Return whether a node belongs to a layer, or to any other module, or to something in it."""
+    """Return whether a node belongs to a layer (or any other module) or to a submodule of it."""
     return is_within(str(node.meta.get("module") or ""), body)
 
 
@@ -182,8 +179,7 @@ def in_layer(node: fx.Node, body: str) -> bool:
 class _Attributes:
     """The tensors that a graph reads, by name.
 
-    Those of a call come after those of the body, in the same order, and after those of layers of other kinds with lower
-    numbers.
+    A call's tensors come after the body's, in the same order, and after those of sibling layers with lower numbers.
     """
 
     graph: fx.Graph
@@ -194,7 +190,7 @@ class _Attributes:
         self.nodes = {str(node.target): node for node in self.graph.find_nodes(op="get_attr")}
 
     def add(self, body: str, path: str) -> None:
-        """Read the tensors of another layer, in the order in which those of the body are read."""
+        """Add nodes that read another layer's tensors, in the order in which the body's are read."""
         own = [node for node in self.nodes.values() if _is_own(node, body)]
         for run in _runs(own):
             last = self._behind_lower(self._last.get((body, run[-1]), run[-1]), path)
@@ -209,7 +205,7 @@ class _Attributes:
             self._last[body, run[-1]] = last
 
     def _behind_lower(self, last: fx.Node, path: str) -> fx.Node:
-        """Return the last of the tensors after a node that belong to sibling layers with lower numbers."""
+        """Return the last tensor node after ``last`` that belongs to a sibling layer with a lower number."""
         row, _, number = path.rpartition(".")
         while number.isdecimal() and last.next.op == "get_attr":
             own, _, _ = str(last.next.target).removeprefix(f"{row}.").partition(".")
@@ -221,7 +217,7 @@ class _Attributes:
 
 
 def _runs(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
-    """Yield the nodes, which are in graph order, in groups of adjacent ones."""
+    """Yield groups of adjacent nodes from nodes in graph order."""
     run: list[fx.Node] = []
     for node in nodes:
         if run and node.prev is not run[-1]:
@@ -233,7 +229,7 @@ def _runs(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
 
 
 def moved_meta(node: fx.Node, body: str, path: str) -> dict[str, Any]:
-    """Return the metadata of a node for its copy in another layer."""
+    """Return a node's metadata, adjusted for its copy in another layer."""
     meta = {**node.meta, "module": renamed(str(node.meta.get("module", "")), body, path)}
     if (custom := meta.get("custom")) is not None:
         origin = dict(custom["graftc"])
@@ -253,7 +249,7 @@ def expand(
         writes: nodes that change values in place; see `region`.
 
     Returns:
-        For each call, the nodes that replace the body's values there, by the body's nodes.
+        For each call, a mapping from the body's nodes to the nodes that replace them in that call.
     """
     attributes = _Attributes(graph)
     bodies = Bodies(writes)
@@ -284,7 +280,7 @@ def expand(
 
 
 def inlined(program: Program) -> Program:
-    """Return a Program with every call written out; the same Program if it has none."""
+    """Return a Program with every call written out, or the same Program if it has no calls."""
     if not calls(program.graph):
         return program
     if program.edits:
@@ -300,14 +296,14 @@ def inlined(program: Program) -> Program:
 
 
 class Layers(NamedTuple):
-    """The paths of two layers that do the same: that of the body and that of a call."""
+    """The paths of two identical layers: the body and a call."""
 
     body: str
     call: str
 
 
 def _repeated(entry: HistoryEntry, read: Mapping[str, str], copied: Mapping[str, str], at: Layers) -> HistoryEntry:
-    """Return an entry in which the changes of a step to a body are also made in the layer of a call."""
+    """Return an entry that repeats, in the layer of a call, a step's changes to the body."""
     if entry.changes is None:
         return entry
     changes, (body, path) = entry.changes, at
@@ -328,12 +324,12 @@ def _repeated(entry: HistoryEntry, read: Mapping[str, str], copied: Mapping[str,
 
 
 def split(program: Program, groups: Mapping[str, Sequence[Sequence[str]]]) -> Program:
-    """Return a Program with more bodies, for layers that are to become different.
+    """Return a Program with more bodies, for layers that will differ.
 
     Args:
         program: the Program to split, which is not changed.
-        groups: by body, groups of paths of layers that remain alike; the first group is the body's own. The first layer
-            of every other group becomes the body of the rest of the group.
+        groups: by body, groups of paths of layers that stay identical; the first group is the body's own. The first
+            layer of every other group becomes the body for the rest of its group.
     """
     result = program.copy()
     nodes = {one.path: one.node for one in calls(result.graph)}
@@ -349,7 +345,7 @@ def split(program: Program, groups: Mapping[str, Sequence[Sequence[str]]]) -> Pr
 
 
 def prune(graph: fx.Graph) -> None:
-    """Let bodies make only what is read of some call, and be given only what differs in some call."""
+    """Reduce bodies to results that some call uses, and to inputs that differ in some call."""
     bodies: dict[tuple[Any, ...], list[FunctionCall]] = {}
     for one in calls(graph):
         bodies.setdefault((one.body, *one.body_results), []).append(one)
@@ -371,16 +367,16 @@ def prune(graph: fx.Graph) -> None:
 
 
 def _pairs(one: FunctionCall) -> list[tuple[fx.Node, fx.Node]]:
-    """Return each value that the body is given, with the one that the call is given instead."""
+    """Return each input of the body, paired with the call's input in its place."""
     return list(zip(one.given, one.inputs, strict=True))
 
 
 @contextmanager
 def cut(graph: fx.Graph) -> Iterator[dict[str, dict[fx.Node, fx.Node]]]:
-    """Treat a graph as if calls were not in the model while the block runs: nodes that read a call read the body.
+    """Run the block with the calls cut out of the graph: nodes that read a call's results read the body's instead.
 
-    Yield, by the path of the module that reads it, the value of a call that is read outside the block for each of the
-    body's values that is read inside it.
+    Yield, by the path of the reading module, a mapping from each of the body's results read inside the block to the
+    result of a call that is read outside it.
     """
     kept: list[tuple[fx.Node, Any, Any]] = []
     instead: dict[str, dict[fx.Node, fx.Node]] = {}
@@ -401,7 +397,7 @@ def cut(graph: fx.Graph) -> Iterator[dict[str, dict[fx.Node, fx.Node]]]:
 
 
 def everywhere(graph: fx.Graph, paths: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by module path, with those of the layers that a graph calls, which equal those of the body."""
+    """Return values by module path, extended to the layers that a graph calls, whose values equal the body's."""
     values = dict(paths)
     for one in calls(graph):
         values |= {renamed(p, one.body, one.path): v for p, v in paths.items() if is_within(p, one.body)}

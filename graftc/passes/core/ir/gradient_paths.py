@@ -1,4 +1,4 @@
-"""The check that gradients of the outputs reach every trainable tensor, also through layers that call functions."""
+"""The check that the outputs' gradients reach every trainable tensor, including through layers that call functions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STOPS_GRADIENT = {aten.detach.default, aten.sym_size.int, aten.argmax.default}
 
 
 def require_gradient_paths(program: Program, store: Store) -> None:
-    """Raise if no gradient reaches a trainable tensor of an adaptation.
+    """Raise an error if no gradient reaches some trainable tensor of an adaptation.
 
     Raises:
         GraftError: GC023 naming the tensor.
@@ -35,12 +35,12 @@ def require_gradient_paths(program: Program, store: Store) -> None:
             raise GraftError(
                 "GC023",
                 f"{name} is trainable, but no gradient path leads from it to an output",
-                hint="leave the site out of the target, or use a model head that reads it",
+                hint="leave the site out of the target, or use a model head that reads its output",
             )
 
 
 def _tensors(program: Program, bodies: Bodies) -> Iterator[str]:
-    """Yield the names of the tensors that a Program reads, those of calls last."""
+    """Yield the names of the tensors that a Program reads, with those read by calls last."""
     yield from (str(node.target) for node in program.graph.find_nodes(op="get_attr"))
     for one in calls(program.graph):
         yield from bodies.tensors(one)
@@ -71,10 +71,10 @@ class _Reached:
         self.tensors.update(str(node.target) for node in reached if node.op == "get_attr")
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
-        """Return the values that a value is computed from.
+        """Return the values from which a value is computed.
 
-        For a node that picks a result of a call, these are the inputs of the call that lead to this result; the tensors
-        of the call that lead to it are added to `tensors`.
+        For a node that picks a result of a call, these are the call's inputs above that result; the call's tensors
+        above it are added to `tensors`.
         """
         source = node.args[0] if node.target is operator.getitem else None
         if not isinstance(source, fx.Node) or source.target is not call:
@@ -101,14 +101,14 @@ class _Writers:
                 self._by_root[root].append(node)
 
     def of(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes that write to a value, or to the value that it is a view of."""
+        """Return the nodes that write to a value, or to the value of which it is a view."""
         return [writer for root in self._memory.roots(node) for writer in self._by_root.get(root, ())]
 
 
 def _leading_to(
     one: FunctionCall, result: fx.Node, computed: Sequence[fx.Node], writers: _Writers
 ) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Return values from outside a body, and tensors, from which a gradient path leads to a value that it has made."""
+    """Return the values from outside a body, and the tensors, from which a gradient path leads to ``result``."""
     inside = set(computed).difference(one.given)
 
     def sources(node: fx.Node) -> Iterable[fx.Node]:

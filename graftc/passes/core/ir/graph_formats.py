@@ -1,7 +1,7 @@
-"""A Program as a graph for other tools: networkx, GraphML, DOT. The result is the same on every run and machine.
+"""Convert a Program to a graph for other tools: networkx, GraphML, DOT.
 
-Nodes have the names of the printed text; tensors of the Store are nodes as well. An edge goes from a value to its
-reader and names the argument.
+The result is the same on every run and machine. Nodes have the same names as in the printed text; Store tensors are
+nodes as well. An edge goes from a value to its reader and names the argument.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from graftc.records.graphs import GraphEdge, GraphNode, GraphRecord
 
 _PROVENANCE = ("adaptation", "method", "site", "part")
 PALETTE = ("#9dc3e6", "#f4b183", "#a9d18e", "#f19ca7", "#c9a6e4", "#ffd966")
-"""Fills of adaptations in their order, of the same hues as on pages."""
-"""Colours of adaptations, in the order in which they come; they begin again after the last one."""
+"""Fill colours for adaptations, with the same hues as on the pages."""
+"""They are assigned in order of appearance and reused after the last one."""
 
 
 def to_networkx(program: Program) -> nx.MultiDiGraph[str]:
     """Return the Program as a networkx graph.
 
     Nodes are keyed by their printed names and have plain attributes: ``order`` in the graph, ``op`` (placeholder,
-    get_attr, call_function, output), ``target`` (the operator, the input's or the Store's name), ``type``, ``module``,
-    ``text`` (the printed line), and, if an adaptation inserted them, ``adaptation``, ``method``, ``site`` and ``part``.
-    Edges are keyed by ``position``: the index of the argument, or its keyword, with the index in a list after a dot.
-    There is one edge for every time that a value is read.
+    get_attr, call_function, output), ``target`` (the operator, or the name of the input or Store tensor), ``type``,
+    ``module``, ``text`` (the printed line), and, if an adaptation inserted them, ``adaptation``, ``method``, ``site``
+    and ``part``. Edges are keyed by ``position``: the argument's index or keyword, followed for a list by a dot and the
+    index in the list. There is one edge for each time that a value is read.
     """
     printer = Printer(program)
     graph: nx.MultiDiGraph[str] = nx.MultiDiGraph(entry=program.entry, mode=program.mode)
@@ -66,7 +66,7 @@ def graph_record(program: Program) -> GraphRecord:
 
 
 def graphml_text(program: Program) -> str:
-    """Return the graph of `to_networkx` as GraphML, with names for its edges, which must be unique in this format."""
+    """Return the graph of `to_networkx` as GraphML, with the unique edge names that the format requires."""
     named: nx.MultiDiGraph[str] = nx.MultiDiGraph()
     plain = to_networkx(program)
     named.graph.update(plain.graph)
@@ -77,7 +77,7 @@ def graphml_text(program: Program) -> str:
 
 
 def dot_text(program: Program) -> str:
-    """Return the Program in Graphviz's language: repeated layers are clusters, each adaptation has its own colour."""
+    """Return the Program in Graphviz's DOT language: repeated layers are clusters, and each adaptation has a colour."""
     graph = to_networkx(program)
     layers = repeated_layers(program)
     colours: dict[str, str] = {}
@@ -135,6 +135,6 @@ def _legend(colours: dict[str, str]) -> list[str]:
 
 
 def _quoted(text: str) -> str:
-    r"""Return a quoted string: every character represents itself, and a line break is ``\n``."""
+    r"""Return a quoted string in which every character represents itself, except that a line break becomes ``\n``."""
     escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     return f'"{escaped}"'

@@ -1,7 +1,7 @@
-"""Attention over a cache whose heads share keys and values, without copies of these.
+"""Grouped-query attention over a cache without copies of the shared keys and values.
 
-A model repeats keys and values for every head that reads them, since kernels of some devices need that if there is a
-mask. The kernel for CPUs does not, so that a decoding step need not copy the whole past in every layer.
+A model repeats keys and values for every head that reads them, since some devices' kernels require that if there is a
+mask. The CPU kernel does not, so a decoding step need not copy the whole past in every layer.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import fx
 aten = torch.ops.aten
 _ATTENTION = aten.scaled_dot_product_attention.default
 _HEADS = 1
-"""The axis of heads, behind that of the batch."""
+"""The head axis, after the batch axis."""
 
 
 def share_heads(graph: fx.Graph) -> None:
-    """Let attention read the keys and values of a cache directly instead of copies repeated for each head.
+    """Make attention read cached keys and values directly instead of copies repeated for each head.
 
-    The graph is changed in place; the values are bitwise the same on a CPU.
+    The graph is changed in place; on a CPU, the results are bit-identical.
 
     Args:
-        graph: the graph of code, not of a Program.
+        graph: a graph from which code is generated, not that of a Program.
     """
     for node in graph.find_nodes(op="call_function", target=_ATTENTION):
         if node.kwargs.get("enable_gqa") or len(node.args) < 3:
@@ -39,7 +39,7 @@ def share_heads(graph: fx.Graph) -> None:
 
 
 def _repeated(node: Any) -> tuple[fx.Node, int] | None:
-    """Return the node whose heads are each repeated in a row, and how many times they are; None if there is none."""
+    """Return the node whose heads are repeated and the number of repetitions, or None if no heads are repeated."""
     merged = _call(node, aten.reshape.default, aten.view.default)
     expanded = _call(merged and merged.args[0], aten.expand.default)
     spread = _call(expanded and expanded.args[0], aten.unsqueeze.default)
@@ -55,7 +55,7 @@ def _repeated(node: Any) -> tuple[fx.Node, int] | None:
 
 
 def _is_cached(keys: fx.Node) -> bool:
-    """Return whether keys are those of a cache followed by the new ones."""
+    """Return whether keys are a cache's keys followed by new ones."""
     joined = _call(keys, aten.cat.default)
     return joined is not None and any(source.op == "placeholder" for source in joined.all_input_nodes)
 
@@ -65,7 +65,7 @@ def _call(node: Any, *targets: Any) -> fx.Node | None:
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node without readers, and the nodes that only it read."""
+    """Erase a node without readers, and the nodes read only by it."""
     while not node.users and node.op == "call_function":
         source: Any = node.args[0]
         graph.erase_node(node)

@@ -1,4 +1,4 @@
-"""The history of a graph: how many nodes every step added and removed, and which ones."""
+"""The history of a graph: how many nodes each step added and removed, and which ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 Reads = tuple[tuple[str, str], ...]
-"""The values that a node reads, as often as it does: the position of the argument, and the value's name."""
+"""The values that a node reads, once per occurrence: the argument's position and the value's name."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ErasedNode:
 
     Attributes:
         target: the target that it called.
-        module: path of the module that it belonged to.
+        module: path of the module to which it belonged.
         reads: the values that it read.
     """
 
@@ -36,7 +36,7 @@ class Changes:
     Attributes:
         inserted: new nodes.
         erased: removed nodes.
-        rewired: nodes that read other values than before, with the values that they read before.
+        rewired: nodes that read different values than before, with the values that they read before.
     """
 
     inserted: tuple[str, ...] = ()
@@ -63,9 +63,9 @@ class HistoryEntry:
 
 
 class Recorder:
-    """Records the state of a graph, to determine afterwards what a step has changed.
+    """Records the state of a graph, to determine later what a step has changed.
 
-    It keeps the arguments of nodes, which fx replaces as a whole whenever one changes, and copies none of them.
+    It stores references to the nodes' arguments without copying them, since fx replaces them as a whole.
 
     Args:
         graph: the graph before the first step.
@@ -83,12 +83,12 @@ class Recorder:
         self._kwargs: dict[fx.Node, dict[str, Any]] = {node: node.kwargs for node in graph.nodes if node.kwargs}
 
     def entry(self, step: str, graph: fx.Graph, seconds: float) -> HistoryEntry:
-        """Return the entry of a step: what has changed since the previous one.
+        """Return a step's entry, with the changes since the previous step.
 
         Args:
             step: the name of the step.
-            graph: the graph after the step: the same graph, or another one in which the nodes that are kept have the
-                same names.
+            graph: the graph after the step: the same graph, or another one in which surviving nodes have the same
+                names.
             seconds: the duration of the step.
         """
         changes = self._changes(graph)
@@ -125,7 +125,7 @@ class Recorder:
         return Changes(tuple(inserted), erased, rewired)
 
     def _changes_of_another(self, graph: fx.Graph) -> Changes:
-        """Return the changes in another graph, whose nodes are matched by name; all their arguments are compared."""
+        """Return the changes in another graph, matching nodes by name and comparing all their arguments."""
         named = {node.name: node for node in self._args}
         nodes = {node.name: node for node in graph.nodes}
         before = {name: self._reads(named[name]) for name in nodes if name in named}
@@ -138,7 +138,7 @@ class Recorder:
         return changes
 
     def _reads(self, node: fx.Node) -> Reads:
-        """Return the values that a node read before."""
+        """Return the values that a node read as of the last step."""
         return names_read(self._args[node], self._kwargs.get(node, {}))
 
     def _erased(self, node: fx.Node) -> ErasedNode:
@@ -146,14 +146,14 @@ class Recorder:
 
 
 def names_read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reads:
-    """Return the positions and names of the nodes in arguments, once for each occurrence."""
+    """Return the position and name of every node in arguments, once for each occurrence."""
     return tuple((position, node.name) for position, node in positions(args, kwargs))
 
 
 def positions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, fx.Node]]:
     """Yield every node in arguments with its position, once for each occurrence.
 
-    A position is the index of the argument, or its keyword, with the index in a list after a dot.
+    A position is the argument's index or keyword, followed for a list by a dot and the index in the list.
     """
     for index, argument in enumerate(args):
         yield from _within(str(index), argument)
@@ -176,12 +176,12 @@ def _within(position: str, value: Any) -> Iterator[tuple[str, fx.Node]]:
 
 
 def map_nodes(value: Any, fn: Callable[[fx.Node], Any]) -> Any:
-    """Return ``value`` (arguments of a node) with ``fn`` applied to every node in it."""
+    """Return ``value`` (a node's arguments) with ``fn`` applied to every node in it."""
     return fx.node.map_arg(value, fn)
 
 
 def nodes_in(value: Any) -> list[fx.Node]:
-    """Return every node in ``value`` (arguments of a node), in order, once for each occurrence."""
+    """Return every node in ``value`` (a node's arguments), in order, once for each occurrence."""
     nodes: list[fx.Node] = []
     map_nodes(value, nodes.append)
     return nodes

@@ -1,4 +1,4 @@
-"""Inference of the value of a call from the types of its arguments."""
+"""Inference of a call's fake value from the shapes and dtypes of its arguments."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from graftc.passes.core.ir.shapes import fake_mode_of, types_of
 
 
 class Inference:
-    """Computes the values of nodes in the fake mode of a Program; all instances for one mode compute equal types once.
+    """Computes nodes' values in a Program's fake tensor mode; instances for the same mode share their results.
 
     Args:
         program: the Program whose values the calls read.
 
     Attributes:
-        fake: the fake mode of the Program.
+        fake: the Program's fake tensor mode.
     """
 
     def __init__(self, program: Program) -> None:
         self.fake = fake_mode_of(program)
-        # Stored with the mode that the values belong to, since every adaptation has its own Inference.
+        # Stored on the mode to which the values belong, since every adaptation has its own Inference.
         self._known: dict[Any, Any] = vars(self.fake).setdefault("_graftc_known", {})
         values = (node.meta["val"] for node in program.placeholders())
         self._device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
 
     def call(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return the value of an operator that is called with nodes and literals."""
+        """Return the value of an operator called with nodes and literals."""
         key = (target, self._device, types_of(args), types_of(kwargs))
         if key not in self._known:
             inputs, options = map_nodes((args, dict(kwargs)), lambda n: n.meta["val"])
@@ -43,7 +43,7 @@ class Inference:
         return self._known[key]
 
     def tensor(self, like: Tensor) -> Tensor:
-        """Return a value of the type of a tensor of the Store."""
+        """Return a fake tensor with the shape, dtype and device of a Store tensor."""
         key = ("tensor", like.dtype, tuple(like.shape), like.device)
         if key not in self._known:
             with self.fake:

@@ -1,4 +1,4 @@
-"""Calls of operators on the meta device, with numbers for sizes, which are used to verify graphs."""
+"""Operator calls on the meta device with concrete sizes, for verifying graphs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class MetaCall:
     """The outcome of a call on the meta device.
 
     Attributes:
-        mixed: the types that `mixed_product` returns.
-        result: the result of the call; None if it was refused.
-        error: the exception with which it was refused.
+        mixed: the dtypes that `mixed_product` returns.
+        result: the result of the call; None if it failed.
+        error: the exception that the call raised.
     """
 
     mixed: str
@@ -32,17 +32,17 @@ class MetaCall:
 _OUTCOMES: dict[Any, MetaCall] = {}
 _TENSORS: dict[Any, Tensor] = {}
 _MOST = 20_000
-"""Calls that are remembered: graphs of one model, and those of others like it, make the same ones."""
+"""The maximum number of cached calls; graphs of one model, and of similar models, make the same calls."""
 
 
 class MetaCalls:
-    """Calls on the meta device, each kind made once: layers that are alike make the same calls.
+    """Calls on the meta device, each distinct one made once, since identical layers make the same calls.
 
     Args:
-        sizes: the numbers for sizes.
+        sizes: evaluates symbolic sizes.
 
     Attributes:
-        values: values by node; values of one type are the same object.
+        values: values by node; tensors of the same shape, strides and dtype are the same object.
     """
 
     def __init__(self, sizes: Sizes) -> None:
@@ -52,9 +52,9 @@ class MetaCalls:
         self._alike: set[tuple[int, int]] = set()
 
     def concrete(self, value: Any) -> Any:
-        """Return a value of a graph with numbers for sizes.
+        """Return a graph's value with concrete sizes.
 
-        Values are looked up by identity, since the graph keeps them alive.
+        Values are cached by identity, since the graph keeps them alive.
         """
         if id(value) not in self._concrete:
             self._concrete[id(value)] = self._new(value)
@@ -68,13 +68,13 @@ class MetaCalls:
         return value if value is None or isinstance(value, bool | float) else self._sizes.size(value)
 
     def _one(self, value: Any) -> Any:
-        """Return the one object for all values of a type."""
+        """Return the one object that represents all tensors of the same shape, strides and dtype."""
         if isinstance(value, Tensor):
             return _TENSORS.setdefault((value.dtype, value.shape, value.stride()), value)
         return type(value)(map(self._one, value)) if type(value) in (list, tuple) else value
 
     def outcome(self, node: fx.Node) -> MetaCall:
-        """Return the outcome of the call of a node."""
+        """Return the outcome of a node's call."""
         key = (node.target, self._key(node.args), self._key(node.kwargs))
         if key not in _OUTCOMES:
             if len(_OUTCOMES) >= _MOST:
@@ -100,7 +100,7 @@ class MetaCalls:
         return call
 
     def _key(self, argument: Any) -> Any:
-        """Return an argument as a key for calls: equal for values of one type, as far as the type is known."""
+        """Return an argument as a cache key: equal for tensors of the same shape, strides and dtype."""
         if isinstance(argument, fx.Node):
             argument = self.values[argument]
             if isinstance(argument, Tensor):
@@ -116,7 +116,7 @@ class MetaCalls:
         return (type(argument), argument)
 
     def alike(self, value: Any, expected: Any) -> bool:
-        """Return whether two values are of the same type."""
+        """Return whether two values have the same shapes and dtypes."""
         known = (id(value), id(expected))
         if known not in self._alike and _kind(value) == _kind(expected):
             self._alike.add(known)
@@ -127,9 +127,9 @@ _META = torch.device("meta")
 
 
 def mixed_product(target: Any, args: Sequence[Any]) -> str:
-    """Return the types of a product whose factors differ in type, or an empty string.
+    """Return the dtypes of a product's factors if they differ, or an empty string.
 
-    Kernels refuse such products and the meta device accepts them.
+    Kernels reject such products, but the meta device accepts them.
     """
     if target not in _PRODUCTS:
         return ""
@@ -145,7 +145,7 @@ _REFUSALS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, 
 
 
 def _kind(value: Any) -> Any:
-    """Return the type of a value: sizes count, numbers computed from sizes by division and roots do not."""
+    """Return what `alike` compares: shapes, dtypes and integers, but not the values of floats."""
     return float if isinstance(value, float) else plain(value)
 
 

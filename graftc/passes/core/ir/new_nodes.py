@@ -1,7 +1,7 @@
-"""Creation of graph nodes without the checks that `torch.fx` makes for each one: whole graphs are copied many times.
+"""Create graph nodes without the checks that `torch.fx` makes for each node, since whole graphs are copied many times.
 
-`fx.Graph.create_node` flattens all arguments in search of symbolic sizes, which are nodes in these graphs. Nodes are
-therefore created without arguments, which are set afterwards.
+`fx.Graph.create_node` flattens all arguments in search of symbolic sizes, but in these graphs such sizes are nodes.
+Nodes are therefore created without arguments, which are set afterwards.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def create_node(
 def insert_call(
     place: fx.Node, target: Any, args: tuple[Any, ...], meta: Mapping[str, Any], *, after: bool = False
 ) -> fx.Node:
-    """Insert a call with metadata of its own in front of a node, or after it."""
+    """Insert a call with the given metadata before a node, or after it."""
     with place.graph.inserting_after(place) if after else place.graph.inserting_before(place):
         node = place.graph.call_function(target, args)
     node.meta = dict(meta)
@@ -43,13 +43,13 @@ def insert_call(
 
 
 def copy_node(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], Any], name: str | None = None) -> fx.Node:
-    """Copy a node of another graph, or of another place in this one, without its metadata.
+    """Copy a node from another graph, or from elsewhere in this one, without its metadata.
 
     Args:
-        graph: the graph that the copy is added to.
+        graph: the graph to which the copy is added.
         node: the node to copy.
-        value: a function from the nodes in its arguments to the values in the arguments of the copy.
-        name: the name of the copy; by default, that of the node.
+        value: a function that maps the nodes in its arguments to the values in the copy's arguments.
+        name: the copy's name; by default the node's own.
     """
     args, kwargs = fx.node.map_arg(node.args, value), node.kwargs and fx.node.map_arg(node.kwargs, value)
     copied: Any = args

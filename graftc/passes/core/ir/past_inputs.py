@@ -1,7 +1,7 @@
-"""Names of graph inputs that are tensors of a cache: keys and values of earlier tokens.
+"""Names of graph inputs that are cache tensors: the keys and values of earlier tokens.
 
-``past_0_key`` and ``past_0_value`` are those of the first layer's text; ``cross_0_key`` and so on are those of an
-encoder's output. Their axes are ``[batch, heads, length, width]``.
+``past_0_key`` and ``past_0_value`` belong to the text in the first layer; ``cross_0_key`` and so on to an encoder's
+output. Their axes are ``[batch, heads, length, width]``.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ _NAME = re.compile(r"(?P<kind>past|cross)_(?P<layer>\d+)_(?P<part>key|value)")
 
 
 def is_past(name: str) -> bool:
-    """Return whether an input is a tensor of a cache."""
+    """Return whether an input is a cache tensor."""
     return _NAME.fullmatch(name) is not None
 
 
 def is_cross(name: str) -> bool:
-    """Return whether an input has keys or values of an encoder's output."""
+    """Return whether an input contains keys or values of an encoder's output."""
     return name.startswith("cross") and is_past(name)
 
 
 def past_name(kind: str, layer: int, part: str) -> str:
-    """Return the name of a tensor of a cache, of kind ``past`` or ``cross``, whose part is ``key`` or ``value``."""
+    """Return the name of a cache tensor; its kind is ``past`` or ``cross``, and its part ``key`` or ``value``."""
     return f"{kind}_{layer}_{part}"
 
 
 def past_place(name: str) -> tuple[str, int, str]:
-    """Return the kind, the layer and the part of a name that `past_name` made."""
+    """Return the kind, the layer and the part encoded in a name from `past_name`."""
     match = _NAME.fullmatch(name)
     assert match is not None
     return match["kind"], int(match["layer"]), match["part"]
 
 
 def past_length(program: Program) -> Any:
-    """Return the symbol that counts the earlier tokens of the text; None for a graph without a cache."""
+    """Return the symbol for the number of the text's earlier tokens, or None for a graph without a cache."""
     for node in program.placeholders():
         if is_past(str(node.target)) and not is_cross(str(node.target)):
             return expression(node.meta["val"].shape[2])

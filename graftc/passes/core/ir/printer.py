@@ -1,7 +1,7 @@
 """The canonical text of a Program and its structural hash, both stable across runs and machines.
 
-Symbols are renumbered; paths and addresses are never printed. The hash numbers values by what computes them (target,
-ordered arguments, literals), in linear time, so the order and the names of nodes do not matter.
+Symbols are renumbered; paths and addresses are never printed. The hash identifies each value by its computation
+(target, ordered arguments, literals), in linear time, so the order and the names of nodes do not matter.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from graftc.passes.core.ir.shapes import DTYPE_NAMES, SymbolNames
 from graftc.passes.core.weights.names import module_of, parsed
 
 _ROWS = re.compile(r"\[([^\[\]]*)\](?:#\d+)?$")
-"""Which rows a site's text names; its modules may have brackets in their names too."""
+"""Matches the rows named in a site's text; module names may contain brackets too."""
 
 
 def target_name(target: Any) -> str:
@@ -61,10 +61,10 @@ def literal(value: Any, node_text: Callable[[fx.Node], str], names: SymbolNames)
 
 
 def _stem(node: fx.Node) -> str:
-    """Return the name of a value.
+    """Return the base name of a value.
 
-    The name is ``query`` for the result of the module *query*'s own weight, ``query.down`` for a part of an adaptation
-    there, and otherwise the operator's name.
+    This is ``query`` for the output of the module *query*'s own weight, ``query.down`` for a part of an adaptation at
+    that module, and otherwise the operator's name.
     """
     if node.op == "placeholder":
         return str(node.target)
@@ -82,11 +82,11 @@ def _stem(node: fx.Node) -> str:
 
 
 class Printer:
-    """A printer of the nodes of one Program, which names values by what computes them.
+    """Prints the nodes of one Program, naming each value after its computation.
 
     Args:
         program: the Program whose nodes are printed.
-        numbered: whether to tell values of the same name apart by number; otherwise, equal layers print alike.
+        numbered: whether to number values that have the same name; otherwise, identical layers print identically.
     """
 
     def __init__(self, program: Program, *, numbered: bool = True) -> None:
@@ -108,7 +108,7 @@ class Printer:
             self.names[node] = name
 
     def line(self, node: fx.Node) -> str:
-        """Return one node as one line; `get_attr` nodes have none of their own."""
+        """Return a node as one line; not for `get_attr` nodes, which are not printed on their own."""
         if node.op == "placeholder":
             return f"{self.names[node]}: {self.symbols.type(node.meta.get('val'))} = input"
         if node.op == "output":
@@ -118,14 +118,14 @@ class Printer:
         return f"{text}  # {self.comment(node)}"
 
     def arguments(self, node: fx.Node) -> str:
-        """Return the arguments of a call, in order, keywords last."""
+        """Return a call's arguments as text, in order, with keyword arguments last."""
         parts = [literal(a, self.names.__getitem__, self.symbols) for a in node.args]
         parts += [f"{k}={literal(v, self.names.__getitem__, self.symbols)}" for k, v in node.kwargs.items()]
         return ", ".join(parts)
 
     @staticmethod
     def comment(node: fx.Node) -> str:
-        """Return what the node belongs to: its module, or the adaptation that inserted it."""
+        """Return the node's origin: its module, or the adaptation that inserted it."""
         origin = provenance(node)
         if origin is None:
             return str(node.meta.get("module") or "(root)")
@@ -143,7 +143,7 @@ def format_program(program: Program) -> str:
 
 
 def format_around(program: Program, node: fx.Node, context: int = 4) -> str:
-    """Return the lines around a node, with the node marked, as shown in errors."""
+    """Return the lines around a node, with the node marked, for error messages."""
     nodes = [n for n in program.graph.nodes if n.op != "get_attr"]
     printer = Printer(program)
     at = nodes.index(node) if node in nodes else 0
@@ -152,11 +152,11 @@ def format_around(program: Program, node: fx.Node, context: int = 4) -> str:
 
 
 def value_numbers(program: Program, canonical: Callable[[str], str] = str) -> dict[fx.Node, str]:
-    """Return a digest for every node of what it computes: target, arguments in order, literals.
+    """Return a digest of each node's computation: its target, ordered arguments and literals.
 
     Args:
-        program: the Program to number.
-        canonical: a function from a tensor's name to the name that owns it, so that tied names count as one.
+        program: the Program whose nodes are hashed.
+        canonical: a function from a tensor's name to its canonical name, so that tied names count as one.
     """
     return _numbered(program, canonical)[0]
 
@@ -164,7 +164,7 @@ def value_numbers(program: Program, canonical: Callable[[str], str] = str) -> di
 def _numbered(program: Program, canonical: Callable[[str], str]) -> tuple[dict[fx.Node, str], list[str]]:
     """Return the digests of all nodes, and those of the nodes that change a value in place.
 
-    The digest of a node that reads a value depends on what changed the value before, not only on what made it.
+    The digest of a node that reads a value depends on the value's origin and on earlier in-place changes to it.
     """
     names = SymbolNames(program)
     digests: dict[fx.Node, str] = {}
@@ -198,7 +198,7 @@ def _numbered(program: Program, canonical: Callable[[str], str]) -> tuple[dict[f
 
 
 def structural_hash(program: Program, canonical: Callable[[str], str] = str) -> str:
-    """Return a digest of everything that a Program's outputs depend on, and of what it changes in place."""
+    """Return a digest of everything that a Program's outputs and in-place changes depend on."""
     interface = ",".join(sorted(f"{s.name}:{s.dtype}:{s.shape}" for s in program.inputs))
     digests, writes = _numbered(program, canonical)
     content = "|".join([interface, digests[program.output_node], *writes])

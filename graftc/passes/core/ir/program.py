@@ -1,4 +1,4 @@
-"""Program: one graph for one (entry, mode, signature). It names tensors of the Store and owns none."""
+"""Program: one graph for one (entry, mode, signature). It refers to Store tensors by name and owns none."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class InputSpec:
 
     Attributes:
         name: the model's own name for the input.
-        dtype: element type, as ``torch.int64``.
+        dtype: the dtype, such as ``torch.int64``.
         shape: sizes; a string is a symbol shared by name with other inputs (``"batch"``, ``"sequence"``).
-        ranges: the least and greatest sizes for which the graph is valid, per axis; empty if nothing was recorded.
-        apart: pairs of named sizes for which the graph is not valid if they are equal.
+        ranges: the minimum and maximum sizes for which the graph is valid, per axis; empty if not recorded.
+        apart: pairs of named sizes that must differ for the graph to be valid.
     """
 
     name: str
@@ -49,13 +49,13 @@ class InputSpec:
 
 
 def from_two(inputs: Iterable[InputSpec], names: Collection[str]) -> tuple[InputSpec, ...]:
-    """Return inputs whose axes with some names have sizes of at least 2."""
+    """Return the inputs with the axes in ``names`` restricted to sizes of at least 2."""
 
     return _bounded(inputs, lambda size, low, high: (max(2, low) if size in names else low, high))
 
 
 def limited(inputs: Iterable[InputSpec], most: Mapping[str, int]) -> tuple[InputSpec, ...]:
-    """Return inputs whose axes with some names have at most the given sizes."""
+    """Return the inputs with named axes restricted to at most the sizes in ``most``."""
 
     def bounds(size: int | str, low: int, high: int | None) -> tuple[int, int | None]:
         if not isinstance(size, str) or size not in most:
@@ -76,7 +76,7 @@ def _bounded(
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """The structure for rebuilding the outputs: a leaf, a container, or a ``ModelOutput`` class with fields."""
+    """The structure from which outputs are rebuilt: a leaf, a container, or a ``ModelOutput`` class with fields."""
 
     kind: Literal["leaf", "none", "tuple", "list", "dict", "class"]
     fields: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ class OutputSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the flat outputs, in order: field names, numbered if a field contains several."""
+        """The names of the flat outputs, in order: field names, numbered if a field contains several outputs."""
         return tuple(_names(self, ""))
 
     def build(self, leaves: Iterable[Any]) -> Any:
@@ -129,8 +129,8 @@ class VirtualTokens:
     Attributes:
         owner: the adaptation.
         sites: the values of that sequence that it adapts.
-        rows: the vectors of each run, ``[batch, length, width]``: zeros until a method fills them.
-        starts: the positions at which each run begins in the lengthened sequence: a number, or ``int64[batch, 1]``.
+        rows: the vectors of each run, ``[batch, length, width]``: zeros until a method fills them in.
+        starts: the position at which each run begins in the lengthened sequence: an integer, or ``int64[batch, 1]``.
     """
 
     owner: str
@@ -149,8 +149,8 @@ class Program:
     """One captured graph in ATen training IR.
 
     Nodes are ``placeholder``, ``get_attr`` (target: a name in the Store), ``call_function`` and ``output``. Each
-    carries ``meta["val"]`` (fake tensor or symbolic size) and ``meta["module"]`` (path of its owning module);
-    inserted ones also ``meta["custom"]["graftc"]`` (provenance).
+    carries ``meta["val"]`` (fake tensor or symbolic size) and ``meta["module"]`` (path of its owning module); inserted
+    nodes also carry ``meta["custom"]["graftc"]`` (provenance).
     """
 
     graph: fx.Graph
@@ -164,25 +164,25 @@ class Program:
     edits: Edits = field(default_factory=Edits)
     history: list[HistoryEntry] = field(default_factory=list)
     baseline: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Base nodes as they were when captured, by name: what the verifier holds later passes against."""
+    """The base nodes as captured, by name, against which the verifier checks later passes."""
 
     tensor_edits: TensorEdits = field(default_factory=TensorEdits)
-    """What every adaptation does with which rows of a stored tensor."""
+    """How each adaptation uses which rows of stored tensors."""
 
     limits: dict[str, str] = field(default_factory=dict)
-    """Why axes of some names have no greater sizes than the base's, for people."""
+    """The reasons why named axes are limited to smaller sizes than in the base, as text for users."""
 
     virtual: tuple[VirtualTokens, ...] = ()
-    """Virtual tokens that stand in its sequences."""
+    """The virtual tokens in its sequences."""
 
     updates: frozenset[str] = frozenset()
-    """Tensors that it may write to, as it was captured: buffers of the base, in train mode."""
+    """Tensors that it may write to, as captured: buffers of the base, in train mode."""
 
     checks: tuple[InputCheck, ...] = ()
-    """What the model asks of the values of its inputs, and the graph itself does not show."""
+    """The model's conditions on input values that the graph itself does not express."""
 
     memory: Memory | None = field(default=None, repr=False, compare=False)
-    """Whose memory its values are, once something has asked: see `memory_of`."""
+    """The owners of its values' memory, cached on first request; see `memory_of`."""
 
     @property
     def signature(self) -> tuple[str, ...]:
@@ -199,16 +199,16 @@ class Program:
         return self.graph.find_nodes(op="placeholder")
 
     def current(self, node: fx.Node, site: str | None = None) -> fx.Node:
-        """Return the node that replaces a node after all edits, which is the node itself if there are none.
+        """Return the node that replaces ``node`` after all edits, or ``node`` itself if it has not been replaced.
 
         Args:
             node: the node that may have been replaced.
-            site: a site, as text, whose narrow edits count as well; by default, none do.
+            site: a site, as text, whose narrow edits are included; by default no narrow edits are.
         """
         return self.edits.current(node, site)
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
-        """Return the graph for networkx, with nodes by their printed names; see `graph_formats.to_networkx`."""
+        """Return a networkx graph whose nodes are keyed by their printed names; see `graph_formats.to_networkx`."""
         from graftc.passes.core.ir.graph_formats import to_networkx
 
         return to_networkx(self)
@@ -240,8 +240,8 @@ class InputCheck:
     """A condition on the inputs of a call; see `graftc.compiler.input_checks`.
 
     Attributes:
-        program: the Program that computes a tensor of truth values, all of which have to be true.
-        message: the error message if one of them is not.
+        program: a Program that computes a boolean tensor whose elements must all be true.
+        message: the error message for an element that is false.
     """
 
     program: Program
@@ -249,7 +249,7 @@ class InputCheck:
 
 
 def provenance(node: fx.Node) -> dict[str, str] | None:
-    """Return what inserted a node: ``adaptation``, ``method``, ``site`` and ``part``; None for the base's own nodes."""
+    """Return a node's origin (``adaptation``, ``method``, ``site`` and ``part``), or None for the base's own nodes."""
     return cast("dict[str, str] | None", (node.meta.get("custom") or {}).get("graftc"))
 
 
@@ -261,7 +261,7 @@ def follow(node: fx.Node, links: Mapping[fx.Node, fx.Node]) -> fx.Node:
 
 
 def gives_tensors(node: fx.Node) -> bool:
-    """Return whether a node gives a tensor, or several at once as a split does; sizes are numbers."""
+    """Return whether a node's value is a tensor, or several tensors as for a split, rather than a size."""
     value = node.meta.get("val")
     return any(isinstance(each, torch.Tensor) for each in (value if isinstance(value, list | tuple) else (value,)))
 
@@ -275,8 +275,8 @@ def above(
 
     Args:
         nodes: the nodes to start from.
-        stop: nodes whose sources are not looked at.
-        sources: a function that returns the sources of a node to go on with; by default all nodes that it reads.
+        stop: nodes whose sources are not followed.
+        sources: a function that returns the sources to follow from a node; by default all nodes that it reads.
     """
     reached = set(nodes)
     pending = [node for node in reached if node not in stop]
@@ -289,11 +289,11 @@ def above(
 
 
 class ItemsAbove(Generic[T]):
-    """Which items of some nodes every value of a graph is computed from.
+    """Records, for each value of a graph, the items on which it depends.
 
     Args:
         graph: the graph.
-        items: the items, by their nodes.
+        items: items that belong to some nodes, by node.
     """
 
     def __init__(self, graph: fx.Graph, items: Mapping[fx.Node, T]) -> None:
@@ -305,17 +305,17 @@ class ItemsAbove(Generic[T]):
             self._marks[node] = reduce(or_, sources, bits.get(node, 0))
 
     def of(self, value: fx.Node) -> tuple[T, ...]:
-        """Return the items of a value and of everything that it is computed from, in their order."""
+        """Return the items of a value and of everything that it is computed from, in their original order."""
         return tuple(item for number, item in enumerate(self._items) if self._marks[value] >> number & 1)
 
 
 def is_above(node: fx.Node, other: fx.Node) -> bool:
-    """Return whether a node is computed from another one, or is that node."""
+    """Return whether ``node`` is computed from ``other`` or is the same node."""
     return other in above([node], sources=lambda each: [s for s in each.all_input_nodes if not s < other])
 
 
 def memory_of(program: Program) -> Memory:
-    """Return the memory of a Program's graph as of the first request: adaptations write to nothing."""
+    """Return the memory of a Program's graph as of the first request, since adaptations do not write in place."""
     if program.memory is None:
         program.memory = Memory(program.graph)
     return program.memory

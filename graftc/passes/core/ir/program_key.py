@@ -7,27 +7,28 @@ from typing import Literal, NamedTuple
 Mode = Literal["train", "eval"]
 
 Modes = Mode | frozenset[str]
-"""The mode of all modules, or the paths of those that are in eval mode while the others train, those among them whose
-dropouts alone were set to zero marked so (`graftc.passes.core.ir.eval_mode.silent`)."""
+"""The mode of all modules, or the paths of the modules in eval mode while the others are in train mode. Marked paths
+(`graftc.passes.core.ir.eval_mode.silent`) are modules of which only the dropouts were set to zero."""
 
 Entry = Literal["forward", "embeds", "hidden", "losses", "routes", "scores"]
-"""Which way into and out of the model: its ``forward``, with token embeddings in the place of token ids, as far as the
-last hidden state, or as far as the losses of single tokens, alone or with what metrics tell of each; ``routes`` is
-``forward`` with its choices among experts open to `graftc::route`."""
+"""The part of the model that a graph computes: its whole ``forward``; the same from token embeddings (``embeds``), to
+the last hidden state (``hidden``), or to the losses of single tokens (``losses``) and their metrics (``scores``);
+``routes`` is ``forward`` with its expert choices exposed to `graftc::route`."""
 
 Stage = Literal["source", "base", "adapted"]
-"""The source model's own graph, what is adapted (the same with room for virtual tokens), or the adapted graph."""
+"""The source model's own graph, the base to adapt (the same with room for virtual tokens), or the adapted graph."""
 
 
 class Signature(NamedTuple):
-    """The kind of a call, which distinguishes it from other calls.
+    """The properties that distinguish calls of one graph from calls of another.
 
-    Keys are tuples, since code of ``torch.compile`` looks graphs up by them.
+    Keys are tuples, since code compiled by ``torch.compile`` looks graphs up by them.
 
     Attributes:
-        inputs: names, element types and ranks of tensors, and values of flags, sorted: ``input_ids:int64[2]``,
+        inputs: names, dtypes and ranks of tensors, and values of flags, sorted: ``input_ids:int64[2]``,
             ``output_attentions=True``.
-        sizes: axes that have one size in the graph, ``input_ids.0=1``, or bounds if other sizes have their own graphs.
+        sizes: axes that have a fixed size in the graph, ``input_ids.0=1``, or bounds if other sizes have their own
+            graphs.
     """
 
     inputs: tuple[str, ...]
@@ -38,9 +39,9 @@ class Signature(NamedTuple):
 
 
 class ProgramKey(NamedTuple):
-    """The one key of graphs: of Programs, and of the code that runs them.
+    """The key of a graph, both of its Program and of the code that runs it.
 
-    A place in the model has the same `SiteKey` in all of them.
+    A place in the model has the same `SiteKey` in all graphs.
     """
 
     entry: Entry

@@ -1,4 +1,4 @@
-"""Predicates for the nodes that route among experts of an adaptation."""
+"""Predicates for the nodes that route among an adaptation's experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types of values: printing symbolic shapes, evaluating them at chosen sizes, and recreating them from text."""
+"""Symbolic shapes: print them, evaluate them for chosen sizes, and recreate them from text."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.ite
 
 
 def expression(size: Any) -> Any:
-    """Return the sympy expression of a symbolic size, or the plain number if it is one."""
+    """Return the sympy expression of a symbolic size, or the plain number for a constant."""
     value = size.node.expr if isinstance(size, torch.SymInt | torch.SymBool | torch.SymFloat) else size
     return int(value) if isinstance(value, sympy.Integer) else value
 
 
 class SymbolNames:
-    """Stable names ``s0, s1, ...`` for the symbols of a Program, in the order in which its inputs contain them."""
+    """Stable names ``s0, s1, ...`` for a Program's symbols, in the order in which they occur in its inputs."""
 
     def __init__(self, program: Program) -> None:
         self._names: dict[sympy.Symbol, sympy.Symbol] = {}
@@ -57,7 +57,7 @@ class SymbolNames:
 
     @property
     def symbols(self) -> dict[sympy.Symbol, str]:
-        """The stable names, by captured symbol."""
+        """The stable names, keyed by captured symbol."""
         return {symbol: str(name) for symbol, name in self._names.items()}
 
     def size(self, size: Any) -> str:
@@ -83,7 +83,7 @@ class SymbolNames:
 
 
 class Sizes:
-    """Evaluates symbolic sizes with numbers for the symbols; every expression is evaluated once."""
+    """Evaluates symbolic sizes for given values of the symbols; each expression is evaluated once."""
 
     def __init__(self, assign: Callable[[str], int]) -> None:
         self._assign = assign
@@ -118,16 +118,16 @@ _OPERATORS: Mapping[type[ast.operator], tuple[Any, Callable[[int, int], int]]] =
     ast.Mod: _CALLS["Mod"],
     ast.Pow: (operator.pow, operator.pow),
 }
-"""For expressions, and for numbers."""
+"""The implementations of each operator for sympy expressions and for integers."""
 _LONGEST, _DEEPEST, _LARGEST = 1000, 40, 2**63
 _SYMBOL = re.compile(r"[a-z]\d{1,4}", re.ASCII)
 _SYMBOLS = 256
 
 
 def _fake_mode() -> FakeTensorMode:
-    """Return a fake mode without a cache of calls, which costs more than it saves if sizes are symbols.
+    """Return a fake tensor mode without a call cache, which costs more than it saves if sizes are symbolic.
 
-    The cost is a tenth of a compile, and a third if sequences are lengthened.
+    The cache would cost a tenth of the compile time, or a third if sequences are lengthened.
     """
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     mode.cache_enabled = False
@@ -136,9 +136,9 @@ def _fake_mode() -> FakeTensorMode:
 
 @dataclass
 class FakeContext:
-    """Recreates fake tensors and symbolic sizes from their text, all in one shape environment.
+    """Recreates fake tensors and symbolic sizes from text, all in one shape environment.
 
-    Text is parsed by hand: names, integers, ``+ - * // % **`` and four functions, nothing else.
+    The parser accepts only names, integers, ``+ - * // % **`` and four functions.
     """
 
     mode: FakeTensorMode = field(default_factory=_fake_mode)
@@ -147,7 +147,7 @@ class FakeContext:
     _tensors: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)
 
     def symbol(self, name: str) -> Any:
-        """Return the symbol called ``name``, which is created with its own hint when it is first mentioned."""
+        """Return the symbol called ``name``, created with its own hint on first use."""
         if name not in self._symbols:
             if len(self._symbols) >= _SYMBOLS:
                 raise ValueError("not a size: too many symbols")
@@ -161,7 +161,7 @@ class FakeContext:
         return self._symbols[name]
 
     def size(self, text: str) -> Any:
-        """Return a size: an `int`, or a symbolic one."""
+        """Return the size that text represents: an `int` or a symbolic size."""
         if text not in self._sizes:
             if len(text) > _LONGEST:
                 raise ValueError(f"not a size: {text[:20]}...")
@@ -175,12 +175,12 @@ class FakeContext:
         return self.mode.shape_env
 
     def _parse(self, node: ast.expr, depth: int = 0) -> tuple[Any, int]:
-        """Return an expression, and its value for the hints of its symbols.
+        """Return an expression and its value for its symbols' hints.
 
-        Depth and value are limited, so that text cannot make numbers of any size.
+        Depth and value are limited, so that text cannot create arbitrarily large numbers.
         """
         if depth > _DEEPEST:
-            raise ValueError("not a size: too deep")
+            raise ValueError("not a size: nested too deeply")
         parsed = self._parsed(node, depth)
         if abs(parsed[1]) >= _LARGEST:
             raise ValueError("not a size: too large")
@@ -198,7 +198,7 @@ class FakeContext:
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
             (a, left), (b, right) = self._parse(node.left, depth + 1), self._parse(node.right, depth + 1)
             if isinstance(node.op, ast.Pow) and not (b.is_Integer and 0 <= right <= 8):
-                raise ValueError(f"not a size: an exponent of {right}")
+                raise ValueError(f"not a size: the exponent is {right}")
             symbolic, apply = _OPERATORS[type(node.op)]
             return symbolic(a, b), apply(left, right)
         if (
@@ -213,7 +213,7 @@ class FakeContext:
         raise ValueError(f"not a size: {ast.unparse(node)[:40]}")
 
     def tensor(self, dtype: torch.dtype, shape: tuple[str, ...], device: torch.device) -> torch.Tensor:
-        """Return a fake tensor; the same object for the same type."""
+        """Return a fake tensor; equal dtype, shape and device give the same object."""
         key = (dtype, shape, device)
         if key not in self._tensors:
             sizes = [self.size(text) for text in shape]
@@ -230,7 +230,7 @@ def same_type(one: Any, other: Any) -> bool:
 
 
 def types_of(value: Any) -> Any:
-    """Return the arguments of a call with types instead of values, as a key to look results up by."""
+    """Return a call's arguments with shapes and dtypes instead of values, for use as a cache key."""
     if isinstance(value, torch.fx.Node):
         return _type(value.meta["val"])
     if isinstance(value, list | tuple):
@@ -249,14 +249,14 @@ def _type(value: Any) -> Any:
 
 
 def fake_mode_of(program: Program) -> FakeTensorMode:
-    """Return the fake mode that a Program's values belong to."""
+    """Return the fake tensor mode to which a Program's values belong."""
     modes = (getattr(node.meta.get("val"), "fake_mode", None) for node in program.graph.nodes)
     mode = next((mode for mode in modes if isinstance(mode, FakeTensorMode)), None)
     if mode is None:
-        raise ValueError("the program has no fake values")
+        raise ValueError("the program has no fake tensors")
     return mode
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the elements of a tensor that is not on the meta device, in order, as the bytes in memory."""
+    """Return the elements of a tensor, which must not be on the meta device, in order as raw bytes."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,6 +1,6 @@
-"""The tensors of the Store that a graph writes to.
+"""The Store tensors that a graph writes to.
 
-These are running statistics, counters, moving averages and vectors of power iterations.
+These are running statistics, counters, moving averages and power-iteration vectors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def as_source(program: Program, names: dict[str, str]) -> Program:
 
     Args:
         program: the original Program, which is not changed.
-        names: names of tensors, mapped to the names that are read instead.
+        names: a mapping from tensor names to the names that are read instead.
     """
     result = program.copy(updates=frozenset())
     graph = result.graph

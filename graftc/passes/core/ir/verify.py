@@ -1,8 +1,8 @@
 """The verifier, which runs at every pass boundary by default.
 
-It checks a Program against the base as it was captured: the graph is sound, the interface is unchanged, base nodes are
-untouched, every inserted node has a provenance, every replacement keeps its type, and every trainable tensor has a
-gradient path. Once, at the end, all types are computed again at two different sizes.
+It checks a Program against the base as captured: the graph is well-formed, the interface is unchanged, base nodes are
+untouched, every inserted node has a provenance, every replacement keeps shape and dtype, and every trainable tensor has
+a gradient path. Once, at the end, all shapes and dtypes are recomputed for two choices of sizes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIZE_CHOICES = ((2, 3, 5, 7), (5, 7, 3, 2))
 
 
 def record_baseline(program: Program) -> Program:
-    """Record the base's nodes as they are now; later passes are checked against them."""
+    """Record the base's nodes in their current form, which later passes are checked against."""
     names = SymbolNames(program)
     program.baseline = {n.name: _fingerprint(n, names, Edits()) for n in program.graph.nodes if _is_call(n)}
     return program
@@ -44,11 +44,12 @@ def verify(program: Program, store: Store, step: str, *, types: bool = False) ->
         program: the Program as the pass left it.
         store: the Store that contains its tensors.
         step: the name of the pass, for error messages.
-        types: if true, all types are also computed again, at two sizes.
+        types: if true, all shapes and dtypes are also recomputed for two choices of sizes.
 
     Raises:
-        GraftError: GC040 naming the pass and the node, with the graph around it; GC030 for types that depend on values,
-            which cannot be computed again; GC023 for a trainable tensor that reaches no output in train mode.
+        GraftError: GC040 naming the pass and the node, with the graph around it; GC030 for shapes that depend on
+            tensor values and cannot be recomputed; GC023 for a trainable tensor without a gradient path to an output
+            in train mode.
     """
     findings = (rule(program, store) for rule in _RULES)
     finding = _form(program) or next(filter(None, findings), None)
@@ -60,8 +61,8 @@ def verify(program: Program, store: Store, step: str, *, types: bool = False) ->
         for sizes in SIZE_CHOICES:
             finding = check_types(program, sizes)
             if finding is not None and _has_sizes_of_values(program):
-                hint = "torch.export keeps such sizes as numbers; without capture: graph, layers are graphs instead"
-                raise GraftError("GC030", f"sizes in the graph follow from values: {finding[1]}", hint=hint)
+                hint = "torch.export fixes such sizes; leave out capture: graph to capture each layer as a graph"
+                raise GraftError("GC030", f"sizes in the graph depend on tensor values: {finding[1]}", hint=hint)
             if finding is not None:
                 _fail(program, step, *finding)
 
@@ -80,7 +81,7 @@ _OF_VALUES = (torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.defau
 
 
 def _has_sizes_of_values(program: Program) -> bool:
-    """Return whether an operator gives a number, or a number of elements, that depends on the values of a tensor."""
+    """Return whether an operator returns a number, or a number of elements, that depends on tensor values."""
     targets = (node.target for node in program.graph.nodes)
     return any(t in _OF_VALUES or torch.Tag.data_dependent_output in getattr(t, "tags", ()) for t in targets)
 
@@ -90,11 +91,11 @@ def _is_call(node: fx.Node) -> bool:
 
 
 def require_runnable(program: Program, step: str) -> None:
-    """Check a graph that is about to run and is no longer compared with the base, as the pass called ``step`` left it.
+    """Check a graph that the pass called ``step`` left ready to run and that is no longer compared with the base.
 
     Raises:
-        GraftError: GC040 if it is not sound, has other inputs or outputs than before, or has a node whose value has
-            another type than it says.
+        GraftError: GC040 if it is malformed, if its inputs or outputs have changed, or if a node's value does not have
+            the declared shape and dtype.
     """
     fault = _fault(program)
     if fault:
@@ -107,7 +108,7 @@ def _fault(program: Program) -> str:
         return finding[1]
     untyped = next((node.name for node in program.graph.nodes if _is_call(node) and "val" not in node.meta), None)
     if untyped is not None:
-        return f"{untyped} does not say the type of its value in meta['val']"
+        return f"{untyped} has no meta['val']"
     mismatch = check_types(program, SIZE_CHOICES[0])
     return f"{mismatch[0]}: {mismatch[1]}" if mismatch is not None else ""
 
@@ -116,14 +117,14 @@ def _form(program: Program) -> Finding | None:
     try:
         program.graph.lint()
     except RuntimeError as error:
-        return None, f"the graph is not sound: {error}"
+        return None, f"the graph is malformed: {error}"
     names = tuple(str(node.target) for node in program.placeholders())
     if names != program.signature:
-        return None, f"the inputs are {names}, they were {program.signature}"
+        return None, f"the inputs must be {program.signature}, got {names}"
     leaves = program.output_node.args[0]
     count = len(leaves) if isinstance(leaves, tuple) else 1
     if count != len(program.outputs.names):
-        return program.output_node, f"{count} outputs, there were {len(program.outputs.names)}"
+        return program.output_node, f"the graph must have {len(program.outputs.names)} outputs, got {count}"
     return None
 
 
@@ -134,17 +135,17 @@ def _tensors_stored(program: Program, store: Store) -> Finding | None:
             return node, f"{name} is not in the Store"
         stored, value = store.get(name), node.meta.get("val")
         same = isinstance(value, Tensor) and tuple(value.shape) == tuple(stored.shape)
-        # FSDP2 stores parameters in one floating-point type and computes in another.
+        # FSDP2 stores parameters in one floating-point dtype and computes in another.
         cast = same and is_unit(store.root) and value.is_floating_point() and stored.is_floating_point()
         if not same or not (cast or value.dtype == stored.dtype):
-            return node, f"{name} is {stored.dtype} {list(stored.shape)} in the Store, the graph says otherwise"
+            return node, f"{name} is {stored.dtype} {list(stored.shape)} in the Store, but not in the graph"
     return None
 
 
 def _inputs_first(program: Program, store: Store) -> Finding | None:
     computed = next((node for node in program.graph.nodes if _is_call(node)), None)
     if computed is not None and any(node > computed for node in program.placeholders()):
-        return computed, "it stands in front of an input"
+        return computed, "it comes before an input"
     return None
 
 
@@ -161,18 +162,18 @@ def _base_untouched(program: Program, store: Store) -> Finding | None:
         own += 1
         expected = program.baseline.get(node.name)
         if expected is None:
-            return node, "an inserted node says nothing of who inserted it"
+            return node, "an inserted node has no provenance"
         if _fingerprint(node, names, program.edits) != expected:
             return node, "a node of the base was changed"
     if own != len(program.baseline):
         present = {node.name for node in program.graph.nodes}
         missing = [name for name in program.baseline if name not in present]
-        return None, f"nodes of the base are gone: {', '.join(missing[:3])}"
+        return None, f"nodes of the base are missing: {', '.join(missing[:3])}"
     return None
 
 
 def _fingerprint(node: fx.Node, names: SymbolNames, edits: Edits) -> tuple[Any, ...]:
-    """Return the target and arguments of a node, with every replacement traced back to what it replaced."""
+    """Return a node's target and arguments, with every replacement traced back to the original node."""
 
     def text(source: fx.Node) -> str:
         return edits.original(source).name
@@ -188,7 +189,7 @@ def _edits_keep_types(program: Program, store: Store) -> Finding | None:
         if not same or any(expression(x) != expression(y) for x, y in zip(a.shape, b.shape, strict=True)):
             return (
                 edit.after,
-                f"{edit.adaptation!r} replaced a {a.dtype} {list(a.shape)} by {b.dtype} {list(b.shape)}",
+                f"{edit.adaptation!r} replaced {a.dtype} {list(a.shape)} with {b.dtype} {list(b.shape)}",
             )
     return None
 
@@ -203,20 +204,20 @@ _RULES: tuple[Callable[[Program, Store], Finding | None], ...] = (
 
 
 def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = False) -> Finding | None:
-    """Run the graph on the meta device with numbers for the symbols, and compare every type.
+    """Run the graph on the meta device with concrete sizes, and compare the shape and dtype of every value.
 
     Args:
         program: the Program to check.
-        choice: numbers for the symbols.
-        strict: if true, the base's own nodes are checked as well, except those that depend on values.
+        choice: integers to assign to the symbols.
+        strict: if true, the base's own nodes are checked as well, except those that depend on tensor values.
     """
     numbers, assigned, ranges = count(), {}, _ranges(program)
     given = {str(symbol) for symbol in SymbolNames(program).symbols}
 
     def assign(symbol: str) -> int:
         if symbol not in assigned:
-            # Symbols that no input has, such as the number of rows that the data select, are free, but graphs
-            # divide them by other sizes.
+            # Symbols of no input, such as the number of rows selected by the data, are free, but graphs divide
+            # them by other sizes.
             free = choice[next(numbers) % len(choice)] if symbol in given else math.prod(choice)
             low, high = ranges.get(symbol, (0, None))
             free = free if free >= low else low + free
@@ -240,14 +241,14 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
             continue
         calls.values[node] = result = call.result
         if type(result) is int and abs(result) >= _LARGEST:
-            return node, "it gives a number without end"
+            return node, "it returns an integer that does not fit in 64 bits"
         if not calls.alike(result, expected):
-            return node, f"it gives {plain(result)}, the graph says {plain(expected)}"
+            return node, f"it returns {plain(result)}, but the graph declares {plain(expected)}"
     return None
 
 
 def _ranges(program: Program) -> dict[str, tuple[int, int | None]]:
-    """Return the least and greatest size of each symbol of the inputs."""
+    """Return the minimum and maximum of each symbol of the inputs."""
     ranges: dict[str, tuple[int, int | None]] = {}
     for node, spec in zip(program.placeholders(), program.inputs, strict=False):
         value = node.meta["val"]

@@ -1,1 +1,1 @@
-"""Programs in files: written, read, and checked before anything is made of them. May use `graftc.passes.core.ir`."""
+"""Programs in files: write, read, and check them before use. May use `graftc.passes.core.ir`."""

@@ -1,7 +1,7 @@
-"""The check whether a Program from a file may be used at all, as far as that can be determined without a model.
+"""The check whether a Program from a file may be used, as far as that can be determined without a model.
 
-Its interface is consistent, no value is larger than its tensors justify, every operator accepts its arguments and gives
-what the graph says, and nothing is written to that does not belong to the graph.
+Its interface must be consistent, no value may be larger than its tensors justify, every operator must accept its
+arguments and return the declared shapes and dtypes, and all in-place writes must be allowed.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.verify import SIZE_CHOICES, check_types
 
 NODES = 200_000
-"""Nodes that a graph may have."""
+"""The maximum number of nodes of a graph."""
 
 ELEMENTS = 2**28
-"""Elements of a value beyond four times those of the largest tensor that the graph reads; at the sizes of capturing."""
+"""Elements that a value may have beyond four times those of the largest tensor that the graph reads, at the sizes of
+the capture."""
 
 PARTS = 2**16
-"""Tensors that one call may give."""
+"""The maximum number of tensors that one call returns."""
 
 aten = torch.ops.aten
 
 
 def admit(program: Program) -> str | None:
-    """Return what is wrong with a Program by itself, as a message; None if nothing is."""
+    """Return a message about the first problem in a Program taken on its own, or None."""
     problem = _interface(program) or _sizes(program)
     if problem is not None:
         return problem
@@ -51,18 +52,18 @@ def _interface(program: Program) -> str | None:
         return f"it has more than {NODES} nodes"
     calls = [node.op for node in nodes if node.op in ("placeholder", "call_function")]
     if not nodes or nodes[-1].op != "output" or "placeholder" in calls[len(first) :]:
-        return "its inputs are not in front, or no outputs behind"
+        return "its inputs must come first and its outputs last"
     if len(set(program.signature)) != len(program.signature) or tuple(n.target for n in first) != program.signature:
-        return "its inputs are not those of its signature"
+        return "its inputs do not match its signature"
     defaults = [bool(node.args) for node in first]
     if sorted(defaults) != defaults:
-        return "an input that need not be given is in front of one that must"
+        return "an optional input comes before a required one"
     for node, spec in zip(first, program.inputs, strict=True):
         value = node.meta["val"]
         if not isinstance(value, Tensor) or value.dtype != spec.dtype or value.dim() != len(spec.shape):
-            return f"the input {spec.name} is of another type than its signature says"
+            return f"the input {spec.name} does not have the dtype and rank of its signature"
     if len(nodes[-1].args[0]) != len(program.outputs.names):
-        return "it has another number of outputs than it names"
+        return "its number of outputs does not match the number of output names"
     return None
 
 
@@ -71,13 +72,13 @@ def _sizes(program: Program) -> str | None:
     for node in read:
         value = node.meta["val"]
         if not isinstance(value, Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
-            return f"{node.target} is not a tensor of fixed sizes"
+            return f"{node.target} is not a tensor of fixed shape"
     most = ELEMENTS + 4 * max((node.meta["val"].numel() for node in read), default=0)
     for node in program.graph.nodes:
         value = node.meta["val"]
         values = value if isinstance(value, list) else [value]
         if len(values) > PARTS or (node.op == "call_function" and _parts(node) > PARTS):
-            return f"{node.name} gives more than {PARTS} tensors"
+            return f"{node.name} returns more than {PARTS} tensors"
         if any(isinstance(v, Tensor) and math.prod(map(_number, v.shape)) > most for v in values):
             return f"{node.name} has more than {most} elements"
     return None
@@ -89,7 +90,7 @@ def _number(size: Any) -> int:
 
 
 def _parts(node: fx.Node) -> int:
-    """Return the number of tensors that a call gives, before it is made."""
+    """Return an upper bound, known before the call, on the number of tensors that it returns."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not any(
         "List" in str(r.type) for r in schema_of(target).returns

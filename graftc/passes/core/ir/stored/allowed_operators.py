@@ -2,8 +2,8 @@
 
 They compute tensors from tensors and numbers. None of them reads or writes a file, changes a storage or its size,
 addresses memory by explicit strides, or sets a generator; those whose names end with ``_`` change only their first
-argument (`graftc.passes.core.ir.effects` has what they may change). The list contains the operators that captures of
-transformers' architectures and graftc's methods emit, and ATen's other functions of the same kinds.
+argument (`graftc.passes.core.ir.effects` checks whether they may). The list contains the operators emitted by captures
+of transformers' architectures and by graftc's methods, and ATen's other functions of the same kinds.
 """
 
 from __future__ import annotations
@@ -173,4 +173,4 @@ transformers.grouped_mm_fallback.default transformers.grouped_mm_fallback_backwa
 """
 
 OPERATORS = frozenset(_NAMES.split())
-"""All of them."""
+"""The names as a set."""

@@ -1,9 +1,9 @@
-"""Programs as plain JSON and back: no weights, no pickle, nothing evaluated.
+"""Convert Programs to plain JSON and back: no weights, no pickle, no evaluated code.
 
-Operators are looked up in a literal list, classes of outputs among those of transformers' own models, and sizes are
-parsed by hand, so that a file can name nothing else. Names become part of generated code, so they are checked to be
-names. The result is a complete Program with the right types throughout, whose operators accept their arguments and
-which writes to nothing that it must not; anything else is refused.
+A file can only name operators from a literal list and output classes of transformers' own models, and sizes go through
+a dedicated parser. Names become part of generated code, so they are validated as identifiers. The result is a complete
+Program with consistent shapes and dtypes, whose operators accept their arguments and whose writes are all allowed;
+anything else is rejected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from graftc.passes.core.ir.stored.serialise_history import history_from_json, hi
 
 SCHEMA = 3
 HOMES = {"graftc": "graftc.passes.core.ops.decompositions", "transformers": "transformers.integrations.moe"}
-"""Modules that register the operators of a namespace."""
+"""Modules that register the operators of each namespace."""
 
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     f"{module.__name__.lstrip('_')}.{name}": getattr(module, name)
@@ -67,7 +67,7 @@ _DAMAGE = (
 
 
 class SerialisationError(ValueError):
-    """Raised if a program contains something that has no place in a file."""
+    """Raised if a program cannot be represented in a file, or a file does not contain a valid program."""
 
 
 def program_to_json(program: Program) -> dict[str, Any]:
@@ -126,21 +126,21 @@ def program_to_json(program: Program) -> dict[str, Any]:
 
 
 def program_from_json(data: Mapping[str, Any], device: torch.device, *, called: bool = False) -> Program:
-    """Return the Program of data that `program_to_json` returned, with fake values on ``device``.
+    """Return the Program in data from `program_to_json`, with fake tensors on ``device``.
 
     Args:
-        data: the data as it was read.
-        device: the device of the values.
+        data: the data as read from the file.
+        device: the device of the fake tensors.
         called: whether layers may call functions (`graftc.passes.core.ir.functions`).
 
     Raises:
-        SerialisationError: when the data names anything outside the closed set, or is damaged.
+        SerialisationError: if the data names anything outside the closed set, or is damaged.
     """
     try:
         program = _program(data, device)
         function_calls = calls(program.graph)
         if (function_calls and not called) or not all(map(is_sound, function_calls)):
-            raise SerialisationError("a call of a function that there is not")
+            raise SerialisationError("a function call is malformed or not allowed")
         return program
     except SerialisationError:
         raise
@@ -150,7 +150,7 @@ def program_from_json(data: Mapping[str, Any], device: torch.device, *, called: 
 
 def _program(data: Mapping[str, Any], device: torch.device) -> Program:
     if _typed(data, dict).get("schema") != SCHEMA:
-        raise SerialisationError(f"schema {data.get('schema')} is not {SCHEMA}")
+        raise SerialisationError(f"schema must be {SCHEMA}, got {data.get('schema')}")
     context = FakeContext()
     values = [_decode_value(value, context, device) for value in _typed(data["types"], list)]
     graph = fx.Graph()
@@ -163,7 +163,7 @@ def _program(data: Mapping[str, Any], device: torch.device) -> Program:
     outputs = _decode_output(_typed(data["outputs"], dict))
     mode, entry = _typed(data["mode"], str), _identifier(data["entry"])
     if mode not in ("train", "eval"):
-        raise SerialisationError(f"mode {mode!r}")
+        raise SerialisationError(f"invalid mode {mode!r}")
     written = frozenset(_path(_typed(name, str)) for name in _typed(data.get("updates", []), list))
     edits = Edits(_decode_edit(_typed(edit, list), nodes) for edit in _typed(data.get("edits", []), list))
     checks = tuple(
@@ -184,20 +184,20 @@ def _decode_node(
     args = _typed(_decode(entry["args"], nodes, context), tuple)
     kwargs = {_identifier(k): _decode(v, nodes, context) for k, v in _typed(entry["kwargs"], dict).items()}
     if nodes and nodes[-1].op == "output":
-        raise SerialisationError("a node behind the outputs")
+        raise SerialisationError("a node follows the outputs")
     if kind == "output":
         (leaves,) = args
         node: fx.Node = graph.output(_typed(leaves, tuple))
     else:
         target = _decode_target(kind, _typed(entry["target"], str))
         if kind != "call_function" and (args or kwargs) and not (kind == "placeholder" and args == (None,)):
-            raise SerialisationError(f"arguments of {name!r}")
+            raise SerialisationError(f"{name!r} must not have arguments")
         node = create_node(graph, kind, target, args, kwargs, name=_typed(_NAME.fullmatch(name), re.Match)[0])
         if node.name != name or name == "self":
-            raise SerialisationError(f"name {name!r}")
+            raise SerialisationError(f"invalid name {name!r}")
     number = _typed(entry["type"], int)
     if number < 0:
-        raise SerialisationError(f"type {number}")
+        raise SerialisationError(f"invalid type index {number}")
     node.meta.update(val=values[number], module=module)
     if "custom" in entry:
         node.meta["custom"] = {"graftc": _origin(entry["custom"])}
@@ -208,28 +208,28 @@ def _decode_edit(data: list[Any], nodes: list[fx.Node]) -> Edit:
     adaptation, site, *ends, narrow = data
     before, after = (_typed(number, int) for number in ends)
     if not 0 <= min(before, after) <= max(before, after) < len(nodes):
-        raise SerialisationError(f"an edit of nodes {before} and {after}")
+        raise SerialisationError(f"an edit refers to nodes {before} and {after}, which do not both exist")
     return Edit(_typed(adaptation, str), _typed(site, str), nodes[before], nodes[after], _typed(narrow, bool))
 
 
 def _origin(data: Any) -> dict[str, str]:
-    """Return the provenance of a node; see `graftc.passes.core.ir.program.provenance`."""
+    """Return a node's provenance; see `graftc.passes.core.ir.program.provenance`."""
     origin = _typed(_typed(data, dict)["graftc"], dict)
     if len(data) != 1 or origin.keys() != {"adaptation", "method", "site", "part"}:
-        raise SerialisationError("an origin with other keys")
+        raise SerialisationError("the provenance of a node has unexpected keys")
     return {key: _typed(value, str) for key, value in origin.items()}
 
 
 def _typed(value: Any, wanted: type[Any]) -> Any:
-    """Return a value if it has exactly this type; raise otherwise."""
+    """Return a value if it has exactly this type, and raise an error otherwise."""
     if type(value) is not wanted:
-        raise SerialisationError(f"a {type(value).__name__} in the place of a {wanted.__name__}")
+        raise SerialisationError(f"expected {wanted.__name__}, got {type(value).__name__}")
     return value
 
 
 def _flag(value: Any) -> Any:
     if value is not None and type(value) not in (bool, int, float, str):
-        raise SerialisationError(f"flag {value!r}")
+        raise SerialisationError(f"invalid flag {value!r}")
     return value
 
 
@@ -240,15 +240,15 @@ def _decode_input(data: Mapping[str, Any]) -> InputSpec:
     shape = tuple(_typed(data["shape"], list))
     for size in shape:
         if isinstance(size, str):
-            first, *others = size.split("+")  # an axis that is as long as two others together
+            first, *others = size.split("+")  # an axis whose size is the sum of two others
             if len(others) > 1:
-                raise SerialisationError(f"size {size!r}")
+                raise SerialisationError(f"invalid size {size!r}")
             for name in (first, *others):
                 _identifier(name)
         elif _typed(size, int) < 0:
-            raise SerialisationError(f"size {size}")
+            raise SerialisationError(f"invalid size {size}")
     if ranges and (len(ranges) != len(shape) or any(low < 0 or (high or low) < low for low, high in ranges)):
-        raise SerialisationError("ranges that do not fit")
+        raise SerialisationError("an input's ranges are inconsistent")
     apart = tuple((_identifier(a), _identifier(b)) for a, b in _typed(data.get("apart", []), list))
     return InputSpec(_identifier(data["name"]), DTYPES[data["dtype"]], shape, ranges, apart)
 
@@ -261,7 +261,7 @@ def _encode_target(node: fx.Node) -> str:
         return str(target)
     if target in _FUNCTION_NAMES:
         return _FUNCTION_NAMES[target]
-    raise SerialisationError(f"operator {target} at {node.name}")
+    raise SerialisationError(f"unsupported operator {target} at {node.name}")
 
 
 def _decode_target(op: str, text: str) -> Any:
@@ -274,7 +274,7 @@ def _decode_target(op: str, text: str) -> Any:
     if op == "call_function" and text == _CALL:
         return call
     if op != "call_function" or text not in OPERATORS:
-        raise SerialisationError(f"operator {text!r}")
+        raise SerialisationError(f"unsupported operator {text!r}")
     namespace, name, overload = text.split(".")
     if namespace in HOMES:
         importlib.import_module(HOMES[namespace])
@@ -282,17 +282,17 @@ def _decode_target(op: str, text: str) -> Any:
 
 
 def _path(text: str) -> str:
-    """Return the name of a tensor if it is allowed; it need not be an identifier, since code reads it from a table."""
+    """Return a tensor name if it is allowed; it need not be an identifier, since code reads it from a table."""
     if len(text) > _LONGEST_PATH or not text.isprintable() or not _PATH.fullmatch(text):
-        raise SerialisationError(f"tensor {text!r}")
+        raise SerialisationError(f"invalid tensor name {text!r}")
     return text
 
 
 def _identifier(text: Any) -> str:
-    """Return a name in generated code if it is allowed. Python reads other forms of a letter as the letter itself."""
+    """Return a name for generated code if it is allowed; it must be NFKC-normalised, as Python would normalise it."""
     plain = type(text) is str and text.isidentifier() and unicodedata.normalize("NFKC", text) == text
     if not plain or keyword.iskeyword(text) or text == "self":
-        raise SerialisationError(f"name {text!r}")
+        raise SerialisationError(f"invalid name {text!r}")
     return str(text)
 
 
@@ -313,7 +313,7 @@ def _encode(value: Any, index: Mapping[fx.Node, int], symbols: SymbolNames) -> A
         return {"format": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise SerialisationError(f"argument {value!r}")
+    raise SerialisationError(f"unsupported argument {value!r}")
 
 
 def _decode(value: Any, nodes: list[fx.Node], context: FakeContext) -> Any:
@@ -324,7 +324,7 @@ def _decode(value: Any, nodes: list[fx.Node], context: FakeContext) -> Any:
     ((kind, inner),) = value.items()
     if kind == "node":
         if _typed(inner, int) < 0:
-            raise SerialisationError(f"argument {value!r}")
+            raise SerialisationError(f"invalid argument {value!r}")
         return nodes[inner]
     if kind == "tuple":
         return tuple(_decode(v, nodes, context) for v in _typed(inner, list))
@@ -336,14 +336,14 @@ def _decode(value: Any, nodes: list[fx.Node], context: FakeContext) -> Any:
         return float(inner)
     if kind == "format":
         return _FORMATS[inner]
-    raise SerialisationError(f"argument {value!r}")
+    raise SerialisationError(f"invalid argument {value!r}")
 
 
 def _encode_value(value: Any, symbols: SymbolNames) -> Any:
     if isinstance(value, Tensor):
         dtype = DTYPE_NAMES.get(value.dtype)
         if dtype is None:
-            raise SerialisationError(f"element type {value.dtype}")
+            raise SerialisationError(f"unsupported dtype {value.dtype}")
         return {"dtype": dtype, "shape": [symbols.size(size) for size in value.shape]}
     if isinstance(value, list | tuple):
         return [_encode_value(v, symbols) for v in value]
@@ -360,7 +360,7 @@ def _decode_value(value: Any, context: FakeContext, device: torch.device) -> Any
     if value.keys() == {"size"}:
         return context.size(_typed(value["size"], str))
     if value.keys() != {"dtype", "shape"}:
-        raise SerialisationError("an unknown type")
+        raise SerialisationError("a type must be a size, or a dtype with a shape")
     shape = tuple(_typed(size, str) for size in _typed(value["shape"], list))
     return context.tensor(DTYPES[value["dtype"]], shape, device)
 
@@ -374,7 +374,7 @@ def _encode_output(spec: OutputSpec) -> dict[str, Any]:
     if spec.cls is not None:
         data["class"] = f"{spec.cls.__module__}:{spec.cls.__qualname__}"
         if not _OUTPUTS.fullmatch(spec.cls.__module__):
-            raise SerialisationError(f"output class {data['class']}")
+            raise SerialisationError(f"unsupported output class {data['class']}")
     return data
 
 
@@ -387,13 +387,13 @@ def _decode_output(data: Mapping[str, Any]) -> OutputSpec:
         len(fields) == (len(children) if named else 0) and len(set(fields)) == len(fields) and (nested or not children)
     )
     if not (nested or kind in ("leaf", "none")) or not fits or ("class" in data) != (kind == "class"):
-        raise SerialisationError(f"outputs of kind {kind!r}")
+        raise SerialisationError(f"invalid outputs of kind {kind!r}")
     cls = _output_class(_typed(data["class"], str), fields) if kind == "class" else None
     return OutputSpec(kind, fields, children, cls)
 
 
 def _output_class(text: str, fields: tuple[str, ...]) -> type[Any]:
-    """Return a class of outputs, or a named tuple, that a module of transformers' models defines itself.
+    """Return an output class, or a named tuple, that is defined in a module of a transformers model.
 
     Nothing else is imported.
     """
@@ -401,10 +401,10 @@ def _output_class(text: str, fields: tuple[str, ...]) -> type[Any]:
 
     module, _, name = text.partition(":")
     if not _OUTPUTS.fullmatch(module) or not name.isidentifier():
-        raise SerialisationError(f"output class {text!r}")
+        raise SerialisationError(f"unsupported output class {text!r}")
     cls: Any = vars(importlib.import_module(module)).get(name)
     own = isinstance(cls, type) and issubclass(cls, ModelOutput | tuple) and cls.__module__ == module
     known = getattr(cls, "__dataclass_fields__", getattr(cls, "_fields", ())) if own else ()
     if not own or not set(fields) <= set(known):
-        raise SerialisationError(f"output class {text!r}")
+        raise SerialisationError(f"unsupported output class {text!r}")
     return cast("type[Any]", cls)

@@ -1,7 +1,7 @@
-"""The history of a Program as JSON data: counts for every step and, separately, the nodes that it changed.
+"""A Program's history as JSON data: counts for each step and, separately, the nodes that it changed.
 
-Readers that only know counts skip the rest. A node is represented by its index if the graph still has it, and otherwise
-by its name.
+Readers that only understand counts skip the rest. A node is represented by its index if it is still in the graph, and
+otherwise by its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def history_to_json(history: Sequence[HistoryEntry], index: Mapping[str, int]) -
 
     Args:
         history: the history of the Program.
-        index: the number of every node of its graph, by name.
+        index: the index of each node in its graph, by name.
     """
 
     def reads(reading: Reads) -> list[Any]:
@@ -55,19 +55,19 @@ def history_from_json(data: Mapping[str, Any], names: Sequence[str]) -> list[His
         names: names of the nodes of the graph, in order.
 
     Raises:
-        HistoryError: the data is not a history.
+        HistoryError: if the data is not a history.
     """
 
     def typed(value: Any, wanted: type[Any]) -> Any:
         if type(value) is not wanted:
-            raise HistoryError(f"a {type(value).__name__} in the place of a {wanted.__name__}")
+            raise HistoryError(f"expected {wanted.__name__}, got {type(value).__name__}")
         return value
 
     def name(value: Any) -> str:
         if type(value) is str:
             return value
         if not 0 <= typed(value, int) < len(names):
-            raise HistoryError(f"node {value} of {len(names)}")
+            raise HistoryError(f"node {value} does not exist, the graph has {len(names)} nodes")
         return str(names[value])
 
     def reads(value: Any) -> Reads:
@@ -87,5 +87,5 @@ def history_from_json(data: Mapping[str, Any], names: Sequence[str]) -> list[His
     entries = [(typed(step, str), typed(added, int), typed(removed, int)) for step, added, removed in data["history"]]
     recorded = typed(data.get("changes", [None] * len(entries)), list)
     if len(recorded) != len(entries):
-        raise HistoryError(f"changes of {len(recorded)} steps of {len(entries)}")
+        raise HistoryError(f"changes must be recorded for all {len(entries)} steps, got {len(recorded)}")
     return [HistoryEntry(*entry, 0.0, changes(own)) for entry, own in zip(entries, recorded, strict=True)]
