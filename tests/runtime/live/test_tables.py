@@ -122,7 +122,7 @@ def test_a_layer_that_takes_something_out_is_its_own_python() -> None:
     model, x = Model(Removing), torch.randn(4, 6)
     compiled = graftc.compile(SPEC, model, (x,), cache=False)
     (stack,) = compiled.report.stacks
-    assert stack.level == "modules" and "takes something out of a table" in stack.reason
+    assert stack.level == "modules" and "removes an entry from a table" in stack.reason
     assert torch.equal(compiled(x)[0], model(x)[0])
-    with pytest.raises(graftc.GraftError, match="takes something out of a table"):
+    with pytest.raises(graftc.GraftError, match="removes an entry from a table"):
         graftc.compile({**SPEC, "capture": "layers"}, model, (x,), cache=False)

@@ -1,1 +1,1 @@
-"""Calls of the elements of a model that is taken apart: by the text of a flag, and with a cache of their own."""
+"""Calls of the elements of a model that is split into elements: their description as text, and their caches."""

@@ -1,6 +1,6 @@
-"""Operations that a model's Python applies to an element's result, and that can become part of the element's graph.
+"""Operations that a model's Python code applies to an element's result and that can join the element's graph.
 
-A loss over a vocabulary is such a part: in one graph with the head, logits can be made a few rows at a time.
+A loss over a vocabulary is an example: in one graph with the head, logits can be computed a few rows at a time.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 LOSS = functional.cross_entropy
-"""The function that such a part ends with."""
+"""The function that ends such a sequence of operations."""
 
 FLATTENING = (Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten)
-"""Functions that may put rows one behind the other."""
+"""Functions that may flatten rows into one axis."""
 
 _IN_BETWEEN: tuple[Any, ...] = (
     Tensor.float,
@@ -42,17 +42,17 @@ _FUNCTIONS: dict[str, Any] = {name: function for function, name in _NAMES.items(
 
 @dataclass(frozen=True)
 class ResultNumber:
-    """A placeholder for the element's result (0), or for the result of a step after it (from 1 on)."""
+    """A placeholder for the element's result (0), or for the result of a following step (1, 2, ...)."""
 
     number: int
 
 
 @dataclass(frozen=True)
 class FollowingCall:
-    """A call of a function that follows an element.
+    """A function call that follows an element.
 
     Attributes:
-        function: a function that has a name.
+        function: a function that `may_follow`.
         args, kwargs: its arguments: tensors, plain values, types, slices and `ResultNumber`, in tuples and lists.
     """
 
@@ -62,7 +62,7 @@ class FollowingCall:
 
     @property
     def name(self) -> str:
-        """The name of the function; see `function_of`."""
+        """The function's name; see `function_of`."""
         return _NAMES[self.function]
 
     def run(self, results: Sequence[Any]) -> Any:
@@ -71,17 +71,17 @@ class FollowingCall:
 
 
 def may_follow(function: Callable[..., Any]) -> bool:
-    """Return whether a call of a function may be such a step."""
+    """Return whether a function may be called in such a step."""
     return function in _IN_BETWEEN or function is LOSS
 
 
 def function_of(name: str) -> Any:
-    """Return the function of a step with this name."""
+    """Return the function with the name of a step."""
     return _FUNCTIONS[name]
 
 
 def put_in(value: Any, results: Sequence[Any]) -> Any:
-    """Replace every `ResultNumber` in a value by its result."""
+    """Replace every `ResultNumber` in a value with the corresponding result."""
     if isinstance(value, ResultNumber):
         return results[value.number]
     if type(value) in (tuple, list):

@@ -1,4 +1,4 @@
-"""Calls of a live model's elements as text: their arguments, with tensors numbered and everything else unchanged."""
+"""Represent calls of a live model's elements as text: tensors are numbered, and all other arguments are unchanged."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _PLAIN = (bool, int, float, str)
 
 @dataclass(frozen=True)
 class CallStructure:
-    """The arguments of a call, as text: equal for two calls that differ only in their tensors.
+    """A call's arguments as text, equal for two calls that differ only in their tensors.
 
     Attributes:
-        text: JSON of the positional arguments, of the keyword arguments, of the operations on the result, and of the
-            decisions by tensor values; the last two are left out if there are none.
+        text: JSON of the positional arguments, the keyword arguments, the operations on the result, and the decisions
+            on tensor values; the last two are omitted if empty.
     """
 
     text: str
@@ -44,17 +44,17 @@ class CallStructure:
         kwargs: dict[str, Any],
         steps: Sequence[FollowingCall] = (),
     ) -> tuple[CallStructure, list[Tensor]]:
-        """Return the structure of a call, and its tensors in order; a tensor that occurs twice is listed once.
+        """Return a call's structure, and its tensors in order; a tensor that occurs twice is listed once.
 
         Args:
-            path: the path of the module, for messages.
+            path: the module's path, for messages.
             module: the module that is called.
-            args, kwargs: the arguments of the call.
-            steps: operations on its result that are a part of the call.
+            args, kwargs: the call's arguments.
+            steps: operations on the result that are part of the call.
 
         Raises:
-            GraftError: GC031 for an argument that is neither a tensor, nor a plain value, nor a container of these, nor
-                a cache that only grows.
+            GraftError: GC031 for an argument that is not a tensor, a plain value, a container of these, or a cache that
+                only grows; also for a table that is passed twice.
         """
         tensors: dict[int, tuple[int, Tensor]] = {}
         tables: set[int] = set()
@@ -83,12 +83,13 @@ class CallStructure:
                 return {type(value).__name__: [described(item) for item in value]}
             if is_table(value):
                 if id(value) in tables:
-                    raise GraftError("GC031", "a layer is called with one table twice", hint="a graph takes it once")
+                    message = "a layer is called with the same table twice"
+                    raise GraftError("GC031", message, hint="pass the table once")
                 tables.add(id(value))
                 return {"table": [[key, described(item)] for key, item in value.items()]}
             if isinstance(value, dict) and all(isinstance(key, str) for key in value):
                 return {"dict": [[key, described(item)] for key, item in value.items()]}
-            hint = "a graph takes tensors, plain values, and tuples, lists and dicts of these"
+            hint = "pass tensors, plain values, or tuples, lists and dicts of these"
             raise GraftError("GC031", f"{path} is called with a {type(value).__name__}", hint=hint)
 
         parts = [described(tuple(args)), described(kwargs)]
@@ -97,12 +98,12 @@ class CallStructure:
         return cls(json.dumps(parts)), [tensor for _, tensor in tensors.values()]
 
     def build(self, module: nn.Module, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a call of a module with these tensors."""
+        """Return the arguments for a call of ``module`` with these tensors."""
         args, kwargs = _parsed(self.text)[:2]
         return _built(args, module, tensors), _built(kwargs, module, tensors)
 
     def finish(self, result: Any, module: nn.Module, tensors: Sequence[Tensor]) -> Any:
-        """Return the result of the call, given the result of the module."""
+        """Return the result of the call, given the module's result."""
         results = [result]
         for name, args, kwargs in _parsed(self.text)[2] if self.goes_on else ():
             step = FollowingCall(function_of(name), _built(args, module, tensors), _built(kwargs, module, tensors))
@@ -111,11 +112,11 @@ class CallStructure:
 
     @property
     def goes_on(self) -> bool:
-        """Whether operations on the module's result follow."""
+        """Whether the call includes operations on the module's result."""
         return any(_parsed(self.text)[2:3])
 
     def deciding(self, decisions: Mapping[str, Sequence[bool]]) -> CallStructure:
-        """Return the same call with other decisions by tensor values.
+        """Return the same call with different decisions on tensor values.
 
         Args:
             decisions: the decisions in order, by mode: "train", "eval".
@@ -132,27 +133,27 @@ class CallStructure:
         return self.deciding({}) if self.decides else self
 
     def decisions(self, mode: str) -> tuple[bool, ...]:
-        """Return the decisions by tensor values in a mode, in order."""
+        """Return the decisions on tensor values in a mode, in order."""
         return tuple(_parsed(self.text)[3].get(mode, ())) if self.decides else ()
 
     @property
     def decides(self) -> bool:
-        """Whether the call takes decisions by tensor values; these values are returned beside the result."""
+        """Whether the call makes decisions on tensor values, which it then returns along with the result."""
         return len(_parsed(self.text)) > 3
 
     @property
     def boxed(self) -> bool:
-        """Whether more than the result is returned."""
+        """Whether the call returns more than the result."""
         return self.cached or self.tabled or self.decides
 
     @property
     def cached(self) -> bool:
-        """Whether a cache is among the arguments; what is new in it is returned beside the result."""
+        """Whether a cache is among the arguments; its new contents are returned along with the result."""
         return '{"cache": ' in self.text
 
     @property
     def tabled(self) -> bool:
-        """Whether a table is among the arguments; what is put into it is returned beside the result."""
+        """Whether a table is among the arguments; entries added to it are returned along with the result."""
         return '{"table": ' in self.text
 
 
@@ -185,16 +186,16 @@ def _parsed(text: str) -> Any:
 
 
 CALLS = "graftc_calls"
-"""The flag that says which elements a graph calls, and how."""
+"""The flag that describes which elements a graph calls, and how."""
 
 
 def calls_in(flags: Iterable[tuple[str, Any]]) -> dict[str, CallStructure]:
-    """Return how a graph with these flags calls its elements, by their paths; empty for a model's own graph."""
+    """Return the structure of each element's call, by path, from a graph's flags; empty for a model's own graph."""
     return next((read_calls(str(value)) for name, value in flags if name == CALLS), {})
 
 
 def innermost(path: str, elements: Collection[str]) -> str:
-    """Return the innermost element that contains the module at a path; empty if none does."""
+    """Return the innermost element that contains the module at a path, or an empty string."""
     while path and path not in elements:
         path = path.rpartition(".")[0]
     return path
@@ -203,24 +204,24 @@ def innermost(path: str, elements: Collection[str]) -> str:
 def elements_in(flags: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
     """Return the paths of the elements that a graph with these flags calls; empty for a model's own graph.
 
-    Each element is called by itself.
+    Each element is called on its own.
     """
     return tuple(calls_in(flags))
 
 
 def input_name(path: str, index: int) -> str:
-    """Return the name of an element's tensor among a graph's inputs; its characters are valid in a parameter's name."""
+    """Return the graph input name of an element's tensor, in which all characters are valid in a parameter name."""
     name = re.sub(r"\W", lambda match: f"_{ord(match[0]):x}_", path.replace(".", "__"))
     return f"{name}__{index}"
 
 
 def input_names(path: str, known: Container[str]) -> list[str]:
-    """Return the names of an element's tensors among those of a graph's inputs, in order."""
+    """Return the graph input names of an element's tensors, in order, as far as they are among ``known``."""
     return list(takewhile(known.__contains__, (input_name(path, index) for index in count())))
 
 
 def write_calls(calls: Iterable[tuple[str, CallStructure]]) -> str:
-    """Return the value of `CALLS`: elements by the structure of their calls."""
+    """Return the value of the flag `CALLS`: elements grouped by the structure of their calls."""
     by_structure: dict[str, list[str]] = {}
     for path, structure in calls:
         by_structure.setdefault(structure.text, []).append(path)
@@ -229,5 +230,5 @@ def write_calls(calls: Iterable[tuple[str, CallStructure]]) -> str:
 
 @lru_cache(maxsize=64)
 def read_calls(text: str) -> dict[str, CallStructure]:
-    """Return the structure of every element's call, by its path."""
+    """Return the structure of each element's call, by the element's path."""
     return {path: CallStructure(structure) for structure, paths in json.loads(text) for path in paths}

@@ -1,8 +1,8 @@
-"""Decisions that an element's Python takes by tensor values. A graph is valid for one sequence of decisions.
+"""Decisions: branches in an element's Python code on tensor values. A graph is valid for one sequence of decisions.
 
-The graph returns the values that decisions were taken by, and its caller compares them: if a call would have decided
-differently, its results are dropped and another graph runs. This suits only decisions that rarely change (`varying`):
-those by buffers and masks, and by whether numbers are finite. A layer that decides by hidden states cannot be a graph.
+The graph returns the values on which its decisions are based, and its caller compares them: if a call would have
+decided differently, its results are discarded and another graph runs. This suits only decisions that rarely change
+(`varying`): on buffers, masks, and whether values are finite. A layer that branches on hidden states cannot be a graph.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch.overrides import TorchFunctionMode
 from graftc.passes.core.ir.program import Program, above, is_random
 
 DECIDED = "decided"
-"""The output that holds the values an element's decisions were taken by, ``bool[]`` each, in order."""
+"""The output with the values on which an element's decisions are based, ``bool[]`` each, in order."""
 
 
 class Decisions(TorchFunctionMode):
-    """A mode in which code that branches on a tensor takes the given decisions, while the tensors are recorded.
+    """A mode in which code that branches on tensors takes prescribed decisions, while the tensors are recorded.
 
     Args:
-        taken: the decisions, in order; later ones follow from the actual values.
+        taken: the prescribed decisions, in order; later ones are taken from the actual values.
 
     Attributes:
-        by: the value that each decision was taken by: ``bool[]``.
+        by: the value on which each decision is based: ``bool[]``.
         taken: every decision, in order.
     """
 
@@ -50,7 +50,7 @@ class Decisions(TorchFunctionMode):
 
 
 def _decides(func: Any, args: Sequence[Any]) -> bool:
-    """Return whether a call converts a single element to a Python bool."""
+    """Return whether a call converts a single-element tensor to a Python bool."""
     if func is Tensor.item and args[0].dtype != torch.bool:
         return False
     return func in _DECIDING and isinstance(args[0], Tensor) and args[0].numel() == 1
@@ -60,7 +60,7 @@ _DECIDING = (Tensor.__bool__, Tensor.item, Tensor.is_nonzero, torch.is_nonzero)
 
 
 def varying(program: Program) -> bool:
-    """Return whether a decision depends on random numbers or on hidden states, other than on whether these are finite.
+    """Return whether a decision depends on random numbers, or on hidden states other than through their finiteness.
 
     Args:
         program: the Program of a union of elements.
@@ -81,7 +81,7 @@ _FINITE = (
 
 
 def _decided(program: Program) -> list[Any]:
-    """Return the outputs of a union's Program that contain the values by which decisions were taken."""
+    """Return the outputs of a union's Program with the values on which decisions are based."""
     (output,) = program.graph.find_nodes(op="output")
     results, values = list(output.args[0]), list[Any]()
     for outer in program.outputs.children:

@@ -1,4 +1,4 @@
-"""Find the elements that may compute the outputs of a model that is taken apart."""
+"""Find the elements that may compute the outputs of a model that is split into elements."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from graftc.passes.core.ir.program import Program
 
 
 def last_elements(program: Program) -> frozenset[str] | None:
-    """Return the single maps that are called after every layer and every part of a layer.
+    """Return the elements outside the layers that are called after every layer and every part of a layer.
 
-    The graph of a union has an output for each element; of these only the last may be outputs of the model. Without
-    layers, all elements are returned.
+    The graph of a union has an output for each element, but only these elements can compute outputs of the model. If
+    the model has no layers, all elements are returned.
 
     Args:
-        program: the graph of a union, whose inputs are in the order of the calls. For any other, None is returned.
+        program: the graph of a union, with inputs in the order of the calls. For any other graph, None is returned.
     """
     elements = frozenset(elements_in(program.flags))
     if not elements:

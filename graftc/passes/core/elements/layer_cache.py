@@ -1,4 +1,4 @@
-"""A model's cache as one layer sees it: the layer's own keys, values and states go in, and the new ones come out."""
+"""A model's cache as seen by one layer: it provides the layer's keys, values and states, and collects the new ones."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Pair = tuple[Tensor, Tensor]
 
 
 class LayerCache:
-    """A replacement for the cache of a model in a call of one layer.
+    """A replacement for the model's cache in a call of one layer.
 
     Args:
-        layer: the number by which the layer asks for its part.
-        past: the keys and values of earlier tokens; None if there are none.
-        states: the states of a layer that keeps convolutions' inputs and recurrent states; None for any other layer.
-        sliding: whether the cache forgets all but the last tokens.
+        layer: the index with which the layer accesses its part of the cache.
+        past: the keys and values of earlier tokens; None if there are no such tokens.
+        states: the states of a layer that stores convolution inputs and recurrent states; None for any other layer.
+        sliding: whether the cache retains only the last tokens.
 
     Attributes:
-        new: the keys and values of the call's own tokens, once the layer has passed them.
-        states: the states as the layer leaves them; it may also write to them in place.
+        new: the keys and values of the call's own tokens, once the layer has passed them in.
+        states: the states as updated by the layer, which may also write to them in place.
     """
 
     def __init__(self, layer: int | None, past: Pair | None, states: Any = None, sliding: bool = False) -> None:
@@ -33,13 +33,13 @@ class LayerCache:
         self.states = states
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **options: Any) -> Pair:
-        """Take the keys and values of the call, and return those of all tokens.
+        """Store the keys and values of the call, and return those of all tokens.
 
         Raises:
-            LookupError: if the layer asks for another layer's, or asks a second time.
+            LookupError: if the layer updates another layer's part, or updates its own a second time.
         """
         if layer_idx != self._layer or self.new is not None:
-            raise LookupError("a layer updates the cache once, at its own number")
+            raise LookupError("a layer may update only its own part of the cache, and only once")
         self.new = keys, values
         if self._past is None:
             return keys, values
@@ -49,30 +49,32 @@ class LayerCache:
         """Return the number of earlier tokens.
 
         Raises:
-            LookupError: if the layer has states or only the last tokens, which do not say how many there were.
+            LookupError: if the layer has states or only the last tokens, from which the number cannot be determined.
         """
         if self.states is not None or self._sliding:
-            raise LookupError("a layer asks how many earlier tokens there were, of which not all are kept")
+            raise LookupError(
+                "a layer asks for the number of earlier tokens, but its cache does not retain all of them"
+            )
         return 0 if self._past is None else self._past[0].shape[-2]
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the inputs of a convolution that earlier tokens left; None if there are none."""
+        """Return the convolution inputs left by earlier tokens, or None."""
         states = self._states_of(layer_idx)
         return states.conv_states[state_idx] if states.has_previous_state[state_idx] else None
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        """Return the state that earlier tokens left; None if there is none."""
+        """Return the recurrent state left by earlier tokens, or None."""
         states = self._states_of(layer_idx)
         return states.recurrent_states[state_idx] if states.has_previous_state[state_idx] else None
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any) -> Any:
-        """Take the inputs of a convolution, and return them after those of earlier tokens."""
+        """Store a convolution's inputs, and return them appended to those of earlier tokens."""
         return self._states_of(layer_idx).update_conv_state(conv_states, state_idx, **options)
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **options: Any
     ) -> Any:
-        """Take a new state, and return it."""
+        """Store a new recurrent state, and return it."""
         return self._states_of(layer_idx).update_recurrent_state(recurrent_states, state_idx, **options)
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
@@ -81,27 +83,27 @@ class LayerCache:
         return any(previous.values()) if state_idx is None else bool(previous[state_idx])
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        """Return False: caches that keep earlier states are not described."""
+        """Return False: caches that record earlier states are not supported."""
         return False
 
     def _states_of(self, layer: int | None) -> Any:
         """Return the layer's states.
 
         Raises:
-            LookupError: if it asks for another layer's states, or has none.
+            LookupError: if the layer accesses another layer's states, or has no states.
         """
         if layer != self._layer or self.states is None:
-            raise LookupError("a layer reads and updates its own states")
+            raise LookupError("a layer may read and update only its own states")
         return self.states
 
     @property
     def layers(self) -> Mapping[int | None, Any]:
-        """The layer's own keys and values, which it reads instead of computing them again; empty if it has none."""
+        """The layer's own keys and values, read instead of being recomputed; empty if it has none."""
         return {self._layer: SimpleNamespace(keys=self._past[0], values=self._past[1])} if self._past else {}
 
 
 def cache_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return the model's cache among the arguments of a call of a layer; None if there is none."""
+    """Return the model's cache among a layer call's arguments, or None."""
 
     def is_cache(value: Any) -> bool:
         return hasattr(value, "update") and (hasattr(value, "layers") or hasattr(value, "self_attention_cache"))
@@ -110,16 +112,16 @@ def cache_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def describe(cache: Any, module: nn.Module, number: Callable[[Tensor], int]) -> Any:
-    """Return what a cache contains for a layer, as plain values; the inverse of `stand_in`.
+    """Return a layer's part of a cache as plain values; the inverse of `stand_in`.
 
     Args:
-        cache: the cache of the model.
+        cache: the model's cache.
         module: the layer.
-        number: assigns a number to each tensor.
+        number: a function that assigns a number to each tensor.
 
     Raises:
-        TypeError: for a layer without a single number of its own, and for a cache that does more than append new tokens
-            to earlier ones.
+        TypeError: for a layer without a unique index, and for a cache that does more than append new tokens to earlier
+            ones.
     """
     from transformers.cache_utils import DynamicSlidingWindowLayer, EncoderDecoderCache, LinearAttentionLayer
 
@@ -145,12 +147,12 @@ def describe(cache: Any, module: nn.Module, number: Callable[[Tensor], int]) -> 
 
 
 def stand_in(module: nn.Module, cache: Any, tensors: Sequence[Tensor]) -> Any:
-    """Return the replacement for a cache in a call of a layer.
+    """Return the replacement for a cache in a layer call.
 
     Args:
         module: the layer.
         cache: the description that `describe` returned.
-        tensors: the tensors, by number.
+        tensors: the tensors, indexed by their numbers.
     """
     layer = number_of(module)
 
@@ -166,7 +168,7 @@ def stand_in(module: nn.Module, cache: Any, tensors: Sequence[Tensor]) -> Any:
         return own(cache)
     from transformers.cache_utils import EncoderDecoderCache
 
-    # Layers check the class, whose constructor accepts only caches of its own library.
+    # Layers check for this class, but its constructor accepts only transformers' own caches.
     pair = EncoderDecoderCache.__new__(EncoderDecoderCache)
     vars(pair).update(self_attention_cache=own(cache["own"]), cross_attention_cache=own(cache["cross"]))
     vars(pair)["is_updated"] = {layer: cache["updated"]}
@@ -174,7 +176,7 @@ def stand_in(module: nn.Module, cache: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def news_of(cache: Any) -> Any:
-    """Return the new keys and values, and the states, in a cache's replacement after the call; None if it has none."""
+    """Return the new keys, values and states in a cache's replacement after the call, or None if it has none."""
     if isinstance(cache, LayerCache):
         return cache.new if cache.states is None else {"new": cache.new, "states": _states_in(cache.states)}
     if isinstance(own := getattr(cache, "self_attention_cache", None), LayerCache):
@@ -183,7 +185,7 @@ def news_of(cache: Any) -> Any:
 
 
 def write_back(cache: Any, module: nn.Module, news: Any) -> None:
-    """Write what `news_of` returned for a call into a model's cache."""
+    """Write the result of `news_of` for a call into the model's cache."""
     layer = number_of(module)
     if not isinstance(news, dict):
         if news is not None:
@@ -200,18 +202,18 @@ def write_back(cache: Any, module: nn.Module, news: Any) -> None:
 
 
 def number_of(module: nn.Module) -> int | None:
-    """Return the number by which a layer asks for its part of a cache; None if it has none, or several."""
+    """Return the index with which a layer accesses its part of a cache, or None if it has no unique index."""
     indices = (getattr(each, "layer_idx", None) for each in module.modules())
     numbers = {number for number in indices if isinstance(number, int)}
     return numbers.pop() if len(numbers) == 1 else None
 
 
 def _layer_in(cache: Any, layer: int) -> Any:
-    """Return what a cache contains for a layer; None if it contains nothing.
+    """Return a layer's part of a cache, or None if the cache has nothing for it.
 
     Raises:
-        TypeError: for a cache that a graph does not support, and for a part of one that does more than append new
-            tokens to earlier ones, or replace its states.
+        TypeError: for a cache that graphs do not support, and for a layer's part that does more than append new tokens
+            to earlier ones or replace its states.
     """
     from transformers import cache_utils
     from transformers.cache_utils import DynamicCache
@@ -221,7 +223,9 @@ def _layer_in(cache: Any, layer: int) -> Any:
     if layer >= len(cache.layers):
         return None
     entry: Any = cache.layers[layer]
-    if type(entry) is getattr(cache_utils, "DummyLayer", None):  # for a layer that reads another's keys and values
+    if type(entry) is getattr(
+        cache_utils, "DummyLayer", None
+    ):  # for a layer that reads another layer's keys and values
         return None
     taken = [getattr(cache_utils, name, None) for name in _TAKEN]
     if type(entry) not in taken or getattr(entry, "record_past", False):
@@ -236,20 +240,20 @@ _TAKEN = (
     "LinearAttentionAndFullAttentionLayer",
     "LinearAttentionAndSlidingWindowAttentionLayer",
 )
-"""Classes of transformers for one layer of a cache; not all of its versions have the last two."""
+"""Supported transformers classes for one layer of a cache; older versions lack the last two."""
 
 
 def _past_in(cache: Any) -> Pair | None:
-    """Return the keys and values that a cache has of a layer's earlier tokens; None if there are none."""
+    """Return the cached keys and values of a layer's earlier tokens, or None."""
     if cache is None or not hasattr(cache, "keys"):
         return None
     return (cache.keys, cache.values) if cache.get_seq_length() else None
 
 
 def _states_in(cache: Any) -> list[list[Tensor]]:
-    """Return what earlier tokens left in each state of a layer.
+    """Return the tensors that earlier tokens left in each of a layer's states.
 
-    That is nothing, a convolution's inputs, or these and a recurrent state.
+    Each state has no tensors, a convolution's inputs, or these and a recurrent state.
     """
     pairs = [
         (cache.conv_states[number], cache.recurrent_states[number]) if cache.has_previous_state[number] else ()
@@ -259,7 +263,7 @@ def _states_in(cache: Any) -> list[list[Tensor]]:
 
 
 def _with_states(states: Sequence[Sequence[Tensor]]) -> Any:
-    """Return a layer of a cache with copies of states that `_states_in` of another layer returned."""
+    """Return a cache layer with copies of the states that `_states_in` returned for another layer."""
     from transformers.cache_utils import LinearAttentionLayer
 
     copied = LinearAttentionLayer(number_of_states=len(states))
@@ -268,7 +272,7 @@ def _with_states(states: Sequence[Sequence[Tensor]]) -> Any:
 
 
 def _write_states(layer: Any, states: Sequence[Sequence[Tensor]]) -> None:
-    """Copy states into a layer of a cache."""
+    """Copy states into a cache layer."""
     for number, (conv, *recurrent) in ((number, pair) for number, pair in enumerate(states) if pair):
         if not layer.is_conv_states_initialized[number]:
             layer.lazy_initialization(conv_states=conv, state_idx=number)

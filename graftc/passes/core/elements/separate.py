@@ -1,9 +1,9 @@
-"""Make each element of a union compute for itself what depends on tensors and sizes alone.
+"""Make each element of a union compute its own copies of values that depend only on tensors and sizes.
 
 If a conversion changes nothing, such as that of a ``float32`` weight to ``float32``, torch returns the weight itself,
-and the tracer takes every later reader of that weight for a reader of the conversion. With a weight that several
-elements share, one of them then reads a value of another, whose inputs a call of it does not have. Sizes of one name
-are read from the first input that has them, which may belong to another element.
+and the tracer treats every later reader of that weight as a reader of the conversion. If several elements share the
+weight, one of them then reads another's value, although its calls do not have the other's inputs. A named size is read
+from the first input that has it, which may also belong to another element.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _SIZE = torch.ops.aten.sym_size.int
 
 
 def separate(program: Program) -> None:
-    """Recompute, in each element that reads it, what another element has computed from tensors and sizes alone.
+    """Recompute in each element the values that it reads from other elements and that depend only on tensors and sizes.
 
     Args:
-        program: a Program of a union of elements, which is changed in place; a model's own Program is not changed.
+        program: the Program of a union of elements, changed in place; a model's own Program is left unchanged.
     """
     elements = frozenset(elements_in(program.flags))
     if elements:
@@ -57,7 +57,7 @@ class _Separation:
             self._settle(node)
 
     def _settle(self, node: fx.Node) -> None:
-        """Record a value that depends on tensors and sizes alone, with the inputs whose sizes it reads."""
+        """Record a value that depends only on tensors and sizes, with the inputs whose sizes it reads."""
         sources = node.all_input_nodes
         if node.op == "get_attr":
             self._settled[node] = frozenset()
@@ -69,11 +69,11 @@ class _Separation:
             self._settled[node] = frozenset[fx.Node]().union(*(self._settled[source] for source in sources))
 
     def _is_anothers(self, source: fx.Node, home: str) -> bool:
-        """Return whether a value is computed in another element, or from sizes of another one's inputs."""
+        """Return whether a value is computed in another element, or from the sizes of another element's inputs."""
         return self._home(source) not in ("", home) or any(self._owner[n] != home for n in self._settled[source])
 
     def _home(self, node: fx.Node) -> str:
-        """Return the innermost element that computes a node; empty if none does."""
+        """Return the innermost element that computes a node, or an empty string."""
         return self._homes.get(node) or self._module_of(node)
 
     def _module_of(self, node: fx.Node) -> str:
@@ -82,12 +82,12 @@ class _Separation:
         return innermost(str(node.meta.get("module", "")), self._elements)
 
     def _only_reader(self, node: fx.Node) -> str:
-        """Return the only element that reads a value of no module, such as a state of its cache; otherwise empty."""
+        """Return the only element that reads a value without a module, such as a cache state, or an empty string."""
         readers = {self._homes[user] for user in node.users} if node.op == "call_function" else set()
         return readers.pop() if len(readers) == 1 else ""
 
     def _copied(self, source: fx.Node, home: str, reader: fx.Node) -> fx.Node:
-        """Return an element's own copy of a value of tensors and sizes alone, placed before its first reader there."""
+        """Return an element's own copy of such a value, placed before its first reader in that element."""
         if source.op == "get_attr" or not self._is_anothers(source, home):
             return source
         if (home, source) not in self._copies:
@@ -105,7 +105,7 @@ class _Separation:
         return copied
 
     def _size_of(self, source: fx.Node, home: str, _: fx.Node) -> fx.Node:
-        """Read a size from an input of the element itself instead of another element's."""
+        """Read a size from an input of the element itself instead of an input of another element."""
         node, axis = source.args
         assert isinstance(node, fx.Node) and isinstance(axis, int)
         size = self._specs[node].shape[axis]

@@ -1,6 +1,6 @@
 """Tables that layers pass to each other, such as the keys and values that later layers of Gemma 4 share.
 
-The entries that a call puts into a table are results of its graph, and are copied into the caller's own table.
+The entries that a call adds to a table are results of its graph, and are copied into the caller's own table.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ Table = UserDict[str, Any]
 
 
 def is_table(value: Any) -> bool:
-    """Return whether a value is a `UserDict` with strings as keys; a plain dict is a container of arguments."""
+    """Return whether a value is a `UserDict` with string keys; a plain dict counts as a container of arguments."""
     return isinstance(value, UserDict) and all(isinstance(key, str) for key in value)
 
 
 def tables_among(*values: Any) -> list[Table]:
-    """Return the tables among arguments and in containers among these, in order."""
+    """Return the tables among arguments, including those nested in containers, in order."""
     tables: list[Table] = []
     for value in values:
         if is_table(value):
@@ -33,26 +33,26 @@ def tables_among(*values: Any) -> list[Table]:
 
 
 def contents(tables: Sequence[Table]) -> list[dict[str, Any]]:
-    """Return copies of the entries of tables."""
+    """Return a copy of each table's entries."""
     return [dict(table) for table in tables]
 
 
 def put_since(tables: Sequence[Table], before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the entries put into tables since `contents`, by the number of the table and the key.
+    """Return the entries added to tables since ``before``, by the table's index and the key.
 
     Raises:
-        GraftError: GC030 if something was taken out.
+        GraftError: GC030 if an entry was removed.
     """
     entries: dict[str, Any] = {}
     for number, (table, old) in enumerate(zip(tables, before, strict=True)):
         if not old.keys() <= table.keys():
-            raise GraftError("GC030", "a layer takes something out of a table that it is called with")
+            raise GraftError("GC030", "a layer removes an entry from a table that it is called with")
         entries |= {f"{number} {key}": value for key, value in table.items() if old.get(key) is not value}
     return entries
 
 
 def put_into(tables: Sequence[Table], returned: Mapping[str, Any]) -> None:
-    """Put what a graph has returned for `put_since` into tables."""
+    """Write the entries that `put_since` returned into tables."""
     for name, value in returned.items():
         number, _, key = name.partition(" ")
         tables[int(number)][key] = value
