@@ -1,4 +1,4 @@
-"""Configs of peft: reading by the tables of methods, and conversion to the equivalent spec. No torch, and no peft."""
+"""Read peft configs with the methods' tables, and convert them to equivalent specs. Imports neither torch nor peft."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def is_foreign(source: object) -> bool:
-    """Return whether something is a config of peft, as an object or as data, or a mapping with several by name."""
+    """Return whether ``source`` is a peft config, as an object or plain data, or a mapping of peft configs by name."""
     configs = [source, *source.values()] if isinstance(source, Mapping) else [source]
     return any(_kind(config) is not None for config in configs)
 
@@ -19,10 +19,10 @@ def _kind(config: object) -> Any:
 
 
 def check_config(source: object, where: str) -> None:
-    """Raise unless the source is a config of peft that has an equivalent here, for any model.
+    """Raise an error unless the source is a peft config that has an equivalent here, for any model.
 
     Raises:
-        GraftError: the same as for `translated`.
+        GraftError: as for `translated`.
     """
     from graftc.specs.foreign.config import read_config
     from graftc.specs.foreign.starts import starts_of
@@ -32,10 +32,10 @@ def check_config(source: object, where: str) -> None:
 
 
 def translated(source: object, where: str = "the config") -> dict[str, Any]:
-    """Return the spec that is equivalent to a config of peft, as plain data.
+    """Return the spec equivalent to a peft config, as plain data.
 
     Raises:
-        GraftError: GC073 for several configs, GC111 and GC112 as for `graftc.specs.foreign.config.read_config`.
+        GraftError: GC073 for several configs; GC111 and GC112 as for `graftc.specs.foreign.config.read_config`.
     """
     from graftc.specs.foreign.translate import translate
 

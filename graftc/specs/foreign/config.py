@@ -1,8 +1,8 @@
-"""``adapter_config.json`` as data: read strictly, and compared with the tables of methods.
+"""Read ``adapter_config.json`` strictly as data, and compare it with the methods' tables.
 
-A field is a hyper-parameter of the method, a pattern of modules, or one of two kinds of option: those that change
-nothing about what has been trained are ignored, and those that change the function of the tensors are refused unless
-they are off. Fields that name code, such as the base's class, are ignored: nothing is imported.
+A field is a hyperparameter of the method, a module pattern, or one of two kinds of option: those that do not affect the
+trained tensors' function are ignored, and those that do are refused unless they are off. Fields that name code, such as
+the base's class, are ignored: nothing is imported.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from graftc.specs.strict_json import read_json
 
 CONFIG = "adapter_config.json"
 MOST = 16 * 2**20
-"""The largest size of the file in bytes: AdaLoRA writes a flag for each rank of each layer."""
+"""The maximum file size in bytes: AdaLoRA writes a flag for each rank of each layer."""
 
 _VALUES = 2**20
 _INERT = frozenset({"inference_mode", "peft_version", "revision", "base_model_name_or_path"})
-"""Fields of every type that say where an adapter comes from."""
+"""Fields of every type that describe an adapter's origin."""
 
 
 class AdapterConfig(BaseModel):
@@ -60,7 +60,7 @@ class AdapterConfig(BaseModel):
 
     @property
     def matcher(self) -> RegexMatcher:
-        """The matcher of its regular expressions, which share one time limit."""
+        """The matcher for its regular expressions, which share one time limit."""
         return self._matcher
 
     @property
@@ -70,12 +70,12 @@ class AdapterConfig(BaseModel):
 
     @property
     def is_prompt(self) -> bool:
-        """Whether it adds virtual tokens, so that no module is adapted."""
+        """Whether it adds virtual tokens instead of adapting modules."""
         return self.format[1].joined is not None
 
     @property
     def format(self) -> tuple[type[MethodSpec], PeftFormat]:
-        """The equivalent method, with its table.
+        """The equivalent method and its table.
 
         Raises:
             GraftError: GC112 for a type that has no equivalent method.
@@ -86,17 +86,17 @@ class AdapterConfig(BaseModel):
                 return spec_class, table
         for name in (name for _, table in kinds for name in table.when if name in self.own):
             what = f"{name}: {shown(self.own[name])} has no equivalent here"
-            raise GraftError("GC112", what, place=Place(CONFIG, path=name), hint="PEFT writes true, false or null")
+            raise GraftError("GC112", what, place=Place(CONFIG, path=name), hint="set it to true, false or null")
         what = f"PEFT's type {quoted(self.peft_type)} is not supported"
-        raise GraftError("GC112", what, hint=f"the types that work are {', '.join(sorted(formats()))}")
+        raise GraftError("GC112", what, hint=f"the supported types are {', '.join(sorted(formats()))}")
 
     def value(self, field: str, default: Any = None) -> Any:
-        """Return the value of a field, common or specific to the type."""
+        """Return the value of a field, whether common or specific to the type."""
         return getattr(self, field) if field in type(self).model_fields else self.own.get(field, default)
 
 
 def formats() -> dict[str, list[tuple[type[MethodSpec], PeftFormat]]]:
-    """Return the methods that peft also has, by peft's type."""
+    """Return the methods that peft also has, with their tables, by peft's type."""
     methods: dict[str, list[tuple[type[MethodSpec], PeftFormat]]] = {}
     for entry in method_specs().values():
         table = vars(entry.spec_class).get("peft")
@@ -107,7 +107,7 @@ def formats() -> dict[str, list[tuple[type[MethodSpec], PeftFormat]]]:
 
 
 def beside() -> tuple[type[MethodSpec], PeftFormat, str]:
-    """Return the method whose tensors may accompany those of another one, its table, and its key there."""
+    """Return the method whose tensors may accompany another method's, its table, and its key in the other's config."""
     pairs = (pair for kinds in formats().values() for pair in kinds)
     return next(
         (spec_class, table, part.nested)
@@ -118,10 +118,10 @@ def beside() -> tuple[type[MethodSpec], PeftFormat, str]:
 
 
 def config_bytes(path: Path) -> bytes:
-    """Return the bytes of a config's file.
+    """Return the bytes of a config file.
 
     Raises:
-        GraftError: GC111 if it cannot be read, or is larger than a config may be.
+        GraftError: GC111 if it cannot be read, or exceeds the maximum size.
     """
     try:
         return read_regular(path, MOST)
@@ -131,22 +131,22 @@ def config_bytes(path: Path) -> bytes:
 
 
 def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
-    """Read a config from the bytes of its file, or from plain data.
+    """Read a config from its file's bytes, or from plain data.
 
     Args:
         raw: JSON or a mapping.
-        where: the path of the file, for errors.
+        where: the file's path, for errors.
 
     Raises:
-        GraftError: GC111 if it is not a config or has an unknown field, GC112 for a type or an option that has no
+        GraftError: GC111 if it is not a config or has an unknown field; GC112 for a type or an option that has no
             equivalent here.
     """
     try:
         data = read_json(raw, MOST, values=_VALUES) if isinstance(raw, bytes) else dict(raw)
     except ValueError as error:
-        raise GraftError("GC111", f"it is not JSON: {error}", place=Place(where)) from None
+        raise GraftError("GC111", f"it is not valid JSON: {error}", place=Place(where)) from None
     if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
-        hint = "a config of PEFT is a mapping with peft_type"
+        hint = "a PEFT config is a mapping with a peft_type"
         raise GraftError("GC111", "it has no peft_type", place=Place(where), hint=hint)
     try:
         config = AdapterConfig.model_validate(data)
@@ -167,8 +167,8 @@ def _check_fields(config: AdapterConfig, where: str) -> None:
     known = table.known | _INERT | set(AdapterConfig.model_fields)
     unknown = sorted(config.own.keys() - known)
     if unknown:
-        hint, _ = correction(unknown[0], known, "remove it if it is not about the adapter's function")
-        message = f"fields are unknown to {config.peft_type}: {some(unknown)}"
+        hint, _ = correction(unknown[0], known, "remove it if it does not affect the adapter's function")
+        message = f"unknown fields for {config.peft_type}: {some(unknown)}"
         raise GraftError("GC111", message, place=Place(where, path=unknown[0]), hint=hint)
     numbers = (name for name in _NUMBERS if name in table.fields and name in config.own)
     if empty := [name for name in numbers if config.own[name] is None]:
@@ -192,15 +192,15 @@ _NUMBERS = ("r", "lora_alpha", "alpha", "init_r", "num_virtual_tokens")
 def _same(given: Any, value: Any) -> bool:
     """Return whether an option has its supported value.
 
-    Null means that the option is not set; one that is off may have any empty value.
+    Null means that the option is not set; an option that must be off may have any empty value.
     """
     return given is None or given == value or (not value and not given)
 
 
 def matching(pattern_keys: Sequence[str], module: str, matcher: RegexMatcher) -> str | None:
-    """Return the first key of peft's `rank_pattern` or `alpha_pattern` that matches a module; None if none does.
+    """Return the first key of peft's `rank_pattern` or `alpha_pattern` that matches a module, or None.
 
-    Keys are regular expressions for the end of a path; keys that are plain names are compared as such.
+    Keys are regular expressions for the end of a path; plain names are compared literally.
     """
     for key in pattern_keys:
         plain = key.replace(".", "").replace("_", "").replace("-", "").isalnum()

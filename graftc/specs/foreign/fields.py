@@ -1,4 +1,4 @@
-"""Conversion of a peft config to the fields of a spec: values, patterns of ranks, lists of modules, trained rows."""
+"""Convert a peft config to the fields of a spec: values, rank patterns, module lists, trained rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from graftc.specs.foreign.config import CONFIG, AdapterConfig, beside, matching
 
 
 def fields_of(config: AdapterConfig) -> dict[str, Any]:
-    """Return the fields of our spec, without target and name.
+    """Return the fields of our spec, except target and name.
 
     Raises:
         GraftError: GC112 for a value that has no equivalent.
@@ -28,7 +28,7 @@ def fields_of(config: AdapterConfig) -> dict[str, Any]:
             if not isinstance(value, str | bool) or value not in meanings:
                 known = ", ".join(shown(word) for word in meanings)
                 message = f"{theirs}: {shown(value)} has no equivalent here"
-                hint = f"the values that work are {known}; convert the adapter to a plain one in PEFT"
+                hint = f"the supported values are {known}; convert the adapter to a plain one in PEFT"
                 raise GraftError("GC112", message, place=Place(CONFIG, path=theirs), hint=hint)
             value = meanings[value]
         fields[ours] = value
@@ -41,7 +41,7 @@ def fields_of(config: AdapterConfig) -> dict[str, Any]:
 
 
 def method_at(config: AdapterConfig, module: str) -> MethodSpec:
-    """Return the spec that applies to a module, or to a parameter of one.
+    """Return the spec that applies to a module, or to a module's parameter.
 
     Raises:
         GraftError: GC112 for a value that has no equivalent, or that our method does not accept.
@@ -52,7 +52,7 @@ def method_at(config: AdapterConfig, module: str) -> MethodSpec:
         given = config.value(theirs) or {}
         if not isinstance(given, Mapping):
             raise GraftError(
-                "GC111", f"{theirs} is {shown(given)}, it must be a mapping", place=Place(CONFIG, path=theirs)
+                "GC111", f"{theirs} must be a mapping, got {shown(given)}", place=Place(CONFIG, path=theirs)
             )
         key = matching(list(given), module, config.matcher)
         if key is not None:
@@ -66,7 +66,7 @@ def method_at(config: AdapterConfig, module: str) -> MethodSpec:
 
 
 def is_listed(config: AdapterConfig, field: str, module: str) -> bool:
-    """Return whether a list in the config names a module: by the end of its path, or by a regular expression."""
+    """Return whether a list in the config names a module, by the end of its path or by a regular expression."""
     given = config.value(field)
     if isinstance(given, str):
         return bool(config.matcher.matching(given, [module]))
@@ -74,33 +74,33 @@ def is_listed(config: AdapterConfig, field: str, module: str) -> bool:
 
 
 def takes_bias(config: AdapterConfig, adapted: Collection[str], module: str) -> bool:
-    """Return whether the bias of a module trains along with the method."""
+    """Return whether a module's bias trains along with the method."""
     policy = config.value("bias", "none")
     return policy == "all" or (policy == "lora_only" and module in adapted)
 
 
 def rows_of(config: AdapterConfig, module: str) -> tuple[list[int], tuple[int, ...] | None]:
-    """Return the rows of an embedding table that train, ascending, and the position of each in the file.
+    """Return the trained rows of an embedding table in ascending order, and the position of each in the file.
 
     The positions are None if the file has the same order.
 
     Raises:
-        GraftError: GC112 for rows that are named twice or counted from the end, or if no list names any.
+        GraftError: GC112 for rows that are named twice or have negative indices, or if no rows are named.
     """
     given = config.value("token_indices") if "token_indices" in config.own else config.trainable_token_indices
     if isinstance(given, Mapping):
         named = [rows for word, rows in given.items() if module == word or module.endswith(f".{word}")]
         given = named[0] if named else None
     if not isinstance(given, list) or not given or any(type(row) is not int or row < 0 for row in given):
-        message = f"the config says no rows of {module} that train: {shown(given)}"
-        raise GraftError("GC112", message, place=Place(CONFIG), hint="token indices are whole numbers from 0")
+        message = f"the trained rows of {module} must be a list of token indices, got {shown(given)}"
+        raise GraftError("GC112", message, place=Place(CONFIG), hint="use non-negative integers as token indices")
     if len(set(given)) != len(given):
-        message = f"the rows of {module} that train are named more than once"
+        message = f"some trained rows of {module} are named more than once"
         raise GraftError("GC112", message, place=Place(CONFIG), hint="name each token once")
     order = sorted(range(len(given)), key=given.__getitem__)
     return sorted(given), None if order == list(range(len(given))) else tuple(order)
 
 
 def table_rows(rows: list[int], module: str) -> MethodSpec:
-    """Return the spec of rows of a table that train along with another method."""
+    """Return the spec for table rows that train along with another method."""
     return beside()[0].model_validate({"rows": rows, "target": {"modules": module}})

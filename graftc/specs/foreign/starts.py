@@ -1,4 +1,4 @@
-"""Initial values of a peft config that is used as a spec, as fields of the spec."""
+"""Convert the initialisation in a peft config that is used as a spec to fields of the spec."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from graftc.specs.foreign.config import AdapterConfig
 
 
 def starts_of(config: AdapterConfig, where: str) -> dict[str, Any]:
-    """Return the fields of our spec about initial values.
+    """Return the fields of our spec that set initial values.
 
-    A checkpoint may have any of them, since nothing of them remains in what has been trained; if a config is used as a
-    spec, one without an equivalent would start training from other values.
+    A checkpoint may have any initialisation, since the trained tensors no longer depend on it; but if a config is used
+    as a spec, an initialisation without an equivalent would start training from different values.
 
     Raises:
         GraftError: GC112 for an initialisation that has no equivalent.
@@ -26,8 +26,8 @@ def starts_of(config: AdapterConfig, where: str) -> dict[str, Any]:
         known = value.lower() if isinstance(value, str) and value.lower() in meanings else value
         if not isinstance(known, str | bool | int | float | None) or known not in meanings:
             words = ", ".join(shown(word) for word in meanings)
-            hint = f"the values that work are {words}" if words else "train by PROMPT_TUNING, or by a spec"
-            message = f"{theirs}: {shown(value)} starts training from values that there are not here"
+            hint = f"the supported values are {words}" if words else "train with PROMPT_TUNING, or with a spec"
+            message = f"{theirs}: {shown(value)} is an initialisation that has no equivalent here"
             raise GraftError("GC112", message, place=Place(where, path=theirs), hint=hint)
         fields |= meanings[known]
     return fields

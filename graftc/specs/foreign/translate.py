@@ -1,4 +1,4 @@
-"""Conversion of a config of peft to the equivalent spec, before there is a model."""
+"""Convert a peft config to the equivalent spec, without a model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAIN = re.compile(r"[\w.-]+")
 
 
 def translate(source: object, where: str) -> dict[str, Any]:
-    """Return the spec that is equivalent to a config of peft, as plain data."""
+    """Return the spec equivalent to a peft config, as plain data."""
     config = read_config(as_data(source), where)
     starts = starts_of(config, where)
     sides = {own.field: own.otherwise for own in config.format[1].lists.values()}
@@ -34,19 +34,21 @@ def translate(source: object, where: str) -> dict[str, Any]:
 
 
 def as_data(source: object) -> dict[str, Any]:
-    """Return the fields of a config; of a mapping of configs by name, those of the only one.
+    """Return a config's fields, or those of the only config in a mapping of configs by name.
 
     Raises:
-        GraftError: GC073 for several.
+        GraftError: GC073 if the mapping does not contain exactly one config.
     """
     if isinstance(source, Mapping) and "peft_type" not in source:
         configs = [value for value in source.values() if value is not None]
         if len(configs) != 1:
-            hint = "give one of them"
-            raise GraftError("GC073", f"there are configs of {len(configs)} adapters: {some(list(source))}", hint=hint)
+            hint = "pass one of them"
+            raise GraftError(
+                "GC073", f"expected the config of one adapter, got {len(configs)}: {some(list(source))}", hint=hint
+            )
         source = configs[0]
     fields = source if isinstance(source, Mapping) else vars(source)
-    if is_dataclass(source):  # peft stores more on the object than the config's fields
+    if is_dataclass(source):  # peft stores more attributes on the object than the config's fields
         fields = {field.name: fields[field.name] for field in dataclass_fields(source) if field.name in fields}
     return {str(name): _plain(value) for name, value in fields.items() if not str(name).startswith("_")}
 
@@ -66,7 +68,7 @@ def _refused(what: str, where: str, field: str, hint: str) -> GraftError:
 
 
 def _target(config: AdapterConfig, where: str) -> dict[str, Any]:
-    """Return the target of the adaptation; empty if the method's own default applies."""
+    """Return the adaptation's target, or an empty mapping if the method's own default applies."""
     spec_class, table = config.format
     if table.joined is not None:
         return {}
@@ -74,7 +76,7 @@ def _target(config: AdapterConfig, where: str) -> dict[str, Any]:
     named = config.target_modules
     if named == "all-linear":
         hint = "name modules, or use a spec with roles: attn.{q,k,v,o} and ffn.{up,gate,down}"
-        raise _refused("which layers are 'all-linear' depends on the model", where, "target_modules", hint)
+        raise _refused("the layers selected by 'all-linear' depend on the model", where, "target_modules", hint)
     if isinstance(named, str):
         target["regex"] = named
     elif named or config.target_parameters:
@@ -82,15 +84,17 @@ def _target(config: AdapterConfig, where: str) -> dict[str, Any]:
     elif "rows" in spec_class.model_fields:
         target["role"] = "embed"
     elif not _places_itself(spec_class):
-        hint = "PEFT would choose by the kind of the model; name modules"
+        hint = "PEFT would choose modules by model type; name them"
         raise _refused("target_modules is not given", where, "target_modules", hint)
     if isinstance(config.exclude_modules, str):
-        raise _refused("exclude_modules is a regular expression", where, "exclude_modules", "list the names of modules")
+        raise _refused("exclude_modules is a regular expression", where, "exclude_modules", "list module names")
     if config.exclude_modules:
         target["exclude"] = [f"**.{name}" for name in config.exclude_modules]
     if config.layers_pattern:
         hint = "leave it out: layers are found without it"
-        raise _refused(f"layers_pattern {quoted(str(config.layers_pattern))}", where, "layers_pattern", hint)
+        raise _refused(
+            f"layers_pattern {quoted(str(config.layers_pattern))} is not supported", where, "layers_pattern", hint
+        )
     if config.layers_to_transform not in (None, []):
         target["layers"] = config.layers_to_transform
     return {"target": target} if target else {}
@@ -102,15 +106,15 @@ def _places_itself(spec_class: type[MethodSpec]) -> bool:
 
 
 def _overrides(config: AdapterConfig, where: str) -> list[dict[str, Any]]:
-    """Return the values that differ for some modules; longer keys come first, since the first match applies."""
+    """Return the overrides for some modules; longer keys come first, since the first match applies."""
     _, table = config.format
     given = {ours: config.value(theirs) or {} for theirs, ours in table.patterns.items()}
     keys = list(dict.fromkeys(key for own in given.values() for key in own))
     strange = [key for key in keys if not _PLAIN.fullmatch(key)]
     if strange:
-        hint = "write the names of modules, or the spec's overrides"
+        hint = "write module names, or use overrides in a spec"
         field = next(theirs for theirs in table.patterns if strange[0] in (config.value(theirs) or {}))
-        raise _refused(f"{field} has the regular expression {quoted(strange[0])}", where, field, hint)
+        raise _refused(f"{field} contains the regular expression {quoted(strange[0])}", where, field, hint)
     overrides = []
     for key in sorted(keys, key=lambda key: -len(key)):
         hits = {ours: matching(list(own), key, config.matcher) for ours, own in given.items()}
@@ -119,13 +123,13 @@ def _overrides(config: AdapterConfig, where: str) -> list[dict[str, Any]]:
     for theirs, own in table.lists.items():
         listed: Sequence[str] = as_items(config.value(theirs))
         if isinstance(config.value(theirs), str):
-            raise _refused(f"{theirs} is a regular expression", where, theirs, "list the names of modules")
+            raise _refused(f"{theirs} is a regular expression", where, theirs, "list module names")
         overrides += [{"modules": f"**.{name}", own.field: own.listed} for name in listed]
     return overrides
 
 
 def _rows(config: AdapterConfig) -> list[dict[str, Any]]:
-    """Return the adaptations for rows of tables that train along with the method."""
+    """Return the adaptations for table rows that train along with the method."""
     given = config.trainable_token_indices
     tag = beside()[0].tag()
     if isinstance(given, Mapping):
