@@ -55,7 +55,7 @@ _PARTS: Mapping[str, str] = MappingProxyType(
         "export.exporting:Exporting": "export",
         "offered.saving:Saving": "save",
         "offered.warming:Warming": "warm_up",
-        "offered.state:StateDicts": "adapter_state_dict full_state_dict load_adapter_state_dict record",
+        "offered.state_dicts:StateDicts": "adapter_state_dict full_state_dict load_adapter_state_dict record",
         "offered.ecosystem:Ecosystem": "add_model_tags disable_input_require_grads enable_input_require_grads "
         "floating_point_ops get_decoder get_input_embeddings get_memory_footprint get_nb_trainable_parameters "
         "get_output_embeddings num_parameters print_trainable_parameters save_pretrained tie_weights",

@@ -1,4 +1,4 @@
-"""Coded errors and warnings, and the format of values in messages and in notebooks. The standard library only.
+"""Coded errors and warnings, and the formatting of values in messages and notebooks. Uses only the standard library.
 
-A new code is added to `catalogue`, from which ``docs/errors.md`` is generated.
+New codes go into `catalogue`, from which ``docs/errors.md`` is generated.
 """

@@ -1,4 +1,4 @@
-"""Conversion of errors that other libraries raise on untrusted files to coded errors. The standard library only."""
+"""Convert errors that other libraries raise for untrusted files to coded errors. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from graftc.specs.errors.diagnostics import GraftError, GraftWarning, first_line
 
 
 def is_failure(error: BaseException) -> bool:
-    """Return whether a raised exception means that work failed.
+    """Return whether a raised exception means that an operation failed.
 
-    Failures are any `Exception`, and a panic of a library in Rust, which is not an `Exception`. An exception that ends
-    a program, a generator or a task is not a failure.
+    Any `Exception` is a failure, and so is a panic in a Rust library, which is not an `Exception`. An exception that
+    ends a program, a generator or a task is not a failure.
     """
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
@@ -25,20 +25,20 @@ def library_errors(
     hint: str | None = None,
     codes: Mapping[type[BaseException], str] | None = None,
 ) -> Iterator[None]:
-    """Run a call of another library on untrusted files, and turn its failures into a `GraftError`.
+    """Run the block, which calls another library on untrusted files, and convert its failures to a `GraftError`.
 
-    A `GraftError` passes unchanged; so do `KeyboardInterrupt`, `SystemExit`, `GeneratorExit` and anything else that is
-    not a failure. `MemoryError` and `RecursionError` are failures of the file.
+    A `GraftError` passes through unchanged, as do `KeyboardInterrupt`, `SystemExit`, `GeneratorExit` and anything else
+    that is not a failure. `MemoryError` and `RecursionError` are attributed to the file.
 
     Args:
-        code: the code of the error.
-        message: what could not be done, such as ``"the tokenizer of 'x' cannot be read"``; the library's reason is
+        code: the error code.
+        message: the operation that failed, such as ``"the tokenizer of 'x' cannot be read"``; the library's reason is
             appended after a colon. A function is called only after a failure.
-        hint: what to try; the code's remedy by default.
-        codes: other codes for some classes of exceptions.
+        hint: advice to the user; by default the code's remedy.
+        codes: different codes for some exception classes.
 
     Raises:
-        GraftError: as the arguments say.
+        GraftError: for a failure, with the code, message and hint from the arguments.
     """
     try:
         yield
@@ -53,4 +53,4 @@ def library_errors(
 
 
 _LONGEST = 500
-"""The largest number of characters of a library's reason in a message."""
+"""The maximum length of a library's reason in a message, in characters."""

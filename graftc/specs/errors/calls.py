@@ -1,4 +1,4 @@
-"""Coded errors for calls of public functions that do not match their signatures; they name what is missing."""
+"""Coded errors for calls that do not match the signature of a public function; they name the missing arguments."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def public(name: str) -> Callable[[F], F]:
-    """Return a decorator that raises GC073 for a call with a missing argument, or one that the function does not take.
+    """Return a decorator that raises GC073 for a call with a missing or unexpected argument.
 
     Args:
-        name: the name that users call the function by, such as ``graftc.compile`` or ``compiled.trainer``.
+        name: the name by which users call the function, such as ``graftc.compile`` or ``compiled.trainer``.
     """
 
     def decorate(function: F) -> F:
@@ -50,13 +50,13 @@ def _misfit(name: str, parameters: list[Parameter], args: Sequence[Any], kwargs:
     placed = ordered[: len(args)]
     open_ended = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
     if unknown := [word for word in kwargs if word not in (*ordered, *by_name) and not open_ended]:
-        hint, _ = correction(unknown[0], [*ordered, *by_name], f"it takes {', '.join((*ordered, *by_name))}")
+        hint, _ = correction(unknown[0], [*ordered, *by_name], f"its arguments are {', '.join((*ordered, *by_name))}")
         return GraftError("GC073", f"{name} has no argument {unknown[0]!r}", hint=hint)
     if len(args) > len(ordered):
-        most = f"takes {counted(len(ordered), 'argument')} by position, not {len(args)}"
-        hint = f"give {', '.join(by_name)} by name" if by_name else usage
+        most = f"takes {counted(len(ordered), 'positional argument')}, but {len(args)} were passed"
+        hint = f"pass {', '.join(by_name)} by name" if by_name else usage
         return GraftError("GC073", f"{name} {most}", hint=hint)
     if twice := [word for word in placed if word in kwargs]:
-        return GraftError("GC073", f"{name} is given {twice[0]!r} twice, by position and by name", hint=usage)
+        return GraftError("GC073", f"{name} got {twice[0]!r} twice, by position and by name", hint=usage)
     lacking = [word for word in required if word not in placed and word not in kwargs]
     return GraftError("GC073", f"{name} needs {listed(lacking)}", hint=usage)

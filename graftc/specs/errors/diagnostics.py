@@ -1,7 +1,7 @@
-"""Coded errors and warnings: the lowest layer, the standard library only.
+"""Coded errors and warnings: the lowest layer, which uses only the standard library.
 
-Every failure that a user can cause is a :class:`GraftError` with a stable code, the place in the spec and, if one can
-be guessed, the corrected line. :data:`CATALOGUE` contains all codes.
+Every failure that a user can cause is a :class:`GraftError` with a stable code, its place in the spec and, if it can be
+guessed, the corrected line. :data:`CATALOGUE` contains all codes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from graftc.specs.errors.user_line import issue
 
 _LONGEST = 200
 _MOST_CANDIDATES = 20_000
-"""The largest number of candidates that a word is compared with."""
+"""The maximum number of candidates with which a word is compared."""
 
 __all__ = ["CATALOGUE", "Code", "GraftError", "GraftWarning", "Place", "first_line", "nearest", "warn"]
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of an error in a spec: file, line and column from 1, and a path such as ``adapt[0].target.role``.
+    """The place of an error in a spec: file, 1-based line and column, and a path such as ``adapt[0].target.role``.
 
-    ``text`` is the source line, kept so that the error can show it next to the corrected one.
+    ``text`` is the source line, which the error shows next to the corrected one.
     """
 
     file: str | None = None
@@ -47,7 +47,7 @@ class Place:
 
 
 class _Coded(Exception):  # noqa: N818
-    """The common base of errors and warnings."""
+    """The common base class of errors and warnings."""
 
     def __init__(
         self,
@@ -68,12 +68,12 @@ class _Coded(Exception):  # noqa: N818
         super().__init__(code, message)
 
     def changed(self, **changes: Any) -> Self:
-        """Return the same error with other values of some arguments, except its code and its message."""
+        """Return the same error with some arguments changed; its code and message stay the same."""
         arguments = {name: getattr(self, name) for name in ("place", "hint", "details", "fix", "corrected")}
         return type(self)(self.code, self.message, **{**arguments, **changes})
 
     def within(self, path: str) -> Self:
-        """Return the same error with its place at ``path``; if it has a place already, with that place below ``path``.
+        """Return the same error placed at ``path``; if it already has a place, that place is nested below ``path``.
 
         Args:
             path: a path such as ``adapt[0]``.
@@ -84,15 +84,15 @@ class _Coded(Exception):  # noqa: N818
 
     @property
     def exit_code(self) -> int:
-        """The exit status of the command: 1 the answer is no, 2 a wrong spec, 3 files or model failed."""
+        """The command's exit status: 1 for a negative answer, 2 for a wrong spec, 3 for a failure of files or model."""
         return CATALOGUE[self.code].exit_code
 
     def __str__(self) -> str:
-        """Return the text for users, safe for a terminal: control characters are escaped."""
+        """Return the text for users, with control characters escaped so that it is safe for a terminal."""
         return printable("\n".join(_lines(self)))
 
     def to_json(self) -> dict[str, Any]:
-        """Return the same as plain data, including details; unknown values are None."""
+        """Return the error as plain data, including details; unknown values are None."""
         place = self.place or Place()
         return {
             "code": self.code,
@@ -110,7 +110,7 @@ class _Coded(Exception):  # noqa: N818
 
 
 def _lines(error: _Coded, *, nested: bool = False) -> list[str]:
-    """Return the lines of the text. A nested detail omits a hint that is only the remedy of its code."""
+    """Return the lines of an error's text. A nested detail omits its hint if that is only its code's remedy."""
     lines = [f"{error.code}: {error.message}"]
     if error.place is not None and str(error.place):
         lines.append(f"  --> {error.place}")
@@ -136,9 +136,9 @@ class GraftError(_Coded):
         code: a key of :data:`CATALOGUE`.
         message: one sentence, lower case, no full stop.
         place: the place in the spec.
-        hint: what to try; may span lines. Default: the code's remedy.
+        hint: advice to the user; may span lines. Default: the code's remedy.
         details: further facts as strings, or further errors found at the same time.
-        fix: the wrong word and the right one, from which the corrected line is made once the source is known.
+        fix: the wrong word and the right one, from which the corrected line is created once the source is known.
         corrected: the whole source line, corrected.
 
     Raises:
@@ -147,26 +147,26 @@ class GraftError(_Coded):
 
 
 class GraftWarning(_Coded, UserWarning):
-    """Like :class:`GraftError`, for something that works but deserves attention. Same arguments."""
+    """A warning about something that works but deserves attention. Takes the same arguments as :class:`GraftError`."""
 
 
 def warn(
     code: str, message: str, *, place: Place | None = None, hint: str | None = None, details: Sequence[str] = ()
 ) -> None:
-    """Issue a :class:`GraftWarning` at the line of the user's code that caused it."""
+    """Issue a :class:`GraftWarning` at the line of user code that caused it."""
     issue(GraftWarning(code, message, place=place, hint=hint, details=details))
 
 
 def first_line(error: BaseException) -> str:
-    """Return the class of an error and the first line of its message."""
+    """Return an error's class name and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
-    """Return at most ``n`` candidates that are most similar to ``word``, best first; empty if none is similar enough.
+    """Return the up to ``n`` candidates most similar to ``word``, best first; empty if none is similar enough.
 
-    It is also empty for a word that is longer than any name. Of very many candidates only the first ones are compared.
+    The list is also empty for a word of excessive length. Of very many candidates, only the first are compared.
     """
     if len(word) > _LONGEST:
         return []
@@ -178,27 +178,27 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
 
 
 def correction(word: object, known: Iterable[str], otherwise: str = "") -> tuple[str, tuple[str, str] | None]:
-    """Return a hint that names the known word that is most similar to another one, and the pair of both as a fix.
+    """Return a hint with the known word most similar to ``word``, and the pair of both words as a fix.
 
-    If none is similar enough, or the word is no text, the hint is ``otherwise``, and there is no fix.
+    If no known word is similar enough, or ``word`` is not a string, the hint is ``otherwise`` and the fix is None.
     """
     close = nearest(word, known, n=1) if isinstance(word, str) else []
     return (f"did you mean {quoted(close[0])}?", (str(word), close[0])) if close else (otherwise, None)
 
 
 def alternatives(word: str, known: Collection[str], what: str) -> str:
-    """Return the hint for a word that is not among a few: the nearest of them, or ``what`` they are and all of them."""
+    """Return the hint for a word that is not in ``known``: the nearest known word, or all of them after ``what``."""
     return correction(word, known, f"the {what} are {', '.join(known)}")[0]
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> GraftError:
-    """Return the error GC091 for a name that nothing of a kind has, with the nearest one as its correction.
+    """Return the error GC091 for an unknown name, with the nearest existing name as its correction.
 
     Args:
-        kind: the kind that was looked up, such as ``"adaptation"``.
-        name: the name that was requested.
+        kind: the kind of object that was looked up, such as ``"adaptation"``.
+        name: the requested name.
         known: the existing names.
     """
     names = list(known)
-    hint, fix = correction(name, names, f"there is: {some(names) or 'none'}")
+    hint, fix = correction(name, names, f"available: {some(names) or 'none'}")
     return GraftError("GC091", f"there is no {kind} {quoted(str(name))}", hint=hint, fix=fix)

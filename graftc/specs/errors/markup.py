@@ -1,6 +1,6 @@
-"""HTML for notebooks: escaped text, tables and parts that fold. No script, and no colours: the notebook has its own.
+"""HTML for notebooks: escaped text, tables and collapsible sections. No scripts; colours are left to the notebook.
 
-The standard library only, so that every layer can use it.
+Uses only the standard library, so that every layer can use it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Collection, Iterable, Sequence
 from graftc.specs.errors.text import one_line
 
 LONGEST = 120
-"""The largest number of characters of a name; the middle of a longer one is left out."""
+"""The maximum length of a name in characters; the middle of a longer one is omitted."""
 
 LINE = 1_000
-"""The largest number of characters of a line of text."""
+"""The maximum length of a line of text in characters."""
 
 ROWS = 200
-"""The number of rows that a table shows at first; the others are folded."""
+"""The number of rows that a table shows initially; the others are collapsed."""
 
 _LEFT, _RIGHT = "text-align: left; vertical-align: top", "text-align: right; vertical-align: top"
 
 
 class Html(str):
-    """Text that is HTML already; any other text is escaped when it is inserted into HTML."""
+    """Text that is already HTML; any other text is escaped when it is inserted into HTML."""
 
     __slots__ = ()
 
@@ -34,7 +34,7 @@ class Html(str):
 def escaped(value: object, most: int = LONGEST) -> Html:
     """Return any value as HTML text on one line, of limited length and without control characters.
 
-    Text that is not ASCII is isolated in its direction.
+    Non-ASCII text is isolated so that its writing direction does not affect its surroundings.
     """
     if isinstance(value, Html):
         return value
@@ -44,27 +44,27 @@ def escaped(value: object, most: int = LONGEST) -> Html:
 
 
 def joined(parts: Iterable[object], between: str = "") -> Html:
-    """Return the parts one after the other, each escaped."""
+    """Return the parts concatenated, each escaped."""
     return Html(html.escape(between).join(escaped(part) for part in parts))
 
 
 def lines(text: str) -> Html:
-    """Return a text of several lines as HTML."""
+    """Return a multi-line text as HTML."""
     return Html("<br>".join(escaped(line, LINE) for line in text.split("\n")))
 
 
 def tag(name: str, content: object, most: int = LONGEST) -> Html:
-    """Return an element without attributes around some content, which is escaped."""
+    """Return an element without attributes around the escaped content."""
     return Html(f"<{name}>{escaped(content, most)}</{name}>")
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]], numbers: Collection[str] = ()) -> Html:
-    """Return a table; empty text if there are no rows. Rows beyond the first 200 are folded.
+    """Return a table, or an empty string if there are no rows. Rows beyond the first 200 are collapsed.
 
     Args:
-        headings: headings of the columns.
+        headings: the column headings.
         rows: rows of cells, which are escaped.
-        numbers: headings of the columns that contain numbers.
+        numbers: headings of the numeric columns.
     """
     if not rows:
         return Html()
@@ -81,11 +81,11 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[object]], numbers: Co
 
 
 def folded(summary: object, content: object, *, shown: bool = False) -> Html:
-    """Return content under a line that opens and closes it; the line alone if there is no content.
+    """Return content under a line that expands and collapses it, or only the line if there is no content.
 
     Args:
         summary, content: the line and the content, which are escaped.
-        shown: whether it is open at first.
+        shown: whether the content is initially expanded.
     """
     if not content:
         return tag("div", summary)
@@ -96,6 +96,6 @@ def folded(summary: object, content: object, *, shown: bool = False) -> Html:
 
 
 def bullets(items: Iterable[object], most: int = LINE) -> Html:
-    """Return a list; empty text if there are no items."""
+    """Return a list, or an empty string if there are no items."""
     lines = "".join(f"<li>{escaped(item, most)}</li>" for item in items)
     return Html(f"<ul>{lines}</ul>") if lines else Html()

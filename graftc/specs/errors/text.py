@@ -1,4 +1,4 @@
-"""Formatting of values in messages: short, on one line, and free of control characters. The standard library only."""
+"""Format values for messages: short, on one line, without control characters. Uses only the standard library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any
 
 _MOST = 100
-"""The largest number of characters of a value in a message."""
+"""The maximum length of a value in a message, in characters."""
 
 # C0 and C1 controls except tab and newline, separators that break lines, bidirectional controls, lone surrogates.
 _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -18,11 +18,11 @@ _BREAKS = str.maketrans({"\n": r"\n", "\t": r"\t"})
 
 
 def printable(text: str, form: str | None = None) -> str:
-    r"""Return the text with terminal controls escaped, as ``\x1b`` and ``\u202e``. Tabs and newlines stay.
+    r"""Return the text with terminal controls escaped, such as ``\x1b`` and ``\u202e``. Tabs and newlines stay.
 
     Args:
         text: any text.
-        form: the format of an escaped character, given its number; by default as in Python.
+        form: a format string for an escaped character's code point; by default as in Python.
     """
     return _STEERS.sub(lambda match: (form or _form(ord(match.group()))).format(ord(match.group())), text)
 
@@ -32,7 +32,7 @@ def _form(code: int) -> str:
 
 
 def encodable(data: Any) -> Any:
-    """Return plain data with lone surrogates escaped, which occur in file names that are not UTF-8."""
+    """Return plain data with lone surrogates, which occur in file names that are not UTF-8, escaped."""
     if isinstance(data, str):
         return data if data.isascii() else data.encode("utf-8", "backslashreplace").decode()
     if isinstance(data, Mapping):
@@ -41,12 +41,12 @@ def encodable(data: Any) -> Any:
 
 
 def shortened(text: str, most: int = _MOST) -> str:
-    """Return the text, or its beginning and its length."""
+    """Return the text, or its beginning and its length if it is too long."""
     return text if len(text) <= most else f"{text[: most - 3]}... ({len(text):,} characters)"
 
 
 def abridged(text: str, most: int = _MOST) -> str:
-    """Return the text, or its beginning and its end around an ellipsis: both are needed to recognise a path."""
+    """Return the text, or, if it is too long, its beginning and end: both are needed to recognise a path."""
     left = (most - 3 + 1) // 2
     return text if len(text) <= most else f"{text[:left]}...{text[len(text) - (most - 3 - left) :]}"
 
@@ -57,12 +57,12 @@ def one_line(text: str, most: int = _MOST) -> str:
 
 
 def counted(number: int, noun: str = "site") -> str:
-    """Return a number with its noun, in the plural unless the number is one: ``1 site``, ``1,200 sites``."""
+    """Return a count with its noun, in the plural unless the count is one: ``1 site``, ``1,200 sites``."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def quoted(text: str | PathLike[str], most: int = _MOST) -> str:
-    """Return a name or a pattern as messages show it: in single quotes, on one line, short and printable."""
+    """Return a name or pattern as shown in messages: in single quotes, on one line, short and printable."""
     return f"'{printable(shortened(str(text), most)).translate(_BREAKS)}'"
 
 
@@ -87,11 +87,11 @@ _SHORT = _Short()
 
 
 def shown(value: object, most: int = _MOST) -> str:
-    """Return any value as messages show it: as in YAML if it is simple, short and printable.
+    """Return any value as shown in messages: short and printable, with null, true and false as in YAML.
 
     Args:
-        value: any value, however large; nested and long values are shown in part.
-        most: the largest number of characters.
+        value: any value, however large; nested and long values are shown only in part.
+        most: the maximum number of characters.
     """
     if value is None:
         return "null"
@@ -107,13 +107,13 @@ def listed(words: Sequence[str], last: str = "and") -> str:
 
 
 def some(words: Sequence[str], most: int = 40) -> str:
-    """Return the first words of a list, and how many more there are."""
+    """Return the first words of a list, followed by the number of omitted ones."""
     rest = len(words) - most
     return ", ".join(words[:most]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def format_runs(runs: Sequence[tuple[int, int]], limit: int = 4) -> str:
-    """Return runs as text, ``0:48,96:144``; if there are more than ``limit``, the first ones and the total number."""
+    """Return runs as text, ``0:48,96:144``; if there are more than ``limit``, the first runs and the total number."""
     text = ",".join(f"{a}:{b}" for a, b in runs[:limit])
     return text if len(runs) <= limit else f"{text},... ({len(runs)} runs)"
 
@@ -124,7 +124,7 @@ def format_layers(layers: Iterable[int]) -> str:
 
 
 def consecutive(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Return the first and the last number of each run of consecutive ones, in ascending order."""
+    """Return the first and the last number of each run of consecutive numbers, in ascending order."""
     numbered = enumerate(sorted(set(numbers)))
     runs = [list(run) for _, run in groupby(numbered, key=lambda pair: pair[1] - pair[0])]
     return [(run[0][1], run[-1][1]) for run in runs]

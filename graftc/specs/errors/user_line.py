@@ -1,4 +1,4 @@
-"""Warnings that are issued at the user's own line, however deep in the package they arise."""
+"""Issue warnings at the user's own line, however deep in the package they arise."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PACKAGE = f"{Path(__file__).parents[2]}{os.sep}"
 
 
 def issue(warning: Warning) -> None:
-    """Issue a warning at the innermost frame outside of this package, Python's library and installed packages.
+    """Issue a warning at the innermost frame outside this package, the standard library and installed packages.
 
-    A step of a model is called by torch, and that by a trainer. If there is no such frame, it is issued at the
-    innermost one outside of this package.
+    For example, a model's step may be called by torch, which is called by a trainer. If there is no such frame, the
+    warning is issued at the innermost frame outside this package.
     """
     frame = _user_frame(sys._getframe(1))
     module = frame.f_globals.get("__name__") or "<unknown>"
@@ -26,7 +26,7 @@ def issue(warning: Warning) -> None:
 
 
 def again(caught: warnings.WarningMessage) -> None:
-    """Issue a caught warning again, at the line that it was issued at."""
+    """Reissue a caught warning at its original line."""
     assert isinstance(caught.message, Warning)
     _at(caught.message, (caught.filename, caught.lineno), Path(caught.filename).stem)
 
@@ -50,7 +50,7 @@ def _user_frame(start: FrameType) -> FrameType:
 def _is_ours(frame: FrameType) -> bool:
     """Return whether a frame belongs to this package, or to generated code without a file.
 
-    Generated code is that of methods of data classes, and of graphs, which belong to no module.
+    Such code comes from data class methods and from graphs, which do not belong to a module.
     """
     name = str(frame.f_globals.get("__name__") or "")
     file = frame.f_code.co_filename
@@ -60,7 +60,7 @@ def _is_ours(frame: FrameType) -> bool:
 
 @cache
 def _installed() -> tuple[str, ...]:
-    """Return the folders of Python's library and of installed packages."""
+    """Return the folders of the standard library and of installed packages."""
     import sysconfig
 
     paths = sysconfig.get_paths()

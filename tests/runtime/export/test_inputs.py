@@ -177,7 +177,7 @@ def test_what_cannot_be_an_input(tmp_path: Path) -> None:
     compiled = adapted("bert", {**LORA, "name": "low"}, noise=0.2)
     cases: list[tuple[ModelRoot, str, str, str]] = [
         (compiled, "lwo", "GC091", "did you mean 'low'?"),
-        (compiled, "elsewhere", "GC091", "there is: low"),
+        (compiled, "elsewhere", "GC091", "available: low"),
         (compiled.merge(), "low", "GC065", "folded into the weights"),
     ]
     for runner, name, code, hint in cases:

@@ -78,8 +78,8 @@ def test_what_is_not_given(format: str, option: str) -> None:
 @pytest.mark.parametrize(
     ("format", "given", "words"),
     [
-        ("onnx", {"inputs": 5}, "the names are 5"),
-        ("onnx", {"inputs": [5]}, "the names are"),
+        ("onnx", {"inputs": 5}, "the names must be a string or a list of strings, but they are 5"),
+        ("onnx", {"inputs": [5]}, "the names must be"),
         ("peft", {"server": "vllm", "max_rank": 0}, "max_rank must be a positive integer, got 0"),
         ("peft", {"server": "vllm", "max_rank": True}, "max_rank must be a positive integer, got True"),
         ("peft", {"max_rank": 8}, "a server's limit"),

@@ -310,7 +310,7 @@ class TestFolders:
         ):
             with fails("GC073", words):
                 load(folder, **options)
-        with fails("GC073", "the path is"):
+        with fails("GC073", "the path must be a non-empty string"):
             load(3)  # type: ignore[arg-type]
         with fails("GC073", "not on meta"):
             load(folder, providers=["CPUExecutionProvider"]).to("meta")

@@ -49,18 +49,18 @@ CALLS: dict[str, tuple[Callable[[], Any], str, str]] = {
     ),
     "too many": (
         lambda: graftc.compile(SPEC, MODEL, None, 3),  # type: ignore[call-overload]
-        "graftc.compile takes 3 arguments by position, not 4",
-        "give seed, cache, progress by name",
+        "graftc.compile takes 3 positional arguments, but 4 were passed",
+        "pass seed, cache, progress by name",
     ),
     "twice": (
         lambda: graftc.load("folder", path="other"),  # type: ignore[call-overload]
-        "graftc.load is given 'path' twice, by position and by name",
+        "graftc.load got 'path' twice, by position and by name",
         "call graftc.load(path)",
     ),
     "a stranger": (
         lambda: graftc.roles(MODEL, zzz=1),  # type: ignore[call-arg]
         "graftc.roles has no argument 'zzz'",
-        "it takes model, example_inputs, cache",
+        "its arguments are model, example_inputs, cache",
     ),
 }
 
@@ -109,8 +109,8 @@ TRAINERS: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     ),
     "by position": (
         lambda own: own.trainer(Trainer, None),
-        "compiled.trainer takes 1 argument by position, not 2",
-        "give args by name",
+        "compiled.trainer takes 1 positional argument, but 2 were passed",
+        "pass args by name",
     ),
 }
 

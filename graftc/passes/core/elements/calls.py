@@ -83,8 +83,7 @@ class CallStructure:
                 return {type(value).__name__: [described(item) for item in value]}
             if is_table(value):
                 if id(value) in tables:
-                    message = "a layer is called with the same table twice"
-                    raise GraftError("GC031", message, hint="pass the table once")
+                    raise GraftError("GC031", "a layer is called with the same table twice", hint="pass it once")
                 tables.add(id(value))
                 return {"table": [[key, described(item)] for key, item in value.items()]}
             if isinstance(value, dict) and all(isinstance(key, str) for key in value):
