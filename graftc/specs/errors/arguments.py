@@ -109,7 +109,7 @@ def as_names(names: Any) -> tuple[str, ...]:
 
 
 def as_mapping(values: Any, what: str, kind: type) -> Mapping[str, Any]:
-    """Return the argument after checking that it maps names to values of one type.
+    """Return the argument after checking that it is a mapping from names to values of the type ``kind``.
 
     Raises:
         GraftError: GC073 for anything else.

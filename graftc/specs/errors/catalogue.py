@@ -98,8 +98,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Choose a role of a kind that the method supports (`graftc methods NAME`), or another method."),
     ("GC017", _SPEC, "the site cannot be adapted",
      "Its weight does not belong to a linear map, or the model reads it as more than some rows of one stored tensor. "
-     "Or a method needs the site's effective weight, but an adaptation that is already there cannot be expressed as "
-     "one.",
+     "Or a method needs the site's effective weight, but an earlier adaptation of the site cannot be expressed as a "
+     "change of the weight.",
      "Leave it out with `exclude`, or adapt a neighbouring site. Put the method that needs the weight first."),
     ("GC018", _SPEC, "tokens cannot be added",
      "The model does not declare which table holds its token embeddings, or reads it in a way that does not allow new "
@@ -267,8 +267,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC059", _WARNING, "tensors do not train",
      "In the first optimiser steps, tensors that should train had no gradient or did not change: they are not in the "
      "optimiser, the loss does not depend on them, their learning rate is 0, or the step was lost in rounding.",
-     "The message names the tensors with the likely cause for each. `graftc.optim.param_groups(compiled, lr)` passes "
-     "everything that trains to the optimiser."),
+     "The message names the tensors with the likely cause for each. `graftc.optim.param_groups(compiled, lr)` returns "
+     "parameter groups with everything that trains."),
 
     # Writing, packages and plugins.
     ("GC060", _FAILED, "the export failed",
@@ -555,7 +555,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "`memory: {loss: auto}`, which does not warn."),
     ("GC152", _SPEC, "a chunked loss has no second derivative",
      "With `memory: {loss: chunked}` the gradient of the loss is computed in the forward pass, a few rows at a time, "
-     "and has no gradient itself.",
+     "and cannot itself be differentiated.",
      "Set `memory: {loss: whole}` in the spec if you need gradients of gradients."),
     ("GC153", _WARNING, "the activation budget is not met",
      "The spec has `memory: {budget: ...}`, but the values that cannot be recomputed exceed it: layer inputs, random "
@@ -568,7 +568,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Write it as `24GB` or `22.5GiB`."),
     ("GC155", _NO, "no step fits into the memory",
      "Not even one row of the shortest sequences can be trained within the memory budget: the memory that stays in "
-     "use between steps, together with the least that a step needs, exceeds it.",
+     "use between steps, together with the least that a step needs, exceeds the budget.",
      "The message says how much memory the smallest step needs. Checkpointing and a chunked loss reduce the memory of "
      "a step; a base in bfloat16, fewer trained entries, another optimiser or more devices reduce the memory that "
      "stays in use."),

@@ -52,7 +52,7 @@ def abridged(text: str, most: int = _MOST) -> str:
 
 
 def one_line(text: str, most: int = _MOST) -> str:
-    """Return the text on one line and printable, `abridged`."""
+    """Return the text `abridged`, on one line and printable."""
     return printable(abridged(text, most)).translate(_BREAKS)
 
 

@@ -32,7 +32,7 @@ _INERT = frozenset({"inference_mode", "peft_version", "revision", "base_model_na
 
 
 class AdapterConfig(BaseModel):
-    """The fields that say which modules are adapted; those of a type are in `model_extra`, checked by its table."""
+    """The common fields of all types; a type's own fields are in `model_extra`, checked against its table."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
 

@@ -94,7 +94,9 @@ class Chosen(Seams):
 
     def _refusal(self, nodes: Nodes, reason: str) -> GraftError:
         names = ", ".join(self.parts)
-        hint = "leave out the options that train more than the method's own tensors, or give each its own place"
+        hint = (
+            "leave out the options that train more than the method's own tensors, or give each adaptation its own site"
+        )
         return GraftError(
             "GC036", f"{nodes.method} cannot be one of {names} in {nodes.adaptation!r}: {reason}", hint=hint
         )
@@ -117,7 +119,7 @@ class Rows(Chosen):
                 other maps that are not `Dense`.
         """
         if kind == "input" and isinstance(site, LinearSite) and not isinstance(site.use, Dense):
-            message = f"{site.key} is not a dense layer, so its members cannot be chosen for each row of the batch"
+            message = f"{site.key} is not a dense layer, so members cannot be chosen for each row of the batch"
             raise GraftError("GC037", message, hint="leave it out with exclude, or choose for the whole call")
         return self._rows(nodes).first(node, str(site.key))
 

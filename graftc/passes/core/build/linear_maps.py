@@ -1,4 +1,4 @@
-"""The part of the `Builder` that works on linear maps."""
+"""The part of the `Builder` that changes linear maps."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Masks(Nodes):
                     replayed[node] = again
                     added.append(node)
             return self._cut(mask, replayed[mask], symbol, length) if mask in replayed else None
-        except (RuntimeError, IndexError, ValueError):  # sizes do not fit: some were captured as numbers
+        except (RuntimeError, IndexError, ValueError):  # sizes do not match: some were captured as constants
             for node in reversed(added):
                 del replayed[node]
             return None

@@ -194,7 +194,7 @@ class Nodes:
         self.program.edits.add(Edit(self.adaptation, self._site_text, before, after, narrow))
 
     def _read(self, node: fx.Node, kind: Reading, site: Site) -> fx.Node:
-        """Return a value of the model, obtained through the seams."""
+        """Read a value of the model through the seams."""
         return self.seams.read(self, node, kind, site)
 
     def _write(self, change: Change, put: Callable[..., None]) -> None:

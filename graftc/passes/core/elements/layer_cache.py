@@ -223,9 +223,7 @@ def _layer_in(cache: Any, layer: int) -> Any:
     if layer >= len(cache.layers):
         return None
     entry: Any = cache.layers[layer]
-    if type(entry) is getattr(
-        cache_utils, "DummyLayer", None
-    ):  # for a layer that reads another layer's keys and values
+    if type(entry) is getattr(cache_utils, "DummyLayer", None):  # for a layer that reads another's keys and values
         return None
     taken = [getattr(cache_utils, name, None) for name in _TAKEN]
     if type(entry) not in taken or getattr(entry, "record_past", False):

@@ -107,7 +107,7 @@ def renamed(name: str, before: str, after: str) -> str:
 
 
 def is_within(name: str, layer: str) -> bool:
-    """Return whether a path belongs to a layer or lies within it."""
+    """Return whether a path is a layer's own path or lies within the layer."""
     return name == layer or name.startswith(f"{layer}.")
 
 

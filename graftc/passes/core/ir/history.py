@@ -50,7 +50,7 @@ class HistoryEntry:
 
     Attributes:
         step: the name of the step.
-        added, removed: numbers of nodes added and removed.
+        added, removed: the number of nodes added and removed.
         seconds: the duration of the step; 0 if the entry was read from a file.
         changes: the nodes that changed; None if a file does not contain them.
     """

@@ -100,7 +100,7 @@ class Printer:
                 self.names[node] = printed_tensor(str(node.target))
                 continue
             name = base = f"%{_stem(node)}"
-            # A module may have the name of a numbered value: ln and ln_1.
+            # A module may have the same name as a numbered value: ln and ln_1.
             while numbered and name in taken:
                 counts[base] += 1
                 name = f"{base}_{counts[base]}"

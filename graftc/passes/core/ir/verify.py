@@ -258,7 +258,7 @@ def _ranges(program: Program) -> dict[str, tuple[int, int | None]]:
 
 
 def _depends_on_values(node: fx.Node, error: Exception) -> bool:
-    """Return whether a call fails on the meta device only because it depends on values or is not implemented there."""
+    """Return whether a call fails on the meta device only because it needs values or is not implemented there."""
     target = node.target
     tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
     return (

@@ -74,7 +74,7 @@ def program_to_json(program: Program) -> dict[str, Any]:
     """Return the whole Program as JSON data.
 
     Raises:
-        SerialisationError: for an operator or argument outside the closed set.
+        SerialisationError: if an operator or argument is outside the closed set.
     """
     symbols = SymbolNames(program)
     types: dict[str, int] = {}
