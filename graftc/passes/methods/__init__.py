@@ -1,4 +1,4 @@
-"""The implementations of the methods: one file for each, named after the file of its spec; presets have none.
+"""Implementations of the methods: one file per method, named after its spec's file; presets have none.
 
 A method changes a graph only through the Builder.
 """

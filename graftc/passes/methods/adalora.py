@@ -1,4 +1,4 @@
-"""AdaLoRA: updates in the form of a singular value decomposition, with a common budget of ranks (Zhang et al. 2023)."""
+"""AdaLoRA: updates parametrised as singular value decompositions, with a shared rank budget (Zhang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.adalora import AdaLoRA
 
 DEVIATION = 0.02
-"""Standard deviation of A and B at the start."""
+"""Initial standard deviation of A and B."""
 
 TRIPLET = ("A", "E", "B")
-"""The parameters of a site; triplet i is a row of A, an element of E and a column of B."""
+"""A site's parameters; triplet i is row i of A, element i of E and column i of B."""
 
 
 class RankBudget(ScheduledController[AdaLoRA]):
-    """A controller of the ranks of all sites: how many are left after a step, and which.
+    """Controller that determines how many ranks remain across all sites after a step, and which ones.
 
-    The importance of an entry is the product of two moving averages: of ``I = |w dL/dw|`` with ``beta1``, and of the
-    distance of ``I`` from that average with ``beta2``. The importance of a triplet is that of its E, plus the means
-    over its row of A and its column of B.
+    The importance of an entry is the product of two moving averages: that of ``I = |w dL/dw|``, with ``beta1``, and
+    that of the distance between ``I`` and this average, with ``beta2``. The importance of a triplet is that of its
+    element of E plus the mean importance over its row of A and over its column of B.
     """
 
     def check_length(self, total: int) -> None:
-        """Check that the phases leave a step to prune in.
+        """Check that the phases leave at least one step for pruning.
 
         Raises:
             GraftError: GC026 if they do not.
@@ -44,16 +44,16 @@ class RankBudget(ScheduledController[AdaLoRA]):
 
     @property
     def initial(self) -> int:
-        """The number of triplets of all sites."""
+        """The initial number of triplets across all sites."""
         return sum(place.tensors["E"].numel() for place in self.places)
 
     @property
     def target(self) -> int:
-        """The number of triplets that are left in the end."""
+        """The final number of triplets across all sites."""
         return sum(place.tensors["E"].numel() // place.spec.rank * place.spec.final_rank for place in self.places)
 
     def budget(self, number: int) -> int:
-        """Return how many triplets are left after step ``number``, counted from 1.
+        """Return how many triplets remain after step ``number``, counted from 1.
 
         Raises:
             GraftError: GC026 if the number of steps is not known.
@@ -83,8 +83,8 @@ class RankBudget(ScheduledController[AdaLoRA]):
         if number < last:
             self._observe()
         budget = self.budget(number)
-        # The last step that prunes chooses by the last importance, even if the budget was reached before; from then on
-        # neither the importance nor the set changes.
+        # The last pruning step always selects by the final importance, even if the budget was reached earlier;
+        # afterwards neither the importance nor the selection changes.
         chosen = number > last and sum(int(place.tensors["kept"].sum()) for place in self.places) == budget
         if not chosen and number > self.spec.warmup_steps and (number >= last or number % self.spec.interval == 0):
             self._choose(budget)
@@ -94,7 +94,7 @@ class RankBudget(ScheduledController[AdaLoRA]):
             place.tensors["E"].mul_(place.tensors["kept"])
 
     def _observe(self) -> None:
-        """Update the moving averages with the gradients of the step."""
+        """Update the moving averages with the step's gradients."""
         seen = False
         for place in self.places:
             for part in TRIPLET:
@@ -108,7 +108,7 @@ class RankBudget(ScheduledController[AdaLoRA]):
                 uncertainty.mul_(self.spec.beta2).add_((now - sensitivity).abs(), alpha=1 - self.spec.beta2)
         if not seen:
             hint = "call compiled.after_step() after optimizer.step() and before optimizer.zero_grad()"
-            raise GraftError("GC035", f"{self.spec.name!r} weighs gradients, and there are none", hint=hint)
+            raise GraftError("GC035", f"{self.spec.name!r} needs gradients, but there are none", hint=hint)
 
     def importance(self, place: AdaptedSite[AdaLoRA]) -> Tensor:
         """Return the importance of every triplet of a site, ``f32[..., rank]``."""
@@ -116,7 +116,7 @@ class RankBudget(ScheduledController[AdaLoRA]):
         return e + a.mean(-1) + b.mean(-2)
 
     def _choose(self, budget: int) -> None:
-        """Keep exactly ``budget`` triplets; in case of ties those of earlier sites."""
+        """Keep exactly ``budget`` triplets; ties go to earlier sites."""
         scores = torch.cat([self.importance(place).flatten() for place in self.places])
         best = scores.argsort(descending=True, stable=True)[:budget]
         kept = torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True)
@@ -126,15 +126,15 @@ class RankBudget(ScheduledController[AdaLoRA]):
 
 
 class Orthogonality(TensorObjective[AdaLoRA]):
-    """``weight * mean over all A and B of ||A A^T - I||`` and ``||B^T B - I||``, unsquared Frobenius norms."""
+    """``weight`` times the mean of ``||A A^T - I||`` and ``||B^T B - I||`` over all A and B (Frobenius, unsquared)."""
 
     @classmethod
     def wanted(cls, spec: AdaLoRA) -> bool:
-        """Return whether the weight of the term is above zero."""
+        """Return whether the term's weight is above zero."""
         return spec.orthogonality > 0
 
     def value(self) -> Tensor:
-        """Return the weighted mean distance of the factors from orthogonal ones."""
+        """Return the weighted mean deviation of the factors from orthogonality."""
         return self.spec.orthogonality * torch.cat([norm.flatten() for norm in self._distances()]).mean()
 
     def _distances(self) -> Iterator[Tensor]:
@@ -148,8 +148,8 @@ class Orthogonality(TensorObjective[AdaLoRA]):
 class AdaLoRAMethod(LowRankMethod[AdaLoRA], Ranked[AdaLoRA]):
     """``y = W x + b + s B diag(E) A drop(x)`` with ``A: [rank, in]``, ``E: [rank]`` and ``B: [out, rank]``.
 
-    ``s`` is ``alpha / (rank + 1e-5)`` with the initial rank, as in the authors' code; the paper does not have it. ``E``
-    multiplies the smaller factor. Each expert has its own decomposition, and each of its triplets counts.
+    ``s`` is ``alpha / (rank + 1e-5)`` with the initial rank, as in the authors' code; the paper omits it. ``E``
+    multiplies the smaller factor. Each expert has its own decomposition, whose triplets are counted individually.
     """
 
     controller = RankBudget
@@ -159,7 +159,7 @@ class AdaLoRAMethod(LowRankMethod[AdaLoRA], Ranked[AdaLoRA]):
         """Check the schedule as far as the spec alone determines it.
 
         Raises:
-            GraftError: GC026 if its phases leave no step of ``total_steps`` to prune in.
+            GraftError: GC026 if its phases leave none of the ``total_steps`` for pruning.
         """
         if spec.total_steps is not None:
             check_phases(spec, spec.total_steps)
@@ -188,7 +188,7 @@ class AdaLoRAMethod(LowRankMethod[AdaLoRA], Ranked[AdaLoRA]):
         return tensors["B"] * tensors["E"][..., None, :], tensors["A"], spec.scaling
 
     def figures(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return ``rank``, the number of triplets that the budget leaves; initially all of them."""
+        """Return ``rank``, the number of triplets within the budget, averaged over experts; initially all triplets."""
         return {"rank": tensors["kept"].sum(-1).float().mean()}
 
     def live_ranks(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""AdaMix: bottleneck adapters with experts, one drawn for each forward pass (Wang et al. 2022, arXiv:2205.12410)."""
+"""AdaMix: bottleneck adapters with experts, drawn in each forward pass (Wang et al. 2022, arXiv:2205.12410)."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ M = TypeVar("M", AdaMix, AdaMixLoRA)
 
 
 class Agreement(OutputObjective[M]):
-    """``weight / 2 (KL(p1 || p2) + KL(p2 || p1))`` of the softmax of two passes' logits.
+    """``weight / 2 (KL(p1 || p2) + KL(p2 || p1))``, where ``p1`` and ``p2`` are the softmax of two passes' logits.
 
-    The logits ``[..., classes]`` are the output of that name, or otherwise the first floating-point output that is not
-    a loss. The divergence is summed over classes and averaged over the rest, in float32; it is zero for a single class.
+    The logits, ``[..., classes]``, are the output with that name or, without one, the first floating-point output other
+    than the loss. The divergence is summed over classes and averaged over the other axes, in float32; it is zero for a
+    single class.
     """
 
     passes = 2
 
     @classmethod
     def wanted(cls, spec: M) -> bool:
-        """Return whether the weight of the term is above zero."""
+        """Return whether the term's weight is above zero."""
         return spec.consistency.weight > 0
 
     def value(self, outputs: Sequence[Mapping[str, Tensor]], counted: Tensor | None) -> Tensor:
-        """Return the weighted divergence between both passes, averaged over all or over the ``counted`` positions."""
+        """Return the weighted divergence between both passes, averaged over all or only the ``counted`` positions."""
         consistency = self.spec.consistency
         first, second = (torch.log_softmax(_logits(tensors).float(), -1) for tensors in outputs)
         rows = (_divergence(first, second, consistency.detach) + _divergence(second, first, consistency.detach)) / 2
@@ -70,7 +71,7 @@ class AdaMixMethod(BottleneckAdapter[AdaMix], Collapsing[AdaMix], Observed[AdaMi
     objective = Agreement[AdaMix]
 
     def project(self, spec: AdaMix, build: Builder, part: str, x: fx.Node, out: int, dtype: torch.dtype) -> fx.Node:
-        """Build a projection that picks one of its experts; a shared projection has none."""
+        """Build a projection that picks one of its experts, or a shared projection without experts."""
         if part == spec.share:
             return super().project(spec, build, part, x, out, dtype)
         shape = (spec.experts, out, int(x.meta["val"].shape[-1]))
@@ -83,11 +84,11 @@ class AdaMixMethod(BottleneckAdapter[AdaMix], Collapsing[AdaMix], Observed[AdaMi
         return build.linear(x, pick(build, experts, chosen, part=f"{part} expert"), bias, part=part)
 
     def readings(self, spec: AdaMix) -> Sequence[Reading]:
-        """Return readings of the experts that were drawn for the projections that have experts."""
+        """Return readings of the drawn experts, one for each projection with experts."""
         return [route_of(part) for part in ("down", "up") if part != spec.share]
 
     def collapse(self, spec: AdaMix) -> MethodSpec:
-        """Return the spec of one bottleneck adapter at the same places."""
+        """Return the spec of a single bottleneck adapter at the same places."""
         kept = ("name", "target", "activation", "bias", "init", "init_std", "scale", "dropout", "overrides")
         width = next((f for f in WIDTHS if f in spec.model_fields_set and getattr(spec, f) is not None), "bottleneck")
         values = {field: getattr(spec, field) for field in (*kept, width)}
@@ -99,12 +100,12 @@ class AdaMixMethod(BottleneckAdapter[AdaMix], Collapsing[AdaMix], Observed[AdaMi
 
 
 def route_of(part: str) -> Reading:
-    """Return the reading ``PART_route``: the number of the expert of ``part`` that a forward pass has picked."""
+    """Return the reading ``PART_route``: the index of the expert that a forward pass picked for ``part``."""
     return Reading(f"{part}_route", part, (torch.ops.aten.index_select.default,), lambda args, _: args[2].squeeze())
 
 
 def mean(tensor: Tensor, side: str, share: str) -> Tensor:
-    """Return the mean over the experts of projection ``side``, ``up`` or ``down``; other tensors unchanged.
+    """Return the mean over the experts if ``side`` is a projection, ``up`` or ``down``; otherwise the tensor unchanged.
 
     A shared projection is returned unchanged as well.
     """

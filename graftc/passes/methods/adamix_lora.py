@@ -1,4 +1,4 @@
-"""AdaMix of low-rank updates: factors with experts (Wang et al. 2022, arXiv:2205.12410)."""
+"""AdaMix for low-rank updates, whose factors have experts (Wang et al. 2022, arXiv:2205.12410)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class AdaMixLoRAMethod(Method[AdaMixLoRA, LinearSite], Collapsing[AdaMixLoRA], O
         add_branch(spec, site, build, a, b, spec.scaling)
 
     def fold(self, spec: AdaMixLoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Fold the means of the experts into the weight: ``W' = W + s mean(B) mean(A)``."""
+        """Fold the product of the experts' means into the weight: ``W' = W + s mean(B) mean(A)``."""
 
         def change(weight: Tensor) -> Tensor:
             factors = self.collapsed(spec, tensors)
@@ -53,7 +53,7 @@ class AdaMixLoRAMethod(Method[AdaMixLoRA, LinearSite], Collapsing[AdaMixLoRA], O
         return weight_fold(change)
 
     def readings(self, spec: AdaMixLoRA) -> Sequence[Reading]:
-        """Return readings of the experts that were drawn for the factors that have experts."""
+        """Return readings of the drawn experts, one for each factor with experts."""
         return [route_of(part) for part, side in _SIDES.items() if side != spec.share]
 
     def collapse(self, spec: AdaMixLoRA) -> MethodSpec:

@@ -17,10 +17,10 @@ from graftc.specs.methods.bitfit import BitFit
 
 
 class BitFitMethod(Method[BitFit, LinearSite | NormSite | ParameterSite]):
-    """Training of biases as copies of the base's; with `add_missing`, linear maps without a bias get ``c: [out]``."""
+    """Trains copies of the base's biases; with `add_missing`, adds ``c: [out]`` to linear maps without a bias."""
 
     def applies(self, spec: BitFit, site: Site) -> bool:
-        """Return whether the site has a bias or is to get one; a head that produces the outputs is left out."""
+        """Return whether the site has a bias or will be given one; output heads are excluded."""
         if site.is_head:
             return False
         if isinstance(site, LinearSite):
@@ -30,8 +30,8 @@ class BitFitMethod(Method[BitFit, LinearSite | NormSite | ParameterSite]):
         return isinstance(site, ParameterSite) and site.tensor.rpartition(".")[2].endswith("bias")
 
     def remedy(self, spec: BitFit) -> str | None:
-        """Suggest `add_missing`, unless the spec has it."""
-        return None if spec.add_missing else "add_missing: true gives maps without a bias one that starts at zeros"
+        """Suggest `add_missing`, unless the spec already sets it."""
+        return None if spec.add_missing else "set add_missing: true to add a bias, initially zero, to maps without one"
 
     def insert(self, spec: BitFit, site: LinearSite | NormSite | ParameterSite, shared: Any, build: Builder) -> None:
         """Replace the bias with a trained copy, or add one.
@@ -45,7 +45,7 @@ class BitFitMethod(Method[BitFit, LinearSite | NormSite | ParameterSite]):
             build.overlay(slices_of(site, build.store)[-1])
 
     def fold(self, spec: BitFit, site: LinearSite | NormSite | ParameterSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Let trained copies stand in for the base's biases; an added bias remains a bias."""
+        """Replace the base's biases with trained copies; fold an added bias into the map's bias."""
         if "added" not in tensors:
             return StandIn()
 

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: one mechanism, which named adapters wire differently (Houlsby et al. 2019, arXiv:1902.00751)."""
+"""Bottleneck adapters: one mechanism that named adapters wire differently (Houlsby et al. 2019, arXiv:1902.00751)."""
 
 from __future__ import annotations
 
@@ -34,16 +34,17 @@ _ACTIVATIONS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
 class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
     """``value + s (U f(D x + b) + c)`` with ``D: [bottleneck, read]``, ``U: [added, bottleneck]``.
 
-    ``x`` is the value that the adapter reads, through its own layer norm if it has one, and ``value`` is the one it
-    adds to; the spec's wiring determines which values these are. Dropout acts on the bottleneck. The function is not
-    linear, so it stays in the graph.
+    ``x`` is the value that the adapter reads, through its own layer norm if it has one, and ``value`` is the value that
+    it adds to; the spec's wiring determines both. Dropout acts on the bottleneck. The function is not linear, so it
+    cannot be folded and stays in the graph.
     """
 
     def insert(self, spec: S, site: LinearSite | SublayerSite, shared: Any, build: Builder) -> None:
         """Insert the adapter.
 
         Raises:
-            GraftError: GC017 if the site has no such value, GC020 if no width is left for the bottleneck.
+            GraftError: GC017 if the site does not provide the values that the adapter reads or adds to, GC020 if the
+                bottleneck would have a width of zero.
         """
         wiring = spec.wiring(site.kind, site.roles)
         if isinstance(site, SublayerSite):
@@ -52,12 +53,12 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
             build.add_at(site, wiring.adds_to, delta, wiring.reads)
             return
         if not isinstance(site.use, Dense):
-            raise unsupported(site, "is not a product with a matrix that stands behind its input")
+            raise unsupported(site, "is not a product of its input with a matrix on the right")
         read = build.input(site) if wiring.reads == "input" else build.output(site)
         inward = wiring.adds_to == "input"
         width = site.in_features if inward else site.out_features
         if inward and wiring.reads != "input":
-            raise GraftError("GC017", f"what reads the output of {site.key} comes too late to add to its input")
+            raise GraftError("GC017", f"an adapter that reads the output of {site.key} cannot add to its input")
         delta = self.branch(spec, build, read, width, site.dtype)
         if inward:
             build.set_input(site, build.call(aten.add.Tensor, read, delta, part="add"))
@@ -71,7 +72,7 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
         norm = spec.wiring(build.site.kind, build.site.roles).norm
         inner = spec.width(_width(read))
         if inner < 1:
-            message = f"reduction {spec.reduction:g} leaves nothing of the {_width(read)} entries that are read"
+            message = f"reduction {spec.reduction:g} leaves no bottleneck for an input of width {_width(read)}"
             raise GraftError("GC020", message, place=Place(path="reduction"))
         x = _normed(build, read, _width(read), dtype, "norm") if norm in ("before", "both") else read
         hidden = self.project(spec, build, "down", x, inner, dtype)
@@ -85,14 +86,14 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
         return delta if spec.scale == 1 else build.call(aten.mul.Tensor, delta, spec.scale, part="scale")
 
     def project(self, spec: S, build: Builder, part: str, x: fx.Node, out: int, dtype: torch.dtype) -> fx.Node:
-        """Build one projection, ``down`` or ``up``: its weight ``[out, in]``, and its bias if adapters have biases."""
+        """Build one projection, ``down`` or ``up``: its weight ``[out, in]``, and its bias if the spec has one."""
         weight = build.parameter(part, (out, _width(x)), initialiser(spec, part), dtype=dtype)
         bias = build.parameter(f"{part}_bias", (out,), zeros, dtype=dtype) if spec.bias else None
         return build.linear(x, weight, bias, part=part)
 
     def fold(self, spec: S, site: LinearSite | SublayerSite, tensors: Mapping[str, Tensor]) -> Fold:
         """Keep the adapter in the graph, since no weight of the base can compute it."""
-        return Keep("it has an activation function of its own, so that no weight of the base can compute it")
+        return Keep("it has its own activation function, so no weight of the base can compute it")
 
 
 class BottleneckMethod(BottleneckAdapter[Bottleneck]):
@@ -130,7 +131,7 @@ def _xavier(tensor: Tensor, generator: torch.Generator) -> None:
 
 
 def _truncated(deviation: float) -> Initialiser:
-    """Return a normal initialiser, cut off at twice the deviation."""
+    """Return a normal initialiser, truncated at two standard deviations."""
 
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         torch.nn.init.trunc_normal_(tensor, 0, deviation, -2 * deviation, 2 * deviation, generator=generator)

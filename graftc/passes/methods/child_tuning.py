@@ -1,4 +1,4 @@
-"""Child-Tuning: training of a part of the network, redrawn in every step or chosen once (Xu et al. 2021)."""
+"""Child-Tuning: training part of the network, redrawn in every step or chosen once (Xu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graftc.specs.methods.child_tuning import ChildTuning
 
 
 class Steps(Controller[ChildTuning]):
-    """A controller that only counts steps, from which new masks are drawn."""
+    """Controller that only counts steps; the masks of a step are derived from the count."""
 
     @classmethod
     def wanted(cls, spec: ChildTuning) -> bool:
@@ -29,7 +29,7 @@ class Steps(Controller[ChildTuning]):
         return spec.variant == "F" and spec.reserve_p < 1
 
     def step(self, number: int) -> None:
-        """Do nothing, since the step is counted already."""
+        """Do nothing; the step has already been counted."""
 
 
 class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
@@ -44,10 +44,10 @@ class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
         self._layers = _Layers()
 
     def prepare(self, spec: ChildTuning, sites: Sequence[Stored], build: Builder) -> Any:
-        """Return the count of steps, None if nothing is masked, or for variant `D` the entries selected in the layers.
+        """Return the step counter, or None if nothing is masked; for variant `D`, the entries selected in the layers.
 
         Raises:
-            GraftError: GC020 if variant `D` selects no entry.
+            GraftError: GC020 if variant `D` selects no entries.
         """
         if spec.variant == "D":
             return self._layers.prepare(spec, [site for site in sites if site.layer is not None], build)
@@ -61,14 +61,14 @@ class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
             super().insert(spec, site, shared, build)
 
     def fold(self, spec: ChildTuning, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
-        """Let trained copies stand in for the base's tensors; fold the sums in the layers of variant `D`."""
+        """Replace the base's tensors with trained copies; with variant `D`, fold the sums in the layers."""
         sparse = spec.variant == "D" and site.layer is not None
         return self._layers.fold(spec, site, tensors) if sparse else super().fold(spec, site, tensors)
 
     def scoring(self, spec: ChildTuning) -> Scoring | None:
         """Return the scoring of variant `D`, as in the authors' code.
 
-        Scores are squares of the gradients of whole batches, each clipped tensor by tensor.
+        Scores are squared gradients of whole batches, clipped tensor by tensor.
         """
         return self._layers.scoring(spec) if spec.variant == "D" else None
 
@@ -79,7 +79,7 @@ class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
     def selected(
         self, spec: ChildTuning, places: Sequence[AdaptedSite[ChildTuning]], scores: Mapping[str, Tensor]
     ) -> Transition[ChildTuning]:
-        """Select the entries of the layers that have the greatest scores."""
+        """Select the entries with the greatest scores in the layers."""
         return self._layers.selected(spec, _in_layers(places), scores)
 
     def read(self, spec: ChildTuning, shared: Any, build: Builder, trained: fx.Node) -> fx.Node:
@@ -88,7 +88,7 @@ class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
             return trained
         name = str(trained.target)
         part = name.rpartition(".")[2]
-        # A tensor instead of a literal, so that equal layers keep equal code and a checkpoint has the seed.
+        # A tensor rather than a literal, so that identical layers share code and checkpoints contain the seed.
         seed = build.buffer(f"{part}_seed", lambda device: torch.tensor([_seed(build.seed, name)], device=device))
         return build.call(torch.ops.graftc.grad_mask.default, trained, shared, seed, spec.reserve_p, part="mask")
 

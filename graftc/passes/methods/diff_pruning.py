@@ -1,4 +1,4 @@
-"""Diff pruning: training of gated differences, then of the largest ones alone (arXiv:2012.07463)."""
+"""Diff pruning: training gated differences, then only the largest of them (arXiv:2012.07463)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 class OpenGates(TensorObjective[DiffPruning]):
-    """``penalty * sum P(z > 0)`` over the gates of all entries and of all tensors."""
+    """``penalty * sum P(z > 0)`` over the gates of all entries and all tensors."""
 
     @classmethod
     def wanted(cls, spec: DiffPruning) -> bool:
@@ -35,12 +35,12 @@ class OpenGates(TensorObjective[DiffPruning]):
         return spec.stage == 1 and spec.penalty > 0
 
     def value(self) -> Tensor:
-        """Return the penalty times the sum of the probabilities that gates are open."""
+        """Return the penalty times the summed probabilities that gates are open."""
         terms = [self._of(place.tensors, part) for place in self.places for part in _tensors_of(place.tensors)]
         return self.spec.penalty * torch.stack(terms).sum()
 
     def _of(self, tensors: Mapping[str, Tensor], part: str) -> Tensor:
-        # Computed again in the backward pass, since keeping it would take as much memory as the gates.
+        # Recomputed in the backward pass, since storing the result would take as much memory as the gates.
         entries = checkpoint(
             self._open,
             tensors[f"{part}_alpha"],
@@ -62,7 +62,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
     """``W' = W + z z_group w`` for every tensor, then ``W + scatter(indices, delta)`` for the remaining entries.
 
     `graftc::gated_weight` is inserted wherever a tensor is read. If a site owns only some rows of a tensor, its
-    parameters have the size of these rows, which form their own group. The second training run uses `SparseTensors`.
+    parameters have the size of those rows, which form a separate group. The second training run uses `SparseTensors`.
     """
 
     objective = OpenGates
@@ -71,7 +71,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
         """Give every entry a difference in the first training run; select entries for the second.
 
         Raises:
-            GraftError: GC020 if the budget is zero entries of the target, or more than all.
+            GraftError: GC020 if the budget is zero or exceeds the number of entries in the target.
         """
         if spec.stage > 1:
             return super().prepare(spec, sites, build)
@@ -82,20 +82,20 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
     def place(
         self, spec: DiffPruning, site: Stored, region: WeightSlice, shared: ChosenEntries, build: Builder
     ) -> None:
-        """Replace a part of a tensor with the changed one, or in the second training run its remaining entries."""
+        """Replace part of a tensor with its gated version, or only the remaining entries in the second training run."""
         if spec.stage > 1:
             super().place(spec, site, region, shared, build)
         else:
             build.stand_in(region, partial(_gated, spec, build, region), within=True)
 
     def fold(self, spec: DiffPruning, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
-        """Fold the sums into the base's tensors, with gates that have no noise."""
+        """Fold the sums into the base's tensors, using gates without noise."""
         if spec.stage > 1:
             return super().fold(spec, site, tensors)
         return TensorFold({p: _added(site, p, partial(difference, spec, tensors, p)) for p in _tensors_of(tensors)})
 
     def stages(self, spec: DiffPruning) -> int:
-        """Return two: a training run with gates, and one of the remaining entries."""
+        """Return 2: a training run with gates, and one for the remaining entries."""
         return 2
 
     @torch.no_grad()
@@ -113,12 +113,12 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
         return Transition(spec.model_copy(update={"stage": spec.stage + 1}), values)
 
     def deployed(self, spec: DiffPruning, places: Sequence[AdaptedSite[DiffPruning]]) -> int | None:
-        """Return the number of entries that remain for the second training run; None if that is the current one."""
+        """Return the number of entries that remain for the second training run; None if that is the current run."""
         return budget_of(spec, _entries(places)) if spec.stage == 1 else None
 
 
 def difference(spec: DiffPruning, tensors: Mapping[str, Tensor], part: str) -> Tensor:
-    """Return ``z z_group w`` of a tensor, with gates that have no noise."""
+    """Return ``z z_group w`` for a tensor, with gates without noise."""
     low, high = spec.stretch
 
     def gate(alpha: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def _magnitude(spec: DiffPruning, tensors: Mapping[str, Tensor], part: str) -> T
 
 
 def _tensors_of(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the base's tensors that have differences among the tensors of a place."""
+    """Return the names of the base's tensors for which a place has differences."""
     return [name.removesuffix("_w") for name in tensors if name.endswith("_w")]
 
 
@@ -152,7 +152,7 @@ def _gated(spec: DiffPruning, build: Builder, region: WeightSlice, tensor: fx.No
 
 
 def _added(site: Site, part: str, own: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a function that adds ``own()`` to the site's own part of a stored tensor."""
+    """Return a function that adds ``own()`` to the part of a stored tensor that the site owns."""
     parts = {region.part: region for region in site.slices} if isinstance(site, LinearSite) else {}
 
     def change(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""DoRA: trained magnitudes of a weight's rows, and a low-rank update of their directions (Liu et al. 2024)."""
+"""DoRA: trained magnitudes for a weight's rows, and a low-rank update of their directions (Liu et al. 2024)."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ Scales = dict[SiteKey, fx.Node]
 class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
     """``y = c * (u + s B A x) + b`` with ``c = m / |W + s B A|`` and ``u = W x`` (arXiv:2402.09353).
 
-    ``m: [rows]`` is initialised to the norms of the rows of ``W``, whose squares are stored in a constant. The norms in
-    ``c`` are computed from that constant with the same arithmetic, so ``c`` is initially exactly one. The bias is
-    preserved by ``y = c * (u + b) + s (c * B) A x + (1 - c) * b``, which is initially equal to ``u + b`` bit for bit.
+    ``m: [rows]`` is initialised to the row norms of ``W``, whose squares are stored in a constant. The norms in ``c``
+    are computed from that constant with the same arithmetic, so ``c`` is initially exactly one. To preserve the bias,
+    the graph computes ``y = c * (u + b) + s (c * B) A x + (1 - c) * b``, which initially equals ``u + b`` bit for bit.
 
     With dropout on the input, the second product is ``W (x - x~)``, which replaces part of the bias term: ``(1 - c) *
     (b + W (x - x~))``.
 
-    On top of other adaptations, ``W`` and ``b`` are the results of applying their folds to the base's, and the norm is
-    that of the matrix itself.
+    On top of other adaptations, ``W`` and ``b`` are the base's with those adaptations folded in, and the norm is
+    computed from the matrix itself.
     """
 
     def prepare(self, spec: DoRA, sites: Sequence[LinearSite], build: Builder) -> Scales:
-        """Return an empty table for the scale of each place, which all uses of the place share."""
+        """Return an empty table of scales by place; all uses of a place share its scale."""
         return {}
 
     def insert(self, spec: DoRA, site: LinearSite, shared: Scales, build: Builder) -> None:
         """Add the update to the site's result and rescale it.
 
         Raises:
-            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``, GC017 if something at the
-                site has no equivalent change of weights.
+            GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``, GC017 if another
+                adaptation at the site cannot be expressed as a change of weights.
         """
         base = effective_weight(build, site)
         pair = _factors(spec, site, build) if spec.direction else ()
@@ -101,10 +101,10 @@ def _factors(spec: DoRA, site: LinearSite, build: Builder) -> tuple[fx.Node, fx.
 
 
 def _scaled_up(build: Builder, b: fx.Node, scale: fx.Node, whole: bool) -> fx.Node:
-    """Return ``c * B``, which is smaller than anything that it is multiplied with.
+    """Return ``c * B``: ``c`` is applied to ``B``, since that is the smallest tensor it can be applied to.
 
-    With ``whole``, `rescale` accounts for ``c``: here it is a constant, and zeros are replaced by `TINY`, since the
-    gradient of ``c`` is recovered from the result.
+    With ``whole``, `rescale` computes the gradient of ``c`` from its result. Here ``c`` is therefore a constant, with
+    zeros replaced by `TINY`.
     """
     factor = scale
     if whole:
@@ -118,7 +118,7 @@ def _scaled_up(build: Builder, b: fx.Node, scale: fx.Node, whole: bool) -> fx.No
 def _scale(
     spec: DoRA, site: LinearSite, base: EffectiveWeight, pair: Sequence[fx.Node], shared: Scales, build: Builder
 ) -> fx.Node:
-    """Return the node of ``m / |V|``, ``[..., rows]``, which all uses of a place share."""
+    """Return the node that computes ``m / |V|``, ``[..., rows]``; all uses of a place share it."""
     square = build.constant("square", lambda: squares(base.value())) if base.fixed else None
     magnitude = build.trained("m", lambda: _first_norm(spec, base, square, pair, build))
     if site.key.place not in shared:
@@ -130,9 +130,9 @@ def _scale(
 def _first_norm(
     spec: DoRA, base: EffectiveWeight, square: fx.Node | None, pair: Sequence[fx.Node], build: Builder
 ) -> Tensor:
-    """Return what `_norm` computes before training, by the same arithmetic.
+    """Return the value that `_norm` computes before training, using the same arithmetic.
 
-    A product with zeros changes no bit of a square.
+    Adding a product with zeros does not change a single bit of a square.
     """
     if square is not None:
         return norm_of_squares(build.current_value(square))
@@ -143,7 +143,7 @@ def _first_norm(
 def _norm(
     spec: DoRA, base: EffectiveWeight, square: fx.Node | None, pair: Sequence[fx.Node], build: Builder
 ) -> fx.Node:
-    """Return the node of ``|W + s B A|``."""
+    """Return the node that computes ``|W + s B A|``."""
     weight = base.weight
     if spec.norm_gradient == "detached":
         pair = [build.call(aten.detach.default, node, part="norm") for node in pair]
@@ -161,7 +161,7 @@ def _norm_with_update(weight: Tensor, *pair: Tensor, scaling: float) -> list[Ten
     if pair:
         a, b = (factor.to(wide) for factor in pair)
         total = total + scaling * (b @ a)
-    # The order of a sum follows the strides, and the first norms must equal those of the graph bit for bit.
+    # The strides determine the order of summation, and the initial norms must equal the graph's bit for bit.
     return [_direct_norm(total.contiguous())]
 
 

@@ -18,16 +18,16 @@ from graftc.specs.methods.dylora import DyLoRA
 
 aten = torch.ops.aten
 DEPLOYED = "deployed"
-"""Part name of the rank in eval mode, ``int64[1]``."""
+"""Part name of the rank used in eval mode, ``int64[1]``."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The rank of a forward pass, in the forms that sites use.
+    """The rank drawn for a forward pass, in the forms that sites use.
 
     Attributes:
         last: ``bool[rank]``, true only at the last of the first ``r`` ranks.
-        gates: ``alpha / r`` for the first ``r`` ranks and zero for the others, ``[rank]``, by element type.
+        gates: ``alpha / r`` for the first ``r`` ranks and zero for the others, ``[rank]``, by dtype.
     """
 
     last: fx.Node
@@ -38,7 +38,7 @@ class DyLoRAMethod(LowRankMethod[DyLoRA], Ranked[DyLoRA]):
     """``y = W x + b + (alpha / r) B[:, :r] A[:r] drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
     All sites use the same ``r`` in a pass; it is drawn outside the layers, so a layer that is recomputed in the
-    backward pass uses the same one. Ranks above it are multiplied by zero: sizes do not depend on the drawn value.
+    backward pass uses the same one. Ranks above ``r`` are multiplied by zero, so sizes do not depend on the draw.
     """
 
     def prepare(self, spec: DyLoRA, sites: Sequence[LinearSite], build: Builder) -> Drawn:
@@ -73,19 +73,19 @@ class DyLoRAMethod(LowRankMethod[DyLoRA], Ranked[DyLoRA]):
         return tensors["B"][..., :rank], tensors["A"][..., :rank, :], spec.alpha / rank
 
     def live_ranks(self, spec: DyLoRA, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return a mask of the first ranks, as many as are deployed."""
+        """Return a mask of the deployed ranks, which come first."""
         a = tensors["A"]
         return torch.arange(spec.rank, device=a.device).expand(a.shape[:-1]) < tensors[DEPLOYED]
 
     def deploy_rank(self, spec: DyLoRA, shared: Mapping[str, Tensor], rank: int) -> None:
         """Set the deployed rank, which is at least 1 and at most the rank of the spec."""
         if type(rank) is not int or not 1 <= rank <= spec.rank:
-            message = f"{spec.name!r} has the ranks from 1 to {spec.rank}, not {rank!r}"
-            raise GraftError("GC055", message, hint=f"the largest is {spec.rank}")
+            message = f"the rank of {spec.name!r} must be an integer from 1 to {spec.rank}, got {rank!r}"
+            raise GraftError("GC055", message, hint=f"use a rank of at most {spec.rank}")
         shared[DEPLOYED].fill_(rank)
 
 
 def _only_last(build: Builder, factor: fx.Node, last: fx.Node) -> fx.Node:
-    """Return ``factor`` with gradients only for the ranks in ``last``; its values are the same."""
+    """Return ``factor`` with unchanged values, but gradients only for the ranks in ``last``."""
     fixed = build.call(aten.detach.default, factor, part="fixed")
     return build.call(aten.where.self, last, factor, fixed, part="frozen")

@@ -1,4 +1,4 @@
-"""Direct training of base tensors, as copies that stand in for them."""
+"""Direct training of base tensors, through copies that replace them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from graftc.specs.methods.full import Full
 
 S = TypeVar("S", bound=MethodSpec)
 Stored = LinearSite | NormSite | ParameterSite
-"""Sites with tensors of the base."""
+"""Sites that have base tensors."""
 
 
 class TrainedTensors(Method[S, Stored]):
-    """Training of the weight and bias of a map, of the scale and shift of a norm, or of a whole tensor, as copies."""
+    """Trains copies of a map's weight and bias, of a norm's scale and shift, or of a whole tensor."""
 
     stands_in = True
 
@@ -40,11 +40,11 @@ class TrainedTensors(Method[S, Stored]):
             build.overlay(own, through=partial(self.read, spec, shared, build))
 
     def read(self, spec: S, shared: Any, build: Builder, trained: fx.Node) -> fx.Node:
-        """Return the node to read in place of a base tensor: the trained tensor, or one of the same value."""
+        """Return the node to read in place of a base tensor: the trained tensor, or one with the same value."""
         return trained
 
     def fold(self, spec: S, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
-        """Let the trained copies stand in for the base's tensors."""
+        """Replace the base's tensors with the trained copies."""
         return StandIn()
 
 

@@ -16,7 +16,7 @@ from graftc.specs.methods.houlsby import Houlsby
 
 
 class HoulsbyMethod(BottleneckAdapter[Houlsby]):
-    """``a + A(a)`` on a sublayer's branch; normalisations train as copies of the base's own."""
+    """``a + A(a)`` on a sublayer's branch; normalisations are trained as copies of the base's."""
 
     site_classes = (SublayerSite, NormSite)
 
@@ -24,7 +24,7 @@ class HoulsbyMethod(BottleneckAdapter[Houlsby]):
         """Insert the adapter, or replace a normalisation's scale and shift with trained copies.
 
         Raises:
-            GraftError: GC020 if no width is left for the bottleneck, GC021 if another adaptation trains a norm.
+            GraftError: GC020 if the bottleneck would have a width of zero, GC021 if another adaptation trains a norm.
         """
         if not isinstance(site, NormSite):
             super().insert(spec, site, shared, build)
@@ -33,5 +33,5 @@ class HoulsbyMethod(BottleneckAdapter[Houlsby]):
             build.overlay(own)
 
     def fold(self, spec: Houlsby, site: LinearSite | SublayerSite | NormSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Keep the adapters in the graph; trained normalisations stand in for the base's."""
+        """Keep the adapters in the graph; replace the base's normalisations with the trained ones."""
         return StandIn() if isinstance(site, NormSite) else super().fold(spec, site, tensors)

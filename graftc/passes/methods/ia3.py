@@ -24,27 +24,27 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
     """``y = l * (W x + b)`` with ``l: [out]``, or ``y = W (l * x) + b`` with ``l: [in]``.
 
     A vector on keys or values acts before heads are split and before a rotary embedding, so it folds into rows of ``W``
-    and ``b``. A vector on inner activations acts on the input of the projection back, which is the same as scaling the
-    result of the activation function, or of the gated product; it folds into columns of ``W`` and leaves ``b``
+    and ``b``. A vector on inner activations acts on the input of the down projection, which is equivalent to scaling
+    the result of the activation function, or of the gated product; it folds into columns of ``W`` and leaves ``b``
     unchanged.
 
-    On one site, adaptations are functions of ``(W, b)``, applied one after the other: LoRA followed by a vector on the
-    input is ``(W + B A) diag(l)``, the reverse order is ``W diag(l) + B A``.
+    At one site, adaptations are functions of ``(W, b)``, applied one after the other: LoRA followed by a vector on the
+    input is ``(W + B A) diag(l)``; the reverse order is ``W diag(l) + B A``.
     """
 
     def insert(self, spec: IA3, site: LinearSite, shared: Any, build: Builder) -> None:
         """Multiply the site's output or its input by the vector.
 
         Raises:
-            GraftError: GC017 for the input of a table, which is indices, and for that of some rows of a convolution in
-                groups.
+            GraftError: GC017 for the input of an embedding table, which consists of indices, and for the input of some
+                rows of a grouped convolution.
         """
         inward = spec.side_at(site.roles) == "input"
         size = site.use.entries if inward else site.out_features
         scale = build.parameter("l", (size,), ones, dtype=site.dtype)
         if inward:
             if site.use.grouped and not site.columns.whole:
-                raise unsupported(site, "is part of a convolution in groups, whose input is not its own", None)
+                raise unsupported(site, "is part of a grouped convolution and does not have its own input", None)
             build.scale_input(site, scale)
         else:
             rows = build.per_row(site, scale)
@@ -66,7 +66,7 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
         return True
 
     def reads_channels(self, spec: IA3) -> bool:
-        """Return whether the vector may scale the input, whose channels count in a convolution."""
+        """Return whether the vector may scale the input, which it does channel by channel in a convolution."""
         return spec.side != "output"
 
     def row_axes(self, spec: IA3) -> Mapping[str, int]:
@@ -81,7 +81,7 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
 def _scaled_columns(weight: Tensor, scale: Tensor, site: LinearSite) -> Tensor:
     """Scale the columns of a weight.
 
-    In a convolution, a channel scales all points of a patch, and each group of rows reads its own channels.
+    In a convolution, a channel's scale applies to all points of a patch, and each group of rows reads its own channels.
     """
     if site.own.layout is not Layout.KERNEL:
         return weight * scale

@@ -17,7 +17,7 @@ class LastLayersMethod(TrainedTensors[LastLayers]):
         """Check that every stack has enough layers.
 
         Raises:
-            GraftError: GC020 if a stack has fewer layers than are to train.
+            GraftError: GC020 if a stack has fewer layers than the spec trains.
         """
         layers: dict[str, set[int | None]] = {}
         for site in sites:
@@ -25,5 +25,5 @@ class LastLayersMethod(TrainedTensors[LastLayers]):
         for stack, numbers in layers.items():
             if len(numbers) >= spec.count or spec.target.layers != f"-{spec.count}:":
                 continue
-            message = f"{stack} has {len(numbers)} layers that the target selects, and {spec.count} are to train"
+            message = f"the target selects {len(numbers)} layers of {stack}, but count is {spec.count}"
             raise GraftError("GC020", message, place=Place(path="count"), hint="use full to train all of them")

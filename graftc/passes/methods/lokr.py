@@ -23,10 +23,10 @@ aten = torch.ops.aten
 class LoKrMethod(Method[LoKr, LinearSite]):
     """``y = W x + b + (s C ⊗ D) x`` with ``s = alpha / rank``.
 
-    The update's entry at row ``i d1 + k`` and column ``j d2 + l`` is ``s C[i, j] D[k, l]``. In a convolution ``in``
-    counts channels, and ``D`` has the points of the kernel behind each of its own. Every matrix that is not
-    initially zero is uniform within ``1 / sqrt(columns)``, Kaiming's bound at ``a = sqrt(5)``. The scale is applied to
-    ``C``, usually the smaller matrix.
+    The update's entry at row ``i d1 + k`` and column ``j d2 + l`` is ``s C[i, j] D[k, l]``. In a convolution, ``in``
+    counts channels, and ``D`` has one column for each of its channels and each point of the kernel. Every matrix that
+    is not initially zero is uniform within ``1 / sqrt(columns)``, Kaiming's bound at ``a = sqrt(5)``. The scale is
+    applied to ``C``, usually the smaller matrix.
     """
 
     def insert(self, spec: LoKr, site: LinearSite, shared: Any, build: Builder) -> None:
@@ -45,7 +45,7 @@ class LoKrMethod(Method[LoKr, LinearSite]):
         build.add(site, build.map(site, build.input(site), delta))
 
     def reads_channels(self, spec: LoKr) -> bool:
-        """Return True, since a convolution's channels and the points of its kernel count separately."""
+        """Return True, since the update treats a convolution's channels and the points of its kernel separately."""
         return True
 
     def fold(self, spec: LoKr, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
@@ -59,10 +59,10 @@ class LoKrMethod(Method[LoKr, LinearSite]):
 
 
 def split(size: int, factor: int) -> tuple[int, int]:
-    """Return two numbers whose product is ``size``.
+    """Return two integers whose product is ``size``.
 
-    The first is ``factor`` if that divides ``size``; otherwise the largest divisor that is at most the root of
-    ``size``, and at most ``factor`` if that is not -1.
+    The first is ``factor`` if that divides ``size``; otherwise it is the largest divisor that is at most the square
+    root of ``size`` and, unless ``factor`` is -1, at most ``factor``.
     """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
@@ -72,14 +72,14 @@ def split(size: int, factor: int) -> tuple[int, int]:
 
 
 def _spread(build: Builder, node: fx.Node, *axes: int) -> fx.Node:
-    """Return a factor with new axes, so that a product with the other one pairs all of their entries."""
+    """Return a factor with new axes, so that multiplying it by the other one pairs all of their entries."""
     for axis in axes:
         node = build.call(aten.unsqueeze.default, node, axis, part="outer")
     return node
 
 
 def _is_full(spec: LoKr, rows: int, columns: int) -> bool:
-    """Return whether a factor is one matrix, since a product of rank ``rank`` would hardly be smaller."""
+    """Return whether a factor is a single matrix, since a product of rank ``rank`` would hardly be smaller."""
     return 2 * spec.rank >= max(rows, columns)
 
 
@@ -93,9 +93,9 @@ def _factor(
     *,
     full: bool,
 ) -> fx.Node:
-    """Return one factor, in full or as a product of rank ``rank``.
+    """Return one factor, as a full matrix or as a product of rank ``rank``.
 
-    ``init`` fills the full factor, or the first one of the product.
+    ``init`` fills the full matrix, or the first matrix of the product.
     """
     rows, columns = shape
     if full:

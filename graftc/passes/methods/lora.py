@@ -26,20 +26,20 @@ class LoRAMethod(LowRankMethod[LoRA]):
 
     ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732).
     ``kaiming`` and ``gaussian`` start with ``B = 0``, ``orthogonal`` with ``B A = 0``
-    (https://datta0.github.io/posts/rethink-lora-init), ``random`` with a function other than the base's. ``pissa``
+    (https://datta0.github.io/posts/rethink-lora-init), ``random`` with a different function from the base's. ``pissa``
     (Meng et al. 2024, arXiv:2404.02948) and ``olora`` (Buyukakyuz 2024, arXiv:2406.01775) initialise ``B A`` to a part
     of ``W``; conventionally they subtract that part from ``W``. Here frozen copies of the initial factors are
     subtracted in the branch instead: the initial function equals the base's bit for bit, and ``W`` stays unchanged.
     ``loftq`` (Li et al. 2023, arXiv:2310.08659), with one iteration, starts from the quantisation error of ``W``:
-    ``s B A`` is the nearest matrix of that rank, and is not subtracted.
+    ``s B A`` is the closest matrix to it of that rank, and is not subtracted.
 
     The branch is scaled where it is narrowest, on the ``rank`` axis. Dropout acts on the branch's input only.
 
     Each expert has its own pair of factors, ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``. In a
-    convolution ``in`` counts the entries of a patch. An embedding table starts with ``A = 0`` instead of ``B = 0``.
+    convolution, ``in`` counts the entries of a patch. An embedding table starts with ``A = 0`` instead of ``B = 0``.
 
-    With ``freeze_a`` (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303) ``A`` does not train, so the branch's input, which
-    is needed only for the gradient of ``A``, is not kept.
+    With ``freeze_a`` (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303), ``A`` is not trained, so the branch's input, which
+    is needed only for the gradient of ``A``, is not saved for the backward pass.
     """
 
     def prepare(self, spec: LoRA, sites: Sequence[LinearSite], build: Builder) -> None:
@@ -56,8 +56,8 @@ class LoRAMethod(LowRankMethod[LoRA]):
         """Insert the branch.
 
         Raises:
-            GraftError: GC002 if a branch across the groups of a convolution is impossible, as when they do not divide
-                the rank; GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``.
+            GraftError: GC002 if a branch across the groups of a convolution is impossible, for example because their
+                number does not divide the rank; GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``.
         """
         if _meets_groups(spec, site):
             add_branch(spec, site, build, *_across_groups(spec, site, build), spec.scaling)
@@ -72,8 +72,8 @@ class LoRAMethod(LowRankMethod[LoRA]):
         a, b = factors(build, site, spec.rank, down, up, freeze_down=spec.freeze_a, excess_rank=excess)
         x = build.input(site)
         if spec.init in _FROM_WEIGHT:
-            # If the input is not contiguous, torch picks another product for a weight that requires a gradient, and the
-            # start would not cancel bit for bit.
+            # If the input is not contiguous, torch computes products differently for weights that require gradients,
+            # and the initial factors would not cancel bit for bit.
             x = build.call(aten.contiguous.default, x, part="contiguous")
         delta = build.low_rank(site, dropped_input(spec, x, build), a, b, spec.scaling)
         if spec.init in _FROM_WEIGHT:
@@ -94,12 +94,12 @@ class LoRAMethod(LowRankMethod[LoRA]):
         return spec.across_groups
 
     def fold(self, spec: LoRA, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Fold the update into the weight: ``W' = W + s B A``, less ``s B0 A0`` if the factors started from ``W``.
+        """Fold the update into the weight: ``W' = W + s B A``, minus ``s B0 A0`` if the factors started from ``W``.
 
         An update across groups stays in the graph.
         """
         if _meets_groups(spec, site):
-            return Keep("its update reads the channels of all groups, which the convolution does not")
+            return Keep("its update reads the channels of all groups, unlike the convolution")
 
         def change(weight: Tensor) -> Tensor:
             weight = added(weight, *self.update(spec, tensors))
@@ -130,9 +130,9 @@ def _across_groups(spec: LoRA, site: LinearSite, build: Builder) -> tuple[fx.Nod
     """
     groups = site.use.entries // site.own.shape[1]
     if spec.rank % groups or not site.columns.whole or spec.init not in _ANEW:
-        message = f"{site.key} has {groups} groups, across which LoRA takes a rank that these divide, not {spec.rank}"
+        message = f"{site.key} has {groups} groups, whose number does not divide rank {spec.rank}"
         if not spec.rank % groups:
-            message = f"{site.key} has {groups} groups, across which LoRA starts anew and adapts all rows"
+            message = f"a LoRA across the groups of {site.key} must adapt all rows and cannot start from the weight"
         hint = "choose another rank, or leave the site out with exclude"
         raise GraftError("GC002", message, place=Place(path="across_groups"), hint=hint)
     columns, rank = site.in_features * groups, spec.rank // groups
@@ -145,7 +145,7 @@ def _across_groups(spec: LoRA, site: LinearSite, build: Builder) -> tuple[fx.Nod
 def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """Return A and B from the first ``rank`` singular directions, so that ``s B A`` is their part of the weight.
 
-    The singular values are shared by both factors.
+    Each factor contains the square roots of the singular values.
     """
     u, s, v = torch.linalg.svd(_single(weight), full_matrices=False)
     root = (s[..., :rank] / scaling).sqrt()
@@ -161,22 +161,22 @@ def _olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 def _single(weight: Tensor) -> Tensor:
     """Return the weight in float32 or wider.
 
-    Checkpoints of peft lack the initial factors, and what peft subtracts from the base when it loads one comes from a
-    float32 decomposition: a wider one would give another base.
+    PEFT's checkpoints lack the initial factors, and the product that PEFT subtracts from the base on loading comes from
+    a float32 decomposition: a wider one would yield a different base.
     """
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 _FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
 _ANEW = ("kaiming", "gaussian", "random")
-"""Initialisations by numbers that are drawn one by one, whatever the weight is."""
+"""Initialisations that draw each element independently of the weight."""
 
 
 def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
     """Return the initialisers of A and B."""
     if spec.init not in _FROM_WEIGHT and spec.init != "loftq":
         if isinstance(site, EmbeddingSite):
-            # As in loralib: a row of a table is looked up alone, so its fan-in is one.
+            # As in loralib: each row of a table is looked up alone, so its fan-in is one.
             if spec.init == "random":
                 return normal(1), normal(1)
             return (normal(1), zeros) if spec.freeze_a else (zeros, normal(1))
@@ -198,13 +198,13 @@ def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, 
 
 
 def _orthogonal(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
-    """Return initialisers of maps through the even and the odd rows of a random orthogonal matrix: ``B A = 0``.
+    """Return initialisers that use the even rows of a random orthogonal matrix for A and the odd for B: ``B A = 0``.
 
     Raises:
         GraftError: GC020 for an odd rank.
     """
     if spec.rank % 2:
-        message = f"init: orthogonal shares the rank out to both factors, and {spec.rank} is odd"
+        message = f"init: orthogonal splits the rank in two, but {spec.rank} is odd"
         raise GraftError("GC020", message, place=Place(path="rank"), hint=f"use rank {spec.rank + 1}, or another init")
 
     @cache

@@ -1,4 +1,4 @@
-"""LT-SFT: train all entries, choose the most changed, rewind, train those (Ansell et al. 2022, arXiv:2110.07560)."""
+"""LT-SFT: train all entries, select the most changed, rewind, train these (Ansell et al. 2022, arXiv:2110.07560)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graftc.passes.methods.full import Stored
 from graftc.specs.methods.lt_sft import LTSFT
 
 KEPT = ("indices", "start")
-"""Parts, after a tensor's name, of what earlier iterations have chosen and trained, while a dense one trains."""
+"""Suffixes of the buffers that hold, during a dense run, the entries chosen by earlier iterations and their deltas."""
 
 
 class Distance(TensorObjective[LTSFT]):
@@ -47,19 +47,19 @@ class Distance(TensorObjective[LTSFT]):
 
 
 class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
-    """Trained copies of the target's tensors in dense training runs, and `SparseTensors` in sparse ones."""
+    """Trains copies of the target's tensors in dense training runs, and uses `SparseTensors` in sparse ones."""
 
     objective = Distance
 
     def prepare(self, spec: LTSFT, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
-        """Select the entries of a sparse training run; a dense one selects none."""
+        """Select the entries for a sparse training run; a dense one selects none."""
         if not spec.dense:
             return super().prepare(spec, sites, build)
         budget_of(spec, sum(region.size for _, region in self.tensors_of(sites, build.store).values()))
         return ChosenEntries({}, {})
 
     def place(self, spec: LTSFT, site: Stored, region: WeightSlice, shared: ChosenEntries, build: Builder) -> None:
-        """Replace a part of a tensor with a trained copy, or with the changed one in a sparse training run."""
+        """Replace part of a tensor with a trained copy or, in a sparse training run, with a sum of base and deltas."""
         if not spec.dense:
             super().place(spec, site, region, shared, build)
             return
@@ -71,7 +71,7 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
                 build.keep_buffer(part, zero_state(known.shape, known.dtype))
 
     def fold(self, spec: LTSFT, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
-        """Fold the sums into the base's tensors, or let the trained copies stand in for them."""
+        """Fold the sums into the base's tensors or, in a dense run, replace them with the trained copies."""
         return StandIn() if spec.dense else super().fold(spec, site, tensors)
 
     def stages(self, spec: LTSFT) -> int:
@@ -84,7 +84,7 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
         """Start the next training run from the results of the current one.
 
         After a dense run, the entries that changed most are chosen and everything is rewound; after a sparse run, all
-        tensors start from the values that it has given them.
+        tensors start from their trained values.
         """
         following = spec.model_copy(update={"stage": spec.stage + 1})
         if spec.dense:
@@ -95,7 +95,7 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
         return Transition(following, values)
 
     def _chosen(self, spec: LTSFT, places: Sequence[AdaptedSite[LTSFT]]) -> dict[str, Tensor]:
-        """Return what a sparse training run starts from: entries chosen so far, and those that changed most now."""
+        """Return the initial tensors of a sparse run: entries chosen so far, and those that have now changed most."""
         regions = list(regions_at(places))
         budget = budget_of(spec, sum(region.size for _, region in regions))
         new = budget * spec.iteration // spec.iterations - budget * (spec.iteration - 1) // spec.iterations
@@ -110,12 +110,12 @@ class LTSFTMethod(SparseTensors[LTSFT], Staged[LTSFT]):
 
 
 def _own(place: AdaptedSite[LTSFT], region: WeightSlice) -> Tensor:
-    """Return the trained copy of a part of a tensor, flat, in the order of the part's entries."""
+    """Return the trained copy of part of a tensor, flattened in the order of the part's entries."""
     return place.tensors[region.part].reshape(-1)
 
 
 def _before(place: AdaptedSite[LTSFT], region: WeightSlice) -> tuple[Tensor, Tensor]:
-    """Return the entries that earlier iterations have chosen, and their initial differences from the base."""
+    """Return the entries chosen by earlier iterations, and their initial differences from the base."""
     tensors = place.tensors
     if f"{region.part}_indices" not in tensors:
         device = place.base[region.tensor].device
@@ -125,7 +125,7 @@ def _before(place: AdaptedSite[LTSFT], region: WeightSlice) -> tuple[Tensor, Ten
 
 
 def _changes(place: AdaptedSite[LTSFT], region: WeightSlice) -> Tensor:
-    """Return how far each entry has moved in a dense training run; -1 for entries that are chosen already."""
+    """Return how far each entry has moved in a dense training run; -1 for entries that were already chosen."""
     base = place.base[region.tensor].detach()
     before, start = _before(place, region)
     if before.numel():
@@ -135,7 +135,7 @@ def _changes(place: AdaptedSite[LTSFT], region: WeightSlice) -> Tensor:
 
 
 def _dense_values(spec: LTSFT, place: AdaptedSite[LTSFT], region: WeightSlice) -> dict[str, Tensor]:
-    """Return what a dense training run after a sparse one starts from at one tensor."""
+    """Return one tensor's initial values for a dense training run that follows a sparse one."""
     base, tensors, name = place.base[region.tensor].detach(), place.tensors, str(spec.name)
     if f"{region.part}_delta" not in tensors:
         return {}

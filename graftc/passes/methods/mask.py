@@ -1,4 +1,6 @@
-"""Training of fixed entries, selected at random or by magnitude, movement or Fisher information (arXiv:2111.09839)."""
+"""Training a fixed set of entries, selected at random or by magnitude, movement or Fisher information
+(arXiv:2111.09839).
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,11 @@ class MaskMethod(ScoredTensors[Mask]):
     """`ScoredTensors` whose entries are selected once, as `Mask.selection` specifies."""
 
     def scoring(self, spec: Mask) -> Scoring | None:
-        """Return the scoring by examples for `fish` and `movement`, and None for other selections."""
+        """Return the example-based scoring for `fish` and `movement`, and None for other selections."""
         return {"fish": Fisher(), "movement": Movement()}.get(spec.selection)
 
     def each(self, spec: Mask) -> bool:
-        """Return whether each tensor gets a number of entries in proportion to its size."""
+        """Return whether each tensor gets a number of entries proportional to its size."""
         return spec.allocation == "per_tensor"
 
     def choose(self, spec: Mask, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:

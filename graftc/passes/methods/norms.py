@@ -1,4 +1,4 @@
-"""Tuning of normalisations (Qi et al. 2022, arXiv:2211.08682; Zhao et al. 2023, arXiv:2312.11420)."""
+"""Tuning normalisations (Qi et al. 2022, arXiv:2211.08682; Zhao et al. 2023, arXiv:2312.11420)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftc.specs.methods.norms import Norms
 
 
 class NormsMethod(Method[Norms, NormSite]):
-    """Training of the scale and the shift of a normalisation, ``[width]`` each, as copies of the base's."""
+    """Trains copies of a normalisation's scale and shift, ``[width]`` each."""
 
     def insert(self, spec: Norms, site: NormSite, shared: Any, build: Builder) -> None:
         """Replace the scale, and the shift if there is one, with trained copies.
@@ -28,5 +28,5 @@ class NormsMethod(Method[Norms, NormSite]):
             build.overlay(own)
 
     def fold(self, spec: Norms, site: NormSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Let the trained copies stand in for the base's tensors."""
+        """Replace the base's tensors with the trained copies."""
         return StandIn()

@@ -19,18 +19,18 @@ from graftc.specs.methods.pasta import Pasta
 
 aten = torch.ops.aten
 Slots = Mapping[fx.Node, fx.Node]
-"""For the token numbers of each stack, ``int64[batch, sequence]``: which vector is added, from 1; 0 for none."""
+"""By the token ids of each stack: the index of the vector to add, from 1, or 0 for none, ``int64[batch, sequence]``."""
 
 
 class PastaMethod(Method[Pasta, ValueSite]):
     """``x_t + Drop(e_j)`` with ``e: [slots, width]``, where token ``t`` is the ``j``-th special one of its row."""
 
     def prepare(self, spec: Pasta, sites: Sequence[ValueSite], build: Builder) -> Slots:
-        """Compute, once for each stack of layers, which vector every token gets.
+        """Compute, once for each stack of layers, which vector is added to each token.
 
         Raises:
-            GraftError: GC017 if a layer reads no tokens that are looked up in a table, GC039 for an id that the table
-                does not have.
+            GraftError: GC017 if a layer's input does not come from tokens that are looked up in a table, GC039 for an
+                id that is not in the table.
         """
         slots: dict[fx.Node, fx.Node] = {}
         for site in sites:
@@ -44,12 +44,12 @@ class PastaMethod(Method[Pasta, ValueSite]):
         """Add the vectors to the value.
 
         Raises:
-            GraftError: GC017 if the positions of the value are not those of the tokens.
+            GraftError: GC017 if the value has different positions from the tokens.
         """
         value, numbers = build.value(site), _tokens(site).numbers
         sizes = [[expression(s) for s in node.meta["val"].shape] for node in (value, numbers)]
         if sizes[0][:-1] != sizes[1]:
-            raise unsupported(site, "has other positions than the tokens that the model reads")
+            raise unsupported(site, "has different positions from the tokens that the model reads")
         start = zeros if spec.init == "zeros" else normal(spec.init_std)
         vectors = build.parameter("vectors", (spec.vectors, site.width), start, dtype=site.dtype)
         none = build.call(aten.zeros_like.default, build.call(aten.slice.Tensor, vectors, -2, 0, 1), part="table")
@@ -58,21 +58,21 @@ class PastaMethod(Method[Pasta, ValueSite]):
         build.set_value(site, build.call(aten.add.Tensor, value, chosen, part="add"))
 
     def fold(self, spec: Pasta, site: ValueSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Keep the adaptation in the graph, since the places where the vectors are added depend on the tokens."""
-        return Keep("where its vectors are added depends on the tokens, so that no weight can hold them")
+        """Keep the adaptation in the graph, since the positions where the vectors are added depend on the tokens."""
+        return Keep("the positions where it adds vectors depend on the tokens, so no weight can contain them")
 
 
 def _tokens(site: ValueSite) -> TokenNumbers:
     if site.tokens is None:
-        reason = "is not made of tokens that are looked up in a table by an input"
-        raise unsupported(site, reason, "give the model token ids, or leave the place out with exclude")
+        reason = "is not computed from an input of token ids"
+        raise unsupported(site, reason, "pass token ids to the model, or leave the place out with exclude")
     return site.tokens
 
 
 def _check_ids(spec: Pasta, tokens: TokenNumbers) -> None:
     for index, token in enumerate(spec.special_tokens):
         if token >= tokens.entries:
-            message = f"the special token {token} is not one of the {tokens.entries} that the model knows"
+            message = f"the special token {token} is not in the model's table of {tokens.entries} tokens"
             hint = "look the ids up in the tokenizer: cls_token_id, sep_token_id, bos_token_id, eos_token_id"
             raise GraftError("GC039", message, place=Place(path=f"special_tokens[{index}]"), hint=hint)
 

@@ -17,7 +17,7 @@ class PreLayerMethod(VirtualTokenMethod[PreLayer], Collapsing[PreLayer]):
     """``x^l_t = P^l_t`` for every virtual token ``t`` and layer ``l``, with ``P^l: [tokens, width]``."""
 
     def insert(self, spec: PreLayer, site: ValueSite, shared: Any, build: Builder) -> None:
-        """Replace what a layer reads at virtual tokens with the trained vectors."""
+        """Replace a layer's input at virtual tokens with the trained vectors."""
         for run, vectors in enumerate(runs(spec, site, build, initialiser(spec, site, build))):
             build.hold(site, run, vectors)
 

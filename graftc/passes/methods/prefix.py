@@ -33,7 +33,7 @@ S = TypeVar("S", bound=PrefixSpec)
 
 
 class _FirstValues:
-    """The keys and values that the base has for the initial tokens, computed for all places at once on first use."""
+    """The base's keys and values for the initial tokens, computed for all places at once on first use."""
 
     def __init__(self, spec: PrefixSpec, sites: Sequence[AttentionSite], build: Builder) -> None:
         self._spec, self._sites, self._build = spec, sites, build
@@ -47,7 +47,7 @@ class _FirstValues:
         return {site.key: {"keys": keys, "values": values} for site, keys, values in pairs}
 
     def initialiser(self, site: AttentionSite, part: str) -> Initialiser:
-        """Return an initialiser of a place's keys or values, ``[length, width]``, from those of the base there."""
+        """Return an initialiser that copies the base's keys or values at a place, ``[length, width]``."""
         columns = site.keys if part == "keys" else site.values
         assert columns is not None
 
@@ -72,31 +72,31 @@ class Shared:
 
 
 class PrefixedAttention(Method[S, AttentionSite], Collapsing[S]):
-    """``softmax(q [P; K]^T) [U; V]`` with ``P: [length, key width]`` and ``U: [length, value width]``, of which each
-    head takes its own columns (arXiv:2101.00190; without a reparameterisation P-tuning v2, arXiv:2110.07602).
+    """``softmax(q [P; K]^T) [U; V]`` with ``P: [length, key width]`` and ``U: [length, value width]``; each head uses
+    its own columns (arXiv:2101.00190; without a reparameterisation, P-tuning v2, arXiv:2110.07602).
 
-    With a reparameterisation ``[P, U] = W2 tanh(W1 E + b1) + b2``, where each place has its own ``W2`` and ``b2``.
+    With a reparameterisation, ``[P, U] = W2 tanh(W1 E + b1) + b2``, where each place has its own ``W2`` and ``b2``.
     """
 
     def prepare(self, spec: S, sites: Sequence[AttentionSite], build: Builder) -> Shared:
-        """Shift the text behind the prefix if requested, and build the hidden layer of a reparameterisation.
+        """Shift the text's positions past the prefix if requested, and build the hidden layer of a reparameterisation.
 
         All places read that layer.
 
         Raises:
-            GraftError: GC020 if places have prefixes of different lengths and a reparameterisation or shifted
+            GraftError: GC020 if the prefix length differs between places despite a reparameterisation or shifted
                 positions, or if a table has no position left for the text.
         """
         first = _FirstValues(spec, sites, build)
         if spec.positions == "shifted":
-            _same_lengths(spec, "the text begins after the prefix, so every place has as many positions")
+            _same_lengths(spec, "with shifted positions, prefixes must have the same length at every place")
             for positions in _own_positions(sites):
                 _check_table(spec, positions)
                 build.shift(positions, spec.length)
         own = spec.reparameterization
         if own is None:
             return Shared(first)
-        _same_lengths(spec, "a reparameterisation has one vector for each position, so every place has as many")
+        _same_lengths(spec, "with a reparameterisation, prefixes must have the same length at every place")
         width, dtype = own.width or _width(sites[0]), _operands(sites[0]).keys.meta["val"].dtype
         vectors = build.parameter("vectors", (spec.length, width), normal(spec.init_std), dtype=dtype)
         weight = build.parameter("hidden", (own.hidden, width), uniform, dtype=dtype)
@@ -105,7 +105,7 @@ class PrefixedAttention(Method[S, AttentionSite], Collapsing[S]):
         return Shared(first, build.call(aten.tanh.default, hidden, part="hidden"))
 
     def insert(self, spec: S, site: AttentionSite, shared: Shared, build: Builder) -> None:
-        """Put the prefix in front of the attention's keys and values.
+        """Prepend the prefix to the attention's keys and values.
 
         Raises:
             GraftError: GC017 if the form of the attention, or of its keys, does not support a prefix.
@@ -120,11 +120,11 @@ class PrefixedAttention(Method[S, AttentionSite], Collapsing[S]):
         build.attend(site, *prefix, window=spec.window)
 
     def fold(self, spec: S, site: AttentionSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Keep the adaptation in the graph, since what it adds to the softmax depends on the query."""
-        return Keep("what keys and values in front of the text add depends on the query, so that no weight can hold it")
+        """Keep the adaptation in the graph, since its contribution to the softmax depends on the query."""
+        return Keep("the contribution of its keys and values depends on the query, so no weight can contain it")
 
     def collapse(self, spec: S) -> MethodSpec | None:
-        """Return the spec with trained keys and values instead of the network that computes them; None without one."""
+        """Return the spec with trained keys and values instead of the network that computes them, None without one."""
         if spec.reparameterization is None:
             return None
         kept = ("name", "target", "length", "positions", "window", "dropout", "overrides")
@@ -142,15 +142,15 @@ class PrefixMethod(PrefixedAttention[Prefix]):
 
 def _same_lengths(spec: PrefixSpec, reason: str) -> None:
     if {override.length for override in spec.overrides} - {None, spec.length}:
-        hint = "leave out the overrides of length"
+        hint = "remove the overrides of length"
         raise GraftError("GC020", reason, place=Place(path="overrides"), hint=hint)
 
 
 def _own_positions(sites: Sequence[AttentionSite]) -> list[Positions]:
-    """Return the positions of the streams that the sites attend within: those that the first layer of each reads.
+    """Return the positions of the streams in which the sites self-attend, as read by the first layer of each stream.
 
     Raises:
-        GraftError: GC017 if a stream has positions that no call reads as numbers.
+        GraftError: GC017 if a stream has positions that no call reads as integers.
     """
     first: dict[str, AttentionSite] = {}
     for site in sites:
@@ -158,7 +158,7 @@ def _own_positions(sites: Sequence[AttentionSite]) -> list[Positions]:
             first[site.stack] = site
     for site in first.values():
         if not site.positions and (source := _positional(site)) is not None:
-            message = f"queries of {site.key} depend on positions by {source.name}, which cannot be shifted"
+            message = f"queries of {site.key} depend on positions through {source.name}, which cannot be shifted"
             raise GraftError("GC017", message, place=Place(path="positions"), hint="use positions: unshifted")
     return list(dict.fromkeys(positions for site in first.values() for positions in site.positions))
 
@@ -166,9 +166,9 @@ def _own_positions(sites: Sequence[AttentionSite]) -> list[Positions]:
 def _positional(site: AttentionSite) -> fx.Node | None:
     """Return the node that makes the queries and keys of an attention depend on token positions, or None.
 
-    It is a count of tokens, or stored values, one for each position. Masks and distances do not count, since they
-    follow a prefix by themselves; nor do values stored for the fixed places of an input without text, such as the
-    patches of an image.
+    The node counts tokens, or adds stored values, one for each position. Masks and distances are ignored, since they
+    account for a prefix by themselves, and so are values stored for the fixed places of an input without text, such as
+    the patches of an image.
     """
     own = _operands(site)
     length = None if site.read is None else expression(site.read.meta["val"].shape[1])
@@ -190,7 +190,7 @@ def _positional(site: AttentionSite) -> fx.Node | None:
 
 
 def _is_whole(value: fx.Node) -> bool:
-    """Return whether a value has as many places as the stored tensor that it comes from, with nothing cut off."""
+    """Return whether a value covers all places of the stored tensor that it comes from."""
     places = value.meta["val"].shape[-2]
     while value.op == "call_function" and len(value.all_input_nodes) == 1:
         (value,) = value.all_input_nodes
@@ -203,19 +203,19 @@ def _check_table(spec: PrefixSpec, positions: Positions) -> None:
     if rows is not None and spec.length >= rows:
         table = positions.table
         assert table is not None
-        message = f"a prefix of {spec.length} leaves no position of the {rows} that {table.target} has for a text"
+        message = f"a prefix of {spec.length} leaves none of the {rows} positions of {table.target} for the text"
         raise GraftError("GC020", message, place=Place(path="length"), hint="use positions: unshifted")
 
 
 def _operands(site: AttentionSite) -> AttentionOperands:
     if site.operands is None:
-        message = f"the keys of {site.key} cannot be followed head by head"
+        message = f"the keys of {site.key} cannot be traced head by head"
         raise GraftError("GC017", message, hint="leave it out with exclude")
     return site.operands
 
 
 def _width(site: AttentionSite) -> int:
-    """Return the width of the queries, or of the keys if the attention is written out with queries in another shape."""
+    """Return the width of the queries, or of the keys if the attention is written out with queries of another shape."""
     query = _operands(site).query.meta["val"]
     assert site.keys is not None
     return int(query.shape[1]) * int(query.shape[3]) if query.dim() == 4 else site.keys.numel()
@@ -224,7 +224,7 @@ def _width(site: AttentionSite) -> int:
 def _table(
     spec: PrefixSpec, site: AttentionSite, build: Builder, part: str, width: int, shared: Shared, dtype: torch.dtype
 ) -> fx.Node:
-    """Build the node of keys or values, ``[length, width]``."""
+    """Build the node that computes keys or values, ``[length, width]``."""
     if shared.hidden is None:
         init = shared.first.initialiser(site, part) if spec.init_tokens else normal(spec.init_std)
         return build.parameter(part, (spec.length, width), init, dtype=dtype)

@@ -24,17 +24,17 @@ class VirtualTokenMethod(Method[S, ValueSite]):
     """``[P; E(x)]`` with ``P: [tokens, width]``: the vectors of virtual tokens, used where tokens are looked up."""
 
     def insert(self, spec: S, site: ValueSite, shared: Any, build: Builder) -> None:
-        """Give the virtual tokens their vectors.
+        """Insert the vectors of the virtual tokens.
 
         Raises:
-            GraftError: GC039 for an initial token that the vocabulary does not have.
+            GraftError: GC039 for an initial token that is not in the vocabulary.
         """
         for run, vectors in enumerate(runs(spec, site, build, initialiser(spec, site, build))):
             build.fill(site, run, vectors)
 
     def fold(self, spec: S, site: ValueSite, tensors: Mapping[str, Tensor]) -> Fold:
         """Keep the adaptation in the graph, since it adds tokens."""
-        return Keep("it adds tokens, which no weight of the base can stand for")
+        return Keep("it adds tokens, which no weight of the base can represent")
 
 
 class PromptMethod(VirtualTokenMethod[Prompt]):
@@ -58,7 +58,7 @@ def initialiser(spec: VirtualTokenSpec, site: ValueSite, build: Builder) -> Init
     """Return the initialiser of the vectors of virtual tokens.
 
     Raises:
-        GraftError: GC039 for a token that the vocabulary does not have.
+        GraftError: GC039 for a token that is not in the vocabulary.
     """
     if spec.init == "uniform":
         return within(0.5)

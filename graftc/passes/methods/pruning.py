@@ -44,8 +44,8 @@ class Start:
     """The state that all sites start from.
 
     Attributes:
-        edges: the initial edges by tensor and rows, unless they are determined for each matrix.
-        kept: the entries that a later stage trains, likewise.
+        edges: the initial edges by tensor and rows; empty if each matrix determines its own.
+        kept: the entries that a later stage trains, by tensor and rows; empty under the same condition.
         placed: tensors that have been replaced in this Program.
     """
 
@@ -57,7 +57,7 @@ class Start:
 class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Pruning]):
     """``W' = W * M`` in place of ``W``, wherever it is read.
 
-    In addition to the copy of the weight, ``<tensor>_scores`` has the weight's shape if scores train;
+    Besides the weight's copy there is ``<tensor>_scores``, with the weight's shape, if scores are trained;
     ``<tensor>_threshold`` and ``<tensor>_last``, one for each matrix, determine which entries are kept. From the second
     stage on, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) and ``<tensor>_values: [k]`` replace these
     tensors and the copy.
@@ -68,15 +68,15 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
     objective = Penalty
 
     def applies(self, spec: Pruning, site: Site) -> bool:
-        """Return whether the site is a linear map, in a layer or named by a target, except a head for outputs."""
+        """Return whether the site is a linear map in a layer or named by the target; output heads are excluded."""
         every = spec.target.modules == "**" and spec.target.role is None and spec.target.regex is None
         return isinstance(site, LinearSite) and not site.is_head and (site.layer is not None or not every)
 
     def prepare(self, spec: Pruning, sites: Sequence[LinearSite], build: Builder) -> Start:
-        """Compute the state that concerns all sites together.
+        """Compute the state that depends on all sites together.
 
         Raises:
-            GraftError: GC026 if the phases leave no step of ``total_steps`` to prune in.
+            GraftError: GC026 if the phases leave none of the ``total_steps`` for pruning.
         """
         if spec.variant == "soft_movement":
             build.keep_buffer(PENALTY, zero_state([1]))
@@ -92,7 +92,7 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
         return Start(edges if spec.stage == 1 else {}, {k: _within(scores[k], [e]) for k, e in edges.items()})
 
     def insert(self, spec: Pruning, site: LinearSite, shared: Start, build: Builder) -> None:
-        """Replace the weight with what remains of it.
+        """Replace the weight with its pruned version.
 
         Raises:
             GraftError: GC021 if another adaptation also trains it.
@@ -153,22 +153,22 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
             if sparse:
                 indices, values = tensors[f"{part}_indices"].long(), tensors[f"{part}_values"]
                 return site.own.put(stored, own.new_zeros(own.numel()).index_put((indices,), values).view(own.shape))
-            scores = tensors.get(f"{part}_scores", own.abs())  # the trained copy stands in already
+            scores = tensors.get(f"{part}_scores", own.abs())  # the trained copy is already in place
             gone = dropped(scores, tensors[f"{part}_threshold"], tensors[f"{part}_last"].long())
             return site.own.put(stored, own.masked_fill(gone, 0))
 
         return TensorFold({part: change})
 
     def stages(self, spec: Pruning) -> int:
-        """Return the number of training runs: one more than the rounds of `iterative`, otherwise one."""
+        """Return the number of training runs: ``rounds + 1`` for `iterative`, otherwise one."""
         return spec.rounds + 1 if spec.variant == "iterative" else 1
 
     def advance(
         self, spec: Pruning, places: Sequence[AdaptedSite[Pruning]], shared: Mapping[str, Tensor]
     ) -> Transition[Pruning]:
-        """Prune a round: keep the largest of the remaining entries.
+        """Prune one round: keep the largest of the remaining entries.
 
-        The next stage trains these from their current values, or from the base's if the spec has ``rewind``.
+        The next stage trains these from their current values, or from the base's if the spec sets ``rewind``.
         """
         assert spec.name is not None and spec.stage < self.stages(spec)
         values: dict[str, Tensor] = {}
@@ -181,7 +181,7 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
         return Transition(spec.model_copy(update={"stage": spec.stage + 1}), values, spec.rewind)
 
     def deployed(self, spec: Pruning, places: Sequence[AdaptedSite[Pruning]]) -> int:
-        """Return the number of entries kept at the end of training; with `soft_movement`, of those kept now."""
+        """Return the number of entries kept at the end of training; with `soft_movement`, the number kept now."""
         sizes = [size_of(place) for place in places]
         if spec.stage > 1:
             return sum(sizes)
@@ -193,7 +193,7 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
 def _next(
     spec: Pruning, places: Sequence[AdaptedSite[Pruning]]
 ) -> Iterator[tuple[AdaptedSite[Pruning], Tensor, Tensor]]:
-    """Yield each place with its weight and the numbers of the entries that a round leaves of it."""
+    """Yield each place with its weight and the indices of the entries that remain after a round."""
     remaining = [left_of(place) for place in places]
     scores = [torch.where(left, _magnitudes(own), -1) for own, left in remaining]
     if spec.allocation == "global":
@@ -209,7 +209,7 @@ def _next(
 
 
 def _is_known(spec: Pruning, sites: Iterable[LinearSite], build: Builder) -> bool:
-    """Return whether there is nothing to decide for all sites together, since it is decided already or all is kept."""
+    """Return whether no joint decision over all sites is needed: it has been made, or all entries are kept."""
     if spec.stage == 1 and spec.initial_density == 1:
         return True
     kind = "last" if spec.stage == 1 else "indices"
@@ -221,13 +221,13 @@ def _magnitudes(weight: Tensor) -> Tensor:
 
 
 def _within(scores: Tensor, edges: Sequence[Edge]) -> Tensor:
-    """Return the numbers of the entries that the edges keep."""
+    """Return the indices of the entries that the edges keep."""
     threshold, last = (torch.stack([edge[i] for edge in edges]) for i in (0, 1))
     return torch.nonzero(~dropped(scores, threshold, last).flatten()).flatten()
 
 
 def _largest(scores: Tensor, groups: int, share: Fraction) -> Tensor:
-    """Return the numbers of the largest scores of each group; on the meta device, as many numbers without values."""
+    """Return the indices of each group's largest scores; on the meta device, a tensor of that size without values."""
     size = scores.numel() // groups
     kept = kept_of(size, share)
     if scores.is_meta:
@@ -240,5 +240,5 @@ def _key(site: LinearSite) -> WeightSlice:
 
 
 def _base(site: LinearSite, build: Builder) -> Tensor:
-    """Return the site's own part of the base's weight, as stored."""
+    """Return the part of the base's weight that the site owns, as stored."""
     return site.own.take(build.store.get(site.own.tensor).detach())

@@ -1,4 +1,4 @@
-"""Direct training of rows: named ones, n of every m, or blocks of them."""
+"""Direct training of rows: named rows, n of every m, or blocks."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from graftc.specs.methods.rows import RowSelection
 from graftc.specs.patterns import parse_slice
 
 Scores = Callable[[int], Tensor]
-"""A number for each block of so many rows: ``float64[blocks]``, on the CPU."""
+"""Function from a block size in rows to a score for each block: ``float64[blocks]``, on the CPU."""
 Chosen = dict[tuple[int, WeightSlice], tuple[fx.Node | None, Tensor]]
-"""Rows that were chosen, by the axis that counts rows and which of them there were to choose from: their node and
-numbers."""
+"""Chosen rows, by the axis of rows and the slice that they were chosen from: the node of their indices, if the graph
+reads one, and the indices."""
 
 _BLOCK = 2**22
 """How many elements of a weight are widened at a time."""
 
 
 class RowsMethod(Method[RowSelection, LinearSite]):
-    """``W[r]`` trains for the selected rows ``r``, as a copy: ``[rows, in]``, in the layout of the base's weight.
+    """Trains a copy of ``W[r]`` for the selected rows ``r``: ``[rows, in]``, in the layout of the base's weight.
 
-    Rows of a linear map are its output features, rows of a table its entries, rows of experts the output features of
-    each. Sites that read the same weight, such as a table and the head tied to it, share one selection and one copy.
+    The rows of a linear map are its output features, those of a table its entries, and those of experts the output
+    features of each expert. Sites that read the same weight, such as a table and the head tied to it, share one
+    selection and one copy.
     """
 
     stands_in = True
 
     def prepare(self, spec: RowSelection, sites: Sequence[LinearSite], build: Builder) -> Chosen:
-        """Return an empty table of choices, so that every use of a weight shares the same one."""
+        """Return an empty table of choices; all uses of a weight share its choice."""
         return {}
 
     def insert(self, spec: RowSelection, site: LinearSite, shared: Chosen, build: Builder) -> None:
@@ -59,13 +60,13 @@ class RowsMethod(Method[RowSelection, LinearSite]):
             build.overlay(rows.companion(site.use.bias.tensor), index)
 
     def fold(self, spec: RowSelection, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Let the trained rows stand in for the base's."""
+        """Replace the base's rows with the trained ones."""
         return StandIn()
 
     def _chosen(
         self, spec: RowSelection, site: LinearSite, own: WeightSlice, build: Builder
     ) -> tuple[fx.Node | None, Tensor]:
-        """Return the site's own rows that train, in order, and the node of their numbers if the graph reads one."""
+        """Return the node of the chosen rows' indices, if the graph reads one, and the indices in order."""
         every = own.index()
         if spec.rows is not None:
             return None, every[named_rows(spec.rows, own.count, str(site.key))]
@@ -73,20 +74,20 @@ class RowsMethod(Method[RowSelection, LinearSite]):
         def settle(generator: torch.Generator) -> Tensor:
             return every[chosen_rows(spec, own.count, _scores(spec, site, own.count, build, generator))]
 
-        # Layers with different rows share one code if it reads the numbers from a tensor of the same name.
+        # Layers with different rows can share code that reads the indices from a tensor with the same name.
         return build.settled("chosen", settle)
 
 
 def named_rows(entries: Sequence[int | str], count: int, place: str) -> Tensor:
-    """Return the numbers of the rows that a list of numbers and slices names, ascending, each once.
+    """Return the indices of the rows named by a list of indices and slices, ascending and without duplicates.
 
     Args:
-        entries: the numbers and slices of a spec.
+        entries: the indices and slices of a spec.
         count: number of rows.
         place: the place named in errors.
 
     Raises:
-        GraftError: GC020 for a number that is not that of a row, and for a slice that takes none.
+        GraftError: GC020 for an index out of range, and for a slice that selects no rows.
     """
     numbers: set[int] = set()
     for index, entry in enumerate(entries):
@@ -105,10 +106,10 @@ def named_rows(entries: Sequence[int | str], count: int, place: str) -> Tensor:
 
 
 def chosen_rows(spec: RowSelection, count: int, scores: Scores) -> Tensor:
-    """Return the numbers of the rows of ``n_of_m`` or of ``density``, ascending: those with the greatest scores.
+    """Return the indices of the rows selected by ``n_of_m`` or ``density``, ascending: those with the greatest scores.
 
     Args:
-        spec: the spec that says how many rows train.
+        spec: the spec that determines how many rows are trained.
         count: number of rows.
         scores: a function that returns the scores of single rows, or of blocks of `spec.block`.
     """
@@ -138,7 +139,7 @@ def _scores(spec: RowSelection, site: LinearSite, count: int, build: Builder, ge
 
 
 def row_squares(weight: Tensor) -> Tensor:
-    """Return the sums of squares of the rows of ``[..., rows, in]``, also over experts: ``float64[rows]``, on the CPU.
+    """Return the sum of squares of each row of ``[..., rows, in]``, over all experts: ``float64[rows]``, on the CPU.
 
     Equal rows have equal sums.
     """

@@ -1,4 +1,4 @@
-"""SoRA: a low-rank update with a gate for every rank, closed by a proximal operator (Ding et al. 2023)."""
+"""SoRA: a low-rank update with a gate for every rank; a proximal operator closes gates (Ding et al. 2023)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from graftc.specs.methods.sora import SoRA
 
 
 def shrink(gate: Tensor, threshold: float, *, zero_below: float) -> Tensor:
-    """Return ``gate`` with magnitudes reduced by ``threshold``, at least 0; those below ``zero_below`` become 0.
+    """Return ``gate`` with magnitudes reduced by ``threshold``, at most to 0; those below ``zero_below`` become 0.
 
-    ``zero_below == threshold`` is the proximal operator of ``threshold * |g|``.
+    With ``zero_below == threshold``, this is the proximal operator of ``threshold * |g|``.
     """
     size = gate.abs()
     return gate.sign() * torch.where(size < zero_below, 0, (size - threshold).clamp_min(0))
 
 
 class Prox(Controller[SoRA]):
-    """A controller that shrinks gates after each optimiser step and closes small ones."""
+    """Controller that shrinks gates after each optimiser step and closes small ones."""
 
     @classmethod
     def wanted(cls, spec: SoRA) -> bool:
@@ -39,14 +39,14 @@ class Prox(Controller[SoRA]):
         """Return the threshold after step ``number``, counted from 1.
 
         Raises:
-            GraftError: GC026 if it depends on the number of steps, which is not known.
+            GraftError: GC026 if it depends on the number of steps and that is not known.
         """
         first, last = self.spec.threshold, self.spec.final_threshold
         if last is None:
             return first
         if self.total is None:
             hint = "call compiled.begin(total_steps) before training"
-            raise GraftError("GC026", f"the threshold of {self.spec.name!r} moves over the whole training", hint=hint)
+            raise GraftError("GC026", f"the threshold of {self.spec.name!r} depends on the number of steps", hint=hint)
         return first + (last - first) * min(1.0, number / self.total)
 
     def step(self, number: int) -> None:

@@ -1,4 +1,4 @@
-"""SpIEL: training of entries that are replaced by others during training (Ansell et al. 2024, arXiv:2401.16405)."""
+"""SpIEL: training sparse entries, some of which are regularly replaced (Ansell et al. 2024, arXiv:2401.16405)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from graftc.specs.roles import parse_role
 class SpIELMethod(SparseTensors[SpIEL], Reselecting):
     """`SparseTensors` for the weights of linear maps, with `Reselection` between optimiser steps.
 
-    With ``AG`` every tensor also stores what a window gathers: ``<tensor>_candidates``, in the same form as the
-    indices, the sum ``<tensor>_gradient: f32[k]`` over the micro-batches of a step, and ``<tensor>_sum`` and
-    ``<tensor>_square``, the sums of the steps' gradients and of their squares. ``seen: int64[tensors]`` contains the
-    step of the window in which the candidates were selected, from 1; 0 means none.
+    With ``AG``, every tensor also has buffers for the data that a window gathers: ``<tensor>_candidates``, in the same
+    form as the indices, the sum ``<tensor>_gradient: f32[k]`` over the micro-batches of a step, and ``<tensor>_sum``
+    and ``<tensor>_square``, the sums of the steps' gradients and of their squares. ``seen: int64[tensors]`` contains
+    the step of the window in which the candidates were selected, from 1; 0 means none.
     """
 
     controller = Reselection
@@ -48,7 +48,7 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
         return "name maps in target, with role or modules" if spec.target.modules == "**" else None
 
     def prepare(self, spec: SpIEL, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
-        """Select the entries and, with ``AG``, make the buffer ``seen``."""
+        """Select the entries and, with ``AG``, create the buffer ``seen``."""
         chosen = super().prepare(spec, sites, build)
         if spec.variant == "AG":
             count = sum(1 for own in chosen.counts.values() if own)
@@ -56,10 +56,10 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
         return chosen
 
     def choose(self, spec: SpIEL, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
-        """Choose entries at random, from each tensor a number in proportion to its size, rounded down.
+        """Choose entries at random, from each tensor a number proportional to its size, rounded down.
 
         Raises:
-            GraftError: GC020 if that is zero, or more than there are.
+            GraftError: GC020 if no entries would be chosen, or more than there are.
         """
         sizes = [region.size for region in regions.values()]
         counts = dict(zip(regions, shares(_budget(spec, regions), sizes, exact=False), strict=True))
@@ -70,7 +70,7 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
         return ChosenEntries(counts, {} if build.without_values else random_entries(counts, regions, build))
 
     def place(self, spec: SpIEL, site: Stored, region: WeightSlice, shared: ChosenEntries, build: Builder) -> None:
-        """Replace a tensor of the base and, with ``AG``, make the buffers of a window."""
+        """Replace a tensor of the base and, with ``AG``, create the buffers of a window."""
         super().place(spec, site, region, shared, build)
         count = shared.counts[key_of(region)]
         if spec.variant == "AG" and count:

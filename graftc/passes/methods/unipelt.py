@@ -20,13 +20,13 @@ from graftc.specs.methods.unipelt import UniPELT
 class UniPELTMethod(PartsMethod[UniPELT], Observed[UniPELT]):
     """The parts of UniPELT, each multiplied by a gate.
 
-    The gate is the mean over tokens of ``sigmoid(w x + b)``: one number for each row, where ``x`` is the part's input.
+    The gate is the mean over tokens of ``sigmoid(w x + b)``: one value for each row, where ``x`` is the part's input.
     """
 
     def prepare(self, spec: UniPELT, sites: Sequence[Site], build: Builder) -> Any:
-        """Prepare the parts with a builder that collects what they would add.
+        """Prepare the parts with a builder that collects their additions.
 
-        Return that builder and what the places of each part share.
+        Return that builder and the state that the places of each part share.
         """
         own = composed(build, build.adaptation, build.method, attends=True)
         return own, super().prepare(spec, sites, own.build)
@@ -35,7 +35,7 @@ class UniPELTMethod(PartsMethod[UniPELT], Observed[UniPELT]):
         """Insert the part that belongs to the site, multiplied by its gate.
 
         Raises:
-            GraftError: GC036 and GC037 if the site has no rows that a gate could apply to.
+            GraftError: GC036 or GC037 if the site has no rows that a gate could apply to.
         """
         own, shared_by_part = shared
         with own.build.on(site):
@@ -48,4 +48,4 @@ class UniPELTMethod(PartsMethod[UniPELT], Observed[UniPELT]):
 
     def fold(self, spec: UniPELT, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
         """Keep the adaptation in the graph, since its gates depend on the row."""
-        return Keep("its gates depend on the row, so that no weight can hold what they multiply")
+        return Keep("its gates depend on the row, so no weight can contain their effect")

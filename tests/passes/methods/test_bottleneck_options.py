@@ -299,7 +299,7 @@ PATCHES = {"modules": "**.patch_embeddings.projection"}
             "GC017",
             "too late",
         ),
-        ("bert", {"method": "pfeiffer", "reduction": 49}, "GC020", "leaves nothing of the 48"),
+        ("bert", {"method": "pfeiffer", "reduction": 49}, "GC020", "for an input of width 48"),
         ("mixtral", {"method": "llm_adapters"}, "GC015", "ffn.down"),
         ("bert", {"method": "pfeiffer", "target": {"role": "ffn.down"}}, "GC016", "linear"),
         ("bert", {"method": "pfeiffer", "bottleneck": 4, "reduction": 4}, "GC002", "both say how wide"),

@@ -1,1 +1,1 @@
-"""Code that several methods share, and controllers too long for a method's own file; none of it is a method."""
+"""Code that several methods share, and controllers too long for a method's own file; no methods live here."""

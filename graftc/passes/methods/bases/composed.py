@@ -1,4 +1,4 @@
-"""Methods that are composed of other methods, one for each kind of place."""
+"""Methods composed of other methods, one for each kind of place."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _SHARED = frozenset({"vectors", "hidden", "hidden_bias"})
 
 
 class PartsMethod(Method[S, Site], Collapsing[S]):
-    """A method that applies, at each place, the part for that kind of place."""
+    """Method that applies to each place the part for its kind."""
 
     def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Mapping[SiteKind, Any]:
-        """Prepare each part and return what its places share.
+        """Prepare each part and return the state that its places share, by kind.
 
         Raises:
             GraftError: GC016 for a place without a part, or a part without a place.
@@ -61,7 +61,7 @@ class PartsMethod(Method[S, Site], Collapsing[S]):
         return method.fold(own, site, tensors)
 
     def collapse(self, spec: S) -> MethodSpec | None:
-        """Return the spec with trained keys and values instead of the network that computes them; None without one."""
+        """Return the spec with trained keys and values instead of the network that computes them, None without one."""
         return spec.collapse()
 
     def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -81,7 +81,7 @@ def _part(spec: PartsSpec, kind: SiteKind) -> tuple[Method[Any, Any], MethodSpec
 
 @contextmanager
 def _within(part: str) -> Iterator[None]:
-    """Run the block with errors that name their fields below that of the part."""
+    """Run the block, and prefix the fields that its errors name with the part's field."""
     try:
         yield
     except GraftError as error:

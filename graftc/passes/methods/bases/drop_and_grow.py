@@ -1,4 +1,4 @@
-"""Repeated choice of the entries of a weight that train: those with the smallest deltas are replaced by others."""
+"""Repeated selection of a weight's trained entries: those with the smallest deltas are replaced by others."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.methods.spiel import SpIEL
 
 BLOCK = 1 << 22
-"""How many scores of entries are worked out at a time."""
+"""The number of entry scores that are computed at a time."""
 
 
 @dataclass(frozen=True)
 class Entries:
-    """The entries of one weight that train.
+    """The trained entries of one weight.
 
     Attributes:
         place: the place of the weight.
         region: the part of the weight that they belong to.
-        number: the number of the weight among those of the adaptation.
+        number: the index of the weight among those of the adaptation.
     """
 
     place: AdaptedSite[SpIEL]
@@ -43,15 +43,15 @@ class Entries:
     number: int
 
     def tensor(self, kind: str) -> Tensor:
-        """Return a tensor of the adaptation at this weight."""
+        """Return the adaptation's tensor of one kind for this weight."""
         return self.place.tensors[f"{self.region.part}_{kind}"]
 
 
 class Reselection(ScheduledController[SpIEL]):
-    """A controller that replaces entries after optimiser steps ``t`` with ``t % interval == accumulation_steps``.
+    """Controller that replaces entries after optimiser steps ``t`` with ``t % interval == accumulation_steps``.
 
-    Steps count from 1. Everything that a window has gathered is in buffers, so a training run that is resumed within a
-    window continues bit for bit.
+    Steps count from 1. Everything that a window has gathered is stored in buffers, so a training run resumed within a
+    window continues with bitwise the same values.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -63,15 +63,15 @@ class Reselection(ScheduledController[SpIEL]):
 
     @cached_property
     def entries(self) -> list[Entries]:
-        """All weights with entries that train, each once."""
+        """All weights with trained entries, each once."""
         every = regions_at(self.places, biases=False)
         chosen = [(place, region) for place, region in every if f"{region.part}_indices" in place.tensors]
         return [Entries(place, region, number) for number, (place, region) in enumerate(chosen)]
 
     def figures(self, place: AdaptedSite[SpIEL]) -> Mapping[str, Tensor | float]:
-        """Return ``turnover``, the share of the entries of a place's weight that the last replacement has replaced.
+        """Return ``turnover``, the share of a weight's entries that the last replacement replaced at a place.
 
-        The result is empty before the first replacement of this process.
+        The result is empty before the first replacement in this process.
         """
         own = self._turnover.get(self._number_at.get(id(place), -1))
         return {} if own is None else {"turnover": own}
@@ -81,7 +81,7 @@ class Reselection(ScheduledController[SpIEL]):
         return {id(entries.place): entries.number for entries in self.entries}
 
     def position(self, number: int) -> int:
-        """Return the position of optimiser step ``number`` in its window, from 1; 0 outside of windows."""
+        """Return the position of optimiser step ``number`` in its window, from 1; 0 outside windows."""
         position = (number - 1) % self.spec.interval + 1
         return position if position <= self.spec.accumulation_steps else 0
 
@@ -107,25 +107,28 @@ class Reselection(ScheduledController[SpIEL]):
     def check_spread(self, spread: Spread) -> None:
         """Refuse distributed training in which entries cannot be replaced.
 
-        The optimiser keeps moments by entry, and the gradients of the base's weights, which variant AG reads, are those
-        of one process.
+        The optimiser stores moments by entry, and the gradients of the base's weights, which variant AG reads, are
+        those of one process only.
 
         Raises:
-            GraftError: GC130 for weights that are sharded, and for variant AG.
+            GraftError: GC130 for sharded weights, and for variant AG.
         """
         if spread.sharded:
-            message = f"{self.spec.name!r} replaces entries of whole weights, and these are sharded"
-            raise GraftError("GC130", message, hint="DistributedDataParallel trains variant: MA")
+            message = f"{self.spec.name!r} replaces entries of whole weights, but the weights are sharded"
+            raise GraftError("GC130", message, hint="use DistributedDataParallel with variant: MA")
         if self.spec.variant == "AG":
-            message = f"{self.spec.name!r} looks at the gradients of weights in one process of {spread.processes}"
-            raise GraftError("GC130", message, hint="set variant: MA, which needs none, or train in one process")
+            message = f"{self.spec.name!r} reads the gradients of weights in only one of {spread.processes} processes"
+            raise GraftError(
+                "GC130", message, hint="set variant: MA, which needs no gradients, or use one process"
+
+            )
 
     # Windows
 
     def before_forward(self) -> None:
         """Request gradients of the base's weights if the next step is in a window."""
         if self.spec.variant == "MA":
-            return  # before the count of steps is read, which would wait for the device
+            return  # before reading the step count, which would wait for the device
         number = self.steps + 1
         position = self.position(number)
         last = number - position + self.spec.accumulation_steps
@@ -135,13 +138,13 @@ class Reselection(ScheduledController[SpIEL]):
             return
         self._position = position
         if not self._gradients.waiting:
-            self._forget_step()  # a step within which the state was saved starts over
+            self._forget_step()  # a step during which the state was saved starts over
         self._chosen = {i for i, chosen in enumerate(self.shared["seen"].tolist()) if chosen}
         names = (e.region.tensor for e in self.entries if e.tensor("delta").requires_grad)
         self._gradients.want({name: self.places[0].base[name] for name in names})
 
     def pause(self) -> None:
-        """Request no gradients from passes that follow; those of earlier passes are still gathered."""
+        """Request no gradients from later passes; those of earlier passes are still gathered."""
         self._gradients.pause()
 
     def skip_step(self) -> None:
@@ -165,7 +168,7 @@ class Reselection(ScheduledController[SpIEL]):
         return by_tensor
 
     def _gather(self, name: str, gradient: Tensor) -> None:
-        """Add the gradient of a weight from a backward pass, choosing candidates first if it has none."""
+        """Add a weight's gradient from a backward pass, choosing candidates first if the weight has none."""
         for entries in self._by_tensor[name]:
             candidates = entries.tensor("candidates")
             if entries.number not in self._chosen:
@@ -189,8 +192,8 @@ class Reselection(ScheduledController[SpIEL]):
         """Replace entries if this step ends a window, and update what the window has gathered.
 
         Raises:
-            GraftError: GC026 if the number of steps is not known, GC045 if new entries are those of the largest second
-                moments and the optimiser has none by row and column.
+            GraftError: GC026 if the number of steps is not known, GC045 if new entries are chosen by second moments but
+                the optimiser has none by row and column.
         """
         self._gradients.release()
         share, gathers = self.fraction(number), self.spec.variant == "AG"
@@ -219,12 +222,12 @@ class Reselection(ScheduledController[SpIEL]):
         seen = self.shared["seen"].tolist()
         optimiser = self._optimiser(trained)
         if not any(seen):
-            message = f"{self.spec.name!r} has seen no gradients of weights, so none of its entries is replaced"
-            hint = "call the model itself while training, not what torch.compile has made of it"
+            message = f"{self.spec.name!r} has received no gradients of weights, so none of its entries are replaced"
+            hint = "during training, call the model itself instead of the one that torch.compile returned"
             if self._first("no gradients"):
                 warn("GC025", message, hint=hint)
         elif optimiser is None:
-            message = f"{self.spec.name!r} has replaced entries, and the optimiser does not know of it"
+            message = f"{self.spec.name!r} has replaced entries, but the optimiser has not been notified"
             if self._first("optimiser"):
                 warn("GC046", message, hint="train with graftc.optim.AgedAdamW(compiled, ...)")
 
@@ -252,7 +255,7 @@ class Reselection(ScheduledController[SpIEL]):
     def _by_moments(self, trained: Sequence[Entries]) -> Callable[[Entries, Tensor], None]:
         optimiser = self._optimiser(trained)
         if optimiser is None or not optimiser.factored:
-            message = f"{self.spec.name!r} adds entries by the second moments of rows and columns, and there are none"
+            message = f"{self.spec.name!r} needs second moments of rows and columns, but the optimiser has none"
             raise GraftError("GC045", message, hint="train with graftc.optim.SM3(compiled, ...)")
 
         def move(entries: Entries, dropped: Tensor) -> None:
@@ -271,7 +274,7 @@ class Reselection(ScheduledController[SpIEL]):
         optimiser: SparseOptimiser | None,
         seen: Seen | None = None,
     ) -> None:
-        """Put incoming entries in the places of outgoing ones; if they are fewer, of those with the smallest deltas."""
+        """Replace outgoing entries with incoming ones; if there are fewer of these, replace the smallest deltas."""
         indices, delta = entries.tensor("indices"), entries.tensor("delta")
         if incoming.numel() < outgoing.numel():
             outgoing = outgoing[_largest(-delta.detach()[outgoing].abs(), incoming.numel())]
@@ -296,12 +299,12 @@ class Reselection(ScheduledController[SpIEL]):
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """Return the numbers of the largest scores, ascending; the first ones in case of ties."""
+    """Return the indices of the largest scores, ascending; ties go to the first ones."""
     return largest([lambda: scores], count)[0]
 
 
 def _largest_sizes(values: Tensor, count: int) -> Tensor:
-    """Return the numbers of the largest absolute values, ascending; the first ones in case of ties.
+    """Return the indices of the largest absolute values, ascending; ties go to the first ones.
 
     The values are those of a whole weight, so only `BLOCK` of them are processed at a time.
     """
@@ -313,21 +316,21 @@ def _largest_sizes(values: Tensor, count: int) -> Tensor:
 def largest_products(region: WeightSlice, active: Tensor, rows: Tensor, columns: Tensor, count: int) -> Tensor:
     """Return the entries of a weight, except active ones, with the largest ``rows[i] * columns[j]``.
 
-    In case of ties the first ones are taken. The products are computed in blocks of rows, `BLOCK` at a time.
+    Ties go to the first ones. The products are computed in blocks of rows, about `BLOCK` products at a time.
 
     Args:
         region: the part of the weight that the entries belong to.
         active: indices of the entries to exclude.
         rows, columns: factors for the rows and the columns of the stored tensor, whose last axis counts the columns.
-        count: the number of entries, if there are so many.
+        count: the number of entries to return; fewer are returned if there are not enough.
 
     Returns:
         Indices into the stored tensor, ``int64``, ascending.
     """
-    rows, columns = rows.nan_to_num(0.0), columns.nan_to_num(0.0)  # infinite times zero is not a score
+    rows, columns = rows.nan_to_num(0.0), columns.nan_to_num(0.0)  # infinity times zero is not a score
     width, device = columns.numel(), columns.device
     others = None
-    if not region.whole:  # by row and column, one of which has size 1
+    if not region.whole:  # a mask by row and column, one of which has size 1
         mask = ~region.mask(device)
         others = mask.expand(*region.shape[:-1], -1).reshape(-1, mask.shape[-1])
     taken = active.sort().values

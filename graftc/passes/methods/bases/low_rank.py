@@ -1,4 +1,4 @@
-"""Low-rank branches beside linear maps: how they read their input, and how their products fold."""
+"""Low-rank branches beside linear maps: reading their input, and folding their products."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ S = TypeVar("S", bound=MethodSpec)
 
 
 DroppingSpec = AdaLoRA | AdaMixLoRA | DoRA | DyLoRA | LoRA | SoRA
-"""Specs of branches that drop entries of their input."""
+"""Specs of branches that apply dropout to their input."""
 
 
 def dropped_input(spec: DroppingSpec, x: fx.Node, build: Builder) -> fx.Node:
-    """Return the input of a branch after the dropout of its spec."""
+    """Return the input of a branch after its spec's dropout."""
     return build.dropout(x, spec.dropout, recompute=spec.dropout_mask == "recomputed", scope=spec.dropout_scope)
 
 

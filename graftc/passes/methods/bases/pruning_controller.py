@@ -1,4 +1,4 @@
-"""The part of pruning that runs between optimiser steps, and what remains of each place."""
+"""The part of pruning that runs between optimiser steps, and helpers for the entries that remain at each place."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from graftc.passes.methods.bases.scheduled import ScheduledController, check_pha
 from graftc.specs.methods.pruning import Pruning, kept_of
 
 PENALTY = "penalty"
-"""Part name of the weight of the penalty as it is now."""
+"""Part name of the penalty's current weight."""
 
 
 class PruningMasks(ScheduledController[Pruning]):
-    """A controller that determines after each step which entries are kept, from their current scores."""
+    """Controller that determines after each step, from the current scores, which entries are kept."""
 
     @classmethod
     def wanted(cls, spec: Pruning) -> bool:
@@ -29,7 +29,7 @@ class PruningMasks(ScheduledController[Pruning]):
         return spec.variant != "iterative" and (prunes(spec) or any(o.density for o in spec.overrides))
 
     def check_length(self, total: int) -> None:
-        """Check that the phases leave a step to prune in.
+        """Check that the phases leave at least one step for pruning.
 
         Raises:
             GraftError: GC026 if they do not.
@@ -60,13 +60,13 @@ class PruningMasks(ScheduledController[Pruning]):
         return 1 - (1 - progress) ** 3
 
     def density(self, number: int, spec: Pruning | None = None) -> Fraction:
-        """Return the share that is kept after step ``number``, from 1, by the adaptation or, given its spec, a site."""
+        """Return the share of entries kept after step ``number``, from 1, for the adaptation or a site's ``spec``."""
         spec = spec or self.spec
         first, last = (Fraction(str(value)) for value in (spec.initial_density, spec.density))
         return first + (last - first) * self.fallen(number)
 
     def figures(self, place: AdaptedSite[Pruning]) -> Mapping[str, Tensor | float]:
-        """Return ``density``, the share of a weight's entries that are kept now; empty if the place is not pruned."""
+        """Return ``density``, the share of a weight's entries that are currently kept; empty if it is not pruned."""
         return {} if part_of(place) is None else {"density": kept_entries(place).float().mean()}
 
     def threshold(self, number: int, spec: Pruning | None = None) -> float:
@@ -106,7 +106,7 @@ class PruningMasks(ScheduledController[Pruning]):
 
 
 class Penalty(TensorObjective[Pruning]):
-    """The current penalty times the mean of ``sigmoid(S)``, which is the mean of the means of all tensors."""
+    """The current penalty times the mean of ``sigmoid(S)``, averaged first within each tensor, then over tensors."""
 
     @classmethod
     def wanted(cls, spec: Pruning) -> bool:
@@ -132,7 +132,7 @@ def part_of(place: AdaptedSite[Pruning]) -> str | None:
 
 
 def kept_entries(place: AdaptedSite[Pruning]) -> Tensor:
-    """Return which entries of a place are kept now, ``bool`` in the shape of its stored weight."""
+    """Return a mask of the entries of a place that are currently kept, ``bool`` in the shape of its stored weight."""
     part = part_of(place)
     if part is None:
         return left_of(place)[1]
@@ -164,7 +164,7 @@ def left_of(place: AdaptedSite[Pruning]) -> tuple[Tensor, Tensor]:
 
 
 def size_of(place: AdaptedSite[Pruning]) -> int:
-    """Return the number of entries of a place that train."""
+    """Return the number of trained entries of a place."""
     part = own_of(place).part
     return place.tensors[part if part in place.tensors else f"{part}_values"].numel()
 
@@ -195,5 +195,5 @@ def logit(p: float) -> float:
 
 
 def wide_of(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of the scores of a weight: float32 or wider."""
+    """Return the dtype of a weight's scores: float32 or wider."""
     return torch.promote_types(tensor.dtype, torch.float32)

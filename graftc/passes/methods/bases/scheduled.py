@@ -1,4 +1,4 @@
-"""Controllers with a schedule over the whole training, whose length their spec may give."""
+"""Controllers with a schedule over the whole training run, whose length their spec may set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ S = TypeVar("S", AdaLoRA, Pruning, SpIEL)
 
 
 class ScheduledController(Controller[S]):
-    """A controller that knows the number of optimiser steps from the start if its spec has ``total_steps``."""
+    """Controller that knows the number of optimiser steps from the start if its spec has ``total_steps``."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -25,7 +25,7 @@ class ScheduledController(Controller[S]):
         """Set the number of optimiser steps; ``total_steps`` of the spec takes precedence.
 
         Raises:
-            GraftError: GC026 if the schedule does not fit into that many.
+            GraftError: GC026 if the schedule does not fit into that number of steps.
         """
         total = self.spec.total_steps or total
         self.check_length(total)
@@ -43,13 +43,13 @@ def check_phases(spec: AdaLoRA | Pruning, total: int) -> None:
     """Check that the phases of a schedule fit into the number of optimiser steps.
 
     Raises:
-        GraftError: GC026 if they leave no step to prune in.
+        GraftError: GC026 if they leave no step for pruning.
     """
     if spec.warmup_steps + spec.final_steps >= total:
         raise GraftError(
             "GC026",
-            f"{spec.name!r} has {spec.warmup_steps} steps of warm-up and {spec.final_steps} final ones, which leaves "
-            f"none of {total} to prune in",
+            f"{spec.name!r} has {spec.warmup_steps} warm-up steps and {spec.final_steps} final steps, which leave none "
+            f"of the {total} steps for pruning",
             place=Place(path="warmup_steps" if spec.warmup_steps else "final_steps"),
             hint="lower warmup_steps or final_steps, or train longer",
         )

@@ -1,4 +1,4 @@
-"""Training of some entries of base tensors, as indices and deltas; only the deltas are parameters."""
+"""Training of selected entries of base tensors, as indices and deltas; only the deltas are parameters."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from graftc.specs.methods.bases.sparse import BudgetSpec
 S = TypeVar("S", bound=BudgetSpec)
 Owner = TypeVar("Owner")
 SELECTED = "selected"
-"""Part name of the buffer that says whether examples have chosen."""
+"""Part name of the buffer that records whether entries have been chosen by examples."""
 
 Key = tuple[str, str]
-"""The Store name of a tensor and the rows of it, as text."""
+"""The Store name of a tensor, and its rows as text."""
 
 
 @dataclass(frozen=True)
@@ -53,25 +53,25 @@ class ChosenEntries:
 class SparseTensors(Method[S, Stored]):
     """``W' = W + scatter(indices, delta)`` for tensors of the base, wherever they are read.
 
-    For every tensor with a selected entry, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) contains the
-    places in the stored tensor, in ascending order, and ``<tensor>_delta: f32[k]`` starts at zeros. A subclass
+    For every tensor with a selected entry, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) contains
+    indices into the stored tensor, in ascending order, and ``<tensor>_delta: f32[k]`` is initially zero. A subclass
     determines which entries are selected.
     """
 
     stands_in = True
     biases: ClassVar[bool] = True
-    """Whether entries of the biases of maps are selected too."""
+    """Whether entries of maps' biases are selected as well."""
 
     def applies(self, spec: S, site: Site) -> bool:
-        """Return whether the site has tensors; a head that produces the outputs is left out."""
+        """Return whether the site has tensors; output heads are excluded."""
         return isinstance(site, LinearSite | NormSite | ParameterSite) and not site.is_head
 
     def prepare(self, spec: S, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
-        """Select the entries, unless they are selected already.
+        """Select the entries, unless they have already been selected.
 
         Raises:
-            GraftError: GC020 if the budget is zero entries of the target, or more than all; GC053 for given indices
-                that are not entries of their tensor.
+            GraftError: GC020 if the budget is zero or exceeds the number of entries in the target; GC053 for given
+                indices that are not valid for their tensor.
         """
         if isinstance(self, Scored) and self.scoring(spec) is not None:
             build.keep_buffer(SELECTED, zero_state([1], torch.bool))
@@ -89,7 +89,7 @@ class SparseTensors(Method[S, Stored]):
     def tensors_of(
         self, sites: Sequence[Stored], store: Store | Mapping[str, Tensor]
     ) -> dict[Key, tuple[Stored, WeightSlice]]:
-        """Return all tensors, each once with the first site that has it."""
+        """Return all tensors, each once, with the first site that has it."""
         every = _each_once(sites, lambda site: slices_of(site, store, biases=self.biases))
         return {key_of(region): (site, region) for site, region in every}
 
@@ -100,11 +100,11 @@ class SparseTensors(Method[S, Stored]):
         ordered = indices.sort().values if isinstance(self, Reselecting) else indices
         good = indices.dim() == 1 and not indices.is_floating_point() and bool((ordered[1:] > ordered[:-1]).all())
         if not good or not (int(ordered[0]) >= 0 and int(ordered[-1]) < region.numel):
-            order = "different" if isinstance(self, Reselecting) else "ascending"
-            raise GraftError("GC053", f"{name} are no {order} numbers below {region.numel}")
+            order = "distinct" if isinstance(self, Reselecting) else "ascending"
+            raise GraftError("GC053", f"{name} must contain {order} indices below {region.numel}")
 
     def choose(self, spec: S, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
-        """Choose the initial entries at random, from each tensor a number in proportion to its size."""
+        """Choose the initial entries at random, from each tensor a number proportional to its size."""
         sizes = [region.size for region in regions.values()]
         counts = dict(zip(regions, shares(budget_of(spec, sum(sizes)), sizes), strict=True))
         return ChosenEntries(counts, {} if build.without_values else random_entries(counts, regions, build))
@@ -113,7 +113,7 @@ class SparseTensors(Method[S, Stored]):
         """Replace the base's tensors at the site with the changed ones.
 
         Raises:
-            GraftError: GC021 if another adaptation trains one of them as a whole, or takes it as constant.
+            GraftError: GC021 if another adaptation trains one of them as a whole, or treats it as a constant.
         """
         for region in slices_of(site, build.store, biases=self.biases):
             if key_of(region) not in shared.placed:
@@ -121,7 +121,7 @@ class SparseTensors(Method[S, Stored]):
                 self.place(spec, site, region, shared, build)
 
     def place(self, spec: S, site: Stored, region: WeightSlice, shared: ChosenEntries, build: Builder) -> None:
-        """Replace a part of a tensor of the base, once in a Program, if any of its entries train."""
+        """Replace part of a base tensor, once per Program, if any of its entries are trained."""
         if shared.counts[key_of(region)]:
             build.stand_in(region, partial(self._changed, build, region, shared))
 
@@ -156,7 +156,7 @@ class ScoredTensors(SparseTensors[S], Scored[S]):
         return Transition(spec, values)
 
     def each(self, spec: S) -> bool:
-        """Return whether each tensor gets a number of entries in proportion to its size."""
+        """Return whether each tensor gets a number of entries proportional to its size."""
         return False
 
 
@@ -164,7 +164,7 @@ def budget_of(spec: BudgetSpec, total: int) -> int:
     """Return the number of entries that train, out of ``total``.
 
     Raises:
-        GraftError: GC020 if that is zero, or more than all.
+        GraftError: GC020 if that is zero or more than ``total``.
     """
     count = spec.budget(total)
     if 0 < count <= total:
@@ -177,14 +177,14 @@ def budget_of(spec: BudgetSpec, total: int) -> int:
 def regions_at(
     places: Sequence[AdaptedSite[S]], *, biases: bool = True
 ) -> Iterator[tuple[AdaptedSite[S], WeightSlice]]:
-    """Iterate over the tensors at places, each once with the first place that has it."""
+    """Iterate over the tensors at places, each once, with the first place that has it."""
     return _each_once(places, lambda place: slices_of(place.site, place.base, biases=biases))
 
 
 def _each_once(
     owners: Sequence[Owner], slices: Callable[[Owner], Iterable[WeightSlice]]
 ) -> Iterator[tuple[Owner, WeightSlice]]:
-    """Yield every part of a tensor once, with the first of its owners."""
+    """Yield each part of a tensor once, with its first owner."""
     seen: set[Key] = set()
     for owner in owners:
         for region in slices(owner):
@@ -201,8 +201,8 @@ def entry_values(
     Args:
         place: the place of the tensor.
         region: the part of the tensor.
-        numbers: numbers of entries of that part.
-        delta: differences of these entries; zeros by default.
+        numbers: indices of entries within that part.
+        delta: the deltas of these entries; zeros by default.
     """
     if not numbers.numel():
         return {}
@@ -227,7 +227,7 @@ def largest_entries(
 ) -> ChosenEntries:
     """Choose the entries with the greatest scores.
 
-    They are chosen from all tensors together; with ``each``, every tensor gets a number of entries in proportion to its
+    They are chosen from all tensors together; with ``each``, every tensor gets a number of entries proportional to its
     size.
     """
     sizes = [region.size for region in regions.values()]
@@ -243,15 +243,14 @@ def largest_entries(
 
 
 def key_of(region: WeightSlice) -> Key:
-    """Return the key that distinguishes a part of a tensor from others."""
+    """Return the key that distinguishes part of a tensor from other parts."""
     return region.tensor, str(region)
 
 
 def _placed(region: WeightSlice, numbers: Tensor | None, count: int, device: torch.device) -> Tensor:
-    """Return the indices.
+    """Return the entries' indices into the stored tensor.
 
-    Without ``numbers``, on the meta device or for tensors that are given, they are zeros, of which only the type
-    counts.
+    Without ``numbers``, on the meta device or for given tensors, the result is zeros, of which only the dtype matters.
     """
     if numbers is None:
         return torch.zeros(count, dtype=region.index_dtype, device=device)
@@ -259,6 +258,6 @@ def _placed(region: WeightSlice, numbers: Tensor | None, count: int, device: tor
 
 
 def _added(tensors: Mapping[str, Tensor], part: str, tensor: Tensor) -> Tensor:
-    """Return a tensor of the base, float64, with its deltas added."""
+    """Return a base tensor, float64, with its deltas added."""
     indices, delta = tensors[f"{part}_indices"].long(), tensors[f"{part}_delta"]
     return tensor.reshape(-1).index_add(0, indices, delta.to(tensor.dtype)).reshape(tensor.shape)
