@@ -1,6 +1,6 @@
 """New tokens: trained rows replace some rows of an embedding table, where it is looked up and in the head.
 
-The table itself is never copied: a look-up takes a new row if the token id asks for one, and the head computes its last
+The table itself is never copied: a look-up uses a new row if the token id refers to one, and the head computes its last
 columns from the new rows. A table tied to the head has one set of new rows, which both read.
 """
 
@@ -21,8 +21,8 @@ def insert_tokens(build: Builder, sites: list[LinearSite], rows: WeightSlice) ->
 
     Args:
         build: the builder of the Program.
-        sites: all sites that read the table: look-ups, and the head if it is tied; or the matrix of the head alone.
-        rows: the entries of the table, ``[entries, width]``, that are new, in one run.
+        sites: all sites that read the table: look-ups, and the head if it is tied; or only the head's matrix.
+        rows: the new entries of the table, ``[entries, width]``, in one run.
     """
     ((first, end),) = rows.spans
     for site in sites:

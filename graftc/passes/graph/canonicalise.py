@@ -1,7 +1,7 @@
-"""Canonicalise a captured graph, so that equal models print and hash alike and roles can be read off.
+"""Canonicalise a captured graph, so that equal models print and hash identically and roles can be recognised.
 
-What capture leaves behind and computes nothing is removed: metadata assertions, casts of integers to the type they
-have, full slices, ``+ 0``, ``* 1.0``, expansions to the same shape, copies of constants, concatenations with empty
+Nodes that capture leaves behind without any effect are removed: metadata assertions, casts of integers to their own
+dtype, full slices, ``+ 0``, ``* 1.0``, expansions to the same shape, copies of constants, concatenations with empty
 tensors, dropout that never drops, unused pure computations. Literal devices are removed as well: a Program runs where
 its Store is, and lowering restores the device.
 """
@@ -29,7 +29,7 @@ aten = torch.ops.aten
 _END = 2**63 - 1
 
 Rule = Callable[[fx.Node], "fx.Node | None"]
-"""A rule returns the node that stands for the given one, or None where it does not apply."""
+"""A rule returns the node that replaces the given one, or None if it does not apply."""
 
 
 def canonicalise(program: Program) -> Program:
@@ -38,7 +38,7 @@ def canonicalise(program: Program) -> Program:
     graph, types = program.graph, Inference(program)
     for node in list(graph.nodes):
         _functional(node, types)
-    memory = Memory(graph)  # tracks the writes that are left
+    memory = Memory(graph)  # tracks the remaining writes
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -59,7 +59,7 @@ def canonicalise(program: Program) -> Program:
 
 
 def _is_written_apart(node: fx.Node, source: fx.Node, memory: Memory) -> bool:
-    """Return whether a value is a copy of another one, and one of the two is changed in place later."""
+    """Return whether a value is a copy of another one and one of the two is later changed in place."""
     return memory.roots(node).isdisjoint(memory.roots(source)) and not memory.settled(node, source)
 
 
@@ -86,7 +86,7 @@ def _depends_on_input(node: fx.Node) -> bool:
 
 
 def _constant_copy(node: fx.Node) -> fx.Node | None:
-    """Drop copies and detachments of constants: there is no gradient to stop and nothing writes to the copy."""
+    """Drop copies and detachments of constants: there is no gradient to stop, and nothing writes to the copy."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or _depends_on_input(source):
         return None
@@ -125,9 +125,9 @@ def _dropout(node: fx.Node) -> fx.Node | None:
 
 
 def _to(node: fx.Node) -> fx.Node | None:
-    """Drop a cast that changes nothing, and the device, layout and copy arguments of the others.
+    """Drop a cast that changes nothing, and the device, layout and copy arguments of other casts.
 
-    Casts of floating-point values stay: under autocast the value may have another type.
+    Casts of floating-point values stay: under autocast, the value may have a different dtype.
     """
     source = node.args[0]
     if not isinstance(source, fx.Node):
@@ -145,7 +145,7 @@ def _padded(args: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def _functional(node: fx.Node, types: Inference) -> None:
-    """Replace an in-place call on a value without other readers by the functional call, cast to the value's type."""
+    """Replace an in-place call on a value without other readers with the functional call, cast to the value's dtype."""
     target = node.target
     if not (isinstance(target, torch._ops.OpOverload) and schema_of(target).is_mutable):
         return
@@ -179,7 +179,7 @@ def _drop_device(node: fx.Node) -> None:
 
 
 def _trim_defaults(node: fx.Node) -> None:
-    """Leave out trailing and keyword arguments that equal the schema's defaults, so that spelling does not matter."""
+    """Omit trailing and keyword arguments that equal the schema's defaults, so that spelling does not matter."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return
@@ -244,7 +244,7 @@ _CUTTING = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default
 
 
 def _rejoined(cut: fx.Node, index: Any) -> fx.Node | None:
-    """Return one of the parts that were concatenated and cut at the same places again; None if they were not."""
+    """Return one of the parts if they were concatenated and then cut at the same places; otherwise None."""
     whole = cut.args[0]
     if not (isinstance(whole, fx.Node) and whole.target is aten.cat.default and isinstance(index, int)):
         return None

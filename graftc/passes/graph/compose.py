@@ -1,7 +1,7 @@
-"""Compositions of what adaptations add at one place: averages, AdapterFusion, spans of the sequence, gates.
+"""Compositions of adaptations' additions at one place: averages, AdapterFusion, spans of the sequence, gates.
 
-Each adaptation is built as usual, from the same values of the model, by a builder that collects what it would have
-added. A composition makes one addition of all of these. A gate also takes the keys and values of a prefix.
+Each adaptation is built as usual, from the same values of the model, by a builder that collects its additions instead
+of making them. A composition combines them into one addition. A gate also applies to the keys and values of a prefix.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Delta:
     Attributes:
         node: the addition; its last axis has the width of what it is added to.
         read: the value that it was computed from.
-        place: the value of a sublayer that it is added to, and the one that it was computed from; None at a linear map.
+        place: the value of a sublayer that it is added to, and the value that it was computed from; None at a linear
+            map.
     """
 
     node: fx.Node
@@ -70,7 +71,7 @@ class Collecting(Seams):
     Args:
         into: the name of the composition.
         trains: whether the adaptation's own tensors are trained.
-        attends: whether the composition also takes keys and values.
+        attends: whether the composition also accepts keys and values.
     """
 
     composed = True
@@ -81,10 +82,10 @@ class Collecting(Seams):
         self.ahead: list[Ahead] = []
 
     def make(self, nodes: Nodes, new: NewTensor) -> Sequence[str]:
-        """Make a tensor that is trainable only if the adaptation trains.
+        """Create a tensor that is trainable only if the adaptation is trained.
 
         Raises:
-            GraftError: GC036 for a trained copy of a base tensor: only additions can be composed.
+            GraftError: GC036 for a trained copy of a base tensor, since only additions can be composed.
         """
         if new.kind == "copy":
             raise self._refusal(nodes, f"it trains {new.base} itself")
@@ -94,8 +95,8 @@ class Collecting(Seams):
         """Collect an addition instead of making it.
 
         Raises:
-            GraftError: GC036 for every other change, except one of positions, and one of keys if the composition takes
-                these.
+            GraftError: GC036 for every other change, except changes of positions, and changes of keys if the
+                composition accepts them.
         """
         if change.kind == "sum":
             (delta,) = change.given
@@ -112,31 +113,31 @@ class Collecting(Seams):
     def _refusal(self, nodes: Nodes, reason: str) -> GraftError:
         return GraftError(
             "GC036",
-            f"{nodes.adaptation!r} ({nodes.method}) is nothing that is added, so {self.into!r} cannot "
+            f"{nodes.adaptation!r} ({nodes.method}) does not only add to values, so {self.into!r} cannot "
             f"compose it: {reason}",
-            hint="compose methods that add to a value: lora, and bottleneck adapters of every kind; a gate takes a "
-            "prefix too",
+            hint="compose methods that add to a value: lora, and bottleneck adapters of every kind; a gate also "
+            "accepts a prefix",
         )
 
 
 _CHANGES: Mapping[str, str] = {
-    "output": "it puts another result in the place of the map's",
-    "input": "it changes what the map reads",
+    "output": "it replaces the map's result",
+    "input": "it changes the map's input",
     "keys": "it puts keys and values in front of an attention's own",
-    "value": "it puts another value in the place of a layer's",
+    "value": "it replaces a value of a layer",
     "tokens": "it fills virtual tokens",
-    "tensor": "it puts something in the place of a tensor of the base",
+    "tensor": "it replaces a tensor of the base",
 }
 """Why a change cannot be composed."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """An adaptation of a composition.
+    """One adaptation of a composition.
 
     Attributes:
         build: the builder of the adaptation.
-        added: what it would add.
+        added: the collected additions.
     """
 
     build: Builder
@@ -153,16 +154,16 @@ Combine = Callable[[Any, Builder, Sequence[tuple[Builder, Delta]]], fx.Node]
 
 
 def insert_composed(spec: CompositionSpec, build: Builder, site: Site, members: Sequence[Member]) -> None:
-    """Add what a composition computes from its members' additions at ``site``.
+    """Add the value that a composition computes from its members' additions at ``site``.
 
     Args:
         spec: the composition.
         build: the builder of the composition, at ``site``.
-        site: a linear map or a sublayer; with a gate also an attention.
-        members: the members that have something there.
+        site: a linear map or a sublayer; with a gate, also an attention.
+        members: the members that adapt the site.
 
     Raises:
-        GraftError: GC036 if members do not read and add at the same values.
+        GraftError: GC036 if members do not read from and add to the same values.
     """
     if isinstance(site, AttentionSite):
         assert isinstance(spec, Gate)
@@ -177,7 +178,7 @@ def insert_composed(spec: CompositionSpec, build: Builder, site: Site, members: 
     places = {delta.place for _, delta in deltas}
     if len(places) > 1:
         names = ", ".join(each.build.adaptation for each in members)
-        message = f"{names} do not all read and add at the same values of {site.key}"
+        message = f"{names} do not all read from and add to the same values of {site.key}"
         raise GraftError("GC036", message, hint="compose adapters of one kind")
     total = _COMBINE[type(spec)](spec, build, deltas)
     (place,) = places
@@ -201,7 +202,7 @@ def _split(spec: Split, build: Builder, deltas: Sequence[tuple[Builder, Delta]])
     where = str(build.site.key)
     own = [batch.first(delta.node, where) for _, delta in deltas]
     if own[0].meta["val"].dim() < 3:
-        message = f"{where} has one value for a row, and no sequence to split"
+        message = f"{where} has one value for each row, but no sequence to split"
         raise GraftError("GC036", message, hint="leave it out of the targets")
     column = build.call(aten.slice.Tensor, own[0], -1, 0, 1, part="positions")
     ones = build.call(aten.ones_like.default, column, dtype=torch.int64, part="positions")
@@ -218,7 +219,7 @@ def _gate(spec: Gate, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -
 
 
 def gated(spec: Gate, build: Builder, delta: Delta) -> fx.Node:
-    """Return ``delta`` times the gate of its adaptation at its site: a number for each row of the batch."""
+    """Return ``delta`` times its adaptation's gate at its site, which is one number for each row of the batch."""
     batch = Batch(build)
     where = str(build.site.key)
     x, own = batch.first(delta.read, where), batch.first(delta.node, where)
@@ -229,22 +230,22 @@ def gated(spec: Gate, build: Builder, delta: Delta) -> fx.Node:
 
 
 def gate_attention(spec: Gate, own: Builder, build: Builder, site: AttentionSite, ahead: Ahead) -> None:
-    """Put keys and values in front of an attention's own, both times one gate, which is computed from what it reads.
+    """Put keys and values in front of an attention's own, both multiplied by a gate computed from its input.
 
     Args:
-        spec: the gate's spec, which says over which tokens the gate is a mean.
-        own: the builder that makes the gate's tensors.
+        spec: the gate's spec, which determines the tokens that the gate averages over.
+        own: the builder that creates the gate's tensors.
         build: the builder that changes the attention.
         site: the attention.
         ahead: the keys and values.
 
     Raises:
-        GraftError: GC036 if the attention has other rows than the batch, as one in windows has.
+        GraftError: GC036 if the attention's rows differ from the batch's, as in windowed attention.
     """
     batch = Batch(build)
     gate = mean_gate(spec, own, batch.first(build.attended(site), str(site.key)))
     if expression(ahead.keys.meta["val"].shape[0]) != expression(batch.size):
-        message = f"the keys of {site.key} have other rows than the batch, so that a gate for each row fits none"
+        message = f"the keys of {site.key} have different rows from the batch, so a gate for each row does not apply"
         raise GraftError("GC036", message, hint="leave it out of the target")
     for _ in range(2):
         gate = build.call(aten.unsqueeze.default, gate, 1, part="gate")
@@ -257,7 +258,7 @@ def mean_gate(spec: Gate, build: Builder, x: fx.Node) -> fx.Node:
     value = x.meta["val"]
     existing = build.parts.get(build.site.key, {}).get(GATE[0])
     if existing is not None and tuple(build.store.get(existing).shape) != (1, int(value.shape[-1])):
-        message = f"{build.adaptation!r} ({build.method}) has a tensor called {GATE[0]!r} of its own, and so has a gate"
+        message = f"{build.adaptation!r} ({build.method}) already has a tensor named {GATE[0]!r}, as a gate needs"
         raise GraftError("GC036", message, hint="average its outputs, or compose another method with a gate")
     weight = build.parameter(GATE[0], (1, int(value.shape[-1])), normal(0.02), dtype=value.dtype)
     bias = build.parameter(GATE[1], (1,), zeros, dtype=value.dtype)
@@ -275,7 +276,7 @@ def mean_gate(spec: Gate, build: Builder, x: fx.Node) -> fx.Node:
 
 
 def token_mask(build: Builder, x: fx.Node) -> fx.Node | None:
-    """Return the input that says which tokens of ``x: [rows, tokens, width]`` are real; None if there is none."""
+    """Return the attention mask, which marks the real tokens of ``x: [rows, tokens, width]``; None without a mask."""
     sizes = [expression(size) for size in x.meta["val"].shape[:-1]]
     for spec, node in zip(build.program.inputs, build.program.placeholders(), strict=True):
         if spec.name.endswith("attention_mask") and [expression(s) for s in node.meta["val"].shape] == sizes:
@@ -286,14 +287,14 @@ def token_mask(build: Builder, x: fx.Node) -> fx.Node | None:
 def _fuse(spec: Fuse, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -> fx.Node:
     """Return ``V sum_i p_i d_i`` with ``p = softmax_i((Q x + q) (K d_i + k) / T)``.
 
-    Values are linear, so they come last.
+    The value projection is linear, so it is applied last.
     """
     read = deltas[0][1].read
     value = deltas[0][1].node.meta["val"]
     width, inner, dtype = int(value.shape[-1]), int(read.meta["val"].shape[-1]), value.dtype
     query = build.linear(read, *_projection(build, "query", width, inner, dtype), "query")
     if query.meta["val"].dim() != value.dim():
-        raise GraftError("GC036", f"what is read at {build.site.key} has other axes than what is added there")
+        raise GraftError("GC036", f"the value read at {build.site.key} has different axes from the value added there")
     stacked = build.call(aten.stack.default, [delta.node for _, delta in deltas], -2, part="added")
     keys = build.linear(stacked, *_projection(build, "key", width, width, dtype), "key")
     across = build.call(aten.transpose.int, keys, -1, -2, part="scores")
@@ -329,10 +330,10 @@ _COMBINE: dict[type[CompositionSpec], Combine] = {Average: _average, Split: _spl
 
 
 class FusionObjective(TensorObjective[Any]):
-    """``regularization * sum |V - I|^2`` over the matrices of values (Pfeiffer et al. 2021)."""
+    """``regularization * sum |V - I|^2`` over the value matrices (Pfeiffer et al. 2021)."""
 
     def value(self) -> Tensor:
-        """Return the sum over all places."""
+        """Return the term, summed over all places."""
         terms = []
         for place in self.places:
             matrix = place.tensors["value"]

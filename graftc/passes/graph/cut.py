@@ -8,7 +8,7 @@ from graftc.passes.core.ir.program import OutputSpec, Program
 from graftc.specs.errors.diagnostics import GraftError
 
 FLAG = "output_hidden_states"
-"""The flag with which models return the values between their layers, the last hidden state at the end."""
+"""The flag with which models return the values between their layers, ending with the last hidden state."""
 
 _FIELDS = ("decoder_hidden_states", "hidden_states")
 
@@ -21,7 +21,7 @@ def cut_at_hidden_state(program: Program, outputs: type) -> Program:
         outputs: the class of the result, with a field ``last_hidden_state``.
 
     Raises:
-        GraftError: GC031 if there are none among the outputs.
+        GraftError: GC031 if the outputs contain no hidden states.
     """
     names = program.outputs.names
     candidates = ([at for at, name in enumerate(names) if name.startswith(f"{field}.")] for field in _FIELDS)
@@ -29,7 +29,7 @@ def cut_at_hidden_state(program: Program, outputs: type) -> Program:
     if states is None:
         raise GraftError("GC031", "the model returns no hidden states", hint="call the model itself")
     spec = OutputSpec("class", ("last_hidden_state",), (OutputSpec("leaf"),), outputs)
-    # The result is only run: what edits replaced behind the cut must not stay.
+    # The result is only run, so nodes that edits have replaced after the cut need not be kept.
     result = program.copy(outputs=spec, entry="hidden", edits=Edits(), baseline={})
     (leaves,) = result.output_node.args
     assert isinstance(leaves, tuple | list)

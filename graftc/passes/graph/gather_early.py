@@ -1,6 +1,6 @@
-"""Gather rows before computations on each row by itself.
+"""Gather rows before row-wise computations.
 
-A head over a vocabulary that is read at a few places of a text is then computed for these places only.
+A head over a vocabulary that is read at only a few places of a text is then computed for these places only.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ _MAPS = frozenset({aten.linear.default, aten.matmul.default})
 
 
 def gather_early(program: Program) -> Program:
-    """Move gathers of rows in front of whatever computes each row from itself alone.
+    """Move gathers of rows in front of row-wise computations, in place, and return the Program.
 
     A gather is ``x[batch, sequence, width] -> [batch, places, width]``. It is not moved into the repeated layers, which
-    stay alike. In place; returns the Program.
+    stay alike.
     """
     for node in list(program.graph.nodes):
         places = _places(node)
@@ -127,7 +127,7 @@ def _axes(value: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _of_each_row(node: fx.Node, has_rows: Callable[[Any], bool]) -> bool:
-    """Return whether each row of a result is computed from the same row of the inputs, and from inputs without rows."""
+    """Return whether each row of a result depends only on the same row of the inputs, and on inputs without rows."""
     if node.op != "call_function" or not has_rows(node):
         return False
     others = [each for each in node.all_input_nodes if not has_rows(each)]

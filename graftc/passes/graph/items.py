@@ -1,6 +1,6 @@
-"""Replace numbers that a graph takes out of a tensor built from sizes: it computes with the sizes themselves instead.
+"""Replace numbers that a graph reads from a tensor built from sizes with the sizes themselves.
 
-The tracer knows nothing of a size that is put into a tensor and taken out again (``torch.tensor(x.shape[1]).item()``).
+The tracer loses track of a size that is put into a tensor and read back (``torch.tensor(x.shape[1]).item()``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _COMPUTED: dict[Any, Callable[[Any, Any], Any]] = {
 
 
 def sizes_for_items(program: Program) -> None:
-    """Compute with sizes instead of numbers that are taken out of tensors built from them; in place.
+    """Replace, in place, numbers that are read from tensors built from sizes with the sizes.
 
     Types that depended on those numbers are inferred again.
     """

@@ -1,9 +1,9 @@
-"""A Program whose sequences have room for virtual tokens, composed of two captures of one model.
+"""Compose a Program whose sequences have room for virtual tokens from two captures of one model.
 
 The model looks up its tokens as it does when it is called with token ids; its layers run as they do when it is called
 with token embeddings (the entry ``embeds``), so that every size, mask and position follows from the longer sequence;
-and what comes after the layers, which may read ids and labels, runs on the values of real tokens. Outputs with a value
-for each token have one for each real token.
+and the computation after the layers, which may read ids and labels, runs on the values of real tokens. Outputs with a
+value for each token have one for each real token.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def lengthen(
     limits: Mapping[str, int | None],
     counted: Sequence[tuple[fx.Node, fx.Node]] = (),
 ) -> Program:
-    """Return the composed Program, in which every virtual token's vector is zeros.
+    """Return the composed Program, in which every virtual token's vector is zero.
 
     Args:
         tokens: the capture that takes ids.
         body: the capture that takes token embeddings, with the same outputs except those that need labels.
         streams: the sequences to lengthen.
-        ends: the ends of layers: a value of `tokens` and the same in `body`.
-        limits: the largest number of tokens that the layers read, by input of token ids; None if nothing limits it.
-        counted: positions in `tokens` that are counted by ids, which token embeddings do not show, and the same in
-            `body`.
+        ends: the ends of the layers: pairs of a value in `tokens` and the same value in `body`.
+        limits: the largest number of tokens that the layers can read, by input of token ids; None if there is no limit.
+        counted: pairs of positions that `tokens` counts from ids, which cannot be derived from token embeddings, and
+            the same positions in `body`.
 
     Raises:
-        GraftError: GC019 if what comes after the layers reads more than their results.
+        GraftError: GC019 if the computation after the layers reads anything but their results.
     """
     lengthened = _Composer(tokens, body, streams, ends, counted).program()
     return replace(lengthened, inputs=_narrowed(tokens, streams, limits), updates=tokens.updates | body.updates)
@@ -99,14 +99,14 @@ class _Composer:
 
     def _sequence(self, stream: Lengthened, inputs: Mapping[str, fx.Node]) -> Sequenced:
         value = self._of_tokens(stream.value)
-        taken = {spec.name for spec in self.body.inputs}  # in `body`, a size that does not vary is the longer one
+        taken = {spec.name for spec in self.body.inputs}  # in `body`, a static size is that of the longer sequence
         beside = [s for s in self.tokens.inputs if s.name in taken and _goes_along(s.shape, self.tokens, stream.ids)]
         along = {s.name: inputs[s.name] for s in beside}
         for spec in beside:
             if len(spec.shape) != 2 or spec.name.removeprefix("decoder_") not in FILLS:
                 raise GraftError(
                     "GC019",
-                    f"nobody can say what the input {spec.name} has at virtual tokens",
+                    f"the input {spec.name} has no defined values at virtual tokens",
                     hint="call the model without it",
                 )
         counted = self.counted.values()
@@ -114,7 +114,7 @@ class _Composer:
         return Sequenced(self.call, stream, value, along, inputs[stream.ids], *numbers[:1])
 
     def _recounted(self, numbers: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
-        """Return positions that are counted by ids, for the longer sequences."""
+        """Return positions that are counted from ids, for the longer sequences."""
         longer = {
             node: s.values[str(node.target)]
             for node in counted_inputs(numbers)
@@ -151,12 +151,13 @@ class _Composer:
             copied.meta["val"] = self.types.call(node.target, args, kwargs)
         return copied
 
-    # --- behind the layers -----------------------------------------------------------------------------
+    # --- after the layers ------------------------------------------------------------------------------
 
     def _outputs(self, sequences: Sequence[Sequenced]) -> list[Any]:
         """Return the flat outputs.
 
-        An output is computed from the ends of the layers if it needs nothing else of these; otherwise it is the body's.
+        An output is computed from the ends of the layers if it needs no other value within them; otherwise it is the
+        body's.
         """
         inside = _below([stream.value for stream in self.streams])
         behind = _below(list(self.ends))
@@ -176,7 +177,7 @@ class _Composer:
             else:
                 raise GraftError(
                     "GC019",
-                    f"the output {name} is made from {early[0].name}, which is inside of the layers",
+                    f"the output {name} is computed from {early[0].name}, which is inside the layers",
                     hint=_HINT,
                 )
         return result
@@ -193,18 +194,18 @@ class _Composer:
                 try:
                     self._copy(source, self.first)
                 except (RuntimeError, ValueError) as error:
-                    message = f"what comes behind the layers does not take what these give for real tokens: {error}"
+                    message = f"the computation after the layers does not accept their results for real tokens: {error}"
                     raise GraftError("GC019", message, hint=_HINT) from error
         return self.first[node]
 
     def _size_of_input(self, node: fx.Node) -> fx.Node:
-        """Return a size of a value as that of an input: within the layers, the value has another size now."""
+        """Return a value's size as the size of an input, since the value within the layers now has a different one."""
         wanted = expression(node.meta["val"])
         for placeholder in self.tokens.placeholders():
             for axis, size in enumerate(placeholder.meta["val"].shape):
                 if expression(size) == wanted:
                     return self.call(aten.sym_size.int, self.first[placeholder], axis)
-        raise GraftError("GC019", f"what comes behind the layers reads {node.name}, the size of a value within")
+        raise GraftError("GC019", f"the computation after the layers reads {node.name}, the size of a value in them")
 
 
 def _cropped(value: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
@@ -214,7 +215,7 @@ def _cropped(value: fx.Node, sequences: Sequence[Sequenced]) -> fx.Node:
 
 
 def _goes_along(shape: Sequence[int | str], tokens: Program, ids: str) -> bool:
-    """Return whether an input has an axis that counts the tokens of a sequence."""
+    """Return whether an input has an axis over the tokens of a sequence."""
     own = _tokens_of(tokens, ids)
     return own in shape[1:] if isinstance(own, str) else len(shape) > 1 and shape[1] == own
 
@@ -227,7 +228,7 @@ def _tokens_of(tokens: Program, ids: str) -> int | str:
 def _narrowed(
     tokens: Program, streams: Sequence[Lengthened], limits: Mapping[str, int | None]
 ) -> tuple[InputSpec, ...]:
-    """Return the inputs, limited to as many tokens as leave room for the virtual ones."""
+    """Return the inputs, limited to a number of tokens that leaves room for the virtual ones."""
     most: dict[str, int] = {}
     for stream in streams:
         own, limit = _tokens_of(tokens, stream.ids), limits[stream.ids]

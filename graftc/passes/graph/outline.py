@@ -1,7 +1,7 @@
 """Outline the repeated layers of a Program: one subgraph per layer and use, called from a short root graph.
 
-A layer is the first numbered segment of a node's module path. Its subgraph names its tensors relative to the layer, and
-its values by position, so identical layers have identical code.
+A layer is identified by a node's module path up to the first numbered segment. Its subgraph names tensors relative to
+the layer and values by position, so identical layers have identical code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class BlockGraph:
     Attributes:
         path: the module path of the layer; names of its tensors are relative to it.
         use: the number of this call of the layer, 0 for the first.
-        graph: the subgraph; its inputs are what the layer reads from outside, its outputs what others read from it.
+        graph: the subgraph; its inputs are the values that the layer reads from outside, its outputs those that others
+            read from it.
         inputs, outputs: names of these in the Program.
     """
 
@@ -44,7 +45,7 @@ class BlockGraph:
 
 @dataclass(frozen=True)
 class Outlined:
-    """A root graph whose ``call_module`` nodes call the blocks, ``(use, *inputs)``."""
+    """A root graph whose ``call_module`` nodes call the blocks with ``(use, *inputs)``."""
 
     root: fx.Graph
     blocks: tuple[BlockGraph, ...]
@@ -68,7 +69,7 @@ def outline(program: Program) -> Outlined:
         return mapping[node]
 
     def enter(block: BlockGraph, inputs: list[fx.Node], results: Mapping[int, fx.Node]) -> None:
-        """Call a block in the root graph, and represent the nodes of its results there."""
+        """Call a block in the root graph, and map the nodes of its results to nodes there."""
         uses[block.path] += 1
         blocks.append(block)
         values = root.call_module(block.path, (block.use, *map(value, inputs)))
@@ -96,11 +97,11 @@ def outline(program: Program) -> Outlined:
 
 
 Written = dict[str, tuple[BlockGraph, list[fx.Node], list[fx.Node]]]
-"""Blocks that have been written out, by path, with what they read and give."""
+"""Blocks that have been written out, by path, with the nodes that they read and return."""
 
 
 def _require_one_block(one: FunctionCall, written: Written, uses: Mapping[str, int]) -> None:
-    """Raise unless the body of a call is one block that reads and returns what calls name.
+    """Check that the body of a call is one block that reads and returns the values that calls name.
 
     Raises:
         UnlikeBodyError: if it is not.
@@ -117,9 +118,9 @@ def _require_one_block(one: FunctionCall, written: Written, uses: Mapping[str, i
 def _called(
     one: FunctionCall, use: int, block: BlockGraph, inputs: list[fx.Node], outputs: list[fx.Node]
 ) -> tuple[BlockGraph, list[fx.Node], dict[int, fx.Node]]:
-    """Return the block of a call, which has the graph of the body's block.
+    """Return the block of a call, which shares the graph of the body's block.
 
-    Also return the nodes that it reads, and the nodes that pick its results, by index.
+    Also return the nodes that the call reads, and the nodes that pick its results, by index.
     """
     given, body_results = dict(zip(one.given, one.inputs, strict=True)), one.body_results
     read = [given.get(node, node) for node in inputs]
@@ -133,9 +134,9 @@ Group = tuple[str, list[fx.Node]]
 
 
 def _group(program: Program) -> list[Group]:
-    """Return runs of nodes by layer.
+    """Return the nodes as consecutive runs, each of one layer or of none.
 
-    A node that belongs to no layer and does not depend on the running one goes before that layer, unless it has to keep
+    A node that belongs to no layer and does not depend on the current one goes before that layer, unless it has to keep
     its place (see `_Order`).
     """
     homes, order = Homes(program), _Order(program)
@@ -175,7 +176,7 @@ def _group(program: Program) -> list[Group]:
 
 
 class _Order:
-    """The nodes of a Program that must run in its order.
+    """The nodes of a Program that must run in the Program's order.
 
     They draw random numbers, call a Function, write to memory, or read memory that is written to.
     """
@@ -184,7 +185,7 @@ class _Order:
         self._memory = Memory(program.graph)
 
     def keeps_place(self, node: fx.Node) -> bool:
-        """Return whether a node is one of them."""
+        """Return whether a node must run in order."""
         if is_random(node) or node.target is call:
             return True
         return bool(self._memory.writes) and not self._memory.settled(node, *node.all_input_nodes)
@@ -197,10 +198,10 @@ class _Order:
 def _inserted_between(
     sources: set[fx.Node], run: list[fx.Node], waiting: list[fx.Node], order: _Order
 ) -> list[fx.Node]:
-    """Return the waiting nodes that become part of the running layer although they belong to none.
+    """Return the waiting nodes that become part of the current layer although they belong to none.
 
-    They are computed from what adaptations have inserted in that layer, which reads them again, as a mask over a
-    prefix. The layer is thus called as often as in the source.
+    They are computed from nodes that adaptations have inserted in that layer, which in turn reads them: a mask over a
+    prefix, for example. The layer is thus called as often as in the source.
     """
     inside, known = set(run), set(waiting)
     nodes = Worklist(known.intersection(sources))
@@ -213,11 +214,11 @@ def _inserted_between(
 
 
 def _ordered(program: Program, homes: Homes, order: _Order) -> list[fx.Node]:
-    """Return the nodes except tensors, in order.
+    """Return all nodes except tensors, in order.
 
-    What a layer's adaptations compute from tensors alone, or from values that no layer of theirs computes, comes right
-    before its first reader. Before all layers, it would form a separate part of its layer, but a layer is called as
-    often as in the source.
+    Nodes that a layer's adaptations compute from tensors alone, or from values computed outside the layer, come right
+    before their first reader. Before all layers, they would form a separate call of their layer, but a layer is called
+    as often as in the source.
     """
     ordered: list[fx.Node] = []
     settled: set[fx.Node] = set()
@@ -261,7 +262,7 @@ class Homes:
         self._known: dict[str, str] = {}
 
     def of(self, node: fx.Node) -> str:
-        """Return the path of the layer that a node belongs to; empty if there is none."""
+        """Return the path of the layer that a node belongs to; empty if it belongs to none."""
         module = str(node.meta.get("module", ""))
         if module not in self._known:
             self._known[module] = innermost(module, self._elements) if self._elements else layer_path(module)
@@ -274,7 +275,7 @@ class Homes:
 
 
 def _may_wait(node: fx.Node, homes: Homes, order: _Order) -> bool:
-    """Return whether an adaptation's node is read by its layer only and gives the same result at any place.
+    """Return whether an adaptation's node is read only by its layer and gives the same result at any place.
 
     It must not draw random numbers, write, or read what is written to.
     """

@@ -1,7 +1,7 @@
-"""Packed weights in graphs.
+"""Conversion between graphs that read packed weights and graphs that read their parts.
 
-A Program reads the weight itself, so that sites, roles and methods see a plain tensor. A graph that runs or is exported
-reads the parts, and computes the values next to each reader, so that they are kept no longer than it needs them.
+A Program reads the weight itself, so that sites, roles and methods see a plain tensor. A graph that is run or exported
+reads the parts, and computes the values next to each reader, so that they are kept no longer than the reader needs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def reading_parts(program: Program, store: Store, but: Collection[str] = ()) -> 
     Args:
         program: the Program, which is not changed.
         store: the Store, which knows the packed weights.
-        but: names of weights that are still read themselves.
+        but: names of weights that are still read as they are.
     """
     packed = {name: own for name, own in store.packed.items() if name not in but}
     if not any(str(node.target) in packed for node in program.graph.find_nodes(op="get_attr")):

@@ -1,4 +1,4 @@
-"""Take adaptations out of a graph after their effect has gone into base tensors."""
+"""Remove adaptations from a graph after they have been folded into base tensors."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ aten = torch.ops.aten
 def take_out(program: Program, adaptations: Collection[str], additions: Collection[str] = ()) -> Program:
     """Return a new Program without the nodes of ``adaptations``: every replacement that they made is undone.
 
-    The result reads the base's own tensors, so it computes the adapted function with a Store of folded ones.
+    The result reads the base's own tensors, so it computes the adapted function with a Store of folded tensors.
 
     Args:
         program: the Program, which is not changed.
-        adaptations: names of the adaptations to take out.
-        additions: names of biases that folding has added, which maps are not to read.
+        adaptations: names of the adaptations to remove.
+        additions: names of biases added by folding, which maps must not read.
     """
     result = program.copy(tensor_edits=program.tensor_edits.without(adaptations))
     kept: list[Edit] = []
@@ -45,7 +45,7 @@ def take_out(program: Program, adaptations: Collection[str], additions: Collecti
 
 
 def folded(program: Program, adaptations: Collection[str], additions: Collection[str]) -> Program:
-    """Return a new Program without what has folded, in which maps read the biases that folding has added.
+    """Return a new Program without the folded adaptations, in which maps read the biases that folding has added.
 
     Args:
         program: a Program in eval mode, which is not changed.
@@ -75,7 +75,7 @@ def folded(program: Program, adaptations: Collection[str], additions: Collection
 
 
 def added_bias(node: fx.Node) -> str:
-    """Return the name of the bias that folding adds to a map that has none."""
+    """Return the name of the bias that folding adds to a map without one."""
     return f"{node.meta['module']}.bias".lstrip(".")
 
 

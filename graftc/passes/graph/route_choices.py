@@ -1,4 +1,4 @@
-"""Pass a graph's choices among its own values to `graftc::route`, which records them or imposes others."""
+"""Route a graph's choices among its own values through `graftc::route`, which records or overrides them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _GIVES_VALUES: Mapping[Any, bool] = MappingProxyType(
         aten.topk.default: True,
     }
 )
-"""Operators that choose among values by their size, and whether they give the values beside the numbers."""
+"""Operators that choose among values by size, and whether they return the values as well as the indices."""
 
 
 def choices_of(program: Program) -> tuple[fx.Node, ...]:
     """Return the base's own nodes that choose among floating-point values by size, in graph order.
 
-    These are routers of experts, and any other such node if its indices are read. A choice of which only the values are
+    These are routers of experts, and any other such node whose indices are read. A choice of which only the values are
     read does not count.
     """
     nodes = (node for node in program.graph.nodes if node.target in _GIVES_VALUES and provenance(node) is None)
@@ -46,7 +46,7 @@ def choices_of(program: Program) -> tuple[fx.Node, ...]:
 
 
 def route_choices(program: Program) -> Program:
-    """Return a copy in which `graftc::route` decides on each choice, by the name of its node."""
+    """Return a copy in which `graftc::route` decides each choice, identified by the name of its node."""
     routed = program.copy(entry="routes", edits=Edits(), baseline={})
     for node in choices_of(routed):
         _route(node)

@@ -1,4 +1,4 @@
-"""A sequence that is lengthened by virtual tokens, with the inputs that go along with it."""
+"""Lengthen a sequence by virtual tokens, together with the inputs that accompany it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _END = 2**63 - 1
 
 @dataclass(frozen=True)
 class Lengthened:
-    """One sequence that gets virtual tokens.
+    """One sequence to which virtual tokens are added.
 
     Attributes:
         ids: the input with its token ids.
@@ -47,15 +47,15 @@ FILLS = {
     "token_type_ids": aten.new_zeros.default,
     "position_ids": None,
 }
-"""What inputs have at virtual tokens, by name; positions are counted."""
+"""The values of inputs at virtual tokens, by name; positions are counted."""
 
 
 class Sequenced:
-    """A lengthened sequence with the inputs that go along with it.
+    """A lengthened sequence with the inputs that accompany it.
 
     Attributes:
-        values: the token embeddings and the inputs that go along with them, in their present state, by name.
-        numbers: the positions, if they are counted by token ids; the ids are then lengthened as well.
+        values: the token embeddings and the inputs that accompany them, in their present state, by name.
+        numbers: the positions, if they are counted from token ids; the ids are then lengthened as well.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class Sequenced:
         return tokens
 
     def real(self, value: fx.Node) -> fx.Node:
-        """Return ``value`` for real tokens only, on every axis that counts the longer sequence."""
+        """Return ``value`` for real tokens only, along every axis that has the length of the longer sequence."""
         length, shape = expression(self.length), value.meta["val"].shape
         axes = [axis for axis, size in enumerate(shape) if expression(size) == length]
-        if isinstance(length, int):  # other sizes may be the same by chance
+        if isinstance(length, int):  # other sizes may be equal by chance
             axes = [axis for axis in axes if axis in ((2, 3) if len(shape) == 4 else (1,))]
         for axis in axes:
             value = self._picked(value, axis) if self.bounds else self._cut(value, axis)
@@ -154,7 +154,7 @@ class Sequenced:
         self.bounds.append((bound, run.length))
 
     def _bound(self, where: Any) -> fx.Node:
-        """Return the number of tokens of its row that a run comes after, ``int64[batch, 1]``."""
+        """Return how many tokens of its row precede a run, ``int64[batch, 1]``."""
         number = self.call(aten.add.Tensor, self._count(self.ids), 1)
         mask = next((node for name, node in self.inputs.items() if name.endswith("attention_mask")), None)
         counted = number if mask is None else self.call(aten.mul.Tensor, number, mask)
@@ -171,8 +171,8 @@ class Sequenced:
     def _new(self, key: tuple[int, int], name: str, value: fx.Node, length: int, last: fx.Node | None) -> fx.Node:
         """Return the values at virtual tokens.
 
-        They are vectors of zeros, visible to all tokens, of the first segment, and with the positions that follow those
-        of ``last``.
+        They are vectors of zeros, visible to all tokens, in the first segment, with positions that follow those of
+        ``last``.
         """
         batch = self._size(value, 0)
         if name == self.stream.embeds:
@@ -188,7 +188,7 @@ class Sequenced:
         return self.call(aten.sub.Tensor, steps, 1) if last is None else self.call(aten.add.Tensor, steps, last)
 
     def _count(self, like: fx.Node) -> fx.Node:
-        """Return the index of each place in its row, from 0: ``int64[batch, n]`` for ``like: [batch, n, ...]``."""
+        """Return each place's index in its row, from 0: ``int64[batch, n]`` for ``like: [batch, n, ...]``."""
         while like.meta["val"].dim() > 2:
             like = self.call(aten.select.int, like, -1, 0)
         ones = self.call(aten.ones_like.default, like, dtype=torch.int64)
@@ -221,7 +221,7 @@ class Sequenced:
         return self._gathered(value, axis, index)
 
     def _gathered(self, value: fx.Node, axis: int, index: fx.Node) -> fx.Node:
-        """Return ``value`` at the places ``index: [batch, n]`` of one of its axes."""
+        """Return ``value`` at the places ``index: [batch, n]`` along one of its axes."""
         count, rank = index.meta["val"].shape[1], value.meta["val"].dim()
         sizes: list[Any] = [self._size(value, a) for a in range(rank)]
         sizes[axis] = count if isinstance(expression(count), int) else self.call(aten.sym_size.int, index, 1)

@@ -1,4 +1,4 @@
-"""Products with partly trained weights as `graftc::sparse_linear`, whose backward pass computes the weight again."""
+"""Rewrite products with partly trained weights as `graftc::sparse_linear`, whose backward recomputes the weight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ aten = torch.ops.aten
 ops = torch.ops.graftc
 
 WEIGHT = {aten.linear.default: 1, aten.addmm.default: 2}
-"""Products that are taken over, with the argument that is their weight."""
+"""Products that are rewritten, with the index of their weight argument."""
 
 
 def recompute_weights(build: Builder) -> None:
@@ -55,7 +55,7 @@ def _take_over(build: Builder, node: fx.Node, weight: fx.Node) -> None:
 
 
 def _redirect(program: Program, before: fx.Node, after: fx.Node, origin: dict[str, str]) -> None:
-    """Make ``after`` the base's own result, below everything that is inserted at the site."""
+    """Make ``after`` the base's own result, below all insertions at the site."""
     before.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
     program.edits.add(Edit(origin.get("adaptation", ""), origin.get("site", ""), before, after))
 
@@ -63,7 +63,7 @@ def _redirect(program: Program, before: fx.Node, after: fx.Node, origin: dict[st
 def _is_sampled(
     node: fx.Node, weight: fx.Node, indices: Sequence[fx.Node], origins: Sequence[Mapping[str, str]]
 ) -> bool:
-    """Return whether to compute gradients entry by entry: if that costs less and their indices stay in order."""
+    """Return whether to compute gradients entry by entry: if that costs less and the indices stay in order."""
     wide = node.meta["val"].dtype in (torch.float32, torch.float64)
     share = sum(int(places.meta["val"].numel()) for places in indices) / int(weight.meta["val"].numel())
     methods = [method_for(origin.get("method", "")) for origin in origins]

@@ -58,7 +58,7 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
         inward = wiring.adds_to == "input"
         width = site.in_features if inward else site.out_features
         if inward and wiring.reads != "input":
-            raise GraftError("GC017", f"an adapter that reads the output of {site.key} cannot add to its input")
+            raise GraftError("GC017", f"an adapter cannot read the output of {site.key} and add to its input")
         delta = self.branch(spec, build, read, width, site.dtype)
         if inward:
             build.set_input(site, build.call(aten.add.Tensor, read, delta, part="add"))

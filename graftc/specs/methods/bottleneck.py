@@ -199,7 +199,7 @@ class Bottleneck(BottleneckSpec):
         if not linear and adds_to in ("inner", "projection") and _ORDER.index(read) > _ORDER.index(adds_to):
             refuse(
                 "adds_to",
-                f"an adapter that reads {read} comes too late to add to {adds_to}",
+                f"an adapter cannot read {read} and add to {adds_to}, which comes earlier",
                 hint="let it add to branch",
             )
         return self

@@ -428,12 +428,12 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str, str]] = {
             "compose": KINDS["average"],
         },
         "GC036",
-        "do not all read and add at the same values",
+        "do not all read from and add to the same values",
     ),
     "nothing added": (
         {"adapt": [{"method": "ia3", "name": n} for n in "ab"], "compose": KINDS["average"]},
         "GC036",
-        "is nothing that is added",
+        "does not only add to values",
     ),
     "keys in front": (
         {"adapt": [{"method": "prefix", "length": 2, "name": n} for n in "ab"], "compose": KINDS["average"]},

@@ -302,7 +302,7 @@ def test_phases_that_leave_no_step() -> None:
     compiled = fresh("bert", varied(ADALORA, warmup_steps=5, final_steps=5))
     with pytest.raises(GraftError) as caught:
         compiled.begin(10)
-    assert caught.value.code == "GC026" and "leaves none of 10" in caught.value.message
+    assert caught.value.code == "GC026" and "leave none of the 10" in caught.value.message
     compiled.begin(11)
     for fields, code, path in (
         ({"warmup_steps": 5, "final_steps": 5, "total_steps": 10}, "GC026", "warmup_steps"),

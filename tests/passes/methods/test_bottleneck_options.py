@@ -292,12 +292,12 @@ PATCHES = {"modules": "**.patch_embeddings.projection"}
     [
         ("mixtral", INNER, "GC017", "more than one linear map"),
         ("mixtral", {**INNER, "adds_to": "branch", "reads": "inner"}, "GC017", "no inner activation"),
-        ("vit", {**LLM, "target": PATCHES}, "GC017", "not a product with a matrix"),
+        ("vit", {**LLM, "target": PATCHES}, "GC017", "not a product of its input"),
         (
             "bert",
             {**PLACED, "target": {"role": "ffn.down"}, "reads": "output", "adds_to": "input"},
             "GC017",
-            "too late",
+            "and add to its input",
         ),
         ("bert", {"method": "pfeiffer", "reduction": 49}, "GC020", "for an input of width 48"),
         ("mixtral", {"method": "llm_adapters"}, "GC015", "ffn.down"),
@@ -311,7 +311,7 @@ PATCHES = {"modules": "**.patch_embeddings.projection"}
             "has an input and an output",
         ),
         ("bert", {"method": "bottleneck", "adds_to": "sum"}, "GC002", "cannot add to the sum"),
-        ("bert", {"method": "bottleneck", "reads": "output", "adds_to": "inner"}, "GC002", "too late"),
+        ("bert", {"method": "bottleneck", "reads": "output", "adds_to": "inner"}, "GC002", "which comes earlier"),
         ("bert", {"method": "houlsby", "norms": True, "target": {"modules": "**"}}, "GC002", "norms: true"),
     ],
 )

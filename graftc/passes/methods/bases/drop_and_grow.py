@@ -118,10 +118,7 @@ class Reselection(ScheduledController[SpIEL]):
             raise GraftError("GC130", message, hint="use DistributedDataParallel with variant: MA")
         if self.spec.variant == "AG":
             message = f"{self.spec.name!r} reads the gradients of weights in only one of {spread.processes} processes"
-            raise GraftError(
-                "GC130", message, hint="set variant: MA, which needs no gradients, or use one process"
-
-            )
+            raise GraftError("GC130", message, hint="set variant: MA, which needs no gradients, or use one process")
 
     # Windows
 
