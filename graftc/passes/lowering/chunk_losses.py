@@ -1,6 +1,6 @@
 """Fuse a head over a vocabulary and the loss after it into one operator, which computes logits a few rows at a time.
 
-What moved rows of the logits moves rows of what they are computed from instead.
+Operators that move rows of the logits are applied to the head's inputs instead.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ STEP = "loss"
 def chunk_losses(
     program: Program, wanted: Callable[[Program, LossHead], str] | None = None, *, scores: bool = False
 ) -> list[LoweringOutcome]:
-    """Rewrite every loss over a vocabulary in place. Logits leave the outputs.
+    """Rewrite every loss over a vocabulary in place, and remove the logits from the outputs.
 
     Args:
         program: a Program in train mode.
-        wanted: returns why a head is to stay unchanged, or an empty string if it is not. By default every head is
-            rewritten.
-        scores: if true, the loss has no reduction and is the only output; the scores of `head_scores` become another
-            one.
+        wanted: a function that returns why a head must stay unchanged, or an empty string to rewrite it. By default,
+            every head is rewritten.
+        scores: if true, the loss has no reduction and is the only output; the scores of `head_scores` become a second
+            output.
     """
     outcomes = []
     for loss in [node for node in program.graph.nodes if loss_of(node) is not None]:

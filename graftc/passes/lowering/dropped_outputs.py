@@ -16,23 +16,23 @@ class AbsentOutputError(GraftError, AttributeError):
 
 
 def refuse(name: str) -> NoReturn:
-    """Raise an error that says why an output does not exist."""
+    """Raise the error that explains why an output does not exist."""
     raise AbsentOutputError(
         "GC150",
-        f"{name} are not there while training: head and loss are computed a few rows at a time (memory: loss)",
-        hint="put memory: {loss: whole} into the spec, or call the model in eval mode",
+        f"{name} are not returned in training: head and loss are computed a few rows at a time (memory: loss)",
+        hint="set memory: {loss: whole} in the spec, or call the model in eval mode",
     )
 
 
 def without(spec: OutputSpec, leaves: Collection[int]) -> OutputSpec:
-    """Return the structure of the outputs if some of the flat ones are removed.
+    """Return the structure of the outputs after some of the flat outputs have been removed.
 
-    Removed fields of a ``ModelOutput`` are None inside and raise GC150 when they are read, and so do keys of a mapping;
-    places in a tuple or list contain None.
+    Removed fields of a ``ModelOutput`` are None internally and raise GC150 when they are read, as do keys of a mapping;
+    positions in a tuple or list contain None.
 
     Args:
         spec: the structure of all outputs.
-        leaves: the numbers of the flat outputs to remove.
+        leaves: the indices of the flat outputs to remove.
     """
     return _without(spec, leaves, iter(range(len(spec.names))))
 
@@ -51,7 +51,7 @@ def _without(spec: OutputSpec, leaves: Collection[int], numbers: Iterator[int]) 
 
 @cache
 def _lacking(cls: type[Any], gone: tuple[str, ...]) -> type[Any]:
-    """Return a subclass of a class of outputs that refuses some of its fields."""
+    """Return a subclass of an output class that refuses access to some of its fields."""
 
     def absent(name: str) -> property:
         def read(self: Any) -> Any:
@@ -66,7 +66,7 @@ def _lacking(cls: type[Any], gone: tuple[str, ...]) -> type[Any]:
         return cls.__getitem__(self, key)
 
     def reduced(self: Any) -> Any:
-        """Return what copies and pickles are made of: the plain class, with None for removed fields."""
+        """Return the arguments for copying and pickling: the plain class, with None for removed fields."""
         return cls, tuple(
             None if f.name in gone and f.name not in self.keys() else getattr(self, f.name) for f in fields(self)
         )

@@ -1,7 +1,7 @@
-"""Recognition of heads over a vocabulary with a cross-entropy after them, by data flow, from the loss backwards.
+"""Recognise heads over a vocabulary followed by a cross-entropy, by data flow, from the loss backwards.
 
-First comes what is done to all logits alike (casts, moves of rows, a scale, a cap), then the sum of linear maps that
-they are computed from.
+The operations on all logits (casts, moves of rows, a scale, a cap) come first, then the sum of linear maps that the
+logits are computed from.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SAME = frozenset(
         aten.alias.default,
     }
 )
-"""Operators that change nothing but how values are stored."""
+"""Operators that change only how values are stored."""
 
 VIEWS = (aten.view.default, aten.reshape.default, UNSAFE_VIEW)
 _MOVES = (*VIEWS, aten.flatten.using_ints, aten.slice.Tensor, aten.index.Tensor)
@@ -48,7 +48,7 @@ class NoMatchError(Exception):
 
 @dataclass(frozen=True)
 class Term:
-    """One of the linear maps that the logits are the sum of.
+    """One of the linear maps whose sum is the logits.
 
     Attributes:
         x: the input, ``[..., in]``.
@@ -56,7 +56,7 @@ class Term:
         turned: whether the weight is ``[in, columns]``.
         factor: the factor of its result.
         moves: the moves of rows after the map, the last one first.
-        start, stop: the range of its columns that is taken.
+        start, stop: the range of its columns that is used.
         to: the position of that range in the vocabulary.
     """
 
@@ -77,7 +77,7 @@ class Term:
 
 @dataclass
 class LossHead:
-    """The computation that a loss is the result of.
+    """The computation that produces a loss.
 
     Attributes:
         loss: the cross-entropy.
@@ -144,7 +144,7 @@ def read_head(head: LossHead) -> None:
     if loss.weight is not None:
         raise NoMatchError("classes have weights")
     if loss.labels.meta["val"].is_floating_point() or loss.labels.meta["val"].dim() != 1:
-        raise NoMatchError("labels are not numbers of tokens, one for each row")
+        raise NoMatchError("labels are not token ids, one for each row")
     if node.target is aten.log_softmax.int:
         head.chain.add(node)
         node = _args(node)[0]
@@ -158,7 +158,7 @@ def read_head(head: LossHead) -> None:
         node, moves, outer = step
     head.scale = outer if head.cap is None else outer * head.cap
     if head.cap is not None and head.cap <= 0:
-        raise NoMatchError("logits are capped at no positive number")
+        raise NoMatchError("logits are capped at a number that is not positive")
     _collect(head, node, 1.0, moves)
     _order(head, width_of(loss.logits))
     _require_unread(head)
@@ -209,7 +209,7 @@ def width_of(node: fx.Node) -> int:
     shape = node.meta["val"].shape
     width = expression(shape[-1]) if len(shape) else None
     if not isinstance(width, int):
-        raise NoMatchError("the number of logits of a row is not fixed")
+        raise NoMatchError("the number of logits in a row is not fixed")
     return width
 
 
@@ -247,14 +247,14 @@ def _collect(head: LossHead, node: fx.Node, factor: float, moves: tuple[fx.Node,
     else:
         head.place = head.place or str(node.meta.get("module", ""))
         owner = provenance(node)
-        who = f"{owner['adaptation']!r} adapts the head by" if owner else "between the head and the loss there is"
+        who = f"{owner['adaptation']!r} adapts the head with" if owner else "between the head and the loss there is"
         raise NoMatchError(f"{who} {node.target}, which is not a linear map")
 
 
 def _within(
     head: LossHead, change: Callable[[Term], Term], node: fx.Node, factor: float, moves: tuple[fx.Node, ...]
 ) -> None:
-    """Run `_collect` on what another part of the vocabulary is computed from, and apply ``change`` to the terms."""
+    """Run `_collect` on the node that computes part of the vocabulary, and apply ``change`` to the terms."""
     inner = LossHead(head.loss, head.chain)
     _collect(inner, node, factor, moves)
     head.terms += [change(term) for term in inner.terms]
@@ -263,12 +263,12 @@ def _within(
 
 
 def _put(term: Term, to: int) -> Term:
-    """Return a term of a part of the vocabulary that begins at ``to``."""
+    """Return a term shifted to a part of the vocabulary that begins at ``to``."""
     return replace(term, to=term.to + to)
 
 
 def _cut(term: Term, start: int, stop: int) -> Term:
-    """Return what a term has between two places of the vocabulary, relative to the first of them."""
+    """Return the part of a term between two positions in the vocabulary, relative to the first of them."""
     low, high = max(start, term.to), max(start, term.to, min(stop, term.end))
     return replace(term, start=term.start + low - term.to, stop=term.start + high - term.to, to=low - start)
 
@@ -281,7 +281,7 @@ def _is_last(node: fx.Node, at: int) -> bool:
 def linear_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
     """Return the input, weight and bias of a linear map, and whether the weight is ``[in, columns]``.
 
-    None for other nodes.
+    Return None for other nodes.
     """
     x: Any
     weight: Any
@@ -307,18 +307,22 @@ def _order(head: LossHead, vocabulary: int) -> None:
     while filled < vocabulary:
         widest = max((t for t in left if t.to == filled), key=lambda t: t.end, default=None)
         if widest is None:
-            raise NoMatchError("a part of the logits is not made by linear maps")
+            raise NoMatchError("part of the logits is not computed by linear maps")
         left.remove(widest)
         first.append(widest)
         filled = widest.end
     head.terms = first + left
     width = max(width_of(term.x) for term in head.terms)
     if vocabulary <= width:
-        raise NoMatchError(f"{vocabulary} logits are no more than the {width} values that they are made from")
+        raise NoMatchError(f"{vocabulary} logits are no more than the {width} values they are computed from")
 
 
 def _require_unread(head: LossHead) -> None:
-    """Raise unless only the loss and the caller read the logits."""
+    """Check that only the loss and the caller read the logits.
+
+    Raises:
+        NoMatchError: if another node reads them.
+    """
     known = {*head.chain, head.loss}
     for node in sorted(head.chain):
         for user in node.users:

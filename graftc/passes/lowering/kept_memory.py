@@ -1,4 +1,4 @@
-"""An estimate, from the graph alone, of how much memory a training graph keeps for its backward pass."""
+"""Estimate, from the graph alone, how much memory a training graph keeps for its backward pass."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from graftc.passes.core.ir.shapes import Sizes, expression
 from graftc.passes.lowering.head import LossHead
 
 TOKENS = 512
-"""Length of the row that sizes are worked out for."""
+"""Length of the row that sizes are computed for."""
 
 LARGE = 0.1
-"""Logits are large from this part of the rest on."""
+"""Logits count as large from this fraction of the other values on."""
 
 
 def small_logits(program: Program, head: LossHead, *, checkpointed: bool) -> str:
-    """Return why the logits of a head are not worth leaving out; empty if they are.
+    """Return why the logits of a head are not worth avoiding; empty if they are.
 
-    The estimate counts the bytes of all values that a graph computes for one row of 512 tokens: logits, in each of the
-    forms in which the loss reads them and once more for their softmax, compared with the others. Views count as
-    nothing.
+    The estimate counts the bytes of all values that a graph computes for one row of 512 tokens. It compares the logits,
+    in each of the forms in which the loss reads them and once more for their softmax, with all other values. Views do
+    not count.
 
     Args:
         program: the Program that contains the head.
         head: the head, as it was recognised.
-        checkpointed: whether layers keep only what they read.
+        checkpointed: whether layers keep only their inputs.
     """
     sizes = Sizes(_symbols(program))
     chain = [node for node in program.graph.nodes if node in head.chain]
@@ -42,11 +42,11 @@ def small_logits(program: Program, head: LossHead, *, checkpointed: bool) -> str
     rest += len(layers) * max(_bytes(term.x, sizes, view=True) for term in head.terms)
     if logits >= LARGE * rest:
         return ""
-    return f"its logits are {logits / max(rest, 1):.0%} of what is kept besides"
+    return f"its logits are only {logits / max(rest, 1):.0%} of the other values"
 
 
 def _symbols(program: Program) -> Any:
-    """Return a function that sizes one row: 1 for the first axes of inputs, `TOKENS` for all others."""
+    """Return a function from symbols to sizes for one row: 1 for the first axes of inputs, `TOKENS` for all others."""
     inputs = [node.meta["val"] for node in program.placeholders()]
     rows = {str(expression(value.shape[0])) for value in inputs if isinstance(value, Tensor) and value.dim()}
     return lambda symbol: 1 if symbol in rows else TOKENS
@@ -63,7 +63,7 @@ def _bytes(node: fx.Node, sizes: Sizes, *, view: bool = False) -> int:
 
 
 def _is_new(node: fx.Node) -> bool:
-    """Return whether a call creates a tensor of its own: casts to the same type and views do not."""
+    """Return whether a call creates a new tensor: casts to the same dtype and views do not."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not any(r.alias_info for r in schema_of(target).returns):
         return isinstance(target, torch._ops.OpOverload)

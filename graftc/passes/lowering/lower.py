@@ -20,13 +20,13 @@ from graftc.specs.document import Spec
 
 @dataclass
 class LoweringContext(PassHost):
-    """The context of the lowering passes, with what they report. A Program has been verified before it is lowered.
+    """The context of the lowering passes, with their outcomes. A Program has been verified before it is lowered.
 
     Attributes:
         spec: the spec of the model.
-        objectives: names of adaptations that read and compare the outputs of several passes.
+        objectives: names of adaptations that compare the outputs of several passes.
         outcomes: the outcome at each place.
-        findings: what passes of plugins leave.
+        findings: the findings of plugins' passes.
     """
 
     keeps_figures: ClassVar[bool] = False
@@ -70,15 +70,15 @@ LOWER: Pipeline[LoweringContext] = Pipeline(
     ],
     given={COPIED, "adapted"},
 )
-"""From an adapted training Program to what is run of it."""
+"""From an adapted training Program to the Program that is run."""
 
 
 def lower(program: Program, spec: Spec, objectives: Collection[str] = ()) -> tuple[Program, list[LoweringOutcome]]:
-    """Return a copy of a training Program as it is run, and the outcome of each pass.
+    """Return a lowered copy of a training Program, and the outcomes of the passes.
 
     Args:
         program: the Program, which is not changed.
-        spec: the spec of the model, which says which passes are left out.
+        spec: the spec of the model, which determines the passes that are skipped.
         objectives: names of adaptations that compare the outputs of several passes.
     """
     context, lowered = LoweringContext(spec, objectives), program.copy()

@@ -1,4 +1,4 @@
-"""Recognition of products with matrices in a graph, and of the low-rank updates of their results, by data flow."""
+"""Recognise products with matrices in a graph, and low-rank updates of their results, by data flow."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from graftc.passes.lowering.head import linear_of
 
 aten = torch.ops.aten
 Step = tuple[fx.Node, list["Branch"], list[fx.Node]]
-"""The node that has a sum, what is added in it, and the nodes that are computed for it."""
+"""The node of a sum, the updates added in it, and the nodes that are computed for it."""
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A product of two factors of a source: ``scale * B A z``.
+    """The product of two factors with a source: ``scale * B A z``.
 
     Attributes:
         source: the value that the first factor is applied to.
         a, b: the factors.
         scale: the factor of the product.
         nodes: the nodes that compute it.
-        columns: the indices of the columns that it is added to; None if they are ``runs``.
+        columns: the indices of the columns that it is added to; None if ``runs`` defines them.
         runs: the same columns as half-open runs; empty for all columns.
     """
 
@@ -51,8 +51,8 @@ class Map:
         node: the product.
         x, weight, bias: the values that it reads.
         transposed: whether the weight is ``[in, out]``.
-        end: the node that has its result with all updates.
-        scale: the factors of the columns of its result; None for none.
+        end: the node of its result with all updates.
+        scale: the factors of the columns of its result; None without factors.
         branches: the updates, in order.
         nodes: all nodes from the product to the end.
     """
@@ -101,7 +101,7 @@ class Matcher:
         return match if self._settled(value) else None
 
     def _rescaled(self, one: Map) -> Map | None:
-        """Return the map with its result rescaled and at most one update, already scaled; None for any other map."""
+        """Return the map if its result is rescaled, with at most one update that is already scaled; otherwise None."""
         readers = self.readers(one.node)
         if len(readers) != 1 or readers[0].target is not torch.ops.graftc.rescale.default or readers[0].kwargs:
             return None
@@ -120,8 +120,8 @@ class Matcher:
     def together(self, maps: list[Map]) -> Iterator[list[Map]]:
         """Yield groups of maps of one input that can be computed at one place.
 
-        This place is after everything that they read, and in front of everything that reads them. A single map without
-        an update or scale is left out.
+        This place is after everything that they read and before everything that reads them. A single map without an
+        update or scale is left out.
         """
         group: list[Map] = []
         for one in maps:
@@ -139,15 +139,15 @@ class Matcher:
         inside = {node for one in group for node in (*one.nodes, *(n for b in one.branches for n in b.nodes))}
         given = [n for one in group for n in one.inputs() if n.op != "get_attr"]
         read = [u for one in group for u in self.readers(one.end)]
-        # Maps that read only tensors, as in a prefix's network, run once and not for every token.
+        # Maps that read only tensors, as in a prefix's network, run once rather than for every token.
         return bool(read and given) and not inside.intersection(given) and max(given) < min(read)
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
-        """Return the nodes that read a value and are needed."""
+        """Return the needed nodes that read a value."""
         return [user for user in node.users if user in self.live]
 
     def _step(self, value: fx.Node, x: fx.Node) -> Step | None:
-        """Return the next sum after a value: its node, what it adds, and the nodes on the way."""
+        """Return the next sum after a value: its node, the updates that it adds, and the nodes on the way."""
         readers = self.readers(value)
         if not self._settled(value):
             return None
@@ -156,14 +156,14 @@ class Matcher:
         return self._indexed(value, readers, x) or self._in_columns(value, readers, x)
 
     def added(self, node: fx.Node, value: fx.Node, x: fx.Node) -> Branch | None:
-        """Return what a sum adds to a value; None if that is no product of two factors."""
+        """Return the update that a sum adds to a value; None if it is not a product of two factors."""
         if node.target is not aten.add.Tensor or node.kwargs or len(node.args) != 2 or not _alike(node, value):
             return None
         others = [argument for argument in node.args if argument is not value]
         return self._branch(others[0], value, x) if len(others) == 1 else None
 
     def _branch(self, node: Any, value: fx.Node, x: fx.Node) -> Branch | None:
-        """Return the product of two factors that a value is, if it can be added to another one; otherwise None."""
+        """Return ``node`` as a product of two factors if it is one and can be added to ``value``; otherwise None."""
         if not self._own(node, aten.linear.default) or not _alike(node, value):
             return None
         hidden, b = _operands(node)
@@ -183,11 +183,11 @@ class Matcher:
         return Branch(source, a, b, scale, (*nodes, hidden))
 
     def _own(self, node: Any, target: Any) -> bool:
-        """Return whether a value is a call of an operator and has one reader."""
+        """Return whether a value is a call of an operator and has exactly one reader."""
         return isinstance(node, fx.Node) and node.target is target and len(self.readers(node)) == 1
 
     def _indexed(self, value: fx.Node, readers: list[fx.Node], x: fx.Node) -> Step | None:
-        """Match a sum with columns that are picked by their indices and replaced by it."""
+        """Match a sum over columns that are selected by index and then replaced with the sum."""
         picked = next((n for n in readers if n.target is aten.index_select.default), None)
         put = next((n for n in readers if n.target is aten.index_copy.default), None)
         if picked is None or put is None or len(readers) != 2 or len(put.args) != 4:
@@ -203,7 +203,7 @@ class Matcher:
         return put, [replace(branch, columns=columns)], [picked, total, put, *branch.nodes]
 
     def _in_columns(self, value: fx.Node, readers: list[fx.Node], x: fx.Node) -> Step | None:
-        """Match sums with columns that are cut out and then all put together again."""
+        """Match sums over columns that are sliced out and then all concatenated again."""
         if not readers or any(node.target is not aten.slice.Tensor for node in readers):
             return None
         passed: set[fx.Node] = set()
@@ -229,7 +229,7 @@ class Matcher:
 
 
 _MOST = 64
-"""How many nodes are looked at for one sum."""
+"""The maximum number of nodes that are examined for one sum."""
 
 _PRODUCTS = (aten.linear.default, aten.addmm.default)
 _COLUMN_WISE = frozenset({aten.slice.Tensor, aten.cat.default, aten.add.Tensor})
@@ -237,12 +237,12 @@ _COLUMN_WISE = frozenset({aten.slice.Tensor, aten.cat.default, aten.add.Tensor})
 
 @dataclass(frozen=True)
 class _Part:
-    """Columns of a value, with something added.
+    """A range of columns of a value, possibly with an addition.
 
     Attributes:
         start, end: the range of columns.
-        added: the sum that adds something to them; None for none.
-        at: the first column of what is added.
+        added: the sum that adds to them; None without an addition.
+        at: the first column of the addition.
     """
 
     start: int
@@ -252,11 +252,11 @@ class _Part:
 
 
 class _Columns:
-    """Traces what values are composed of, column by column.
+    """Traces the composition of values, column by column.
 
     Attributes:
-        seen: the nodes that were read on the way.
-        branches: what is added in some columns, by the node of the sum.
+        seen: the nodes that were visited.
+        branches: the updates added to some columns, by the node of the sum.
     """
 
     def __init__(self, matcher: Matcher, value: fx.Node, x: fx.Node) -> None:
@@ -265,7 +265,7 @@ class _Columns:
         self.branches: dict[fx.Node, Branch] = {}
 
     def of(self, node: Any) -> list[_Part] | None:
-        """Return the columns of the value that a node has, in order; None if it has others."""
+        """Return the columns of the value that a node consists of, in order; None if it has other columns."""
         if not isinstance(node, fx.Node):
             return None
         self.seen.add(node)
@@ -302,7 +302,7 @@ class _Columns:
 
 
 def _in_runs(parts: list[_Part], branches: dict[fx.Node, Branch]) -> list[Branch] | None:
-    """Return what is added to which runs of columns; None unless every column is in its place."""
+    """Return the updates with the runs of columns that they apply to; None unless every column is in its place."""
     at = 0
     runs: dict[fx.Node, list[tuple[int, int]]] = {}
     taken: dict[fx.Node, int] = {}
@@ -321,7 +321,7 @@ def _in_runs(parts: list[_Part], branches: dict[fx.Node, Branch]) -> list[Branch
 
 
 def _product(node: fx.Node) -> Map | None:
-    """Return a product with a matrix, of the base or an adaptation, as a map; None for other nodes."""
+    """Return a product with a matrix, in the base or in an adaptation, as a map; None for other nodes."""
     linear = linear_of(node) if node.target in _PRODUCTS and not node.kwargs else None
     if linear is None:
         return None
@@ -332,7 +332,7 @@ def _product(node: fx.Node) -> Map | None:
 
 
 def _operands(node: fx.Node) -> tuple[Any, fx.Node | None]:
-    """Return the input and the weight of a product without a bias; None instead of the weight for any other product."""
+    """Return the input and weight of a product; the weight is None unless the product is plain and without a bias."""
     x, weight, *rest = node.args
     plain = not node.kwargs and not any(rest) and isinstance(weight, fx.Node) and weight.meta["val"].dim() == 2
     return x, weight if plain else None  # type: ignore[return-value]

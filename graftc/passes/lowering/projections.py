@@ -1,8 +1,8 @@
 """Fuse linear maps of one input, with their low-rank updates, into one call of `graftc.passes.core.ops.projections`.
 
-A map is recognised by what is computed: a product with a matrix, followed by sums with products of two factors, over
-all or some of its columns. Maps that read one value in one layer are computed together, including those that nothing is
-added to: their parts of the value's gradient are then accumulated in one tensor.
+A map is recognised by its computation: a product with a matrix, followed by sums with products of two factors, over
+all or some of its columns. Maps that read the same value in the same layer are computed together, including those
+without updates: their contributions to the value's gradient are then accumulated in one tensor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fuse_projections(program: Program) -> list[LoweringOutcome]:
     """Compute maps of one input together, and add updates to their results in place.
 
     Returns:
-        For every site at a product with a weight, whether what was inserted there is part of such a call.
+        For every site at a product with a weight, whether the insertion there became part of such a call.
     """
     matcher = Matcher(program)
     maps = filter(None, (matcher.map(node) for node in program.graph.nodes if node in matcher.live))
@@ -46,7 +46,7 @@ def fuse_projections(program: Program) -> list[LoweringOutcome]:
 
 
 def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.Node, fx.Node]:
-    """Replace a group by one call, and return the node of each map's new result by that of the old one."""
+    """Replace a group with one call, and return the node of each map's new result, by the node of the old one."""
     graph, x = program.graph, group[0].x
     branches = [(number, branch) for number, one in enumerate(group) for branch in one.branches]
     sources = list(dict.fromkeys(branch.source for _, branch in branches if branch.source is not x))
@@ -76,9 +76,9 @@ def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.No
 
 
 def _mask(source: fx.Node, group: list[Map], matcher: Matcher) -> tuple[fx.Node, float] | None:
-    """Return the mask and the probability of a dropout of the group's input, if a source is its result.
+    """Return the mask and probability of the dropout if a source is the group's input after dropout.
 
-    None if the source is something else, or if other nodes read it as well.
+    Return None if the source is something else, or if other nodes read it as well.
     """
     if source.target is not torch.ops.graftc.masked_dropout.default or source.kwargs or len(source.args) != 3:
         return None
@@ -90,7 +90,7 @@ def _mask(source: fx.Node, group: list[Map], matcher: Matcher) -> tuple[fx.Node,
 
 
 def _erase(program: Program, replaced: dict[fx.Node, fx.Node]) -> None:
-    """Erase what is no longer needed, and keep the edits whose nodes are left."""
+    """Erase nodes that are no longer needed, and keep the edits whose nodes remain."""
     needed = live(program)
     for node in reversed(list(program.graph.nodes)):
         if node not in needed:
@@ -100,7 +100,7 @@ def _erase(program: Program, replaced: dict[fx.Node, fx.Node]) -> None:
 
 
 def _common(paths: Iterable[str]) -> str:
-    """Return the innermost module that all these modules are, or are in."""
+    """Return the innermost module path that is equal to, or a parent of, all these paths."""
     segments = zip(*(path.split(".") for path in paths), strict=False)
     return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, segments))
 
@@ -115,7 +115,9 @@ def _outcome(edit: Edit, edits: Edits, passed: set[fx.Node]) -> LoweringOutcome 
     reason = _PRODUCTS[target_name(product.target)]
     if not reason:
         kind = target_name(edit.after.target)
-        reason = _KINDS.get(kind, f"{kind} is not a sum with a product of two matrices, or has parts read elsewhere")
+        reason = _KINDS.get(
+            kind, f"{kind} is not a sum with a product of two matrices, or its parts are read elsewhere"
+        )
     return LoweringOutcome(STEP, edit.site, False, reason)
 
 
@@ -126,12 +128,12 @@ _PRODUCTS = {
     "aten.matmul": "a product of two values",
     **dict.fromkeys(("aten.bmm", "aten.baddbmm", "aten._grouped_mm", "transformers.grouped_mm_fallback"), "experts"),
     **dict.fromkeys(("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"), "a convolution"),
-    "aten.embedding": "a table",
+    "aten.embedding": "an embedding table",
 }
-"""Operators that apply a weight, with why their sites are left as they are; empty where they need not be."""
+"""Operators that apply a weight, with the reason why their sites are left unchanged; empty if they can be fused."""
 
 _KINDS = {
     "aten.mul.Tensor": "the result is scaled",
-    "graftc.rescale": "rows of the weight are rescaled beside a bias or a dropout of the input",
+    "graftc.rescale": "rows of the weight are rescaled in a map with a bias or with dropout on its input",
 }
-"""Why a site is left as it is, by what takes the place of its result."""
+"""Why a site is left unchanged, by the operator that replaces its result."""

@@ -1,4 +1,4 @@
-"""A Program up to the losses of single tokens, which objectives that compare log-probabilities read."""
+"""Cut a Program at the losses of single tokens, for objectives that compare log-probabilities."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def token_losses(program: Program, *, scores: bool = False) -> Program:
-    """Return the Program up to its cross-entropy without a reduction, ``[rows]``: zero where there is no label.
+    """Return the Program up to its cross-entropy without a reduction, ``[rows]``, which is zero without a label.
 
     Head and loss are computed a few rows at a time if possible.
 
     Args:
         program: a Program that takes labels.
-        scores: whether the scores of `graftc.passes.core.ops.head_loss.head_scores` are another output, if possible.
+        scores: whether to add the scores of `graftc.passes.core.ops.head_loss.head_scores` as an output, if possible.
 
     Raises:
         GraftError: GC031 if there is no cross-entropy of tokens, or more than one.
@@ -33,8 +33,8 @@ def token_losses(program: Program, *, scores: bool = False) -> Program:
         if (cross_entropy := loss_of(node)) is not None and _of_tokens(cross_entropy.labels)
     ]
     if len(losses) != 1:
-        message = f"the model's outputs have {len(losses)} losses over tokens, and one is needed"
-        raise GraftError("GC031", message, hint="call a language model, with labels")
+        message = f"the model's outputs have {len(losses)} losses over tokens, but one is needed"
+        raise GraftError("GC031", message, hint="call a language model with labels")
     (loss,) = losses
     weight = loss.args[2] if len(loss.args) > 2 else loss.kwargs.get("weight")
     loss.args = (*loss.args[:2], weight, NONE, *loss.args[4:])

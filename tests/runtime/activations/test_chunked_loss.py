@@ -71,7 +71,7 @@ def test_losses_and_gradients_are_those_of_whole_logits() -> None:
 @pytest.mark.parametrize("method", ["dora", "ia3"])
 def test_other_heads_stay_whole_and_say_why(method: str) -> None:
     spec = {"adapt": [LORA, {"name": "head", "method": method, "target": {"modules": "lm_head"}}]}
-    with pytest.warns(GraftWarning, match=r"GC151.*lm_head: 'head' adapts the head by"):
+    with pytest.warns(GraftWarning, match=r"GC151.*lm_head: 'head' adapts the head with"):
         compiled = with_loss(tiny("llama"), "chunked", **spec)
     assert compiled(**CALL).logits.shape == (2, 7, VOCABULARY)
     with warnings.catch_warnings():
