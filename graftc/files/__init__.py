@@ -1,4 +1,4 @@
-"""Files and folders that anybody may have written or may be writing: destinations, staging, tensors. No models.
+"""Files and folders that anyone may have written or may be writing: destinations, staging, tensors. No models.
 
-Most of it imports no torch.
+Most modules do not import torch.
 """

@@ -1,4 +1,4 @@
-"""Putting in place what a staging folder contains: all of it or nothing. The next run finishes what was begun."""
+"""Move the contents of a staging folder to their destination, all or nothing. The next run finishes a started move."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _JOURNAL_BYTES = 2**20
 
 @dataclass(frozen=True)
 class _Journal:
-    """The things that are to be put in place.
+    """The entries that are to be put in place.
 
     Attributes:
         folder: the inode of the staging folder, so that a copy of the folder has no effect.
-        place: inodes of the new things, by name, in the order in which they appear.
-        companions: names of files that belong to the last one.
-        replace: whether existing things are replaced.
+        place: inodes of the new entries, by name, in the order in which they appear.
+        companions: names of files that belong to the last entry.
+        replace: whether existing entries are replaced.
     """
 
     folder: int
@@ -41,7 +41,7 @@ class _Journal:
         """Read a journal.
 
         Raises:
-            ValueError: if it is not one.
+            ValueError: if it is not a journal.
         """
         try:  # names need not be Unicode text, which strict JSON requires
             data: Any = json.loads(raw)
@@ -76,21 +76,21 @@ def commit(
     force: bool,
     mode_of_files: int | None,
 ) -> None:
-    """Flush everything to the disk, write the journal, and put everything in place.
+    """Flush everything to disk, write the journal, and put everything in place.
 
     Args:
-        staging: the staging folder, which contains what is new.
-        parent: the folder to put it in.
-        name: the name of what is written; other things beside it are put in place as well.
+        staging: the staging folder, which contains the new entries.
+        parent: the folder to put them in.
+        name: the name of the main entry; other entries beside it are put in place as well.
         companions: names of files that belong to it.
-        force: whether to replace what is there.
+        force: whether to replace existing entries.
         mode_of_files: permissions that files get in addition to their own.
 
     Raises:
-        OSError: if something fails, or something is in the way. Everything is unchanged then.
+        OSError: if an operation fails, or something is in the way. Nothing has changed then.
     """
     if not staging.is_at_its_path():
-        raise FileNotFoundError(errno.ENOENT, "something else is in its place now", str(staging.path))
+        raise FileNotFoundError(errno.ENOENT, "it has been replaced by something else", str(staging.path))
     with staging.inner(NEW) as new:
         names = new.names()
         if name not in names:
@@ -98,7 +98,7 @@ def commit(
         for each in names:
             new.flush(each, mode_of_files)
         new.sync()
-        # The one that names the others appears last and disappears first, so that it never points to missing things.
+        # The entry that names the others appears last and disappears first, so that it never refers to missing entries.
         names.remove(name)
         place = {each: new.stat(each).st_ino for each in [*names, name]}
     journal = _Journal(staging.stat().st_ino, place, tuple(companions), force)
@@ -112,7 +112,7 @@ def commit(
 
 
 def finish(staging: HeldFolder, parent: HeldFolder) -> None:
-    """Put in place what the journal lists, if there is one; after a kill, calling it again continues.
+    """Put in place the entries that the journal lists, if there is one; after a kill, another call continues.
 
     Raises:
         OSError: if something is in the way.
@@ -124,9 +124,9 @@ def finish(staging: HeldFolder, parent: HeldFolder) -> None:
         return
     place = list(journal.place)
     if journal.folder != staging.stat().st_ino or not staging.path.name.startswith(f".{place[-1]}.graftc-"):
-        raise ValueError("the journal of something else")
+        raise ValueError("the journal belongs to another folder")
     with staging.inner(NEW) as new:
-        # After an exchange the old thing is there, under the name of the new one.
+        # After an exchange, the old entry is there, under the name of the new one.
         pending = [n for n in place if new.exists(n) and new.stat(n).st_ino == journal.place[n]]
         try:
             _put(staging, parent, new, journal, pending)
@@ -139,7 +139,7 @@ def finish(staging: HeldFolder, parent: HeldFolder) -> None:
 
 
 def _put(staging: HeldFolder, parent: HeldFolder, new: HeldFolder, journal: _Journal, pending: Sequence[str]) -> None:
-    """Put the pending things in place."""
+    """Put the pending entries in place."""
     place, companions = list(journal.place), journal.companions
     last = place[-1]
     if journal.replace and last in pending:
@@ -150,7 +150,7 @@ def _put(staging: HeldFolder, parent: HeldFolder, new: HeldFolder, journal: _Jou
             staging.make(_OLD)
         with staging.inner(_OLD) as old:
             for name in (last, *companions):
-                # A companion that is in place already is a new one.
+                # A companion that is already in place is a new one.
                 if parent.exists(name) and (name not in place or name in pending):
                     if old.exists(name):
                         old.remove(name)
@@ -160,7 +160,7 @@ def _put(staging: HeldFolder, parent: HeldFolder, new: HeldFolder, journal: _Jou
 
 
 def _exchanged(new: HeldFolder, parent: HeldFolder, name: str) -> bool:
-    """Put a new thing in place in one step, with a swap if needed; return False if the system cannot swap."""
+    """Put a new entry in place in one step, with a swap if needed; return False if the system cannot swap."""
     if not parent.exists(name) or not (new.is_folder(name) or parent.is_folder(name)):
         new.rename(name, parent, name)
         return True
@@ -168,7 +168,7 @@ def _exchanged(new: HeldFolder, parent: HeldFolder, name: str) -> bool:
 
 
 def _take_back(staging: HeldFolder, parent: HeldFolder, new: HeldFolder, placed: Sequence[str]) -> None:
-    """Restore everything as it was before putting in place began."""
+    """Restore the state before the first entry was put in place."""
     for name in reversed(placed):
         if not new.exists(name):
             parent.rename(name, new, name)

@@ -1,4 +1,4 @@
-"""Destinations: the paths that may be written, and what that would replace. Does not import torch."""
+"""Checks of destinations: whether a path may be written, and what that would replace. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 
 SEALED: Mapping[str, str] = MappingProxyType({"manifest.json": "artifact", "graftc.json": "merged"})
-"""Files that list all others in their folder, and what they declare the folder to be."""
+"""Files that list all others in their folder, and the kind of folder that they declare."""
 
 _MOST = 64 * 2**20
 
@@ -27,12 +27,12 @@ def check_destination(
     companions: Sequence[str] = (),
     replaceable: Callable[[Path], bool] = Path.is_file,
 ) -> None:
-    """Refuse early what `staged` would refuse after the work is done.
+    """Refuse early any destination that `staged` would refuse after the work is done.
 
-    A folder that contains one of another user's is never replaced.
+    A folder that contains another user's folder is never replaced.
 
     Raises:
-        GraftError: GC063 for what may not be replaced or added to; GC064 for a path that nothing can have.
+        GraftError: GC063 for a destination that may not be replaced or added to; GC064 for an impossible path.
     """
     check_path(path)
     _check_sealed(path)
@@ -41,7 +41,7 @@ def check_destination(
             continue
         if not force:
             raise GraftError(
-                "GC063", f"{taken} exists", hint="choose another path, or replace it: --force, or force=True"
+                "GC063", f"{taken} exists", hint="choose another path, or replace it with --force or force=True"
             )
         if taken.is_symlink():
             continue
@@ -50,19 +50,19 @@ def check_destination(
             raise GraftError("GC063", f"{other} belongs to another user, so it is not replaced", hint=hint)
         if replaceable(taken) if taken == path else taken.is_file():
             continue
-        what = "a folder that graftc did not write" if taken.is_dir() else "no folder that graftc wrote"
+        what = "a folder that graftc did not write" if taken.is_dir() else "not a folder that graftc wrote"
         raise GraftError("GC063", f"{taken} is {what}, so it is not replaced", hint="choose another path or remove it")
 
 
 def check_path(path: Path) -> None:
-    """Refuse a path that nothing can have, or that other tools could not name.
+    """Refuse a path that cannot exist, or that other tools could not name.
 
     Raises:
         GraftError: GC064.
     """
     text, reason = str(path), None
     if "\0" in text:
-        reason = "it has a NUL character"
+        reason = "it contains a NUL character"
     elif _HALF.search(text):
         reason = "it is not Unicode text"
     elif too_long := [part for part in path.parts if len(os.fsencode(part)) > _LONGEST_NAME]:
@@ -72,7 +72,7 @@ def check_path(path: Path) -> None:
 
 
 _HALF = re.compile("[\ud800-\udbff]|[\udc00-\udc7f]|[\udd00-\udfff]")
-"""Surrogates other than those by which Python represents bytes that are not text, which a path may have."""
+"""Surrogates other than those with which Python represents bytes that are not text, which a path may contain."""
 _LONGEST_NAME = 255
 
 
@@ -84,7 +84,7 @@ def _foreign(folder: Path) -> Path | None:
 
 
 def _check_sealed(path: Path) -> None:
-    """Refuse a destination in a folder whose files graftc has all listed: one more would make it unsafe to read."""
+    """Refuse a destination in a folder for which graftc has listed all files: one more would make it unsafe to read."""
     inner = Path(os.path.realpath(path.parent))
     for folder in (inner, *inner.parents):
         for name, kind in SEALED.items():
@@ -99,19 +99,19 @@ def _says(file: Path, kind: str) -> bool:
         if not file.is_file() or file.stat().st_size > _MOST:
             return False
         return re.search(rf'"{kind}":\s*"graftc"'.encode(), file.read_bytes()) is not None
-    except OSError:  # such an artifact cannot be read either
+    except OSError:  # an artifact with such a file cannot be read either
         return False
 
 
 def check_folder(path: Path, mark: str) -> None:
-    """Refuse early a folder that cannot be created, or that contains something, but not the file that marks it.
+    """Refuse early a folder that cannot be created, or that is neither empty nor contains the file that marks it.
 
     Args:
         path: the folder, which need not exist.
-        mark: the name of the file that says what the folder is.
+        mark: the name of the file that identifies the folder.
 
     Raises:
-        GraftError: GC063 if something else is there; GC064 if it cannot be created.
+        GraftError: GC063 if the path is not a folder or contains other files; GC064 if it cannot be created.
     """
     check_path(path)
     try:
@@ -123,7 +123,7 @@ def check_folder(path: Path, mark: str) -> None:
     except OSError as error:
         raise cannot_write(path, error) from error
     if others and mark not in others:
-        message = f"{path} holds other things: there is no {mark} in it"
+        message = f"{path} contains other files, but no {mark}"
         raise GraftError("GC063", message, hint="choose a new folder, or an empty one")
 
 
@@ -133,13 +133,13 @@ def _check_makeable(path: Path) -> None:
     except FileNotFoundError:
         pass
     else:
-        what = "is a link to what is not there" if os.path.islink(path) else "exists, and is not a folder"
+        what = "is a dangling link" if os.path.islink(path) else "exists, but is not a folder"
         raise GraftError("GC063", f"{path} {what}", hint="choose another path or remove it")
     path = path.absolute()
     above = path.parent
     while not os.path.lexists(above):
         above = above.parent
-    for name in path.relative_to(above).parts:  # each may be too long, which only the file system can tell
+    for name in path.relative_to(above).parts:  # each may be too long, which only the file system knows
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(above / name)
     if not os.path.isdir(above):
@@ -149,14 +149,14 @@ def _check_makeable(path: Path) -> None:
 
 
 def check_apart(path: Path, *sources: str | Path | None) -> None:
-    """Refuse a destination that is one of the sources, is in one, or is a folder above one; links are followed.
+    """Refuse a destination that is one of the sources, is inside one, or is a folder above one; links are followed.
 
     Args:
         path: the destination.
         sources: files and folders that are read; anything else, such as a hub id, is ignored.
 
     Raises:
-        GraftError: GC063; GC064 for a path that nothing can have.
+        GraftError: GC063; GC064 for an impossible path.
     """
     check_path(path)
     for source in sources:
@@ -167,27 +167,27 @@ def check_apart(path: Path, *sources: str | Path | None) -> None:
 
 
 def holds(folder: Path, path: Path) -> bool:
-    """Return whether a path is a folder or something in it, after following links."""
+    """Return whether a path is the folder or something in it, after following links."""
     outer, inner = (Path(os.path.realpath(p)) for p in (folder, path))
     return inner.is_relative_to(outer)
 
 
 def overlap(path: Path, source: str | Path) -> GraftError:
     where = "is" if os.path.realpath(path) == os.path.realpath(source) else "overlaps"
-    return GraftError("GC063", f"{path} {where} {source}, which is read for it", hint="write to a folder beside it")
+    return GraftError("GC063", f"{path} {where} {source}, one of its sources", hint="write to a folder beside it")
 
 
 def cannot_write(path: Path, error: OSError) -> GraftError:
     """Return the error for a write that the system refuses."""
     if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-        hint = "another process has written it; --force, or force=True, replaces it"
-        return GraftError("GC063", f"{path} has appeared meanwhile", hint=hint)
+        hint = "another process has written it; replace it with --force or force=True"
+        return GraftError("GC063", f"{path} has been created in the meantime", hint=hint)
     hints = {
         errno.ENOSPC: "the disk is full: make room or choose another disk",
         errno.EDQUOT: "the quota is used up: make room or choose another disk",
         errno.EACCES: "choose a folder that you may write to",
         errno.EROFS: "the file system is read-only: choose another folder",
-        errno.ENOTDIR: "something in the path is a file",
+        errno.ENOTDIR: "part of the path is a file: choose another path",
     }
     reason = error.strerror or str(error)
     return GraftError("GC064", f"{path} cannot be written: {reason}", hint=hints.get(error.errno or 0))

@@ -1,8 +1,8 @@
-"""Folders that stay open, so that everything is done in the opened folder even if its path leads elsewhere later.
+"""Folders that stay open, so that every operation applies to the opened folder even if its path later leads elsewhere.
 
-In shared places, another user may replace a folder by a link or by a folder of their own between a check and its use.
-So a folder is opened once, without following a link, is checked through its descriptor, and everything in it is named
-relative to that. Systems without such descriptors (Windows) use paths.
+In shared locations, another user may replace a folder with a link or with a folder of their own between a check and its
+use. A folder is therefore opened once, without following a link, and checked through its descriptor, and everything in
+it is named relative to that descriptor. On systems without such descriptors (Windows), paths are used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if sys.platform != "win32":
 
 
 _DEEPEST = 40
-"""The maximum depth of nested folders in what a killed run has left."""
+"""The maximum depth of nested folders in a folder left by a killed run."""
 _NO_REPLACE, _EXCHANGE = 1, 2
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_LOCKS = {errno.ENOLCK, errno.EBADF, *_UNSUPPORTED}
@@ -89,17 +89,17 @@ class HeldFolder:
     # --- looking ---
 
     def stat(self, name: str | None = None) -> os.stat_result:
-        """Return the status of this folder, or of something in it: for a link, that of the link itself.
+        """Return the status of this folder, or of an entry in it: for a link, that of the link itself.
 
         Raises:
-            OSError: if it is not there.
+            OSError: if the entry does not exist.
         """
         if name is not None:
             return os.stat(self._name(name), dir_fd=self._descriptor, follow_symlinks=False)
         return os.lstat(self.path) if self._descriptor is None else os.fstat(self._descriptor)
 
     def exists(self, name: str) -> bool:
-        """Return whether the folder has something of this name, including a link that leads nowhere."""
+        """Return whether the folder has an entry with this name, which may be a dangling link."""
         try:
             self.stat(name)
         except OSError:
@@ -107,11 +107,11 @@ class HeldFolder:
         return True
 
     def is_file(self, name: str) -> bool:
-        """Return whether this is the name of a regular file, and not of a link."""
+        """Return whether this is the name of a regular file, not of a link."""
         return self.exists(name) and stat.S_ISREG(self.stat(name).st_mode)
 
     def is_folder(self, name: str) -> bool:
-        """Return whether this is the name of a folder, and not of a link."""
+        """Return whether this is the name of a folder, not of a link."""
         return self.exists(name) and stat.S_ISDIR(self.stat(name).st_mode)
 
     def names(self) -> list[str]:
@@ -119,7 +119,7 @@ class HeldFolder:
         return sorted(os.listdir(self.path if self._descriptor is None else self._descriptor))
 
     def is_at_its_path(self) -> bool:
-        """Return whether its path still leads to this very folder, and not through a link at the end."""
+        """Return whether its path still leads to this very folder, without a link as its last component."""
         try:
             return os.path.samestat(os.lstat(self.path), self.stat())
         except OSError:
@@ -129,7 +129,7 @@ class HeldFolder:
         """Return whether the folder and everything in it belong to this user, and no other user may write there.
 
         Args:
-            links: whether there may be symbolic links, which are not followed, and files that also have other names.
+            links: whether symbolic links, which are not followed, and files with several hard links are allowed.
         """
         status = self.stat()
         if not is_own(status, self.path.parent) or status.st_mode & _WRITING_OTHERS:
@@ -140,7 +140,7 @@ class HeldFolder:
             return False
 
     def _is_private(self, beside: Path, *, links: bool, closed: bool, depth: int) -> bool:
-        """Return the same as `is_private` for the contents; what other users cannot reach may have any permissions."""
+        """Return `is_private` for the contents; entries that other users cannot reach may have any permissions."""
         for name in self.names():
             status = self.stat(name)
             kind = status.st_mode
@@ -175,12 +175,12 @@ class HeldFolder:
         """Return the content of a regular file in the folder.
 
         Raises:
-            OSError: if it is something else, a link, or larger than ``most`` bytes.
+            OSError: if it is not a regular file, is a link, or is larger than ``most`` bytes.
         """
         return read_regular(self._name(name), most, folder=self._descriptor, follow=False)
 
     def write(self, name: str, text: str) -> None:
-        """Create a text file in the folder, which is on the disk when this returns.
+        """Create a text file in the folder, and flush it to disk.
 
         Raises:
             OSError: if the name exists already, or the file cannot be written.
@@ -192,7 +192,7 @@ class HeldFolder:
             os.fsync(file.fileno())
 
     def rename(self, name: str, other: HeldFolder, new: str) -> None:
-        """Move something in the folder to another one, under a new name; a file of that name is replaced.
+        """Move an entry of this folder to another folder, under a new name; a file with that name is replaced.
 
         Raises:
             OSError: as `os.rename`.
@@ -201,7 +201,7 @@ class HeldFolder:
         os.replace(self._name(name), other._name(new), **places)
 
     def rename_new(self, name: str, other: HeldFolder, new: str) -> None:
-        """Move something as `rename` does, unless the new name exists already.
+        """Move an entry as `rename` does, unless the new name already exists.
 
         Raises:
             OSError: if it does.
@@ -213,10 +213,10 @@ class HeldFolder:
         self.rename(name, other, new)
 
     def exchange(self, name: str, other: HeldFolder, new: str) -> bool:
-        """Swap two things in one step, and return whether the system can do that.
+        """Swap two entries in one step, and return whether the system supports that.
 
         Raises:
-            OSError: if it can, but refuses.
+            OSError: if it does, but the swap fails.
         """
         return self._rename_with(name, other, new, _EXCHANGE)
 
@@ -235,7 +235,7 @@ class HeldFolder:
     def remove(self, name: str) -> None:
         """Remove a file, a link, or a folder with everything in it.
 
-        Links are not followed, and a folder that contains one of another user's stays.
+        Links are not followed, and a folder that contains another user's folder is not removed.
 
         Raises:
             OSError: if it cannot be removed.
@@ -248,16 +248,16 @@ class HeldFolder:
         shutil.rmtree(self._name(name), dir_fd=self._descriptor)
 
     def remove_all(self) -> None:
-        """Remove everything in the folder, as far as that is allowed and possible."""
+        """Remove everything in the folder, as far as permitted and possible."""
         with contextlib.suppress(OSError):
             for name in self.names():
                 with contextlib.suppress(OSError, RecursionError):
                     self.remove(name)
 
     def remove_from(self, parent: HeldFolder) -> None:
-        """Remove this folder with everything in it, as far as possible, from the one that contains it.
+        """Remove this folder with everything in it, as far as possible, from the folder that contains it.
 
-        Something else that has taken its place stays.
+        If something else has taken its place, that is left alone.
         """
         self.remove_all()
         with contextlib.suppress(OSError):
@@ -265,7 +265,7 @@ class HeldFolder:
                 os.rmdir(parent._name(self.path.name), dir_fd=parent._descriptor)
 
     def flush(self, name: str, mode_of_files: int | None) -> None:
-        """Flush something in the folder to the disk, with everything in it.
+        """Flush an entry of the folder to disk, with everything in it.
 
         Args:
             name: its name; links stay unchanged.
@@ -294,7 +294,7 @@ class HeldFolder:
             os.close(descriptor)
 
     def sync(self) -> None:
-        """Flush the names in the folder to the disk.
+        """Flush the folder's list of names to disk.
 
         Raises:
             OSError: if that fails.
@@ -323,7 +323,7 @@ class HeldFolder:
 
 
 def is_own(status: os.stat_result, folder: Path) -> bool:
-    """Return whether something belongs to this user, or to the owner that the file system gives this user's new files.
+    """Return whether a file or folder belongs to this user, or to the owner that this user's new files are given.
 
     Args:
         status: its status.
@@ -337,7 +337,7 @@ def is_own(status: os.stat_result, folder: Path) -> bool:
 
 
 def foreign_folder(path: Path) -> Path | None:
-    """Return the first folder of another user's among a folder and those in it; None if there is none.
+    """Return the first folder that belongs to another user, among a folder and its subfolders; None if there is none.
 
     Links are not followed.
 

@@ -1,8 +1,8 @@
-"""Staging folders: created, found again, finished or discarded, but never those of another user.
+"""Create, resume, finish or discard staging folders, but never those of another user.
 
-One is named ``.NAME.graftc-RANDOM`` after what is written in it. In a folder that several users may write to, any of
-them can create one of such a name, with any content; and one may come out of an archive. So an existing one is used
-only if it is this user's alone (`HeldFolder.is_private`), and work that is resumed checks what is in it.
+A staging folder is named ``.NAME.graftc-RANDOM`` after the destination. In a folder that several users may write to,
+any of them can create a folder with such a name and any contents; one may also come from an archive. An existing folder
+is therefore used only if it belongs to this user alone (`HeldFolder.is_private`), and resumed work checks its contents.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _ATTEMPTS = 100
 
 @contextlib.contextmanager
 def staging_folder(parent: HeldFolder, name: str, resume: str | None = None) -> Iterator[HeldFolder]:
-    """Yield a locked staging folder, and remove it at the end with everything left in it.
+    """Yield a locked staging folder, and finally remove it with everything left in it.
 
     Args:
         parent: the folder that contains it.
-        name: the name of what is written.
+        name: the name of the destination.
         resume: SHA-256 of the work, if it can be resumed.
 
     Raises:
-        GraftError: GC063 if another process does the same work.
+        GraftError: GC063 if another process is doing the same work.
         OSError: if it cannot be created.
     """
     staging = _new(parent, name) if resume is None else _resumed(parent, name, resume)
@@ -52,25 +52,25 @@ def staging_folder(parent: HeldFolder, name: str, resume: str | None = None) -> 
 
 
 def _new(parent: HeldFolder, name: str) -> HeldFolder:
-    """Create a folder that no other process has, and return it locked."""
+    """Create a folder that no other process uses, and return it locked."""
     for _ in range(_ATTEMPTS):
         inner = f".{name}.graftc-{secrets.token_hex(6)}"
         parent.make(inner, _PRIVATE)
         try:
             staging = _locked(parent, inner)
         except (BlockingIOError, FileNotFoundError):
-            continue  # a run that cleans up here has found the folder before it was locked
-        # Permissions are not checked, since some file systems have none.
+            continue  # another run was cleaning up here and found the folder before it was locked
+        # Permissions are not checked, since some file systems do not support them.
         if staging.is_at_its_path() and is_own(staging.stat(), parent.path) and not staging.names():
             return staging
         staging.close()
-    raise PermissionError(errno.EPERM, "another process removes what is created there", str(parent.path))
+    raise PermissionError(errno.EPERM, "another process removes folders that are created there", str(parent.path))
 
 
 def _resumed(parent: HeldFolder, name: str, resume: str) -> HeldFolder:
-    """Return the folder of work that can be resumed, as it was left or new.
+    """Return the folder for resumable work, either as it was left or newly created.
 
-    If another user has created it, or may write there, a new folder of another name is returned.
+    If another user created it or may write to it, a new folder with another name is returned.
     """
     inner = _resumable(name, resume)
     while True:
@@ -116,7 +116,7 @@ def _locked(parent: HeldFolder, name: str) -> HeldFolder:
 
 
 def discard_others(parent: HeldFolder, name: str, resume: str | None) -> None:
-    """Discard what killed runs of this user have left of other work that was to be put in the same place."""
+    """Discard the remains of this user's killed runs that were doing other work for the same destination."""
     kept = None if resume is None else _resumable(name, resume)
     begin = f".{name}.graftc-"
     for inner in parent.names():
@@ -125,16 +125,16 @@ def discard_others(parent: HeldFolder, name: str, resume: str | None) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Finish or discard what killed runs of this user have left in a folder.
+    """Finish or discard the work that this user's killed runs have left in a folder.
 
-    What cannot be repaired stays unchanged, and so does what belongs to other users or can be written by them.
+    Remains that cannot be repaired are left unchanged, as are those that belong to other users or are writable by them.
     """
     with contextlib.suppress(OSError), HeldFolder.open(folder, follow=True) as parent:
         recover_in(parent)
 
 
 def recover_in(parent: HeldFolder) -> None:
-    """Finish or discard what killed runs of this user have left in an open folder.
+    """Finish or discard the work that this user's killed runs have left in an open folder.
 
     Raises:
         OSError: if its names cannot be read.
@@ -145,14 +145,14 @@ def recover_in(parent: HeldFolder) -> None:
 
 
 def _sweep(parent: HeldFolder, name: str, *, resumable: bool = False) -> None:
-    """Finish what a staging folder of a killed run of this user has committed, and discard the rest.
+    """Finish the committed work in a staging folder of this user's killed run, and discard the rest.
 
     Args:
         parent: the folder that contains it.
         name: its name.
-        resumable: whether to discard work that could be resumed as well.
+        resumable: whether to also discard work that could be resumed.
     """
-    if sys.platform == "win32":  # without locks, nothing tells whether the run has been killed
+    if sys.platform == "win32":  # without locks, there is no way to know whether the run was killed
         return
     with contextlib.suppress(OSError), _locked(parent, name) as staging:
         waits = staging.is_file(_RESUME) and not staging.is_file(JOURNAL)

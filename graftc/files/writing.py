@@ -1,13 +1,13 @@
-"""Writing files and folders so that a destination is absent or complete, whatever happens on the way.
+"""Write files and folders so that a destination is either absent or complete, whatever happens on the way.
 
-What is written goes into a *staging folder* beside the destination, ``.NAME.graftc-RANDOM``: first ``new/NAME`` (and
-files that belong to it), then, when all of it is on the disk, a journal ``commit.json``. From then on the write counts
-as done: only renaming is left, which the next run finishes if this one is killed. A staging folder without a journal is
-discarded by the next run. The process that owns one holds a lock on it, which ends with the process.
+Everything is written to a *staging folder* beside the destination, ``.NAME.graftc-RANDOM``: first ``new/NAME`` (and
+files that belong to it), then, once all of it is on disk, a journal ``commit.json``. From then on, the write counts as
+done: only renaming remains, which the next run finishes if this one is killed. A staging folder without a journal is
+discarded by the next run. The process that owns a staging folder holds a lock on it, which ends with the process.
 
-Work that takes long can be *resumed*: its staging folder is named after the work, and contains a note ``resume.json``.
-If the process is killed, the folder stays until the same work is resumed in it, or other work is to be put in the same
-place.
+Long-running work can be *resumed*: its staging folder is named after the work, and contains a note ``resume.json``. If
+the process is killed, the folder stays until the same work is resumed in it, or until other work is to be written to
+the same destination.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ def staged(
     resume: str | None = None,
     keep_modes: bool = False,
 ) -> Iterator[Path]:
-    """Yield a path of the same name to write a file or a folder to, and put it in place when the block succeeds.
+    """Yield a path with the same name to write a file or a folder to, and put it in place when the block succeeds.
 
     Args:
         path: the destination. Missing folders above it are created.
-        force: whether to replace what is there. A link is replaced itself, never what it points to.
+        force: whether to replace an existing destination. A link itself is replaced, never its target.
         companions: names of files that may be written beside the destination and belong to it.
-        replaceable: a function that returns whether ``force`` may replace what is there; by default files only.
-        sources: paths that are still read while this one is written: replacing them or a folder above them is refused.
-        resume: SHA-256 of everything that determines what is written. What a killed run of the same work has left is
-            there again; the staging folder, two levels above the yielded path, is for notes about it.
+        replaceable: a function that returns whether ``force`` may replace an existing path; by default files only.
+        sources: paths that are still read during the write: replacing them or a folder above them is refused.
+        resume: SHA-256 of everything that determines the result. Files left by a killed run of the same work are
+            available again; the staging folder, two levels above the yielded path, is for notes about it.
         keep_modes: whether files keep the permissions that they are given; by default they also get those of new files.
 
     Raises:
-        GraftError: GC063 if something is there and may not be replaced, or another process does the same work; GC064 if
-            writing fails. The destination is unchanged then.
+        GraftError: GC063 if the destination exists and may not be replaced, or another process is doing the same work;
+            GC064 if writing fails. The destination is unchanged then.
     """
     path = absolute_path(path)
     check_destination(path, force=force, companions=companions, replaceable=replaceable)
@@ -105,9 +105,9 @@ def staged_or_dropped(
     replaceable: Callable[[Path], bool] = Path.is_file,
     sources: Iterable[str | Path | None] = (),
 ) -> Iterator[Path]:
-    """Yield a path as `staged` does; without a destination, one called ``name`` that is deleted when the block ends.
+    """Yield a path as `staged` does; without a destination, one named ``name`` that is deleted when the block ends.
 
-    The latter is for what is only checked.
+    The latter is for output that is only checked.
 
     Raises:
         GraftError: as `staged`.
@@ -132,7 +132,7 @@ def write_text(path: Path, text: str, *, force: bool = False) -> Path:
 
 
 def _make_parents(folder: Path) -> list[Path]:
-    """Create a folder and those above it if they are missing, and return the new ones, the innermost first."""
+    """Create a folder and its parents if they are missing, and return the new folders, the innermost first."""
     missing = [step for step in (folder, *folder.parents) if not step.exists()]
     for step in reversed(missing):
         step.mkdir(exist_ok=True)
@@ -143,10 +143,10 @@ def _make_parents(folder: Path) -> list[Path]:
 def alone_in(folder: Path | None) -> Iterator[None]:
     """Lock a folder while the block runs, against every other process, thread or call that locks it.
 
-    Nothing is locked if there is no folder, it cannot be opened, or the system has no such locks.
+    Nothing is locked if there is no folder, it cannot be opened, or the system does not support such locks.
 
     Raises:
-        GraftError: GC063 if another one has locked it.
+        GraftError: GC063 if it is already locked.
     """
     opened: HeldFolder | None = None
     if folder is not None:
@@ -159,8 +159,8 @@ def alone_in(folder: Path | None) -> Iterator[None]:
         try:
             opened.lock()
         except BlockingIOError as error:
-            hint = "wait until it has ended, or take another folder"
-            raise GraftError("GC063", f"another run is at work in {folder}", hint=hint) from error
+            hint = "wait until it has finished, or use another folder"
+            raise GraftError("GC063", f"another run is using {folder}", hint=hint) from error
         yield
 
 

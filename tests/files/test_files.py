@@ -203,7 +203,7 @@ def test_somebody_else_was_quicker(tmp_path: Path) -> None:
     with pytest.raises(GraftError) as caught, staged(tmp_path / "it") as file:
         file.write_text(NEW)
         (tmp_path / "it").write_text("theirs")
-    assert caught.value.code == "GC063" and "appeared meanwhile" in caught.value.message
+    assert caught.value.code == "GC063" and "created in the meantime" in caught.value.message
     assert (tmp_path / "it").read_text() == "theirs"
     assert strays(tmp_path) == []
 
@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text(OLD)
     with pytest.raises(GraftError) as caught:
         write_text(tmp_path / "file" / "it", NEW)
-    assert caught.value.code == "GC064" and caught.value.hint == "something in the path is a file"
+    assert caught.value.code == "GC064" and caught.value.hint == "part of the path is a file: choose another path"
 
 
 def test_a_journal_cannot_reach_elsewhere(tmp_path: Path) -> None:

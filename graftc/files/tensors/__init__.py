@@ -1,1 +1,1 @@
-"""Tensor files of any origin: which may be read and are a folder's weights, their headers, and their tensors."""
+"""Tensor files of any origin: which files may be read and contain a folder's weights, their headers, their tensors."""

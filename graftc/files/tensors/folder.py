@@ -1,4 +1,4 @@
-"""The tensors of a file or of a folder, by name, whichever files they are in."""
+"""Access to the tensors of a file or folder by name, whichever files they are in."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Refusal:
         code: the code of the error for files that are missing or damaged.
         unsafe: the code for names that lead out of a folder; `code` by default.
         hint: what to do about it.
-        located: whether the error gives the file as its place.
+        located: whether the error reports the file as its place.
     """
 
     code: str
@@ -57,7 +57,7 @@ class TensorFolder(Mapping[str, Tensor]):
         path: the file, or the folder.
         refusal: the error for files that cannot be used.
         strict: whether a folder's index and its files have to agree on every tensor. Otherwise, as in transformers,
-            files may have tensors that the index does not list, or lists elsewhere.
+            files may contain tensors that the index does not list, or lists under another file.
         writable: whether writing to tensors changes the file; otherwise it changes private copies, and should be
             avoided.
 
@@ -68,7 +68,7 @@ class TensorFolder(Mapping[str, Tensor]):
         index_name: the name of the index file.
 
     Raises:
-        GraftError: with the codes of `refusal`; it lists everything that is wrong.
+        GraftError: with the codes of `refusal`; it lists all problems.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TensorFolder(Mapping[str, Tensor]):
         except ValueError as error:
             self._damaged([str(reason) for reason in error.args], error)
         if files is None:
-            hint = "give the folder of a transformers model that is stored as safetensors"
+            hint = "pass the folder of a transformers model that is stored as safetensors"
             if any(self.path.glob("*.bin")):
                 hint = "its weights are pickles (.bin), which are not read: save the model again, as safetensors"
             raise self._refusal.error(self.path, f"{self.path} has neither {SINGLE} nor {INDEX}", hint=hint)
@@ -109,7 +109,7 @@ class TensorFolder(Mapping[str, Tensor]):
             try:
                 shards.append(read_shard(path))
             except FileNotFoundError:
-                damage.append("it is not there" if path == self.path else f"{path.name} is missing")
+                damage.append("it does not exist" if path == self.path else f"{path.name} is missing")
             except (OSError, ValueError) as error:
                 damage.append(_reason(error) if path == self.path else f"{path.name}: {_reason(error)}")
         if damage:
@@ -123,7 +123,7 @@ class TensorFolder(Mapping[str, Tensor]):
 
     @cached_property
     def entries(self) -> Mapping[str, StoredTensor]:
-        """The type, shape and position of each stored tensor, by name."""
+        """The dtype, shape and position of each stored tensor, by name."""
         return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
 
     @cached_property
@@ -139,7 +139,7 @@ class TensorFolder(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         stored = self.entries[name]
         if stored.dtype not in DTYPES:
-            self._damaged([f"{name} is stored as {stored.dtype}, which torch does not have"])
+            self._damaged([f"{name} is stored as {stored.dtype}, which torch does not support"])
         return self._file(name).tensor(stored)
 
     def raw(self, name: str) -> Tensor:
@@ -183,7 +183,7 @@ def _reason(error: OSError | ValueError) -> str:
 
 
 def _against_index(shards: Iterable[Shard], index: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield the names that are in two files, and the differences from the index."""
+    """Yield messages for tensors that are in two files, and for differences from the index."""
     places: dict[str, str] = {}
     for shard in shards:
         for name in shard.tensors:
@@ -193,6 +193,6 @@ def _against_index(shards: Iterable[Shard], index: Mapping[str, Any] | None) -> 
     table: Mapping[str, str] = index["weight_map"] if index is not None else places
     for name, file in table.items():
         if places.get(name) != file:
-            yield f"{name} is not in {file}, as the index says"
+            yield f"{name} is not in {file}, contrary to the index"
     for name in sorted(places.keys() - table.keys()):
         yield f"{name} is not in the index"

@@ -1,4 +1,4 @@
-"""Checks of folders of foreign origin, before another library opens what is in them."""
+"""Check folders of foreign origin before another library opens their files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graftc.specs.errors.text import quoted
 from graftc.specs.regular_files import INDEX_BYTES, JSON_BYTES
 
 TOKENIZER_BYTES = 2**27
-"""Bytes that a file of a tokenizer may have."""
+"""Maximum size of a tokenizer file, in bytes."""
 _SIZES = {
     ".json": JSON_BYTES,
     ".jinja": 2**20,
@@ -21,17 +21,17 @@ _SIZES = {
     ".model": TOKENIZER_BYTES,
     ".tiktoken": TOKENIZER_BYTES,
 }
-"""Bytes of files that are read whole, by what their names end in."""
+"""Maximum sizes of files that are read whole, by suffix."""
 _LARGER = ("tokenizer.json", "vocab.json", "merges.json")
 _READ = re.compile("config|token|vocab|index|merges|template|normalizer|emoji")
-"""What the name of a JSON file that a library may read has in it; nothing here opens any other, such as a trainer's log
-or data."""
+"""A pattern for names of JSON files that a library may read; other JSON files, such as a trainer's log or data, are not
+opened."""
 _INNER = ("additional_chat_templates",)
-"""Folders in them that are read too."""
+"""Subfolders that are read as well."""
 
 
 def require_regular_files(folder: Path, code: str) -> None:
-    """Refuse a folder with files that have no end, such as pipes and devices, or that are too large to be read.
+    """Refuse a folder with files that are not regular, such as pipes and devices, or that are too large to be read.
 
     Args:
         folder: the folder of a model, a tokenizer or an adapter.
@@ -56,7 +56,7 @@ def require_regular_files(folder: Path, code: str) -> None:
 
 
 def _most(path: Path) -> int | None:
-    """Return the number of bytes that a file may have; None for a file that is not read in full."""
+    """Return the maximum size of a file in bytes; None for a file that is not read in full."""
     if path.suffix == ".json" and not _READ.search(path.name):
         return None
     if path.name in _LARGER:

@@ -1,4 +1,4 @@
-"""Headers of safetensors files, read strictly and in bounded time. No torch.
+"""Read headers of safetensors files, strictly and in bounded time. No torch.
 
 A header describes every byte of its file exactly once. Every size and count is checked before the data is read.
 """
@@ -18,13 +18,13 @@ from graftc.specs.regular_files import open_regular
 from graftc.specs.strict_json import read_json
 
 HEADER_BYTES = 2**25
-"""Bytes of a header at most."""
+"""Maximum size of a header, in bytes."""
 TENSORS = 2**17
-"""Tensors of a file at most."""
+"""Maximum number of tensors in a file."""
 NAME, SEGMENTS = 1_000, 100
-"""Characters of a tensor's name, and parts between its dots, at most."""
+"""Maximum number of characters in a tensor's name, and of its dot-separated segments."""
 AXES = 64
-"""Sizes of a tensor at most, which is what torch computes with."""
+"""Maximum number of axes of a tensor, which is torch's limit for computing with it."""
 _WHOLE = 2**63
 _VALUES = 16 * TENSORS
 
@@ -35,7 +35,7 @@ ITEM_SIZES: Mapping[str, int] = MappingProxyType(
         **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1},
     }
 )
-"""Element types of the format whose elements are whole bytes."""
+"""Bytes per element, for the format's dtypes whose elements are whole bytes."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class StoredTensor:
 
     Attributes:
         name: its name in the file.
-        dtype: its element type, as the format writes it: ``BF16``.
-        shape: its sizes.
+        dtype: its dtype, as the format writes it: ``BF16``.
+        shape: its shape.
         start, end: the positions of its bytes, counted from the start of the file.
     """
 
@@ -66,7 +66,7 @@ class Shard:
     Attributes:
         path: the file.
         size: its size, in bytes.
-        metadata: what its header says besides the tensors.
+        metadata: the metadata in its header.
         tensors: its tensors by name, in the order in which they are stored.
     """
 
@@ -85,15 +85,14 @@ def read_shard(path: Path) -> Shard:
     """Read the header of a file.
 
     Raises:
-        ValueError: if it is not a safetensors file, its header does not describe its contents, or it has more than a
-            file may have.
+        ValueError: if it is not a safetensors file, its header does not describe its contents, or it exceeds a limit.
         OSError: if the file cannot be opened or read.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError("it is not a safetensors file, or is cut off in its header")
+            raise ValueError("it is not a safetensors file, or its header is truncated")
         if length > HEADER_BYTES:
             raise ValueError(f"its header has {length} bytes, more than {HEADER_BYTES}")
         raw = file.read(length)
@@ -101,10 +100,10 @@ def read_shard(path: Path) -> Shard:
         raise ValueError(f"it has more than {TENSORS:,} tensors")
     data = read_json(raw, HEADER_BYTES, values=_VALUES)
     if not isinstance(data, dict):
-        raise ValueError("its header is not a table")
+        raise ValueError("its header is not a JSON object")
     metadata = data.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are not texts")
+        raise ValueError("its metadata values are not strings")
     if len(data) > TENSORS:
         raise ValueError(f"it has more than {TENSORS:,} tensors")
     tensors = sorted((_tensor(name, entry, 8 + length) for name, entry in data.items()), key=lambda t: (t.start, t.end))
@@ -114,33 +113,33 @@ def read_shard(path: Path) -> Shard:
             raise ValueError(f"{tensor.name} does not begin where the tensor before it ends")
         at = tensor.end
     if at != size:
-        what = "is cut off" if at > size else "has more at its end than its header says"
+        what = "is truncated" if at > size else "contains more data than its header describes"
         raise ValueError(f"it {what}: it has {size} bytes, not {at}")
     return Shard(path, size, metadata, {tensor.name: tensor for tensor in tensors})
 
 
 def is_tensor_name(name: str) -> bool:
-    """Return whether a tensor may have this name: no module path is longer or deeper."""
+    """Return whether a tensor may have this name; the limits exceed any module path's length and depth."""
     return len(name) <= NAME and name.count(".") < SEGMENTS
 
 
 def _tensor(name: str, entry: Any, offset: int) -> StoredTensor:
     if not is_tensor_name(name):
-        raise ValueError(f"{name[:60]!r}... is too long a name for a tensor, or has too many dots")
+        raise ValueError(f"the tensor name {name[:60]!r}... is too long, or has too many dots")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} is not described as a tensor")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
-        raise ValueError(f"{name!r} is of the unknown type {str(dtype)[:40]!r}")
+        raise ValueError(f"{name!r} has the unknown dtype {str(dtype)[:40]!r}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < _WHOLE for n in numbers):
-            raise ValueError(f"{name!r} has sizes that are not whole numbers of 63 bits")
+            raise ValueError(f"{name!r} has sizes that are not non-negative 63-bit integers")
     if len(shape) > AXES:
         raise ValueError(f"{name!r} has {len(shape)} sizes, more than {AXES}")
     if math.prod(filter(None, shape)) * ITEM_SIZES[dtype] >= _WHOLE:
-        raise ValueError(f"{name!r} has sizes that no memory has")
+        raise ValueError(f"{name!r} is larger than any memory")
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * ITEM_SIZES[dtype]:
-        raise ValueError(f"{name!r} has another number of bytes than its sizes give")
+        raise ValueError(f"{name!r} has a number of bytes that does not match its shape")
     return StoredTensor(name, dtype, tuple(shape), offset + offsets[0], offset + offsets[1])
 
 
@@ -148,8 +147,8 @@ def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: 
     """Return the start of a safetensors file, up to the first tensor.
 
     Args:
-        tensors: the name, element type and sizes of each tensor, in the order in which they are to be stored.
-        metadata: what the header says besides the tensors.
+        tensors: the name, dtype and shape of each tensor, in the order in which they are to be stored.
+        metadata: the metadata of the header.
     """
     data: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0

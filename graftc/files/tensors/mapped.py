@@ -1,4 +1,4 @@
-"""Tensors of a file in place: mapped into memory, so that the system reads and writes only what is used."""
+"""Access to a file's tensors in place: mapped into memory, so that the system reads and writes only what is used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
         **{"F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz},
     }
 )
-"""Element types of the format that torch has."""
+"""The format's dtypes that torch supports."""
 
 
 class MappedFile:
@@ -43,11 +43,11 @@ class MappedFile:
         self._writable, access = writable, mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY
         with shard.path.open("r+b") if writable else open_regular(shard.path) as file:
             if os.fstat(file.fileno()).st_size != shard.size:
-                raise ValueError("it has changed since it was looked at")
+                raise ValueError("it has changed since its header was read")
             self._map = mmap.mmap(file.fileno(), 0, access=access)
 
     def tensor(self, stored: StoredTensor) -> Tensor:
-        """Return a tensor in place, or a copy if it is only read and not aligned for its type."""
+        """Return a tensor in place, or a copy if it is read-only and not aligned for its dtype."""
         dtype = DTYPES[stored.dtype]
         if stored.end == stored.start:
             return torch.empty(stored.shape, dtype=dtype)

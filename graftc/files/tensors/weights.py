@@ -1,8 +1,8 @@
-"""The files that a folder's weights are in: those that transformers loads, and nothing outside the folder. No torch.
+"""Find the files that contain a folder's weights: those that transformers loads, all within the folder. No torch.
 
-A folder has ``model.safetensors``, or ``model.safetensors.index.json``, which says in which file each tensor is; if
-there are both, the single file is read. A config may name another file of either kind as ``transformers_weights``.
-Names have to lead to regular files of the folder itself, or to blobs of the hub's cache.
+A folder has ``model.safetensors``, or ``model.safetensors.index.json``, which maps each tensor to its file; if both
+exist, the single file is read. A config may name another file of either kind as ``transformers_weights``. Names have to
+lead to regular files in the folder itself, or to blobs in the hub's cache.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from graftc.specs.strict_json import read_json
 _ADAPTER = "adapter_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ENTRIES = 2**20
-"""Tensors of an index at most."""
+"""Maximum number of tensors in an index."""
 _FILE_NAME = 255
-"""Bytes of a file's name at most, on every file system in use."""
+"""Maximum length of a file's name in bytes, on all common file systems."""
 
 
 class UnsafeFileError(ValueError):
-    """Raised if a name leads out of the folder."""
+    """Raised for a name that leads out of the folder."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,12 @@ def weight_files(folder: Path) -> WeightFiles | None:
 
     Raises:
         UnsafeFileError: if a name leads out of the folder, or to something that is not a regular file.
-        ValueError: if the folder also has an adapter, the index cannot be read, or files that it names are missing.
+        ValueError: if the folder also contains an adapter, the index cannot be read, or files that it names are
+            missing.
         OSError: if a file cannot be opened or read.
     """
     if (adapter := embedded_adapter(folder)) is not None:
-        raise ValueError(f"it holds a model and {adapter}, which transformers would put on top of it")
+        raise ValueError(f"it contains a model and {adapter}, which transformers would apply to it")
     name = _named(folder)
     if name is None:
         name = next((name for name in (SINGLE, INDEX) if _is_there(folder / name)), None)
@@ -69,12 +70,12 @@ def weight_files(folder: Path) -> WeightFiles | None:
 
 
 def embedded_adapter(folder: Path) -> str | None:
-    """Return the config of an adapter that transformers would put on top of a folder's model; None if there is none."""
+    """Return the config of an adapter that transformers would apply to a folder's model; None if there is none."""
     return _ADAPTER if (folder / _ADAPTER).exists() and (folder / "config.json").exists() else None
 
 
 def _is_there(path: Path) -> bool:
-    """Return whether there is a file; links are followed only if that is safe."""
+    """Return whether a file exists; links are followed only if that is safe."""
     if path.is_symlink() and not leads_inside(path):
         raise UnsafeFileError(f"{path} is a link that leads out of the folder")
     return path.is_file()
@@ -93,9 +94,9 @@ def _named(folder: Path) -> str | None:
     if name is None:
         return None
     if not isinstance(name, str) or not _is_plain(name, (".safetensors", ".safetensors.index.json")):
-        raise UnsafeFileError(f"the config of {folder} names weights that are not a file of it: {str(name)[:60]!r}")
+        raise UnsafeFileError(f"the config of {folder} names weights that are not a file in it: {str(name)[:60]!r}")
     if not _is_there(folder / name):
-        raise ValueError(f"the config names {name}, which is not there")
+        raise ValueError(f"the config names {name}, which does not exist")
     return name
 
 
@@ -111,9 +112,9 @@ def _read_index(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(table, dict) or not table or not all(isinstance(v, str) for v in table.values()):
         raise ValueError(f"{name} has no weight_map of names")
     if not isinstance(data.get("metadata"), dict):
-        raise ValueError(f"{name} has no metadata, which transformers asks for")
+        raise ValueError(f"{name} has no metadata, which transformers requires")
     if long := next((tensor for tensor in table if not is_tensor_name(tensor)), None):
-        raise ValueError(f"{name} has too long a name for a tensor: {long[:60]!r}...")
+        raise ValueError(f"{name} contains a tensor name that is too long: {long[:60]!r}...")
     if unsafe := sorted({file for file in table.values() if not _is_plain(file)}):
         more = f", and {len(unsafe) - 1} more" if unsafe[1:] else ""
         raise UnsafeFileError(f"{name} of {folder} names files that are not in the folder: {_shown(unsafe[0])}{more}")
@@ -126,7 +127,7 @@ def _shown(name: str) -> str:
 
 
 def _is_plain(name: str, endings: tuple[str, ...] = (".safetensors",)) -> bool:
-    """Return whether a name is that of a file in the folder itself."""
+    """Return whether a name refers to a file in the folder itself."""
     strange = any(character in name for character in "/\\:") or not name.isprintable()
     short = len(name.encode("utf-8", "surrogatepass")) <= _FILE_NAME
     return short and not strange and name not in endings and name.endswith(endings)

@@ -1,4 +1,4 @@
-"""Writing files of tensors."""
+"""Write tensor files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from graftc.passes.core.weights.sharding import gathered
 
 FLOATING = ("F64", "F32", "F16", "BF16")
-"""Element types of weights and of adapters, as safetensors names them: what can be folded, and folded into."""
+"""Dtypes of weights and adapters, by their safetensors names: those that can be folded, and folded into."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
@@ -43,7 +43,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[st
 def writing(path: Path) -> Iterator[None]:
     """Convert I/O errors of other libraries' writers to `OSError` while the block runs.
 
-    Those of safetensors have a class; those of tokenizers are plain exceptions whose text ends in the number.
+    Those of safetensors have a class; those of tokenizers are plain exceptions whose text ends with the error number.
     """
     try:
         yield
@@ -55,6 +55,6 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _number(text: str) -> int | None:
-    """Return the system's number of an error from Rust's text, ``... (os error 28)``; None if there is none."""
+    """Return the system's error number from Rust's text, ``... (os error 28)``; None if there is none."""
     match = re.search(r"\(os error (\d+)\)", text)
     return None if match is None else int(match[1])

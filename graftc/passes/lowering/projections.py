@@ -115,9 +115,7 @@ def _outcome(edit: Edit, edits: Edits, passed: set[fx.Node]) -> LoweringOutcome 
     reason = _PRODUCTS[target_name(product.target)]
     if not reason:
         kind = target_name(edit.after.target)
-        reason = _KINDS.get(
-            kind, f"{kind} is not a sum with a product of two matrices, or its parts are read elsewhere"
-        )
+        reason = _KINDS.get(kind, f"{kind} is not a sum with a product of two factors, or its parts are read elsewhere")
     return LoweringOutcome(STEP, edit.site, False, reason)
 
 

@@ -197,7 +197,7 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     model, seen = tiny("bert"), []
 
     def again(compiled: Compiled, stage: Stage) -> None:
-        with pytest.raises(GraftError, match="another run is at work in") as error:
+        with pytest.raises(GraftError, match="another run is using") as error:
             graftc.tune(SPEC, model, train, folder=tmp_path)
         seen.append(error.value.code)
         train(compiled, stage)
