@@ -1,7 +1,7 @@
-"""Everything that a method, a pass or an exporter is written with: the one module that plugins import, beside
-`graftc.testing`.
+"""Everything needed to write a method, a pass or an exporter: the only module, besides `graftc.testing`, that plugins
+import.
 
-Names are looked up when they are asked for, so a module of specs that imports from here loads no torch.
+Names are resolved on first access, so a module of specs that imports from here does not load torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPEC = {
     "Target": "graftc.specs.target",
     "VirtualRun": "graftc.specs.base",
 }
-"""What a module of specs needs, and what declares an exporter."""
+"""Names for modules of specs, and for declaring an exporter."""
 
 _CODE = {
     "AddedPass": "graftc.passes.core.added_passes",
@@ -72,7 +72,7 @@ _CODE = {
     "weight_fold": "graftc.passes.core.weights.folds",
     "zeros": "graftc.passes.core.method.lowrank",
 }
-"""What the code of a method, of a pass or of an exporter needs."""
+"""Names for the code of a method, a pass or an exporter."""
 
 if TYPE_CHECKING:
     from graftc.passes.core.added_passes import AddedPass

@@ -1,4 +1,4 @@
-"""The state of autograd in this thread, and the end of a backward pass."""
+"""Queries of this thread's autograd state, and callbacks at the end of a backward pass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 
 
 def is_transformed() -> bool:
-    """Return whether a transform of `torch.func`, such as ``vmap``, is at work; torch says so nowhere else."""
+    """Return whether a `torch.func` transform, such as ``vmap``, is active; torch has no public way to ask."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -21,11 +21,11 @@ def has_forward_gradients() -> bool:
 
 
 def after_backward(function: Callable[[], None]) -> None:
-    """Call a function when the backward pass that runs now is over; only the engine itself takes such functions."""
+    """Call a function at the end of the current backward pass; only the engine itself accepts such callbacks."""
     torch.autograd.Variable._execution_engine.queue_callback(function)
 
 
 def saved_tensor_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Any]] | None:
-    """Return the innermost hooks of saved tensors in this thread, which torch lets code set but not read."""
+    """Return the innermost saved-tensor hooks in this thread, which torch lets code set but not read."""
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks  # type: ignore[no-any-return]

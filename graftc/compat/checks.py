@@ -1,4 +1,4 @@
-"""Checks of values and sizes that a tracer records; torch has them as functions with an underscore only."""
+"""Checks of values and sizes that a tracer records; torch offers them only as private functions."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 
 
 def check(condition: Any) -> None:
-    """Require a condition, which may compare symbolic sizes: a tracer then takes it for granted."""
+    """Require a condition, which may compare symbolic sizes; a tracer then assumes that it holds."""
     torch._check(condition)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def told_of_value_checks(tell: Callable[[Any], None]) -> Iterator[None]:
-    """Tell a function the message of each check of a tensor's values that the block makes, before it is made.
+    """Pass the message of each check of a tensor's values in the block to a function, before the check is made.
 
-    torch tells nobody: its function is replaced meanwhile.
+    torch has no such callback, so its function is replaced while the block runs.
     """
     original: Any = torch._check_tensor_all
 

@@ -1,4 +1,4 @@
-"""Tensors that have a type and no values: torch has no public name for them, or for what goes wrong with them."""
+"""Tensors with a type but no values: torch has no public names for them or for the errors that they raise."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ __all__ = [
 
 
 def is_faking() -> bool:
-    """Return whether this thread runs on tensors without values, as code that is being traced does."""
+    """Return whether this thread is running on fake tensors, as code does while it is traced."""
     return detect_fake_mode() is not None

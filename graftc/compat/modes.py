@@ -1,9 +1,9 @@
-"""Modes, which intercept operators and functions of torch, and their suspension in one thread.
+"""Modes, which intercept torch's operators and functions, and their suspension in one thread.
 
 torch has a stack of modes for each thread, and one for the whole process, for modes that trace before autograd. Code
-that suspends modes, as printing a tensor does, also removes those of another thread that is in the middle of a trace,
-which then fails with "pop empty mode stack". A thread that works without modes therefore has a stack of its own, empty
-at first.
+that suspends modes, such as printing a tensor, also removes those of another thread in the middle of a trace, which
+then fails with "pop empty mode stack". A thread that suspends modes therefore gets its own stack, which is initially
+empty.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _operators: Any = _ops
 
 
 class _Stacks:
-    """A replacement for the stack of the process, which all threads share except those that have their own."""
+    """Replacement for the process's stack, which is shared by all threads except those that have their own."""
 
     def __init__(self, shared: Any) -> None:
         self.shared, self.own = shared, threading.local()
@@ -65,7 +65,7 @@ _operators._mode_stack_state_for_pre_dispatch = _stacks
 
 @contextmanager
 def no_modes() -> Iterator[None]:
-    """Run the block without modes intercepting operators of this thread, and leave traces of other threads alone."""
+    """Run the block without modes that intercept this thread's operators, without disturbing other threads' traces."""
     if torch._C._dispatch_tls_is_dispatch_key_included(torch._C.DispatchKey.PreDispatch):
         with _disable_current_modes(), _stacks.separate():  # this thread itself is in the middle of a trace
             yield
@@ -78,7 +78,7 @@ def no_modes() -> Iterator[None]:
 def no_function_modes() -> Iterator[None]:
     """Suspend this thread's function modes while the block runs; the default device is such a mode as well.
 
-    The public ways only let calls pass by the innermost one.
+    Public functions can only bypass the innermost mode.
     """
     functions: Any = overrides
     modes = [functions._pop_mode() for _ in range(torch._C._len_torch_function_stack())]
@@ -90,6 +90,6 @@ def no_function_modes() -> Iterator[None]:
 
 
 def modes_in_force() -> list[Any]:
-    """Return the modes of this thread, those of functions first; torch has no public list of them."""
+    """Return this thread's modes, function modes first; torch has no public list of them."""
     functions: Any = overrides
     return [*functions._get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()]

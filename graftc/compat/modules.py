@@ -1,6 +1,6 @@
-"""The tables in which modules keep their tensors and children, and what calls of their methods go through.
+"""Access to the tables in which modules store their tensors and children, and to the methods that run their calls.
 
-The public methods of modules give copies, leave out what is None, and run code of the module's class.
+The public methods of modules return copies, omit entries that are None, and run code of the module's class.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from torch import Tensor, nn
 M = TypeVar("M", bound=nn.Module)
 
 PARAMETERS, BUFFERS, CHILDREN = "_parameters", "_buffers", "_modules"
-"""The names of the tables, for code that is generated, and for attributes of modules that are kept and restored."""
+"""The names of the tables, for generated code, and for attributes of modules that are saved and restored."""
 
 RUN_BY_CALLS = ("_call_impl", "_wrapped_call_impl")
-"""Methods of a module that a call of it runs besides those of Python and its own."""
+"""Methods of a module that a call runs in addition to Python's and the module's own."""
 
 STORED_VERSION = "_version"
-"""The attribute of a module's class that says which form its state dicts have."""
+"""The attribute of a module's class that identifies the format of its state dicts."""
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """Return the table of a module's own parameters; changes of it change the module."""
+    """Return the table of a module's own parameters; changes to it change the module."""
     return module._parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """Return the table of a module's own buffers; changes of it change the module."""
+    """Return the table of a module's own buffers; changes to it change the module."""
     return module._buffers
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """Return the table of a module's children; changes of it change the module."""
+    """Return the table of a module's children; changes to it change the module."""
     return module._modules
 
 
 def transient_of(module: nn.Module) -> set[str]:
-    """Return the names of a module's buffers that are in no state dict; changes of it change the module."""
+    """Return the names of a module's non-persistent buffers; changes to the set change the module."""
     return module._non_persistent_buffers_set
 
 
@@ -48,12 +48,12 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def printed_kind(module: nn.Module) -> str:
-    """Return the name of a module's kind in its printed form."""
+    """Return the class name in a module's printed form."""
     return str(module._get_name())  # type: ignore[no-untyped-call]
 
 
 def printed_as(kind: Callable[[Any], str]) -> Callable[[type[M]], type[M]]:
-    """Return a decorator that lets a class of modules choose the name of its kind in printed forms."""
+    """Return a decorator that lets a module class choose the class name in its printed form."""
 
     def decorate(cls: type[M]) -> type[M]:
         cls._get_name = kind  # type: ignore[method-assign]
@@ -65,9 +65,9 @@ def printed_as(kind: Callable[[Any], str]) -> Callable[[type[M]], type[M]]:
 def applied_by(
     apply: Callable[[Any, Callable[[Tensor], Tensor], Callable[[], Any]], Any],
 ) -> Callable[[type[M]], type[M]]:
-    """Return a decorator for a class of modules that decides what happens when its tensors are moved or cast.
+    """Return a decorator for a module class that controls how its tensors are moved and cast.
 
-    ``to``, ``half`` and the like all go through one method, which has no public name.
+    ``to``, ``half`` and similar methods all use one method, which has no public name.
 
     Args:
         apply: called with the module, the function that converts a tensor, and a function that converts all of them.

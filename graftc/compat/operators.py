@@ -1,4 +1,4 @@
-"""Operators of torch: their schemas, their kinds, and those whose names begin with an underscore."""
+"""torch's operators: their schemas, their classes, and operators whose names begin with an underscore."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ UNSAFE_VIEW = _aten._unsafe_view.default
 
 
 def schema_of(target: OpOverload) -> Any:
-    """Return the schema of an operator: its arguments, which of them it writes to, and what it returns.
+    """Return the schema of an operator: its arguments, which of them it writes to, and its results.
 
-    No public attribute of an operator has it.
+    Operators have no public attribute for it.
     """
     return target._schema

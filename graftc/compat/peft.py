@@ -1,4 +1,4 @@
-"""What peft knows about models."""
+"""PEFT's tables about models."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 
 def merged_projections() -> list[Mapping[str, str]]:
-    """Return, for each kind of model whose projections transformers 5 has merged, their earlier names with the new one.
+    """Return, for each kind of model whose projections transformers 5 has merged, the new names by the earlier ones.
 
-    peft only offers the conversion of whole configs. Versions that convert none have no such table.
+    PEFT's public function only converts whole configs. Versions without such a conversion have no table.
     """
     from peft.utils import transformers_weight_conversion as conversion
 

@@ -1,4 +1,4 @@
-"""The structure of nested containers as text, for code that does without torch until it writes one."""
+"""The structure of nested containers as text, for code that does not import torch until it writes one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def structure_text(value: Any) -> str:
-    """Return the structure of nested containers in the form in which torch reads it back from a file.
+    """Return the structure of nested containers in the format in which torch reads it back from a file.
 
-    Only `torch.utils._pytree` writes and reads this form.
+    Only `torch.utils._pytree` writes and reads this format.
     """
     from torch.utils import _pytree
 

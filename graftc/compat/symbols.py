@@ -1,4 +1,4 @@
-"""What torch's symbolic sizes are made of: its own functions of sympy, and where a symbol is from. None is public."""
+"""Components of torch's symbolic sizes: its own sympy functions, and the source of a symbol. None of them is public."""
 
 from torch._dynamo.source import ConstantSource
 from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod

@@ -1,4 +1,4 @@
-"""The forward that TRL sets on the models that it trains, and what it was created for."""
+"""The forward that TRL sets on the models that it trains, and the options that it was created with."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ FUSED = "fused_lm_head"
 
 
 class FusedForward(NamedTuple):
-    """What a forward of TRL was created for.
+    """The options that a forward of TRL was created with.
 
     Attributes:
-        fields: the names of the fields of single tokens that it returns.
-        plain: whether it uses a temperature of 1, and the head in its own type.
+        fields: the names of the per-token fields that it returns.
+        plain: whether it uses a temperature of 1, and the head in its own dtype.
         output: the class of its outputs.
     """
 
@@ -25,7 +25,7 @@ class FusedForward(NamedTuple):
 
 
 def fused_forward(forward: Callable[..., Any]) -> FusedForward | None:
-    """Return what a forward was created for if it is one of TRL's: only the variables that it closes over say so."""
+    """Return the options of a forward if it is one of TRL's; only the variables in its closure reveal them."""
     function = getattr(forward, "__func__", None)
     code = getattr(function, "__code__", None)
     if function is None or code is None or FUSED not in code.co_varnames:

@@ -1,4 +1,4 @@
-"""Functions that run models and compare their outputs."""
+"""Helpers that run models and compare their outputs."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def inputs_for(
 
     Args:
         runner: the adapted model, or the folded one.
-        sizes: batch and sequence sizes; a model with only a batch axis takes the first. A target sequence, if there is
-            one, is two shorter.
+        sizes: batch and sequence sizes; a model with only a batch axis uses the first. A target sequence, if there is
+            one, is two tokens shorter.
         seed: seed of the values.
-        front: whether some rows have padding in front. The results of a causal attention for such padding, which sees
-            nothing, differ between torch and ONNX Runtime; for real tokens both give the same.
+        front: whether some rows have padding in front. Under causal attention, such padding attends to nothing, and its
+            results differ between torch and ONNX Runtime; those for real tokens agree.
     """
     own = runner_of(runner)
     compilation = own.compilation
@@ -54,10 +54,10 @@ _PARTS = ((0, 5), (5, 6), (6, 8))
 
 
 def in_parts(model: ModelRoot, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return the logits of a text as a whole, and those of its parts, each with the cache of those before.
+    """Return the logits of a text as a whole, and those of its parts, each run with the cache of the parts before it.
 
     The first part has no past, the second is one token, and the third is two. Rows differ in their padding, whose
-    logits are zeros in both results.
+    logits are zero in both results.
 
     Args:
         model: a model that generates.
@@ -119,7 +119,7 @@ def _plain(outputs: Any) -> Any:
 
 
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Return whether two lists of tensors are equal, element for element."""
+    """Return whether two lists of tensors are equal, element by element."""
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 

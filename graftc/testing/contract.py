@@ -1,4 +1,4 @@
-"""The contract of a method: tests of its claims, on tiny models of every contract family."""
+"""A method's contract: tests of its claims, on tiny models of every contract family."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from graftc.testing.perturb import perturb
 
 
 class Contract:
-    """Base of all contracts: an adaptation, families, and how a model is built and compiled.
+    """Base class of all contracts: defines the adaptation, the families, and how models are built and compiled.
 
     Attributes:
         adaptation: the entry of a spec's ``adapt`` list that is under test.
@@ -49,7 +49,7 @@ class Contract:
             metafunc.parametrize("family", self.families)
 
     def model(self, family: str) -> nn.Module:
-        """Return a model of ``family``, the same at every call; override it to use another model."""
+        """Return a model of ``family``, identical in every call; override it to use another model."""
         return tiny(family)
 
     def compiled(self, family: str, model: nn.Module, seed: int = 0) -> Compiled:
@@ -57,21 +57,21 @@ class Contract:
         return compile_model({**self.spec, "adapt": [dict(self.adaptation)]}, model, seed=seed)
 
     def perturb(self, family: str, compiled: Compiled) -> None:
-        """Add noise to every trainable tensor, in place of training; override it if training does more."""
+        """Add noise to every trainable tensor, as a substitute for training; override it if training does more."""
         perturb(compiled, self.perturbation)
 
     def shared(self, family: str, *, perturbed: bool = False) -> tuple[nn.Module, Compiled]:
-        """Return a model of ``family`` and its adapted form, created once for all tests of a class that only read."""
+        """Return a model of ``family`` and its adapted form, created once for all of a class's read-only tests."""
         models = self._models(family)
         return models.model, models.perturbed if perturbed else models.plain
 
     def _models(self, family: str) -> _SharedModels:
-        """Return the models that the tests of a class share, and drop those of other classes."""
+        """Return the models that a class's tests share, and drop those of other classes."""
         key = (type(self), family)
         if key not in _SHARED:
             for old in [old for old in _SHARED if old[0] is not type(self)]:
                 del _SHARED[old]
-            model = self.model(family).train()  # a mode that compiling and everything later must not change
+            model = self.model(family).train()  # neither compiling nor anything after it may change this mode
             reference = copy.deepcopy(model)
             addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
             compiled = self.compiled(family, model)
@@ -94,8 +94,8 @@ class _SharedModels:
         model: the source model, in train mode.
         compiled: the compiled model, over the source model's own tensors, for tests that train it or write to it.
         plain, perturbed: copies in eval mode, one of them perturbed, for tests that only read them.
-        reference: a copy of the model from before it was compiled.
-        addresses: addresses of the model's tensors at that time.
+        reference: a copy of the model, made before it was compiled.
+        addresses: addresses of the model's tensors before it was compiled.
     """
 
     model: nn.Module
@@ -113,10 +113,10 @@ class MethodContract(Contract):
     """The contract of a method. Inherit it as ``class TestMyMethod(MethodContract)`` and set ``adaptation``.
 
     Attributes:
-        fold_tolerance: largest difference of float32 outputs between folded and unfolded.
-        starts_elsewhere: whether the setting does not start at the base's outputs, whatever its method claims.
-        cacheable: whether what the method does with a token depends only on it and on those before, so that a cache can
-            hold these.
+        fold_tolerance: largest difference between float32 outputs of the folded and the unfolded model.
+        starts_elsewhere: whether the initial outputs differ from the base's, whatever the method claims.
+        cacheable: whether the method's effect on a token depends only on that token and those before it, so that a
+            cache can store them.
     """
 
     fold_tolerance: ClassVar[float] = 2e-5
@@ -131,11 +131,11 @@ class MethodContract(Contract):
         assert {site.kind for site in sites} <= self.claims.sites
         linear = [site for site in sites if isinstance(site, LinearSite)]
         assert not linear or any(site.in_features != site.out_features for site in linear), (
-            "every layer of the target is square, so a transposed weight would pass: add one that is not"
+            "every layer of the target is square, so a transposed weight would pass: add a layer that is not"
         )
 
     def test_identity_at_init(self, family: str) -> None:
-        """Check that the adapted model gives the base's outputs bit for bit before training."""
+        """Check that the adapted model reproduces the base's outputs bit for bit before training."""
         if not self.claims.identity_at_init or self.starts_elsewhere:
             raise unittest.SkipTest("the method does not claim identity at init")
         model, compiled = self.shared(family)
@@ -144,14 +144,14 @@ class MethodContract(Contract):
             assert same_bits(outputs_of(compiled, inputs), outputs_of(model, inputs))
 
     def test_initial_values_depend_on_the_seed_only(self, family: str) -> None:
-        """Check that compiling twice gives the same tensors, also from a source model in another mode."""
+        """Check that compiling twice yields the same tensors, even if the source model is in another mode."""
         first = self.shared(family)[1].adapter_state_dict()
         second = self.compiled(family, self.model(family)).adapter_state_dict()
         assert list(first) == list(second)
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_only_own_tensors_train(self, family: str) -> None:
-        """Check that three AdamW steps keep the base bit-identical and give gradients to tensors that are not inert."""
+        """Check that three AdamW steps leave the base bit-identical and give gradients to all tensors but inert ones."""
         models = self._models(family)
         model, compiled = models.model, models.compiled
         frozen = {n: t.clone() for n, t in compiled.named_parameters() if not t.requires_grad}
@@ -162,14 +162,14 @@ class MethodContract(Contract):
         seen = _train(compiled, inputs_for(compiled), trainable)
         for name, total in seen.items():
             if not any(fnmatchcase(name.rpartition(".")[2], pattern) for pattern in self.claims.inert):
-                assert total > 0, f"{name} never got a gradient"
-                assert not torch.equal(trainable[name], start[name]), f"{name} did not train"
+                assert total > 0, f"{name} never received a gradient"
+                assert not torch.equal(trainable[name], start[name]), f"{name} was not trained"
         for name, value in models.reference.state_dict().items():
             current = model.state_dict()[name]
             assert current.data_ptr() == models.addresses[name]
             assert torch.equal(current, value), f"training wrote to {name} of the base"
         for name, parameter in compiled.named_parameters():
-            assert name in trainable or torch.equal(parameter, frozen[name]), f"{name} is frozen and changed"
+            assert name in trainable or torch.equal(parameter, frozen[name]), f"{name} is frozen but changed"
 
     def test_source_model_is_left_alone(self, family: str) -> None:
         """Check that compiling leaves the source model's training flags, ``requires_grad`` and outputs unchanged."""
@@ -182,7 +182,7 @@ class MethodContract(Contract):
         assert same_bits(outputs_of(model, inputs), outputs_of(reference, inputs))
 
     def test_disabled_is_the_base(self, family: str) -> None:
-        """Check that ``disabled()`` gives the base's outputs bit for bit, and leaving it the adapted ones."""
+        """Check that ``disabled()`` reproduces the base's outputs bit for bit, and leaving it the adapted outputs."""
         model, compiled = self.shared(family, perturbed=True)
         inputs = inputs_for(compiled)
         adapted = outputs_of(compiled, inputs)
@@ -193,7 +193,7 @@ class MethodContract(Contract):
         assert largest_difference(adapted, base) > 1e-3, "the perturbation has no effect, so nothing is tested"
 
     def test_verifier_passes(self, family: str) -> None:
-        """Check the verifier's invariants of every Program, and that it has inserted nodes that name the adaptation."""
+        """Check that every Program passes the verifier and has inserted nodes that name the adaptation."""
         _, compiled = self.shared(family)
         compilation = compiled.compilation
         name = compilation.spec.adapt[0].name
@@ -203,7 +203,7 @@ class MethodContract(Contract):
             assert any(origin["adaptation"] == name for origin in origins)
 
     def test_fold(self, family: str) -> None:
-        """Check that folding keeps the outputs, restores the base's graph, is certified and changes nothing else."""
+        """Check that folding preserves outputs, restores the base's graph, is certified and changes nothing else."""
         _, compiled = self.shared(family, perturbed=True)
         if self.claims.folds is FoldKind.NONE:
             _refuses_to_merge(compiled)
@@ -228,7 +228,7 @@ class MethodContract(Contract):
             assert hashes == {structural_hash(compiled.program("eval", base=True), canonical)}
 
     def test_state_dict_round_trip(self, family: str, tmp_path: Path) -> None:
-        """Check that adapter tensors saved to a file and loaded into another copy give the same outputs bit for bit."""
+        """Check that saving adapter tensors and loading them into another copy reproduces the outputs bit for bit."""
         from safetensors.torch import load_file, save_file
 
         _, compiled = self.shared(family, perturbed=True)
@@ -242,7 +242,7 @@ class MethodContract(Contract):
         assert same_bits(outputs_of(other, inputs), outputs_of(compiled, inputs))
 
     def test_report_counts_what_trains(self, family: str) -> None:
-        """Check that the report's numbers are those of the tensors."""
+        """Check that the report's counts match the tensors."""
         _, compiled = self.shared(family)
         report = compiled.report
         trainable = sum(t.numel() for t in compiled.parameters() if t.requires_grad)
@@ -252,8 +252,8 @@ class MethodContract(Contract):
     def test_sixteen_bits(self, family: str) -> None:
         """Check the adaptation of a base in bfloat16.
 
-        Everything that trains is float32 and gets gradients of that type; before training the outputs are the base's
-        bit for bit; what folds is certified.
+        All trained tensors are float32 and get float32 gradients; before training, the outputs equal the base's bit for
+        bit; a fold is certified.
         """
         model = copy.deepcopy(self._models(family).reference).to(torch.bfloat16).eval()
         try:
@@ -276,7 +276,7 @@ class MethodContract(Contract):
             assert compiled.eval().merge().certificate.passed
 
     def test_cache(self, family: str) -> None:
-        """Check that a text in parts, each with the cache of those before, gives what the whole text gives.
+        """Check that a text in parts, each with the cache of the parts before it, gives the same logits as the whole.
 
         If the method rules that out, the call must be refused.
         """
@@ -288,18 +288,18 @@ class MethodContract(Contract):
         except GraftError as error:
             assert error.code == "GC141" and not self.cacheable, error
             return
-        assert self.cacheable, "a cache holds what the class says it does not"
+        assert self.cacheable, "the class declares cacheable = False, but a cache works"
         assert largest_difference([whole], [parts]) <= _CACHE_TOLERANCE * max(1.0, float(whole.abs().max()))
 
     def test_bank(self, family: str) -> None:
-        """Check that an adaptation behaves the same in a bank of two as it does alone.
+        """Check that an adaptation behaves in a bank of two as it does alone.
 
-        This includes a batch whose rows choose their adaptations, unless a place has no rows that could be told apart.
+        This includes a batch whose rows choose their adaptations, unless some place has no separate rows.
         """
         if not self.claims.bankable:
             raise unittest.SkipTest("the method does not claim that it can share a bank")
         if type(self).compiled is not Contract.compiled:
-            raise unittest.SkipTest("the class compiles something else than its adaptation alone")
+            raise unittest.SkipTest("the class does not compile its adaptation alone")
         model, compiled = self.shared(family)
         alone, name = copy.deepcopy(compiled), compiled.compilation.spec.adapt[0].name
         entries = [{**self.adaptation, "name": slot} for slot in _SLOTS]
@@ -308,7 +308,7 @@ class MethodContract(Contract):
             bank = compile_model(spec, copy.deepcopy(model)).eval()
         except GraftError as error:
             assert error.code == "GC036" and compiled.compilation.tensor_edits.copies(), error
-            raise unittest.SkipTest("this setting trains tensors of the base, which no bank has") from None
+            raise unittest.SkipTest("this setting trains tensors of the base, which banks do not support") from None
         perturb(bank, self.perturbation)
         tensors, inputs = bank.adapter_state_dict(), inputs_for(bank, (4, 6))
         numbers = torch.tensor([0, 1, 1, 0])
@@ -332,11 +332,11 @@ class MethodContract(Contract):
 _SLOTS = ("first", "second")
 _BANK_TOLERANCE = 1e-5
 _CACHE_TOLERANCE = 2e-6
-"""Of the largest logit."""
+"""As a fraction of the largest logit."""
 
 
 def _train(compiled: Compiled, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, float]:
-    """Train three steps on a loss that depends on every output, and return the largest gradient of each tensor."""
+    """Train for three steps on a loss that depends on every output, and return each tensor's largest gradient."""
     torch.manual_seed(0)
     optimiser = torch.optim.AdamW(tensors.values(), lr=1e-2, weight_decay=0.01)
     seen = dict.fromkeys(tensors, 0.0)
@@ -359,4 +359,4 @@ def _refuses_to_merge(compiled: Compiled) -> None:
     except GraftError as error:
         assert error.code == "GC050", error
     else:
-        raise AssertionError("the method claims not to fold, and merging did not say so")
+        raise AssertionError("the method claims not to fold, but merging raised no error")

@@ -1,4 +1,4 @@
-"""The slower part of a method's contract, exports and ``torch.compile``: seconds per test, so few families run it."""
+"""The slower part of a method's contract: exports and ``torch.compile``, seconds per test, so only for few families."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from graftc.testing.contract import Contract
 from graftc.testing.families import tiny
 
 BATCHES = (2, 3, 7)
-"""Batch sizes among which a compiled graph must not be compiled anew."""
+"""Batch sizes between which a compiled graph must not be recompiled."""
 
 
 class DeploymentContract(Contract):
-    """The contract of exports, to inherit beside `graftc.testing.MethodContract`.
+    """The contract for exports, to inherit beside `graftc.testing.MethodContract`.
 
-    Give it the one family that the method is best exported on.
+    Set ``families`` to the one family that suits exports of the method best.
 
     Attributes:
-        export_tolerance: largest difference of outputs between torch and ONNX Runtime.
-        every_layer: whether to export and compile all layers of the contract's models instead of a model of one layer.
+        export_tolerance: largest difference between the outputs of torch and ONNX Runtime.
+        every_layer: whether to export and compile all layers of the contract's models instead of a one-layer model.
     """
 
     families: ClassVar[tuple[str, ...]] = ("bert",)
@@ -35,7 +35,7 @@ class DeploymentContract(Contract):
     every_layer: ClassVar[bool] = False
 
     def test_onnx(self, family: str, tmp_path: Path) -> None:
-        """Check that ONNX Runtime agrees at three shapes that were not captured."""
+        """Check that ONNX Runtime agrees with torch at three shapes that were not captured."""
         compiled = self._deployed(family)
         self._exported(compiled, compiled, tmp_path)
 
@@ -56,7 +56,7 @@ class DeploymentContract(Contract):
         check_compile(self._deployed(family), "aot_eager")
 
     def test_inductor(self, family: str) -> None:
-        """Check the same with Inductor's code for one layer, which is much slower and seldom gives another result."""
+        """Check the same with Inductor's code for one layer, which is much slower and seldom gives other results."""
         check_compile(self._one_layer(family))
 
     def _deployed(self, family: str) -> Compiled:
@@ -65,7 +65,7 @@ class DeploymentContract(Contract):
     def _one_layer(self, family: str) -> Compiled:
         """Return a compiled model of one layer, unless the class brings its own models.
 
-        Exporters take their time with each layer, and all are alike.
+        Exporters spend time on each layer, although all layers are alike.
         """
         if type(self).model is not Contract.model:
             return self.shared(family, perturbed=True)[1]
@@ -75,7 +75,7 @@ class DeploymentContract(Contract):
 
 
 def check_onnx(path: Path, runner: ModelRoot, sizes: tuple[int, int], tolerance: float) -> float:
-    """Run an exported file in ONNX Runtime beside ``runner`` and return the largest difference.
+    """Run an exported file in ONNX Runtime, and return the largest difference from the outputs of ``runner``.
 
     Raises:
         AssertionError: if it exceeds ``tolerance``.
@@ -91,11 +91,11 @@ def check_onnx(path: Path, runner: ModelRoot, sizes: tuple[int, int], tolerance:
 
 
 def check_compile(runner: ModelRoot, backend: str = "inductor") -> None:
-    """Compile ``runner`` in one graph and call it at several batch sizes.
+    """Compile ``runner`` as one graph and call it with several batch sizes.
 
     Raises:
         AssertionError: if its outputs differ from those of eager execution by more than 1e-4.
-        torch._dynamo.exc.RecompileError: if a batch size makes it compile again.
+        torch._dynamo.exc.RecompileError: if a batch size triggers recompilation.
     """
     torch.compiler.reset()
     compiled: Any = torch.compile(runner, fullgraph=True, dynamic=True, backend=backend)

@@ -1,8 +1,8 @@
 """Tiny models of the contract families, with random weights.
 
 The hidden width is 48, and 80 in the feed-forward part, so most layers are not square; there are two layers and 101
-tokens. Biases and gains are also random, so that omitting one has an effect, and weights are large enough for attention
-not to be uniform.
+tokens. Biases and gains are also random, so that omitting one has an effect, and weights are large enough to make
+attention non-uniform.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def llama(**changes: Any) -> nn.Module:
 def gpt_neox(**changes: Any) -> nn.Module:
     """Build GPT-NeoX with its language model head.
 
-    It has q, k and v interleaved in one weight, and attention and feed-forward part side by side.
+    It has q, k and v interleaved in one weight, and attention and the feed-forward part in parallel.
     """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -77,7 +77,7 @@ def gpt_neox(**changes: Any) -> nn.Module:
 
 
 def mixtral(**changes: Any) -> nn.Module:
-    """Build Mixtral with its language model head: each feed-forward part has four experts, two for each token."""
+    """Build Mixtral with its language model head: each feed-forward part has four experts, two of them per token."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     own = {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": VOCABULARY}
@@ -127,7 +127,7 @@ def tiny(
     Args:
         family: a key of `FAMILIES`.
         seed: seed of its weights.
-        dtype: element type of its weights.
+        dtype: dtype of its weights.
         layers: number of layers; two by default.
         changes: values for its config.
 

@@ -1,4 +1,4 @@
-"""Random values for tensors, so that no error hides behind zeros, ones or symmetry."""
+"""Fill tensors with random values, so that no error hides behind zeros, ones or symmetry."""
 
 from __future__ import annotations
 
