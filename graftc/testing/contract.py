@@ -151,7 +151,7 @@ class MethodContract(Contract):
         assert all(torch.equal(first[name], second[name]) for name in first)
 
     def test_only_own_tensors_train(self, family: str) -> None:
-        """Check that three AdamW steps leave the base bit-identical and give gradients to all tensors but inert ones."""
+        """Check that three AdamW steps leave the base bit-identical and give gradients to all but inert tensors."""
         models = self._models(family)
         model, compiled = models.model, models.compiled
         frozen = {n: t.clone() for n, t in compiled.named_parameters() if not t.requires_grad}
