@@ -39,7 +39,7 @@ __all__ = [
 
 Where: TypeAlias = Literal["front", "after_bos", "suffix"] | int
 """The position of virtual tokens: before all tokens of a row, after its first, after its last real one; or after the
-first token with this id, and after the last real one in a row that has none."""
+first token with this id, and after the last real one in a row without it."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class VirtualRun:
     """A run of virtual tokens, inserted together among the tokens of a text.
 
     Attributes:
-        length: how many.
-        where: their place in each row.
+        length: their number.
+        where: their position in each row.
     """
 
     length: int
@@ -80,13 +80,13 @@ class MethodSpec(NamedSpec):
     """
 
     claims: ClassVar[Claims]
-    """What the method claims; the contract tests check it."""
+    """The method's claims, which the contract tests check."""
 
     mechanism: ClassVar[str | None] = None
-    """Of a preset, which sets defaults of another method and needs no code of its own: the tag of that method."""
+    """For a preset, which sets defaults of another method and has no code of its own: the tag of that method."""
 
     one_of: ClassVar[tuple[str, ...]] = ()
-    """Fields of which one has to be given and no other; the first is the one that examples show."""
+    """Fields of which exactly one must be set; examples show the first."""
 
     sizes: ClassVar[tuple[str, ...]] = (
         "rank",
@@ -99,14 +99,14 @@ class MethodSpec(NamedSpec):
         "density",
         "n_of_m",
     )
-    """Fields that say how large an adaptation is at a site; a given one goes before a default, and the first of several
-    before the others."""
+    """Fields that define the size of an adaptation at a site; a field that is set takes precedence over a default, and
+    an earlier field over a later one."""
 
     paper: ClassVar[str] = ""
     """The paper to cite: authors, year and title."""
 
     peft: ClassVar[PeftFormat | None] = None
-    """How the method is written in peft's checkpoints; None where peft does not have it."""
+    """The method's format in PEFT's checkpoints; None if PEFT does not have the method."""
 
     name: AdaptationName | None = None
     """Unique name of the adaptation; prefixes the tensors it owns. Default: the method's tag."""
@@ -145,7 +145,7 @@ class MethodSpec(NamedSpec):
         default = cls.model_fields["target"].default
         if isinstance(default, Target) and default.has_selector:
             return default.model_copy(update={f: getattr(value, f) for f in value.model_fields_set})
-        refuse((), "a target needs role, modules or regex to say where")
+        refuse((), "a target needs role, modules or regex")
 
     def for_site(
         self,
@@ -160,9 +160,9 @@ class MethodSpec(NamedSpec):
 
         Args:
             module: dotted path of the site's module.
-            roles: every role it answers to, prefixed forms included.
-            layer: its layer from 0, None outside of layers.
-            depth: how many layers its stack has; needed for negative layers.
+            roles: every role that it matches, including prefixed forms.
+            layer: its layer from 0, None outside layers.
+            depth: the number of layers in its stack; needed for negative layers.
             parameter: name of its parameter, if the module has several.
 
         Raises:
@@ -176,16 +176,16 @@ class MethodSpec(NamedSpec):
         return self
 
     def displaced_by(self, changes: Mapping[str, object]) -> Collection[str]:
-        """Return the fields that an override's values replace, in addition to those of the same names."""
+        """Return the fields that an override's values replace, in addition to those with the same names."""
         return ()
 
     def override_list(self) -> Sequence[Override]:
-        """Return the overrides in order; empty for a method that has none."""
+        """Return the overrides in order; empty for a method without overrides."""
         overrides: Sequence[Override] = getattr(self, "overrides", ())
         return overrides
 
     def stated_size(self) -> tuple[str, Any] | None:
-        """Return name and value of the field of `sizes` that says how large the adaptation is; None if none does."""
+        """Return the name and value of the field of `sizes` that defines the adaptation's size; None if none is set."""
         names = [name for name in self.sizes if getattr(self, name, None) is not None]
         names.sort(key=lambda name: name not in self.model_fields_set)
         return (names[0], getattr(self, names[0])) if names else None
@@ -211,11 +211,11 @@ class MethodSpec(NamedSpec):
 
 
 def check_name(name: str) -> GraftError | None:
-    """Return the error of an invalid name of an adaptation (GC002, or GC009 if it is too long), or None."""
+    """Return the error for an invalid adaptation name (GC002, or GC009 if it is too long), or None."""
     if len(name) > NAME:
         return GraftError("GC009", f"name {quoted(name, 40)} is too long", hint=f"a name has at most {NAME} characters")
     if not re.fullmatch(_NAME, name):
-        message = f"name {quoted(name)} must be letters, digits and underscores, not starting with a digit"
+        message = f"name {quoted(name)} must consist of letters, digits and underscores, and not start with a digit"
         better = re.sub(r"\W", "_", name, flags=re.ASCII).strip("_")
         fix = (name, better) if re.fullmatch(_NAME, better) and not keyword.iskeyword(better) else None
         return GraftError("GC002", message, hint=f"for example '{better}'" if fix else None, fix=fix)

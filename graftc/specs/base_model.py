@@ -1,4 +1,4 @@
-"""The base classes of everything in a spec: frozen, strict, without unknown fields, and with coded errors."""
+"""Base classes for everything in a spec: frozen, strict, without unknown fields, and with coded errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Items = Annotated[Sequence[T], AfterValidator(tuple)]
 
 
 class _Coded(type(BaseModel)):  # type: ignore[misc]
-    """A metaclass that turns a failed construction into a GraftError.
+    """Metaclass that turns a failed construction into a GraftError.
 
     Pydantic constructs nested models without calling it.
     """
@@ -63,7 +63,7 @@ class SpecModel(_Base):
 
     model_config = ConfigDict(
         frozen=True,
-        defer_build=True,  # listing methods needs the fields of many specs, and no validators
+        defer_build=True,  # listing methods needs the fields of many specs, but no validators
         extra="forbid",
         strict=True,
         use_attribute_docstrings=True,
@@ -73,7 +73,7 @@ class SpecModel(_Base):
 
     @classmethod
     def _conditions(cls) -> list[dict[str, Any]]:
-        """Return what the JSON Schema demands of values beside the types of fields; nothing by default."""
+        """Return the JSON Schema's conditions on values, in addition to the types of fields; none by default."""
         return []
 
     @classmethod
@@ -85,7 +85,7 @@ class SpecModel(_Base):
 
     @classmethod
     def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the JSON Schema as pydantic does, without titles of fields."""
+        """Return the JSON Schema as pydantic does, but without field titles."""
         return super().model_json_schema(*args, **{"schema_generator": SchemaWriter, **kwargs})
 
     @classmethod
@@ -130,7 +130,7 @@ class Document(SpecModel):
         return version
 
     def place(self, path: str) -> Place:
-        """Return the place of a path such as ``adapt[0].target.role``, with line and column if it comes from a file."""
+        """Return the place of a path such as ``adapt[0].target.role``, with line and column if it is from a file."""
         return self._source.place(path)
 
     def locate(self, error: GraftError) -> GraftError:

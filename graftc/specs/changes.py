@@ -1,4 +1,4 @@
-"""Specs with an adaptation added, removed or renamed: the specs that a live model is changed to."""
+"""Derive specs with an adaptation added, removed or renamed, for changes to a live model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def replacing(spec: Spec, **fields: Any) -> Spec:
-    """Return the spec with other values of some fields, validated as a whole; fields that were not set stay unset.
+    """Return the spec with other values for some fields, validated as a whole; fields that were not set stay unset.
 
     Raises:
-        GraftError: GC002 to GC012 if they do not fit.
+        GraftError: GC002 to GC012 if the result is invalid.
     """
     return Spec.model_validate({**{field: getattr(spec, field) for field in spec.model_fields_set}, **fields})
 
@@ -37,7 +37,7 @@ def adding(spec: Spec, adaptation: MethodSpec | Mapping[str, Any]) -> Spec:
 
 
 def renaming(spec: Spec, old: str, new: str) -> Spec:
-    """Return the spec in which an adaptation has another name.
+    """Return the spec with one adaptation renamed.
 
     Raises:
         GraftError: GC002 for an invalid name, GC005 for one that is taken.
@@ -64,13 +64,13 @@ def leaving(spec: Spec, names: Collection[str], *, train: bool = True) -> Spec:
         train: whether to keep the ``train:`` list.
 
     Raises:
-        GraftError: GC036 if a composition would lose a part.
+        GraftError: GC036 if a composition would lose a member.
     """
     gone = set(names)
     for composition in (c for c in spec.compose if not isinstance(c, Stack)):
         lost = gone & set(composition.members)
         if lost and len(lost) < len(composition.members):
-            message = f"{min(lost)!r} is part of {composition.name!r}, which cannot be without it"
+            message = f"{min(lost)!r} is part of {composition.name!r}, which needs it"
             hint = f"name {composition.name!r}, or all of {', '.join(composition.members)}"
             raise GraftError("GC036", message, hint=hint)
         gone |= {str(composition.name)} if lost else set()
@@ -84,7 +84,7 @@ def _names(spec: Spec) -> set[str]:
 
 
 def _left(composition: CompositionSpec, gone: Collection[str]) -> CompositionSpec | None:
-    """Return what is left of a composition: the remaining members of a stack; of other kinds, all or nothing."""
+    """Return what remains of a composition: a stack with its remaining members; other kinds whole or not at all."""
     if not isinstance(composition, Stack):
         return None if composition.name in gone else composition
     left = tuple(member for member in composition.members if member not in gone)

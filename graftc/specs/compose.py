@@ -38,9 +38,9 @@ class CompositionSpec(NamedSpec):
     @model_validator(mode="after")
     def _members_are_told_apart(self) -> Self:
         if (index := first_repeat(self.members)) is not None:
-            refuse((self.kind, index), f"{quoted(self.members[index])} is there already", hint="leave it out")
+            refuse((self.kind, index), f"{quoted(self.members[index])} is listed twice", hint="remove it")
         if len(self.members) < self.least:
-            refuse(self.kind, f"{self.kind} is of {self.least} adaptations at least")
+            refuse(self.kind, f"{self.kind} needs at least {self.least} adaptations")
         return self
 
     @property
@@ -132,7 +132,7 @@ class Split(CompositionSpec):
     def _spans_are_in_order(self) -> Self:
         if len(self.at) != len(self.split) - 1:
             spans = len(self.at) + 1
-            refuse("at", f"{len(self.at)} positions make {spans} spans, for {len(self.split)} adaptations")
+            refuse("at", f"{len(self.at)} positions make {spans} spans, but there are {len(self.split)} adaptations")
         if list(self.at) != sorted(set(self.at)):
             refuse("at", "positions must increase")
         return self
@@ -223,7 +223,7 @@ def _composition(value: Any) -> CompositionSpec:
         return value
     kinds = [key for key in value if key in _KINDS] if isinstance(value, Mapping) else []
     if len(kinds) != 1:
-        message = f"a composition is of one kind, not of {' and '.join(kinds)}" if kinds else "a composition has a kind"
+        message = f"a composition has one kind, not {' and '.join(kinds)}" if kinds else "a composition needs a kind"
         refuse((), message, hint=f"the kinds are: {', '.join(_KINDS)}")
     # The validator itself, not model_validate, so that pydantic keeps the paths of its errors.
     composition: CompositionSpec = _KINDS[kinds[0]].__pydantic_validator__.validate_python(dict(value))

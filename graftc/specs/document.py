@@ -60,7 +60,7 @@ def _adaptation(value: Any) -> MethodSpec:
     if isinstance(value, MethodSpec):
         return value
     if not isinstance(value, Mapping):
-        refuse((), f"an adaptation is a mapping, not {shown(value)}")
+        refuse((), f"an adaptation must be a mapping, not {shown(value)}")
     if "method" not in value:
         refuse((), "an adaptation needs a method", hint=f"the methods are: {', '.join(method_specs())}")
     tag = value["method"]
@@ -107,11 +107,11 @@ class Tokens(SpecModel):
         told: set[str] = set()
         for index, token in enumerate(add):
             if not token or token in told:
-                what = f"the token {quoted(token)} is there already" if token else "a token is empty"
-                refuse(index, what, hint="leave it out")
+                what = f"the token {quoted(token)} is listed twice" if token else "a token is empty"
+                refuse(index, what, hint="remove it")
             told.add(token)
         if not add:
-            refuse((), "an empty list adds nothing; leave tokens out")
+            refuse((), "an empty list adds nothing; remove tokens")
         return add
 
 
@@ -199,8 +199,8 @@ class Spec(Document):
         for index, adaptation in enumerate(self.adapt):
             size += adaptation.target.size + sum(override.size for override in adaptation.override_list())
             if size > PATTERNS:
-                message = f"the patterns of the spec have more than {PATTERNS:,} characters, braces expanded"
-                hint = "'*' and '**' stand for many names at once"
+                message = f"the patterns of the spec have more than {PATTERNS:,} characters with braces expanded"
+                hint = "use '*' and '**', which match many names at once"
                 refuse(("adapt", index, "target"), message, hint=hint, code="GC009")
         return self
 
@@ -236,23 +236,23 @@ class Spec(Document):
                     yield path, error
                 other = member_of.setdefault((stack, member), name)
                 if other != name:
-                    message = f"{quoted(member)} is in the composition '{other}' already"
-                    yield path, GraftError("GC036", message, hint="an adaptation is part of one composition")
+                    message = f"{quoted(member)} is already in the composition '{other}'"
+                    yield path, GraftError("GC036", message, hint="an adaptation can be in only one composition")
             if isinstance(own, Bank):
                 if own.inputs in inputs:
                     hint = f"for example inputs: {name}"
-                    error = GraftError("GC002", f"another bank has the input '{own.ids}'", hint=hint)
+                    error = GraftError("GC002", f"another bank already has the input '{own.ids}'", hint=hint)
                     yield (index, "inputs"), error
                 inputs.add(own.inputs)
 
     @property
     def owners(self) -> dict[str, str]:
-        """Adaptations and compositions by name: the method, or the kind of composition."""
+        """The method of each adaptation and the kind of each composition, by name."""
         composed = {str(c.name): c.kind for c in self.compose if not isinstance(c, Stack)}
         return {**{str(a.name): a.method for a in self.adapt}, **composed}
 
     def composition_of(self, name: str) -> CompositionSpec | None:
-        """Return the composition that an adaptation is part of; stacks, the default order, do not count."""
+        """Return the composition that an adaptation is part of, ignoring stacks, which are the default."""
         return next((c for c in self.compose if name in c.members and not isinstance(c, Stack)), None)
 
     def _repr_html_(self) -> str:
@@ -296,6 +296,6 @@ def named(entry: Named, word: str, taken: set[str]) -> Named:
 
 
 def _no_part(kind: str, member: str, stack: bool) -> GraftError:
-    """Return the error for a composition that is a member of one that takes none of its kind."""
-    what = "a stack takes adaptations, and compositions that are not stacks" if stack else "its parts are adaptations"
-    return GraftError("GC036", f"{quoted(member)} is a composition itself: {kind}", hint=what)
+    """Return the error for a composition that is a member of another one that does not accept it."""
+    what = "a stack accepts adaptations, and compositions that are not stacks" if stack else "members are adaptations"
+    return GraftError("GC036", f"{quoted(member)} is itself a composition: {kind}", hint=what)

@@ -1,4 +1,4 @@
-"""Reading of specs from files and text, and writing of them."""
+"""Read specs from files and text, and write them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str], from_confi
 
 
 def early_spec(source: Path) -> Spec | Path:
-    """Return the spec in a file; for a config of PEFT, which becomes a spec once there is a model, the path.
+    """Return the spec in a file; for a config of PEFT, which is converted once there is a model, return the path.
 
     Raises:
         GraftError: as `load_spec`.
@@ -90,11 +90,11 @@ def read_spec_file(source: object, kind: str = "Spec", parser: str = "parse_spec
         GraftError: GC006 if there is no such file, GC001 if it cannot be read.
     """
     if isinstance(source, str) and "\n" in source:
-        raise GraftError("GC006", "the spec is text where a path was expected", hint=f"use {parser}(text)")
+        raise GraftError("GC006", "expected a path to a spec, not its text", hint=f"use {parser}(text)")
     if not isinstance(source, str | PathLike):
         if (error := bare_entries(source)) is not None:
             raise error
-        raise GraftError("GC006", f"a spec is a {kind}, a mapping or a path, not {type(source).__name__}")
+        raise GraftError("GC006", f"a spec must be a {kind}, a mapping or a path, not {type(source).__name__}")
     path = Path(source)
     return _read(path), _format_of(path)
 
@@ -126,8 +126,8 @@ def parse_document(
         text: YAML, JSON or TOML.
         format: the format of the text.
         file: the file named in errors.
-        start: how such a document starts, for the hint.
-        refused: a function that returns the error for content that is nearly such a document.
+        start: the first fields of such a document, for the hint.
+        refused: a function that returns the error for contents that resemble such a document.
 
     Raises:
         GraftError: the error that ``refused`` returns; GC001 if it cannot be read, GC009 if it exceeds the limits.
@@ -143,7 +143,7 @@ def parse_document(
 
 
 def checked(kind: type[T], data: dict[str, Any], source: Source) -> T:
-    """Return the validated document of a class, which knows its source; errors have the places of what is wrong.
+    """Return the validated document of a class, together with its source; errors contain the places of invalid values.
 
     Raises:
         GraftError: GC002 to GC012, and the errors of the class.
@@ -172,7 +172,7 @@ def _read(path: Path) -> str:
     try:
         kind = path.stat().st_mode
         if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe or a device, which may never end
-            raise GraftError("GC006", f"{quoted(path)} is not a regular file", hint="give a file that holds the spec")
+            raise GraftError("GC006", f"{quoted(path)} is not a regular file", hint="pass a file that has the spec")
         with open_regular(path) as file:  # it may have been replaced since it was checked
             content = file.read(FILE + 1)
         if len(content) > FILE:
@@ -202,12 +202,12 @@ def _neighbours(path: Path) -> str | None:
 
 
 def dump_spec(spec: Spec) -> str:
-    """Return the spec as YAML that :func:`parse_spec` reads back to an equal one. Defaults are left out."""
+    """Return the spec as YAML that :func:`parse_spec` reads back as an equal spec. Defaults are omitted."""
     return write_yaml(plain_spec(spec))
 
 
 def plain_spec(spec: Spec) -> dict[str, Any]:
-    """Return the spec as plain data that is read back to an equal one. Defaults are left out."""
+    """Return the spec as plain data that is read back as an equal spec. Defaults are omitted."""
     data: dict[str, Any] = {
         "version": spec.version,
         "adapt": [plain(a, "name", "method") for a in spec.adapt],
@@ -228,7 +228,7 @@ def write_yaml(data: dict[str, Any]) -> str:
 
 
 def plain(model: SpecModel, *always: str) -> dict[str, Any]:
-    """Return the fields that differ from their defaults, and those named, as plain data with lists for tuples."""
+    """Return the fields in ``always`` and those that differ from their defaults, as plain data without tuples."""
     kept = model.model_dump(mode="json", exclude_defaults=True)
     return {
         f: kept[f] if f in kept else getattr(model, f) for f in type(model).model_fields if f in kept or f in always

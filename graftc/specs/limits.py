@@ -1,4 +1,4 @@
-"""The limits on what a spec may contain, which plain data is checked against before its values are read."""
+"""Limits on the contents of a spec, which are checked on plain data before its values are read."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ __all__ = [
 ]
 
 TEXT = 1_000
-"""The largest number of characters of a text or a key."""
+"""Maximum length of a string or a key, in characters."""
 
 NAME = 100
-"""The largest number of characters of the name of an adaptation or composition."""
+"""Maximum length of the name of an adaptation or composition, in characters."""
 
 INTEGER = 2**63 - 1
-"""The largest absolute value of an integer."""
+"""Maximum absolute value of an integer."""
 
 SIZE = 65_536
-"""The largest rank, width or length of anything that a method adds."""
+"""Maximum rank, width or length of anything that a method adds."""
 
 ADAPTATIONS = 1_000
-"""The largest number of adaptations of a spec, and of compositions."""
+"""Maximum number of adaptations in a spec, and of compositions."""
 
 TOKENS = 10_000
-"""The largest number of tokens that a spec adds."""
+"""Maximum number of tokens that a spec adds."""
 
 LABELS = 1_000
-"""The largest number of labels that a model distinguishes by filling blanks."""
+"""Maximum number of labels that a model distinguishes by filling blanks."""
 
 WORDS = 100
-"""The largest number of words of a label."""
+"""Maximum number of words for a label."""
 
 VERBALIZERS = 1_000
-"""The largest number of verbalizers of a spec, and of patterns."""
+"""Maximum number of verbalizers in a spec, and of patterns."""
 
 PATTERN_TOKENS = 100
-"""The largest number of blanks of a pattern, and of tokens given to a decoder."""
+"""Maximum number of blanks in a pattern, and of tokens passed to a decoder."""
 
 
 def check_limits(data: object) -> None:
@@ -73,12 +73,12 @@ def check_limits(data: object) -> None:
         value, path = waiting.pop()
         count += 1
         if count > VALUES:
-            raise beyond(f"the spec holds more than {VALUES:,} values", Place(path=format_path(path)))
+            raise beyond(f"the spec contains more than {VALUES:,} values", Place(path=format_path(path)))
         if isinstance(value, str):
             _check_text(value, path)
         elif isinstance(value, int):
             if abs(value) > INTEGER:
-                message = f"an integer of {value.bit_length():,} bits does not fit"
+                message = f"an integer of {value.bit_length():,} bits is too large"
                 raise beyond(message, Place(path=format_path(path)), "integers have at most 63 bits and a sign")
         elif isinstance(value, Mapping | list | tuple):
             if len(path) >= DEPTH:
@@ -97,8 +97,8 @@ def _children(
             _check_text(key, path, "key")
         else:
             labels = path[-1:] == ("verbalizer",)
-            hint = "labels are texts: write them in quotes" if labels else "keys are the names of fields"
-            raise GraftError("GC002", f"a key is a text, not {quoted(repr(key))}", place=_at(path), hint=hint)
+            hint = "labels are strings: put them in quotes" if labels else "keys are the names of fields"
+            raise GraftError("GC002", f"a key must be a string, not {quoted(repr(key))}", place=_at(path), hint=hint)
     return [(item, (*path, key)) for key, item in reversed(list(value.items()))]
 
 
@@ -108,7 +108,7 @@ def _check_text(text: str, path: tuple[str | int, ...], what: str = "text") -> N
         raise beyond(message, _at(path), f"a {what} has at most {TEXT:,} characters")
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
         hint = "write the character itself, or both halves of its escape together"
-        raise GraftError("GC010", f"{what} {quoted(text)} holds half of a character", place=_at(path), hint=hint)
+        raise GraftError("GC010", f"{what} {quoted(text)} contains half of a character", place=_at(path), hint=hint)
 
 
 def _at(path: tuple[str | int, ...]) -> Place:

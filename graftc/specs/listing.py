@@ -1,4 +1,4 @@
-"""The methods as a list of plain facts, without torch: `graftc.methods`."""
+"""The list of methods and their properties, without torch: `graftc.methods`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from graftc.specs.registry import SpecEntry, method_specs
 
 
 def methods() -> list[MethodInfo]:
-    """Return every method, built in or from a plugin, in the order of their tags.
+    """Return every method, built-in or from a plugin, in the order of their tags.
 
     Raises:
         GraftError: GC070 if two modules claim one tag, GC071 if a plugin is broken.
@@ -16,5 +16,5 @@ def methods() -> list[MethodInfo]:
 
 
 def method_info(entry: SpecEntry) -> MethodInfo:
-    """Return the facts about one registered method."""
+    """Return the properties of a registered method."""
     return MethodInfo(entry.tag, entry.summary, entry.paper, entry.claims, entry.module)

@@ -1,4 +1,4 @@
-"""Values that differ for some sites of an adaptation, and the check that each of these overrides is used."""
+"""Overrides: other values for some sites of an adaptation, and the check that each override is used."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Override(SpecModel):
     @model_validator(mode="after")
     def _says_something(self) -> Self:
         if self.role is None and self.modules is None and self.layers is None:
-            refuse((), "an override needs role, modules or layers to say where it holds")
+            refuse((), "an override needs role, modules or layers")
         if not self.changes():
             fields = self._changeable()
             refuse((), "an override changes nothing", hint=f"it may set: {', '.join(fields)}" if fields else None)
@@ -56,7 +56,7 @@ class Override(SpecModel):
 
     @classmethod
     def _changeable(cls) -> list[str]:
-        """Return the fields whose values differ at the sites of an override."""
+        """Return the fields that an override can change."""
         return [f for f in cls.model_fields if f not in Override.model_fields]
 
     @property
@@ -110,7 +110,7 @@ def check_used(overrides: Sequence[Override], sites: Sequence[Candidate], depth:
         where: path of the overrides in the spec, for errors: ``adapt[0].overrides``.
 
     Raises:
-        GraftError: GC011 naming the override, or the pattern of it that matches nothing.
+        GraftError: GC011 with the override, or with its pattern that matches nothing.
     """
     taken: set[int] = set()
     for index, override in enumerate(overrides):
@@ -119,7 +119,7 @@ def check_used(overrides: Sequence[Override], sites: Sequence[Candidate], depth:
         hits = _hits(override, sites, depth)
         if hits <= taken:
             message = "the override is never used: earlier ones match all of its sites"
-            hint = "the first override that matches a site holds; put narrow ones first"
+            hint = "the first override that matches a site applies: put narrow ones first"
             raise GraftError("GC011", message, place=Place(path=path), hint=hint)
         taken |= hits
 

@@ -1,4 +1,4 @@
-"""The small languages of a spec (braces, globs and layers), and suggestions for patterns that match nothing."""
+"""The pattern languages of a spec (braces, globs and layers), and suggestions for patterns that match nothing."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from graftc.specs.errors.diagnostics import GraftError, Place, nearest
 from graftc.specs.errors.text import consecutive, counted, quoted
 
 BRANCHES = 1_000
-"""The largest number of alternatives that the braces of a pattern expand to, repeated ones included."""
+"""Maximum number of alternatives that the braces of a pattern expand to, including repeated ones."""
 
 PATTERNS = 100_000
-"""The largest number of characters of all patterns of a spec, with braces expanded."""
+"""Maximum number of characters in all patterns of a spec, with braces expanded."""
 
 NESTED = 16
-"""The greatest depth of nested braces."""
+"""Maximum depth of nested braces."""
 
 _SLICE = re.compile(r"\s*(-?[0-9]{1,9})?\s*:\s*(-?[0-9]{1,9})?\s*(?::\s*([0-9]{1,9})?\s*)?")
 _BRACES = re.compile(r"[{},]|[^{},]+")
 
 
 def measure_braces(text: str) -> tuple[int, int]:
-    """Return the number of alternatives that braces expand to, repeated ones included, and their total length.
+    """Return the number of alternatives that braces expand to, including repeated ones, and their total length.
 
     Raises:
         GraftError: GC002 for unbalanced braces, GC009 for more than 1,000 alternatives or braces nested deeper than 16.
@@ -51,7 +51,7 @@ def measure_braces(text: str) -> tuple[int, int]:
             n, size = current[-1]
             current[-1] = (n, size + n * len(piece))
     if len(done) > 1:
-        hint = "each '{' needs a '}' behind it"
+        hint = "each '{' needs a '}' after it"
         raise GraftError("GC002", f"{quoted(text)} opens a brace that it never closes", hint=hint)
     return current[0]
 
@@ -61,7 +61,7 @@ def _sum(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
 
 
 def _too_many(text: str, what: str) -> GraftError:
-    return GraftError("GC009", f"{quoted(text)} {what}", hint="'*' stands for any characters, and a list for several")
+    return GraftError("GC009", f"{quoted(text)} {what}", hint="use '*' for any characters, or a list of patterns")
 
 
 def expand_braces(text: str) -> list[str]:
@@ -102,7 +102,7 @@ def branches(value: Any, path: str, *, braces: bool = True) -> Iterator[tuple[st
 
 
 def quoted_branch(branch: str, item: str) -> str:
-    """Return an alternative as messages show it, with the item that it is an alternative of."""
+    """Return an alternative as shown in messages, with the item that it was expanded from."""
     return quoted(branch) if branch == item else f"{quoted(branch)} of {quoted(item)}"
 
 
@@ -193,7 +193,7 @@ def layer_indices(entry: int | str, depth: int) -> frozenset[int]:
 
 
 def as_items(value: Any) -> tuple[Any, ...]:
-    """Return a field that contains nothing, one thing or several as a tuple."""
+    """Return the items of a field as a tuple: none, one or several."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
@@ -202,7 +202,7 @@ def as_items(value: Any) -> tuple[Any, ...]:
 def smallest_fix(text: str, wrong: str, right: str) -> tuple[str, str] | None:
     """Return the smallest change to ``text`` that turns ``wrong`` into ``right``: all of it or one segment.
 
-    None if it is unclear.
+    Return None if the change is ambiguous.
     """
     if text.count(wrong) == 1:
         return wrong, right

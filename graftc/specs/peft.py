@@ -1,6 +1,6 @@
-"""Tables of how methods are written in peft's checkpoints, one for each method, next to its spec. Torch-free.
+"""Tables that describe the format of methods in PEFT's checkpoints, one per method, next to its spec. Torch-free.
 
-A table is data: `graftc.runtime.interop.peft` reads and writes by it and has no code for single methods.
+A table is data: `graftc.runtime.interop.peft` reads and writes according to it, and has no code for single methods.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 Form: TypeAlias = Literal["down", "up", "vector", "column", "scale", "same", "rows"]
-"""The form in which peft stores a tensor that here is ``[..., rank, in]`` (`down`), ``[..., out, rank]`` (`up`) or
+"""The form in which PEFT stores a tensor that here is ``[..., rank, in]`` (`down`), ``[..., out, rank]`` (`up`) or
 ``[n]``.
 
-`down` and `up`: those of a convolution have its kernel, those of experts are joined to one matrix. `vector`: ``[n]``,
-or ``[1, n, 1, 1]`` for a convolution. `column`: ``[n, 1]``. `scale`: ``[n, 1]`` at an output, ``[1, n]`` at an input.
+`down` and `up`: with the kernel's axes for a convolution; joined into one matrix for experts. `vector`: ``[n]``, or
+``[1, n, 1, 1]`` for a convolution. `column`: ``[n, 1]``. `scale`: ``[n, 1]`` at an output, ``[1, n]`` at an input.
 `rows`: as here, in the order of the config's list. `same`: as here."""
 
 
@@ -27,11 +27,10 @@ class PeftPart:
         key: the part of the key that follows the module's path: ``lora_A.weight``.
         form: how the tensor is stored.
         table: the key at an embedding table; None means `key`.
-        rank: the axis of our tensor that counts ranks and is padded with zeros up to the full rank; None if no axis is
-            padded.
+        rank: the rank axis of our tensor, which is padded with zeros up to the full rank; None if no axis is padded.
         nested: the key when the method is used beside another one.
-        axes: the numbers of axes that the tensor may have in a file; with others, peft computes a different product.
-            None: any number.
+        axes: the numbers of axes that the tensor may have in a file; with any other number, PEFT computes a different
+            product. None: any number.
     """
 
     key: str
@@ -49,7 +48,7 @@ class PeftPart:
 
 @dataclass(frozen=True)
 class PeftList:
-    """A list of modules in peft's config that gives one of our fields one of two values.
+    """A list of modules in PEFT's config that sets one of our fields to one of two values.
 
     Attributes:
         field: our field.
@@ -65,34 +64,34 @@ class PeftList:
 
 @dataclass(frozen=True)
 class PeftFormat:
-    """A method in peft's files.
+    """The format of a method in PEFT's files.
 
     Attributes:
-        types: peft's names for it; the first is the one written.
+        types: PEFT's names for it; the first one is written.
         parts: tensors at a site, by our part.
-        shared: tensors of the adaptation as a whole, by our part; if `drawn` is given, a file may omit them, since they
+        shared: tensors of the adaptation as a whole, by our part; if `drawn` is set, a file may omit them, since they
             can be drawn again.
-        drawn: the field of the config that says whether `shared` is in the file.
+        drawn: the field of the config that records whether `shared` is in the file.
         derived: parts that follow from the base and the config, and are in no file.
         joined: the one tensor that contains all parts of all sites side by side, and the axis along which they are
             joined.
-        when: the fields, and their values, by which a config of this type is recognised as this method.
-        fields: fields of the config that are fields of the spec: theirs, then ours.
+        when: the fields, and their values, that identify a config of this type as this method.
+        fields: fields of the config that correspond to fields of the spec: theirs, then ours.
         values: for such fields, our values by theirs; other values are refused.
-        starts: for fields of the config that say how training starts, the fields of the spec that each value means;
+        starts: for fields of the config that determine initial values, the equivalent fields of the spec, by value;
             other values are refused when a config is used as a spec.
-        unnamed: by field of the config, what is written for values of ours that peft has no word for, and of which
-            nothing remains in what has been trained.
-        patterns: fields of the config with other values of a field of ours for some modules: theirs, then ours.
+        unnamed: by field of the config, the values to write for our values that PEFT has no name for and that leave no
+            trace in trained tensors.
+        patterns: fields of the config that override one of our fields for some modules: theirs, then ours.
         lists: lists of modules in the config, by field.
-        constant: fields of the spec that every checkpoint has.
-        absent: what a config means by leaving a field out, if that is not our default: by field of the spec.
+        constant: fields of the spec that have the same value in every checkpoint.
+        absent: the values that omitted fields of a config imply if they differ from our defaults, by field of the spec.
         fixed: fields of the config for which only this value is supported; others are refused.
-        ignored: fields of the config that change nothing about what has been trained.
-        training: fields of the spec that concern training or initial values, so that a file need not have them.
+        ignored: fields of the config that do not affect the trained function.
+        training: fields of the spec that concern training or initial values, so that a file need not contain them.
         written: fields of the config that are written but not read, computed from the spec.
-        turned: whether the config says that weights are stored as ``[in, out]``.
-        parameters: whether the config may name parameters of modules; if so, without dropout on what they read.
+        turned: whether the config records that weights are stored as ``[in, out]``.
+        parameters: whether the config may name parameters of modules; if so, without dropout on their input.
     """
 
     types: tuple[str, ...]
@@ -142,21 +141,21 @@ LORA_FIXED: Mapping[str, Any] = MappingProxyType(
         "lora_ga_config": None,
     }
 )
-"""Options of peft's LoRA that change the function of the tensors, with the values that switch them off."""
+"""Options of PEFT's LoRA that change the function of the tensors, with the values that switch them off."""
 
 LORA_IGNORED: frozenset[str] = frozenset(
     {"loftq_config", "eva_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
 )
-"""Options of peft's LoRA that concern training or initial values."""
+"""Options of PEFT's LoRA that concern training or initial values."""
 
 LORA_STARTS: Mapping[Any, Any] = MappingProxyType(
     {True: "kaiming", False: "kaiming", "eva": "kaiming", "orthogonal": "kaiming", "gaussian": "gaussian"}
     | {"pissa": "pissa", "olora": "olora"}
 )
-"""Our initialisers by peft's for LoRA. Those that leave the base unchanged leave no trace in what has been trained."""
+"""Our initialisers for LoRA, by PEFT's. Those that leave the base unchanged leave no trace in trained tensors."""
 
 AS_USUAL: Mapping[Any, Mapping[str, Any]] = MappingProxyType({True: {}})
-"""The only supported value of a switch for peft's initial values: those of the method itself."""
+"""The only supported value of a switch for PEFT's initial values, which selects those of the method itself."""
 
 NO_DROPOUT: Mapping[Any, Mapping[str, Any]] = MappingProxyType({0: {}})
 """The only supported value of a kind of dropout that does not exist here."""

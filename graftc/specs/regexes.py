@@ -1,4 +1,4 @@
-"""Regular expressions of targets: those of Python, matched by a library that supports timeouts."""
+"""Regular expressions in targets: Python's syntax, matched by a library that supports timeouts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SECONDS = 1.0
 """The time limit in seconds for all regular expressions of a spec together."""
 
 CHARACTERS = 10_000
-"""The largest number of characters of one: compiling it takes a tenth of a second, and cannot be stopped."""
+"""Maximum length in characters: compiling such a regular expression takes 0.1 s, and cannot be interrupted."""
 
 GROUPS = 50
-"""The greatest depth of nested groups."""
+"""Maximum depth of nested groups."""
 
 _COUNTED = re.compile(r"\{([0-9]*)(?:,([0-9]*))?\}")
 
@@ -39,15 +39,15 @@ def check_regex(text: str) -> int:
     for match in _COUNTED.finditer(text):
         size *= max([1, *(int(n) if len(n) < 10 else PATTERNS for n in match.groups() if n)])
         if size > PATTERNS:
-            hint = "names are short; '*' and '+' repeat as often as it fits"
+            hint = "use '*' or '+', which repeat as often as needed"
             raise GraftError("GC009", f"{quoted(text)} repeats too much to be compiled", hint=hint)
     if _depth(text) > GROUPS:
-        hint = f"write it with at most {GROUPS} groups inside of each other"
+        hint = f"nest at most {GROUPS} groups"
         raise GraftError("GC009", f"{quoted(text)} nests groups too deeply", hint=hint)
     try:
         _compiled(text)
     except (re.error, ValueError, OverflowError) as error:
-        hint = "a regular expression of Python that matches whole paths, such as '.*\\.(query|value)'"
+        hint = "write a Python regular expression that matches whole paths, such as '.*\\.(query|value)'"
         raise GraftError("GC002", f"{quoted(text)} is not a regular expression: {error}", hint=hint) from None
     return size
 
@@ -66,7 +66,7 @@ _BRACKETS = re.compile(r"\\.|[()]", re.DOTALL)
 
 @lru_cache(maxsize=64)
 def _compiled(text: str) -> Any:
-    """Compile a pattern that Python accepts as well; features of ``regex`` alone, such as recursion, are refused."""
+    """Compile a pattern that Python accepts as well; features that only ``regex`` has, like recursion, are refused."""
     import regex
 
     try:
@@ -90,7 +90,8 @@ class RegexMatcher:
         """Return those of ``paths`` that match as a whole, or ``anywhere``.
 
         Raises:
-            GraftError: GC002 and GC009 as :func:`check_regex`; GC008 if the time for compiling and matching is used up.
+            GraftError: GC002 and GC009 as for :func:`check_regex`; GC008 if compiling and matching exceeds the time
+                limit.
         """
         matches: set[str] = set()
         started = time.process_time()
@@ -106,8 +107,8 @@ class RegexMatcher:
                 if (pattern.search if anywhere else pattern.fullmatch)(path, timeout=left):
                     matches.add(path)
         except (TimeoutError, MemoryError):
-            message = f"matching {quoted(text)} takes longer than a spec has time for, which is {SECONDS:g} s in total"
-            hint = "avoid repetitions inside of repetitions, as in (a+)+; modules: takes globs, which are always fast"
+            message = f"matching {quoted(text)} exceeds the time limit of {SECONDS:g} s for all expressions of a spec"
+            hint = "avoid nested repetitions such as (a+)+, or use modules: with globs, which are always fast"
             raise GraftError("GC008", message, place=place, hint=hint) from None
         finally:
             self.seconds -= time.process_time() - started

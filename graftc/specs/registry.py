@@ -1,4 +1,4 @@
-"""The registry of methods: those of this package and of the entry-point group ``graftc.methods``. Torch-free.
+"""The registry of methods: those in this package and in the entry-point group ``graftc.methods``. Torch-free.
 
 An entry point names a package with a module ``spec`` (the spec class and its claims, no torch) and a module ``method``
 (the code), which is imported only when the method is used.
@@ -91,8 +91,8 @@ def with_code(tag: str) -> tuple[SpecEntry, SpecEntry]:
     """Return the method with a tag, and the one whose code it runs: for a preset its mechanism, otherwise itself.
 
     Raises:
-        GraftError: GC004 for an unknown tag; GC071 if the mechanism that a preset names is not a method with code of
-            its own.
+        GraftError: GC004 for an unknown tag; GC071 if the mechanism that a preset names is not a method with its own
+            code.
     """
     entry = method_spec(tag)
     if entry is None:
@@ -101,7 +101,7 @@ def with_code(tag: str) -> tuple[SpecEntry, SpecEntry]:
         return entry, entry
     mechanism = method_spec(entry.mechanism)
     if mechanism is None or mechanism.mechanism is not None:
-        message = f"{tag!r} names {entry.mechanism!r} as its mechanism, which is not a method with code of its own"
+        message = f"{tag!r} names {entry.mechanism!r} as its mechanism, which is not a method with its own code"
         raise GraftError("GC071", message, hint="a mechanism is the tag of a method that is not a preset")
     return entry, mechanism
 
@@ -157,7 +157,7 @@ def _entry(spec_class: type[MethodSpec], method_module: str, where: str) -> Spec
         raise GraftError("GC071", f"the tag {tag!r} of {name} is not usable", hint=hint)
     if not isinstance(getattr(spec_class, "claims", None), Claims):
         raise GraftError("GC071", f"{name} has no claims", hint="set the class variable claims = Claims(...)")
-    # A subclass of a preset with code of its own is not a preset.
+    # A subclass of a preset that has its own code is not a preset.
     return SpecEntry(tag, spec_class, where, method_module, vars(spec_class).get("mechanism"))
 
 
@@ -178,6 +178,6 @@ def _from_plugin(point: EntryPoint) -> list[SpecEntry]:
 def unknown_method(tag: object) -> GraftError:
     """Return the error GC004 for a tag that no method has, with the nearest tags."""
     tags = list(method_specs())
-    every = f"the methods are: {', '.join(tags)}; one of a plugin needs its package in this environment"
+    every = f"the methods are: {', '.join(tags)}; a plugin's method needs its package in this environment"
     hint, fix = correction(tag, tags, every)
     return GraftError("GC004", f"method {shown(tag)} is unknown", hint=hint, fix=fix)

@@ -1,7 +1,7 @@
-"""Reading of untrusted files: regular files only, and only up to a limit.
+"""Read untrusted files: regular files only, and only up to a size limit.
 
 A pipe has no end, opening a device may have any effect, and a sparse file may have any size. A file is therefore
-checked before it is opened and, since it may have been replaced in between, again afterwards. The standard library
+checked before it is opened and, since it may have been replaced in between, again afterwards. Uses the standard library
 only.
 """
 
@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 JSON_BYTES = 2**24
-"""The largest size in bytes of a config, a record or a note."""
+"""Maximum size of a config, a record or a note, in bytes."""
 
 INDEX_BYTES = 2**25
-"""The largest size in bytes of an index of shards."""
+"""Maximum size of an index of shards, in bytes."""
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
 _PIECE = 2**20
 
 
 def require_regular(path: str | os.PathLike[str], most: int | None = None) -> None:
-    """Raise unless a path is a regular file within its size limit, without opening it; links are followed.
+    """Check that a path is a regular file within the size limit, without opening it; links are followed.
 
     Raises:
         OSError: EINVAL if it is not a regular file, EFBIG if it is too large.
@@ -38,13 +38,13 @@ def open_regular(
 
     Args:
         path: path of the file.
-        most: bytes that it may have; any number by default.
+        most: maximum size in bytes; unlimited by default.
         folder: a descriptor of the folder that ``path`` is relative to.
         follow: whether the last part of the path may be a link.
 
     Raises:
-        OSError: EINVAL if it is not a regular file, EFBIG if it is too large, ELOOP for a link; any other as the system
-            raises it. A path that no file can have, for example one with a NUL byte, is EINVAL as well.
+        OSError: EINVAL if it is not a regular file, EFBIG if it is too large, ELOOP for a link; any other error as the
+            system raises it. An impossible path, for example one with a NUL byte, raises EINVAL as well.
     """
     try:
         _require(os.stat(path, dir_fd=folder, follow_symlinks=follow), path, most, follow=follow)
@@ -67,12 +67,12 @@ def read_regular(
 
     Args:
         path: path of the file.
-        most: bytes that it may have. Memory is allocated as the file needs it, not up front for the limit.
+        most: maximum size in bytes. Memory is allocated as the file needs it, not up front for the limit.
         folder: a descriptor of the folder that ``path`` is relative to.
         follow: whether the last part of the path may be a link.
 
     Raises:
-        OSError: as `open_regular`.
+        OSError: as for `open_regular`.
     """
     content = bytearray()
     with open_regular(path, most, folder=folder, follow=follow) as file:

@@ -122,9 +122,9 @@ def _did_you_mean(close: list[str]) -> str | None:
 
 
 def widen(role: str) -> frozenset[str]:
-    """Return every spelling that a site of this full role answers to: the role under each subset of its prefixes.
+    """Return every spelling that matches a site with this full role: the role with each subset of its prefixes.
 
-    ``decoder.cross.attn.k`` answers to ``attn.k``, ``cross.attn.k``, ``decoder.attn.k`` and itself.
+    ``decoder.cross.attn.k`` matches ``attn.k``, ``cross.attn.k``, ``decoder.attn.k`` and itself.
 
     Raises:
         GraftError: GC012 if the text is not a role.

@@ -1,4 +1,4 @@
-"""The JSON Schema of a spec beyond its types, so that editors complete and refuse what the parser does."""
+"""Parts of a spec's JSON Schema beyond types, so that editors complete and reject the same values as the parser."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graftc.specs.roles import ROLES
 
 
 class SchemaWriter(GenerateJsonSchema):
-    """A JSON Schema generator that leaves out the titles of fields, which only repeat their names."""
+    """JSON Schema generator that omits the titles of fields, which only repeat their names."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         """Return False, so that no field has a title."""
@@ -21,7 +21,7 @@ class SchemaWriter(GenerateJsonSchema):
 
 
 def without_raises(schema: dict[str, Any]) -> None:
-    """Remove the section on exceptions, which concern only Python, from a model's description."""
+    """Remove the section on exceptions, which only concerns Python, from a model's description."""
     text = str(schema.get("description", ""))
     if "\n\nRaises:" in text:
         schema["description"] = text[: text.index("\n\nRaises:")]

@@ -1,4 +1,4 @@
-"""Spec text with its positions: YAML and JSON become plain data plus a line and column for every path.
+"""Parse spec text with positions: YAML and JSON become plain data plus a line and column for every path.
 
 YAML is read with the types of YAML 1.2: ``1:6`` and ``no`` are strings, ``1e-3`` is a number, ``010`` is ten.
 """
@@ -19,16 +19,16 @@ Path: TypeAlias = tuple[str | int, ...]
 _STEP = re.compile(r'\.?([^.\[\]"]+)|\[(\d+)\]|\.?\["((?:[^"\\]|\\.)*)"\]')
 _PLAIN_KEY = re.compile(r'[^.\[\]"]+')
 _LINE = 200
-"""The largest number of characters of a line in an error; a longer one is not shown."""
+"""Maximum length of a line shown in an error, in characters; a longer one is not shown."""
 
 FILE = 256 * 1024
-"""The largest number of characters of a spec's text, and of bytes of its file."""
+"""Maximum number of characters in a spec's text, and of bytes in its file."""
 
 DEPTH = 32
-"""The greatest depth of a spec."""
+"""Maximum depth of a spec."""
 
 VALUES = 15_000
-"""The largest number of values of a spec, including mappings and lists; aliased values count each time."""
+"""Maximum number of values in a spec, including mappings and lists; aliased values count each time."""
 
 # A dotted key, or the header of a table, with more parts than a spec may have levels.
 _DOTTED = re.compile(rf"(?<![\w.\-])[\w\-]++(?:[ \t]*+\.[ \t]*+(?:[\w\-]++|\"[^\"\n]*+\"|'[^'\n]*+')){{{DEPTH},}}")
@@ -65,7 +65,7 @@ def _step(plain: str | None, index: str | None, quoted: str | None) -> str | int
 
 @dataclass(frozen=True)
 class Span:
-    """The position of a value (or a key): first line and column, last line and end column, all counted from 0."""
+    """The position of a value (or a key): first line and column, last line and end column, all from 0."""
 
     line: int
     column: int
@@ -138,7 +138,7 @@ def read_yaml(text: str, file: str | None = None) -> tuple[Any, Source]:
     """Read YAML text as plain data with positions.
 
     Raises:
-        GraftError: GC001 with line and column if it is not YAML, has a key twice, an unsupported tag or several
+        GraftError: GC001 with line and column if it is not YAML, repeats a key, or has an unsupported tag or several
             documents; GC009 if the text, its depth or the number of its values exceeds a limit.
     """
     import yaml
@@ -174,7 +174,7 @@ def read_json(text: str, file: str | None = None) -> tuple[Any, Source]:
         _unreadable(source, f"not valid JSON: {error}", 0, 0)
     except RecursionError:
         raise _too_deep(source) from None
-    # JSON with tabs replaced by blanks is YAML, and only the YAML composer reports positions and duplicate keys.
+    # JSON with tabs replaced by spaces is YAML, and only the YAML composer reports positions and duplicate keys.
     _, positions = read_yaml(text.replace("\t", " "), file)
     positions.lines = source.lines
     return data, positions
@@ -201,7 +201,7 @@ def read_toml(text: str, file: str | None = None) -> tuple[Any, Source]:
 
 def _source(text: str, file: str | None) -> Source:
     if len(text) > FILE:
-        raise beyond(f"the spec has {len(text):,} characters, at most {FILE:,} are read", Place(file))
+        raise beyond(f"the spec has {len(text):,} characters, more than {FILE:,}", Place(file))
     return Source(file, tuple(text.splitlines()))
 
 
@@ -212,8 +212,8 @@ def _too_deep(source: Source, line: int = 0, column: int = 0) -> GraftError:
 def _integer(text: str) -> int:
     """Parse an integer of JSON or YAML.
 
-    One of more than 100 characters exceeds every limit and becomes some huge integer, since Python refuses to parse
-    thousands of digits.
+    An integer of more than 100 characters exceeds every limit and is replaced with another huge one, since Python
+    refuses to parse thousands of digits.
     """
     return int(text) if len(text) <= 100 else 1 << len(text)
 
@@ -251,7 +251,7 @@ def _yaml_advice(source: Source, line: int, problem: str) -> tuple[str | None, s
     """Return a hint and the corrected line for text that is often left unquoted."""
     text = source.line(line) or ""
     if "'\\t'" in problem:
-        return "indent with blanks, not tabs", None
+        return "indent with spaces, not tabs", None
     for trouble, word, hint in _QUOTABLE:
         match = word.search(text) if trouble.search(problem) else None
         if match:
@@ -305,7 +305,7 @@ def _loader(source: Source) -> Any:
 
 
 def _too_many(source: Source, line: int, column: int, why: str = "") -> GraftError:
-    return beyond(f"the spec holds more than {VALUES:,} values{why}", source.at(line, column))
+    return beyond(f"the spec contains more than {VALUES:,} values{why}", source.at(line, column))
 
 
 class _Build:
@@ -321,11 +321,11 @@ class _Build:
 
         self.count += 1
         if self.count > VALUES:
-            raise _too_many(self.source, node.start_mark.line, node.start_mark.column, ", aliases unfolded")
+            raise _too_many(self.source, node.start_mark.line, node.start_mark.column, " with aliases expanded")
         if len(path) > DEPTH:
             raise _too_deep(self.source, node.start_mark.line, node.start_mark.column)
         if id(node) in self.open:
-            self.fail(node, "an alias refers to what contains it")
+            self.fail(node, "an alias refers to a value that contains it")
         self.source.values[path] = _span(node)
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node)
@@ -345,10 +345,10 @@ class _Build:
         out: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self.fail(key_node, "a key is a plain word")
+                self.fail(key_node, "a key must be a plain word")
             key = str(key_node.value)
             if key in out:
-                self.fail(key_node, f"the key {quoted(key)} stands here twice")
+                self.fail(key_node, f"the key {quoted(key)} is repeated")
             out[key] = self.value(value_node, (*path, key))
             self.source.keys[(*path, key)] = _span(key_node)
         return out

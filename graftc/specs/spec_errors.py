@@ -1,4 +1,4 @@
-"""Conversion of pydantic's errors to coded errors with a path, a hint and, if one can be guessed, a correction."""
+"""Convert pydantic's errors to coded errors with a path, a hint and, if one can be guessed, a correction."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Problem: TypeAlias = tuple[tuple[str | int, ...], GraftError]
 
 _MISSING = object()
 _SHOWN = 10
-"""The largest number of errors that are reported besides the first one."""
+"""Maximum number of errors that are reported besides the first one."""
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -25,8 +25,8 @@ _BOUNDS = {
     "less_than_equal": ("le", "at most"),
 }
 _TYPES = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
+    "int_type": "an integer",
+    "int_from_float": "an integer",
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
@@ -70,10 +70,10 @@ def refuse(
     Args:
         path: a field or an index of the value that is validated, or a longer path; ``()`` for the value itself.
         error: the error, or its message.
-        hint, fix, code: as for `GraftError`, if only the message is given; by default, the value is not allowed.
+        hint, fix, code: as for `GraftError`, if ``error`` is only a message; the default code is GC002.
 
     Raises:
-        ValidationError: always, as `reject`.
+        ValidationError: always, as in `reject`.
     """
     coded = error if isinstance(error, GraftError) else GraftError(code, error, hint=hint, fix=fix)
     reject([(path if isinstance(path, tuple) else (path,), coded)])
@@ -162,7 +162,7 @@ def _one(path: tuple[str | int, ...], items: list[ErrorDetails], root: type[Base
         key, words = _BOUNDS[kind]
         limit = context[key]
         bound = int(limit) if isinstance(limit, float) and limit.is_integer() else limit
-        return GraftError("GC002", f"{name} is {shown(value)}, it must be {words} {bound}", place=place)
+        return GraftError("GC002", f"{name} must be {words} {bound}, not {shown(value)}", place=place)
     if kind == "literal_error":
         return _not_listed(name, path, value, items, place)
     if all(i["type"] in _TYPES for i in items):
@@ -185,7 +185,7 @@ def _not_listed(
     expected = " or ".join(str(i["ctx"]["expected"]) for i in items if i["type"] == "literal_error")
     choices = [word.strip("'") for word in expected.replace(" or ", ", ").split(", ")]
     hint, fix = correction(value, choices)
-    return GraftError("GC002", f"{name} is {shown(value)}, it must be {expected}", place=place, hint=hint, fix=fix)
+    return GraftError("GC002", f"{name} must be {expected}, not {shown(value)}", place=place, hint=hint, fix=fix)
 
 
 def _describe(value: object) -> str:
@@ -220,5 +220,5 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _concrete(model: type[BaseModel], data: object) -> type[BaseModel]:
-    """Return the class of the data if the annotation only says that it is one of several."""
+    """Return the class of the data if the annotation only restricts it to one of several."""
     return CONCRETE[model](data) if model in CONCRETE and isinstance(data, Mapping) else model

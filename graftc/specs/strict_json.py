@@ -1,4 +1,4 @@
-"""Strict reading of JSON from untrusted sources. The standard library only."""
+"""Read JSON from untrusted sources strictly. Uses the standard library only."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def read_json(raw: bytes, most: int, *, values: int | None = None) -> Any:
 
     Args:
         raw: the JSON in UTF-8.
-        most: the largest number of bytes allowed.
-        values: the largest number of values allowed, counted before parsing: a value takes a hundred times the memory
-            of its text. Commas and brackets within strings count as well. Any number by default.
+        most: maximum size in bytes.
+        values: maximum number of values, counted before parsing: a value takes a hundred times the memory of its text.
+            Commas and brackets within strings count as well. Unlimited by default.
 
     Raises:
-        ValueError: if it is anything else, too large or too deep.
+        ValueError: if it is anything else, too large or nested too deeply.
     """
     if len(raw) > most:
         raise ValueError(f"it has {len(raw)} bytes, more than {most}")
@@ -32,20 +32,20 @@ def read_json(raw: bytes, most: int, *, values: int | None = None) -> Any:
         data = json.loads(
             text, object_pairs_hook=_once, parse_constant=_constant, parse_int=_whole, parse_float=_finite
         )
-        # UTF-8 has no surrogates, so that only an escape can produce one; two of them may form a character.
+        # UTF-8 has no surrogates, so only an escape can produce one; two of them may form a character.
         if _ESCAPED_HALF.search(text):
             json.dumps(data, ensure_ascii=False).encode()
     except RecursionError:
-        raise ValueError("it is too deep") from None
+        raise ValueError("it is nested too deeply") from None
     except UnicodeEncodeError:
-        raise ValueError("it holds half a character") from None
+        raise ValueError("it contains half of a character") from None
     return data
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key is repeated")
     return data
 
 
@@ -56,7 +56,7 @@ def _constant(text: str) -> NoReturn:
 def _whole(text: str) -> int:
     number = int(text) if len(text) <= 20 else _WHOLE
     if not -_WHOLE < number < _WHOLE:
-        raise ValueError(f"a number of {len(text)} digits")
+        raise ValueError(f"a number has {len(text)} digits")
     return number
 
 

@@ -1,4 +1,4 @@
-"""Targets: the places of a model that an adaptation applies to, and the small pattern languages that select them."""
+"""Targets: the places in a model that an adaptation applies to, and the pattern languages that select them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from graftc.specs.spec_errors import problems_of, refuse, reject
 
 
 def _each(check: Callable[[Any], object], what: str) -> Callable[[Any], Any]:
-    """Return a validator of one item or a list of items, whose errors name the item at fault."""
+    """Return a validator for one item or a list of items, whose errors name the invalid item."""
 
     def validate(value: Any) -> Any:
         many = isinstance(value, (list, tuple))
         if value is None:
             return None
         if many and not value:
-            refuse((), f"an empty list selects nothing; leave it out or name {what}")
+            refuse((), f"an empty list selects nothing; remove it or name {what}")
         problems = problems_of(as_items(value), check)
         reject(problems if many else [((), error) for _, error in problems])
         return list(value) if many else value
@@ -64,7 +64,7 @@ def _check_role(value: Any) -> None:
 
 
 def _narrowed(error: GraftError, text: str, branch: str) -> GraftError:
-    """Return the error with its fix reduced to the wording in ``text`` if the branch results from expanding braces."""
+    """Return the error with its fix adapted to the wording in ``text`` if the branch results from expanding braces."""
     if error.fix is None or branch == text:
         return error
     return error.changed(fix=smallest_fix(text, *error.fix))
@@ -158,14 +158,14 @@ class Target(SpecModel):
 
 
 class AsTarget(ABC):
-    """An object that can be given as a target in Python and becomes one with the spec: a `graftc.select` selection."""
+    """An object that can be passed as a target in Python and is converted to one: a `graftc.select` selection."""
 
     @abstractmethod
     def to_target(self, method: str | None = None) -> Target:
         """Return the target.
 
         Args:
-            method: the method that the target is for; by default any that can adapt such sites.
+            method: the method that the target is for; by default, any method that can adapt such sites.
 
         Raises:
             GraftError: if no target is equivalent.
@@ -186,12 +186,12 @@ class Candidate:
         module: dotted path of its module.
         roles: every role that it matches, including prefixed forms (``graftc.specs.roles.widen``).
         kind: its kind of site.
-        layer: its layer from 0 within its stack; None outside of layers.
+        layer: its layer from 0 within its stack; None outside layers.
         stack: the stack of layers that it belongs to.
         label: its name in messages; the module path by default.
-        part: whether it is some output rows of a fused weight. A target without ``role`` selects modules as a whole,
-            and then skips parts whose whole is a candidate as well.
-        parameter: name of its parameter if the module has several of its kind, as experts do; empty otherwise.
+        part: whether it consists of some output rows of a fused weight. A target without ``role`` selects modules as a
+            whole, and then skips parts whose whole is a candidate as well.
+        parameter: name of its parameter if the module has several of its kind, as with experts; empty otherwise.
     """
 
     key: Hashable
@@ -206,7 +206,7 @@ class Candidate:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths that a pattern may match: that of its module, and that of its parameter."""
+        """The paths that a pattern may match: its module's and its parameter's."""
         return (self.module, f"{self.module}.{self.parameter}") if self.parameter else (self.module,)
 
     @property

@@ -17,11 +17,11 @@ LORA = {"method": "lora", "rank": 8, "target": {"role": ["attn.q", "attn.v"]}}
 IA3 = {"method": "ia3"}
 TARGET = {"role": ["attn.q", "attn.v"]}
 CASES: dict[str, tuple[Any, str, list[dict[str, Any]]]] = {
-    "an entry": (LORA, "adapt is missing: this is one adaptation by itself", [LORA]),
-    "another": (IA3, "adapt is missing: this is one adaptation by itself", [IA3]),
+    "an entry": (LORA, "adapt is missing: this is a single adaptation", [LORA]),
+    "another": (IA3, "adapt is missing: this is a single adaptation", [IA3]),
     "no target": (
         {"method": "dora", "rank": 8},
-        "adapt is missing: this is one adaptation by itself",
+        "adapt is missing: this is a single adaptation",
         [{"method": "dora", "rank": 8, "target": TARGET}],
     ),
     "by its method": ({"ia3": {}}, "adapt is missing: methods are not fields of a spec", [IA3]),
@@ -31,7 +31,7 @@ CASES: dict[str, tuple[Any, str, list[dict[str, Any]]]] = {
         "adapt is missing: methods are not fields of a spec",
         [{"method": "lora", "rank": 2, "target": TARGET}, {"method": "bitfit"}],
     ),
-    "a list": ([LORA, IA3], "adapt is missing: this is the list of adaptations by itself", [LORA, IA3]),
+    "a list": ([LORA, IA3], "adapt is missing: this is only the list of adaptations", [LORA, IA3]),
     "no list": ({"adapt": LORA}, "adapt must be a list, not a mapping", [LORA]),
 }
 
@@ -74,7 +74,7 @@ def test_nothing_that_looks_like_an_adaptation(given: Any) -> None:
 def test_an_adaptation_without_a_target(method: str) -> None:
     error = refused(load_spec, {"adapt": [{"method": method}]}, code="GC002")
     assert error.message == "target is missing" and str(error.place) == "adapt[0].target"
-    assert error.hint == 'say where, for example: "target": {"role": ["attn.q", "attn.v"]}'
+    assert error.hint == 'select sites, for example: "target": {"role": ["attn.q", "attn.v"]}'
 
 
 @pytest.mark.parametrize("given", [{"lorra": {}}, {"a": 1}, {"adapt": {"lora": {}}}, {"adapt": "lora"}])
@@ -86,5 +86,5 @@ def test_other_errors_stay(given: Any) -> None:
 
 @pytest.mark.parametrize("given", [3, [], [3], ["lora"], None])
 def test_other_kinds_of_values_are_no_specs(given: Any) -> None:
-    with pytest.raises(GraftError, match="a spec is a Spec, a mapping or a path"):
+    with pytest.raises(GraftError, match="a spec must be a Spec, a mapping or a path"):
         load_spec(given)

@@ -80,7 +80,7 @@ def test_the_whole_document() -> None:
         ({}, "GC002", "adapt", "adapt is missing"),
         ({"adapt": {}}, "GC002", "adapt", "adapt must be a list, not a mapping"),
         ({"adapt": None}, "GC002", "adapt", "adapt must be a list, not null"),
-        ({"adapt": [3]}, "GC002", "adapt[0]", "an adaptation is a mapping, not 3"),
+        ({"adapt": [3]}, "GC002", "adapt[0]", "an adaptation must be a mapping, not 3"),
         ({"adapt": [{}]}, "GC002", "adapt[0]", "an adaptation needs a method"),
         ({"adapt": [{"method": "lorra"}]}, "GC004", "adapt[0].method", "method 'lorra' is unknown"),
         ({"adapt": [{"method": 3}]}, "GC004", "adapt[0].method", "method 3 is unknown"),
@@ -88,13 +88,13 @@ def test_the_whole_document() -> None:
         ({"adapt": [], "version": 2}, "GC007", "version", "spec version 2 is not supported"),
         ({"adapt": [], "version": "1"}, "GC007", "version", "spec version '1' is not supported"),
         ({"adapt": [], "adpt": []}, "GC003", "adpt", "field 'adpt' is unknown"),
-        ({"adapt": [], "checkpoint": "all"}, "GC002", "checkpoint", "checkpoint is 'all', it must be 'layers'"),
+        ({"adapt": [], "checkpoint": "all"}, "GC002", "checkpoint", "checkpoint must be 'layers', not 'all'"),
         ({"adapt": [], "train": [""]}, "GC002", "train[0]", "expected a pattern of module paths, not an empty string"),
         (
             {"adapt": [], "fold": {"budget": {"logits": -1}}},
             "GC002",
             "fold.budget.logits",
-            "logits is -1, it must be at least 0",
+            "logits must be at least 0, not -1",
         ),
         ({"adapt": [], "fold": {"bugdet": {}}}, "GC003", "fold.bugdet", "field 'bugdet' is unknown"),
         ({"adapt": [], "fold": 3}, "GC002", "fold", "fold must be a mapping, not 3"),
@@ -165,9 +165,9 @@ def test_what_fields_of_a_spec_own_is_told_from_adaptations(owner: str) -> None:
 @pytest.mark.parametrize(
     ("compose", "words"),
     [
-        ([{"stack": ["a", "b"], "name": "x"}, {"stack": ["c", "x"]}], "'x' is a composition itself: stack"),
-        ([{"stack": ["a", "x"], "name": "x"}, {"stack": ["b", "c"]}], "'x' is a composition itself: stack"),
-        ([{"fuse": ["a", "b"], "name": "x"}, {"fuse": ["c", "x"]}], "'x' is a composition itself: fuse"),
+        ([{"stack": ["a", "b"], "name": "x"}, {"stack": ["c", "x"]}], "'x' is itself a composition: stack"),
+        ([{"stack": ["a", "x"], "name": "x"}, {"stack": ["b", "c"]}], "'x' is itself a composition: stack"),
+        ([{"fuse": ["a", "b"], "name": "x"}, {"fuse": ["c", "x"]}], "'x' is itself a composition: fuse"),
     ],
 )
 def test_a_composition_where_none_can_be_is_told_as_one(compose: list[dict[str, Any]], words: str) -> None:

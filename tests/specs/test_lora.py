@@ -37,18 +37,18 @@ def test_scaling(rank: int, alpha: float) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("rank", 0, "rank is 0, it must be at least 1"),
-        ("rank", -4, "rank is -4, it must be at least 1"),
-        ("alpha", 0, "alpha is 0, it must be greater than 0"),
-        ("dropout", 1, "dropout is 1, it must be less than 1"),
-        ("dropout", -0.1, "dropout is -0.1, it must be at least 0"),
+        ("rank", 0, "rank must be at least 1, not 0"),
+        ("rank", -4, "rank must be at least 1, not -4"),
+        ("alpha", 0, "alpha must be greater than 0, not 0"),
+        ("dropout", 1, "dropout must be less than 1, not 1"),
+        ("dropout", -0.1, "dropout must be at least 0, not -0.1"),
         (
             "init",
             "pisa",
-            "init is 'pisa', it must be 'kaiming', 'gaussian', 'random', 'orthogonal', 'pissa', 'olora' or 'loftq'",
+            "init must be 'kaiming', 'gaussian', 'random', 'orthogonal', 'pissa', 'olora' or 'loftq', not 'pisa'",
         ),
-        ("bias", "some", "bias is 'some', it must be 'none', 'lora_only' or 'all'"),
-        ("method", "dora", "method is 'dora', it must be 'lora'"),
+        ("bias", "some", "bias must be 'none', 'lora_only' or 'all', not 'some'"),
+        ("method", "dora", "method must be 'lora', not 'dora'"),
     ],
 )
 def test_bounds(field: str, value: object, message: str) -> None:

@@ -136,7 +136,7 @@ def test_the_parts_of_a_pattern() -> None:
         ("{text} {} {blank}", "'{}' names no field", "write a slot as {text}"),
         ("{text!r} {blank}", "'{text!r}' names no field", "write a slot as {text}"),
         ("{text} { blank }", "neither a slot nor a blank", "did you mean {blank}?"),
-        ("{text} {label} {blank}", "cannot show the label", "the blank is what stands for it"),
+        ("{text} {label} {blank}", "cannot show the label", "the blank represents it"),
         ("{text}" + "{blank}" * (BLANKS + 1), "17 blanks, more than 16", ""),
     ],
 )
@@ -154,15 +154,15 @@ def test_patterns_that_cannot_be_used(text: str, said: str, hint: str) -> None:
         ({"a": "x", "b": "x"}, "GC176", "'a' and 'b' have the same words"),
         ({"a": ["x", "y"], "b": ["y", "x"]}, "GC176", "'a' and 'b' have the same words"),
         ({"a": "x", "b": []}, "GC176", "'b' has no words"),
-        ({"a": "x", "b": ["y", "y"]}, "GC176", "'y' is there already"),
-        ({"a": "x", "b": " y"}, "GC176", "' y' is blank at an end"),
+        ({"a": "x", "b": ["y", "y"]}, "GC176", "'y' is listed twice"),
+        ({"a": "x", "b": " y"}, "GC176", "' y' begins or ends with a space"),
         ({"a": "x", "b": ""}, "GC176", "the word is empty"),
         ({"a": "x", "b": ["y", " "]}, "GC176", "the word is empty"),
         ({"a": "x", "": "y"}, "GC176", "a label is empty"),
-        ({"a": "x", " b": "y"}, "GC176", "label ' b' is blank at an end"),
-        ({"a": "x", "b": 1}, "GC002", "a word is a text, not 1"),
-        ({"a": "x", "b": ["y", True]}, "GC002", "a word is a text, not true"),
-        ({"a": "x", "b": {"c": "y"}}, "GC002", "a word is a text"),
+        ({"a": "x", " b": "y"}, "GC176", "label ' b' begins or ends with a space"),
+        ({"a": "x", "b": 1}, "GC002", "a word must be a string, not 1"),
+        ({"a": "x", "b": ["y", True]}, "GC002", "a word must be a string, not true"),
+        ({"a": "x", "b": {"c": "y"}}, "GC002", "a word must be a string"),
         (["a", "b"], "GC002", "a mapping from labels to words"),
     ],
 )
@@ -178,10 +178,10 @@ def test_verbalizers_that_cannot_be_used(words: Any, code: str, said: str) -> No
 def test_labels_are_texts(label: Any) -> None:
     words = {label: "x", "b": "y"}
     for error in (wrong(verbalizer=words), wrong(patterns=[{"text": "{text}: {blank}", "verbalizer": words}])):
-        assert (error.code, error.hint) == ("GC002", "labels are texts: write them in quotes")
+        assert (error.code, error.hint) == ("GC002", "labels are strings: put them in quotes")
     with pytest.raises(GraftError) as caught:
         Verbalizer(words)
-    assert caught.value.hint == "labels are texts: write them in quotes"
+    assert caught.value.hint == "labels are strings: put them in quotes"
 
 
 def test_verbalizers_may_share_some_words() -> None:
@@ -208,13 +208,13 @@ OWN = {"text": "{text}: {blank}", "verbalizer": {"a": "x", "c": "y"}}
             *("GC005", "patterns[1].name", "'P' is taken by patterns[0]"),
         ),
         ({"patterns": [{"name": "../p", "text": "{text} {blank}"}]}, "GC002", "patterns[0].name", "names a folder"),
-        ({"patterns": [3]}, "GC002", "patterns[0]", "a pattern is a text or a mapping"),
+        ({"patterns": [3]}, "GC002", "patterns[0]", "a pattern must be a string or a mapping"),
         ({"members": "bank"}, "GC177", "members", "the default spec trains all of it"),
         ({"members": "bank", "spec": {"adapt": [], "train": ["a"]}}, "GC177", "spec.adapt", "the spec has none"),
         ({"members": "bank", "spec": {"adapt": [{"method": "full"}]}}, "GC177", "spec.adapt[0].method", "full cannot"),
         ({"members": "banks"}, "GC002", "members", "'banks'"),
         ({"seeds": 0}, "GC002", "seeds", "at least 1"),
-        ({"seeds": 1, "ipet": {}}, "GC002", "ipet", "one only"),
+        ({"seeds": 1, "ipet": {}}, "GC002", "ipet", "there is only one"),
         ({"ipet": {"share": 0.0}}, "GC002", "ipet.share", "greater than 0"),
         ({"ipet": {"growth": 1}}, "GC002", "ipet.growth", "greater than 1"),
         ({"training": {"learning_rate": 0}}, "GC002", "training.learning_rate", "greater than 0"),

@@ -356,12 +356,12 @@ def changed(draw: st.DrawFn) -> Any:
 # integer, and which values go together.
 _BEYOND = re.compile(
     r"the name '.*' is taken|name '.*' is reserved|a brace|is not a regular expression|has more than|"
-    r"(must be a whole number|expected a layer or a slice of layers).*, not -?\d+\.0$|role '.*' is unknown|"
-    r"both say how|means nothing to|a linear map has an input|an adapter (cannot add|that reads)|"
-    r"adds the role norm|init_tokens are what|tokens to start from|cannot start from those of init_tokens|"
-    r"cannot start from a part|goes (up|down) to|rounds: .* has .* stages|leaves nothing to override|"
-    r"exceeds interval|is for density, and here|"
-    r"words of .* labels, and there are|a word of .* tokens|have the same words"
+    r"(must be an integer|expected a layer or a slice of layers).*, not -?\d+\.0$|role '.*' is unknown|"
+    r"both set|(has|have) no effect with |a linear map has an input|an adapter cannot (add|read)|"
+    r"adds the role norm|init_tokens and init: tokens|init_tokens has .* tokens|cannot start from init_tokens|"
+    r"cannot start with only some|is (above|below) (density|threshold)|stage must be at most|"
+    r"exceeds interval|block needs density|"
+    r"words for .* labels, but there are|a word has .* tokens|have the same words"
 )
 
 

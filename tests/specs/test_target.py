@@ -34,7 +34,7 @@ def test_a_target_is_frozen() -> None:
     [
         ({"role": "attn.qq"}, "GC012", "role", "role 'attn.qq' is unknown"),
         ({"role": ["attn.q", "attn.{v,kk}"]}, "GC012", "role[1]", "role 'attn.kk' is unknown"),
-        ({"role": []}, "GC002", "role", "an empty list selects nothing; leave it out or name a role"),
+        ({"role": []}, "GC002", "role", "an empty list selects nothing; remove it or name a role"),
         ({"role": 3}, "GC002", "role", "expected a role, not 3"),
         ({"role": ["attn.q", None]}, "GC002", "role[1]", "expected a role, not null"),
         ({"modules": ""}, "GC002", "modules", "expected a pattern of module paths, not an empty string"),
@@ -45,8 +45,8 @@ def test_a_target_is_frozen() -> None:
         ({"layers": [0, "a"]}, "GC002", "layers[1]", "'a' is neither a layer nor a slice of layers"),
         ({"layers": True}, "GC002", "layers", "expected a layer or a slice of layers, not true"),
         ({"layers": 1.5}, "GC002", "layers", "expected a layer or a slice of layers, not 1.5"),
-        ({"expect": 0}, "GC002", "expect", "expect is 0, it must be at least 1"),
-        ({"expect": "3"}, "GC002", "expect", "expect must be a whole number, not '3'"),
+        ({"expect": 0}, "GC002", "expect", "expect must be at least 1, not 0"),
+        ({"expect": "3"}, "GC002", "expect", "expect must be an integer, not '3'"),
         ({"layer": 3}, "GC003", "layer", "field 'layer' is unknown"),
     ],
 )

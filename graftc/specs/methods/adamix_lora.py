@@ -1,4 +1,4 @@
-"""AdaMix of low-rank updates: several copies of LoRA's factors, drawn for each forward pass; deployed as their mean."""
+"""AdaMix for low-rank updates: several copies of LoRA's factors, drawn in each forward pass; deployed as their mean."""
 
 from __future__ import annotations
 

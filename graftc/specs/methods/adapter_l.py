@@ -1,4 +1,4 @@
-"""AdapterL: one bottleneck in every layer, after the feed-forward part, with a layer norm of its own."""
+"""AdapterL: one bottleneck in every layer, after the feed-forward part, with its own layer norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bapna-Firat adapters: one bottleneck after every layer, with a layer norm of its own."""
+"""Bapna-Firat adapters: one bottleneck after every layer, with its own layer norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small two-layer function beside a part of the model, with all options."""
+"""Bottleneck adapters: a small two-layer function beside part of the model, with all options."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _GOALS: frozenset[Place] = frozenset({"inner", "projection", "branch", "output"}
 
 @dataclass(frozen=True)
 class Wiring:
-    """The value that an adapter reads, and the one that it adds its result to.
+    """The value that an adapter reads, and the value that it adds its result to.
 
     Attributes:
         reads: in a sublayer ``stream`` (the residual stream), ``normed`` (the input of the sublayer), ``inner`` (the
@@ -79,8 +79,8 @@ class BottleneckWidth(SpecModel):
     @model_validator(mode="after")
     def _one_width(self) -> Self:
         if len(self.given_widths()) == 2:
-            message = "bottleneck and reduction both say how wide the bottleneck is"
-            refuse("reduction", message, hint="leave one of them out")
+            message = "bottleneck and reduction both set the width of the bottleneck"
+            refuse("reduction", message, hint="remove one of them")
         return self
 
     def given_widths(self) -> dict[str, float]:
@@ -120,22 +120,22 @@ class BottleneckSpec(BottleneckWidth, MethodSpec):
     @model_validator(mode="after")
     def _deviation_is_used(self) -> Self:
         if self.init_std is not None and self.init not in ("bert", "houlsby"):
-            message = f"init_std means nothing to the initialiser '{self.init}'"
+            message = f"init_std has no effect with init: {self.init}"
             refuse("init_std", message, hint="use init: bert or init: houlsby")
         return self
 
     def displaced_by(self, changes: Mapping[str, object]) -> Collection[str]:
-        """Return both widths if an override sets either: it replaces the adaptation's, whichever way each is given."""
+        """Return both widths if an override sets either, since it replaces the adaptation's width in any form."""
         return WIDTHS if changes.keys() & set(WIDTHS) else ()
 
     def width(self, read: int) -> int:
-        """Return the width of the bottleneck if ``read`` entries are read; 0 if `reduction` leaves none."""
+        """Return the width of the bottleneck for an input of width ``read``; 0 if `reduction` leaves nothing."""
         defaults = {f: type(self).model_fields[f].default for f in WIDTHS}
         widths = self.given_widths() or {f: own for f, own in defaults.items() if own is not None}
         return int(widths["bottleneck"]) if "bottleneck" in widths else int(read // widths["reduction"])
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """Return the value that the adapter reads at a site, and the one that it adds to.
+        """Return the value that the adapter reads at a site, and the value that it adds to.
 
         Args:
             kind: the kind of the site: a sublayer or a linear map.
@@ -187,11 +187,11 @@ class Bottleneck(BottleneckSpec):
         linear = "input" in (reads, adds_to)
         odd = [p for p in (reads, adds_to) if linear and p not in (None, "input", "output")]
         if odd:
-            message = f"a linear map has an input and an output, no '{odd[0]}'"
+            message = f"a linear map has an input and an output, but no '{odd[0]}'"
             refuse("reads" if reads == odd[0] else "adds_to", message, hint="use input or output for both")
         if adds_to == "input" and reads is None:
-            message = "an adapter that adds to the input of a linear map reads it too"
-            refuse("adds_to", message, hint="write reads: input beside it")
+            message = "an adapter that adds to the input of a linear map must read it"
+            refuse("adds_to", message, hint="add reads: input")
         if not linear and adds_to is not None and adds_to not in _GOALS:
             message = f"an adapter cannot add to the {adds_to} of a sublayer"
             refuse("adds_to", message, hint="it may add to inner, projection, branch or output")
@@ -205,7 +205,7 @@ class Bottleneck(BottleneckSpec):
         return self
 
     def wiring(self, kind: SiteKind, roles: Collection[str]) -> Wiring:
-        """Return the wiring by `reads`, `adds_to` and `norm`, with defaults that depend on the kind of site."""
+        """Return the wiring from `reads`, `adds_to` and `norm`, with defaults that depend on the kind of site."""
         if kind is SiteKind.LINEAR:
             return Wiring(self.reads or "input", self.adds_to or "output", self.norm)
         return Wiring(self.reads or "branch", self.adds_to or "branch", self.norm)

@@ -1,4 +1,4 @@
-"""Child-Tuning: training of another random part of the network in every step (Xu et al. 2021)."""
+"""Child-Tuning: training a different random part of the network in every step (Xu et al. 2021)."""
 
 from __future__ import annotations
 

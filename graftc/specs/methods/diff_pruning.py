@@ -1,4 +1,4 @@
-"""Diff pruning: a difference to the base's tensors with gates, of which few entries remain in the end."""
+"""Diff pruning: a gated difference from the base's tensors, of which few entries remain in the end."""
 
 from __future__ import annotations
 
@@ -81,6 +81,6 @@ class DiffPruning(StagedSpec):
 
     @property
     def shift(self) -> float:
-        """The number that is subtracted from `alpha` to get the logit of `P(z > 0)`: `log(-low / high)`."""
+        """The value to subtract from `alpha` for the logit of `P(z > 0)`: `log(-low / high)`."""
         low, high = self.stretch
         return math.log(-low / high)

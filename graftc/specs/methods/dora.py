@@ -14,7 +14,7 @@ from graftc.specs.overrides import RankOverride
 from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, LORA_STARTS, PeftFormat, PeftPart
 
 _FROM_WEIGHT = ("pissa", "olora")
-"""Initialisers of LoRA that DoRA does not have."""
+"""Initialisers of LoRA that DoRA does not support."""
 
 
 class DoRAOverride(RankOverride):

@@ -9,7 +9,7 @@ from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.target import Target
 
 TENSORS = frozenset({SiteKind.LINEAR, SiteKind.EMBEDDING, SiteKind.EXPERTS, SiteKind.NORM, SiteKind.PARAMETER})
-"""The kinds of site that have tensors of the base."""
+"""The kinds of site that have base tensors."""
 
 
 class Full(MethodSpec):

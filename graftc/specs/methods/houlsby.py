@@ -51,8 +51,8 @@ class Houlsby(BottleneckSpec):
         if not self.norms:
             return self
         if self.target.role is None:
-            message = "norms: true adds the role norm to a target of roles, and this one has none"
-            refuse("norms", message, hint="name roles, or put a second adaptation beside it: {method: norms}")
+            message = "norms: true adds the role norm to a target's roles, but the target has none"
+            refuse("norms", message, hint="name roles, or add a second adaptation: {method: norms}")
         roles = as_items(self.target.role)
         if "norm" not in roles:
             object.__setattr__(self, "target", self.target.model_copy(update={"role": (*roles, "norm")}))

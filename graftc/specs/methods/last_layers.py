@@ -37,7 +37,7 @@ class LastLayers(MethodSpec):
     @model_validator(mode="before")
     @classmethod
     def _layers_by_count(cls, data: Any) -> Any:
-        """Select the last `count` layers unless the target gives layers."""
+        """Select the last `count` layers unless the target sets layers."""
         if not isinstance(data, Mapping):
             return data
         fields, count = written_fields(data.get("target", {})), data.get("count", 2)

@@ -64,5 +64,5 @@ class LoKr(ProductSpec):
     @classmethod
     def _factor_is_not_zero(cls, value: int) -> int:
         if value == 0:
-            refuse((), "factor is 0, it must be -1 or at least 1")
+            refuse((), "factor must be -1 or at least 1, not 0")
         return value

@@ -47,5 +47,5 @@ class LTSFT(StagedSpec):
 
     @property
     def iteration(self) -> int:
-        """The number of the iteration that this training run belongs to, counted from 1."""
+        """The iteration that this training run belongs to, counted from 1."""
         return (self.stage + 1) // 2

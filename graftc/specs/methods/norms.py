@@ -1,4 +1,4 @@
-"""Tuning of normalisations: training of their scales and shifts only."""
+"""Tuning normalisations: training only their scales and shifts."""
 
 from __future__ import annotations
 

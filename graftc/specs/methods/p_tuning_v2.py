@@ -1,4 +1,4 @@
-"""P-tuning v2: a prefix of every attention, for understanding a text and not for continuing it."""
+"""P-tuning v2: a prefix for every attention, for understanding text rather than continuing it."""
 
 from __future__ import annotations
 

@@ -66,10 +66,10 @@ class Pasta(MethodSpec):
         if not value:
             refuse((), "PASTA needs the ids of the special tokens", hint="for BERT: special_tokens: [101, 102]")
         if (index := first_repeat(value)) is not None:
-            refuse(index, f"{value[index]} is there already")
+            refuse(index, f"{value[index]} is listed twice")
         return value
 
     @property
     def vectors(self) -> int:
-        """The number of vectors that a layer trains."""
+        """The number of trained vectors per layer."""
         return 1 if self.shared else self.slots

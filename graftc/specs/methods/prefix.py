@@ -83,11 +83,11 @@ class PrefixSpec(MethodSpec):
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
         if bool(self.init_tokens) != (self.init == "tokens"):
-            refuse("init_tokens", "init_tokens are what init: tokens starts from")
+            refuse("init_tokens", "init_tokens and init: tokens need each other")
         if self.init_tokens and len(self.init_tokens) != self.length:
-            refuse("init_tokens", f"{len(self.init_tokens)} tokens to start from, for {self.length} positions")
+            refuse("init_tokens", f"init_tokens has {len(self.init_tokens)} tokens, but length is {self.length}")
         if self.init_tokens and self.reparameterization is not None:
-            message = "a reparameterization gives keys and values that cannot start from those of init_tokens"
+            message = "with a reparameterization, keys and values cannot start from init_tokens"
             refuse("init_tokens", message)
         return self
 

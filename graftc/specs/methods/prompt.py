@@ -53,9 +53,12 @@ class VirtualTokenSpec(MethodSpec):
     @model_validator(mode="after")
     def _tokens_fit(self) -> Self:
         if bool(self.init_tokens) != (self.init == "tokens"):
-            refuse("init_tokens", "init_tokens are what init: tokens starts from", hint="give both or neither")
+            refuse("init_tokens", "init_tokens and init: tokens need each other", hint="set both or neither")
         if len(self.init_tokens) > self.total:
-            refuse("init_tokens", f"{len(self.init_tokens)} tokens to start from, for {self.total} virtual ones")
+            refuse(
+                "init_tokens",
+                f"init_tokens has {len(self.init_tokens)} tokens for {self.total} virtual tokens",
+            )
         return self
 
 
@@ -99,5 +102,5 @@ class Prompt(VirtualTokenSpec):
     `suffix`: after the last real token of each row, according to the attention mask."""
 
     def virtual_tokens(self) -> Sequence[VirtualRun]:
-        """Return one run of `length` tokens at its placement."""
+        """Return one run of `length` tokens in its position."""
         return (VirtualRun(self.length, self.placement),)

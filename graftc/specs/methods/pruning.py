@@ -1,4 +1,4 @@
-"""Pruning: training of weights most of which become zero, by magnitude, by movement, or in rounds."""
+"""Pruning: training weights of which most become zero, by magnitude, by movement, or in rounds."""
 
 from __future__ import annotations
 
@@ -156,30 +156,30 @@ class Pruning(MethodSpec):
             if self.variant in variants or getattr(self, field) == type(self).model_fields[field].default:
                 continue
             if field == "initial_density" and self.variant == "movement":
-                message, hint = "scores are equal at first, so movement cannot start from a part of the entries", None
+                message, hint = "scores are initially equal, so movement cannot start with only some entries", None
             else:
-                message = f"{field} means nothing to variant {self.variant}"
-                hint = f"it is for {', '.join(sorted(variants))}"
+                message = f"{field} has no effect with variant: {self.variant}"
+                hint = f"it applies to {', '.join(sorted(variants))}"
             yield field, GraftError("GC002", message, hint=hint)
         for first, last, rises in (("initial_density", "density", False), ("initial_threshold", "threshold", True)):
             start, end = getattr(self, first), getattr(self, last)
             if (start > end) if rises else (start < end):
-                yield first, GraftError("GC002", f"{first} {start} goes {'down' if rises else 'up'} to {last} {end}")
+                yield first, GraftError("GC002", f"{first} {start} is {'above' if rises else 'below'} {last} {end}")
         if self.fraction is not None and self.density != type(self).model_fields["density"].default:
-            hint = "leave one out"
-            yield "fraction", GraftError("GC002", "fraction and density both say how much remains", hint=hint)
+            hint = "remove one of them"
+            yield "fraction", GraftError("GC002", "fraction and density both set the share that remains", hint=hint)
         if self.stage > self.rounds + 1:
-            yield "stage", GraftError("GC002", f"rounds: {self.rounds} has {self.rounds + 1} stages")
+            yield "stage", GraftError("GC002", f"stage must be at most {self.rounds + 1} with rounds: {self.rounds}")
         if self.allocation == "global" and self.overrides:
-            yield "overrides", GraftError("GC002", "one density for all sites together leaves nothing to override")
+            yield "overrides", GraftError("GC002", "overrides have no effect with allocation: global")
 
     @property
     def scored(self) -> bool:
-        """Whether scores train along with the weights."""
+        """Whether scores are trained along with the weights."""
         return self.variant in ("movement", "soft_movement")
 
     def remaining(self, rounds: int) -> Fraction:
-        """Return the share that is left after ``rounds`` rounds of `iterative`; decimals count exactly as written."""
+        """Return the share that remains after ``rounds`` rounds of `iterative`; decimals count exactly as written."""
         if self.fraction is not None:
             return (1 - Fraction(str(self.fraction))) ** rounds
         end = Fraction(str(self.density))

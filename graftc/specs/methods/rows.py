@@ -1,4 +1,4 @@
-"""Training of some rows of matrices and tables."""
+"""Training some rows of matrices and tables."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class RowSelection(MethodSpec):
     @classmethod
     def _rows_are_numbers(cls, value: tuple[int | str, ...] | None) -> tuple[int | str, ...] | None:
         if value is not None and not value:
-            refuse((), "an empty list names no row", hint='for example: rows: [0, "8:16"]')
+            refuse((), "an empty list names no rows", hint='for example: rows: [0, "8:16"]')
         reject(problems_of(value or (), lambda entry: parse_slice(entry, "row")))
         return value
 
@@ -93,11 +93,11 @@ class RowSelection(MethodSpec):
         if value is None:
             return value
         if len(value) != 2:
-            message = f"n_of_m has {len(value)} numbers, it must have 2"
+            message = f"n_of_m must have 2 numbers, not {len(value)}"
             refuse((), message, hint="n_of_m: [2, 4] trains 2 rows of every 4")
         n, m = value
         if n > m:
-            refuse((), f"{n} rows of every {m} are more than there are", hint=f"did you mean [{m}, {n}]?")
+            refuse((), f"n_of_m cannot select {n} rows of every {m}", hint=f"did you mean [{m}, {n}]?")
         return value
 
     @model_validator(mode="after")
@@ -105,13 +105,13 @@ class RowSelection(MethodSpec):
         given = [way for way in self.one_of if getattr(self, way) is not None]
         if not given:
             hint = 'for example density: 0.1, rows: [0, "8:16"] or n_of_m: [2, 4]'
-            refuse((), "rows needs one of density, rows and n_of_m to say which rows train", hint=hint)
+            refuse((), "method rows needs one of density, rows and n_of_m", hint=hint)
         if len(given) > 1:
-            refuse(given[1], f"{listed(given)} each say which rows train", hint="leave all but one of them out")
+            refuse(given[1], f"{listed(given)} exclude each other", hint="set only one of them")
         if "block" in self.model_fields_set and self.density is None:
-            refuse("block", f"block is for density, and here {given[0]} says which rows train", hint="leave it out")
+            refuse("block", f"block needs density, but here {given[0]} selects the rows", hint="remove it")
         if "selection" in self.model_fields_set and self.rows is not None:
-            refuse("selection", "selection is for n_of_m and density, and here rows names them", hint="leave it out")
+            refuse("selection", "selection needs n_of_m or density, but here rows names the rows", hint="remove it")
         return self
 
     @classmethod

@@ -1,4 +1,4 @@
-"""SoRA: a low-rank update with a gate on every rank, which training drives to zero where possible."""
+"""SoRA: a low-rank update with a gate for every rank, which training drives to zero where possible."""
 
 from __future__ import annotations
 

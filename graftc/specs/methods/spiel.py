@@ -80,7 +80,7 @@ class SpIEL(SelectionSpec):
     def _one_budget(self) -> Self:
         given = [f for f in ("density", "entries", "equivalent_rank") if getattr(self, f) is not None]
         if len(given) > 1:
-            refuse(given[1], f"{given[0]} and {given[1]} both say how many entries train", hint="give one of them")
+            refuse(given[1], f"{given[0]} and {given[1]} both set the number of entries", hint="set one of them")
         if self.accumulation_steps > self.interval:
             message = f"accumulation_steps {self.accumulation_steps} exceeds interval {self.interval}"
             refuse("accumulation_steps", message)

@@ -1,4 +1,4 @@
-"""UniPELT: adapters, a prefix and low-rank updates together, each with gates of its own."""
+"""UniPELT: adapters, a prefix and low-rank updates together, each with its own gates."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class UniPELT(PartsSpec):
         if not value:
             refuse((), f"the parts are: {', '.join(get_args(Part))}")
         if (index := first_repeat(value)) is not None:
-            refuse(index, f"'{value[index]}' is there already")
+            refuse(index, f"'{value[index]}' is listed twice")
         return value
 
     @classmethod

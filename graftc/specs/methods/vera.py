@@ -61,5 +61,5 @@ class VeRA(MethodSpec):
     @classmethod
     def _d_is_not_zero(cls, value: float) -> float:
         if value == 0:
-            refuse((), "d_initial is 0, with which no gradient would reach b", hint="the paper starts at 0.1")
+            refuse((), "d_initial must not be 0, since no gradient would reach b", hint="the paper starts at 0.1")
         return value

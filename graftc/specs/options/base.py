@@ -59,12 +59,12 @@ class BaseOptions(SpecModel):
         if self.quantize is None:
             given = next((name for name in ("group", "double", "skip") if getattr(self, name)), None)
             if given is not None:
-                refuse(given, f"{given} says how weights are quantised", hint="add quantize: nf4, or leave it out")
+                refuse(given, f"{given} has no effect without quantize", hint="add quantize: nf4, or remove it")
         elif self.double and not blocks:
             message = f"the scales of {self.quantize} are not quantised"
-            refuse("double", message, hint="leave double out, or quantize: nf4")
+            refuse("double", message, hint="remove double, or use quantize: nf4")
         elif blocks and self.group is not None and self.group not in BLOCKS:
             nearest = min(BLOCKS, key=lambda size: abs(size - (self.group or 0)))
-            hint = f"write {nearest}; there are groups of {', '.join(map(str, BLOCKS))}"
-            refuse("group", f"{self.quantize} has no groups of {self.group}", hint=hint)
+            hint = f"use {nearest}; supported groups are {', '.join(map(str, BLOCKS))}"
+            refuse("group", f"{self.quantize} does not support groups of {self.group}", hint=hint)
         return self

@@ -62,28 +62,28 @@ class ClozeOptions(SpecModel):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if (self.blank is None) == (not self.decoder):
-            both = "both blank and decoder say where the blank is"
-            message = both if self.decoder else "neither blank nor decoder says where the blank is"
-            refuse("blank", message, hint="give blank, or decoder for models like T5")
+            both = "both blank and decoder define the blank"
+            message = both if self.decoder else "neither blank nor decoder defines the blank"
+            refuse("blank", message, hint="set blank, or decoder for models like T5")
         if (number := first_repeat(self.labels)) is not None:
-            refuse(("labels", number), f"the label {quoted(self.labels[number])} is there already", hint="leave it out")
+            refuse(("labels", number), f"the label {quoted(self.labels[number])} is listed twice", hint="remove it")
         for index, verbalizer in enumerate(self.verbalizers):
             self._check_verbalizer(verbalizer, ("verbalizers", index))
         return self
 
     def _check_verbalizer(self, verbalizer: Verbalizer, path: tuple[str | int, ...]) -> None:
         if len(verbalizer) != len(self.labels):
-            message = f"words of {len(verbalizer)} labels, and there are {len(self.labels)}"
+            message = f"words for {len(verbalizer)} labels, but there are {len(self.labels)}"
             refuse(path, message, hint=f"in this order: {', '.join(self.labels)}")
         blanks = len(verbalizer[0][0])
         first: dict[tuple[tuple[int, ...], ...], str] = {}
         for index, (label, words) in enumerate(zip(self.labels, verbalizer, strict=True)):
             for number, word in enumerate(words):
                 if len(word) != blanks:
-                    message = f"a word of {len(word)} tokens; the first word of this verbalizer has {blanks}"
+                    message = f"a word has {len(word)} tokens, but the first word of this verbalizer has {blanks}"
                     refuse((*path, index, number), message, hint="a word has a token for each blank")
                 if blanks > 1 and (self.decoder or self.blank == "last"):
-                    message = f"a word of {blanks} tokens; what comes after a text is one token"
+                    message = f"a word has {blanks} tokens, but only one token is predicted after a text"
                     refuse((*path, index, number), message, hint="choose words of one token")
             other = first.setdefault(tuple(sorted(map(tuple, words))), label)
             if other != label:

@@ -18,10 +18,10 @@ from graftc.specs.pet.verbalizer import Verbalizer
 from graftc.specs.spec_errors import Problem, reject
 
 PATTERNS = 100
-"""The largest number of patterns of a document."""
+"""Maximum number of patterns in a document."""
 
 SEEDS = 100
-"""The largest number of members of a pattern."""
+"""Maximum number of members for a pattern."""
 
 
 class PetSpec(Document):
@@ -85,7 +85,7 @@ class PetSpec(Document):
         if common is None and len(own) < len(self.patterns):
             without = next(index for index, p in enumerate(self.patterns) if p.verbalizer is None)
             message = f"there is no verbalizer for {quoted(str(self.patterns[without].name))}"
-            hint = "give the document one: verbalizer: {label: word, ...}"
+            hint = "add one to the document: verbalizer: {label: word, ...}"
             yield ("patterns", without), GraftError("GC176", message, hint=hint)
         first = common if common is not None else own[0][1] if own else None
         for index, verbalizer in own:
@@ -96,10 +96,10 @@ class PetSpec(Document):
     def _member_problems(self) -> Iterator[Problem]:
         for path, spec in ((("spec",), self.spec), (("classifier", "spec"), self.classifier.spec)):
             if spec.cloze is not None:
-                hint = "leave it out: patterns and verbalizer say it"
-                yield (*path, "cloze"), GraftError("GC002", "the cloze of a member is made from its pattern", hint=hint)
+                hint = "remove it: patterns and verbalizer define it"
+                yield (*path, "cloze"), GraftError("GC002", "a member's cloze follows from its pattern", hint=hint)
         if self.ipet is not None and len(self.patterns) * self.seeds < 2:
-            message = "a member of iPET learns from other members, and there is one only"
+            message = "a member of iPET learns from other members, but there is only one"
             yield ("ipet",), GraftError("GC002", message, hint="add a pattern, or raise seeds")
         if self.members == "bank":
             yield from self._bank_problems()
@@ -109,19 +109,19 @@ class PetSpec(Document):
         spec = self.spec
         example = "for example spec: {adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]}"
         if "spec" not in self.model_fields_set:
-            message = "members of a bank share their base, and the default spec trains all of it"
+            message = "members of a bank share their base, but the default spec trains all of it"
             yield ("members",), GraftError("GC177", message, hint=example)
             return
         if not spec.adapt:
-            message = "members of a bank are adaptations, and the spec has none"
+            message = "members of a bank are adaptations, but the spec has none"
             yield ("spec", "adapt"), GraftError("GC177", message, hint=example)
         if spec.compose:
-            hint = "leave compose out, or take members: separate"
-            message = "members of a bank are composed as one, and the spec has its own compose"
+            hint = "remove compose, or use members: separate"
+            message = "members of a bank are composed as one, but the spec has its own compose"
             yield ("spec", "compose"), GraftError("GC177", message, hint=hint)
         for index, adaptation in enumerate(spec.adapt):
             if not type(adaptation).claims.bankable:
-                message = f"{adaptation.method} cannot be in a bank"
+                message = f"{adaptation.method} cannot be part of a bank"
                 yield ("spec", "adapt", index, "method"), GraftError("GC177", message, hint=example)
 
     @property
@@ -131,7 +131,7 @@ class PetSpec(Document):
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """Every field that a pattern shows."""
+        """Every field that any pattern shows."""
         return tuple(dict.fromkeys(slot for pattern in self.patterns for slot in pattern.slots))
 
     @property
@@ -161,7 +161,7 @@ def _repetitions(patterns: Sequence[PatternSpec]) -> Iterator[Problem]:
             yield (index, "name"), GraftError("GC005", message, hint="names are unique")
         if same != index:
             message = f"the pattern is the same as patterns[{same}]"
-            yield (index,), GraftError("GC175", message, hint="more members of one pattern are `seeds`")
+            yield (index,), GraftError("GC175", message, hint="raise `seeds` for more members of one pattern")
 
 
 def _free(number: int, taken: set[str]) -> str:

@@ -1,4 +1,4 @@
-"""Reading of PET specs from files and text, and writing of them."""
+"""Read PET specs from files and text, and write them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from graftc.specs.pet.document import PetSpec
 
 
 def load_pet_spec(source: PetSpec | Mapping[str, Any] | str | PathLike[str]) -> PetSpec:
-    """Return the PET spec in a file (``.yaml``, ``.yml``, ``.json`` or ``.toml``) or a mapping; a PetSpec unchanged.
+    """Load the PET spec in a file (``.yaml``, ``.yml``, ``.json``, ``.toml``) or a mapping; return a PetSpec unchanged.
 
     Raises:
         GraftError: GC006 if there is no such file, GC001 if it cannot be read, GC002 to GC012 and GC175 to GC177 if it
@@ -36,9 +36,9 @@ def parse_pet_spec(text: str, *, format: Format = "yaml", file: str | None = Non
 
 
 def dump_pet_spec(spec: PetSpec) -> str:
-    """Return the PET spec as YAML that :func:`parse_pet_spec` reads back to an equal one.
+    """Return the PET spec as YAML that :func:`parse_pet_spec` reads back as an equal spec.
 
-    Defaults are left out, except names of patterns.
+    Defaults are omitted, except names of patterns.
     """
     data = {"version": spec.version, **plain(spec)}
     data["patterns"] = [plain(pattern, "name") for pattern in spec.patterns]

@@ -19,7 +19,7 @@ from graftc.specs.pet.verbalizer import Verbalizer
 from graftc.specs.spec_errors import refuse
 
 BLANKS = 16
-"""The largest number of blanks of a pattern."""
+"""Maximum number of blanks in a pattern."""
 
 LABEL = "label"
 """The field of a row that contains its label, which no pattern shows."""
@@ -34,7 +34,7 @@ class PatternPart(NamedTuple):
     """A piece of a pattern."""
 
     kind: Literal["text", "slot", "blank"]
-    """`text` stands as it is, a `slot` is filled with a field of the row, a `blank` is what the model fills."""
+    """A `text` is literal, a `slot` is filled with a field of the row, and a `blank` is filled by the model."""
 
     text: str
     """The text itself, the name of the field, or nothing."""
@@ -56,11 +56,11 @@ def parse_pattern(text: str) -> tuple[PatternPart, ...]:
     if not blanks:
         close = [name for name in slots if name.lower() == "mask" or nearest(name, [_BLANK])]
         fix = (f"{{{close[0]}}}", "{blank}") if close else None
-        hint = "did you mean {blank}?" if close else "write {blank} where the model is to put a word"
+        hint = "did you mean {blank}?" if close else "write {blank} where the model is to fill in a word"
         raise GraftError("GC175", f"the pattern {quoted(text)} has no blank", hint=hint, fix=fix)
     if not slots:
         hint = "write {text} where the field 'text' of a row belongs"
-        raise GraftError("GC175", f"the pattern {quoted(text)} shows nothing of a row: it has no slot", hint=hint)
+        raise GraftError("GC175", f"the pattern {quoted(text)} has no slot for a field of a row", hint=hint)
     if blanks > BLANKS:
         raise GraftError("GC175", f"the pattern has {blanks} blanks, more than {BLANKS}")
     return tuple(parts)
@@ -87,7 +87,7 @@ def _field(name: str) -> str:
         fix = (f"{{{name}}}", "{blank}")
         raise GraftError("GC175", f"{{{name}}} is neither a slot nor a blank", hint="did you mean {blank}?", fix=fix)
     if name == LABEL:
-        hint = "the blank is what stands for it; name another field of the rows"
+        hint = "the blank represents it; name another field of the rows"
         raise GraftError("GC175", "a pattern cannot show the label", hint=hint)
     if not _FIELD.fullmatch(name):
         message = f"{quoted('{' + name + '}')} names no field of a row" if name else "'{}' names no field of a row"
@@ -149,7 +149,7 @@ def _from_text(value: Any) -> Any:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, Mapping | PatternSpec):
-        refuse((), "a pattern is a text or a mapping with a text")
+        refuse((), "a pattern must be a string or a mapping with text")
     return value
 
 

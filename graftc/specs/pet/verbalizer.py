@@ -23,8 +23,8 @@ class Verbalizer(Mapping[str, tuple[str, ...]]):
         words: a word, or a list of words, for each label. Two labels may share some of their words, but not all.
 
     Raises:
-        GraftError: GC002 for values that are not text, GC176 for labels that it cannot distinguish, or that have no
-            word.
+        GraftError: GC002 for values that are not strings, GC176 for labels that it cannot distinguish, or that have no
+            words.
     """
 
     __slots__ = ("_words",)
@@ -92,11 +92,11 @@ def _listed(words: str | Sequence[str]) -> tuple[str, ...]:
 def _problems(value: Any) -> Iterator[Problem]:
     """Yield each problem with its path."""
     if not isinstance(value, Mapping):
-        yield (), GraftError("GC002", f"a verbalizer is a mapping from labels to words, not {shown(value)}")
+        yield (), GraftError("GC002", f"a verbalizer must be a mapping from labels to words, not {shown(value)}")
         return
     if len(value) < 2:
         what = "no labels" if not value else f"one label, {quoted(str(next(iter(value))))}"
-        hint = "give each label that rows may have, two at least"
+        hint = "list every label that rows may have, at least two"
         yield (), GraftError("GC176", f"the verbalizer has {what}", hint=hint)
     if len(value) > LABELS:
         yield (), GraftError("GC176", f"the verbalizer has {len(value):,} labels, more than {LABELS:,}")
@@ -110,19 +110,19 @@ def _problems(value: Any) -> Iterator[Problem]:
         other = told.setdefault(frozenset(_listed(words)), label)
         if other != label:
             message = f"the labels {quoted(other)} and {quoted(label)} have the same words"
-            yield (label,), GraftError("GC176", message, hint="no model could tell them apart; give one other words")
+            yield (label,), GraftError("GC176", message, hint="use different words for one of them")
 
 
 def _label_problems(label: Any, words: Any) -> Iterator[Problem]:
     if not isinstance(label, str):
-        hint = "labels are texts: write them in quotes"
-        yield (), GraftError("GC002", f"a label is a text, not {shown(label)}", hint=hint)
+        hint = "labels are strings: put them in quotes"
+        yield (), GraftError("GC002", f"a label must be a string, not {shown(label)}", hint=hint)
         return
     if not label:
-        yield (label,), GraftError("GC176", "a label is empty", hint="labels are as they stand in the data")
+        yield (label,), GraftError("GC176", "a label is empty", hint="write labels as in the data")
     elif label != label.strip():
-        hint = "labels are as they stand in the data"
-        yield (label,), GraftError("GC176", f"the label {quoted(label)} is blank at an end", hint=hint)
+        hint = "write labels as in the data"
+        yield (label,), GraftError("GC176", f"the label {quoted(label)} begins or ends with a space", hint=hint)
     if not isinstance(words, str | list | tuple):
         yield (label,), _no_text(words)
         return
@@ -136,17 +136,17 @@ def _label_problems(label: Any, words: Any) -> Iterator[Problem]:
         if not isinstance(word, str):
             yield path, _no_text(word)
         elif not word.strip():
-            yield path, GraftError("GC176", "the word is empty", hint="write one, or leave it out")
+            yield path, GraftError("GC176", "the word is empty", hint="write a word, or remove it")
         elif word != word.strip():
             fix = (word, word.strip())
-            hint = "spaces are the pattern's: '... {blank}'"
-            yield path, GraftError("GC176", f"the word {quoted(word)} is blank at an end", hint=hint, fix=fix)
+            hint = "put spaces in the pattern: '... {blank}'"
+            yield path, GraftError("GC176", f"the word {quoted(word)} begins or ends with a space", hint=hint, fix=fix)
         elif word in listed[:index]:
-            yield path, GraftError("GC176", f"the word {quoted(word)} is there already", hint="leave it out")
+            yield path, GraftError("GC176", f"the word {quoted(word)} is listed twice", hint="remove it")
 
 
 def _no_text(word: Any) -> GraftError:
     simple = isinstance(word, bool | int | float)
-    hint = f'did you mean "{shown(word)}"?' if simple else "a word, or a list of words"
+    hint = f'did you mean "{shown(word)}"?' if simple else "use a word, or a list of words"
     fix = (shown(word), f'"{shown(word)}"') if simple else None
-    return GraftError("GC002", f"a word is a text, not {shown(word)}", hint=hint, fix=fix)
+    return GraftError("GC002", f"a word must be a string, not {shown(word)}", hint=hint, fix=fix)

@@ -1,4 +1,4 @@
-"""The base class of records: frozen data whose JSON follows from the fields of one class. No pydantic, no torch."""
+"""The base class of records: frozen data whose JSON follows from the fields of a class. No pydantic, no torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 else:
 
     class stated(property):  # noqa: N801, it is used as property is
-        """A property that is part of a record's JSON, behind its fields."""
+        """A property that is part of a record's JSON, after its fields."""
 
 
 class Record:
-    """Base of records: frozen dataclasses whose fields are documented by the texts below them.
+    """Base class of records: frozen dataclasses whose fields are documented by the strings below them.
 
-    Type checkers check records that graftc makes. Those that it reads are validated
+    Type checkers check records that graftc creates. Records that it reads are validated
     (`graftc.records.reading.from_json`): types are strict, and fields that are unknown or follow from others are
     ignored.
 
@@ -69,7 +69,7 @@ class Record:
 
 @cache
 def stated_names(cls: type[Record]) -> tuple[str, ...]:
-    """Return the names of what is in a record's JSON: fields, and stated properties where they belong."""
+    """Return the names in a record's JSON: fields, and stated properties in their positions."""
     elsewhere = {*cls._unstated, *(name for names in cls._behind.values() for name in names)}
     own = [field.name for field in fields(cls) if field.name not in elsewhere]  # type: ignore[arg-type]
     placed = [each for name in ("", *own) for each in (name, *cls._behind.get(name, ()))]
@@ -103,7 +103,7 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class OrNull:
-    """A value of a record that JSON leaves out as null in some cases, as in ``Annotated[float, OrNull()]``."""
+    """A value of a record that is null in JSON in some cases, as in ``Annotated[float, OrNull()]``."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """Return pydantic's schema of the value or null."""
@@ -112,7 +112,7 @@ class OrNull:
 
 @dataclass(frozen=True)
 class Listed:
-    """A set that JSON lists in order, as in ``Annotated[frozenset[str], Listed()]``."""
+    """A set that is a sorted list in JSON, as in ``Annotated[frozenset[str], Listed()]``."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """Return pydantic's schema of the list."""
@@ -121,7 +121,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class Named:
-    """An object that JSON refers to by its name, as in ``Annotated[fx.Node, Named()]``."""
+    """An object that JSON identifies by its name, as in ``Annotated[fx.Node, Named()]``."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """Return pydantic's schema of the name."""
@@ -130,10 +130,10 @@ class Named:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A regular expression that a text of a record matches, as in ``Annotated[str, Pattern("a+")]``."""
+    """A regular expression that a string in a record matches, as in ``Annotated[str, Pattern("a+")]``."""
 
     pattern: str
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Return pydantic's schema of the text."""
+        """Return pydantic's schema of the string."""
         return {**handler(source), "pattern": self.pattern}

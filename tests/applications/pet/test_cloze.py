@@ -292,11 +292,11 @@ def test_a_token_that_the_model_has_not_is_named() -> None:
     [
         ({"decoder": [0]}, "both blank and decoder"),
         ({"blank": None}, "neither blank nor decoder"),
-        ({"labels": ["a", "b", "a"]}, "'a' is there already"),
-        ({"labels": ["a", "b"]}, "words of 3 labels, and there are 2"),
+        ({"labels": ["a", "b", "a"]}, "'a' is listed twice"),
+        ({"labels": ["a", "b"]}, "words for 3 labels, but there are 2"),
         ({"verbalizers": [[[[1]], [[2]], [[2]]]]}, "'b' and 'c' have the same words"),
-        ({"verbalizers": [[[[1]], [[2], [3, 4]], [[5]]]]}, "a word of 2 tokens; the first word"),
-        ({"blank": "last", "verbalizers": [TWO]}, "what comes after a text is one token"),
+        ({"verbalizers": [[[[1]], [[2], [3, 4]], [[5]]]]}, "a word has 2 tokens, but the first word"),
+        ({"blank": "last", "verbalizers": [TWO]}, "only one token is predicted after a text"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -302,8 +302,8 @@ PATCHES = {"modules": "**.patch_embeddings.projection"}
         ("bert", {"method": "pfeiffer", "reduction": 49}, "GC020", "for an input of width 48"),
         ("mixtral", {"method": "llm_adapters"}, "GC015", "ffn.down"),
         ("bert", {"method": "pfeiffer", "target": {"role": "ffn.down"}}, "GC016", "linear"),
-        ("bert", {"method": "pfeiffer", "bottleneck": 4, "reduction": 4}, "GC002", "both say how wide"),
-        ("bert", {"method": "he_parallel", "init_std": 0.1}, "GC002", "means nothing to the initialiser 'lora'"),
+        ("bert", {"method": "pfeiffer", "bottleneck": 4, "reduction": 4}, "GC002", "both set the width"),
+        ("bert", {"method": "he_parallel", "init_std": 0.1}, "GC002", "has no effect with init: lora"),
         (
             "bert",
             {"method": "bottleneck", "reads": "input", "adds_to": "branch"},

@@ -140,6 +140,6 @@ def test_what_goes_by_name_only_is_not_positional() -> None:
 
 def test_an_adapter_that_adds_to_an_input_reads_it() -> None:
     spec = {"adapt": [{"method": "bottleneck", "bottleneck": 2, "adds_to": "input", "target": {"modules": ["0"]}}]}
-    with pytest.raises(GraftError, match="reads it too") as caught:
+    with pytest.raises(GraftError, match="must read it") as caught:
         graftc.compile(spec, nn.Sequential(nn.Linear(6, 8)), INPUTS)
     assert caught.value.code == "GC002"

@@ -1,1 +1,1 @@
-"""Bases that several specs of methods share; none of them is a method."""
+"""Base classes that several method specs share; none of them is a method."""

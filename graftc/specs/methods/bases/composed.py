@@ -1,4 +1,4 @@
-"""The common base of methods that are composed of others, one for each kind of site."""
+"""The common base of methods composed of other methods, one for each kind of site."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AdapterPart(BottleneckWidth):
     """Probability of dropping an entry of the bottleneck during training."""
 
     def fields(self, default: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values for the spec of an adapter; ``default`` is its width if none is given."""
+        """Return the values for an adapter's spec; ``default`` is its width if none is set."""
         values = {f: getattr(self, f) for f in type(self).model_fields if f not in WIDTHS}
         return {**values, **(self.given_widths() or default)}
 
@@ -59,7 +59,7 @@ class PrefixPart(SpecModel):
     """Probability of dropping an entry of the prefix during training."""
 
     def fields(self) -> dict[str, Any]:
-        """Return the values for the spec of a prefix."""
+        """Return the values for a prefix's spec."""
         return {f: getattr(self, f) for f in type(self).model_fields}
 
 
@@ -97,7 +97,7 @@ class PartsSpec(MethodSpec):
         raise NotImplementedError
 
     def collapse(self) -> Self | None:
-        """Return the spec with trained keys and values instead of the network that produces them; None without one."""
+        """Return the spec with trained keys and values instead of the network that produces them, None without one."""
         if SiteKind.ATTENTION not in self.part_specs() or self.prefix.reparameterization is None:
             return None
         return self.model_copy(update={"prefix": self.prefix.model_copy(update={"reparameterization": None})})

@@ -1,4 +1,4 @@
-"""Base of the specs of methods that train some entries of tensors."""
+"""Base classes for specs of methods that train some entries of tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BudgetSpec(MethodSpec):
     """Base of methods that train a given number of entries of the base's tensors."""
 
     def budget(self, total: int) -> int:
-        """Return how many of ``total`` entries train."""
+        """Return how many of ``total`` entries are trained."""
         raise NotImplementedError
 
     @property
@@ -49,7 +49,7 @@ class SelectionSpec(BudgetSpec):
     @model_validator(mode="after")
     def _one_budget(self) -> Self:
         if self.density is not None and self.entries is not None:
-            refuse("entries", "density and entries both say how many entries train", hint="leave one out")
+            refuse("entries", "density and entries both set the number of entries", hint="remove one of them")
         return self
 
     def budget(self, total: int) -> int:
@@ -60,7 +60,7 @@ class SelectionSpec(BudgetSpec):
 
     @property
     def budget_field(self) -> str:
-        """The field that sets the budget: `entries` if it is given, otherwise `density`."""
+        """The field that sets the budget: `entries` if it is set, otherwise `density`."""
         return "entries" if self.entries is not None else "density"
 
 
