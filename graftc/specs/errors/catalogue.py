@@ -128,7 +128,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "No output of the model depends on a trainable tensor, so the tensor would never be trained.",
      "Leave the site out of the target or of `train`, or use a model class whose outputs depend on it."),
     ("GC024", _WARNING, "a weight has readers that are not adapted",
-     "The site trains, but folding it would change the other readers, so merging will be refused (GC022).",
+     "The site is trained, but folding it would change the other readers, so merging will be refused (GC022).",
      "No action is needed if the adapted model is never merged. Otherwise list the module in `untie:`, or leave the "
      "site out."),
 
@@ -161,7 +161,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC031", _FAILED, "the inputs cannot be captured",
      "No graph can be built for this combination of inputs, flags and sizes, or the graph does not read an adapted "
      "site.",
-     "Leave out the input or flag that the message names, or compile with `example_inputs` that match the call."),
+     "Omit the input or flag that the message names, or compile with `example_inputs` that match the call."),
     ("GC032", _FAILED, "the model cannot be loaded",
      "The folder, hub id or callable did not yield a model, or the model has no config from which it can be rebuilt.",
      "Pass a transformers folder with config and weights, a hub id, or `package.module:callable`. `--meta` needs no "
@@ -182,7 +182,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "one differs, and where."),
     ("GC037", _SPEC, "the rows of the batch cannot be separated",
      "Each row of a batch must be treated separately, but at this point of the graph there is no batch axis.",
-     "Leave the site out of the target, or choose for the whole call instead of for each row."),
+     "Leave the site out of the target, or make the choice for the whole call instead of for each row."),
     ("GC038", _SPEC, "the choice does not fit the bank",
      "The selection in a call is not a slot of the bank, or it does not have exactly one entry for each row.",
      "Pass one slot index (from 0) or adaptation name for each row; weights need one column for each slot."),
@@ -253,13 +253,14 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Train the compiled model from which it was merged; merging has not changed that model."),
     ("GC055", _SPEC, "a rank cannot be deployed",
      "The method of the adaptation has only one rank, or the rank is out of bounds.",
-     "Name an adaptation whose method is trained for many ranks, such as `dylora`, and a rank from 1 to its own."),
+     "Name an adaptation whose method is trained for many ranks, such as `dylora`, and a rank from 1 to the "
+     "adaptation's."),
     ("GC056", _SPEC, "entries cannot be selected by examples",
      "No adaptation has a selection that uses examples, or there are no examples, or they yield no loss.",
      "Name such a selection in the spec, for example `fish`, and call `compiled.select(examples)` before training, "
      "with batches that have labels."),
     ("GC057", _SPEC, "there is no further training run",
-     "No adaptation has another training run after the one this model is for.",
+     "No adaptation has another training run after the current one.",
      "Merge, save or export the model. `compiled.stages_left` is the number of training runs that remain."),
     ("GC058", _FAILED, "the folder contains a different recipe",
      "The recipe that was started there has a different spec, seed or model; or the folder contains other files.",
@@ -326,7 +327,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "model instead of its base, a peft config instead of a spec, or names where all adaptations are meant.",
      "Pass the argument that the message describes."),
     ("GC074", _SPEC, "a model cannot be pickled",
-     "Its graphs are code, which would run wherever the file is loaded.",
+     "Its graphs are code, which would run when the file is loaded.",
      "Use `model.save(path)` for the whole model, `torch.save(compiled.state_dict(), path)` for the trained tensors, "
      "and `copy.deepcopy(model)` for a copy."),
 
@@ -514,7 +515,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "The source model's class has no head that predicts the next token, or does not support a cache.",
      "Compile a model with a language model head."),
     ("GC143", _SPEC, "a position is beyond the table",
-     "The model learned a vector for each position, and a row has more tokens than there are positions.",
+     "The model has a learned vector for each position, but a row has more tokens than there are positions.",
      "Shorten the prompt, or generate fewer tokens (`max_new_tokens`)."),
     ("GC144", _FAILED, "the graphs cannot generate",
      "A folder for generation must contain ONNX files with a cache (keys and values of earlier tokens as inputs, "
