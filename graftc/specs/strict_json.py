@@ -38,7 +38,7 @@ def read_json(raw: bytes, most: int, *, values: int | None = None) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeEncodeError:
-        raise ValueError("it contains half of a character") from None
+        raise ValueError("it contains half a character") from None
     return data
 
 

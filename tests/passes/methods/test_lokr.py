@@ -137,5 +137,5 @@ def test_convolution() -> None:
 @pytest.mark.parametrize("factor", [0, -2])
 def test_factor_is_checked(factor: int) -> None:
     """A factor has to be -1 or a number that could divide a side."""
-    with pytest.raises(GraftError, match=rf"GC002.*factor is {factor}"):
+    with pytest.raises(GraftError, match=rf"GC002.*factor must be .*, not {factor}"):
         fresh("bert", varied(LOKR, factor=factor))

@@ -188,7 +188,7 @@ def test_without_values_counts_hold() -> None:
     ("fields", "path", "text"),
     [
         ({}, "adapt[0]", "needs one of density, rows and n_of_m"),
-        ({"rows": [1], "density": 0.5}, "adapt[0].rows", "density and rows each say which rows train"),
+        ({"rows": [1], "density": 0.5}, "adapt[0].rows", "density and rows exclude each other"),
         ({"rows": []}, "adapt[0].rows", "an empty list names no row"),
         ({"rows": [0, "a"]}, "adapt[0].rows[1]", "'a' is neither a row nor a slice of rows"),
         ({"rows": ["0:4:0"]}, "adapt[0].rows[0]", "has step 0"),

@@ -148,7 +148,7 @@ def test_artifact(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_no_gradient_at_zero() -> None:
     """An initial ``d`` of zero is refused, since neither vector would learn if both started at zero."""
-    with pytest.raises(GraftError, match=r"GC002.*d_initial is 0"):
+    with pytest.raises(GraftError, match=r"GC002.*d_initial must not be 0"):
         fresh("bert", varied(VERA, d_initial=0.0))
 
 

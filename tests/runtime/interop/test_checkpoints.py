@@ -273,7 +273,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "wrong type": ({"target_modules": 3}, "GC111", "target_modules"),
     "rank": ({"r": "3"}, "GC112", "rank"),
     "alpha": ({"lora_alpha": -1}, "GC112", "alpha"),
-    "slow": ({"rank_pattern": {"(?:(.)|(.)|(.)|(.))*[XYZ]": 2}}, "GC008", "takes longer"),
+    "slow": ({"rank_pattern": {"(?:(.)|(.)|(.)|(.))*[XYZ]": 2}}, "GC008", "exceeds the time limit"),
     "other targets": ({"target_modules": ["q_proj"]}, "GC113", "v_proj: in the file"),
     "more targets": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "GC113", "k_proj: selected by the config"),
 }
