@@ -133,7 +133,7 @@ class Spec(Document):
     """What to do to a model: the same as YAML, JSON, TOML or Python.
 
     Raises:
-        GraftError: GC002 to GC012 with the path of what is wrong.
+        GraftError: GC002 to GC012 with the path of the invalid value.
     """
 
     adapt: Items[Adaptation] = Field(max_length=ADAPTATIONS)

@@ -44,7 +44,7 @@ def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str], from_confi
             model.
 
     Raises:
-        GraftError: GC006 if there is no such file, GC001 if it cannot be read, GC002 to GC012 if it is wrong; with
+        GraftError: GC006 if there is no such file, GC001 if it cannot be read, GC002 to GC012 if it is invalid; with
             file, line and column, and the corrected line if one can be guessed; GC073 for several configs of PEFT,
             GC111 for one that cannot be read, GC112 for one that has no equivalent.
     """

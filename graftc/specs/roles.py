@@ -1,4 +1,4 @@
-"""The vocabulary of roles: what a site does in the architecture."""
+"""The vocabulary of roles: the functions of sites in the architecture."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Delta:
     """The addition that one adaptation would make at a site.
 
     Attributes:
-        node: the addition; its last axis has the width of what it is added to.
+        node: the addition; its last axis has the width of the value that it is added to.
         read: the value that it was computed from.
         place: the value of a sublayer that it is added to, and the value that it was computed from; None at a linear
             map.

@@ -40,8 +40,8 @@ def lengthen(
     """Return the composed Program, in which every virtual token's vector is zero.
 
     Args:
-        tokens: the capture that takes ids.
-        body: the capture that takes token embeddings, with the same outputs except those that need labels.
+        tokens: the capture that reads token ids.
+        body: the capture that reads token embeddings, with the same outputs except those that need labels.
         streams: the sequences to lengthen.
         ends: the ends of the layers: pairs of a value in `tokens` and the same value in `body`.
         limits: the largest number of tokens that the layers can read, by input of token ids; None if there is no limit.

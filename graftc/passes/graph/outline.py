@@ -277,7 +277,7 @@ class Homes:
 def _may_wait(node: fx.Node, homes: Homes, order: _Order) -> bool:
     """Return whether an adaptation's node is read only by its layer and gives the same result at any place.
 
-    It must not draw random numbers, write, or read what is written to.
+    It must not draw random numbers, write to memory, or read memory that is written to.
     """
     if provenance(node) is None or not node.users or not isinstance(node.target, torch._ops.OpOverload):
         return False

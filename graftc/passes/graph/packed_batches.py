@@ -39,7 +39,7 @@ def reading_weights(graph: fx.Graph) -> None:
 def reading_parts(program: Program, store: Store, but: Collection[str] = ()) -> Program:
     """Return a copy of a Program that reads the parts of packed weights, as needed to run or export it.
 
-    A Program that reads no such weight is returned itself.
+    A Program that reads no packed weights is returned unchanged.
 
     Args:
         program: the Program, which is not changed.

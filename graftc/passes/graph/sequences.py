@@ -26,8 +26,8 @@ class Lengthened:
 
     Attributes:
         ids: the input with its token ids.
-        embeds: the input that takes token embeddings instead.
-        value: the token embeddings in the capture that takes ids.
+        embeds: the input for token embeddings instead.
+        value: the token embeddings in the capture that reads token ids.
         added: the runs of each adaptation, with the sites of this sequence that it adapts.
     """
 

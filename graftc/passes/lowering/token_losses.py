@@ -20,7 +20,7 @@ def token_losses(program: Program, *, scores: bool = False) -> Program:
     Head and loss are computed a few rows at a time if possible.
 
     Args:
-        program: a Program that takes labels.
+        program: a Program with labels among its inputs.
         scores: whether to add the scores of `graftc.passes.core.ops.head_loss.head_scores` as an output, if possible.
 
     Raises:

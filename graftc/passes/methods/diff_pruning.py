@@ -68,7 +68,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
     objective = OpenGates
 
     def prepare(self, spec: DiffPruning, sites: Sequence[Stored], build: Builder) -> ChosenEntries:
-        """Give every entry a difference in the first training run; select entries for the second.
+        """Assign every entry a difference in the first training run; select entries for the second.
 
         Raises:
             GraftError: GC020 if the budget is zero or exceeds the number of entries in the target.

@@ -62,7 +62,7 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
         return WeightFold(apply)
 
     def repeats(self, spec: IA3) -> bool:
-        """Return True, since what is inserted depends only on the spec and the types of the site's tensors."""
+        """Return True, since the insertion depends only on the spec and the types of the site's tensors."""
         return True
 
     def reads_channels(self, spec: IA3) -> bool:

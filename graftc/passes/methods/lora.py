@@ -86,7 +86,7 @@ class LoRAMethod(LowRankMethod[LoRA]):
         build.add(site, delta)
 
     def repeats(self, spec: LoRA) -> bool:
-        """Return whether what is inserted depends only on the spec and the types of the site's own tensors."""
+        """Return whether the insertion depends only on the spec and the types of the site's own tensors."""
         return spec.init in _ANEW and spec.bias == "none"
 
     def reads_channels(self, spec: LoRA) -> bool:

@@ -30,7 +30,7 @@ class PetSpec(Document):
     Language Inference, EACL).
 
     Raises:
-        GraftError: GC002 to GC012, GC175, GC176 and GC177 with the path of what is wrong.
+        GraftError: GC002 to GC012, GC175, GC176 and GC177 with the path of the invalid value.
     """
 
     patterns: Items[Pattern] = Field(min_length=1, max_length=PATTERNS)
