@@ -53,7 +53,7 @@ from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.passes.core.ir.updates import updates
 from graftc.passes.core.ir.verify import record_baseline
 from graftc.passes.graph.canonicalise import canonicalise
-from graftc.passes.graph.packed_batches import reading_weights
+from graftc.passes.graph.packed_weights import reading_weights
 
 _REPEAT = re.compile(r"@\d+")
 _OF_A_MODEL = re.compile(r"transformers\.models\.\w+\.\w+")

@@ -21,7 +21,7 @@ from graftc.passes.core.packing.forms import EvenSteps, TableEntries
 from graftc.passes.core.packing.packed_tensor import dense
 from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.weights.store import Store
-from graftc.passes.graph.packed_batches import reading_parts
+from graftc.passes.graph.packed_weights import reading_parts
 from graftc.runtime.export.inputs import ADAPTER_TENSORS, tensors_of, without
 from graftc.runtime.export.settled import settled
 from graftc.runtime.model.model_runner import ModelRunner

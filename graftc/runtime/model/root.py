@@ -26,7 +26,7 @@ from graftc.passes.core.weights.containers import OWN, Container, Tree, UnitCall
 from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_modules
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
-from graftc.passes.graph.packed_batches import reading_parts
+from graftc.passes.graph.packed_weights import reading_parts
 from graftc.records.graphs import LoweringOutcome
 from graftc.runtime.activations.budget import Choices
 from graftc.runtime.hooks.boundaries import heard_module, learn_modules, stopping, without_stops
