@@ -20,6 +20,7 @@ from graftc.runtime.sources.refusals import reason_of, refuse
 from graftc.specs.errors.diagnostics import GraftError, nearest
 
 
+@quiet_quantisers()
 def from_callable(text: str, meta: bool = False) -> tuple[nn.Module, ExampleInputs | None]:
     """Call the callable that a MODEL argument names, and return a module, and example inputs or None.
 
@@ -30,11 +31,6 @@ def from_callable(text: str, meta: bool = False) -> tuple[nn.Module, ExampleInpu
     Raises:
         GraftError: GC032 if there is no such callable, it fails, or it returns something else.
     """
-    with quiet_quantisers():
-        return _called(text, meta)
-
-
-def _called(text: str, meta: bool) -> tuple[nn.Module, ExampleInputs | None]:
     path, _, name = text.partition(":")
     make = _attribute(_module(path), path, name)
     if not callable(make):

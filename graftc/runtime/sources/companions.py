@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,6 @@ COMPANIONS = (
 def companions_of_model(source: Any) -> list[Path]:
     """Return the files beside a model that its users need; none unless it was loaded from a folder."""
     origin = local_folder(source)
-    return [] if origin is None else list(_companions(origin))
-
-
-def _companions(origin: Path) -> Iterator[Path]:
-    for pattern in COMPANIONS:
-        yield from (file for file in sorted(origin.glob(pattern)) if file.is_file())
+    if origin is None:
+        return []
+    return [file for pattern in COMPANIONS for file in sorted(origin.glob(pattern)) if file.is_file()]

@@ -35,7 +35,7 @@ from graftc.runtime.sources.quantised.load import FORMATS, load_quantised, quant
 from graftc.runtime.sources.reference import Built, is_callable, is_hub_id
 from graftc.runtime.sources.refusals import reason_of, refuse
 from graftc.specs.errors.border import library_errors
-from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, nearest, nearest_beside
 from graftc.specs.regular_files import read_regular
 
 _FORMS = "MODEL is a transformers folder, a hub id, or package.module:callable"
@@ -345,12 +345,8 @@ def _dtype(config: Any) -> dict[str, Any]:
 
 def _neighbour(path: Path) -> str | None:
     """Return a hint that suggests the folder with the nearest name to a missing path; None if none is near."""
-    try:
-        names = [p.name for p in path.parent.iterdir() if (p / "config.json").is_file()]
-    except OSError:
-        return None
-    close = nearest(path.name, names, n=1)
-    return f"did you mean {str(path.parent / close[0])!r}?" if close else None
+    near = nearest_beside(path, lambda other: (other / "config.json").is_file())
+    return f"did you mean {str(near)!r}?" if near is not None else None
 
 
 def _cached(text: str) -> str | None:

@@ -7,9 +7,10 @@ guessed, the corrected line. :data:`CATALOGUE` contains all codes.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Self
 
 from graftc.specs.errors.catalogue import CATALOGUE, Code
@@ -175,6 +176,21 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3) -> list[str]:
         by_lower.setdefault(candidate.lower(), candidate)
     close = difflib.get_close_matches(word.lower(), list(by_lower), n=n, cutoff=0.6)
     return [by_lower[c] for c in close]
+
+
+def nearest_beside(path: Path, wanted: Callable[[Path], bool]) -> Path | None:
+    """Return the path beside another one, which does not exist, whose name is most similar; None if none is similar.
+
+    Args:
+        path: the path that does not exist.
+        wanted: a function that returns whether an existing path may be meant.
+    """
+    try:
+        names = [other.name for other in path.parent.iterdir() if wanted(other)]
+    except OSError:
+        return None
+    close = nearest(path.name, names, n=1)
+    return path.parent / close[0] if close else None
 
 
 def correction(word: object, known: Iterable[str], otherwise: str = "") -> tuple[str, tuple[str, str] | None]:

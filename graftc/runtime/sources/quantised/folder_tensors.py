@@ -37,10 +37,6 @@ class FolderTensors:
         """Return the sorted names that end with a suffix, without the suffix."""
         return (name.removesuffix(suffix) for name in sorted(self.stored) if name.endswith(suffix))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape."""
-        return self.stored.entries[name].shape
-
     def kind(self, name: str) -> str:
         """Return a tensor's dtype under its name in the file, such as ``F8_E4M3``."""
         return self.stored.entries[name].dtype
@@ -62,8 +58,7 @@ class FolderTensors:
         self.read.add(name)
         if dtypes and tensor.dtype not in dtypes:
             damaged(f"{name} is {_named(tensor.dtype)}, not {' or '.join(map(_named, dtypes))}")
-        fits = shape is None or len(shape) == tensor.dim()
-        if shape is not None and not (fits and all(w in (None, s) for w, s in zip(shape, tensor.shape, strict=True))):
+        if shape is not None and not _fits(tensor, shape):
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
             damaged(f"{name} is {list(tensor.shape)}, not [{wanted}]")
         return tensor
@@ -82,6 +77,11 @@ class FolderTensors:
 def damaged(message: str, *, cause: BaseException | None = None) -> NoReturn:
     """Raise GC163 for tensors that do not fit together."""
     raise GraftError("GC163", message, hint=_ANEW) from cause
+
+
+def _fits(tensor: Tensor, shape: Sequence[int | None]) -> bool:
+    sizes = tensor.shape
+    return len(shape) == len(sizes) and all(w in (None, size) for w, size in zip(shape, sizes, strict=True))
 
 
 def _named(dtype: torch.dtype) -> str:

@@ -69,23 +69,17 @@ def affine(
     """
     rows, width = codes.shape
     group = 0 if group >= width else group
-    middle = 128
-    stored = [as_bytes(scales)]
-    if bits > 4:
-        codes, signed = codes ^ middle, zeros ^ middle
-        stored = [codes, *stored, signed]
-    else:
-        stored = [halves(codes), *stored, zeros]
+    bytewise = bits > 4
+    stored = [codes ^ 128 if bytewise else halves(codes), as_bytes(scales), zeros ^ 128 if bytewise else zeros]
     via = via_of(scales.dtype)
     if order is not None:
-        kind = "int8_ordered" if bits > 4 else "int4_ordered"
-        packing: Affine = Ordered(kind, group, via=via)
+        packing: Affine = Ordered("int8_ordered" if bytewise else "int4_ordered", group, via=via)
         stored.append(as_bytes(order.to(torch.int32).unsqueeze(0)))
-    elif bits > 4 and not bool(stored[2].any()):
+    elif bytewise and not bool(stored[2].any()):
         packing = Affine("int8", group, via=via)
         stored.pop()
     else:
-        packing = Affine("int8z" if bits > 4 else "int4", group, via=via)
+        packing = Affine("int8z" if bytewise else "int4", group, via=via)
     return PackedType(packing, (rows, width), dtype), tuple(part.contiguous() for part in stored)
 
 

@@ -80,17 +80,13 @@ def floating(
             damaged(f"{name} is {list(scales.shape)}, for a weight of {rows} x {width} in blocks of {list(block)}")
         sizes = block
     elif scales.numel() == 1:
-        sizes = 0, 0
-        scales = scales.reshape(1, 1)
+        sizes, scales = (0, 0), scales.reshape(1, 1)
     elif scales.shape in ((rows,), (rows, 1)):
-        sizes = 1, 0
-        scales = scales.reshape(rows, 1)
-    elif scales.dim() != 2:
+        sizes, scales = (1, 0), scales.reshape(rows, 1)
+    elif scales.dim() != 2 or rows % scales.shape[0] or width % scales.shape[1]:
         damaged(f"{name} is {list(scales.shape)}, for a weight of {rows} x {width}")
-    elif rows % scales.shape[0] == 0 and width % scales.shape[1] == 0:
-        sizes = rows // scales.shape[0], width // scales.shape[1]
     else:
-        damaged(f"{name} is {list(scales.shape)}, for a weight of {rows} x {width}")
+        sizes = rows // scales.shape[0], width // scales.shape[1]
     exponents = not scales.dtype.is_floating_point or scales.dtype == torch.float8_e8m0fnu
     packing = Floating("e4m3", *sizes, exponents, via=via_of(made_in))
     stored = scales.contiguous().view(torch.uint8) if exponents else as_bytes(scales.to(made_in))
