@@ -27,7 +27,7 @@ from graftc.runtime.onnx_generation.io_names import DECODER, PAIR
 from graftc.runtime.sources.models import load_folder, load_model_and_inputs, local_folder, quiet_transformers
 from graftc.specs.compose import Bank
 from graftc.specs.errors.border import library_errors
-from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
+from graftc.specs.errors.diagnostics import GraftError, first_line, nearest_beside
 
 Kind = Literal["artifact", "model", "onnx", "peft"]
 """The contents of a folder: an artifact, a whole model, graphs for ONNX Runtime, or a PEFT adapter."""
@@ -142,7 +142,9 @@ def open_text_model(
 
 def _loaded(folder: Path, model: str | None) -> tuple[Kind, Any, Compiled | None]:
     if not folder.is_dir():
-        raise GraftError("GC032", f"there is no folder {str(folder)!r}", hint=_neighbour(folder))
+        near = nearest_beside(folder, Path.is_dir)
+        hint = f"did you mean {str(near)!r}?" if near is not None else None
+        raise GraftError("GC032", f"there is no folder {str(folder)!r}", hint=hint)
     if (folder / MANIFEST).is_file() or is_checkpoint(folder):
         compiled = load(folder, model)
         return "artifact", compiled, compiled
@@ -157,15 +159,6 @@ def _loaded(folder: Path, model: str | None) -> tuple[Kind, Any, Compiled | None
     loaded = load_folder(folder)
     require_weights(loaded)
     return "model", loaded, None
-
-
-def _neighbour(folder: Path) -> str | None:
-    try:
-        names = [p.name for p in folder.parent.iterdir() if p.is_dir()]
-    except OSError:
-        return None
-    close = nearest(folder.name, names, n=1)
-    return f"did you mean {str(folder.parent / close[0])!r}?" if close else None
 
 
 def _require_generating(source: Any, compiled: Compiled | None) -> None:

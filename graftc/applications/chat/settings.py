@@ -67,19 +67,13 @@ def generation_errors() -> Iterator[None]:
     Raises:
         GraftError: GC148 for an error of another library.
     """
-    graftc_errors: list[BaseException] = []
     try:
+        yield
+    except BaseException as error:
+        if _raised_here(error.__traceback__):
+            raise
         with library_errors("GC148", "the model cannot generate with its settings", hint=_HINT):
-            try:
-                yield
-            except Exception as error:
-                if _raised_here(error.__traceback__):
-                    graftc_errors.append(error)
-                raise
-    except GraftError:
-        if graftc_errors:
-            raise graftc_errors[0] from graftc_errors[0].__cause__
-        raise
+            raise
 
 
 def _raised_here(trace: TracebackType | None) -> bool:

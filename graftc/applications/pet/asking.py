@@ -54,9 +54,9 @@ class Asking:
         inputs = self.encoder.token_batch(texts, self.patterns[member], generator)
         return self._chosen(inputs, [member] * len(texts))
 
-    def _chosen(self, logits: dict[str, Tensor], members: Sequence[int]) -> dict[str, Tensor]:
+    def _chosen(self, inputs: dict[str, Tensor], members: Sequence[int]) -> dict[str, Tensor]:
         slots = dict.fromkeys(self.banks, torch.tensor(list(members)))
-        return {name: tensor.to(self.device) for name, tensor in {**logits, **slots}.items()}
+        return {name: tensor.to(self.device) for name, tensor in {**inputs, **slots}.items()}
 
     def answers(self, compiled: Compiled, texts: Sequence[Fields]) -> Tensor:
         """Return the logits of every member, float32 ``[members, rows, labels]`` on the CPU.

@@ -205,9 +205,7 @@ class Classifier:
 
     def _spec(self) -> Spec:
         spec = self._options.spec
-        if not self._fills:
-            return spec
-        return replacing(spec, cloze=self._cloze.options([0]))
+        return replacing(spec, cloze=self._cloze.options([0])) if self._fills else spec
 
     def _inputs(self, texts: Sequence[Fields]) -> Batch:
         if self._fills:

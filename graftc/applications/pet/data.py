@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
-from graftc.specs.errors.diagnostics import GraftError, Place, nearest
+from graftc.specs.errors.diagnostics import GraftError, Place, correction, nearest, nearest_beside
 from graftc.specs.errors.text import quoted, shown, some
 from graftc.specs.pet.pattern import LABEL
 from graftc.specs.strict_json import read_json
@@ -97,8 +97,7 @@ def load_pet_data(
     files = dict(source) if isinstance(source, Mapping) else _files(Path(source))
     for name in files:
         if name not in _SPLITS:
-            close = nearest(name, _SPLITS, n=1)
-            hint = f"did you mean '{close[0]}'?" if close else f"the parts are: {', '.join(_SPLITS)}"
+            hint, _ = correction(name, _SPLITS, f"the parts are: {', '.join(_SPLITS)}")
             raise GraftError("GC180", f"there is no part {quoted(name)} of the data", hint=hint)
     parts = {name: load_rows(file, None if name == "unlabelled" else labels, slots) for name, file in files.items()}
     return PetData(**parts)
@@ -151,9 +150,8 @@ def load_rows(source: _Source, labels: Sequence[str] | None = None, slots: Colle
         header = suffix in (".csv", ".tsv") and path.stat().st_size > 0
         first = "the first line is taken as the header, which names the columns" if header else None
         raise GraftError("GC180", f"{quoted(path)} has no rows", place=Place(str(path)), hint=first)
-    if numbers is None:
-        return TextRows(tuple(rows), None, tuple(lines), str(path))
-    return TextRows(tuple(rows), tuple(row_labels), tuple(lines), str(path), tuple(numbers))
+    given, names = (None, None) if numbers is None else (tuple(row_labels), tuple(numbers))
+    return TextRows(tuple(rows), given, tuple(lines), str(path), names)
 
 
 def _wrong(path: Path, line: int, message: str, hint: str | None = None) -> NoReturn:
@@ -166,9 +164,8 @@ def _missing(path: Path) -> NoReturn:
     if path.is_symlink():
         message = f"{quoted(path)} is a link to {quoted(path.readlink())}, which is not there"
         raise GraftError("GC180", message, hint="mend the link, or put the file itself there")
-    names = [p.name for p in path.parent.iterdir() if p.suffix.lower() in _FORMATS] if path.parent.is_dir() else []
-    close = nearest(path.name, names, n=1)
-    hint = f"did you mean {quoted(path.parent / close[0])}?" if close else None
+    near = nearest_beside(path, lambda other: other.suffix.lower() in _FORMATS)
+    hint = f"did you mean {quoted(near)}?" if near is not None else None
     raise GraftError("GC180", f"there is no file {quoted(path)}", hint=hint)
 
 
@@ -274,9 +271,8 @@ def _table(path: Path, suffix: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _check_header(path: Path, line: int, header: list[str]) -> None:
     if len(header) > FIELDS:
-        _wrong(
-            path, line, f"there are {len(header):,} columns, more than {FIELDS:,}", "leave out what no pattern shows"
-        )
+        message = f"there are {len(header):,} columns, more than {FIELDS:,}"
+        _wrong(path, line, message, "leave out what no pattern shows")
     seen: set[str] = set()
     for index, name in enumerate(header):
         if not name.strip():
@@ -295,16 +291,13 @@ def _text(value: Any) -> str | None:
 
 def _label(path: Path, line: int, row: Mapping[str, Any], numbers: Mapping[str, int]) -> int:
     if LABEL not in row:
-        close = nearest(LABEL, row, n=1)
-        has = f"did you mean {quoted(close[0])}? " if close else ""
-        _wrong(path, line, f"the row has no {quoted(LABEL)}", f"{has}its fields are: {some(list(row), 20)}")
+        meant = " ".join(filter(None, (correction(LABEL, row)[0], f"its fields are: {some(list(row), 20)}")))
+        _wrong(path, line, f"the row has no {quoted(LABEL)}", meant)
     label = _text(row[LABEL])
     if label is None or label not in numbers:
-        close = nearest(label, numbers, n=1) if label is not None else []
-        hint = f"did you mean {quoted(close[0])}?" if close else f"the labels are: {some(list(numbers), 20)}"
-        _wrong(
-            path, line, f"the verbalizer has no label {quoted(label) if label is not None else shown(row[LABEL])}", hint
-        )
+        hint, _ = correction(label, numbers, f"the labels are: {some(list(numbers), 20)}")
+        name = shown(row[LABEL]) if label is None else quoted(label)
+        _wrong(path, line, f"the verbalizer has no label {name}", hint)
     return numbers[label]
 
 
@@ -314,8 +307,7 @@ def _fields(path: Path, line: int, row: Mapping[str, Any], slots: Collection[str
         if name == LABEL:
             continue
         if name not in row:
-            close = nearest(name, row, n=1)
-            hint = f"did you mean {quoted(close[0])}?" if close else f"its fields are: {some(list(row), 20)}"
+            hint, _ = correction(name, row, f"its fields are: {some(list(row), 20)}")
             _wrong(path, line, f"the row has no field {quoted(name)}, which a pattern shows", hint)
         text = _text(row[name])
         if text is not None and len(text) > TEXT:

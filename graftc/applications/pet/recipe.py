@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -162,11 +162,7 @@ def _try_out(task: Task, final: Classifier) -> None:
     Raises:
         GraftError: as `graftc.compile`, with a place in the document.
     """
-    parts: list[tuple[str, Callable[[], None]]] = [
-        ("spec", partial(try_members, task)),
-        ("classifier.spec", final.tried),
-    ]
-    for part, run in parts:
+    for part, run in (("spec", partial(try_members, task)), ("classifier.spec", final.tried)):
         try:
             run()
         except GraftError as error:
@@ -202,12 +198,13 @@ def _run(task: Task, final: Classifier) -> PetResult:
     weights = member_weights([part or 0.0 for part in known] if weighs else None, len(task.members))
     answers = trained_answers(task, 0, [set_of(task, None)] * len(task.members)) if len(task.labelled) else untrained
     generations = []
-    for generation in range(1, 1 + (task.spec.ipet.generations if task.spec.ipet is not None else 0)):
-        assert task.spec.ipet is not None
-        lines = new_sets(task, generation, answers["unlabelled"], weights, task.spec.ipet)
-        answers = trained_answers(task, generation, [set_of(task, line) for line in lines])
-        _forget(task, generation - 1)
-        generations.append(_generation(lines, task.spec.labels))
+    options = task.spec.ipet
+    if options is not None:
+        for generation in range(1, options.generations + 1):
+            lines = new_sets(task, generation, answers["unlabelled"], weights, options)
+            answers = trained_answers(task, generation, [set_of(task, line) for line in lines])
+            _forget(task, generation - 1)
+            generations.append(_generation(lines, task.spec.labels))
     mixed = task.stages.tensors("ensemble", lambda: {n: mixed_logits(logits, weights) for n, logits in answers.items()})
     classifier = final.trained(mixed["unlabelled"])
     asked = {name: rows for name, rows in task.asked.items() if name in _JUDGED}

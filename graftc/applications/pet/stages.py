@@ -21,16 +21,7 @@ from graftc.specs.regular_files import read_regular
 
 _DIGEST = "sha256"
 _ANEW = "delete it, and what was made from it: the same call makes it anew"
-
-
 _LINES_BYTES = 2**30
-
-
-def _holds(path: Path, content: bytes) -> bool:
-    try:
-        return read_regular(path, len(content)) == content
-    except OSError:
-        return False
 
 
 class KeptStages:
@@ -64,7 +55,7 @@ class KeptStages:
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return tensors on the CPU, read from ``NAME.safetensors``, or computed and written there."""
-        path = self._path(f"{name}.safetensors")
+        path = self.place(f"{name}.safetensors")
         if path is None:
             return dict(make())
         if not path.exists():
@@ -75,7 +66,7 @@ class KeptStages:
 
     def lines(self, name: str, make: Callable[[], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
         """Return plain data, a JSON object a line, read from ``NAME.jsonl``, or computed and written there."""
-        path = self._path(f"{name}.jsonl")
+        path = self.place(f"{name}.jsonl")
         if path is None:
             return [dict(line) for line in make()]
         if not path.exists():
@@ -95,7 +86,7 @@ class KeptStages:
         Raises:
             GraftError: GC082 if they are not.
         """
-        path = self._path(f"{name}.json")
+        path = self.place(f"{name}.json")
         if path is None:
             return
         text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -105,20 +96,17 @@ class KeptStages:
             raise _damaged(path)
 
     def place(self, name: str) -> Path | None:
-        """Return the path of a folder for a stage that stores its own files; None if nothing is kept."""
-        return self._path(name)
-
-    def forget(self, name: str) -> None:
-        """Delete the folder of a stage, if it exists."""
-        if self.folder is not None and (self.folder / name).exists():
-            shutil.rmtree(self.folder / name)
-
-    def _path(self, name: str) -> Path | None:
+        """Return the path of a stage's file or folder, in a folder that exists; None if nothing is kept."""
         if self.folder is None:
             return None
         path = self.folder / name
         recover(make_folder(path.parent))
         return path
+
+    def forget(self, name: str) -> None:
+        """Delete the folder of a stage, if it exists."""
+        if self.folder is not None and (self.folder / name).exists():
+            shutil.rmtree(self.folder / name)
 
 
 def _whole(path: Path) -> dict[str, Tensor]:
@@ -136,6 +124,13 @@ def _whole(path: Path) -> dict[str, Tensor]:
 
 def _damaged(path: Path) -> GraftError:
     return GraftError("GC082", f"{path} is damaged: it is not what the run has written", hint=_ANEW)
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return read_regular(path, len(content)) == content
+    except OSError:
+        return False
 
 
 def _digest_of(tensors: Mapping[str, Tensor]) -> str:

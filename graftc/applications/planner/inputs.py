@@ -55,16 +55,14 @@ class Inputs:
         if self.longest is not None and sequence > self.longest:
             message = f"sequences of {sequence} tokens, and the model takes {self.longest}"
             raise GraftError("GC143", message, hint=f"plan for at most {self.longest}")
+        kinds = {spec.name: (spec.shape, spec.dtype) for spec in self._program.inputs if not is_past(spec.name)}
+        if self._labels is not None:
+            kinds["labels"] = self._labels
         sizes = {BATCH: batch}
         tensors: dict[str, Any] = {}
-        for spec in self._program.inputs:
-            if not is_past(spec.name):
-                shape = [size_of(s, sizes, sequence) if isinstance(s, str) else s for s in spec.shape]
-                tensors[spec.name] = torch.empty(shape, dtype=spec.dtype, device=self._device)
-        if self._labels is not None:
-            axes, dtype = self._labels
-            shape = [size_of(s, sizes, sequence) if isinstance(s, str) else s for s in axes]
-            tensors["labels"] = torch.empty(shape, dtype=dtype, device=self._device)
+        for name, (axes, dtype) in kinds.items():
+            shape = [size_of(axis, sizes, sequence) if isinstance(axis, str) else axis for axis in axes]
+            tensors[name] = torch.empty(shape, dtype=dtype, device=self._device)
         return {**tensors, **self._flags}
 
 

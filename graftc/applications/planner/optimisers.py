@@ -52,14 +52,10 @@ class DeclaredAdamW8bit(torch.optim.Optimizer):
 def _torch(name: str, **options: Any) -> Callable[[list[Tensor], str], torch.optim.Optimizer]:
     def make(parameters: list[Tensor], device: str) -> torch.optim.Optimizer:
         # By default, torch's optimisers process all tensors at once on accelerators.
-        cls: Any = getattr(torch.optim, name)
-        return cast(torch.optim.Optimizer, cls(parameters, lr=1e-3, foreach=device != "cpu", **options))
+        optimiser = getattr(torch.optim, name)(parameters, lr=1e-3, foreach=device != "cpu", **options)
+        return cast(torch.optim.Optimizer, optimiser)
 
     return make
-
-
-def _declared(parameters: list[Tensor], device: str) -> torch.optim.Optimizer:
-    return DeclaredAdamW8bit(parameters)
 
 
 OPTIMISERS: dict[str, Callable[[list[Tensor], str], torch.optim.Optimizer]] = {
@@ -67,7 +63,7 @@ OPTIMISERS: dict[str, Callable[[list[Tensor], str], torch.optim.Optimizer]] = {
     "sgd": _torch("SGD"),
     "sgd-momentum": _torch("SGD", momentum=0.9),
     "adafactor": _torch("Adafactor"),
-    "adamw8bit": _declared,
+    "adamw8bit": lambda parameters, _: DeclaredAdamW8bit(parameters),
 }
 """Optimisers that take only parameters."""
 
@@ -135,8 +131,7 @@ def state_of(simulation: Simulation, optimizer: str | Make, device: str, process
             message = f"{what} cannot be tried on tensors without values: {type(error).__name__}: {error}"
             raise GraftError("GC073", message.splitlines()[0], hint="give the name of a similar one") from error
     tensors = [leaf for leaf in tree_leaves(list(optimiser.state.values())) if isinstance(leaf, Tensor)]
-    sizes = storage_sizes(tensors)
-    return State(sum(sizes.values()), highest(tracking.levels))
+    return State(sum(storage_sizes(tensors).values()), highest(tracking.levels))
 
 
 def _make(simulation: Simulation, optimizer: Any, device: str) -> Make:
@@ -148,13 +143,11 @@ def _make(simulation: Simulation, optimizer: Any, device: str) -> Make:
     if optimizer in OPTIMISERS:
         return lambda parameters: OPTIMISERS[optimizer](parameters, device)
     if optimizer in OWN:
-        compiled = cast("Compiled", simulation.module)
-        cls: Any = getattr(optim, OWN[optimizer])
-        return partial(_own, cls, compiled)
+        return partial(_own, getattr(optim, OWN[optimizer]), cast("Compiled", simulation.module))
     raise unknown_name("optimizer", optimizer, [*OPTIMISERS, *OWN])
 
 
 def _own(cls: Any, compiled: Compiled, parameters: list[Tensor]) -> torch.optim.Optimizer:
     mine = {id(p) for p in compiled.parameters()}
-    optimiser = cls(compiled) if all(id(p) in mine for p in parameters) else cls(parameters)
-    return cast(torch.optim.Optimizer, optimiser)
+    whole = all(id(p) in mine for p in parameters)
+    return cast(torch.optim.Optimizer, cls(compiled if whole else parameters))

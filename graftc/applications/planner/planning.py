@@ -20,7 +20,7 @@ from graftc.runtime.sources.models import load_model_and_inputs
 from graftc.runtime.swapped_arguments import check_spec_and_model
 from graftc.specs.document import Spec
 from graftc.specs.errors.calls import public
-from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.diagnostics import GraftError, correction
 from graftc.specs.errors.text import size_text
 from graftc.specs.io import early_spec
 
@@ -171,13 +171,9 @@ def _dtype(given: Any) -> torch.dtype | None:
         return given  # type: ignore[no-any-return]
     name = _SHORT.get(str(given), str(given).removeprefix("torch."))
     if name not in DTYPES:
-        close = nearest(name, [*DTYPES, *_SHORT], n=1)
-        raise GraftError("GC073", f"dtype is {given!r}", hint=f"did you mean {close[0]!r}?" if close else _all(DTYPES))
+        hint, _ = correction(name, [*DTYPES, *_SHORT], f"there is: {', '.join(DTYPES)}")
+        raise GraftError("GC073", f"dtype is {given!r}", hint=hint)
     return DTYPES[name]
-
-
-def _all(names: Any) -> str:
-    return f"there is: {', '.join(names)}"
 
 
 def _known_device(given: Any) -> None:

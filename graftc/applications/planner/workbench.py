@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graftc.applications.planner.fitting import largest
 from graftc.applications.planner.inputs import Inputs
-from graftc.applications.planner.optimisers import Make, State, state_of, usual
+from graftc.applications.planner.optimisers import Make, state_of, usual
 from graftc.applications.planner.sharding import communication, shard_bytes
 from graftc.compat.tensors import storage_sizes
 from graftc.compiler.capture.interface import ExampleInputs
@@ -74,7 +74,7 @@ class Workbench:
         if dtype is not None and any(p.dtype != dtype for p in model.parameters() if p.is_floating_point()):
             model = _without_values(model, dtype)
         device, devices = training.device, training.devices
-        self.spec, self._device, self._devices, self._accumulate = spec, device, devices, training.accumulate
+        self._device, self._devices, self._accumulate = device, devices, training.accumulate
         # Values do not matter, and with a given seed no other process is asked for its own.
         self._compiled = compile(spec, model, example_inputs, seed=0, cache=cache, progress=False)
         self._runner = runner_of(self._compiled)
@@ -88,9 +88,9 @@ class Workbench:
         self._simulations: dict[Signature, Simulation] = {}
         self._simulation = self._simulated(self.inputs(2, min(TOKENS, self.inputs.longest or TOKENS)))[0]
         self._optimizer = usual(spec) if training.optimizer is None else training.optimizer
-        self._state: State = state_of(self._simulation, self._optimizer, device, devices)
+        self._state = state_of(self._simulation, self._optimizer, device, devices)
         self._dtype = str(self._runner.dtype).removeprefix("torch.")
-        self._made: dict[tuple[int, int], MemoryPlan] = {}
+        self._plans: dict[tuple[int, int], MemoryPlan] = {}
 
     def plan(self, batch: int, sequence: int | None) -> MemoryPlan:
         """Return the memory that a step of a given size takes.
@@ -105,9 +105,9 @@ class Workbench:
         if self.inputs.sequential and sequence is None:
             raise GraftError("GC073", "the model takes sequences, and none is given", hint="give sequence, in tokens")
         key = batch, sequence or 0
-        if key not in self._made:
-            self._made[key] = self._plan(*key)
-        return self._made[key]
+        if key not in self._plans:
+            self._plans[key] = self._plan(*key)
+        return self._plans[key]
 
     def _simulated(self, present: dict[str, Any]) -> tuple[Simulation, Signature]:
         """Return the simulation and the signature of a call; graphs are captured if the signature is new."""
@@ -150,14 +150,7 @@ class Workbench:
             update=self._state.step,
         )
 
-    def largest_batch(self, sequence: int | None, budget: int, first: int = 1) -> int:
-        """Return the largest batch of sequences of a given length that fits in a budget; 0 if none does.
-
-        The search begins with ``first``.
-        """
-        return largest(lambda batch: self.plan(batch, sequence).peak, budget, _MOST, first)
-
-    def largest_sequence(self, batch: int, budget: int, first: int = TOKENS) -> int | None:
+    def _largest_sequence(self, batch: int, budget: int, first: int) -> int | None:
         """Return the length of the longest sequences of a batch that fit in a budget.
 
         It is in steps of `TOKENS`, or as long as the model takes; 0 if none fit, and None if there are no sequences.
@@ -176,9 +169,9 @@ class Workbench:
         return tokens(steps) if steps else 0
 
     def fitted(self, plan: MemoryPlan, budget: int) -> MemoryPlan:
-        """Return the plan with the largest sizes that fit in a budget."""
-        batch = self.largest_batch(plan.sequence, budget, plan.batch)
-        sequence = self.largest_sequence(plan.batch, budget, plan.sequence or TOKENS)
+        """Return the plan with the largest sizes that fit in a budget; 0 if none fits."""
+        batch = largest(lambda rows: self.plan(rows, plan.sequence).peak, budget, _MOST, plan.batch)
+        sequence = self._largest_sequence(plan.batch, budget, plan.sequence or TOKENS)
         return replace(plan, budget=budget, largest_batch=batch, largest_sequence=sequence)
 
 
@@ -193,8 +186,7 @@ def _originals(compilation: Compilation, processes: int) -> int:
 
 
 def _bytes(tensors: Any) -> int:
-    storages = storage_sizes(tensors)
-    return sum(storages.values())
+    return sum(storage_sizes(tensors).values())
 
 
 def _name_of(optimizer: str | Callable[..., Any]) -> str:
