@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 _SPECS = (".yaml", ".yml", ".json", ".toml")
@@ -55,17 +55,9 @@ def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
     head, _, start = incomplete.rpartition("/")
     folder = Path(f"{head}/" if "/" in incomplete else ".").expanduser()
     prefix = incomplete[: len(incomplete) - len(start)]
-    return [f"{prefix}{name}" for name in _entries(folder, start, wanted)]
-
-
-def _entries(folder: Path, start: str, wanted: Callable[[Path], bool]) -> Iterator[str]:
-    for path in _listed(folder):
-        if not path.name.startswith(start) or (path.name.startswith(".") and not start):
-            continue
-        if path.is_dir():
-            yield f"{path.name}/"
-        elif wanted(path):
-            yield path.name
+    meant = [p for p in _listed(folder) if p.name.startswith(start) and (start or not p.name.startswith("."))]
+    names = [f"{path.name}/" if path.is_dir() else path.name for path in meant if path.is_dir() or wanted(path)]
+    return [f"{prefix}{name}" for name in names]
 
 
 def _listed(folder: Path) -> list[Path]:

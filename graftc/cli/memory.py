@@ -13,9 +13,6 @@ from graftc.records.applications.memory import PlannedMemory
 from graftc.specs.errors.text import size_text
 
 if TYPE_CHECKING:
-    pass
-
-if TYPE_CHECKING:
     from rich.console import Console
 
 

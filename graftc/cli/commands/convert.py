@@ -133,7 +133,7 @@ def convert(
     if is_peft(directory):
         _require_none(given, _OF_ARTIFACTS, "an adapter folder")
         run.step("converting")
-        folder = _folder(run, directory, to, model, _Layout(source, add, join, split))
+        folder = _folder(run, directory, to, model, given)
         return ConvertResult(
             source=str(directory),
             from_form=folder.source,
@@ -186,34 +186,22 @@ def _require_none(given: dict[str, Any], words: tuple[str, ...], what: str) -> N
             raise GraftError("GC090", f"--{word} is not for {what}", hint="graftc convert --help says what is")
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """The options for the layout of an adapter folder, and for joining and splitting its maps."""
-
-    source: str | None
-    add: list[Path] | None
-    join: list[str] | None
-    split: list[str] | None
-
-
-def _folder(run: CommandRun, directory: Path, to: str | None, model: str | None, layout: _Layout) -> ConvertedFolder:
+def _folder(
+    run: CommandRun, directory: Path, to: str | None, model: str | None, given: Mapping[str, Any]
+) -> ConvertedFolder:
     from graftc.runtime.interop.layouts.convert import AdapterSource, convert_folder
 
-    base = None if model is None else Path(model)
-
-    def origin() -> AdapterSource:
-        return AdapterSource.of(directory, layout.source, layout.add or (), base)
-
+    base, join, apart = None if model is None else Path(model), given["join"] or (), given["split"] or ()
     if to == LORA:
         raise GraftError("GC090", "an adapter folder is converted to a layout", hint="for example --to vllm")
+    if to == GGUF and (join or apart):
+        raise GraftError("GC090", "GGUF has the maps of the base", hint="leave out --join and --split")
+    origin = AdapterSource.of(directory, given["from"], given["add"] or (), base)
     if to == GGUF:
         from graftc.runtime.export.gguf.convert import convert_to_gguf
 
-        if layout.join or layout.split:
-            raise GraftError("GC090", "GGUF has the maps of the base", hint="leave out --join and --split")
-        return convert_to_gguf(origin(), run.out, base, force=run.force)
-    join, apart = layout.join or (), layout.split or ()
-    return convert_folder(origin(), run.out, to or "peft", join=join, apart=apart, force=run.force)
+        return convert_to_gguf(origin, run.out, base, force=run.force)
+    return convert_folder(origin, run.out, to or "peft", join=join, apart=apart, force=run.force)
 
 
 def _require_lora(to: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -39,6 +40,9 @@ class DiffResult(Comparison, behind={"": ("a", "b")}):
         """Whether nothing differs."""
         return Comparison.same.__get__(self) if self.weights is None else self.weights.same
 
+
+_SIGNS = {"+": "green", "-": "red", "@": "cyan", "~": "yellow"}
+"""The colours of lines by their first characters."""
 
 _Folder = Annotated[
     Path, typer.Argument(help="An artifact, or a folder of a model.", show_default=False, autocompletion=models)
@@ -88,19 +92,14 @@ def diff(
 
 @diff.shows
 def _show(result: DiffResult, to: Console) -> None:
-    from graftc.cli.output import print_lines
-
     if result.weights is not None:
         _print_weights(result.weights, to)
         return
     if result.same:
         to.print("no difference")
         return
-    colours = {"+": "green", "-": "red", "@": "cyan", "~": "yellow"}
     for name, lines in _sections(result).items():
-        if lines:
-            print_lines(to, [name], lambda _: "bold")
-            print_lines(to, [f"  {line}" for line in lines], lambda line: colours.get(line[2:3], ""))
+        _print_section(name, lines, to)
 
 
 def _are_models(a: Path, b: Path) -> bool:
@@ -111,7 +110,6 @@ def _are_models(a: Path, b: Path) -> bool:
     """
     from graftc.runtime.artifact.places import is_artifact
     from graftc.runtime.compare.folders import is_model_folder
-    from graftc.specs.errors.diagnostics import GraftError
 
     ours = [is_artifact(path) and not is_model_folder(path) for path in (a, b)]
     models = [not own and (is_model_folder(path) or _has_config(path)) for own, path in zip(ours, (a, b), strict=True)]
@@ -171,22 +169,25 @@ def _capped(lines: list[str], most: int = 5) -> list[str]:
 
 
 def _print_weights(difference: WeightsDiff, to: Console) -> None:
-    from graftc.cli.output import print_lines
     from graftc.runtime.compare.folders import lines, summary
 
     equal = f"{difference.equal} tensors are equal" if difference.equal != 1 else "1 tensor is equal"
     if difference.same:
         to.print(f"no difference: {equal}")
         return
-    colours = {"+": "green", "-": "red", "~": "yellow"}
-    print_lines(to, ["tensors"], lambda _: "bold")
-    print_lines(to, [f"  {line}" for line in lines(difference)], lambda line: colours.get(line[2:3], ""))
-    causes = summary(difference)
-    if causes:
-        print_lines(to, ["what could have made it"], lambda _: "bold")
-        print_lines(to, [f"  {line}" for line in causes], lambda _: "")
+    _print_section("tensors", list(lines(difference)), to)
+    _print_section("what could have made it", summary(difference), to, signs={})
     to.print(
         f"{len(difference.tensors)} of {len(difference.tensors) + difference.equal} tensors differ",
         soft_wrap=True,
         markup=False,
     )
+
+
+def _print_section(title: str, lines: Sequence[str], to: Console, signs: Mapping[str, str] = _SIGNS) -> None:
+    """Print lines below a title, in the colours of their first characters; print nothing if there are no lines."""
+    from graftc.cli.output import print_lines
+
+    if lines:
+        print_lines(to, [title], lambda _: "bold")
+        print_lines(to, [f"  {line}" for line in lines], lambda line: signs.get(line[2:3], ""))
