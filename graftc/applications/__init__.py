@@ -1,4 +1,4 @@
-"""Programs on top of compiled models: PET, the planner, recipes of several trainings, chat, and the demo.
+"""Programs built on compiled models: PET, the planner, recipes with several training runs, chat, and the demo.
 
-Each uses the package as a user would; nothing below imports them.
+Each uses the package as a user would; no lower layer imports them.
 """

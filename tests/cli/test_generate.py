@@ -145,7 +145,7 @@ WRONG = {
     ("bert",): (2, "GC142", "BertForSequenceClassification does not generate"),
     ("mute",): (3, "GC146", "there is no tokenizer in 'mute'"),
     ("mute", "--tokenizer", "empty"): (3, "GC146", "there is no tokenizer in 'empty'"),
-    ("narrow",): (3, "GC146", "the model has 4 tokens"),
+    ("narrow",): (3, "GC146", "the model has only 4 tokens"),
     ("onnx",): (3, "GC144", "config.json in"),
     ("base", "--base"): (2, "GC090", "no base beside it"),
     ("base", "--adapter", "one"): (2, "GC091", "no bank"),
@@ -158,7 +158,7 @@ WRONG = {
     ("base", "--system", "w1"): (2, "GC090", "add --chat"),
     ("base", "--lines"): (2, "GC090", "leave out --lines"),
     ("silent", "--chat"): (2, "GC147", "no chat template"),
-    ("strict", "--chat", "--system", "w1"): (2, "GC147", "does not take messages of system, user"),
+    ("strict", "--chat", "--system", "w1"): (2, "GC147", "does not accept messages with the roles system, user"),
 }
 
 

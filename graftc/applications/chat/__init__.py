@@ -1,1 +1,1 @@
-"""Text from models: folders with a tokenizer, prompts, answers as they are generated, conversations."""
+"""Text generation: folders with a tokenizer, prompts, streamed answers, and conversations."""

@@ -1,4 +1,4 @@
-"""Answers: from a prompt to text, piece by piece, with the tokens and the time that it took."""
+"""Generate the answer to a prompt piece by piece, and record its tokens and timings."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError
 
 Message = Mapping[str, str]
-"""A message of a chat: its ``role`` (``system``, ``user`` or ``assistant``) and ``content``."""
+"""A chat message: its ``role`` (``system``, ``user`` or ``assistant``) and its ``content``."""
 
 Finish = Literal["stop", "length", "interrupted"]
-"""Why an answer ends: the model ended it, it has the maximum length, or it was stopped."""
+"""Why an answer ended: the model ended it, it reached the maximum length, or it was stopped."""
 
 _WARM = 4
-"""The most prompt tokens with which graphs are prepared."""
+"""The maximum number of prompt tokens used to prepare graphs."""
 
 
 def prompt_ids(model: TextModel, prompt: str | Sequence[Message]) -> Tensor:
-    """Return the tokens of a prompt, int64 ``[1, length]``.
+    """Return a prompt's tokens, int64 ``[1, length]``.
 
-    The prompt is a text that the model continues, or a chat whose next message is the assistant's.
+    The prompt is either a text for the model to continue, or a chat in which the assistant speaks next.
 
     Raises:
-        GraftError: GC147 if there is no chat template, or it does not take such messages; GC090 for an empty text;
-            GC146 for tokens that the model does not have.
+        GraftError: GC147 if there is no chat template, or it rejects these messages; GC090 for an empty text; GC146
+            for tokens that the model does not have.
     """
     tokenizer = model.tokenizer
     if isinstance(prompt, str):
-        with library_errors("GC146", "the tokenizer fails"):
+        with library_errors("GC146", "the tokenizer failed"):
             ids = list(tokenizer(prompt)["input_ids"])
     else:
         ids = _rendered(tokenizer, prompt)
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
-        raise GraftError("GC090", "the prompt is empty, and the model has no token that begins a text")
+        raise GraftError("GC090", "the prompt is empty, and the tokenizer has no token for the beginning of a text")
     table = _table(model)
     if table is not None and max(ids) >= table:
-        message = f"the tokenizer gives token {max(ids)}, and the model has {table} tokens"
-        raise GraftError("GC146", message, hint="name the model's own tokenizer: --tokenizer NAME")
+        message = f"the tokenizer produced token {max(ids)}, but the model has only {table} tokens"
+        raise GraftError("GC146", message, hint="use the model's own tokenizer: --tokenizer NAME")
     return torch.tensor([ids], dtype=torch.int64, device=model.device)
 
 
@@ -59,7 +59,7 @@ def _rendered(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
         hint = "use a model that is tuned for chat, or graftc generate"
         raise GraftError("GC147", "the model's tokenizer has no chat template", hint=hint)
     roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-    with library_errors("GC147", f"the chat template does not take messages of {roles}"):
+    with library_errors("GC147", f"the chat template does not accept messages with the roles {roles}"):
         given = {**tokenizer.special_tokens_map, "tools": None, "documents": None, "add_generation_prompt": True}
         require_bounded(tokenizer.get_chat_template(), messages, given)
         listed = [dict(message) for message in messages]
@@ -74,9 +74,9 @@ def _table(model: TextModel) -> int | None:
 
 
 def prepare(model: TextModel, settings: Settings) -> None:
-    """Capture the graphs of a compiled model in advance.
+    """Capture a compiled model's graphs in advance.
 
-    Answers then begin at once, and their times are those of the model.
+    The first answer then starts without delay, and its timings do not include the capture.
     """
     if model.compiled is None:
         return
@@ -99,26 +99,27 @@ def answer(
     past: Any = None,
     cached: int = 0,
 ) -> Answer:
-    """Generate what follows a prompt.
+    """Generate the answer to a prompt.
 
     Args:
         model: the model that generates.
         ids: the tokens of the prompt, ``[1, length]``.
         settings: how to generate.
-        say: a callback that gets the text piece by piece as it is generated; all at once with beams.
-        stopped: a function that returns whether to stop, called after every token.
-        past: a cache that contains the first ``cached`` tokens of the prompt; the others and the answer are added to
-            it.
-        cached: the number of these tokens.
+        say: a callback that receives the text piece by piece as it is generated, or all at once with beam search.
+        stopped: a function that is called after every token and returns whether to stop.
+        past: a cache that holds the first ``cached`` tokens of the prompt; the remaining tokens and the answer are
+            added to it.
+        cached: the number of prompt tokens in the cache.
 
     Raises:
-        GraftError: GC031 for a prompt that fills all positions of the model; and as the model's ``generate``.
+        GraftError: GC031 for a prompt that fills all of the model's positions; otherwise as for the model's
+            ``generate``.
     """
     length = int(ids.shape[1])
     room = None if model.positions is None else model.positions - length
     if room is not None and room < 1:
-        message = f"the prompt has {length} tokens, and the model has {model.positions} positions"
-        raise GraftError("GC031", message, hint="shorten it; /reset forgets a conversation")
+        message = f"the prompt has {length} tokens, but the model has only {model.positions} positions"
+        raise GraftError("GC031", message, hint="shorten the prompt; in a chat, /reset clears the conversation")
     require_settings(model.source.generation_config, settings.num_beams)
     options = {**settings.options(), **_ends(model)}
     options["max_new_tokens"] = min(settings.max_new_tokens, room or settings.max_new_tokens)
@@ -146,7 +147,7 @@ def answer(
             input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[ask], **options
         )
     seconds = time.perf_counter() - begun
-    if not isinstance(generated, Tensor):  # the settings request more than tokens
+    if not isinstance(generated, Tensor):  # the settings request other outputs besides tokens
         generated = generated.sequences
     new = generated[0, 1 if model.has_encoder else length :].tolist()
     text = model.tokenizer.decode(new, skip_special_tokens=True)
@@ -161,7 +162,7 @@ def answer(
 def _ends(model: TextModel) -> dict[str, Any]:
     """Return the end and padding tokens for ``generate``.
 
-    The tokenizer's end token, which may end the turns of a chat, is one of the end tokens besides the model's.
+    The end tokens are the model's own and the tokenizer's, which may end the turns of a chat.
     """
     eos = model.source.generation_config.eos_token_id
     listed = [eos] if isinstance(eos, int) else list(eos or [])
@@ -178,7 +179,7 @@ def _streamer_class() -> Any:
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
-        """A streamer that passes text on as it is generated, and records when the first token arrives."""
+        """Streamer that passes text on as it is generated, and records when the first token arrives."""
 
         def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
             super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

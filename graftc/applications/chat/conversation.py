@@ -1,4 +1,4 @@
-"""Conversations: messages, and the cache of what was computed for them."""
+"""Conversations: their messages, and the cache of keys and values computed for them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Conversation:
     Args:
         model: the model that answers.
         settings: how to generate.
-        system: the first message, of the system; none by default.
+        system: the system message that opens the conversation; none by default.
 
     Raises:
-        GraftError: GC147 if there is no chat template, or it takes no message of the system.
+        GraftError: GC147 if there is no chat template, or it does not accept a system message.
     """
 
     def __init__(self, model: TextModel, settings: Settings, system: str | None = None) -> None:
@@ -34,17 +34,17 @@ class Conversation:
     def say(
         self, text: str, hear: Callable[[str], None] = lambda _: None, stopped: Callable[[], bool] = lambda: False
     ) -> Answer:
-        """Add a message of the user and the model's answer to the conversation, and return the answer.
+        """Add the user's message and the model's answer to the conversation, and return the answer.
 
-        Answers that were stopped are added as well.
+        An answer that was stopped is added as well.
 
         Args:
-            text: the message of the user.
-            hear: a callback that gets the answer piece by piece.
-            stopped: a function that returns whether to stop, called after every token.
+            text: the user's message.
+            hear: a callback that receives the answer piece by piece.
+            stopped: a function that is called after every token and returns whether to stop.
 
         Raises:
-            GraftError: as `graftc.applications.chat.answering.answer`; the conversation is then unchanged.
+            GraftError: as for `graftc.applications.chat.answering.answer`; the conversation is then unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = prompt_ids(self._model, messages)
@@ -60,7 +60,7 @@ class Conversation:
         return reply
 
     def reset(self) -> None:
-        """Remove everything except the message of the system."""
+        """Remove all messages except the system message."""
         self.messages = [*self._begin]
         self._forget()
 
@@ -70,7 +70,7 @@ class Conversation:
 
 
 class _Kept:
-    """A cache of keys and values, kept as long as texts begin with the tokens in it."""
+    """A cache of keys and values, reused for the tokens that a new prompt shares with the previous text."""
 
     def __init__(self, model: TextModel) -> None:
         self._model = model
@@ -78,9 +78,9 @@ class _Kept:
         self._cache: Any = None
 
     def before(self, ids: Tensor) -> tuple[Any, int]:
-        """Return a cache for a prompt, and how many of the prompt's first tokens it contains.
+        """Return a cache for a prompt, and the number of leading prompt tokens that it contains.
 
-        The cache is None if the model has none from which tokens can be removed.
+        The cache is None if tokens cannot be removed from the model's cache.
         """
         wanted = ids[0].tolist()
         same = next((i for i, (a, b) in enumerate(zip(self._ids, wanted, strict=False)) if a != b), None)
@@ -96,7 +96,7 @@ class _Kept:
     def after(self, ids: list[int]) -> None:
         """Record that the cache contains all tokens of a text except the last one.
 
-        A cache of another length contains more than the text, and is dropped.
+        A cache of any other length does not match the text and is dropped.
         """
         if self._cache is not None and self._cache.get_seq_length() == len(ids) - 1:
             self._ids = ids[:-1]
@@ -109,7 +109,7 @@ class _Kept:
 
 
 def _fresh(model: TextModel) -> Any:
-    """Return an empty cache all of whose layers keep all tokens; None if the model's own is of another kind."""
+    """Return an empty cache in which every layer keeps all tokens; None if the model's own cache works differently."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
     if model.has_encoder or model.cache_name is None:

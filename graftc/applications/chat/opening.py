@@ -1,4 +1,4 @@
-"""Loading of what generates text: an artifact, a folder of transformers, or a PEFT adapter, with its tokenizer."""
+"""Load a model that generates text, with its tokenizer, from an artifact, a transformers folder or a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest_beside
 
 Kind = Literal["artifact", "model", "onnx", "peft"]
-"""The contents of a folder: an artifact, a whole model, graphs for ONNX Runtime, or a PEFT adapter."""
+"""What a folder contains: an artifact, a whole model, graphs for ONNX Runtime, or a PEFT adapter."""
 
 _TOKENIZER = ("tokenizer*.json", "vocab.*", "*.model", "merges.txt", "*.tiktoken")
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """A model that generates, with its tokenizer.
+    """A model that generates text, with its tokenizer.
 
     Attributes:
-        kind: the contents of the folder.
-        model: the model to call: a compiled model, or one of transformers.
-        source: the model of transformers that it is, or is made from.
-        tokenizer: the tokenizer, of transformers.
+        kind: what the folder contains.
+        model: the model to call: a compiled model or a transformers model.
+        source: the transformers model: either the model itself, or the one from which it was compiled.
+        tokenizer: the transformers tokenizer.
         compiled: the compiled model; None for a whole model.
     """
 
@@ -67,7 +67,7 @@ class TextModel:
 
     @property
     def text_config(self) -> Any:
-        """The config of the part that generates text."""
+        """The config of the model's text-generating part."""
         return self.source.config.get_text_config()
 
     @property
@@ -77,7 +77,7 @@ class TextModel:
 
     @property
     def positions(self) -> int | None:
-        """The most tokens that a text may have; None if the model sets no limit."""
+        """The maximum number of tokens in a text; None if the model sets no limit."""
         limit = None if self.has_encoder else getattr(self.text_config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -88,23 +88,23 @@ class TextModel:
         return None if forward is None else cache_name(inspect.signature(forward).parameters)
 
     def choose(self, adapter: str) -> None:
-        """Make calls use one adaptation of a bank.
+        """Use the named adaptation of a bank in all further calls.
 
         Raises:
             GraftError: GC091 if the model has no bank; GC038 for a name that no bank contains.
         """
         banks = [c for c in self.compiled.spec.compose if isinstance(c, Bank)] if self.compiled is not None else []
         if not banks or self.compiled is None:
-            raise GraftError("GC091", f"there is no adaptation {adapter!r} to choose: the model has no bank of them")
+            raise GraftError("GC091", f"there is no adaptation {adapter!r} to choose: the model has no bank")
         holding = [bank for bank in banks if adapter in bank.members]
         for bank in holding or banks[:1]:
             self.compiled.activate(adapter, bank.name)
 
     def base_only(self) -> AbstractContextManager[None]:
-        """Return a context manager under which the model computes what its base computes.
+        """Return a context manager that disables all adaptations, so that the model acts as its base.
 
         Raises:
-            GraftError: GC090 if it has no adaptations.
+            GraftError: GC090 if the model has no adaptations.
         """
         if self.compiled is None:
             raise GraftError("GC090", "a whole model has no base beside it", hint="leave out --base")
@@ -118,18 +118,18 @@ def open_text_model(
     *,
     device: str | None = None,
 ) -> TextModel:
-    """Load the model of a folder, in eval mode, with its tokenizer.
+    """Load the model in a folder, in eval mode, with its tokenizer.
 
     Args:
-        folder: an artifact, a model of transformers, graphs for ONNX Runtime, or a PEFT adapter.
-        model: the base of an artifact or adapter, as the command line takes it; by default the one that an artifact
-            names.
-        tokenizer: a folder or hub id that has one; by default that of the folder or of the base.
-        device: the device to move the model to; by default it stays where it is loaded.
+        folder: an artifact, a transformers model, graphs for ONNX Runtime, or a PEFT adapter.
+        model: the base of the artifact or adapter, in any form that the command line accepts; by default the base that
+            the artifact names.
+        tokenizer: a folder or hub id with a tokenizer; by default the tokenizer in the folder or in the base's folder.
+        device: the device to move the model to; by default it stays on the device on which it was loaded.
 
     Raises:
-        GraftError: GC032 for a folder that contains no model, GC089 if it lacks tensors of the model, GC142 for a model
-            that does not generate, GC146 if there is no tokenizer; and as `graftc.load`.
+        GraftError: GC032 for a folder that contains no model, GC089 if it lacks some of the model's tensors, GC142 for
+            a model that does not generate text, GC146 if there is no tokenizer; otherwise as for `graftc.load`.
     """
     kind, text_model, compiled = _loaded(folder, model)
     source = text_model if compiled is None else compiled.compilation.source
@@ -153,7 +153,8 @@ def _loaded(folder: Path, model: str | None) -> tuple[Kind, Any, Compiled | None
         compiled = import_peft(folder, base, inputs)
         return "peft", compiled, compiled
     if model is not None:
-        raise GraftError("GC090", f"{str(folder)!r} is not an adapter, and takes no --model", hint="leave out --model")
+        message = f"{str(folder)!r} is not an adapter, so --model does not apply"
+        raise GraftError("GC090", message, hint="leave out --model")
     if not any(folder.glob("*.safetensors")) and any((folder / name).is_file() for name in (DECODER, PAIR[1])):
         return "onnx", load_graphs(folder), None
     loaded = load_folder(folder)
@@ -168,29 +169,29 @@ def _require_generating(source: Any, compiled: Compiled | None) -> None:
         can = source.can_generate() and (not isinstance(source, nn.Module) or Interface(source).cache is not None)
     if not can:
         name = type(source).__name__
-        raise GraftError("GC142", f"{name} does not generate", hint="take a model with a language model head")
+        raise GraftError("GC142", f"{name} does not generate", hint="use a model with a language model head")
 
 
 def moved(model: Any, device: str) -> Any:
     """Move a model to a device and return it.
 
     Raises:
-        GraftError: GC090 if there is no device of this name.
+        GraftError: GC090 if there is no device with this name, or it is the meta device.
     """
     try:
         where = torch.device(device)
         if where.type == "meta":
-            raise GraftError("GC090", f"the device {device!r} computes nothing", hint="name another, such as cpu")
+            raise GraftError("GC090", f"the device {device!r} computes nothing", hint="use another device, such as cpu")
         return model.to(where)
     except (RuntimeError, AssertionError) as error:
         raise GraftError("GC090", f"there is no device {device!r}: {first_line(error)}") from error
 
 
 def tokenizer_of(named: str | None, places: Sequence[Path | None]) -> Any:
-    """Load the tokenizer that a user names, or else that of the first folder that has one.
+    """Load the tokenizer that the user named, or else the one in the first folder that has one.
 
     Raises:
-        GraftError: GC146 if there is none, or it cannot be read.
+        GraftError: GC146 if there is no tokenizer, or it cannot be read.
     """
     if named is not None:
         return _read(named)
@@ -211,7 +212,7 @@ def _read(place: str) -> Any:
     if (folder := Path(place).expanduser()).is_dir():
         place = str(folder)
         if not _has_tokenizer(folder):  # transformers would create an empty one
-            raise GraftError("GC146", f"there is no tokenizer in {place!r}", hint="give a folder with a tokenizer.json")
+            raise GraftError("GC146", f"there is no tokenizer in {place!r}", hint="use a folder with a tokenizer.json")
         require_regular_files(folder, "GC146")
     hint = "name a folder or hub id: --tokenizer NAME"
     with quiet_transformers(), library_errors("GC146", f"the tokenizer of {place!r} cannot be read", hint=hint):
@@ -223,7 +224,7 @@ def adapted(model: TextModel, *, adapter: str | None, base: bool) -> Iterator[No
     """Run the block with the named adaptation of a bank, or with the base alone.
 
     Raises:
-        GraftError: as `TextModel.choose` and `TextModel.base_only`.
+        GraftError: as for `TextModel.choose` and `TextModel.base_only`.
     """
     if adapter is not None:
         model.choose(adapter)

@@ -1,4 +1,4 @@
-"""Generation settings that come with a model: checks of their values, and of errors that they cause."""
+"""Check the generation settings stored with a model, and report the errors that they cause."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 
 _BEAMS = 1_000
-"""The most beams, and the most returned texts: each takes as much memory as a text."""
+"""The maximum number of beams, and of returned texts: each uses as much memory as a whole text."""
 _STOPS, _STOP = 100, 1_000
-"""The most texts that end an answer, and the most characters of one."""
-_HINT = "mend generation_config.json in the model's folder"
+"""The maximum number of stop strings, and of characters in each."""
+_HINT = "correct generation_config.json in the model's folder"
 _OWN = Path(__file__).parents[2]
 
 
 def require_settings(config: Any, beams: int | None) -> None:
-    """Refuse settings of another kind, or beyond the limits of generation.
+    """Refuse generation settings of the wrong type or outside their limits.
 
     Args:
         config: the model's ``generation_config``.
-        beams: the number of beams that the user requests; None for that of the model.
+        beams: the number of beams that the user requests; None to use the model's setting.
 
     Raises:
-        GraftError: GC148 for such settings.
+        GraftError: GC148 for the first setting that is refused.
     """
     for name in ("num_beams", "num_return_sequences"):
         value = beams if name == "num_beams" and beams is not None else getattr(config, name, None)
         if value is not None and not (_is_whole(value) and 1 <= value <= _BEAMS):
-            raise _refused(name, value, f"a whole number from 1 to {_BEAMS:,}")
+            raise _refused(name, value, f"an integer from 1 to {_BEAMS:,}")
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
         value = getattr(config, name, None)
         tokens: list[Any] = value if isinstance(value, list) and name == "eos_token_id" else [value]
         if value is not None and not all(_is_whole(each) and abs(each) < 2**31 for each in tokens):
-            raise _refused(name, value, "the number of a token")
+            raise _refused(name, value, "a token id")
     stops: Any = getattr(config, "stop_strings", None)
     if stops is not None and not _are_stops([stops] if isinstance(stops, str) else stops):
-        raise _refused("stop_strings", stops, f"up to {_STOPS} texts of up to {_STOP:,} characters")
+        raise _refused("stop_strings", stops, f"up to {_STOPS} strings of up to {_STOP:,} characters")
 
 
 def _are_stops(listed: Any) -> bool:
@@ -55,17 +55,17 @@ def _is_whole(value: Any) -> bool:
 
 
 def _refused(name: str, value: object, wanted: str) -> GraftError:
-    return GraftError("GC148", f"{name} is {quoted(repr(value)[:200])}, and has to be {wanted}", hint=_HINT)
+    return GraftError("GC148", f"{name} must be {wanted}, got {quoted(repr(value)[:200])}", hint=_HINT)
 
 
 @contextlib.contextmanager
 def generation_errors() -> Iterator[None]:
-    """Run the block, which calls ``generate``, and raise the errors of other libraries in it as GC148.
+    """Run the block, which calls ``generate``, and turn errors from other libraries into GC148.
 
-    A temperature of 0 causes one, for instance. Errors that graftc's own code raises pass unchanged.
+    A temperature of 0, for instance, causes such an error. Errors raised by graftc's own code pass unchanged.
 
     Raises:
-        GraftError: GC148 for an error of another library.
+        GraftError: GC148 for an error from another library.
     """
     try:
         yield

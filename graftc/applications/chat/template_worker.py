@@ -1,8 +1,8 @@
-"""A separate process that tries chat templates, which are third-party programs, in bounded time and memory.
+"""A separate process that tries out chat templates, which are third-party programs, in bounded time and memory.
 
-It is run as a script, by `graftc.applications.chat.templates`, and imports nothing of graftc. It reads a line of JSON:
-the template, what it is given, and how much text, time and memory it may take. It writes a line: null, or why the
-template fails.
+`graftc.applications.chat.templates` runs it as a script, so it imports nothing from graftc. For each line of JSON that
+it reads (a template, its variables, and limits on its output, time and memory), it writes a line of JSON: null, or the
+reason why the template fails.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if sys.platform != "win32":
 
 
 class _Generation(jinja2.ext.Extension):
-    """The block ``{% generation %}``, which marks what an assistant says, and renders as its contents."""
+    """The block ``{% generation %}``, which marks the assistant's text and renders as its contents."""
 
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 has it
+    tags = {"generation"}  # noqa: RUF012 - declared as in jinja2
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -41,7 +41,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """Return an environment like the one in which transformers renders chat templates."""
+    """Return an environment equivalent to the one in which transformers renders chat templates."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -52,7 +52,7 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 def _limit(seconds: int, memory: int) -> None:
-    """Limit processor time and memory to this much more than is in use now."""
+    """Limit processor time and memory to the given amounts beyond what is already in use."""
     if sys.platform == "win32":
         return  # the process that waits for the answer has its own time limit
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -72,9 +72,9 @@ def _tried(asked: dict[str, Any]) -> str | None:
         for piece in _environment().from_string(asked["template"]).generate(**asked["given"]):
             length += len(piece)
             if length > asked["characters"]:
-                return f"it makes more than {asked['characters']:,} characters"
+                return f"it produces more than {asked['characters']:,} characters"
     except MemoryError:
-        return f"it takes more than {asked['memory'] // 2**20} MB of memory"
+        return f"it uses more than {asked['memory'] // 2**20} MB of memory"
     except Exception as error:
         lines = str(error).splitlines() or [""]
         return f"{type(error).__name__}: {lines[0][:300]}"

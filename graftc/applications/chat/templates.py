@@ -1,4 +1,4 @@
-"""Chat templates, which are third-party programs: tried in a separate process before they run."""
+"""Try out chat templates, which are third-party programs, in a separate process before they are used."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from graftc.specs.errors.diagnostics import GraftError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _SECONDS, _WAIT = 2, 20.0
-"""Processor seconds that rendering may take, and seconds to wait for an answer, including the start of the process."""
+"""The processor time that rendering may use, and the time to wait for a reply, including process start; in seconds."""
 _ENDING = 0.2
 _MEMORY = 2**28
 _CHARACTERS = 2**20
-"""Characters that a template may add of its own; it may also repeat the messages `_REPEATED` times."""
+"""The number of characters that a template may add; it may also repeat the messages `_REPEATED` times."""
 _REPEATED = 8
 
 
 def require_bounded(template: str, messages: Sequence[Mapping[str, str]], given: Mapping[str, Any]) -> None:
-    """Refuse a chat template that fails, or takes too much time, memory or text, on these messages.
+    """Refuse a chat template that fails on these messages, or exceeds the limits on time, memory or output.
 
     Args:
         template: the template, as in the tokenizer.
         messages: the messages to render.
-        given: all other variables of the template; what is not plain data is passed as text.
+        given: all other variables of the template; values that are not plain data are passed as text.
 
     Raises:
-        GraftError: GC147 for such a template.
+        GraftError: GC147 if the template is refused.
     """
     listed = [dict(message) for message in messages]
     size = len(json.dumps(listed))
@@ -49,11 +49,12 @@ def require_bounded(template: str, messages: Sequence[Mapping[str, str]], given:
     reason = _worker.ask(json.dumps(asked, default=str))
     if reason is not None:
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
-        raise GraftError("GC147", f"the chat template does not take messages of {roles}: {reason.rstrip('.')}")
+        message = f"the chat template does not accept messages with the roles {roles}: {reason.rstrip('.')}"
+        raise GraftError("GC147", message)
 
 
 class _Worker:
-    """The process, which starts on the first request, and again after it has died."""
+    """The worker process, which is started on the first request and restarted after it has died."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -61,7 +62,7 @@ class _Worker:
         self._owner = os.getpid()
 
     def ask(self, line: str) -> str | None:
-        """Return why a template cannot be used; None if it can."""
+        """Return the reason why a template cannot be used; None if it can be used."""
         with self._lock:
             process, answer = self._running(), ""
             assert process.stdin is not None and process.stdout is not None
@@ -89,18 +90,18 @@ class _Worker:
                 stderr=subprocess.DEVNULL,
                 text=True,
                 encoding="utf-8",
-                start_new_session=True,  # an interrupt is only for the waiting process
+                start_new_session=True,  # an interrupt must reach only the waiting process
             )
         return self._process
 
     def stop(self) -> bool:
-        """End the process, if there is one, and return whether it had failed by itself, without a limit."""
+        """End the process, if there is one, and return whether it had already failed without reaching a limit."""
         process, self._process = self._process, None
         if process is None or self._owner != os.getpid():
             return False
         assert process.stdin is not None and process.stdout is not None
         with contextlib.suppress(OSError):
-            process.stdin.close()  # the process ends at this, unless it is busy
+            process.stdin.close()  # ends the process, unless it is busy
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_ENDING)
         process.kill()

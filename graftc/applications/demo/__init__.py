@@ -1,4 +1,4 @@
-"""The whole path on a real pretrained model and real data (`graftc demo`).
+"""The whole workflow on a real pretrained model and real data (`graftc demo`).
 
-The package uses the public interface as a user would; only its command imports it.
+The package uses the public interface as a user would; only the command itself imports it.
 """

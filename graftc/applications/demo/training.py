@@ -1,4 +1,4 @@
-"""A plain training loop, prediction and the two scores that the demo prints."""
+"""A plain training loop, prediction, and the two scores that the demo prints."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """The loss of every step, and the duration of all steps."""
+    """The loss of each step, and the total duration in seconds."""
 
     losses: tuple[float, ...]
     seconds: float
 
 
 def score(predicted: Sequence[int], actual: Sequence[int], classes: int) -> Scores:
-    """Return accuracy and macro-F1 over all ``classes``; a class that is neither predicted nor present counts as 0.
+    """Return accuracy and macro-F1 over ``classes`` classes; one that is neither predicted nor present has an F1 of 0.
 
     Raises:
         ValueError: if the two sequences differ in length, or are empty.
@@ -54,18 +54,18 @@ def train(
 ) -> TrainingRun:
     """Train all parameters that require a gradient with AdamW.
 
-    The learning rate warms up linearly over a tenth of the steps and decays linearly to zero. Weight decay applies to
-    parameters of two or more dimensions, and the norm of all gradients together is clipped to 1.
+    The learning rate warms up linearly over a tenth of the steps and then decays linearly to zero. Weight decay applies
+    to parameters with two or more dimensions, and the joint norm of all gradients is clipped to 1.
 
     Args:
-        model: a model that is called as ``model(**batch)``; its output has a scalar ``loss``.
+        model: a model that is called as ``model(**batch)`` and whose output has a scalar ``loss``.
         batches: at least ``steps`` batches, with labels.
         steps: the number of optimiser steps.
-        lr: the highest learning rate.
+        lr: the peak learning rate.
         on_step: a function that is called after each step with its number, from 1, and its loss.
 
     Raises:
-        FloatingPointError: if the loss is no longer finite.
+        FloatingPointError: if the loss of a step is not finite.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -107,7 +107,7 @@ def predict(
     """Return the logits of every example, float32 ``[examples, classes]``, in the order of ``data``.
 
     Args:
-        forward: a function from a batch without labels to logits ``[batch, classes]``.
+        forward: a function that maps a batch without labels to logits ``[batch, classes]``.
         size: the number of examples in a batch; each batch is padded to its longest text.
         on_batch: a function that is called after each batch with its number of examples.
     """

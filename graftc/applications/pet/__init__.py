@@ -1,4 +1,4 @@
-"""PET and iPET: rows of data as cloze questions, computations on members' logits, and the recipe as a whole.
+"""PET and iPET: data rows as cloze questions, computations on the members' logits, and the complete recipe.
 
-The compiled models that answer the questions are those of any spec with ``cloze:``.
+Any spec with ``cloze:`` compiles to a model that answers such questions.
 """

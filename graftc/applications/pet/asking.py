@@ -1,4 +1,4 @@
-"""Cloze questions to compiled models: the pattern and the slot of every row of a batch."""
+"""Put cloze questions to compiled models, with a pattern and a slot for each row of a batch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from graftc.runtime.compiled import Compiled
 from graftc.specs.pet.document import PetSpec
 
 AT_ONCE = 64
-"""The number of rows in a batch that is only answered."""
+"""The number of rows in a batch that is answered without training."""
 
 
 @dataclass(frozen=True)
 class Asking:
-    """The calls that ask the members of one compiled model.
+    """The inputs and calls that ask the members of one compiled model.
 
     Attributes:
         encoder: the encoder that puts texts into patterns.
-        patterns: the pattern of each member.
-        known: the patterns whose verbalizers the model has, in its order.
-        banks: names of the inputs that give the slot of the member that answers a row; empty for a single member.
-        device: the device of the model.
+        patterns: the index of each member's pattern.
+        known: the patterns whose verbalizers the model has, in the model's order.
+        banks: the names of the inputs that select the slot of the member that answers a row; empty for a single member.
+        device: the model's device.
     """
 
     encoder: ClozeEncoder
@@ -42,7 +42,7 @@ class Asking:
     device: torch.device
 
     def questions(self, texts: Sequence[Fields], members: Sequence[int]) -> dict[str, Tensor]:
-        """Return the inputs of the model that ask the given member about each text."""
+        """Return the model inputs that ask the corresponding member about each text."""
         patterns = [self.patterns[member] for member in members]
         inputs = self.encoder.encode(texts, patterns)
         if len(self.encoder.options(self.known)["verbalizers"]) > 1:
@@ -50,7 +50,7 @@ class Asking:
         return self._chosen(inputs, members)
 
     def texts(self, texts: Sequence[Fields], member: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the inputs of the model for a member's loss as a language model."""
+        """Return the model inputs for a member's language modelling loss."""
         inputs = self.encoder.token_batch(texts, self.patterns[member], generator)
         return self._chosen(inputs, [member] * len(texts))
 
@@ -59,9 +59,9 @@ class Asking:
         return {name: tensor.to(self.device) for name, tensor in {**inputs, **slots}.items()}
 
     def answers(self, compiled: Compiled, texts: Sequence[Fields]) -> Tensor:
-        """Return the logits of every member, float32 ``[members, rows, labels]`` on the CPU.
+        """Return every member's logits, float32 ``[members, rows, labels]`` on the CPU.
 
-        The model is in eval mode afterwards.
+        The model is left in eval mode.
         """
         members, rows = len(self.patterns), len(texts)
         logits = logits_of(compiled, self._batches(texts), members * rows)
@@ -76,15 +76,15 @@ class Asking:
 def encoder_of(
     spec: PetSpec, tokenizer: Any, model: nn.Module, max_length: int | None = None, *, blank: BlankKind | None = None
 ) -> ClozeEncoder:
-    """Return the encoder that puts rows into the patterns of a document, for a model and its tokenizer.
+    """Return the encoder that puts rows into a document's patterns, for a model and its tokenizer.
 
     Args:
         spec: the document.
         tokenizer: the model's tokenizer.
-        model: the model, which limits lengths by its positions and determines what a blank is and how its decoder
-            starts, if it has one.
-        max_length: the most tokens of a text; by default that of members' training.
-        blank: what a blank is, if that is known already.
+        model: the model, which limits the length of texts by its positions, and determines the kind of blank and the
+            first token of its decoder, if it has one.
+        max_length: the maximum number of tokens in a text; by default the document's limit for training members.
+        blank: the kind of blank, if it is already known.
     """
     start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
     blank = blank if blank is not None else blank_kind(model, tokenizer)
@@ -92,11 +92,11 @@ def encoder_of(
 
 
 def by_length(texts: Sequence[Fields], copies: int = 1) -> Iterator[list[int]]:
-    """Yield batches of rows with about the same length, so that little is padded.
+    """Yield batches of rows of similar length, to keep padding small.
 
     Args:
         texts: the rows.
-        copies: how often each row is asked; the number of a row's copy is ``copy * rows + row``.
+        copies: the number of times that each row is asked; the index of a row's copy is ``copy * rows + row``.
     """
     sizes = [sum(map(len, text.values())) for text in texts]
     order = sorted(range(copies * len(texts)), key=lambda at: sizes[at % len(texts)])

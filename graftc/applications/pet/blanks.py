@@ -1,4 +1,4 @@
-"""A tokenizer that supports blanks: a placeholder in a text becomes the blank's token, and nothing else is special."""
+"""A tokenizer that supports blanks: a placeholder in a text becomes the blank token, and no other text is special."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ BLANK = "\ue000"
 """The private-use character that represents a blank in texts; it is removed from data."""
 
 BlankKind: TypeAlias = Literal["mask", "last", "sentinel"]
-"""What a blank is: the mask token; the position after the text, in models that write from left to right; or T5's
-sentinel, after which the decoder writes."""
+"""The kinds of blank: the mask token; the position after the text, for models that generate from left to right; or T5's
+sentinel, after which the decoder generates."""
 
 _SENTINEL = "<extra_id_0>"
 _CLOSE = 8
-"""The most tokens similar to a word that are tried."""
+"""The maximum number of tokens similar to a word that are tried."""
 
 _COMPOUND, _SHORTEST = 100, 3
-"""The most characters of a word that are searched for shorter words, and the fewest characters of such a word."""
+"""The number of leading characters of a word that are searched for shorter words, and the minimum length of these."""
 
 
 class BlankTokenizer:
-    """A copy of a tokenizer for texts with blanks.
+    """A copy of a tokenizer, extended for texts with blanks.
 
-    Special tokens that are written out in a text are treated as text. The token that `BLANK` represents takes the
-    spaces beside it as the tokenizer's own does, and the tokenizer puts its special tokens around the whole text.
+    Special tokens that are written out in a text are treated as ordinary text. The token for `BLANK` absorbs adjacent
+    spaces in the same way as the tokenizer's own blank token, and the special tokens that the tokenizer adds enclose
+    the whole text.
 
     Args:
-        tokenizer: a tokenizer of transformers with a backend of the `tokenizers` library; it is not changed.
-        kind: what a blank is. By default, what the tokenizer has: a mask token, a sentinel, or neither.
+        tokenizer: a transformers tokenizer with a `tokenizers` backend; it is not changed.
+        kind: the kind of blank; by default the mask token if the tokenizer has one, or else the sentinel, or else the
+            position after the text.
 
     Raises:
-        GraftError: GC179 if the tokenizer has no such blank, or belongs to another library.
+        GraftError: GC179 if the tokenizer does not support this kind of blank, or has no `tokenizers` backend.
     """
 
     def __init__(self, tokenizer: Any, kind: BlankKind | None = None) -> None:
@@ -45,11 +47,11 @@ class BlankTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             hint = "load it with AutoTokenizer, and the package tokenizers"
-            raise GraftError("GC179", "the tokenizer does not tell which characters its tokens are of", hint=hint)
+            raise GraftError("GC179", "the tokenizer does not report the character positions of its tokens", hint=hint)
         self.tokenizer = tokenizer
         self.kind: BlankKind = _kind_of(tokenizer) if kind is None else kind
         self.blank_id = _blank_id(tokenizer, self.kind)
-        """The token of a blank; None where it is what comes after the text."""
+        """The blank token; None if the blank is the position after the text."""
         self._backend = Tokenizer.from_str(backend.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -59,28 +61,28 @@ class BlankTokenizer:
         self._backend.add_tokens([AddedToken(BLANK, lstrip=left, rstrip=right, normalized=False, special=False)])
         self._placeholder = self._backend.token_to_id(BLANK)
         self.special_ids = _special_ids(tokenizer)
-        """Every token that is not part of a text."""
+        """The ids of all special tokens."""
         self.specials = {str(token.content) for token in _added(tokenizer).values() if token.special}
-        """How special tokens are written."""
+        """The text forms of all special tokens."""
 
     @property
     def types(self) -> bool:
-        """Whether the tokenizer's models take token types."""
+        """Whether the tokenizer's models take ``token_type_ids``."""
         return "token_type_ids" in self.tokenizer.model_input_names
 
     @property
     def pad_id(self) -> int:
-        """The token that fills batches: the tokenizer's padding, or else the end of a text, or else token 0."""
+        """The token used for padding: the tokenizer's padding token, or else its end-of-text token, or else token 0."""
         token = self.tokenizer.pad_token_id
         token = self.tokenizer.eos_token_id if token is None else token
         return 0 if token is None else int(token)
 
     def encode(self, texts: Sequence[str]) -> list[Any]:
-        """Return an ``Encoding`` for each text, with special tokens; `offsets` gives the characters of each token."""
+        """Return an ``Encoding`` for each text, with special tokens; its `offsets` are the tokens' character spans."""
         return list(self._backend.encode_batch([_encodable(text) for text in texts]))
 
     def ids(self, encoding: Any) -> list[int]:
-        """Return the tokens of an encoding; if the blank comes after the text, nothing else does."""
+        """Return an encoding's token ids; if the blank is the position after the text, no special token follows it."""
         ids = [self.blank_id if i == self._placeholder else i for i in encoding.ids]
         if self.kind == "last":
             special = encoding.special_tokens_mask
@@ -89,13 +91,13 @@ class BlankTokenizer:
         return [int(i) for i in ids if i is not None]
 
     def written_specials(self, encoding: Any) -> list[tuple[int, int]]:
-        """Return where a text writes a special token that the vocabulary reads as such, as T5's does.
+        """Return the spans of written-out special tokens that were encoded as special tokens, as happens with T5.
 
         Args:
             encoding: the encoding of the text.
 
         Returns:
-            The first character and the end of each.
+            The start and end character of each.
         """
         special = self.special_ids - {self.tokenizer.unk_token_id, self._placeholder}
         if special.isdisjoint(encoding.ids):
@@ -104,11 +106,11 @@ class BlankTokenizer:
         return [offset for i, added, offset in tokens if i in special and not added and offset[1] > offset[0]]
 
     def word_ids(self, word: str, before: str) -> list[int]:
-        """Return the tokens of a word in a blank.
+        """Return the tokens of a word that fills a blank.
 
         Args:
             word: the word, as written in the verbalizer.
-            before: what comes before the blank: nothing, white space, or anything else.
+            before: the text before the blank; it matters only whether this is empty, ends in white space, or neither.
         """
         lead = "" if not before else "a " if before[-1].isspace() else BLANK
         encoding = self._backend.encode(_encodable(lead + word), add_special_tokens=False)
@@ -116,12 +118,12 @@ class BlankTokenizer:
         return [i for i, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > start]
 
     def knows(self, ids: Iterable[int]) -> bool:
-        """Return whether all of these are ordinary tokens of the vocabulary, and none represents unknown text."""
+        """Return whether all of these tokens are ordinary tokens, and none is the unknown token."""
         unknown = self.tokenizer.unk_token_id
         return all(i != unknown and i not in self.special_ids and i != self._placeholder for i in ids)
 
     def like(self, word: str, before: str) -> list[str]:
-        """Return at most three words of one token each: those that a word contains, then those that look similar."""
+        """Return at most three single-token words: first those contained in the given word, then similar ones."""
         start = word[:2].lower()
         vocabulary: dict[str, int] = self._backend.get_vocab()
         plain = {token.lstrip("Ġ▁ ") for token in vocabulary}
@@ -131,7 +133,7 @@ class BlankTokenizer:
         return list(dict.fromkeys([*self._within(word, before, plain), *one]))[:3]
 
     def _within(self, word: str, before: str, plain: Collection[str]) -> list[str]:
-        """Return the words of one token at the ends of a word's parts, the longest first and without overlaps."""
+        """Return the single-token words at the start or end of a word's parts, longest first and without overlaps."""
         spans = [
             (first, last)
             for part in re.finditer(r"[^\W\d_]+", word[:_COMPOUND])
@@ -155,12 +157,12 @@ class BlankTokenizer:
         return len(ids) == 1 and self.knows(ids)
 
     def pieces(self, ids: Sequence[int]) -> str:
-        """Return the tokens as the vocabulary writes them, in one string."""
+        """Return the tokens in the vocabulary's notation, as one string."""
         return some([quoted(str(token)) for token in self.tokenizer.convert_ids_to_tokens(list(ids))], 8)
 
 
 def _encodable(text: str) -> str:
-    """Return the text with lone surrogates replaced, which tokenizers do not read."""
+    """Return the text with lone surrogates replaced, because tokenizers reject them."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -180,7 +182,7 @@ def _sentinel(tokenizer: Any) -> int | None:
 
 
 def has_sentinel(tokenizer: Any) -> bool:
-    """Return whether a tokenizer has T5's sentinel."""
+    """Return whether a tokenizer has T5's sentinel token."""
     return _sentinel(tokenizer) is not None
 
 
@@ -196,5 +198,5 @@ def _blank_id(tokenizer: Any, kind: BlankKind) -> int | None:
     token = tokenizer.mask_token_id if kind == "mask" else _sentinel(tokenizer)
     if token is None:
         what = "mask token" if kind == "mask" else f"token {_SENTINEL}"
-        raise GraftError("GC179", f"the tokenizer has no {what} for blanks", hint="name the model's own tokenizer")
+        raise GraftError("GC179", f"the tokenizer has no {what} for blanks", hint="use the model's own tokenizer")
     return int(token)

@@ -1,4 +1,4 @@
-"""The final classifier: a model with a head, or one that fills blanks, trained on the ensemble's answers."""
+"""The final classifier, trained on the ensemble's answers: a model with a head, or one that fills blanks."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ _DISTILLING = "distilling"
 
 
 def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: int) -> Any:
-    """Build a classifier of transformers with a language model's own encoder, in eval mode.
+    """Build a transformers sequence classifier around a language model's own encoder, in eval mode.
 
     Args:
-        model: a language model of transformers; the classifier shares its tensors.
-        labels: names of the classes, in the order of logits.
-        padding: the token that fills batches, if the model's config has none.
-        seed: the seed of what the language model lacks: the head, and in some classifiers a pooler.
+        model: a transformers language model; the classifier shares its tensors.
+        labels: the names of the classes, in the order of the logits.
+        padding: the padding token, used if the model's config has none.
+        seed: the seed for the parts that the language model lacks: the head, and in some classifiers a pooler.
 
     Raises:
-        GraftError: GC182 if transformers has no such classifier, or the model's own layers do not have its form.
+        GraftError: GC182 if transformers has no sequence classifier for the model, or the model's layers differ from
+            the classifier's.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -54,7 +55,7 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
-    if getattr(config, "pad_token_id", None) is None:  # decoders find the last token by it
+    if getattr(config, "pad_token_id", None) is None:  # decoders use it to find the last token
         config.pad_token_id = padding
     config.problem_type = "single_label_classification"
     state = torch.random.get_rng_state()
@@ -62,19 +63,19 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
     try:
         classifier = auto.from_config(config)
     except ValueError as error:
-        message = f"transformers has no classifier of sequences for {type(model).__name__}"
+        message = f"transformers has no sequence classifier for {type(model).__name__}"
         raise GraftError("GC182", message, hint="classifier: {kind: cloze}") from error
     finally:
         torch.random.set_rng_state(state)
     classifier.config.name_or_path = ""  # it is not stored anywhere yet
     prefix = classifier.base_model_prefix
-    # Encoder-decoders have no part of that name; their own tensors are named as in the part.
+    # Encoder-decoders have no submodule with that name; their own tensors have the same names as in the submodule.
     source, part = getattr(model, prefix, model), getattr(classifier, prefix, None)
     own = part.state_dict() if part is not None else {}
     known = source.state_dict()
     shared = {name: known[name] for name in own if name in known and known[name].shape == own[name].shape}
     if part is None or not shared:
-        message = f"{type(classifier).__name__} has nothing in common with {type(model).__name__}"
+        message = f"{type(classifier).__name__} has no tensors in common with {type(model).__name__}"
         raise GraftError("GC182", message, hint="classifier: {kind: cloze}")
     _require_alike(source, part, own.keys() - shared.keys(), model)
     first = next(model.parameters())
@@ -89,7 +90,7 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with a storage for each, as a class has it for tensors that it does not tie itself."""
+    """Return the tensors with separate storages, as for tensors that a class does not tie itself."""
     seen: set[int] = set()
     separate: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -100,18 +101,18 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _require_alike(source: nn.Module, part: nn.Module, lost: Collection[str], model: nn.Module) -> None:
-    """Check that a model's encoder is one that its class makes.
+    """Check that a model's encoder is as its class builds it.
 
-    What was added to it would be missing in a classifier without any notice.
+    Anything added to the encoder would silently be missing from the classifier.
 
     Args:
         source: the language model's encoder.
         part: the classifier's encoder.
-        lost: names of tensors of the classifier's encoder that the model does not have in this form.
+        lost: the names of tensors in the classifier's encoder for which the model has no tensor of the same shape.
         model: the language model, named in errors.
 
     Raises:
-        GraftError: GC182 if it is not.
+        GraftError: GC182 if the encoder differs.
     """
     mine, places = dict(source.named_modules(remove_duplicate=False)), {name.rpartition(".")[0] for name in lost}
     for path, module in part.named_modules(remove_duplicate=False):
@@ -119,15 +120,15 @@ def _require_alike(source: nn.Module, part: nn.Module, lost: Collection[str], mo
         if counterpart is None or counterpart is model:
             continue
         if type(counterpart) is not type(module):
-            what = f"is a {_class_of(counterpart)}, and in a new classifier a {_class_of(module)}"
+            what = f"is a {_class_of(counterpart)}, but in a new classifier it is a {_class_of(module)}"
         elif "forward" in vars(counterpart) or forward_hooks(counterpart):
-            what = "has a forward or hooks of its own, which a new classifier would not have"
+            what = "has its own forward or hooks, which a new classifier would not have"
         elif path in places:
-            what = "is stored in another form than in a new classifier"
+            what = "is not stored in the same form as in a new classifier"
         else:
             continue
         message = f"{path or 'the encoder'} of {type(model).__name__} {what}"
-        raise GraftError("GC182", message, hint="classifier: {kind: cloze}, or give a model as its class makes it")
+        raise GraftError("GC182", message, hint="use classifier: {kind: cloze}, or an unmodified model")
 
 
 def _class_of(module: nn.Module) -> str:
@@ -135,7 +136,7 @@ def _class_of(module: nn.Module) -> str:
 
 
 class Classifier:
-    """The classifier of a run.
+    """The final classifier of a PET run.
 
     Args:
         task: the run.
@@ -157,15 +158,15 @@ class Classifier:
         """Compile the classifier without training it.
 
         Raises:
-            GraftError: as `graftc.compile`.
+            GraftError: as for `graftc.compile`.
         """
         compile(self._spec(), self._base, self._inputs(self._task.unlabelled.texts[:2]), seed=self._task.seed)
 
     def trained(self, soft: Tensor) -> Compiled:
-        """Return the classifier, in eval mode: trained on soft labels, or loaded if a finished run has stored it.
+        """Return the classifier, in eval mode: trained on soft labels, or loaded if it is already stored.
 
         Args:
-            soft: the logits of the ensemble on unlabelled rows, ``[rows, labels]``.
+            soft: the ensemble's logits on the unlabelled rows, ``[rows, labels]``.
         """
         stages = self._task.stages
         place, folder = stages.place(CLASSIFIER), stages.place(_DISTILLING)
@@ -186,7 +187,7 @@ class Classifier:
         return load(place, self._base).eval()
 
     def answers(self, compiled: Compiled, texts: Sequence[Fields]) -> Tensor:
-        """Return the logits of the classifier, float32 ``[rows, labels]`` on the CPU."""
+        """Return the classifier's logits, float32 ``[rows, labels]`` on the CPU."""
         progress.step("asking the classifier")
         batches = ((some, self._inputs([texts[row] for row in some])) for some in by_length(texts))
         return logits_of(compiled, batches, len(texts))
@@ -200,7 +201,7 @@ class Classifier:
     def _save_base(self, folder: Path) -> None:
         base: Any = self._base
         with quiet_transformers(), writing(folder):
-            for each in (base, self._tokenizer):  # merging copies the tokenizer stored beside a base
+            for each in (base, self._tokenizer):  # a merge copies the tokenizer stored beside the base
                 each.save_pretrained(folder)
 
     def _spec(self) -> Spec:

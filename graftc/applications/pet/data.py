@@ -1,4 +1,4 @@
-"""Rows of data from JSON Lines, CSV and TSV files, and from folders of them."""
+"""Load rows from JSON Lines, CSV and TSV files, and from folders of such files."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from graftc.specs.pet.pattern import LABEL
 from graftc.specs.strict_json import read_json
 
 FILE_BYTES = 4 * 1024**3
-"""The largest size of a file, in bytes."""
+"""The maximum size of a file, in bytes."""
 
 ROWS = 10_000_000
-"""The most rows that a file may have."""
+"""The maximum number of rows in a file."""
 
 TEXT = 100_000
-"""The most characters that a field may have."""
+"""The maximum number of characters in a field."""
 
 FIELDS = 1_000
-"""The most fields that a row may have, and the most columns of a table."""
+"""The maximum number of fields in a row, and of columns in a table."""
 
 _LINE = 16 * TEXT
-"""The most bytes that a line of JSON may have."""
+"""The maximum number of bytes in a line of JSON."""
 
 _FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv")
 _SPLITS = {"train": ("train",), "unlabelled": ("unlabelled", "unlabeled"), "test": ("test",)}
 _MEANT = {"labelled": "train", "labeled": "train"} | {stem: stem for stems in _SPLITS.values() for stem in stems}
-"""The stems that a misspelt file name may mean, each with the stem to suggest."""
+"""The stems for which a file name may be a misspelling, each with the stem to suggest."""
 
 _Source: TypeAlias = str | PathLike[str]
 
@@ -43,11 +43,10 @@ class TextRows:
 
     Attributes:
         rows: the fields of each row, without its label.
-        labels: the number of each row's label, in the order of logits; None if rows have no labels.
+        labels: the index of each row's label, in the order of the logits; None if rows have no labels.
         lines: the line of the file on which each row ends, from 1.
         file: the path of the file.
-        names: the labels that the numbers represent, in their order; None if rows have no labels, or these are not
-            known.
+        names: the labels to which the indices refer, in order; None if rows have no labels, or their names are unknown.
     """
 
     rows: tuple[Mapping[str, str], ...]
@@ -68,7 +67,7 @@ class TextRows:
 
 @dataclass(frozen=True)
 class PetData:
-    """The data that PET reads; a part that is missing is None.
+    """The data for a PET run; missing parts are None.
 
     Attributes:
         train: rows with labels.
@@ -84,21 +83,22 @@ class PetData:
 def load_pet_data(
     source: _Source | Mapping[str, _Source], labels: Sequence[str], slots: Collection[str] = ()
 ) -> PetData:
-    """Load the rows of a folder with files ``train``, ``unlabelled`` and ``test``, or of the files of a mapping.
+    """Load rows from a folder with files ``train``, ``unlabelled`` and ``test``, or from the files in a mapping.
 
     Args:
-        source: the folder, whose files are ``.jsonl``, ``.ndjson``, ``.csv`` or ``.tsv``; or a path for each part.
-        labels: the labels, in the order of logits.
-        slots: fields that each row must have; others are left out. By default all fields are kept.
+        source: the folder, whose files are ``.jsonl``, ``.ndjson``, ``.csv`` or ``.tsv``; or a mapping from parts to
+            paths.
+        labels: the labels, in the order of the logits.
+        slots: the fields that each row must have; others are left out. By default all fields are kept.
 
     Raises:
-        GraftError: GC180 if a file does not exist, a part has two files, or the contents cannot be used.
+        GraftError: GC180 if a file does not exist, a part has two files, or the contents of a file are invalid.
     """
     files = dict(source) if isinstance(source, Mapping) else _files(Path(source))
     for name in files:
         if name not in _SPLITS:
             hint, _ = correction(name, _SPLITS, f"the parts are: {', '.join(_SPLITS)}")
-            raise GraftError("GC180", f"there is no part {quoted(name)} of the data", hint=hint)
+            raise GraftError("GC180", f"the data has no part {quoted(name)}", hint=hint)
     parts = {name: load_rows(file, None if name == "unlabelled" else labels, slots) for name, file in files.items()}
     return PetData(**parts)
 
@@ -106,23 +106,23 @@ def load_pet_data(
 def load_rows(source: _Source, labels: Sequence[str] | None = None, slots: Collection[str] = ()) -> TextRows:
     """Load the rows of a file; empty lines are skipped.
 
-    A ``.jsonl`` or ``.ndjson`` file has an object on each line; a ``.csv`` or ``.tsv`` file has a header. Cells of CSV
-    may be quoted and may then contain line breaks; in TSV a quote is an ordinary character.
+    A ``.jsonl`` or ``.ndjson`` file has an object on each line; a ``.csv`` or ``.tsv`` file has a header. CSV cells may
+    be quoted and may then contain line breaks; in TSV files, a quote is an ordinary character.
 
     Args:
         source: the path of the file.
-        labels: the labels that the field `label` may have; None if rows are not labelled, and then the field is left
-            out.
+        labels: the allowed values of the field `label`; None if rows are not labelled, in which case the field is
+            ignored.
         slots: as for :func:`load_pet_data`.
 
     Raises:
-        GraftError: GC180, with the line.
+        GraftError: GC180 if the file cannot be read or a line is invalid, with the number of that line.
     """
     path = Path(source)
     suffix = path.suffix.lower()
     if suffix not in _FORMATS:
         hint = f"name it {path.stem}.jsonl, .csv or .tsv"
-        raise GraftError("GC180", f"the format of {quoted(path.name)} is not known", hint=hint)
+        raise GraftError("GC180", f"the format of {quoted(path.name)} is not supported", hint=hint)
     numbers = None if labels is None else {label: index for index, label in enumerate(labels)}
     rows: list[Mapping[str, str]] = []
     row_labels: list[int] = []
@@ -141,14 +141,14 @@ def load_rows(source: _Source, labels: Sequence[str] | None = None, slots: Colle
             rows.append(_fields(path, line, row, slots))
             lines.append(line)
     except UnicodeDecodeError as error:
-        message = f"{quoted(path)} is not UTF-8 text: byte 0x{error.object[error.start]:02x} does not fit"
+        message = f"{quoted(path)} is not UTF-8 text: byte 0x{error.object[error.start]:02x} is invalid"
         raise GraftError("GC180", message, place=Place(str(path))) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise GraftError("GC180", f"{quoted(path)} cannot be read: {reason.lower()}") from None
     if not rows:
         header = suffix in (".csv", ".tsv") and path.stat().st_size > 0
-        first = "the first line is taken as the header, which names the columns" if header else None
+        first = "the first line is read as the header" if header else None
         raise GraftError("GC180", f"{quoted(path)} has no rows", place=Place(str(path)), hint=first)
     given, names = (None, None) if numbers is None else (tuple(row_labels), tuple(numbers))
     return TextRows(tuple(rows), given, tuple(lines), str(path), names)
@@ -160,17 +160,17 @@ def _wrong(path: Path, line: int, message: str, hint: str | None = None) -> NoRe
 
 def _missing(path: Path) -> NoReturn:
     if path.exists():
-        raise GraftError("GC180", f"{quoted(path)} is not a regular file", hint="give a file, or the data's folder")
+        raise GraftError("GC180", f"{quoted(path)} is not a regular file", hint="pass a file, or the data's folder")
     if path.is_symlink():
-        message = f"{quoted(path)} is a link to {quoted(path.readlink())}, which is not there"
-        raise GraftError("GC180", message, hint="mend the link, or put the file itself there")
+        message = f"{quoted(path)} is a link to {quoted(path.readlink())}, which does not exist"
+        raise GraftError("GC180", message, hint="repair the link, or replace it with the file")
     near = nearest_beside(path, lambda other: other.suffix.lower() in _FORMATS)
     hint = f"did you mean {quoted(near)}?" if near is not None else None
     raise GraftError("GC180", f"there is no file {quoted(path)}", hint=hint)
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Return the file of each part that a folder contains."""
+    """Return the file for each part of the data that a folder contains."""
     try:
         names = sorted(p.name for p in folder.iterdir())
     except OSError as error:
@@ -180,7 +180,7 @@ def _files(folder: Path) -> dict[str, Path]:
     for split, stems in _SPLITS.items():
         matches = [n for n in names if Path(n).stem.lower() in stems and Path(n).suffix.lower() in _FORMATS]
         if len(matches) > 1:
-            raise GraftError("GC180", f"{quoted(folder)} has several files of one part: {', '.join(matches)}")
+            raise GraftError("GC180", f"{quoted(folder)} has several files for one part: {', '.join(matches)}")
         if matches:
             files[split] = folder / matches[0]
     for name in names:
@@ -188,30 +188,30 @@ def _files(folder: Path) -> dict[str, Path]:
             _check_name(folder, name, files)
     if not files:
         hint = "its files are train.jsonl, unlabelled.jsonl and test.jsonl, or the same as .csv or .tsv"
-        raise GraftError("GC180", f"{quoted(folder)} holds no data: {some(names, 10) or 'nothing'}", hint=hint)
+        raise GraftError("GC180", f"{quoted(folder)} contains no data: {some(names, 10) or 'nothing'}", hint=hint)
     return files
 
 
 def _check_name(folder: Path, name: str, files: Mapping[str, Path]) -> None:
-    """Refuse a file that was meant to be a part but is not one: training would go on without it."""
+    """Refuse a file that is probably a misnamed part of the data, because training would proceed without it."""
     stem, suffix = Path(name).stem.lower(), Path(name).suffix.lower()
     known = {each for stems in _SPLITS.values() for each in stems}
     if suffix in _FORMATS:
         if stem not in known and (close := nearest(stem, _MEANT, n=1)):
             better = f"{_MEANT[close[0]]}{suffix}"
-            hint = f"did you mean {quoted(better)}? Rename it, or put it into another folder"
+            hint = f"did you mean {quoted(better)}? Rename it, or move it to another folder"
             raise GraftError("GC180", f"{quoted(folder / name)} is not part of the data", hint=hint)
         return
     first = name.partition(".")[0].lower()
     packed = first in known and not any(first in _SPLITS[split] for split in files)
     if stem in known or packed:
         intended = first if packed else stem
-        hint = f"name it {intended}.jsonl, .csv or .tsv if it is one of these, or put it into another folder"
-        raise GraftError("GC180", f"the format of {quoted(folder / name)} is not known", hint=hint)
+        hint = f"name it {intended}.jsonl, .csv or .tsv if it has one of these formats, or move it to another folder"
+        raise GraftError("GC180", f"the format of {quoted(folder / name)} is not supported", hint=hint)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield the objects of a file, with their line numbers."""
+    """Yield the objects in a JSON Lines file, with their line numbers."""
     with path.open("rb") as file:
         number = 0
         while raw := file.readline(_LINE + 1):
@@ -223,7 +223,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             try:
                 row = read_json(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, _LINE)
             except UnicodeDecodeError as error:
-                _wrong(path, number, f"the line is not UTF-8 text: byte {error.start + 1} does not fit")
+                _wrong(path, number, f"the line is not UTF-8 text: byte {error.start + 1} is invalid")
             except ValueError as error:
                 _wrong(path, number, f"the line is not JSON: {str(error)[:200]}", "write an object on each line")
             if isinstance(row, dict) and len(row) > FIELDS:
@@ -248,7 +248,7 @@ def _table(path: Path, suffix: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 cells = next(reader, None)
             except csv.Error as error:
                 if "field limit" in str(error):
-                    hint = 'is a quote left open? Within quotes it is written twice: ""'
+                    hint = 'check for an unclosed quote; a quote within quotes is written twice: ""'
                     _wrong(path, start, f"a cell has more than {TEXT:,} characters", hint)
                 _wrong(path, start, f"the row cannot be read: {error}", 'a quote within quotes is written twice: ""')
             finally:
@@ -264,7 +264,7 @@ def _table(path: Path, suffix: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
             elif len(cells) != len(header):
                 hint = f"the header has: {some([quoted(name) for name in header], 20)}"
                 what = "cell" if len(cells) == 1 else "cells"
-                _wrong(path, line, f"the row has {len(cells)} {what}, and the header {len(header)}", hint)
+                _wrong(path, line, f"the row has {len(cells)} {what}, but the header has {len(header)}", hint)
             else:
                 yield line, dict(zip(header, cells, strict=True))
 
@@ -272,7 +272,7 @@ def _table(path: Path, suffix: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
 def _check_header(path: Path, line: int, header: list[str]) -> None:
     if len(header) > FIELDS:
         message = f"there are {len(header):,} columns, more than {FIELDS:,}"
-        _wrong(path, line, message, "leave out what no pattern shows")
+        _wrong(path, line, message, "leave out columns that no pattern uses")
     seen: set[str] = set()
     for index, name in enumerate(header):
         if not name.strip():
@@ -308,12 +308,12 @@ def _fields(path: Path, line: int, row: Mapping[str, Any], slots: Collection[str
             continue
         if name not in row:
             hint, _ = correction(name, row, f"its fields are: {some(list(row), 20)}")
-            _wrong(path, line, f"the row has no field {quoted(name)}, which a pattern shows", hint)
+            _wrong(path, line, f"the row has no field {quoted(name)}, which a pattern uses", hint)
         text = _text(row[name])
         if text is not None and len(text) > TEXT:
             _wrong(path, line, f"{quoted(name)} has {len(text):,} characters, more than {TEXT:,}")
         if text is not None:
             fields[name] = text
         elif slots:
-            _wrong(path, line, f"{quoted(name)} is {shown(row[name])}, which is not text", "write a text in quotes")
+            _wrong(path, line, f"{quoted(name)} is {shown(row[name])}, which is not text", "write a string in quotes")
     return fields

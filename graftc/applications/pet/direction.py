@@ -1,4 +1,4 @@
-"""Detection of where a language model fills blanks, by running it."""
+"""Determine where a language model fills blanks, by running it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from graftc.compiler.resolve.untie import sharing_copy
 
 
 def blank_kind(model: nn.Module, tokenizer: Any) -> BlankKind | None:
-    """Return what a blank is for a model; None if the model does not run on tokens alone.
+    """Return the kind of blank that a model fills; None if the model does not run on tokens alone.
 
-    It is the mask token if tokens see those after them, and otherwise the position after the text. For encoder-decoders
-    it is the sentinel if the tokenizer has one, and otherwise the mask token.
+    The blank is the mask token if tokens attend to later tokens, and otherwise the position after the text. For
+    encoder-decoders, it is the sentinel if the tokenizer has one, and otherwise the mask token.
 
     Args:
-        model: a language model of transformers.
+        model: a transformers language model.
         tokenizer: the model's tokenizer.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -30,12 +30,12 @@ def blank_kind(model: nn.Module, tokenizer: Any) -> BlankKind | None:
 def reads_ahead(model: nn.Module) -> bool | None:
     """Return whether the logits of a token depend on the token after it.
 
-    The result is None if the model does not run on tokens alone, or its logits are not finite numbers of three
-    dimensions. A tokenizer cannot tell: that of a model which writes from left to right may have a mask token. The
-    model is run once, on two texts of three tokens.
+    The result is None if the model does not run on tokens alone, or its logits are not finite or not three-dimensional.
+    The tokenizer does not reveal this: even a model that generates from left to right may have a mask token. The model
+    is run once, on two texts of three tokens.
 
     Args:
-        model: a model that gives ``logits[batch, sequence, vocabulary]``; it is not changed.
+        model: a model that returns ``logits[batch, sequence, vocabulary]``; it is not changed.
     """
     copied = sharing_copy(model).eval()
     try:
@@ -45,10 +45,10 @@ def reads_ahead(model: nn.Module) -> bool | None:
         ids = torch.tensor([plain[:3], [plain[0], plain[3], plain[2]]], device=device)
         with torch.no_grad():
             logits = copied(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float()
-    except Exception:  # compiling reports what is wrong
+    except Exception:  # compiling the model reports the error
         return None
     if logits.dim() != 3 or not bool(logits.isfinite().all()):
         return None
     one, other = logits[:, 0]
-    # Sums in another order differ by less than this, other tokens by more.
+    # Summation in a different order changes logits by less than this, a different token by more.
     return bool((one - other).abs().max() > 1e-5 * one.abs().max())

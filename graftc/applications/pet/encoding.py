@@ -1,4 +1,4 @@
-"""Batches of cloze questions: rows in patterns, as tokens."""
+"""Encode rows as batches of cloze questions: put the rows into patterns, and tokenize these."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from graftc.specs.pet.verbalizer import Verbalizer
 from graftc.specs.source import format_path
 
 MASKED = 0.15
-"""The share of tokens that the auxiliary loss covers; 8 in 10 of them are masked, 1 is replaced, 1 stays unchanged."""
+"""The share of tokens in the auxiliary loss; of every 10, 8 are masked, 1 is replaced and 1 is left unchanged."""
 
 IGNORED = -100
-"""The label of a token that does not count."""
+"""The label of a token that the loss ignores."""
 
 _UNBOUNDED = 1_000_000
-"""From this value on, a tokenizer's maximum length means that no limit is known."""
+"""From this value upwards, a tokenizer's maximum length means that the limit is unknown."""
 
 
 class ClozeEncoder:
-    """An encoder of rows as cloze questions (Schick & Schütze 2021).
+    """Encoder that turns rows into cloze questions (Schick & Schütze 2021).
 
-    The result is what the tokenizer makes of the pattern with the row's fields in it. If that is too long, fields are
-    cut at their ends, the longest first, and the pattern never. Special tokens written out in a field are treated as
-    text.
+    The row's fields are put into the pattern, and the tokenizer encodes the resulting text. If it is too long, fields
+    are cut at their ends, the longest first; the pattern itself is never cut. Special tokens written out in a field are
+    treated as ordinary text.
 
     Args:
-        patterns: the patterns, whose fields rows contain.
+        patterns: the patterns, whose slots name the fields of rows.
         verbalizers: the verbalizer of each pattern, all with the same labels in the same order.
-        tokenizer: the model's tokenizer, of transformers.
-        max_length: the most tokens of a text.
-        blank: what a blank is; by default as `BlankTokenizer` determines.
-        positions: the most tokens that the model takes, if it has such a limit.
-        start: the token with which a decoder starts, for `sentinel`; by default that of padding, as in T5.
+        tokenizer: the model's transformers tokenizer.
+        max_length: the maximum number of tokens in a text.
+        blank: the kind of blank; by default as `BlankTokenizer` determines it.
+        positions: the maximum number of tokens that the model takes, if it has such a limit.
+        start: the first token of the decoder, used if the blank is a sentinel; by default the padding token, as in T5.
 
     Raises:
         GraftError: GC178 if a word does not fill the blanks; GC179 if a pattern does not fit the tokenizer or the
-            length.
+            maximum length.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class ClozeEncoder:
         limit = int(tokenizer.model_max_length)
         bounds = [max_length, limit if limit < _UNBOUNDED else None, positions]
         self.max_length = min(bound for bound in bounds if bound is not None)
-        """Tokens of a text at most."""
+        """The maximum number of tokens in a text."""
         self.patterns, self.verbalizers = tuple(patterns), tuple(verbalizers)
         self.labels = self.verbalizers[0].labels
-        """The labels, in the order of logits."""
+        """The labels, in the order of the logits."""
         self._blanks = BlankTokenizer(tokenizer, blank)
         self._filled = tuple(self._fillable(number) for number in range(len(self.patterns)))
         self._words = tuple(self._words_of(number, each) for number, each in enumerate(self.verbalizers))
@@ -73,13 +73,13 @@ class ClozeEncoder:
 
     @classmethod
     def of(cls, spec: PetSpec, tokenizer: Any, max_length: int | None = None, **options: Any) -> ClozeEncoder:
-        """Build the encoder of a PET spec.
+        """Build the encoder for a PET spec.
 
         Args:
             spec: the spec with the patterns and verbalizers.
             tokenizer: the model's tokenizer.
-            max_length: the most tokens of a text; by default that of members' training.
-            options: keyword arguments of the class.
+            max_length: the maximum number of tokens in a text; by default the spec's limit for training members.
+            options: further keyword arguments of the class.
         """
         length = spec.training.max_length if max_length is None else max_length
         return cls(spec.patterns, spec.verbalizers, tokenizer, length, **options)
@@ -91,17 +91,17 @@ class ClozeEncoder:
 
     @property
     def has_token_loss(self) -> bool:
-        """Whether there is an auxiliary loss; there is none if a decoder writes after a sentinel."""
+        """Whether the model has an auxiliary loss; a decoder that generates after a sentinel has none."""
         return self.kind != "sentinel"
 
     def options(self, indices: Sequence[int] | None = None) -> dict[str, Any]:
         """Return the `cloze` section of a graftc document.
 
-        If it has several verbalizers, they are those of the patterns in this order, and a row's `pattern` is an index
-        into it. It has only one if the tokens of all are the same.
+        If the section has several verbalizers, they belong to the given patterns in order, and a row's `pattern` input
+        is an index into them. If the tokens of all verbalizers are the same, the section has only one.
 
         Args:
-            indices: the numbers of the patterns that the model is for; by default all.
+            indices: the indices of the patterns that the model must answer; by default all.
         """
         chosen = [self._words[i] for i in (range(len(self.patterns)) if indices is None else indices)]
         if all(words == chosen[0] for words in chosen):
@@ -117,10 +117,10 @@ class ClozeEncoder:
         return section
 
     def check(self, rows: Sequence[Mapping[str, str]]) -> None:
-        """Check that rows have the fields that patterns show.
+        """Check that rows have the fields that patterns use.
 
         Raises:
-            GraftError: GC180, with the number of the row, from 1.
+            GraftError: GC180 for the first row that lacks a field; rows are counted from 1.
         """
         for number, row in enumerate(rows):
             for filled in self._filled:
@@ -131,17 +131,17 @@ class ClozeEncoder:
 
         Args:
             rows: the fields of each row.
-            pattern: the number of the pattern, or one number for each row.
+            pattern: the index of the pattern, or one index for each row.
 
         Returns:
             ``input_ids`` and ``attention_mask``, int64 ``[rows, longest]``, padded on the right; ``token_type_ids`` if
             the model takes them.
 
         Raises:
-            GraftError: GC180 if a row lacks a field, or gives no token.
+            GraftError: GC180 if a row lacks a field or yields no tokens.
         """
         if not rows:
-            raise ValueError("a batch has a row at least")
+            raise ValueError("a batch needs at least one row")
         numbers = [pattern] * len(rows) if isinstance(pattern, int) else list(pattern)
         filled = [self._filled[number] for number in numbers]
         values = [_values(question.pattern, row, i) for i, (question, row) in enumerate(zip(filled, rows, strict=True))]
@@ -152,7 +152,7 @@ class ClozeEncoder:
             fitting = question.fitted(fields, encoding)
             ids = self._blanks.ids(fitting)
             if not ids:
-                message = f"row {number} makes no token in the pattern {quoted(str(question.pattern.name))}"
+                message = f"row {number} yields no tokens in the pattern {quoted(str(question.pattern.name))}"
                 raise GraftError("GC180", message, hint="its fields are empty, and so is the pattern without them")
             sequences.append((ids, list(fitting.type_ids[: len(ids)])))
         width = max(len(ids) for ids, _ in sequences)
@@ -168,22 +168,23 @@ class ClozeEncoder:
     def token_batch(
         self, rows: Sequence[Mapping[str, str]], pattern: int | Sequence[int], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Return a batch for the auxiliary loss: as :meth:`encode`, with ``token_targets``, int64 ``[rows, longest]``.
+        """Return a batch for the auxiliary loss: as for :meth:`encode`, with int64 ``token_targets[rows, longest]``.
 
-        For a model with masks, 15 % of the tokens count, and at least one token of the batch; 8 in 10 of them are
-        masked, one is replaced by another token and one is left unchanged. Blanks stay blanks and do not count, nor do
-        special tokens. For a model that writes from left to right, every token counts.
+        For a model with a mask token, the loss covers 15 % of the tokens, and at least one token of the batch. Of every
+        10 such tokens, 8 are masked, one is replaced by another token and one is left unchanged. Blanks and special
+        tokens are left as they are and are never covered. For a model that generates from left to right, the loss
+        covers every token except special ones.
 
         Args:
             rows, pattern: as for :meth:`encode`.
-            generator: a generator of random numbers, on the CPU.
+            generator: a random number generator on the CPU.
 
         Raises:
-            GraftError: GC179 if such a model has no auxiliary loss; otherwise as :meth:`encode`.
+            GraftError: GC179 if the model has no auxiliary loss; otherwise as for :meth:`encode`.
         """
         if not self.has_token_loss:
             hint = "training: {auxiliary: 0}"
-            message = "a model that writes behind a sentinel has no auxiliary loss"
+            message = "a model that generates after a sentinel has no auxiliary loss"
             raise GraftError("GC179", message, place=Place(path="training.auxiliary"), hint=hint)
         batch = self.encode(rows, pattern)
         ids = batch["input_ids"]
@@ -204,7 +205,7 @@ class ClozeEncoder:
         return {**batch, "input_ids": changed, "token_targets": ids.masked_fill(~chosen, IGNORED)}
 
     def _plain_ids(self) -> Tensor:
-        """Return the tokens that are not special."""
+        """Return the ids of all tokens that are not special."""
         known = set(self._blanks.tokenizer.get_vocab().values()) - self._blanks.special_ids
         return torch.tensor(sorted(known), dtype=torch.int64)
 
@@ -228,12 +229,12 @@ class ClozeEncoder:
             other = seen.setdefault(frozenset(tokens[label]), label)
             if other != label:
                 message = f"the words of {quoted(other)} and {quoted(label)} are the same tokens"
-                hint = "the tokenizer may not tell capitals apart; use other words"
+                hint = "use other words; the tokenizer may not distinguish upper and lower case"
                 raise GraftError("GC178", message, place=Place(path=path), hint=hint)
         return tokens
 
     def _word(self, filled: FilledPattern, word: str, path: str) -> tuple[int, ...]:
-        """Return the tokens of a word, one for each blank; ``path`` is its location in the document."""
+        """Return the tokens of a word, one for each blank; ``path`` is the word's location in the document."""
         pattern, blanks = filled.pattern, self._blanks
         ids = blanks.word_ids(word, filled.before)
         if len(ids) == pattern.blanks and blanks.knows(ids):
@@ -245,12 +246,12 @@ class ClozeEncoder:
             message = f"the word {quoted(word)} is {len(ids)} token{'s' if len(ids) != 1 else ''}, for the {where}"
             message += f": {blanks.pieces(ids)}"
         close = blanks.like(word, filled.before) if pattern.blanks == 1 else []
-        hint = f"words of one token are {some([quoted(c) for c in close])}" if close else None
+        hint = f"use a word of one token, such as {some([quoted(c) for c in close])}" if close else None
         raise GraftError("GC178", message, place=Place(path=path), hint=hint)
 
 
 def _values(pattern: PatternSpec, row: Mapping[str, str], number: int) -> list[str]:
-    """Return the values of a pattern's slots, in order, without the character that represents a blank."""
+    """Return the values for a pattern's slots, in order, with spaces in place of the character for a blank."""
     values: list[str] = []
     for part in pattern.parts:
         if part.kind != "slot":
@@ -266,7 +267,7 @@ def _values(pattern: PatternSpec, row: Mapping[str, str], number: int) -> list[s
         close = nearest(part.text, names, n=1)
         hint = f"did you mean {quoted(close[0])}?" if close else f"its fields are: {some(names, 20) or 'none'}"
         message = (
-            f"row {number + 1} has no field {quoted(part.text)}, which the pattern {quoted(str(pattern.name))} shows"
+            f"row {number + 1} has no field {quoted(part.text)}, which the pattern {quoted(str(pattern.name))} uses"
         )
         raise GraftError("GC180", message, hint=hint)
     return values

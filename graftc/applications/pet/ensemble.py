@@ -1,4 +1,4 @@
-"""The joint answer of several members: weights, and the weighted mean of their logits."""
+"""Combine the answers of several members: their weights, and the weighted mean of their logits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Return the fraction of rows whose largest logit is the label's, or 0 if there are no rows.
+    """Return the fraction of rows whose largest logit belongs to the correct label, or 0 if there are no rows.
 
-    If several logits are largest, the first one counts.
+    Ties are decided in favour of the first logit.
 
     Args:
         logits: ``[rows, labels]``.
@@ -21,17 +21,17 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def member_weights(accuracies: Sequence[float] | None, members: int) -> Tensor:
-    """Return the weights of members, float64 ``[members]``, which sum to one.
+    """Return the members' weights, float64 ``[members]``, which sum to one.
 
-    In the paper (Schick & Schütze 2021), the weight of a member is the accuracy of its pattern on the training set
-    before training.
+    In the paper (Schick & Schütze 2021), a member's weight is its pattern's accuracy on the training set before
+    training.
 
     Args:
-        accuracies: the accuracies of the members before training; if None, or if all are 0, the weights are equal.
+        accuracies: the members' accuracies before training; if they are None or all 0, the weights are equal.
         members: the number of members.
 
     Raises:
-        ValueError: if there is not one accuracy for each member, or one is negative or not finite.
+        ValueError: if the number of accuracies is not the number of members, or one is negative or not finite.
     """
     if accuracies is None:
         return torch.full((members,), 1.0 / members, dtype=torch.float64)
@@ -43,14 +43,14 @@ def member_weights(accuracies: Sequence[float] | None, members: int) -> Tensor:
 
 
 def mixed_logits(logits: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted mean of members' logits, ``[rows, labels]`` in their dtype; it is summed in float64.
+    """Return the weighted mean of the members' logits, ``[rows, labels]`` in their dtype, accumulated in float64.
 
     Args:
         logits: ``[members, rows, labels]``.
         weights: ``[members]``; they need not sum to one.
 
     Raises:
-        ValueError: if there is not one weight for each member, or the sum of weights is not positive.
+        ValueError: if the number of weights is not the number of members, or their sum is not positive.
     """
     shares = weights.to(torch.float64)
     if shares.shape != logits.shape[:1] or not shares.sum() > 0:

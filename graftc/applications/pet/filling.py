@@ -1,4 +1,4 @@
-"""Patterns with the fields of a row in their slots, cut to a length: only fields are cut, the longest first."""
+"""Fill a pattern's slots with the fields of a row, cut to a maximum length: only fields are cut, longest first."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from graftc.specs.pet.pattern import PatternPart, PatternSpec
 
 
 def shortened_counts(counts: Sequence[int], surplus: int) -> list[int]:
-    """Return how many tokens each slot keeps; each token removed comes from the longest slot, or the last of several.
+    """Return how many tokens each slot keeps; each token is removed from the longest slot, or the last of the longest.
 
     Args:
-        counts: the number of tokens of each slot.
-        surplus: the number of tokens to remove; at most all of them are removed.
+        counts: the number of tokens in each slot.
+        surplus: the number of tokens to remove; if it exceeds the total, all tokens are removed.
     """
     if surplus >= sum(counts):
         return [0] * len(counts)
     low, high = 0, max(counts, default=0)
-    while low < high:  # the highest level that takes enough away
+    while low < high:  # find the highest level that removes enough
         level = (low + high + 1) // 2
         enough = sum(max(0, count - level) for count in counts) >= surplus
         low, high = (level, high) if enough else (low, level - 1)
@@ -40,11 +40,11 @@ class FilledPattern:
     Args:
         pattern: the pattern.
         tokenizer: the tokenizer that encodes it.
-        limit: the most tokens that the text may have.
+        limit: the maximum number of tokens in the text.
 
     Raises:
-        GraftError: GC179 if it leaves no room for a row, writes a special token, or has a blank where such a model has
-            none.
+        GraftError: GC179 if the pattern leaves no room for a row, contains a special token, or has a blank in a place
+            that the model cannot fill.
     """
 
     def __init__(self, pattern: PatternSpec, tokenizer: BlankTokenizer, limit: int) -> None:
@@ -53,13 +53,13 @@ class FilledPattern:
         self._parts = _placed(pattern, tokenizer)
         for special in sorted(tokenizer.specials, key=len, reverse=True):
             if any(part.kind == "text" and special in part.text for part in self._parts):
-                hint = "write a blank as {blank}; the tokenizer adds the others itself"
-                message = f"{_named(pattern)} writes the special token {quoted(special)}"
+                hint = "write blanks as {blank}; the tokenizer adds all other special tokens itself"
+                message = f"{_named(pattern)} contains the special token {quoted(special)}"
                 raise GraftError("GC179", message, hint=hint)
         empty = tokenizer.encode([self.text([""] * self.slots)[0]])[0]
         fixed = len(tokenizer.ids(empty))
         if fixed >= limit:
-            message = f"{_named(pattern)} has {fixed} tokens without a row, of at most {limit}"
+            message = f"{_named(pattern)} has {fixed} tokens without a row, but the limit is {limit}"
             raise GraftError("GC179", message)
 
     @property
@@ -69,7 +69,7 @@ class FilledPattern:
 
     @property
     def before(self) -> str:
-        """The text before the first blank, empty if there is none; a letter represents a slot."""
+        """The text directly before the first blank, or ``"x"`` if that is not text; empty if the blank comes first."""
         first = next(index for index, part in enumerate(self.pattern.parts) if part.kind == "blank")
         if first == 0:
             return ""
@@ -77,7 +77,7 @@ class FilledPattern:
         return before.text if before.kind == "text" else "x"
 
     def text(self, values: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
-        """Return the whole text, with a `BLANK` for each blank, and the span of each slot's value in it."""
+        """Return the whole text, with `BLANK` for each blank, and the span of each slot's value within it."""
         text, spans = "", []
         waiting = iter(values)
         for part in self._parts:
@@ -88,11 +88,11 @@ class FilledPattern:
         return (text.rstrip() if self._tokenizer.kind == "last" else text), spans
 
     def fitted(self, values: Sequence[str], encoding: Any) -> Any:
-        """Return the encoding of the text with values that fit: cut if it is too long, special tokens broken up.
+        """Return the encoding of the text with values that fit: they are cut if needed, and special tokens broken up.
 
         Args:
             values: the values of the slots.
-            encoding: the encoding of the text with these values.
+            encoding: the encoding of the text with the given values.
         """
         current = list(values)
         while True:
@@ -108,7 +108,7 @@ class FilledPattern:
             encoding = self._tokenizer.encode([self.text(current)[0]])[0]
 
     def _apart(self, values: list[str], special: Sequence[tuple[int, int]]) -> list[str]:
-        """Return the values with spaces between the characters of what would be read as special tokens."""
+        """Return the values with spaces inserted into any text that would be encoded as a special token."""
         _, spans = self.text(values)
         separated: list[str] = []
         for value, (start, end) in zip(values, spans, strict=True):
@@ -116,7 +116,7 @@ class FilledPattern:
                 low, high = max(first, start) - start, min(last, end) - start
                 if low >= high:
                     continue
-                # A single character between spaces that is still special cannot be written at all.
+                # A single character that is special even between spaces cannot be represented and is dropped.
                 alone = high - low == 1 and value[max(0, low - 1) : high + 1].strip() == value[low]
                 piece = " " if alone and low > 0 and high < len(value) else f" {' '.join(value[low:high])} "
                 value = value[:low] + piece + value[high:]
@@ -126,7 +126,7 @@ class FilledPattern:
     def _shorter(self, values: list[str], encoding: Any, surplus: int) -> list[str]:
         """Return values with fewer tokens.
 
-        Each call removes at least one character, as the rest may be encoded as other tokens.
+        Each call removes at least one character, since a shortened text may be encoded as different tokens.
         """
         _, spans = self.text(values)
         offsets = [offset for offset in encoding.offsets if offset[1] > offset[0]]
@@ -149,14 +149,14 @@ def _named(pattern: PatternSpec) -> str:
 
 
 def _placed(pattern: PatternSpec, tokenizer: BlankTokenizer) -> tuple[PatternPart, ...]:
-    """Return the parts that become text, if the blanks of the pattern are where such a model fills them."""
+    """Return the parts that become text, after checking that the model can fill blanks where the pattern has them."""
     parts = pattern.parts
     if tokenizer.kind == "mask":
         return parts
     if tokenizer.kind == "sentinel":
         if pattern.blanks != 1:
-            message = f"{_named(pattern)} has {pattern.blanks} blanks, and such a model fills one"
-            raise GraftError("GC179", message, hint="use words of one token, and one {blank}")
+            message = f"{_named(pattern)} has {pattern.blanks} blanks, but the model fills only one"
+            raise GraftError("GC179", message, hint="use words of one token, and a single {blank}")
         return parts
     if pattern.blanks != 1 or parts[-1].kind != "blank":
         message = f"{_named(pattern)} does not end in its only blank"

@@ -1,4 +1,4 @@
-"""Training sets of iPET: a generation of members learns from confident labels of others in the one before."""
+"""iPET training sets: each generation's members learn from labels that other members of the previous one gave."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from graftc.applications.pet.ensemble import mixed_logits
 
 START_SIZE = 10
-"""The number of examples of the first generation if none are labelled."""
+"""The number of examples in the first generation if no examples are labelled."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class NewExamples:
     """Unlabelled rows and the labels that other members gave them.
 
     Attributes:
-        rows: numbers of the rows, each at most once, by label and by row.
+        rows: the indices of the rows, each at most once, sorted by label and then by row.
         labels: the labels of these rows.
-        teachers: numbers of the members that gave the labels.
-        missing: how many rows each label has fewer than wanted.
+        teachers: the indices of the members that gave the labels.
+        missing: for each label, how many of the wanted rows could not be found.
     """
 
     rows: tuple[int, ...]
@@ -37,10 +37,9 @@ def new_examples_in(generation: int, labelled: int, growth: float, start_size: i
 
     Args:
         generation: ``g``, from 0.
-        labelled: ``|T|``. If it is 0, ``start_size / d`` grows instead, so that the first generation has
-            ``start_size``.
+        labelled: ``|T|``. If it is 0, the result is ``floor(start_size d^g)`` instead.
         growth: ``d``.
-        start_size: the number of examples of the first generation if none are labelled.
+        start_size: the number of examples in the first generation if no examples are labelled.
     """
     if labelled:
         return max(0, math.floor(_exactly(labelled * growth ** (generation + 1))) - labelled)
@@ -52,7 +51,7 @@ def shares_of_labels(total: int, counts: Sequence[int]) -> tuple[int, ...]:
 
     Args:
         total: the number of examples.
-        counts: the number of labelled examples of each label.
+        counts: the number of labelled examples for each label.
 
     Raises:
         ValueError: if there are no labels.
@@ -63,21 +62,21 @@ def shares_of_labels(total: int, counts: Sequence[int]) -> tuple[int, ...]:
     every = sum(parts)
     shares = [total * part // every for part in parts]
     rest = [total * part % every for part in parts]
-    # Of equal remainders, that of the first label comes first; a label without examples has no remainder.
+    # Equal remainders are ordered by label; a label without examples has no remainder.
     for label in sorted(range(len(parts)), key=lambda label: -rest[label])[: total - sum(shares)]:
         shares[label] += 1
     return tuple(shares)
 
 
 def teachers_of(member: int, members: int, share: float, generator: torch.Generator) -> tuple[int, ...]:
-    """Draw the members that label for one: ``share`` of the others, at least one, without replacement and in order.
+    """Draw the members that label rows for another: a ``share`` of the others, at least one, in ascending order.
 
     Raises:
-        ValueError: if there are no others.
+        ValueError: if there are no other members.
     """
     others = [other for other in range(members) if other != member]
     if not others:
-        raise ValueError("a single member has no others that could label for it")
+        raise ValueError("a single member has no others to label rows for it")
     drawn = torch.randperm(len(others), generator=generator)[: min(len(others), max(1, round(len(others) * share)))]
     return tuple(sorted(others[int(i)] for i in drawn))
 
@@ -94,28 +93,28 @@ def new_examples(
 ) -> NewExamples:
     """Draw the examples that a member's next training set adds to the labelled ones (Schick & Schütze 2021, iPET).
 
-    A random subset of the *other* members gives the labels: the weighted mean of their logits, softmax at ``T = 1``.
-    From the rows for which a label is the most probable one, the number that is wanted is drawn without replacement,
-    with probability proportional to that largest probability. A label with too few rows gets all of them.
+    A random subset of the *other* members, the teachers, gives the labels, by the softmax (``T = 1``) of the weighted
+    mean of their logits. For each label, the wanted number of rows is drawn without replacement from the rows for which
+    it is the most probable label, with odds proportional to its probability. A label with too few such rows gets all of
+    them.
 
     Args:
-        member: the member whose set it is.
-        logits: ``[members, rows, labels]``, of all members on the unlabelled rows.
-        weights: ``[members]``, the weights of the ensemble; if those of the teachers sum to 0, teachers have equal
-            weights.
-        wanted: the number of examples of each label.
-        share: the share of the other members that label.
-        most_likely: if true, take for each label the rows for which it is most probable, even if another label is more
-            probable there: if nothing is labelled, untrained patterns may never predict some label. A row that several
-            labels claim goes to the most probable of them.
-        generator: a CPU generator; all draws come from it.
+        member: the member that learns from the examples.
+        logits: the logits of all members on the unlabelled rows, ``[members, rows, labels]``.
+        weights: the ensemble's weights, ``[members]``; if the teachers' weights sum to 0, teachers have equal weights.
+        wanted: the number of examples for each label.
+        share: the share of the other members that act as teachers.
+        most_likely: if true, choose for each label the rows where it has the highest probability, even if another label
+            is more probable there. This is for runs without labelled rows, in which untrained patterns may never
+            predict some label. A row claimed by several labels goes to the most probable of them.
+        generator: the CPU generator for all draws.
 
     Raises:
-        ValueError: if there are no other members, or ``wanted`` is not one number for each label.
+        ValueError: if there are no other members, or ``wanted`` does not have one entry for each label.
     """
     members, _, labels = logits.shape
     if len(wanted) != labels:
-        raise ValueError(f"{len(wanted)} sizes for {labels} labels")
+        raise ValueError(f"wanted has {len(wanted)} entries for {labels} labels")
     teachers = teachers_of(member, members, share, generator)
     some = list(teachers)
     chosen = weights.to(torch.float64)[some]
@@ -155,5 +154,5 @@ def _most_likely(probable: Tensor, wanted: Sequence[int]) -> list[list[int]]:
 
 
 def _exactly(number: float) -> float:
-    """Return a product of decimal fractions without its rounding error, which could lower a whole number by one."""
+    """Return a product of decimal fractions without its rounding error, which could make ``floor`` one too small."""
     return round(number, 9)

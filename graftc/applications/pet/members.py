@@ -1,4 +1,4 @@
-"""Members of an ensemble: their training, separately or in a bank, and their answers for all rows."""
+"""Train the members of an ensemble, separately or in a bank, and compute their answers for all rows."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
 Answers = dict[str, Tensor]
-"""Logits ``[members, rows, labels]`` of the labelled, unlabelled and test rows; missing sets are left out."""
+"""Logits ``[members, rows, labels]`` for the labelled, unlabelled and test rows; missing sets are omitted."""
 
 
 def untrained_answers(task: Task) -> Answers:
-    """Return the answers of the untrained language model for each pattern: ``[patterns, rows, labels]``."""
+    """Return the untrained language model's answers for each pattern: ``[patterns, rows, labels]``."""
 
     def make() -> Answers:
         progress.step("asking untrained patterns")
@@ -45,7 +45,7 @@ def try_members(task: Task) -> None:
     """Compile the members without training them.
 
     Raises:
-        GraftError: as `graftc.compile`.
+        GraftError: as for `graftc.compile`.
     """
     progress.step("trying out the document")
     members = task.members if task.spec.members == "bank" else task.members[:1]
@@ -53,7 +53,7 @@ def try_members(task: Task) -> None:
 
 
 def trained_answers(task: Task, generation: int, sets: Sequence[Examples]) -> Answers:
-    """Train the members of a generation, each from the language model, and return their answers.
+    """Train the members of a generation, each starting from the language model, and return their answers.
 
     Args:
         task: the run.
@@ -61,11 +61,12 @@ def trained_answers(task: Task, generation: int, sets: Sequence[Examples]) -> An
         sets: the examples that each member learns from.
 
     Raises:
-        GraftError: GC182 for a member with nothing to learn from; and as `graftc.compile` and training.
+        GraftError: GC182 for a member that has no examples to learn from; otherwise as for `graftc.compile` and
+            training.
     """
     for member, rows in zip(task.members, sets, strict=True):
         if not len(rows):
-            message = f"no row has a label that member {member.number + 1} could learn in generation {generation}"
+            message = f"member {member.number + 1} has no labelled rows to learn from in generation {generation}"
             raise GraftError("GC182", message)
     if task.spec.members == "bank":
         return _Group(task, generation, task.members).answers(sets)
@@ -77,7 +78,7 @@ def trained_answers(task: Task, generation: int, sets: Sequence[Examples]) -> An
 
 @dataclass(frozen=True)
 class _Group:
-    """Members that train as one model: a single one, or all of them as slots of banks."""
+    """Members that train as one model: either a single member, or all members as slots of banks."""
 
     task: Task
     generation: int
@@ -94,12 +95,12 @@ class _Group:
         return self.task.spec.members == "bank"
 
     def tried(self) -> None:
-        """Compile the model of the group without training it."""
+        """Compile the group's model without training it."""
         example = self.task.encoder.encode(self.task.unlabelled.texts[:2], self.members[0].pattern)
         compile(self._spec(), self.task.model, example, seed=self.task.seed)
 
     def answers(self, sets: Sequence[Examples]) -> Answers:
-        """Return the members' answers for all rows, after training them unless the stage is done already."""
+        """Return the members' answers for all rows; the members are trained first unless the stage is already done."""
         return self.task.stages.tensors(self.name, lambda: self._make(sets))
 
     def _make(self, sets: Sequence[Examples]) -> Answers:
@@ -140,7 +141,7 @@ class _Group:
 
     @staticmethod
     def _example(asking: Asking, rows: Examples) -> dict[str, Tensor]:
-        """Return a labelled batch, for methods that look at examples before they train."""
+        """Return a labelled batch for methods that use examples before training."""
         some = range(min(len(rows), AT_ONCE))
         inputs = asking.questions([rows.texts[at] for at in some], [0] * len(some))
         return {**inputs, "labels": rows.answers[: len(some)].to(asking.device)}
@@ -159,9 +160,9 @@ class _Group:
         )
 
     def _draws(self, what: str, counts: Sequence[int], size: int) -> list[Iterator[list[int]]]:
-        """Return the draws of rows for every member's batches.
+        """Return, for every member, an iterator over the row indices of its batches.
 
-        They depend only on the purpose, the seed, the generation and the member.
+        The draws depend only on their purpose, the seed, the generation and the member.
         """
         return [
             draws(count, size, self.task.generator(what, self.generation, member.number))
@@ -191,26 +192,26 @@ class _Group:
             ]
 
     def _own(self, compiled: Compiled) -> list[list[nn.Parameter]]:
-        """Return the parameters of each slot that train."""
+        """Return each slot's trainable parameters."""
         names = [{slot_name(str(a.name), slot) for a in self.task.spec.spec.adapt} for slot in range(len(self.members))]
         every = list(trained_tensors(runner_of(compiled).compilation))
         return [[item.tensor for item in every if item.adaptation in own] for own in names]  # type: ignore[misc]
 
 
 def slot_name(name: str, slot: int) -> str:
-    """Return the name of an adaptation in a slot."""
+    """Return the name that an adaptation has in a slot."""
     return f"{name}_{slot + 1}"
 
 
 def banked(spec: Spec, slots: int) -> Spec:
-    """Return the spec with each adaptation replaced by a bank with that many slots.
+    """Return the spec with each adaptation replaced by a bank with the given number of slots.
 
     Raises:
-        GraftError: GC177 if something trains that slots would share.
+        GraftError: GC177 if the spec also trains tensors that all slots would share.
     """
     if spec.train or spec.tokens is not None:
         what = "train" if spec.train else "tokens"
-        hint = f"leave {what} out, or write members: separate"
+        hint = f"leave out {what}, or set members: separate"
         raise GraftError("GC177", f"{what} would train for all members at once", hint=hint)
     adapt = [
         adaptation.model_copy(update={"name": slot_name(str(adaptation.name), slot)})
@@ -229,7 +230,7 @@ def banked(spec: Spec, slots: int) -> Spec:
 
 
 def telling(what: str) -> Callable[[int, int], None]:
-    """Return a callback that shows the progress of a training."""
+    """Return a callback that shows a training run's progress."""
 
     def tell(step: int, steps: int) -> None:
         progress.step(f"{what}: step {step} of {steps}")

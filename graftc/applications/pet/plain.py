@@ -1,4 +1,4 @@
-"""Encoding of texts without a pattern, for a classifier with a head."""
+"""Encode texts without a pattern, for a classifier with a head."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from torch import Tensor, nn
 
 _UNBOUNDED = 1_000_000
-"""From this value on, a tokenizer's maximum length means that no limit is known."""
+"""From this value upwards, a tokenizer's maximum length means that the limit is unknown."""
 
 
 class PlainEncoder:
-    """An encoder of the fields of rows as a text, or as a pair of texts that the tokenizer joins.
+    """Encoder that turns the fields of a row into one text, or into a pair of texts that the tokenizer joins.
 
     Args:
-        slots: names of the fields: the first is the text, and the others are the second of a pair.
-        tokenizer: a tokenizer of transformers; it is not changed.
-        max_length: the most tokens; the longer of a pair is cut first.
-        positions: the most tokens that the model takes, if it has such a limit.
+        slots: the names of the fields; the first is the text, and all others together are the second text of a pair.
+        tokenizer: a transformers tokenizer; it is not changed.
+        max_length: the maximum number of tokens; the longer text of a pair is cut first.
+        positions: the maximum number of tokens that the model takes, if it has such a limit.
     """
 
     def __init__(self, slots: Sequence[str], tokenizer: Any, max_length: int, positions: int | None = None) -> None:
         limit = int(tokenizer.model_max_length)
         bounds = [max_length, limit if limit < _UNBOUNDED else None, positions]
         self._length = min(bound for bound in bounds if bound is not None)
-        # A copy, as a call leaves its truncation settings in the tokenizer.
+        # A copy, because each call leaves its truncation settings in the tokenizer.
         self._slots, self._tokenizer = tuple(slots), copy.deepcopy(tokenizer)
 
     def encode(self, rows: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
@@ -51,16 +51,16 @@ class PlainEncoder:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """Return the token that fills batches: the tokenizer's padding, or else the end of a text, or else 0."""
+    """Return the token used for padding: the tokenizer's padding token, or else its end-of-text token, or else 0."""
     token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return 0 if token is None else int(token)
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """Return the most tokens that a model takes, by its table of positions; None if it has no such table."""
+    """Return the maximum number of tokens allowed by a model's position embeddings; None if it has none."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _TABLES:
-            # RoBERTa counts positions from the one after its padding.
+            # RoBERTa counts positions from the one after its padding index.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
 

@@ -1,4 +1,4 @@
-"""PET from rows to a classifier, in stages from which a killed run can resume."""
+"""Run PET from rows to a classifier, in stages from which a killed run can resume."""
 
 from __future__ import annotations
 
@@ -55,36 +55,36 @@ def pet(
 ) -> PetResult:
     """Train a classifier from few labelled rows by pattern-exploiting training (Schick & Schütze 2021).
 
-    Members, one or more for each pattern, learn the task as cloze questions; their mean labels the unlabelled rows, and
-    a classifier learns from these. With ``ipet``, generations of members learn from more and more rows that other
-    members have labelled, each starting from the language model. Without labelled rows, the first answers are those of
-    untrained patterns.
+    Members, one or more for each pattern, learn the task as cloze questions. Their mean answer labels the unlabelled
+    rows, from which a classifier then learns. With ``ipet``, there are several generations of members: each starts from
+    the language model and learns from more rows, labelled by other members of the generation before. Without labelled
+    rows, the first labels come from untrained patterns.
 
-    With a folder, every stage is stored there before the next one begins: if a run is killed at any moment, the same
+    With a folder, every stage is stored there before the next one begins. If a run is killed at any moment, the same
     call resumes it and ends with the same tensors. Members of earlier generations are deleted once they have answered.
 
     Args:
         spec: a `PetSpec`, a mapping, or the path of a file.
-        model: a masked, causal or encoder-decoder language model of transformers; it is never changed.
+        model: a masked, causal or encoder-decoder transformers language model; it is never changed.
         tokenizer: the model's tokenizer.
-        data: the rows: labelled ones, if there are any; unlabelled ones; and a test set, from which nothing is learned.
-            Or the folder that `load_pet_data` reads.
-        folder: the folder in which to keep the stages and the classifier, as an artifact; it is created if it does not
+        data: the labelled rows, if there are any, the unlabelled rows, and a test set that is not used for training; or
+            a folder that `load_pet_data` reads.
+        folder: the folder in which to store the stages and the classifier, as an artifact; it is created if it does not
             exist.
-        seed: the seed of all random numbers.
+        seed: the seed for all random numbers.
 
     Raises:
-        GraftError: GC058 for a folder that contains another recipe, GC063 for one in which another run is at work,
-            GC073 for arguments of another kind, GC082 if a stage on the disk was changed, GC179 for an auxiliary loss
-            that the model lacks, GC180 for labels that the document lacks, GC181 if a loss is not finite, GC182 if
-            there is nothing to learn from; and as `graftc.compile`.
+        GraftError: GC058 if the folder contains another recipe, GC063 if another run is using it, GC073 for arguments
+            of the wrong type, GC082 if a stored stage was changed, GC179 for an auxiliary loss that the model lacks,
+            GC180 for labels that the document lacks, GC181 if a loss is not finite, GC182 if there is nothing to learn
+            from; otherwise as for `graftc.compile`.
     """
     check_spec_and_model("graftc.pet", spec, model, "spec, model, tokenizer, data")
     loaded, seed = load_pet_spec(spec), as_seed(seed)
     rows = data if isinstance(data, PetData) else load_pet_data(as_path(data), loaded.labels, loaded.slots)
     _require_kinds(model, tokenizer)
     place = None if folder is None else as_path(folder)
-    # Training draws from torch's global random numbers, which all threads share.
+    # Training draws from torch's global random number generator, which all threads share.
     with _RUNNING, as_before(model), progress.working("PET of", type(model).__name__):
         model = arrived(model)
         try:
@@ -104,7 +104,7 @@ _RUNNING = threading.Lock()
 
 @contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Run the block, and restore the random number generators afterwards."""
+    """Run the block, and afterwards restore the state of the random number generators."""
     devices = list({tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"})
     python, numbers = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices):
@@ -116,22 +116,23 @@ def as_before(model: nn.Module) -> Iterator[None]:
 
 
 def _require_kinds(model: Any, tokenizer: Any) -> None:
-    """Check that the arguments are a model with values and a tokenizer.
+    """Check that the arguments are a model whose tensors have values, and a tokenizer.
 
     Raises:
         GraftError: GC073 if they are not.
     """
     if not isinstance(model, nn.Module):
-        raise GraftError("GC073", f"the model is {kind_of(model)}", hint="give a language model of transformers")
+        raise GraftError("GC073", f"the model is {kind_of(model)}", hint="pass a transformers language model")
     if any(tensor.is_meta for tensor in model.parameters()):
         raise GraftError("GC073", "the model is on the meta device and has no values", hint="load its weights")
     if not callable(tokenizer) or not hasattr(tokenizer, "model_max_length"):
-        raise GraftError("GC073", f"the tokenizer is {kind_of(tokenizer)}", hint="AutoTokenizer.from_pretrained(...)")
+        hint = "use AutoTokenizer.from_pretrained(...)"
+        raise GraftError("GC073", f"the tokenizer is {kind_of(tokenizer)}", hint=hint)
 
 
 def _task(spec: PetSpec, model: nn.Module, tokenizer: Any, data: PetData, folder: Path | None, seed: int) -> Task:
     if not data.unlabelled:
-        raise GraftError("GC182", "there are no unlabelled rows", hint="a classifier learns from them")
+        raise GraftError("GC182", "there are no unlabelled rows", hint="the classifier learns from them")
     encoder = encoder_of(spec, tokenizer, model)
     labels = spec.labels
     rows = {
@@ -141,7 +142,7 @@ def _task(spec: PetSpec, model: nn.Module, tokenizer: Any, data: PetData, folder
     }
     for each in rows.values():
         encoder.check(each.texts)
-    if spec.training.auxiliary:  # fails here, before anything trains, if the model has no such loss
+    if spec.training.auxiliary:  # if the model has no such loss, fail before training starts
         encoder.token_batch(rows["unlabelled"].texts[:1], 0, torch.Generator())
     probe = dict.fromkeys(spec.slots, _PROBE)
     sample = [encoder.encode([probe], pattern)["input_ids"].tolist() for pattern in range(len(spec.patterns))]
@@ -160,7 +161,7 @@ def _try_out(task: Task, final: Classifier) -> None:
     """Compile the members and the classifier, before anything is written or trained.
 
     Raises:
-        GraftError: as `graftc.compile`, with a place in the document.
+        GraftError: as for `graftc.compile`, with a place in the document.
     """
     for part, run in (("spec", partial(try_members, task)), ("classifier.spec", final.tried)):
         try:
@@ -170,7 +171,7 @@ def _try_out(task: Task, final: Classifier) -> None:
 
 
 def _rows(given: TextRows | None, labels: Sequence[str]) -> Examples:
-    """Return the rows, with the numbers that the document's labels have.
+    """Return the rows, with their labels as indices into the document's labels.
 
     Raises:
         GraftError: GC180 for labels that the document does not have.
@@ -182,9 +183,9 @@ def _rows(given: TextRows | None, labels: Sequence[str]) -> Examples:
     names = given.names or labels
     other = next((name for name in names if name not in labels), None)
     if other is not None or any(not 0 <= number < len(names) for number in given.labels):
-        what = "a number that is not a label's" if other is None else quoted(other)
-        message = f"the rows have the label {what}, and the document does not"
-        raise GraftError("GC180", message, hint=f"its labels are {', '.join(labels)}")
+        what = "an index for which there is no label" if other is None else f"the label {quoted(other)}"
+        message = f"the rows have {what}, which the document does not define"
+        raise GraftError("GC180", message, hint=f"the document's labels are {', '.join(labels)}")
     order = [list(labels).index(name) for name in names]
     return Examples(given.rows, [order[number] for number in given.labels])
 
@@ -243,7 +244,7 @@ def _forget(task: Task, generation: int) -> None:
 
 
 def _judged(task: Task, answers: Answers) -> list[Accuracy]:
-    """Return the accuracies of every member."""
+    """Return each member's accuracies."""
     return [
         _accuracies(task, {name: logits[member.number] for name, logits in answers.items()}) for member in task.members
     ]

@@ -1,4 +1,4 @@
-"""The result of a PET run, and its accuracy."""
+"""The result of a PET run, with its accuracies."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from graftc.runtime.compiled import Compiled
 
 @dataclass(frozen=True)
 class PetResult:
-    """A trained classifier, and the ensemble that it comes from.
+    """A trained classifier, and the ensemble from which it learned.
 
     Attributes:
         classifier: the classifier, in eval mode.
-        labels: names of the classes, in the order of logits.
-        soft_labels: probabilities that the ensemble gives unlabelled rows, ``[rows, labels]``.
-        rows: the number of rows of ``labelled``, ``unlabelled`` and ``test``.
+        labels: the names of the classes, in the order of the logits.
+        soft_labels: the ensemble's probabilities for the unlabelled rows, ``[rows, labels]``.
+        rows: the number of labelled, unlabelled and test rows.
         members: the members of the ensemble.
         generations: the generations after the first one.
-        ensemble: the accuracies of the ensemble.
-        final: the accuracies of the classifier.
+        ensemble: the ensemble's accuracies.
+        final: the classifier's accuracies.
     """
 
     classifier: Compiled
@@ -37,7 +37,7 @@ class PetResult:
     final: Accuracy
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything except the classifier and tensors, as plain data."""
+        """Return everything except the classifier and the tensors, as plain data."""
         return {
             "labels": list(self.labels),
             "rows": self.rows.to_json(),

@@ -1,4 +1,4 @@
-"""The examples that the members of each generation learn from, stored as a line for each member."""
+"""The examples from which each generation's members learn, stored as one line for each member."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from graftc.applications.pet.task import Examples, Task
 from graftc.specs.pet.training import IpetOptions
 
 Line = Mapping[str, Any]
-"""The set of a member: the members that labelled for it, the unlabelled rows that it learns from, their labels, and how
-many rows each label lacks."""
+"""A member's set: the members that gave the labels, the unlabelled rows to learn from, the labels of these rows, and
+how many rows each label lacks."""
 
 
 def new_sets(task: Task, generation: int, logits: Tensor, weights: Tensor, options: IpetOptions) -> list[Line]:
@@ -22,9 +22,9 @@ def new_sets(task: Task, generation: int, logits: Tensor, weights: Tensor, optio
     Args:
         task: the run.
         generation: the number of the generation, from 1.
-        logits: the logits of the previous generation on unlabelled rows, ``[members, rows, labels]``.
-        weights: the weights of its members.
-        options: the iPET options of the document.
+        logits: the previous generation's logits on the unlabelled rows, ``[members, rows, labels]``.
+        weights: the weights of the members.
+        options: the document's iPET options.
     """
     counts = [list(task.labelled.labels).count(label) for label in range(logits.shape[2])]
     total = new_examples_in(generation - 1, len(task.labelled), options.growth, options.start_size)
@@ -64,7 +64,7 @@ def _line(
 
 
 def set_of(task: Task, line: Line | None) -> Examples:
-    """Return the labelled rows and, if a line is given, the rows that it names."""
+    """Return the labelled rows and, if a line is given, the rows that it lists."""
     labelled = Examples(task.labelled.texts, task.labelled.labels)
     if line is None:
         return labelled

@@ -1,4 +1,4 @@
-"""The finished stages of a recipe: each one is on the disk before the next one begins."""
+"""The finished stages of a recipe: each is on disk before the next one begins."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.regular_files import read_regular
 
 _DIGEST = "sha256"
-_ANEW = "delete it, and what was made from it: the same call makes it anew"
+_ANEW = "delete it, and every stage after it; the same call computes them again"
 _LINES_BYTES = 2**30
 
 
 class KeptStages:
-    """Stages of a recipe by name: computed once, and read if they are stored already.
+    """The stages of a recipe, by name: each is computed once, and read from disk if it is already stored.
 
-    Without a folder nothing is kept.
+    Without a folder, nothing is stored.
 
     Args:
-        folder: the folder of the recipe; it need not exist, as `begin` creates it.
-        identity: what the recipe depends on, as plain data.
+        folder: the recipe's folder; it need not exist, because `begin` creates it.
+        identity: everything on which the recipe depends, as plain data.
 
     Attributes:
-        begun: whether the folder contains the recipe already.
+        begun: whether the folder already contains the recipe.
 
     Raises:
-        GraftError: GC058 if the folder contains another recipe; it names what differs.
+        GraftError: GC058 if the folder contains another recipe; the message names the differences.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ class KeptStages:
         self.begun = folder is not None and has_recipe(folder, identity)
 
     def begin(self) -> None:
-        """Create the folder of the recipe, if stages are kept and it has not been begun.
+        """Create the recipe's folder, unless there is none to create or the recipe has already begun.
 
         Raises:
             GraftError: GC064 if it cannot be created.
@@ -54,7 +54,7 @@ class KeptStages:
             begin_recipe(self.folder, self._identity)
 
     def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Return tensors on the CPU, read from ``NAME.safetensors``, or computed and written there."""
+        """Return tensors on the CPU, read from ``NAME.safetensors``; they are computed and written there if needed."""
         path = self.place(f"{name}.safetensors")
         if path is None:
             return dict(make())
@@ -65,7 +65,7 @@ class KeptStages:
         return _whole(path)
 
     def lines(self, name: str, make: Callable[[], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        """Return plain data, a JSON object a line, read from ``NAME.jsonl``, or computed and written there."""
+        """Return JSON objects, read from ``NAME.jsonl``, one a line; they are computed and written there if needed."""
         path = self.place(f"{name}.jsonl")
         if path is None:
             return [dict(line) for line in make()]
@@ -84,7 +84,7 @@ class KeptStages:
         """Write plain data to ``NAME.json``; if the file exists, its contents must be the same.
 
         Raises:
-            GraftError: GC082 if they are not.
+            GraftError: GC082 if the contents differ.
         """
         path = self.place(f"{name}.json")
         if path is None:
@@ -96,7 +96,7 @@ class KeptStages:
             raise _damaged(path)
 
     def place(self, name: str) -> Path | None:
-        """Return the path of a stage's file or folder, in a folder that exists; None if nothing is kept."""
+        """Return the path of a stage's file or folder, after creating its parent folder; None if nothing is stored."""
         if self.folder is None:
             return None
         path = self.folder / name
@@ -104,13 +104,13 @@ class KeptStages:
         return path
 
     def forget(self, name: str) -> None:
-        """Delete the folder of a stage, if it exists."""
+        """Delete a stage's folder, if it exists."""
         if self.folder is not None and (self.folder / name).exists():
             shutil.rmtree(self.folder / name)
 
 
 def _whole(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, unchanged since they were written.
+    """Return the tensors of a file, after checking that they are unchanged since they were written.
 
     Raises:
         GraftError: GC082 if they have changed.
@@ -123,7 +123,7 @@ def _whole(path: Path) -> dict[str, Tensor]:
 
 
 def _damaged(path: Path) -> GraftError:
-    return GraftError("GC082", f"{path} is damaged: it is not what the run has written", hint=_ANEW)
+    return GraftError("GC082", f"{path} is damaged: its contents are not what the run wrote", hint=_ANEW)
 
 
 def _holds(path: Path, content: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""A run of the recipe: what its parts share, and the random numbers of each part."""
+"""A run of the recipe: the state that its parts share, and the random number generator of each part."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Examples:
 
     Attributes:
         texts: the fields of each row.
-        labels: the numbers of the labels; empty for rows without labels.
+        labels: the index of each row's label; empty for rows without labels.
     """
 
     texts: Sequence[Fields]
@@ -47,9 +47,9 @@ class EnsembleMember:
     """A member of the ensemble.
 
     Attributes:
-        number: the number of the member in the ensemble.
-        pattern: the number of its pattern.
-        repetition: the number of the member among those of the same pattern.
+        number: the member's index in the ensemble.
+        pattern: the index of its pattern.
+        repetition: the member's index among the members with the same pattern.
     """
 
     number: int
@@ -59,14 +59,14 @@ class EnsembleMember:
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that the stages of a run read.
+    """The state that all stages of a run read.
 
     Attributes:
         spec: the document.
         model: the language model; it is never changed.
         encoder: the encoder that puts texts into patterns.
-        labelled, unlabelled, test: the rows; those of the test set are answered, but never learned from.
-        seed: the seed of all random numbers.
+        labelled, unlabelled, test: the rows; test rows are answered, but never used for training.
+        seed: the seed for all random numbers.
         stages: the finished stages.
     """
 
@@ -81,21 +81,21 @@ class Task:
 
     @cached_property
     def members(self) -> tuple[EnsembleMember, ...]:
-        """The members of the ensemble: for each pattern, as many as there are seeds."""
+        """The members of the ensemble: one for each pattern and repetition."""
         both = [(pattern, each) for pattern in range(len(self.spec.patterns)) for each in range(self.spec.seeds)]
         return tuple(EnsembleMember(number, pattern, each) for number, (pattern, each) in enumerate(both))
 
     @property
     def asked(self) -> dict[str, Examples]:
-        """The rows that members answer, by name; missing sets are left out."""
+        """The rows that members answer, by name; empty sets are omitted."""
         every = {"labelled": self.labelled, "unlabelled": self.unlabelled, "test": self.test}
         return {name: rows for name, rows in every.items() if len(rows)}
 
     def seed_of(self, *what: str | int) -> int:
-        """Return a seed below 2^31 that depends only on the run's seed and on what it is for."""
+        """Return a seed below 2^31 that depends only on the run's seed and the given purpose."""
         text = "/".join(map(str, (self.seed, *what)))
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
     def generator(self, *what: str | int) -> torch.Generator:
-        """Return a generator of random numbers on the CPU, with the seed of `seed_of`."""
+        """Return a random number generator on the CPU, seeded by `seed_of`."""
         return torch.Generator().manual_seed(self.seed_of(*what))

@@ -1,4 +1,4 @@
-"""Training loops of PET: for members on cloze questions, and for the classifier on the answers of the ensemble."""
+"""PET's training loops: for members on cloze questions, and for the classifier on the ensemble's answers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Batch = Mapping[str, Tensor]
 """The inputs of a model; the first axis of each is the batch."""
 
 OnStep = Callable[[int, int], None]
-"""A callback that gets the number of the finished step, from 1, and the number of steps."""
+"""A callback that receives the number of the finished step, from 1, and the total number of steps."""
 
 IGNORED = -100
-"""The label of a token that does not count."""
+"""The label of a token that the loss ignores."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Questions:
     """A batch of labelled rows as cloze questions.
 
     Attributes:
-        inputs: the inputs of the model.
-        labels: int64 ``[members * batch]``: the rows of each member in turn, the same number for each.
+        inputs: the model's inputs.
+        labels: int64 ``[members * batch]``: each member's rows in turn, with the same number for every member.
     """
 
     inputs: Batch
@@ -39,7 +39,7 @@ class Questions:
 
 
 def draws(rows: int, size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Yield the row numbers of batches without end: one shuffled epoch after the other, and every batch full.
+    """Yield batches of row indices without end: shuffled epochs in sequence, with every batch full.
 
     Raises:
         ValueError: if there are no rows.
@@ -64,17 +64,17 @@ def train_members(
     own: Sequence[Sequence[nn.Parameter]] | None = None,
     on_step: OnStep = lambda *_: None,
 ) -> list[float]:
-    """Train members on ``(1 - auxiliary) CE + auxiliary MLM`` (Schick & Schütze 2021), each as if it were alone.
+    """Train members on ``(1 - auxiliary) CE + auxiliary MLM`` (Schick & Schütze 2021), each as if it trained alone.
 
-    The losses of the members are summed, and gradients are clipped for each member.
+    The members' losses are summed, and gradients are clipped separately for each member.
 
     Args:
-        compiled: the model, in train mode, which answers cloze questions and takes ``token_targets``.
-        questions: the labelled rows of all members, for each step.
+        compiled: the model, in train mode; it answers cloze questions and takes ``token_targets``.
+        questions: for each step, the labelled rows of all members.
         texts: for each step, a batch with ``token_targets`` for each member; not read if ``auxiliary`` is 0.
-        pace: the number of steps and the settings of the optimiser.
-        auxiliary: the share of the language model's own loss.
-        own: the parameters of each member that train; by default there is one member, which has all of them.
+        pace: the number of steps and the optimiser settings.
+        auxiliary: the weight of the language model's own loss.
+        own: the trainable parameters of each member; by default there is one member, to which all of them belong.
         on_step: the callback after each step; see `OnStep`.
 
     Returns:
@@ -108,9 +108,9 @@ def train_classifier(
     """Train a classifier on soft labels, by distillation.
 
     Args:
-        compiled: the model, in train mode, which gives ``logits``, ``[batch, labels]``.
+        compiled: the model, in train mode, whose output has ``logits``, ``[batch, labels]``.
         batches: for each step, the inputs and the ensemble's logits, ``[batch, labels]``.
-        pace: the number of steps and the settings of the optimiser.
+        pace: the number of steps and the optimiser settings.
         temperature: the temperature of `distillation_loss`.
         on_step: the callback after each step; see `OnStep`.
 
@@ -143,7 +143,7 @@ def _train(
     seen: list[Tensor] = []
     for step in range(1, pace.steps + 1):
         total = torch.zeros((), device=compiled.device)
-        # One loss at a time, so that only the activations of one pass are kept.
+        # One loss at a time, so that only one pass's activations are in memory.
         for loss in losses():
             loss.backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
@@ -177,15 +177,15 @@ def _pacing(steps: int, warmup: float) -> Callable[[int], float]:
 
 
 def logits_of(compiled: Compiled, batches: Iterator[tuple[list[int], Batch]], rows: int) -> Tensor:
-    """Return the logits of all rows, float32 ``[rows, labels]`` on the CPU, computed in eval mode.
+    """Return the logits for all rows, float32 ``[rows, labels]`` on the CPU, computed in eval mode.
 
     Args:
-        compiled: the model, which gives ``logits``; it is in eval mode afterwards.
-        batches: the row numbers of each batch, and the inputs of the model.
+        compiled: the model, whose output has ``logits``; it is left in eval mode.
+        batches: for each batch, its row indices and the model's inputs.
         rows: the number of rows.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no batches.
     """
     compiled.eval()
     logits: Tensor | None = None

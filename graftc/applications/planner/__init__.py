@@ -1,1 +1,1 @@
-"""The memory that training takes, computed in advance by running steps on tensors without memory, without guesses."""
+"""Compute the memory that training takes in advance, by running steps on tensors without memory, not by estimates."""

@@ -1,4 +1,4 @@
-"""Search for the largest size that fits."""
+"""Search for the largest size that fits into a budget."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 
 
 def largest(peak: Callable[[int], int], budget: int, limit: int, first: int = 1) -> int:
-    """Return the largest size whose peak is within a budget, or 0 if that of size 1 is not.
+    """Return the largest size whose peak is within a budget, or 0 if even size 1 exceeds it.
 
-    Peaks grow with sizes, almost linearly: each guess is where the line through two other sizes meets the budget, or
-    close to that. Every third guess halves the remaining range, as peaks may not be on a line.
+    Peaks grow almost linearly with size, so each guess is at or near the point where a line through two known peaks
+    meets the budget. Every third guess bisects the remaining range, in case the growth is not linear.
 
     Args:
-        peak: a function that returns the bytes for a size, from 1.
-        budget: the bytes that are available.
-        limit: the largest size that is possible.
-        first: the size to begin with.
+        peak: a function that returns the peak bytes of a size, from 1.
+        budget: the number of bytes available.
+        limit: the largest possible size.
+        first: the size to try first.
     """
     low, high, tries = 0, limit + 1, 0
     points: dict[int, int] = {}
@@ -27,7 +27,7 @@ def largest(peak: Callable[[int], int], budget: int, limit: int, first: int = 1)
             low = guess
         else:
             high = guess
-        # Sizes far above those tried so far take time and reveal little.
+        # Trying sizes far above the known ones takes time and reveals little.
         most = high - 1 if high <= limit else min(limit, 4 * max(low, 1))
         middle = (low + high) // 2 if high <= limit else 2 * max(low, 1)
         guess = middle if tries % 3 == 0 else _where(points, low, high, budget, middle)
@@ -36,7 +36,7 @@ def largest(peak: Callable[[int], int], budget: int, limit: int, first: int = 1)
 
 
 def _where(points: Mapping[int, int], low: int, high: int, budget: int, otherwise: int) -> int:
-    """Return where a line through the two sizes nearest to the budget meets it, or ``otherwise`` if none does."""
+    """Return where a line through the two sizes nearest to the budget meets it, or ``otherwise`` if it never does."""
     below, above = sorted(n for n in points if n <= low)[-2:], sorted(n for n in points if n >= high)[:2]
     ends = [*below[-1:], *above[:1]] if below and above else [*below, *above]
     if len(ends) < 2 or points[ends[0]] == points[ends[1]]:

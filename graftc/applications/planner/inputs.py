@@ -1,4 +1,4 @@
-"""Inputs of a given size, as a training loop would call a model with."""
+"""Create inputs of a given size, such as a training loop would pass to a model."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class Inputs:
-    """A function that makes inputs for the signature that a model was compiled with, and labels if it takes them.
+    """Callable that creates inputs for the signature a model was compiled with, and labels if the model takes them.
 
     Args:
-        compilation: the compilation of the model.
+        compilation: the model's compilation.
 
     Attributes:
-        longest: the longest sequence that the model takes; None if there is no limit.
-        sequential: whether the model takes sequences at all.
+        longest: the maximum sequence length of the model; None if there is no limit.
+        sequential: whether the model takes sequences.
     """
 
     def __init__(self, compilation: Compilation) -> None:
@@ -43,17 +43,17 @@ class Inputs:
         self.sequential = bool(axes)
 
     def __call__(self, batch: int, sequence: int) -> dict[str, Any]:
-        """Return the tensors and flags of a call, by name.
+        """Return the tensors and flags for a call, by name.
 
         Args:
             batch: the number of rows.
-            sequence: the number of tokens of each row; in a model with two sequences, of both.
+            sequence: the number of tokens in each row; if the model takes two sequences, both have this length.
 
         Raises:
             GraftError: GC143 for more tokens than the model has positions.
         """
         if self.longest is not None and sequence > self.longest:
-            message = f"sequences of {sequence} tokens, and the model takes {self.longest}"
+            message = f"sequences of {sequence} tokens are too long: the model takes at most {self.longest}"
             raise GraftError("GC143", message, hint=f"plan for at most {self.longest}")
         kinds = {spec.name: (spec.shape, spec.dtype) for spec in self._program.inputs if not is_past(spec.name)}
         if self._labels is not None:
@@ -67,21 +67,21 @@ class Inputs:
 
 
 def _labels_of(program: Program) -> tuple[tuple[int | str, ...], torch.dtype] | None:
-    """Return the axes and the dtype of labels, one for each row of the logits; None if there are no labels."""
+    """Return the axes and the dtype of the labels for the logits' rows; None if there are no suitable logits."""
     nodes = program.output_node.all_input_nodes
     named = dict(zip(program.outputs.names, nodes, strict=False))
     logits = getattr(named.get("logits"), "meta", {}).get("val")
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         return None
     names = _names_of(program)
-    sizes: list[Any] = list(logits.shape[:-1])  # numbers, or symbols for them
+    sizes: list[Any] = list(logits.shape[:-1])  # integers, or symbols for dynamic sizes
     axes = tuple(names.get(str(size), size) for size in sizes)
     number = logits.dim() == 2 and logits.shape[-1] == 1
     return axes, torch.float32 if number else torch.int64
 
 
 def _names_of(program: Program) -> Mapping[str, str]:
-    """Return the names of axes by the symbols that represent their sizes."""
+    """Return the names of dynamic axes, keyed by the symbols that represent their sizes."""
     names: dict[str, str] = {}
     for spec, node in zip(program.inputs, program.placeholders(), strict=True):
         value = node.meta.get("val")

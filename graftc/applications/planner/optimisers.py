@@ -1,4 +1,4 @@
-"""Optimisers by name, and the memory that they keep and take, measured on tensors without memory."""
+"""Optimisers by name, and the memory of their state and steps, measured on tensors without memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 Make = Callable[[list[Tensor]], torch.optim.Optimizer]
-"""A function that makes an optimiser of the trained parameters."""
+"""A function that creates an optimiser for the trained parameters."""
 
 _SMALL = 4096
 _BLOCK = 256
 
 
 class DeclaredAdamW8bit(torch.optim.Optimizer):
-    """The sizes of the state of bitsandbytes' ``AdamW8bit``, which runs only on accelerators.
+    """Stand-in for bitsandbytes' ``AdamW8bit``, which runs only on accelerators: its state has the same sizes.
 
-    There are two moments of one byte for each entry, with a float32 for each block of 256; for tensors of fewer than
-    4096 entries, there are two float32 for each entry.
+    Each of the two moments takes one byte for each entry and one float32 for each block of 256. For tensors with fewer
+    than 4096 entries, each moment takes one float32 for each entry.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -37,7 +37,7 @@ class DeclaredAdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Create the state."""
+        """Create the state; parameters are left unchanged."""
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
@@ -65,10 +65,10 @@ OPTIMISERS: dict[str, Callable[[list[Tensor], str], torch.optim.Optimizer]] = {
     "adafactor": _torch("Adafactor"),
     "adamw8bit": lambda parameters, _: DeclaredAdamW8bit(parameters),
 }
-"""Optimisers that take only parameters."""
+"""Optimisers that are created from parameters alone."""
 
 OWN = {"aged-adamw": "AgedAdamW", "sm3": "SM3"}
-"""Optimisers of `graftc.optim`, which take a compiled model."""
+"""Optimisers from `graftc.optim`, which are created from a compiled model."""
 
 
 class State(NamedTuple):
@@ -76,7 +76,7 @@ class State(NamedTuple):
 
     Attributes:
         kept: the bytes of its state.
-        step: the bytes that a step takes at its peak, beyond state and gradients.
+        step: the peak bytes of a step, beyond state and gradients.
     """
 
     kept: int
@@ -84,22 +84,22 @@ class State(NamedTuple):
 
 
 def usual(spec: Spec) -> str:
-    """Return the name of the default optimiser of a spec: if its entries move, one that supports moving entries."""
+    """Return the name of a spec's default optimiser; if trained entries move, it is one that supports this."""
     variants = [getattr(a, "variant", None) for a in spec.adapt if a.method == "spiel"]
     return "sm3" if "MA" in variants else "aged-adamw" if variants else "adamw"
 
 
 def state_of(simulation: Simulation, optimizer: str | Make, device: str, processes: int) -> State:
-    """Return the memory that an optimiser keeps and takes.
+    """Return the memory that an optimiser takes, for its state and at the peak of a step.
 
     Args:
-        simulation: the simulation of the model that trains.
-        optimizer: the name of the optimiser, or a function that makes it of parameters.
-        device: the kind of device that it runs on.
+        simulation: the simulation of the model to train.
+        optimizer: the name of the optimiser, or a function that creates it from parameters.
+        device: the device type on which it runs.
         processes: the number of processes that share its state.
 
     Raises:
-        GraftError: GC091 for an unknown name, GC073 if it does not run without values.
+        GraftError: GC091 for an unknown name, GC073 if the optimiser does not run on tensors without values.
     """
     make = _make(simulation, optimizer, device)
     parameters: list[Tensor] = list(simulation.trained)
@@ -128,8 +128,8 @@ def state_of(simulation: Simulation, optimizer: str | Make, device: str, process
             raise
         except Exception as error:
             what = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "the optimizer")
-            message = f"{what} cannot be tried on tensors without values: {type(error).__name__}: {error}"
-            raise GraftError("GC073", message.splitlines()[0], hint="give the name of a similar one") from error
+            message = f"{what} does not run on tensors without values: {type(error).__name__}: {error}"
+            raise GraftError("GC073", message.splitlines()[0], hint="pass the name of a similar optimizer") from error
     tensors = [leaf for leaf in tree_leaves(list(optimiser.state.values())) if isinstance(leaf, Tensor)]
     return State(sum(storage_sizes(tensors).values()), highest(tracking.levels))
 
@@ -138,7 +138,7 @@ def _make(simulation: Simulation, optimizer: Any, device: str) -> Make:
     if not isinstance(optimizer, str):
         if not callable(optimizer):
             message = f"the optimizer is a {type(optimizer).__name__}"
-            raise GraftError("GC073", message, hint="give a name, or what makes an optimiser of parameters")
+            raise GraftError("GC073", message, hint="pass a name, or a function that creates an optimizer")
         return cast(Make, optimizer)
     if optimizer in OPTIMISERS:
         return lambda parameters: OPTIMISERS[optimizer](parameters, device)

@@ -1,4 +1,4 @@
-"""Memory planning before training: the peak of a step, and what fits."""
+"""Plan memory before training: the peak of a step, and the sizes that fit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """The dtypes that a base may have, by name."""
 
 _MOST = 2**40
-"""The most tokens of a batch: beyond this, sizes of tensors overflow."""
+"""The maximum number of tokens in a batch; beyond it, tensor sizes overflow."""
 
 _SHORT = {"fp32": "float32", "f32": "float32", "bf16": "bfloat16", "fp16": "float16", "f16": "float16"}
 
@@ -50,41 +50,44 @@ def plan(
     budget: int | str | None = None,
     cache: bool = True,
 ) -> MemoryPlan:
-    """Return the memory that training takes on each device at its peak, before it starts.
+    """Return the peak memory that training will take on each device.
 
-    A training step is run on tensors without memory, with the recomputation, checkpointing and chunked loss of the
-    spec, and so is a step of the optimiser. The model may be on the meta device.
+    One training step and one optimiser step are run on tensors without memory, with the spec's recomputation,
+    checkpointing and chunked loss. The model may be on the meta device.
 
     Args:
         spec: as for `graftc.compile`.
-        model: a module, or the name of one as the command line takes it, which is created without weights.
+        model: a module, or a model name in any form that the command line accepts, from which a module without weights
+            is created.
         example_inputs: as for `graftc.compile`.
-        batch: the rows on each device.
-        sequence: the tokens of each row; required by models that take sequences.
-        dtype: the dtype of the base, ``"bfloat16"`` for example; by default its own.
-        checkpoint: whether layers are computed again in the backward pass; by default as in the spec.
+        batch: the number of rows on each device.
+        sequence: the number of tokens in each row; required by models that take sequences.
+        dtype: the dtype of the base, for example ``"bfloat16"``; by default its own.
+        checkpoint: whether layers are recomputed in the backward pass; by default as in the spec.
         optimizer: ``adamw``, ``sgd``, ``sgd-momentum``, ``adafactor``, ``adamw8bit``, ``aged-adamw`` or ``sm3``, or a
-            function that makes one of a list of parameters. By default ``adamw``, and for SpIEL that of its variant.
-            The state of ``adamw8bit`` is that of bitsandbytes by declaration; it is not run.
-        devices: the number of devices that share parameters, gradients and state by FSDP2, with a unit for each layer
-            and one for the rest.
-        device: the kind of device: ``cpu`` or an accelerator, on which torch's optimisers process all tensors at once
-            and chunks of a loss are larger.
-        accumulate: whether gradients of other micro-batches exist already.
-        budget: the bytes of each device, ``"24GB"`` for example; the largest batch and sequence that fit are searched
-            for.
+            function that creates an optimiser from a list of parameters; by default ``adamw``, or for SpIEL the
+            optimiser of its variant. For ``adamw8bit``, the sizes of bitsandbytes' state are assumed, and bitsandbytes
+            is not run.
+        devices: the number of devices that share parameters, gradients and optimiser state by FSDP2, with a unit for
+            each layer and one for the rest.
+        device: the device type: ``cpu``, or an accelerator, on which torch's optimisers process all tensors at once and
+            a chunked loss has larger chunks.
+        accumulate: whether gradients from other micro-batches already exist.
+        budget: the memory of each device in bytes, or for example ``"24GB"``; if given, the largest batch and sequence
+            that fit are searched for.
         cache: whether to keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: as `graftc.compile`; GC073 for arguments of another kind, and if nothing trains, GC091 for an
-            unknown optimizer, GC130 for what cannot be sharded, GC143 for sequences that the model does not take, GC154
+        GraftError: as for `graftc.compile`; GC073 for arguments of the wrong type, or if nothing trains, GC091 for an
+            unknown optimizer, GC130 for a method that cannot be sharded, GC143 for sequences that are too long, GC154
             for a budget that is not a number of bytes, GC155 if not even the smallest step fits.
     """
     check_spec_and_model("graftc.plan", spec, model)
     room = None if budget is None else bytes_of(budget)
     rows, tokens = _count("batch", batch), None if sequence is None else _count("sequence", sequence)
     if rows * (tokens or 1) > _MOST:
-        raise GraftError("GC073", f"a batch of {rows} x {tokens} tokens", hint=f"plan for at most {_MOST:,} tokens")
+        message = f"a batch of {rows} x {tokens} tokens is too large"
+        raise GraftError("GC073", message, hint=f"plan for at most {_MOST:,} tokens")
     _known_device(device)
     with progress.working("planning", model if isinstance(model, str) else type(model).__name__):
         bench = workbench(
@@ -113,7 +116,7 @@ def workbench(
     cache: bool = True,
     **training: Any,
 ) -> Workbench:
-    """Build the workbench that plans steps; arguments are those of `plan`."""
+    """Build the workbench that plans steps; the arguments are as for `plan`."""
     early = early_spec(Path(spec)) if isinstance(spec, str | Path) else spec
     if isinstance(model, str):
         module, given = load_model_and_inputs(model, meta=True)
@@ -126,16 +129,16 @@ def workbench(
 
 
 def checkpointed(spec: Spec, checkpoint: bool | Literal["layers"] | None) -> Spec:
-    """Return the spec with checkpointing switched on or off; None returns it unchanged."""
+    """Return the spec with checkpointing switched on or off, or unchanged if ``checkpoint`` is None."""
     if checkpoint is None:
         return spec
     if checkpoint not in (True, False, "layers"):
-        raise GraftError("GC073", f"checkpoint is {checkpoint!r}", hint="True recomputes layers, False keeps them")
+        raise GraftError("GC073", f"checkpoint is {checkpoint!r}", hint="use True to recompute layers, or False")
     return spec.model_copy(update={"checkpoint": "layers" if checkpoint else None})
 
 
 def fitted(bench: Workbench, plan: MemoryPlan, room: int) -> MemoryPlan:
-    """Return the plan with the largest sizes that fit.
+    """Return the plan with the largest sizes that fit added.
 
     Raises:
         GraftError: GC155 if not even one row of the shortest sequences fits.
@@ -150,7 +153,7 @@ def fitted(bench: Workbench, plan: MemoryPlan, room: int) -> MemoryPlan:
 
 def _nothing_fits(smallest: MemoryPlan, room: int) -> GraftError:
     tokens = "" if smallest.sequence is None else f" of {smallest.sequence} tokens"
-    message = f"one row{tokens} takes {size_text(smallest.peak)}, and there are {size_text(room)}"
+    message = f"one row{tokens} takes {size_text(smallest.peak)}, but only {size_text(room)} are available"
     parts = {
         "what stays": smallest.resident,
         "activations": smallest.step,
@@ -161,7 +164,7 @@ def _nothing_fits(smallest: MemoryPlan, room: int) -> GraftError:
         ways.append("set checkpoint: layers")
     if smallest.devices == 1 and smallest.resident > room // 2:
         ways.append("share the model among devices")
-    hint = f"the smallest is {size_text(smallest.peak)}" + (f"; {' or '.join(ways)}" if ways else "")
+    hint = f"the smallest step takes {size_text(smallest.peak)}" + (f"; {' or '.join(ways)}" if ways else "")
     details = [f"{name}: {size_text(size)}" for name, size in parts.items()]
     return GraftError("GC155", message, hint=hint, details=details)
 
@@ -171,7 +174,7 @@ def _dtype(given: Any) -> torch.dtype | None:
         return given  # type: ignore[no-any-return]
     name = _SHORT.get(str(given), str(given).removeprefix("torch."))
     if name not in DTYPES:
-        hint, _ = correction(name, [*DTYPES, *_SHORT], f"there is: {', '.join(DTYPES)}")
+        hint, _ = correction(name, [*DTYPES, *_SHORT], f"the dtypes are: {', '.join(DTYPES)}")
         raise GraftError("GC073", f"dtype is {given!r}", hint=hint)
     return DTYPES[name]
 
@@ -180,10 +183,10 @@ def _known_device(given: Any) -> None:
     try:
         torch.device(given)
     except (RuntimeError, TypeError) as error:
-        raise GraftError("GC073", f"device is {given!r}", hint="give cuda, cpu or another kind of torch's") from error
+        raise GraftError("GC073", f"device is {given!r}", hint="use cuda, cpu or another type of torch's") from error
 
 
 def _count(name: str, given: Any) -> int:
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise GraftError("GC073", f"{name} is {given!r}", hint="give a number from 1")
+        raise GraftError("GC073", f"{name} is {given!r}", hint="use an integer from 1")
     return given

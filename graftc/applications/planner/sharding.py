@@ -1,4 +1,4 @@
-"""The memory that FSDP2 takes besides shards: whole tensors of layers in flight, and gradients that are being sent."""
+"""The memory that FSDP2 takes besides shards: the gathered tensors of layers, and gradients while they are sent."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from graftc.runtime.model.simulated_step import Simulation, shard_of
 
 
 def shard_bytes(tensor: nn.Parameter, processes: int) -> int:
-    """Return the bytes of the largest shard."""
+    """Return the size of a tensor's largest shard, in bytes."""
     return prod(shard_of(tensor, processes)) * tensor.itemsize
 
 
 def communication(simulation: Simulation, processes: int, device: str) -> int:
-    """Return the bytes of communication buffers at the peak of a step; each layer is a unit, and so is the rest.
+    """Return the size of the communication buffers at the peak of a step, in bytes.
 
-    The rest is gathered from its forward to its backward pass. Two layers are gathered at a time: the one that runs,
-    and the one that is gathered meanwhile; on a CPU, gloo keeps its own copy of the latter. The whole gradients of one
-    unit exist twice: as they were computed, and in the order in which they are sent.
+    Each layer is a sharding unit, and so is the rest of the model. The rest stays gathered from its forward to its
+    backward pass. Two layers are gathered at a time: the one that runs, and the next one, which is gathered meanwhile;
+    on a CPU, gloo keeps its own copy of the latter. The full gradients of one unit exist twice: as computed, and in the
+    order in which they are sent.
 
     Args:
         simulation: the simulation with the layers.
-        processes: the number of processes that share them.
-        device: the kind of device.
+        processes: the number of processes that share the parameters.
+        device: the device type.
     """
     if processes == 1:
         return 0

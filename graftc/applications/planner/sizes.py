@@ -1,4 +1,4 @@
-"""Numbers of bytes in readable form."""
+"""Parse sizes in bytes from readable text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?)(b?)\s*
 
 
 def bytes_of(given: Any) -> int:
-    """Return the number of bytes of ``24GB``, ``24 GiB``, ``512MB``, or of a number.
+    """Return the number of bytes that a text such as ``24GB``, ``24 GiB`` or ``512MB``, or a number, represents.
 
     Raises:
-        GraftError: GC154 for what is not a size, or is 0.
+        GraftError: GC154 for a value that is not a positive size.
     """
     count = 0
     if isinstance(given, str):

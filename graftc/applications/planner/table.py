@@ -1,4 +1,4 @@
-"""A table of what fits: methods side by side, with and without options that save memory."""
+"""The table of memory needs: methods side by side, with and without options that save memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graftc.specs.errors.diagnostics import GraftError, GraftWarning, unknown_na
 from graftc.specs.registry import method_specs
 
 USUAL = ("lora", "dora", "ia3", "spiel-MA", "spiel-AG", "full")
-"""The methods of a table if none are named."""
+"""The methods in the table named ``usual``."""
 
 _VARIANTS: dict[str, dict[str, Any]] = {
     "spiel-MA": {"method": "spiel", "variant": "MA"},
@@ -24,13 +24,14 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def specs_of(names: Sequence[str], like: Spec) -> dict[str, Spec]:
-    """Return a spec with only one method for each name.
+    """Return a spec with a single method for each name.
 
-    A name is a tag, ``spiel-MA``, ``spiel-AG``, or ``full:GLOB`` for the modules that train in full.
+    A name is a method's tag, ``spiel-MA``, ``spiel-AG``, or ``full:GLOB``, in which the glob selects the modules to
+    train in full.
 
     Args:
         names: the names, in the order of the rows.
-        like: a spec whose first target is used for methods that have none by default.
+        like: a spec whose first target is used for methods that have no default target.
 
     Raises:
         GraftError: GC091 for an unknown name.
@@ -54,8 +55,8 @@ class Size(NamedTuple):
     """The size for which peaks are computed.
 
     Attributes:
-        batch, sequence: the rows and tokens of a step.
-        budget: the bytes that are available; if None, the largest sizes are not searched for.
+        batch, sequence: the number of rows in a step, and of tokens in each row.
+        budget: the number of bytes available; if None, the largest sizes that fit are not searched for.
     """
 
     batch: int
@@ -77,7 +78,7 @@ def rows(
         specs: the specs, by the name of their row.
         model, example_inputs, options: as for `graftc.plan`.
         size: the size for which peaks are computed.
-        told: a callback that gets a message on what is being planned.
+        told: a callback that receives a message about the row being planned.
     """
     stored: list[str | None] = [None, "nf4"]
     for (name, spec), quantize, chunked, checkpoint in product(specs.items(), stored, (False, True), (False, True)):
@@ -85,7 +86,7 @@ def rows(
         changed = _changed(spec, quantize, chunked)
         try:
             with warnings.catch_warnings():
-                if chunked:  # there is no such row if the loss is not over a vocabulary
+                if chunked:  # skip this row if the loss is not over a vocabulary
                     warnings.simplefilter("error", GraftWarning)
                 bench = workbench(changed, model, example_inputs, checkpoint=checkpoint, **options)
                 plan = bench.plan(size.batch, size.sequence)

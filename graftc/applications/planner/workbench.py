@@ -1,4 +1,4 @@
-"""A spec on a model, compiled once: the plan of every size is a simulated step of it."""
+"""A spec compiled once for a model, from which steps of any size are planned by simulation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
 TOKENS = 64
-"""The step, in tokens, in which sequence lengths are searched."""
+"""The step, in tokens, by which sequence lengths are searched."""
 
 _MOST = 1 << 20
 
@@ -39,10 +39,10 @@ class Training:
     """The settings of a training step.
 
     Attributes:
-        optimizer: a name, a function that makes one of parameters, or None for the usual one.
-        devices: the number of devices that share parameters, gradients and state.
-        device: the kind of device that is planned for.
-        accumulate: whether gradients of other micro-batches exist already.
+        optimizer: an optimiser's name, a function that creates one from parameters, or None for the default.
+        devices: the number of devices that share parameters, gradients and optimiser state.
+        device: the device type to plan for.
+        accumulate: whether gradients from other micro-batches already exist.
     """
 
     optimizer: str | Make | None = None
@@ -52,7 +52,7 @@ class Training:
 
 
 class Workbench:
-    """A planner of steps of one spec on one model.
+    """Planner for the training steps of one spec on one model.
 
     Args:
         spec, model, example_inputs: as for `graftc.compile`.
@@ -75,7 +75,7 @@ class Workbench:
             model = _without_values(model, dtype)
         device, devices = training.device, training.devices
         self._device, self._devices, self._accumulate = device, devices, training.accumulate
-        # Values do not matter, and with a given seed no other process is asked for its own.
+        # Values do not matter; a fixed seed avoids asking other processes for theirs.
         self._compiled = compile(spec, model, example_inputs, seed=0, cache=cache, progress=False)
         self._runner = runner_of(self._compiled)
         if not any(parameter.requires_grad for parameter in self._compiled.parameters()):
@@ -96,21 +96,22 @@ class Workbench:
         """Return the memory that a step of a given size takes.
 
         Args:
-            batch: the rows on each device.
-            sequence: the tokens of each row; ignored for models without sequences.
+            batch: the number of rows on each device.
+            sequence: the number of tokens in each row; ignored for models without sequences.
 
         Raises:
-            GraftError: GC073 if there are sequences and none is given, GC143 for one that is too long.
+            GraftError: GC073 if the model takes sequences but no length is given, GC143 if the length is too large.
         """
         if self.inputs.sequential and sequence is None:
-            raise GraftError("GC073", "the model takes sequences, and none is given", hint="give sequence, in tokens")
+            message = "the model takes sequences, but no length is given"
+            raise GraftError("GC073", message, hint="pass sequence, in tokens")
         key = batch, sequence or 0
         if key not in self._plans:
             self._plans[key] = self._plan(*key)
         return self._plans[key]
 
     def _simulated(self, present: dict[str, Any]) -> tuple[Simulation, Signature]:
-        """Return the simulation and the signature of a call; graphs are captured if the signature is new."""
+        """Return a call's simulation and signature; graphs are captured if the signature is new."""
         signature = signature_for(self._runner.shown.compilation, present)
         if signature not in self._simulations:
             self._simulations[signature] = Simulation(self._runner, self._devices)
@@ -151,10 +152,10 @@ class Workbench:
         )
 
     def _largest_sequence(self, batch: int, budget: int, first: int) -> int | None:
-        """Return the length of the longest sequences of a batch that fit in a budget.
+        """Return the largest sequence length with which a batch fits in a budget.
 
-        It is in steps of `TOKENS`, or as long as the model takes; 0 if none fit, and None if there are no sequences.
-        The search begins with ``first``.
+        The length is a multiple of `TOKENS`, or the model's maximum; it is 0 if nothing fits, and None if the model
+        takes no sequences. The search begins with ``first``.
         """
         if not self.inputs.sequential:
             return None
@@ -169,14 +170,14 @@ class Workbench:
         return tokens(steps) if steps else 0
 
     def fitted(self, plan: MemoryPlan, budget: int) -> MemoryPlan:
-        """Return the plan with the largest sizes that fit in a budget; 0 if none fits."""
+        """Return the plan with the largest sizes that fit in a budget added; a size is 0 if nothing fits."""
         batch = largest(lambda rows: self.plan(rows, plan.sequence).peak, budget, _MOST, plan.batch)
         sequence = self._largest_sequence(plan.batch, budget, plan.sequence or TOKENS)
         return replace(plan, budget=budget, largest_batch=batch, largest_sequence=sequence)
 
 
 def _originals(compilation: Compilation, processes: int) -> int:
-    """Return the bytes of base parameters that trained copies replace; if only some rows train, of these alone."""
+    """Return the bytes of base parameters that trained copies replace, counting only the rows that train."""
     store, originals = compilation.store, 0
     for own in {edit.own.as_stored for edit in compilation.tensor_edits.copies()}:
         tensors = [store.get(name) for name in store.parts_of(own.tensor)]
@@ -194,7 +195,7 @@ def _name_of(optimizer: str | Callable[..., Any]) -> str:
 
 
 def _without_values(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy on the meta device, with floating-point parameters in another dtype."""
+    """Return a copy of the model on the meta device, with its floating-point parameters in another dtype."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         is_parameter = isinstance(tensor, nn.Parameter)

@@ -1,1 +1,1 @@
-"""Methods that take several trainings, run as one that can be resumed: `tune`, and the folder it keeps."""
+"""Run methods that take several training runs as one resumable recipe: `tune`, and the folder of a recipe."""

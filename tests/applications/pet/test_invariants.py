@@ -277,7 +277,7 @@ def test_a_single_member_has_no_next_generation() -> None:
 
 
 def test_one_size_for_each_label() -> None:
-    with pytest.raises(ValueError, match="2 sizes for 3 labels"):
+    with pytest.raises(ValueError, match="wanted has 2 entries for 3 labels"):
         new_examples(0, _logits(), torch.ones(5), [1, 1], generator=_generator())
     with pytest.raises(ValueError, match="no labels"):
         shares_of_labels(3, [])

@@ -134,13 +134,13 @@ def _patched(layer: Any) -> None:
             lambda layer: _packed(layer, "codes"),
             "output.dense of BertForMaskedLM is a tests.applications.pet.test_training.Packed,",
         ),
-        (_narrow, "layer.0.output.dense of BertForMaskedLM is stored in another form"),
+        (_narrow, "layer.0.output.dense of BertForMaskedLM is not stored in the same form"),
         (
             _replaced,
-            "is a tests.applications.pet.test_training.Halved, and in a new classifier a torch.nn.",
+            "is a tests.applications.pet.test_training.Halved, but in a new classifier it is a torch.nn.",
         ),
-        (_hooked, "layer.0 of BertForMaskedLM has a forward or hooks of its own"),
-        (_patched, "layer.0 of BertForMaskedLM has a forward or hooks of its own"),
+        (_hooked, "layer.0 of BertForMaskedLM has its own forward or hooks"),
+        (_patched, "layer.0 of BertForMaskedLM has its own forward or hooks"),
     ],
 )
 def test_what_a_new_classifier_would_not_have_is_refused(change: Callable[[Any], None], said: str) -> None:

@@ -155,10 +155,10 @@ def test_a_run_in_a_folder_is_the_same(tmp_path: Path) -> None:
     for other in (kept, again):
         state = other.adapter_state_dict()
         assert all(torch.equal(t, state[n]) for n, t in plain.adapter_state_dict().items())
-    with pytest.raises(GraftError, match="another seed") as error:
+    with pytest.raises(GraftError, match="a different seed") as error:
         graftc.tune(SPEC, model, train, folder=tmp_path / "recipe", seed=1)
     assert error.value.code == "GC058"
-    with pytest.raises(GraftError, match="another base") as error:
+    with pytest.raises(GraftError, match="a different base") as error:
         graftc.tune(SPEC, tiny("bert", seed=1), train, folder=tmp_path / "recipe")
     assert error.value.code == "GC058"
 
@@ -187,7 +187,7 @@ def test_a_place_that_holds_something_else(tmp_path: Path, name: str, text: str,
 def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
     """Reading it would never end."""
     os.mkfifo(tmp_path / "recipe.json")
-    with pytest.raises(GraftError, match="does not say what is kept here"):
+    with pytest.raises(GraftError, match="does not identify a recipe"):
         graftc.tune(SPEC, tiny("bert"), train, folder=tmp_path)
 
 
