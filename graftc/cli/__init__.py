@@ -17,8 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             then managed as well.
 
     Returns:
-        0 done, 1 the answer is no, 2 a usage or spec error, 3 the files or the model failed, or the output could not be
-        written, 130 interrupted, 141 the reader of the output has gone.
+        0: done; 1: the answer is no; 2: usage or spec error; 3: the files or the model failed, or the output could not
+        be written; 130: interrupted; 141: the reader of the output has closed it.
     """
     import sys
 

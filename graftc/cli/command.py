@@ -1,7 +1,8 @@
-"""The decorator that makes a command of two functions: one that returns a record, and one that shows it.
+"""The decorator that builds a command from two functions: one that returns a record, and one that shows it.
 
-It owns what all commands have in common: ``--json``, warnings, the steps that a terminal shows, the exit status, and,
-for commands that write a folder or a file, ``--out``, ``--dry-run`` and ``--force``. `graftc.cli.main` shows errors.
+It handles everything that commands have in common: ``--json``, warnings, the steps shown on a terminal, the exit
+status, and, for commands that write a folder or a file, ``--out``, ``--dry-run`` and ``--force``. `graftc.cli.main`
+shows errors.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class CommandRun:
     Attributes:
         as_json: whether the result is printed as JSON.
         out: the path to write to; None with ``--dry-run``, and for commands that have no ``--out``.
-        dry_run, force: whether to write nothing, and whether to replace what is there.
-        step: a function to call with the name of each step, in lower case, as the step begins.
+        dry_run, force: whether to write nothing, and whether to replace existing files.
+        step: a function to call with the name of each step, in lower case, when the step begins.
         warnings: the warnings so far.
-        beside: names of files that are written beside a file.
+        beside: the names of companion files that are written next to a file.
         status: the exit status if nothing fails.
     """
 
@@ -51,14 +52,14 @@ class CommandRun:
     status: int = 0
 
     def require_destination(self, *sources: Path | str | None, **options: Any) -> None:
-        """Check before the work that the destination can be written, and that it is apart from what is read.
+        """Check, before the work begins, that the destination is writable and does not overlap the sources.
 
         Args:
-            sources: what is read.
+            sources: the paths that the command reads.
             options: as for `graftc.files.destinations.check_destination`.
 
         Raises:
-            GraftError: GC063 and GC064.
+            GraftError: GC063 or GC064.
         """
         from graftc.files.writing import check_apart, check_destination
 
@@ -68,7 +69,7 @@ class CommandRun:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Run the block with its warnings collected or shown, its steps shown, and libraries' output kept away."""
+        """Run the block with warnings collected or shown, steps shown, and the output of libraries redirected."""
         from graftc.cli.output import steps, working
 
         with working(self.as_json) as self.warnings, steps(self.as_json) as self.step:
@@ -88,12 +89,12 @@ class CommandRun:
 
 
 class Command(Generic[R]):
-    """A command: callable with its options, as Typer calls it.
+    """A command, which Typer calls with its options.
 
     Args:
-        function: returns the record; its first parameter is the `CommandRun`.
+        function: the function that returns the record; its first parameter is the `CommandRun`.
         writes: whether the command has ``--out``, ``--dry-run`` and ``--force``.
-        live: whether the function itself calls `CommandRun.working`, for its block of work.
+        live: whether the function calls `CommandRun.working` itself, around its work.
     """
 
     def __init__(self, function: Callable[..., R], *, writes: bool, live: bool) -> None:
@@ -110,7 +111,7 @@ class Command(Generic[R]):
         parameters += [inspect.Parameter(n, _KEYWORD, default=d, annotation=a) for n, (a, d) in options.items()]
         self.__signature__ = inspect.Signature([each.replace(kind=_KEYWORD) for each in parameters])
         self.__annotations__ = {each.name: each.annotation for each in parameters}
-        vars(self).pop("__wrapped__")  # its signature is another one
+        vars(self).pop("__wrapped__")  # the wrapped function has a different signature
 
     @property
     def result(self) -> Any:
@@ -118,16 +119,16 @@ class Command(Generic[R]):
         return get_type_hints(self.function)["return"]
 
     def shows(self, show: Callable[[R, Console], None]) -> Callable[[R, Console], None]:
-        """Take a function that shows a record to people."""
+        """Register the function that shows a record to people; used as a decorator."""
         self._show = show
         return show
 
     def __call__(self, *, json: bool = False, **options: Any) -> None:
-        """CommandRun the command, and print its record.
+        """Run the command, and print its record.
 
         Raises:
             GraftError: GC090 if ``--out`` is missing.
-            Exit: if the status is not 0.
+            Exit: if the exit status is not 0.
         """
         from graftc.cli.output import console, print_json
 
@@ -149,7 +150,7 @@ class Command(Generic[R]):
             raise typer.Exit(run.status)
 
     def _completed(self, result: R, run: CommandRun) -> R:
-        """Return the record with what is the same in all of them."""
+        """Return the record with the fields that all commands share filled in."""
         from graftc.records.diagnostics import Diagnostic
 
         record: Any = result
@@ -165,5 +166,5 @@ _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
 def command(*, writes: bool = False, live: bool = False) -> Callable[[Callable[..., R]], Command[R]]:
-    """Return a decorator that makes a `Command` of a function."""
+    """Return a decorator that turns a function into a `Command`."""
     return lambda function: Command(function, writes=writes, live=live)

@@ -1,4 +1,4 @@
-"""Shell completion for the arguments of commands. It imports no torch and never fails: an empty list is valid."""
+"""Shell completion for command arguments. It does not import torch and never fails: an empty list is a valid result."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _SPECS = (".yaml", ".yml", ".json", ".toml")
 
 
 def specs(incomplete: str) -> list[str]:
-    """Return spec files, and the folders that lead to them."""
+    """Return spec files, and all folders, which may contain spec files."""
     return _paths(incomplete, lambda path: path.suffix.lower() in _SPECS)
 
 
 def models(incomplete: str) -> list[str]:
-    """Return folders, and the ids of models in the hub's cache."""
+    """Return folders, and the ids of models in the hub cache."""
     folders = _paths(incomplete, lambda path: False)
     return [*folders, *_hub_ids(incomplete)]
 
@@ -26,7 +26,7 @@ def artifacts(incomplete: str) -> list[str]:
 
 
 def methods(incomplete: str) -> list[tuple[str, str]]:
-    """Return methods with their summaries."""
+    """Return the tags of methods with their summaries."""
     try:
         from graftc.specs.listing import methods as listing
 
@@ -37,7 +37,7 @@ def methods(incomplete: str) -> list[tuple[str, str]]:
 
 
 def formats(incomplete: str) -> list[tuple[str, str]]:
-    """Return export formats with what they write."""
+    """Return export formats with their summaries."""
     from graftc.runtime.export.registry import summaries
 
     return [(name, summary) for name, summary in summaries().items() if name.startswith(incomplete)]
@@ -51,7 +51,7 @@ def schemas(incomplete: str) -> list[str]:
 
 
 def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
-    """Return the files that match, and folders with a trailing slash; hidden ones only if a dot was typed."""
+    """Return matching files, and folders with a trailing slash; hidden ones only if the typed name begins."""
     head, _, start = incomplete.rpartition("/")
     folder = Path(f"{head}/" if "/" in incomplete else ".").expanduser()
     prefix = incomplete[: len(incomplete) - len(start)]
@@ -68,7 +68,7 @@ def _listed(folder: Path) -> list[Path]:
 
 
 def _hub_ids(incomplete: str) -> Iterable[str]:
-    """Return ids from the names of the cache's folders: importing huggingface_hub takes too long for a completion."""
+    """Return ids derived from folder names in the cache, since importing huggingface_hub is too slow for completion."""
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     names = [p.name.removeprefix("models--").replace("--", "/") for p in _listed(cache) if p.name[:8] == "models--"]

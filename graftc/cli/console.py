@@ -13,9 +13,9 @@ from graftc.specs.errors.text import printable
 
 
 class PlainConsole(Console):
-    """A console that prints text literally: brackets are not markup, and control characters are escaped.
+    """Console that prints text literally: brackets are not markup, and control characters are escaped.
 
-    The console's own colours are in the styles of segments, not in their text, and are kept.
+    The console's own colours are not affected, because they are stored in the styles of segments, not in their text.
     """
 
     def render_str(self, text: str, **options: Any) -> Text:
@@ -24,6 +24,6 @@ class PlainConsole(Console):
         return Text(printable(text), **kept)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Render like Rich, with the text of every segment escaped; all text reaches the terminal this way."""
+        """Render as Rich does, with the text of every segment escaped; all text reaches the terminal this way."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text))

@@ -1,4 +1,4 @@
-"""The output and exit status of a command that fails. There is no traceback, unless ``GRAFTC_DEBUG=1``."""
+"""Print the error of a failed command and choose its exit status. Tracebacks appear only with ``GRAFTC_DEBUG=1``."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _SUGGESTION = re.compile(r"\.? (?:Did you mean:?|\(Possible options:) (.*?)[?)]*
 def show_failure(error: Exception, out: Watched, *, as_json: bool) -> int:
     """Print a failure and return the exit status.
 
-    It goes to the standard error in the text form of diagnostics; with ``as_json`` the standard output ``out`` gets
-    ``{"error": {...}}`` instead. A misused command line is GC090, an unexpected error GC099. If the standard output
-    itself has failed, nothing is printed here: `finish` reports that.
+    The failure is printed to stderr in the text form of diagnostics, or with ``as_json`` to stdout (``out``) as
+    ``{"error": {...}}``. A misused command line is GC090; an unexpected error is GC099. If stdout itself has failed,
+    nothing is printed here, because `finish` reports that.
     """
     if type(error).__name__ == "Abort":
         return INTERRUPTED
@@ -47,7 +47,7 @@ def show_failure(error: Exception, out: Watched, *, as_json: bool) -> int:
 
 
 class Watched:
-    """A standard output that remembers why it could not be written. Otherwise it behaves like the stream behind it."""
+    """Wrapper around stdout that remembers why writing failed, and otherwise behaves like the wrapped stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -73,7 +73,7 @@ class Watched:
 
 
 def finish(out: Watched, status: int) -> int:
-    """Flush the output and return the exit status: 141 if nothing reads it, 3 if it cannot be written (GC064)."""
+    """Flush the output and return the exit status: 141 if its reader is gone, 3 if it cannot be written (GC064)."""
     with contextlib.suppress(OSError):
         out.flush()
     failure = out.failure
@@ -84,8 +84,8 @@ def finish(out: Watched, status: int) -> int:
         from graftc.cli.output import print_coded
 
         reason = (failure.strerror or str(failure)).lower()
-        hint = "free some space, or send the output elsewhere"
-        coded = GraftError("GC064", f"the standard output cannot be written: {reason}", hint=hint)
+        hint = "free some space, or redirect the output"
+        coded = GraftError("GC064", f"stdout cannot be written: {reason}", hint=hint)
         print_coded(coded, "red")
         status = coded.exit_code
     try:
@@ -96,7 +96,7 @@ def finish(out: Watched, status: int) -> int:
 
 
 def _silence(stream: TextIO) -> None:
-    """Redirect a stream to the null device, so that what is left in its buffer does not fail again at exit."""
+    """Redirect a stream to the null device, so that flushing its buffer at exit does not fail again."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -110,7 +110,7 @@ def _coded(error: Exception) -> GraftError:
 
 
 def _usage(error: Any) -> GraftError:
-    """Return the error for a command line that Typer refuses."""
+    """Return the error for a command line that Typer rejects."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "graftc"
     message = " ".join(str(error.format_message()).split())
@@ -124,4 +124,4 @@ def _usage(error: Any) -> GraftError:
 def _unexpected(error: Exception) -> GraftError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     message = f"unexpected {type(error).__name__}" + (f": {lines[0]}" if lines else "")
-    return GraftError("GC099", message, hint="GRAFTC_DEBUG=1 shows where; please report it")
+    return GraftError("GC099", message, hint="set GRAFTC_DEBUG=1 for a traceback; please report it")

@@ -1,4 +1,4 @@
-"""Interrupts that stop a part of the work instead of the whole command."""
+"""Handle interrupts that stop part of the work instead of the whole command."""
 
 from __future__ import annotations
 

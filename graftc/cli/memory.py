@@ -1,4 +1,4 @@
-"""``graftc check --memory``: the memory of a training step, and the sizes that fit."""
+"""``graftc check --memory``: the memory that a training step takes, and the sizes that fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PANEL = "Memory of a training step"
 
 
 class BaseType(StrEnum):
-    """What a base can be in."""
+    """The dtypes that ``--dtype`` accepts for a base."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -28,10 +28,10 @@ class BaseType(StrEnum):
 
 
 Memory: TypeAlias = Annotated[
-    bool, typer.Option("--memory", help="Work out what a training step takes.", rich_help_panel=_PANEL)
+    bool, typer.Option("--memory", help="Compute the memory that a training step takes.", rich_help_panel=_PANEL)
 ]
 Batch: TypeAlias = Annotated[
-    int, typer.Option("--batch", metavar="N", min=1, help="Rows of each device.", rich_help_panel=_PANEL)
+    int, typer.Option("--batch", metavar="N", min=1, help="Rows on each device.", rich_help_panel=_PANEL)
 ]
 Tokens: TypeAlias = Annotated[
     int | None,
@@ -39,20 +39,20 @@ Tokens: TypeAlias = Annotated[
         "--seq",
         metavar="N",
         min=1,
-        help="Tokens of each row; needed by models that take sequences.",
+        help="Tokens in each row; required by models that take sequences.",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
 ]
 BaseDType: TypeAlias = Annotated[
     BaseType | None,
-    typer.Option("--dtype", help="Type of the base. Default: its own.", show_default=False, rich_help_panel=_PANEL),
+    typer.Option("--dtype", help="Dtype of the base. Default: its own.", show_default=False, rich_help_panel=_PANEL),
 ]
 Checkpoint: TypeAlias = Annotated[
     bool | None,
     typer.Option(
         "--checkpoint/--no-checkpoint",
-        help="Compute layers again in the backward pass. Default: the spec's.",
+        help="Recompute layers in the backward pass. Default: as in the spec.",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -62,28 +62,30 @@ Optimizer: TypeAlias = Annotated[
     typer.Option(
         "--optimizer",
         metavar="NAME",
-        help="adamw, sgd, sgd-momentum, adafactor, adamw8bit, aged-adamw or sm3. Default: adamw; for SpIEL its own.",
+        help="adamw, sgd, sgd-momentum, adafactor, adamw8bit, aged-adamw or sm3. Default: adamw, or SpIEL's own.",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
 ]
 Devices: TypeAlias = Annotated[
     int,
-    typer.Option("--devices", metavar="N", min=1, help="How many share the model by FSDP2.", rich_help_panel=_PANEL),
+    typer.Option(
+        "--devices", metavar="N", min=1, help="Number of devices that share the model by FSDP2.", rich_help_panel=_PANEL
+    ),
 ]
 Device: TypeAlias = Annotated[
-    str, typer.Option("--device", metavar="KIND", help="What they are: cuda, cpu, ...", rich_help_panel=_PANEL)
+    str, typer.Option("--device", metavar="KIND", help="Device type: cuda, cpu, ...", rich_help_panel=_PANEL)
 ]
 Accumulate: TypeAlias = Annotated[
     bool,
-    typer.Option("--accumulate", help="Gradients of other micro-batches are there already.", rich_help_panel=_PANEL),
+    typer.Option("--accumulate", help="Assume that gradients from other micro-batches exist.", rich_help_panel=_PANEL),
 ]
 MemoryBudget: TypeAlias = Annotated[
     str | None,
     typer.Option(
         "--memory-budget",
         metavar="SIZE",
-        help="Bytes of each device, as 24GB: the largest batch and sequence that fit. Implies --memory.",
+        help="Memory of each device, such as 24GB: find the largest batch and sequence that fit. Implies --memory.",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -93,7 +95,7 @@ Methods: TypeAlias = Annotated[
     typer.Option(
         "--methods",
         metavar="NAMES",
-        help="A table of other methods too: lora,ia3,full:GLOB,..., or usual. Implies --memory.",
+        help="Add a table of other methods: lora,ia3,full:GLOB,..., or usual. Implies --memory.",
         show_default=False,
         rich_help_panel=_PANEL,
     ),
@@ -102,13 +104,13 @@ Methods: TypeAlias = Annotated[
 
 @dataclass(frozen=True)
 class PlanningOptions:
-    """The options of planning.
+    """The planning options of a command.
 
     Attributes:
         batch, sequence: the size of a step.
         budget: the budget as written by the user.
         methods: the methods as written by the user.
-        options: the other options, as `graftc.plan` takes them.
+        options: the other options, as for `graftc.plan`.
     """
 
     batch: int

@@ -1,4 +1,4 @@
-"""Arguments and options that commands share, each with one name and one help text."""
+"""The arguments and options that several commands share, each with a single name and help text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MODEL_HELP = (
 
 
 class _Installed(EnumType):
-    """The class of `ExportFormat`: its members are those of the table of formats whenever they are listed."""
+    """Metaclass of `ExportFormat`, whose members are read from the table of formats whenever they are listed."""
 
     def __iter__(cls) -> Iterator[Any]:
         from graftc.runtime.export.registry import formats
@@ -31,17 +31,17 @@ class _Installed(EnumType):
 
 
 class ExportFormat(StrEnum, metaclass=_Installed):
-    """What ``graftc export`` can write."""
+    """The formats that ``graftc export`` can write."""
 
 
 class DType(StrEnum):
-    """What a merged model can be in, other than its base's own type."""
+    """The dtypes that a merged model can have instead of its base's own."""
 
     FLOAT32 = "float32"
 
 
 class BaseChoice(StrEnum):
-    """What a merge makes of a quantised base's weights."""
+    """The form in which a merge stores the weights of a quantised base."""
 
     FULL = "full"
     REQUANTIZED = "requantized"
@@ -51,7 +51,8 @@ AllowUnchanged: TypeAlias = Annotated[
     bool, typer.Option("--allow-unchanged", help="Accept a fold that changes no tensor of the base.")
 ]
 Certify: TypeAlias = Annotated[
-    bool, typer.Option("--certify/--no-certify", help="Fold, and put the certificate into the artifact.")
+    bool,
+    typer.Option("--certify/--no-certify", help="Fold the adaptations, and store the certificate in the artifact."),
 ]
 ArtifactArgument: TypeAlias = Annotated[
     Path,
@@ -79,7 +80,8 @@ Budget: TypeAlias = Annotated[
         "--budget",
         metavar="X",
         min=0,
-        help="Largest allowed absolute difference of outputs. Default: the spec's, or a bound by dtype.",
+        help="Largest allowed absolute difference between outputs. Default: the spec's, or a bound that depends on the "
+        "dtype.",
         show_default=False,
     ),
 ]
@@ -87,7 +89,7 @@ DTypeOption: TypeAlias = Annotated[
     DType | None,
     typer.Option(
         "--dtype",
-        help="Widen a base in 16 bits first, so that rounding takes nothing of the update. Default: the base's.",
+        help="Widen a 16-bit base first, so that rounding does not reduce the update. Default: the base's dtype.",
         show_default=False,
     ),
 ]
@@ -95,8 +97,8 @@ BaseFormOption: TypeAlias = Annotated[
     BaseChoice | None,
     typer.Option(
         "--base",
-        help="What becomes of a quantised base's weights: all in full precision, or those that change packed again, "
-        "which exports hold and no folder does.",
+        help="The form of a quantised base's weights: all in full precision, or those that change packed again, which "
+        "exports can store but model folders cannot.",
         show_default=False,
     ),
 ]
@@ -106,9 +108,7 @@ FormatOption: TypeAlias = Annotated[
     ExportFormat,
     typer.Option("--format", "-f", help="What to write.", show_default=False, autocompletion=completion.formats),
 ]
-Json: TypeAlias = Annotated[
-    bool, typer.Option("--json", help="Print JSON on the standard output, errors included, and nothing else there.")
-]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout, including errors.")]
 Meta: TypeAlias = Annotated[
     bool, typer.Option("--meta", help="Build the model without weights; a folder needs only its config.json.")
 ]
@@ -133,7 +133,7 @@ Seed: TypeAlias = Annotated[
         metavar="N",
         min=0,
         show_default=False,
-        help="Seed of the adapters' initial values; torch's own by default. The artifact keeps it.",
+        help="Seed for the adapters' initial values, recorded in the artifact. Default: torch's own seed.",
     ),
 ]
 SpecArgument: TypeAlias = Annotated[
@@ -156,5 +156,5 @@ def destination(out: Path | None, *, dry_run: bool) -> Path | None:
     if dry_run:
         return None
     if out is None:
-        raise GraftError("GC090", "missing option '--out'", hint="--out PATH says where to write, --dry-run needs none")
+        raise GraftError("GC090", "missing option '--out'", hint="use --out PATH, or --dry-run to write nothing")
     return out

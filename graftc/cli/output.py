@@ -1,4 +1,4 @@
-"""The output of commands: tables for people, JSON for programs, and warnings on the standard error."""
+"""The output of commands: tables for people, JSON for programs, and warnings on stderr."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _PIPED_WIDTH = 120
 
 
 def console(file: TextIO | None = None) -> Console:
-    """Return a console on the standard output (or ``file``): colours on a terminal only, 120 columns elsewhere."""
+    """Return a console for stdout (or ``file``), with colours only on a terminal and 120 columns elsewhere."""
     from graftc.cli.console import PlainConsole
 
     stream = sys.stdout if file is None else file
-    # Rich keeps bold face without colours, but NO_COLOR means no escape codes at all.
+    # Without colours, Rich still emits bold face, but NO_COLOR means no escape codes at all.
     system: Literal["auto"] | None = None if without_colours() else "auto"
     plain = PlainConsole(file=stream, highlight=False, color_system=system)
     if not plain.is_terminal:
-        # Rich would assume 80 columns, which folds tables although there is no window to fit.
+        # Rich would assume 80 columns and fold tables, although there is no window to fit into.
         width = int(os.environ.get("COLUMNS", _PIPED_WIDTH))
         plain = PlainConsole(file=stream, highlight=False, color_system=system, width=width)
     return plain
@@ -45,21 +45,21 @@ def without_colours() -> bool:
 
 
 def error_console() -> Console:
-    """Return a console on the standard error."""
+    """Return a console for stderr."""
     return console(sys.stderr)
 
 
 def print_json(data: Mapping[str, Any]) -> None:
-    """Print JSON on the standard output, one key a line.
+    """Print JSON to stdout, with one key per line.
 
-    A value that JSON cannot represent is a bug, and does not become null.
+    A value that JSON cannot represent is a bug: it raises an error instead of becoming null.
     """
     text = json.dumps(encodable(data), indent=2, ensure_ascii=False, allow_nan=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(encodable(data), indent=2, allow_nan=False)
-    # Characters that JSON does not escape may still control a terminal.
+    # Some characters that JSON does not escape can still control a terminal.
     sys.stdout.write(printable(text, r"\u{:04x}") + "\n")
     sys.stdout.flush()
 
@@ -72,14 +72,14 @@ def print_table(
     right: Sequence[str] = (),
     whole: Sequence[str] = (),
 ) -> None:
-    """Print a table. Text is printed literally, including brackets, and folded if it does not fit.
+    """Print a table. Text is printed literally, including brackets, and wrapped if it does not fit.
 
     Args:
         to: the console to print to.
         columns: the names of the columns.
-        rows: rows with one text for each column.
-        right: columns of numbers, which are aligned to the right.
-        whole: columns that are not folded as long as they take at most half of the width.
+        rows: the rows, with a text for each column.
+        right: the columns that are aligned to the right, such as those with numbers.
+        whole: the columns that are not wrapped as long as they take at most half of the width.
     """
     from rich import box
     from rich.table import Table
@@ -101,7 +101,7 @@ def print_table(
 
 
 def print_figures(passes: Iterable[PassRecord], to: Console) -> None:
-    """Print the figures that passes of plugins report, and an empty line; print nothing if there are none."""
+    """Print the figures that plugins' passes report, followed by an empty line; print nothing if there are none."""
     from graftc.records.passes import FIGURE_COLUMNS, figure_rows
 
     rows = [row.cells() for row in figure_rows(passes)]
@@ -111,7 +111,7 @@ def print_figures(passes: Iterable[PassRecord], to: Console) -> None:
 
 
 def print_lines(to: Console, lines: Iterable[str], style: Callable[[str], str]) -> None:
-    """Print lines without folding them, each in its style."""
+    """Print lines without wrapping them, each in its own style."""
     from rich.text import Text
 
     for line in lines:
@@ -119,16 +119,17 @@ def print_lines(to: Console, lines: Iterable[str], style: Callable[[str], str]) 
 
 
 def number(value: float) -> str:
-    """Format a count for people: 56,098,816; a fraction keeps one digit."""
+    """Format a count for people, such as 56,098,816; a fraction keeps one decimal."""
     return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
 
 
 @contextlib.contextmanager
 def working(as_json: bool) -> Iterator[list[dict[str, Any]]]:
-    """Run a command's work with the standard output reserved for the command, and with warnings shown.
+    """Run a command's work with stdout reserved for the command, and with warnings shown.
 
-    What libraries and the user's model print goes to the standard error. Warnings of graftc go there as well, in the
-    text form of diagnostics, or, with ``as_json``, into the list that is yielded. Warnings of libraries are dropped.
+    Anything that libraries and the user's model print is redirected to stderr. graftc's warnings are printed to stderr
+    as well, in the text form of diagnostics, or, with ``as_json``, appended to the list that is yielded. Warnings from
+    libraries are dropped.
     """
     warned: list[dict[str, Any]] = []
 
@@ -148,10 +149,10 @@ def working(as_json: bool) -> Iterator[list[dict[str, Any]]]:
 
 @contextlib.contextmanager
 def steps(as_json: bool) -> Iterator[Callable[[str], None]]:
-    """Yield a function for the block to call with the name of each step, in lower case, as the step begins.
+    """Yield a function that the block calls with the name of each step, in lower case, when the step begins.
 
-    A terminal shows the step on the standard error, with a spinner, until the next step or the end; for a compile that
-    takes over two seconds it also shows the current phase. With ``as_json``, NO_COLOR or no terminal nothing is shown.
+    If stderr is a terminal, it shows the step with a spinner until the next step or the end, and also the current phase
+    of a compile that takes more than two seconds. Otherwise, or with ``as_json`` or NO_COLOR, nothing is shown.
     """
     if as_json or without_colours() or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         with listening(lambda *_: None):
@@ -181,9 +182,9 @@ def steps(as_json: bool) -> Iterator[Callable[[str], None]]:
 def time_left(
     step: Callable[[str], None], name: str, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[float], None]:
-    """Begin a step, and return a function to call with the share of it that is done, from 0 to 1.
+    """Begin a step, and return a function to call with the completed share of the step, from 0 to 1.
 
-    Once the step has taken two seconds its name is shown with the time that is left, no more than twice a second.
+    Once the step has taken two seconds, its name is shown with the remaining time, at most twice a second.
     """
     begun = shown = clock()
     step(name)
@@ -203,10 +204,10 @@ def time_left(
 def throughput(
     step: Callable[[str], None], name: str, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[int, int], None]:
-    """Begin a step of work on files, and return a function to call with the number of bytes done and their total.
+    """Begin a step that processes files, and return a function to call with the completed and total number of bytes.
 
-    Like `time_left`, the step shows both with their rate and the time that is left. Bytes that were done before the
-    first call do not count towards the rate.
+    As with `time_left`, the step is shown with its progress: both numbers, the rate and the remaining time. Bytes
+    completed before the first call do not count towards the rate.
     """
     begun = shown = clock()
     first: int | None = None
@@ -229,7 +230,7 @@ def throughput(
 
 
 def print_coded(message: object, style: str, prefix: str = "") -> None:
-    """Print a diagnostic on the standard error, with its code in colour if there are colours."""
+    """Print a diagnostic to stderr, with its code in colour if colours are enabled."""
     from rich.text import Text
 
     text = Text(f"{prefix}{message}")

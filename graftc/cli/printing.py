@@ -1,4 +1,4 @@
-"""The output of the commands that fold and write: certificates, what does not fold, files."""
+"""Print the results of commands that fold and write: certificates, unfolded adaptations, and files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def print_certificate(certificate: Certificate | None, kept: Mapping[str, str], to: Console) -> None:
-    """Print a certificate's summary and evidence, and what does not fold."""
+    """Print a certificate's summary and evidence, and the adaptations that do not fold."""
     lines: list[str] = []
     if certificate is not None:
         weights, averaged = (*_requantised(certificate), *_retained(certificate)), _averaged(certificate)
@@ -29,7 +29,7 @@ def print_certificate(certificate: Certificate | None, kept: Mapping[str, str], 
 
 
 def _requantised(certificate: Certificate) -> Iterator[str]:
-    """Yield a line about the error of packing folded weights again."""
+    """Yield a line about the error that repacking folded weights causes."""
     weights = {item.tensor: item for item in certificate.requantised}
     if not weights:
         return
@@ -44,7 +44,7 @@ def _requantised(certificate: Certificate) -> Iterator[str]:
 
 
 def _retained(certificate: Certificate) -> Iterator[str]:
-    """Yield lines about the share of the update that rounding kept, where it is least, and where nothing changed."""
+    """Yield lines about the share of the update that survived rounding, its minimum, and the unchanged sites."""
     retention = certificate.retention
     if not retention.wanted:
         return
@@ -67,7 +67,7 @@ def _percent(share: float) -> str:
 
 
 def _averaged(certificate: Certificate) -> dict[str, float]:
-    """Return the largest error of averaging experts, for each adaptation that has them."""
+    """Return the largest error from averaging experts, for each adaptation whose experts are averaged."""
     errors: dict[str, float] = {}
     for item in certificate.collapses:
         errors[item.adaptation] = max(item.error, errors.get(item.adaptation, 0.0))
@@ -75,7 +75,7 @@ def _averaged(certificate: Certificate) -> dict[str, float]:
 
 
 def print_files(path: str | None, files: Sequence[WrittenFile], to: Console) -> None:
-    """Print what was written."""
+    """Print the path, number and size of the files that were written."""
     from graftc.cli.output import number
 
     if path is None:
@@ -89,9 +89,9 @@ def print_files(path: str | None, files: Sequence[WrittenFile], to: Console) -> 
 def print_tensors(
     title: str, tensors: Sequence[PeftTensor], to: Console, needs: str | None = None, most: int = 40
 ) -> None:
-    """Print the tensors of a PEFT checkpoint with their names here, and the option that the server needs.
+    """Print the tensors of a PEFT checkpoint with their names in graftc, and the option that the server needs.
 
-    Only the first ones are printed; ``--json`` lists all of them.
+    Only the first ``most`` tensors are printed; ``--json`` lists all of them.
     """
     to.print(f"{title}: {counted(len(tensors), 'tensor')}", soft_wrap=True, markup=False)
     for pair in tensors[:most]:

@@ -1,6 +1,6 @@
-"""The set-up of a command's process: writable streams, valid terminal sizes, interrupts without tracebacks.
+"""Set up a command's process: writable streams, valid terminal sizes, interrupts without tracebacks.
 
-It uses only the smallest modules of the standard library, since it runs before anything else is imported.
+This module uses only the smallest modules of the standard library, since it runs before anything else is imported.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ INTERRUPTED = 130
 """The exit status after SIGINT."""
 
 _LEAST = 20
-"""The columns and lines of the smallest terminal size that is accepted."""
+"""The minimum number of columns and lines that is accepted as a terminal size."""
 
 _state = {"started": False, "interrupted": False}
 
 
 def prepare() -> None:
-    """Prepare the process of a command; to be called once, before anything that takes time."""
+    """Prepare a command's process; call this once, before anything that takes time."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored on purpose
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _unraisable
-    # A file that is opened later must not become the standard output. It is opened for reading only, so that writing
-    # fails as it does to a closed descriptor; output to a closed standard error is lost.
+    # Reserve closed descriptors, so that a file opened later cannot become stdout. The substitute for stdout is
+    # read-only, so that writing fails as it does with a closed descriptor; output to a closed stderr is lost.
     for number, how in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -45,7 +45,7 @@ def prepare() -> None:
 
 
 def started() -> None:
-    """Turn interrupts into exceptions from here on, so that unfinished work is cleaned up."""
+    """From now on, turn interrupts into exceptions, so that unfinished work is cleaned up."""
     _state["started"] = True
 
 
@@ -67,7 +67,7 @@ def _unraisable(unraisable: Any) -> None:
 
 
 def sane_sizes() -> None:
-    """Remove terminal sizes from the environment that are not numbers or are out of range: libraries fail on them."""
+    """Remove terminal sizes that are invalid or out of range from the environment, because libraries fail on them."""
     for name in ("COLUMNS", "LINES", "TERMINAL_WIDTH"):
         value = os.environ.get(name)
         if value is not None and not (value.isascii() and value.isdigit() and _LEAST <= int(value[:9]) < 100_000):

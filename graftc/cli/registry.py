@@ -1,4 +1,4 @@
-"""The commands by name. A new command is a file in `graftc.cli.commands`, and its name here."""
+"""The commands by name. To add a command, add a file to `graftc.cli.commands`, and its name here."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _COMMANDS = (
     *("compile", "import_peft", "inspect", "merge", "convert", "export", "card", "verify", "diff"),
     *("generate", "chat", "pet", "check", "roles", "methods", "schema", "demo"),
 )
-"""The files in `graftc.cli.commands`, each with a command of its name, in the order in which help lists them."""
+"""The files in `graftc.cli.commands`, each with a command of the same name, in the order in which help lists them."""
 
 
 @cache
 def commands() -> Mapping[str, Any]:
-    """Return each `graftc.cli.command.Command` by the name that the command line has for it."""
+    """Return each `graftc.cli.command.Command` by its name on the command line."""
     modules = {name: import_module(f"graftc.cli.commands.{name}") for name in _COMMANDS}
     return {name.replace("_", "-"): getattr(module, name) for name, module in modules.items()}

@@ -1,4 +1,4 @@
-"""The report of a spec and a model, which several commands print."""
+"""The report on a spec and a model that several commands print."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def checked(report: Report, spec: Path, model: str, loaded: object, seconds: flo
 
 
 def print_report(report: CheckedReport, to: Console) -> None:
-    """Print what a spec adds to a model."""
+    """Print the report on what a spec adds to a model."""
     from graftc.cli.output import number, print_figures, print_table
 
     columns = ("adaptation", "method", "sites", "trainable", "frozen", "bytes", "FLOPs per token")
@@ -83,7 +83,7 @@ def print_report(report: CheckedReport, to: Console) -> None:
 
 
 def print_stacks(stacks: Sequence[StackReport], to: Console) -> None:
-    """Print how much of each stack is a graph, unless the whole model is one."""
+    """Print how much of each stack was captured as a graph, unless the whole model was."""
     from graftc.cli.output import number, print_table
 
     if all(each.level == "graph" for each in stacks):

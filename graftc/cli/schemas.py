@@ -1,4 +1,4 @@
-"""The published JSON Schemas: of specs, PET specs and manifests of artifacts, and of the output of each command."""
+"""The published JSON Schemas: for specs, PET specs, artifact manifests, and the output of each command."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def published_schema(name: str) -> dict[str, Any]:
     """Return one published JSON Schema.
 
     Raises:
-        GraftError: GC090 with the nearest name, if there is no schema of this name.
+        GraftError: GC090, with the nearest name, if there is no schema with this name.
     """
     builders = _builders()
     if name not in builders:

@@ -1,4 +1,4 @@
-"""The parts that ``graftc generate`` and ``graftc chat`` share: options, the model, text on the terminal."""
+"""The parts that ``graftc generate`` and ``graftc chat`` share: options, loading the model, and terminal output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TextArgument: TypeAlias = Annotated[
     Path,
     typer.Argument(
         metavar="DIR",
-        help="An artifact, a merged model or any other folder of transformers, or with --model an adapter of PEFT's.",
+        help="An artifact, a merged model, any other transformers folder, or (with --model) a PEFT adapter.",
         show_default=False,
         autocompletion=completion.artifacts,
     ),
@@ -35,57 +35,62 @@ TokenizerOption: TypeAlias = Annotated[
     typer.Option(
         "--tokenizer",
         metavar="NAME",
-        help="A folder or hub id with the tokenizer. Default: DIR, or its base.",
+        help="A folder or hub id with the tokenizer. Default: DIR or its base.",
         show_default=False,
         autocompletion=completion.models,
     ),
 ]
 MaxNewTokens: TypeAlias = Annotated[
-    int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Tokens of an answer at most.")
+    int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="Maximum number of tokens in an answer.")
 ]
 SampleOption: TypeAlias = Annotated[
     bool | None,
     typer.Option(
         "--sample/--greedy",
-        help="Draw tokens, or always take the most likely one. Default: as the model says, or --sample where an "
-        "option of drawing is given.",
+        help="Sample tokens, or always choose the most likely one. Default: the model's setting, or --sample if a "
+        "sampling option is given.",
         show_default=False,
     ),
 ]
 Temperature: TypeAlias = Annotated[
     float | None,
     typer.Option(
-        "--temperature", "-t", metavar="X", min=0, help="Above 1 unlikely tokens are drawn more often; 0: never."
+        "--temperature",
+        "-t",
+        metavar="X",
+        min=0,
+        help="Values above 1 sample unlikely tokens more often; 0 means --greedy.",
     ),
 ]
 TopK: TypeAlias = Annotated[
-    int | None, typer.Option("--top-k", metavar="N", min=1, help="Draw from the N most likely tokens.")
+    int | None, typer.Option("--top-k", metavar="N", min=1, help="Sample from the N most likely tokens.")
 ]
 TopP: TypeAlias = Annotated[
     float | None,
     typer.Option(
-        "--top-p", metavar="X", min=0, max=1, help="Draw from the fewest tokens that have the probability X together."
+        "--top-p", metavar="X", min=0, max=1, help="Sample from the fewest tokens whose probabilities sum to X."
     ),
 ]
 NumBeams: TypeAlias = Annotated[
     int | None,
-    typer.Option("--num-beams", metavar="N", min=1, help="Beams of a beam search; with several nothing is streamed."),
+    typer.Option("--num-beams", metavar="N", min=1, help="Number of beams; with more than one, nothing is streamed."),
 ]
 SeedOption: TypeAlias = Annotated[
-    int | None, typer.Option("--seed", metavar="N", min=0, help="Seed of what is drawn, for each answer.")
+    int | None, typer.Option("--seed", metavar="N", min=0, help="Seed for sampling, set before each answer.")
 ]
 AdapterOption: TypeAlias = Annotated[
     str | None, typer.Option("--adapter", metavar="NAME", help="The adaptation of a bank that answers.")
 ]
 BaseAlone: TypeAlias = Annotated[bool, typer.Option("--base", help="Let the base answer, without adaptations.")]
 SystemOption: TypeAlias = Annotated[
-    str | None, typer.Option("--system", metavar="TEXT", help="What the system says before a chat.")
+    str | None, typer.Option("--system", metavar="TEXT", help="System message at the beginning of a chat.")
 ]
 DeviceOption: TypeAlias = Annotated[
-    str | None, typer.Option("--device", metavar="NAME", help="Where the model runs, such as cuda. Default: the CPU.")
+    str | None, typer.Option("--device", metavar="NAME", help="Device for the model, such as cuda. Default: the CPU.")
 ]
 NoCache: TypeAlias = Annotated[
-    bool, typer.Option("--no-cache", help="Compute the whole text for every token: slow, but any adaptation can.")
+    bool,
+    typer.Option("--no-cache", help="Recompute the whole text for every token: slow, but works with any adaptation."),
 ]
 
 
@@ -109,7 +114,7 @@ class SpokenResult(
 
 
 class Drawing(NamedTuple):
-    """The options for choosing tokens, as `graftc.records.applications.answers.Settings` describes them."""
+    """The sampling options, with the meaning of the same fields of `graftc.records.applications.answers.Settings`."""
 
     sample: bool | None
     temperature: float | None
@@ -119,7 +124,7 @@ class Drawing(NamedTuple):
 
 
 def settings(max_new_tokens: int, drawing: Drawing, num_beams: int | None, no_cache: bool) -> dict[str, Any]:
-    """Return the fields of Settings that the options determine, before anything is loaded.
+    """Return the fields of ``Settings`` that the options determine, before anything is loaded.
 
     Raises:
         GraftError: GC090 for options that contradict each other.
@@ -129,10 +134,10 @@ def settings(max_new_tokens: int, drawing: Drawing, num_beams: int | None, no_ca
     given = next((name for name, value in options.items() if value is not None), None)
     if temperature == 0:
         if sample:
-            raise GraftError("GC090", "--temperature 0 draws nothing, and --sample asks for it", hint="leave one out")
+            raise GraftError("GC090", "--temperature 0 is greedy, which contradicts --sample", hint="leave one out")
         sample, temperature = False, None
     if sample is False and given is not None:
-        raise GraftError("GC090", f"{given} is of drawing tokens, and none are drawn", hint=f"leave out {given}")
+        raise GraftError("GC090", f"{given} applies only to sampling, which is off", hint=f"leave out {given}")
     return {
         **{"max_new_tokens": max_new_tokens, "sample": True if given is not None else sample, "seed": seed},
         **{"temperature": temperature, "top_k": top_k, "top_p": top_p, "num_beams": num_beams},
@@ -141,7 +146,7 @@ def settings(max_new_tokens: int, drawing: Drawing, num_beams: int | None, no_ca
 
 
 class Speaker(NamedTuple):
-    """The options that choose the model, for `graftc.applications.chat.opening`."""
+    """The options that select the model, for `graftc.applications.chat.opening`."""
 
     directory: Path
     model: str | None
@@ -155,20 +160,20 @@ class Speaker(NamedTuple):
 def opened(
     speaker: Speaker, given: dict[str, Any], step: Callable[[str], None]
 ) -> Iterator[tuple[TextModel, Settings]]:
-    """Run the block with the model loaded and ready, and yield it with its settings.
+    """Run the block with the model loaded and ready, and yield the model with its settings.
 
     Args:
-        speaker: the options that choose the model.
-        given: fields of Settings.
+        speaker: the options that select the model.
+        given: the fields of ``Settings``.
         step: a function that is called with the name of each step.
 
     Raises:
-        GraftError: the same as for `graftc.applications.chat.opening.open_text_model`; GC090 for options that
-            contradict each other.
+        GraftError: GC090 for options that contradict each other; otherwise as for
+            `graftc.applications.chat.opening.open_text_model`.
     """
     directory, model, tokenizer, device, adapter, base = speaker
     if adapter is not None and base:
-        raise GraftError("GC090", "--base leaves out what --adapter chooses", hint="leave one out")
+        raise GraftError("GC090", "--base disables the adaptation that --adapter selects", hint="leave one out")
     step("loading")
     from graftc.applications.chat.answering import prepare
     from graftc.applications.chat.opening import adapted, open_text_model
@@ -181,7 +186,7 @@ def opened(
 
 
 def writer(to: TextIO) -> Callable[[str], None]:
-    """Return a function that writes text at once, with control characters escaped."""
+    """Return a function that writes and flushes text, with control characters escaped."""
 
     def write(text: str) -> None:
         to.write(printable(text))
@@ -191,7 +196,7 @@ def writer(to: TextIO) -> Callable[[str], None]:
 
 
 def speed(answers: Sequence[Answer]) -> str:
-    """Return a line with the time that answers took."""
+    """Return a line with the time and speed of answers."""
     tokens, seconds = sum(len(a.ids) for a in answers), sum(a.seconds for a in answers)
     parts = [f"{tokens} {'token' if tokens == 1 else 'tokens'} in {seconds:.1f} s"]
     firsts = [(len(a.ids) - 1, a.seconds, first) for a in answers if (first := a.first_token_seconds) is not None]
@@ -206,7 +211,7 @@ def speed(answers: Sequence[Answer]) -> str:
 
 
 def report(answers: Sequence[Answer]) -> None:
-    """Print the time that answers took, on the standard error."""
+    """Print the time and speed of answers to stderr."""
     from graftc.cli.output import error_console
 
     if answers:
@@ -214,7 +219,7 @@ def report(answers: Sequence[Answer]) -> None:
 
 
 def stdin_text() -> TextIO:
-    """Return the standard input, in which bytes that are not UTF-8 are replaced."""
+    """Return stdin, set to replace bytes that are not UTF-8."""
     reconfigure = getattr(sys.stdin, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="replace")

@@ -153,7 +153,7 @@ def test_for_people(capsys: pytest.CaptureFixture[str], models_folder: Path) -> 
     outcome = run_here(capsys, "diff", str(models_folder / "base"), str(models_folder / "merged"))
     assert outcome.status == 1
     assert "~ model.layers.{0-1}.mlp.up_proj.weight (2 tensors) BF16[" in outcome.out and "rank 3, which" in outcome.out
-    assert "4 by a low-rank update of rank 3, as LoRA's" in outcome.out
+    assert "4 by a low-rank update of rank 3, such as LoRA's" in outcome.out
     assert "6 of 21 tensors differ" in outcome.out
 
 

@@ -75,7 +75,7 @@ def test_an_unexpected_failure(capsys: pytest.CaptureFixture[str], monkeypatch: 
     outcome = run_here(capsys, "methods")
     assert (outcome.status, outcome.out) == (3, "")
     assert outcome.err == (
-        "GC099: unexpected RuntimeError: first line\n  hint: GRAFTC_DEBUG=1 shows where; please report it\n"
+        "GC099: unexpected RuntimeError: first line\n  hint: set GRAFTC_DEBUG=1 for a traceback; please report it\n"
     )
     data = run_here(capsys, "methods", "--json").data["error"]
     assert (data["code"], data["title"], data["exit_code"]) == ("GC099", "an unexpected failure", 3)

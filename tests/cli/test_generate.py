@@ -154,7 +154,7 @@ WRONG = {
     ("base", "--model", "base"): (2, "GC090", "leave out --model"),
     ("base", "--device", "abacus"): (2, "GC090", "there is no device 'abacus'"),
     ("base", "--greedy", "--top-k", "3"): (2, "GC090", "leave out --top-k"),
-    ("base", "--sample", "-t", "0"): (2, "GC090", "draws nothing"),
+    ("base", "--sample", "-t", "0"): (2, "GC090", "which contradicts --sample"),
     ("base", "--system", "w1"): (2, "GC090", "add --chat"),
     ("base", "--lines"): (2, "GC090", "leave out --lines"),
     ("silent", "--chat"): (2, "GC147", "no chat template"),

@@ -1,1 +1,1 @@
-"""The commands, one file for each, named after it. `graftc.cli.app` lists them; help and listings import no torch."""
+"""The commands, each in a file of the same name. `graftc.cli.app` lists them; help and listings do not import torch."""

@@ -1,4 +1,4 @@
-"""``graftc card``: a model card of an artifact. The base is not needed."""
+"""``graftc card``: write a model card for an artifact. The base is not needed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def card(
             "--out",
             "-o",
             metavar="FILE",
-            help="Where to write; by default the card is printed. Not into the artifact, which holds no other files.",
+            help="Where to write; by default the card is printed. The file cannot be inside the artifact.",
             show_default=False,
         ),
     ] = None,
@@ -53,27 +53,27 @@ def card(
         typer.Option(
             "--base-model",
             metavar="ID",
-            help="The base's id on the hub. Default: the one by which it was loaded, if it was.",
+            help="The base's hub id. Default: the id by which it was loaded, if any.",
             show_default=False,
         ),
     ] = None,
     license: Annotated[
         str | None,
-        typer.Option("--license", metavar="ID", help="The hub's id of a license: apache-2.0.", show_default=False),
+        typer.Option(
+            "--license", metavar="ID", help="The license, as a hub id such as apache-2.0.", show_default=False
+        ),
     ] = None,
     language: Annotated[
         list[str] | None,
-        typer.Option(
-            "--language", metavar="CODE", help="A language, as en; may be given several times.", show_default=False
-        ),
+        typer.Option("--language", metavar="CODE", help="A language, such as en; may be repeated.", show_default=False),
     ] = None,
     tag: Annotated[
         list[str] | None,
-        typer.Option("--tag", metavar="TAG", help="One more tag; may be given several times.", show_default=False),
+        typer.Option("--tag", metavar="TAG", help="An additional tag; may be repeated.", show_default=False),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out if it exists.")] = False,
 ) -> CardResult:
-    """Write a model card for the Hugging Face hub: metadata, figures, places, spec, what folds, how to use it."""
+    """Write a model card for the Hugging Face hub: metadata, figures, sites, spec, what folds, and how to use it."""
     from graftc.files.writing import write_text
     from graftc.runtime.artifact import open_artifact
     from graftc.runtime.card.facts import artifact_facts

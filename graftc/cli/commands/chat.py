@@ -1,4 +1,4 @@
-"""``graftc chat``: a conversation with a model that has a chat template."""
+"""``graftc chat``: hold a conversation with a model that has a chat template."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from graftc.applications.chat.conversation import Conversation
 
 
-_HELP = "/reset forgets the conversation, /exit leaves; an interrupt (Ctrl-C) stops an answer"
+_HELP = "/reset clears the conversation, /exit quits; an interrupt (Ctrl-C) stops an answer"
 _PROMPT = ">>> "
 
 
@@ -66,7 +66,7 @@ def chat(
     tokenizer: TokenizerOption = None,
     device: DeviceOption = None,
 ) -> ChatResult:
-    """Talk with a model. Lines are what you say, also those of a pipe; /reset forgets the conversation, /exit leaves,
+    """Talk to a model. Each line of input is a message, even from a pipe; /reset clears the conversation, /exit quits,
     and an interrupt stops an answer.
     """
     from contextlib import ExitStack
@@ -90,7 +90,7 @@ def chat(
 
 @chat.shows
 def _show(result: ChatResult, to: object) -> None:
-    """Show nothing more: answers were printed as they came."""
+    """Show nothing more: answers were printed as they were generated."""
 
 
 def _talk(conversation: Conversation, json: bool) -> tuple[Turn, ...]:
@@ -111,7 +111,7 @@ def _talk(conversation: Conversation, json: bool) -> tuple[Turn, ...]:
         if said in ("/reset", "/help"):
             if said == "/reset":
                 conversation.reset()
-            tell("forgotten" if said == "/reset" else _HELP)
+            tell("conversation cleared" if said == "/reset" else _HELP)
             continue
         try:
             answer = _turn(conversation, said, (lambda _: None) if json else write)
@@ -132,7 +132,7 @@ def _talk(conversation: Conversation, json: bool) -> tuple[Turn, ...]:
 
 
 def _turn(conversation: Conversation, said: str, write: Callable[[str], None]) -> Answer:
-    """Return an answer, which an interrupt cuts short."""
+    """Return the model's answer; an interrupt cuts it short."""
     from graftc.cli.interrupts import Stop, interrupts
     from graftc.cli.output import working
 
@@ -142,7 +142,7 @@ def _turn(conversation: Conversation, said: str, write: Callable[[str], None]) -
 
 
 def _lines(live: bool, tell: Callable[[str], None]) -> Iterator[str]:
-    """Yield the user's lines, without empty ones."""
+    """Yield the lines that the user enters, without empty ones."""
     from graftc.cli.speaking import stdin_text
 
     if not live:
@@ -157,13 +157,13 @@ def _lines(live: bool, tell: Callable[[str], None]) -> Iterator[str]:
 
 
 def _asked(tell: Callable[[str], None]) -> str | None:
-    """Read a line from a terminal; return None at its end. An interrupt clears the line."""
+    """Read a line from the terminal; return None at the end of the input. An interrupt clears the line."""
     import contextlib
 
     from graftc.cli.interrupts import interrupts
 
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (lines can be edited then)
+        import readline  # noqa: F401  (makes lines editable)
 
     def clear() -> None:
         raise KeyboardInterrupt
@@ -175,12 +175,12 @@ def _asked(tell: Callable[[str], None]) -> str | None:
         tell("")
         return None
     except KeyboardInterrupt:
-        tell("\n/exit leaves")
+        tell("\n/exit quits")
         return ""
 
 
 def _teller() -> Callable[[str], None]:
-    """Return a function that prints remarks outside of the conversation, on the standard error."""
+    """Return a function that prints remarks outside the conversation to stderr."""
     from graftc.cli.output import error_console
 
     to = error_console()

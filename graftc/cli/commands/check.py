@@ -1,4 +1,4 @@
-"""``graftc check``: resolve and cost a spec without writing anything."""
+"""``graftc check``: resolve a spec and compute its cost without writing anything."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def check(
     memory_budget: MemoryBudget = None,
     methods: Methods = None,
 ) -> CheckResult:
-    """Resolve a spec against a model and count what it adds, without writing anything; work out what training takes."""
+    """Resolve a spec against a model and report what it adds, without writing anything; plan training memory."""
     options = {"dtype": dtype, "checkpoint": checkpoint, "optimizer": optimizer, "devices": devices}
     options |= {"device": device, "accumulate": accumulate}
     planning = PlanningOptions(batch, seq, memory_budget, methods, options)
     from graftc.specs.io import early_spec
 
-    # Before torch is imported: a misspelt field should be reported at once.
+    # Parse before torch is imported, so that a misspelt field is reported at once.
     early = early_spec(spec)
 
     from graftc.runtime.api import check as check_spec

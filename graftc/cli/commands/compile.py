@@ -46,13 +46,13 @@ def compile(
     seed: Seed = None,
     certify: Certify = True,
     full: Annotated[
-        bool, typer.Option("--full", help="Identify the base by all its values instead of a sample of each tensor.")
+        bool, typer.Option("--full", help="Identify the base by all of its values, not by a sample from each tensor.")
     ] = False,
 ) -> CompileResult:
     """Compile a spec against a model and write an artifact: adapters, graphs, sites, and a reference to the base."""
     from graftc.specs.io import early_spec
 
-    # Before torch is imported: a misspelt field should be reported at once.
+    # Parse before torch is imported, so that a misspelt field is reported at once.
     loaded_spec = early_spec(spec)
     if run.out is not None:
         from graftc.runtime.artifact.places import is_artifact

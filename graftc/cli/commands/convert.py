@@ -1,4 +1,4 @@
-"""``graftc convert``: conversion of adaptations to LoRA, and of adapter folders from one layout to another."""
+"""``graftc convert``: convert adaptations to LoRA, and adapter folders from one layout to another."""
 
 from __future__ import annotations
 
@@ -84,48 +84,48 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="lora, for an artifact; for an adapter folder a layout: peft, vllm, sglang, tinker, unsloth, "
+            help="For an artifact: lora. For an adapter folder, a layout: peft, vllm, sglang, tinker, unsloth, "
             "torchtune; or gguf, which needs --model. Default: lora or peft.",
             show_default=False,
         ),
     ] = None,
     model: BaseOption = None,
     names: Annotated[
-        list[str] | None, _several("names", "NAME", "An adaptation of the artifact to convert, not all of them")
+        list[str] | None, _several("names", "NAME", "An adaptation of the artifact to convert, instead of all")
     ] = None,
     rank: Annotated[
         int | None,
-        typer.Option("--rank", metavar="N", min=1, help="Rank of the LoRAs. Default: whatever loses nothing."),
+        typer.Option("--rank", metavar="N", min=1, help="Rank of the LoRAs. Default: the rank that loses nothing."),
     ] = None,
     error: Annotated[
         float | None,
         typer.Option(
             "--error",
             metavar="X",
-            help="Take the smallest rank of each site whose relative error (Frobenius norm) is at most this.",
+            help="Use the smallest rank at each site whose relative error (Frobenius norm) is at most X.",
             show_default=False,
         ),
     ] = None,
     into_base: Annotated[
         list[str] | None,
-        _several("into-base", "NAME", "What to fold into a base inside of the new artifact: an adaptation, or trained"),
+        _several("into-base", "NAME", "What to fold into a base stored in the new artifact: an adaptation, or trained"),
     ] = None,
     source: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="LAYOUT",
-            help="The layout of the adapter folder. Default: what its keys say.",
+            help="The layout of the adapter folder. Default: as detected from its keys.",
             show_default=False,
         ),
     ] = None,
     add: Annotated[
-        list[Path] | None, _several("add", "DIR2", "Another adapter folder of the same base, added to the first")
+        list[Path] | None, _several("add", "DIR2", "Another adapter folder for the same base, to add to the first")
     ] = None,
     join: Annotated[list[str] | None, _several("join", "WHAT", "Fuse maps into one: qkv or gate_up")] = None,
-    split: Annotated[list[str] | None, _several("split", "WHAT", "Take fused maps apart: qkv or gate_up")] = None,
+    split: Annotated[list[str] | None, _several("split", "WHAT", "Split fused maps: qkv or gate_up")] = None,
 ) -> ConvertResult:
-    """Convert an artifact's adaptations to LoRA, or an adapter folder to another layout, and measure what changed."""
+    """Convert an artifact's adaptations to LoRA, or an adapter folder to another layout, and measure the difference."""
     from graftc.runtime.artifact.places import is_peft
 
     given: dict[str, Any] = {"names": names, "rank": rank, "error": error, "into-base": into_base}
@@ -183,7 +183,7 @@ def _show(result: ConvertResult, to: Console) -> None:
 def _require_none(given: dict[str, Any], words: tuple[str, ...], what: str) -> None:
     for word in words:
         if given[word] is not None:
-            raise GraftError("GC090", f"--{word} is not for {what}", hint="graftc convert --help says what is")
+            raise GraftError("GC090", f"--{word} does not apply to {what}", hint="see graftc convert --help")
 
 
 def _folder(
@@ -193,9 +193,13 @@ def _folder(
 
     base, join, apart = None if model is None else Path(model), given["join"] or (), given["split"] or ()
     if to == LORA:
-        raise GraftError("GC090", "an adapter folder is converted to a layout", hint="for example --to vllm")
+        raise GraftError(
+            "GC090", "an adapter folder can be converted only to another layout", hint="for example --to vllm"
+        )
     if to == GGUF and (join or apart):
-        raise GraftError("GC090", "GGUF has the maps of the base", hint="leave out --join and --split")
+        raise GraftError(
+            "GC090", "--join and --split do not apply to GGUF, which has the base's maps", hint="leave them out"
+        )
     origin = AdapterSource.of(directory, given["from"], given["add"] or (), base)
     if to == GGUF:
         from graftc.runtime.export.gguf.convert import convert_to_gguf
@@ -206,8 +210,8 @@ def _folder(
 
 def _require_lora(to: str | None) -> None:
     if to not in (None, LORA):
-        hint = "graftc export --format peft writes an adapter folder, which graftc convert takes to other layouts"
-        raise GraftError("GC090", f"an artifact is not converted to {to!r}", hint=hint)
+        hint = "write an adapter folder with graftc export --format peft, and convert that"
+        raise GraftError("GC090", f"an artifact cannot be converted to {to!r}", hint=hint)
 
 
 def _artifact(run: CommandRun, directory: Path, model: str | None, wanted: Mapping[str, Any]) -> Converted:

@@ -1,4 +1,4 @@
-"""``graftc demo``: the whole path on a real pretrained model and real data."""
+"""``graftc demo``: run the whole workflow on a real pretrained model and real data."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def demo(
             "--out",
             "-o",
             metavar="DIR",
-            help="A new folder, or that of an earlier demo; by default demo-out, with --llm demo-llm-out.",
+            help="A new folder, or the folder of an earlier demo. Default: demo-out, or with --llm demo-llm-out.",
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and texts, and nothing to compare with.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Use fewer steps and texts, and skip the comparison.")] = False,
 ) -> DemoResult | LLMResult:
-    """Run the whole path on a pretrained model and Reuters R8: compile, train, fold, certify, save, export."""
+    """Run the whole workflow on a pretrained model and Reuters R8: compile, train, fold, certify, save, export."""
     from graftc.cli.output import console
 
     to = console(sys.stderr if run.as_json else sys.stdout)

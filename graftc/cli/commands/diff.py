@@ -1,4 +1,4 @@
-"""``graftc diff``: the differences between two artifacts, or between the weights of two model folders."""
+"""``graftc diff``: show the differences between two artifacts, or between the weights of two model folders."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class DiffResult(Comparison, behind={"": ("a", "b")}):
 
 
 _SIGNS = {"+": "green", "-": "red", "@": "cyan", "~": "yellow"}
-"""The colours of lines by their first characters."""
+"""The colours of lines, by their first character."""
 
 _Folder = Annotated[
-    Path, typer.Argument(help="An artifact, or a folder of a model.", show_default=False, autocompletion=models)
+    Path, typer.Argument(help="An artifact or a model folder.", show_default=False, autocompletion=models)
 ]
 
 
@@ -59,20 +59,22 @@ def diff(
         typer.Option(
             "--html",
             metavar="FILE",
-            help="Write a page that shows the graph of the first artifact before, and that of the second after.",
+            help="Write a page that shows the first artifact's graph as before, and the second's as after.",
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file of --html.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the --html file if it exists.")] = False,
 ) -> DiffResult:
-    """Show what differs between two artifacts (base, spec, sites, tensors, graph) or between the weights of two model
-    folders, with what could have made it. Exit status 1 if anything does.
+    """Show the differences between two artifacts (base, spec, sites, tensors, graph) or the weights of two model
+    folders, with their likely causes. The exit status is 1 if anything differs.
     """
     run.out, run.force = html, force
     run.require_destination(a, b)
     if _are_models(a, b):
         if html is not None:
-            raise GraftError("GC090", "--html shows graphs, and these folders hold weights", hint="leave it out")
+            raise GraftError(
+                "GC090", "--html shows graphs, but these folders contain only weights", hint="leave it out"
+            )
         from graftc.cli.output import time_left
         from graftc.runtime.compare.folders import compare_folders
 
@@ -103,10 +105,10 @@ def _show(result: DiffResult, to: Console) -> None:
 
 
 def _are_models(a: Path, b: Path) -> bool:
-    """Return whether the two folders contain models to compare, and not artifacts.
+    """Return whether the two folders contain models, rather than artifacts.
 
     Raises:
-        GraftError: GC090 for one of each.
+        GraftError: GC090 if one is a model and the other an artifact.
     """
     from graftc.runtime.artifact.places import is_artifact
     from graftc.runtime.compare.folders import is_model_folder
@@ -116,7 +118,7 @@ def _are_models(a: Path, b: Path) -> bool:
     if any(ours) and any(models):
         one, other = (a, b) if ours[0] else (b, a)
         hint = f"merge it first, and compare the folders: graftc merge {one} --out DIR"
-        raise GraftError("GC090", f"{one} is an artifact and {other} a folder of a model", hint=hint)
+        raise GraftError("GC090", f"{one} is an artifact, but {other} is a model folder", hint=hint)
     return any(models)
 
 
@@ -135,7 +137,7 @@ def _write_page(a: Path, b: Path, result: DiffResult, html: Path, force: bool) -
     sections = _sections(result)
     sections["spec"] = [
         line for line in sections["spec"] if not line.startswith(("--- ", "+++ "))
-    ]  # these lines contain paths of this machine
+    ]  # these lines contain local paths
     differences = [{"what": name, "lines": lines} for name, lines in sections.items() if lines]
     title = f"{before.path.name} and {after.path.name} compared"
     evidence = replace(evidence_of_artifact(after), differences=differences, title=title)
@@ -164,7 +166,7 @@ def _by(largest: float | None) -> str:
 
 
 def _capped(lines: list[str], most: int = 5) -> list[str]:
-    """Return the first lines and how many follow: another base differs everywhere. JSON lists all of them."""
+    """Return the first lines and the number of the others, since a different base differs everywhere."""
     return lines if len(lines) <= most + 1 else [*lines[:most], f"... and {len(lines) - most} more"]
 
 
@@ -176,7 +178,7 @@ def _print_weights(difference: WeightsDiff, to: Console) -> None:
         to.print(f"no difference: {equal}")
         return
     _print_section("tensors", list(lines(difference)), to)
-    _print_section("what could have made it", summary(difference), to, signs={})
+    _print_section("likely causes", summary(difference), to, signs={})
     to.print(
         f"{len(difference.tensors)} of {len(difference.tensors) + difference.equal} tensors differ",
         soft_wrap=True,
@@ -185,7 +187,7 @@ def _print_weights(difference: WeightsDiff, to: Console) -> None:
 
 
 def _print_section(title: str, lines: Sequence[str], to: Console, signs: Mapping[str, str] = _SIGNS) -> None:
-    """Print lines below a title, in the colours of their first characters; print nothing if there are no lines."""
+    """Print lines below a title, coloured by their first characters; print nothing if there are no lines."""
     from graftc.cli.output import print_lines
 
     if lines:

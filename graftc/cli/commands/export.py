@@ -86,7 +86,7 @@ def export(
         bool | None,
         typer.Option(
             "--merge/--no-merge",
-            help="Fold the adaptations into the weights, which is the default, or leave them in the graph.",
+            help="Fold the adaptations into the weights (the default), or leave them in the graph.",
             show_default=False,
         ),
     ] = None,
@@ -95,7 +95,7 @@ def export(
         typer.Option(
             INPUTS.flag,
             metavar="NAME",
-            help=f"{INPUTS.meaning}; may be repeated. All others have to fold, unless nothing does (--no-merge).",
+            help=f"{INPUTS.meaning}; may be repeated. All others must fold, unless --no-merge is given.",
             show_default=False,
         ),
     ] = None,
@@ -124,8 +124,8 @@ def export(
         ),
     ] = None,
 ) -> ExportResult:
-    """Export to ONNX (onnx-generate: with a cache, to generate), .pt2 or GGUF, folded and certified, or the adapters
-    alone to PEFT's format or (--no-merge) to GGUF; files are checked before they appear.
+    """Export to ONNX (onnx-generate: with a cache, for generation), .pt2 or GGUF, folded and certified, or only the
+    adapters to PEFT's format or (--no-merge) to GGUF. Files are checked before they are put in place.
     """
     from graftc.runtime.export.options import options_for
     from graftc.runtime.export.registry import exporter_of
@@ -178,56 +178,58 @@ def _show(result: ExportResult, to: Console) -> None:
 
 
 _FLAGS = {option.name: option.flag for option in (INPUTS, DTYPE, SERVER, MAX_RANK)}
-"""The options of built-in formats that are options of the command."""
+"""The options of built-in formats for which the command has its own options."""
 
 
 def _named(options: Sequence[str]) -> dict[str, str]:
-    """Return the other options, which are given as ``NAME=VALUE``, by name.
+    """Return the values of the options given as ``NAME=VALUE``, by name.
 
     Raises:
-        GraftError: GC090 for another text.
+        GraftError: GC090 for a text that does not have this form, or an option that has its own flag.
     """
     named = {}
     for text in options:
         name, equals, named[name] = text.partition("=")
         if not equals or name in _FLAGS:
             hint = f"write {_FLAGS.get(name, '--option NAME=VALUE')}"
-            raise GraftError("GC090", f"--option {text} is not understood", hint=hint)
+            raise GraftError("GC090", f"--option {text} is not valid", hint=hint)
     return named
 
 
 def _check_options(
     exporter: Exporter, given: Mapping[str, Any], of_fold: Mapping[str, Any], merge: bool | None
 ) -> None:
-    """Raise if an option would have no effect.
+    """Check that every option has an effect.
 
     Args:
-        exporter: the exporter of the format to write.
-        given: the values of options of exports, by name.
-        of_fold: the values of the options of folding, by option.
-        merge: whether folding was requested; None if neither option was given.
+        exporter: the exporter for the requested format.
+        given: the values of the export options, by name.
+        of_fold: the values of the folding options, by flag.
+        merge: whether folding was requested; None if neither ``--merge`` nor ``--no-merge`` was given.
 
     Raises:
-        GraftError: GC090.
+        GraftError: GC090 for an option without effect.
     """
     from graftc.runtime.export.options import misplaced
 
     for name, hint in misplaced(exporter, given):
         word = _FLAGS.get(name, f"--option {name}")
-        raise GraftError("GC090", f"{word} is not for --format {exporter.name}", hint=hint)
+        raise GraftError("GC090", f"{word} does not apply to --format {exporter.name}", hint=hint)
     folding = [word for word, value in {**of_fold, "--merge": merge is True}.items() if value not in (None, False)]
     if folding and not exporter.folds:
-        message = f"{folding[0]} is not for --format {exporter.name}"
+        message = f"{folding[0]} does not apply to --format {exporter.name}"
         raise GraftError("GC090", message, hint="leave it out: nothing is folded")
     if folding and merge is False:
-        message = f"{folding[0]} is about folding, and with --no-merge nothing is folded"
+        message = f"{folding[0]} applies to folding, but with --no-merge nothing is folded"
         raise GraftError("GC090", message, hint="leave one of them out")
     if given["max_rank"] is not None and given["server"] is None:
-        raise GraftError("GC090", "--max-rank is a limit of a server", hint="name it, as in --for vllm")
+        raise GraftError(
+            "GC090", "--max-rank is a server's limit, but no server is named", hint="for example --for vllm"
+        )
 
 
 def _exporting(model: Compiled | Merged | Partial) -> Exporting:
-    """Return the object that exports a model."""
+    """Return the object that exports the model."""
     from graftc.runtime.deploy.partial import Partial
     from graftc.runtime.export.exporting import Exporting
     from graftc.runtime.model.adapted import AdaptedRunner
@@ -247,7 +249,7 @@ def _folded(
     """Fold the adaptations into the weights, except those that become inputs.
 
     Raises:
-        GraftError: GC050 for an adaptation that does not fold and is not an input; otherwise as `Compiled.merge`.
+        GraftError: GC050 for an adaptation that does not fold and is not an input; otherwise as for `Compiled.merge`.
     """
     form = cast("BaseForm | None", base)
     if not inputs:
@@ -258,5 +260,5 @@ def _folded(
     composed = {composition.name for composition in compiled.compilation.spec.compose}
     for name, reason in partial.kept.items():
         if name not in inputs and name not in composed:
-            raise GraftError("GC050", reason, hint=f"name it with --inputs {name}, or fold nothing with --no-merge")
+            raise GraftError("GC050", reason, hint=f"make it an input with --inputs {name}, or use --no-merge")
     return partial

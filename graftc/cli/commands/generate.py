@@ -1,4 +1,4 @@
-"""``graftc generate``: text that a model generates from prompts."""
+"""``graftc generate``: generate text from prompts."""
 
 from __future__ import annotations
 
@@ -51,21 +51,20 @@ def generate(
     directory: TextArgument,
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", "-p", metavar="TEXT", help="What to go on with; may be given several times."),
+        typer.Option("--prompt", "-p", metavar="TEXT", help="The text to continue; may be repeated."),
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
             "--file",
             metavar="FILE",
-            help="A file with the prompt; - is the standard input, which is read where there is neither --prompt nor "
-            "--file.",
+            help="A file with the prompt; - is stdin, which is also read if neither --prompt nor --file is given.",
             show_default=False,
         ),
     ] = None,
-    lines: Annotated[bool, typer.Option("--lines", help="Every line of the file is a prompt.")] = False,
+    lines: Annotated[bool, typer.Option("--lines", help="Treat every line of the file as a prompt.")] = False,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are what a user says: put them into the chat template.")
+        bool, typer.Option("--chat", help="Treat prompts as a user's messages: apply the chat template.")
     ] = False,
     system: SystemOption = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -82,8 +81,8 @@ def generate(
     tokenizer: TokenizerOption = None,
     device: DeviceOption = None,
 ) -> GenerateResult:
-    """Generate text: on the standard output as it is made, one answer after the other. Speed goes to the standard
-    error.
+    """Generate text, one answer after the other, printed to stdout while it is generated. The speed is printed to
+    stderr.
     """
     from contextlib import ExitStack
 
@@ -95,7 +94,7 @@ def generate(
     drawing = Drawing(sample, temperature, top_k, top_p, seed)
     given = settings(max_new_tokens, drawing, num_beams, no_cache)
     if system is not None and not chat:
-        raise GraftError("GC090", "--system begins a chat, and the prompts are not chats", hint="add --chat")
+        raise GraftError("GC090", "--system applies only to chats, but the prompts are plain texts", hint="add --chat")
     prompts = _prompts(prompt, file, lines)
     write, stop = (lambda _: None) if run.as_json else writer(sys.stdout), Stop()
     with working(run.as_json) as run.warnings, ExitStack() as stack:
@@ -133,13 +132,13 @@ def _prompts(given: list[str] | None, file: Path | None, lines: bool) -> list[st
 
     if given and (file is not None or lines):
         other = "--file" if file is not None else "--lines"
-        raise GraftError("GC090", f"the prompts are given, and {other} asks for others", hint=f"leave out {other}")
+        raise GraftError("GC090", f"--prompt and {other} cannot be combined", hint=f"leave out {other}")
     if given:
         return given
     if file is None or str(file) == "-":
         if file is None and sys.stdin.isatty():
-            raise GraftError("GC090", "missing option '--prompt'", hint="--prompt TEXT, or --file FILE")
-        where, text = "the standard input", stdin_text().read(JSON_BYTES + 1)
+            raise GraftError("GC090", "missing option '--prompt'", hint="use --prompt TEXT, or --file FILE")
+        where, text = "stdin", stdin_text().read(JSON_BYTES + 1)
     else:
         where = repr(str(file))
         try:
@@ -150,8 +149,8 @@ def _prompts(given: list[str] | None, file: Path | None, lines: bool) -> list[st
             reason = strerror.lower() if strerror else "it is not UTF-8"
             raise GraftError("GC090", f"{where} cannot be read: {reason}") from error
     if len(text) > JSON_BYTES:
-        raise GraftError("GC090", f"{where} has more than {JSON_BYTES:,} characters", hint="give a file with a prompt")
+        raise GraftError("GC090", f"{where} has more than {JSON_BYTES:,} characters", hint="use a file with a prompt")
     prompts = [line for line in text.splitlines() if line.strip()] if lines else [text.removesuffix("\n")]
     if not any(each.strip() for each in prompts):
-        raise GraftError("GC090", "there is no prompt in what was read", hint="--prompt TEXT, or --file FILE")
+        raise GraftError("GC090", f"{where} contains no prompt", hint="use --prompt TEXT, or --file FILE")
     return prompts

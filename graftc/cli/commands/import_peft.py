@@ -1,4 +1,4 @@
-"""``graftc import-peft``: read checkpoints of PEFT and write an artifact."""
+"""``graftc import-peft``: read PEFT checkpoints and write an artifact."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def import_peft(
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="Folders that PEFT's save_pretrained wrote; of several, each adaptation is called as its folder is.",
+            help="Folders that PEFT's save_pretrained wrote; if several, each adaptation is named after its folder.",
             show_default=False,
         ),
     ],
@@ -71,13 +71,13 @@ def import_peft(
         typer.Option(
             "--name",
             metavar="NAME",
-            help="An adapter in a sub-folder, as PEFT writes all but the one called default.",
+            help="An adapter in a subfolder, where PEFT writes every adapter that is not named default.",
             show_default=False,
         ),
     ] = None,
     certify: Certify = True,
 ) -> ImportPeftResult:
-    """Read PEFT checkpoints and write an artifact; every tensor must have a place in the model."""
+    """Read PEFT checkpoints and write an artifact; every tensor must have its place in the model."""
     from graftc.runtime.artifact.places import is_artifact
     from graftc.runtime.interop.peft.folder import read_peft
 

@@ -1,4 +1,4 @@
-"""``graftc inspect``: views of a rewritten graph. The base is not needed."""
+"""``graftc inspect``: show views of a rewritten graph. The base is not needed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class InspectResult(CommandResult, behind={"files": ("warnings",)}):
 
 
 class GraphMode(StrEnum):
-    """Which of the two graphs."""
+    """The two graphs: in train mode and in eval mode."""
 
     TRAIN = "train"
     EVAL = "eval"
@@ -84,7 +84,9 @@ def inspect(
     history: Annotated[bool, typer.Option("--history", help="Print what each pass did.")] = False,
     lowering: Annotated[
         bool,
-        typer.Option("--lowering", help="Print which sites of the training graph are computed otherwise, and why not."),
+        typer.Option(
+            "--lowering", help="Print which sites of the training graph were lowered, and why others were not."
+        ),
     ] = False,
     tree: Annotated[
         bool, typer.Option("--tree", help="Print the model's modules with what was added to them.")
@@ -112,7 +114,7 @@ def inspect(
         typer.Option(
             "--html",
             metavar="FILE",
-            help="Write a page to look at the graph in a browser: before, after, step by step, with all figures.",
+            help="Write a page for viewing the graph in a browser: before, after, step by step, with all figures.",
             show_default=False,
         ),
     ] = None,
@@ -135,13 +137,13 @@ def inspect(
         typer.Option(
             "--log",
             metavar="FILE",
-            help="A training log whose curves the page shows; by default one that lies beside the artifact.",
+            help="A training log whose curves the page shows. Default: the log beside the artifact, if any.",
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
 ) -> InspectResult:
-    """Look at a rewritten graph: a summary, or what the options ask for. Needs no base model."""
+    """Show a rewritten graph: a summary, or the views that options select. The base model is not needed."""
     from graftc.compiler.inspect.diff import diff as diff_graphs
     from graftc.compiler.inspect.explain import explain as explain_name
     from graftc.compiler.inspect.history import history as history_of
@@ -246,7 +248,7 @@ def _lines(to: Console, text: str, style: Callable[[str], str]) -> None:
 def _written(
     artifact: Artifact, mode: Any, log: Path | None, targets: Mapping[str, Path], force: bool
 ) -> tuple[str, ...]:
-    """Make the contents of all files, then write them, and return their paths."""
+    """Create the contents of all files, then write the files, and return their paths."""
     if not targets:
         return ()
     from graftc.files.writing import staged
@@ -260,7 +262,7 @@ def _written(
 
 
 def _writers(artifact: Artifact, mode: Any, log: Path | None) -> dict[str, Callable[[], str | bytes]]:
-    """Return the functions that make the content of each file; none is made yet."""
+    """Return, for each kind of file, a function that creates its contents when called."""
     from graftc.compiler.inspect.model_explorer import model_explorer_text
     from graftc.passes.core.ir.graph_formats import dot_text, graphml_text
     from graftc.runtime.view.contents import contents

@@ -58,22 +58,22 @@ def merge(
         bool,
         typer.Option(
             "--partial",
-            help="Fold what can be folded; if something remains, write an artifact together with its new base.",
+            help="Fold what folds; if something remains, write an artifact together with its new base.",
         ),
     ] = False,
     stream: Annotated[
         bool,
         typer.Option(
             "--stream",
-            help="Merge file by file, without capturing or loading the model; the base is a folder of safetensors. "
-            "Adapters of PEFT are always merged in this way.",
+            help="Merge file by file, without capturing or loading the model; the base must be a safetensors folder. "
+            "PEFT adapters are always merged in this way.",
         ),
     ] = False,
     dtype: DTypeOption = None,
     base: BaseFormOption = None,
     allow_unchanged: AllowUnchanged = False,
 ) -> MergeResult:
-    """Fold, certify, and write a folder that transformers loads. What cannot be folded is named in the error."""
+    """Fold, certify, and write a folder that transformers loads. If something does not fold, the error names it."""
     from graftc.runtime.artifact.places import is_ours, is_peft
 
     if stream or is_peft(directory):
@@ -117,16 +117,16 @@ def _show(result: MergeResult, to: Console) -> None:
 
 
 def _require_files_alone(partial: bool, budget: float | None) -> None:
-    """Raise for options that need the model, which is not loaded.
+    """Check that no option needs the model, which is not loaded.
 
     Raises:
-        GraftError: GC090.
+        GraftError: GC090 for such an option.
     """
     from graftc.specs.errors.diagnostics import GraftError
 
     if partial or budget is not None:
         option = "--partial" if partial else "--budget"
-        message = f"{option} needs the model, which is not loaded here"
+        message = f"{option} needs the model, which a merge file by file does not load"
         raise GraftError("GC090", message, hint=f"leave out {option}, or --stream")
 
 

@@ -1,4 +1,4 @@
-"""``graftc methods``: the methods with their claims, or one method's page."""
+"""``graftc methods``: list the methods with their claims, or show one method's page."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _default(field: dict[str, Any]) -> str:
 
 
 def _example(entry: SpecEntry) -> str:
-    """Return an adaptation that is valid in a spec: with the method's own placement, or with roles that it accepts."""
+    """Return a valid adaptation for a spec, with the method's default target or with roles that it accepts."""
     import json
 
     from graftc.specs.roles import ROLES

@@ -1,4 +1,4 @@
-"""``graftc pet``: a classifier from patterns and few labelled rows."""
+"""``graftc pet``: train a classifier from patterns and few labelled rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 TOKENIZER = "tokenizer"
-"""The name of the folder, within a run's, that contains its tokenizer."""
+"""The name of the tokenizer's folder within a run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def pet(
         Path,
         typer.Argument(
             metavar="SPEC",
-            help="Patterns, words, and how to train: a .yaml, .json or .toml file.",
+            help="Patterns, words and training settings: a .yaml, .json or .toml file.",
             show_default=False,
             autocompletion=completion.specs,
         ),
@@ -96,28 +96,28 @@ def pet(
             "--out",
             "-o",
             metavar="DIR",
-            help="The folder of the run: stages, results.json, the artifact `classifier` and its `tokenizer`. A run "
-            "that was cut off goes on there.",
+            help="The run's folder: stages, results.json, the artifact `classifier` and its `tokenizer`. An "
+            "interrupted run resumes there.",
             show_default=False,
         ),
     ],
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of all random numbers.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed for all random numbers.")] = 0,
     tokenizer: Annotated[
         str | None,
         typer.Option(
             "--tokenizer",
             metavar="NAME",
-            help="Folder or hub id of the tokenizer. Default: beside the model.",
+            help="Folder or hub id of the tokenizer. Default: the model's.",
             show_default=False,
         ),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option("--device", metavar="NAME", help="Where to train, such as cuda. Default: the CPU."),
+        typer.Option("--device", metavar="NAME", help="Device to train on, such as cuda. Default: the CPU."),
     ] = None,
 ) -> PetRunResult:
-    """Train a classifier from patterns and few labelled rows (PET, iPET): members fill blanks, label what is
-    unlabelled, and a classifier learns from it.
+    """Train a classifier from patterns and few labelled rows (PET, iPET): members fill blanks and label the unlabelled
+    rows, from which a classifier learns.
     """
     from graftc.specs.pet.io import load_pet_spec
 
@@ -192,7 +192,7 @@ def _show(result: PetRunResult, to: Console) -> None:
 def _keep_tokenizer(tokenizer: Any, out: Path) -> Path:
     """Write the run's tokenizer, and return its folder.
 
-    It is written each time, since nothing shows whether an existing one is complete.
+    It is written each time, since an existing one may be incomplete.
     """
     from graftc.files.tensors.writing import writing
     from graftc.files.writing import staged
@@ -205,20 +205,20 @@ def _keep_tokenizer(tokenizer: Any, out: Path) -> Path:
 
 @contextlib.contextmanager
 def _resumable() -> Iterator[None]:
-    """Run a block that the same command can resume, and say so when it is interrupted."""
+    """Run a block that the same command can resume, and print a message to that effect if it is interrupted."""
     try:
         yield
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or interrupted():  # libraries turn it into other errors
-            _say("interrupted: run the same command again to go on")
+            _say("interrupted: run the same command again to resume")
         raise
 
 
 @contextlib.contextmanager
 def _told(as_json: bool, first: str) -> Iterator[None]:
-    """Print a line on the standard error each time that training enters a new phase, while the block runs.
+    """While the block runs, print a line to stderr whenever training enters a new phase.
 
-    On a terminal, which shows progress already, and with JSON nothing is printed.
+    Nothing is printed with JSON, or on a terminal, which already shows progress.
     """
     from graftc.passes.core.progress import listening
 
@@ -231,7 +231,7 @@ def _told(as_json: bool, first: str) -> Iterator[None]:
     def tell(at: str, seconds: float) -> None:
         nonlocal last
         now, colon, _ = at.partition(":")
-        # Phases of a compile have no colon, and there is a compile between any two trainings.
+        # The phases of a compile, which comes between any two training runs, have no colon.
         if now != last and (colon or now.startswith("asking")):
             last = now
             _say(f"{now}, after {seconds:.0f} s")

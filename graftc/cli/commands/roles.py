@@ -1,4 +1,4 @@
-"""``graftc roles``: the roles of a model's weights, with the evidence."""
+"""``graftc roles``: show the roles of a model's weights, with the evidence."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def roles(
             "--html", metavar="FILE", help="Write a page that shows the graph with its roles.", show_default=False
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the file of --html.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the --html file if it exists.")] = False,
 ) -> RolesResult:
-    """Show the roles found in a model, with the evidence, and what was not resolved."""
+    """Show the roles found in a model, with the evidence, and the weights without a role."""
     if html is not None:
         from graftc.files.writing import check_destination
 

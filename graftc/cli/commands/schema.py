@@ -1,4 +1,4 @@
-"""``graftc schema``: the published JSON Schemas."""
+"""``graftc schema``: print the published JSON Schemas."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def schema(
         str,
         typer.Argument(
             metavar="[NAME]",
-            help="spec, manifest, pet-spec, error, or a command: what it prints with --json.",
+            help="spec, manifest, pet-spec, error, or a command, for its --json output.",
             autocompletion=completion.schemas,
         ),
     ] = "spec",
 ) -> dict[str, Any]:
-    """Print a JSON Schema, for editors and validators: of a spec, or of what a command prints."""
+    """Print a JSON Schema for editors and validators, for a spec or for a command's output."""
     from graftc.cli.schemas import published_schema
 
     return published_schema(name)

@@ -1,4 +1,4 @@
-"""``graftc verify``: recompute what an artifact states about itself."""
+"""``graftc verify``: recompute and check the statements that an artifact makes about itself."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def verify(
         typer.Option(
             "--adapter",
             metavar="ADAPTER",
-            help="Hold a merged folder against its base and this adapter, an artifact or a folder of PEFT: every site "
-            "is folded again, file by file.",
+            help="Check a merged folder against its base and this adapter (an artifact or a PEFT folder) by folding "
+            "every site again, file by file.",
             show_default=False,
         ),
     ] = None,
@@ -63,7 +63,7 @@ def verify(
         bool, typer.Option("--files-only", help="Check the files only; the base is not needed.")
     ] = False,
 ) -> VerifyResult:
-    """Recompute an artifact's hashes, base, sites, graphs and certificate, or what a merged folder was made of."""
+    """Recompute an artifact's hashes, base, sites, graphs and certificate, or the sources of a merged folder."""
     if adapter is None:
         from graftc.runtime.loading.verify import verify as verify_folder
 
@@ -92,4 +92,4 @@ def _verdict(checks: Sequence[Check]) -> str:
     failed = next((check.name for check in checks if check.passed is False), None)
     if failed is None:
         return "verified"
-    return "NOT verified: its base is not here, or is another" if failed == "base" else "NOT as it was written"
+    return "NOT verified: its base is missing or different" if failed == "base" else "NOT as it was written"

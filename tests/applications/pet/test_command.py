@@ -126,7 +126,7 @@ def test_who_interrupts_it_is_told_how_to_go_on(
     monkeypatch.setattr("graftc.applications.pet.recipe.pet", interrupting)
     outcome = run_here(capsys, *ARGUMENTS)
     assert outcome.status == 130 and "Traceback" not in outcome.err
-    assert "interrupted: run the same command again to go on\n" in outcome.err
+    assert "interrupted: run the same command again to resume\n" in outcome.err
 
 
 @pytest.mark.slow

@@ -136,13 +136,18 @@ def test_it_is_listed(shapes: None, capsys: pytest.CaptureFixture[str], monkeypa
 @pytest.mark.parametrize(
     ("words", "code", "said", "hint"),
     [
-        (["--option", "colour=red"], "GC090", "--option colour is not for --format shapes", "the options are order"),
+        (
+            ["--option", "colour=red"],
+            "GC090",
+            "--option colour does not apply to --format shapes",
+            "the options are order",
+        ),
         (["--option", "oder=name"], "GC090", "--option oder", "did you mean 'order'?"),
-        (["--option", "order"], "GC090", "--option order is not understood", "write --option NAME=VALUE"),
-        (["--option", "dtype=f16"], "GC090", "--option dtype=f16 is not understood", "write --dtype"),
+        (["--option", "order"], "GC090", "--option order is not valid", "write --option NAME=VALUE"),
+        (["--option", "dtype=f16"], "GC090", "--option dtype=f16 is not valid", "write --dtype"),
         (["--option", "order=size"], "GC073", "order is 'size'", "use model or name"),
-        (["--dtype", "f16"], "GC090", "--dtype is not for --format shapes", "an option of gguf"),
-        (["--inputs", "lora"], "GC090", "--inputs is not for --format shapes", "an option of onnx and pt2"),
+        (["--dtype", "f16"], "GC090", "--dtype does not apply to --format shapes", "an option of gguf"),
+        (["--inputs", "lora"], "GC090", "--inputs does not apply to --format shapes", "an option of onnx and pt2"),
     ],
 )
 def test_options_that_it_does_not_take(
@@ -156,7 +161,9 @@ def test_options_that_it_does_not_take(
 def test_its_options_are_not_those_of_others(shapes: None, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["trained", "-f", "onnx", "-o", "x", "--option", "order=name"]
     error = run_valid(capsys, "export", *words, status=2)["error"]
-    assert error["message"] == "--option order is not for --format onnx" and "an option of shapes" in error["hint"]
+    assert (
+        error["message"] == "--option order does not apply to --format onnx" and "an option of shapes" in error["hint"]
+    )
 
 
 @pytest.mark.slow
