@@ -1,4 +1,4 @@
-"""Artifacts: compiled models on disk, as folders without pickles. Names are imported when they are first used."""
+"""Artifacts: compiled models on disk, as folders without pickles. Names are imported on first use."""
 
 from __future__ import annotations
 

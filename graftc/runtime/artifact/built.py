@@ -1,4 +1,4 @@
-"""The record of `Built` in files."""
+"""The `Built` record of a model, as stored in files."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The record in a state dict: the spec, the base and the inputs that its tensors belong to, as bytes in a tensor.
+"""The record in a state dict: the spec, the base and the inputs to which its tensors belong, as bytes in a tensor.
 
-Trainers write state dicts to files of their own. With the record in it, such a file is enough to build the model again.
+Trainers write state dicts to their own files. With the record, such a file suffices to rebuild the model.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ from graftc.specs.io import dump_spec
 
 RECORD = file_names.STATE_RECORD
 MOST = 16 * 2**20
-"""The size in bytes of the largest record that is read."""
+"""The maximum size of a record, in bytes."""
 
 
 class BaseRecord(ManifestEntry):
     """The model that was adapted."""
 
     kind: Kind | None
-    """What `reference` is; null where the model came from Python."""
+    """The kind of `reference`; null if the model came from Python."""
 
     reference: str | None
     """A folder, a hub id, or `package.module:callable`."""
 
     revision: str | None
-    """Commit of the hub's repository."""
+    """The commit in the hub repository."""
 
     model: ClassName
-    """Its class."""
+    """The model's class."""
 
     labels: Labels | None
-    """Names of the classes that its config tells apart; null where it has none."""
+    """The names of the classes that its config distinguishes; null if it has none."""
 
     settings: Settings
-    """Plain values of its config."""
+    """The plain values in its config."""
 
     dtype: ElementType
-    """The element type that the graphs are for."""
+    """The dtype for which the graphs were captured."""
 
     packed: dict[str, str] = Field(default_factory=dict)
-    """How its packed weights are stored, by their names."""
+    """The packing of each packed weight, by name."""
 
     replaced: tuple[str, ...]
-    """Tensors whose values do not matter, as the state dict has its own of them."""
+    """The tensors whose values do not matter, because the state dict has its own."""
 
     fingerprint: Digest
-    """Of its config and all tensors."""
+    """The digest of its config and all tensors."""
 
     weights: Digest | None
-    """Of its tensors; null where they had no values."""
+    """The digest of its tensors; null if they had no values."""
 
     @property
     def built(self) -> Built:
@@ -72,49 +72,49 @@ class BaseRecord(ManifestEntry):
 
     @property
     def place(self) -> Reference:
-        """The source that the model was loaded from."""
+        """The source from which the model was loaded."""
         return Reference(self.kind, self.reference, self.revision, built=self.built)
 
 
 class StateRecord(ManifestEntry):
-    """What the tensors of a state dict belong to."""
+    """The spec, base and inputs to which a state dict's tensors belong."""
 
     artifact: Literal["graftc.state"]
-    """What this is."""
+    """The marker of this format."""
 
     schema_version: Annotated[int, Field(ge=1, le=1)]
-    """Version of this format."""
+    """The version of this format."""
 
     spec: str
     """The spec, as YAML."""
 
     seed: int
-    """What initial values were drawn from."""
+    """The seed for initial values."""
 
     base: BaseRecord
     """The model that was adapted."""
 
     inputs: tuple[Input, ...]
-    """The tensors of the call that was captured first."""
+    """The tensors of the first captured call."""
 
     flags: tuple[tuple[str, Flag], ...]
-    """Other keyword arguments of it."""
+    """The other keyword arguments of that call."""
 
     @model_validator(mode="after")
     def _once_each(self) -> Self:
         names = [*(i.name for i in self.inputs), *(name for name, _ in self.flags)]
         if len(set(names)) < len(names):
-            raise ValueError("an input stands there twice")
+            raise ValueError("an input occurs twice")
         return self
 
     @property
     def axes(self) -> list[Axis]:
-        """The inputs that graphs are captured for."""
+        """The inputs for which graphs are captured."""
         return axes_of(self.inputs, self.flags)
 
 
 def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> StateRecord:
-    """Return the record of a Compilation.
+    """Return a Compilation's record.
 
     Args:
         compilation: the Compilation.
@@ -147,7 +147,7 @@ def record_of(compilation: Compilation, identity: Identity, *, values: bool) -> 
 
 
 def weights_of(identity: Identity) -> str:
-    """Return a digest of a base's tensors, independent of its config."""
+    """Return a digest of a base's tensors that does not depend on its config."""
     return Identity("", identity.tensors, identity.full).fingerprint
 
 
@@ -160,7 +160,7 @@ def from_tensor(tensor: Tensor, where: str) -> StateRecord:
     """Read a record from a tensor; ``where`` is the place named in errors.
 
     Raises:
-        GraftError: GC081 for a newer format, GC082 for what is not a record.
+        GraftError: GC081 for a newer format, GC082 if the tensor does not contain a valid record.
     """
     try:
         if tensor.numel() > MOST:
@@ -168,15 +168,15 @@ def from_tensor(tensor: Tensor, where: str) -> StateRecord:
         text = bytes(tensor.detach().to("cpu", torch.uint8).reshape(-1).numpy())
         record = StateRecord.model_validate_json(text)
         if unknown := [i.dtype for i in record.inputs if i.dtype not in DTYPES]:
-            raise ValueError(f"no element type is called {unknown[0]!r}")
+            raise ValueError(f"there is no dtype {unknown[0]!r}")
         return record
     except (ValueError, RuntimeError) as error:
         if _version(error, tensor) > 1:
-            message = f"{where} is of a newer format than this release reads"
+            message = f"{where} has a newer format than this release reads"
             raise GraftError("GC081", message, hint="update graftc") from None
         reason = str(error).splitlines()[0]
         message = f"the record in {where} is damaged: {reason}"
-        raise GraftError("GC082", message, hint="copy the file again from where it came") from error
+        raise GraftError("GC082", message, hint="copy the file again from its source") from error
 
 
 def _version(error: Exception, tensor: Tensor) -> int:

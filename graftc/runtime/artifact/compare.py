@@ -1,4 +1,4 @@
-"""Differences between two artifacts."""
+"""Compare two artifacts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from graftc.specs.io import dump_spec
 
 
 def compare(a: Artifact, b: Artifact) -> Comparison:
-    """Compare an artifact with another: the second with the first. No base is needed.
+    """Compare the second artifact with the first. No base is needed.
 
     Raises:
-        GraftError: GC084 for tensors that are not what their manifest says, GC091 if an artifact has no graphs.
+        GraftError: GC084 for tensors that do not match their manifest, GC091 if an artifact has no graphs.
     """
     before, after = _places(a), _places(b)
     old, new = dump_spec(a.spec).splitlines(), dump_spec(b.spec).splitlines()
@@ -43,7 +43,7 @@ def compare(a: Artifact, b: Artifact) -> Comparison:
 
 
 def _places(artifact: Artifact) -> dict[str, str]:
-    """Return every adapted place, with everything that can differ there, as text."""
+    """Return every adapted site, with all properties that can differ, as text."""
     return {
         f"{record.adaptation} at {record.key}": ", ".join([record.method, _rows(record), *record.roles])
         for record in artifact.manifest.sites

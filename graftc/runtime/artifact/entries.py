@@ -1,4 +1,4 @@
-"""The data of a compiled model's manifest, and the texts of its graphs."""
+"""Create the entries of a compiled model's manifest, and the texts of its graphs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from graftc.version import __version__
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of graftc, Python, torch and transformers that write the artifact."""
+    """Return the current versions of graftc, Python, torch and transformers."""
     import transformers
 
     return {
@@ -68,7 +68,7 @@ def base(compiled: AdaptedRunner, reference: Reference, identity: Identity) -> d
 
 
 def tensors(by_name: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the table of tensors of one file."""
+    """Return the table of the tensors in one file."""
     return {
         name: {
             "dtype": record.dtype,
@@ -82,13 +82,13 @@ def tensors(by_name: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def places(compiled: AdaptedRunner) -> dict[str, Any]:
-    """Return the entries for adapted places and for trained base tensors."""
+    """Return the entries for adapted sites and for trained base tensors."""
     shot = compiled.snapshot
     return {"sites": [place.to_json() for place in shot.sites], "trained": [copy.to_json() for copy in shot.trained]}
 
 
 def signatures(compiled: AdaptedRunner) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Return the entries for all signatures, and the texts of their graphs by file."""
+    """Return the entries for all signatures, and the texts of their graphs, by file."""
     texts: dict[str, str] = {}
     compilation = compiled.compilation
     store = compilation.store
@@ -105,7 +105,7 @@ def signatures(compiled: AdaptedRunner) -> tuple[list[dict[str, Any]], dict[str,
                 for file, (kind, program) in own.items()
             }
         except SerialisationError as error:
-            warn("GC092", f"the artifact has no graphs to inspect: {error} has no place in a file")
+            warn("GC092", f"the artifact has no graphs to inspect: {error} cannot be stored in a file")
         entries.append(
             {
                 "inputs": [
@@ -131,6 +131,6 @@ def _capture(capture: Capture, programs: Mapping[str, Program]) -> dict[str, Any
 
 
 def constants(compiled: AdaptedRunner) -> dict[str, Tensor]:
-    """Return the tensors that graphs refer to apart from the model's and graftc's own."""
+    """Return the tensors to which graphs refer in addition to the model's and graftc's own."""
     captures = [c for signature in compiled.compilation.signatures.values() for c in signature.captures]
     return {name: tensor for c in captures for name, tensor in sorted(c.constants.items())}

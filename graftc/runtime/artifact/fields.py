@@ -1,4 +1,4 @@
-"""Types of the fields of a manifest: no value is converted, and every one is bounded. Does not import torch."""
+"""The types of a manifest's fields: no value is converted, and all values are bounded. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from graftc.records.places import Count
 from graftc.runtime.sources.reference import MOST_LABELS
 
 MANIFEST_BYTES, GRAPH_BYTES, TEXT_BYTES = file_names.MANIFEST_BYTES, 2**26, 2**24
-"""The largest sizes in bytes of a manifest, a graph and any other text."""
+"""The maximum sizes of a manifest, a graph and any other text, in bytes."""
 
 
 def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
     if math.prod(shape) >= 2**63:
-        raise ValueError("more elements than there are numbers")
+        raise ValueError("too many elements")
     return shape
 
 
 def _printable(text: str) -> str:
     if not text.isprintable():
-        raise ValueError("no name of a class")
+        raise ValueError("not a valid class name")
     return text
 
 
 def _name(text: str) -> str:
     if not text.isidentifier() or keyword.iskeyword(text) or unicodedata.normalize("NFKC", text) != text:
-        raise ValueError("no name of an input")
+        raise ValueError("not a valid input name")
     return text
 
 
 def _axis(text: str) -> str:
-    """Return the name of an axis, or of the sum of two, the second of which may be a number, after checking it."""
+    """Check and return the name of an axis, or a sum of two names, the second of which may be a number."""
     name, *more = text.split("+")
     if len(more) > 1:
-        raise ValueError("no name of an axis")
+        raise ValueError("not a valid axis name")
     return "+".join([_name(name), *(part if part.isdecimal() and len(part) < 10 else _name(part) for part in more)])
 
 
@@ -57,7 +57,7 @@ Size: TypeAlias = Annotated[int, Field(ge=0, le=2**24)] | AxisName
 
 
 class ManifestEntry(BaseModel):
-    """Base of everything in a manifest: frozen, closed, nothing converted."""
+    """Base class of everything in a manifest: frozen, without extra fields, and without conversions."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False

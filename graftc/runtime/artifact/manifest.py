@@ -1,7 +1,7 @@
-"""The manifest of an artifact: what the folder contains, and what it was made from.
+"""An artifact's manifest: the contents of the folder, and their origin.
 
-It is canonical JSON (one form of every value) that ends with a digest of itself, so that any change to it is detected.
-Digests detect damage, not intent: anybody who may rewrite the folder may rewrite the manifest as well.
+It is canonical JSON (every value has only one form) that ends with a digest of itself, so that any change is detected.
+Digests detect damage, not intent: anyone who can rewrite the folder can rewrite the manifest as well.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Base(ManifestEntry):
 
     @property
     def place(self) -> Reference:
-        """The source that the model was loaded from."""
+        """The source from which the model was loaded."""
         return Reference(self.kind, self.reference, self.revision, self.relative, self.built)
 
     @property
@@ -164,7 +164,7 @@ class Input(ManifestEntry):
 
 
 def axes_of(inputs: Iterable[Input], flags: Iterable[tuple[str, Flag]]) -> list[Axis]:
-    """Return the inputs that graphs are captured for; in a union of elements, their axes have names of their own."""
+    """Return the inputs for which graphs are captured; in a union of elements, each has its own axis names."""
     named = bool(elements_in(flags))
     return [Axis(own.name, DTYPES[own.dtype], own.axes, as_shown=named) for own in inputs]
 
@@ -286,21 +286,21 @@ class Manifest(ManifestEntry):
         base, owners = self.base, self.base.tensors.keys()
         for alias, owner in base.aliases.items():
             if alias in owners or owner not in owners:
-                raise ValueError(f"{alias} is no other name of {owner}")
+                raise ValueError(f"{alias} is not an alias of {owner}")
         for signature in self.signatures:
             names = [entry.name for entry in signature.inputs]
             if len(set(names)) != len(names) or not names:
-                raise ValueError("inputs of one name, or none")
+                raise ValueError("inputs with the same name, or no inputs")
             sizes = ([size for size in entry.axes if isinstance(size, int)] for entry in signature.inputs)
             if sum(map(math.prod, sizes)) > 2**32:
-                raise ValueError("inputs of a great size")
+                raise ValueError("inputs that are too large")
             for captured in signature.captures:
                 if not set(captured.constants) <= self.constants.keys():
                     raise ValueError("a constant that is not listed")
                 if signature.graphs and captured.graph not in signature.graphs:
-                    raise ValueError(f"no graph {captured.graph}")
+                    raise ValueError(f"the graph {captured.graph} is missing")
             if signature.graphs and not {"base.train", "base.eval", "train", "eval"} <= signature.graphs.keys():
-                raise ValueError("some of the graphs")
+                raise ValueError("graphs are missing")
         for place in self.sites:
             if not set(place.tensors.values()) <= self.adapters.keys():
                 raise ValueError(f"tensors of {place.module} that are not listed")
@@ -310,7 +310,7 @@ class Manifest(ManifestEntry):
         return self
 
     def named_files(self) -> Iterator[str]:
-        """Yield every file that a field names."""
+        """Yield every file named by a field."""
         if self.certificate is not None:
             yield self.certificate
         for signature in self.signatures:
@@ -318,12 +318,12 @@ class Manifest(ManifestEntry):
 
 
 def canonical_json(data: Any) -> str:
-    """Return the one text of JSON data that graftc writes; keys keep their order, which is that of the model."""
+    """Return the canonical text of JSON data; keys keep their order, which follows the model."""
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def sealed(data: dict[str, Any]) -> str:
-    """Return the text of a manifest: canonical JSON, with its digest."""
+    """Return the text of a manifest: canonical JSON with its digest."""
     digest = hashlib.sha256(canonical_json(data).encode()).hexdigest()
     return canonical_json({**data, "digest": digest})
 
@@ -333,7 +333,7 @@ def read_manifest(text: bytes, where: str) -> Manifest:
 
     Raises:
         GraftError: GC080 if it is not an artifact's, GC081 if a newer release wrote it, GC082 if it is damaged, GC085
-            if it names what it must not.
+            if it contains unsafe names.
     """
     data = unsealed(text, where, "artifact", SCHEMA_VERSION)
     _check_names(data, where)
@@ -346,29 +346,29 @@ def read_manifest(text: bytes, where: str) -> Manifest:
         raise unsafe(where, f"it names {flaw}")
     for file in manifest.named_files():
         if file not in manifest.files:
-            raise unsafe(where, f"it reads the file {file!r}, which is not listed")
+            raise unsafe(where, f"it uses the file {file!r}, which is not listed")
     return manifest
 
 
 def first_error(error: ValidationError) -> str:
-    """Return the first place where data does not fit its model, and what is wrong there."""
+    """Return the location and the message of the first validation error."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(step) for step in first["loc"])
     return f"{place}: {first['msg'].lower()}".removeprefix(": ")
 
 
 def unsealed(text: bytes, where: str, kind: str, version: int, file: str = MANIFEST) -> dict[str, Any]:
-    """Return the data of a canonical text that ends with its digest.
+    """Return the data in a canonical text that ends with its digest.
 
     Args:
         text: the text that was read.
         where: the folder named in errors.
-        kind: the key whose value has to be ``"graftc"``.
-        version: the newest format that is supported.
-        file: the name of the file in errors.
+        kind: the key whose value must be ``"graftc"``.
+        version: the newest supported version of the format.
+        file: the file named in errors.
 
     Raises:
-        GraftError: GC080 if it is not of this kind, GC081 for a newer version, GC082 if it was changed.
+        GraftError: GC080 if the key has another value, GC081 for a newer version, GC082 if the text was changed.
     """
     try:
         data = read_json(text, MANIFEST_BYTES)
@@ -376,10 +376,10 @@ def unsealed(text: bytes, where: str, kind: str, version: int, file: str = MANIF
     except (ValueError, RecursionError) as error:
         raise damaged(where, file, f"is not plain JSON: {error}") from error
     if not isinstance(data, dict) or data.get(kind) != "graftc":
-        raise GraftError("GC080", f"{where} does not say that graftc wrote it", hint="graftc compile writes artifacts")
+        raise GraftError("GC080", f"{where} was not written by graftc", hint="graftc compile writes artifacts")
     format_version = data.get("schema_version")
     if isinstance(format_version, int) and format_version > version:
-        message = f"{where} is of format {format_version}, and this release reads up to {version}"
+        message = f"{where} has format {format_version}, but this release reads only up to {version}"
         raise GraftError("GC081", message, hint="upgrade graftc: pip install -U graftc")
     digest = data.pop("digest", None)
     if canonical != text or hashlib.sha256(canonical_json(data).encode()).hexdigest() != digest:
@@ -388,7 +388,7 @@ def unsealed(text: bytes, where: str, kind: str, version: int, file: str = MANIF
 
 
 def damaged(where: str, file: str, what: str) -> GraftError:
-    """Return the error for a file whose content is not what was written."""
+    """Return the error for a file whose contents are not what was written."""
     return GraftError("GC082", f"{where} is damaged: {file} {what}", hint="copy it again from where it was made")
 
 
@@ -401,7 +401,7 @@ def _check_names(data: dict[str, Any], where: str) -> None:
 
 
 def is_storable(name: str) -> bool:
-    """Return whether artifacts may contain a tensor of this name."""
+    """Return whether artifacts may contain a tensor with this name."""
     return _is_storable(name, _TENSOR)
 
 
@@ -410,6 +410,6 @@ def _is_storable(name: str, pattern: re.Pattern[str]) -> bool:
 
 
 def unsafe(where: str, what: str) -> GraftError:
-    """Return the error for content that graftc would never have written."""
-    hint = "graftc writes no such thing: do not use this artifact"
+    """Return the error for contents that graftc would never have written."""
+    hint = "do not use this artifact: graftc did not write it in this form"
     return GraftError("GC085", f"{where} is not safe to read: {what}", hint=hint)

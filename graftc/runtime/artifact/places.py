@@ -1,4 +1,4 @@
-"""Telling the folders that graftc wrote, which ``force`` may replace, and adapters of PEFT from other folders."""
+"""Recognise PEFT adapters, and folders that graftc wrote, which ``force`` may replace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.specs.foreign.config import CONFIG
 
 RECORD = "graftc.json"
-"""The file in the folder of a merged model that records where the model comes from."""
+"""The file in a merged model's folder that records the model's origin."""
 
 
 def is_artifact(path: Path) -> bool:
@@ -27,7 +27,7 @@ def is_ours(path: Path) -> bool:
 
 
 def is_peft(path: Path) -> bool:
-    """Return whether a folder looks like an adapter of PEFT."""
+    """Return whether a folder looks like a PEFT adapter."""
     return (path / CONFIG).is_file() and not (path / MANIFEST).is_file()
 
 

@@ -1,4 +1,4 @@
-"""Writing a compiled model as ``save_pretrained`` does: a folder with a config of transformers and the artifact."""
+"""Write a compiled model as ``save_pretrained`` does: a folder with a transformers config and the artifact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 
 FOLDER = "graftc"
-"""The folder of the artifact within one that ``save_pretrained`` wrote."""
+"""The artifact's folder within a folder that ``save_pretrained`` wrote."""
 
 _AS_ALWAYS: Mapping[str, tuple[Any, ...]] = {
     "is_main_process": (True, False),
@@ -27,19 +27,19 @@ _AS_ALWAYS: Mapping[str, tuple[Any, ...]] = {
     "save_original_format": (True, False),
     "save_peft_format": (True, False),
 }
-"""Values that options of ``save_pretrained`` may have; all other options have to be false or None."""
+"""The accepted values for options of ``save_pretrained``; all other options must be false or None."""
 
 
 @cache
 def adapted_config() -> Any:
-    """Return the class of the config of a folder with a compiled model."""
+    """Return the config class for a folder with a compiled model."""
     from transformers import PreTrainedConfig
 
     class AdaptedConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         """The config of a folder with a compiled model.
 
         Attributes:
-            source: the config of the source model, as ``to_dict`` gives it.
+            source: the source model's config, as returned by ``to_dict``.
         """
 
         model_type = "graftc"
@@ -52,30 +52,31 @@ def adapted_config() -> Any:
 
 
 def save_pretrained(runner: AdaptedRunner, folder: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
-    """Write a compiled model into a folder that may contain files of another library, such as a tokenizer.
+    """Write a compiled model into a folder that may contain other libraries' files, such as a tokenizer.
 
     Args:
         runner: the Runner of the model to write; the base's weights are not written.
-        folder: the folder, created if it is missing; ``config.json`` and the folder ``graftc`` in it are replaced.
-        options: options of transformers' method.
+        folder: the folder, created if it does not exist; its ``config.json`` and its folder ``graftc`` are replaced.
+        options: the options of transformers' method.
 
     Raises:
-        GraftError: as `Compiled.save`; GC032 for a model without a config of transformers, GC063 for the base's own
-            folder, whose config would be lost, GC072 for options that request another form.
+        GraftError: as for `Compiled.save`; GC032 for a model without a transformers config, GC063 for the base's own
+            folder, whose config would be lost, GC072 for options that request another format.
     """
     from transformers import PreTrainedConfig
 
     for name, value in options.items():
         if value not in _AS_ALWAYS.get(name, (None, False)):
-            hint = "compiled.merge().save(path) writes a plain transformers folder"
-            raise GraftError("GC072", f"save_pretrained of a compiled model has no {name}={value!r}", hint=hint)
+            hint = "use compiled.merge().save(path) to write a plain transformers folder"
+            message = f"save_pretrained of a compiled model does not support {name}={value!r}"
+            raise GraftError("GC072", message, hint=hint)
     if options.get("is_main_process") is False:
         return
     source = runner.compilation.model
     config = config_of(source)
     if not isinstance(config, PreTrainedConfig):
-        hint = "compiled.save(path) keeps it without one"
-        raise GraftError("GC032", f"{type(source).__name__} has no config of transformers", hint=hint)
+        hint = "use compiled.save(path), which needs no config"
+        raise GraftError("GC032", f"{type(source).__name__} has no transformers config", hint=hint)
     require_values(runner)
     place = as_path(folder)
     base = local_folder(runner.compilation.source)

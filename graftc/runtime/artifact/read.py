@@ -1,4 +1,4 @@
-"""Reading artifacts. Everything in one is checked before it is used."""
+"""Read artifacts. All contents are checked before they are used."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Artifact:
     """A compiled model on disk.
 
     Attributes:
-        path: its folder.
-        manifest: its manifest.
+        path: the artifact's folder.
+        manifest: the artifact's manifest.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -61,7 +61,7 @@ class Artifact:
 
     @cached_property
     def spec(self) -> Spec:
-        """The spec that it was compiled from."""
+        """The spec from which the model was compiled."""
         file = self.path / SPEC
         try:
             text = content(file, TEXT_BYTES).decode("utf-8")
@@ -71,25 +71,25 @@ class Artifact:
 
     @property
     def identity(self) -> Identity:
-        """The identity of the base that it is for."""
+        """The identity of the base."""
         base = self.manifest.base
         tensors = {name: TensorIdentity(t.dtype, t.shape, t.sha256, t.parameter) for name, t in base.tensors.items()}
         return Identity(base.config, tensors, base.full, base.settings)
 
     @property
     def updated(self) -> frozenset[str]:
-        """Names of the base's tensors that graphs write to, so that the artifact has its own values of them."""
+        """The names of base tensors to which graphs write, and for which the artifact therefore has its own values."""
         return frozenset(self.manifest.base.tensors.keys() & self.manifest.adapters.keys())
 
     @property
     def replaced(self) -> frozenset[str]:
-        """Names of the base's tensors whose values do not matter, because the artifact has its own."""
+        """The names of base tensors whose values do not matter, because the artifact has its own."""
         trained = (record.base for record in self.manifest.trained if record.rows is None)
         return replaced_tensors(self.updated, trained, self.manifest.base.aliases)
 
     @cached_property
     def snapshot(self) -> Snapshot:
-        """Places, tensors and Programs as data; no base is needed. Each graph is read once, when it is requested."""
+        """Sites, tensors and Programs as data; no base is needed. Each graph is read once, on first use."""
         manifest = self.manifest
         return Snapshot(
             manifest.base.model.rpartition(".")[2],
@@ -109,14 +109,14 @@ class Artifact:
 
     @property
     def passes(self) -> tuple[PassRecord, ...]:
-        """The passes of plugins that its graphs went through."""
+        """The plugins' passes that were applied to the graphs."""
         return self.manifest.passes
 
     def program(self, mode: Mode = "eval", *, base: bool = False, signature: int = 0) -> Program:
         """Return a graph: the adapted one, or the base's own.
 
         Raises:
-            GraftError: GC082 if its file does not contain it, GC091 if the artifact has none.
+            GraftError: GC082 if its file does not contain the graph, GC091 if the artifact has no graphs.
         """
         return self.graph(f"{'base.' if base else ''}{mode}", signature)
 
@@ -124,27 +124,28 @@ class Artifact:
         """Return a graph by its name in the manifest.
 
         Raises:
-            GraftError: as `program`.
+            GraftError: as for `program`.
         """
         entry = self.manifest.signatures[signature]
         graph = {str(name): graph for name, graph in entry.graphs.items()}.get(kind)
         if graph is None:
-            raise GraftError("GC091", f"{self.path} has no graphs", hint="graftc.load(path) captures the model anew")
+            hint = "use graftc.load(path), which captures the model again"
+            raise GraftError("GC091", f"{self.path} has no graphs", hint=hint)
         return self._read(graph.file, kind, entry, torch.device("cpu"))
 
     def _read(self, file: str, kind: str, signature: SignatureRecord, device: torch.device) -> Program:
-        """Read the graph in a file, which has to fit its signature.
+        """Read the graph in a file, and check that it fits its signature.
 
         Raises:
-            GraftError: GC082 if it does not, or the file contains none.
+            GraftError: GC082 if it does not fit, or the file contains no graph.
         """
         try:
             program = program_from_json(read_json(content(self.path / file, GRAPH_BYTES), GRAPH_BYTES), device)
         except (OSError, ValueError) as error:
-            raise damaged(str(self.path), file, f"holds no graph: {error}") from error
+            raise damaged(str(self.path), file, f"contains no valid graph: {error}") from error
         flaw = self._flaw(program, kind, signature)
         if flaw is not None:
-            raise damaged(str(self.path), file, f"holds another graph: {flaw}")
+            raise damaged(str(self.path), file, f"contains a different graph: {flaw}")
         return program
 
     def _flaw(self, program: Program, kind: str, signature: SignatureRecord) -> str | None:
@@ -163,22 +164,23 @@ class Artifact:
         return None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the adapter tensors by name, each checked.
+        """Return the adapter tensors, by name, after checking each of them.
 
         Raises:
-            GraftError: GC084 for a tensor that is not what the manifest says.
+            GraftError: GC084 for a tensor that does not match the manifest.
         """
         return self._checked(ADAPTERS, self.manifest.adapters)
 
     def axes(self, signature: int = 0) -> list[Axis]:
-        """Return the inputs that a signature's graphs were captured for."""
+        """Return the inputs for which a signature's graphs were captured."""
         entry = self.manifest.signatures[signature]
         return axes_of(entry.inputs, entry.flags)
 
     def captures(self, device: torch.device) -> dict[str, Any]:
         """Return functions that read the base's captured graphs, by the graphs' keys.
 
-        A function returns None if its file is missing or has changed since the artifact was opened, which is no error.
+        A function returns None, instead of raising an error, if its file is missing or has changed since the artifact
+        was opened.
         """
         constants = self._checked(CONSTANTS, self.manifest.constants) if self.manifest.constants else {}
         readers: dict[str, Any] = {}
@@ -202,7 +204,7 @@ class Artifact:
         if not self._as_opened(file):
             return None
         program = self._read(file, captured.graph, signature, device)
-        # The steps after capturing write their own history.
+        # The steps after the capture record their own history.
         program.history = [entry for entry in program.history if entry.step == "canonicalise"]
         own = {name: constants[name].to(device) for name in captured.constants}
         return Capture(program, own, 0.0, cached=True, notes=captured.notes)
@@ -216,14 +218,14 @@ class Artifact:
     def _checked(self, file: str, table: Mapping[str, AdapterTensor]) -> dict[str, Tensor]:
         where, opened = str(self.path), TensorFolder(self.path / file, Refusal("GC082", hint="copy it again"))
         if other := sorted(opened.entries.keys() ^ table.keys()):
-            raise _foreign(where, file, f"its tensors are not those listed: {', '.join(other[:3])}")
+            raise _foreign(where, file, f"its tensors differ from the listed ones: {', '.join(other[:3])}")
         tensors = dict(opened)
         for name, tensor in tensors.items():
             listed, record = table[name], TensorRecord.of(tensor)
             if (record.dtype, record.shape) != (listed.dtype, listed.shape):
-                raise _foreign(where, file, f"{name} has another type or size than listed")
+                raise _foreign(where, file, f"{name} has a different dtype or shape than listed")
             if tensor_digest(tensor) != listed.sha256:
-                raise _foreign(where, file, f"{name} has other values than listed")
+                raise _foreign(where, file, f"{name} has different values than listed")
         return tensors
 
 
@@ -232,11 +234,11 @@ def _foreign(where: str, file: str, what: str) -> GraftError:
 
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
-    """Open an artifact and check all of its files, except the values of tensors, which are checked when they are read.
+    """Open an artifact and check all of its files, except for tensor values, which are checked when they are read.
 
     Raises:
-        GraftError: GC080 if there is none, GC081 for a newer format, GC082 for changed content, GC083 for a missing
-            file, GC085 for links, unlisted files and names that lead elsewhere.
+        GraftError: GC080 if the folder is not an artifact, GC081 for a newer format, GC082 for changed contents, GC083
+            for a missing file, GC085 for links, unlisted files and names that lead out of the folder.
     """
     folder = absolute_path(path)
     recover(folder.parent)
@@ -253,7 +255,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         folder, present - {MANIFEST}, {name: (f.bytes, f.sha256) for name, f in manifest.files.items()}, str(path)
     )
     if Artifact(folder, manifest).identity.fingerprint != manifest.base.fingerprint:
-        raise damaged(str(path), MANIFEST, "has another fingerprint than the tensors of its base give")
+        raise damaged(str(path), MANIFEST, "has a fingerprint that does not match the tensors of its base")
     for required in (SPEC, ADAPTERS, *([CONSTANTS] if manifest.constants else [])):
         if required not in manifest.files:
             raise _missing(str(path), required)
@@ -280,7 +282,7 @@ def check_files(folder: Path, present: set[str], listed: Mapping[str, tuple[int,
     """Check the files of a folder against a table of sizes and digests.
 
     Raises:
-        GraftError: GC082 for a changed file, GC083 for a missing one, GC085 for one that is not listed.
+        GraftError: GC082 for a changed file, GC083 for a missing file, GC085 for an unlisted file.
     """
     for name in listed:
         if name not in present:
@@ -292,7 +294,7 @@ def check_files(folder: Path, present: set[str], listed: Mapping[str, tuple[int,
         if actual != size:
             raise damaged(where, name, f"has {actual} bytes, not {size}")
         if actual > GRAPH_BYTES and not name.endswith(".safetensors"):
-            raise damaged(where, name, f"has {actual} bytes; what holds no tensors has {GRAPH_BYTES} at most")
+            raise damaged(where, name, f"has {actual} bytes; a file without tensors has at most {GRAPH_BYTES}")
         if file_digest(folder / name) != digest:
             raise damaged(where, name, "has changed since it was written")
 

@@ -1,4 +1,4 @@
-"""Certificates and records: other files of artifacts and of merged models, as far as they are read."""
+"""Read the other files of artifacts and of merged models: certificates and records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graftc.specs.strict_json import read_json
 
 @dataclass(frozen=True)
 class MergedRecord(Record):
-    """What is read of the record of a merged model."""
+    """The parts of a merged model's record that are read."""
 
     files: Mapping[str, File]
     """The files of the folder, by name."""
@@ -37,7 +37,7 @@ def read_record(cls: type[R], path: Path, where: str, file: str) -> R:
     """Read a file as a record.
 
     Raises:
-        GraftError: GC082 if it is not one.
+        GraftError: GC082 if the file does not contain a valid record.
     """
     try:
         raw = content(path, TEXT_BYTES)
@@ -55,21 +55,21 @@ def read_record(cls: type[R], path: Path, where: str, file: str) -> R:
 
 
 def _require_consistent(certificate: Certificate, data: Any) -> None:
-    """Check that the stated result is that of the evidence.
+    """Check that the stated result follows from the evidence.
 
     Raises:
-        ValueError: if it is missing or another one.
+        ValueError: if the result is missing or different.
     """
     if data.get("passed") is not certificate.passed:
-        raise ValueError("passed is not what follows from the evidence")
+        raise ValueError("'passed' does not follow from the evidence")
 
 
 def content(path: Path, most: int) -> bytes:
-    """Return the bytes of a file, which may have at most ``most``.
+    """Return the contents of a file of at most ``most`` bytes.
 
     Raises:
-        ValueError: if it has more, or is not a regular file; the message is the reason, without the path.
-        OSError: if it cannot be read.
+        ValueError: if the file is larger, or is not a regular file; the message is the reason, without the path.
+        OSError: if the file cannot be read.
     """
     try:
         return read_regular(path, most)

@@ -1,4 +1,4 @@
-"""Writing artifacts: see `graftc.runtime.artifact.manifest` for what they contain."""
+"""Write artifacts, whose contents `graftc.runtime.artifact.manifest` describes."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class ArtifactEvidence:
     """Evidence that an artifact records about its fold and its base.
 
     Attributes:
-        certificate: the certificate of the adaptations that fold.
+        certificate: the certificate for the adaptations that fold.
         kept: the adaptations that do not fold, with the reasons.
-        base: the MODEL argument that the base was loaded by; by default what transformers has recorded.
-        full: whether to digest every value of the base.
+        base: the MODEL argument from which the base was loaded; by default the reference that transformers recorded.
+        full: whether to include every value of the base in its digests.
     """
 
     certificate: Certificate | None = None
@@ -71,9 +71,9 @@ def save(
     Args:
         compiled: the model to save.
         path: the folder to create.
-        evidence: what the artifact records about its fold and its base.
+        evidence: the evidence to record about the fold and the base.
         force: whether to replace an existing artifact.
-        bundle: a function that writes the base itself into a folder, which is then part of the artifact.
+        bundle: a function that writes the base itself into a folder within the artifact.
     """
     runner: AdaptedRunner = runner_of(compiled)
     require_values(runner)
@@ -94,22 +94,23 @@ def require_values(compiled: AdaptedRunner) -> None:
     """Refuse a model without weights.
 
     Raises:
-        GraftError: GC053.
+        GraftError: GC053 if the model is on the meta device.
     """
     if compiled.device.type == "meta":
-        raise GraftError("GC053", "there is nothing to save on the meta device", hint="compile a model with weights")
+        message = "a model on the meta device has no values to save"
+        raise GraftError("GC053", message, hint="compile a model with weights")
 
 
 def require_storable(compiled: AdaptedRunner) -> None:
-    """Refuse a model with names of tensors that no artifact may contain.
+    """Refuse a model with tensor names that artifacts cannot store.
 
     Raises:
-        GraftError: GC064.
+        GraftError: GC064 for such a name.
     """
     for name, _ in adapter_tensors(compiled.compilation.store):
         if not is_storable(name):
-            message = f"no artifact can have a tensor of the name {abridged(repr(name), 80)}"
-            hint = "names of modules have printable characters, and at most 4,096 with their path: rename the module"
+            message = f"an artifact cannot contain a tensor named {abridged(repr(name), 80)}"
+            hint = "rename the module: names must be printable, with at most 4,096 characters including the path"
             raise GraftError("GC064", message, hint=hint)
 
 
@@ -155,7 +156,7 @@ def _write(
 
 
 def listed(folder: Path, skip: Container[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every file under a folder with its size and digest, except the manifest and those to skip."""
+    """Yield every file under a folder with its size and digest, except for the manifest and the files to skip."""
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = file.relative_to(folder).as_posix()
         if name != MANIFEST and name not in skip:

@@ -1,11 +1,11 @@
-"""Hooks that run once ``save_pretrained`` has written a folder, so that other libraries load it in the same process."""
+"""Hooks that run after ``save_pretrained`` has written a folder, so that other libraries load it in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 FOLLOWERS: dict[str, Callable[[], object]] = {}
-"""The functions to call, by a name, so that each is registered once."""
+"""The functions to call, by name, so that each is registered only once."""
 
 
 def follow(name: str, act: Callable[[], object]) -> None:

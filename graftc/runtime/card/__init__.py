@@ -1,4 +1,4 @@
-"""Model cards: descriptions of an artifact or a compiled model for people and for the Hugging Face hub.
+"""Model cards: descriptions of an artifact or a compiled model, for people and for the Hugging Face hub.
 
-The package reads artifacts and models, and changes nothing.
+The package reads artifacts and models, and does not change them.
 """

@@ -1,4 +1,4 @@
-"""The facts that a model card states, collected from an artifact on disk or a compiled model."""
+"""Collect the facts for a model card from an artifact on disk or a compiled model."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from graftc.runtime.sources.reference import Reference
 
 @dataclass(frozen=True)
 class CardFacts:
-    """The facts that a card is made of.
+    """The facts on which a card is based.
 
     Attributes:
-        name: the name of the artifact's directory; empty for a model in memory.
-        snapshot: places, tensors and graphs.
-        summary: the numbers of places, parameters and nodes.
+        name: the name of the artifact's folder; empty for a model in memory.
+        snapshot: the sites, tensors and graphs.
+        summary: the numbers of sites, parameters and nodes.
         bytes: the size of the stored tensors, by adaptation.
         base: the location of the base.
-        fingerprint: the fingerprint of the base.
-        dtype: the element type that the graphs are for.
-        certificate: the certificate of the fold; None if none was made.
-        kept: the adaptations that do not fold, with the reason.
+        fingerprint: the base's fingerprint.
+        dtype: the dtype for which the graphs were captured.
+        certificate: the certificate of the fold; None if nothing was certified.
+        kept: the adaptations that do not fold, with the reasons.
         versions: the versions of the software that wrote the artifact; empty for a model in memory.
     """
 
@@ -46,7 +46,7 @@ class CardFacts:
 
     @classmethod
     def of(cls, snapshot: Snapshot, **others: Any) -> CardFacts:
-        """Return the facts of a snapshot; ``others`` are the fields that it does not determine."""
+        """Return the facts for a snapshot; ``others`` are the fields that the snapshot does not determine."""
         sizes: dict[str, int] = {}
         for name, record in snapshot.adapters.items():
             owner = owner_of(name)
@@ -64,7 +64,7 @@ def artifact_facts(artifact: Artifact) -> CardFacts:
     """Return the facts that an artifact contains; its base is not needed.
 
     Raises:
-        GraftError: GC082 for a file that is not a certificate, GC091 if the artifact has no graphs.
+        GraftError: GC082 if the certificate is damaged, GC091 if the artifact has no graphs.
     """
     manifest = artifact.manifest
     certificate: Certificate | None = None

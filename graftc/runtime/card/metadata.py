@@ -1,4 +1,4 @@
-"""The metadata of a model card, in the form that the Hugging Face hub reads."""
+"""A model card's metadata, in the form that the Hugging Face hub reads."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ _TASKS = {
     "token-classification": ["TOKEN_CLASSIFICATION"],
     "zero-shot-image-classification": ["ZERO_SHOT_IMAGE_CLASSIFICATION"],
 }
-"""The hub's tasks, each with transformers' mappings of auto classes for it. `transformers.modelcard` has the same
-table, but imports PEFT and the libraries of quantisers."""
+"""The hub's tasks, each with transformers' auto-class mappings for it. `transformers.modelcard` has the same table, but
+imports PEFT and the quantisation libraries."""
 
 
 def card_metadata(
@@ -45,24 +45,24 @@ def card_metadata(
     language: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> CardMetadata:
-    """Return the metadata of a card.
+    """Return a card's metadata.
 
     Args:
         facts: the facts about the model.
-        base_model: the hub's id of the base; by default the one by which it was loaded.
-        license: the hub's id of a license, such as ``apache-2.0``.
-        language: codes of languages, such as ``en``.
+        base_model: the base's hub id; by default the id by which it was loaded.
+        license: the hub's id for a license, such as ``apache-2.0``.
+        language: language codes, such as ``en``.
         tags: additional tags.
 
     Raises:
         GraftError: GC073 for values that the hub does not accept.
     """
     if base_model is not None:
-        _check("base_model", base_model, is_hub_id, "give the id of a repository: owner/name")
+        _check("base_model", base_model, is_hub_id, "use a repository id: owner/name")
     if license is not None:
-        _check("license", license, _LICENSE.fullmatch, "give an id of the hub's list, as apache-2.0")
+        _check("license", license, _LICENSE.fullmatch, "use an id from the hub's list, such as apache-2.0")
     for code in language:
-        _check("language", code, _LANGUAGE.fullmatch, "give codes of ISO 639, as en")
+        _check("language", code, _LANGUAGE.fullmatch, "use ISO 639 codes, such as en")
     for tag in tags:
         _check("tag", tag, _TAG.fullmatch, "use letters, digits, spaces and . : / + - _")
     named = facts.base.text if facts.base.kind == "hub" and base_model is None else base_model
@@ -80,7 +80,7 @@ def card_metadata(
 
 
 def task_of(model: str) -> str | None:
-    """Return the hub's task of a class of transformers; None if there is none, or more than one."""
+    """Return the hub's task for a transformers class; None if there is no task, or more than one."""
     from transformers.models.auto import modeling_auto
 
     def names(kind: str) -> Collection[str]:

@@ -1,4 +1,4 @@
-"""A model card in Markdown."""
+"""Render a model card as Markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graftc.specs.io import dump_spec
 
 MOST_PLACES = 60
 SPEC = 50_000
-"""The largest number of characters of a spec that a card shows."""
+"""The maximum number of a spec's characters that a card shows."""
 
 _WORD = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _PATH = re.compile(r"[\w./~-]+", re.ASCII)
@@ -55,7 +55,7 @@ def _sections(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
     yield f"# {title}"
     methods = ", ".join(dict.fromkeys(code(a.method) for a in facts.summary.adaptations)) or "nothing"
     yield (
-        f"Adapters for {code(base) if base else 'a base that was made in Python'}, a {code(facts.summary.model)} in "
+        f"Adapters for {code(base) if base else 'a base that was created in Python'}, a {code(facts.summary.model)} in "
         f"{code(facts.dtype)}: {methods}. They were made by graftc, a compiler for "
         "parameter-efficient fine-tuning. The base's own weights are not in this repository."
     )
@@ -70,7 +70,7 @@ def _sections(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
     yield "## Use"
     yield from _use(facts, metadata)
     yield "## Data, evaluation and intended use"
-    yield "The artifact does not say what it was trained on, how it was evaluated, or what it is for: write it here."
+    yield "The artifact does not record its training data, its evaluation or its intended use: describe them here."
     notes = list(_warnings(facts, metadata))
     if notes:
         yield "## Warnings"
@@ -78,7 +78,7 @@ def _sections(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
 
 
 def _place(base: Reference) -> str | None:
-    """Return the location of a base without private parts: of a directory only the last name."""
+    """Return the location of a base without its private parts: only the last part of a path."""
     return base.text.replace("\\", "/").rstrip("/").rpartition("/")[2] if base.text is not None else None
 
 
@@ -106,12 +106,12 @@ def _share(part: int, whole: int) -> str:
 
 
 def _places(sites: Sequence[AdaptedPlace]) -> Iterator[str]:
-    """Yield the table of places by adaptation and role."""
+    """Yield the table of adapted sites, by adaptation and role."""
     groups: dict[tuple[str, str], list[AdaptedPlace]] = {}
     for site in sites:
         groups.setdefault((site.adaptation, site.roles[0] if site.roles else ""), []).append(site)
     if not groups:
-        yield "None: what trains are tensors of the base."
+        yield "None: only tensors of the base train."
         return
     rows = []
     for (adaptation, role), group in list(groups.items())[:MOST_PLACES]:
@@ -130,7 +130,7 @@ def _places(sites: Sequence[AdaptedPlace]) -> Iterator[str]:
 
 def _spec(facts: CardFacts) -> str:
     text = dump_spec(facts.snapshot.spec)
-    return text if len(text) <= SPEC else f"{abridged(text, SPEC)}\n# {len(text):,} characters: spec.yaml has them all"
+    return text if len(text) <= SPEC else f"{abridged(text, SPEC)}\n# {len(text):,} characters: see spec.yaml for all"
 
 
 def _folding(facts: CardFacts) -> Iterator[str]:
@@ -158,7 +158,7 @@ def _evidence(certificate: Certificate) -> Iterator[tuple[str, str]]:
         yield f"largest difference of the output {code(name)}", f"{value:.1e} (at most {certificate.budget:.1e})"
     if flips := sum(route.flips for route in certificate.routes):
         choices = sum(route.choices for route in certificate.routes)
-        yield "choices that routers make differently once folded", f"{flips:,} of {choices:,}"
+        yield "router choices that differ after folding", f"{flips:,} of {choices:,}"
     yield "element type", code(certificate.dtype) if certificate.dtype else "-"
     if certificate.additions:
         yield "biases that folding adds", ", ".join(code(name) for name in certificate.additions[:5])
@@ -197,13 +197,13 @@ def _is_argument(text: str) -> bool:
 
 def _warnings(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
     if metadata.base_model is None:
-        yield "The card names no base on the hub: `--base-model OWNER/NAME` does."
+        yield "The card does not name a base on the hub: set it with `--base-model OWNER/NAME`."
     if facts.certificate is None and not facts.kept:
-        yield "Nothing was certified: whether merging computes the same function is checked when it is done."
+        yield "Nothing was certified: merging checks whether the merged model computes the same function."
     if facts.certificate is not None and not facts.certificate.passed:
-        yield "The certificate did not pass: a merged model computes something else than these adapters."
+        yield "The certificate did not pass: a merged model does not compute the same function as these adapters."
     if facts.fingerprint:
-        yield f"The adapters are for the base of fingerprint {code(facts.fingerprint)} alone: no other one loads."
+        yield f"The adapters load only with the base whose fingerprint is {code(facts.fingerprint)}."
     if facts.versions:
         versions = ", ".join(f"{name} {value}" for name, value in facts.versions.items())
         yield f"Written with {code(versions, 200)}."

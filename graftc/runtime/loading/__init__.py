@@ -1,1 +1,1 @@
-"""Loading compiled models from artifacts and checkpoints, and verifying them. Files are read, and none is written."""
+"""Load compiled models from artifacts and checkpoints, and verify them. Files are only read, never written."""

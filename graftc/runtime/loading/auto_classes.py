@@ -1,7 +1,7 @@
-"""Folders that transformers' ``Auto`` classes load: those that ``save_pretrained`` of a compiled model writes.
+"""Let transformers' ``Auto`` classes load the folders that a compiled model's ``save_pretrained`` writes.
 
 Such a folder has a ``config.json`` with the model type ``graftc``, and the artifact beside it. Importing this module,
-or `graftc.auto`, lets ``AutoConfig`` and the ``AutoModel`` classes load it, as peft's integration does for adapters.
+or `graftc.auto`, lets ``AutoConfig`` and the ``AutoModel`` classes load it, as PEFT's integration does for adapters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _IGNORED = frozenset(
         *("use_safetensors", "weights_only", "code_revision", "adapter_kwargs", *LOADING_OPTIONS),
     }
 )
-"""Options of ``from_pretrained`` that determine where files come from, and do not apply to a folder."""
+"""Options of ``from_pretrained`` that determine the source of files, and have no effect for a folder."""
 
 
 AdaptedConfig: Any = adapted_config()
@@ -39,7 +39,7 @@ def _changed(config: PreTrainedConfig, saved: PreTrainedConfig) -> set[str]:
 
 
 class _Loader:
-    """The class that an ``Auto`` class takes for the class of the model in such a folder."""
+    """Stand-in that an ``Auto`` class uses as the class of the model in such a folder."""
 
     config_class = AdaptedConfig
     auto: type[Any]
@@ -51,8 +51,8 @@ class _Loader:
         """Load the compiled model in a folder.
 
         Raises:
-            GraftError: as `graftc.load`; GC072 for options that a compiled model does not have, and if the class of the
-                source model is not one that this ``Auto`` class loads.
+            GraftError: as for `graftc.load`; GC072 for options that a compiled model does not support, or if this
+                ``Auto`` class does not load the source model's class.
         """
         place = Path(folder) / subfolder
         wanted = {name for name, value in options.items() if value is not None and name not in _IGNORED}
@@ -61,17 +61,18 @@ class _Loader:
             wanted |= _changed(config, AdaptedConfig.from_pretrained(place))
         if wanted:
             message = f"{cls.auto.__name__} loads a compiled model as it was saved, without {sorted(wanted)[0]}"
-            raise GraftError("GC072", message, hint="load the base with it, and give it: graftc.load(path, model=base)")
+            hint = "load the base with this option, and pass it: graftc.load(path, model=base)"
+            raise GraftError("GC072", message, hint=hint)
         compiled = load(place / FOLDER)
         source = type(compiled.compilation.model)
         if source not in loaded_by(cls.auto, config_of(compiled.compilation.model)):
-            message = f"{place} has a {source.__name__}, which {cls.auto.__name__} does not load"
-            raise GraftError("GC072", message, hint=f"graftc.load({str(place / FOLDER)!r}) loads it")
+            message = f"{place} contains a {source.__name__}, which {cls.auto.__name__} does not load"
+            raise GraftError("GC072", message, hint=f"use graftc.load({str(place / FOLDER)!r})")
         return compiled
 
 
 def register() -> None:
-    """Register such folders with the ``Auto`` classes, which can then load them; calling it again does nothing."""
+    """Register such folders with the ``Auto`` classes, which can then load them; calling this again does nothing."""
     AutoConfig.register(AdaptedConfig.model_type, AdaptedConfig, exist_ok=True)
     for auto in set(auto_classes()):
         loader = type(f"Adapted{auto.__name__}", (_Loader,), {"auto": auto})

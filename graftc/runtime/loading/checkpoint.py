@@ -1,7 +1,7 @@
-"""Loading a trainer's checkpoint of a compiled model as a compiled model.
+"""Load a trainer's checkpoint of a compiled model as a compiled model.
 
-Trainers write what `Compiled.state_dict` returns. The record in it contains everything else; optimiser, schedule and
-random state belong to the trainer.
+Trainers write the result of `Compiled.state_dict`. The record in it contains everything else, except for the optimiser,
+the schedule and the random state, which belong to the trainer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ WEIGHTS = "model.safetensors"
 
 
 def checkpoint_file(path: str | os.PathLike[str]) -> Path | None:
-    """Return the file of tensors in a checkpoint; None for an artifact, or if there is none."""
+    """Return a checkpoint's tensor file; None for an artifact, or if there is no such file."""
     place = Path(path)
     if os.path.isdir(place) and not os.path.exists(place / MANIFEST):
         place = place / WEIGHTS
@@ -38,22 +38,22 @@ def checkpoint_file(path: str | os.PathLike[str]) -> Path | None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Return whether a folder contains a trainer's checkpoint of a compiled model, and not a model of transformers."""
+    """Return whether a folder contains a trainer's checkpoint of a compiled model, not a transformers model."""
     file = checkpoint_file(path)
     return file is not None and is_state_dict(file)
 
 
 def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: bool = True) -> Compiled:
-    """Compile the spec of a checkpoint again, with the checkpoint's tensors.
+    """Compile a checkpoint's spec again, with the checkpoint's tensors.
 
     Args:
-        file: the checkpoint's file of tensors.
-        model: its base, or a MODEL argument that names it; by default the base that the checkpoint names.
+        file: the checkpoint's tensor file.
+        model: the base, or a MODEL argument that names it; by default the base that the checkpoint names.
         cache: whether to look up and keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: GC080 if the file is not of a compiled model, GC081 or GC082 if it cannot be read, GC084 for tensors
-            that the spec has no place for, GC086 if the base is not there, GC087 if it is another one.
+        GraftError: GC080 if the file is not a compiled model's, GC081 or GC082 if it cannot be read, GC084 for tensors
+            that have no place in the spec, GC086 if the base does not exist, GC087 if it is a different model.
     """
     state = _read(file)
     record = from_tensor(state[RECORD], str(file))
@@ -83,16 +83,16 @@ def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: 
 
 
 def _foreign(file: Path, reason: str) -> GraftError:
-    return GraftError("GC084", f"{file} is not as it was written: {reason}", hint="copy it again from where it came")
+    return GraftError("GC084", f"{file} is not as it was written: {reason}", hint="copy it again from its source")
 
 
 def _read(file: Path) -> dict[str, Tensor]:
-    opened = TensorFolder(file, Refusal("GC082", hint="copy it again from where it came"))
+    opened = TensorFolder(file, Refusal("GC082", hint="copy it again from its source"))
     if RECORD not in opened:
-        message = f"{file} holds weights, and not what a compiled model's state dict has"
+        message = f"{file} contains weights, but not a compiled model's state dict"
         hint = (
             reader_of(file.parent if file.name == WEIGHTS else file)
-            or "a compiled model is written by compiled.save(path) or a trainer"
+            or "compiled.save(path) and trainers write compiled models"
         )
         raise GraftError("GC080", message, hint=hint)
     return dict(opened)
@@ -100,11 +100,11 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 def _check_base(file: Path, record: StateRecord, model: nn.Module) -> None:
     if device_of(model).type == "meta":
-        raise GraftError("GC087", "the base is on the meta device, so that its weights cannot be told")
+        raise GraftError("GC087", "the base is on the meta device, so its weights cannot be compared")
     identity = identify(model, replaced=record.base.replaced)
     if record.base.fingerprint != identity.fingerprint:
         same = record.base.weights in (None, weights_of(identity))
-        message = f"{file} adapts another model, a {record.base.model}, than this {type(model).__name__}: "
+        message = f"{file} adapts a {record.base.model} other than this {type(model).__name__}: "
         mine = Identity("", {}, settings=record.base.settings)
         message += mine.other_config(identity) if same else "its weights differ"
         raise GraftError("GC087", message, hint="name the base: graftc.load(path, model=...)")

@@ -1,4 +1,4 @@
-"""Loading compiled models from artifacts: the spec is compiled again, at the same places, with the stored tensors."""
+"""Load compiled models from artifacts: the spec is compiled again, at the same sites, with the stored tensors."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def load(path: str | os.PathLike[str], model: nn.Module | str | None = None, *, 
 
 
 def base_of(artifact: Artifact, model: nn.Module | str | None = None) -> nn.Module:
-    """Return the base of an artifact: the given one, or by default the one that the artifact names.
+    """Return an artifact's base: the given model, or by default the one that the artifact names.
 
     Raises:
-        GraftError: GC086 if it is not there, GC087 if it is another model, GC089 if it lacks tensors.
+        GraftError: GC086 if the base does not exist, GC087 if it is a different model, GC089 if it lacks tensors.
     """
     if model is None:
         model = find_base(artifact.manifest.base.place, artifact.path)
@@ -58,17 +58,17 @@ def base_of(artifact: Artifact, model: nn.Module | str | None = None) -> nn.Modu
 
 
 def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
-    """Check a model against the base that an artifact was made from.
+    """Check that a model is the base from which an artifact was made.
 
     Returns:
-        The model, packed if the base was: see `graftc.compiler.quantised_sources.recorded_packing.packed_as`.
+        The model, packed if the base was; see `graftc.compiler.quantised_sources.recorded_packing.packed_as`.
 
     Raises:
-        GraftError: GC087 with what differs, GC089 if its checkpoint lacks tensors.
+        GraftError: GC087, with the differences, for a different model, GC089 if its checkpoint lacks tensors.
     """
     expected = artifact.identity
     if device_of(model).type == "meta":
-        raise GraftError("GC087", "the base is on the meta device, so that its weights cannot be told")
+        raise GraftError("GC087", "the base is on the meta device, so its weights cannot be compared")
     manifest = artifact.manifest
     model = packed_as(model, expected.packings)
     identity = identify(model, full=expected.full, replaced=artifact.replaced)
@@ -77,7 +77,7 @@ def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
         require_weights(model, trained, lambda name: manifest.base.aliases.get(name, name))
     differences = expected.differences(identity)
     if differences:
-        message = f"{artifact.path} adapts another model than this {type(model).__name__}: {differences[0]}"
+        message = f"{artifact.path} adapts a model other than this {type(model).__name__}: {differences[0]}"
         more = [f"... and {len(differences) - 5} more"] if len(differences) > 5 else []
         raise GraftError(
             "GC087",
@@ -90,16 +90,16 @@ def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
 
 
 def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, recapture: bool = False) -> Compiled:
-    """Compile the spec of an artifact again.
+    """Compile an artifact's spec again.
 
     Args:
         artifact: the artifact to load.
-        model: its base, checked.
+        model: its base, which has been checked.
         cache: whether to look up and keep captured graphs in the user's cache folder.
         recapture: whether to capture the model again even if the artifact's own graphs could be used.
 
     Raises:
-        GraftError: GC084 for tensors that the spec has no place for, GC088 if it adapts other places now.
+        GraftError: GC084 for tensors that have no place in the spec, GC088 if the spec now adapts different sites.
     """
     values = artifact.tensors()
     known = {} if recapture else artifact.captures(device_of(model))
@@ -117,10 +117,10 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
         choices = artifact.manifest.signatures[number].choices
         unknown = [name for name in choices if name not in compilation.controls]
         if unknown:
-            raise damaged(str(artifact.path), MANIFEST, f"nothing is chosen by {unknown[0]}")
+            raise damaged(str(artifact.path), MANIFEST, f"lists {unknown[0]}, by which nothing is chosen")
         add_signature(compilation, artifact.axes(number), flags[number], choices, initial)
     if len(compilation.signatures) != len(flags):
-        raise damaged(str(artifact.path), MANIFEST, "has one signature twice")
+        raise damaged(str(artifact.path), MANIFEST, "lists a signature twice")
     check_passes(artifact, compilation)
     check_places(artifact, compilation)
     _take_values(artifact, compilation, values)
@@ -129,12 +129,12 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
 
 
 def check_passes(artifact: Artifact, compilation: Compilation) -> None:
-    """Check the plugins' passes that rewrite graphs here against those that have rewritten an artifact's.
+    """Check that the plugins' passes that rewrite graphs are the same as when the artifact was written.
 
-    With another version of a package only the places have to be the same, as with other versions of torch.
+    With a different version of a plugin, as with a different version of torch, only the sites must be the same.
 
     Raises:
-        GraftError: GC077 with what is missing or new.
+        GraftError: GC077, with the name of the pass, if a pass is missing or new.
     """
 
     def rewriting(passes: Iterable[PassRecord]) -> dict[tuple[str, str, str], PassRecord]:
@@ -144,28 +144,28 @@ def check_passes(artifact: Artifact, compilation: Compilation) -> None:
     for key in before.keys() ^ now.keys():
         own = before.get(key) or now[key]
         if key in before:
-            message = f"{artifact.path} has graphs that {own} has rewritten, which is not installed"
+            message = f"{artifact.path} has graphs rewritten by {own}, which is not installed"
             hint = f"pip install {own.distribution}=={own.version}"
         else:
-            message = f"{own} rewrites graphs here, and {artifact.path} was written without it"
+            message = f"{own} rewrites graphs, but {artifact.path} was written without it"
             hint = f"uninstall {own.distribution}, or compile the spec again"
         raise GraftError("GC077", message, hint=hint)
 
 
 def check_places(artifact: Artifact, compilation: Compilation) -> None:
-    """Check the places that a spec adapts now against those of an artifact.
+    """Check that a spec still adapts the sites recorded in an artifact.
 
     Raises:
-        GraftError: GC088 with those that are new and those that are missing.
+        GraftError: GC088, with the new and the missing sites, if it does not.
     """
     before, now = _places(artifact.manifest.sites), _places(site_records(compilation))
     gone, new = [p for p in before if p not in now], [p for p in now if p not in before]
     if gone or new or before != now:
         written = artifact.manifest.versions
-        details = [*(f"no more: {p}" for p in gone[:3]), *(f"new: {p}" for p in new[:3])] or ["in another order"]
+        details = [*(f"missing: {p}" for p in gone[:3]), *(f"new: {p}" for p in new[:3])] or ["in a different order"]
         raise GraftError(
             "GC088",
-            f"{artifact.path} adapts {len(before)} places, and its spec selects others here",
+            f"{artifact.path} adapts {len(before)} places, but its spec selects different ones here",
             hint=f"it was written with graftc {written.graftc}, torch {written.torch}, "
             f"transformers {written.transformers}",
             details=details,
@@ -177,7 +177,7 @@ def _places(records: Iterable[AdaptedPlace]) -> list[str]:
 
 
 def _take_values(artifact: Artifact, compilation: Compilation, values: Mapping[str, Tensor]) -> None:
-    """Copy the constants that methods keep besides parameters; no tensor may be left over or missing."""
+    """Copy the constants that methods store in addition to parameters, and check that all tensors match."""
     own = dict(adapter_tensors(compilation.store))
     other = sorted(own.keys() ^ values.keys())
     if other:
@@ -193,19 +193,19 @@ def check_graphs(artifact: Artifact, compilation: Compilation) -> None:
     """Check that the artifact's own captures still result in the graphs that it contains.
 
     Raises:
-        GraftError: GC088 naming the first that differs.
+        GraftError: GC088, with the name of the first graph that differs.
     """
     for signature, current in zip(artifact.manifest.signatures, compilation.signatures.values(), strict=True):
         if [c.key for c in current.captures] != [c.key for c in signature.captures] or not current.captures[0].key:
-            continue  # with other versions of the libraries only the places have to be the same
+            continue  # with different versions of the libraries, only the sites must be the same
         other = different_graph(signature, compilation, current.signature)
         if other is not None:
-            message = f"{artifact.path} has another {other} graph than its spec gives"
+            message = f"{artifact.path} has a different {other} graph from the one that its spec results in"
             raise GraftError("GC088", message, hint="compile the spec again")
 
 
 def different_graph(kept: SignatureRecord, compilation: Compilation, signature: keys.Signature) -> str | None:
-    """Return the name of the first graph of a signature that differs from a Compilation's; None if none does."""
+    """Return the name of a signature's first graph that differs from the Compilation's; None if all are equal."""
     programs, canonical = compilation.graphs(signature), compilation.store.canonical
     for kind, graph in kept.graphs.items():
         if kind not in programs or structural_hash(programs[kind], canonical) != graph.structure:

@@ -1,4 +1,4 @@
-"""Verifying what graftc wrote: hashes, base, places, graphs and certificate are all computed again."""
+"""Verify files that graftc wrote: hashes, base, sites, graphs and certificate are all recomputed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from graftc.specs.errors.text import counted
 
 @dataclass
 class Verification:
-    """The results of verifying, in order."""
+    """The results of a verification, in order."""
 
     checks: list[Check] = field(default_factory=list)
 
@@ -41,13 +41,13 @@ class Verification:
         return all(check.passed is not False for check in self.checks)
 
     def add(self, name: str, look: Callable[[], tuple[bool | None, str]]) -> bool:
-        """Run a check, unless an earlier one failed; a coded error counts as a failure.
+        """Run a check, unless an earlier one failed; a `GraftError` counts as a failure.
 
         Returns:
             False if the check failed or did not run.
         """
         if not self.passed:
-            self.checks.append(Check(name, None, "not looked at: something before it failed"))
+            self.checks.append(Check(name, None, "skipped: an earlier check failed"))
             return False
         try:
             passed, detail = look()
@@ -64,13 +64,13 @@ def verify(
     files_only: bool = False,
     step: Callable[[str], object] = lambda _: None,
 ) -> Verification:
-    """Compute again what an artifact, or the folder of a merged model, says of itself.
+    """Recompute and check the statements that an artifact, or a merged model's folder, makes about itself.
 
     Args:
         path: the folder.
         model: the base, or a MODEL argument that names it; by default the base that the artifact names.
-        files_only: whether to check the files only, without the base.
-        step: called with the name of each step.
+        files_only: whether to check only the files, without the base.
+        step: a function that is called with the name of each step.
 
     Raises:
         GraftError: GC080 if the folder is neither, GC081 for a newer format.
@@ -117,10 +117,10 @@ def verify(
 
 
 def _opened(path: str | os.PathLike[str]) -> Artifact | GraftError:
-    """Return the artifact, or the error that opening it raises.
+    """Return the artifact, or the error that was raised when it was opened.
 
     Raises:
-        GraftError: GC080 or GC081, which leave nothing to verify.
+        GraftError: GC080 or GC081, after which there is nothing to verify.
     """
     try:
         return open_artifact(path)
@@ -131,20 +131,20 @@ def _opened(path: str | os.PathLike[str]) -> Artifact | GraftError:
 
 
 def _graph_files(artifact: Artifact) -> tuple[bool | None, str]:
-    """Check that the graphs in files are those whose digests the manifest has."""
+    """Check that the graphs in files match their digests in the manifest."""
     canonical = artifact.manifest.base.aliases
     count = 0
     for number, signature in enumerate(artifact.manifest.signatures):
         for kind, graph in signature.graphs.items():
             program = artifact.graph(kind, number)
             if structural_hash(program, lambda name: canonical.get(name, name)) != graph.structure:
-                return False, f"{graph.file} holds another graph than listed"
+                return False, f"{graph.file} contains a different graph than listed"
             count += 1
     return (True, f"{counted(count, 'graph')}, as listed") if count else (None, "the artifact has no graphs")
 
 
 def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
-    """Check that the graphs are the artifact's when they are captured and rewritten again."""
+    """Check that capturing and rewriting the model again results in the artifact's graphs."""
     compilation = compiled.compilation
     current_signatures = compilation.signatures.values()
     for number, (signature, current) in enumerate(zip(artifact.manifest.signatures, current_signatures, strict=True)):
@@ -153,13 +153,13 @@ def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
         if other is not None:
             same = [c.key for c in current.captures] == [c.key for c in signature.captures] and current.captures[0].key
             if not same and artifact.manifest.versions.model_dump() != versions():
-                return None, "other versions of the libraries give other graphs for the same places"
-            return False, f"the {other} graph of signature {number} differs when it is captured anew"
-    return True, f"the same, captured and rewritten anew for {counted(len(current_signatures), 'signature')}"
+                return None, "with different versions of the libraries, the same places have different graphs"
+            return False, f"the {other} graph of signature {number} differs when it is captured again"
+    return True, f"the same, captured and rewritten again for {counted(len(current_signatures), 'signature')}"
 
 
 def _changed(artifact: Artifact, number: int, programs: Mapping[str, Program]) -> str | None:
-    """Return the name of the first graph in a file that differs from the new one in a node or in its interface."""
+    """Return the name of the first stored graph that differs from the new one in a node or in its interface."""
     canonical = artifact.manifest.base.aliases
     for kind, program in programs.items():
         graph = artifact.manifest.signatures[number].graphs.get(kind)  # type: ignore[call-overload]
@@ -177,14 +177,14 @@ def _changed(artifact: Artifact, number: int, programs: Mapping[str, Program]) -
 
 
 def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
-    """Check that folding again passes, and agrees with the kept certificate."""
+    """Check that another fold passes certification and agrees with the stored certificate."""
     if artifact.manifest.certificate is None:
-        return None, "the artifact has none"
+        return None, "the artifact has no certificate"
     file = artifact.manifest.certificate
     kept = read_record(Certificate, artifact.path / file, str(artifact.path), file)
     certificate, _ = certificate_of(compiled)
     if certificate is None:
-        return False, "nothing folds any more"
+        return False, "nothing folds now"
     other = _disagreement(kept, certificate)
     if other is not None:
         return False, other
@@ -198,18 +198,18 @@ def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, s
 
 
 def _disagreement(kept: Certificate, certificate: Certificate) -> str | None:
-    """Return the first difference of a kept certificate, apart from numbers, which depend on the machine."""
+    """Return the first difference from the stored certificate, apart from measured values, which vary by machine."""
     before, now = kept.to_json(), certificate.to_json()
     for key in ("passed", "base_structure", "structure", "additions", "dtype", "fingerprint"):
         if before[key] != now[key]:
-            return f"the kept certificate has another {key}: {before[key]}, not {now[key]}"
+            return f"the stored certificate has a different {key}: {before[key]}, not {now[key]}"
     if [s.site for s in kept.sites] != [s.site for s in certificate.sites]:
-        return "the kept certificate is of other sites"
+        return "the stored certificate covers different sites"
     return None
 
 
 def _verify_merged(folder: Path, where: str) -> Verification:
-    """Check the files of a merged model against its record."""
+    """Check a merged model's files against its record."""
     verification = Verification()
 
     def record() -> MergedRecord:
@@ -225,7 +225,7 @@ def _verify_merged(folder: Path, where: str) -> Verification:
         kept = record().certificate
         outputs = ", ".join(f"{name} {value:.1e}" for name, value in kept.outputs.items())
         detail = f"outputs differ by at most {outputs}" if outputs else f"{counted(len(kept.sites))} probed"
-        return kept.passed, f"kept from merging: {detail}"
+        return kept.passed, f"stored by the merge: {detail}"
 
     verification.add("files", files)
     verification.add("certificate", certificate)

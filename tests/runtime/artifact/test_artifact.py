@@ -185,7 +185,7 @@ def test_no_code_runs_because_an_artifact_names_it(kept: Path, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     edit_manifest(tmp_path / "it", base=lambda b: {**b, "kind": "callable", "reference": "evil:model"})
     error = refused(graftc.load, tmp_path / "it", code="GC086")
-    assert error.hint == "say so yourself: --model evil:model" and not (tmp_path / "ran").exists()
+    assert error.hint == "name it yourself: --model evil:model" and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.slow

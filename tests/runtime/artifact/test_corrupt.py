@@ -131,7 +131,7 @@ def test_no_artifact(tmp_path: Path) -> None:
 def test_a_newer_format(version: int, artifact: Path) -> None:
     edit_manifest(artifact, schema_version=version)
     assert code_of(artifact) == "GC081"
-    with pytest.raises(GraftError, match=f"format {version}, and this release reads up to 1") as caught:
+    with pytest.raises(GraftError, match=f"format {version}, but this release reads only up to 1") as caught:
         open_artifact(artifact)
     assert "upgrade" in (caught.value.hint or "")
 
@@ -165,10 +165,10 @@ def _first(tensors: dict[str, torch.Tensor], value: Callable[[torch.Tensor], tor
     [
         (_swap, "has other values"),
         (lambda t: _first(t, lambda x: x + 1), "has other values"),
-        (lambda t: _first(t, lambda x: x.t().contiguous()), "another type or size"),
-        (lambda t: _first(t, lambda x: x.to(torch.bfloat16)), "another type or size"),
-        (lambda t: {**t, "more": torch.ones(2)}, "not those listed: more"),
-        (lambda t: dict(sorted(t.items())[1:]), "not those listed"),
+        (lambda t: _first(t, lambda x: x.t().contiguous()), "a different dtype or shape"),
+        (lambda t: _first(t, lambda x: x.to(torch.bfloat16)), "a different dtype or shape"),
+        (lambda t: {**t, "more": torch.ones(2)}, "differ from the listed ones: more"),
+        (lambda t: dict(sorted(t.items())[1:]), "differ from the listed ones"),
     ],
     ids=["swapped", "values", "shape", "dtype", "one more", "one less"],
 )
