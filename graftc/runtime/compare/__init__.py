@@ -1,4 +1,4 @@
-"""Comparison of two model folders tensor by tensor, without loading a model: which tensors differ, by how much, and
-what could have caused it. `folders` walks through them, `difference` measures one tensor, and `rank` estimates how
-many directions a difference has.
+"""Compare two model folders tensor by tensor, without loading a model: which tensors differ, by how much, and the
+likely cause. `folders` iterates over the tensors, `difference` measures one tensor, and `rank` estimates the rank of a
+difference.
 """

@@ -1,4 +1,4 @@
-"""Measurement of how a tensor differs, in passes over blocks of rows: numbers, rows and columns, rank, cause."""
+"""Measure how a tensor differs, in passes over blocks of rows: magnitude, rows and columns, rank, and cause."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from graftc.records.comparison import Cause, Difference
 from graftc.runtime.compare.rank import estimate_rank
 
 Read = Callable[[int, int], Tensor]
-"""Rows of a stored matrix, from the first to the one behind the last, as they are stored."""
+"""A function that returns the rows ``[start, end)`` of a stored matrix, as they are stored."""
 BLOCK = 2**20
-"""Elements that are looked at at a time."""
+"""The maximum number of elements in a block."""
 
 
 @dataclass
@@ -25,10 +25,10 @@ class _Sums:
 
     Attributes:
         largest, update, base: the largest difference, and the squared norms of the difference and of the base.
-        changed: number of elements that differ.
-        rows, columns: which rows and columns differ anywhere.
-        row_noise, column_noise: variance that rounding causes in each row and column.
-        row_products, column_products: ``<base, other>`` and ``|base|^2`` of each row and column.
+        changed: the number of elements that differ.
+        rows, columns: for each row and column, whether it differs anywhere.
+        row_noise, column_noise: the variance caused by rounding in each row and column.
+        row_products, column_products: ``<base, other>`` and ``|base|^2`` for each row and column.
     """
 
     largest: float
@@ -48,14 +48,14 @@ class Matrices:
 
     Args:
         a, b: functions that read rows of the first and of the second matrix.
-        shape: numbers of rows and columns.
+        shape: the numbers of rows and columns.
     """
 
     def __init__(self, a: Read, b: Read, shape: tuple[int, int]) -> None:
         self._a, self._b, self.shape = a, b, shape
 
     def blocks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield the first row number of each block, and the block's rows on both sides as they are stored."""
+        """Yield the index of each block's first row, and the block's rows on both sides as they are stored."""
         rows, columns = self.shape
         step = max(1, BLOCK // max(columns, 1))
         for start in range(0, rows, step):
@@ -63,7 +63,7 @@ class Matrices:
             yield start, self._a(start, end), self._b(start, end)
 
     def equal(self) -> bool:
-        """Return whether all values are equal, with NaN in the same places; types may differ."""
+        """Return whether all values are equal, with NaN in the same places; dtypes may differ."""
         for _, a, b in self.blocks():
             if a.dtype != b.dtype:
                 a, b = a.double(), b.double()
@@ -111,7 +111,7 @@ class Matrices:
         )
 
     def left_by_scaling(self, scale: Tensor) -> float:
-        """Return the squared norm of what remains of the difference when the base is scaled.
+        """Return the squared norm of the difference that remains after the base has been scaled.
 
         ``scale`` is ``[rows, 1]`` or ``[1, columns]``.
         """
@@ -127,7 +127,7 @@ def difference(pair: Matrices, *, matrix: bool) -> Difference:
 
     Args:
         pair: the two tensors.
-        matrix: whether rows and columns are meaningful, so that a rank is looked for.
+        matrix: whether rows and columns are meaningful, so that a rank is estimated.
     """
     sums = pair.sums()
     rows, columns = pair.shape
@@ -156,9 +156,9 @@ def difference(pair: Matrices, *, matrix: bool) -> Difference:
 
 
 def _scaling(pair: Matrices, sums: _Sums, noise: float) -> tuple[Cause, float] | None:
-    """Return the cause and the explained share if scaling rows, or columns, explains all but rounding; None otherwise.
+    """Return the cause and the explained share if scaling rows or columns explains all but rounding; otherwise None.
 
-    A single row or column cannot be told from other changes.
+    With a single row or column, scaling cannot be distinguished from other changes.
     """
     directions: list[tuple[Cause, Tensor, tuple[Tensor, Tensor], tuple[int, int]]] = [
         ("row scaling", sums.rows, sums.row_products, (-1, 1)),
@@ -168,7 +168,7 @@ def _scaling(pair: Matrices, sums: _Sums, noise: float) -> tuple[Cause, float] |
         if min(pair.shape) < 2 or int(changed.sum()) < 2:
             continue
         scale = torch.where(squares > 0, products / squares.clamp_min(1e-300), 1.0)
-        # |b|^2 - <a, b>^2 / |a|^2 remains, up to cancellation: a second pass is worthwhile only if that is small.
+        # |b|^2 - <a, b>^2 / |a|^2 remains, up to cancellation; a second pass is worthwhile only if this is small.
         rough = sums.base + 2 * float((products - squares).sum()) + sums.update - float((scale * products).sum())
         if rough > 0.02 * sums.update + 4 * noise + 1e-9 * sums.base:
             continue
@@ -179,7 +179,7 @@ def _scaling(pair: Matrices, sums: _Sums, noise: float) -> tuple[Cause, float] |
 
 
 def _rounded_to(base: torch.dtype, other: Tensor) -> torch.dtype:
-    """Return the type that values were rounded to: the base's if all of them fit into it, otherwise their own."""
+    """Return the dtype to which values were rounded: the base's if it represents all of them, otherwise their own."""
     if not (base.is_floating_point and other.dtype.is_floating_point):
         return torch.float64
     wider = torch.finfo(other.dtype).eps < torch.finfo(base).eps
@@ -187,5 +187,5 @@ def _rounded_to(base: torch.dtype, other: Tensor) -> torch.dtype:
 
 
 def _rounding_variance(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the variance that rounding adds to each float64 value: a twelfth of the squared unit in the last place."""
+    """Return the variance that rounding adds to each float64 value: a twelfth of its squared unit in the last place."""
     return power_below(values, dtype).mul_(torch.finfo(dtype).eps).square_().div_(12)

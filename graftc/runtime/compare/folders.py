@@ -1,6 +1,6 @@
-"""Comparison of two model folders tensor by tensor, read from disk: what differs, and what could have caused it.
+"""Compare two model folders tensor by tensor, reading from disk: the differences, and their likely causes.
 
-Tensors are read in blocks of rows, several times over, so that memory use does not grow with the model.
+Tensors are read in blocks of rows, several times, so that memory use does not grow with the model.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from graftc.runtime.compare.difference import Matrices, difference
 from graftc.specs.errors.text import format_layers
 
 COMPARED = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2")
-"""Element types that are compared in numbers; of others it is told whether their bytes are the same."""
+"""The dtypes that are compared numerically; tensors of other dtypes are only checked for equal bytes."""
 
 
 _LAYER = re.compile(r"(\.|^)\d+(\.)")
 
 
 def alike(comparison: WeightsDiff) -> list[tuple[str, list[WeightChange]]]:
-    """Return the differing tensors, grouped by layers that differ alike.
+    """Return the differing tensors, grouped so that layers that differ in the same way are together.
 
-    Each group has one name with its layers: ``h.{0-3}.attn.q``.
+    Each group has one name that includes its layers, such as ``h.{0-3}.attn.q``.
     """
     groups: dict[tuple[Any, ...], list[WeightChange]] = {}
     for item in comparison.tensors:
@@ -42,7 +42,7 @@ def alike(comparison: WeightsDiff) -> list[tuple[str, list[WeightChange]]]:
 
 
 def _named(names: list[str]) -> str:
-    """Return one name for several tensors that differ in the number of a layer."""
+    """Return one name for several tensors whose names differ only in the layer number."""
     layers = [int(match.group().strip(".")) for name in names if (match := _LAYER.search(name))]
     if len(names) == 1 or len(layers) < len(names):
         return names[0]
@@ -50,17 +50,17 @@ def _named(names: list[str]) -> str:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Return whether a folder contains weights as transformers stores them."""
+    """Return whether a folder contains weights in transformers' file layout."""
     return any((path / name).is_file() for name in (SINGLE, INDEX))
 
 
 def compare_folders(a: Path, b: Path, advance: Callable[[float], None] = lambda _: None) -> WeightsDiff:
-    """Compare the weights of two folders, the second with the first.
+    """Compare the weights in the second folder with those in the first.
 
     Args:
-        a: the first folder, with ``model.safetensors``, or an index and the files that it names.
-        b: the second folder, in the same form.
-        advance: function called with the share that has been compared, from 0 to 1.
+        a: the first folder, with ``model.safetensors``, or with an index and the files that it names.
+        b: the second folder, with the same kinds of files.
+        advance: a function that is called with the share that has been compared, from 0 to 1.
 
     Raises:
         GraftError: GC100 if files are missing or damaged, GC101 if names lead out of a folder.
@@ -86,7 +86,7 @@ def _by_name(item: WeightChange) -> list[tuple[int, str]]:
 
 
 def _rows(tensor: Tensor) -> Callable[[int, int], Tensor]:
-    """Return a function that reads rows of a tensor, seen as a matrix."""
+    """Return a function that reads rows of a tensor, viewed as a matrix."""
     if tensor.dim() < 2:
         tensor = tensor.reshape(1, -1)
     return lambda start, end: tensor[start:end].flatten(1)
@@ -95,7 +95,7 @@ def _rows(tensor: Tensor) -> Callable[[int, int], Tensor]:
 def _compared(
     name: str, stored: StoredTensor, other: StoredTensor | None, folders: Iterable[TensorFolder]
 ) -> WeightChange | None:
-    """Return how a tensor differs; None if it does not."""
+    """Return how a tensor differs; None if it does not differ."""
     if other is None:
         return WeightChange(name, "removed", str(stored), "")
     if stored.shape != other.shape:
@@ -114,7 +114,7 @@ def _compared(
 
 
 def summary(comparison: WeightsDiff) -> list[str]:
-    """Return a line for each possible cause of the differences, those of most tensors first."""
+    """Return a line for each likely cause of the differences, starting with the cause that affects most tensors."""
     counts: dict[Cause, list[Difference]] = {}
     for item in comparison.tensors:
         if item.difference is not None:
@@ -124,13 +124,13 @@ def summary(comparison: WeightsDiff) -> list[str]:
 
 
 _MAKERS: Mapping[Cause, str] = {
-    "low rank": "a low-rank update{}, as LoRA's",
-    "row scaling": "a vector on outputs, as IA3's",
-    "column scaling": "a vector on inputs, as IA3's on feed-forwards",
-    "rows": "training some rows, as of tokens",
+    "low rank": "a low-rank update{}, such as LoRA's",
+    "row scaling": "a vector on outputs, such as IA3's",
+    "column scaling": "a vector on inputs, such as IA3's on feed-forwards",
+    "rows": "training some rows, such as those of tokens",
     "entries": "training some entries",
     "vector": "training a bias, a norm or another tensor that is not a matrix",
-    "full": "full fine-tuning, or an update of high rank, as DoRA's",
+    "full": "full fine-tuning, or a high-rank update, such as DoRA's",
     "rounding": "no more than rounding",
 }
 
@@ -143,9 +143,9 @@ def _ranks(items: Iterable[Difference]) -> str:
 
 
 def lines(comparison: WeightsDiff) -> Iterator[str]:
-    """Yield one line for each tensor, or for those of layers that differ alike, with a sign in front."""
+    """Yield one line, beginning with a sign, for each tensor, or for a group of layers that differ in the same way."""
     signs = {"added": "+", "removed": "-"}
-    text = {"added": "added", "removed": "removed", "retyped": "the same values", "reshaped": "other sizes"}
+    text = {"added": "added", "removed": "removed", "retyped": "the same values", "reshaped": "different sizes"}
     for name, items in alike(comparison):
         first = items[0]
         count = f" ({len(items)} tensors)" if len(items) > 1 else ""

@@ -1,4 +1,4 @@
-"""An estimate of how many directions of a matrix are above the noise of rounding, by a randomised range finder.
+"""Estimate how many directions of a matrix are above the rounding noise, by a randomised range finder.
 
 Halko, Martinsson, Tropp, "Finding structure with randomness" (arXiv:0909.4061): the product of the matrix with random
 vectors, multiplied by the matrix two more times, spans its leading directions. Independent rounding errors with
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING = 8
-"""Directions beyond those that are counted."""
+"""The number of extra directions, which are not counted."""
 FIRST, LARGEST = 24, 384
-"""How many directions are looked for at first, and at last."""
+"""The numbers of directions in the first and in the largest search."""
 MARGIN = 1.25
-"""By how much a direction has to be above the noise to count."""
+"""The factor by which a direction must exceed the noise to be counted."""
 
 
 def estimate_rank(
@@ -30,14 +30,14 @@ def estimate_rank(
 ) -> tuple[int, float] | None:
     """Return the number of singular values above the noise, and the sum of their squares.
 
-    None if there are too many of them, or more than half of those that there can be.
+    The result is None if there are too many of them, or more than half of the largest possible number.
 
     Args:
-        times: function that multiplies the matrix by ``[columns, k]``.
-        transposed_times: function that multiplies its transpose by ``[rows, k]``.
-        changed: numbers of rows and columns that are not zero.
-        shape: numbers of rows and columns.
-        noise: spectral norm of what rounding causes.
+        times: a function that multiplies the matrix by ``[columns, k]``.
+        transposed_times: a function that multiplies the matrix's transpose by ``[rows, k]``.
+        changed: the numbers of rows and columns that are not zero.
+        shape: the numbers of rows and columns.
+        noise: the spectral norm of the rounding errors.
     """
     most = min(changed)
     wanted = FIRST

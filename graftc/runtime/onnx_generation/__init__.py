@@ -1,6 +1,6 @@
-"""Generation over ONNX Runtime, without a torch model: ``load(folder).generate(...)``.
+"""Generate text with ONNX Runtime, without a torch model: ``load(folder).generate(...)``.
 
-Nothing is imported from torch or transformers before a model is loaded.
+Nothing is imported from torch or transformers until a model is loaded.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ def load(
     No torch model is built, and no code in the folder is run.
 
     Args:
-        folder: a decoder's ``model.onnx``, or ``encoder_model.onnx``, ``decoder_model.onnx`` and
-            ``decoder_with_past_model.onnx``, or an `ExportedModel` of transformers with a decode step; with
-            ``config.json``, and ``generation_config.json`` for defaults.
-        providers: execution providers of ONNX Runtime, with or without options; by default CUDA if onnxruntime and the
+        folder: a folder with a decoder's ``model.onnx``; or with ``encoder_model.onnx``, ``decoder_model.onnx`` and
+            ``decoder_with_past_model.onnx``; or with transformers' `ExportedModel` that has a decode step. It must also
+            contain ``config.json``, and may contain ``generation_config.json`` with defaults.
+        providers: ONNX Runtime's execution providers, with or without options; by default CUDA if onnxruntime and the
             machine support it, otherwise the CPU.
-        threads: the number of threads of ONNX Runtime within an operator; by default the number of cores of the
-            machine.
-        session_options: ``onnxruntime.SessionOptions`` for everything else.
+        threads: the number of threads that ONNX Runtime uses within an operator; by default the machine's number of
+            cores.
+        session_options: ``onnxruntime.SessionOptions`` for all other options.
 
     Returns:
-        A model whose ``generate`` is that of transformers. It works in ``transformers.pipeline`` as well.
+        A model with transformers' ``generate``, which also works in ``transformers.pipeline``.
 
     Raises:
-        GraftError: GC061 without onnxruntime, GC073 for arguments of the wrong kind, GC144 for a folder whose graphs
+        GraftError: GC061 without onnxruntime, GC073 for arguments of the wrong type, GC144 for a folder whose graphs
             cannot generate.
     """
     from graftc.runtime.onnx_generation.folders import open_folder

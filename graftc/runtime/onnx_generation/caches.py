@@ -1,4 +1,4 @@
-"""Conversion between transformers' Cache objects and the inputs and outputs of a cached graph."""
+"""Convert between transformers' ``Cache`` objects and the inputs and outputs of a graph with a cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from graftc.runtime.onnx_generation.io_names import Slot
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
-_HINT = "give a DynamicCache that this model has filled, or an empty one"
+_HINT = "pass a DynamicCache that this model has filled, or an empty one"
 
 
 def empty(*, seq2seq: bool) -> Any:
@@ -24,10 +24,10 @@ def empty(*, seq2seq: bool) -> Any:
 
 
 def _parts(cache: Any, *, seq2seq: bool) -> dict[str, Any]:
-    """Return the caches by kind of attention.
+    """Return the caches, by kind of attention.
 
     Raises:
-        GraftError: GC140 for anything that is not a cache, or is a cache of the other kind of model.
+        GraftError: GC140 for an object that is not a cache, or a cache for the other kind of model.
     """
     from transformers.cache_utils import Cache, EncoderDecoderCache
 
@@ -39,22 +39,21 @@ def _parts(cache: Any, *, seq2seq: bool) -> dict[str, Any]:
 
 
 def cross_is_there(cache: Any) -> bool:
-    """Return whether the cache contains keys and values of the encoder's states."""
+    """Return whether the cache contains the keys and values of the encoder's states."""
     layers = _parts(cache, seq2seq=True)["cross"].layers
     return bool(layers) and bool(layers[0].is_initialized) and layers[0].get_seq_length() > 0
 
 
 def length_of(cache: Any, *, seq2seq: bool) -> int:
-    """Return the number of tokens in each row of the cache."""
+    """Return the number of tokens that the cache contains for each row."""
     return int(_parts(cache, seq2seq=seq2seq)["self"].get_seq_length())
 
 
 def _plain(layers: list[Any], count: int) -> None:
-    """Make all layers of a cache hold every token: empty ones of other kinds are replaced.
+    """Replace empty cache layers that would drop tokens, so that all layers of a cache hold every token.
 
     Raises:
-        GraftError: GC140 for layers of another kind that are not empty, or if more layers are not empty than the graph
-            has.
+        GraftError: GC140 if such a layer is not empty, or if the cache has more non-empty layers than the graph.
     """
     from transformers import cache_utils
 
@@ -63,22 +62,22 @@ def _plain(layers: list[Any], count: int) -> None:
         if type(layer) is plain:
             continue
         if getattr(layer, "is_initialized", True):
-            message = f"layer {i} of the cache is a {type(layer).__name__}, and the graph needs every token"
+            message = f"layer {i} of the cache is a {type(layer).__name__}, but the graph needs every token"
             raise GraftError("GC140", message, hint=_HINT)
         layers[i] = plain()
     surplus = sum(layer.is_initialized for layer in layers[count:])
     if surplus:
-        message = f"the cache has {len(layers)} layers that hold something, and the graph {count}: another model's"
+        message = f"the cache has more layers than the graph, {len(layers)} instead of {count}: it is another model's"
         raise GraftError("GC140", message, hint=_HINT)
     del layers[count:]
     layers += [plain() for _ in range(count - len(layers))]
 
 
 def read(graph: OnnxGraph, cache: Any, batch: int, *, seq2seq: bool) -> dict[str, Tensor]:
-    """Return a graph's inputs from a cache, by name; an empty cache gives tensors of length 0.
+    """Return a graph's inputs from a cache, by name; an empty cache results in tensors of length 0.
 
     Raises:
-        GraftError: GC140 for a cache of another model, batch or type.
+        GraftError: GC140 for a cache that belongs to another model or has another batch size or dtype.
     """
     parts = _parts(cache, seq2seq=seq2seq)
     for attention, part in parts.items():
@@ -102,12 +101,12 @@ def read(graph: OnnxGraph, cache: Any, batch: int, *, seq2seq: bool) -> dict[str
 def _check(slot: Slot, tensor: Tensor, expected: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(tensor.shape) != expected or tensor.dtype != dtype:
         has, wants = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(expected)}"
-        message = f"{slot.part}s of layer {slot.layer} in the cache are {has}, and the graph takes {wants}"
+        message = f"{slot.part}s of layer {slot.layer} in the cache are {has}, but the graph takes {wants}"
         raise GraftError("GC140", message.replace("torch.", ""), hint=_HINT)
 
 
 def write(graph: OnnxGraph, cache: Any, outputs: Mapping[str, Tensor], *, seq2seq: bool) -> None:
-    """Write a graph's outputs into a cache, in place and without a copy."""
+    """Write a graph's outputs into a cache, in place and without copying."""
     parts = _parts(cache, seq2seq=seq2seq)
     for slot, name in graph.present.items():
         layer, tensor = parts[slot.attention].layers[slot.layer], outputs[name]

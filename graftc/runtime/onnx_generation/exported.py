@@ -1,4 +1,4 @@
-"""Folders of `transformers.exporters.ExportedModel`: writing them from a decoder's graph, and finding their graphs."""
+"""Write `transformers.exporters.ExportedModel` folders from a decoder's graph, and locate the graphs in them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _CONFIGS = ("config.json", "generation_config.json")
 
 
 def graph_in(folder: Path) -> Path:
-    """Return the path of the graph of a decode step in an `ExportedModel` folder.
+    """Return the path of the decode step's graph in an `ExportedModel` folder.
 
     Raises:
-        GraftError: GC144 for a manifest that names none, or a file that is not beside it.
+        GraftError: GC144 if the manifest names no such graph, or a file outside its own folder.
     """
     try:
         manifest = json.loads(read_regular(folder / MANIFEST))
@@ -33,7 +33,7 @@ def graph_in(folder: Path) -> Path:
         raise GraftError("GC144", f"{MANIFEST} in {folder} cannot be read: {first_line(error)}") from error
     file = parts.get("decode", parts.get("model"))
     if form != "onnx" or file is None:
-        raise GraftError("GC144", f"{MANIFEST} in {folder} names no ONNX file of a decode step")
+        raise GraftError("GC144", f"{MANIFEST} in {folder} names no ONNX file for a decode step")
     if not isinstance(file, str) or Path(file).name != file:
         raise GraftError("GC144", f"{MANIFEST} in {folder} names a file that is not beside it")
     return folder / file
@@ -46,16 +46,16 @@ def _transformers_name(slot: Slot, side: str) -> str:
 def write_exported_model(source: str | Path, destination: str | Path, *, force: bool = False) -> Path:
     """Write an `ExportedModel` folder from a folder with a decoder's ``model.onnx`` and its configs.
 
-    The graph is the same, except that its cache is named by the paths that transformers' runner reads:
+    The graph is the same, except that its cache tensors are named by the paths that transformers' runner reads, such as
     ``cache.layers.0.keys``. ``ExportedModel.from_pretrained(destination)(input_ids=..., attention_mask=...,
-    position_ids=..., cache=...)`` returns a ``CausalLMOutputWithPast``. At first, the cache must have keys and values
-    ``[batch, heads, 0, head_dim]`` in each layer, written with ``cache.update``. An `ExportedModel` has no
-    ``generate``; `graftc.runtime.onnx_generation.load` reads its folders as well, and returns a model that has one.
+    position_ids=..., cache=...)`` returns a ``CausalLMOutputWithPast``. For the first call, each layer of the cache
+    must have keys and values ``[batch, heads, 0, head_dim]``, written with ``cache.update``. An `ExportedModel` has no
+    ``generate``; `graftc.runtime.onnx_generation.load` also reads its folders, and returns a model that does.
 
     Args:
         source: the folder with ``model.onnx``, ``config.json`` and optionally ``generation_config.json``.
         destination: the folder to write, with its own copy of the weights.
-        force: if true, replace a folder that this function, or transformers, wrote.
+        force: if true, replace a folder that this function or transformers wrote.
 
     Returns:
         The destination.
@@ -111,7 +111,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _structure(layers: int) -> str:
-    """Return the outputs' structure as transformers' exporter records it: logits, and a cache of plain layers."""
+    """Return the structure of the outputs as transformers' exporter records it: logits, and a cache of plain layers."""
     import torch
     from transformers import DynamicCache
     from transformers.exporters import exporter_dynamo

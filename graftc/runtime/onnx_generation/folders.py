@@ -1,4 +1,4 @@
-"""Reading a folder of ONNX files with its configs, without running any code in it."""
+"""Read a folder of ONNX files with its configs, without running any code in it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _generation_config(folder: Path, config: Any) -> Any:
 
 
 def _named(kind: type, config: Any) -> type:
-    """Return a class with the source model's name, by which transformers decides what a model supports."""
+    """Return a class with the source model's name, from which transformers derives what a model supports."""
     name = next(iter(getattr(config, "architectures", None) or ()), None)
     return type(name, (kind,), {}) if isinstance(name, str) and name.isidentifier() else kind
 
@@ -45,7 +45,7 @@ def _options(threads: Any, session_options: Any) -> Any:
     if threads is not None:
         if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
             shown = threads if isinstance(threads, int) else kind_of(threads)
-            raise GraftError("GC073", f"threads is {shown}", hint="give a whole number from 1")
+            raise GraftError("GC073", f"threads is {shown}", hint="use an integer from 1")
         options.intra_op_num_threads = threads
     return options
 
@@ -69,7 +69,7 @@ def open_folder(
     if bool(getattr(config, "is_encoder_decoder", False)) != seq2seq:
         described = "a decoder only" if seq2seq else "an encoder and a decoder"
         raise GraftError(
-            "GC144", f"config.json describes {described}, and the files are {', '.join(f.name for f in files)}"
+            "GC144", f"config.json describes {described}, but the files are {', '.join(f.name for f in files)}"
         )
     chosen, options = providers_for(providers), _options(threads, session_options)
     graphs = [OnnxGraph(file, chosen, options) for file in files]

@@ -1,4 +1,4 @@
-"""``genai_config.json``, which onnxruntime-genai reads beside a decoder's ONNX file."""
+"""Create ``genai_config.json``, which onnxruntime-genai reads beside a decoder's ONNX file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from graftc.runtime.onnx_generation.io_names import optimum_name, slots_of
 
-# The library's names of model types (src/models/model_type.h), by transformers' names. Its GPT-2 is left out, since it
-# has keys and values of a layer in one tensor.
+# The library's names for model types (src/models/model_type.h), by transformers' names. GPT-2 is omitted, since the
+# library stores a layer's keys and values in one tensor for it.
 _TYPES = {
     "ernie4_5": "ernie4_5",
     "gemma": "gemma",
@@ -49,9 +49,9 @@ def genai_obstacle(config: Any, inputs: Sequence[str], outputs: Sequence[str]) -
     """Return the reason why onnxruntime-genai cannot run a graph, or None if it can.
 
     Args:
-        config: the model's config, from transformers.
-        inputs: names of the graph's inputs.
-        outputs: names of its outputs.
+        config: the model's transformers config.
+        inputs: the names of the graph's inputs.
+        outputs: the names of the graph's outputs.
     """
     kind = getattr(config, "model_type", None)
     if kind not in _TYPES:
@@ -61,9 +61,9 @@ def genai_obstacle(config: Any, inputs: Sequence[str], outputs: Sequence[str]) -
     for slots, side, names in ((past, "past_key_values", inputs), (present, "present", outputs)):
         wanted = {optimum_name(slot, side) for slot in slots}  # type: ignore[arg-type]
         if len(slots) != 2 * layers or not wanted <= set(names) or any(s.attention != "self" for s in slots):
-            return f"the graph has no {side} of {layers} layers, with a key and a value each"
+            return f"the graph has no {side} for {layers} layers, with a key and a value each"
     if strange := sorted(set(inputs) - set(past.values()) - set(_INPUTS)):
-        return f"onnxruntime-genai gives nothing for {', '.join(strange)}"
+        return f"onnxruntime-genai does not provide {', '.join(strange)}"
     if "logits" not in outputs:
         return "the graph has no logits"
     return None
@@ -76,14 +76,14 @@ def genai_config(
     inputs: Sequence[str],
     outputs: Sequence[str],
 ) -> dict[str, Any] | None:
-    """Return the content of ``genai_config.json`` for a decoder's graph whose inputs and outputs have Optimum's names.
+    """Return the contents of ``genai_config.json`` for a decoder's graph whose inputs and outputs have Optimum's names.
 
     Args:
-        config: the model's config, from transformers.
-        generation_config: its generation defaults, which become those of the search.
-        filename: the file name of the graph, in the same folder as the result and the tokenizer.
-        inputs: names of the graph's inputs.
-        outputs: names of its outputs.
+        config: the model's transformers config.
+        generation_config: the model's generation defaults, which become the defaults of the search.
+        filename: the graph's file name, in the same folder as the result and the tokenizer.
+        inputs: the names of the graph's inputs.
+        outputs: the names of the graph's outputs.
 
     Returns:
         Plain data for ``json.dumps``; None if `genai_obstacle` returns a reason. Past and present are separate tensors
@@ -132,7 +132,7 @@ def _value(config: Any, name: str, default: Any) -> Any:
 
 
 def _special_tokens(config: Any, generation_config: Any) -> dict[str, Any]:
-    """Return the known special tokens; the end token also serves as padding if there is no padding token."""
+    """Return the known special tokens; without a padding token, the end token is used for padding."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     tokens = {name: _value(generation_config, name, getattr(config, name, None)) for name in names}
     end = tokens["eos_token_id"]

@@ -1,4 +1,4 @@
-"""One graph in ONNX Runtime: its inputs are bound in place, its outputs are torch tensors on ONNX Runtime's memory."""
+"""A graph in ONNX Runtime, whose inputs are bound in place and whose outputs are torch tensors in its memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Provider = str | tuple[str, Mapping[str, Any]]
 CPU = "CPUExecutionProvider"
 _CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
-# By a type's name in a session: torch's dtype, and the number in onnx.TensorProto.
+# By the name of a type in a session: torch's dtype, and the type's number in onnx.TensorProto.
 _TYPES: dict[str, tuple[torch.dtype, int]] = {
     "tensor(float)": (torch.float32, 1),
     "tensor(int32)": (torch.int32, 6),
@@ -42,11 +42,11 @@ _OURS = frozenset(
         "encoder_hidden_states",
     }
 )
-"""The inputs, except the cache, that a call can give."""
+"""The inputs, apart from the cache, that a call can pass."""
 
 
 class _Input(NamedTuple):
-    """The type of a graph's input and its sizes, of which those that vary are not numbers."""
+    """The dtype and the sizes of a graph's input; the sizes of dynamic axes are not integers."""
 
     dtype: torch.dtype
     number: int
@@ -54,7 +54,7 @@ class _Input(NamedTuple):
 
 
 def runtime() -> Any:
-    """Return the package ``onnxruntime``.
+    """Return the module ``onnxruntime``.
 
     Raises:
         GraftError: GC061 if it is not installed.
@@ -70,10 +70,10 @@ def runtime() -> Any:
 
 
 def providers_for(requested: Sequence[Provider] | None) -> list[Any]:
-    """Return the requested execution providers; by default CUDA, if this build and machine support it, and the CPU.
+    """Return the requested execution providers, or by default CUDA (if this build and machine support it) and the CPU.
 
     Raises:
-        GraftError: GC073 for one that this build of onnxruntime does not have.
+        GraftError: GC073 for a provider that this build of onnxruntime lacks.
     """
     available = runtime().get_available_providers()
     if requested is None:
@@ -90,22 +90,22 @@ def providers_for(requested: Sequence[Provider] | None) -> list[Any]:
 
 
 class OnnxGraph:
-    """An ONNX file in a session.
+    """An ONNX file loaded in a session.
 
     Args:
-        path: the file; external data is read from its own folder only.
-        providers: execution providers, the first of which determines the device.
+        path: the file; external data is read only from the same folder.
+        providers: the execution providers, the first of which determines the device.
         options: ``onnxruntime.SessionOptions``.
 
     Attributes:
-        inputs: the type and sizes of each input, by name.
-        past: names of the inputs that contain a cache, by slot.
-        sizes: the number of heads and their width in each tensor of the cache, by slot.
-        present: names of the outputs that contain a cache, by slot.
+        inputs: the dtype and sizes of each input, by name.
+        past: the names of the inputs that contain the cache, by slot.
+        sizes: the number of heads and the head width of each cache tensor, by slot.
+        present: the names of the outputs that contain the cache, by slot.
         device: the device of floating-point tensors.
 
     Raises:
-        GraftError: GC144 for a file that ONNX Runtime does not load, or for inputs that no call can give.
+        GraftError: GC144 for a file that ONNX Runtime cannot load, or for inputs that calls cannot pass.
     """
 
     def __init__(self, path: Path, providers: Sequence[Any], options: Any) -> None:
@@ -115,7 +115,7 @@ class OnnxGraph:
         try:
             self.session = runtime().InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:
-            raise GraftError("GC144", f"ONNX Runtime does not load {path}: {first_line(error)}") from error
+            raise GraftError("GC144", f"ONNX Runtime could not load {path}: {first_line(error)}") from error
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         unknown = [i.name for i in inputs if i.type not in _TYPES]
         if unknown:
@@ -125,8 +125,8 @@ class OnnxGraph:
         self.past, self.present = slots_of(self.inputs), slots_of(self.outputs)
         strange = sorted(set(self.inputs) - _OURS - set(self.past.values()))
         if strange:
-            hint = "graphs with one file for the first and the later steps (use_cache_branch) are not read"
-            raise GraftError("GC144", f"{path.name} has inputs that no call gives: {', '.join(strange)}", hint=hint)
+            hint = "graphs with one file for the first and the later steps (use_cache_branch) are not supported"
+            raise GraftError("GC144", f"{path.name} has inputs that no call provides: {', '.join(strange)}", hint=hint)
         self.sizes = {slot: self._fixed(slot) for slot in self.past}
         self.device = self._device()
 
@@ -138,50 +138,50 @@ class OnnxGraph:
 
     def _fixed(self, slot: Slot) -> tuple[int, int]:
         shape = self.inputs[self.past[slot]].shape
-        # transformers' exporter writes numbers as names.
+        # transformers' exporter writes fixed sizes as names.
         heads, width = (str(shape[i]) if len(shape) == 4 else "" for i in (1, 3))
         if not heads.isdecimal() or not width.isdecimal():
             shown = ", ".join(str(size) for size in shape)
             message = f"{self.path.name}: {self.past[slot]} is [{shown}], not [batch, heads, length, head_dim]"
-            raise GraftError("GC144", message, hint="heads and head_dim are numbers, batch and length are names")
+            raise GraftError("GC144", message, hint="heads and head_dim must be fixed, batch and length dynamic")
         return int(heads), int(width)
 
     def dtype(self, slot: Slot) -> torch.dtype:
-        """Return the type of a tensor of the cache."""
+        """Return the dtype of a cache tensor."""
         return self.inputs[self.past[slot]].dtype
 
     def __call__(self, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Run the graph on those of the tensors that it takes.
+        """Run the graph on the tensors that it takes; others are ignored.
 
         Returns:
-            Its outputs by name, on its device, in memory that ONNX Runtime allocated and that they keep alive.
+            The outputs, by name, on the graph's device; they keep the memory alive that ONNX Runtime allocated.
 
         Raises:
-            GraftError: GC145 for an input that is missing or of another rank, or if the graph fails.
+            GraftError: GC145 if an input is missing or has the wrong rank, or if the graph fails.
         """
         binding = self.session.io_binding()
         alive = [self._bind(binding, name, given.get(name)) for name in self.inputs]
         cuda = self.device.type == "cuda"
         for name in self.outputs:
             binding.bind_output(name, self.device.type, self.device.index or 0)
-        if cuda:  # ONNX Runtime uses a stream of its own
+        if cuda:  # ONNX Runtime uses its own stream
             torch.cuda.current_stream(self.device).synchronize()
         try:
             self.session.run_with_iobinding(binding)
         except Exception as error:
-            raise GraftError("GC145", f"ONNX Runtime fails in {self.path.name}: {first_line(error)}") from error
+            raise GraftError("GC145", f"ONNX Runtime failed in {self.path.name}: {first_line(error)}") from error
         if cuda:
             binding.synchronize_outputs()
         del alive
         return {name: _as_torch(value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
 
     def _bind(self, binding: Any, name: str, tensor: Tensor | None) -> Tensor:
-        """Bind an input, and return its buffer, which has to stay alive until the graph has run."""
+        """Bind an input, and return its buffer, which must stay alive until the graph has run."""
         expected = self.inputs[name]
         if tensor is None:
-            raise GraftError("GC145", f"{self.path.name} takes {name}, which the call does not give")
+            raise GraftError("GC145", f"{self.path.name} takes {name}, which the call does not pass")
         if tensor.dim() != len(expected.shape):
-            message = f"{name} is {tuple(tensor.shape)}, and {self.path.name} takes {len(expected.shape)} axes"
+            message = f"{name} is {tuple(tensor.shape)}, but {self.path.name} takes {len(expected.shape)} axes"
             raise GraftError("GC145", message)
         # Integers are used in shapes, which are computed on the host.
         place = self.device if expected.dtype.is_floating_point else torch.device("cpu")

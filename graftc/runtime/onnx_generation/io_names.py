@@ -1,4 +1,4 @@
-"""Names of a cached graph's inputs and outputs: Optimum's, and those of transformers' exporters."""
+"""The names of the inputs and outputs of a graph with a cache, as written by Optimum and by transformers' exporters."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 DECODER = "model.onnx"
-"""The file name of a decoder."""
+"""The file name of a decoder's graph."""
 PAIR = ("encoder_model.onnx", "decoder_model.onnx", "decoder_with_past_model.onnx")
-"""The file names of an encoder and of its decoder: the first step, and all others."""
+"""The file names of an encoder's graph and its decoder's two graphs: for the first step, and for all later steps."""
 
 
 class Slot(NamedTuple):
-    """One tensor of a cache, ``[batch, heads, length, head_dim]``: of self-attention, or of attention to an encoder."""
+    """A cache tensor, ``[batch, heads, length, head_dim]``, of self-attention or of cross-attention."""
 
     layer: int
     attention: Literal["self", "cross"]
@@ -40,12 +40,12 @@ def _slot(name: str) -> Slot | None:
 
 
 def slots_of(names: Iterable[str]) -> dict[Slot, str]:
-    """Return the names that belong to a cache, by slot, in order of layers."""
+    """Return the names that belong to a cache, by slot, in the order of layers."""
     slots = {slot: name for name in names if (slot := _slot(name)) is not None}
     return dict(sorted(slots.items()))
 
 
 def optimum_name(slot: Slot, side: Literal["past_key_values", "present"], *, seq2seq: bool = False) -> str:
-    """Return the name of a cache's tensor as an input (``past_key_values``) or an output (``present``)."""
+    """Return the name of a cache tensor as an input (``past_key_values``) or an output (``present``)."""
     middle = {"self": "decoder.", "cross": "encoder."}[slot.attention] if seq2seq else ""
     return f"{side}.{slot.layer}.{middle}{slot.part}"

@@ -1,4 +1,4 @@
-"""Models that generate from graphs in ONNX Runtime, through transformers' own loop."""
+"""Models that generate text from graphs in ONNX Runtime, through transformers' own loop."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from graftc.runtime.onnx_generation.graphs import OnnxGraph
 from graftc.specs.errors.diagnostics import GraftError
 
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""The name that this release of transformers has for the cache in a call and in its outputs."""
+"""The name of the cache in calls and outputs in this release of transformers."""
 
 _IMPLEMENTATIONS = (None, "dynamic", "hybrid")
 
 
 def table_of(config: Any) -> int | None:
-    """Return the number of positions in a table of them; None if positions are computed, or relative."""
+    """Return the size of the model's position table; None if positions are computed or relative."""
     config = config.get_text_config(decoder=True)
     if getattr(config, "rope_parameters", None) is not None or getattr(config, "alibi", False):
         return None
@@ -31,11 +31,11 @@ def table_of(config: Any) -> int | None:
 
 
 def _growing(model: OnnxModel, prepare: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-    """Prepare a cache; refuse a kind that the graphs do not take."""
+    """Prepare a cache, and refuse kinds that the graphs do not support."""
     kind = generation_config.cache_implementation
     if kind not in _IMPLEMENTATIONS:
-        hint = "leave cache_implementation out: graphs take a dynamic cache"
-        raise GraftError("GC140", f"graphs in ONNX Runtime have no {kind} cache", hint=hint)
+        hint = "leave out cache_implementation: the graphs take a dynamic cache"
+        raise GraftError("GC140", f"graphs in ONNX Runtime do not support a {kind} cache", hint=hint)
     return prepare(generation_config, *args, **kwargs)
 
 
@@ -45,12 +45,12 @@ class OnnxModel(GenerationMixin):
     """The base class of both kinds of model.
 
     `generate` is `transformers.GenerationMixin.generate`, with everything that it supports: greedy search, sampling,
-    beams, assisted generation, padding on the left, streamers, stopping criteria.
+    beam search, assisted generation, left padding, streamers and stopping criteria.
 
     Attributes:
         config: the source model's config.
-        generation_config: its generation defaults.
-        decoder_graph: the graph of a step.
+        generation_config: the source model's generation defaults.
+        decoder_graph: the graph that runs a step.
     """
 
     main_input_name = "input_ids"
@@ -64,10 +64,10 @@ class OnnxModel(GenerationMixin):
         self._require(graph, "logits", past=True)
 
     def _require(self, graph: OnnxGraph, output: str, *, past: bool) -> None:
-        """Check that a graph has an output and, with ``past``, that it returns the complete cache that it takes.
+        """Check that a graph has an output and, with ``past``, that it returns the whole cache that it takes.
 
         Raises:
-            GraftError: GC144 if it does not.
+            GraftError: GC144 if the output is missing or the cache is incomplete.
         """
         name = graph.path.name
         if output not in graph.outputs:
@@ -77,12 +77,12 @@ class OnnxModel(GenerationMixin):
         own = [slot for slot in graph.past if slot.attention == "self"]
         if not own:
             hint = "export the graphs for generation; an encoder, or a graph without a cache, has no decode step"
-            raise GraftError("GC144", f"{name} takes no keys and values of earlier tokens", hint=hint)
+            raise GraftError("GC144", f"{name} does not take the keys and values of earlier tokens", hint=hint)
         lost = [graph.past[slot] for slot in own if slot not in graph.present]
         layers = {slot.layer for slot in own}
         if lost or layers != set(range(len(layers))) or len(own) != 2 * len(layers):
-            shown = f"it does not give {lost[0]} back" if lost else "layers are missing"
-            raise GraftError("GC144", f"the cache of {name} is not complete: {shown}")
+            shown = f"it does not return {lost[0]}" if lost else "layers are missing"
+            raise GraftError("GC144", f"the cache of {name} is incomplete: {shown}")
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +91,7 @@ class OnnxModel(GenerationMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The element type of keys and values."""
+        """The dtype of keys and values."""
         return self.decoder_graph.dtype(next(iter(self.decoder_graph.past)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +106,7 @@ class OnnxModel(GenerationMixin):
         return True
 
     def is_remote_code(self) -> bool:
-        """Return False, since no code comes with the files."""
+        """Return False, since the files contain no code."""
         return False
 
     def get_experts_implementation(self) -> dict[str, str]:
@@ -114,11 +114,11 @@ class OnnxModel(GenerationMixin):
         return {}
 
     def eval(self) -> Self:
-        """Return the model, which has no other mode."""
+        """Return the model, which has only this mode."""
         return self
 
     def to(self, device: Any = None) -> Self:
-        """Return the model if it is on the device already.
+        """Return the model if it is already on the device.
 
         Raises:
             GraftError: GC073 for another device.
@@ -137,14 +137,14 @@ class OnnxModel(GenerationMixin):
         return caches.empty(seq2seq=self._seq2seq) if cache is None else cache
 
     def _refuse(self, given: Mapping[str, Any]) -> None:
-        """Raise if there are arguments that the graphs do not support, unless they are None or False."""
+        """Check that arguments that the graphs do not support are None or False."""
         taken = ("cache", "past_key_values", "return_dict")
         unread = [n for n, value in given.items() if n not in taken and value is not None and value is not False]
         if unread:
-            raise GraftError("GC145", f"the graphs take and give nothing for {', '.join(sorted(unread))}")
+            raise GraftError("GC145", f"the graphs do not support {', '.join(sorted(unread))}")
 
     def _within(self, total: int, mask: Tensor | None, positions: Tensor | None) -> None:
-        """Check positions against the table; the tensors are read only if there are more tokens than positions.
+        """Check positions against the model's table; tensors are read only if there are more tokens than positions.
 
         Raises:
             GraftError: GC143 for a position beyond the table.
@@ -161,9 +161,9 @@ class OnnxModel(GenerationMixin):
     def _run(
         self, graph: OnnxGraph, given: dict[str, Tensor], cache: Any, use_cache: bool | None, logits_to_keep: int
     ) -> dict[str, Any]:
-        """Run a step, and return the logits of the last tokens and the cache, by the names of the outputs.
+        """Run a step, and return the logits of the last tokens and the cache, by output name.
 
-        Tokens are checked first, since ONNX counts ids below zero from the end of a table.
+        Tokens are checked first, since ONNX counts negative ids from the end of the table.
 
         Raises:
             GraftError: GC145 for a token that is not in the vocabulary.
@@ -173,7 +173,7 @@ class OnnxModel(GenerationMixin):
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= size:
                 message = f"token {low if low < 0 else high} is not in the vocabulary of {size}"
-                raise GraftError("GC145", message, hint="take ids from the model's own tokenizer")
+                raise GraftError("GC145", message, hint="use ids from the model's own tokenizer")
         outputs = graph(given)
         logits = outputs["logits"]
         fields = {"logits": logits[:, -logits_to_keep:] if logits_to_keep else logits}
@@ -186,22 +186,22 @@ class OnnxModel(GenerationMixin):
 def _require_tokens(tokens: Tensor | None, name: str) -> Tensor:
     if tokens is None or tokens.dim() != 2 or not tokens.numel():
         shown = "missing" if tokens is None else f"{list(tokens.shape)}"
-        raise GraftError("GC145", f"{name} is {shown}", hint="give [batch, tokens], one token at least")
+        raise GraftError("GC145", f"{name} is {shown}", hint="pass [batch, tokens], with at least one token")
     return tokens
 
 
 def _mask(mask: Tensor | None, batch: int, length: int, like: Tensor, name: str) -> Tensor:
-    """Return the mask over all tokens; by default it is all ones."""
+    """Check and return the mask over all tokens; by default, it is all ones."""
     if mask is None:
         return torch.ones((batch, length), dtype=torch.int64, device=like.device)
     if tuple(mask.shape) != (batch, length):
-        hint = f"it has one number for each token, those in the cache included: [{batch}, {length}]"
+        hint = f"pass one value for each token, including those in the cache: [{batch}, {length}]"
         raise GraftError("GC145", f"{name} is {list(mask.shape)}", hint=hint)
     return mask
 
 
 class OnnxCausalLM(OnnxModel):
-    """A decoder: one graph for the prompt and for every later token."""
+    """A decoder, with one graph for the prompt and for all later tokens."""
 
     def forward(
         self,
@@ -213,23 +213,23 @@ class OnnxCausalLM(OnnxModel):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Compute the logits of new tokens.
+        """Compute the logits for new tokens.
 
         Args:
-            input_ids: int64 ``[batch, tokens]``, the tokens that are not in the cache.
+            input_ids: int64 ``[batch, tokens]``, the tokens that are not yet in the cache.
             attention_mask: ``[batch, cached + tokens]``, 0 at padding; by default all ones.
             position_ids: int64 ``[batch, tokens]``; by default they continue from the cache.
             token_type_ids: token types, for graphs that take them.
             use_cache: if False, no cache is returned.
             logits_to_keep: the number of last tokens whose logits are returned; 0 for all.
-            **kwargs: ``cache`` (once ``past_key_values``): a `DynamicCache`, which is written in place.
+            **kwargs: ``cache`` (formerly ``past_key_values``): a `DynamicCache`, which is written in place.
 
         Returns:
             ``logits`` ``[batch, tokens, vocabulary]``, and the cache.
 
         Raises:
-            GraftError: GC140 for a cache of another model, GC145 for inputs that do not fit, GC143 for positions beyond
-                the model's table.
+            GraftError: GC140 for another model's cache, GC145 for invalid inputs, GC143 for positions beyond the
+                model's table.
         """
         self._refuse(kwargs)
         input_ids = _require_tokens(input_ids, "input_ids")
@@ -242,12 +242,14 @@ class OnnxCausalLM(OnnxModel):
         if "attention_mask" in graph.inputs:
             given["attention_mask"] = _mask(attention_mask, batch, start + tokens, input_ids, "attention_mask")
         elif attention_mask is not None and not bool(attention_mask.all()):
-            raise GraftError("GC145", f"{graph.path.name} takes no attention_mask", hint="give rows without padding")
+            raise GraftError("GC145", f"{graph.path.name} takes no attention_mask", hint="pass rows without padding")
         if "position_ids" in graph.inputs:
             if position_ids is None:
                 position_ids = torch.arange(start, start + tokens, device=input_ids.device).unsqueeze(0)
             elif tuple(position_ids.shape) not in ((batch, tokens), (1, tokens)):
-                raise GraftError("GC145", f"position_ids is {list(position_ids.shape)}", hint=f"[{batch}, {tokens}]")
+                raise GraftError(
+                    "GC145", f"position_ids is {list(position_ids.shape)}", hint=f"pass [{batch}, {tokens}]"
+                )
             given["position_ids"] = position_ids.expand(batch, -1)
         if token_type_ids is not None:
             given["token_type_ids"] = token_type_ids
@@ -255,7 +257,7 @@ class OnnxCausalLM(OnnxModel):
 
 
 class Encoder:
-    """The encoder in the form in which transformers' loop calls it."""
+    """The encoder, in the form in which transformers' loop calls it."""
 
     def __init__(self, graph: OnnxGraph) -> None:
         self.graph = graph
@@ -282,7 +284,7 @@ class Encoder:
 class OnnxSeq2SeqLM(OnnxModel):
     """An encoder and a decoder.
 
-    The first decoder call computes keys and values of the encoder's states, later ones take them from the cache.
+    The first decoder call computes the keys and values of the encoder's states; later calls take them from the cache.
     """
 
     _seq2seq = True
@@ -295,7 +297,7 @@ class OnnxSeq2SeqLM(OnnxModel):
         self._require(first, "logits", past=False)
         lost = sorted(later.past[slot] for slot in later.past if slot not in first.present)
         if lost:
-            raise GraftError("GC144", f"{first.path.name} does not give what {later.path.name} takes as {lost[0]}")
+            raise GraftError("GC144", f"{first.path.name} does not return what {later.path.name} takes as {lost[0]}")
         self.encoder, self.first_graph = Encoder(encoder), first
         self.main_input_name = self.encoder.main_input_name
 
@@ -314,24 +316,24 @@ class OnnxSeq2SeqLM(OnnxModel):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> Seq2SeqLMOutput:
-        """Compute the logits of new tokens of the decoder.
+        """Compute the logits for new decoder tokens.
 
         Args:
-            input_ids: int64 ``[batch, tokens]`` of the encoder; not needed with ``encoder_outputs``.
-            attention_mask: ``[batch, tokens]`` of the encoder, 0 at padding; by default all ones.
-            decoder_input_ids: int64 ``[batch, new]``, the tokens that are not in the cache.
-            decoder_attention_mask: ``[batch, cached + new]``, for graphs that take it; with others, only all ones are
-                accepted.
+            input_ids: the encoder's tokens, int64 ``[batch, tokens]``; not needed with ``encoder_outputs``.
+            attention_mask: the encoder's mask, ``[batch, tokens]``, 0 at padding; by default all ones.
+            decoder_input_ids: int64 ``[batch, new]``, the tokens that are not yet in the cache.
+            decoder_attention_mask: ``[batch, cached + new]``, for graphs that take it; other graphs accept only a mask
+                of all ones.
             encoder_outputs: the encoder's outputs.
             use_cache: if False, no cache is returned.
             logits_to_keep: the number of last tokens whose logits are returned; 0 for all.
-            **kwargs: ``cache`` (once ``past_key_values``): an `EncoderDecoderCache`, which is written in place.
+            **kwargs: ``cache`` (formerly ``past_key_values``): an `EncoderDecoderCache`, which is written in place.
 
         Returns:
             ``logits`` ``[batch, new, vocabulary]``, the cache, and the encoder's states.
 
         Raises:
-            GraftError: as `OnnxCausalLM.forward`.
+            GraftError: as for `OnnxCausalLM.forward`.
         """
         own = {name: kwargs.pop(name) for name in (self.main_input_name,) if name in kwargs}
         self._refuse(kwargs)
@@ -344,7 +346,7 @@ class OnnxSeq2SeqLM(OnnxModel):
         past = caches.read(graph, cache, batch, seq2seq=True)
         start = caches.length_of(cache, seq2seq=True)
         if start and graph is self.first_graph:
-            raise GraftError("GC140", "the cache holds tokens of the decoder, and nothing of the encoder")
+            raise GraftError("GC140", "the cache contains decoder tokens, but nothing from the encoder")
         self._within(start + new, decoder_attention_mask, None)
         given = {**past, "input_ids": decoder_input_ids, "encoder_hidden_states": states}
         if "encoder_attention_mask" in graph.inputs:

@@ -1,1 +1,1 @@
-"""Views of a rewritten model: its page, and pictures of its graph. `assets` contains the code for browsers."""
+"""Views of a rewritten model: a page, and pictures of its graph. `assets` contains the code that runs in browsers."""

@@ -1,4 +1,4 @@
-"""The contents of a page as JSON data: figures, sites, the module tree, and the graphs at every step."""
+"""Create the contents of a page as JSON data: figures, sites, the module tree, and the graphs at every step."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from graftc.version import __version__
 
 FORMAT = 1
 PALETTE = ("#3b82c4", "#d9772b", "#2f9e6e", "#b5498f", "#8a6fd1", "#b08a1e", "#2aa3a3", "#c8534f")
-"""Colours of adaptations, in their order; they repeat if there are more adaptations."""
+"""The colours of adaptations, in order; they repeat if there are more adaptations."""
 
 MODES: tuple[Mode, ...] = ("eval", "train")
 CURVES = 1000
-"""The largest number of curves of a log that are shown."""
+"""The maximum number of a log's curves that are shown."""
 
 _NEAR = 50
-"""The largest number of nearly matching places that are listed for a target."""
+"""The maximum number of nearly matching sites that are listed for a target."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,15 @@ class Evidence:
     """The facts about a compiled model that its `Snapshot` does not contain.
 
     Attributes:
-        certificate: the certificate of its fold, as JSON data; None if none was made.
-        kept: the adaptations that do not fold, with the reason; None if folding was not tried.
-        structure: the roles in the base; by default they are found in its graph.
-        curves: the curves of its training, each with ``name``, ``group``, ``steps`` and ``values``.
-        figures: the current figures of controllers, by adaptation and site: ``{"rank": 4}``.
-        warnings: the warnings from compiling it, each with ``code`` and ``text``.
-        artifact: the name of its directory.
+        certificate: the certificate of its fold, as JSON data; None if nothing was certified.
+        kept: the adaptations that do not fold, with the reasons; None if folding was not tried.
+        structure: the roles in the base; by default they are derived from its graph.
+        curves: its training curves, each with ``name``, ``group``, ``steps`` and ``values``.
+        figures: the current figures of controllers, by adaptation and site, such as ``{"rank": 4}``.
+        warnings: the warnings from its compilation, each with ``code`` and ``text``.
+        artifact: the name of the artifact's folder.
         title: the title of the page; by default the model's class.
-        differences: the differences from the model that it is compared with, each with ``what`` and ``lines``.
+        differences: the differences from the model with which it is compared, each with ``what`` and ``lines``.
     """
 
     certificate: Mapping[str, Any] | None = None
@@ -68,12 +68,12 @@ class Evidence:
 
 
 def contents(snapshot: Snapshot, evidence: Evidence | None = None, before: Snapshot | None = None) -> dict[str, Any]:
-    """Return the data of a page.
+    """Return the data for a page.
 
     Args:
         snapshot: the compiled model to show.
-        evidence: further facts about it.
-        before: another compiled model to compare it with; by default it is compared with its base.
+        evidence: further facts about the model.
+        before: another compiled model with which to compare it; by default it is compared with its base.
     """
     known, overview = evidence or Evidence(), summary(snapshot)
     graphs = {mode: frames(snapshot, mode, None if before is None else before.program(mode)) for mode in MODES}
@@ -104,10 +104,10 @@ def contents(snapshot: Snapshot, evidence: Evidence | None = None, before: Snaps
 
 
 def role_contents(snapshot: Snapshot, structure: Structure) -> dict[str, Any]:
-    """Return the data of a page that shows a model without adaptations, with the roles of its parts.
+    """Return the data for a page that shows a model without adaptations, with the roles of its parts.
 
     Args:
-        snapshot: a snapshot of the model with nothing adapted.
+        snapshot: a snapshot of the model without adaptations.
         structure: the roles.
     """
     by_role = structure.by_role()
@@ -182,12 +182,12 @@ def _role_site(finding: Finding, roles: Sequence[str]) -> dict[str, Any]:
 
 
 def _left_out(curves: int) -> list[dict[str, str]]:
-    text = f"of {curves:,} curves of the training log the first {CURVES:,} are shown"
+    text = f"only the first {CURVES:,} of the training log's {curves:,} curves are shown"
     return [{"code": "", "text": text}] if curves > CURVES else []
 
 
 def spec_lines(spec: Spec, text: str) -> dict[str, int]:
-    """Return the line of every adaptation in the spec's YAML text, counted from 1."""
+    """Return the line number of every adaptation in the spec's YAML text, from 1."""
     source = read_yaml(text)[1]
     paths = {adaptation.name or "": f"adapt[{number}]" for number, adaptation in enumerate(spec.adapt)}
     paths |= {item.name or "": f"compose[{number}]" for number, item in enumerate(spec.compose)}
@@ -225,7 +225,7 @@ def _adaptation(
 
 
 def _ranges(figures: Iterable[Mapping[str, float]]) -> list[list[str]]:
-    """Return the least and the greatest value of every figure over sites."""
+    """Return the smallest and largest value of each figure over all sites."""
     values: dict[str, list[float]] = defaultdict(list)
     for site in figures:
         for name, value in site.items():
@@ -264,7 +264,7 @@ class _Costs:
 
     Args:
         graph: the eval graph.
-        snapshot: the snapshot with the tensors.
+        snapshot: the snapshot that contains the tensors.
     """
 
     def __init__(self, graph: Frames, snapshot: Snapshot) -> None:
@@ -283,14 +283,14 @@ class _Costs:
                 costs["value_bytes_per_token"] += node.value_bytes
 
     def of(self, name: str) -> dict[str, float]:
-        """Return the costs of an adaptation, without its number of parameters."""
+        """Return an adaptation's costs, without its number of parameters."""
         mine = [costs for (own, _), costs in self._costs.items() if own == name]
         return {key: sum(c[key] for c in mine) for key in ("bytes", "flops_per_token", "value_bytes_per_token")}
 
     def by_layer(
         self, stated: StatedSizes, figures: Mapping[tuple[str, str], Mapping[str, float]]
     ) -> list[dict[str, Any]]:
-        """Return the costs and the size of every adaptation in every layer; the layer is empty outside of layers."""
+        """Return the costs and the size of every adaptation in every layer; the name is empty outside of layers."""
         sizes: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
         for record in stated.snapshot.sites:
             if (size := stated.at(record)) is not None:
@@ -304,13 +304,13 @@ class _Costs:
 
 
 def _home(name: str) -> str:
-    """Return the module of the base that an adaptation's tensor belongs to."""
+    """Return the base's module to which an adaptation's tensor belongs."""
     parts = parsed(name)
     return module_of(name) if parts is None else parts.module
 
 
 def _targets(snapshot: Snapshot, structure: Structure | None) -> list[dict[str, Any]]:
-    """Return what every target requests, how many places match, and which ones nearly match."""
+    """Return each target's request, the number of matching sites, and the sites that nearly match."""
     if structure is None:
         structure = roles_of(snapshot.program(base=True))
     targets = []
@@ -320,7 +320,7 @@ def _targets(snapshot: Snapshot, structure: Structure | None) -> list[dict[str, 
         target = adaptation.target
         asked = [target.role] if isinstance(target.role, str) else list(target.role or ())
         nearly = [
-            {"place": finding.module, "reason": f"{finding.role}: has the role, and the rest of the target excludes it"}
+            {"place": finding.module, "reason": f"{finding.role}: has the role, but the rest of the target excludes it"}
             for role in asked
             for finding in structure.having(role)
             if finding.module not in modules

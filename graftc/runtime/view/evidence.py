@@ -1,4 +1,4 @@
-"""Facts about a compiled model beyond its places and graphs, from an artifact on disk or a model in memory."""
+"""Collect facts about a compiled model beyond its sites and graphs, from an artifact on disk or a model in memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from graftc.runtime.view.contents import Evidence
 from graftc.specs.errors.diagnostics import GraftError
 
 LOGS = ("training_log.jsonl", "trainer_state.json")
-"""Names of logs that are looked up in the directory that contains an artifact."""
+"""The names of logs that are looked up beside an artifact, in its parent folder."""
 
 
 def _shown(certificate: Certificate) -> dict[str, Any]:
@@ -37,14 +37,14 @@ def _shown(certificate: Certificate) -> dict[str, Any]:
 
 
 def evidence_of_artifact(artifact: Artifact, log: Path | None = None) -> Evidence:
-    """Return an artifact's evidence of its fold, and a training log's evidence of its training.
+    """Return the evidence from an artifact about its fold, and from a training log about its training.
 
     Args:
         artifact: the artifact.
-        log: the training log; by default one in the same directory as the artifact (`LOGS`).
+        log: the training log; by default a log beside the artifact (`LOGS`).
 
     Raises:
-        GraftError: GC082 if its certificate cannot be read, GC123 for a file that is not a log.
+        GraftError: GC082 if the certificate cannot be read, GC123 for a file that is not a log.
     """
     manifest, certificate = artifact.manifest, None
     if manifest.certificate is not None:
@@ -62,18 +62,18 @@ def evidence_of_artifact(artifact: Artifact, log: Path | None = None) -> Evidenc
     except GraftError as error:
         if log is not None:
             raise
-        # The log was not requested: it only happens to be in the directory.
+        # The log was not requested; it only happens to be in the folder.
         return replace(known, warnings=[{"code": error.code, "text": error.message}])
 
 
 def _figures_of_artifact(artifact: Artifact) -> dict[tuple[str, str], Mapping[str, float]]:
-    """Return the figures that follow from the stored tensors: effective ranks, shares of entries that are left."""
+    """Return the figures that follow from the stored tensors, such as effective ranks or shares of kept entries."""
     snapshot, figures = artifact.snapshot, dict[tuple[str, str], Mapping[str, float]]()
     figured = {m: method for m in {r.method for r in snapshot.sites} if isinstance(method := _method(m), Figured)}
     values = artifact.tensors() if figured else {}
     stated = StatedSizes(snapshot)
     placed = {name for record in snapshot.sites for name in record.tensors.values()}
-    shared: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by adaptation: tensors that all of its places share
+    shared: dict[str, dict[str, Tensor]] = defaultdict(dict)  # by adaptation: the tensors that all of its sites share
     for full in values.keys() - placed:
         if (name := parsed(full)) is not None:
             shared[name.adaptation][name.part] = values[full]
@@ -90,7 +90,7 @@ def _figures_of_artifact(artifact: Artifact) -> dict[tuple[str, str], Mapping[st
 
 
 def _method(tag: str) -> Any:
-    """Return the method of a tag; None for compositions."""
+    """Return the method with a tag; None for compositions."""
     try:
         return method_for(tag)
     except GraftError:
@@ -102,12 +102,12 @@ def _curves(log: str | Path | None) -> list[Curve]:
 
 
 def evidence_of(compiled: AdaptedRunner, certify: bool = False, log: str | Path | None = None) -> Evidence:
-    """Return a compiled model's evidence of its fold and of its sites, and a training log's evidence of its training.
+    """Return the evidence from a compiled model about its fold and its sites, and from a log about its training.
 
     Args:
         compiled: the model.
-        certify: whether to fold it and certify the fold, which needs the values of its base; if false, only say what
-            folds.
+        certify: whether to fold the model and certify the fold, for which the base needs values; if false, only report
+            what folds.
         log: the training log.
 
     Raises:
@@ -123,7 +123,7 @@ def evidence_of(compiled: AdaptedRunner, certify: bool = False, log: str | Path 
 
 
 def _figures(compiled: AdaptedRunner) -> dict[tuple[str, str], Mapping[str, float]]:
-    """Return the figures that training has given every site; empty if tensors have no values."""
+    """Return the current figures of every site, as determined by training; empty if tensors have no values."""
     if any(tensor.is_meta for _, tensor in compiled.compilation.store.adapters()):
         return {}
     every = TrainingSteering(compiled).site_figures()
@@ -131,7 +131,7 @@ def _figures(compiled: AdaptedRunner) -> dict[tuple[str, str], Mapping[str, floa
 
 
 def _finite(value: Any) -> Any:
-    """Return the value with text instead of numbers that JSON does not support."""
+    """Return the value with numbers that JSON does not support replaced by text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""A self-contained HTML file that shows a rewritten model: it opens from disk, and makes no network requests."""
+"""Build a self-contained HTML file that shows a rewritten model, opens from disk, and makes no network requests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCRIPTS = (
 """The files that run in the page, in this order, as one script."""
 
 LAYOUT = ("vendor/dagre.js", "layout.js", "worker.js")
-"""The files that run in its worker."""
+"""The files that run in the page's worker."""
 
 PICTURES = ("vendor/dagre.js", "model.js", "layout.js", "svg.js")
 """The files that draw a picture without a browser."""
@@ -53,8 +53,8 @@ def script(names: tuple[str, ...]) -> str:
 def page(data: Mapping[str, Any]) -> str:
     """Return the HTML of a page.
 
-    Its content security policy lists every script and style by its digest, and lets no others run. Data is compressed
-    and encoded, so that no part of it is ever read as markup.
+    The content security policy lists every script and style by its digest and blocks all others. Data is compressed and
+    encoded, so that no part of it is ever read as markup.
 
     Args:
         data: the result of `graftc.runtime.view.contents.contents`.
@@ -70,7 +70,7 @@ def page(data: Mapping[str, Any]) -> str:
         "script": code,
     }
     text, rest = "", asset("page.html")
-    for name in parts:  # in the order of the skeleton, so that a marker inside a part is never filled
+    for name in parts:  # in the order of the skeleton, so that a marker inside a part is never replaced
         before, marker, rest = rest.partition(f"{{{{{name}}}}}")
         assert marker, name
         text += before + parts[name]
@@ -78,7 +78,7 @@ def page(data: Mapping[str, Any]) -> str:
 
 
 def packed(data: Mapping[str, Any]) -> str:
-    """Return JSON data, compressed and encoded as letters; equal data gives equal letters."""
+    """Return JSON data, compressed and encoded as base64; equal data results in equal text."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
@@ -88,7 +88,7 @@ def _digest(text: str) -> str:
 
 
 def _inert(code: str) -> str:
-    """Return code that a page contains as text, after checking that it cannot end its own element."""
+    """Return code that a page contains as text, after checking that it cannot close its own element."""
     assert "</script" not in code.lower()
     return code
 

@@ -1,4 +1,4 @@
-"""Pictures of a rewritten graph, laid out like the page: they are drawn by the page's own code, without a browser."""
+"""Draw pictures of a rewritten graph with the page's layout, by running the page's own code without a browser."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from graftc.runtime.view.page import PICTURES, asset
 from graftc.specs.errors.diagnostics import GraftError
 
 FONTS = "Roboto, Arial, 'Liberation Sans', 'DejaVu Sans', 'Noto Sans', 'Segoe UI', 'Helvetica Neue', sans-serif"
-"""Fonts for text; the first one that is installed is used."""
+"""The fonts for text; the first installed font is used."""
 
 Shown = Literal["after", "before", "diff"]
 LARGEST = 30_000_000
-"""The largest number of pixels of a PNG picture: a larger graph has fewer pixels per unit of length."""
+"""The maximum number of pixels in a PNG file; a larger graph gets fewer pixels per unit of length."""
 
 
 def svg(data: Mapping[str, Any], mode: str = "eval", shown: Shown = "diff", opened: Any = "layer") -> str:
@@ -25,8 +25,8 @@ def svg(data: Mapping[str, Any], mode: str = "eval", shown: Shown = "diff", open
         data: the result of `graftc.runtime.view.contents.contents`.
         mode: the mode of the graph to draw.
         shown: the rewritten graph, the base's own, or both with the differences marked.
-        opened: paths of the modules whose contents are shown; ``layer`` opens the first of several equal layers, and
-            the modules in it that contain inserted nodes.
+        opened: the paths of the modules whose contents are shown; ``layer`` opens the first of several equal layers,
+            and the modules within it that contain inserted nodes.
 
     Raises:
         GraftError: GC061 if QuickJS is missing.
@@ -45,14 +45,14 @@ def svg(data: Mapping[str, Any], mode: str = "eval", shown: Shown = "diff", open
 
 
 def png(text: str, zoom: float = 2.0) -> bytes:
-    """Return an SVG file as a PNG file.
+    """Convert an SVG file to a PNG file.
 
     Args:
         text: the result of `svg`.
-        zoom: pixels per unit of length.
+        zoom: the number of pixels per unit of length.
 
     Raises:
-        GraftError: GC061 if resvg is missing, or there is no font for text.
+        GraftError: GC061 if resvg is missing, or no font is installed.
     """
     try:
         import resvg_py
@@ -67,7 +67,7 @@ def png(text: str, zoom: float = 2.0) -> bytes:
 
 @cache
 def _has_fonts() -> bool:
-    """Return whether a letter leaves any pixels: resvg omits text that it has no font for."""
+    """Return whether a letter is drawn at all: resvg omits text for which it has no font."""
     import resvg_py
 
     words = f"<text y='9' font-family=\"{FONTS}\">M</text>"

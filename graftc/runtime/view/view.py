@@ -20,10 +20,10 @@ HEIGHT = 640
 class ModelView:
     """A view of a model, with the data that `graftc.runtime.view.contents.contents` describes.
 
-    A notebook shows the page if it is the value of a cell.
+    A notebook shows the page if the view is the value of a cell.
 
     Args:
-        make: a function that creates the data, called when they are first needed.
+        make: a function that creates the data; it is called when the data is first needed.
     """
 
     def __init__(self, make: Callable[[], Mapping[str, Any]]) -> None:
@@ -31,7 +31,7 @@ class ModelView:
 
     @cached_property
     def data(self) -> Mapping[str, Any]:
-        """All data that the page shows, as JSON data."""
+        """All data that the page shows, in JSON form."""
         return self._make()
 
     @cached_property
@@ -48,14 +48,14 @@ class ModelView:
         return png(self.svg(mode, shown, opened))
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
-        """Write the page, or a picture; the file's suffix selects the format: ``.html``, ``.svg`` or ``.png``.
+        """Write the page or a picture; the file's suffix selects the format: ``.html``, ``.svg`` or ``.png``.
 
         Args:
             path: the file.
             force: whether to replace an existing file.
 
         Raises:
-            GraftError: GC091 for another suffix, GC061 if a package is missing, GC063 and GC064 if the file cannot be
+            GraftError: GC091 for another suffix, GC061 if a package is missing, GC063 or GC064 if the file cannot be
                 written.
         """
         place = Path(path)
@@ -66,7 +66,7 @@ class ModelView:
         }
         make = makers.get(place.suffix.lower())
         if make is None:
-            message = f"{place.name!r} has an ending that says no format"
+            message = f"{place.name!r} has a suffix that is not a known format"
             raise GraftError("GC091", message, hint=f"name it {place.stem}.html, .svg or .png")
         with staged(place, force=force) as file:
             content = make()
@@ -74,10 +74,10 @@ class ModelView:
         return place
 
     def _repr_html_(self) -> str:
-        """Return the page in a frame of its own, which no other script of the notebook can reach."""
+        """Return the page in its own frame, which the notebook's other scripts cannot reach."""
         inner = html.escape(self.html, quote=True)
         size = f'width="100%" height="{HEIGHT}"'
         return f'<iframe {size} sandbox="allow-scripts allow-downloads" title="graph" srcdoc="{inner}"></iframe>'
 
     def __repr__(self) -> str:
-        return f"ModelView of {self.data['title']}: save('view.html') writes it as a page"
+        return f"ModelView of {self.data['title']}: use save('view.html') to write it as a page"

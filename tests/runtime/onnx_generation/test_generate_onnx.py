@@ -189,7 +189,7 @@ class TestCaches:
         ):
             with fails("GC140", words):
                 model(input_ids=PROMPTS, cache=cache)
-        with fails("GC140", "no static cache"):
+        with fails("GC140", "do not support a static cache"):
             generated(model, PROMPTS, cache_implementation="static")
 
 
@@ -251,7 +251,7 @@ class TestFolders:
         value = helper.make_tensor_value_info
         ends = [[value(n, t, ["b", "s"])] for n, t in (("input_ids", TensorProto.INT64), ("logits", TensorProto.FLOAT))]
         plain = helper.make_model(helper.make_graph([identity], "g", *ends), ir_version=9)
-        with fails("GC144", "takes no keys and values"):
+        with fails("GC144", "does not take the keys and values"):
             load(toy.write(tmp_path / "plain", plain))
         plain.graph.output[0].name = plain.graph.node[0].output[0] = "scores"
         with fails("GC144", "no output logits; it has scores"):

@@ -57,7 +57,7 @@ class TestEncoderAndDecoder:
         cache.self_attention_cache.update(filled, filled, 0)
         for code, words, changes in (
             ("GC140", "DynamicCache", {"cache": DynamicCache()}),
-            ("GC140", "nothing of the encoder", {"cache": cache}),
+            ("GC140", "nothing from the encoder", {"cache": cache}),
             ("GC145", "decoder_input_ids is missing", {"decoder_input_ids": None}),
             ("GC145", "input_ids is missing", {"input_ids": None}),
             ("GC145", "takes no decoder_attention_mask", {"decoder_attention_mask": torch.zeros(3, 1)}),
@@ -70,8 +70,8 @@ class TestEncoderAndDecoder:
     def test_graphs_that_do_not_go_together(self, tmp_path: Path) -> None:
         for name, output, words in (
             ("encoder_model.onnx", "last_hidden_state", "no output last_hidden_state"),
-            ("decoder_model.onnx", "present.0.encoder.value", "does not give what decoder_with_past_model.onnx takes"),
-            ("decoder_with_past_model.onnx", "present.0.decoder.key", "is not complete"),
+            ("decoder_model.onnx", "present.0.encoder.value", "does not return what decoder_with_past_model.onnx"),
+            ("decoder_with_past_model.onnx", "present.0.decoder.key", "is incomplete"),
         ):
             graphs = toy.seq2seq()
             outputs = graphs[name].graph.output
