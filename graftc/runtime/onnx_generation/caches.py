@@ -67,7 +67,7 @@ def _plain(layers: list[Any], count: int) -> None:
         layers[i] = plain()
     surplus = sum(layer.is_initialized for layer in layers[count:])
     if surplus:
-        message = f"the cache has more layers than the graph, {len(layers)} instead of {count}: it is another model's"
+        message = f"the cache has {len(layers)} layers with contents, but the graph has {count}: it is another model's"
         raise GraftError("GC140", message, hint=_HINT)
     del layers[count:]
     layers += [plain() for _ in range(count - len(layers))]

@@ -163,8 +163,8 @@ def _first(tensors: dict[str, torch.Tensor], value: Callable[[torch.Tensor], tor
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_swap, "has other values"),
-        (lambda t: _first(t, lambda x: x + 1), "has other values"),
+        (_swap, "has different values"),
+        (lambda t: _first(t, lambda x: x + 1), "has different values"),
         (lambda t: _first(t, lambda x: x.t().contiguous()), "a different dtype or shape"),
         (lambda t: _first(t, lambda x: x.to(torch.bfloat16)), "a different dtype or shape"),
         (lambda t: {**t, "more": torch.ones(2)}, "differ from the listed ones: more"),

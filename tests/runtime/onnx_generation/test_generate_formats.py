@@ -92,8 +92,8 @@ class TestGenai:
         [
             (GPT2Config(n_layer=2), INPUTS, "does not know models of type gpt2"),
             (T5Config(num_layers=2), INPUTS, "does not know models of type t5"),
-            (LlamaConfig(num_hidden_layers=3), INPUTS, "no past_key_values of 3 layers"),
-            (LlamaConfig(num_hidden_layers=2), INPUTS[:-1], "no past_key_values of 2 layers"),
+            (LlamaConfig(num_hidden_layers=3), INPUTS, "no past_key_values for 3 layers"),
+            (LlamaConfig(num_hidden_layers=2), INPUTS[:-1], "no past_key_values for 2 layers"),
             (LlamaConfig(num_hidden_layers=2), (*INPUTS, "token_type_ids"), "does not provide token_type_ids"),
         ],
         ids=["gpt2", "t5", "layers", "half", "input"],

@@ -157,7 +157,7 @@ class TestCaches:
         ("shape", "words"),
         [
             ((3, 2, 4, toy.WIDTH), "keys of layer 0 in the cache are"),
-            ((3, 1, 4, 5), "and the graph takes"),
+            ((3, 1, 4, 5), "but the graph takes"),
             ((2, 1, 4, toy.WIDTH), "keys of layer 0"),
         ],
     )
@@ -245,7 +245,7 @@ class TestFolders:
 
     def test_no_cache(self, tmp_path: Path) -> None:
         graph = toy.model(cached=False)
-        with fails("GC144", "does not give past_key_values.0.key back"):
+        with fails("GC144", "does not return past_key_values.0.key"):
             load(toy.write(tmp_path / "half", graph))
         identity = helper.make_node("Cast", ["input_ids"], ["logits"], to=TensorProto.FLOAT)
         value = helper.make_tensor_value_info
