@@ -85,7 +85,7 @@ def test_classifiers_of_other_families(family: str) -> None:
 
 @pytest.mark.slow
 def test_a_model_without_a_classifier_is_refused() -> None:
-    with pytest.raises(GraftError, match="no classifier of sequences") as error:
+    with pytest.raises(GraftError, match="no sequence classifier") as error:
         sequence_classifier(tiny("vit"), ["a", "b"], 0, 0)
     assert error.value.code == "GC182"
 
