@@ -21,7 +21,7 @@ def write(job: ExportJob, path: Path) -> None:
 def check(job: ExportJob, path: Path) -> None:
     """Read the file back."""
     if path.read_text(encoding="utf-8").splitlines() != lines(job):
-        raise GraftError("GC060", f"{path.name} does not read back as it was written")
+        raise GraftError("GC060", f"{path.name} cannot be read back unchanged")
 
 
 ORDER = ExportOption("order", "Order of the lines", ("model", "name"), default="model")

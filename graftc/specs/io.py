@@ -29,7 +29,7 @@ _READERS = {"yaml": read_yaml, "json": read_json, "toml": read_toml}
 
 
 FromConfig = Callable[[object, str], Spec]
-"""A function that converts a config of PEFT to a spec; the second argument names where the config was read from."""
+"""A function that converts a PEFT config to a spec; the second argument names where the config was read from."""
 
 
 @public("graftc.load_spec")
@@ -40,7 +40,7 @@ def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str], from_confi
 
     Args:
         source: the spec.
-        from_config: a function that converts a config of PEFT to a spec; by default the conversion that suits any
+        from_config: a function that converts a PEFT config to a spec; by default the conversion that suits any
             model.
 
     Raises:
@@ -59,7 +59,7 @@ def load_spec(source: Spec | Mapping[str, Any] | str | PathLike[str], from_confi
 
 
 def early_spec(source: Path) -> Spec | Path:
-    """Return the spec in a file; for a config of PEFT, which is converted once there is a model, return the path.
+    """Return the spec in a file; for a PEFT config, which is converted once there is a model, return the path.
 
     Raises:
         GraftError: as `load_spec`.

@@ -90,7 +90,7 @@ def packed_4bit(path: str, weight: Tensor, state: Any, dtype: torch.dtype) -> tu
         message = (
             f"{path} is {rows} x {width}, but has {parts[0].numel()} bytes of codes and {state.absmax.numel()} scales"
         )
-        raise GraftError("GC163", message, hint="take the checkpoint anew from where it came")
+        raise GraftError("GC163", message, hint="download the checkpoint again")
     return PackedType(packing, (rows, width), dtype), tuple(parts)
 
 
@@ -123,6 +123,6 @@ def packed_8bit(path: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) ->
     """
     if codes.dim() != 2 or scales.numel() != codes.shape[0]:
         message = f"{path} has codes of shape {list(codes.shape)}, but {scales.numel()} scales"
-        raise GraftError("GC163", message, hint="take the checkpoint anew from where it came")
+        raise GraftError("GC163", message, hint="download the checkpoint again")
     parts = codes.contiguous().view(torch.uint8), as_bytes(scales.float(), (codes.shape[0], 4))
     return PackedType(RowScaled("int8_rows"), tuple(codes.shape), dtype), parts

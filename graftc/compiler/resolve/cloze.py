@@ -168,7 +168,6 @@ def _require_tokens(model: Any, options: ClozeOptions) -> None:
     if weight is None:
         return
     rows = weight.shape[0]
-    rows = weight.shape[0]
     named: list[tuple[str, int]] = [("blank", options.blank)] if isinstance(options.blank, int) else []
     named += [(f"decoder[{at}]", token) for at, token in enumerate(options.decoder)]
     named += [

@@ -65,7 +65,7 @@ class PastaMethod(Method[Pasta, ValueSite]):
 def _tokens(site: ValueSite) -> TokenNumbers:
     if site.tokens is None:
         reason = "is not computed from an input of token ids"
-        raise unsupported(site, reason, "pass token ids to the model, or leave the place out with exclude")
+        raise unsupported(site, reason, "pass token ids to the model, or leave the site out with exclude")
     return site.tokens
 
 

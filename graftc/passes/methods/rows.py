@@ -99,7 +99,7 @@ def named_rows(entries: Sequence[int | str], count: int, place: str) -> Tensor:
         if not named:
             last = f"rows 0 to {count - 1}" if count > 1 else "row 0 only"
             message = f"{entry!r} is not a row of {place}, which has {last}"
-            hint = "correct it, or leave the place out of the target"
+            hint = "correct it, or leave the site out of the target"
             raise GraftError("GC020", message, place=Place(path=f"rows[{index}]"), hint=hint)
         numbers.update(named)
     return torch.tensor(sorted(numbers))

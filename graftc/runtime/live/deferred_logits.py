@@ -113,7 +113,7 @@ class _Call:
         """
         if any(version_of(tensor) != version for tensor, version in self.versions):
             message = f"a tensor that {self.path} reads was written to before its logits were read"
-            raise GraftError("GC031", message, hint="leave out memory: {loss: chunked}")
+            raise GraftError("GC031", message, hint="remove memory: {loss: chunked}")
         device, enabled, dtype = self.autocast
         with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
             yield

@@ -153,7 +153,7 @@ class LiveRoot:
         if isinstance(loss, Tensor) and loss.requires_grad:
             self._warned = True
             message = "the loss is computed as a whole: it is not a cross-entropy of a linear map's outputs"
-            warn("GC151", message, hint="leave out memory: {loss: chunked}")
+            warn("GC151", message, hint="remove memory: {loss: chunked}")
 
     def generate(self, runner: GraphRunner, *args: Any, **kwargs: Any) -> Any:
         """Return the result of the source's own ``generate``."""

@@ -48,7 +48,7 @@ class Warming(Feature):
             GraftError: GC031 for inputs that cannot be captured, GC073 if the batch is not a mapping or, with
                 ``generate``, has no ``input_ids``, and any error from `generate`.
         """
-        given = as_mapping(batch, "the batch", object)
+        given = as_mapping(batch, "batch", object)
         with exclusive(), working("warming up", self.runner):
             if self.runner.training:
                 self._make_ready(given)

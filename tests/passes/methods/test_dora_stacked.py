@@ -214,7 +214,7 @@ def test_what_has_no_weight_below_is_refused(monkeypatch: pytest.MonkeyPatch, fo
     assert error.value.code == "GC017"
     assert error.value.message.startswith("'a1' needs the effective weight of model.layers.0.mlp.down_proj.weight")
     assert "'a0'" in error.value.message and reason in error.value.message
-    assert error.value.hint == "put 'a1' before 'a0' in the spec, or leave the place out of one of them"
+    assert error.value.hint == "put 'a1' before 'a0' in the spec, or leave the site out of one of them"
     assert error.value.place is not None
     stacked(tiny("llama"), "dora", "lora", roles="ffn.down")
 

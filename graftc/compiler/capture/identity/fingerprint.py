@@ -97,7 +97,7 @@ class Identity:
             if (mine.dtype, mine.shape) != (theirs.dtype, theirs.shape):
                 differences.append(f"{name} is {_type(theirs)}, not {_type(mine)}")
             else:
-                differences.append(f"{name} has other values")
+                differences.append(f"{name} has different values")
         return differences
 
     def other_config(self, other: Identity) -> str:

@@ -70,7 +70,7 @@ class Batch:
             return self._nodes.call(aten.movedim.int, node, axis, 0, part="rows first")
         if not self._folded(node):
             message = f"{node.name} at {where} has no batch axis"
-            raise GraftError("GC037", message, hint="leave the place out, or choose for the whole call")
+            raise GraftError("GC037", message, hint="leave the site out, or choose for the whole call")
         rest = [size_of(self._nodes, node, i) for i in range(1, node.meta["val"].dim())]
         rows = self._nodes.call(aten.sym_size.int, self._source, 0, part="rows")
         return self._nodes.call(aten.view.default, node, [rows, -1, *rest], part="rows first")

@@ -178,7 +178,7 @@ def _refusal(build: Builder, site: LinearSite, other: str, reason: str) -> Graft
         "GC017",
         f"{build.adaptation!r} needs the effective weight of {site.key}, but {other!r}, which comes before it, "
         f"cannot be expressed as a weight: {reason}",
-        hint=f"put {build.adaptation!r} before {other!r} in the spec, or leave the place out of one of them",
+        hint=f"put {build.adaptation!r} before {other!r} in the spec, or leave the site out of one of them",
     )
 
 

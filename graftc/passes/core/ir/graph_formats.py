@@ -20,8 +20,7 @@ from graftc.records.graphs import GraphEdge, GraphNode, GraphRecord
 
 _PROVENANCE = ("adaptation", "method", "site", "part")
 PALETTE = ("#9dc3e6", "#f4b183", "#a9d18e", "#f19ca7", "#c9a6e4", "#ffd966")
-"""Fill colours for adaptations, with the same hues as on the pages."""
-"""They are assigned in order of appearance and reused after the last one."""
+"""Fill colours for adaptations, with the same hues as on the pages, assigned in order of appearance and then reused."""
 
 
 def to_networkx(program: Program) -> nx.MultiDiGraph[str]:

@@ -37,7 +37,7 @@ class PartsMethod(Method[S, Site], Collapsing[S]):
         for site in sites:
             if site.kind not in specs:
                 message = f"{site.key} is for the part '{PARTS[site.kind]}', which this {spec.method} does not have"
-                raise GraftError("GC016", message, place=Place(path="target"), hint="leave the place out of the target")
+                raise GraftError("GC016", message, place=Place(path="target"), hint="leave the site out of the target")
         shared: dict[SiteKind, Any] = {}
         for kind, own in specs.items():
             mine = [site for site in sites if site.kind is kind]
