@@ -1,4 +1,4 @@
-"""Parts of a spec's JSON Schema beyond types, so that editors complete and reject the same values as the parser."""
+"""Parts of a spec's JSON Schema beyond types, so that editors suggest and reject the same values as the parser."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Run methods that take several training runs as one resumable recipe: `tune`, and the folder of a recipe."""
+"""Run methods that need several training runs as one resumable recipe, with its own folder."""

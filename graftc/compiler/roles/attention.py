@@ -151,7 +151,7 @@ class _Lines:
         return lines
 
     def depends(self, line: int, other: int) -> bool:
-        """Return whether a branch of one line reads a value that the other line starts from."""
+        """Return whether a branch of one chain of nodes reads the value that the other chain starts from."""
         flow, sources = self.labels.flow, self.labels.columns.sources
         members = [(self._root(number), sources[number]) for number in self._parent]
         starts = flow.marked(n for root, n in members if root == other and n not in flow.residuals)

@@ -238,7 +238,7 @@ class Columns:
         return Indexed((result, *(None for _ in value[1:])) if several else result, indexed.sources)
 
     def _moved(self, node: fx.Node, move: Move) -> Indexed | None:
-        """Return the indices that the operator itself produces, if the columns of any operand it moves are known."""
+        """Return the indices that the operator itself adds, if the columns are known for at least one operand."""
         if move in (Move.COPY, Move.CAST):
             return self._index.get(node.args[0])  # type: ignore[arg-type]
         operands = node.all_input_nodes if move in (Move.JOIN, Move.FILL) else nodes_in(node.args[:1])

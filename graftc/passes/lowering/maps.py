@@ -23,12 +23,12 @@ Step = tuple[fx.Node, list["Branch"], list[fx.Node]]
 
 @dataclass(frozen=True)
 class Branch:
-    """The product of two factors with a source: ``scale * B A z``.
+    """Two factors applied to a source: ``scale * B A z``.
 
     Attributes:
         source: the value that the first factor is applied to.
         a, b: the factors.
-        scale: the factor of the product.
+        scale: the scalar that multiplies the product.
         nodes: the nodes that compute it.
         columns: the indices of the columns that it is added to; None if ``runs`` defines them.
         runs: the same columns as half-open runs; empty for all columns.

@@ -63,13 +63,13 @@ class Call:
 def chosen(calls: Sequence[Call], budget: float | None) -> float:
     """Choose a plan for every call so that together they meet a budget at the least cost.
 
-    The first layers are the first to recompute: when the backward pass begins with the last layers, everything else is
-    still kept, and recomputed values come on top of it.
+    Early layers are chosen for recomputation first: the backward pass begins with the last layers while everything else
+    is still kept, so recomputing those would add to the peak.
 
     Args:
         calls: the calls in the order in which they run; existing choices are not changed.
-        budget: the largest fraction to keep of the bytes that autograd keeps on its own; None keeps whatever the
-            cheapest plans keep.
+        budget: the largest fraction of the bytes saved by autograd by default that may be kept; None keeps whatever
+            the cheapest plans keep.
 
     Returns:
         The fraction that is kept.

@@ -389,7 +389,7 @@ def unsealed(text: bytes, where: str, kind: str, version: int, file: str = MANIF
 
 def damaged(where: str, file: str, what: str) -> GraftError:
     """Return the error for a file whose contents are not what was written."""
-    return GraftError("GC082", f"{where} is damaged: {file} {what}", hint="copy it again from where it was made")
+    return GraftError("GC082", f"{where} is damaged: {file} {what}", hint="copy it again from its source")
 
 
 def _check_names(data: dict[str, Any], where: str) -> None:

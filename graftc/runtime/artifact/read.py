@@ -230,7 +230,7 @@ class Artifact:
 
 
 def _foreign(where: str, file: str, what: str) -> GraftError:
-    return GraftError("GC084", f"{where} is not as it was written: {file}: {what}", hint="copy it again")
+    return GraftError("GC084", f"{where} has changed since it was written: {file}: {what}", hint="copy it again")
 
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
@@ -300,4 +300,4 @@ def check_files(folder: Path, present: set[str], listed: Mapping[str, tuple[int,
 
 
 def _missing(where: str, name: str) -> GraftError:
-    return GraftError("GC083", f"{where} lacks {name}", hint="copy it again from where it was made")
+    return GraftError("GC083", f"{where} lacks {name}", hint="copy it again from its source")

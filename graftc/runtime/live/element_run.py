@@ -224,7 +224,9 @@ class _Call:
             if reason:
                 message = f"{self._path} is called in a way that cannot be captured as a graph: {reason}"
                 raise GraftError(
-                    "GC031", message, hint="compile with example inputs that call it so: each map then becomes a graph"
+                    "GC031",
+                    message,
+                    hint="compile with example inputs that call it this way: each map then becomes a graph",
                 )
             structure, _ = call[self._path]
             alike = {path: (structure, [each.clone() for each in tensors]) for path in _alike(compilation, self._path)}

@@ -81,7 +81,7 @@ class _Inside(_Part):
         """Raise GC031, because the layer that contains the module is one graph, which does not call it."""
         message = f"{self._graftc_path} is called directly, but the layer that contains it is one graph"
         raise GraftError(
-            "GC031", message, hint="compile with example inputs that call it so: each map then becomes a graph"
+            "GC031", message, hint="compile with example inputs that call it this way: each map then becomes a graph"
         )
 
 

@@ -83,7 +83,9 @@ def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: 
 
 
 def _foreign(file: Path, reason: str) -> GraftError:
-    return GraftError("GC084", f"{file} is not as it was written: {reason}", hint="copy it again from its source")
+    return GraftError(
+        "GC084", f"{file} has changed since it was written: {reason}", hint="copy it again from its source"
+    )
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Warnings for packed batches, whose rows contain several texts, marked by positions that start again."""
+"""Warnings for packed batches, whose rows contain several texts, delimited by positions that restart."""
 
 from __future__ import annotations
 

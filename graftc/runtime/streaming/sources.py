@@ -77,7 +77,7 @@ def _check_folds(artifact: Artifact) -> None:
 
 def _tensors(artifact: Artifact) -> Mapping[str, Tensor]:
     """Return an artifact's adapter tensors, each checked against the manifest."""
-    where, listed = f"{artifact.path} is not as it was written", artifact.manifest.adapters
+    where, listed = f"{artifact.path} has changed since it was written", artifact.manifest.adapters
     hint = "copy it again"
     stored = TensorFolder(artifact.path / ADAPTERS, Refusal("GC084", hint=hint))
     if other := sorted(stored.entries.keys() ^ listed.keys()):

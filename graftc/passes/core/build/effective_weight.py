@@ -164,7 +164,7 @@ def _apply(
 
 
 def _check_known(build: Builder, site: LinearSite) -> None:
-    """Raise GC017 if anything but the site's adaptations, such as new tokens, replaces rows, as no fold covers that."""
+    """Raise GC017 if rows are replaced by something other than the site's adaptations, such as new tokens."""
     names = {item.adaptation for item in site.applied}
     tensor, node = str(site.key.whole), site.use.node
     while (edit := build.program.edits.replacement(node)) is not None:
