@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from contextlib import redirect_stdout
 
     from graftc.cli.app import build_app
-    from graftc.cli.failures import Watched, finish, show_failure
+    from graftc.cli.failures import show_failure
+    from graftc.cli.standard_output import Watched, finish
 
     out = Watched(sys.stdout)
     as_json = "--json" in given

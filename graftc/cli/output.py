@@ -26,7 +26,7 @@ _PIPED_WIDTH = 120
 
 def console(file: TextIO | None = None) -> Console:
     """Return a console for stdout (or ``file``), with colours only on a terminal and 120 columns elsewhere."""
-    from graftc.cli.console import PlainConsole
+    from graftc.cli.plain_console import PlainConsole
 
     stream = sys.stdout if file is None else file
     # Without colours, Rich still emits bold face, but NO_COLOR means no escape codes at all.

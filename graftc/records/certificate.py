@@ -380,3 +380,13 @@ def _replace_null(record: Record, **values: Any) -> None:
 def _without_retention(data: dict[str, Any], retention: Retention) -> dict[str, Any]:
     """Return data that are written with null for the retention of nothing."""
     return data if retention.wanted else {**data, "retention": None}
+
+
+def require_consistent(certificate: Certificate, data: Mapping[str, Any]) -> None:
+    """Check that the stated result follows from the evidence.
+
+    Raises:
+        ValueError: if the result is missing or different.
+    """
+    if data.get("passed") is not certificate.passed:
+        raise ValueError("'passed' does not follow from the evidence")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.applications.pet.blanks import BlankKind
+from graftc.applications.pet.blank_tokenizer import BlankKind
 from graftc.applications.pet.direction import blank_kind
 from graftc.applications.pet.encoding import ClozeEncoder
 from graftc.applications.pet.plain import positions_of

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graftc.applications.pet.blanks import BlankKind, has_sentinel
+from graftc.applications.pet.blank_tokenizer import BlankKind, has_sentinel
 from graftc.compiler.resolve.untie import sharing_copy
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.applications.pet.blanks import BLANK, BlankKind, BlankTokenizer
-from graftc.applications.pet.filling import FilledPattern
+from graftc.applications.pet.blank_tokenizer import BLANK, BlankKind, BlankTokenizer
+from graftc.applications.pet.truncation import FilledPattern
 from graftc.specs.errors.diagnostics import GraftError, Place, nearest
 from graftc.specs.errors.text import quoted, shown, some
 from graftc.specs.pet.document import PetSpec

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftc.cli.command import CommandRun, command
+from graftc.cli.fold_output import print_certificate, print_files
 from graftc.cli.options import Certify, ModelOption, Seed, SpecArgument
-from graftc.cli.printing import print_certificate, print_files
 from graftc.cli.reports import CheckedReport, checked, print_report
 from graftc.records.certificate import Certificate
 from graftc.records.fields import FOLDS, BaseFingerprint, NothingWritten, Unfolded, WrittenArtifact

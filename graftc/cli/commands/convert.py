@@ -11,8 +11,8 @@ import typer
 from annotated_types import Ge
 
 from graftc.cli.command import CommandRun, command
+from graftc.cli.fold_output import print_files
 from graftc.cli.options import BaseOption
-from graftc.cli.printing import print_files
 from graftc.records.conversion import ConvertedSite
 from graftc.records.results import WrittenResult
 from graftc.specs.errors.diagnostics import GraftError

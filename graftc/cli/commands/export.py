@@ -10,6 +10,7 @@ import typer
 from annotated_types import Ge
 
 from graftc.cli.command import CommandRun, command
+from graftc.cli.fold_output import print_certificate, print_files, print_tensors
 from graftc.cli.options import (
     AllowUnchanged,
     ArtifactArgument,
@@ -19,7 +20,6 @@ from graftc.cli.options import (
     Budget,
     FormatOption,
 )
-from graftc.cli.printing import print_certificate, print_files, print_tensors
 from graftc.records.certificate import Certificate
 from graftc.records.fields import ArtifactFolder
 from graftc.records.files import PeftTensor

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftc.cli.command import CommandRun, command
+from graftc.cli.fold_output import print_certificate, print_files, print_tensors
 from graftc.cli.options import Certify, ModelOption
-from graftc.cli.printing import print_certificate, print_files, print_tensors
 from graftc.records.certificate import Certificate
 from graftc.records.fields import FOLDS, Unfolded, WrittenArtifact
 from graftc.records.files import PeftTensor, WrittenFile

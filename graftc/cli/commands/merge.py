@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from graftc.cli.command import CommandRun, command
+from graftc.cli.fold_output import print_certificate, print_files
 from graftc.cli.options import AllowUnchanged, ArtifactArgument, BaseFormOption, BaseOption, Budget, DType, DTypeOption
-from graftc.cli.printing import print_certificate, print_files
 from graftc.records.certificate import Certificate
 from graftc.records.fields import ArtifactFolder
 from graftc.records.merging import Streamed, Unfolded

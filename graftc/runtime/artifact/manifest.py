@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
@@ -21,6 +20,7 @@ from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.shapes import DTYPES
 from graftc.records.passes import PassRecord
 from graftc.records.places import AdaptedPlace, TrainedCopy
+from graftc.runtime.artifact.allowed_names import FILE, TENSOR, is_allowed
 from graftc.runtime.artifact.fields import (
     MANIFEST_BYTES,
     ClassName,
@@ -44,9 +44,6 @@ SCHEMA_VERSION = 1
 MANIFEST = file_names.MANIFEST
 SPEC, ADAPTERS, CONSTANTS = "spec.yaml", "adapters.safetensors", "constants.safetensors"
 CERTIFICATE = "certificates/fold.json"
-
-_FILE = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
-_TENSOR = re.compile(r"[^.]+(\.[^.]+)*")
 
 
 class Versions(ManifestEntry):
@@ -393,20 +390,11 @@ def damaged(where: str, file: str, what: str) -> GraftError:
 
 
 def _check_names(data: dict[str, Any], where: str) -> None:
-    for table, pattern in (("files", _FILE), ("adapters", _TENSOR), ("constants", _TENSOR)):
+    for table, pattern in (("files", FILE), ("adapters", TENSOR), ("constants", TENSOR)):
         entries = data.get(table)
         for name in entries if isinstance(entries, dict) else ():
-            if not _is_storable(name, pattern):
+            if not is_allowed(name, pattern):
                 raise unsafe(where, f"the {'file' if table == 'files' else 'tensor'} name {name!r}")
-
-
-def is_storable(name: str) -> bool:
-    """Return whether artifacts may contain a tensor with this name."""
-    return _is_storable(name, _TENSOR)
-
-
-def _is_storable(name: str, pattern: re.Pattern[str]) -> bool:
-    return len(name) <= 4096 and name.isprintable() and pattern.fullmatch(name) is not None
 
 
 def unsafe(where: str, what: str) -> GraftError:

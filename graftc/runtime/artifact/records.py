@@ -6,11 +6,11 @@ import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
-from graftc.records.certificate import Certificate
+from graftc.records.certificate import Certificate, require_consistent
 from graftc.records.reading import from_json
 from graftc.runtime.artifact.fields import TEXT_BYTES, File
 from graftc.runtime.artifact.manifest import damaged, first_error
@@ -44,24 +44,14 @@ def read_record(cls: type[R], path: Path, where: str, file: str) -> R:
         data = read_json(raw, TEXT_BYTES)
         record = from_json(cls, raw)
         if isinstance(record, Certificate):
-            _require_consistent(record, data)
+            require_consistent(record, data)
         elif isinstance(record, MergedRecord):
-            _require_consistent(record.certificate, data["certificate"])
+            require_consistent(record.certificate, data["certificate"])
         return record
     except ValidationError as error:
         raise damaged(where, file, first_error(error)) from error
     except (OSError, ValueError) as error:
         raise damaged(where, file, f"cannot be read: {error}") from error
-
-
-def _require_consistent(certificate: Certificate, data: Any) -> None:
-    """Check that the stated result follows from the evidence.
-
-    Raises:
-        ValueError: if the result is missing or different.
-    """
-    if data.get("passed") is not certificate.passed:
-        raise ValueError("'passed' does not follow from the evidence")
 
 
 def content(path: Path, most: int) -> bytes:

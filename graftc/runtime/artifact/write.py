@@ -14,6 +14,7 @@ from graftc.files.tensors.writing import save_tensors
 from graftc.files.writing import staged
 from graftc.records.certificate import Certificate
 from graftc.runtime.artifact import entries
+from graftc.runtime.artifact.allowed_names import require_allowed_names
 from graftc.runtime.artifact.manifest import (
     ADAPTERS,
     CERTIFICATE,
@@ -23,7 +24,6 @@ from graftc.runtime.artifact.manifest import (
     SPEC,
     Manifest,
     canonical_json,
-    is_storable,
     read_manifest,
     sealed,
 )
@@ -34,7 +34,6 @@ from graftc.runtime.sources.models import local_folder
 from graftc.runtime.sources.reference import Reference
 from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.errors.text import abridged
 from graftc.specs.io import dump_spec
 
 BUNDLED = "base"
@@ -77,7 +76,7 @@ def save(
     """
     runner: AdaptedRunner = runner_of(compiled)
     require_values(runner)
-    require_storable(runner)
+    require_allowed_names(name for name, _ in adapter_tensors(runner.compilation.store))
     path = absolute_path(path)
     with staged(path, force=force, replaceable=is_ours, sources=[local_folder(runner.compilation.source)]) as folder:
         folder.mkdir()
@@ -99,19 +98,6 @@ def require_values(compiled: AdaptedRunner) -> None:
     if compiled.device.type == "meta":
         message = "a model on the meta device has no values to save"
         raise GraftError("GC053", message, hint="compile a model with weights")
-
-
-def require_storable(compiled: AdaptedRunner) -> None:
-    """Refuse a model with tensor names that artifacts cannot store.
-
-    Raises:
-        GraftError: GC064 for such a name.
-    """
-    for name, _ in adapter_tensors(compiled.compilation.store):
-        if not is_storable(name):
-            message = f"an artifact cannot contain a tensor named {abridged(repr(name), 80)}"
-            hint = "rename the module: names must be printable, with at most 4,096 characters including the path"
-            raise GraftError("GC064", message, hint=hint)
 
 
 def _write(

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from graftc.applications.demo.data import find_model
 from graftc.applications.pet.encoding import IGNORED, ClozeEncoder
-from graftc.applications.pet.filling import shortened_counts
 from graftc.applications.pet.plain import PlainEncoder
+from graftc.applications.pet.truncation import shortened_counts
 from graftc.specs.pet.io import load_pet_spec
 from graftc.specs.pet.pattern import PatternSpec
 from graftc.specs.pet.verbalizer import Verbalizer

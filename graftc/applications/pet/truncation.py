@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from graftc.applications.pet.blanks import BLANK, BlankTokenizer
+from graftc.applications.pet.blank_tokenizer import BLANK, BlankTokenizer
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 from graftc.specs.pet.pattern import PatternPart, PatternSpec
