@@ -377,7 +377,7 @@ def test_what_happens_between_steps_happens_in_a_composition(compose: dict[str, 
 @pytest.mark.slow
 def test_a_gate_has_no_name_of_the_members_own() -> None:
     entries = [{"method": "sora", "rank": 3, "name": name, "target": {"role": "attn.q"}} for name in ("a", "b")]
-    with pytest.raises(GraftError, match=r"'a' .sora. has a tensor called 'gate' of its own") as caught:
+    with pytest.raises(GraftError, match=r"'a' .sora. already has a tensor named 'gate'") as caught:
         graftc.compile({"adapt": entries, "compose": {"gate": ["a", "b"]}}, tiny("bert"))
     assert caught.value.code == "GC036"
 

@@ -282,7 +282,7 @@ def test_another_graph_under_the_same_key(kept: Path, tmp_path: Path) -> None:
 
     edit_manifest(tmp_path / "it", signatures=swapped)
     assert (
-        "another eval graph" in refused(graftc.load, tmp_path / "it", str(kept.parent / "bert"), code="GC088").message
+        "different eval graph" in refused(graftc.load, tmp_path / "it", str(kept.parent / "bert"), code="GC088").message
     )
 
 

@@ -74,5 +74,5 @@ def test_calls_that_read_something_else_name_the_one_that_does(name: str, tmp_pa
     with pytest.raises(GraftError) as caught:
         call(tmp_path)
     assert caught.value.code == code
-    reader = f"AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, gguf_file='base.gguf') of transformers"
+    reader = f"transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, gguf_file='base.gguf')"
     assert reader in caught.value.hint
