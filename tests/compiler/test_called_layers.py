@@ -102,6 +102,7 @@ def measured(compiled: Any, inputs: Any) -> dict[str, Tensor]:
     return results | gradients_of(compiled)
 
 
+@pytest.mark.sample("lora", "prefix", "dora", "override")
 @pytest.mark.parametrize(
     ("adapt", "family"),
     [

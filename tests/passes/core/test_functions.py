@@ -35,6 +35,7 @@ def described(program: Program) -> list[Any]:
     return [structural_hash(program), format_program(program), tensors, steps, program.inputs, program.outputs]
 
 
+@pytest.mark.sample("bert", "gpt2", "vit")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_every_layer_written_out_it_is_what_tracing_every_layer_gives(family: str) -> None:
     with_calls, every = captured(family), captured(family, alike=False)

@@ -114,7 +114,7 @@ def test_a_model_with_one_stack_has_no_components(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_one_row_is_enough_for_any_number_of_them(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = families.t5()
@@ -130,7 +130,7 @@ def test_one_row_is_enough_for_any_number_of_them(tmp_path: Path) -> None:
     assert shapes and all(isinstance(shape[0], str) for shape in shapes)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_no_graph_takes_is_left_out_with_the_reason(tmp_path: Path) -> None:
     """The vision blocks of Qwen2-VL read lengths: they are left out, and its language model is a file."""
     small = qwen2_vl()

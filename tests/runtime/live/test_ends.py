@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 import graftc
 from tests.runtime.live.models import qwen2_vl
 
@@ -18,6 +20,7 @@ def test_the_output_projection_alone_is_a_head() -> None:
     assert [str(site.key.module) for site, _ in compiled.compilation.main.resolved[0].places] == ["lm_head"]
 
 
+@pytest.mark.full
 def test_biases_of_maps_between_layers_train() -> None:
     case = qwen2_vl()
     compiled = graftc.compile({"adapt": [{"method": "bitfit"}]}, case.model, case.first, cache=False)

@@ -32,7 +32,10 @@ def case_compiled(name: str, case: Case, **options: Any) -> Any:
     return fresh(case.model, entry, inputs=case.first, seed=0, cache=False, **options)
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+SHORT = [name if name != "gemma3" else pytest.param(name, marks=pytest.mark.full) for name in CASES]
+
+
+@pytest.fixture(scope="module", params=SHORT)
 def named(request: pytest.FixtureRequest) -> tuple[str, Case, Any]:
     case = CASES[request.param]()
     return request.param, case, case_compiled(request.param, case)
@@ -167,7 +170,7 @@ def test_a_graph_generates_by_its_layers_where_calls_with_a_cache_are_no_graph()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("named", ["qwen2_vl", "gemma3"], indirect=True)
+@pytest.mark.parametrize("named", ["qwen2_vl", pytest.param("gemma3", marks=pytest.mark.full)], indirect=True)
 def test_it_generates_as_its_merged_class_does(named: tuple[str, Case, Any]) -> None:
     _, case, compiled = named
     trained = with_noise(copy.deepcopy(compiled))
@@ -187,7 +190,7 @@ def test_of_vision_layers_parts_and_maps_are_graphs_and_of_the_others_layers(nam
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("named", ["gemma3"], indirect=True)
+@pytest.mark.parametrize("named", ["qwen2_vl", pytest.param("gemma3", marks=pytest.mark.full)], indirect=True)
 def test_steps_of_one_kind_add_one_signature(named: tuple[str, Case, Any]) -> None:
     """This holds for any number of generated tokens: the length of the past varies within one graph."""
     _, case, compiled = named

@@ -64,6 +64,7 @@ def selective() -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.sample("convolving")
 @pytest.mark.parametrize("build", [convolving, selective])
 def test_layers_with_states_are_graphs_in_every_step(build: Any) -> None:
     """Steps of one token write to the states in place, and those of several do not.

@@ -99,7 +99,7 @@ def images(rows: list[list[tuple[int, int]]], seed: int) -> dict[str, torch.Tens
     }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_images_of_one_size_do_not_make_a_graph_for_one_size() -> None:
     """transformers exports with another attention, which assumes that all images have the same size."""
     model = qwen2_vl().model

@@ -72,7 +72,7 @@ def steps(model: Any, masked: bool, *, plain: bool) -> list[Tensor]:
     return results
 
 
-@pytest.mark.sample("llama-whole-class", "t5-whole-class")
+@pytest.mark.sample("llama-whole-class")
 @pytest.mark.parametrize("plain", [False, True], ids=["class", "tuple"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
 def test_going_on_by_hand(pair: tuple[Any, Any], masked: bool, plain: bool) -> None:

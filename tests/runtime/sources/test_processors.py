@@ -98,8 +98,11 @@ def test_a_stack_that_no_input_calls_is_reported(folder: Path) -> None:
     assert graftc.check(SPEC, load_folder(folder, meta=True)).stacks == report.stacks
 
 
+@pytest.mark.sample("missing", "endless")
 @pytest.mark.parametrize(
-    "template", [None, "{% for a in range(10**9) %}{% for b in range(10**9) %}{% endfor %}{% endfor %}", "{{ x("]
+    "template",
+    [None, "{% for a in range(10**9) %}{% for b in range(10**9) %}{% endfor %}{% endfor %}", "{{ x("],
+    ids=["missing", "endless", "broken"],
 )
 def test_a_template_that_is_missing_or_hostile_is_left_out(folder: Path, tmp_path: Path, template: str | None) -> None:
     other = shutil.copytree(folder, tmp_path / "llava")
