@@ -85,7 +85,7 @@ def require_positions(tokens: int, most: int) -> None:
         GraftError: GC143 if there are more tokens.
     """
     if tokens > most:
-        raise GraftError("GC143", f"token {tokens} of a row has no position: the model has a table of {most}")
+        raise GraftError("GC143", f"token {tokens} of a row has no position: the model has positions for {most} tokens")
 
 
 def position_tables(program: Program, store: Store) -> tuple[PositionTable, ...]:

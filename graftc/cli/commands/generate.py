@@ -149,7 +149,7 @@ def _prompts(given: list[str] | None, file: Path | None, lines: bool) -> list[st
             reason = strerror.lower() if strerror else "it is not UTF-8"
             raise GraftError("GC090", f"{where} cannot be read: {reason}") from error
     if len(text) > JSON_BYTES:
-        raise GraftError("GC090", f"{where} has more than {JSON_BYTES:,} characters", hint="use a file with a prompt")
+        raise GraftError("GC090", f"{where} has more than {JSON_BYTES:,} characters", hint="shorten the prompt")
     prompts = [line for line in text.splitlines() if line.strip()] if lines else [text.removesuffix("\n")]
     if not any(each.strip() for each in prompts):
         raise GraftError("GC090", f"{where} contains no prompt", hint="use --prompt TEXT, or --file FILE")

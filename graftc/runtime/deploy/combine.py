@@ -168,7 +168,9 @@ def _target(chosen: Sequence[Resolved], sites: Sequence[LinearSite]) -> Target:
     for item, keys in zip(chosen, places, strict=True):
         if keys != places[0] and (parts := [site.key for site in sites if site.key.part or site.key.use]):
             message = f"{item.name!r} and {chosen[0].name!r} adapt different places, and {parts[0]} is part of a weight"
-            raise GraftError("GC029", message, hint="combine adaptations with the same target, or of whole modules")
+            raise GraftError(
+                "GC029", message, hint="combine adaptations that have the same target, or that adapt whole modules"
+            )
     if all(keys == places[0] for keys in places):
         return chosen[0].spec.target
     several = {SiteKind.EXPERTS}

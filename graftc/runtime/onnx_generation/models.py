@@ -156,7 +156,9 @@ class OnnxModel(GenerationMixin):
         elif mask is not None:
             total = int(mask.sum(-1).max())
         if total > self._table:
-            raise GraftError("GC143", f"token {total} of a row has no position: the model has a table of {self._table}")
+            raise GraftError(
+                "GC143", f"token {total} of a row has no position: the model has positions for {self._table} tokens"
+            )
 
     def _run(
         self, graph: OnnxGraph, given: dict[str, Tensor], cache: Any, use_cache: bool | None, logits_to_keep: int

@@ -152,8 +152,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     ("GC029", _SPEC, "adaptations cannot be combined",
      "They adapt different rows of fused weights, or this kind of combination needs factors or ranks that they do not "
      "have.",
-     "Combine adaptations of the same target or of whole modules. `svd`, `ties` and `dare` accept every method that "
-     "folds into weights."),
+     "Combine adaptations that have the same target, or that adapt whole modules. `svd`, `ties` and `dare` accept "
+     "every method that folds into weights."),
     ("GC030", _FAILED, "the model cannot be captured",
      "`torch.export` could not turn the model into a graph, or its inputs cannot be inferred from its interface.",
      "Pass `example_inputs` if the message asks for them. Remove from the model any Python control flow that depends "
@@ -528,7 +528,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "than its images have features.",
      "Leave out the argument that the message names, or pass the input in the shape that it gives."),
     ("GC146", _FAILED, "there is no tokenizer",
-     "The folder and the base have no tokenizer, it cannot be read, or it belongs to another model.",
+     "Neither the folder nor the base has a tokenizer, or the tokenizer cannot be read or belongs to another model.",
      "Specify a folder or hub id that has the model's tokenizer: `--tokenizer NAME`."),
     ("GC147", _SPEC, "there is no chat template",
      "The model's tokenizer has no template for conversations, or the template does not accept such messages.",

@@ -127,7 +127,7 @@ def config_bytes(path: Path) -> bytes:
         return read_regular(path, MOST)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise GraftError("GC111", f"it cannot be read: {reason}", place=Place(str(path))) from None
+        raise GraftError("GC111", f"the file cannot be read: {reason}", place=Place(str(path))) from None
 
 
 def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:

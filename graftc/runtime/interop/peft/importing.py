@@ -139,7 +139,7 @@ def spec_for(adapter: PeftAdapter, model: nn.Module, structure: Callable[[], Str
 def _adaptation(adapter: PeftAdapter, modules: Sequence[PeftModule], model: nn.Module) -> dict[str, Any]:
     """Return the spec's entry, with the most common values and with overrides for sites that differ."""
     if not modules:
-        raise GraftError("GC113", "the file adapts no module", place=adapter.place)
+        raise GraftError("GC113", "the file does not adapt any module", place=adapter.place)
     shapes = shapes_of(model)
     entry = entry_of(adapter.config, modules, paths_of(model), shapes)
     if "across_groups" in type(modules[0].spec).model_fields:
