@@ -98,7 +98,9 @@ class Chosen(Seams):
             "leave out the options that train more than the method's own tensors, or give each adaptation its own site"
         )
         return GraftError(
-            "GC036", f"{nodes.method} cannot be one of {names} in {nodes.adaptation!r}: {reason}", hint=hint
+            "GC036",
+            f"{nodes.method} cannot be used for the members {names} of {nodes.adaptation!r}: {reason}",
+            hint=hint,
         )
 
 

@@ -170,7 +170,7 @@ class Masks(Nodes):
             return
         program = self.program
         names = {name for name, size, _ in _named_sizes(program) if size == symbol}
-        why = f"{self.adaptation!r} uses {length} of the {most + length} positions that attention has biases for"
+        why = f"{self.adaptation!r} uses {length} of the {most + length} positions for which attention has biases"
         for name in names:
             program.limits.setdefault(name, why)
         program.inputs = limited(program.inputs, dict.fromkeys(names, most))

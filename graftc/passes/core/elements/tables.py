@@ -46,7 +46,7 @@ def put_since(tables: Sequence[Table], before: Sequence[Mapping[str, Any]]) -> d
     entries: dict[str, Any] = {}
     for number, (table, old) in enumerate(zip(tables, before, strict=True)):
         if not old.keys() <= table.keys():
-            raise GraftError("GC030", "a layer removes an entry from a table that it is called with")
+            raise GraftError("GC030", "a layer removes an entry from a table that was passed to it")
         entries |= {f"{number} {key}": value for key, value in table.items() if old.get(key) is not value}
     return entries
 

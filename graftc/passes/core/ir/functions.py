@@ -284,7 +284,9 @@ def inlined(program: Program) -> Program:
     if not calls(program.graph):
         return program
     if program.edits:
-        raise ValueError("a Program that has been adapted is adapted again where its layers are written out")
+        raise ValueError(
+            "the calls of an adapted Program cannot be written out: adapt a Program whose layers are written out"
+        )
     flat = program.copy()
     order = [(one.node, one.body, one.path, set(one.given)) for one in calls(flat.graph)]
     replacements = expand(flat.graph)

@@ -233,7 +233,7 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
         inserted = provenance(node) is not None
         expected, call = calls.concrete(node.meta["val"]), calls.outcome(node)
         if call.mixed and (strict or inserted):
-            return node, f"it multiplies {call.mixed}"
+            return node, f"it multiplies tensors of different dtypes: {call.mixed}"
         if call.error is not None:
             if inserted or (strict and not _depends_on_values(node, call.error)):
                 return node, f"it does not run on the meta device: {call.error}"

@@ -145,7 +145,7 @@ def program_from_json(data: Mapping[str, Any], device: torch.device, *, called: 
     except SerialisationError:
         raise
     except _DAMAGE as error:
-        raise SerialisationError(f"this is not a program: {type(error).__name__}: {error}") from error
+        raise SerialisationError(f"the data is not a valid program: {type(error).__name__}: {error}") from error
 
 
 def _program(data: Mapping[str, Any], device: torch.device) -> Program:
@@ -208,7 +208,7 @@ def _decode_edit(data: list[Any], nodes: list[fx.Node]) -> Edit:
     adaptation, site, *ends, narrow = data
     before, after = (_typed(number, int) for number in ends)
     if not 0 <= min(before, after) <= max(before, after) < len(nodes):
-        raise SerialisationError(f"an edit refers to nodes {before} and {after}, which do not both exist")
+        raise SerialisationError(f"an edit refers to nodes {before} and {after}, but not both exist")
     return Edit(_typed(adaptation, str), _typed(site, str), nodes[before], nodes[after], _typed(narrow, bool))
 
 

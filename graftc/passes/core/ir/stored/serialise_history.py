@@ -67,7 +67,7 @@ def history_from_json(data: Mapping[str, Any], names: Sequence[str]) -> list[His
         if type(value) is str:
             return value
         if not 0 <= typed(value, int) < len(names):
-            raise HistoryError(f"node {value} does not exist, the graph has {len(names)} nodes")
+            raise HistoryError(f"node {value} does not exist; the graph has {len(names)} nodes")
         return str(names[value])
 
     def reads(value: Any) -> Reads:
