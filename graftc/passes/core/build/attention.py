@@ -1,4 +1,4 @@
-"""The part of the `Builder` that changes attentions."""
+"""The part of the `Builder` that changes attention layers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
 _TAKEN = "positions taken"
 _ANY = (2, 2)
-"""Sample tokens whose positions are read; they are not padding, which is 0 or 1 in most vocabularies."""
+"""Sample token ids whose position ids are read. They are not padding ids, which are 0 or 1 in most vocabularies."""
 
 
 class Attentions(Masks, Virtual):
-    """Puts the keys and values of virtual tokens in front of an attention's own."""
+    """Puts the keys and values of virtual tokens before an attention layer's own."""
 
     def batched(self, node: fx.Node, like: fx.Node, part: str) -> fx.Node:
         """Expand ``[heads, length, width]`` to every row of ``like: [rows, heads, keys, width]``."""
@@ -43,7 +43,7 @@ class Attentions(Masks, Virtual):
     def shift(self, positions: Positions, length: int) -> None:
         """Make the tokens' positions begin at ``length``.
 
-        The Program then accepts only as many tokens as the position table has rows left.
+        The Program then accepts only as many tokens as there are rows left in the position table.
         """
         self._write(Change("positions"), lambda: self._shift(positions, length))
 
@@ -55,7 +55,7 @@ class Attentions(Masks, Virtual):
         self._redirect(numbers, later, lambda user: user is positions.reader, narrow=True)
 
     def _later(self, numbers: fx.Node, length: int) -> fx.Node:
-        """Return the position ids after ``length`` tokens in front."""
+        """Return the position ids that the text has after ``length`` other tokens."""
         inputs = counted_inputs(numbers)
         if not inputs:
             return self.call(aten.add.Tensor, numbers, length, part="positions")
@@ -66,9 +66,9 @@ class Attentions(Masks, Virtual):
         return call(aten.slice.Tensor, recounted(numbers, longer, call, lambda node: node), 1, length, END)
 
     def _limit_positions(self, positions: Positions, numbers: fx.Node, length: int) -> None:
-        """Limit the axis of positions to the rows that are left in their table.
+        """Limit the position axis to the number of rows that are left in the position table.
 
-        If a call passes position ids itself, only the caller can know their range.
+        If the caller passes position ids, only the caller can know their range.
         """
         rows, table = positions.rows, positions.table
         if rows is None or table is None:
@@ -89,30 +89,32 @@ class Attentions(Masks, Virtual):
                     self.program.inputs = limited(self.program.inputs, {name: most})
 
     def attended(self, site: AttentionSite) -> fx.Node:
-        """Return an attention's current input, ``[batch, sequence, width]``, before its projections.
+        """Return an attention layer's current input, ``[batch, sequence, width]``, before its projections.
 
         Raises:
-            GraftError: GC017 if the attention is not in a residual branch.
+            GraftError: GC017 if the attention layer is not in a residual branch.
         """
         if site.read is None:
             raise unsupported(site, "is not in a residual branch, so its input is unknown")
         return self._read(self.program.current(site.read), "attended", site)
 
     def attend(self, site: AttentionSite, keys: fx.Node, values: fx.Node, *, window: Window = "visible") -> None:
-        """Let every query attend to ``keys`` and ``values``, ``[rows, heads, length, width]``, put before its own.
+        """Make every query attend to ``keys`` and ``values``, ``[rows, heads, length, width]``, before the layer's own.
 
-        A mask or bias is recomputed for the keys in front (`Masks`), so that a position bias extends to them. If that
-        is not possible, it gets columns that hide nothing. A causal attention without a mask stays causal: zero queries
-        are put in front as well and their results are cut off, so that the fused kernel keeps its mask. An attention
-        that is written out is recomputed, starting from its keys and values.
+        A mask or bias is recomputed to cover the keys in front (`Masks`), so that a position bias extends to them. If
+        that is not possible, columns that hide nothing are added to the mask or bias. Causal attention without a mask
+        stays causal: zero queries are put in front as well and their results are cut off, so that the fused kernel can
+        still apply its own causal mask. Attention that is written out as separate operators is recomputed, starting
+        from its keys and values.
 
         Args:
-            site: the attention.
+            site: the attention layer.
             keys, values: the keys and values to put in front.
-            window: whether a sliding window hides them as it would hide tokens in their place.
+            window: ``"masked"`` if a sliding window hides these keys as it would hide tokens in their place;
+                ``"visible"`` if it never hides them.
 
         Raises:
-            GraftError: GC017 if the attention cannot be rewritten, or if the effect of its window is unknown.
+            GraftError: GC017 if the attention layer cannot be rewritten, or if the effect of its window is unknown.
         """
         change = Change("keys", (keys, values), window=window)
         self._write(change, lambda keys, values: self._attend(site, keys, values, window))
@@ -143,7 +145,7 @@ class Attentions(Masks, Virtual):
         return after
 
     def _current_attention(self, site: AttentionSite) -> fx.Node:
-        """Return the current attention call of the site: that of the last prefix, if it has one."""
+        """Return the site's current attention call: the one inserted by the last prefix, if there is a prefix."""
         node = self.program.current(site.node)
         tag = provenance(node)
         if node.target is _SDPA or tag is None or tag["part"] == "attend":
@@ -154,14 +156,15 @@ class Attentions(Masks, Virtual):
     # --- masks -----------------------------------------------------------------------------------------
 
     def _wider(self, site: AttentionSite, mask: fx.Node, length: int, window: Window, sees: bool = True) -> fx.Node:
-        """Return a mask with columns for ``length`` keys in front.
+        """Return a mask with additional columns for ``length`` keys in front.
 
-        A bias gets the values that it would have for tokens in their place. For a pairwise mask that is an input, or
-        that is computed from activations, these are unknown: a bias gets zeros in front, and a boolean mask hides
-        nothing there. If sizes are fixed, a bias that only hides keys gets zeros in front.
+        In these columns, a bias has the values that it would have for tokens in place of the keys. If the mask is a
+        pairwise input or is computed from activations, these values are unknown: the new columns of a bias are zero,
+        and those of a boolean mask hide nothing. If sizes are fixed, the new columns of a bias that does nothing but
+        hide keys are zero as well.
 
         Args:
-            site: the attention.
+            site: the attention layer.
             mask: the mask, ``[..., rows, keys]``, either boolean or added to scores.
             length: the number of keys in front.
             window: the window mode, as in `attend`.
@@ -192,7 +195,7 @@ class Attentions(Masks, Virtual):
         return wide if own or window == "masked" else self._unhidden(site, wide)
 
     def _keys(self, site: AttentionSite) -> Any:
-        """Return the number of keys that the attention has in the base."""
+        """Return the number of keys that the attention layer has in the base."""
         assert site.operands is not None
         return site.operands.keys.meta["val"].shape[2]
 
@@ -203,7 +206,10 @@ class Attentions(Masks, Virtual):
         return self.call(aten.cat.default, [front, mask], -1, part="mask")
 
     def _unhidden(self, site: AttentionSite, wide: fx.Node) -> fx.Node:
-        """Return a bias that hides no key in front of the text: values near the dtype's minimum become zero there."""
+        """Return a copy of a bias that hides no key in front of the text.
+
+        In the columns of these keys, values near the dtype's minimum become zero.
+        """
         value = wide.meta["val"]
         count = surplus(value.shape[-1], self._keys(site), most_of(self.program))
         assert count is not None
@@ -214,12 +220,12 @@ class Attentions(Masks, Virtual):
         front = self.call(aten.masked_fill.Scalar, front, hidden, 0.0, part="mask")
         return self.call(aten.cat.default, [front, rest], -1, part="mask")
 
-    # --- attentions that are written out ---------------------------------------------------------------
+    # --- attention written out as operators ------------------------------------------------------------
 
     def _written_out(
         self, site: AttentionSite, node: fx.Node, keys: fx.Node, values: fx.Node, window: Window
     ) -> fx.Node:
-        """Recompute an attention from its keys and values with others in front: scores, caps, masks, softmax."""
+        """Recompute attention (scores, caps, masks, softmax) with ``keys`` and ``values`` before its own."""
         assert site.operands is not None
         now = self.program.current
         own = [self._foremost(site, now(n)) for n in (site.operands.keys, site.operands.values)]
@@ -244,7 +250,7 @@ class Attentions(Masks, Virtual):
         return again[node]
 
     def _foremost(self, site: AttentionSite, operand: fx.Node) -> fx.Node:
-        """Return keys or values together with those that earlier prefixes have put before them."""
+        """Return keys or values, including those that earlier prefixes have put before them."""
         mine = str(site.key)
         while True:
             joined = [n for n in operand.users if n.target is aten.cat.default and nodes_in(n.args)[-1] is operand]
@@ -254,9 +260,9 @@ class Attentions(Masks, Virtual):
             operand = joined[-1]
 
     def _leaf(self, spot: _Spot, source: fx.Node, reader: fx.Node) -> fx.Node:
-        """Return an operand of a written-out attention that does not depend on the keys.
+        """Return the value to use for an operand of written-out attention that does not depend on the keys.
 
-        An operand with an axis for the keys is a mask or a bias, and is extended.
+        An operand with a key axis is a mask or a bias and is extended; any other operand is returned unchanged.
         """
         site, value = spot.site, source.meta["val"]
         assert site.operands is not None
@@ -277,7 +283,7 @@ class Attentions(Masks, Virtual):
 
 @dataclass(frozen=True)
 class _Spot:
-    """An attention being rewritten: the number of keys in front, that of its own keys, and the calls to recompute."""
+    """An attention layer being rewritten: how many keys are in front, how many it has, and the nodes to replace."""
 
     site: AttentionSite
     length: int
@@ -290,14 +296,14 @@ _MASKING = (aten.where.self, aten.where.ScalarOther, aten.masked_fill.Scalar, at
 
 
 def _is_input(mask: fx.Node) -> bool:
-    """Return whether a mask is a pairwise input of the graph, possibly behind calls with a single operand."""
+    """Return whether a mask is a pairwise input of the graph, possibly transformed by calls with a single operand."""
     while mask.op == "call_function" and len(mask.all_input_nodes) == 1:
         mask = mask.all_input_nodes[0]
     return mask.op == "placeholder" and mask.meta["val"].dim() > 2
 
 
 def _between(last: fx.Node, first: list[fx.Node], query: fx.Node) -> list[fx.Node]:
-    """Return the calls on paths from ``first`` to ``last``, in graph order, except those that lead to the query."""
+    """Return the calls on paths from ``first`` to ``last`` that do not pass through the query, in graph order."""
     ends, below = {*first, query}, set(first)
     for node in above([last], stop=ends):
         if node not in ends and not below.isdisjoint(node.all_input_nodes):

@@ -1,8 +1,8 @@
-"""Seams that build several adaptations of one shape as one: banks and parameter averages.
+"""Seams that build several adaptations of the same shape as one adaptation: banks and parameter averages.
 
-A method requests its tensors as usual. The tensors that it receives are computed from those of all members: either one
-for the whole call, of the shape that it requested, so that nothing else differs; or one for each row of the batch,
-along a leading axis.
+A method requests its tensors as usual. Each tensor that it receives is computed from the corresponding tensors of all
+members. It is either a single tensor of the requested shape for the whole call, so that nothing else differs, or it has
+a leading axis with one entry for each row of the batch.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
 Mixing = Callable[[Nodes, list[fx.Node]], fx.Node]
-"""Combines the members' tensors, all of one shape, into one tensor."""
+"""A function that combines the members' tensors, all of the same shape, into one tensor."""
 
 
 class Chosen(Seams):
-    """Seams that build several adaptations of one shape as one, chosen or mixed for the whole call.
+    """Seams that build several adaptations of the same shape as one, choosing or mixing them for the whole call.
 
     Args:
         members: names of the adaptations, in the order of their slots.
@@ -89,7 +89,7 @@ class Chosen(Seams):
         super().write(nodes, change, put)
 
     def _one(self, nodes: Nodes, node: fx.Node) -> fx.Node:
-        """Return a tensor that all rows share, with the same axes as the mixed tensors."""
+        """Return a tensor that all members share, with the same axes as the mixed tensors."""
         return node
 
     def _refusal(self, nodes: Nodes, reason: str) -> GraftError:
@@ -105,10 +105,10 @@ class Chosen(Seams):
 
 
 class Rows(Chosen):
-    """Seams that build several adaptations of one shape as one, chosen or mixed for each row of the batch.
+    """Seams that build several adaptations of the same shape as one, choosing or mixing them for each row of the batch.
 
-    Every tensor of the method has a leading axis of the batch size or of size 1, and every value of the model has the
-    batch axis first.
+    Every tensor that the method receives has a leading axis, whose size is the batch size or 1. Every value of the
+    model that it receives has the batch axis first.
     """
 
     _batch: Batch | None = None
@@ -126,7 +126,7 @@ class Rows(Chosen):
         return self._rows(nodes).first(node, str(site.key))
 
     def write(self, nodes: Nodes, change: Change, put: Callable[..., None]) -> None:
-        """Change the model's values, with the batch axis moved back to its place."""
+        """Change the model's values, after moving the batch axis of the new values back to its original position."""
         like, batch = change.like, self._rows(nodes)
         given = change.given if like is None else tuple(batch.home(node, like) for node in change.given)
         super().write(nodes, replace(change, given=given), put)
@@ -140,11 +140,11 @@ class Rows(Chosen):
         return nodes.call(aten.unsqueeze.default, node, 0, part="rows")
 
 
-# --- mixings --------------------------------------------------------------------------------------------------
+# --- mixing functions -----------------------------------------------------------------------------------------
 
 
 def by_index(index: fx.Node) -> Mixing:
-    """Return a mixing that picks one member for each entry of ``index: int64[n]`` and returns ``[n, ...]``."""
+    """Return a mixing function that picks one member for each entry of ``index: int64[n]`` and returns ``[n, ...]``."""
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
         stacked = nodes.call(aten.stack.default, results, 0, part="slots")
@@ -154,7 +154,7 @@ def by_index(index: fx.Node) -> Mixing:
 
 
 def active(index: fx.Node) -> Mixing:
-    """Return a mixing that picks the member given by the single entry of ``index: int64[1]``."""
+    """Return a mixing function that picks the member given by the single entry of ``index: int64[1]``."""
     choose = by_index(index)
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
@@ -164,7 +164,7 @@ def active(index: fx.Node) -> Mixing:
 
 
 def by_weights(weights: fx.Node) -> Mixing:
-    """Return a mixing that computes a weighted sum of the members for each row of ``weights: [n, slots]``."""
+    """Return a mixing function that computes a weighted sum of the members for each row of ``weights: [n, slots]``."""
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
         shape = [int(size) for size in results[0].meta["val"].shape]
@@ -177,7 +177,7 @@ def by_weights(weights: fx.Node) -> Mixing:
 
 
 def average(factors: Sequence[float]) -> Mixing:
-    """Return a mixing that sums the members, each multiplied by its factor."""
+    """Return a mixing function that sums the members, each scaled by its entry in ``factors``."""
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
         terms = [nodes.call(aten.mul.Tensor, n, f, part="average") for n, f in zip(results, factors, strict=True)]

@@ -1,4 +1,4 @@
-"""Activations of the base for given tokens, from which tensors are initialised."""
+"""Compute the base's activations for given tokens, from which tensors are initialised."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 
 
 def read_tokens(program: Program, store: Store, tokens: Sequence[int], wanted: Sequence[fx.Node]) -> list[Tensor]:
-    """Return the values of nodes when the base, in eval mode, reads one row of tokens.
+    """Return the values that nodes have when the base, in eval mode, processes a single row of tokens.
 
-    Adaptations inserted so far are left out. Both stacks of an encoder-decoder model read the tokens.
+    Adaptations inserted so far are ignored. In an encoder-decoder model, both stacks read the tokens.
 
     Args:
         program: the base's graph, with or without adaptations.
         store: the Store that holds its tensors.
         tokens: the token ids.
-        wanted: nodes of the base.
+        wanted: the nodes of the base whose values are returned.
 
     Raises:
-        GraftError: GC039 for a token that is not in the vocabulary; GC017 if the graph needs inputs other than tokens,
-            or does not accept a row of that length.
+        GraftError: GC039 for a token that is not in the vocabulary; GC017 if the graph needs inputs that cannot be
+            derived from tokens, or does not accept a row of that length.
     """
     eval_program = to_eval(program)
     origin = {edit.after: edit.before for edit in eval_program.edits}
@@ -57,13 +57,13 @@ def computed(
     device: torch.device | None = None,
     links: Mapping[fx.Node, fx.Node] = MappingProxyType({}),
 ) -> list[Tensor]:
-    """Return the values of some nodes.
+    """Compute the values of nodes.
 
     Args:
-        nodes: the nodes to compute, along with everything that they depend on.
-        given: a function that returns the value of an input of the graph.
+        nodes: the nodes whose values are returned; everything that they depend on is computed as well.
+        given: a function that returns the value of a graph input.
         tensor: a function that returns the Store tensor with a given name.
-        device: the device to compute on; by default torch's.
+        device: the device to compute on; by default, torch's default device.
         links: a mapping from nodes to the nodes that are read instead, for example from each edit's *after* to its
             *before*.
     """
@@ -104,7 +104,7 @@ def _input(spec: InputSpec, tokens: Sequence[int]) -> Tensor:
 
 
 def _check_ids(program: Program, tokens: Sequence[int]) -> None:
-    """Raise GC039 for a token that has no row in the smallest of the tables in which tokens are looked up."""
+    """Raise GC039 for a token id that has no row in the smallest table in which tokens are looked up."""
     lookups = program.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
     rows = min((int(node.args[0].meta["val"].shape[0]) for node in lookups if _reads_tokens(node)), default=None)
     for index, number in enumerate(tokens):

@@ -1,4 +1,4 @@
-"""Find the batch axis of a value, and move it to the front and back."""
+"""Find a value's batch axis, move it to the front, and move it back."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
 Call = Callable[..., fx.Node]
-"""Inserts a call: `Builder.call`."""
+"""A function that inserts a call, such as `Builder.call`."""
 
 BATCH = "batch"
-"""The name of the batch axis of an input."""
+"""The name of an input's batch axis."""
 
 
 def batch_input(program: Program) -> fx.Node | None:
@@ -29,10 +29,10 @@ def batch_input(program: Program) -> fx.Node | None:
 
 
 class Batch:
-    """The batch of one Program.
+    """The batch axis of one Program's values.
 
     Args:
-        nodes: the `Nodes` that insert calls into it.
+        nodes: the `Nodes` that insert calls into the Program.
 
     Raises:
         GraftError: GC037 if no input has a batch axis.
@@ -49,14 +49,14 @@ class Batch:
 
     @property
     def size(self) -> Any:
-        """The number of rows, a symbolic size."""
+        """The number of rows in the batch, as a symbolic size."""
         return self._source.meta["val"].shape[0]
 
     def first(self, node: fx.Node, where: str) -> fx.Node:
-        """Return ``node`` as ``[batch, ...]``.
+        """Return ``node`` with the batch axis first, ``[batch, ...]``.
 
         Raises:
-            GraftError: GC037 if no axis is the batch axis or has it folded in.
+            GraftError: GC037 if no axis is the batch axis or has the batch axis folded into it.
         """
         if node not in self._first:
             self._first[node] = self._put_first(node, where)
@@ -76,7 +76,7 @@ class Batch:
         return self._nodes.call(aten.view.default, node, [rows, -1, *rest], part="rows first")
 
     def home(self, node: fx.Node, like: fx.Node) -> fx.Node:
-        """Move the batch axis from the front back to its place in ``like``, whose last axis may differ in size."""
+        """Move the batch axis from the front back to its position in ``like``, whose last axis may differ in size."""
         axis = self._axis(like)
         if axis == 0:
             return node
@@ -89,7 +89,7 @@ class Batch:
         return next((i for i, size in enumerate(sizes) if size == self._size), None)
 
     def _folded(self, node: fx.Node) -> bool:
-        """Return whether a view has folded the batch axis and further axes into the first axis."""
+        """Return whether a view has folded the batch axis and other axes into the first axis."""
         size = expression(node.meta["val"].shape[0])
         if isinstance(size, int) or not size.has(self._size):
             return False

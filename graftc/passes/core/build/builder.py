@@ -18,7 +18,7 @@ __all__ = ["Builder", "DropoutScope", "Initialiser"]
 
 
 class Builder(LinearMaps, Attentions):
-    """Builds one adaptation into one Program; see `Nodes` for the arguments."""
+    """Inserts one adaptation into one Program; see `Nodes` for the arguments."""
 
     def within(self, seams: Seams, adaptation: str, method: str) -> Builder:
         """Return a builder for an adaptation that this builder's adaptation composes.

@@ -1,7 +1,7 @@
 """Effective weights: a site's weight and offset, including the adaptations inserted so far, as graph nodes.
 
-If nothing has been inserted at the site, the weight is the base's own. Otherwise the folds of its adaptations are
-inserted as nodes, in order: a fold is a pure function ``(W, b) -> (W', b')``, so a method that needs the effective
+If nothing has been inserted at the site, the weight is the base's own. Otherwise, the folds of the site's adaptations
+are inserted as nodes, in order: a fold is a pure function ``(W, b) -> (W', b')``, so a method that needs the effective
 weight works on top of every method that folds, without depending on any of them.
 """
 
@@ -26,7 +26,7 @@ from graftc.specs.errors.diagnostics import GraftError
 aten = torch.ops.aten
 
 NO_BIAS = "no bias"
-"""Part of the zeros that stand for a site's bias before the first adaptation that adds one."""
+"""The part label of the zeros that represent a site's bias before the first adaptation that adds one."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class EffectiveWeight:
     """A site's weight and offset, including the adaptations inserted so far.
 
     Attributes:
-        weight: the weight, ``[..., rows, in]``: the base's in its own dtype, an adapted one in at least float32.
+        weight: the weight, ``[..., rows, in]``: in the base's dtype if it is not adapted, else in at least float32.
         offset: the term added to ``W x``, broadcastable to the site's output, or None.
         fixed: whether the weight is the base's own and nothing trains it.
-        value: a function that computes the current value of the weight, in the node's dtype.
+        value: a function that computes the current value of ``weight``, in the dtype of that node.
     """
 
     weight: fx.Node
@@ -47,10 +47,10 @@ class EffectiveWeight:
 
 
 def effective_weight(build: Builder, site: LinearSite) -> EffectiveWeight:
-    """Return the effective weight of ``site`` before the adaptation that ``build`` builds.
+    """Return the effective weight of ``site`` as it is before the adaptation that ``build`` builds.
 
     Raises:
-        GraftError: GC017 if an adaptation of the site cannot be expressed as a change of the weight, or if ``build``
+        GraftError: GC017 if an adaptation of the site cannot be expressed as a change to the weight, or if ``build``
             builds a bank at a site that is already adapted.
     """
     weight, offset = build.weight(site), build.offset(site)
@@ -87,8 +87,8 @@ def _after(
 ) -> tuple[fx.Node, fx.Node | None]:
     """Return the weight and bias after one adaptation.
 
-    Edits record both together with the nodes that they replace, which are needed once the adaptation has been folded
-    into the base tensors.
+    Each is recorded as an edit, together with the node that it replaces, which is needed once the adaptation has been
+    folded into the base tensors.
     """
     tensors = [_widened(build, build.attribute(name), wide) for name in item.parts.values()]
     sources = [weight, *([bias] if bias is not None else []), *tensors]
@@ -113,7 +113,7 @@ def trace(build: Builder, function: Callable[..., Any], nodes: Sequence[fx.Node]
         function: a function that takes tensors and returns a sequence of tensors; it may inspect their shapes and
             dtypes, but not their values.
         nodes: the nodes of its arguments.
-        part: the part with which the new nodes are labelled.
+        part: the part label of the new nodes.
 
     Raises:
         RuntimeError: if the function's control flow depends on a value, or if it creates a constant tensor.
@@ -164,7 +164,7 @@ def _apply(
 
 
 def _check_known(build: Builder, site: LinearSite) -> None:
-    """Raise GC017 if rows are replaced by something other than the site's adaptations, such as new tokens."""
+    """Raise GC017 if rows are replaced (for example, for new tokens) by anything but the site's adaptations."""
     names = {item.adaptation for item in site.applied}
     tensor, node = str(site.key.whole), site.use.node
     while (edit := build.program.edits.replacement(node)) is not None:

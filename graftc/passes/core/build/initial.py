@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Initialiser = Callable[[Tensor, torch.Generator], None]
-"""Fills a float32 CPU tensor in place, drawing from the generator only."""
+"""A function that fills a float32 CPU tensor in place, drawing random values only from the generator."""
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class Initial:
     """The settings that determine the initial values of tensors.
 
     Attributes:
-        seed: the seed; an initial value depends on it and on the tensor's name, never on the order of creation.
-        values: existing tensors by name, which are used instead of initial values.
-        originals: the base weights before the spec packed them, by name, for use in initialisers.
+        seed: the seed. An initial value depends on the seed and the tensor's name, never on the order of creation.
+        values: existing tensors, by name, that are used instead of new initial values.
+        originals: the base weights, by name, as they were before the spec packed them; for use in initialisers.
         narrow: names of adaptations whose tensors are stored in their compute dtype. Tensors of other adaptations are
-            stored in at least float32 and cast in the graph, because in 16 bits an update much smaller than the value
-            is lost.
+            stored in at least float32 and cast in the graph, because in 16 bits, an update much smaller than the
+            value is lost.
     """
 
     seed: int = 0

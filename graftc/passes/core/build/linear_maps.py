@@ -31,11 +31,11 @@ class LinearMaps(Tensors, Operations):
         return self.program.edits.unchanged_input(site.use.input, str(site.key))
 
     def map(self, site: LinearSite, x: fx.Node, weight: fx.Node, part: str = "map") -> fx.Node:
-        """Return ``weight: [..., k, in]`` applied to ``x`` as the site applies its own weight: ``[..., k]``.
+        """Apply ``weight: [..., k, in]`` to ``x`` as the site applies its own weight, and return ``[..., k]``.
 
         Raises:
-            GraftError: GC017 for anything but the site's own rows at a grouped convolution, where a row's position
-                determines which channels it reads.
+            GraftError: GC017 at a grouped convolution if ``weight`` is not for exactly the site's own rows, since a
+                row's position determines which channels it reads.
         """
         if _has_rows(site, weight, 2):
             return self._product(x, weight, part)
@@ -61,9 +61,9 @@ class LinearMaps(Tensors, Operations):
         return self._own_columns(site, site.use.low_rank(self.call, x, a, self._every_row(site, b), scale))
 
     def _every_row(self, site: LinearSite, own: fx.Node) -> fx.Node:
-        """Return the site's own rows, with zeros for the use's other rows.
+        """Return a weight for all rows of a use: the site's own rows, and zeros for the others.
 
-        All rows of a use are needed because they determine the groups.
+        All rows are needed because the groups are determined by them.
         """
         if site.columns.whole:
             return own
@@ -75,7 +75,10 @@ class LinearMaps(Tensors, Operations):
         return self._rows(site.columns, result, "own rows", -1)
 
     def per_row(self, site: LinearSite, value: fx.Node) -> fx.Node:
-        """Return ``value: [..., rows]`` (experts first), one entry for each own row, broadcastable to `output`."""
+        """Return ``value: [..., rows]`` in a shape that broadcasts to `output`.
+
+        The value has one entry for each of the site's own rows; expert axes come first.
+        """
         if _has_rows(site, value, 1):
             return self.along(value, self.output(site))
         return site.use.per_row(self.call, site.use.input, value)
@@ -107,7 +110,7 @@ class LinearMaps(Tensors, Operations):
         site.use.output = after
 
     def add(self, site: LinearSite, delta: fx.Node, part: str = "add") -> None:
-        """Add ``delta``, ``[rows]`` or with the shape of `output`, ``[..., rows]``, to the site's output."""
+        """Add ``delta``, either ``[rows]`` or, like `output`, ``[..., rows]``, to the site's output."""
         self._write(Change("sum", (delta,), source=lambda: self.input(site)), lambda node: self._add(site, node, part))
 
     def _add(self, site: LinearSite, delta: fx.Node, part: str) -> None:
@@ -123,7 +126,7 @@ class LinearMaps(Tensors, Operations):
         self._write(Change("output", (delta,), site.use.output), put)
 
     def set_input(self, site: LinearSite, node: fx.Node) -> None:
-        """Replace the input of the site, and of everything inserted there so far, with ``node``.
+        """Replace the input of the site, and of everything inserted at it so far, with ``node``.
 
         The node must be computed from `input` and have the same layout.
         """
@@ -144,13 +147,13 @@ class LinearMaps(Tensors, Operations):
     def _shared_dropouts(self, x: fx.Node, site: str) -> list[fx.Node]:
         """Return the inserted dropouts of ``x`` that a site shares with others.
 
-        Nodes of other sites read them as well, or another site inserted them.
+        A dropout is shared if nodes of other sites also read it, or if it was inserted at another site.
         """
         drops = [u for u in x.users if u.target in DROPOUTS and provenance(u) is not None]
         return [u for u in drops if len({_is_at(reader, site) for reader in u.users}) > 1 or not _is_at(u, site)]
 
     def _own_map(self, site: LinearSite, x: fx.Node) -> fx.Node:
-        """Return the base's own map applied to ``x`` for only the site's rows, in the output's layout."""
+        """Apply the site's own rows of the base's map to ``x``, and return the result in the output's layout."""
         weight = self.weight(site)
         narrow = torch.finfo(weight.meta["val"].dtype).bits == 16
         plain = narrow and isinstance(site.use, Dense) and not _has_rows(site, weight, 2)
@@ -164,19 +167,19 @@ class LinearMaps(Tensors, Operations):
         return site.use.columns_home(self.call, own)
 
     def _put_first(self, site: LinearSite, own: fx.Node) -> None:
-        """Make ``own`` the site's part of the base's output, ahead of everything inserted there."""
+        """Make ``own`` the site's part of the base's output, before everything inserted at the site."""
         use, before = site.use, site.use.node
         after = self._with_rows(site.columns, before, own, "write rows", use.axis)
         self._redirect(before, after, lambda user: True)
         use.output = after if use.output is before else use.output
 
     def scale_input(self, site: LinearSite, scale: fx.Node) -> None:
-        """Multiply the input of the site, and of everything inserted there so far, by ``scale: [entries]``.
+        """Multiply the input of the site, and of everything inserted at it so far, by ``scale: [entries]``.
 
         There is one entry per input feature, or one per channel of a convolution.
 
         Raises:
-            GraftError: GC017 if no axis of the input corresponds to the weight's columns, as for tables.
+            GraftError: GC017 if no axis of the input corresponds to the weight's columns, as for embedding tables.
         """
         x, axis = self.input(site), site.use.scaled_axis
         if axis is None:

@@ -42,22 +42,22 @@ class Masks(Nodes):
 
     @cached_property
     def _replayed(self) -> dict[tuple[Any, int], dict[fx.Node, fx.Node]]:
-        """The replacements of nodes for longer texts, by the growing size and the number of tokens in front."""
+        """The nodes that replace others for a longer text, by the growing size and the number of tokens in front."""
         return {}
 
     def _longer_mask(self, mask: fx.Node, size: Any, length: int) -> fx.Node | None:
-        """Return ``mask`` as the model would compute it with ``length`` more tokens, none of them padding, in front.
+        """Return ``mask`` as the model would compute it if ``length`` more tokens, none of them padding, came first.
 
-        The rows of these tokens are cut off again, so that only columns are added.
+        The rows for these tokens are cut off again, so that only columns are added.
 
-        Everything that the mask depends on is recomputed: sizes grow, token masks passed as inputs get ones in front,
+        Everything that the mask depends on is recomputed: sizes grow, ones are put before token masks passed as inputs,
         the text's position ids begin at ``length``, and stored tensors stay the same. This handles windows, causal
         masks, tables of relative positions and ALiBi alike, without distinguishing them. Masks of the same size share
-        their common parts.
+        the nodes that they have in common.
 
         Args:
             mask: the mask, ``[..., rows, size]``, computed from sizes, stored tensors, token masks and position ids.
-            size: the number of keys: a symbol of the graph, or the number of cached tokens plus that of the call.
+            size: the number of keys: a symbol of the graph, or the number of cached tokens plus the call's own.
             length: the number of tokens in front.
 
         Returns:
@@ -87,8 +87,8 @@ class Masks(Nodes):
         """Return whether a bias of fixed size is known to be zero except where it hides a key.
 
         The answer is also True for a bias that depends on activations, token ids or a pairwise mask, since its values
-        for other keys do not depend on their positions alone, and for the bias of an image model, where keys have no
-        position before the others.
+        for other keys do not depend on their positions alone, and for the bias of an image model, where no position
+        precedes those of the other keys.
         """
         if _cone(bias, None) is None or all(len(spec.shape) > 3 for spec in self.program.inputs):
             return True
@@ -160,7 +160,7 @@ class Masks(Nodes):
         return again
 
     def _limit_tokens(self, actual: Any, wanted: Any, symbol: Any, length: int) -> None:
-        """Limit the token axis to sizes for which the mask covers all keys, since some masks are cut from a table."""
+        """Limit the token axis to sizes for which the mask covers all keys, since some masks are slices of a table."""
         rest = expression(actual) - expression(wanted)
         if isinstance(rest, int) or rest.free_symbols != {symbol} or rest.subs(symbol, _LEAST) != 0:
             return
@@ -198,7 +198,7 @@ def same_size(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyTyp
 def surplus(first: Any, second: Any, most: Mapping[Any, int] = MappingProxyType({})) -> int | None:
     """Return the difference ``first - second`` of two sizes, or None if it is not constant.
 
-    No symbol is assumed to exceed its value in ``most``.
+    Symbols are never given values that exceed those in ``most``.
     """
     difference = expression(first) - expression(second)
     if isinstance(difference, int) or difference.is_number:
@@ -256,7 +256,7 @@ def _cone(mask: fx.Node, symbol: Any) -> list[fx.Node] | None:
 
 
 def _known_in_front(node: fx.Node, symbol: Any) -> bool:
-    """Return whether a node's values for tokens in front are known: ones in a token mask, position ids, sizes."""
+    """Return whether a node's values for tokens in front are known, as for token masks, position ids and sizes."""
     if is_random(node):
         return False
     if node.target is aten.sym_size.int:

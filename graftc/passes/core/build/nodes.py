@@ -1,4 +1,4 @@
-"""The insertion of an adaptation's nodes into a Program, the foundation of all parts of the `Builder`."""
+"""Insert an adaptation's nodes into a Program: the foundation of all parts of the `Builder`."""
 
 from __future__ import annotations
 
@@ -33,13 +33,14 @@ class Nodes:
         adaptation: the adaptation's name.
         method: its method's tag.
         initial: the source of new tensors' initial values.
-        seams: how the adaptation is composed with others; by default it is not.
+        seams: the seams that compose the adaptation with others; by default, it is not composed.
         within: the builder of the composing adaptation, if any. Nodes inserted at a site then count as that
-            adaptation's own nodes, which keep reading the values from before its changes.
+            adaptation's own nodes, which keep reading the values as they were before its changes.
 
     Attributes:
         adaptation: the adaptation whose tensors are being created.
-        parts: the Store names of the adaptation's tensors, by site and part; those that all sites share are under None.
+        parts: the Store names of the adaptation's tensors, by site and part; the site is None if all sites share
+            the tensor.
         starts: the initial states of the parameters created here, by name.
         seed, values: the seed of the initial values, and the existing tensors, by name, that are used instead of them.
     """
@@ -94,7 +95,7 @@ class Nodes:
 
         Args:
             target: the operator to call.
-            args, kwargs: its arguments: nodes and literals.
+            args, kwargs: its arguments, which are nodes and literals.
             part: a readable label for the node within the adaptation (for example ``"down"``).
         """
         graph = self.program.graph
@@ -185,7 +186,10 @@ class Nodes:
     def _redirect(
         self, before: fx.Node, after: fx.Node, take: Callable[[fx.Node], bool], *, narrow: bool = False
     ) -> None:
-        """Make the users of ``before`` that ``take`` selects read ``after``, as an edit; only inside `Seams.write`."""
+        """Make the users of ``before`` that ``take`` selects read ``after``, and record the edit.
+
+        This may be called only from within `Seams.write`.
+        """
         if after is before:
             return
         before.replace_all_uses_with(

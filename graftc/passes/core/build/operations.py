@@ -1,7 +1,8 @@
-"""The part of the `Builder` that computes: products, look-ups, norms and dropout.
+"""The part of the `Builder` that inserts computations: products, look-ups, norms and dropout.
 
-If each row of the batch has its own tensors, an adaptation's tensors have a leading batch axis; a size of 1 there
-applies to all rows. The values that they are combined with then have the batch axis first.
+If each row of the batch has its own tensors, an adaptation's tensors have a leading batch axis, and a tensor whose
+batch axis has size 1 applies to all rows. The values with which these tensors are combined then have the batch axis
+first.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Operations(Nodes):
     def layer_norm(self, x: fx.Node, weight: fx.Node, bias: fx.Node, part: str = "norm") -> fx.Node:
         """Normalise over the last axis with ``weight`` and ``bias``, both ``[width]``, and an epsilon of 1e-5.
 
-        Scale and shift are applied outside the kernel, so that scales and shifts per row give bit-identical results.
+        Scale and shift are applied outside the kernel, so that per-row scales and shifts give bit-identical results.
         """
         width = [int(x.meta["val"].shape[-1])]
         normed = self.call(aten.layer_norm.default, x, width, None, None, 1e-5, part=part)
@@ -77,7 +78,7 @@ class Operations(Nodes):
             node: the activation.
             p: probability of dropping an element; 0 inserts nothing. Table indices are returned unchanged.
             recompute: whether to save a seed instead of the mask for the backward pass
-                (`graftc.passes.core.ops.decompositions`); a mask rounds ``p`` to a multiple of ``1 / 65536``
+                (`graftc.passes.core.ops.decompositions`); with a mask, ``p`` is rounded to a multiple of ``1 / 65536``
                 (`graftc.passes.core.ops.dropout`).
             scope: ``"input"``: the adaptation's sites that read the same input share one mask; ``"target"``: each site
                 has its own.

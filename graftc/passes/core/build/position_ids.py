@@ -1,4 +1,4 @@
-"""Recompute position ids that a model counts from its tokens (RoBERTa skips padding) for longer inputs."""
+"""Recompute, for longer inputs, position ids that a model counts from its tokens (RoBERTa skips padding)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 def counted_inputs(numbers: fx.Node) -> list[fx.Node]:
     """Return the inputs whose values determine the positions, if token ids are among them.
 
-    Otherwise the list is empty: the positions are passed in, or depend only on sizes and masks, and need no recount.
+    Otherwise the list is empty: the positions are passed in or depend only on sizes and masks, so no recount is needed.
     """
     read = {
         source

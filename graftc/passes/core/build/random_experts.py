@@ -1,9 +1,9 @@
-"""Random routing among an adaptation's experts: one per forward pass in train mode, their mean in eval mode.
+"""Random routing among an adaptation's experts: one expert per forward pass in train mode, their mean in eval mode.
 
-The experts are one tensor with a leading expert axis. A route is an index drawn in the graph, so that every forward
-pass, compiled or not, draws its own, and a layer recomputed in the backward pass uses the same one. Only picks read a
-route: deriving the eval graph turns each pick into a mean (`graftc.passes.core.ir.eval_mode`, which recognises picks
-with `graftc.passes.core.ir.routes`).
+The experts are stored in one tensor with a leading expert axis. A route is an index drawn in the graph, so that
+every forward pass, compiled or not, draws its own index, and a layer recomputed in the backward pass uses the same
+index. Only picks read a route: deriving the eval graph turns each pick into a mean
+(`graftc.passes.core.ir.eval_mode`, which recognises picks with `graftc.passes.core.ir.routes`).
 """
 
 from __future__ import annotations

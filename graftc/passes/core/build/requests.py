@@ -15,11 +15,11 @@ TensorKind = Literal["parameter", "state", "copy", "constant"]
 constant determined by the base alone."""
 
 Reading = Literal["input", "output", "branch", "value", "attended"]
-"""A linear map's input or output; a value of a sublayer; a layer's input or output; an attention's input."""
+"""A linear map's input or output; a value of a sublayer; a layer's input or output; an attention layer's input."""
 
 Writing = Literal["sum", "output", "input", "value", "tokens", "keys", "positions", "tensor"]
 """A term added to a value; a replacement for a map's output or input, for a layer's input or output, or for the vectors
-of virtual tokens; keys and values in front of an attention's own; position ids; a replacement for a base tensor."""
+of virtual tokens; keys and values before an attention layer's own; position ids; a replacement for a base tensor."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class NewTensor:
     Attributes:
         part: its name within the adaptation.
         kind: the kind of tensor.
-        create: a function that adds the tensor to the Store, unless it exists, under the name that it has in the
-            adaptation being built, and returns that name; its argument is whether a parameter is trained.
+        create: a function that adds the tensor to the Store, unless it already exists, under its name in the adaptation
+            being built, and returns that name. The argument is whether the tensor, if it is a parameter, is trained.
         trainable: whether the method trains it.
         base: the base tensor of which it is a copy.
         dtype: the dtype that the method computes with; None for the stored dtype.
@@ -50,12 +50,13 @@ class Change:
 
     Attributes:
         kind: the kind of value that is changed.
-        given: the nodes that the adaptation has computed: one; keys and values; or none for ``positions``.
+        given: the nodes that the adaptation has computed: two for ``keys`` (keys and values), none for ``positions``,
+            otherwise one.
         like: the value whose axis order these nodes must have in the model; None if they need no change.
         source: a function that returns the value from which an addend was computed.
         place: the names of two values of a sublayer: the one that an addend is added to, and the one that it was
             computed from; None at a linear map.
-        window: for keys, the window of `Attentions.attend`.
+        window: for ``keys``, the ``window`` argument of `Attentions.attend`.
     """
 
     kind: Writing

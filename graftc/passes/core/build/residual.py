@@ -27,9 +27,9 @@ class Branches(Nodes):
         return self._read(self.program.current(site.node), "value", site)
 
     def set_value(self, site: ValueSite, node: fx.Node) -> None:
-        """Replace a value with ``node``, which is computed from `value` and has the same shape, for all its readers.
+        """Make all readers of a value read ``node``, which is computed from `value` and has the same shape.
 
-        These include projections, the residual, and the outputs if the value is one of them.
+        The readers include projections, the residual connection, and the graph's outputs if the value is one of them.
         """
         before = self.program.current(site.node)
         self._write(Change("value", (node,), before), lambda after: self._redirect(before, after, lambda user: True))
@@ -56,8 +56,8 @@ class Branches(Nodes):
     def add_at(self, site: SublayerSite, place: str, delta: fx.Node, read: str) -> None:
         """Add ``delta`` to a value of a sublayer.
 
-        If ``delta`` was computed from a value further down (the norm after the sum), everything in between is
-        recomputed from the result, and all readers of that value read the recomputed one instead.
+        If ``delta`` was computed from a value further down (such as the norm after the sum), everything in between is
+        recomputed from the result, and all readers of that value read the recomputed value instead.
 
         Args:
             site: the sublayer.
@@ -91,14 +91,14 @@ class Branches(Nodes):
                 raise GraftError("GC017", message, hint=hint)
             args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: again.get(n, n))
             again[node] = self.call(node.target, *args, part=AGAIN, **kwargs)
-        # Readers on the way to ``delta`` keep the old values; later insertions here start from the recomputed ones.
+        # Readers on the path to ``delta`` keep the old values; later insertions here start from the recomputed ones.
         for before, now in again.items():
             if before is not source:
                 self.program.edits.add(Edit(self.adaptation, str(site.key), before, now, narrow=True))
         self._redirect(source, again[source], lambda user: True)
 
     def _shaped(self, delta: fx.Node, value: fx.Node) -> fx.Node:
-        """Return ``delta`` with batch and sequence on one axis or on two, as in ``value``."""
+        """Return ``delta`` with the batch and the sequence on one shared axis or on separate axes, as in ``value``."""
         have, want = delta.meta["val"], value.meta["val"]
         if have.dim() == want.dim():
             return delta

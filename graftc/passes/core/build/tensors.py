@@ -30,14 +30,14 @@ def _is_exact(stored: torch.dtype, wanted: torch.dtype) -> bool:
 
 
 def tensor_name(site: Site | None, adaptation: str, part: str) -> str:
-    """Return the Store name of an adaptation's tensor at a site; one without a site is shared by all its sites."""
+    """Return the Store name of an adaptation's tensor at a site, or at no site if all its sites share the tensor."""
     if site is None:
         return adapter_name("", adaptation, part)
     return adapter_name(site.key.module, adaptation, site.scope, site.key.part, part)
 
 
 class Tensors(Nodes):
-    """The part of the `Builder` that creates an adaptation's tensors, each only once: Programs share them."""
+    """The part of the `Builder` that creates an adaptation's tensors, each only once, since Programs share them."""
 
     def _new(self, new: NewTensor) -> fx.Node:
         """Create a tensor through the seams and return its node."""
@@ -52,7 +52,7 @@ class Tensors(Nodes):
         dtype: torch.dtype,
         trainable: bool = True,
     ) -> fx.Node:
-        """Return the node of a parameter of the current site (outside `on`: of the whole adaptation), created once.
+        """Return the node of a parameter of the current site or, outside `on`, of the whole adaptation; created once.
 
         Args:
             part: the parameter's name within the adaptation, for example ``"A"``.
@@ -83,13 +83,13 @@ class Tensors(Nodes):
         return name
 
     def trained(self, part: str, value: Callable[[], Tensor], *, dtype: torch.dtype | None = None) -> fx.Node:
-        """Return the node of a trainable tensor of the current site whose initial value is computed, created once.
+        """Return the node of a trainable tensor of the current site, created once with a computed initial value.
 
         Args:
             part: the tensor's name within the adaptation, for example ``"m"``.
             value: a function that computes the initial value on the site's device and thereby fixes the shape.
-            dtype: dtype of the node, stored as for `parameter`; by default the node and the stored tensor have the
-                value's dtype.
+            dtype: dtype of the node; the tensor is stored as by `parameter`. By default, both the node and the stored
+                tensor have the value's dtype.
         """
 
         def create(trains: bool) -> str:
@@ -132,7 +132,7 @@ class Tensors(Nodes):
         return self.constant(part, lambda: value.to(self._device()))
 
     def buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> fx.Node:
-        """Return the node of a state tensor of the current site (outside `on`: of the whole adaptation).
+        """Return the node of a state tensor of the current site or, outside `on`, of the whole adaptation.
 
         The state is saved with the parameters.
 
@@ -143,7 +143,7 @@ class Tensors(Nodes):
         return self.attribute(self.keep_buffer(part, value), part)
 
     def keep_buffer(self, part: str, value: Callable[[torch.device], Tensor]) -> str:
-        """Create state like `buffer`, but without a node, for use by a controller only; return its Store name."""
+        """Create state as `buffer` does, but without a node, for use only by a controller; return its Store name."""
 
         def create(trains: bool) -> str:
             name = self._enter(part)
@@ -198,7 +198,7 @@ class Tensors(Nodes):
         return site.own.operand(self.store.full(site.own.tensor))
 
     def read_original(self, site: LinearSite) -> Tensor:
-        """Return the values of the same rows before the weight was quantised, for use in initialisers.
+        """Return the values that the site's own rows had before the weight was quantised, for use in initialisers.
 
         Raises:
             GraftError: GC167 if the original weight is not available.
@@ -231,14 +231,14 @@ class Tensors(Nodes):
         """Train a copy of a base tensor, or of some of its rows, instead of the original; the base is never written to.
 
         Returns the node of the trained tensor, which has the shape in which the base stores the rows. Folding replaces
-        these rows with it. A copy of a 16-bit tensor is float32, unless the spec has ``dtype: base``, and is cast
-        where it replaces the base's value.
+        the rows with this tensor. A copy of a 16-bit tensor is float32, unless the spec has ``dtype: base``, and is
+        cast where it replaces the base's value.
 
         Args:
             base: the rows of the base tensor, or a Store name for the whole tensor.
             index: a node with the row indices, if the graph has one; by default a constant is added to the graph.
-            through: a function from the trained tensor to the value that is read instead of the base's rows, of the
-                same shape and dtype. If that value differs from the trained tensor, the method folds the former.
+            through: a function that maps the trained tensor to a value of the same shape and dtype, which is read
+                instead of the base's rows. If the two differ, the method folds that value.
         """
         own = self.every(base) if isinstance(base, str) else base
         is_new = self.program.tensor_edits.copy_of(own.as_stored, self.adaptation) is None
@@ -278,7 +278,7 @@ class Tensors(Nodes):
         Args:
             own: the rows.
             make: a function that returns a node of the same shape and dtype. If it calls `graftc::sparse_weight`,
-                products with it are replaced as well.
+                products with the node are replaced as well.
 
         Raises:
             GraftError: GC021 if another adaptation trains the rows or uses them as constants.
@@ -289,7 +289,7 @@ class Tensors(Nodes):
             self._replace(current, self._with_rows(own, current, node, "instead"))
 
     def known(self, name: str) -> Tensor | None:
-        """Return the adaptation's tensor with this Store name, created for another Program or supplied, else None."""
+        """Return the adaptation's tensor ``name`` if it was created for another Program or supplied, otherwise None."""
         return self.store.get(name) if name in self.store else self.initial.values.get(name)
 
     def stand_in(self, own: WeightSlice, make: Callable[[fx.Node], fx.Node], *, within: bool = False) -> None:
@@ -337,8 +337,8 @@ class Tensors(Nodes):
         Args:
             part: the tensor's name within the adaptation.
             value: a function that computes the values on the CPU and thereby fixes the shape. It draws only from the
-                generator, which is seeded by the seed and the tensor's name. On the meta device it is called for every
-                graph.
+                generator, which is seeded with `Initial.seed` and the tensor's name. On the meta device, it is called
+                for every graph.
 
         Returns:
             Their node, and the values themselves on the CPU.
@@ -350,7 +350,7 @@ class Tensors(Nodes):
         return self.attribute(name, part), value(self.generator(name)) if numbers.is_meta else numbers.cpu()
 
     def _edit_tensor(self, own: WeightSlice, mode: EditMode, trained: str = "") -> None:
-        """Record how the adaptation uses rows of a base tensor; raise GC021 if that conflicts with another one."""
+        """Record how the adaptation uses rows of a base tensor; raise GC021 if another adaptation conflicts."""
         site = self._site.key if self._site is not None else None
         self.program.tensor_edits.add(TensorEdit(self.adaptation, own, mode, site, trained))
 

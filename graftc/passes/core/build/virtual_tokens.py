@@ -27,7 +27,7 @@ class Virtual(Tensors, Branches):
         return next(v for v in self.program.virtual if v.owner == self.adaptation and site.key in v.sites)
 
     def fill(self, site: ValueSite, run: int, vectors: fx.Node, part: str = "tokens") -> None:
-        """Make ``vectors: [length, width]``, or ``[batch, length, width]``, the token embeddings of a run."""
+        """Use ``vectors: [length, width]``, or ``[batch, length, width]``, as the token embeddings of a run."""
         rows = self.virtual(site).rows[run]
         change = Change("tokens", (self._for_rows(vectors, rows, part),), rows)
         self._write(change, lambda own: self._redirect(rows, own, lambda user: True))
