@@ -1,1 +1,1 @@
-"""Calls of the elements of a model that is split into elements: their description as text, and their caches."""
+"""Calls to the elements of a model that is split into elements: descriptions of the calls as text, and caches."""

@@ -1,6 +1,6 @@
-"""Operations that a model's Python code applies to an element's result and that can join the element's graph.
+"""Operations that a model's Python code applies to an element's result and that can become part of its graph.
 
-A loss over a vocabulary is an example: in one graph with the head, logits can be computed a few rows at a time.
+For example, if a loss over a vocabulary is in one graph with the head, logits can be computed a few rows at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 LOSS = functional.cross_entropy
-"""The function that ends such a sequence of operations."""
+"""The loss function that can end a sequence of such operations."""
 
 FLATTENING = (Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten)
 """Functions that may flatten rows into one axis."""
@@ -52,7 +52,7 @@ class FollowingCall:
     """A function call that follows an element.
 
     Attributes:
-        function: a function that `may_follow`.
+        function: a function for which `may_follow` returns True.
         args, kwargs: its arguments: tensors, plain values, types, slices and `ResultNumber`, in tuples and lists.
     """
 
@@ -66,17 +66,17 @@ class FollowingCall:
         return _NAMES[self.function]
 
     def run(self, results: Sequence[Any]) -> Any:
-        """Call the function with the results so far."""
+        """Call the function, with the results so far in place of `ResultNumber` placeholders."""
         return self.function(*put_in(self.args, results), **put_in(dict(self.kwargs), results))
 
 
 def may_follow(function: Callable[..., Any]) -> bool:
-    """Return whether a function may be called in such a step."""
+    """Return whether a function may be called in a `FollowingCall`."""
     return function in _IN_BETWEEN or function is LOSS
 
 
 def function_of(name: str) -> Any:
-    """Return the function with the name of a step."""
+    """Return the function that has the given `FollowingCall.name`."""
     return _FUNCTIONS[name]
 
 

@@ -1,4 +1,4 @@
-"""Represent calls of a live model's elements as text: tensors are numbered, and all other arguments are unchanged."""
+"""Represent calls to a live model's elements as text: tensors are replaced by numbers, other arguments are kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CallStructure:
 
     Attributes:
         text: JSON of the positional arguments, the keyword arguments, the operations on the result, and the decisions
-            on tensor values; the last two are omitted if empty.
+            based on tensor values; the last two are omitted if empty.
     """
 
     text: str
@@ -115,7 +115,7 @@ class CallStructure:
         return any(_parsed(self.text)[2:3])
 
     def deciding(self, decisions: Mapping[str, Sequence[bool]]) -> CallStructure:
-        """Return the same call with different decisions on tensor values.
+        """Return the same call with different decisions based on tensor values.
 
         Args:
             decisions: the decisions in order, by mode: "train", "eval".
@@ -132,12 +132,12 @@ class CallStructure:
         return self.deciding({}) if self.decides else self
 
     def decisions(self, mode: str) -> tuple[bool, ...]:
-        """Return the decisions on tensor values in a mode, in order."""
+        """Return the decisions based on tensor values in a mode, in order."""
         return tuple(_parsed(self.text)[3].get(mode, ())) if self.decides else ()
 
     @property
     def decides(self) -> bool:
-        """Whether the call makes decisions on tensor values, which it then returns along with the result."""
+        """Whether the call makes decisions based on tensor values; it then returns the values along with the result."""
         return len(_parsed(self.text)) > 3
 
     @property
@@ -203,19 +203,19 @@ def innermost(path: str, elements: Collection[str]) -> str:
 def elements_in(flags: Iterable[tuple[str, Any]]) -> tuple[str, ...]:
     """Return the paths of the elements that a graph with these flags calls; empty for a model's own graph.
 
-    Each element is called on its own.
+    Each element is called separately.
     """
     return tuple(calls_in(flags))
 
 
 def input_name(path: str, index: int) -> str:
-    """Return the graph input name of an element's tensor, in which all characters are valid in a parameter name."""
+    """Return the name of the graph input for an element's tensor; all its characters are valid in parameter names."""
     name = re.sub(r"\W", lambda match: f"_{ord(match[0]):x}_", path.replace(".", "__"))
     return f"{name}__{index}"
 
 
 def input_names(path: str, known: Container[str]) -> list[str]:
-    """Return the graph input names of an element's tensors, in order, as far as they are among ``known``."""
+    """Return the names of the graph inputs for an element's tensors, in order, up to the first not in ``known``."""
     return list(takewhile(known.__contains__, (input_name(path, index) for index in count())))
 
 

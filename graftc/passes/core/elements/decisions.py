@@ -1,8 +1,9 @@
-"""Decisions: branches in an element's Python code on tensor values. A graph is valid for one sequence of decisions.
+"""Decisions: branches on tensor values in an element's Python code. A graph is valid for one sequence of decisions.
 
-The graph returns the values on which its decisions are based, and its caller compares them: if a call would have
-decided differently, its results are discarded and another graph runs. This suits only decisions that rarely change
-(`varying`): on buffers, masks, and whether values are finite. A layer that branches on hidden states cannot be a graph.
+The graph returns the values on which its decisions are based, and its caller checks them: if they would have led to
+different decisions, the results are discarded and another graph runs. This suits only decisions that rarely change (see
+`varying`): those based on buffers, on masks, or on whether values are finite. A layer that branches on hidden states
+cannot run as a graph.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ DECIDED = "decided"
 
 
 class Decisions(TorchFunctionMode):
-    """A mode in which code that branches on tensors takes prescribed decisions, while the tensors are recorded.
+    """A mode in which code that branches on tensors follows prescribed decisions, while the tensors are recorded.
 
     Args:
-        taken: the prescribed decisions, in order; later ones are taken from the actual values.
+        taken: the prescribed decisions, in order; any further decisions follow the actual values.
 
     Attributes:
         by: the value on which each decision is based: ``bool[]``.
@@ -81,7 +82,7 @@ _FINITE = (
 
 
 def _decided(program: Program) -> list[Any]:
-    """Return the outputs of a union's Program with the values on which decisions are based."""
+    """Return those outputs of a union's Program that are the values on which decisions are based."""
     (output,) = program.graph.find_nodes(op="output")
     results, values = list(output.args[0]), list[Any]()
     for outer in program.outputs.children:

@@ -8,7 +8,7 @@ from graftc.passes.core.ir.program import Program
 
 
 def last_elements(program: Program) -> frozenset[str] | None:
-    """Return the elements outside the layers that are called after every layer and every part of a layer.
+    """Return the elements that are outside the layers and are called after every layer and every part of a layer.
 
     The graph of a union has an output for each element, but only these elements can compute outputs of the model. If
     the model has no layers, all elements are returned.

@@ -14,13 +14,13 @@ Pair = tuple[Tensor, Tensor]
 
 
 class LayerCache:
-    """A replacement for the model's cache in a call of one layer.
+    """A replacement for the model's cache in a call to one layer.
 
     Args:
         layer: the index with which the layer accesses its part of the cache.
         past: the keys and values of earlier tokens; None if there are no such tokens.
         states: the states of a layer that stores convolution inputs and recurrent states; None for any other layer.
-        sliding: whether the cache retains only the last tokens.
+        sliding: whether the cache retains only the most recent tokens.
 
     Attributes:
         new: the keys and values of the call's own tokens, once the layer has passed them in.
@@ -49,7 +49,7 @@ class LayerCache:
         """Return the number of earlier tokens.
 
         Raises:
-            LookupError: if the layer has states or only the last tokens, from which the number cannot be determined.
+            LookupError: if the layer has states or only the most recent tokens, so that the number is unknown.
         """
         if self.states is not None or self._sliding:
             raise LookupError(
@@ -98,12 +98,12 @@ class LayerCache:
 
     @property
     def layers(self) -> Mapping[int | None, Any]:
-        """The layer's own keys and values, read instead of being recomputed; empty if it has none."""
+        """The layer's own keys and values, which it reads instead of recomputing them; empty if it has none."""
         return {self._layer: SimpleNamespace(keys=self._past[0], values=self._past[1])} if self._past else {}
 
 
 def cache_among(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Return the model's cache among a layer call's arguments, or None."""
+    """Return the model's cache from the arguments of a layer call, or None if they contain no cache."""
 
     def is_cache(value: Any) -> bool:
         return hasattr(value, "update") and (hasattr(value, "layers") or hasattr(value, "self_attention_cache"))
@@ -176,7 +176,7 @@ def stand_in(module: nn.Module, cache: Any, tensors: Sequence[Tensor]) -> Any:
 
 
 def news_of(cache: Any) -> Any:
-    """Return the new keys, values and states in a cache's replacement after the call, or None if it has none."""
+    """Return the new keys, values and states in a cache's replacement after the call, or None if there are none."""
     if isinstance(cache, LayerCache):
         return cache.new if cache.states is None else {"new": cache.new, "states": _states_in(cache.states)}
     if isinstance(own := getattr(cache, "self_attention_cache", None), LayerCache):
@@ -251,7 +251,7 @@ def _past_in(cache: Any) -> Pair | None:
 def _states_in(cache: Any) -> list[list[Tensor]]:
     """Return the tensors that earlier tokens left in each of a layer's states.
 
-    Each state has no tensors, a convolution's inputs, or these and a recurrent state.
+    A state has no tensors, only a convolution's inputs, or both those inputs and a recurrent state.
     """
     pairs = [
         (cache.conv_states[number], cache.recurrent_states[number]) if cache.has_previous_state[number] else ()

@@ -57,7 +57,7 @@ class _Separation:
             self._settle(node)
 
     def _settle(self, node: fx.Node) -> None:
-        """Record a value that depends only on tensors and sizes, with the inputs whose sizes it reads."""
+        """Record a node if its value depends only on tensors and sizes, along with the inputs whose sizes it reads."""
         sources = node.all_input_nodes
         if node.op == "get_attr":
             self._settled[node] = frozenset()
@@ -87,7 +87,7 @@ class _Separation:
         return readers.pop() if len(readers) == 1 else ""
 
     def _copied(self, source: fx.Node, home: str, reader: fx.Node) -> fx.Node:
-        """Return an element's own copy of such a value, placed before its first reader in that element."""
+        """Return an element's own copy of another element's value, placed before ``reader``; keep any other value."""
         if source.op == "get_attr" or not self._is_anothers(source, home):
             return source
         if (home, source) not in self._copies:

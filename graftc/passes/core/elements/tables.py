@@ -1,6 +1,6 @@
 """Tables that layers pass to each other, such as the keys and values that later layers of Gemma 4 share.
 
-The entries that a call adds to a table are results of its graph, and are copied into the caller's own table.
+The entries that a call adds to a table are results of the call's graph, and are copied into the caller's own table.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def contents(tables: Sequence[Table]) -> list[dict[str, Any]]:
 
 
 def put_since(tables: Sequence[Table], before: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the entries added to tables since ``before``, by the table's index and the key.
+    """Return the entries added to tables, or replaced, since ``before``, by the table's index and the entry's key.
 
     Raises:
         GraftError: GC030 if an entry was removed.
