@@ -14,7 +14,7 @@ from graftc.passes.core.ir.program import Program, above, mutates
 
 
 def remove_dead(program: Program) -> None:
-    """Erase unused calls without side effects, and unused tensors; inputs and nodes replaced by edits stay."""
+    """Erase unused calls without side effects, and unused tensors; keep inputs and nodes replaced by edits."""
     kept = {edit.before for edit in program.edits}
     for node in reversed(list(program.graph.nodes)):
         unused = not node.users and node not in kept
@@ -33,10 +33,10 @@ def live(program: Program) -> set[fx.Node]:
 def on_device(
     target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device | None
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Return arguments that make an operator create its tensor on ``device`` instead of any device that they name.
+    """Return arguments that make an operator create its tensor on ``device`` rather than on the device that they name.
 
     Args:
-        target: the operator; the arguments of a function that does not create a tensor are returned unchanged.
+        target: the operator; if it does not create a tensor, its arguments are returned unchanged.
         args, kwargs: the arguments.
         device: the device; None to leave the arguments unchanged.
     """

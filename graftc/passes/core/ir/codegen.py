@@ -1,7 +1,7 @@
-"""Generate code for graphs: functions over a module tree, so that one tree of tensors serves many graphs.
+"""Generate code for graphs as functions of a module tree, so that one tree of tensors serves many graphs.
 
 Graphs with equal code share one function object, so that identical layers compile once. Tensors and modules are read
-from the modules' own tables, never as attributes, since a model may give its children any names.
+from the modules' own tables, never as attributes, since a model may give its children arbitrary names.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ _OF_A_BATCH: dict[Any, Function] = {
     torch.ops.aten.batch_norm.default: nn.functional.batch_norm,
     torch.ops.aten.instance_norm.default: nn.functional.instance_norm,
 }
-"""torch's functions reject a single value per channel, whose statistics are NaN; that is known only at run time."""
+"""Normalisation operators, and the torch functions that replace them where they use their input's statistics.
+
+The functions reject input with a single value per channel, whose statistics are NaN; this is known only at run time.
+"""
 
 Value = TypeVar("Value")
 
 
 class RecentCode:
-    """A bounded LRU cache of objects generated from graphs, which equal graphs share.
+    """A bounded LRU cache of objects that are generated from graphs and shared by equal graphs.
 
     Code in use keeps working after its entry is evicted, but later results no longer share it.
 
@@ -65,15 +68,15 @@ class RecentCode:
 
 
 RECENT = RecentCode(512)
-"""All code of this process. Each signature of a model needs about ten entries of a few kilobytes each."""
+"""All code generated in this process. Each signature of a model needs about ten entries of a few kilobytes each."""
 
 
 @dataclass(frozen=True, eq=False)
 class Executable:
-    """A graph as code, called as ``executable(tensors, inputs)`` with tensors of any origin; `over` binds a module's.
+    """A graph as code, called as ``executable(tensors, inputs)`` with tensors of any origin; `over` reads a module's.
 
     Attributes:
-        function: a function of tensors, then layer modules, then inputs.
+        function: a function whose arguments are the tensors, then the layer modules, then the inputs.
         tensors: names of the tensors that it reads, in order.
         layers: paths of the layer modules that it calls, in order.
     """
@@ -89,7 +92,7 @@ class Executable:
     def over(self, module: nn.Module) -> Function:
         """Return ``f(module, *inputs)``, which reads tensors and layers anew on every call.
 
-        It may be called with ``module`` or with another module of the same structure.
+        ``f`` may be called with ``module`` or with another module of the same structure.
         """
         values = [_tensor(module, name) for name in self.tensors] + [_module(path) for path in self.layers]
         return RECENT.get((self.function, *values), lambda: _reading(self.function, values))
@@ -149,7 +152,7 @@ def placed(graph: fx.Graph, device: torch.device) -> fx.Graph:
 
 
 def code_of(graph: fx.Graph) -> Executable:
-    """Return the code of a graph that `placed` returned, like `executable_of`; the graph is consumed."""
+    """Return the code of a graph that `placed` returned, as `executable_of` does; the graph is consumed."""
     tensors, layers = _read_first(graph)
     graph.set_codegen(_Reading([*tensors.values(), *layers.values()]))
     code = graph.python_code("self", verbose=False)
@@ -174,14 +177,14 @@ def _compiled(source: str, names: Mapping[str, Any]) -> Function:
 def _reading(function: Function, values: Sequence[str]) -> Function:
     """Return a function of a module and inputs that passes values of the module, then the inputs, to ``function``.
 
-    The values are source expressions that read the module as ``self``.
+    ``values`` are source expressions in which the module is called ``self``.
     """
     source = f"def forward(self, *inputs):\n    return function({', '.join([*values, '*inputs'])})\n"
     return _compiled(source, {"function": function})
 
 
 def _follows_input(target: Any) -> bool:
-    """Return whether an operator by default creates its tensor on the device of an input."""
+    """Return whether an operator creates its tensor on the device of one of its inputs by default."""
     return any(isinstance(a.type, torch.TensorType) for a in schema_of(target).arguments)
 
 
@@ -211,7 +214,7 @@ class _Reading(fx.graph.CodeGen):
 def _read_first(graph: fx.Graph) -> tuple[dict[str, str], dict[str, str]]:
     """Turn a graph's tensors and modules into parameters; return their parameter names, by tensor name and module path.
 
-    A layer that is called several times becomes one parameter.
+    A layer that is called several times becomes a single parameter.
     """
     tensors: dict[str, str] = {}
     layers: dict[str, str] = {}
@@ -247,7 +250,7 @@ def _tensor(module: nn.Module, name: str) -> str:
 
 
 def tensor_at(module: nn.Module, name: str) -> Tensor:
-    """Return the parameter or buffer that code reads under a name."""
+    """Return the parameter or buffer that generated code reads under a name."""
     path, _, last = name.rpartition(".")
     owner = _owner(module, path)
     parameter = parameters_of(owner).get(last)

@@ -21,7 +21,7 @@ class Edit:
         adaptation, site: the adaptation that made the edit, and the site where it did so.
         before, after: the node that was replaced, and its replacement.
         narrow: if true, only the readers at ``site`` read ``after``: the site's input was replaced, not a result. For a
-            sublayer, only nodes inserted there later read ``after``, since an adapter still reads the value that it
+            sublayer, only nodes inserted later read ``after``, since an adapter still reads the value that it
             replaced.
     """
 
@@ -40,8 +40,8 @@ class Edit:
 class Edits(Sequence[Edit]):
     """One Program's edits, in the order in which they were made.
 
-    If several edits start from one node, look-ups see the last one. Look-ups take constant time, `current` on average,
-    since it caches the paths that it has followed.
+    If several edits start from one node, look-ups see the last one. Look-ups take constant time; for `current`, this is
+    true on average, since it caches the paths that it has followed.
 
     Args:
         edits: the initial edits, recorded as they are: none of them rebases another.
@@ -87,7 +87,7 @@ class Edits(Sequence[Edit]):
         return Edits(replace(e, before=change(e.before), after=change(e.after)) for e in self._edits)
 
     def within(self, nodes: Collection[fx.Node]) -> Edits:
-        """Return the edits with both ends in ``nodes``; the others have an erased end."""
+        """Return the edits whose nodes are both in ``nodes``; the others refer to an erased node."""
         return Edits(e for e in self._edits if e.before in nodes and e.after in nodes)
 
     def replacement(self, node: fx.Node, site: str | None = None) -> Edit | None:
@@ -155,7 +155,7 @@ class Edits(Sequence[Edit]):
     def _rebase(self, before: fx.Node, after: fx.Node) -> None:
         """Make the edits that start from ``before`` start from ``after``.
 
-        Paths from other nodes keep their ends: ``after`` comes between ``before`` and its earlier replacements.
+        Paths from other nodes end where they did: ``after`` comes between ``before`` and its earlier replacements.
         """
         if after in self._starting:
             self._ahead.clear()

@@ -1,8 +1,8 @@
 """The writes in a graph: which nodes change a value in place, and which node owns the memory.
 
-An operator's schema declares which arguments it changes and which its results alias. The few operators whose schemas
-omit this are listed here. A written value is traced back to the origin of its memory: an input, a Store tensor, or a
-value that the graph has computed.
+An operator's schema declares which arguments are changed in place and which are aliased by the results. The few
+operators whose schemas omit this are listed here. A written value is traced back to the origin of its memory: an input,
+a Store tensor, or a value that the graph has computed.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _STATISTICS = {
 
 
 class Memory:
-    """The owners of the memory of a graph's values, computed only if some operator may write.
+    """The nodes that own the memory of a graph's values, computed only if some operator may write.
 
     In most graphs no operator writes, so the owners do not matter.
 
     Attributes:
-        writes: every node that changes a value in place, with the nodes that may own the memory, in graph order.
+        writes: every node that changes a value in place, with the possible owners of the memory, in graph order.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
@@ -84,7 +84,7 @@ def updated(graph: fx.Graph) -> dict[str, fx.Node]:
 
 
 def flaw(graph: fx.Graph, mode: Mode, is_buffer: Callable[[str], bool]) -> tuple[fx.Node, str] | None:
-    """Return the first forbidden write with a description of the error, or None.
+    """Return the first node with a forbidden write and a description of the error, or None if there is none.
 
     A graph may change values that it has computed and, in train mode, buffers.
     """
@@ -100,7 +100,7 @@ def flaw(graph: fx.Graph, mode: Mode, is_buffer: Callable[[str], bool]) -> tuple
 
 
 def _arguments(node: fx.Node) -> Iterator[tuple[str, Any]]:
-    """Yield a call's arguments by their names in the schema, or by position for Python functions."""
+    """Yield a call's arguments with their names in the schema, or with their positions for Python functions."""
     target = node.target
     if node.op != "call_function":
         return

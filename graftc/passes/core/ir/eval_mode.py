@@ -1,4 +1,4 @@
-"""Derivation of the eval Program from the train Program: the changes that torch's ``eval()`` would have made."""
+"""Derive the eval Program from the train Program by making the changes that torch's ``eval()`` would have made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DROPPING = (
     aten.scaled_dot_product_attention.default,
     torch.ops.graftc.rescale.default,
 )
-"""The operators that a dropout probability of 0 disables; other effects of a module's mode remain."""
+"""The operators whose dropout a probability of 0 disables; other effects of a module's mode remain."""
 _PROBABILITY: dict[object, int] = {aten.dropout.default: 1, aten.scaled_dot_product_attention.default: 4}
 """The position of the dropout probability among an operator's arguments."""
 ATTENTION: Mapping[str, Any] = {
@@ -37,13 +37,13 @@ ATTENTION: Mapping[str, Any] = {
     "dropout_p": 0.0,
     "is_causal": False,
 }
-"""The positional arguments of a fused attention, with their defaults."""
+"""The positional arguments of a call to fused attention, with their defaults."""
 
 _SILENT = ":dropout"
 
 
 def silent(path: str) -> str:
-    """Return the entry, in a set of eval-mode paths, for a train-mode module whose dropouts were set to zero."""
+    """Return the entry that a train-mode module with dropouts set to zero has in a set of eval-mode paths."""
     return path + _SILENT
 
 
@@ -70,7 +70,7 @@ def dropouts(program: Program) -> dict[str, float]:
 def _place(node: fx.Node) -> tuple[str, bool]:
     """Return the path of the module whose mode a node depends on, and whether the node belongs to an adaptation.
 
-    An adaptation's dropout has its own path, below that of its site.
+    An adaptation's dropout has its own path, below the path of its site.
     """
     module, owner = str(node.meta.get("module", "")), provenance(node)
     dropped = owner is not None and node.target in (*_DROPOUTS, torch.ops.graftc.rescale.default)
@@ -116,7 +116,7 @@ Replaced = dict[fx.Node, fx.Node] | None
 
 
 def _replace(node: fx.Node, source: Any) -> Replaced:
-    """Make a node's readers read another one, and erase the node."""
+    """Make a node's readers read another node, and erase the original node."""
     assert isinstance(source, fx.Node)
     node.replace_all_uses_with(source)
     node.graph.erase_node(node)
@@ -163,7 +163,7 @@ def _drop_path(node: fx.Node) -> Replaced:
 
 
 def _drawn(node: fx.Node) -> Replaced:
-    """Replace a number that an adaptation draws in train mode with the one that it is deployed with."""
+    """Replace a number that an adaptation draws in train mode with the number that it uses when deployed."""
     source = node.args[0]
     deployed = provenance(node) is not None and isinstance(source, fx.Node) and source.op == "get_attr"
     return _erase(node) if deployed else None
@@ -191,7 +191,7 @@ def _alike(node: fx.Node) -> Replaced:
 
 
 def _lost(node: fx.Node) -> None:
-    """Clear the argument for the part that dropout removes, or for gate noise: eval mode has neither."""
+    """Clear the argument for gate noise, or for the part that dropout removes: eval mode has neither."""
     node.update_arg(4, None)
 
 

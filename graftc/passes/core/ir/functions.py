@@ -26,12 +26,12 @@ from graftc.passes.core.ir.program import Program, above
 class UnlikeBodyError(Exception):
     """Raised if the layers that call a function have to be written out.
 
-    Either such a layer must differ from the function's body, or a request cannot be met with calls.
+    Either such a layer must differ from the function's body, or a request cannot be fulfilled with calls.
     """
 
 
 def call(path: str, body: str, inputs: Sequence[Any], given: Sequence[Any], results: Sequence[Any]) -> list[Any]:
-    """Represent a function call, as the target of a node; if run, return values of the right shapes and dtypes only.
+    """Represent a function call as the target of a node; the returned values have only the right shapes and dtypes.
 
     Args:
         path: path of the module whose tensors the call reads.
@@ -122,7 +122,7 @@ def region(
     Args:
         given, results: input values of the body, and its results.
         body: path of its layer.
-        writes: nodes that change values in place. Those of the layer belong to the body even if no result depends on
+        writes: nodes that change values in place. Those in the layer belong to the body even if no result depends on
             them.
     """
     computed: dict[fx.Node, None] = {}
@@ -177,7 +177,7 @@ def in_layer(node: fx.Node, body: str) -> bool:
 
 @dataclass
 class _Attributes:
-    """The tensors that a graph reads, by name.
+    """The nodes that read a graph's tensors, by tensor name.
 
     A call's tensors come after the body's, in the same order, and after those of sibling layers with lower numbers.
     """
@@ -190,7 +190,7 @@ class _Attributes:
         self.nodes = {str(node.target): node for node in self.graph.find_nodes(op="get_attr")}
 
     def add(self, body: str, path: str) -> None:
-        """Add nodes that read another layer's tensors, in the order in which the body's are read."""
+        """Add nodes that read another layer's tensors, in the order in which the body's tensors are read."""
         own = [node for node in self.nodes.values() if _is_own(node, body)]
         for run in _runs(own):
             last = self._behind_lower(self._last.get((body, run[-1]), run[-1]), path)
@@ -217,7 +217,7 @@ class _Attributes:
 
 
 def _runs(nodes: Sequence[fx.Node]) -> Iterator[list[fx.Node]]:
-    """Yield groups of adjacent nodes from nodes in graph order."""
+    """Yield the groups of adjacent nodes among ``nodes``, which are in graph order."""
     run: list[fx.Node] = []
     for node in nodes:
         if run and node.prev is not run[-1]:
@@ -305,7 +305,7 @@ class Layers(NamedTuple):
 
 
 def _repeated(entry: HistoryEntry, read: Mapping[str, str], copied: Mapping[str, str], at: Layers) -> HistoryEntry:
-    """Return an entry that repeats, in the layer of a call, a step's changes to the body."""
+    """Return a step's history entry with its changes to the body repeated in the layer of a call."""
     if entry.changes is None:
         return entry
     changes, (body, path) = entry.changes, at
@@ -330,8 +330,8 @@ def split(program: Program, groups: Mapping[str, Sequence[Sequence[str]]]) -> Pr
 
     Args:
         program: the Program to split, which is not changed.
-        groups: by body, groups of paths of layers that stay identical; the first group is the body's own. The first
-            layer of every other group becomes the body for the rest of its group.
+        groups: for each body, groups of layers (as paths) that stay identical; the first group is the body's own.
+            The first layer of every other group becomes the body for the rest of its group.
     """
     result = program.copy()
     nodes = {one.path: one.node for one in calls(result.graph)}
@@ -347,7 +347,7 @@ def split(program: Program, groups: Mapping[str, Sequence[Sequence[str]]]) -> Pr
 
 
 def prune(graph: fx.Graph) -> None:
-    """Reduce bodies to results that some call uses, and to inputs that differ in some call."""
+    """Reduce bodies to the results that some call uses, and to the inputs that some call replaces with others."""
     bodies: dict[tuple[Any, ...], list[FunctionCall]] = {}
     for one in calls(graph):
         bodies.setdefault((one.body, *one.body_results), []).append(one)
@@ -399,7 +399,7 @@ def cut(graph: fx.Graph) -> Iterator[dict[str, dict[fx.Node, fx.Node]]]:
 
 
 def everywhere(graph: fx.Graph, paths: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by module path, extended to the layers that a graph calls, whose values equal the body's."""
+    """Extend values by module path to the layers that call functions, whose values equal the body's."""
     values = dict(paths)
     for one in calls(graph):
         values |= {renamed(p, one.body, one.path): v for p, v in paths.items() if is_within(p, one.body)}

@@ -1,4 +1,4 @@
-"""The check that the outputs' gradients reach every trainable tensor, including through layers that call functions."""
+"""Check that the outputs' gradients reach every trainable tensor, including through layers that call functions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def require_gradient_paths(program: Program, store: Store) -> None:
     bodies = Bodies()
     reached = _Reached(program, bodies)
     for name in _tensors(program, bodies):
-        if not store.is_adapter(name) or name not in store:  # those of calls are created after those of bodies
+        if not store.is_adapter(name) or name not in store:  # tensors of calls are created after those of bodies
             continue
         if store.get(name).requires_grad and name not in reached.tensors:
             raise GraftError(
@@ -73,8 +73,8 @@ class _Reached:
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """Return the values from which a value is computed.
 
-        For a node that picks a result of a call, these are the call's inputs above that result; the call's tensors
-        above it are added to `tensors`.
+        For a node that picks a result of a call, these are the call's inputs on which that result depends; the
+        call's tensors on which it depends are added to `tensors`.
         """
         source = node.args[0] if node.target is operator.getitem else None
         if not isinstance(source, fx.Node) or source.target is not call:

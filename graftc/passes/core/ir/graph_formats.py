@@ -20,7 +20,7 @@ from graftc.records.graphs import GraphEdge, GraphNode, GraphRecord
 
 _PROVENANCE = ("adaptation", "method", "site", "part")
 PALETTE = ("#9dc3e6", "#f4b183", "#a9d18e", "#f19ca7", "#c9a6e4", "#ffd966")
-"""Fill colours for adaptations, with the same hues as on the pages, assigned in order of appearance and then reused."""
+"""Fill colours for adaptations, with the same hues as on the pages, assigned in order of appearance, cyclically."""
 
 
 def to_networkx(program: Program) -> nx.MultiDiGraph[str]:
@@ -29,7 +29,7 @@ def to_networkx(program: Program) -> nx.MultiDiGraph[str]:
     Nodes are keyed by their printed names and have plain attributes: ``order`` in the graph, ``op`` (placeholder,
     get_attr, call_function, output), ``target`` (the operator, or the name of the input or Store tensor), ``type``,
     ``module``, ``text`` (the printed line), and, if an adaptation inserted them, ``adaptation``, ``method``, ``site``
-    and ``part``. Edges are keyed by ``position``: the argument's index or keyword, followed for a list by a dot and the
+    and ``part``. Edges are keyed by ``position``: the argument's index or keyword, and for a list also a dot and the
     index in the list. There is one edge for each time that a value is read.
     """
     printer = Printer(program)

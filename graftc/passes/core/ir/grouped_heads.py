@@ -1,6 +1,6 @@
 """Grouped-query attention over a cache without copies of the shared keys and values.
 
-A model repeats keys and values for every head that reads them, since some devices' kernels require that if there is a
+A model repeats keys and values for every head that reads them, since some devices' kernels require this if there is a
 mask. The CPU kernel does not, so a decoding step need not copy the whole past in every layer.
 """
 
@@ -23,7 +23,7 @@ def share_heads(graph: fx.Graph) -> None:
     The graph is changed in place; on a CPU, the results are bit-identical.
 
     Args:
-        graph: a graph from which code is generated, not that of a Program.
+        graph: a graph from which code is generated, not the graph of a Program.
     """
     for node in graph.find_nodes(op="call_function", target=_ATTENTION):
         if node.kwargs.get("enable_gqa") or len(node.args) < 3:
@@ -55,7 +55,7 @@ def _repeated(node: Any) -> tuple[fx.Node, int] | None:
 
 
 def _is_cached(keys: fx.Node) -> bool:
-    """Return whether keys are a cache's keys followed by new ones."""
+    """Return whether keys consist of cached keys followed by new ones."""
     joined = _call(keys, aten.cat.default)
     return joined is not None and any(source.op == "placeholder" for source in joined.all_input_nodes)
 

@@ -1,4 +1,4 @@
-"""The history of a graph: how many nodes each step added and removed, and which ones."""
+"""The history of a graph: how many nodes each step added and removed, and which nodes it changed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Changes:
     Attributes:
         inserted: new nodes.
         erased: removed nodes.
-        rewired: nodes that read different values than before, with the values that they read before.
+        rewired: nodes that now read different values, with the values that they read before.
     """
 
     inserted: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class HistoryEntry:
 
 
 class Recorder:
-    """Records the state of a graph, to determine later what a step has changed.
+    """Records the state of a graph, so that the changes made by a step can be determined later.
 
     It stores references to the nodes' arguments without copying them, since fx replaces them as a whole.
 
@@ -153,7 +153,7 @@ def names_read(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Reads:
 def positions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, fx.Node]]:
     """Yield every node in arguments with its position, once for each occurrence.
 
-    A position is the argument's index or keyword, followed for a list by a dot and the index in the list.
+    A position is the argument's index or keyword, and for a list also a dot and the index in the list.
     """
     for index, argument in enumerate(args):
         yield from _within(str(index), argument)

@@ -1,4 +1,4 @@
-"""Inference of a call's fake value from the shapes and dtypes of its arguments."""
+"""Infer a call's fake value from the shapes and dtypes of its arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Inference:
         self._device = next((v.device for v in values if isinstance(v, Tensor)), torch.device("cpu"))
 
     def call(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return the value of an operator called with nodes and literals."""
+        """Return the fake value of a call to an operator, given its arguments as nodes and literals."""
         key = (target, self._device, types_of(args), types_of(kwargs))
         if key not in self._known:
             inputs, options = map_nodes((args, dict(kwargs)), lambda n: n.meta["val"])

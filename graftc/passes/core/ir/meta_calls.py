@@ -36,7 +36,7 @@ _MOST = 20_000
 
 
 class MetaCalls:
-    """Calls on the meta device, each distinct one made once, since identical layers make the same calls.
+    """Makes calls on the meta device, each distinct call only once, since identical layers make the same calls.
 
     Args:
         sizes: evaluates symbolic sizes.
@@ -127,7 +127,7 @@ _META = torch.device("meta")
 
 
 def mixed_product(target: Any, args: Sequence[Any]) -> str:
-    """Return the dtypes of a product's factors if they differ, or an empty string.
+    """Return the dtypes of a product's operands if they differ, or an empty string.
 
     Kernels reject such products, but the meta device accepts them.
     """

@@ -48,7 +48,7 @@ def copy_node(graph: fx.Graph, node: fx.Node, value: Callable[[fx.Node], Any], n
     Args:
         graph: the graph to which the copy is added.
         node: the node to copy.
-        value: a function that maps the nodes in its arguments to the values in the copy's arguments.
+        value: a function that maps the nodes in the original's arguments to the values in the copy's arguments.
         name: the copy's name; by default the node's own.
     """
     args, kwargs = fx.node.map_arg(node.args, value), node.kwargs and fx.node.map_arg(node.kwargs, value)

@@ -1,7 +1,7 @@
 """Names of graph inputs that are cache tensors: the keys and values of earlier tokens.
 
-``past_0_key`` and ``past_0_value`` belong to the text in the first layer; ``cross_0_key`` and so on to an encoder's
-output. Their axes are ``[batch, heads, length, width]``.
+``past_0_key`` and ``past_0_value`` belong to the text in the first layer, and ``cross_0_key`` and ``cross_0_value`` to
+an encoder's output. Their axes are ``[batch, heads, length, width]``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_past(name: str) -> bool:
 
 
 def is_cross(name: str) -> bool:
-    """Return whether an input contains keys or values of an encoder's output."""
+    """Return whether an input contains keys or values computed from an encoder's output."""
     return name.startswith("cross") and is_past(name)
 
 
@@ -38,7 +38,7 @@ def past_place(name: str) -> tuple[str, int, str]:
 
 
 def past_length(program: Program) -> Any:
-    """Return the symbol for the number of the text's earlier tokens, or None for a graph without a cache."""
+    """Return the symbol for the number of earlier tokens in the text, or None for a graph without a cache."""
     for node in program.placeholders():
         if is_past(str(node.target)) and not is_cross(str(node.target)):
             return expression(node.meta["val"].shape[2])

@@ -132,7 +132,7 @@ class Printer:
         return f"+ {origin['adaptation']} ({origin['method']}) {origin['part']} @ {origin['site']}"
 
     def lines(self, nodes: Iterable[fx.Node] | None = None) -> list[str]:
-        """Return the lines of ``nodes``, by default of the whole graph."""
+        """Return the lines of ``nodes``; by default, those of the whole graph."""
         chosen = self.program.graph.nodes if nodes is None else nodes
         return [self.line(node) for node in chosen if node.op != "get_attr"]
 
@@ -156,7 +156,7 @@ def value_numbers(program: Program, canonical: Callable[[str], str] = str) -> di
 
     Args:
         program: the Program whose nodes are hashed.
-        canonical: a function from a tensor's name to its canonical name, so that tied names count as one.
+        canonical: a function from a tensor's name to its canonical name, so that tied names count as the same name.
     """
     return _numbered(program, canonical)[0]
 

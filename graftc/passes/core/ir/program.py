@@ -173,16 +173,16 @@ class Program:
     """The reasons why named axes are limited to smaller sizes than in the base, as text for users."""
 
     virtual: tuple[VirtualTokens, ...] = ()
-    """The virtual tokens in its sequences."""
+    """The virtual tokens in the graph's sequences."""
 
     updates: frozenset[str] = frozenset()
-    """Tensors that it may write to, as captured: buffers of the base, in train mode."""
+    """The tensors that the captured graph may write to: buffers of the base, in train mode."""
 
     checks: tuple[InputCheck, ...] = ()
     """The model's conditions on input values that the graph itself does not express."""
 
     memory: Memory | None = field(default=None, repr=False, compare=False)
-    """The owners of its values' memory, cached on first request; see `memory_of`."""
+    """The owners of the memory of the graph's values, cached on first request; see `memory_of`."""
 
     @property
     def signature(self) -> tuple[str, ...]:
@@ -254,7 +254,7 @@ def provenance(node: fx.Node) -> dict[str, str] | None:
 
 
 def follow(node: fx.Node, links: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """Return the end of a chain of replacements, for example from *before* to *after* of edits."""
+    """Return the node at the end of a chain of replacements, such as from each edit's *before* to its *after*."""
     while node in links:
         node = links[node]
     return node
@@ -293,7 +293,7 @@ class ItemsAbove(Generic[T]):
 
     Args:
         graph: the graph.
-        items: items that belong to some nodes, by node.
+        items: the items, by the nodes to which they belong.
     """
 
     def __init__(self, graph: fx.Graph, items: Mapping[fx.Node, T]) -> None:
@@ -315,7 +315,7 @@ def is_above(node: fx.Node, other: fx.Node) -> bool:
 
 
 def memory_of(program: Program) -> Memory:
-    """Return the memory of a Program's graph as of the first request, since adaptations do not write in place."""
+    """Return the `Memory` of a Program's graph as of the first request, since adaptations do not write in place."""
     if program.memory is None:
         program.memory = Memory(program.graph)
     return program.memory

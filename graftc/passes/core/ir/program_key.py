@@ -8,7 +8,7 @@ Mode = Literal["train", "eval"]
 
 Modes = Mode | frozenset[str]
 """The mode of all modules, or the paths of the modules in eval mode while the others are in train mode. Marked paths
-(`graftc.passes.core.ir.eval_mode.silent`) are modules of which only the dropouts were set to zero."""
+(`graftc.passes.core.ir.eval_mode.silent`) are those of modules in which only the dropouts were set to zero."""
 
 Entry = Literal["forward", "embeds", "hidden", "losses", "routes", "scores"]
 """The part of the model that a graph computes: its whole ``forward``; the same from token embeddings (``embeds``), to

@@ -11,7 +11,7 @@ aten = torch.ops.aten
 
 
 def is_pick(node: fx.Node) -> bool:
-    """Return whether a node picks an expert by a route."""
+    """Return whether a node selects an expert by the index that a route has drawn."""
     if node.target is not aten.index_select.default or provenance(node) is None:
         return False
     chosen = node.args[2]

@@ -40,7 +40,7 @@ def expression(size: Any) -> Any:
 
 
 class SymbolNames:
-    """Stable names ``s0, s1, ...`` for a Program's symbols, in the order in which they occur in its inputs."""
+    """Stable names ``s0, s1, ...`` for a Program's symbols, numbered in the order in which they occur in its inputs."""
 
     def __init__(self, program: Program) -> None:
         self._names: dict[sympy.Symbol, sympy.Symbol] = {}
@@ -258,5 +258,5 @@ def fake_mode_of(program: Program) -> FakeTensorMode:
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the elements of a tensor, which must not be on the meta device, in order as raw bytes."""
+    """Return a tensor's elements in order, as raw bytes; the tensor must not be on the meta device."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -31,7 +31,7 @@ SIZE_CHOICES = ((2, 3, 5, 7), (5, 7, 3, 2))
 
 
 def record_baseline(program: Program) -> Program:
-    """Record the base's nodes in their current form, which later passes are checked against."""
+    """Record the base's nodes in their current form, against which later passes are checked."""
     names = SymbolNames(program)
     program.baseline = {n.name: _fingerprint(n, names, Edits()) for n in program.graph.nodes if _is_call(n)}
     return program
@@ -91,7 +91,7 @@ def _is_call(node: fx.Node) -> bool:
 
 
 def require_runnable(program: Program, step: str) -> None:
-    """Check a graph that the pass called ``step`` left ready to run and that is no longer compared with the base.
+    """Check a graph that is ready to run after the pass called ``step`` and is no longer compared with the base.
 
     Raises:
         GraftError: GC040 if it is malformed, if its inputs or outputs have changed, or if a node's value does not have
@@ -204,7 +204,7 @@ _RULES: tuple[Callable[[Program, Store], Finding | None], ...] = (
 
 
 def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = False) -> Finding | None:
-    """Run the graph on the meta device with concrete sizes, and compare the shape and dtype of every value.
+    """Run the graph on the meta device with concrete sizes, and check every value's shape and dtype.
 
     Args:
         program: the Program to check.
@@ -216,8 +216,8 @@ def check_types(program: Program, choice: tuple[int, ...], *, strict: bool = Fal
 
     def assign(symbol: str) -> int:
         if symbol not in assigned:
-            # Symbols of no input, such as the number of rows selected by the data, are free, but graphs divide
-            # them by other sizes.
+            # Symbols that occur in no input, such as the number of rows selected by the data, are free, but
+            # graphs divide them by other sizes.
             free = choice[next(numbers) % len(choice)] if symbol in given else math.prod(choice)
             low, high = ranges.get(symbol, (0, None))
             free = free if free >= low else low + free

@@ -1,1 +1,1 @@
-"""Programs in files: write, read, and check them before use. May use `graftc.passes.core.ir`."""
+"""Write Programs to files, read them, and check them before use. May use `graftc.passes.core.ir`."""

@@ -1,7 +1,7 @@
-"""The check whether a Program from a file may be used, as far as that can be determined without a model.
+"""Check whether a Program from a file may be used, as far as this can be determined without a model.
 
-Its interface must be consistent, no value may be larger than its tensors justify, every operator must accept its
-arguments and return the declared shapes and dtypes, and all in-place writes must be allowed.
+The interface must be consistent, no value may be larger than the Program's tensors justify, every operator must accept
+its arguments and return the declared shapes and dtypes, and all in-place writes must be allowed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.verify import SIZE_CHOICES, check_types
 
 NODES = 200_000
-"""The maximum number of nodes of a graph."""
+"""The maximum number of nodes in a graph."""
 
 ELEMENTS = 2**28
-"""Elements that a value may have beyond four times those of the largest tensor that the graph reads, at the sizes of
-the capture."""
+"""The number of elements that a value may have in excess of four times the number in the largest tensor that the graph
+reads, at the sizes of the capture."""
 
 PARTS = 2**16
 """The maximum number of tensors that one call returns."""
@@ -31,7 +31,7 @@ aten = torch.ops.aten
 
 
 def admit(program: Program) -> str | None:
-    """Return a message about the first problem in a Program taken on its own, or None."""
+    """Check a Program on its own, and return a message about the first problem, or None if there is none."""
     problem = _interface(program) or _sizes(program)
     if problem is not None:
         return problem
@@ -90,7 +90,7 @@ def _number(size: Any) -> int:
 
 
 def _parts(node: fx.Node) -> int:
-    """Return an upper bound, known before the call, on the number of tensors that it returns."""
+    """Return an upper bound on the number of tensors that a call returns, computed without making the call."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not any(
         "List" in str(r.type) for r in schema_of(target).returns

@@ -1,9 +1,9 @@
 """Convert Programs to plain JSON and back: no weights, no pickle, no evaluated code.
 
-A file can only name operators from a literal list and output classes of transformers' own models, and sizes go through
-a dedicated parser. Names become part of generated code, so they are validated as identifiers. The result is a complete
-Program with consistent shapes and dtypes, whose operators accept their arguments and whose writes are all allowed;
-anything else is rejected.
+A file can only name operators from a literal list and output classes of transformers' own models, and sizes are read
+by a dedicated parser. Names become part of generated code, so they are validated as identifiers. The result is a
+complete Program with consistent shapes and dtypes, whose operators accept their arguments and whose writes are all
+allowed; anything else is rejected.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def _origin(data: Any) -> dict[str, str]:
 
 
 def _typed(value: Any, wanted: type[Any]) -> Any:
-    """Return a value if it has exactly this type, and raise an error otherwise."""
+    """Return a value if its type is exactly ``wanted``; otherwise, raise an error."""
     if type(value) is not wanted:
         raise SerialisationError(f"expected {wanted.__name__}, got {type(value).__name__}")
     return value
