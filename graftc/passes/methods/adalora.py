@@ -28,9 +28,9 @@ TRIPLET = ("A", "E", "B")
 class RankBudget(ScheduledController[AdaLoRA]):
     """Controller that determines how many ranks remain across all sites after a step, and which ones.
 
-    The importance of an entry is the product of two moving averages: that of ``I = |w dL/dw|``, with ``beta1``, and
-    that of the distance between ``I`` and this average, with ``beta2``. The importance of a triplet is that of its
-    element of E plus the mean importance over its row of A and over its column of B.
+    The importance of an entry is the product of two moving averages: that of ``I = |w dL/dw|``, with decay ``beta1``,
+    and that of the distance between ``I`` and this average, with decay ``beta2``. The importance of a triplet is that
+    of its element of E plus the mean importances over its row of A and over its column of B.
     """
 
     def check_length(self, total: int) -> None:
@@ -72,10 +72,10 @@ class RankBudget(ScheduledController[AdaLoRA]):
         return self.total - self.spec.final_steps
 
     def step(self, number: int) -> None:
-        """Update the importance of the triplets, and zero the E of those that the budget excludes.
+        """Update the importance of the triplets, and zero the elements of E for triplets that the budget excludes.
 
         Raises:
-            GraftError: GC026 if the number of steps is not known, GC035 without gradients.
+            GraftError: GC026 if the number of steps is not known, GC035 if there are no gradients.
         """
         if self.initial == self.target:
             return
@@ -188,7 +188,7 @@ class AdaLoRAMethod(LowRankMethod[AdaLoRA], Ranked[AdaLoRA]):
         return tensors["B"] * tensors["E"][..., None, :], tensors["A"], spec.scaling
 
     def figures(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return ``rank``, the number of triplets within the budget, averaged over experts; initially all triplets."""
+        """Return ``rank``: the number of triplets within the budget (initially all), averaged over experts."""
         return {"rank": tensors["kept"].sum(-1).float().mean()}
 
     def live_ranks(self, spec: AdaLoRA, tensors: Mapping[str, Tensor]) -> Tensor:

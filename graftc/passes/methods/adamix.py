@@ -1,4 +1,4 @@
-"""AdaMix: bottleneck adapters with experts, drawn in each forward pass (Wang et al. 2022, arXiv:2205.12410)."""
+"""AdaMix: bottleneck adapters whose experts are drawn in each forward pass (Wang et al. 2022, arXiv:2205.12410)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ M = TypeVar("M", AdaMix, AdaMixLoRA)
 class Agreement(OutputObjective[M]):
     """``weight / 2 (KL(p1 || p2) + KL(p2 || p1))``, where ``p1`` and ``p2`` are the softmax of two passes' logits.
 
-    The logits, ``[..., classes]``, are the output with that name or, without one, the first floating-point output other
-    than the loss. The divergence is summed over classes and averaged over the other axes, in float32; it is zero for a
-    single class.
+    The logits, ``[..., classes]``, are the output with that name or, if there is none, the first floating-point output
+    other than the loss. The divergence is summed over classes and averaged over the other axes, in float32; it is zero
+    for a single class.
     """
 
     passes = 2
@@ -39,7 +39,7 @@ class Agreement(OutputObjective[M]):
         return spec.consistency.weight > 0
 
     def value(self, outputs: Sequence[Mapping[str, Tensor]], counted: Tensor | None) -> Tensor:
-        """Return the weighted divergence between both passes, averaged over all or only the ``counted`` positions."""
+        """Return the weighted divergence between the two passes, averaged over all or only ``counted`` positions."""
         consistency = self.spec.consistency
         first, second = (torch.log_softmax(_logits(tensors).float(), -1) for tensors in outputs)
         rows = (_divergence(first, second, consistency.detach) + _divergence(second, first, consistency.detach)) / 2

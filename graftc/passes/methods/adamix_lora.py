@@ -62,7 +62,7 @@ class AdaMixLoRAMethod(Method[AdaMixLoRA, LinearSite], Collapsing[AdaMixLoRA], O
         return LoRA(**{field: getattr(spec, field) for field in kept})
 
     def collapsed(self, spec: AdaMixLoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return both factors, each as the mean of its experts."""
+        """Return both factors, each averaged over its experts."""
         return {part: mean(tensors[part], side, spec.share) for part, side in _SIDES.items()}
 
 

@@ -1,4 +1,4 @@
-"""BitFit: training of biases only (Ben-Zaken et al. 2022, arXiv:2106.10199)."""
+"""BitFit: training only the biases (Ben-Zaken et al. 2022, arXiv:2106.10199)."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class BitFitMethod(Method[BitFit, LinearSite | NormSite | ParameterSite]):
         return None if spec.add_missing else "set add_missing: true to add a bias, initially zero, to maps without one"
 
     def insert(self, spec: BitFit, site: LinearSite | NormSite | ParameterSite, shared: Any, build: Builder) -> None:
-        """Replace the bias with a trained copy, or add one.
+        """Replace the bias with a trained copy, or add a bias.
 
         Raises:
-            GraftError: GC021 if another adaptation also trains it.
+            GraftError: GC021 if another adaptation also trains the bias.
         """
         if isinstance(site, LinearSite) and site.own_bias is None:
             build.add(site, build.parameter("added", (site.out_features,), zeros, dtype=site.dtype), "bias")

@@ -66,7 +66,7 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
             build.add(site, delta)
 
     def branch(self, spec: S, build: Builder, read: fx.Node, width: int, dtype: torch.dtype) -> fx.Node:
-        """Build the adapter's function of ``read``, ``[..., width]``, computed in the dtype of its own tensors."""
+        """Build the adapter's result for ``read``, ``[..., width]``, computed in the dtype of the adapter's tensors."""
         if read.meta["val"].dtype != dtype:  # experts are summed in float32
             read = build.call(aten.to.dtype, read, dtype, part="read")
         norm = spec.wiring(build.site.kind, build.site.roles).norm
@@ -97,7 +97,7 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
 
 
 class BottleneckMethod(BottleneckAdapter[Bottleneck]):
-    """`BottleneckAdapter`, wired as its spec specifies."""
+    """`BottleneckAdapter` with the wiring that its spec defines."""
 
 
 def _width(node: fx.Node) -> int:
@@ -118,7 +118,7 @@ def _normed(build: Builder, x: fx.Node, width: int, dtype: torch.dtype, part: st
 
 
 def initialiser(spec: BottleneckSpec, part: str) -> Initialiser:
-    """Return the initialiser of a projection, ``down`` or ``up``, ``[..., out, in]``."""
+    """Return the initialiser of the weight of a projection (``down`` or ``up``), ``[..., out, in]``."""
     if spec.init == "lora":
         return uniform if part == "down" else zeros
     if spec.init == "bert":

@@ -1,4 +1,4 @@
-"""Child-Tuning: training part of the network, redrawn in every step or chosen once (Xu et al. 2021)."""
+"""Child-Tuning: training a part of the network that is redrawn at every step or chosen once (Xu et al. 2021)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Steps(Controller[ChildTuning]):
 
     @classmethod
     def wanted(cls, spec: ChildTuning) -> bool:
-        """Return whether gradients are masked: in variant `F` with ``reserve_p`` below 1."""
+        """Return whether gradients are masked: only in variant `F`, and only if ``reserve_p`` is below 1."""
         return spec.variant == "F" and spec.reserve_p < 1
 
     def step(self, number: int) -> None:
@@ -33,7 +33,7 @@ class Steps(Controller[ChildTuning]):
 
 
 class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
-    """`TrainedTensors` with masked gradients: ``mask / p * gradient`` with a different mask in every step.
+    """`TrainedTensors` with masked gradients: ``mask / p * gradient`` with a different mask at every step.
 
     Variant `D` uses `SparseTensors` in the layers and trained copies elsewhere.
     """
@@ -54,14 +54,14 @@ class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
         return build.buffer(STEP, no_steps) if Steps.wanted(spec) else None
 
     def insert(self, spec: ChildTuning, site: Stored, shared: Any, build: Builder) -> None:
-        """Insert trained copies; in the layers of variant `D`, train the selected entries instead."""
+        """Insert trained copies; for variant `D`, train only the selected entries in the layers."""
         if spec.variant == "D" and site.layer is not None:
             self._layers.insert(spec, site, shared, build)
         else:
             super().insert(spec, site, shared, build)
 
     def fold(self, spec: ChildTuning, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:
-        """Replace the base's tensors with trained copies; with variant `D`, fold the sums in the layers."""
+        """Replace the base's tensors with trained copies; for variant `D`, fold the sums into the layers' tensors."""
         sparse = spec.variant == "D" and site.layer is not None
         return self._layers.fold(spec, site, tensors) if sparse else super().fold(spec, site, tensors)
 
@@ -94,7 +94,7 @@ class ChildTuningMethod(TrainedTensors[ChildTuning], Scored[ChildTuning]):
 
 
 class _Layers(ScoredTensors[ChildTuning]):
-    """The selected entries in the layers of variant `D`."""
+    """Trains the selected entries in the layers, for variant `D`."""
 
     def scoring(self, spec: ChildTuning) -> Scoring | None:
         """Return the scoring by squared gradients of whole batches, clipped per tensor."""

@@ -35,7 +35,7 @@ class OpenGates(TensorObjective[DiffPruning]):
         return spec.stage == 1 and spec.penalty > 0
 
     def value(self) -> Tensor:
-        """Return the penalty times the summed probabilities that gates are open."""
+        """Return the penalty times the sum of the probabilities that gates are open."""
         terms = [self._of(place.tensors, part) for place in self.places for part in _tensors_of(place.tensors)]
         return self.spec.penalty * torch.stack(terms).sum()
 
@@ -118,7 +118,7 @@ class DiffPruningMethod(SparseTensors[DiffPruning], Staged[DiffPruning], Resized
 
 
 def difference(spec: DiffPruning, tensors: Mapping[str, Tensor], part: str) -> Tensor:
-    """Return ``z z_group w`` for a tensor, with gates without noise."""
+    """Return ``z z_group w`` for a tensor, using gates without noise."""
     low, high = spec.stretch
 
     def gate(alpha: Tensor) -> Tensor:

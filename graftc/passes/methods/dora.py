@@ -28,15 +28,15 @@ Scales = dict[SiteKey, fx.Node]
 class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
     """``y = c * (u + s B A x) + b`` with ``c = m / |W + s B A|`` and ``u = W x`` (arXiv:2402.09353).
 
-    ``m: [rows]`` is initialised to the row norms of ``W``, whose squares are stored in a constant. The norms in ``c``
+    ``m: [rows]`` is initialised to the row norms of ``W``; their squares are stored as a constant. The norms in ``c``
     are computed from that constant with the same arithmetic, so ``c`` is initially exactly one. To preserve the bias,
     the graph computes ``y = c * (u + b) + s (c * B) A x + (1 - c) * b``, which initially equals ``u + b`` bit for bit.
 
     With dropout on the input, the second product is ``W (x - x~)``, which replaces part of the bias term: ``(1 - c) *
     (b + W (x - x~))``.
 
-    On top of other adaptations, ``W`` and ``b`` are the base's with those adaptations folded in, and the norm is
-    computed from the matrix itself.
+    On top of other adaptations, ``W`` and ``b`` are the base's weight and bias with those adaptations folded in, and
+    the norm is computed from the matrix itself.
     """
 
     def prepare(self, spec: DoRA, sites: Sequence[LinearSite], build: Builder) -> Scales:
@@ -48,7 +48,7 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
 
         Raises:
             GraftError: GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``, GC017 if another
-                adaptation at the site cannot be expressed as a change of weights.
+                adaptation at the site cannot be expressed as a change to the weights.
         """
         base = effective_weight(build, site)
         pair = _factors(spec, site, build) if spec.direction else ()
@@ -85,7 +85,7 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
         return {"B": -2, "m": -1}
 
     def fewest_rows(self, spec: DoRA) -> int:
-        """Return the rank, which must not exceed the number of rows; 1 if the spec accepts that or has no update."""
+        """Return the minimum number of rows: the rank, or 1 if the spec accepts an excess rank or has no update."""
         return spec.rank if spec.direction and not spec.excess_rank else 1
 
     def from_weight(self, spec: DoRA, weight: Tensor) -> Mapping[str, Tensor]:
@@ -101,10 +101,10 @@ def _factors(spec: DoRA, site: LinearSite, build: Builder) -> tuple[fx.Node, fx.
 
 
 def _scaled_up(build: Builder, b: fx.Node, scale: fx.Node, whole: bool) -> fx.Node:
-    """Return ``c * B``: ``c`` is applied to ``B``, since that is the smallest tensor it can be applied to.
+    """Return ``c * B``; ``B`` is the smallest tensor to which ``c`` can be applied.
 
-    With ``whole``, `rescale` computes the gradient of ``c`` from its result. Here ``c`` is therefore a constant, with
-    zeros replaced by `TINY`.
+    If ``whole`` is true, `rescale` computes the gradient of ``c`` from its own result, so here ``c`` is treated as a
+    constant, with zeros replaced by `TINY`.
     """
     factor = scale
     if whole:
@@ -132,7 +132,7 @@ def _first_norm(
 ) -> Tensor:
     """Return the value that `_norm` computes before training, using the same arithmetic.
 
-    Adding a product with zeros does not change a single bit of a square.
+    Adding a product that is zero does not change a single bit of a square.
     """
     if square is not None:
         return norm_of_squares(build.current_value(square))

@@ -38,7 +38,7 @@ class DyLoRAMethod(LowRankMethod[DyLoRA], Ranked[DyLoRA]):
     """``y = W x + b + (alpha / r) B[:, :r] A[:r] drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
     All sites use the same ``r`` in a pass; it is drawn outside the layers, so a layer that is recomputed in the
-    backward pass uses the same one. Ranks above ``r`` are multiplied by zero, so sizes do not depend on the draw.
+    backward pass uses the same ``r``. Ranks above ``r`` are multiplied by zero, so shapes do not depend on the draw.
     """
 
     def prepare(self, spec: DyLoRA, sites: Sequence[LinearSite], build: Builder) -> Drawn:
@@ -78,7 +78,7 @@ class DyLoRAMethod(LowRankMethod[DyLoRA], Ranked[DyLoRA]):
         return torch.arange(spec.rank, device=a.device).expand(a.shape[:-1]) < tensors[DEPLOYED]
 
     def deploy_rank(self, spec: DyLoRA, shared: Mapping[str, Tensor], rank: int) -> None:
-        """Set the deployed rank, which is at least 1 and at most the rank of the spec."""
+        """Set the deployed rank, which must be at least 1 and at most the spec's rank."""
         if type(rank) is not int or not 1 <= rank <= spec.rank:
             message = f"the rank of {spec.name!r} must be an integer from 1 to {spec.rank}, got {rank!r}"
             raise GraftError("GC055", message, hint=f"use a rank of at most {spec.rank}")

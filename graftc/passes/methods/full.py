@@ -40,7 +40,7 @@ class TrainedTensors(Method[S, Stored]):
             build.overlay(own, through=partial(self.read, spec, shared, build))
 
     def read(self, spec: S, shared: Any, build: Builder, trained: fx.Node) -> fx.Node:
-        """Return the node to read in place of a base tensor: the trained tensor, or one with the same value."""
+        """Return the node to read in place of a base tensor: the trained tensor, or a node with the same value."""
         return trained
 
     def fold(self, spec: S, site: Stored, tensors: Mapping[str, Tensor]) -> Fold:

@@ -16,7 +16,7 @@ from graftc.specs.methods.houlsby import Houlsby
 
 
 class HoulsbyMethod(BottleneckAdapter[Houlsby]):
-    """``a + A(a)`` on a sublayer's branch; normalisations are trained as copies of the base's."""
+    """``a + A(a)`` on a sublayer's branch; copies of the base's normalisations are also trained."""
 
     site_classes = (SublayerSite, NormSite)
 

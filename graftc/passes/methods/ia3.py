@@ -74,7 +74,7 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
         return {} if spec.side == "input" else {"l": -1}
 
     def standing_alone(self, spec: IA3, roles: Sequence[str]) -> IA3:
-        """Return the spec with the side that the roles determine."""
+        """Return the spec with ``side`` set to the side that the roles determine."""
         return spec.model_copy(update={"side": spec.side_at(roles)})
 
 

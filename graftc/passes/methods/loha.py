@@ -22,8 +22,8 @@ aten = torch.ops.aten
 class LoHaMethod(Method[LoHa, LinearSite], RowWise[LoHa]):
     """``y = W x + b + (s (B1 A1) * (B2 A2)) x`` with ``s = alpha / rank``.
 
-    ``A2`` is initially zero. The other factors are uniform within ``1 / sqrt(columns)``, Kaiming's bound at ``a =
-    sqrt(5)``. The scale is applied to ``B1``, the smallest matrix to which it can be applied.
+    ``A2`` is initially zero. The other factors are drawn uniformly within ``±1 / sqrt(columns)``, Kaiming's bound for
+    ``a = sqrt(5)``. The scale is applied to ``B1``, the smallest matrix to which it can be applied.
     """
 
     def insert(self, spec: LoHa, site: LinearSite, shared: Any, build: Builder) -> None:
@@ -53,5 +53,5 @@ class LoHaMethod(Method[LoHa, LinearSite], RowWise[LoHa]):
         return {"B1": -2, "B2": -2}
 
     def fewest_rows(self, spec: LoHa) -> int:
-        """Return the rank, which must not exceed the number of rows; 1 if the spec accepts a higher rank."""
+        """Return the minimum number of rows: the rank, or 1 if the spec accepts a rank above the number of rows."""
         return 1 if spec.excess_rank else spec.rank

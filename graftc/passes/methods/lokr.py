@@ -24,8 +24,8 @@ class LoKrMethod(Method[LoKr, LinearSite]):
     """``y = W x + b + (s C ⊗ D) x`` with ``s = alpha / rank``.
 
     The update's entry at row ``i d1 + k`` and column ``j d2 + l`` is ``s C[i, j] D[k, l]``. In a convolution, ``in``
-    counts channels, and ``D`` has one column for each of its channels and each point of the kernel. Every matrix that
-    is not initially zero is uniform within ``1 / sqrt(columns)``, Kaiming's bound at ``a = sqrt(5)``. The scale is
+    counts channels, and ``D`` has one column for each pair of a channel and a kernel point. Every matrix that is not
+    initially zero is drawn uniformly within ``±1 / sqrt(columns)``, Kaiming's bound for ``a = sqrt(5)``. The scale is
     applied to ``C``, usually the smaller matrix.
     """
 
@@ -72,7 +72,7 @@ def split(size: int, factor: int) -> tuple[int, int]:
 
 
 def _spread(build: Builder, node: fx.Node, *axes: int) -> fx.Node:
-    """Return a factor with new axes, so that multiplying it by the other one pairs all of their entries."""
+    """Insert axes into a factor, so that multiplying it by the other factor pairs all of their entries."""
     for axis in axes:
         node = build.call(aten.unsqueeze.default, node, axis, part="outer")
     return node

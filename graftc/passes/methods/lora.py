@@ -31,7 +31,7 @@ class LoRAMethod(LowRankMethod[LoRA]):
     of ``W``; conventionally they subtract that part from ``W``. Here frozen copies of the initial factors are
     subtracted in the branch instead: the initial function equals the base's bit for bit, and ``W`` stays unchanged.
     ``loftq`` (Li et al. 2023, arXiv:2310.08659), with one iteration, starts from the quantisation error of ``W``:
-    ``s B A`` is the closest matrix to it of that rank, and is not subtracted.
+    ``s B A`` is the matrix of rank ``rank`` that is closest to the error, and is not subtracted.
 
     The branch is scaled where it is narrowest, on the ``rank`` axis. Dropout acts on the branch's input only.
 
@@ -56,8 +56,9 @@ class LoRAMethod(LowRankMethod[LoRA]):
         """Insert the branch.
 
         Raises:
-            GraftError: GC002 if a branch across the groups of a convolution is impossible, for example because their
-                number does not divide the rank; GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``.
+            GraftError: GC002 if a branch across the groups of a convolution is impossible, for example because the
+                number of groups does not divide the rank; GC020 when the rank exceeds ``min(in, out)`` without
+                ``excess_rank``.
         """
         if _meets_groups(spec, site):
             add_branch(spec, site, build, *_across_groups(spec, site, build), spec.scaling)
@@ -176,7 +177,7 @@ def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, 
     """Return the initialisers of A and B."""
     if spec.init not in _FROM_WEIGHT and spec.init != "loftq":
         if isinstance(site, EmbeddingSite):
-            # As in loralib: each row of a table is looked up alone, so its fan-in is one.
+            # As in loralib: each row of a table is looked up on its own, so its fan-in is one.
             if spec.init == "random":
                 return normal(1), normal(1)
             return (normal(1), zeros) if spec.freeze_a else (zeros, normal(1))
@@ -198,7 +199,7 @@ def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, 
 
 
 def _orthogonal(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, Initialiser]:
-    """Return initialisers that use the even rows of a random orthogonal matrix for A and the odd for B: ``B A = 0``.
+    """Return initialisers with ``B A = 0``: A uses the even rows of a random orthogonal matrix, and B the odd rows.
 
     Raises:
         GraftError: GC020 for an odd rank.

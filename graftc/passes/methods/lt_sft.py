@@ -1,4 +1,4 @@
-"""LT-SFT: train all entries, select the most changed, rewind, train these (Ansell et al. 2022, arXiv:2110.07560)."""
+"""LT-SFT: train all entries, rewind, and train those that changed most (Ansell et al. 2022, arXiv:2110.07560)."""
 
 from __future__ import annotations
 

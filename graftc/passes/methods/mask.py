@@ -25,7 +25,7 @@ class MaskMethod(ScoredTensors[Mask]):
         return spec.allocation == "per_tensor"
 
     def choose(self, spec: Mask, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
-        """Choose the largest entries for `magnitude`, otherwise random ones until examples have been scored."""
+        """Choose the largest entries for `magnitude`; otherwise, random ones until examples have been scored."""
         if spec.selection != "magnitude" or build.without_values:
             return super().choose(spec, regions, build)
         return largest_entries(

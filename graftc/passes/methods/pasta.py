@@ -19,11 +19,12 @@ from graftc.specs.methods.pasta import Pasta
 
 aten = torch.ops.aten
 Slots = Mapping[fx.Node, fx.Node]
-"""By the token ids of each stack: the index of the vector to add, from 1, or 0 for none, ``int64[batch, sequence]``."""
+"""Maps the node of a stack's token ids to the node of the vector index for each token, ``int64[batch, sequence]``:
+1 for the first vector, 0 for none."""
 
 
 class PastaMethod(Method[Pasta, ValueSite]):
-    """``x_t + Drop(e_j)`` with ``e: [slots, width]``, where token ``t`` is the ``j``-th special one of its row."""
+    """``x_t + Drop(e_j)`` with ``e: [slots, width]``, where ``t`` is the ``j``-th special token of its row."""
 
     def prepare(self, spec: Pasta, sites: Sequence[ValueSite], build: Builder) -> Slots:
         """Compute, once for each stack of layers, which vector is added to each token.

@@ -22,7 +22,7 @@ class PreLayerMethod(VirtualTokenMethod[PreLayer], Collapsing[PreLayer]):
             build.hold(site, run, vectors)
 
     def collapse(self, spec: PreLayer) -> MethodSpec | None:
-        """Return the spec of a prefix; None with infix tokens or a target other than the default."""
+        """Return the spec of a prefix; None if the spec has infix tokens or a target other than the default."""
         if spec.infix or spec.target != PreLayer.model_fields["target"].default:
             return None
         return Prefix(name=spec.name, length=spec.length, positions="shifted", window="masked")

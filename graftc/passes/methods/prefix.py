@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values in front of an attention's own (Li and Liang 2021, arXiv:2101.00190)."""
+"""Prefix tuning: trained keys and values prepended to an attention's own (Li and Liang 2021, arXiv:2101.00190)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Shared:
 
     Attributes:
         first: the initial keys and values, if they come from tokens.
-        hidden: the hidden layer of a reparameterisation; None without one.
+        hidden: the hidden layer of the reparameterisation; None if there is no reparameterisation.
     """
 
     first: _FirstValues
@@ -124,7 +124,7 @@ class PrefixedAttention(Method[S, AttentionSite], Collapsing[S]):
         return Keep("the contribution of its keys and values depends on the query, so no weight can contain it")
 
     def collapse(self, spec: S) -> MethodSpec | None:
-        """Return the spec with trained keys and values instead of the network that computes them, None without one."""
+        """Return the spec with trained keys and values instead of a network that computes them; None if it has none."""
         if spec.reparameterization is None:
             return None
         kept = ("name", "target", "length", "positions", "window", "dropout", "overrides")
@@ -164,7 +164,7 @@ def _own_positions(sites: Sequence[AttentionSite]) -> list[Positions]:
 
 
 def _positional(site: AttentionSite) -> fx.Node | None:
-    """Return the node that makes the queries and keys of an attention depend on token positions, or None.
+    """Return the node that makes an attention's queries and keys depend on token positions, or None.
 
     The node counts tokens, or adds stored values, one for each position. Masks and distances are ignored, since they
     account for a prefix by themselves, and so are values stored for the fixed places of an input without text, such as

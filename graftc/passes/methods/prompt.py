@@ -38,11 +38,11 @@ class VirtualTokenMethod(Method[S, ValueSite]):
 
 
 class PromptMethod(VirtualTokenMethod[Prompt]):
-    """`VirtualTokenMethod` with one run."""
+    """`VirtualTokenMethod` with one run of virtual tokens."""
 
 
 def runs(spec: VirtualTokenSpec, site: ValueSite, build: Builder, init: Initialiser) -> list[fx.Node]:
-    """Return the vectors of each run, ``[length, width]``, as parts of one tensor."""
+    """Return the vectors of each run, ``[length, width]``, as slices of one tensor."""
     tokens = build.parameter("tokens", (spec.total, site.width), init, dtype=site.dtype)
     lengths = [run.length for run in spec.virtual_tokens()]
     if len(lengths) == 1:

@@ -57,10 +57,10 @@ class Start:
 class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Pruning]):
     """``W' = W * M`` in place of ``W``, wherever it is read.
 
-    Besides the weight's copy there is ``<tensor>_scores``, with the weight's shape, if scores are trained;
-    ``<tensor>_threshold`` and ``<tensor>_last``, one for each matrix, determine which entries are kept. From the second
-    stage on, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) and ``<tensor>_values: [k]`` replace these
-    tensors and the copy.
+    The weight is trained as a copy. If scores are trained, they are stored as ``<tensor>_scores``, with the weight's
+    shape. ``<tensor>_threshold`` and ``<tensor>_last``, one of each per matrix, determine which entries are kept. From
+    the second stage on, ``<tensor>_indices: int32[k]`` (``int64`` for 2^31 entries or more) and ``<tensor>_values:
+    [k]`` replace the copy and these tensors.
     """
 
     stands_in = True
@@ -68,7 +68,7 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
     objective = Penalty
 
     def applies(self, spec: Pruning, site: Site) -> bool:
-        """Return whether the site is a linear map in a layer or named by the target; output heads are excluded."""
+        """Return whether the site is a linear map that is in a layer or named by the target, but not an output head."""
         every = spec.target.modules == "**" and spec.target.role is None and spec.target.regex is None
         return isinstance(site, LinearSite) and not site.is_head and (site.layer is not None or not every)
 
@@ -142,7 +142,7 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
         return build.call(torch.ops.graftc.sparse_weight.default, empty, indices, values, part="kept")
 
     def fold(self, spec: Pruning, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
-        """Replace the base's weight with ``W'``, zeros included."""
+        """Replace the base's weight with ``W'``, including its zeros."""
         part = site.own.part
         sparse = f"{part}_values" in tensors
         if not sparse and f"{part}_threshold" not in tensors:
@@ -168,7 +168,7 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
     ) -> Transition[Pruning]:
         """Prune one round: keep the largest of the remaining entries.
 
-        The next stage trains these from their current values, or from the base's if the spec sets ``rewind``.
+        The next stage trains these entries from their current values, or from the base's if the spec sets ``rewind``.
         """
         assert spec.name is not None and spec.stage < self.stages(spec)
         values: dict[str, Tensor] = {}
@@ -181,7 +181,7 @@ class PruningMethod(Method[Pruning, LinearSite], Staged[Pruning], Resized[Prunin
         return Transition(spec.model_copy(update={"stage": spec.stage + 1}), values, spec.rewind)
 
     def deployed(self, spec: Pruning, places: Sequence[AdaptedSite[Pruning]]) -> int:
-        """Return the number of entries kept at the end of training; with `soft_movement`, the number kept now."""
+        """Return the number of entries kept at the end of training; for `soft_movement`, the number currently kept."""
         sizes = [size_of(place) for place in places]
         if spec.stage > 1:
             return sum(sizes)

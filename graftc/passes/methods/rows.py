@@ -1,4 +1,4 @@
-"""Direct training of rows: named rows, n of every m, or blocks."""
+"""Direct training of rows: named rows, n of every m rows, or blocks of rows."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from graftc.specs.patterns import parse_slice
 Scores = Callable[[int], Tensor]
 """Function from a block size in rows to a score for each block: ``float64[blocks]``, on the CPU."""
 Chosen = dict[tuple[int, WeightSlice], tuple[fx.Node | None, Tensor]]
-"""Chosen rows, by the axis of rows and the slice that they were chosen from: the node of their indices, if the graph
-reads one, and the indices."""
+"""Maps the row axis, and the slice that rows were chosen from, to the node of the chosen rows' indices (if the graph
+reads one) and the indices."""
 
 _BLOCK = 2**22
-"""How many elements of a weight are widened at a time."""
+"""How many elements of a weight are converted to float64 at a time."""
 
 
 class RowsMethod(Method[RowSelection, LinearSite]):
@@ -84,7 +84,7 @@ def named_rows(entries: Sequence[int | str], count: int, place: str) -> Tensor:
     Args:
         entries: the indices and slices of a spec.
         count: number of rows.
-        place: the place named in errors.
+        place: the place to name in errors.
 
     Raises:
         GraftError: GC020 for an index out of range, and for a slice that selects no rows.
@@ -150,7 +150,7 @@ def row_squares(weight: Tensor) -> Tensor:
 
 
 def _means(values: Tensor, size: int) -> Tensor:
-    """Return the means over blocks of ``size`` consecutive values; the last block may have fewer."""
+    """Return the means over blocks of ``size`` consecutive values; the last block may be shorter."""
     blocks = math.ceil(values.numel() / size)
     padded = values.new_zeros(blocks * size)
     padded[: values.numel()] = values

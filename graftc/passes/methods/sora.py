@@ -19,7 +19,7 @@ from graftc.specs.methods.sora import SoRA
 
 
 def shrink(gate: Tensor, threshold: float, *, zero_below: float) -> Tensor:
-    """Return ``gate`` with magnitudes reduced by ``threshold``, at most to 0; those below ``zero_below`` become 0.
+    """Return ``gate`` with magnitudes reduced by ``threshold``, but not below 0; those below ``zero_below`` become 0.
 
     With ``zero_below == threshold``, this is the proximal operator of ``threshold * |g|``.
     """
@@ -39,7 +39,7 @@ class Prox(Controller[SoRA]):
         """Return the threshold after step ``number``, counted from 1.
 
         Raises:
-            GraftError: GC026 if it depends on the number of steps and that is not known.
+            GraftError: GC026 if the threshold depends on the number of steps, but that number is not known.
         """
         first, last = self.spec.threshold, self.spec.final_threshold
         if last is None:

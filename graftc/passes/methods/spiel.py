@@ -25,16 +25,19 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
     """`SparseTensors` for the weights of linear maps, with `Reselection` between optimiser steps.
 
     With ``AG``, every tensor also has buffers for the data that a window gathers: ``<tensor>_candidates``, in the same
-    form as the indices, the sum ``<tensor>_gradient: f32[k]`` over the micro-batches of a step, and ``<tensor>_sum``
+    form as the indices; ``<tensor>_gradient: f32[k]``, the sum over the micro-batches of a step; and ``<tensor>_sum``
     and ``<tensor>_square``, the sums of the steps' gradients and of their squares. ``seen: int64[tensors]`` contains
-    the step of the window in which the candidates were selected, from 1; 0 means none.
+    the 1-based step of the window in which the candidates were selected, or 0 if there are none.
     """
 
     controller = Reselection
     biases = False
 
     def applies(self, spec: SpIEL, site: Site) -> bool:
-        """Return whether the site is a linear map; by default only projections in layers, fused ones as a whole."""
+        """Return whether the site is a linear map; by default, it must also be a projection in a layer.
+
+        A fused projection counts as a whole.
+        """
         if not isinstance(site, LinearSite) or not super().applies(spec, site):
             return False
         if spec.target.modules != "**":
@@ -59,7 +62,7 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
         """Choose entries at random, from each tensor a number proportional to its size, rounded down.
 
         Raises:
-            GraftError: GC020 if no entries would be chosen, or more than there are.
+            GraftError: GC020 if no entries would be chosen, or more than the target has.
         """
         sizes = [region.size for region in regions.values()]
         counts = dict(zip(regions, shares(_budget(spec, regions), sizes, exact=False), strict=True))

@@ -43,7 +43,7 @@ class UniPELTMethod(PartsMethod[UniPELT], Observed[UniPELT]):
             insert_composed(Gate(gate=(build.adaptation,), tokens=spec.tokens), build, site, [own])
 
     def readings(self, spec: UniPELT) -> Sequence[Reading]:
-        """Return a reading of the value of the part's gate."""
+        """Return a reading of the gate's value."""
         return [GATE_READING]
 
     def fold(self, spec: UniPELT, site: Site, tensors: Mapping[str, Tensor]) -> Fold:

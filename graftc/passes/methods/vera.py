@@ -26,9 +26,9 @@ Projections = tuple[fx.Node, fx.Node]
 class VeRAMethod(Method[VeRA, LinearSite], RowWise[VeRA]):
     """``y = W x + c + b * (B d A drop(x))``, with ``d`` and ``b`` as diagonal matrices.
 
-    ``A`` and ``B`` belong to the adaptation as a whole. Their elements are uniform within ``sqrt(6 / columns)``,
-    Kaiming's bound for a rectifier, where the number of columns is the largest ``in`` for ``A`` and the rank for ``B``.
-    They are saved with the adapters, so loading does not depend on a random generator.
+    ``A`` and ``B`` belong to the adaptation as a whole. Their elements are drawn uniformly within
+    ``±sqrt(6 / columns)``, Kaiming's bound for a ReLU, where the number of columns is the largest ``in`` for ``A`` and
+    the rank for ``B``. They are saved with the adapters, so loading does not depend on a random generator.
     """
 
     def prepare(self, spec: VeRA, sites: Sequence[LinearSite], build: Builder) -> Projections:
@@ -67,7 +67,7 @@ class VeRAMethod(Method[VeRA, LinearSite], RowWise[VeRA]):
 
 
 def _drawn(spec: VeRA, before: tuple[int, ...]) -> Initialiser:
-    """Return an initialiser that is uniform within ``sqrt(6 / columns)``.
+    """Return an initialiser that draws uniformly within ``±sqrt(6 / columns)``.
 
     With a ``projection_seed``, B is drawn from the same generator after A, whose shape is ``before``.
     """

@@ -25,7 +25,7 @@ _SHARED = frozenset({"vectors", "hidden", "hidden_bias"})
 
 
 class PartsMethod(Method[S, Site], Collapsing[S]):
-    """Method that applies to each place the part for its kind."""
+    """Method that applies, at each place, the part for the kind of place."""
 
     def prepare(self, spec: S, sites: Sequence[Site], build: Builder) -> Mapping[SiteKind, Any]:
         """Prepare each part and return the state that its places share, by kind.
@@ -61,7 +61,7 @@ class PartsMethod(Method[S, Site], Collapsing[S]):
         return method.fold(own, site, tensors)
 
     def collapse(self, spec: S) -> MethodSpec | None:
-        """Return the spec with trained keys and values instead of the network that computes them, None without one."""
+        """Return the spec with trained keys and values instead of a network that computes them; None if it has none."""
         return spec.collapse()
 
     def collapsed(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -74,7 +74,7 @@ class PartsMethod(Method[S, Site], Collapsing[S]):
 
 
 def _part(spec: PartsSpec, kind: SiteKind) -> tuple[Method[Any, Any], MethodSpec]:
-    """Return the method of a part with its spec."""
+    """Return the method and the spec of a part."""
     own = spec.part_specs()[kind]
     return method_for(own.method), own
 

@@ -34,8 +34,8 @@ class Entries:
 
     Attributes:
         place: the place of the weight.
-        region: the part of the weight that they belong to.
-        number: the index of the weight among those of the adaptation.
+        region: the part of the weight that the entries belong to.
+        number: the index of the weight among the adaptation's weights.
     """
 
     place: AdaptedSite[SpIEL]
@@ -51,7 +51,7 @@ class Reselection(ScheduledController[SpIEL]):
     """Controller that replaces entries after optimiser steps ``t`` with ``t % interval == accumulation_steps``.
 
     Steps count from 1. Everything that a window has gathered is stored in buffers, so a training run resumed within a
-    window continues with bitwise the same values.
+    window continues with bitwise identical values.
     """
 
     def __init__(self, *args: Any) -> None:
@@ -69,7 +69,7 @@ class Reselection(ScheduledController[SpIEL]):
         return [Entries(place, region, number) for number, (place, region) in enumerate(chosen)]
 
     def figures(self, place: AdaptedSite[SpIEL]) -> Mapping[str, Tensor | float]:
-        """Return ``turnover``, the share of a weight's entries that the last replacement replaced at a place.
+        """Return ``turnover``: the share of a place's entries that were exchanged in the last replacement.
 
         The result is empty before the first replacement in this process.
         """
@@ -81,7 +81,7 @@ class Reselection(ScheduledController[SpIEL]):
         return {id(entries.place): entries.number for entries in self.entries}
 
     def position(self, number: int) -> int:
-        """Return the position of optimiser step ``number`` in its window, from 1; 0 outside windows."""
+        """Return the 1-based position of optimiser step ``number`` in its window; 0 outside windows."""
         position = (number - 1) % self.spec.interval + 1
         return position if position <= self.spec.accumulation_steps else 0
 
@@ -107,8 +107,8 @@ class Reselection(ScheduledController[SpIEL]):
     def check_spread(self, spread: Spread) -> None:
         """Refuse distributed training in which entries cannot be replaced.
 
-        The optimiser stores moments by entry, and the gradients of the base's weights, which variant AG reads, are
-        those of one process only.
+        The optimiser stores moments per entry, and variant AG reads gradients of the base's weights that come from one
+        process only.
 
         Raises:
             GraftError: GC130 for sharded weights, and for variant AG.
@@ -190,7 +190,7 @@ class Reselection(ScheduledController[SpIEL]):
 
         Raises:
             GraftError: GC026 if the number of steps is not known, GC045 if new entries are chosen by second moments but
-                the optimiser has none by row and column.
+                the optimiser does not store these by row and column.
         """
         self._gradients.release()
         share, gathers = self.fraction(number), self.spec.variant == "AG"
@@ -238,7 +238,7 @@ class Reselection(ScheduledController[SpIEL]):
     def _move_by_gradients(
         self, entries: Entries, dropped: Tensor, steps: int, optimiser: SparseOptimiser | None
     ) -> None:
-        """Replace dropped entries with candidates; an entry that is both stays unchanged."""
+        """Replace dropped entries with candidates; an entry that is both dropped and a candidate stays unchanged."""
         active, candidates, total = (entries.tensor(kind) for kind in ("indices", "candidates", "sum"))
         leaves = torch.zeros(active.shape, dtype=torch.bool, device=active.device).index_fill_(0, dropped, True)
         valid = ~torch.isin(candidates, active[~leaves]) & total.isfinite()
@@ -271,7 +271,7 @@ class Reselection(ScheduledController[SpIEL]):
         optimiser: SparseOptimiser | None,
         seen: Seen | None = None,
     ) -> None:
-        """Replace outgoing entries with incoming ones; if there are fewer of these, replace the smallest deltas."""
+        """Replace outgoing entries with incoming ones; if fewer come in, replace those with the smallest deltas."""
         indices, delta = entries.tensor("indices"), entries.tensor("delta")
         if incoming.numel() < outgoing.numel():
             outgoing = outgoing[_largest(-delta.detach()[outgoing].abs(), incoming.numel())]
@@ -318,7 +318,7 @@ def largest_products(region: WeightSlice, active: Tensor, rows: Tensor, columns:
     Args:
         region: the part of the weight that the entries belong to.
         active: indices of the entries to exclude.
-        rows, columns: factors for the rows and the columns of the stored tensor, whose last axis counts the columns.
+        rows, columns: factors for the rows and columns of the stored tensor; its last axis is that of the columns.
         count: the number of entries to return; fewer are returned if there are not enough.
 
     Returns:

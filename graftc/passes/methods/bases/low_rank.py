@@ -49,7 +49,7 @@ class LowRankMethod(Method[S, LinearSite], RowWise[S]):
 
         Args:
             spec: the adaptation with the site's overrides applied.
-            tensors: the site's own tensors by part, float64, and those that all sites share.
+            tensors: the site's own tensors and those that all sites share, by part, in float64.
         """
 
     def fold(self, spec: S, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
@@ -61,6 +61,6 @@ class LowRankMethod(Method[S, LinearSite], RowWise[S]):
         return {"B": -2}
 
     def fewest_rows(self, spec: S) -> int:
-        """Return the rank, which must not exceed the number of rows; 1 if the spec accepts a higher rank."""
+        """Return the minimum number of rows: the rank, or 1 if the spec accepts a rank above the number of rows."""
         own: Any = spec
         return 1 if getattr(own, "excess_rank", False) else int(own.rank)

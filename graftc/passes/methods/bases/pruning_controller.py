@@ -46,7 +46,7 @@ class PruningMasks(ScheduledController[Pruning]):
         return any(s.initial_density != s.density for s in specs)
 
     def fallen(self, number: int) -> Fraction:
-        """Return the completed fraction of the schedule after step ``number``, from 1: ``1 - (1 - progress)^3``.
+        """Return the completed fraction of the schedule after step ``number`` (from 1): ``1 - (1 - progress)^3``.
 
         Raises:
             GraftError: GC026 if the number of steps is not known.
@@ -60,13 +60,13 @@ class PruningMasks(ScheduledController[Pruning]):
         return 1 - (1 - progress) ** 3
 
     def density(self, number: int, spec: Pruning | None = None) -> Fraction:
-        """Return the share of entries kept after step ``number``, from 1, for the adaptation or a site's ``spec``."""
+        """Return the share of entries kept after step ``number`` (from 1) for the adaptation or a site's ``spec``."""
         spec = spec or self.spec
         first, last = (Fraction(str(value)) for value in (spec.initial_density, spec.density))
         return first + (last - first) * self.fallen(number)
 
     def figures(self, place: AdaptedSite[Pruning]) -> Mapping[str, Tensor | float]:
-        """Return ``density``, the share of a weight's entries that are currently kept; empty if it is not pruned."""
+        """Return ``density``: the share of a weight's entries currently kept; empty if the weight is not pruned."""
         return {} if part_of(place) is None else {"density": kept_entries(place).float().mean()}
 
     def threshold(self, number: int, spec: Pruning | None = None) -> float:
@@ -98,7 +98,7 @@ class PruningMasks(ScheduledController[Pruning]):
             self.shared[PENALTY].fill_(self.spec.penalty * float(self.fallen(number)))
 
     def _soft(self, number: int, spec: Pruning, scores: Tensor) -> Edge:
-        """Return the edge at the threshold, or the edge that keeps the minimum number if fewer entries exceed it."""
+        """Return the edge at the threshold or, if too few entries exceed it, the edge that keeps the minimum number."""
         least, last = edge_of([scores], kept_of(scores.numel(), Fraction(str(spec.least_density))))[0]
         soft = scores.new_tensor(logit(self.threshold(number, spec)))
         enough = least > soft

@@ -1,4 +1,4 @@
-"""Controllers with a schedule over the whole training run, whose length their spec may set."""
+"""Controllers with a schedule over the whole training run, whose length the spec may set."""
 
 from __future__ import annotations
 

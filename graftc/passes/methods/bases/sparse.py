@@ -1,4 +1,4 @@
-"""Training of selected entries of base tensors, as indices and deltas; only the deltas are parameters."""
+"""Training selected entries of base tensors, stored as indices and deltas; only the deltas are parameters."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class ChosenEntries:
 class SparseTensors(Method[S, Stored]):
     """``W' = W + scatter(indices, delta)`` for tensors of the base, wherever they are read.
 
-    For every tensor with a selected entry, ``<tensor>_indices: int32[k]`` (``int64`` from 2^31 entries on) contains
-    indices into the stored tensor, in ascending order, and ``<tensor>_delta: f32[k]`` is initially zero. A subclass
-    determines which entries are selected.
+    For every tensor with a selected entry, ``<tensor>_indices: int32[k]`` (``int64`` for 2^31 entries or more)
+    contains indices into the stored tensor, in ascending order, and ``<tensor>_delta: f32[k]`` is initially zero. A
+    subclass determines which entries are selected.
     """
 
     stands_in = True
@@ -104,7 +104,7 @@ class SparseTensors(Method[S, Stored]):
             raise GraftError("GC053", f"{name} must contain {order} indices below {region.numel}")
 
     def choose(self, spec: S, regions: Mapping[Key, WeightSlice], build: Builder) -> ChosenEntries:
-        """Choose the initial entries at random, from each tensor a number proportional to its size."""
+        """Choose the initial entries at random; each tensor gets a number proportional to its size."""
         sizes = [region.size for region in regions.values()]
         counts = dict(zip(regions, shares(budget_of(spec, sum(sizes)), sizes), strict=True))
         return ChosenEntries(counts, {} if build.without_values else random_entries(counts, regions, build))
@@ -139,7 +139,7 @@ class SparseTensors(Method[S, Stored]):
 
 
 class ScoredTensors(SparseTensors[S], Scored[S]):
-    """`SparseTensors` whose entries may be chosen by examples: those with the greatest scores."""
+    """`SparseTensors` whose entries may be chosen by examples: the entries with the greatest scores are selected."""
 
     def scored(self, places: Sequence[AdaptedSite[S]]) -> Sequence[str]:
         """Return the names of the base's tensors at the places, each once."""
@@ -161,7 +161,7 @@ class ScoredTensors(SparseTensors[S], Scored[S]):
 
 
 def budget_of(spec: BudgetSpec, total: int) -> int:
-    """Return the number of entries that train, out of ``total``.
+    """Return the number of entries to train, out of ``total``.
 
     Raises:
         GraftError: GC020 if that is zero or more than ``total``.
@@ -214,7 +214,7 @@ def entry_values(
 
 
 def random_entries(counts: Mapping[Key, int], regions: Mapping[Key, WeightSlice], build: Builder) -> dict[Key, Tensor]:
-    """Draw ``counts`` entries of the tensors, from the adaptation's seed and the tensors' names."""
+    """Draw ``counts`` entries of the tensors; draws depend only on the seed and the adaptation's and tensors' names."""
     return {
         key: drawn(count, regions[key].size, build.generator(f"{build.adaptation}:{key[0]}:{key[1]}"))
         for key, count in counts.items()
@@ -227,8 +227,7 @@ def largest_entries(
 ) -> ChosenEntries:
     """Choose the entries with the greatest scores.
 
-    They are chosen from all tensors together; with ``each``, every tensor gets a number of entries proportional to its
-    size.
+    They are chosen from all tensors together or, if ``each`` is true, from every tensor in proportion to its size.
     """
     sizes = [region.size for region in regions.values()]
     count = budget_of(spec, sum(sizes))
@@ -250,7 +249,8 @@ def key_of(region: WeightSlice) -> Key:
 def _placed(region: WeightSlice, numbers: Tensor | None, count: int, device: torch.device) -> Tensor:
     """Return the entries' indices into the stored tensor.
 
-    Without ``numbers``, on the meta device or for given tensors, the result is zeros, of which only the dtype matters.
+    If ``numbers`` is None, as on the meta device or when the tensors are given, the result is zeros, whose values do
+    not matter.
     """
     if numbers is None:
         return torch.zeros(count, dtype=region.index_dtype, device=device)
