@@ -1,4 +1,4 @@
-"""Files and folders that anyone may have written or may be writing: destinations, staging, tensors. No models.
+"""Safe access to files and folders that anyone may have written or may be writing: destinations, staging, tensors.
 
-Most modules do not import torch.
+Nothing here deals with models. Most modules do not import torch.
 """

@@ -1,4 +1,4 @@
-"""Move the contents of a staging folder to their destination, all or nothing. The next run finishes a started move."""
+"""Move the contents of a staging folder to their destination, all or nothing; the next run finishes a partial move."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _JOURNAL_BYTES = 2**20
 
 @dataclass(frozen=True)
 class _Journal:
-    """The entries that are to be put in place.
+    """The entries to be put in place.
 
     Attributes:
         folder: the inode of the staging folder, so that a copy of the folder has no effect.
-        place: inodes of the new entries, by name, in the order in which they appear.
+        place: inodes of the new entries, by name, in the order in which they are put in place.
         companions: names of files that belong to the last entry.
         replace: whether existing entries are replaced.
     """
@@ -82,12 +82,12 @@ def commit(
         staging: the staging folder, which contains the new entries.
         parent: the folder to put them in.
         name: the name of the main entry; other entries beside it are put in place as well.
-        companions: names of files that belong to it.
+        companions: names of files that belong to the main entry.
         force: whether to replace existing entries.
         mode_of_files: permissions that files get in addition to their own.
 
     Raises:
-        OSError: if an operation fails, or something is in the way. Nothing has changed then.
+        OSError: if an operation fails, or something is in the way. In that case, nothing has changed.
     """
     if not staging.is_at_its_path():
         raise FileNotFoundError(errno.ENOENT, "it has been replaced by something else", str(staging.path))
@@ -112,7 +112,7 @@ def commit(
 
 
 def finish(staging: HeldFolder, parent: HeldFolder) -> None:
-    """Put in place the entries that the journal lists, if there is one; after a kill, another call continues.
+    """Put in place the entries that the journal lists, if any; if the process is killed, another call continues.
 
     Raises:
         OSError: if something is in the way.

@@ -1,4 +1,4 @@
-"""Checks of destinations: whether a path may be written, and what that would replace. Does not import torch."""
+"""Checks of destinations: whether a path may be written, and what writing would replace. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import quoted
 
 SEALED: Mapping[str, str] = MappingProxyType({"manifest.json": "artifact", "graftc.json": "merged"})
-"""Files that list all others in their folder, and the kind of folder that they declare."""
+"""Files that list all other files in their folder, each with the kind of folder that it declares."""
 
 _MOST = 64 * 2**20
 
@@ -84,7 +84,7 @@ def _foreign(folder: Path) -> Path | None:
 
 
 def _check_sealed(path: Path) -> None:
-    """Refuse a destination in a folder for which graftc has listed all files: one more would make it unsafe to read."""
+    """Refuse a destination in a folder whose files are all listed: another file would make the folder unreadable."""
     inner = Path(os.path.realpath(path.parent))
     for folder in (inner, *inner.parents):
         for name, kind in SEALED.items():
@@ -104,7 +104,7 @@ def _says(file: Path, kind: str) -> bool:
 
 
 def check_folder(path: Path, mark: str) -> None:
-    """Refuse early a folder that cannot be created, or that is neither empty nor contains the file that marks it.
+    """Refuse early a folder that cannot be created, or that is not empty but lacks the file that marks it.
 
     Args:
         path: the folder, which need not exist.
@@ -139,7 +139,7 @@ def _check_makeable(path: Path) -> None:
     above = path.parent
     while not os.path.lexists(above):
         above = above.parent
-    for name in path.relative_to(above).parts:  # each may be too long, which only the file system knows
+    for name in path.relative_to(above).parts:  # only the file system can tell whether a name is too long
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.lstat(above / name)
     if not os.path.isdir(above):
@@ -149,7 +149,7 @@ def _check_makeable(path: Path) -> None:
 
 
 def check_apart(path: Path, *sources: str | Path | None) -> None:
-    """Refuse a destination that is one of the sources, is inside one, or is a folder above one; links are followed.
+    """Refuse a destination that is one of the sources, is inside one, or contains one; links are followed.
 
     Args:
         path: the destination.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def require_disk_space(path: Path, size: int) -> None:
-    """Check that the disk has room for a file, by allocating and removing one beside it.
+    """Check that the disk has room for a file, by allocating a file of that size beside it and removing it again.
 
     Does nothing on systems without `os.posix_fallocate`.
 

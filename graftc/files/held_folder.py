@@ -65,7 +65,7 @@ class HeldFolder:
         return cls(path, os.open(path, flags | os.O_DIRECTORY))
 
     def inner(self, name: str) -> HeldFolder:
-        """Open a folder in this one, which may not be a link.
+        """Open a folder in this one; it must not be a link.
 
         Raises:
             OSError: if it is not a folder, or is a link.
@@ -107,11 +107,11 @@ class HeldFolder:
         return True
 
     def is_file(self, name: str) -> bool:
-        """Return whether this is the name of a regular file, not of a link."""
+        """Return whether the folder has a regular file, not a link, with this name."""
         return self.exists(name) and stat.S_ISREG(self.stat(name).st_mode)
 
     def is_folder(self, name: str) -> bool:
-        """Return whether this is the name of a folder, not of a link."""
+        """Return whether the folder has a subfolder, not a link, with this name."""
         return self.exists(name) and stat.S_ISDIR(self.stat(name).st_mode)
 
     def names(self) -> list[str]:
@@ -195,7 +195,7 @@ class HeldFolder:
         """Move an entry of this folder to another folder, under a new name; a file with that name is replaced.
 
         Raises:
-            OSError: as `os.rename`.
+            OSError: under the same conditions as `os.rename`.
         """
         places = {"src_dir_fd": self._descriptor, "dst_dir_fd": other._descriptor}
         os.replace(self._name(name), other._name(new), **places)
@@ -204,7 +204,7 @@ class HeldFolder:
         """Move an entry as `rename` does, unless the new name already exists.
 
         Raises:
-            OSError: if it does.
+            OSError: if it already exists.
         """
         if self._rename_with(name, other, new, _NO_REPLACE):
             return
@@ -216,7 +216,7 @@ class HeldFolder:
         """Swap two entries in one step, and return whether the system supports that.
 
         Raises:
-            OSError: if it does, but the swap fails.
+            OSError: if the system supports it, but the swap fails.
         """
         return self._rename_with(name, other, new, _EXCHANGE)
 
@@ -257,7 +257,7 @@ class HeldFolder:
     def remove_from(self, parent: HeldFolder) -> None:
         """Remove this folder with everything in it, as far as possible, from the folder that contains it.
 
-        If something else has taken its place, that is left alone.
+        If something else has taken its place, it is left alone.
         """
         self.remove_all()
         with contextlib.suppress(OSError):
@@ -323,7 +323,7 @@ class HeldFolder:
 
 
 def is_own(status: os.stat_result, folder: Path) -> bool:
-    """Return whether a file or folder belongs to this user, or to the owner that this user's new files are given.
+    """Return whether a file or folder belongs to this user, or to the user who comes to own this user's new files.
 
     Args:
         status: its status.

@@ -1,7 +1,7 @@
 """Create, resume, finish or discard staging folders, but never those of another user.
 
 A staging folder is named ``.NAME.graftc-RANDOM`` after the destination. In a folder that several users may write to,
-any of them can create a folder with such a name and any contents; one may also come from an archive. An existing folder
+any of them can create a folder with such a name and any contents; an archive may also contain one. An existing folder
 is therefore used only if it belongs to this user alone (`HeldFolder.is_private`), and resumed work checks its contents.
 """
 
@@ -145,7 +145,7 @@ def recover_in(parent: HeldFolder) -> None:
 
 
 def _sweep(parent: HeldFolder, name: str, *, resumable: bool = False) -> None:
-    """Finish the committed work in a staging folder of this user's killed run, and discard the rest.
+    """Finish the committed work in a staging folder that a killed run of this user left, and discard the rest.
 
     Args:
         parent: the folder that contains it.

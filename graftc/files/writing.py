@@ -55,21 +55,21 @@ def staged(
     resume: str | None = None,
     keep_modes: bool = False,
 ) -> Iterator[Path]:
-    """Yield a path with the same name to write a file or a folder to, and put it in place when the block succeeds.
+    """Yield a path with the destination's name for a file or folder, which is put in place if the block succeeds.
 
     Args:
         path: the destination. Missing folders above it are created.
         force: whether to replace an existing destination. A link itself is replaced, never its target.
         companions: names of files that may be written beside the destination and belong to it.
-        replaceable: a function that returns whether ``force`` may replace an existing path; by default files only.
+        replaceable: a function that returns whether ``force`` may replace an existing path; by default, only files.
         sources: paths that are still read during the write: replacing them or a folder above them is refused.
         resume: SHA-256 of everything that determines the result. Files left by a killed run of the same work are
-            available again; the staging folder, two levels above the yielded path, is for notes about it.
+            available again; notes about it can be stored in the staging folder, two levels above the yielded path.
         keep_modes: whether files keep the permissions that they are given; by default they also get those of new files.
 
     Raises:
         GraftError: GC063 if the destination exists and may not be replaced, or another process is doing the same work;
-            GC064 if writing fails. The destination is unchanged then.
+            GC064 if writing fails. In both cases, the destination is unchanged.
     """
     path = absolute_path(path)
     check_destination(path, force=force, companions=companions, replaceable=replaceable)
@@ -105,12 +105,12 @@ def staged_or_dropped(
     replaceable: Callable[[Path], bool] = Path.is_file,
     sources: Iterable[str | Path | None] = (),
 ) -> Iterator[Path]:
-    """Yield a path as `staged` does; without a destination, one named ``name`` that is deleted when the block ends.
+    """Yield a path as `staged` does; if ``path`` is None, yield one named ``name`` that is deleted after the block.
 
     The latter is for output that is only checked.
 
     Raises:
-        GraftError: as `staged`.
+        GraftError: under the same conditions as `staged`.
     """
     if path is None:
         with tempfile.TemporaryDirectory() as place:
@@ -124,7 +124,7 @@ def write_text(path: Path, text: str, *, force: bool = False) -> Path:
     """Write a UTF-8 text file, completely or not at all.
 
     Raises:
-        GraftError: as `staged`.
+        GraftError: under the same conditions as `staged`.
     """
     with staged(path, force=force) as file:
         file.write_text(text, encoding="utf-8")
@@ -141,7 +141,7 @@ def _make_parents(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path | None) -> Iterator[None]:
-    """Lock a folder while the block runs, against every other process, thread or call that locks it.
+    """Lock a folder while the block runs, keeping out every other process, thread or call that locks it.
 
     Nothing is locked if there is no folder, it cannot be opened, or the system does not support such locks.
 

@@ -1,1 +1,1 @@
-"""Tensor files of any origin: which files may be read and contain a folder's weights, their headers, their tensors."""
+"""Tensor files of any origin: which files contain a folder's weights and may be read, their headers, their tensors."""

@@ -50,15 +50,15 @@ class TensorFolder(Mapping[str, Tensor]):
     """The tensors of a safetensors file, or of a folder as transformers loads it.
 
     All headers are read and checked at once. A tensor is mapped into memory when it is requested, so that the system
-    reads only what is used; from then on a file is open until `release`, and as long as one of its tensors is in use.
-    Used as a context manager, it releases its files at the end.
+    reads only what is used; from then on, its file is open until `release`, and for as long as one of its tensors is in
+    use. Used as a context manager, the folder releases its files at the end.
 
     Args:
         path: the file, or the folder.
         refusal: the error for files that cannot be used.
         strict: whether a folder's index and its files have to agree on every tensor. Otherwise, as in transformers,
             files may contain tensors that the index does not list, or lists under another file.
-        writable: whether writing to tensors changes the file; otherwise it changes private copies, and should be
+        writable: whether writing to tensors changes the file; if not, writing changes private copies and should be
             avoided.
 
     Attributes:
@@ -165,7 +165,7 @@ class TensorFolder(Mapping[str, Tensor]):
         return self._files[shard.path]
 
     def release(self) -> None:
-        """Release all files, after flushing what was written to them to disk."""
+        """Flush all changes to disk, and release all files."""
         for file in self._files.values() if self._writable else ():
             file.flush()
         self._files.clear()

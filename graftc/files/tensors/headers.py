@@ -22,7 +22,7 @@ HEADER_BYTES = 2**25
 TENSORS = 2**17
 """Maximum number of tensors in a file."""
 NAME, SEGMENTS = 1_000, 100
-"""Maximum number of characters in a tensor's name, and of its dot-separated segments."""
+"""Maximum numbers of characters and of dot-separated segments in a tensor's name."""
 AXES = 64
 """Maximum number of axes of a tensor, which is torch's limit for computing with it."""
 _WHOLE = 2**63
@@ -44,7 +44,7 @@ class StoredTensor:
 
     Attributes:
         name: its name in the file.
-        dtype: its dtype, as the format writes it: ``BF16``.
+        dtype: its dtype, as the format spells it: ``BF16``, for example.
         shape: its shape.
         start, end: the positions of its bytes, counted from the start of the file.
     """
@@ -119,7 +119,7 @@ def read_shard(path: Path) -> Shard:
 
 
 def is_tensor_name(name: str) -> bool:
-    """Return whether a tensor may have this name; the limits exceed any module path's length and depth."""
+    """Return whether a tensor may have this name; the limits exceed the length and depth of any module path."""
     return len(name) <= NAME and name.count(".") < SEGMENTS
 
 

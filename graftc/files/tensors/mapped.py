@@ -31,7 +31,7 @@ class MappedFile:
 
     Args:
         shard: the header of the file.
-        writable: whether writing to tensors changes the file; otherwise it changes private copies, and should be
+        writable: whether writing to tensors changes the file; if not, writing changes private copies and should be
             avoided.
 
     Raises:
@@ -64,5 +64,5 @@ class MappedFile:
         return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=stored.start)
 
     def flush(self) -> None:
-        """Write to disk what was written to tensors."""
+        """Flush changes to tensors to disk."""
         self._map.flush()

@@ -35,7 +35,7 @@ class WeightFiles:
 
     Attributes:
         names: the names of the files, sorted.
-        index_name: the name of the index; None for one file without an index.
+        index_name: the name of the index; None for a single file without an index.
         index: the contents of the index.
     """
 

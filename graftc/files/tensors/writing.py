@@ -43,7 +43,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[st
 def writing(path: Path) -> Iterator[None]:
     """Convert I/O errors of other libraries' writers to `OSError` while the block runs.
 
-    Those of safetensors have a class; those of tokenizers are plain exceptions whose text ends with the error number.
+    safetensors raises errors of its own class; tokenizers raises plain exceptions whose text ends with the error
+    number.
     """
     try:
         yield
