@@ -17,7 +17,7 @@ def check(condition: Any) -> None:
 
 @contextmanager
 def told_of_value_checks(tell: Callable[[Any], None]) -> Iterator[None]:
-    """Pass the message of each check of a tensor's values in the block to a function, before the check is made.
+    """Call ``tell`` with the message of each check of a tensor's values in the block, before the check is made.
 
     torch has no such callback, so its function is replaced while the block runs.
     """

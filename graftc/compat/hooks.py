@@ -48,7 +48,7 @@ def hooks_after(module: nn.Module) -> list[tuple[Any, bool]]:
 
 
 def without_hooks(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the attributes of a module that are tables of hooks, each replaced with an empty one."""
+    """Return the attributes of a module that are tables of hooks, each replaced with an empty table."""
     names = [name for name in attributes if name.endswith("_hooks") or "_hooks_" in name]
     return {name: type(attributes[name])() for name in names if isinstance(attributes[name], dict)}
 

@@ -1,9 +1,9 @@
 """Modes, which intercept torch's operators and functions, and their suspension in one thread.
 
 torch has a stack of modes for each thread, and one for the whole process, for modes that trace before autograd. Code
-that suspends modes, such as printing a tensor, also removes those of another thread in the middle of a trace, which
-then fails with "pop empty mode stack". A thread that suspends modes therefore gets its own stack, which is initially
-empty.
+that suspends modes, such as code that prints a tensor, also removes the modes of another thread in the middle of a
+trace, which then fails with "pop empty mode stack". A thread that suspends modes therefore gets its own stack, which is
+initially empty.
 """
 
 from __future__ import annotations

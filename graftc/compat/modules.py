@@ -70,7 +70,7 @@ def applied_by(
     ``to``, ``half`` and similar methods all use one method, which has no public name.
 
     Args:
-        apply: called with the module, the function that converts a tensor, and a function that converts all of them.
+        apply: called with the module, the function that converts a tensor, and a function that converts all tensors.
     """
 
     def decorate(cls: type[M]) -> type[M]:

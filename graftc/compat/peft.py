@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def merged_projections() -> list[Mapping[str, str]]:
-    """Return, for each kind of model whose projections transformers 5 has merged, the new names by the earlier ones.
+    """Return a table from old to new names for each kind of model whose projections transformers 5 has merged.
 
     PEFT's public function only converts whole configs. Versions without such a conversion have no table.
     """

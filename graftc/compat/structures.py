@@ -1,4 +1,4 @@
-"""The structure of nested containers as text, for code that does not import torch until it writes one."""
+"""The structure of nested containers as text, for code that does not import torch until it writes a structure."""
 
 from __future__ import annotations
 

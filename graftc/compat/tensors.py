@@ -28,12 +28,12 @@ def storage_key(tensor: Tensor) -> int:
 
 
 def storage_sizes(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Return the size in bytes of each storage of some tensors, by its `storage_key`."""
+    """Return the size in bytes of each of the tensors' storages, by `storage_key`."""
     return {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def wrapper(cls: type[T], shape: Iterable[int], dtype: torch.dtype, device: torch.device, **options: Any) -> T:
-    """Return a tensor of a subclass that has a type but no storage of its own.
+    """Return a tensor of the subclass ``cls`` that has a type, but no storage of its own.
 
     torch's guide to subclasses describes no other way.
     """

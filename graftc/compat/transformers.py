@@ -21,7 +21,7 @@ LOADING_OPTIONS = ("_commit_hash", "_from_auto")
 def path_of(config: Any) -> str | None:
     """Return the name or path that a model was loaded from, as its config records it.
 
-    The public field of transformers' configs is missing from those of diffusers, which record the same.
+    diffusers' configs lack the public field of transformers' configs, but record the same value.
     """
     path: str | None = getattr(config, "_name_or_path", None)
     return path
@@ -44,12 +44,12 @@ def attention_of(config: Any) -> str:
 
 
 def not_quantised(config: Any) -> None:
-    """Remove the mark of a quantised model from a config, which would prevent changes to graftc's own models."""
+    """Remove the flag for a quantised model from a config; it would prevent changes to graftc's own models."""
     vars(config).pop("_is_quantized", None)
 
 
 def leave_as_it_is(module: nn.Module) -> None:
-    """Keep ``from_pretrained`` from initialising a module's tensors, which it does not find in the files."""
+    """Keep ``from_pretrained`` from initialising a module's tensors, although they are not in the files."""
     module._is_hf_initialized = True  # type: ignore[assignment]
 
 
@@ -78,13 +78,13 @@ def auto_classes() -> Iterator[Any]:
 
 
 def loaded_by(auto: Any, config: Any) -> tuple[type, ...]:
-    """Return the model classes that an ``Auto`` class has for a config; publicly it only loads them."""
+    """Return the model classes that an ``Auto`` class has for a config; its public methods only load models."""
     classes = auto._model_mapping.get(type(config), None)
     return tuple(classes) if isinstance(classes, tuple | list) else (classes,)
 
 
 def given_by_caller(cache: Any) -> None:
-    """Mark a cache as the caller's, so that the loop returns it instead of replacing it."""
+    """Mark a cache as the caller's, so that the generation loop returns it instead of replacing it."""
     cache._is_user_defined = True
 
 
@@ -103,9 +103,9 @@ def loop_steps(**steps: Callable[..., Any]) -> Callable[[type[T]], type[T]]:
 
     Args:
         steps: replacements for steps: ``rows`` repeats the inputs for each text generated from a row of the prompt,
-            ``criteria`` returns the stopping criteria, ``compiles`` whether the loop may compile the forward,
-            ``cache`` adds a cache to the arguments of calls. Each is called with the object, the step that it replaces,
-            and the arguments of the step.
+            ``criteria`` returns the stopping criteria, ``compiles`` returns whether the loop may compile the forward
+            pass, and ``cache`` adds a cache to the arguments of calls. Each is called with the object, the step that it
+            replaces, and the arguments of the step.
     """
 
     def decorate(cls: type[T]) -> type[T]:
@@ -124,7 +124,7 @@ def _step(cls: type, name: str, function: Callable[..., Any]) -> Callable[..., A
 
 
 def saves_all_keys(cls: type[T]) -> type[T]:
-    """Decorate the class that provides a model's attributes: saved files leave out no tensors.
+    """Decorate the class that provides a model's attributes, so that saved files leave out no tensors.
 
     The `Trainer` reads this attribute of each model when a checkpoint has fewer tensors than the model.
     """
@@ -133,6 +133,6 @@ def saves_all_keys(cls: type[T]) -> type[T]:
 
 
 def takes_tokens_back(cls: type[T]) -> type[T]:
-    """Decorate a model's class: its cache can be cropped, which assisted generation requires of each model."""
+    """Decorate a model's class to declare that its cache can be cropped, which assisted generation requires."""
     cls._is_stateful = False  # type: ignore[attr-defined]
     return cls

@@ -11,7 +11,7 @@ FUSED = "fused_lm_head"
 
 
 class FusedForward(NamedTuple):
-    """The options that a forward of TRL was created with.
+    """The options with which TRL created a forward method.
 
     Attributes:
         fields: the names of the per-token fields that it returns.

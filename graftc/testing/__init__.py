@@ -1,6 +1,6 @@
 """Contract tests that a new method inherits, and their tools: tiny models, perturbation, comparison.
 
-A method's test file, here or in another package::
+A method's test file, in graftc or in another package::
 
     from graftc.testing import DeploymentContract, MethodContract
 

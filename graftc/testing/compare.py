@@ -20,7 +20,7 @@ SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))
 def inputs_for(
     runner: ModelRoot, sizes: tuple[int, int] = SHAPES[0], seed: int = 0, *, front: bool = True
 ) -> dict[str, Tensor]:
-    """Return random inputs of the signature that a model was compiled with.
+    """Return random inputs with the signature that a model was compiled for.
 
     Args:
         runner: the adapted model, or the folded one.

@@ -113,7 +113,7 @@ class MethodContract(Contract):
     """The contract of a method. Inherit it as ``class TestMyMethod(MethodContract)`` and set ``adaptation``.
 
     Attributes:
-        fold_tolerance: largest difference between float32 outputs of the folded and the unfolded model.
+        fold_tolerance: maximum difference between float32 outputs of the folded and the unfolded model.
         starts_elsewhere: whether the initial outputs differ from the base's, whatever the method claims.
         cacheable: whether the method's effect on a token depends only on that token and those before it, so that a
             cache can store them.
@@ -124,7 +124,7 @@ class MethodContract(Contract):
     cacheable: ClassVar[bool] = True
 
     def test_sites(self, family: str) -> None:
-        """Check that all sites are of claimed kinds and that, among linear ones, at least one is not square."""
+        """Check that all sites are of claimed kinds, and that linear sites, if any, include one that is not square."""
         _, compiled = self.shared(family)
         sites = [site for resolved in compiled.compilation.main.resolved for site, _ in resolved.sites]
         assert sites
@@ -182,7 +182,7 @@ class MethodContract(Contract):
         assert same_bits(outputs_of(model, inputs), outputs_of(reference, inputs))
 
     def test_disabled_is_the_base(self, family: str) -> None:
-        """Check that ``disabled()`` reproduces the base's outputs bit for bit, and leaving it the adapted outputs."""
+        """Check, bit for bit, that ``disabled()`` restores the base's outputs, and that they are adapted afterwards."""
         model, compiled = self.shared(family, perturbed=True)
         inputs = inputs_for(compiled)
         adapted = outputs_of(compiled, inputs)
@@ -250,7 +250,7 @@ class MethodContract(Contract):
         assert report.adaptations[0].sites == sum(len(r.places) for r in compiled.compilation.main.resolved)
 
     def test_sixteen_bits(self, family: str) -> None:
-        """Check the adaptation of a base in bfloat16.
+        """Check the method on a base in bfloat16.
 
         All trained tensors are float32 and get float32 gradients; before training, the outputs equal the base's bit for
         bit; a fold is certified.

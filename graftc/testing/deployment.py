@@ -1,4 +1,4 @@
-"""The slower part of a method's contract: exports and ``torch.compile``, seconds per test, so only for few families."""
+"""The slower part of a method's contract, for few families only: exports and ``torch.compile``, seconds per test."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ BATCHES = (2, 3, 7)
 
 
 class DeploymentContract(Contract):
-    """The contract for exports, to inherit beside `graftc.testing.MethodContract`.
+    """The contract for exports, to be inherited in addition to `graftc.testing.MethodContract`.
 
-    Set ``families`` to the one family that suits exports of the method best.
+    Set ``families`` to the one family that is best suited to exporting the method.
 
     Attributes:
-        export_tolerance: largest difference between the outputs of torch and ONNX Runtime.
+        export_tolerance: maximum difference between the outputs of torch and ONNX Runtime.
         every_layer: whether to export and compile all layers of the contract's models instead of a one-layer model.
     """
 
@@ -56,7 +56,7 @@ class DeploymentContract(Contract):
         check_compile(self._deployed(family), "aot_eager")
 
     def test_inductor(self, family: str) -> None:
-        """Check the same with Inductor's code for one layer, which is much slower and seldom gives other results."""
+        """Check the same for one layer with Inductor, which is much slower and seldom gives different results."""
         check_compile(self._one_layer(family))
 
     def _deployed(self, family: str) -> Compiled:
@@ -78,7 +78,7 @@ def check_onnx(path: Path, runner: ModelRoot, sizes: tuple[int, int], tolerance:
     """Run an exported file in ONNX Runtime, and return the largest difference from the outputs of ``runner``.
 
     Raises:
-        AssertionError: if it exceeds ``tolerance``.
+        AssertionError: if the difference exceeds ``tolerance``.
     """
     import onnxruntime
 

@@ -1,8 +1,8 @@
 """Tiny models of the contract families, with random weights.
 
-The hidden width is 48, and 80 in the feed-forward part, so most layers are not square; there are two layers and 101
-tokens. Biases and gains are also random, so that omitting one has an effect, and weights are large enough to make
-attention non-uniform.
+The hidden width is 48, and 80 in the feed-forward part, so most weights are not square; there are two layers, and a
+vocabulary of 101 tokens. Biases and gains are also random, so that omitting one has an effect, and weights are large
+enough to make attention non-uniform.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def llama(**changes: Any) -> nn.Module:
 def gpt_neox(**changes: Any) -> nn.Module:
     """Build GPT-NeoX with its language model head.
 
-    It has q, k and v interleaved in one weight, and attention and the feed-forward part in parallel.
+    Its q, k and v are interleaved in one weight, and attention runs in parallel with the feed-forward part.
     """
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -77,7 +77,7 @@ def gpt_neox(**changes: Any) -> nn.Module:
 
 
 def mixtral(**changes: Any) -> nn.Module:
-    """Build Mixtral with its language model head: each feed-forward part has four experts, two of them per token."""
+    """Build Mixtral with its language model head: each feed-forward part has four experts, two active per token."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     own = {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": VOCABULARY}
@@ -113,7 +113,7 @@ FAMILIES: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         "vit": vit,
     }
 )
-"""Builders by family."""
+"""The builder of each family."""
 
 
 _LAYERS = {"gpt2": "n_layer", "t5": "num_layers"}
