@@ -51,7 +51,10 @@ def schemas(incomplete: str) -> list[str]:
 
 
 def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
-    """Return matching files, and folders with a trailing slash; hidden ones only if the typed name begins."""
+    """Return matching files, and folders with a trailing slash.
+
+    Hidden entries are included only if the typed name begins with a dot.
+    """
     head, _, start = incomplete.rpartition("/")
     folder = Path(f"{head}/" if "/" in incomplete else ".").expanduser()
     prefix = incomplete[: len(incomplete) - len(start)]

@@ -77,9 +77,9 @@ def print_table(
     Args:
         to: the console to print to.
         columns: the names of the columns.
-        rows: the rows, with a text for each column.
-        right: the columns that are aligned to the right, such as those with numbers.
-        whole: the columns that are not wrapped as long as they take at most half of the width.
+        rows: the rows, each with a text for every column.
+        right: the right-aligned columns, such as those with numbers.
+        whole: the columns that are not wrapped as long as each takes at most half of the console's width.
     """
     from rich import box
     from rich.table import Table
@@ -119,7 +119,7 @@ def print_lines(to: Console, lines: Iterable[str], style: Callable[[str], str]) 
 
 
 def number(value: float) -> str:
-    """Format a count for people, such as 56,098,816; a fraction keeps one decimal."""
+    """Format a count for people, such as 56,098,816; a value that is not an integer keeps one decimal."""
     return f"{value:,.0f}" if value == round(value) else f"{value:,.1f}"
 
 

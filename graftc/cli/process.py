@@ -18,7 +18,7 @@ INTERRUPTED = 130
 """The exit status after SIGINT."""
 
 _LEAST = 20
-"""The minimum number of columns and lines that is accepted as a terminal size."""
+"""The minimum number of columns or lines that is accepted as a terminal size."""
 
 _state = {"started": False, "interrupted": False}
 

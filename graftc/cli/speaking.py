@@ -114,7 +114,7 @@ class SpokenResult(
 
 
 class Drawing(NamedTuple):
-    """The sampling options, with the meaning of the same fields of `graftc.records.applications.answers.Settings`."""
+    """The sampling options, which mean the same as these fields of `graftc.records.applications.answers.Settings`."""
 
     sample: bool | None
     temperature: float | None

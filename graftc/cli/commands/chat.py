@@ -142,7 +142,7 @@ def _turn(conversation: Conversation, said: str, write: Callable[[str], None]) -
 
 
 def _lines(live: bool, tell: Callable[[str], None]) -> Iterator[str]:
-    """Yield the lines that the user enters, without empty ones."""
+    """Yield the lines that the user enters, except empty ones."""
     from graftc.cli.speaking import stdin_text
 
     if not live:

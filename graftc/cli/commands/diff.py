@@ -166,7 +166,7 @@ def _by(largest: float | None) -> str:
 
 
 def _capped(lines: list[str], most: int = 5) -> list[str]:
-    """Return the first lines and the number of the others, since a different base differs everywhere."""
+    """Return the first lines and a count of the rest, since a different base differs everywhere."""
     return lines if len(lines) <= most + 1 else [*lines[:most], f"... and {len(lines) - most} more"]
 
 

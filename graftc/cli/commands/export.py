@@ -178,7 +178,7 @@ def _show(result: ExportResult, to: Console) -> None:
 
 
 _FLAGS = {option.name: option.flag for option in (INPUTS, DTYPE, SERVER, MAX_RANK)}
-"""The options of built-in formats for which the command has its own options."""
+"""The command's own flags for options of built-in formats, by option name."""
 
 
 def _named(options: Sequence[str]) -> dict[str, str]:
