@@ -38,7 +38,7 @@ def logistic_regression(
     test_labels: Sequence[int],
     classes: int,
 ) -> Scores:
-    """Fit scikit-learn's default (L2 penalty, C = 1) to the training embeddings, and score it on the test embeddings.
+    """Fit scikit-learn's default model (L2 penalty, C = 1) to the training embeddings; score it on the test embeddings.
 
     The baseline is not weak: with C = 1, 3, 10, 30, 100 or 300, and with embeddings that are not scaled to unit length,
     the macro-F1 on R8 never improves by more than 0.1 points.

@@ -221,9 +221,9 @@ class _LLMDemo(Stages):
         return self.train(model, self.training, steps=self.plan.steps, batch=self.plan.batch, lr=self.plan.lr)
 
     def _beside_peft(self, start: Path, ours: TrainingRun) -> tuple[TopicScores, float]:
-        """Train with PEFT from the same factors and batches; return its scores and its loss difference from graftc.
+        """Train with PEFT, using the same initial factors and batches; return its scores and the loss difference.
 
-        The loss difference is the largest one at any step, relative to the largest loss.
+        The loss difference is the largest difference from graftc at any step, relative to the largest loss.
         """
         with self.stage("train with PEFT: same start, same batches"):
             peer = self._in_peft(start, trains=True)

@@ -197,7 +197,7 @@ def _readable(size: int) -> str:
 
 
 def require(*modules: str) -> None:
-    """Check that these modules are installed, before rather than after minutes of training.
+    """Check that these modules are installed, so that a missing module is reported before minutes of training.
 
     Raises:
         GraftError: GC061 if a module is not installed.

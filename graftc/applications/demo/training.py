@@ -25,7 +25,7 @@ class TrainingRun:
 
 
 def score(predicted: Sequence[int], actual: Sequence[int], classes: int) -> Scores:
-    """Return accuracy and macro-F1 over ``classes`` classes; one that is neither predicted nor present has an F1 of 0.
+    """Return accuracy and macro-F1 over ``classes`` classes; a class neither predicted nor present has an F1 of 0.
 
     Raises:
         ValueError: if the two sequences differ in length, or are empty.

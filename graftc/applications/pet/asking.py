@@ -96,7 +96,7 @@ def by_length(texts: Sequence[Fields], copies: int = 1) -> Iterator[list[int]]:
 
     Args:
         texts: the rows.
-        copies: the number of times that each row is asked; the index of a row's copy is ``copy * rows + row``.
+        copies: the number of questions about each row; the index of a row's copy is ``copy * rows + row``.
     """
     sizes = [sum(map(len, text.values())) for text in texts]
     order = sorted(range(copies * len(texts)), key=lambda at: sizes[at % len(texts)])

@@ -19,10 +19,10 @@ sentinel, after which the decoder generates."""
 
 _SENTINEL = "<extra_id_0>"
 _CLOSE = 8
-"""The maximum number of tokens similar to a word that are tried."""
+"""The maximum number of similar tokens to try for a word."""
 
 _COMPOUND, _SHORTEST = 100, 3
-"""The number of leading characters of a word that are searched for shorter words, and the minimum length of these."""
+"""The number of leading characters of a word in which to search for shorter words, and the minimum length of these."""
 
 
 class BlankTokenizer:
@@ -110,7 +110,7 @@ class BlankTokenizer:
 
         Args:
             word: the word, as written in the verbalizer.
-            before: the text before the blank; it matters only whether this is empty, ends in white space, or neither.
+            before: the text before the blank; all that matters is whether it is empty, ends in white space, or neither.
         """
         lead = "" if not before else "a " if before[-1].isspace() else BLANK
         encoding = self._backend.encode(_encodable(lead + word), add_special_tokens=False)

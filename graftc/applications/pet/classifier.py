@@ -90,7 +90,7 @@ def sequence_classifier(model: Any, labels: Sequence[str], padding: int, seed: i
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with separate storages, as for tensors that a class does not tie itself."""
+    """Return the tensors with separate storages, so that only tensors that the class itself ties share one."""
     seen: set[int] = set()
     separate: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

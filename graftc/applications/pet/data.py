@@ -32,7 +32,7 @@ _LINE = 16 * TEXT
 _FORMATS = (".jsonl", ".ndjson", ".csv", ".tsv")
 _SPLITS = {"train": ("train",), "unlabelled": ("unlabelled", "unlabeled"), "test": ("test",)}
 _MEANT = {"labelled": "train", "labeled": "train"} | {stem: stem for stems in _SPLITS.values() for stem in stems}
-"""The stems for which a file name may be a misspelling, each with the stem to suggest."""
+"""The stems that a misspelt file name may be intended to have, each with the stem to suggest."""
 
 _Source: TypeAlias = str | PathLike[str]
 
@@ -44,7 +44,7 @@ class TextRows:
     Attributes:
         rows: the fields of each row, without its label.
         labels: the index of each row's label, in the order of the logits; None if rows have no labels.
-        lines: the line of the file on which each row ends, from 1.
+        lines: the 1-based number of the line on which each row ends.
         file: the path of the file.
         names: the labels to which the indices refer, in order; None if rows have no labels, or their names are unknown.
     """

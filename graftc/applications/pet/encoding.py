@@ -1,4 +1,4 @@
-"""Encode rows as batches of cloze questions: put the rows into patterns, and tokenize these."""
+"""Encode rows as batches of cloze questions: put the rows into patterns, and tokenize the resulting texts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IGNORED = -100
 """The label of a token that the loss ignores."""
 
 _UNBOUNDED = 1_000_000
-"""From this value upwards, a tokenizer's maximum length means that the limit is unknown."""
+"""If a tokenizer's maximum length is at least this value, its limit is unknown."""
 
 
 class ClozeEncoder:
@@ -97,8 +97,8 @@ class ClozeEncoder:
     def options(self, indices: Sequence[int] | None = None) -> dict[str, Any]:
         """Return the `cloze` section of a graftc document.
 
-        If the section has several verbalizers, they belong to the given patterns in order, and a row's `pattern` input
-        is an index into them. If the tokens of all verbalizers are the same, the section has only one.
+        If the section has several verbalizers, they correspond to the given patterns, in order, and a row's `pattern`
+        input is an index into them. If all verbalizers have the same tokens, the section has only one verbalizer.
 
         Args:
             indices: the indices of the patterns that the model must answer; by default all.
@@ -251,7 +251,7 @@ class ClozeEncoder:
 
 
 def _values(pattern: PatternSpec, row: Mapping[str, str], number: int) -> list[str]:
-    """Return the values for a pattern's slots, in order, with spaces in place of the character for a blank."""
+    """Return the values for a pattern's slots, in order, with spaces in place of the blank character."""
     values: list[str] = []
     for part in pattern.parts:
         if part.kind != "slot":

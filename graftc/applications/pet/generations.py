@@ -1,4 +1,4 @@
-"""iPET training sets: each generation's members learn from labels that other members of the previous one gave."""
+"""iPET training sets: a generation's members learn from labels given by other members of the previous generation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def new_examples_in(generation: int, labelled: int, growth: float, start_size: i
     """Return how many examples a generation adds to the labelled ones: ``floor(|T| d^(g+1)) - |T|``.
 
     Args:
-        generation: ``g``, from 0.
+        generation: ``g``, counted from 0.
         labelled: ``|T|``. If it is 0, the result is ``floor(start_size d^g)`` instead.
         growth: ``d``.
         start_size: the number of examples in the first generation if no examples are labelled.
@@ -93,10 +93,10 @@ def new_examples(
 ) -> NewExamples:
     """Draw the examples that a member's next training set adds to the labelled ones (Schick & Schütze 2021, iPET).
 
-    A random subset of the *other* members, the teachers, gives the labels, by the softmax (``T = 1``) of the weighted
-    mean of their logits. For each label, the wanted number of rows is drawn without replacement from the rows for which
-    it is the most probable label, with odds proportional to its probability. A label with too few such rows gets all of
-    them.
+    The labels come from a random subset of the *other* members, the teachers: label probabilities are the softmax
+    (``T = 1``) of the weighted mean of the teachers' logits. For each label, the wanted number of rows is drawn without
+    replacement from the rows for which it is the most probable label, with odds proportional to its probability. A
+    label with too few such rows gets all of them.
 
     Args:
         member: the member that learns from the examples.

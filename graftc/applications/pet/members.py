@@ -57,7 +57,7 @@ def trained_answers(task: Task, generation: int, sets: Sequence[Examples]) -> An
 
     Args:
         task: the run.
-        generation: the number of the generation, from 0.
+        generation: the number of the generation, counted from 0.
         sets: the examples that each member learns from.
 
     Raises:

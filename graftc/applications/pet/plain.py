@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _UNBOUNDED = 1_000_000
-"""From this value upwards, a tokenizer's maximum length means that the limit is unknown."""
+"""If a tokenizer's maximum length is at least this value, its limit is unknown."""
 
 
 class PlainEncoder:

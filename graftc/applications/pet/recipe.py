@@ -57,7 +57,7 @@ def pet(
 
     Members, one or more for each pattern, learn the task as cloze questions. Their mean answer labels the unlabelled
     rows, from which a classifier then learns. With ``ipet``, there are several generations of members: each starts from
-    the language model and learns from more rows, labelled by other members of the generation before. Without labelled
+    the language model and learns from more rows, labelled by other members of the previous generation. Without labelled
     rows, the first labels come from untrained patterns.
 
     With a folder, every stage is stored there before the next one begins. If a run is killed at any moment, the same

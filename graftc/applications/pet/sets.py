@@ -21,7 +21,7 @@ def new_sets(task: Task, generation: int, logits: Tensor, weights: Tensor, optio
 
     Args:
         task: the run.
-        generation: the number of the generation, from 1.
+        generation: the number of the generation, counted from 1.
         logits: the previous generation's logits on the unlabelled rows, ``[members, rows, labels]``.
         weights: the weights of the members.
         options: the document's iPET options.

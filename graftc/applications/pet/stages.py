@@ -65,7 +65,7 @@ class KeptStages:
         return _whole(path)
 
     def lines(self, name: str, make: Callable[[], Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-        """Return JSON objects, read from ``NAME.jsonl``, one a line; they are computed and written there if needed."""
+        """Return JSON objects, read from the lines of ``NAME.jsonl``; they are computed and written there if needed."""
         path = self.place(f"{name}.jsonl")
         if path is None:
             return [dict(line) for line in make()]

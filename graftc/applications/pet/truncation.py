@@ -12,7 +12,7 @@ from graftc.specs.pet.pattern import PatternPart, PatternSpec
 
 
 def shortened_counts(counts: Sequence[int], surplus: int) -> list[int]:
-    """Return how many tokens each slot keeps; each token is removed from the longest slot, or the last of the longest.
+    """Return how many tokens each slot keeps; each token is removed from the longest slot, or the last one if tied.
 
     Args:
         counts: the number of tokens in each slot.
@@ -88,7 +88,7 @@ class FilledPattern:
         return (text.rstrip() if self._tokenizer.kind == "last" else text), spans
 
     def fitted(self, values: Sequence[str], encoding: Any) -> Any:
-        """Return the encoding of the text with values that fit: they are cut if needed, and special tokens broken up.
+        """Return the encoding of the text, after cutting values that do not fit and breaking up special tokens in them.
 
         Args:
             values: the values of the slots.

@@ -1,1 +1,1 @@
-"""Compute the memory that training takes in advance, by running steps on tensors without memory, not by estimates."""
+"""Compute in advance how much memory training takes, by running steps on tensors without memory, not by estimating."""

@@ -12,7 +12,7 @@ def largest(peak: Callable[[int], int], budget: int, limit: int, first: int = 1)
     meets the budget. Every third guess bisects the remaining range, in case the growth is not linear.
 
     Args:
-        peak: a function that returns the peak bytes of a size, from 1.
+        peak: a function that returns the peak memory, in bytes, for a size of at least 1.
         budget: the number of bytes available.
         limit: the largest possible size.
         first: the size to try first.
@@ -36,7 +36,7 @@ def largest(peak: Callable[[int], int], budget: int, limit: int, first: int = 1)
 
 
 def _where(points: Mapping[int, int], low: int, high: int, budget: int, otherwise: int) -> int:
-    """Return where a line through the two sizes nearest to the budget meets it, or ``otherwise`` if it never does."""
+    """Return the size at which a line through the two points nearest to the budget meets it, or else ``otherwise``."""
     below, above = sorted(n for n in points if n <= low)[-2:], sorted(n for n in points if n >= high)[:2]
     ends = [*below[-1:], *above[:1]] if below and above else [*below, *above]
     if len(ends) < 2 or points[ends[0]] == points[ends[1]]:

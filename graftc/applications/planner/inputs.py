@@ -1,4 +1,4 @@
-"""Create inputs of a given size, such as a training loop would pass to a model."""
+"""Create inputs of a given size, like those that a training loop would pass to a model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Inputs:
 
 
 def _labels_of(program: Program) -> tuple[tuple[int | str, ...], torch.dtype] | None:
-    """Return the axes and the dtype of the labels for the logits' rows; None if there are no suitable logits."""
+    """Return the axes and the dtype of labels that match the logits; None if there are no suitable logits."""
     nodes = program.output_node.all_input_nodes
     named = dict(zip(program.outputs.names, nodes, strict=False))
     logits = getattr(named.get("logits"), "meta", {}).get("val")

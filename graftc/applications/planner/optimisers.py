@@ -28,8 +28,8 @@ _BLOCK = 256
 class DeclaredAdamW8bit(torch.optim.Optimizer):
     """Stand-in for bitsandbytes' ``AdamW8bit``, which runs only on accelerators: its state has the same sizes.
 
-    Each of the two moments takes one byte for each entry and one float32 for each block of 256. For tensors with fewer
-    than 4096 entries, each moment takes one float32 for each entry.
+    Each of the two moments takes one byte for each entry, plus one float32 for each block of 256 entries. For tensors
+    with fewer than 4096 entries, each moment takes one float32 for each entry.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -75,8 +75,8 @@ class State(NamedTuple):
     """The memory that an optimiser takes.
 
     Attributes:
-        kept: the bytes of its state.
-        step: the peak bytes of a step, beyond state and gradients.
+        kept: the size of its state, in bytes.
+        step: the peak memory of a step, in bytes, not counting state and gradients.
     """
 
     kept: int
@@ -84,7 +84,7 @@ class State(NamedTuple):
 
 
 def usual(spec: Spec) -> str:
-    """Return the name of a spec's default optimiser; if trained entries move, it is one that supports this."""
+    """Return the name of a spec's default optimiser, which supports replacing trained entries if the spec does so."""
     variants = [getattr(a, "variant", None) for a in spec.adapt if a.method == "spiel"]
     return "sm3" if "MA" in variants else "aged-adamw" if variants else "adamw"
 

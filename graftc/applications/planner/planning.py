@@ -78,7 +78,7 @@ def plan(
         cache: whether to keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: as for `graftc.compile`; GC073 for arguments of the wrong type, or if nothing trains, GC091 for an
+        GraftError: as for `graftc.compile`; GC073 for arguments of the wrong type, or if nothing trains; GC091 for an
             unknown optimizer, GC130 for a method that cannot be sharded, GC143 for sequences that are too long, GC154
             for a budget that is not a number of bytes, GC155 if not even the smallest step fits.
     """
@@ -138,7 +138,7 @@ def checkpointed(spec: Spec, checkpoint: bool | Literal["layers"] | None) -> Spe
 
 
 def fitted(bench: Workbench, plan: MemoryPlan, room: int) -> MemoryPlan:
-    """Return the plan with the largest sizes that fit added.
+    """Return the plan, extended by the largest sizes that fit.
 
     Raises:
         GraftError: GC155 if not even one row of the shortest sequences fits.

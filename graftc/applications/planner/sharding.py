@@ -1,4 +1,4 @@
-"""The memory that FSDP2 takes besides shards: the gathered tensors of layers, and gradients while they are sent."""
+"""The memory that FSDP2 takes in addition to shards: layers' gathered tensors, and gradients while they are sent."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def rows(
     """Yield the rows of a table.
 
     Args:
-        specs: the specs, by the name of their row.
+        specs: the specs, by the names of their rows.
         model, example_inputs, options: as for `graftc.plan`.
         size: the size for which peaks are computed.
         told: a callback that receives a message about the row being planned.

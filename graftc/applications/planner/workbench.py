@@ -29,7 +29,7 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
 TOKENS = 64
-"""The step, in tokens, by which sequence lengths are searched."""
+"""The increment, in tokens, with which sequence lengths are searched."""
 
 _MOST = 1 << 20
 
@@ -152,7 +152,7 @@ class Workbench:
         )
 
     def _largest_sequence(self, batch: int, budget: int, first: int) -> int | None:
-        """Return the largest sequence length with which a batch fits in a budget.
+        """Return the largest sequence length for which a batch fits into a budget.
 
         The length is a multiple of `TOKENS`, or the model's maximum; it is 0 if nothing fits, and None if the model
         takes no sequences. The search begins with ``first``.
@@ -170,7 +170,7 @@ class Workbench:
         return tokens(steps) if steps else 0
 
     def fitted(self, plan: MemoryPlan, budget: int) -> MemoryPlan:
-        """Return the plan with the largest sizes that fit in a budget added; a size is 0 if nothing fits."""
+        """Return the plan, extended by the largest sizes that fit into a budget; a size is 0 if nothing fits."""
         batch = largest(lambda rows: self.plan(rows, plan.sequence).peak, budget, _MOST, plan.batch)
         sequence = self._largest_sequence(plan.batch, budget, plan.sequence or TOKENS)
         return replace(plan, budget=budget, largest_batch=batch, largest_sequence=sequence)

@@ -27,8 +27,8 @@ def has_recipe(folder: Path, identity: Mapping[str, Any]) -> bool:
         identity: everything on which the recipe depends, as plain data.
 
     Raises:
-        GraftError: GC058 if the folder contains another recipe, with the names of the differences, or if it contains
-            files but no recipe.
+        GraftError: GC058 if the folder contains another recipe (the message names the differences), or contains files
+            but no recipe.
     """
     recover(folder)
     path = folder / RECIPE

@@ -1,4 +1,4 @@
-"""Recipes: run methods that take several training runs as one, which can be resumed after an interruption."""
+"""Recipes: perform several training runs of a method as one, which can be resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def tune(
     example_inputs: ExampleInputs | None = None,
     seed: int | None = None,
 ) -> Compiled:
-    """Run every training run that a spec requires, by calling ``train`` once for each on the model to train.
+    """Perform every training run that a spec requires, calling ``train`` once for each with the model to train.
 
     Before each run, the random number generators of Python, NumPy and torch are seeded from ``seed`` and the number of
     the run, so that a run depends on earlier ones only through the tensors that it starts from. With a folder, these
