@@ -183,10 +183,10 @@ def _known_device(given: Any) -> None:
     try:
         torch.device(given)
     except (RuntimeError, TypeError) as error:
-        raise GraftError("GC073", f"device is {given!r}", hint="use cuda, cpu or another type of torch's") from error
+        raise GraftError("GC073", f"device is {given!r}", hint="use cuda, cpu or another torch device type") from error
 
 
 def _count(name: str, given: Any) -> int:
     if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise GraftError("GC073", f"{name} is {given!r}", hint="use an integer from 1")
+        raise GraftError("GC073", f"{name} is {given!r}", hint="use a positive integer")
     return given

@@ -111,7 +111,7 @@ def _show(result: MergeResult, to: Console) -> None:
     print_certificate(result.certificate, {each.name: each.reason for each in result.kept}, to)
     if (streamed := result.streamed) is not None:
         files = streamed.resumed_files
-        resumed = f"; {number(files)} files were done already" if files else ""
+        resumed = f"; {number(files)} files were already done" if files else ""
         to.print(f"{'untouched:':<22}{number(streamed.untouched_tensors)} tensors, bit for bit{resumed}", markup=False)
     print_files(result.out, result.files, to)
 
@@ -126,7 +126,7 @@ def _require_files_alone(partial: bool, budget: float | None) -> None:
 
     if partial or budget is not None:
         option = "--partial" if partial else "--budget"
-        message = f"{option} needs the model, which a merge file by file does not load"
+        message = f"{option} needs the model, which a file-by-file merge does not load"
         raise GraftError("GC090", message, hint=f"leave out {option}, or --stream")
 
 

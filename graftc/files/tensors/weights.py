@@ -94,7 +94,9 @@ def _named(folder: Path) -> str | None:
     if name is None:
         return None
     if not isinstance(name, str) or not _is_plain(name, (".safetensors", ".safetensors.index.json")):
-        raise UnsafeFileError(f"the config of {folder} names weights that are not a file in it: {str(name)[:60]!r}")
+        raise UnsafeFileError(
+            f"the config of {folder} names a weight file that is not in the folder: {str(name)[:60]!r}"
+        )
     if not _is_there(folder / name):
         raise ValueError(f"the config names {name}, which does not exist")
     return name

@@ -131,7 +131,7 @@ def _across_groups(spec: LoRA, site: LinearSite, build: Builder) -> tuple[fx.Nod
     """
     groups = site.use.entries // site.own.shape[1]
     if spec.rank % groups or not site.columns.whole or spec.init not in _ANEW:
-        message = f"{site.key} has {groups} groups, whose number does not divide rank {spec.rank}"
+        message = f"the {groups} groups of {site.key} do not divide rank {spec.rank} evenly"
         if not spec.rank % groups:
             message = f"a LoRA across the groups of {site.key} must adapt all rows and cannot start from the weight"
         hint = "choose another rank, or leave the site out with exclude"

@@ -68,7 +68,7 @@ class SpIELMethod(SparseTensors[SpIEL], Reselecting):
         counts = dict(zip(regions, shares(_budget(spec, regions), sizes, exact=False), strict=True))
         if not any(counts.values()):
             field = next((f for f in ("entries", "equivalent_rank") if getattr(spec, f) is not None), "density")
-            message = f"{spec.method} would train no entry of any of the target's {len(sizes)} weights"
+            message = f"{spec.method} would train no entries in any of the target's {len(sizes)} weights"
             raise GraftError("GC020", message, place=Place(path=field), hint=f"raise {field}")
         return ChosenEntries(counts, {} if build.without_values else random_entries(counts, regions, build))
 

@@ -45,7 +45,7 @@ def _options(threads: Any, session_options: Any) -> Any:
     if threads is not None:
         if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
             shown = threads if isinstance(threads, int) else kind_of(threads)
-            raise GraftError("GC073", f"threads is {shown}", hint="use an integer from 1")
+            raise GraftError("GC073", f"threads is {shown}", hint="use a positive integer")
         options.intra_op_num_threads = threads
     return options
 

@@ -117,7 +117,7 @@ class Reselection(ScheduledController[SpIEL]):
             message = f"{self.spec.name!r} replaces entries of whole weights, but the weights are sharded"
             raise GraftError("GC130", message, hint="use DistributedDataParallel with variant: MA")
         if self.spec.variant == "AG":
-            message = f"{self.spec.name!r} reads the gradients of weights in only one of {spread.processes} processes"
+            message = f"{self.spec.name!r} reads weight gradients from only one of {spread.processes} processes"
             raise GraftError("GC130", message, hint="set variant: MA, which needs no gradients, or use one process")
 
     # Windows
@@ -219,7 +219,7 @@ class Reselection(ScheduledController[SpIEL]):
         seen = self.shared["seen"].tolist()
         optimiser = self._optimiser(trained)
         if not any(seen):
-            message = f"{self.spec.name!r} has received no gradients of weights, so none of its entries are replaced"
+            message = f"{self.spec.name!r} has received no weight gradients, so none of its entries are replaced"
             hint = "during training, call the model itself instead of the one that torch.compile returned"
             if self._first("no gradients"):
                 warn("GC025", message, hint=hint)
