@@ -13,7 +13,7 @@ from graftc.specs.errors.diagnostics import GraftError
 def _positive(rank: Any) -> int:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         shown = kind_of(rank) if not isinstance(rank, int) else repr(rank)
-        raise GraftError("GC073", f"max_rank must be a positive integer, got {shown}", hint="pass an integer from 1")
+        raise GraftError("GC073", f"max_rank must be a positive integer, got {shown}", hint="pass a positive integer")
     return rank
 
 
