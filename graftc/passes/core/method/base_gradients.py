@@ -1,4 +1,4 @@
-"""Gradients of whole base tensors, for controllers that occasionally need them; none outlives its backward pass."""
+"""Gradients of whole base tensors, for controllers that need them occasionally; none outlives its backward pass."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from graftc.passes.core.packing.packed_tensor import PackedTensor
 class BaseGradients:
     """Passes on the gradient of each base tensor as soon as it is available, then frees it.
 
-    The tensors require gradients from `want` until `release`. Several instances may request gradients of the same
-    tensor, provided that all of them release it before any of them requests it again.
+    The tensors require gradients from the call to `want` until the call to `release`. Several instances may request
+    gradients of the same tensor, provided that all of them release it before any of them requests it again.
 
     Args:
         receive: a function that is called with a tensor's name and gradient, once per backward pass.
@@ -56,7 +56,7 @@ class BaseGradients:
         return bool(self._wanted)
 
     def pause(self) -> None:
-        """Stop requesting gradients in new passes; those of passes that have already run are still passed on."""
+        """Stop requesting gradients in new passes; gradients from passes that have already run are still passed on."""
         for name, (tensor, handles) in list(self._wanted.items()):
             _let_want(tensor, False)
             if not handles:

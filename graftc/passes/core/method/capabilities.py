@@ -1,6 +1,7 @@
 """Optional capabilities of methods besides adapting and folding: classes that a `Method` may also derive from.
 
-Code that needs a capability checks for it with ``isinstance``. A method without it need not define anything.
+Code that needs a capability checks for it with ``isinstance``. A method without the capability need not define
+anything.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Scored(ABC, Generic[S]):
 
     @abstractmethod
     def scoring(self, spec: S) -> Scoring | None:
-        """Return how examples score entries; None if the spec makes the choice without examples."""
+        """Return how to score entries from examples; None if the spec makes the choice without examples."""
 
     @abstractmethod
     def scored(self, places: Sequence[AdaptedSite[S]]) -> Sequence[str]:
@@ -48,17 +49,18 @@ class Scored(ABC, Generic[S]):
 
     @abstractmethod
     def selected(self, spec: S, places: Sequence[AdaptedSite[S]], scores: Mapping[str, Tensor]) -> Transition[S]:
-        """Return the adaptation after the choice that the scores determine.
+        """Return the starting point of training after the scores have determined what to train.
 
         Args:
             spec: the adaptation without its overrides applied.
             places: every adapted place.
-            scores: the scores of every entry of the tensors that `scored` names, by Store name, in the tensors' shapes.
+            scores: a score for every entry of the tensors that `scored` names, as tensors of the same shapes by Store
+                name.
         """
 
 
 class Staged(ABC, Generic[S]):
-    """A method with several training runs. Its specs have a field ``stage``: the number of the run, from 1."""
+    """A method with several training runs. Its specs have a field ``stage``: the 1-based number of the run."""
 
     @abstractmethod
     def stages(self, spec: S) -> int:
@@ -66,7 +68,7 @@ class Staged(ABC, Generic[S]):
 
     @abstractmethod
     def advance(self, spec: S, places: Sequence[AdaptedSite[S]], shared: Mapping[str, Tensor]) -> Transition[S]:
-        """Return the starting point of the training run that follows the run of ``spec``; its spec has the next stage.
+        """Return the starting point of the training run after that of ``spec``; the returned spec has the next stage.
 
         Args:
             spec: the adaptation without its overrides applied.
@@ -76,11 +78,11 @@ class Staged(ABC, Generic[S]):
 
 
 class Collapsing(ABC, Generic[S]):
-    """A method that is deployed as a simpler adaptation of the same name if it does not fold."""
+    """A method whose adaptation, if it does not fold, is deployed as a simpler one with the same name."""
 
     @abstractmethod
     def collapse(self, spec: S) -> MethodSpec | None:
-        """Return the simpler adaptation, or None if the adaptation is deployed as it was trained.
+        """Return the simpler adaptation; None if the adaptation is deployed as it was trained.
 
         Args:
             spec: the adaptation without its overrides applied.
@@ -190,12 +192,12 @@ class RowWise(ABC, Generic[S]):
     """A method that folds each row of a weight independently, so that the whole weight need not be in memory.
 
     A block of rows folds like a separate weight, using the corresponding rows of some of the adaptation's tensors and
-    the others in full.
+    all of the others.
     """
 
     @abstractmethod
     def row_axes(self, spec: S) -> Mapping[str, int]:
-        """Return the axis that corresponds to the site's rows, by part.
+        """Return, by part, the axis of each tensor that corresponds to the site's rows.
 
         Parts that are not listed are needed in full; names of parts that do not exist are ignored.
 
@@ -212,12 +214,12 @@ class RowWise(ABC, Generic[S]):
         return {}
 
     def standing_alone(self, spec: S, roles: Sequence[str]) -> S:
-        """Return the same adaptation for a map without a role, with the choices that ``roles`` imply in its spec."""
+        """Return the same adaptation for a map without a role, with the choices that ``roles`` imply made explicit."""
         return spec
 
 
 class Reselecting:
-    """A method that replaces its trained entries with others during training, so that indices are in no fixed order."""
+    """A method that replaces its trained entries during training, so that its indices are in no particular order."""
 
 
 def one_rank(spec: MethodSpec) -> GraftError:

@@ -12,10 +12,10 @@ from graftc.passes.core.weights.weight_slice import index_type
 
 
 def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
-    """Return the indices of the ``count`` largest scores overall, in ascending order for each group.
+    """Return the indices of the ``count`` largest scores overall, in ascending order within each group.
 
-    Exactly ``count`` indices are returned: among equal scores, the first ones are selected. At most one group and
-    ``count`` values are in memory at a time.
+    Exactly ``count`` indices are returned: among equal scores, the first ones are selected. At most one group's scores
+    and ``count`` other values are in memory at a time.
 
     Args:
         scores: for each group, a function that computes its scores. It is called more than once; NaN counts as smaller
@@ -45,7 +45,7 @@ def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
 
 
 def _as_many(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
-    """Return indices for fake scores, with as many as possible from each group in turn.
+    """Return indices for fake scores, taking as many as possible from each group in turn.
 
     The operators are those that would sort real scores, so that the cost is the same.
     """
@@ -62,13 +62,13 @@ def _ordered(scores: Tensor) -> Tensor:
 
 
 def shares(count: int, sizes: Sequence[int], *, exact: bool = True) -> list[int]:
-    """Divide ``count`` in proportion to sizes.
+    """Divide ``count`` among groups in proportion to their sizes.
 
     Args:
         count: the number to divide, at most the sum of the sizes.
         sizes: sizes of the groups.
-        exact: whether the remainder left by rounding down goes to the groups that lost most, so that the shares add up
-            to ``count``.
+        exact: whether the remainder left by rounding down goes to the groups that lost the most, so that the shares add
+            up to ``count``.
     """
     total = sum(sizes)
     portions = [count * size // total for size in sizes]

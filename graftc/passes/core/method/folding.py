@@ -1,4 +1,4 @@
-"""Calls to the methods' folds, with checks of their results.
+"""Call the methods' folds and check their results.
 
 Methods may come from other packages, so a mistake in one becomes an error that names the method.
 """
@@ -21,7 +21,7 @@ from graftc.specs.errors.diagnostics import GraftError, first_line
 
 
 def fold_at(method: Method[Any, Any], spec: MethodSpec, site: Site, tensors: Mapping[str, Tensor]) -> Fold:
-    """Call `Method.fold`, and return its fold with the functions wrapped so that their results are checked.
+    """Call `Method.fold`, and return its fold with each function wrapped so that the function's result is checked.
 
     Args:
         method: the method.
@@ -30,8 +30,8 @@ def fold_at(method: Method[Any, Any], spec: MethodSpec, site: Site, tensors: Map
         tensors: the site's own tensors and those that all sites share, by part.
 
     Raises:
-        GraftError: GC071 naming the method if it does not return a valid fold for the site; later, also raised by the
-            fold's functions if they fail, request a part that does not exist, or return the wrong shape or dtype.
+        GraftError: GC071 naming the method if it does not return a valid fold for the site; raised later by the fold's
+            functions if they fail, request a part that does not exist, or return the wrong shape or dtype.
     """
     check = _Check(spec.method, site, tensors)
     with check.running():

@@ -1,4 +1,4 @@
-"""Insertion of an adaptation: preparation once for all of its sites, then insertion at each site.
+"""Insert an adaptation: prepare it once for all of its sites, then insert it at each site.
 
 Methods may come from other packages, so an exception in one becomes an error that names the method.
 """

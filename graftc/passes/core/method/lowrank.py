@@ -57,7 +57,7 @@ def factors(
 
 
 def gated(build: Builder, site: LinearSite, a: fx.Node, b: fx.Node, gate: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Return the factors of ``B diag(gate) A``, with ``gate: [..., rank]`` multiplied into the smaller one.
+    """Return the factors of ``B diag(gate) A``, with ``gate: [..., rank]`` multiplied into the smaller factor.
 
     This works for every kind of site, including experts and convolutions.
     """
@@ -69,13 +69,13 @@ def gated(build: Builder, site: LinearSite, a: fx.Node, b: fx.Node, gate: fx.Nod
 
 
 def added(weight: Tensor, b: Tensor, a: Tensor, scale: float = 1) -> Tensor:
-    """Return ``weight + scale * b @ a`` for ``weight: [..., out, in]``, without an intermediate tensor of its size."""
+    """Return ``weight + scale * b @ a`` for ``weight: [..., out, in]``, without an intermediate tensor of that size."""
     product = torch.addmm if weight.dim() == 2 else torch.baddbmm
     return product(weight, b, a, alpha=scale)
 
 
 def uniform(tensor: Tensor, generator: torch.Generator) -> None:
-    """Fill a tensor uniformly within ``1 / sqrt(in)``: the Kaiming bound for ``a = sqrt(5)``, the usual default."""
+    """Fill a tensor uniformly within ``+-1 / sqrt(in)``: the Kaiming bound for ``a = sqrt(5)``, the usual default."""
     within(1 / math.sqrt(tensor.shape[-1]))(tensor, generator)
 
 

@@ -1,4 +1,4 @@
-"""`Method`, the base class of PEFT methods: one subclass per method, in a file named like its spec's."""
+"""`Method`, the base class of PEFT methods: one subclass per method, in a file with the same name as its spec's."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Method(ABC, Generic[S, P]):
     """The spec class that the method implements; its tag names the method. Default: the base's first type argument."""
 
     site_classes: ClassVar[tuple[type[Site], ...]] = (Site,)
-    """The classes of the method's sites. Default: the base's second type argument. Claims of other sites are refused
-    when the method is looked up, so no function of a method has to check."""
+    """The classes of the method's sites. Default: the base's second type argument. A method that claims other sites is
+    refused when it is looked up, so its functions need not check their sites."""
 
     controller: ClassVar[type[Controller[Any]] | None] = None
     """The class that changes values between optimiser steps, if any."""
@@ -42,14 +42,15 @@ class Method(ABC, Generic[S, P]):
     """The class of a term added to the loss, if any, computed from tensors or from the outputs of several passes."""
 
     stands_in: ClassVar[bool] = False
-    """Whether everything that the method creates replaces base tensors wherever they are read, also under tied names
-    and below everything inserted at sites, so that it always folds: trained copies, sums with differences."""
+    """Whether everything that the method creates (trained copies, sums of base tensors and differences) replaces base
+    tensors wherever they are read, including under tied names and before everything inserted at sites, so that the
+    method always folds."""
 
     def repeats(self, spec: S) -> bool:
         """Return whether the insertion at a site depends only on the spec and the types of the site's own tensors.
 
-        This includes the initial values of the method's tensors, all of which must be created by `Builder.parameter`.
-        If so, only these tensors are created in layers that repeat another layer.
+        The same must hold for the initial values of the method's tensors, all of which must be created by
+        `Builder.parameter`. If it does, only these tensors are created in layers that repeat another layer.
         """
         return False
 
@@ -83,7 +84,7 @@ class Method(ABC, Generic[S, P]):
 
         Args:
             spec: the adaptation with the site's overrides applied.
-            site: the site; if no method can adapt it, this is an error unless the site is skipped.
+            site: the site; a site that no method can adapt is an error unless it is skipped.
         """
         return True
 
@@ -104,11 +105,11 @@ class Method(ABC, Generic[S, P]):
 
     @abstractmethod
     def fold(self, spec: S, site: P, tensors: Mapping[str, Tensor]) -> Fold:
-        """Return one site's adaptation as a change of base tensors, or the reason why it cannot be folded.
+        """Return one site's adaptation as a change to base tensors, or the reason why it cannot be folded.
 
         Args:
             spec: the adaptation with the site's overrides applied.
-            site: the adapted site; only its sizes and name may be used.
+            site: the adapted site; only the site's sizes and name may be used.
             tensors: the site's own tensors and those that all sites share, by part, in float64.
         """
 

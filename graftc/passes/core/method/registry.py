@@ -1,6 +1,7 @@
-"""Looks up methods by tag.
+"""Look up methods by tag.
 
-A method's code is in the pass file named like its spec file, for a preset in its mechanism's file, or in a plugin.
+A method's code is in the pass file named after its spec file, in its mechanism's pass file if it is a preset, or in a
+plugin.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class Seen:
     Attributes:
         mean: the mean gradient of each entry, ``f32[k]``.
         square: the mean squared gradient of each entry.
-        steps: the number of optimiser steps that the means cover.
+        steps: the number of optimiser steps over which the means were taken.
     """
 
     mean: Tensor
@@ -29,7 +29,7 @@ class SparseOptimiser(torch.optim.Optimizer, ABC):
     """Base class of the optimisers in `graftc.optim`."""
 
     factored: ClassVar[bool] = False
-    """Whether it has `accumulators` for the deltas that it trains."""
+    """Whether the optimiser has `accumulators` for the deltas that it trains."""
 
     def holds(self, delta: Tensor) -> bool:
         """Return whether this optimiser trains ``delta``."""

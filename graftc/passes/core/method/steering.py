@@ -32,7 +32,7 @@ def unknown_length(what: str) -> GraftError:
 
 
 def zero_state(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Callable[[torch.device], Tensor]:
-    """Return a function that creates zeros on a given device: the initial value of state, for `Builder.buffer`."""
+    """Return a function that creates zeros on a given device, to pass to `Builder.buffer` as the initial state."""
     return lambda device: torch.zeros(tuple(shape), dtype=dtype, device=device)
 
 
@@ -74,7 +74,7 @@ class Steering(ABC, Generic[S]):
 
     @classmethod
     def wanted(cls, spec: S) -> bool:
-        """Return whether an adaptation needs this at all; False if, for example, its weight or threshold is 0."""
+        """Return whether an adaptation needs this object; False if, for example, its weight or threshold is 0."""
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -119,23 +119,23 @@ class Controller(Steering[S]):
         """
 
     def figures(self, place: AdaptedSite[S]) -> Mapping[str, Tensor | float]:
-        """Return figures by name that describe the controller's work at a place and are in no tensor; see `Figured`.
+        """Return figures by name on the controller's work at a place that are not stored in any tensor; see `Figured`.
 
         By default, there are none.
         """
         return {}
 
     def before_forward(self) -> None:
-        """Prepare for the backward pass of the next training forward pass; compiled code does not call this."""
+        """Prepare for the backward pass that follows the next training forward pass; not called by compiled code."""
 
     def pause(self) -> None:
-        """Prepare for something other than training: evaluation, copying, passes of the base.
+        """Prepare for something other than training: evaluation, copying, forward passes of the base.
 
         Backward passes of earlier forward passes may still follow.
         """
 
     def skip_step(self) -> None:
-        """React to the gradients since the last optimiser step being discarded.
+        """React when the gradients computed since the last optimiser step are discarded.
 
         For example, a gradient scaler discards infinite gradients.
         """
@@ -174,8 +174,8 @@ class OutputObjective(Steering[S]):
         """Return the term, a scalar with a gradient.
 
         Args:
-            outputs: for each of the `passes`, tensors by name, such as ``logits``; numbered if an output field contains
-                several.
+            outputs: for each of the `passes`, tensors by name, such as ``logits``; names are numbered if an output
+                field contains several tensors.
             counted: the positions that predict a label, ``bool[batch, sequence]``; None if the call had no per-position
                 labels.
         """

@@ -24,5 +24,5 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def without_autocast(x: Tensor, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Return a context that disables autocast for tensors that were cast explicitly; does nothing without a dtype."""
+    """Return a context that disables autocast for explicitly cast tensors; it does nothing if there is no dtype."""
     return nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False)

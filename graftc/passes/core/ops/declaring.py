@@ -1,4 +1,4 @@
-"""Declares an operator: its kernel, and everything else that torch needs to know about it."""
+"""Declare an operator: its kernel, and everything else that torch needs to know about it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def operator(
     """Return a decorator that declares a kernel as the operator ``graftc::NAME``, where ``NAME`` is the kernel's name.
 
     Args:
-        fake: the fake kernel, which returns tensors without values like those that the kernel returns.
+        fake: the fake kernel, which returns tensors like the kernel's, but without values.
         plain: the ATen equivalent of the kernel; without it, the operator cannot appear in exported graphs.
         gradient: the gradient; None for an operator that is not differentiable.
         tags: the operator's tags.
@@ -43,7 +43,7 @@ def operator(
 
 
 def like_first(x: Tensor, *_: Any) -> Tensor:
-    """Return a tensor without values like an operator's first argument."""
+    """Return a tensor like an operator's first argument, but without values."""
     return torch.empty_like(x)
 
 
@@ -55,7 +55,7 @@ def like_first_by_rows(x: Tensor, *_: Any) -> Tensor:
 def its_own_gradient(name: str) -> Gradient:
     """Return the gradient of an operator that multiplies its first argument by a symmetric matrix.
 
-    It is the operator itself, with the same other arguments: tensors first, then numbers.
+    The gradient is the operator itself, with the same other arguments: tensors first, then numbers.
     """
 
     def setup(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Dropout that saves either one byte per element or only a seed for the backward pass.
+"""Dropout that saves, for the backward pass, either one byte per element or only a seed.
 
 In the first variant, `random_mask` draws the mask and `masked_dropout` applies it. The latter is a pure function, so
 that the same entries can be dropped from any number of tensors.
@@ -23,7 +23,7 @@ _SHARED = 4
 
 
 def level(p: float) -> int:
-    """Return how many of the `LEVELS` random values drop an element: ``p`` of them, rounded, but never all."""
+    """Return how many of the `LEVELS` random values drop an element: the share ``p``, rounded, but never all."""
     return min(round(p * LEVELS), LEVELS - 1)
 
 
@@ -86,7 +86,7 @@ def masked_dropout(x: Tensor, mask: Tensor, p: float) -> Tensor:
             rounded as in `random_mask`.
 
     Returns:
-        A tensor like ``x``, also under autocast.
+        A tensor like ``x``, even under autocast.
     """
     # Keep the layout of x, for which readers of the result may have been compiled. Allocate only one tensor, since
     # allocating a second would take longer than filling it.

@@ -53,7 +53,7 @@ def _unclipped(alpha: Tensor, seed: Tensor | None, low: float, high: float, star
 
 
 def _slope(raw: Tensor, low: float, high: float) -> Tensor:
-    """Return the derivative of gates with respect to alpha from their unclipped values ``raw``; zero where clipped.
+    """Return the derivative of gates with respect to alpha, given their unclipped values ``raw``; zero where clipped.
 
     It is ``(high - low) s (1 - s)``, where ``s`` is the sigmoid.
     """
@@ -89,7 +89,7 @@ def gated_gradients(
 
     Args:
         grad: gradient of the result, in the result's shape.
-        w: as for `gated_weight`; so are all other arguments.
+        w, alpha, group, seed, low, high: as for `gated_weight`.
 
     Returns:
         ``g z z_group``, ``g w z_group dz/dalpha`` and the sum of ``g w z dz_group/dgroup``, each like the corresponding
@@ -141,15 +141,15 @@ def gated_weight(
         weight: any shape.
         w: differences, of the weight's shape, in a dtype at least as wide; the computation uses this dtype.
         alpha: location parameters of the gates, like ``w``.
-        group: ``[1]`` in the dtype of ``w``: the location parameter of an additional gate for all entries; None for no
-            such gate.
+        group: ``[1]`` in the dtype of ``w``: the location parameter of an additional gate for all entries; None if
+            there is no such gate.
         seed: ``int64[1]``, drawn in the graph, so that each forward pass has its own seed and recomputation reuses it;
             None for gates without noise.
         low: lower end of the range to which gates are stretched before clipping, below 0.
         high: upper end of that range, above 1.
 
     Returns:
-        A contiguous tensor of the weight's shape and dtype, each entry rounded once, also under autocast.
+        A contiguous tensor of the weight's shape and dtype, with each entry rounded once, even under autocast.
     """
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     source, filled = weight.reshape(-1), result.view(-1)

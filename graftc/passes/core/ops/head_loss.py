@@ -24,10 +24,10 @@ CHUNK_BYTES = {"cpu": 16 * 2**20}
 """Size of a chunk's logits in bytes, by device type."""
 
 CHUNK_ROWS = {"cpu": 128}
-"""Minimum number of rows in a chunk, however long they are: each product reads the whole weight."""
+"""Minimum number of rows in a chunk, however long the rows are, since each product reads the whole weight."""
 
 _OTHER_BYTES, _OTHER_ROWS = 256 * 2**20, 512
-"""The same for accelerators, which need more rows per read of the weight."""
+"""The corresponding values for accelerators, which need more rows per read of the weight."""
 
 
 class Form(NamedTuple):
@@ -69,7 +69,7 @@ class _Chunks:
         rows: maximum number of rows in a chunk.
 
     Attributes:
-        statistics: statistics of the rows in the last call of `loss`, ``[n, 4]``, if the form requests them; see
+        statistics: statistics of the rows in the last call to `loss`, ``[n, 4]``, if the form requests them; see
             `head_scores`.
     """
 
@@ -84,7 +84,7 @@ class _Chunks:
         self._slope = torch.empty_like(self._logits) if form.cap is not None else None
 
     def loss(self, xs: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the losses of rows, ``[n, 1]``, and the factors that turn the exponentials into gradients."""
+        """Return the rows' losses, ``[n, 1]``, and the factors that turn the exponentials into gradients."""
         form, logits = self.form, self._scaled_products(xs)
         most = logits.amax(-1, keepdim=True)
         logits.sub_(most)
@@ -198,8 +198,8 @@ def head_loss_forward(
         needed: for each of ``xs``, each of ``weights`` and the bias, whether to compute its gradient.
 
     Returns:
-        The losses, summed with any reduction except `NONE`; the number of labels; with ``statistics``, the statistics
-        of rows; the gradients.
+        The losses, summed with any reduction except `NONE`; the number of labels; if ``statistics`` is set, the rows'
+        statistics; the gradients.
     """
     form = Form(starts, ignored, reduction, smoothing, scale, cap, square, statistics)
     with torch.autocast(labels.device.type, enabled=False):
@@ -271,8 +271,8 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """Implement `torch.autograd.Function.backward`.
 
-        The gradients were computed in the forward pass, unless those of per-row losses reach a weight; they are not
-        differentiable themselves.
+        The gradients were computed in the forward pass, unless gradients of per-row losses reach a weight. They are not
+        themselves differentiable.
 
         Raises:
             GraftError: GC152 if second-order gradients are requested.
@@ -305,7 +305,7 @@ def _forward(
 
 
 def _scaled(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return a gradient times a factor, which may overflow 16 bits, such as the factor of a scaled loss."""
+    """Return a gradient times a factor that may overflow 16 bits, such as the scale of a loss."""
     if factor is None:
         return grad.to(dtype)
     return (grad.to(torch.promote_types(grad.dtype, torch.float32)) * factor).to(dtype)
@@ -347,12 +347,12 @@ def head_loss(
         bias: ``[vocabulary]``.
         labels: ``int64[rows]``.
         starts: for each weight, the vocabulary index at which its columns begin. The first weights cover the whole
-            vocabulary in order; a weight that begins at an index already covered is added there.
+            vocabulary in order; the product with a weight that begins at an index already covered is added there.
         ignored: label of the rows to skip.
         reduction: `NONE`, `MEAN` over the rows that have a label, or `SUM`, numbered as in torch.
         smoothing: label smoothing: the share of a label that is spread evenly over the vocabulary.
         scale: scale of the products.
-        cap: cap of the logits; None for no cap.
+        cap: cap on the logits; None for no cap.
         square: weight of the squared logarithm of the sum of exponentials (z-loss), which is added to the loss.
 
     Returns:

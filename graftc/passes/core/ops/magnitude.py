@@ -1,4 +1,4 @@
-"""Operators on the rows of a weight: the row norms of an adapted weight, and the rescaling of a result by row.
+"""Operators on the rows of a weight, which compute the row norms of an adapted weight and rescale a result by row.
 
 `row_norm` does not compute the adapted weight: the squared norm of a row of ``W + s B A`` is
 ``|W|^2 + 2 s <W, B A> + s^2 |B A|^2``, where the last two terms are sums over products of the size of ``B``. Only rows
@@ -21,14 +21,14 @@ from graftc.passes.core.ops.declaring import like_first, operator
 aten = torch.ops.aten
 
 SMALLEST = 1e-24
-"""Lower bound of squared norms: a row of zeros has a norm of 1e-12, so that division by the norm is safe."""
+"""Lower bound on squared norms: a row of zeros has a norm of 1e-12, so that division by the norm is safe."""
 
 _BLOCK = 2**22
 """Number of weight elements widened at a time."""
 
 _CANCELS = 1 / 16
-"""Terms are treated as cancelling if their sum is less than this fraction of their size: its error is then 16 times as
-large."""
+"""Terms are treated as cancelling if their sum is less than this fraction of their size: the sum's error is then 16
+times as large."""
 
 TINY = 1e-30
 """Replacement for a scale of exactly zero, so that the backward pass can divide by it."""
@@ -55,7 +55,7 @@ def _blocks(tensor: Tensor, weight: Tensor) -> list[Tensor]:
 
 
 def norm_of_squares(square: Tensor) -> Tensor:
-    """Return the row norms for the result of `squares`: ``[..., rows]``, in its dtype."""
+    """Return the row norms for the result of `squares`: ``[..., rows]``, in the same dtype."""
     return square.sum(0).clamp_min(SMALLEST).sqrt()
 
 
@@ -78,7 +78,7 @@ def _back_product(weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_norm_decomposed(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Compute `row_norm` in ATen without inspecting values: every row is computed in both ways, as terms may cancel."""
+    """Compute `row_norm` in ATen without inspecting values: every row is computed both ways, since terms may cancel."""
     a, b = a.to(square.dtype), b.to(square.dtype)
     total, cancels = _expanded(square, weight, a, b, scale)
     direct = torch.cat([row.square().sum(-1) for row in _adapted(weight, a, b, scale)], dim=-1)
@@ -86,7 +86,7 @@ def row_norm_decomposed(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, sc
 
 
 def _expanded(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the squared norms as sums of the three terms, and a mask of rows where these cancel: ``[..., rows]``."""
+    """Return the squared norms as sums of three terms, and a mask of the rows where these cancel: ``[..., rows]``."""
     base, update = square.sum(0), b @ (a @ a.transpose(-1, -2))
     both = torch.add(wide_product(weight, a), update, alpha=scale / 2)
     total = torch.add(base, (both * b).sum(-1), alpha=2 * scale)
@@ -161,7 +161,7 @@ def row_norm_backward(
 
 @operator(_norm_like, plain=row_norm_decomposed, gradient=(_norm_setup, _norm_backward))
 def row_norm(square: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return the row norms of ``weight + scale * b @ a``, in the dtype of ``square``, also under autocast.
+    """Return the row norms of ``weight + scale * b @ a``, in the dtype of ``square``, even under autocast.
 
     Rows that nearly vanish are as accurate as others. With ``b = 0``, the result equals that of `norm_of_squares` bit
     for bit. ``a`` and ``b`` have gradients; detach them to treat the norm as a constant in the backward pass. The
@@ -273,7 +273,7 @@ def rescale(
 
     This scales ``x`` except for its fixed parts, ``offset`` and ``lost``, and adds a ``delta`` that is already scaled.
     With a scale of one and a delta of zero, no bit of ``x`` changes. The computation uses the wider of the dtypes of
-    ``x`` and ``scale``; the result has the dtype of ``x``, also under autocast.
+    ``x`` and ``scale``; the result has the dtype of ``x``, even under autocast.
 
     Args:
         x: any shape.
@@ -282,8 +282,8 @@ def rescale(
         offset: broadcasts to ``x``; a bias, in both train and eval mode.
         lost: broadcasts to ``x``; the part of ``x`` that dropout removed in training. None in eval mode.
         whole: whether ``delta`` was computed with the detached ``scale`` as a factor, so that the gradient of ``scale``
-            must account for both uses, for which the result suffices. ``offset`` and ``lost`` must then be None. A
-            scale of zero counts as `TINY`, here and in ``delta``; float16 cannot represent this value.
+            must account for both uses; the result, rather than ``x``, is saved for this. ``offset`` and ``lost`` must
+            then be None. A scale of zero counts as `TINY`, here and in ``delta``; float16 cannot represent this value.
 
     Returns:
         A tensor like ``x``.

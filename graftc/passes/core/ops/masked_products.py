@@ -43,7 +43,7 @@ def masked_product(x: Tensor, mask: Tensor, other: Tensor) -> Tensor:
 
 
 def _bytes(mask: Tensor) -> Tensor:
-    """View a mask as bytes, whose conversion to floating point is several times as fast."""
+    """View a mask as bytes, which convert to floating point several times as fast."""
     return mask.view(torch.uint8)
 
 

@@ -15,10 +15,10 @@ from graftc.passes.core.ops.projection_plan import Given, LowRankUpdate, Plan, a
 
 
 class Backward:
-    """Computes the gradients of one call.
+    """Computes the gradients of one call to `projections`.
 
     Sums are accumulated in place, but only in products that autograd has not saved, so that all gradients are
-    differentiable themselves.
+    themselves differentiable.
     """
 
     def __init__(self, ctx: Any, grads: Sequence[Tensor | None]) -> None:

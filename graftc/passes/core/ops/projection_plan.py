@@ -36,7 +36,7 @@ class Plan:
     """The structure of a call, known before any tensor is computed.
 
     Attributes:
-        transposed, updates: the arguments of the call, with scales that compensate for dropout.
+        transposed, updates: the arguments of the call, except that the updates' scales also compensate for dropout.
         masked: for each source, including the maps' input, whether it is a mask of that input.
         of: for each source, the indices of its updates.
         at: for each map, the indices of its updates.
@@ -54,7 +54,7 @@ class Plan:
         return len(self.masked)
 
     def read(self, source: int) -> int:
-        """Return the source that receives a source's gradient: the maps' input for a mask, otherwise the source."""
+        """Return the source that receives a source's gradient: the maps' input for a mask, otherwise itself."""
         return 0 if self.masked[source] else source
 
 
@@ -83,7 +83,7 @@ def flat(
 
 
 class Given(NamedTuple):
-    """The values of a list made by `flat`, or other values in the same structure."""
+    """The values of a list made by `flat`, or other values with the same structure."""
 
     sources: list[Any]
     weights: list[list[Any]]
@@ -98,12 +98,12 @@ class Given(NamedTuple):
 
 
 def stacked(numbers: Sequence[int], given: Given, dtype: torch.dtype | None) -> Tensor:
-    """Concatenate the first factors of some updates to one tensor, ``[ranks, in]``."""
+    """Concatenate the first factors of some updates into one tensor, ``[ranks, in]``."""
     return joined([cast(given.factors[number][0], dtype) for number in numbers], 0)
 
 
 def apart(plan: Plan, stacked: Sequence[Tensor | None], ranks: Sequence[int]) -> list[Tensor | None]:
-    """Split the values that a source's updates share side by side into one tensor per update, ``[rows, rank]``."""
+    """Split each source's tensor, whose columns belong to several updates, into one ``[rows, rank]`` per update."""
     narrow: list[Tensor | None] = [None] * len(ranks)
     for numbers, value in zip(plan.of, stacked, strict=True):
         if value is not None:

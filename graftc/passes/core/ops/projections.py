@@ -1,7 +1,7 @@
-"""Linear maps of one input, with low-rank updates, in one step.
+"""Compute linear maps of one input, together with their low-rank updates, in one step.
 
-In plain ATen, every map and every update allocates a tensor of the size of the result, or of the input in the backward
-pass, which is added to a sum and discarded. Here, the product that computes an update adds it to the result in place,
+In plain ATen, every map and every update allocates a tensor of the result's size (in the backward pass, of the input's
+size), which is added to a sum and discarded. Here, the product that computes an update adds it to the result in place,
 and the contributions of maps and updates to the input's gradient are accumulated in one tensor.
 """
 
@@ -43,7 +43,7 @@ def projections(
 ) -> tuple[Tensor, ...]:
     """Compute ``y_i = W_i x + b_i``, plus ``scale * B A z`` for each update of ``y_i``.
 
-    ``z`` is ``x`` or another source. Gradients are those of the plain products, and are differentiable themselves.
+    ``z`` is ``x`` or another source. Gradients are those of the plain products, and are themselves differentiable.
     Under autocast, everything is computed in autocast's dtype, as products are. If anything except autograd observes
     the computation (`torch.compile`, `torch.func`, forward-mode gradients, tensor subclasses), plain products are used.
 
@@ -55,7 +55,7 @@ def projections(
             ``[out]``, by which the weight and the bias are multiplied. The detached scale is also a factor of ``B``,
             and the scale's gradient accounts for both uses; as in `graftc::rescale`, a scale of zero counts as `TINY`.
         factors: for each update, ``A: [rank, in]``, ``B: [rows, rank]`` and, if ``B``'s rows correspond neither to all
-            columns of the result nor to runs of columns, the indices of these columns, ``int64[rows]``.
+            columns of the result nor to runs of columns, the indices of the corresponding columns, ``int64[rows]``.
         transposed: for each of ``weights``, whether it is ``[in, out]``.
         updates: a `LowRankUpdate` for each of ``factors``.
         dropped: for each of ``sources`` that is a mask, the dropout probability with which it was drawn; otherwise
@@ -159,7 +159,7 @@ def _add_to(output: Tensor, hidden: Tensor, b: Tensor, columns: Tensor | None, u
 
 
 def _kept(plan: Plan, given: Given, needs: Given) -> list[Tensor | None]:
-    """Return the tensors on which the requested gradients depend, each input once, in the order that `Given.of` reads.
+    """Return the tensors on which the requested gradients depend, each input once, in the order for `Given.of`.
 
     Weights are saved as they are stored: under autocast, casting them again costs less than keeping the casts.
     """

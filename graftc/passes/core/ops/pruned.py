@@ -2,7 +2,8 @@
 
 Two values per group of entries determine which entries stay: a *threshold* that scores must exceed and, since equal
 scores are common (zeros, 16 bits), the position of the *last* entry that stays among those equal to the threshold. Thus
-exactly the requested number of entries stays, and both passes compute the same mask from scores that exist anyway.
+exactly the requested number of entries stays, and both passes compute the same mask from scores that are available
+anyway.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class RouteChoice:
     Attributes:
         scores: the values among which the choice was made, ``[..., n]``, with the axis of the choice last; floating
             point.
-        chosen: indices of the chosen values on that axis, the first choice first: ``int64[..., k]``.
+        chosen: indices of the chosen values along that axis, the first choice first: ``int64[..., k]``.
     """
 
     scores: Tensor
@@ -62,7 +62,7 @@ def route(scores: Tensor, chosen: Tensor, dim: int | None, name: str) -> tuple[T
 
     Args:
         scores: the values to choose from; floating point.
-        chosen: ``int64``, the run's own choice, with the axis or, for a single index, without it.
+        chosen: ``int64``, the run's own choice; it has the axis, or lacks it if a single index is chosen.
         dim: the axis; None for an index into all elements.
         name: name of the choice in the graph.
 

@@ -22,8 +22,8 @@ aten = torch.ops.aten
 
 SAMPLED_BELOW = 1 / 16
 """Share of entries below which computing their gradients one by one costs less than computing the whole weight's
-gradient. On a CPU, both take the same time at about an eighth (weights of 2048 by 768, 512 tokens), so below this share
-it saves time as well as memory."""
+gradient. On a CPU, both take the same time at about an eighth (weights of 2048 by 768, 512 tokens), so below this
+share, computing them one by one saves time as well as memory."""
 
 
 # torch warns once about each such layout, but graftc's users did not choose one.
@@ -166,7 +166,7 @@ def sparse_linear(
         deltas: for each change, ``[k]``, in a dtype at least as wide as the weight's.
         transposed: whether the weight is stored as ``[in, out]``.
         sampled: whether to compute the gradients of entries one by one, which requires indices in ascending order;
-            ignored unless the result's gradient is float32 or float64, and if the weight's own gradient is needed.
+            ignored if the result's gradient is neither float32 nor float64, or if the weight's own gradient is needed.
 
     Returns:
         ``[..., out]``, in autocast's dtype if autocast is enabled.

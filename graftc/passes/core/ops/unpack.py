@@ -21,7 +21,7 @@ FAMILIES = (affine, blockwise, floating, half_quadratic, ordered, row_scaled)
 def unpack_decomposed(
     parts: Sequence[Tensor], packing: str, shape: Sequence[int], dtype: torch.dtype, alone: bool = True
 ) -> Tensor:
-    """Compute `unpack`, or `unpacked`, in ATen."""
+    """Compute `unpack` or `unpacked` in ATen."""
     return packing_of(packing).values(parts, shape, dtype)
 
 
