@@ -67,12 +67,12 @@ class Affine(Packing):
         return parts[: len(self.parts)]
 
     def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
-        """Return the new parts, with the old ones for rows in which no value has changed."""
+        """Return the new parts, but the old ones for rows in which no value has changed."""
         rows = same.all(-1, keepdim=True)
         return [torch.where(rows, old, new) for old, new in zip(parts, packed, strict=True)]
 
     def form(self, parts: Sequence[Tensor], shape: Sequence[int]) -> EvenSteps:
-        """Return the weight as unsigned codes and zero points in even steps."""
+        """Return the weight as evenly spaced values, with unsigned codes and zero points."""
         width = shape[-2] if self.transposed else shape[-1]
         scales, group = from_bytes(parts[1], self.scales_type).float(), self.group or width
         if self.is_wide:

@@ -1,7 +1,8 @@
 """4-bit indices into a table, with one scale for each block of consecutive values: NF4 and FP4, as in bitsandbytes.
 
 NF4's values are quantiles of a normal distribution (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs",
-2023, arXiv:2305.14314); its "double quantisation" stores the scales in 8 bits, with a second-level scale for every 256.
+2023, arXiv:2305.14314); its "double quantisation" stores the scales in 8 bits, with a second-level scale for every 256
+of them.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def table_of(kind: str) -> Tensor:
 def dynamic_values() -> Tensor:
     """Return the 256 possible values of an 8-bit scale, ascending, ``float32`` on the CPU.
 
-    They are the midpoints of equal intervals in each of seven decades, each decade having twice as many as the one
-    below (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016, arXiv:1511.04561).
+    They are the midpoints of equal intervals in each of seven decades, each decade having twice as many intervals as
+    the one below (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning", 2016, arXiv:1511.04561).
     """
     values = [0.0, 1.0]
     for number in range(_EXPONENTS):
@@ -126,7 +127,7 @@ class Blockwise(Packing):
         return codes, scales.unsqueeze(1), as_bytes(nested.unsqueeze(1)), as_bytes(offset)
 
     def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
-        """Return the new parts, with the old ones for unchanged blocks.
+        """Return the new parts, but the old ones for unchanged blocks.
 
         No block is kept with ``double``, because all scales depend on one another, or with an odd ``group``, because
         blocks then share bytes.
@@ -197,9 +198,10 @@ def dequantize_4bit() -> Callable[..., Tensor] | None:
 
 
 def _scaled(values: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Return the largest absolute value of each block, and the values relative to it.
+    """Return the largest absolute value of each block, and the block's values relative to that.
 
-    As in bitsandbytes, values are multiplied by its reciprocal, but in a shorter last block they are divided by it.
+    As in bitsandbytes, values are multiplied by the reciprocal of the largest; in a shorter last block, they are
+    divided by the largest.
     """
     whole = values.numel() // group * group
     blocks = values[:whole].reshape(-1, group)

@@ -45,7 +45,7 @@ def _values(codes: Tensor, kind: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Floating(Packing):
-    """``value of code * scale``, computed in the weight's dtype, or in that of `via`.
+    """``value(code) * scale``, computed in the weight's dtype, or in that of `via`.
 
     Attributes:
         rows, group: the numbers of rows and inputs in a block; 0 means all. The last blocks may be smaller.
@@ -65,7 +65,8 @@ class Floating(Packing):
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Return the parts of a weight.
 
-        A scale is the block's largest absolute value divided by the format's; exponents follow the Microscaling paper.
+        A scale is the block's largest absolute value divided by the format's largest value; exponents follow the
+        Microscaling paper.
         """
         blocks = self._blocks(weight.float())
         largest = blocks.abs().amax(dim=(-3, -1), keepdim=True).clamp(min=2.0**-100)

@@ -1,4 +1,4 @@
-"""Packed weights in the representations that other software uses: integers in even steps, or table entries."""
+"""Packed weights in the representations that other software uses: evenly spaced values, or table entries."""
 
 from __future__ import annotations
 

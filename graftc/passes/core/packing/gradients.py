@@ -1,4 +1,4 @@
-"""Gradients of whole packed weights, for callers that occasionally need them: the codes themselves have none."""
+"""Gradients of whole packed weights, for callers that need them occasionally: the codes themselves have no gradient."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Tap:
     """Passes the gradients of one packed weight on to receivers.
 
     Attributes:
-        receivers: the functions that receive the gradients, also of passes that have already run, by handle id.
+        receivers: the functions that receive the gradients, including those from passes that have already run; by
+            handle id.
         open: whether subsequent passes provide gradients.
     """
 
@@ -79,14 +80,14 @@ def listen(codes: Tensor, receive: Receive) -> RemovableHandle:
 
 
 def pass_on(codes: Tensor, copied: Tensor) -> Tensor:
-    """Return ``copied``, which replaces codes but has no values, with the codes' tap attached if it is open."""
+    """Return ``copied``, which replaces codes but has no values, with the codes' tap attached if the tap is open."""
     if is_open(codes):
         setattr(copied, _TAP, tap_of(codes))
     return copied
 
 
 def tapped(value: Tensor, codes: Tensor, alone: bool) -> Tensor:
-    """Return the values of a weight such that their gradient is passed on if the weight's tap is open.
+    """Return a weight's values in such a way that their gradient is passed on if the weight's tap is open.
 
     Args:
         value: the values, computed from the codes.

@@ -53,7 +53,7 @@ class HalfQuadratic(Packing):
         return ((grouped - zeros) * scales).reshape(tuple(shape))
 
     def _grouped(self, values: Tensor) -> tuple[Tensor, int]:
-        """Reshape values to groups, and return them with the axis along which the values of a group lie."""
+        """Reshape values into groups; also return the axis along which the values of a group lie."""
         rows, width = values.shape
         if self.across:
             return values.reshape(self.group or rows, -1), 0

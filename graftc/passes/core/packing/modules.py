@@ -18,7 +18,7 @@ Packed: TypeAlias = tuple[PackedType, tuple[Tensor, ...]]
 """A packed weight: its type, and its parts."""
 
 _TYPES = "_graftc_packed"
-"""Class attribute of such modules that contains the types of their packed weights, by name."""
+"""Class attribute of these modules that contains the types of their packed weights, by name."""
 
 
 def packed_types(module: nn.Module | type) -> Mapping[str, PackedType]:

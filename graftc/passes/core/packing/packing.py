@@ -62,7 +62,8 @@ class Packing(ABC):
         """
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Compute bitwise the same values as `unpack` in the fastest available way, which graphs need not support."""
+        """Compute the same values as `unpack`, bit for bit, as fast as possible; graphs need not support the
+        operators."""
         return self.unpack(parts, shape, dtype)
 
     def packed(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -77,14 +78,14 @@ class Packing(ABC):
         Args:
             weight: the new values.
             parts: the stored parts of the old values.
-            same: a mask of the values that have not changed, ``bool`` of the weight's shape. Groups without changes
-                keep exactly their codes if the packing allows it.
+            same: a mask of the values that have not changed, ``bool`` of the weight's shape. Unchanged groups keep
+                exactly their codes if the packing allows it.
         """
         turned = same.transpose(-1, -2) if self.transposed else same
         return tuple(part.contiguous() for part in self.keeping(self.packed(weight), parts, turned.contiguous()))
 
     def keeping(self, packed: Sequence[Tensor], parts: Sequence[Tensor], same: Tensor) -> Sequence[Tensor]:
-        """Return the new parts, with the old ones for unchanged groups; ``same`` has its axes in the codes' order."""
+        """Return the new parts, but old ones for unchanged groups; ``same`` has its axes in the order of the codes."""
         return packed
 
     HAS_FORM: ClassVar[bool] = False
@@ -105,7 +106,7 @@ class Packing(ABC):
             shape: the weight's shape.
 
         Raises:
-            NotImplementedError: in families without `HAS_FORM`.
+            NotImplementedError: for families without `HAS_FORM`.
         """
         raise NotImplementedError(self.text)
 
@@ -126,12 +127,12 @@ class Packing(ABC):
 
     @property
     def scales_type(self) -> torch.dtype:
-        """The dtype of scales in families that store them in the `via` dtype; float32 if there is none."""
+        """The dtype of scales in families that store them in the `via` dtype; float32 if that is None."""
         return VIA[self.via] or torch.float32
 
     @property
     def text(self) -> str:
-        """The full description, which `packing_of` parses: ``nf4 group=64 double=1``."""
+        """The full description, which `packing_of` parses, such as ``nf4 group=64 double=1``."""
         fields = [field for field in dataclasses.fields(self) if field.name != "kind"]
         given = [(f.name, getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default]
         return " ".join([self.kind, *(f"{name}={int(value)}" for name, value in given)])
@@ -173,7 +174,7 @@ class PackedType:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """The strides of the values, which are in memory in the order of the codes."""
+        """The strides of the values, which are laid out in memory in the order of the codes."""
         sizes = swapped(self.shape) if self.packing.transposed else self.shape
         strides = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
         return swapped(strides) if self.packing.transposed else strides
@@ -207,7 +208,7 @@ def real_values() -> Iterator[None]:
 def as_bytes(numbers: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     """Return the bytes of ``numbers`` as ``uint8``, along the last axis or in the given shape.
 
-    A scalar gets an axis.
+    A scalar is given an axis.
     """
     stored = (numbers if numbers.dim() else numbers.reshape(1)).detach().contiguous().view(torch.uint8)
     return stored if shape is None else stored.reshape(tuple(shape))

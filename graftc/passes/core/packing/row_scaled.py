@@ -18,7 +18,7 @@ STEP = 7.874015718698502e-3
 
 @dataclass(frozen=True)
 class RowScaled(Packing):
-    """``code * largest * STEP``, in this order and in float32.
+    """``code * largest * STEP``, computed in this order and in float32.
 
     Attributes:
         parts: ``codes``, ``[rows, in]``, from -127 to 127; ``scales``, as bytes of float32, ``[rows, 4]``.

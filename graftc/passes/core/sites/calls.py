@@ -1,4 +1,4 @@
-"""Calls that multiply a value by a weight, with one table of their operands' positions for both roles and sites."""
+"""Calls that multiply a value by a weight: one table of their operands' positions serves both roles and sites."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class ProductOperands:
     """The positions of a product's operands among a call's arguments.
 
     Attributes:
-        data, weight: positions of the value and of the matrix; ``weight`` is the smaller if the matrix comes first.
+        data, weight: positions of the value and of the matrix; ``weight`` is the smaller of the two if the matrix comes
+            first.
         out_first: whether the map's rows are along the first of the matrix's last two axes instead of the last.
         bias: position of the addend that has one entry for each row of the map; None if the call has no such addend.
     """

@@ -1,9 +1,9 @@
 """A table of the operators that only move entries, and a way to run them on numbers that represent the entries.
 
 The origin of a value's entries is needed for several purposes: to find the columns of a projection that belong to a
-head, the rows of a stored weight that a product reads, or the operand of a product of scores that contains the keys. In
-each case, the entries are numbered and the same operators run on the numbers. Callers decide which entries to number,
-what is known about the other operands, and which groups of operators may occur.
+head, the rows of a stored weight that a product reads, or to determine which operand of the product that computes
+scores contains the keys. In each case, the entries are numbered and the same operators run on the numbers. Callers
+decide which entries to number, what is known about the other operands, and which groups of operators may occur.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from graftc.passes.core.sites.calls import op_name
 aten = torch.ops.aten
 
 HOLE = -1
-"""The number of an entry of unknown origin, or of one that padding adds."""
+"""The number of an entry whose origin is unknown, or that was added by padding."""
 
 
 class Move(Enum):
@@ -39,7 +39,7 @@ class Move(Enum):
     REORDER = auto()
     """Changes the order of the entries, each of which occurs once in the result."""
     CUT = auto()
-    """Selects a part, which the arguments determine."""
+    """Selects a part that the arguments determine."""
     SPLIT = auto()
     """Returns a list of several parts."""
     ITEM = auto()
@@ -55,7 +55,7 @@ class Move(Enum):
     PICK = auto()
     """Selects whole slices along axes, by the indices in another operand."""
     GATHER = auto()
-    """Selects single entries, which another operand determines."""
+    """Selects single entries, as another operand determines."""
 
 
 _NAMES: Mapping[Move, str] = {
@@ -80,7 +80,7 @@ _NAMES: Mapping[Move, str] = {
 }
 
 MOVES: Mapping[str, Move] = {name: move for move, names in _NAMES.items() for name in names.split()}
-"""The groups of all such operators, by name (`op_name`)."""
+"""The groups of all operators that only move entries, by name (`op_name`)."""
 
 _COPIED: Mapping[str, Callable[..., Any]] = {
     "view": aten.reshape.default,
@@ -95,12 +95,12 @@ BREAKS = (RuntimeError, IndexError, TypeError, ValueError)
 
 
 def names_of(*moves: Move) -> frozenset[str]:
-    """Return the names of all operators in some groups."""
+    """Return the names of all operators in the given groups."""
     return frozenset(name for name, move in MOVES.items() if move in moves)
 
 
 def move_of(node: fx.Node) -> Move | None:
-    """Return the group of the operator that a node calls; None if it calls none, or one that does not only move."""
+    """Return the group of the operator that a node calls; None unless it calls an operator that only moves entries."""
     return MOVES.get(op_name(node))
 
 
@@ -160,8 +160,8 @@ def moved_along(
     Args:
         steps: the calls, each preceded by the operand that the current numbers represent.
         numbers: the numbers at the beginning.
-        size: a function that returns the size that any other operand of a call stands for; None if it is not a size. By
-            default, calls may not read anything else.
+        size: a function that returns the size represented by any other operand of a call; None if that is not a size.
+            By default, calls may not read anything else.
         passing: names of other operators that leave entries in place.
 
     Returns:

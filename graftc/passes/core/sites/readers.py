@@ -31,7 +31,7 @@ def linear_use(node: fx.Node) -> Use | None:
 
 
 def _product(node: fx.Node, operands: ProductOperands) -> Use | None:
-    """Return the use for a product of a value and a matrix, or one matrix per expert; None if it is not a use."""
+    """Return the use for a product of a value and a matrix, or one matrix per expert; None if there is no such use."""
     given = operands.given(node)
     if given is None:
         return None

@@ -141,7 +141,7 @@ class LinearSite(Site):
 
     @property
     def out_features(self) -> int:
-        """The number of the site's own rows, which is the width of its output."""
+        """The number of the site's own rows, which equals the width of its output."""
         return self.own.count
 
     @property
@@ -207,11 +207,11 @@ class Positions:
 
 @dataclass(frozen=True)
 class AttentionOperands:
-    """The operands of an attention.
+    """The operands of an attention computation.
 
     Attributes:
         query: the queries, as read by the fused call or by the product that computes scores.
-        keys, values: ``[rows, heads, keys, width]``: the keys and values as a fused call reads them; if the attention
+        keys, values: ``[rows, heads, keys, width]``: the keys and values as a fused call reads them; if the computation
             is not fused, the nearest nodes above the products that have this layout.
     """
 
@@ -222,14 +222,15 @@ class AttentionOperands:
 
 @dataclass(eq=False)
 class AttentionSite(Site):
-    """An attention.
+    """An attention computation.
 
     Attributes:
         node: the call that computes the heads, before the output projection.
         keys, values: ``int64[heads, width]``: the columns of the projected keys and values that belong to each head,
             numbered from 0; heads that share keys list the same columns. None if they cannot be traced.
         operands: the values that contain these columns; None if `keys` is None.
-        positions: the calls from which its input's positions originate; in later layers also those of other streams.
+        positions: the calls from which its input's positions originate; in later layers, also the calls for other
+            streams.
         read: the value that its sublayer reads and from which queries are computed; None if it is not in a sublayer.
     """
 
@@ -253,7 +254,7 @@ class AttentionSite(Site):
 
 @dataclass(eq=False)
 class NormSite(Site):
-    """The scale and the shift of a normalisation.
+    """The scale and the shift of a normalisation layer.
 
     Attributes:
         node: the call that applies the scale.
@@ -267,13 +268,13 @@ class NormSite(Site):
 
 @dataclass(eq=False)
 class SublayerSite(Site):
-    """A residual branch with its addition: an attention, a feed-forward, or both in parallel.
+    """A residual branch and its addition: attention, a feed-forward network, or both in parallel.
 
     Attributes:
         stream: the residual input.
         normed: the value that the sublayer reads: the output of the norm before it, or the stream itself.
-        inner: the value that the last linear map reads: an attention's heads or a feed-forward's inner activation; None
-            if the branch ends in more than one map.
+        inner: the value that the last linear map reads: the attention heads or the feed-forward network's inner
+            activation; None if the branch ends in more than one map.
         projection: the last linear map's result, before dropout.
         branch: the addend, after dropout, scaling and any norm within the branch.
         sum: the addition.
@@ -320,7 +321,7 @@ class TokenNumbers:
 class ValueSite(Site):
     """An activation that is identified by its place: the input or the output of a layer.
 
-    The output of one layer and the input of the next one are a single value with two sites.
+    The output of one layer and the input of the next are a single value with two sites.
 
     Attributes:
         node: the value, ``[batch, sequence, width]`` in most models.

@@ -1,8 +1,8 @@
-"""Uses: what one call computes from a stored weight, and how to apply another weight with the same inputs there.
+"""Uses: what one call computes from a stored weight, and how to apply another weight with the same inputs in its place.
 
 Every use is a linear map ``y = W x + b`` with an *oriented* weight ``[..., out, in]``, regardless of the operator that
-computes it and of the way in which the tensor is stored: a product, a convolution (``in`` is the number of entries in a
-patch), one matrix per expert (a leading axis), or a look-up in a table (a map of one-hot vectors).
+computes it and of how the tensor is stored: a product, a convolution (``in`` is the number of entries in a patch), one
+matrix per expert (a leading axis), or a look-up in a table (a map of one-hot vectors).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Use(ABC):
     Attributes:
         node: the base's own call.
         weight: the rows of the stored weight that correspond to the output's columns, in order.
-        bias: the same entries of the bias; None if there is no bias.
+        bias: the corresponding entries of the bias; None if there is no bias.
         input_index: the index of `node`'s argument that is the input.
         weight_index: the index of `node`'s argument that is the weight, or is computed from it.
         output: the node that represents the result after the edits made so far.
@@ -121,7 +121,7 @@ class Use(ABC):
         return call(aten.linear.default, hidden, b, part="up")
 
     def per_row(self, call: Call, x: fx.Node, value: fx.Node) -> fx.Node:
-        """Return ``value: [..., rows]``, one entry per row of the weight, so that it broadcasts to ``[..., rows]``."""
+        """Return ``value: [..., rows]``, one entry per row of the weight, broadcastable to ``[..., rows]``."""
         return value
 
     def columns_last(self, call: Call, value: fx.Node) -> fx.Node:
@@ -174,7 +174,7 @@ class LeftProduct(Use):
     axis = -2
 
     def map(self, call: Call, x: fx.Node, weight: fx.Node, part: str) -> fx.Node:
-        """Return the linear map of ``x``'s columns, made contiguous because torch otherwise selects other kernels."""
+        """Return the linear map of ``x``'s columns, made contiguous, since torch otherwise selects other kernels."""
         rows = call(aten.contiguous.default, self.columns_last(call, x), part=part)
         return call(aten.linear.default, rows, weight, part=part)
 
@@ -267,7 +267,7 @@ class Convolution(Use):
         return call(aten.movedim.int, value, -1, 1, part="channels first")
 
     def probe(self, generator: torch.Generator) -> dict[fx.Node, Tensor]:
-        """Return a random batch of two whose sizes exceed the kernel's by three strides along each axis."""
+        """Return a random batch of two inputs whose sizes exceed the kernel's by three strides along each axis."""
         dims = len(self._kernel) - 1
         stride, dilation = (_spread(self._setting(i, 1), dims) for i in (3, 5))
         sizes = [d * (k - 1) + 1 + 3 * s for k, s, d in zip(self._kernel[1:], stride, dilation, strict=True)]
@@ -282,7 +282,7 @@ class Experts(Use):
     """A product with one matrix per expert.
 
     Attributes:
-        view: the view from the stored tensor to the operand: the picked experts and the order of axes.
+        view: the view that leads from the stored tensor to the operand: the picked experts and the order of axes.
     """
 
     view: View | None = None
@@ -369,7 +369,7 @@ class Experts(Use):
 
 
 class Lookup(Use):
-    """A look-up of rows in a table: a map of one-hot vectors whose weight's columns are the table's rows."""
+    """A look-up of rows in a table: a linear map of one-hot vectors. The columns of its weight are the table's rows."""
 
     @property
     def input_axis(self) -> int | None:

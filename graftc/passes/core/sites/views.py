@@ -29,8 +29,8 @@ class View:
     """A chain of operators from a stored tensor to an operand.
 
     Attributes:
-        chain: the nodes from the stored tensor's ``get_attr`` to the operand. Each was the first argument of the next
-            one; the second node may now read a trained copy instead.
+        chain: the nodes from the stored tensor's ``get_attr`` to the operand. Each was the first argument of the next;
+            the second node may now read a trained copy instead.
     """
 
     chain: tuple[fx.Node, ...]
@@ -41,7 +41,7 @@ class View:
         return self.chain[0]
 
     def slice(self, layout: Layout, rows: Runs | None = None) -> WeightSlice:
-        """Return the slice with these rows of the stored tensor."""
+        """Return the slice of the stored tensor with these rows."""
         return WeightSlice(str(self.source.target), self._shape, layout, rows)
 
     @property
@@ -104,8 +104,8 @@ class View:
     def matrices(self, *, out_first: bool) -> WeightSlice | None:
         """Return the slice of all matrices in a stored tensor with one matrix per expert.
 
-        Their rows lie along the first of the operand's last two axes with ``out_first``, otherwise along the second.
-        Returns None if the chain does more than swap these two axes and pick experts.
+        Their rows lie along the first of the operand's last two axes if ``out_first`` is set, otherwise along the
+        second. Returns None if the chain does more than swap these two axes and pick experts.
         """
         swapped = False
         for before, node in pairwise(self.chain):
@@ -119,7 +119,7 @@ class View:
         return self.slice(Layout.ROWS if out_first != swapped else Layout.COLUMNS)
 
     def replay(self, call: Callable[..., fx.Node], stored: fx.Node) -> fx.Node:
-        """Apply the same operators to another tensor that has the stored tensor's leading axis."""
+        """Apply the chain's operators to another tensor that has the stored tensor's leading axis."""
         operand = stored
         for node in self.chain[1:]:
             operand = call(node.target, operand, *node.args[1:], **node.kwargs)
