@@ -1,4 +1,4 @@
-"""Finds the passes that plugins provide, and adds them to graftc's pipelines."""
+"""Find the passes that plugins provide, and add them to graftc's pipelines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AddedPass:
     """A plugin's pass and its place in a pipeline.
 
     Attributes:
-        what: the pass; its name consists of lower-case letters, digits, ``_`` and ``-``. Its origin is filled in.
+        what: the pass; its name consists of lower-case letters, digits, ``_`` and ``-``. graftc fills in its origin.
         pipeline: ``"adapt"``: from a captured base to an adapted Program in train mode. ``"eval"``: from the adapted
             Program to eval mode. ``"lower"``: from the adapted Program to the graph that runs in training.
         before, after: the name of the pass before or after which this pass runs; exactly one of them is set. Passes
@@ -43,7 +43,7 @@ class AddedPass:
 
     @property
     def anchor(self) -> str:
-        """The name of the pass before or after which it is placed."""
+        """The name of the pass before or after which this pass is placed."""
         return self.before if self.before is not None else str(self.after)
 
     @property

@@ -1,4 +1,4 @@
-"""Sets context variables for the duration of a block."""
+"""Set context variables for the duration of a block."""
 
 from __future__ import annotations
 

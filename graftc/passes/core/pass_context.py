@@ -50,8 +50,8 @@ class PassHost:
     """Base class of the contexts of pipelines that plugins can extend; it provides the data that their passes may use.
 
     Attributes:
-        findings: the facts and figures that the passes record.
-        keeps_figures: whether the figures that they report are used.
+        findings: the facts and figures that plugins' passes record.
+        keeps_figures: whether the figures reported by the passes are used.
     """
 
     findings: Findings
@@ -157,8 +157,8 @@ class PassContext:
         Args:
             name: the name of the figure, such as ``"multiply_adds"``.
             value: a finite number.
-            site: the site to which it belongs; by default the whole model. A later figure with the same name and site
-                replaces an earlier one.
+            site: the site to which the figure belongs; by default, the whole model. A later figure with the same name
+                and site replaces an earlier one.
 
         Raises:
             GraftError: GC077 for a value that is not a finite number, and in the pipeline ``lower``.

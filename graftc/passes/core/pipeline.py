@@ -50,7 +50,7 @@ class Pass(Generic[G]):
             another Program in which the remaining nodes keep their names. It stores its findings in the context.
         requires: the facts that must hold: earlier passes ensure them, or the pipeline starts with them.
         ensures: the facts that hold after it.
-        rewrites: whether it may change the graph. If not, this is checked for plugins' passes.
+        rewrites: whether it may change the graph. If not, plugins' passes are checked for changes.
         wanted: a function that returns whether there is anything to do; by default, there always is.
         verified: whether the verifier runs after it. Passes in a group are verified by the group, and plugins' passes
             whenever they rewrite.
@@ -161,7 +161,7 @@ class Log:
 
 
 class Pipeline(Generic[C]):
-    """A sequence of passes in which the facts that each requires are ensured before it runs.
+    """A sequence of passes in which the facts that a pass requires are ensured before the pass runs.
 
     Args:
         name: the name in errors.

@@ -1,6 +1,6 @@
-"""Finds packages that register passes from their metadata alone, without importing their code.
+"""Find the packages that register passes, using their metadata alone, without importing their code.
 
-They use the entry-point group ``graftc.passes``. An entry point names an `AddedPass`, for example
+Packages register passes in the entry-point group ``graftc.passes``. An entry point names an `AddedPass`, for example
 ``macs = "graftc_macs:COUNT"``.
 """
 

@@ -64,7 +64,7 @@ def shown(show: bool | None) -> AbstractContextManager[None]:
 
 @contextmanager
 def working(doing: str, name: str) -> Iterator[None]:
-    """Report the progress of a block that may take long; nested work counts as part of the outer work.
+    """Report the progress of a block that may take a long time; nested work counts as part of the outer work.
 
     Args:
         doing: the activity, such as ``compiling``.

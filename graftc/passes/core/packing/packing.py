@@ -62,8 +62,7 @@ class Packing(ABC):
         """
 
     def run(self, parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Compute the same values as `unpack`, bit for bit, as fast as possible; graphs need not support the
-        operators."""
+        """Compute the same values as `unpack`, bit for bit, as fast as possible; graphs need not support this."""
         return self.unpack(parts, shape, dtype)
 
     def packed(self, weight: Tensor) -> tuple[Tensor, ...]:

@@ -30,7 +30,7 @@ from graftc.passes.core.weights.sharding import is_sharded
 from graftc.specs.errors.diagnostics import GraftError, warn
 
 SOURCE = "_source"
-"""The name under which the source model's values are stored for base tensors to which graphs write."""
+"""The name under which the source model's own values are stored for base tensors to which graphs write."""
 
 _OF_THE_SOURCE = frozenset(
     {"__doc__", "__dict__", "__weakref__", "__module__", "__annotations__", "extra_repr", STORED_VERSION}
@@ -42,7 +42,7 @@ OWN = "_graftc"
 
 
 _TABLES = (CHILDREN, PARAMETERS, BUFFERS)
-"""The attributes of a module that contain its children and tensors."""
+"""The attributes in which a module keeps its children and tensors."""
 
 _SHOWN = 3
 """Maximum number of names to print for identical adaptations in a module."""
@@ -114,11 +114,11 @@ def additions(module: nn.Module) -> dict[str, nn.Module]:
 
 
 Notes = Callable[[str, nn.Module], Iterable[tuple[str, str]]]
-"""A function that returns the notes on a module, given its path and itself: pairs of an adaptation name and a text."""
+"""A function that maps a module's path and the module to its notes: pairs of an adaptation name and a text."""
 
 
 def tensor_notes(path: str, module: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield each adaptation in a module with a text: its tensors' names and shapes, and its trainable elements."""
+    """Yield each adaptation in a module and a text: its tensors' names and shapes, and how many elements train."""
     for name, added in additions(module).items():
         tensors = [
             f"{part} {list(tensor.shape)}" for part, tensor in (*added.named_parameters(), *added.named_buffers())
@@ -166,7 +166,7 @@ def _named(names: list[str]) -> str:
 
 
 def _wraps(value: Any, child: nn.Module) -> bool:
-    """Return whether a module wraps a child, like the wrappers that libraries for parallel training create."""
+    """Return whether a module wraps a child, as the wrappers created by libraries for parallel training do."""
     return isinstance(value, nn.Module) and any(module is child for module in value.modules())
 
 
@@ -197,7 +197,7 @@ class Node:
 
     Attributes:
         constants: attributes of the source module, with the values that are constants in the graphs.
-        tell: a function that creates code which calls hooks where the source's module is called; None if there is none.
+        tell: a function that regenerates code to call hooks where the source module is called; None if there is none.
     """
 
     constants: Mapping[str, Any] = MappingProxyType({})
@@ -210,7 +210,7 @@ class Node:
 
 @dataclass(frozen=True)
 class UnitCall:
-    """A run of graphs inside the call of an FSDP2 unit, whose hooks gather tensors."""
+    """A run of graphs inside the call to an FSDP2 unit, whose hooks gather tensors."""
 
     run: Callable[[], Any]
 
@@ -336,9 +336,9 @@ def is_silent(module: nn.Module) -> bool:
 
 
 def drops_nothing(module: nn.Module) -> bool:
-    """Return whether a module is silent, or has dropouts as direct children and all of these are.
+    """Return whether a module is silent, or has dropouts as direct children, all of which are silent.
 
-    An attention reads the dropout probability of such a child and never calls it.
+    An attention module reads the dropout probability of such a child, but never calls the child.
     """
     own = [child for child in children_of(module).values() if isinstance(child, _DROPOUTS)]
     return is_silent(module) or (bool(own) and all(map(is_silent, own)))
@@ -395,7 +395,7 @@ def _source_class(cls: type) -> type:
 
 @functools.cache
 def _class_like(kind: type[C], source: type) -> type[C]:
-    """Return a subclass of a container class and a source class; the container class if they cannot be combined."""
+    """Return a subclass of a container class and a source class; the container class itself if they cannot be."""
     space: dict[str, Any] = {"__module__": source.__module__, "__doc__": source.__doc__}
     if issubclass(source, nn.ModuleList | nn.Sequential):
 

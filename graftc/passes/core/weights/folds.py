@@ -1,4 +1,4 @@
-"""Folds: the changes that adaptations make to base weights, as algebra on lazy tensors.
+"""Folds: the changes that adaptations make to base weights, expressed as algebra on lazy tensors.
 
 A fold step is a pure function of a site's oriented rows, ``(W, b) -> (W', b')`` with ``W: [..., rows, in]`` in float64.
 Steps compose in insertion order (LoRA followed by scaling differs from scaling followed by LoRA), and the result is
@@ -76,7 +76,7 @@ Fold = WeightFold | TensorFold | StandIn | Keep
 
 @dataclass(frozen=True)
 class FoldStep:
-    """One adaptation's change of one site's tensors.
+    """One adaptation's change to one site's tensors.
 
     Attributes:
         adaptation: name of the adaptation.
@@ -142,11 +142,11 @@ class LazyTensors:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """The base tensors that folding may change, each once, in order."""
+        """The names of the base tensors that folding may change, each once, in order."""
         return tuple(name for name in self._chains if name in self.store)
 
     def additions(self) -> tuple[str, ...]:
-        """Return the biases that folding must add because the base lacks them, by folding the groups concerned."""
+        """Return the biases that folding must add because the base lacks them; this folds the groups concerned."""
         missing = (group for group in self.groups() if any(name not in self.store for name in group.names))
         added = {name for group in missing for name in self.fold(group) if name not in self.store}
         return tuple(name for name in self._chains if name in added)
@@ -188,7 +188,7 @@ class LazyTensors:
         return {name: tensor.to(torch.float64, copy=True) for name, tensor in base.items()}
 
     def apply(self, group: FoldGroup, values: dict[str, Tensor]) -> None:
-        """Fold the tensors returned by `widened`, in place, with at most one additional tensor alive at a time."""
+        """Fold the tensors returned by `widened`, in place, with at most one additional tensor in memory at a time."""
         for step in group.steps:
             self._apply(step, values)
 
@@ -224,7 +224,8 @@ class LazyTensors:
             values[own_bias.tensor] = own_bias.put(bias, new_bias)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype to which a folded tensor is rounded: that of the base tensor, or an added bias's weight."""
+        """Return the dtype to which a folded tensor is rounded: the base tensor's, or that of an added bias's
+        weight."""
         return self.store.get(name if name in self.store else self.chain(name)[0].weight.tensor).dtype
 
     def folded(self, name: str) -> Tensor:
@@ -233,7 +234,7 @@ class LazyTensors:
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 to ``dtype`` to nearest even, correctly even for bfloat16 and float16.
+    """Round float64 to ``dtype``, to nearest even, without double rounding for bfloat16 and float16.
 
     torch converts float64 to 16 bits by way of float32, which rounds twice. This makes a difference only if the float32
     value is midway between two neighbours; below float16's smallest normal number, midpoints can be anywhere.

@@ -1,11 +1,11 @@
-"""Builds and parses the names of tensors that graftc adds: ``<module>.graftc.<adaptation>.<part>``."""
+"""Build and parse the names of tensors that graftc adds: ``<module>.graftc.<adaptation>.<part>``."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 RESERVED = "graftc"
-"""The child of a module that contains graftc's additions. Source models may not use this name."""
+"""The name of the child in which a module keeps graftc's additions. Source models may not use this name."""
 
 
 class AdapterName(NamedTuple):

@@ -11,7 +11,7 @@ aten = torch.ops.aten
 Emit = Callable[..., fx.Node]
 """A function that inserts a call of an operator."""
 Index = Callable[[], fx.Node]
-"""A function that creates a constant with the indices in the runs."""
+"""A function that creates a constant containing the indices in the runs."""
 Runs = tuple[tuple[int, int], ...]
 MAX_SLICES = 4
 """Up to this number of runs, each is selected by a slice; beyond it, one index tensor selects them all."""
@@ -72,7 +72,7 @@ def window(runs: Runs, start: int, end: int) -> Runs:
 
 
 def cut(emit: Emit, node: fx.Node, axis: int, runs: Runs, index: Index) -> fx.Node:
-    """Return the node for the part of ``node`` that ``runs`` select along an axis; ``index`` creates their constant."""
+    """Return the node for the part of ``node`` that ``runs`` select along an axis; ``index`` creates the constant."""
     if len(runs) > MAX_SLICES:
         return emit(aten.index_select.default, node, axis, index())
     parts = [emit(aten.slice.Tensor, node, axis, start, end) for start, end in runs]

@@ -1,4 +1,4 @@
-"""Reads and writes the full values of tensors that are sharded across processes.
+"""Read and write the full values of tensors that are sharded across processes.
 
 Outside of forward and backward passes, FSDP2 replaces a parameter by a ``DTensor``. Gathering it is a collective
 operation: every process in its mesh must take part.

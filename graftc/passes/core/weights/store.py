@@ -110,7 +110,7 @@ class Store:
         self._hold_packed(name, own)
 
     def parts_of(self, name: str) -> tuple[str, ...]:
-        """Return the names under which the tree stores a tensor: its own name, or a packed weight's parts."""
+        """Return the names under which the tree stores a tensor: its own name, or those of a packed weight's parts."""
         return self.packed[name].names(name) if name in self.packed else (name,)
 
     @property
@@ -165,7 +165,7 @@ class Store:
         return module, []
 
     def replace_container(self, path: str, kind: type[C]) -> C:
-        """Replace the container at ``path`` by one of another class, which adopts its contents."""
+        """Replace the container at ``path`` with one of another class, which adopts its contents."""
         old = self.owner(path)
         replacement = kind.like(old)
         _adopt(replacement, old)
@@ -284,7 +284,7 @@ class Store:
         self.replace(name, nn.Parameter(own, requires_grad=False) if isinstance(source, nn.Parameter) else own)
 
     def replace(self, name: str, value: torch.Tensor) -> None:
-        """Replace a tensor that the Store owns by another one, under all of its names.
+        """Replace a tensor that the Store owns with another one, under all of its names.
 
         The previous tensor itself does not change, so existing references remain valid.
 
@@ -309,7 +309,7 @@ class Store:
                 raise GraftError("GC030", message, hint="give each buffer its own memory")
 
     def add_like(self, other: Store, name: str, value: torch.Tensor, *, trainable: bool | None = None) -> None:
-        """Add a parameter or a buffer, whichever another Store has under this name, by default trainable likewise."""
+        """Add a parameter or a buffer, whichever another Store has under this name; by default, equally trainable."""
         own = other.get(name)
         if isinstance(own, nn.Parameter):
             self.add_parameter(name, value, trainable=own.requires_grad if trainable is None else trainable)
@@ -363,7 +363,7 @@ class Store:
                 yield weight, self.get(weight)
 
     def device(self, module: str = "") -> torch.device:
-        """Return the device of a module's first base tensor, else of the first of all; ``cpu`` if there are none."""
+        """Return the device of a module's first base tensor, or of the Store's first; ``cpu`` if there are none."""
         for path in dict.fromkeys((module, "")):
             try:
                 owner = self.owner(path)

@@ -18,13 +18,13 @@ class EditMode(StrEnum):
     """The ways in which an adaptation uses or changes rows of a stored tensor."""
 
     CONSTANT = "constant"
-    """It reads the rows once, to compute constants from their values."""
+    """Reads the rows once, to compute constants from their values."""
     TRAINED = "trained"
-    """It trains a copy that is used instead of the rows (an overlay)."""
+    """Trains a copy that is used instead of the rows (an overlay)."""
     ADDED = "added"
-    """It adds to the rows' entries, in addition to what other adaptations add."""
+    """Adds to the rows' entries, on top of what other adaptations add."""
     REPLACED = "replaced"
-    """It replaces the rows by values that do not depend on the base's."""
+    """Replaces the rows with values that do not depend on the base's."""
 
 
 CHANGING = (EditMode.TRAINED, EditMode.ADDED, EditMode.REPLACED)
@@ -37,9 +37,9 @@ class TensorEdit:
 
     Attributes:
         owner: name of the adaptation.
-        own: the slice of the rows, which includes the tensor's name.
+        own: the slice of the rows; it also contains the tensor's name.
         mode: the kind of edit.
-        site: key of the site where it was inserted; None for an edit that belongs to the whole adaptation.
+        site: key of the site where the edit was inserted; None for an edit that belongs to the whole adaptation.
         trained: the trained copy's name in the Store; empty in all modes except `EditMode.TRAINED`.
     """
 
@@ -163,7 +163,7 @@ class TensorEdits(Collection[TensorEdit]):
         return tuple(edit for edit in every if edit.trained)
 
     def trained_in_full(self) -> list[str]:
-        """Return the names of tensors whose trained copy has all rows, so that the base's values are not used."""
+        """Return the names of tensors that have a trained copy of all rows, so that the base's values are not used."""
         return [edit.own.tensor for edit in self.copies() if edit.own.whole]
 
     def copy_of(self, own: WeightSlice, owner: str) -> str | None:

@@ -2,7 +2,7 @@
 
 A map's *operand* is its weight as a matrix ``[..., rows, in]``, however the Store holds it. Only `WeightSlice.operand`
 and `WeightSlice.put_operand` (for values) and `WeightSlice.read_operand` and `WeightSlice.restore` (for nodes) define
-how it corresponds to the stored tensor. Supporting another way of storing weights takes one more `Layout` that these
+how an operand corresponds to the stored tensor. To support another way of storing weights, add a `Layout` that these
 four methods handle.
 """
 
@@ -22,7 +22,7 @@ from graftc.passes.core.weights.runs import Emit, Index, Runs
 
 aten = torch.ops.aten
 _SMALL = 2**31
-"""Indices into tensors with fewer entries than this have 32 bits."""
+"""Indices into tensors with fewer entries than this are 32-bit."""
 
 
 def index_type(count: int) -> torch.dtype:
@@ -51,8 +51,8 @@ class WeightSlice:
 
     Attributes:
         tensor: name of the weight in the Store.
-        shape: its shape as it is stored.
-        layout: how it is viewed as a matrix.
+        shape: the weight's shape as it is stored.
+        layout: how the weight is viewed as a matrix.
         rows: the rows of that matrix, as ascending half-open runs; None for all rows. In the plain layout, rows are
             along the first axis.
 
@@ -84,7 +84,7 @@ class WeightSlice:
 
     @property
     def axis(self) -> int:
-        """The axis of the stored tensor along which the rows lie, from 0."""
+        """The axis of the stored tensor along which the rows lie, counted from 0."""
         back = {Layout.ROWS: 2, Layout.COLUMNS: 1}.get(self.layout)
         return 0 if back is None else len(self.shape) - back
 
@@ -100,7 +100,7 @@ class WeightSlice:
 
     @property
     def spans(self) -> Runs:
-        """The slice's runs, even if it has all rows."""
+        """The slice's runs; a single run if it has all rows."""
         return ((0, self.total),) if self.rows is None else self.rows
 
     @property
@@ -141,7 +141,7 @@ class WeightSlice:
 
     @property
     def as_stored(self) -> WeightSlice:
-        """The same entries in the plain layout, if the slice is whole or its rows are along the first axis.
+        """The same entries, in the plain layout if the slice is whole or its rows are along the first axis.
 
         This makes the slices of readers that use different layouts of the same tensor comparable.
         """
@@ -246,8 +246,8 @@ class WeightSlice:
     def operand(self, stored: Tensor) -> Tensor:
         """Return the slice of a stored tensor as the operand of its map, ``[..., rows, in]``.
 
-        The result is a view if the slice has all rows; for a tensor that is not a matrix, it equals that of `take`. No
-        other code computes the values of an operand from a stored tensor.
+        The result is a view if the slice has all rows; for a tensor that is not a matrix, it equals the result of
+        `take`. No other code computes the values of an operand from a stored tensor.
         """
         every = self.oriented(stored)
         return every if self.whole else every.index_select(self.row_axis, self.index(every.device))
@@ -337,11 +337,11 @@ class WeightSlice:
 
     @property
     def index_dtype(self) -> torch.dtype:
-        """The dtype of indices into the tensor: ``int32``, or ``int64`` for 2^31 entries and more."""
+        """The dtype of indices into the tensor: ``int32``, or ``int64`` for 2^31 or more entries."""
         return index_type(self.numel)
 
     def mask(self, device: torch.device | None = None) -> Tensor:
-        """Return a ``bool`` mask of the slice's rows that broadcasts to the tensor: only the rows' axis is not 1."""
+        """Return a ``bool`` mask of the slice's rows that broadcasts to the tensor: other axes have size 1."""
         own = torch.zeros(self.total, dtype=torch.bool, device=device)
         own[self.index(device)] = True
         return own.view([self.total if axis == self.axis else 1 for axis in range(len(self.shape))])
