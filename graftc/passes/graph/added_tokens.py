@@ -1,7 +1,7 @@
-"""New tokens: trained rows replace some rows of an embedding table, where it is looked up and in the head.
+"""New tokens: trained rows replace some rows of an embedding table, wherever the table is looked up, and in the head.
 
 The table itself is never copied: a look-up uses a new row if the token id refers to one, and the head computes its last
-columns from the new rows. A table tied to the head has one set of new rows, which both read.
+columns from the new rows. A table and a head that are tied share one set of new rows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def insert_tokens(build: Builder, sites: list[LinearSite], rows: WeightSlice) ->
     Args:
         build: the builder of the Program.
         sites: all sites that read the table: look-ups, and the head if it is tied; or only the head's matrix.
-        rows: the new entries of the table, ``[entries, width]``, in one run.
+        rows: the new entries of the table, ``[entries, width]``, as a single run.
     """
     ((first, end),) = rows.spans
     for site in sites:

@@ -1,9 +1,9 @@
 """Canonicalise a captured graph, so that equal models print and hash identically and roles can be recognised.
 
-Nodes that capture leaves behind without any effect are removed: metadata assertions, casts of integers to their own
-dtype, full slices, ``+ 0``, ``* 1.0``, expansions to the same shape, copies of constants, concatenations with empty
-tensors, dropout that never drops, unused pure computations. Literal devices are removed as well: a Program runs where
-its Store is, and lowering restores the device.
+Nodes left behind by capture that have no effect are removed: metadata assertions, casts of integers to their own dtype,
+full slices, ``+ 0``, ``* 1.0``, expansions to the same shape, copies of constants, empty operands of concatenations,
+dropout that never drops, and unused pure computations. Literal devices are removed as well: a Program runs where its
+Store is, and lowering restores the device.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def canonicalise(program: Program) -> Program:
 
 
 def _is_written_apart(node: fx.Node, source: fx.Node, memory: Memory) -> bool:
-    """Return whether a value is a copy of another one and one of the two is later changed in place."""
+    """Return whether a value is a copy of another and one of the two is later changed in place."""
     return memory.roots(node).isdisjoint(memory.roots(source)) and not memory.settled(node, source)
 
 
@@ -145,7 +145,7 @@ def _padded(args: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def _functional(node: fx.Node, types: Inference) -> None:
-    """Replace an in-place call on a value without other readers with the functional call, cast to the value's dtype."""
+    """Replace an in-place call on a value that nothing else reads by the functional call, cast to the value's dtype."""
     target = node.target
     if not (isinstance(target, torch._ops.OpOverload) and schema_of(target).is_mutable):
         return
@@ -179,7 +179,7 @@ def _drop_device(node: fx.Node) -> None:
 
 
 def _trim_defaults(node: fx.Node) -> None:
-    """Omit trailing and keyword arguments that equal the schema's defaults, so that spelling does not matter."""
+    """Omit trailing and keyword arguments that equal the schema's defaults, so that equal calls are written alike."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return
@@ -203,7 +203,7 @@ def _trim_defaults(node: fx.Node) -> None:
 
 
 def _share_sizes(program: Program) -> None:
-    """Keep one node for each symbol: the size of the first input that has it."""
+    """Keep one node for each symbolic size: that of the first input that has the symbol."""
     graph = program.graph
     owners: dict[Any, tuple[fx.Node, int]] = {}
     for node in program.placeholders():
@@ -244,7 +244,7 @@ _CUTTING = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default
 
 
 def _rejoined(cut: fx.Node, index: Any) -> fx.Node | None:
-    """Return one of the parts if they were concatenated and then cut at the same places; otherwise None."""
+    """Return one of several parts that were concatenated and then cut at the same places; None for other cuts."""
     whole = cut.args[0]
     if not (isinstance(whole, fx.Node) and whole.target is aten.cat.default and isinstance(index, int)):
         return None

@@ -28,7 +28,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
 GATE = ("gate", "gate_bias")
-"""The tensors of an adaptation's gate, which are not tensors of its method."""
+"""Part names of the tensors of an adaptation's gate, which do not belong to its method."""
 
 
 GATE_READING = Reading(
@@ -37,7 +37,7 @@ GATE_READING = Reading(
     (aten.linear.default, functional.linear),  # code may call either
     lambda _, scores: scores.detach().float().sigmoid().mean(),
 )
-"""The mean value of a gate in a forward pass, over rows and all of their tokens."""
+"""The reading of a gate: its mean value in a forward pass, over rows and all of their tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ class Delta:
     Attributes:
         node: the addition; its last axis has the width of the value that it is added to.
         read: the value that it was computed from.
-        place: the value of a sublayer that it is added to, and the value that it was computed from; None at a linear
-            map.
+        place: the names of the sublayer's values that it is added to and was computed from; None at a linear map.
     """
 
     node: fx.Node
@@ -58,7 +57,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Keys and values that an adaptation would put in front of an attention's: ``[rows, heads, length, width]``."""
+    """Keys and values that an adaptation would put before those of an attention: ``[rows, heads, length, width]``."""
 
     keys: fx.Node
     values: fx.Node
@@ -95,8 +94,8 @@ class Collecting(Seams):
         """Collect an addition instead of making it.
 
         Raises:
-            GraftError: GC036 for every other change, except changes of positions, and changes of keys if the
-                composition accepts them.
+            GraftError: GC036 for every other change, except changes to positions and, if the composition accepts them,
+                to keys.
         """
         if change.kind == "sum":
             (delta,) = change.given
@@ -128,7 +127,7 @@ _CHANGES: Mapping[str, str] = {
     "tokens": "it fills virtual tokens",
     "tensor": "it replaces a tensor of the base",
 }
-"""Why a change cannot be composed."""
+"""Why a change cannot be composed, by kind of change."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def insert_composed(spec: CompositionSpec, build: Builder, site: Site, members: 
     Args:
         spec: the composition.
         build: the builder of the composition, at ``site``.
-        site: a linear map or a sublayer; with a gate, also an attention.
+        site: a linear map or a sublayer; for a gate, possibly an attention.
         members: the members that adapt the site.
 
     Raises:
@@ -219,7 +218,7 @@ def _gate(spec: Gate, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -
 
 
 def gated(spec: Gate, build: Builder, delta: Delta) -> fx.Node:
-    """Return ``delta`` times its adaptation's gate at its site, which is one number for each row of the batch."""
+    """Return ``delta`` times its adaptation's gate at the site; the gate has one value for each row of the batch."""
     batch = Batch(build)
     where = str(build.site.key)
     x, own = batch.first(delta.read, where), batch.first(delta.node, where)
@@ -233,7 +232,7 @@ def gate_attention(spec: Gate, own: Builder, build: Builder, site: AttentionSite
     """Put keys and values in front of an attention's own, both multiplied by a gate computed from its input.
 
     Args:
-        spec: the gate's spec, which determines the tokens that the gate averages over.
+        spec: the gate's spec, which determines the tokens over which the gate averages.
         own: the builder that creates the gate's tensors.
         build: the builder that changes the attention.
         site: the attention.
@@ -276,7 +275,7 @@ def mean_gate(spec: Gate, build: Builder, x: fx.Node) -> fx.Node:
 
 
 def token_mask(build: Builder, x: fx.Node) -> fx.Node | None:
-    """Return the attention mask, which marks the real tokens of ``x: [rows, tokens, width]``; None without a mask."""
+    """Return the attention mask, which marks the real tokens of ``x: [rows, tokens, width]``; None without one."""
     sizes = [expression(size) for size in x.meta["val"].shape[:-1]]
     for spec, node in zip(build.program.inputs, build.program.placeholders(), strict=True):
         if spec.name.endswith("attention_mask") and [expression(s) for s in node.meta["val"].shape] == sizes:

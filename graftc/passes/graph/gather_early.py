@@ -1,6 +1,6 @@
 """Gather rows before row-wise computations.
 
-A head over a vocabulary that is read at only a few places of a text is then computed for these places only.
+A head over a vocabulary whose results are read at only a few positions in a text is then computed only there.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _MAPS = frozenset({aten.linear.default, aten.matmul.default})
 def gather_early(program: Program) -> Program:
     """Move gathers of rows in front of row-wise computations, in place, and return the Program.
 
-    A gather is ``x[batch, sequence, width] -> [batch, places, width]``. It is not moved into the repeated layers, which
-    stay alike.
+    A gather is ``x[batch, sequence, width] -> [batch, places, width]``. It is not moved into the repeated layers, so
+    that these stay identical.
     """
     for node in list(program.graph.nodes):
         places = _places(node)
@@ -64,7 +64,7 @@ def gather_early(program: Program) -> Program:
 
 
 def _places(node: fx.Node) -> fx.Node | None:
-    """Return the places, ``[batch, places]``, of a gather of whole rows; None for other nodes."""
+    """Return the places, ``[batch, places]``, from which a node gathers whole rows; None for other nodes."""
     if node.target is not aten.gather.default or node.args[1] != 1:
         return None
     source, index = node.args[0], node.args[2]

@@ -55,7 +55,7 @@ def sizes_for_items(program: Program) -> None:
 
 
 def _number(item: fx.Node, source: Any, types: Inference) -> Any:
-    """Return the value of a scalar tensor of integers, as a size or a number; None if it is not known."""
+    """Return the value of a scalar integer tensor, as a size or a number; None if the value is not known."""
     if not isinstance(source, fx.Node):
         return source if type(source) is int else None
     value = source.meta.get("val")

@@ -1,9 +1,9 @@
-"""Compose a Program whose sequences have room for virtual tokens from two captures of one model.
+"""Compose, from two captures of one model, a Program whose sequences have room for virtual tokens.
 
 The model looks up its tokens as it does when it is called with token ids; its layers run as they do when it is called
 with token embeddings (the entry ``embeds``), so that every size, mask and position follows from the longer sequence;
-and the computation after the layers, which may read ids and labels, runs on the values of real tokens. Outputs with a
-value for each token have one for each real token.
+and the computation after the layers, which may read ids and labels, runs on the values of real tokens. Outputs with one
+value per token contain only those of real tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def lengthen(
         body: the capture that reads token embeddings, with the same outputs except those that need labels.
         streams: the sequences to lengthen.
         ends: the ends of the layers: pairs of a value in `tokens` and the same value in `body`.
-        limits: the largest number of tokens that the layers can read, by input of token ids; None if there is no limit.
+        limits: the maximum number of tokens that the layers can read, by token-id input; None if there is no limit.
         counted: pairs of positions that `tokens` counts from ids, which cannot be derived from token embeddings, and
             the same positions in `body`.
 
@@ -156,8 +156,8 @@ class _Composer:
     def _outputs(self, sequences: Sequence[Sequenced]) -> list[Any]:
         """Return the flat outputs.
 
-        An output is computed from the ends of the layers if it needs no other value within them; otherwise it is the
-        body's.
+        An output is computed from the ends of the layers if it needs no other value from inside them; otherwise, the
+        body's output is used.
         """
         inside = _below([stream.value for stream in self.streams])
         behind = _below(list(self.ends))
@@ -199,7 +199,7 @@ class _Composer:
         return self.first[node]
 
     def _size_of_input(self, node: fx.Node) -> fx.Node:
-        """Return a value's size as the size of an input, since the value within the layers now has a different one."""
+        """Return an input's size that equals a value's old size, since the value within the layers now has another."""
         wanted = expression(node.meta["val"])
         for placeholder in self.tokens.placeholders():
             for axis, size in enumerate(placeholder.meta["val"].shape):
@@ -221,7 +221,7 @@ def _goes_along(shape: Sequence[int | str], tokens: Program, ids: str) -> bool:
 
 
 def _tokens_of(tokens: Program, ids: str) -> int | str:
-    """Return the axis of a sequence: its name, or its size."""
+    """Return the token axis of a sequence: its name, or its size if it is static."""
     return next(spec.shape[1] for spec in tokens.inputs if spec.name == ids)
 
 
@@ -242,7 +242,7 @@ def _is_size(node: fx.Node) -> bool:
 
 
 def _below(nodes: Sequence[fx.Node]) -> set[fx.Node]:
-    """Return some nodes and everything that is computed from them."""
+    """Return the given nodes and everything that is computed from them."""
     below = Worklist(nodes)
     for node in below:
         below += node.users

@@ -33,7 +33,7 @@ class BlockGraph:
         use: the number of this call of the layer, 0 for the first.
         graph: the subgraph; its inputs are the values that the layer reads from outside, its outputs those that others
             read from it.
-        inputs, outputs: names of these in the Program.
+        inputs, outputs: the names of these values in the Program.
     """
 
     path: str
@@ -45,7 +45,7 @@ class BlockGraph:
 
 @dataclass(frozen=True)
 class Outlined:
-    """A root graph whose ``call_module`` nodes call the blocks with ``(use, *inputs)``."""
+    """A root graph whose ``call_module`` nodes call the blocks with the arguments ``(use, *inputs)``."""
 
     root: fx.Graph
     blocks: tuple[BlockGraph, ...]
@@ -69,7 +69,7 @@ def outline(program: Program) -> Outlined:
         return mapping[node]
 
     def enter(block: BlockGraph, inputs: list[fx.Node], results: Mapping[int, fx.Node]) -> None:
-        """Call a block in the root graph, and map the nodes of its results to nodes there."""
+        """Call a block in the root graph, and map the nodes of its results to nodes of that graph."""
         uses[block.path] += 1
         blocks.append(block)
         values = root.call_module(block.path, (block.use, *map(value, inputs)))
@@ -97,7 +97,7 @@ def outline(program: Program) -> Outlined:
 
 
 Written = dict[str, tuple[BlockGraph, list[fx.Node], list[fx.Node]]]
-"""Blocks that have been written out, by path, with the nodes that they read and return."""
+"""Blocks that have been written out, together with the nodes that they read and return, by path."""
 
 
 def _require_one_block(one: FunctionCall, written: Written, uses: Mapping[str, int]) -> None:
@@ -120,7 +120,7 @@ def _called(
 ) -> tuple[BlockGraph, list[fx.Node], dict[int, fx.Node]]:
     """Return the block of a call, which shares the graph of the body's block.
 
-    Also return the nodes that the call reads, and the nodes that pick its results, by index.
+    Also return the nodes that the call reads, and the nodes that select its results, by index.
     """
     given, body_results = dict(zip(one.given, one.inputs, strict=True)), one.body_results
     read = [given.get(node, node) for node in inputs]
@@ -134,7 +134,7 @@ Group = tuple[str, list[fx.Node]]
 
 
 def _group(program: Program) -> list[Group]:
-    """Return the nodes as consecutive runs, each of one layer or of none.
+    """Return the nodes as consecutive runs, each belonging to one layer or to none.
 
     A node that belongs to no layer and does not depend on the current one goes before that layer, unless it has to keep
     its place (see `_Order`).
@@ -201,7 +201,7 @@ def _inserted_between(
     """Return the waiting nodes that become part of the current layer although they belong to none.
 
     They are computed from nodes that adaptations have inserted in that layer, which in turn reads them: a mask over a
-    prefix, for example. The layer is thus called as often as in the source.
+    prefix, for example. The layer is thus called exactly as often as in the source.
     """
     inside, known = set(run), set(waiting)
     nodes = Worklist(known.intersection(sources))
@@ -217,8 +217,8 @@ def _ordered(program: Program, homes: Homes, order: _Order) -> list[fx.Node]:
     """Return all nodes except tensors, in order.
 
     Nodes that a layer's adaptations compute from tensors alone, or from values computed outside the layer, come right
-    before their first reader. Before all layers, they would form a separate call of their layer, but a layer is called
-    as often as in the source.
+    before their first reader. If they came before all layers, they would form a separate call to their layer, but a
+    layer must be called exactly as often as in the source.
     """
     ordered: list[fx.Node] = []
     settled: set[fx.Node] = set()
@@ -275,7 +275,7 @@ class Homes:
 
 
 def _may_wait(node: fx.Node, homes: Homes, order: _Order) -> bool:
-    """Return whether an adaptation's node is read only by its layer and gives the same result at any place.
+    """Return whether an adaptation's node is read only by its layer and gives the same result wherever it runs.
 
     It must not draw random numbers, write to memory, or read memory that is written to.
     """

@@ -1,7 +1,8 @@
 """Conversion between graphs that read packed weights and graphs that read their parts.
 
 A Program reads the weight itself, so that sites, roles and methods see a plain tensor. A graph that is run or exported
-reads the parts, and computes the values next to each reader, so that they are kept no longer than the reader needs.
+reads the parts, and computes the values next to each reader, so that they are kept no longer than the reader needs
+them.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def reading_parts(program: Program, store: Store, but: Collection[str] = ()) -> 
 
     Args:
         program: the Program, which is not changed.
-        store: the Store, which knows the packed weights.
-        but: names of weights that are still read as they are.
+        store: the Store, which records the packed weights.
+        but: names of packed weights that the copy still reads directly.
     """
     packed = {name: own for name, own in store.packed.items() if name not in but}
     if not any(str(node.target) in packed for node in program.graph.find_nodes(op="get_attr")):

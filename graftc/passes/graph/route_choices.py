@@ -38,8 +38,8 @@ _GIVES_VALUES: Mapping[Any, bool] = MappingProxyType(
 def choices_of(program: Program) -> tuple[fx.Node, ...]:
     """Return the base's own nodes that choose among floating-point values by size, in graph order.
 
-    These are routers of experts, and any other such node whose indices are read. A choice of which only the values are
-    read does not count.
+    These are routers of experts, and any other such node whose indices are read. A choice does not count if only its
+    values are read.
     """
     nodes = (node for node in program.graph.nodes if node.target in _GIVES_VALUES and provenance(node) is None)
     return tuple(node for node in nodes if _scores(node).meta["val"].is_floating_point() and _numbers(node))

@@ -26,9 +26,9 @@ class Lengthened:
 
     Attributes:
         ids: the input with its token ids.
-        embeds: the input for token embeddings instead.
+        embeds: the input that takes token embeddings instead.
         value: the token embeddings in the capture that reads token ids.
-        added: the runs of each adaptation, with the sites of this sequence that it adapts.
+        added: for each adaptation, its name, the sites of this sequence that it adapts, and its runs.
     """
 
     ids: str
@@ -47,7 +47,7 @@ FILLS = {
     "token_type_ids": aten.new_zeros.default,
     "position_ids": None,
 }
-"""The values of inputs at virtual tokens, by name; positions are counted."""
+"""The operators that fill inputs at virtual tokens, by input name; None for positions, which are counted."""
 
 
 class Sequenced:
@@ -88,7 +88,7 @@ class Sequenced:
         return self.values[self.stream.embeds].meta["val"].shape[1]
 
     def virtual(self) -> list[VirtualTokens]:
-        """Return the places of each adaptation's tokens."""
+        """Return the places of each adaptation's virtual tokens."""
         tokens = []
         for i, (owner, sites, own) in enumerate(self.stream.added):
             keys = [(i, j) for j in range(len(own))]
@@ -97,7 +97,7 @@ class Sequenced:
         return tokens
 
     def real(self, value: fx.Node) -> fx.Node:
-        """Return ``value`` for real tokens only, along every axis that has the length of the longer sequence."""
+        """Return ``value`` for real tokens only, along every axis whose size is that of the lengthened sequence."""
         length, shape = expression(self.length), value.meta["val"].shape
         axes = [axis for axis, size in enumerate(shape) if expression(size) == length]
         if isinstance(length, int):  # other sizes may be equal by chance
@@ -154,7 +154,7 @@ class Sequenced:
         self.bounds.append((bound, run.length))
 
     def _bound(self, where: Any) -> fx.Node:
-        """Return how many tokens of its row precede a run, ``int64[batch, 1]``."""
+        """Return the number of tokens that precede a run in each row, ``int64[batch, 1]``."""
         number = self.call(aten.add.Tensor, self._count(self.ids), 1)
         mask = next((node for name, node in self.inputs.items() if name.endswith("attention_mask")), None)
         counted = number if mask is None else self.call(aten.mul.Tensor, number, mask)
@@ -171,8 +171,8 @@ class Sequenced:
     def _new(self, key: tuple[int, int], name: str, value: fx.Node, length: int, last: fx.Node | None) -> fx.Node:
         """Return the values at virtual tokens.
 
-        They are vectors of zeros, visible to all tokens, in the first segment, with positions that follow those of
-        ``last``.
+        Virtual tokens are vectors of zeros that are visible to all tokens and belong to the first segment; their
+        positions follow those in ``last``.
         """
         batch = self._size(value, 0)
         if name == self.stream.embeds:

@@ -1,4 +1,4 @@
-"""Rewrite products with partly trained weights as `graftc::sparse_linear`, whose backward recomputes the weight."""
+"""Use `graftc::sparse_linear`, which recomputes its weight in the backward pass, for partly trained weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ aten = torch.ops.aten
 ops = torch.ops.graftc
 
 WEIGHT = {aten.linear.default: 1, aten.addmm.default: 2}
-"""Products that are rewritten, with the index of their weight argument."""
+"""Products to rewrite, each with the index of its weight argument."""
 
 
 def recompute_weights(build: Builder) -> None:
-    """Replace the products with changed weights in the Program of ``build``."""
+    """Rewrite the products in the Program of ``build`` whose weights have trained entries."""
     for node in list(build.program.graph.nodes):
         where = WEIGHT.get(node.target)
         if where is None or node.kwargs or provenance(node) is not None:
@@ -55,7 +55,7 @@ def _take_over(build: Builder, node: fx.Node, weight: fx.Node) -> None:
 
 
 def _redirect(program: Program, before: fx.Node, after: fx.Node, origin: dict[str, str]) -> None:
-    """Make ``after`` the base's own result, below all insertions at the site."""
+    """Make ``after`` the base's own result, before all insertions at the site."""
     before.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
     program.edits.add(Edit(origin.get("adaptation", ""), origin.get("site", ""), before, after))
 

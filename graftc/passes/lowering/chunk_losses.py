@@ -1,4 +1,4 @@
-"""Fuse a head over a vocabulary and the loss after it into one operator, which computes logits a few rows at a time.
+"""Fuse a vocabulary head and its loss into one operator, which computes logits a few rows at a time.
 
 Operators that move rows of the logits are applied to the head's inputs instead.
 """

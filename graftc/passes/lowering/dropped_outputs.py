@@ -1,4 +1,4 @@
-"""Outputs that a lowered graph no longer returns."""
+"""Remove outputs that a lowered graph no longer returns, and explain their absence."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Recognise heads over a vocabulary followed by a cross-entropy, by data flow, from the loss backwards.
 
-The operations on all logits (casts, moves of rows, a scale, a cap) come first, then the sum of linear maps that the
-logits are computed from.
+The operations on all logits (casts, moves of rows, a scale, a cap) come first, then the sum of linear maps from which
+the logits are computed.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class NoMatchError(Exception):
 
 @dataclass(frozen=True)
 class Term:
-    """One of the linear maps whose sum is the logits.
+    """One of the linear maps whose results add up to the logits.
 
     Attributes:
         x: the input, ``[..., in]``.
         weight: the matrix, ``[columns, in]``; None for a bias, which is then ``x``, ``[..., columns]``.
         turned: whether the weight is ``[in, columns]``.
-        factor: the factor of its result.
-        moves: the moves of rows after the map, the last one first.
+        factor: the scalar by which its result is multiplied.
+        moves: the operators that move rows after the map, the last one first.
         start, stop: the range of its columns that is used.
-        to: the position of that range in the vocabulary.
+        to: the position in the vocabulary at which that range begins.
     """
 
     x: fx.Node
@@ -132,10 +132,10 @@ def _filled(node: fx.Node, defaults: tuple[Any, ...]) -> list[Any]:
 
 
 def read_head(head: LossHead) -> None:
-    """Trace a loss back to the linear maps that it is computed from, and fill in ``head``.
+    """Trace a loss back to the linear maps from which it is computed, and fill in ``head``.
 
     Raises:
-        NoMatchError: if it is not a head over a vocabulary, or not one that the operator supports.
+        NoMatchError: if there is no head over a vocabulary, or none that the operator supports.
     """
     loss = loss_of(head.loss)
     assert loss is not None
@@ -167,7 +167,7 @@ def read_head(head: LossHead) -> None:
 def _step(
     node: fx.Node, moves: tuple[fx.Node, ...], factor: float
 ) -> tuple[fx.Node, tuple[fx.Node, ...], float] | None:
-    """Go back by one operator; return None if that is not a cast, a move of rows or a factor."""
+    """Step back by one operator; return None unless it is a cast, a move of rows or a scaling."""
     source = _args(node)[0] if _args(node) else None
     if not isinstance(source, fx.Node):
         return None
@@ -183,7 +183,7 @@ def _step(
 
 
 def _of_rows(node: fx.Node, source: fx.Node) -> bool:
-    """Return whether a move leaves the vocabulary's axis unchanged."""
+    """Return whether a move of rows leaves the vocabulary axis unchanged."""
     axes, width = source.meta["val"].dim(), width_of(source)
     if width_of(node) != width:
         return False
@@ -214,7 +214,7 @@ def width_of(node: fx.Node) -> int:
 
 
 def _collect(head: LossHead, node: fx.Node, factor: float, moves: tuple[fx.Node, ...]) -> None:
-    """Add the linear maps that a node is the sum of to ``head``."""
+    """Add to ``head`` the linear maps whose results add up to a node."""
     width = width_of(node)
     if node.meta["val"].dim() == 1 or all(expression(size) == 1 for size in node.meta["val"].shape[:-1]):
         head.biases.append(Term(node, None, factor, (), 0, width))
@@ -301,7 +301,7 @@ def linear_of(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | 
 
 
 def _order(head: LossHead, vocabulary: int) -> None:
-    """Put the terms that cover the vocabulary first, in its order."""
+    """Put the terms that cover the vocabulary first, in vocabulary order."""
     left, filled = [term for term in head.terms if term.stop > term.start], 0
     first: list[Term] = []
     while filled < vocabulary:

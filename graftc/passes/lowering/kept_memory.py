@@ -15,10 +15,10 @@ from graftc.passes.core.ir.shapes import Sizes, expression
 from graftc.passes.lowering.head import LossHead
 
 TOKENS = 512
-"""Length of the row that sizes are computed for."""
+"""Number of tokens in the row for which sizes are computed."""
 
 LARGE = 0.1
-"""Logits count as large from this fraction of the other values on."""
+"""Logits count as large if their bytes are at least this fraction of all other values' bytes."""
 
 
 def small_logits(program: Program, head: LossHead, *, checkpointed: bool) -> str:
@@ -46,7 +46,7 @@ def small_logits(program: Program, head: LossHead, *, checkpointed: bool) -> str
 
 
 def _symbols(program: Program) -> Any:
-    """Return a function from symbols to sizes for one row: 1 for the first axes of inputs, `TOKENS` for all others."""
+    """Return a function that maps symbols to sizes for one row: 1 for first axes of inputs, `TOKENS` for all others."""
     inputs = [node.meta["val"] for node in program.placeholders()]
     rows = {str(expression(value.shape[0])) for value in inputs if isinstance(value, Tensor) and value.dim()}
     return lambda symbol: 1 if symbol in rows else TOKENS

@@ -1,4 +1,4 @@
-"""Recognise products with matrices in a graph, and low-rank updates of their results, by data flow."""
+"""Recognise, by data flow, matrix products in a graph and low-rank updates of their results."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Branch:
     """Two factors applied to a source: ``scale * B A z``.
 
     Attributes:
-        source: the value that the first factor is applied to.
+        source: the value to which the first factor is applied.
         a, b: the factors.
         scale: the scalar that multiplies the product.
         nodes: the nodes that compute it.
-        columns: the indices of the columns that it is added to; None if ``runs`` defines them.
+        columns: the indices of the columns to which it is added; None if ``runs`` defines them.
         runs: the same columns as half-open runs; empty for all columns.
     """
 
@@ -45,14 +45,14 @@ class Branch:
 
 @dataclass
 class Map:
-    """A product with a matrix, and the updates added to its result.
+    """A matrix product, and the updates added to its result.
 
     Attributes:
         node: the product.
         x, weight, bias: the values that it reads.
         transposed: whether the weight is ``[in, out]``.
-        end: the node of its result with all updates.
-        scale: the factors of the columns of its result; None without factors.
+        end: the node of its result after all updates.
+        scale: a scaling factor for each column of its result; None if there are none.
         branches: the updates, in order.
         nodes: all nodes from the product to the end.
     """
@@ -86,7 +86,7 @@ class Matcher:
         self._settled = Memory(program.graph).settled
 
     def map(self, node: fx.Node) -> Map | None:
-        """Return the map that starts at a product; None if a node is not a product with one matrix."""
+        """Return the map that starts at ``node``; None if ``node`` is not a product with a single matrix."""
         match = _product(node)
         if match is None or not self._settled(node, *node.all_input_nodes):
             return None
@@ -118,7 +118,7 @@ class Matcher:
         return replace(one, end=readers[0], scale=scale, branches=branches, nodes=nodes)
 
     def together(self, maps: list[Map]) -> Iterator[list[Map]]:
-        """Yield groups of maps of one input that can be computed at one place.
+        """Yield groups of maps of one input that can be computed in one place.
 
         This place is after everything that they read and before everything that reads them. A single map without an
         update or scale is left out.
@@ -147,7 +147,7 @@ class Matcher:
         return [user for user in node.users if user in self.live]
 
     def _step(self, value: fx.Node, x: fx.Node) -> Step | None:
-        """Return the next sum after a value: its node, the updates that it adds, and the nodes on the way."""
+        """Return the next sum after a value: its node, the updates that it adds, and the nodes in between."""
         readers = self.readers(value)
         if not self._settled(value):
             return None
@@ -203,7 +203,7 @@ class Matcher:
         return put, [replace(branch, columns=columns)], [picked, total, put, *branch.nodes]
 
     def _in_columns(self, value: fx.Node, readers: list[fx.Node], x: fx.Node) -> Step | None:
-        """Match sums over columns that are sliced out and then all concatenated again."""
+        """Match sums over columns when all columns are sliced out and then concatenated again."""
         if not readers or any(node.target is not aten.slice.Tensor for node in readers):
             return None
         passed: set[fx.Node] = set()
@@ -241,8 +241,8 @@ class _Part:
 
     Attributes:
         start, end: the range of columns.
-        added: the sum that adds to them; None without an addition.
-        at: the first column of the addition.
+        added: the node of the sum that adds to these columns; None if there is no addition.
+        at: the column of the addition that is added to column ``start``.
     """
 
     start: int
@@ -302,7 +302,7 @@ class _Columns:
 
 
 def _in_runs(parts: list[_Part], branches: dict[fx.Node, Branch]) -> list[Branch] | None:
-    """Return the updates with the runs of columns that they apply to; None unless every column is in its place."""
+    """Return the updates with the runs of columns to which they apply; None if any column is out of place."""
     at = 0
     runs: dict[fx.Node, list[tuple[int, int]]] = {}
     taken: dict[fx.Node, int] = {}
@@ -321,7 +321,7 @@ def _in_runs(parts: list[_Part], branches: dict[fx.Node, Branch]) -> list[Branch
 
 
 def _product(node: fx.Node) -> Map | None:
-    """Return a product with a matrix, in the base or in an adaptation, as a map; None for other nodes."""
+    """Return a matrix product, in the base or in an adaptation, as a map; None for other nodes."""
     linear = linear_of(node) if node.target in _PRODUCTS and not node.kwargs else None
     if linear is None:
         return None

@@ -1,8 +1,8 @@
-"""Fuse linear maps of one input, with their low-rank updates, into one call of `graftc.passes.core.ops.projections`.
+"""Fuse linear maps of one input, and their low-rank updates, into one call to `graftc.passes.core.ops.projections`.
 
-A map is recognised by its computation: a product with a matrix, followed by sums with products of two factors, over
-all or some of its columns. Maps that read the same value in the same layer are computed together, including those
-without updates: their contributions to the value's gradient are then accumulated in one tensor.
+A map is recognised by its computation: a matrix product, followed by additions of products of two factors, over all or
+some of its columns. Maps that read the same value in the same layer are computed together, including those without
+updates: their contributions to the value's gradient are then accumulated in one tensor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fuse_projections(program: Program) -> list[LoweringOutcome]:
     """Compute maps of one input together, and add updates to their results in place.
 
     Returns:
-        For every site at a product with a weight, whether the insertion there became part of such a call.
+        For every site at a product with a weight, whether the insertion there became part of a fused call.
     """
     matcher = Matcher(program)
     maps = filter(None, (matcher.map(node) for node in program.graph.nodes if node in matcher.live))
@@ -46,7 +46,7 @@ def fuse_projections(program: Program) -> list[LoweringOutcome]:
 
 
 def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.Node, fx.Node]:
-    """Replace a group with one call, and return the node of each map's new result, by the node of the old one."""
+    """Replace a group with one call, and return the node of each map's new result, by the node of its old one."""
     graph, x = program.graph, group[0].x
     branches = [(number, branch) for number, one in enumerate(group) for branch in one.branches]
     sources = list(dict.fromkeys(branch.source for _, branch in branches if branch.source is not x))
@@ -78,7 +78,7 @@ def _replace(program: Program, group: list[Map], matcher: Matcher) -> dict[fx.No
 def _mask(source: fx.Node, group: list[Map], matcher: Matcher) -> tuple[fx.Node, float] | None:
     """Return the mask and probability of the dropout if a source is the group's input after dropout.
 
-    Return None if the source is something else, or if other nodes read it as well.
+    Return None if the source is anything else, or if other nodes read it as well.
     """
     if source.target is not torch.ops.graftc.masked_dropout.default or source.kwargs or len(source.args) != 3:
         return None

@@ -1,4 +1,4 @@
-"""Compare the loss that a spec requests with `memory: {loss: ...}` with the outcome."""
+"""Compare the loss that a spec requests through `memory: {loss: ...}` with the outcome."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cut a Program at the losses of single tokens, for objectives that compare log-probabilities."""
+"""Cut a Program at the losses of individual tokens, for objectives that compare log-probabilities."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def token_losses(program: Program, *, scores: bool = False) -> Program:
-    """Return the Program up to its cross-entropy without a reduction, ``[rows]``, which is zero without a label.
+    """Return the Program up to its cross-entropy without a reduction, ``[rows]``; rows without a label are zero.
 
     Head and loss are computed a few rows at a time if possible.
 
