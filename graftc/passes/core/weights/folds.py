@@ -224,8 +224,7 @@ class LazyTensors:
             values[own_bias.tensor] = own_bias.put(bias, new_bias)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype to which a folded tensor is rounded: the base tensor's or, for an added bias, its
-        weight's."""
+        """Return the dtype a folded tensor is rounded to: the base tensor's, or that of an added bias's weight."""
         return self.store.get(name if name in self.store else self.chain(name)[0].weight.tensor).dtype
 
     def folded(self, name: str) -> Tensor:
