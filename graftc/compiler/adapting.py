@@ -52,13 +52,13 @@ ADAPT: Pipeline[Adapting] = Pipeline(
         RECOMPUTE,
     ],
 )
-"""Turns a base that was captured and compared with the model into an adapted Program."""
+"""Turns a captured base that has been compared with the model into an adapted Program."""
 
 ADAPT_CALLS = Pipeline(ADAPT.name, [*ADAPT.passes, CALLS], ADAPT.given)
-"""Turns a capture whose repeated layers are function calls into the adapted Program of train mode."""
+"""Turns a capture whose repeated layers are function calls into the adapted train-mode Program."""
 
 EVAL: Pipeline[Evaluating] = Pipeline("eval", [EVALUATE], {"adapted"})
-"""Turns an adapted Program into that of eval mode."""
+"""Turns an adapted Program into its eval-mode counterpart."""
 
 
 def adapt_signature(work: Work) -> tuple[Graphs, Resolution]:
@@ -77,7 +77,8 @@ def adapt_signature(work: Work) -> tuple[Graphs, Resolution]:
 def may_call(work: Work, capture: Capture) -> bool:
     """Return whether layers of a capture may remain function calls.
 
-    This requires that some layers are calls, and that nothing in the spec and no plugin applies to the whole model.
+    This requires that some layers are function calls, and that nothing in the spec or in a plugin applies to the whole
+    model.
     """
     if work.compilation.every_layer:
         return False
@@ -94,12 +95,13 @@ def may_call(work: Work, capture: Capture) -> bool:
 def _with_calls(work: Work, capture: Capture, checked: Sequence[HistoryEntry]) -> tuple[Graphs, Resolution] | None:
     """Adapt a capture whose repeated layers are calls; return None if every layer has to be written out.
 
-    Errors in a spec are raised later, for the written-out graphs, so that their messages name the same places.
+    Errors in a spec are not raised here but later, for the written-out graphs, so that their messages name the same
+    places in either case.
 
     Args:
         work: the work on the signature.
         capture: the capture, which has been compared with the source model.
-        checked: history entries about that comparison.
+        checked: history entries of that comparison.
     """
     compilation = work.compilation
 
@@ -152,14 +154,14 @@ def _adapt(
     called: bool = False,
     anchors: Sequence[Anchor] = (),
 ) -> tuple[Graphs, Resolution]:
-    """Adapt a train-mode capture, and derive eval mode or capture it as well.
+    """Adapt a train-mode capture, and either derive the eval-mode graphs from it or capture eval mode as well.
 
     Args:
         work: the work on the signature.
         main: the capture, which has been compared with the source model.
-        checked: history entries about that comparison.
-        called: whether equal layers call functions.
-        anchors: comparisons of the graphs of both modes with the model, if they have been made.
+        checked: history entries of that comparison.
+        called: whether equal layers are function calls.
+        anchors: existing comparisons of both modes' graphs with the model, if any.
     """
     compilation, request = work.compilation, work.request
     train = Adapting(work, request, main, work.places, called)
@@ -177,7 +179,7 @@ def _adapt(
         ]
     evaluating = Evaluating(train, program, True, eval_base)
     if _is_unlike_eval(eval_base) or not all(comparison.passed for comparison in derived):
-        # Eval mode is more than train mode without dropout, so it needs a capture of its own.
+        # Eval mode differs from train mode by more than dropout, so it needs a capture of its own.
         if called:
             raise UnlikeBodyError("each mode has a capture of its own")
         in_eval = replace(request, mode="eval")
@@ -221,10 +223,10 @@ def _adapt(
 
 
 def _adapted(context: Adapting, log: Log) -> Program:
-    """Return a capture's Program, adapted as the spec requests or at the places of another one.
+    """Return a capture's Program, adapted as the spec requests or at the same places as another graph.
 
     Raises:
-        GraftError: from the passes; GC031 and GC141 if a part of a call cannot be adapted on its own.
+        GraftError: any error from the passes; GC031 or GC141 if a part of a call cannot be adapted on its own.
     """
     program = (ADAPT_CALLS if context.called else extended(ADAPT)).run(context.base, context, log)
     require_tokens_alone(program)
@@ -233,28 +235,29 @@ def _adapted(context: Adapting, log: Log) -> Program:
 
 
 def _signature(compilation: Compilation, adapted: Program, base: Program) -> Signature:
-    """Return the signature of a graph, which distinguishes its calls from those of others."""
-    own = [spec for spec in base.inputs if not is_past(spec.name)]  # the model determines heads and their widths
+    """Return a graph's signature, which distinguishes the calls that it serves from those of other graphs."""
+    own = [spec for spec in base.inputs if not is_past(spec.name)]  # the model fixes the heads of a past
     bounds = [(f"{s.name}.{i}", low, high) for s in own for i, (low, high) in enumerate(s.ranges)]
     fixed = tuple(f"{axis}={low}" for axis, low, high in bounds if low == high)
     signature = Signature(inputs_of_program(adapted.inputs, adapted.flags), fixed)
-    if signature in compilation.signatures:  # the model may compute something else for other sizes of the same inputs
+    if signature in compilation.signatures:  # the model may behave differently for other sizes of the same inputs
         signature = signature._replace(sizes=(*fixed, *(f"{axis}={low}..{high}" for axis, low, high in bounds)))
     return signature
 
 
 def _as_captured(axes: Sequence[Axis], source: Program) -> tuple[Axis, ...]:
-    """Return the requested inputs.
+    """Return the requested inputs, with the captured graph's axes for those captured as shown.
 
-    Those captured as shown get the graph's axes, which show which sizes vary and which are equal.
+    These axes indicate which sizes are dynamic and which are equal.
     """
     shapes = {spec.name: spec.shape for spec in source.inputs}
     return tuple(replace(axis, axes=shapes.get(axis.name, axis.axes)) if axis.as_shown else axis for axis in axes)
 
 
 def _is_unlike_eval(program: Program) -> bool:
-    """Return whether a derived eval graph contains something that is rare in eval mode.
+    """Return whether a derived eval graph contains something that is unusual in eval mode.
 
-    Stochastic depth and the like leave more behind than dropout, and buffers may be updated only in train mode.
+    Unlike dropout, stochastic depth and similar techniques leave traces in the graph, and the model may update buffers
+    only in train mode.
     """
     return bool(program.updates) or any(draws(node) for node in program.graph.nodes)

@@ -1,4 +1,4 @@
-"""`Compilation`: what was compiled, as data. Operations on it are in files named after them, such as `adapting`."""
+"""Define `Compilation`, the results of compiling as data; modules such as `adapting` contain the operations on it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Places:
     """The places that are adapted.
 
     Attributes:
-        resolved: the adaptations with their sites.
+        resolved: the adaptations, each with its sites.
         trained: tensors that train in place.
     """
 
@@ -50,22 +50,22 @@ class Places:
 
 @dataclass(frozen=True)
 class Resolution:
-    """The result of resolving a spec in the graphs of one signature, and how these were made.
+    """The result of resolving a spec in the graphs of one signature, and how these graphs were made.
 
     Attributes:
         signature: the signature.
         structure: the roles in the train graph.
-        resolved: the adaptations with their sites there.
+        resolved: the adaptations, each with its sites in these graphs.
         trained: tensors that train in place.
-        attentions: every attention.
+        attentions: every attention site.
         moded: paths of the modules whose mode makes a difference.
         axes: the inputs requested for capture.
-        captures: the captures of train mode, and of eval mode if that could not be derived; each with token ids, and
-            with token embeddings as well if there are virtual tokens.
+        captures: the captures of train mode, and of eval mode if that could not be derived; each mode is captured with
+            token ids, and if there are virtual tokens, also with token embeddings.
         anchors: comparisons of the source model's graphs with the model itself.
         passes: plugin passes that were applied to the graphs, with their findings.
         parts: Store names of the inserted tensors, by adaptation, site and part.
-        notes: notes for display on what capturing had to change, without those of other signatures.
+        notes: notes for display about what capturing had to change, for this signature only.
     """
 
     signature: Signature
@@ -93,7 +93,7 @@ class Resolution:
 
     @property
     def cached(self) -> bool:
-        """Whether all captures came from files."""
+        """Whether all captures were loaded from files."""
         return all(capture.cached for capture in self.captures)
 
     @cached_property
@@ -115,7 +115,7 @@ class CalledResolution(Resolution):
     Attributes that describe the graphs with every layer written out are computed on first access.
 
     Args:
-        resolution: the Resolution with calls, whose places are those of the graphs that are run.
+        resolution: the Resolution of the graphs with calls, which are the graphs that run.
         write_out: a function that returns the graphs with every layer written out, and their Resolution.
     """
 
@@ -152,15 +152,15 @@ _WRITTEN_OUT = ("structure", "resolved", "trained", "attentions")
 
 
 class SignatureTable:
-    """The graphs of every signature; the table only grows, when a new kind of call is compiled.
+    """The graphs of every signature; entries are only ever added, when a new kind of call is compiled.
 
     Attributes:
-        programs: every graph, in which equal layers may call functions.
-        resolutions: the Resolution of each signature, the first one first.
-        parts: the tensors of every adaptation in all of them, by site and part.
-        notes: notes for display on what capturing any of them had to change.
-        first_call: the inputs of the first call of the first signature, if random ones make no sense and no caller has
-            given examples; None before that call.
+        programs: every graph; equal layers in a graph may be function calls.
+        resolutions: the Resolution of each signature, in the order of compilation.
+        parts: Store names of the tensors inserted for all signatures, by adaptation, site and part.
+        notes: notes for display about what capturing had to change, for all signatures.
+        first_call: the inputs of the first call with the first signature, recorded if random inputs make no sense and
+            the caller gave no examples; None before that call.
     """
 
     def __init__(self) -> None:
@@ -172,7 +172,7 @@ class SignatureTable:
         self._by_inputs: dict[tuple[str, ...], list[Signature]] = {}
 
     def add(self, graphs: Graphs, resolution: Resolution, notes: Iterable[str]) -> None:
-        """Add the graphs of a new signature, and notes on it; other threads find it only when it is complete."""
+        """Add a new signature's graphs and notes; other threads find the signature only once it is complete."""
         signature = resolution.signature
         self.programs |= {ProgramKey(entry, mode, signature, stage): p for (entry, mode, stage), p in graphs.items()}
         self.resolutions[signature] = resolution
@@ -191,21 +191,21 @@ class SignatureTable:
 
 @dataclass(frozen=True, eq=False)
 class Compilation:
-    """All Programs of one spec and model over one Store; frozen, except that new kinds of calls add to its table.
+    """All Programs of one spec and model over one Store; frozen, except that each new kind of call adds to its table.
 
     Attributes:
         spec: the spec that was requested.
         model: the source model; read when a new signature has to be captured, never changed.
-        store: the Store with every tensor.
+        store: the Store that contains every tensor.
         source: the model as it was given; `model` is a copy if the spec unties tensors or adds tokens.
-        watch: detects changes of `source`.
+        watch: detects changes to `source`.
         seed: the seed for drawing initial values.
         use_cache: whether captures are looked up and stored in the user's cache folder.
-        known: functions that return existing captures, by key; one returns None if its file has been removed since.
+        known: functions that return existing captures, by key; they return None if the file has since been removed.
         table: the graphs of every signature.
-        every_layer: whether every layer is written out in all of these graphs.
-        in_the_way: the reasons why a model is not one graph, by the path of a stack of layers; the reason for the whole
-            model is under the empty path. Not stored in artifacts.
+        every_layer: whether every layer is written out in all graphs of the table.
+        in_the_way: the reasons why the model is not one graph, by the path of the stack of layers concerned; the reason
+            for the whole model is under the empty path. Not stored in artifacts.
     """
 
     spec: Spec
@@ -233,17 +233,17 @@ class Compilation:
 
     @property
     def signatures(self) -> Mapping[Signature, Resolution]:
-        """The Resolution of each signature, the first one first."""
+        """The Resolution of each signature, in the order of compilation."""
         return self.table.resolutions
 
     @property
     def parts(self) -> Mapping[str, Parts]:
-        """The tensors of every adaptation, by site and part."""
+        """Store names of the inserted tensors, by adaptation, site and part."""
         return self.table.parts
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes on what capturing had to change, for display."""
+        """Notes for display about what capturing had to change."""
         return self.table.notes
 
     @property
@@ -273,7 +273,7 @@ class Compilation:
         return {**self.known, **{capture.key: capture.again for capture in in_use if capture.key is not None}}
 
     def program(self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None) -> Program:
-        """Return a Program that every signature has, by default the first signature's."""
+        """Return a Program of a signature's forward pass, by default the first signature's."""
         return self._written_out(self.key(mode, stage, signature))
 
     def written_out(self, key: ProgramKey) -> Program | None:
@@ -281,7 +281,7 @@ class Compilation:
         return self._written_out(key) if key in self.table.programs else None
 
     def program_as_run(self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None) -> Program:
-        """Return the same Program as `program`, except that equal layers may call functions."""
+        """Return the same Program as `program`, except that equal layers may be function calls."""
         return self.table.programs[self.key(mode, stage, signature)]
 
     def places(self) -> Places:
@@ -293,10 +293,10 @@ class Compilation:
         return self.table.find(inputs)
 
     def graphs(self, signature: Signature) -> dict[str, Program]:
-        """Return a signature's graphs by their names in files.
+        """Return a signature's graphs, keyed by their names in files.
 
-        These are ``train``, ``eval``, ``base.train``, ``base.eval``, and the captures behind them if there are virtual
-        tokens (``tokens.train``, ``embeds.train``) or if eval mode could not be derived.
+        These are ``train``, ``eval``, ``base.train`` and ``base.eval``; if there are virtual tokens, or if eval mode
+        could not be derived, also the captures behind them, such as ``tokens.train`` and ``embeds.train``.
         """
         stages: tuple[tuple[str, Stage], ...] = (("base.", "base"), ("", "adapted"))
         modes: tuple[Mode, ...] = ("train", "eval")
@@ -317,7 +317,7 @@ class Compilation:
         """
         device = device_of(self.model)
         name = cache_name(parameters(self.model)) or CACHE
-        try:  # a single token takes half the time of several
+        try:  # probing with a single token takes half as long as with several
             return probe(self.model, {axis.name: axis.smallest(device) for axis in self.main.axes}, name)
         except GraftError:
             return probe(self.model, {axis.name: axis.example(device) for axis in self.main.axes}, name)
@@ -347,22 +347,22 @@ class Compilation:
 
     @property
     def replaced(self) -> frozenset[str]:
-        """The tensors of `source` whose values have no effect here, because graphs have their own."""
+        """The tensors of `source` whose values have no effect here, because the graphs use their own values."""
         return replaced_tensors(
             self.store.updated, self.tensor_edits.trained_in_full(), Store.mirror(self.source).aliases
         )
 
     def identity(self, *, full: bool = False) -> Identity:
-        """Return the identity of the base: that of the source model, whatever the values of its `replaced` tensors.
+        """Return the identity of the base: that of the source model, ignoring the values of its `replaced` tensors.
 
         Args:
-            full: whether to digest every value instead of some of each tensor.
+            full: whether to digest every value of each tensor instead of a sample.
         """
         return identify(self.source, full=full, replaced=self.replaced)
 
     @cached_property
     def controls(self) -> Mapping[str, CompositionSpec]:
-        """The additional inputs by which a call chooses among adaptations, with their compositions."""
+        """The additional inputs with which a call chooses among adaptations, each with its composition."""
         return controls(self.spec)
 
     @cached_property
@@ -372,7 +372,7 @@ class Compilation:
 
     @cached_property
     def units(self) -> list[Unit]:
-        """The adaptations as they are inserted: compositions, and single adaptations."""
+        """The units in which adaptations are inserted: compositions and single adaptations."""
         return units(self.spec, self.main.resolved)
 
     @cached_property

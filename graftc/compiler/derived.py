@@ -13,21 +13,21 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 def program_of(compilation: Compilation, key: ProgramKey) -> Program:
-    """Return the Program of a key, which the Compilation already has or which is derived here.
+    """Return the Program of a key, deriving it if the Compilation does not have it yet.
 
     Raises:
-        GraftError: GC043 for modules in different modes if the eval graph is not a derived one.
+        GraftError: GC043 if modules are in different modes but the eval graph was not derived from the train graph.
     """
     program = compilation.written_out(key)
     return _mixed(compilation, key) if program is None else program
 
 
 FROM_FORWARD: frozenset[Entry] = frozenset({"hidden", "routes"})
-"""Entries whose Programs are derived from that of the forward pass."""
+"""Entries whose Programs are derived from the forward pass's Program."""
 
 
 def entered(entry: Entry, program: Program) -> Program:
-    """Return the Program of an entry in `FROM_FORWARD`, derived from that of the forward pass.
+    """Derive the Program of an entry in `FROM_FORWARD` from the forward pass's Program.
 
     Raises:
         GraftError: GC031 if the last hidden state is requested and the model returns none.

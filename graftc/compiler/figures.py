@@ -18,7 +18,7 @@ from graftc.passes.graph.compose import GATE_READING
 from graftc.specs.compose import Gate
 
 Figures: TypeAlias = dict[str, dict[str, dict[str, float]]]
-"""Values by adaptation, site and name of the figure."""
+"""Values by adaptation, site and figure name."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Figure:
 
 
 def live_figures(compilation: Compilation, controllers: Mapping[str, Controller[Any]]) -> Iterator[Figure]:
-    """Yield the current figures of every site, from tensors and controllers."""
+    """Yield the current figures of every site, computed from its tensors and by controllers."""
     for resolved in compilation.main.resolved:
         method, controller = method_for(resolved.spec.method), controllers.get(resolved.name)
         if controller is None and not isinstance(method, Figured):
@@ -68,7 +68,7 @@ class SiteReading:
 
 
 def live_readings(compilation: Compilation) -> Iterator[tuple[Tensor, SiteReading]]:
-    """Yield the readings to take in a forward pass, each with the parameter that its operators read."""
+    """Yield the readings to take in a forward pass, each preceded by the parameter that the observed operators read."""
     gates = {m.name for u in compilation.units if isinstance(u.composition, Gate) for m in u.members}
     for resolved in compilation.main.resolved:
         method = method_for(resolved.spec.method)
@@ -85,7 +85,7 @@ def live_readings(compilation: Compilation) -> Iterator[tuple[Tensor, SiteReadin
 
 @torch.no_grad()
 def as_numbers(figures: Iterable[Figure]) -> Figures:
-    """Return figures as plain numbers; those on one device are copied together."""
+    """Return figures as plain numbers; figures on the same device are copied together."""
     every = list(figures)
     by_device: dict[torch.device, list[int]] = {}
     values: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Input checks: the conditions that a model asserts about the values of its inputs, each as a small Program."""
+"""Input checks: conditions that a model asserts about the values of its inputs, each expressed as a small Program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graftc.specs.errors.diagnostics import GraftError
 aten = torch.ops.aten
 
 _LARGEST = 100
-"""The largest number of nodes in a check: one that reads hidden states would be as large as the model."""
+"""The maximum number of nodes in a check: a check that reads hidden states would be as large as the model."""
 
 
 def require(checks: Iterable[InputCheck], present: Mapping[str, Any], store: Store) -> None:
@@ -73,7 +73,7 @@ def _check(program: Program, node: fx.Node, text: str) -> InputCheck | None:
 
 
 def _of_more_than_inputs(node: fx.Node) -> bool:
-    """Return whether a value comes from a weight or from random numbers, which a check would draw differently."""
+    """Return whether a value is a weight, or is drawn at random, so that a check would draw a different one."""
     return is_random(node) or (node.op == "get_attr" and node.meta["val"].is_floating_point())
 
 

@@ -1,4 +1,4 @@
-"""Track tensors that a model's checkpoint lacks; they are random, which is allowed only if they train in full."""
+"""Track tensors that a model's checkpoint lacks; such tensors are random, and allowed only if they train in full."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 5
 
 
 def mark_fresh(model: nn.Module, names: Iterable[str], where: str) -> None:
-    """Record which tensors of a model were drawn at random, because ``where`` has none with their names and sizes."""
+    """Record a model's randomly drawn tensors: those for which ``where`` has no tensor of the same name and size."""
     fresh = tuple(sorted(names))
     if fresh:
         _FRESH[model] = (where, fresh)
@@ -48,7 +48,7 @@ def require_weights(model: nn.Module, trained: Iterable[str] = (), canonical: Ca
     Args:
         model: the model.
         trained: names of tensors that train in full, which may be missing.
-        canonical: maps a tensor's name to the name that owns it.
+        canonical: maps each of a tensor's names to the one that owns the tensor.
 
     Raises:
         GraftError: GC089 naming the missing tensors that do not train.

@@ -1,4 +1,4 @@
-"""Graphs that run a part of a call: new tokens after a cache, an encoder alone, or a decoder after an encoder."""
+"""Check graphs for part of a call: new tokens after a cache, an encoder alone, or a decoder after an encoder."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def is_encoder(program: Program) -> bool:
 
 
 def is_part(program: Program) -> bool:
-    """Return whether a graph runs a part of the model: its encoder, its decoder on encoder outputs, or its elements."""
+    """Return whether a graph runs part of the model: its encoder, its decoder on encoder outputs, or its elements."""
     alone = is_encoder(program) or bool(elements_in(program.flags))
     return alone or ENCODED in program.signature or any(map(is_cross, program.signature))
 
 
 def is_cached(program: Program) -> bool:
-    """Return whether a graph takes the keys and values of earlier tokens."""
+    """Return whether a graph takes the keys and values of earlier tokens as inputs."""
     return any(map(is_past, program.signature))
 
 
@@ -46,12 +46,12 @@ def require_every_place(
     """Check that a decoder's graph and the graphs that computed its inputs together read all adapted places.
 
     Args:
-        compilation: the Compilation with those graphs.
-        program: the graph.
-        read, trained: the adaptations and the trained tensors in the graph.
+        compilation: the Compilation that contains these graphs.
+        program: the decoder's graph.
+        read, trained: the adaptations and the trained tensors in the decoder's graph.
 
     Raises:
-        GraftError: GC031 naming a place that none of them reads.
+        GraftError: GC031 naming a place that no graph reads.
     """
     if not is_part(program) or is_encoder(program) or not compilation.signatures:
         return
@@ -72,12 +72,12 @@ def require_every_place(
 
 
 def require_every_edit(compilation: Compilation, program: Program, base: Program) -> None:
-    """Check that a part of the model contains every change to the stored tensors that it reads.
+    """Check that a graph for part of the model contains every change to the stored tensors that it reads.
 
     Args:
-        compilation: the Compilation with the changes of the whole model.
+        compilation: the Compilation, which has the changes to all tensors of the model.
         program: the adapted graph of the part.
-        base: its base graph.
+        base: the base graph of the part.
 
     Raises:
         GraftError: GC031 if a change is missing.
@@ -92,10 +92,10 @@ def require_every_edit(compilation: Compilation, program: Program, base: Program
 
 
 def require_no_virtual_tokens(program: Program, plan: Mapping[Any, Sequence[tuple[Unit, Any]]]) -> None:
-    """Check that a part of a call has no virtual tokens, which precede the whole text.
+    """Check that a graph for part of a call has no virtual tokens, since these precede the whole text.
 
     Raises:
-        GraftError: GC141 if it has any.
+        GraftError: GC141 if there are any.
     """
     if plan and (is_cached(program) or is_part(program)):
         name = next(iter(plan.values()))[0][0].name
@@ -107,10 +107,10 @@ def require_no_virtual_tokens(program: Program, plan: Mapping[Any, Sequence[tupl
 
 
 def require_tokens_alone(program: Program) -> None:
-    """Check that adaptations in a graph with a cache do not depend on tokens that are not in the call.
+    """Check that no adaptation in a graph with a cache depends on tokens that are not in the call.
 
     Raises:
-        GraftError: GC141 if one does.
+        GraftError: GC141 if an adaptation does.
     """
     if not is_cached(program):
         return
@@ -122,7 +122,7 @@ def require_tokens_alone(program: Program) -> None:
 
 
 def require_rows_of_one(compilation: Compilation) -> None:
-    """Check that a call returns the same number of rows as its inputs have.
+    """Check that a call returns as many rows as its inputs have.
 
     Raises:
         GraftError: GC141 for parallel adaptations.
@@ -134,19 +134,19 @@ def require_rows_of_one(compilation: Compilation) -> None:
 
 
 def cannot_be_cached(compilation: Compilation) -> bool:
-    """Return whether an adaptation rules out graphs with a cache: virtual tokens, or work across tokens."""
+    """Return whether virtual tokens, or an adaptation that works across tokens, rule out graphs with a cache."""
     program = compilation.program_as_run("train")
     return bool(program.virtual or _across_tokens(program))
 
 
 def gates_over_rows(program: Program) -> list[str]:
-    """Return the names of adaptations whose gates are means over the tokens of a row."""
+    """Return the names of adaptations whose gates average over the tokens of a row."""
     origins = (provenance(node) for node in program.graph.nodes if node.target in _MEANS)
     return list(dict.fromkeys(o["adaptation"] for o in origins if o is not None and o["part"] == "gate"))
 
 
 def _across_tokens(program: Program) -> list[str]:
-    """Return the names of adaptations that combine or count values over the tokens of a call."""
+    """Return the names of adaptations that combine values across the tokens of a call, or count them."""
     tokens = {
         expression(node.meta["val"].shape[1]) for node in program.placeholders() if str(node.target).endswith(_TOKENS)
     }

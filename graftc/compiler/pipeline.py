@@ -40,14 +40,14 @@ def compile_model(
     Args:
         spec: the document that specifies what to adapt.
         model: any module that torch.export can capture.
-        axes: its inputs; by default, the model's default ones.
-        flags: other keyword arguments of its calls.
+        axes: the model's inputs; by default, its default inputs.
+        flags: other keyword arguments that the model is called with.
         start: the seed, and existing captures and values.
 
     Raises:
         GraftError: with a code for any problem with the spec, the model or their combination.
     """
-    if any(name == CALLS for name, _ in flags):  # they come from an earlier Compilation
+    if any(name == CALLS for name, _ in flags):  # such flags come from an earlier Compilation
         start = replace(start, level="layers")
     try:
         return _compiled(spec, model, axes, flags, start)
@@ -55,7 +55,7 @@ def compile_model(
         if start.level is not None or spec.capture == "graph" or error.code not in _NO_GRAPH or not has_values(model):
             raise
         graph_error = error
-    # Not in the handler: the error would become the context of later ones, which are searched for causes.
+    # Outside the handler, since the error would become the context of later errors, which are searched for causes.
     try:
         reason = told(graph_error.__cause__ or graph_error)  # without the inputs that the model was called with
         return _compiled(spec, model, axes, flags, replace(start, level="layers", because=reason))
@@ -67,7 +67,7 @@ def compile_model(
 
 
 _NO_GRAPH = ("GC030", "GC041")
-"""Codes of the errors for a model that cannot be one graph."""
+"""Error codes for a model that cannot be captured as one graph."""
 
 
 def _compiled(
@@ -112,14 +112,14 @@ def recompile(
     model: nn.Module | None = None,
     axes: Sequence[Axis] | None = None,
 ) -> Compilation:
-    """Compile another spec for the same first signature.
+    """Compile another spec for a Compilation's first signature.
 
     Args:
-        compilation: the Compilation with the signature, the seed and the captures.
-        spec: the document that specifies what to adapt there.
+        compilation: the Compilation that provides the signature, the seed and the captures.
+        spec: the document that specifies what to adapt.
         values: adapter tensors to start from, by name.
-        model: another base; by default the one that ``compilation`` was given.
-        axes: inputs with other dtypes, if the base has another one.
+        model: another base; by default, the base of ``compilation``.
+        axes: inputs with other dtypes, if the new base's dtype differs.
     """
     return compile_model(
         spec,

@@ -1,6 +1,6 @@
 """Find position tables: a graph that looks up a vector per position accepts no more tokens than the table has rows.
 
-These lookups are found by trial: for a text with twice as many tokens as a table has rows, such a lookup exceeds it.
+The lookups are found by trial: a text with twice as many tokens as the table has rows makes them exceed the table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from graftc.passes.core.weights.store import Store
 from graftc.specs.errors.diagnostics import GraftError
 
 _LARGEST = 2**16
-"""The largest number of rows of a table that is tested."""
+"""The maximum number of rows of a table that is tested."""
 _POSITIONS = "position_ids"
 
 
@@ -32,9 +32,9 @@ class PositionTable:
 
     Attributes:
         index: the node that computes the indices of the rows to read.
-        most: the number of tokens for which it has positions.
-        rows: its number of rows; in some model families, positions begin after the first row.
-        input: the input with the tokens, and the index of its token axis.
+        most: the number of tokens for which the table has positions.
+        rows: the table's number of rows; in some model families, positions begin after the first row.
+        input: the name of the input that contains the tokens, and the index of its token axis.
         axis: the name of that axis.
         given: whether calls pass the positions.
     """
@@ -53,15 +53,15 @@ class PositionTable:
     def require(self, present: Mapping[str, Any], store: Store) -> None:
         """Check that every token of a call has a position.
 
-        Values are inspected if there are more tokens than positions, since some may be padding, and on the CPU if calls
-        pass the positions.
+        The indices are computed only if there are more tokens than positions, since some tokens may be padding, or if
+        calls pass the positions and the graph runs on the CPU.
 
         Args:
             present: the inputs of the call, by name.
             store: the Store of the graph's tensors.
 
         Raises:
-            GraftError: GC143 for a token beyond the table.
+            GraftError: GC143 if a token's position is beyond the end of the table.
         """
         past, (name, dim) = present.get(CACHE), self.input
         past_tensors = past.tensors if isinstance(past, Past) else {}
@@ -75,7 +75,7 @@ class PositionTable:
 
 
 def require_positions(tokens: int, most: int) -> None:
-    """Check that a table has positions for a text.
+    """Check that a table has a position for every token of a text.
 
     Args:
         tokens: the number of tokens of the text.
@@ -118,7 +118,7 @@ def _tables(program: Program, store: Store) -> Iterator[PositionTable]:
         try:
             (values,) = computed([index], lambda node: given[str(node.target)], store.get, store.device())  # noqa: B023
         except (RuntimeError, IndexError, ValueError, TypeError):
-            continue  # the graph takes only shorter texts
+            continue  # the graph accepts only shorter texts
         begins = int(values.max()) + 1 - length
         if 0 <= begins < rows:
             spec, dim = counted

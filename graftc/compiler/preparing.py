@@ -35,8 +35,8 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import counted
 
 Level = Literal["graph", "layers", "modules"]
-"""How much of a model is one graph: all of it, each of its layers, or each of its maps. Between graphs, the model's own
-Python code runs."""
+"""What is captured as one graph: the whole model, each of its layers, or each of its maps. Between graphs, the model's
+own Python code runs."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class StartingPoint:
         values: adapter tensors to start from instead of initial values, by name.
         known: existing captures to use instead of capturing, by key.
         every_layer: whether to write out every layer from the beginning, for callers that only inspect graphs.
-        level: how much of the model is one graph; by default as much as possible.
+        level: how much of the model each graph covers; by default, as much as possible.
         because: the reason why the whole model is not one graph.
-        shown: runs a model that is taken apart, to show how it calls its layers; by default, with one call on its
-            inputs.
+        shown: a function that runs a model that is taken apart, to show how it calls its layers; by default, one call
+            on the model's inputs.
     """
 
     seed: int = 0
@@ -78,12 +78,13 @@ class Prepared:
         spec: the document that specifies what to adapt.
         model: the model that is captured.
         source: the model as it was given, with its weights packed if the spec requests it.
-        axes: its inputs; None for the model's default ones.
-        flags: other keyword arguments of its calls.
-        start: existing captures and values, and how much of the model is one graph.
+        axes: the model's inputs; None for its default inputs.
+        flags: other keyword arguments that the model is called with.
+        start: existing captures and values, and how much of the model each graph covers.
         unpacked: the parameters as they were before being packed for the spec, by name.
-        notes: notes for display on what is not one graph.
-        in_the_way: the reasons for that, by the path of a stack of layers; the whole model's is under the empty path.
+        notes: notes for display about parts that are not captured as one graph.
+        in_the_way: the reasons why they are not, by the path of the stack of layers concerned; the reason for the whole
+            model is under the empty path.
         written: names of the buffers that the Python code between graphs writes to.
         read: names of the parameters that this code reads.
     """
@@ -104,7 +105,8 @@ class Prepared:
 def _quantise(prepared: Prepared) -> Prepared:
     """Pack the weights of linear maps and experts.
 
-    Graphs read weights however these are stored, so the capture that locates the maps also fits the packed model.
+    Graphs read weights regardless of how they are stored, so the capture that locates the maps also fits the packed
+    model.
     """
     model, spec, start = prepared.model, prepared.spec, prepared.start
     if spec.base.quantize is None:
@@ -181,7 +183,7 @@ def _take_apart(prepared: Prepared) -> Prepared:
 
 
 def _told(elements: Collection[str], model: nn.Module, because: str) -> str:
-    """Return a sentence about which parts of a model are graphs."""
+    """Return a sentence that states which parts of a model are graphs."""
     name, known_maps = type(model).__name__, set(maps_of(model))
     maps = len(known_maps.intersection(elements))
     layers = len(set(layers_of(model)).intersection(elements) - known_maps)
@@ -197,7 +199,7 @@ def prepare(prepared: Prepared) -> Prepared:
     Raises:
         GraftError: GC073, GC032 and GC130 for a model that cannot be compiled, GC162 for a library's quantisation that
             cannot be converted, GC030 if quantising needs a capture and none can be made, and any error from a part of
-            the spec, with its place there.
+            the spec, with the place in the spec.
     """
     try:
         require_plain(prepared.model)
@@ -216,7 +218,7 @@ def prepare(prepared: Prepared) -> Prepared:
 
 
 def explained(error: GraftError, prepared: Prepared) -> GraftError:
-    """Return the error for a prepared model that cannot be captured, in terms of the spec and with its place there.
+    """Restate the error for a prepared model that cannot be captured in terms of the spec, with the place in the spec.
 
     GC037 becomes GC149 if only parts of the model are graphs: the inputs of layers need not have a batch axis, so
     nothing can be chosen per row.

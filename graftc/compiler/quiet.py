@@ -1,7 +1,7 @@
-"""Suppress what libraries print, warn and log unasked, but let all other messages through.
+"""Suppress unsolicited output, warnings and log records of libraries, but let all other messages through.
 
-torch emits many messages while it creates a graph (`quiet`), and so do libraries that transformers imports merely
-because they are installed (`quiet_quantisers`).
+torch emits many messages while it creates a graph (see `quiet`), and so do libraries that transformers imports merely
+because they are installed (see `quiet_quantisers`).
 
 Standard streams, loggers and warning filters are process-wide. Only one thread's messages are dropped here; those of
 other threads get through.
@@ -77,7 +77,7 @@ class _Unasked(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to let the record pass; otherwise, store it for `tell`.
 
-        The decision depends on the stack of the thread that logs, which is also the one that imports.
+        The decision depends on the stack of the thread that logs, which is also the thread that imports.
         """
         if record.levelno >= logging.ERROR or record.name.partition(".")[0] == "transformers":
             return True
@@ -121,7 +121,7 @@ def tell(library: str) -> None:
     """Log, once, the records that `quiet_quantisers` held back for a library that is used after all.
 
     Args:
-        library: the first part of the loggers' names.
+        library: the first component of the loggers' names.
     """
     for record in [r for r in _withheld if r.name.partition(".")[0] == library]:
         _withheld.remove(record)
@@ -130,12 +130,12 @@ def tell(library: str) -> None:
 
 @contextmanager
 def quiet(libraries: Sequence[str], least: int = logging.ERROR) -> Iterator[None]:
-    """Suppress this thread's warnings, stderr output and records of some libraries' loggers while the block runs.
+    """Suppress this thread's warnings, stderr output and some libraries' log records while the block runs.
 
     Only one thread at a time may use it: call it within `exclusive`.
 
     Args:
-        libraries: the first parts of the loggers' names.
+        libraries: the first components of the loggers' names.
         least: the lowest level of records that are still logged.
     """
     with warnings.catch_warnings(), _without_errors(), _filtered(_Unheard(libraries, least)):

@@ -32,7 +32,7 @@ def signature_for(compilation: Compilation, inputs: Mapping[str, Any]) -> Signat
     """Return the signature whose Programs apply to a call's tensors and flags; capture it if it is new.
 
     Raises:
-        GraftError: GC031 for a signature that cannot be captured, or that does not read an adapted place.
+        GraftError: GC031 if the signature cannot be captured, or its graph does not read an adapted place.
     """
     signature = compilation.find(inputs)
     if signature is not None:
@@ -69,7 +69,7 @@ def _new_signature(compilation: Compilation, inputs: Mapping[str, Any]) -> Signa
 
 
 def _check_room(compilation: Compilation, tensors: Mapping[str, Tensor]) -> None:
-    """Check that adaptations that take up positions leave enough of them for a text.
+    """Check that adaptations that occupy positions leave enough of them for a text.
 
     Raises:
         GraftError: GC020 if they do not.
@@ -122,7 +122,7 @@ def add_signature(
     Args:
         compilation: the Compilation, to which the Programs are added.
         axes, flags: the inputs and flags that the source model is called with.
-        chosen: names of the Compilation's `controls` that calls also have; those that every call has may be omitted.
+        chosen: names of the `controls` that calls also pass; those that every call passes may be omitted.
         initial: the source of values for new tensors; by default they are drawn from the Compilation's seed.
 
     Returns:
@@ -145,12 +145,12 @@ def add_first(
 
     Args:
         compilation: the Compilation, which has no signature yet.
-        axes, flags: the inputs and flags that the source model is called with; None for its usual inputs.
+        axes, flags: the inputs (None for the default inputs) and the flags that the source model is called with.
         initial: the source of values for new tensors.
-        notes: notes for display on the model, in addition to those of the capture.
+        notes: notes for display about the model, in addition to those from the capture.
 
     Raises:
-        GraftError: GC030 if the model cannot be captured, and other codes for problems with the spec or its fit.
+        GraftError: GC030 if the model cannot be captured, and other codes if the spec is invalid or does not fit.
     """
 
     def attempt(tried: Sequence[Axis]) -> Signature:
@@ -182,7 +182,7 @@ def _fitting(
     """Return the graphs for these axes if they apply to a call, otherwise None.
 
     Args:
-        present: the tensors of the call by name. Sizes that turn out to be bound are captured with their values in it.
+        present: the call's tensors, by name; sizes that turn out to be bound are captured with their values in it.
     """
     for _ in range(2):
         graphs, resolution = _adapted(compilation, axes, flags, chosen, initial)
@@ -219,7 +219,7 @@ def _included(
     Args:
         compilation: the Compilation.
         graphs, resolution: the graphs and their Resolution.
-        notes: notes for display on the graphs; by default those of the Resolution.
+        notes: notes for display about the graphs; by default those of the Resolution.
     """
     if resolution.signature not in compilation.signatures:
         compilation.table.add(graphs, resolution, resolution.notes if notes is None else notes)

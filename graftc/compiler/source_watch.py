@@ -20,7 +20,7 @@ class SourceWatch:
         self._before = digests_of_holdings(source)
 
     def look(self) -> None:
-        """Warn if the model has changed: graphs that are created from now on reflect its present state."""
+        """Warn, once, if the model has changed, since graphs that are created from now on reflect its present state."""
         if self._before is None:
             return
         before, now = self._before, digests_of_holdings(self._source)

@@ -1,4 +1,4 @@
-"""Create the controllers and objectives of a Compilation, over its live tensors."""
+"""Create a Compilation's controllers and objectives, which use its live tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from graftc.specs.compose import Fuse
 
 @dataclass(frozen=True)
 class Steerings:
-    """The controllers and objectives of a Compilation, by adaptation; `outputs` are objectives of several passes."""
+    """The controllers and objectives of a Compilation, by adaptation; `outputs` compare several passes."""
 
     controllers: Mapping[str, Controller[Any]]
     objectives: Mapping[str, TensorObjective[Any]]
@@ -92,7 +92,7 @@ def steerings(compilation: Compilation) -> Steerings:
 
 
 def _steers(spec: MethodSpec) -> bool:
-    """Return whether an adaptation has a controller or an objective with anything to do."""
+    """Return whether an adaptation has a controller or an objective that has anything to do."""
     method = method_for(spec.method)
     return any(kind is not None and kind.wanted(spec) for kind in (method.controller, method.objective))
 

@@ -1,1 +1,1 @@
-"""Models whose own Python code runs between graphs: find the parts that are graphs, and how these are called."""
+"""Take apart models whose own Python code runs between graphs: find the parts that run as graphs, and their calls."""

@@ -21,15 +21,15 @@ from graftc.specs.errors.diagnostics import GraftError, first_line
 
 @dataclass(frozen=True)
 class Component:
-    """A module that a model calls on its own, with its first call in a run.
+    """A module that a model calls on its own, and the module's first call in a run.
 
     Attributes:
         path: path of the module.
         structure: structure of the call.
         tensors: tensors of the call, by the names of the module's parameters.
         results: tensors that the call returned, by the names that a graph uses for them.
-        given: the source of each tensor, by its name: an input of the model, or ``path/output`` of another component;
-            empty if the model's own Python code created it.
+        given: the source of each of the call's tensors, by name: an input of the model, or ``path/output`` of another
+            component; empty if the model's own Python code created it.
     """
 
     path: str
@@ -40,7 +40,7 @@ class Component:
 
 
 def components_of(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[list[Component], dict[str, str]]:
-    """Return the components of a model in the order of their calls, and the modules that no graph covers, with reasons.
+    """Return a model's components in the order of their calls, and the modules that no graph covers, with reasons.
 
     A component contains at most one stack of layers, and is as large as possible. A module that is inside a component
     but called from outside it, such as a token embedding, is a component as well.
@@ -74,12 +74,12 @@ def _stacks(rows: Collection[str], path: str) -> int:
 
 
 class _Run:
-    """Hooks that record the calls of the outermost modules that are not composite.
+    """Hooks that record the calls to the outermost modules that are not composite.
 
     Attributes:
         paths: the paths of the modules that are not composite and have parameters.
-        components: those that were called, by path.
-        left_out: those that no graph covers, with the reasons.
+        components: the modules that were called, by path.
+        left_out: the modules that no graph covers, each with the reason.
     """
 
     def __init__(self, model: nn.Module, composite: Collection[str], inputs: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The elements of a live model: its repeated layers, each of which is a graph, and how they are called.
+"""The elements of a live model: its repeated layers, each of which runs as a graph, and how they are called.
 
 A live model is a Program like any other. Its source is the union of the elements (`Elements`): a model that takes the
 tensors of all elements, and calls each element on its own. This Program is adapted, folded, saved and shown; the
@@ -39,7 +39,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 
 class Elements:
-    """Mixin placed before a model's class in the MRO, whose ``forward`` runs a union of the model's elements."""
+    """Mixin placed before a model's class in the MRO, whose ``forward`` runs the union of the model's elements."""
 
     def forward(self, **inputs: Any) -> dict[str, Any]:
         """Return the outputs of each element by its path; no element reads the outputs of another.
@@ -92,7 +92,7 @@ def hooked(
     *,
     always_after: bool = False,
 ) -> Iterator[None]:
-    """Call functions before and after the calls of modules while the block runs.
+    """Call functions before and after each call to certain modules while the block runs.
 
     Args:
         model: the model with the modules.
@@ -112,7 +112,7 @@ def hooked(
 
 
 def _hook(function: Callable[..., None], path: str) -> Callable[..., None]:
-    """Return a hook that belongs to graftc, which `is_the_users` recognises by the hook's module."""
+    """Return a hook that `is_the_users` recognises as graftc's own, by the module that defines it."""
 
     def hook(*call: Any) -> None:
         function(path, *call)
@@ -126,11 +126,11 @@ def is_live(model: nn.Module) -> bool:
 
 
 def union_of(model: nn.Module, elements: Iterable[str]) -> nn.Module:
-    """Return the union of a model's elements, named like its class; it shares all storage. The model is not changed.
+    """Return the union of a model's elements, whose class has the name of the model's; the model is not changed.
 
     Args:
-        model: the model to take apart.
-        elements: paths of the layers and maps that are graphs. Their hooks are called in the live model, around the
+        model: the model to take apart; the union shares all of its storage.
+        elements: paths of the layers and maps that run as graphs. Their hooks are called in the live model, around the
             graphs.
     """
     cls = type(model)
@@ -166,7 +166,7 @@ def maps_of(model: nn.Module) -> list[str]:
 
 
 def place_in_row(path: str) -> str:
-    """Return a path without its layer number; it is equal for modules at the same place in all layers of a row."""
+    """Return a path without its layer number; it is the same for corresponding modules in all layers of a row."""
     layer = layer_path(path)
     return layer.rpartition(".")[0] + path.removeprefix(layer)
 
@@ -183,7 +183,7 @@ Recorded = Mapping[str, tuple[CallStructure, Sequence[Tensor]]]
 
 
 def as_inputs(calls: Recorded) -> tuple[list[Axis], Flags]:
-    """Return a union's inputs and flags for calls of its elements; sizes above 1 are dynamic.
+    """Return a union's inputs and flags for calls to its elements; sizes above 1 are dynamic.
 
     Elements of a row that are called in the same way share the names of their sizes, so that the tracer runs only one
     of them (`graftc.compiler.capture.alike`). Each element is still called on its own, with its own sizes.
@@ -207,7 +207,7 @@ def in_autocast(tensor: Tensor) -> bool:
 
 
 def without_autocast(tensors: Iterable[Tensor], module: nn.Module) -> list[Tensor]:
-    """Return copies of a call's tensors, with the dtype that they would have without autocast: that of the module."""
+    """Return copies of a call's tensors with the dtype that they would have without autocast: the module's."""
     types = (p.dtype for p in module.parameters() if p.is_floating_point())
     dtype = next(types, torch.get_default_dtype())
     return [tensor.detach().to(dtype if in_autocast(tensor) else tensor.dtype, copy=True) for tensor in tensors]

@@ -58,7 +58,8 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
 
     Args:
         model: the model that is run; it is unchanged afterwards.
-        run: runs the model, for example with one call; called again for each depth of layers that are not graphs.
+        run: a function that runs the model, for example with one call; it is called again for each depth at which
+            layers or their parts cannot be graphs.
         maps_alone: whether only maps, and no layers or parts of layers, may be graphs.
 
     Raises:
@@ -73,7 +74,7 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
     map_counts = Counter(holder for path in used for holder in accumulate(path.split("."), "{}.{}".format))
     pending = _inside(model, {*layers} - {*graphs}, map_counts)
     while pending:
-        # Layers that are graphs are watched again, so that what they read does not count as read between graphs.
+        # Layers that run as graphs are watched again, so that their reads do not count as reads between graphs.
         deeper = record(model, [*whole, *pending], maps, run)
         graphs, _ = _whole(union_of(with_own_buffers(model), pending), deeper, pending)
         calls, read = {**deeper.calls, **calls, **graphs}, read | dict.fromkeys(deeper.read)
@@ -102,7 +103,7 @@ def taken_apart(model: nn.Module, run: Callable[[nn.Module], Any], *, maps_alone
 
 
 def _whole(union: nn.Module, seen: RecordedRun, paths: Sequence[str]) -> tuple[Recorded, dict[str, str]]:
-    """Return the calls of the layers, or parts of layers, that can be graphs, and the reasons why the others cannot.
+    """Return the calls to the layers, or parts of layers, that can be graphs, and the reasons why the others cannot.
 
     The reasons are keyed by `place_in_row`.
 
@@ -130,7 +131,7 @@ def _whole(union: nn.Module, seen: RecordedRun, paths: Sequence[str]) -> tuple[R
 
 
 def _reason(union: nn.Module, path: str, calls: Recorded, known: dict[object, str]) -> str:
-    """Return why a layer cannot be a graph, or an empty string; layers of one kind share the answer.
+    """Return why a layer cannot be a graph, or an empty string if it can; layers of the same kind share the answer.
 
     Args:
         union: the union of the model's elements.
@@ -155,7 +156,7 @@ def _in_order(calls: Recorded) -> list[str]:
 
 
 def _inside(model: nn.Module, paths: Collection[str], counts: Mapping[str, int]) -> list[str]:
-    """Return the direct submodules of some modules that contain more than one called map.
+    """Return those direct submodules of some modules that each contain more than one called map.
 
     Args:
         model: the model.
@@ -167,7 +168,8 @@ def _inside(model: nn.Module, paths: Collection[str], counts: Mapping[str, int])
 
 
 Kind = tuple[tuple[type, ...], str]
-"""The classes in an element, and the form of its call; settings aside, these determine what its Python code does."""
+"""The classes of an element's modules, and the form of its call; apart from settings, these determine what its Python
+code does."""
 
 
 def _kind(model: nn.Module, calls: Recorded, path: str) -> Kind:
@@ -198,11 +200,11 @@ READS = "its Python reads the values of tensors"
 
 
 def deciding(union: nn.Module, call: Recorded) -> Recorded:
-    """Return an element's call with the decisions that its Python code bases on tensor values, from a run in each mode.
+    """Run an element in each mode, and return its call with the decisions that its Python code bases on tensor values.
 
     Args:
         union: the union of the model's elements.
-        call: the call of one element; the decisions in it are kept, and later ones follow from the values.
+        call: the call to one element; decisions already in it are kept, and later ones follow from the values.
     """
     ((path, (structure, tensors)),) = call.items()
     union = with_own_buffers(union)
@@ -216,11 +218,11 @@ def deciding(union: nn.Module, call: Recorded) -> Recorded:
 
 
 def tried(union: nn.Module, call: Recorded) -> str:
-    """Return why an element's Python code cannot be a graph, judging by a run in each mode; empty if neither shows why.
+    """Run an element in each mode, and return the reason why its Python code cannot be a graph; empty if none is found.
 
     Args:
         union: the union of the model's elements.
-        call: the call of one element.
+        call: the call to one element.
     """
     union = with_own_buffers(union)
     for mode in _MODES:
@@ -246,7 +248,7 @@ def _run(union: nn.Module, call: Recorded, mode: Mode, watching: AbstractContext
 
 
 class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A mode that records whether Python code reads tensor values; their consequences would be constant in a graph."""
+    """A mode that records whether Python code reads tensor values, whose consequences would be constant in a graph."""
 
     supports_higher_order_operators = True
 
@@ -268,7 +270,7 @@ class _ReadValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _OfMemory(TorchFunctionMode):
-    """A mode that records reads of a tensor's memory that call no operator."""
+    """A mode that records reads of a tensor's memory that do not call an operator."""
 
     def __init__(self, values: _ReadValues) -> None:
         super().__init__()

@@ -28,9 +28,9 @@ def with_own_buffers(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def written_in_place(module: nn.Module) -> Iterator[None]:
-    """Write replacements of a module's buffers into the buffers themselves when its call ends, as a graph does.
+    """Write replacements for a module's buffers into the original buffers when the module's call ends, as a graph does.
 
-    A replacement of a different shape or type is left alone: it serves only this call, as a longer position table does.
+    A replacement with a different shape or dtype is left alone: like a longer position table, it serves only this call.
     """
     tables = [buffers_of(each) for each in module.modules()]
     before = [(table, name, buffer) for table in tables for name, buffer in table.items() if buffer is not None]

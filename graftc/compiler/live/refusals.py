@@ -49,7 +49,7 @@ def _of_the_whole(spec: Spec) -> Iterator[tuple[str, str]]:
 
 
 def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
-    """Raise if the model's own Python code reads an adapted tensor between graphs: it would get the base's values.
+    """Raise if the model's own Python code reads an adapted tensor between graphs, where it gets the base's values.
 
     Args:
         compilation: the Compilation of a model that is taken apart.
@@ -65,9 +65,9 @@ def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
 
 
 def adapted_tensors(compilation: Compilation) -> dict[str, tuple[str, ...]]:
-    """Return, for each adapted tensor of the Store by name, the names of the adaptations that adapt it.
+    """Return the names of the adaptations that adapt each tensor of the Store, by the tensor's name.
 
-    An adaptation with tensor edits adapts the tensors that these name; any other adapts all tensors of its sites.
+    An adaptation with tensor edits adapts the tensors named in the edits; any other adapts all tensors of its sites.
     """
     owners: dict[str, dict[str, None]] = defaultdict(dict)
     edits = compilation.tensor_edits

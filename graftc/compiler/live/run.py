@@ -1,4 +1,4 @@
-"""Run a model to record how its elements are called, and what else the model's own Python code does with them."""
+"""Run a model to record how its elements are called, and what else the model's own Python code does to them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class RecordedRun:
         calls: the first call of each element.
         written: names of the buffers that the model wrote to, in order.
         read: names of the parameters that the model's own Python code read between elements.
-        entered: elements that the model's own Python code does more with than call them, each with a description: it
-            calls a module inside, or sets an attribute.
-        untaken: elements that are called with arguments that no graph accepts, each with a description of these.
+        entered: elements that the model's own Python code does not merely call, each with a description of what
+            it does: call a module inside the element, or set an attribute.
+        untaken: elements that are called with arguments that no graph accepts, each with the reason.
     """
 
     calls: Recorded
@@ -43,11 +43,11 @@ def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Cal
     """Run a copy of a model, and record the inputs of its elements and what else happens to them.
 
     Args:
-        model: the model, which is run without gradients in its current mode, and then in the other one, whose calls are
-            not recorded.
+        model: the model, which is run without gradients, first in its current mode and then in the other mode; calls in
+            the other mode are not recorded.
         parts: paths of layers, or of parts of layers; none of them is inside another.
-        maps: paths of maps, inside and outside these.
-        run: runs the copy, for example with one call.
+        maps: paths of maps, inside and outside these parts.
+        run: a function that runs the copy, for example with one call.
 
     Raises:
         GraftError: GC030 if the model does not run in its current mode, or writes to a parameter.
@@ -82,7 +82,7 @@ def record(model: nn.Module, parts: Sequence[str], maps: Sequence[str], run: Cal
 
 
 class _State:
-    """The attributes and modes of the modules in an element, as they were at a certain time."""
+    """The attributes and modes of the modules in an element, as last recorded."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
@@ -93,7 +93,7 @@ class _State:
         self._recorded = [(name, module, Attributes(module), module.training) for name, module in self.modules.items()]
 
     def changed(self) -> str:
-        """Return the first attribute or mode that has changed since then; empty if none has."""
+        """Return the first attribute or mode that has changed since the state was recorded; empty if none has."""
         for name, module, attributes, mode in self._recorded:
             changed = attributes.changed() or (["training"] if module.training != mode else [])
             if changed:
@@ -138,7 +138,7 @@ class _Watch:
         return self._inside
 
     def begin(self) -> None:
-        """Clear the running elements, and record the state of all elements."""
+        """Forget which elements are running, and record the state of all elements."""
         self.active.clear()
         for state in self._states.values():
             state.update()
@@ -165,7 +165,7 @@ class _Watch:
         if path in self._recorded and path not in self.calls:
             try:
                 structure, tensors = CallStructure.of(path, module, args, kwargs)
-            except GraftError as error:  # it remains part of the model's own Python code
+            except GraftError as error:  # the element remains part of the model's own Python code
                 self.untaken.setdefault(path, error.message)
                 return
             self.calls[path] = structure, without_autocast(tensors, module)

@@ -18,7 +18,7 @@ _ANEW = "reload the model, and compile it before calling it"
 
 
 def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype], nn.Module]:
-    """Return the function that converts a linear map of the library to a plain one.
+    """Return the function that converts one of the library's linear maps to a plain one.
 
     Raises:
         GraftError: GC162 for a module that is not a linear map.
@@ -38,8 +38,8 @@ def linear_4bit(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
     Args:
         path: the module's path, used in errors.
         module: the library's module.
-        dtype: the dtype of the weight. Values are computed and rounded as in the library, in the dtype of the weight
-            that was quantised.
+        dtype: the dtype of the new weight. As in the library, values are computed and rounded in the dtype that the
+            weight had before quantisation.
 
     Raises:
         GraftError: GC162 if the module is not quantised yet, or has an unknown layout or code table.
@@ -97,7 +97,7 @@ def packed_4bit(path: str, weight: Tensor, state: Any, dtype: torch.dtype) -> tu
 def linear_8bit(path: str, module: Any, dtype: torch.dtype) -> nn.Module:
     """Return an `nn.Linear` with the codes of a `Linear8bitLt`.
 
-    The library's map also rounds its inputs to 8 bits, which this one does not.
+    Unlike the library's map, it does not round its inputs to 8 bits.
 
     Raises:
         GraftError: GC162 if the module is not quantised.

@@ -1,4 +1,4 @@
-"""Convert a source model that a library has quantised to plain modules with packed weights."""
+"""Convert the quantised modules of other libraries in a source model to plain modules with packed weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftc.compiler.resolve.untie import sharing_copy
 from graftc.specs.errors.diagnostics import GraftError, warn
 
 Converter: TypeAlias = Callable[[str, Any, torch.dtype], nn.Module]
-"""Returns the plain module for a quantised one, given the path, the module, and the dtype for its weights."""
+"""Returns a plain module that replaces a quantised one, given its path, the module itself, and the weights' dtype."""
 
 _READ_HERE = ("auto_gptq", "gptqmodel", "awq", "hqq", "compressed_tensors")
 """Packages whose modules come from folders that graftc reads itself."""
@@ -94,7 +94,7 @@ def _refused(path: str, what: str, *, read_here: bool) -> GraftError:
 
 
 def _element_type(model: nn.Module, without: Collection[int]) -> torch.dtype:
-    """Return the most common dtype among elements of the model's other parameters; float32 if there are none."""
+    """Return the dtype of most floating-point values in parameters outside these modules; float32 if there are none."""
     count: Counter[torch.dtype] = Counter()
     for module in model.modules():
         if id(module) in without:

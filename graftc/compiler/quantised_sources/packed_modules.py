@@ -33,7 +33,7 @@ def plain_linear(like: nn.Module, packed: Packed) -> nn.Linear:
 
 
 def with_packed(module: nn.Module, packed: Mapping[str, Packed]) -> nn.Module:
-    """Return a copy of a childless module with some parameters packed; other tensors are shared.
+    """Return a copy of a module without submodules, with some parameters packed; other tensors are shared.
 
     Args:
         module: the module, which is not changed.

@@ -1,4 +1,4 @@
-"""Pack a base as a file recorded it, whether or not its own files are packed."""
+"""Pack a base as recorded in a file, whether or not the base's own files are packed."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from graftc.passes.core.packing.packing import PackedType, packing_of, swapped
 
 
 def packed_as(model: nn.Module, packings: Mapping[str, str]) -> nn.Module:
-    """Return a model packed as it was when it was recorded, or the model itself if nothing has to be packed.
+    """Return a model with its weights packed as recorded, or the model itself if nothing has to be packed.
 
     Modules that arrive quantised are converted. Weights that are dense now but were packed are packed in the same way,
     which gives the same codes if the base is the same.
 
-    A spec's ``base``, and libraries that quantise while loading, leave a dense checkpoint on disk; in these cases, the
-    codes are compared.
+    If a spec's ``base`` requested the packing, or a library quantised while loading, the checkpoint on disk is dense;
+    in these cases, it is the codes that are compared.
 
     Args:
         model: the model, which is not changed.
-        packings: packings as in `graftc.compiler.capture.identity.fingerprint.Identity.packings`; one that is invalid
-            or does not fit is skipped.
+        packings: packings as in `graftc.compiler.capture.identity.fingerprint.Identity.packings`; a packing that is
+            invalid or does not fit is skipped.
 
     Raises:
         GraftError: GC162 as for `arrived`.
@@ -42,7 +42,7 @@ def packed_as(model: nn.Module, packings: Mapping[str, str]) -> nn.Module:
     if wanted:
         result = sharing_copy(result)
         for name, own in wanted.items():
-            with suppress(RuntimeError, ValueError, IndexError):  # sizes that such a packing does not support
+            with suppress(RuntimeError, ValueError, IndexError):  # sizes that this packing does not support
                 _pack(result, name, own)
         same_fresh(model, result)
     return result

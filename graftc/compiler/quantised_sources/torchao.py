@@ -1,4 +1,4 @@
-"""Convert modules with weights that torchao has quantised: tensors with codes and scales. torchao is not imported."""
+"""Convert modules whose weights torchao has quantised to tensors with codes and scales, without importing torchao."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WAY_OUT = "quantise it with Int8WeightOnlyConfig or IntxWeightOnlyConfig, or in
 
 
 def converter(path: str, module: nn.Module) -> Callable[[str, Any, torch.dtype], nn.Module]:
-    """Return the function that converts a module with such weights to a plain one.
+    """Return the function that converts a module with torchao-quantised weights to a plain one.
 
     Raises:
         GraftError: GC162 for layouts that are specific to a kernel, and for modules with children.
@@ -65,7 +65,7 @@ def packed_tensor(path: str, tensor: Any) -> Packed:
     """Return the packing and the packed parts of a tensor, with the dtype that it reports.
 
     Raises:
-        GraftError: GC162 if the inputs are scaled, or if blocks do not consist of consecutive inputs with 8-bit codes.
+        GraftError: GC162 if the inputs are pre-scaled, or if blocks do not consist of consecutive 8-bit codes.
     """
     data, scale = tensor.qdata.detach(), tensor.scale.detach()
     shape, dtype = tuple(tensor.shape), tensor.dtype
