@@ -2,8 +2,8 @@
 
 All other evidence compares graphs with graphs, and rests on this comparison. The model runs unchanged, with its hooks,
 its patched forwards and its own kernels, but without the changes made for the tracer; the graph runs node by node over
-the same tensors. Products with stored weights, which take most of the time, are computed once for both and for all
-modes (`anchoring/products.py`).
+the same tensors. Matrix products with stored weights, which take most of the time, are computed once for both and for
+all modes (`anchoring/products.py`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def anchor(request: CaptureRequest, program: Program, constants: Mapping[str, Te
     for seed in range(1, _MORE_SAMPLES):
         if worst == 0 or differing or not sampled:
             break
-        # Other kernels round differently, so one sample may be within the bound by chance.
+        # Different kernels round differently, so one sample may be within the bound by chance.
         try:
             more = run.model(run.sample(seed))
         except NoRunError:

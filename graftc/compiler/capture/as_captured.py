@@ -85,7 +85,7 @@ def as_before(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replaced(table: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """Replace one entry of a table, or add it, while the block runs; what the block does to other entries stays."""
+    """Replace one entry of a table, or add it, while the block runs; changes to other entries remain."""
     before = table.get(name, _ABSENT)
     table[name] = value
     try:
@@ -126,7 +126,7 @@ def random_structure(model: nn.Module) -> list[str]:
 
 @contextmanager
 def without_caches(model: nn.Module) -> Iterator[None]:
-    """Run the block with a model in eval mode, without a cache unless a call requests one; restore it afterwards."""
+    """Run the block with a model in eval mode, without a cache unless a call requests one; then restore the model."""
     with as_before(model):
         model.eval()
         _switch_off_caches(model)
@@ -158,7 +158,7 @@ def _without_state(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Iterator[None]:
-    """Give ``forward`` a flat signature of these inputs in the block, and tell the tracer which sizes are equal."""
+    """Give ``forward`` a flat signature with these inputs for the block, and tell the tracer which sizes are equal."""
     settings, original = dict(flags), model.forward
     alone = bool(settings.pop(ENCODER, False))
     called: Any = model.get_encoder() if alone else model  # type: ignore[operator]
@@ -181,7 +181,7 @@ def _flat_forward(model: nn.Module, axes: Sequence[Axis], flags: Flags) -> Itera
 def keeps_name(name: str) -> bool:
     """Return whether the tracer leaves the name of an input unchanged.
 
-    It converts names to lower case, and appends numbers to those with a meaning in the code that it generates.
+    It converts names to lower case, and appends numbers to those that have a meaning in the code that it generates.
     """
     return name == name.lower() and fx.Graph().create_node("placeholder", name, name=name).name == name
 
@@ -212,7 +212,7 @@ def called_with(model: nn.Module, sources: Mapping[str, str]) -> Iterator[None]:
 
 
 def _taking(forward: Callable[..., Any], names: Iterable[str], module: str) -> Callable[..., Any]:
-    """Return ``forward`` with a signature of inputs with these names, which the tracer needs."""
+    """Give ``forward`` a signature with these input names, which the tracer needs, and return ``forward``."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, default=None) for name in names]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

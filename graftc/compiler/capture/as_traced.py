@@ -19,7 +19,7 @@ from graftc.compat.operators import SAFE_SOFTMAX
 _ATTENTION = F.scaled_dot_product_attention
 """torch's own function. During an export, transformers replaces it with a wrapper that chooses a kernel itself."""
 _RESTRICTED: ContextVar[bool | None] = ContextVar("restricted to the reference kernel", default=None)
-"""Whether the model's code had restricted attention when it called that wrapper; None outside such a call."""
+"""Whether the model's code had restricted attention when it called the wrapper; None outside calls to the wrapper."""
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _SIZES = {int, torch.SymInt}
 
@@ -27,8 +27,8 @@ _SIZES = {int, torch.SymInt}
 class AsTraced(TorchFunctionMode):
     """A function mode that replaces operations in an element's Python code that the tracer cannot follow.
 
-    ``torch.div(x.shape[1], 4, rounding_mode="trunc")`` creates a tensor from a size, and the tracer does not know its
-    value; the division is computed on the sizes instead. In whole models, such values are recovered later
+    ``torch.div(x.shape[1], 4, rounding_mode="trunc")`` creates a tensor from a size, whose value the tracer does not
+    know; the division is computed on the sizes instead. In whole models, such values are recovered later
     (`graftc.passes.graph.items`), but an element must not read any. ``tensor.data`` becomes ``tensor.detach()``, except
     on parameters, since code that accesses a parameter's data usually writes to it. Attention under
     ``sdpa_kernel(SDPBackend.MATH)`` is written out as that kernel computes it, because a graph does not contain the

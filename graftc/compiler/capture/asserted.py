@@ -47,7 +47,7 @@ def _without_values(message: Any) -> str:
 
 
 def hold_for_all_values(condition: Any, message: Any = "", error: Any = None) -> None:
-    """Check the condition of a transformers patch that computes something other than the model's own code.
+    """Check the condition for a transformers patch, which computes something other than the model's own code does.
 
     Raises:
         UntraceableError: if the condition depends on values and the model is being exported: the graph would also be

@@ -1,4 +1,4 @@
-"""Detect what a forward pass changes in its modules: attributes, contents of containers, tensors written in place.
+"""Detect what a forward pass changes in modules: attributes, contents of containers, tensors written in place.
 
 A graph has no attributes: such changes do not happen when it runs, and the values that were read are constants in it.
 """
@@ -133,10 +133,10 @@ def has_same_items(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> bool:
 
 @contextmanager
 def noticed(model: nn.Module) -> Iterator[list[str]]:
-    """Yield a list that receives, after the block, the attributes that were assigned in it, as ``path.attribute``.
+    """Yield a list to which the attributes assigned during the block are added after it, as ``path.attribute``.
 
-    What torch and transformers layers store between calls are tables that grow with a text and the like, so these
-    layers are checked only if the user wrote their ``forward`` or one of their hooks.
+    Between calls, torch and transformers layers store only such things as tables that grow with a text, so these layers
+    are checked only if the user wrote their ``forward`` or one of their hooks.
     """
     before = [(path, Attributes(module)) for path, module in model.named_modules() if is_the_users(module)]
     names: list[str] = []

@@ -19,8 +19,8 @@ T = TypeVar("T")
 def first_capture(model: nn.Module, axes: Sequence[Axis] | None, run: Callable[[Sequence[Axis]], T]) -> T:
     """Return the result of ``run`` for the first signature that can be captured.
 
-    The signature of the example inputs is tried or, without examples, each of the model's default signatures; then the
-    same signatures with more and more sizes fixed.
+    The signature of the example inputs is tried first or, without examples, each of the model's default signatures;
+    then the same signatures with more and more sizes fixed.
 
     Raises:
         GraftError: GC030 if no signature can be captured (the error of the first attempt), or if an input is not a

@@ -1,4 +1,4 @@
-"""Capture a model as a Program: ATen training IR with dynamic batch and sequence, canonicalised.
+"""Capture a model as a Program: canonicalised ATen training IR with dynamic batch and sequence sizes.
 
 transformers models are prepared by the helpers of ``transformers.exporters`` (an experimental module, so it is used
 only for capturing and exporting); any other `nn.Module` goes to ``torch.export`` directly.
@@ -65,16 +65,16 @@ class Capture:
     """A captured Program.
 
     Attributes:
-        traced: the base's graph, in which layers that are alike call a function (`graftc.passes.core.ir.functions`).
+        traced: the base's graph, in which alike layers are function calls (`graftc.passes.core.ir.functions`).
         constants: tensors that the graph uses in addition to the model's own, by name.
         seconds: the duration of the capture.
-        cached: whether it came from a file.
+        cached: whether it was loaded from a file.
         notes: notes on what capturing had to change.
         key: the key that identifies the model and the request (`graftc.compiler.capture.capture_cache.key`); None if
             there is none.
         assigned: module attributes that the forward pass assigned while it was traced.
         anchor: the comparison with the model itself.
-        alike: the number of layer calls that were not traced, since the layers are like others.
+        alike: the number of layer calls that were not traced because the layers are like others.
     """
 
     traced: Program
@@ -130,7 +130,7 @@ class _SeenError(Exception):
 
 
 def _captured(request: CaptureRequest, *, alike: bool, hide: bool) -> Capture | None:
-    """Try to capture once; return None if layers that seemed alike are not, or if something else prevents their reuse.
+    """Try to capture once; return None if layers that seemed alike are not, or if anything else prevents reuse.
 
     Raises:
         _SeenError: if the attempt needs hidden tensors.
@@ -170,7 +170,7 @@ def _export(
     repeats: Repeats,
     asserted: list[str],
 ) -> tuple[torch.export.ExportedProgram, InputSizes]:
-    """Export with every axis as dynamic as possible, then again with those axes fixed that turned out to be bound."""
+    """Export with every axis as dynamic as possible; repeat with fixed sizes for axes that turn out to be bound."""
     auto, hidden = torch.export.Dim.AUTO, repeats.hidden
     shown = [name for name in inputs if name not in hidden.stand_ins]
     dynamic = {a.name: {i: auto for i in range(len(a.axes)) if _may_vary(a, i)} for a in axes}
@@ -181,9 +181,9 @@ def _export(
         asserted.clear()
         given = {traced[name]: inputs[name].clone() for name in shown}
         shapes = {traced[name]: dict(dynamic[name]) for name in shown}
-        # Caching calls costs more than it saves if sizes are symbols: a fifth to two fifths of a capture.
+        # Caching calls costs more than it saves if sizes are symbols: it takes a fifth to two fifths of a capture.
         unremembered = without_call_cache()
-        # The tracer would look up the source line of every node.
+        # Otherwise, the tracer would look up the source line of every node.
         untold = mock.patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
         with (
             hidden.out_of_sight(),
@@ -191,7 +191,7 @@ def _export(
             called_with(model, {name: traced[source] for name, source in passed.items()}),
             unremembered,
             noted(asserted),
-            # torch prints the graph of a failed capture, and also logs and warns: the error says it in one line.
+            # torch prints the graph of a failed capture, and also logs and warns; the error states it in one line.
             quiet(["torch"], logging.CRITICAL),
             untold,
         ):
@@ -234,7 +234,10 @@ def _patches(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _patches_of_what_is_there() -> Iterator[None]:
-    """Limit transformers' patches, in the block, to model code that is already imported; others would import more."""
+    """Limit transformers' patches to model code that is already imported, while the block runs.
+
+    Other patches would import more model code.
+    """
     if (every := export_patches()) is None:
         yield
         return
@@ -264,7 +267,7 @@ def _program(
     mapping: dict[fx.Node, fx.Node] = {}
     attributes: dict[str, fx.Node] = {}
     specs = iter(inputs)
-    called = {one.path for one in calls(module.graph)}  # their tensors are read when they are written out
+    called = {one.path for one in calls(module.graph)}  # their tensors are read when the calls are written out
     for node in module.graph.nodes:
         _require_plain(module, node)
         if node.op == "get_attr":
@@ -333,7 +336,7 @@ def _module_path(node: fx.Node) -> str:
 
 
 def _numbered(exported: torch.export.ExportedProgram) -> dict[str, str]:
-    """Replace the names of an exported program's tensors with numbered ones; return the original names by new name.
+    """Replace the names of an exported program's tensors with numbered names; return the original names by new name.
 
     Not every name can be an attribute of a `torch.fx.GraphModule`: ``code`` and ``graph`` are taken, and ``class`` is a
     keyword.

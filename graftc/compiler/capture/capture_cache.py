@@ -81,12 +81,12 @@ def _key(request: CaptureRequest) -> str:
 
 
 def lookup(request: CaptureRequest) -> Capture | None:
-    """Return the stored capture, with fake values on the model's device, or None."""
+    """Return the stored capture, with fake values on the model's device; None if there is none."""
     return _read(key(request), request.device)
 
 
 def keep(request: CaptureRequest, capture: Capture) -> None:
-    """Store a capture, in a temporary file that is then renamed; silently skip one that cannot be stored."""
+    """Store a capture by writing a temporary file and renaming it; silently skip a capture that cannot be stored."""
     _write(key(request), capture)
 
 
@@ -99,13 +99,13 @@ def forget(request: CaptureRequest) -> None:
 
 
 Known = Mapping[str, Callable[[], Capture | None]]
-"""Functions that return existing captures, by key; one returns None if its file has been removed since."""
+"""Functions that return existing captures, by key; they return None if the file has since been removed."""
 
 
 def captured(request: CaptureRequest, *, use_cache: bool = True, known: Known = MappingProxyType({})) -> Capture:
-    """Return the known capture for the request's key, one from the cache, or a new one, which is stored there.
+    """Return the known capture for the request's key, one from the cache, or a new one, which is stored in the cache.
 
-    A known capture whose file has been removed since is not used. See `graftc.compiler.capture.capture.capture`.
+    A known capture whose file has since been removed is not used. See `graftc.compiler.capture.capture.capture`.
     """
     progress.step(f"capture({request.mode})")
     try:
@@ -156,7 +156,7 @@ def _content(path: Path) -> bytes:
     """Return the contents of a trusted file.
 
     Raises:
-        OSError: if there is none, or if it is not a regular file of this user that no other user may write to.
+        OSError: if there is no file, or if it is not a regular file of this user that no other user may write to.
     """
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with open(os.open(path, flags), "rb") as file:
@@ -169,7 +169,7 @@ def _content(path: Path) -> bytes:
 
 
 def _write(wanted: str | None, capture: Capture) -> None:
-    """Store a capture, in a temporary file that is then renamed, unless it cannot be serialised or written."""
+    """Store a capture by writing a temporary file and renaming it, unless it cannot be serialised or written."""
     path = _path(wanted)
     if path is None or any(t.numel() * t.element_size() > LARGEST_TENSOR for t in capture.constants.values()):
         return

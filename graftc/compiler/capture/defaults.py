@@ -1,6 +1,6 @@
 """The default inputs with which a model is captured if the caller gives no examples.
 
-They are inferred from the names of ``forward``'s parameters and from sizes in the config, never from the type of model.
+They are inferred from the names of ``forward``'s parameters and from sizes in the config, never from the model's type.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis
 from graftc.specs.errors.diagnostics import GraftError
 
 ROW_INPUTS = "graftc_row_inputs"
-"""Attribute of models that lists the inputs added by graftc that hold one integer per row."""
+"""Name of the model attribute that lists the inputs, added by graftc, that hold one integer per row."""
 
 _MASKED = ("input_ids", "inputs_embeds")
 _NESTED = ("vision_config", "audio_config", "encoder", "backbone_config")
@@ -33,7 +33,7 @@ def default_axes(model: nn.Module) -> list[Axis]:
 
 
 def default_signatures(model: nn.Module) -> Iterator[list[Axis]]:
-    """Yield the sets of inputs to try: first the main input with its mask, and the required parameters of ``forward``.
+    """Yield the sets of inputs to try: first, the main input with its mask and the required parameters of ``forward``.
 
     For a model that takes text and images, a set with both follows; for an encoder-decoder model, a set without the
     decoder's inputs.

@@ -27,7 +27,8 @@ def random_inputs(
 ) -> dict[str, Tensor]:
     """Return random inputs for a Program: indices within their tables, masks, and normally distributed floats.
 
-    The rows of a batch differ in the position of their padding: at the start, inside, at the end, nowhere, and so on.
+    The rows of a batch differ in the position of their padding: at the start, in the middle, at the end, nowhere, and
+    so on.
 
     Args:
         program: the Program that takes the inputs.

@@ -37,7 +37,7 @@ def parameters(model: nn.Module) -> tuple[str, ...]:
 
 
 def declared(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of the class's ``forward`` by name, except the one for the module itself."""
+    """Return the parameters of the class's ``forward`` by name, without ``self``."""
     function = inspect.getattr_static(type(model), "forward").__get__(model, type(model))
     try:
         return inspect.signature(function, eval_str=True).parameters
@@ -71,7 +71,7 @@ def is_transformers(model: nn.Module) -> bool:
 
 
 def config_of(model: nn.Module) -> Any:
-    """Return the model's config; None if it has none: a submodule or an unrelated value may have that name."""
+    """Return the model's config; None if it has none, or if ``config`` is a submodule or an unrelated value."""
     config = getattr(model, "config", None)
     return config if hasattr(config, "to_dict") else None
 
@@ -211,7 +211,7 @@ def _encoded(value: Any) -> Any:
 def _sizes_of_kernels(config: Any) -> frozenset[str]:
     """Return the keywords that only flash-attention kernels read; none if the model uses flash attention.
 
-    They include the length of the longest text in a packed batch, which differs from batch to batch, and each length
+    They include the length of the longest text in a packed batch, which differs from batch to batch; each length
     would need its own graph.
     """
     from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
@@ -223,7 +223,7 @@ def _more_keywords(model: nn.Module, by_name: Mapping[str, inspect.Parameter]) -
     """Return the keywords that a transformers model accepts in addition to those that its ``forward`` declares.
 
     If ``forward`` declares ``**kwargs``, these are the keys of its typed dictionary, transformers' own keywords, and
-    the optional parameters of the loss function, which receives the keywords too.
+    the optional parameters of the loss function, which also receives the keywords.
     """
     names = {"use_cache"}  # so that every model gives the same error, with a cache or without
     rest = next((p for p in by_name.values() if p.kind is inspect.Parameter.VAR_KEYWORD), None)

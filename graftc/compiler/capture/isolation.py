@@ -1,4 +1,4 @@
-"""Create graphs in one thread at a time and in torch's default state, whatever the caller's state is.
+"""Create graphs in one thread at a time and in torch's default state, regardless of the caller's state.
 
 Autocast, grad mode, inference mode, the default dtype and device, and modes that intercept calls would become part of
 the graph, but the graph is used under other states as well. torch.export stores its state in process-wide globals, and
@@ -45,7 +45,7 @@ def isolated() -> Iterator[None]:
 def exclusive() -> Iterator[None]:
     """Run the block as in `isolated`, in one thread of the process at a time; re-entrant.
 
-    Global module hooks, which operator counters and profilers use, run at most for calls in other threads.
+    Global module hooks, which operator counters and profilers use, run only for calls in other threads, if at all.
     """
     with source_lock(), isolated(), _no_global_hooks():
         yield
@@ -55,8 +55,8 @@ def exclusive() -> Iterator[None]:
 def seldom_collected() -> Iterator[None]:
     """Collect garbage rarely, and only among new objects, while the block runs.
 
-    A compilation creates many long-lived objects, and would spend about a quarter of its time on scanning them, and the
-    modules of torch and transformers, again and again.
+    A compilation creates many long-lived objects, and would spend about a quarter of its time scanning them, and the
+    modules of torch and transformers, over and over.
     """
     before = gc.get_threshold()
     if before[0]:  # 0 means that collection is off
@@ -136,7 +136,7 @@ def _device_types() -> list[str]:
 
 
 class _DefaultDtype:
-    """A context manager that makes float32 the default dtype while any thread is inside; it is process-wide."""
+    """A context manager that makes float32 the default dtype while any thread is inside; it is set process-wide."""
 
     def __init__(self) -> None:
         self._count = 0

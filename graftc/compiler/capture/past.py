@@ -160,7 +160,7 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device,
         layout: the layout of the model's own cache.
         rows: the number of rows of the batch.
         device: the device of an empty past.
-        begins: the position of a text's first token.
+        begins: the position of the text's first token.
 
     Raises:
         GraftError: GC140 for a cache of another type, one that belongs to another model or batch, one that has dropped
@@ -205,7 +205,7 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device,
 
 
 def require_beginning(cache: Any, begins: int) -> None:
-    """Raise if a cache's text begins at another position than a call's; otherwise record the position in the cache.
+    """Raise if a cache's text and a call's begin at different positions; otherwise record the position in the cache.
 
     Args:
         cache: a transformers cache; one that no graftc model has filled has no recorded position to compare.

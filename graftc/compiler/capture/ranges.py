@@ -56,7 +56,7 @@ class InputSizes:
     def undecided(self) -> dict[str, set[int]]:
         """Return the axes, by input, that are dynamic in the graph although it is valid only for their captured size.
 
-        They must be captured as fixed.
+        These axes must be captured with fixed sizes.
         """
         undecided: dict[str, set[int]] = {}
         bound, _ = self._bound_and_limits
@@ -171,8 +171,8 @@ def _bound_and_limited(environment: Any, places: dict[Any, list[tuple[Axis, int]
 
     An unnamed axis is bound by any guard except a plain range. A named axis is bound by a guard that does not hold for
     other sizes once the sizes of bound symbols are inserted: divisibility, or a product that must have a certain value
-    or must not be too large. Most inequalities only distinguish sizes from 0 and 1. A limit arises, for example, from a
-    table with a fixed number of positions, of which the last ones are read.
+    or must not be too large. Most inequalities only distinguish sizes from 0 and 1. A limit arises, for example, if the
+    last entries of a table with a fixed number of positions are read.
     """
     captured = {symbol: axis.sizes[dim] for symbol, ((axis, dim), *_) in places.items() if symbol.is_symbol}
     named = {s for s in captured if any(isinstance(axis.axes[dim], str) for axis, dim in places[s])}
@@ -217,7 +217,7 @@ def _are_two(guard: Any) -> bool:
 
 
 def _tried(environment: Any, guard: Any) -> Iterable[tuple[int, ...]]:
-    """Return sizes of a guard's symbols to test it with: many for one or two symbols, few for more or for equality."""
+    """Return the symbol sizes to test a guard with: many for one or two symbols, few for more or for an equality."""
     symbols = _ordered(guard)
     if isinstance(guard, sympy.Eq) or len(symbols) > 2:
         return [tuple(number + step * i for i in range(len(symbols))) for number in _PROBES for step in (2, -2, 0)]

@@ -1,4 +1,4 @@
-"""Create errors for failed captures that distinguish rejected inputs from code that cannot be traced."""
+"""Create errors for failed captures, which distinguish rejected inputs from code that cannot be traced."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PYTHON = f"{Path(os.__file__).parent}{os.sep}"
 
 
 class MixedProductError(TypeError):
-    """Raised for a product of different dtypes, which kernels reject but the tracer accepts."""
+    """Raised for a product of operands with different dtypes, which kernels reject but the tracer accepts."""
 
 
 def not_captured(request: CaptureRequest, inputs: Mapping[str, Tensor], error: Exception) -> GraftError:
@@ -60,7 +60,7 @@ def not_captured(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
 
 
 class UntraceableError(Exception):
-    """Raised for a trace that fails regardless of the sizes and the way of tracing."""
+    """Raised for a trace that fails regardless of the sizes and of how layers are traced."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(*error.args)
@@ -104,7 +104,7 @@ def in_any_trace(request: CaptureRequest, inputs: Mapping[str, Tensor], error: E
 
 
 def by_values(error: BaseException | None) -> bool:
-    """Return whether an error shows that the trace fails regardless of the sizes and the way of tracing."""
+    """Return whether an error shows that the trace fails regardless of the sizes and of how layers are traced."""
     return any(isinstance(each, _OF_TRACERS) for each in _with_causes(error))
 
 
@@ -156,7 +156,7 @@ _OWN_ERRORS: ContextVar[dict[Hashable, Exception | None] | None] = ContextVar(
 
 @contextmanager
 def own_errors_once() -> Iterator[None]:
-    """Determine at most once in the block what a model itself raises, however many captures of the same inputs fail."""
+    """Determine at most once per block what a model itself raises, however many captures with the same inputs fail."""
     token = _OWN_ERRORS.set({})
     try:
         yield
@@ -195,7 +195,7 @@ def _shown(axis: Axis) -> str:
 
 
 def require_products(graph: fx.Graph) -> None:
-    """Raise for a product of different dtypes, which kernels reject but the tracer accepts.
+    """Raise for a product of operands with different dtypes, which kernels reject but the tracer accepts.
 
     Raises:
         MixedProductError: naming the operator and the dtypes.

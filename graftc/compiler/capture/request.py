@@ -55,7 +55,7 @@ class CaptureRequest:
         return device_of(self.model)
 
     def examples(self) -> dict[str, Tensor]:
-        """Return the tensors used to capture the model, by name: ones of the axes' sizes, or tensors as shown."""
+        """Return the tensors used to capture the model, by name: ones with the axes' sizes, or the tensors shown."""
         device = self.device
         return {axis.name: axis.example(device) for axis in self.axes}
 

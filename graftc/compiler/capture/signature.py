@@ -273,7 +273,7 @@ def _axes_beside_past(name: str, value: Tensor, inputs: Mapping[str, Tensor], pa
 
 
 def less_dynamic(axes: Sequence[Axis], inputs: Mapping[str, Tensor] | None = None) -> Iterator[list[Axis]]:
-    """Yield the same inputs with fewer and fewer named axes: all of them, only the batch, and none.
+    """Yield the same inputs with fewer and fewer named axes: first all of them, then only the batch, then none.
 
     Args:
         axes: the axes to start from.
@@ -286,7 +286,7 @@ def less_dynamic(axes: Sequence[Axis], inputs: Mapping[str, Tensor] | None = Non
 
 
 def fixed_where_bound(axes: Sequence[Axis], inputs: Sequence[InputSpec], present: Mapping[str, Any]) -> list[Axis]:
-    """Return the axes with every name whose size a graph fixes replaced by the size in a call.
+    """Return the axes, in which each name whose size a graph fixes is replaced by the size in a call.
 
     Args:
         axes: the axes that the graph was captured with.

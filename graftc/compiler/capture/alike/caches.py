@@ -1,8 +1,8 @@
 """Track the part of a cache that a layer owns: the keys and values at one index, selected by the layer's number.
 
-A layer is called with the whole cache. Alike layers do the same with their own parts, only with different tensors, so
-one layer's call can represent another's. While a layer runs, its number is an object that records its uses; selecting
-the layer's part is the only use in which layers may differ.
+A layer is called with the whole cache. Alike layers do the same to their own parts, with different tensors, so one
+layer's call can represent another's. While a layer runs, its number is replaced by an object that records how it is
+used; selecting the layer's part is the only use in which layers may differ.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _OPERATORS = """
 
 
 class LayerNumber:
-    """A layer's number during a call of the layer with a cache.
+    """An object that replaces a layer's number while the layer is called with a cache.
 
     Args:
-        number: its value.
+        number: the layer's number.
         on_read: a function that is called when the number is used for anything except selecting a part.
         on_select: a function that is called when the number is used to select a part.
     """
@@ -104,7 +104,7 @@ class CrossedCache:
 
     Attributes:
         cache: the cache itself.
-        described: the data that two such caches must have in common, apart from their parts.
+        described: the data, apart from their parts, in which two such caches must agree.
     """
 
     def __init__(self, cache: Any) -> None:
@@ -131,7 +131,7 @@ class CrossedCache:
     def written(self, number: int | None) -> dict[str, Any] | None:
         """Return a layer's current part; None if the rest of the cache has changed or the part was empty before.
 
-        An empty part is initialised with constants, and every layer has its own.
+        Initialising an empty part creates constants, of which every layer has its own.
 
         Args:
             number: the layer's number; None if the layer has not selected a part.

@@ -2,8 +2,8 @@
 
 Alike layers are traced once because all of their contents are known, and reads of differing values are recorded. Code
 that bypasses attributes (``vars``, ``__dict__``), uses the identity of an object (``id``), or reads and writes state
-outside the model (globals, closures, context variables) may behave differently in each layer. Outputs on samples need
-not show the difference, for example a stopped gradient or a bound on large values. Library code is trusted.
+outside the model (globals, closures, context variables) may behave differently in each layer. The difference, such as a
+stopped gradient or a bound on large values, need not be visible in outputs on samples. Library code is trusted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SEEN_BY_THE_TRACER = (type, ModuleType, nn.Module, torch.Tensor)
 
 
 class LooksElsewhere:
-    """Checks the classes of modules for such code, once for each class."""
+    """Checks modules' classes for code that may distinguish alike layers, once for each class."""
 
     def __init__(self) -> None:
         self._classes: dict[type, bool] = {}

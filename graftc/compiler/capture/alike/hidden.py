@@ -2,8 +2,8 @@
 
 For each tensor and each input of a model, torch.export creates a fake tensor, an input and a node, whether or not
 anything reads them. This takes about 8 milliseconds for a Llama layer, and twice that for the keys and values of a
-cache. Which layers run is known only afterwards, so every access to something hidden is recorded; the capture then
-starts again with nothing hidden (`Hidden.missed`).
+cache. Which layers run is known only afterwards, so accesses to anything hidden are recorded (`Hidden.missed`); after
+such an access, the capture starts again with nothing hidden.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from graftc.passes.core.ir.past_inputs import is_past, past_place
 SEEN_FIRST = 2
 """Number of layers at the start of a group that stay visible: the first runs, and the second is written out like it."""
 FEWEST = 6
-"""The smallest group that is worth the effort: in a smaller one, no layer is a call."""
+"""The smallest group that is worth the effort: in a smaller one, no layer becomes a call."""
 _TABLES = (PARAMETERS, BUFFERS)
 
 

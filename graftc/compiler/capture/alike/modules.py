@@ -17,7 +17,7 @@ FEWEST = 4
 """The smallest group of alike layers that is worth the effort: its first and its last layer are traced."""
 
 Place = tuple[str, str]
-"""An attribute, as the path of its module within a layer and its name."""
+"""An attribute, identified by its module's path within a layer and its own name."""
 
 
 @dataclass(eq=False)
@@ -38,16 +38,16 @@ class Layer:
 
     @property
     def is_last(self) -> bool:
-        """Whether it is the last layer of its group."""
+        """Whether this is the last layer of its group."""
         return self.group[-1] is self
 
 
 def alike(model: nn.Module) -> list[Layer]:
     """Return the layers that have the same contents as others: classes, attribute values and tensor types.
 
-    Only modules with submodules count, and none inside another returned layer. A layer is like no other if it shares
+    Only modules with submodules count, and only outside other returned layers. A layer is like no other if it shares
     something with another module, if it contains something that cannot be serialised or a reference to a module that is
-    not its own, or if its code may depend on state outside it (`code`).
+    not its own, or if its code may depend on state outside the layer (see `code`).
     """
     if any(count > 1 for count in Counter(id(m) for _, m in model.named_modules(remove_duplicate=False)).values()):
         return []  # the tracer distinguishes the paths of a shared module by how it is reached
@@ -92,7 +92,7 @@ def _among(
 
 
 def _described(name: str, module: nn.Module, contents: Sequence[Any], numbers: dict[Place, int]) -> list[Any]:
-    """Return the contents of a module within a layer; integers whose reads can be recorded go to ``numbers``."""
+    """Return the contents of a module within a layer; integers whose reads can be recorded are moved to ``numbers``."""
     kind, children, values, buffers = contents
     rest: list[Any] = []
     for attribute, value in values:

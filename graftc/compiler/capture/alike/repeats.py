@@ -1,14 +1,15 @@
-"""Trace alike layers only once: the nodes that the tracer records for one of them replace the calls of the others.
+"""Trace alike layers only once: the nodes that the tracer records for one of them replace the calls to the others.
 
 If a layer is called with arguments of the same types, and in the same state of torch, as an earlier layer with the same
 contents (`modules`), its ``forward`` does not run. During tracing, an operator that computes nothing represents the
-call (`traced_once`); afterwards, `written` replaces it with the nodes of the first call, over the layer's own tensors.
+call (`traced_once`); afterwards, `written` replaces it with the nodes of the first call, applied to the layer's own
+tensors.
 
-Alike layers may differ in integers, since most store their own position, unless ``forward`` reads them: reads are
+Most layers store their own position, so alike layers may differ in integers that ``forward`` does not read: reads are
 recorded. A call is not reused if its forward pass does anything besides returning its result, or depends on anything
 besides its arguments and the layer's tensors: if it changes attributes or arguments, if code outside the layer uses
 values from inside it, if it reads other values, or if sizes depend on data. In a cache, a layer may read and write its
-own part (`caches`). The last layer is traced as well, and must do the same as the one that was reused.
+own part (`caches`). The last layer is traced as well, and must do the same as the layer whose call was reused.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ _LIBRARY.define("again(int call, int layer, Tensor[] inputs) -> Tensor[]")
 MARK: Any = torch.ops.graftc_capture.mark.default
 """Marks the beginning and the end of a traced call, with the call's number and its input or output tensors."""
 AGAIN: Any = torch.ops.graftc_capture.again.default
-"""Represents an untraced call by the number of the traced one, the number of the layer, and the input tensors."""
+"""Represents an untraced call by the number of the corresponding traced call, the layer's number and the inputs."""
 fx.node.has_side_effect(MARK)  # keeps it in the graph although its result is unused
 
 
 @dataclass(eq=False)
 class TracedCall:
-    """A call of a layer.
+    """A call to a layer.
 
     Attributes:
         number: the number of the call.
@@ -61,7 +62,7 @@ class TracedCall:
         given: the indices, among all tensors passed to it, of its arguments and of the tensors in its own part of the
             caches.
         slots: the integers of the layer that select its own part of a cache.
-        reusable: whether it had no other effect that is visible from outside.
+        reusable: whether the call had no other effect that is visible from outside.
     """
 
     number: int
@@ -78,7 +79,7 @@ class TracedCall:
     reusable: bool = False
 
     def stands_for(self, other: TracedCall) -> bool:
-        """Return whether this call, whose reads are known, does the same as another one."""
+        """Return whether this call, whose reads are known, does the same as another call."""
         same = all(self.layer.numbers[place] == other.layer.numbers[place] for place in self.read)
         if not same or self is other or self.layer.group is not other.layer.group or self.key != other.key:
             return False
@@ -94,7 +95,7 @@ class TracedCall:
         return next(iter(numbers)) if len(numbers) == 1 else None
 
     def told_parts(self, number: int) -> tuple[Any, list[Tensor]]:
-        """Return the parts of the caches at an index as data, and their tensors."""
+        """Return, as data, the part at an index of each cache, and the tensors in these parts."""
         tensors: list[Tensor] = []
         return [_told(cache.part(number), tensors) for cache in self.caches], tensors
 
@@ -107,8 +108,8 @@ class Repeats:
         inputs: the model's inputs by name, if tensors of layers should be hidden from the tracer.
 
     Attributes:
-        hidden: the layers among them whose tensors are hidden.
-        calls: their traced calls, by number.
+        hidden: those of the layers whose tensors are hidden.
+        calls: the traced calls to these layers, by number.
         reused: the number of calls that were not traced.
     """
 
@@ -191,7 +192,7 @@ class Repeats:
         return result
 
     def read(self, place: Place, value: Any) -> Any:
-        """Record that an integer of a layer is read, and return the value to use in its place."""
+        """Record that an integer of a layer is read, and return the value that the reader gets."""
         call = self._open
         if call is None or not call.caches or type(value) is not int:
             if call is not None:
@@ -214,7 +215,7 @@ torch.library.register_fake("graftc_capture::again", _again, lib=_LIBRARY)
 
 @contextmanager
 def traced_once(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Iterator[Repeats]:
-    """Let the tracer run only one of the alike layers while the block runs; operators represent the others.
+    """Let the tracer run only one of several alike layers while the block runs; operators represent the others.
 
     Args:
         model: any module, in its capture state; it is restored afterwards.
@@ -299,7 +300,7 @@ def _is_content(value: Any) -> bool:
 
 
 def _told(value: Any, tensors: list[Tensor], caches: list[CrossedCache] | None = None) -> Any:
-    """Return a value as data, in which tensors are described by their types and by which of them are the same object.
+    """Return a value as data that describes tensors by their types and by which of them are the same object.
 
     Tensors are appended to ``tensors`` in order, and caches to ``caches`` if it is given.
     """
@@ -342,7 +343,7 @@ def _collect(tensor: Tensor, tensors: list[Tensor]) -> None:
 
 
 def _taken_apart(value: Any, given: list[Tensor], created: list[Tensor], caches: Sequence[CrossedCache]) -> Any:
-    """Return a result as data; tensors become indices of given or created ones, and the latter are collected."""
+    """Return a result as data; tensors become indices into ``given`` or ``created``, to which new ones are added."""
     contents, structure = _flat(value)
     return [_reference(each, given, created, caches) for each in contents], structure
 

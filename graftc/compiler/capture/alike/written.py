@@ -1,4 +1,4 @@
-"""Replace untraced calls with the nodes of a traced layer that is like theirs.
+"""Replace calls to untraced layers with the nodes of traced layers that are like them.
 
 See `graftc.compiler.capture.alike.repeats`.
 """
@@ -28,13 +28,13 @@ FEWEST_CALLS = 2
 
 
 class NotAlikeError(Exception):
-    """Raised if the nodes of one layer cannot replace the call of another."""
+    """Raised if the nodes of one layer cannot replace a call to another."""
 
 
 def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str], inputs: Sequence[str]) -> None:
     """Write out the traced nodes for each kind's second layer, and turn later layers, except the last, into calls.
 
-    The calls are those of `graftc.passes.core.ir.functions`.
+    These are function calls as in `graftc.passes.core.ir.functions`.
 
     Args:
         graph: the exported graph, with the model's tensors as attributes; changed in place.
@@ -43,7 +43,7 @@ def written_once(graph: fx.Graph, repeats: Repeats, names: Mapping[str, str], in
         inputs: the names of the graph's inputs, in order. Inputs for which others stood in are added to the graph.
 
     Raises:
-        NotAlikeError: if a traced layer is not self-contained, if the last layer does something else, or if an input
+        NotAlikeError: if a traced layer is not self-contained, if the last layer does not do the same, or if an input
             that stood in for others is read by anything except untraced calls.
     """
     writing = _Writing(graph, repeats, names)
@@ -108,7 +108,7 @@ class _Writing:
             self._graph.erase_node(node)
 
     def bring_back(self, inputs: Sequence[str]) -> None:
-        """Add the hidden inputs to the graph, and let untraced calls read their own."""
+        """Add the hidden inputs to the graph, and let untraced calls read their own inputs."""
         hidden = self._repeats.hidden.stand_ins
         shown = [name for name in inputs if name not in hidden]
         placeholders = dict(zip(shown, self._graph.find_nodes(op="placeholder"), strict=True))
@@ -165,7 +165,7 @@ class _Writing:
                 raise NotAlikeError(f"sizes in {path} depend on data")
 
     def _require_same(self, a: _Segment, b: _Segment) -> None:
-        """Check that two calls compute the same."""
+        """Check that two calls compute the same function."""
         same = dict(zip(a.given, b.given, strict=True))
 
         def tensor(source: fx.Node, segment: _Segment) -> Any:
@@ -191,7 +191,7 @@ class _Writing:
             raise NotAlikeError(f"{b.call.layer.path} does not do what {a.call.layer.path} does")
 
     def _write_out(self, again: fx.Node) -> tuple[list[fx.Node], str, list[fx.Node]]:
-        """Replace a call by nodes; return its inputs, the path of the layer, and the nodes of its result."""
+        """Replace a call with nodes; return its inputs, the path of the layer, and the nodes of its result."""
         inputs, segment, layer = self._read(again)
         copies: dict[fx.Node, fx.Node] = dict(zip(segment.given, inputs, strict=True))
 

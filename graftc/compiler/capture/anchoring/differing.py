@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def difference_of(a: Any, b: Any) -> tuple[float, str]:
-    """Return the difference of two outputs, relative to the largest element, and a description of it."""
+    """Return the difference between two outputs, relative to the largest element, and its description."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         same = type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b)
         return (0.0, "") if same else (float("inf"), f"is {_brief(b)}, but the model's is {_brief(a)}")

@@ -11,7 +11,7 @@ from graftc.compat.modules import buffers_of, parameters_of
 
 
 def with_own_tensors(model: nn.Module, written: Collection[str], aliases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Replace a model's tensors with ones that a pass may write to, and return the copies by name.
+    """Replace a model's tensors with others that a pass may write to, and return the copies by name.
 
     Buffers, tensors in attributes and parameters in ``written`` are copied. Other parameters are replaced with ones
     that do not require a gradient, since this affects the choice of kernels. The caller restores the tables.

@@ -1,8 +1,8 @@
-"""Cache the products with stored weights that a model has computed, so that equal products are computed once.
+"""Cache the matrix products with stored weights that a model computes, so that equal products are computed once.
 
-They take most of the time of a forward pass. The same operator, applied to the same weight with operands that are
-bit-identical and have the same memory layout, returns the same result, both in a graph that is compared with the model
-and in the model itself in another mode.
+These products take most of the time of a forward pass. The same operator, applied to the same weight with operands
+that are bit-identical and have the same memory layout, returns the same result, both in a graph that is compared with
+the model and in the model itself in another mode.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OPERATORS: Mapping[Any, Any] = {linear: aten.linear.default, torch.addmm: aten.
 """The graph operators for the functions that a model calls."""
 _KEPT = frozenset(_OPERATORS.values())
 _LEAST, _SHARE = 2**25, 100
-"""The limit of cached bytes for any model, and the divisor of a large model's parameter bytes that sets its limit."""
+"""The cache limit in bytes, and the divisor that yields a large model's higher limit from its parameter bytes."""
 
 _Known = tuple[Sequence[Any], list[int], Tensor, int]
 """Operands with their versions, and a result with its version; writing to any of them invalidates the entry."""
@@ -60,7 +60,7 @@ class Products:
                 self._bytes -= size
 
     def again(self, operator: Any, args: Sequence[Any]) -> Tensor | None:
-        """Return the result of a call if the same one was made before, otherwise None."""
+        """Return the result of a call if the same call was made before, otherwise None."""
         if operator not in _KEPT or (key := self._key(operator, args)) is None:
             return None
         for before, versions, result, version in self._known.get(key, ()):
@@ -110,7 +110,7 @@ _KNOWN: WeakKeyDictionary[nn.Module, Products] = WeakKeyDictionary()
 def products_of(model: nn.Module) -> Products:
     """Return a model's product cache, which lives as long as the model.
 
-    The model's next signature is compared on the same texts.
+    It is kept because the model's next signature is compared on the same texts.
     """
     products = _KNOWN.get(model)
     if products is None or not products.fit(model):

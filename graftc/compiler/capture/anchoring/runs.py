@@ -34,11 +34,11 @@ _SHORT = 5
 """Number of tokens in the shortest texts on which a model is tried."""
 _STEPS = 2
 _SMALL = 400_000_000
-"""Upper limit for the number of parameters times the number of positions in a pass over the samples."""
+"""Upper limit on the number of parameters times the number of positions in a pass over the samples."""
 
 
 RunInputs = Literal["samples", "ones", "shown"]
-"""The inputs a model ran on: random samples, all-ones tensors of the captured sizes, or the caller's examples."""
+"""The inputs that a model ran on: random samples, all-ones tensors of the captured sizes, or the caller's examples."""
 
 
 class NoRunError(Exception):
@@ -56,7 +56,7 @@ class ModelRun:
 
 
 class Runs:
-    """The model and its graph, and the inputs that both run on."""
+    """Runs of a model and of its graph on the same inputs."""
 
     def __init__(self, request: CaptureRequest, program: Program, constants: Mapping[str, Tensor]) -> None:
         self._request, self._program = request, program
@@ -79,7 +79,7 @@ class Runs:
     def first(self) -> tuple[ModelRun, RunInputs]:
         """Run the model on samples or, if it accepts none, on the captured inputs or the caller's examples.
 
-        The kind of the inputs is returned as well.
+        The kind of inputs is returned as well.
         """
         failure: NoRunError | None = None
         for kind, inputs in self._choices():
@@ -94,7 +94,7 @@ class Runs:
         """Yield the inputs to try in turn, with their kinds."""
         while self._length >= _SHORT:
             yield "samples", self._text() if self._generates_alike else self.sample(0)
-            self._length //= 2  # a table of positions may have fewer rows
+            self._length //= 2  # a position table may have fewer rows
         as_shown, shown = any(axis.as_shown for axis in self._request.axes), self._request.shown()
         yield "samples" if as_shown else "ones", self._request.examples()
         if shown and fits(self._program.inputs, shown):
@@ -104,9 +104,9 @@ class Runs:
         """Return the named sizes for which the model, at size 1, computes something other than its graph.
 
         The tracer assumes that every size is greater than 1, and records nothing if a model checks for 1. Each size is
-        set to 1 alone, and all of them together. For a library's class, which checks at most for a single token, it is
-        enough that all of them together show no difference in eval mode: a pass takes as long for one token as for a
-        text.
+        set to 1 on its own, and all of them are set to 1 together. For a library's class, which checks at most for a
+        single token, it is enough that all of them together show no difference in eval mode: a pass over one token
+        takes as long as one over a text.
         """
         names, library = self._ones, self._is_of_a_library
         if self._ones_hold or not names or (library and self._program.mode == "train"):
@@ -132,7 +132,7 @@ class Runs:
 
     @property
     def _is_of_a_library(self) -> bool:
-        """Whether the model's class is a library's; these do not check for both the mode and the number of tokens."""
+        """Whether the model's class is a library's; such classes do not check both the mode and the token count."""
         own = next(cls for cls in type(self._model).__mro__ if not cls.__module__.startswith("graftc."))
         return home_of_module(own.__module__) == "library"
 
@@ -151,8 +151,8 @@ class Runs:
     def _generates_alike(self) -> bool:
         """Whether text-generation calls are as informative as any others.
 
-        They are so in eval mode, for a library's class whose cache grows only with the text. Train mode is compared on
-        calls with a past and several tokens.
+        This is the case in eval mode, for a library's class whose cache grows only with the text. Train mode is
+        compared on calls with a past and several tokens.
         """
         signature, library = self._program.signature, self._is_of_a_library
         return library and self._program.mode == "eval" and self._grows and not any(map(is_cross, signature))
@@ -211,7 +211,7 @@ class Runs:
     def _text(self) -> dict[str, Tensor]:
         """Return the inputs for a text without a past, at consecutive positions from 0.
 
-        Their products are known from signatures without a cache.
+        The matrix products for these inputs are known from signatures without a cache.
         """
         inputs = self.sample(0, fixed_sizes={PAST: 0})
         if POSITIONS in inputs:
@@ -220,7 +220,7 @@ class Runs:
         return inputs
 
     def _token_behind(self, before: ModelRun) -> dict[str, Tensor]:
-        """Return inputs whose sizes are 1 wherever allowed, with the beginning of the cache that was returned."""
+        """Return inputs whose sizes are 1 wherever allowed, including the beginning of the returned cache."""
         past = {name: tensor[:1, :, :1].contiguous() for name, tensor in _returned_past(before).items()}
         return {**self.sample(1, self._ones), **past}
 
@@ -269,7 +269,7 @@ class Runs:
         return updated
 
     def against(self, run: ModelRun, bound: float) -> tuple[float, list[str]]:
-        """Return the largest difference of the graph's results from a run, and descriptions of any above the bound."""
+        """Return the largest difference between the graph's results and a run's, and describe those above the bound."""
         program = self._program
         if run.spec != program.outputs:
             return float("inf"), [f"it returns {_shown(program.outputs)}, but the model returns {_shown(run.spec)}"]

@@ -1,4 +1,4 @@
-"""Record everything that a model's capture depends on as data: the contents of its modules, and the code they reach.
+"""Record, as data, everything that a model's capture depends on: its modules' contents, and the code they reach.
 
 The walk starts at the modules of the model. Plain values are recorded directly; functions are recorded by their code,
 their defaults, their closures and the globals that they mention, recursively; classes by the members that the reached
@@ -47,10 +47,10 @@ from graftc.compiler.capture.isolation import unheard
 from graftc.passes.core.ir.shapes import raw_bytes
 
 LARGEST_TENSOR = 65536
-"""The largest size, in bytes, of a tensor other than parameters and buffers; with a larger one, nothing is stored."""
+"""The maximum size in bytes of tensors other than parameters and buffers; with a larger one, nothing is stored."""
 
 _RECORDING = "transformers.utils.output_capturing"
-"""The module whose hooks transformers adds to a model in its first forward pass, even if that is captured."""
+"""The module whose hooks transformers adds to a model in its first forward pass, even if that pass is captured."""
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), type(NotImplemented))
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, pathlib.PurePath, range)
@@ -65,7 +65,7 @@ _CALLS = frozenset({"forward", "train", *RUN_BY_CALLS, *(f"__{n}__" for n in _PR
 """Methods that run without being mentioned by name."""
 
 _CREATED = _CALLS | {"__init__", "__new__", "__post_init__"}
-"""The same for classes that code may instantiate."""
+"""The same, but for classes that code may instantiate."""
 
 _OUTSIDE_NAMES = """
 environ environb getenv argv open read_text read_bytes import_module __import__ globals locals vars eval exec compile
@@ -360,7 +360,7 @@ class _Walk:
         return self._numbers[id(function)]
 
     def _class(self, cls: type, *, created: bool = False) -> Any:
-        """Return a class's number, or its name if versions or its library identify it.
+        """Return a class's number, or its name if the class is identified by versions or by its library.
 
         ``created`` means that code merely mentions the class and may instantiate it; how a library's class is
         instantiated is up to the library.

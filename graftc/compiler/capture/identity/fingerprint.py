@@ -70,7 +70,7 @@ class Identity:
 
     @property
     def fingerprint(self) -> str:
-        """One digest of the config and all tensors."""
+        """A single digest of the config and all tensors."""
         digest = hashlib.sha256(self.config.encode())
         for name, tensor in sorted(self.tensors.items()):
             digest.update(f"|{name}|{tensor.dtype}|{tensor.shape}|{tensor.digest}".encode())
@@ -78,7 +78,7 @@ class Identity:
 
     @property
     def packings(self) -> dict[str, str]:
-        """The packings and dtypes of packed weights by name, as returned by `described`."""
+        """The packings and dtypes of packed weights by name, in the format of `described`."""
         return {
             weight_name(name): tensor.dtype
             for name, tensor in self.tensors.items()
@@ -118,7 +118,7 @@ def identify(model: nn.Module, *, full: bool = False, replaced: Collection[str] 
 
     Args:
         model: the source model.
-        full: whether to digest every value instead of `SAMPLES` of each tensor. Scales and zero points of packed
+        full: whether to digest every value instead of `SAMPLES` values of each tensor. Scales and zero points of packed
             weights are always digested in full: the codes of two quantisers may be nearly equal, so that a sample would
             miss the difference.
         replaced: names of tensors whose values do not identify the base; see `replaced_tensors`.
@@ -166,7 +166,7 @@ def replaced_tensors(updated: Iterable[str], trained: Iterable[str], aliases: Ma
 def tensor_digest(tensor: Tensor, *, full: bool = True) -> str:
     """Return the SHA-256 of a tensor's bytes in row-major order, or of `SAMPLES` evenly spaced elements.
 
-    It is empty for a tensor on the meta device.
+    The digest is empty for a tensor on the meta device.
     """
     if tensor.device.type == "meta":
         return ""

@@ -19,7 +19,7 @@ _TRANSPARENT = frozenset({object, types.SimpleNamespace, types.MappingProxyType,
 """Classes whose instances have fully visible contents, in addition to those written in Python."""
 
 _HEAP = 1 << 9
-"""The type flag of classes that were created at run time, as those written in Python are."""
+"""The type flag of classes that were created at run time, such as those written in Python."""
 
 
 def is_fixed(function: types.FunctionType) -> bool:

@@ -79,7 +79,7 @@ def _digest(number: int, code: CodeType) -> str:
 
 def digest_of(code: CodeType) -> str:
     """Return a digest of a function's code, independent of its file and line."""
-    return _digest(id(code), code)  # Python takes equal code in other places as equal, but constants may be NaN
+    return _digest(id(code), code)  # Python treats equal code in different places as equal, but constants may be NaN
 
 
 def _constant(value: Any) -> str:
@@ -143,7 +143,7 @@ _OWN = (
     "specs/errors",
     "specs/records",
 )
-"""Folders with the files that `capture` and `capture_cache` import, even indirectly, and classes that are captured."""
+"""Folders of the files that `capture` and `capture_cache` import, even indirectly, and of classes that are captured."""
 
 
 def own_files(package: Path) -> list[Path]:
