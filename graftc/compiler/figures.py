@@ -37,7 +37,7 @@ class Figure:
 
 
 def live_figures(compilation: Compilation, controllers: Mapping[str, Controller[Any]]) -> Iterator[Figure]:
-    """Yield the current figures of every site, computed from its tensors and by controllers."""
+    """Yield the current figures of every site, computed from tensors and by controllers."""
     for resolved in compilation.main.resolved:
         method, controller = method_for(resolved.spec.method), controllers.get(resolved.name)
         if controller is None and not isinstance(method, Figured):

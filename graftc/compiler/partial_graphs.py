@@ -1,4 +1,4 @@
-"""Check graphs for part of a call: new tokens after a cache, an encoder alone, or a decoder after an encoder."""
+"""Checks on graphs for part of a call: new tokens after a cache, an encoder alone, or a decoder after an encoder."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def gates_over_rows(program: Program) -> list[str]:
 
 
 def _across_tokens(program: Program) -> list[str]:
-    """Return the names of adaptations that combine values across the tokens of a call, or count them."""
+    """Return the names of adaptations that combine or count values across the tokens of a call."""
     tokens = {
         expression(node.meta["val"].shape[1]) for node in program.placeholders() if str(node.target).endswith(_TOKENS)
     }

@@ -1,6 +1,6 @@
 """Find position tables: a graph that looks up a vector per position accepts no more tokens than the table has rows.
 
-The lookups are found by trial: a text with twice as many tokens as the table has rows makes them exceed the table.
+The lookups are found by trial: with twice as many tokens as the table has rows, such a lookup exceeds the table.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def prepare(prepared: Prepared) -> Prepared:
 
 
 def explained(error: GraftError, prepared: Prepared) -> GraftError:
-    """Restate the error for a prepared model that cannot be captured in terms of the spec, with the place in the spec.
+    """Restate, in terms of the spec, the error for a prepared model that cannot be captured, and add its place there.
 
     GC037 becomes GC149 if only parts of the model are graphs: the inputs of layers need not have a batch axis, so
     nothing can be chosen per row.

@@ -119,7 +119,7 @@ def _token(config: Any, name: str, rows: int) -> int | None:
 
 
 def _table_rows(node: fx.Node) -> int | None:
-    """Return the number of rows of the table, or slots of the bank, that an input indexes; None if there is none."""
+    """Return the number of rows of the table, or slots of the bank, that an input indexes; None if there is neither."""
     for user in node.users:
         if user.target is aten.index_select.default and user.args[2] is node:
             return int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]

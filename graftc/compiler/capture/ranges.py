@@ -112,7 +112,7 @@ class InputSizes:
 
 
 def fixed_sizes(requested: Iterable[Axis], captured: Iterable[Axis]) -> list[str]:
-    """Return notes on sizes that are fixed as shown because the model cannot be captured with any others."""
+    """Return notes on sizes that are fixed as shown because the model cannot be captured with any other sizes."""
     names = {axis.name: axis.axes for axis in captured}
     return [
         f"size {own} of axis {dim} of {axis.name} is fixed: the model cannot be captured with any other"
@@ -142,7 +142,7 @@ def _expression(size: Any) -> Any:
 
 
 def _range(environment: Any, symbol: Any, captured: int, limit: int | None) -> tuple[int, int | None]:
-    """Return the smallest and the largest supported size, on the captured side of any unsupported sizes.
+    """Return the smallest and the largest size of the supported range that contains the captured size.
 
     Args:
         environment: the sizes and guards of the trace.

@@ -99,7 +99,7 @@ class _Run:
         self._active.append(path)
 
     def after(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Record the first call of a module, unless another one contains it."""
+        """Record the first call to a module, unless another call contains it."""
         self._active.pop()
         if self._active or path in self.components or path in self.left_out:
             return

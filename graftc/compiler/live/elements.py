@@ -126,7 +126,7 @@ def is_live(model: nn.Module) -> bool:
 
 
 def union_of(model: nn.Module, elements: Iterable[str]) -> nn.Module:
-    """Return the union of a model's elements, whose class has the name of the model's; the model is not changed.
+    """Return the union of a model's elements, whose class is named like the model's; the model is not changed.
 
     Args:
         model: the model to take apart; the union shares all of its storage.
@@ -179,7 +179,7 @@ def hold_all(model: nn.Module, layers: Iterable[str], elements: Collection[str])
 
 
 Recorded = Mapping[str, tuple[CallStructure, Sequence[Tensor]]]
-"""The first call of each element in a run of a model, by path."""
+"""The first call to each element in a run of a model, by path."""
 
 
 def as_inputs(calls: Recorded) -> tuple[list[Axis], Flags]:

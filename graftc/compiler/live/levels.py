@@ -37,7 +37,7 @@ class TakenApart:
     """The elements of a model.
 
     Attributes:
-        calls: the calls of the elements in a run on the example inputs.
+        calls: the calls to the elements in a run on the example inputs.
         by_parts: rows of layers that are split into parts, but not into maps, each with the reason for splitting.
         by_maps: rows of layers that are split into single maps as well, each with the reason for splitting.
         uncalled: rows of layers that the run did not call, so that nothing in them is an element.
@@ -146,7 +146,7 @@ def _reason(union: nn.Module, path: str, calls: Recorded, known: dict[object, st
 
 
 def _in_order(calls: Recorded) -> list[str]:
-    """Return the paths of called modules, sorted by the first call of each module or of anything inside it."""
+    """Return the paths of called modules, sorted by the first call to each module or to anything inside it."""
     first: dict[str, int] = {}
     for index, path in enumerate(calls):
         while path:

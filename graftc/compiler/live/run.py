@@ -24,7 +24,7 @@ class RecordedRun:
     """The calls and accesses recorded in a run of a model.
 
     Attributes:
-        calls: the first call of each element.
+        calls: the first call to each element.
         written: names of the buffers that the model wrote to, in order.
         read: names of the parameters that the model's own Python code read between elements.
         entered: elements that the model's own Python code does not merely call, each with a description of what
@@ -154,7 +154,7 @@ class _Watch:
             self.entered.setdefault(path, f"the model's own Python sets its {changed}")
 
     def before(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record the first call of a layer, part or map, and what the model's own Python code did to its element."""
+        """Record the first call to a layer, part or map, and what the model's own Python code did to its element."""
         element = self._inside[path]
         if not self.active:
             if path == element:

@@ -1,4 +1,4 @@
-"""Convert the quantised modules of other libraries in a source model to plain modules with packed weights."""
+"""Convert the library-quantised modules of a source model to plain modules with packed weights."""
 
 from __future__ import annotations
 

@@ -176,8 +176,9 @@ class Runs:
         class in train mode, none is.
 
         Args:
-            before: the model's run on the first samples. For a library's class in eval mode, these are such a text, and
-                the token follows the first token of its first row, so that all sizes that may be 1 are 1.
+            before: the model's run on the first samples. For a library's class in eval mode, these are a text without a
+                past, and the single token follows the first token of the text's first row, so that all sizes that may
+                be 1 are 1.
             bound: as for `against`.
         """
         if self._is_of_a_library and self._program.mode == "train":

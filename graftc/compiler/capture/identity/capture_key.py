@@ -148,7 +148,7 @@ def walked_once() -> Iterator[None]:
 def digests_of_holdings(model: nn.Module) -> dict[str, str] | None:
     """Return digests of the contents of a model's modules, by attribute path, and of the code that they reach.
 
-    Return None if something cannot be serialised. Only the settings of a config that distinguish bases count; which
+    Return None if something cannot be serialised. Of a config, only the settings that distinguish bases count; which
     tensors require a gradient is up to the user and does not count.
     """
     try:
@@ -379,7 +379,7 @@ class _Walk:
         return self._numbers[id(cls)]
 
     def _reached(self) -> list[Any]:
-        """Return all code that calls of the modules may reach, searching until nothing new is found."""
+        """Return all code that calls to the modules may reach, searching until nothing new is found."""
         while self._functions or self._pending or self._fresh:
             pending, self._pending = self._pending, []
             functions, self._functions = self._functions, []

@@ -39,8 +39,8 @@ def is_foreign(value: Any) -> bool:
 def defined(cls: type) -> dict[str, list[Any]]:
     """Return all definitions of each name in a class and its bases.
 
-    A method may call the one that it overrides. torch's and Python's own classes are left out, since they are the same
-    everywhere, except subclasses of `nn.Module`, in which something may have been replaced.
+    All of them matter because a method may call the one that it overrides. torch's and Python's own classes are left
+    out, since they are the same everywhere, except subclasses of `nn.Module`, where something may have been replaced.
     """
     definitions: dict[str, list[Any]] = {}
     for base in cls.__mro__:
