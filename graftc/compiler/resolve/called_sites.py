@@ -1,4 +1,4 @@
-"""`CalledSites`: the sites of a Program whose layers call functions, in the bodies and at every call."""
+"""`CalledSites`: all sites of a Program whose layers call functions, both in the bodies and at the calls."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class CalledSites(SiteTable):
         return super().reads(tensor if one is None else renamed(tensor, one.path, one.body))
 
     def same(self, site: Site) -> list[Site]:
-        """Return the sites at the same place as another Program's site; a call's are derived from the body's."""
+        """Return the sites at the same place as another Program's site; at a call, derive them from the body's."""
         one = self.call_of(site.key.module)
         if one is None or not isinstance(site, LinearSite):
             return super().same(site)
@@ -127,7 +127,7 @@ class CalledSites(SiteTable):
 
 
 def _edges(one: FunctionCall) -> dict[fx.Node, fx.Node]:
-    """Return a map from the body's inputs and results to those of a call."""
+    """Return a map from the inputs and results of the body to those of a call."""
     results = {one.body_results[index]: node for node, index in one.results.items()}
     return {**dict(zip(one.given, one.inputs, strict=True)), **results}
 

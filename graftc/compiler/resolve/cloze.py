@@ -18,8 +18,8 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.options.cloze import ClozeOptions
 
 TOKEN_TARGETS = "token_targets"
-"""The input with token labels in the model's own format; a call with it returns the language model's own result and
-loss. The name avoids "label", because trainers expect inputs with "label" in their names in every evaluation."""
+"""The input for token labels in the model's own format; a call with this input returns the language model's own result
+and loss. The name avoids "label" because trainers expect all inputs with "label" in their names in every evaluation."""
 
 PATTERN = "pattern"
 """The input with the index of each row's verbalizer, ``int64[batch]``."""
@@ -28,7 +28,7 @@ _DECODERS = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embe
 
 
 class Filling:
-    """Mixin for a language model's class that makes it classify by filling blanks.
+    """Mixin that makes a language model's class classify by filling blanks.
 
     Attributes:
         cloze: the blank, the decoder's tokens, and the words with their shares, as plain lists.
@@ -42,11 +42,11 @@ class Filling:
         return False
 
     def fill(self, language_model: Any, given: dict[str, Any]) -> Any:
-        """Return the result of a call.
+        """Return the classification of a call's texts, or the language model's own result.
 
-        This is transformers' ``SequenceClassifierOutput`` with ``logits[batch, labels]`` and, if ``labels`` are given
-        (``int64[batch]``, or probabilities ``[batch, labels]``), the cross-entropy. With ``token_targets``, it is the
-        language model's own result.
+        The result is transformers' ``SequenceClassifierOutput`` with ``logits[batch, labels]`` and, if ``labels`` are
+        given (``int64[batch]``, or probabilities ``[batch, labels]``), the cross-entropy. With ``token_targets``, it is
+        the language model's own result.
 
         Args:
             language_model: the forward of the model's own class.
@@ -76,7 +76,10 @@ class Filling:
         return SequenceClassifierOutput(loss=loss if count is None else loss / count, logits=scores)
 
     def _places(self, given: dict[str, Any]) -> Tensor:
-        """Return the positions of the blanks, ``int64[batch, blanks]``; rows with fewer are padded with others."""
+        """Return the positions of the blanks, ``int64[batch, blanks]``.
+
+        Rows with fewer blanks are padded with other positions.
+        """
         ids: Tensor | None = given.get("input_ids")
         blank = self.cloze["blank"]
         if ids is None:
@@ -118,7 +121,7 @@ def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
     The model is not changed.
 
     Raises:
-        GraftError: GC170 for a model that is not a transformers language model, or lacks the tokens.
+        GraftError: GC170 for a model that is not a transformers language model or that lacks one of the tokens.
     """
     config = config_of(model)
     if config is None or not is_transformers(model) or output_head(model) is None:
@@ -131,7 +134,7 @@ def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
         hint = "set blank to the mask token or, for a model that generates from left to right, to last"
         raise GraftError("GC170", message, place=Place(path="cloze.decoder"), hint=hint)
     patched = next((name for name, module in model.named_modules() if "forward" in vars(module)), None)
-    if patched is not None:  # it uses the tensors of the model, not those of a copy
+    if patched is not None:  # the replacement uses the tensors of the model, not those of a copy
         message = f"forward of {patched or type(model).__name__} was replaced on the instance, so a copy cannot run it"
         raise GraftError("GC170", message, place=_PLACE, hint="override it in a subclass, or use a hook")
     classifier = sharing_copy(model)
@@ -144,9 +147,9 @@ def filling(model: nn.Module, options: ClozeOptions) -> nn.Module:
 
 
 def not_filling(error: GraftError, model: nn.Module, options: ClozeOptions) -> GraftError:
-    """Return the error for a model that cannot run when it fills blanks.
+    """Return the error to raise for a model that fails to run while filling blanks.
 
-    This is GC170 if its decoder receives no input, otherwise the error itself.
+    This is GC170 if the model's decoder receives no input, and otherwise the original error.
     """
     if error.code != "GC030" or options.decoder or not getattr(config_of(model), "is_encoder_decoder", False):
         return error
@@ -184,10 +187,10 @@ def _require_tokens(model: Any, options: ClozeOptions) -> None:
 
 
 def _plain(options: ClozeOptions) -> dict[str, Any]:
-    """Return the options as lists of equal size.
+    """Return the options as plain values, with the words and shares as lists of equal size.
 
-    For each pattern and blank, they contain one token from every word of every label, with the token's share of the
-    label's logit; padding has a share of 0.
+    For each pattern and blank, these lists contain one token from every word of every label, with the token's share of
+    the label's logit; padding has a share of 0.
     """
     blanks, most = options.blanks, max(len(words) for verbalizer in options.verbalizers for words in verbalizer)
     tokens, shares = list[list[list[int]]](), list[list[list[float]]]()

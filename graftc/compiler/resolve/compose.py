@@ -25,7 +25,7 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
 
 ACTIVE = "active"
-"""Part name of the buffer with the bank slot that is used if a call does not choose one."""
+"""Part name of the buffer that contains the bank slot to use if a call does not choose one."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def units(spec: Spec, resolved: Sequence[Resolved]) -> list[Unit]:
 
 
 def _order(spec: Spec, names: Sequence[str]) -> list[str]:
-    """Return the names in the order of the document, with each stack at the position of its first member."""
+    """Return the names in the order of the document, but with all members of a stack at the position of the first."""
     stacks = {name: c for c in reversed(spec.compose) if isinstance(c, Stack) for name in c.members}
     order: dict[str, None] = {}
     for name in names:
@@ -139,7 +139,7 @@ def _difference(first: Resolved, other: Resolved) -> str | None:
 
 
 def placed(spec: Spec, unit: Unit, error: GraftError) -> GraftError:
-    """Return an error with its place in the spec; methods and compositions name only one of their own fields."""
+    """Return an error with its place in the spec; errors of methods and compositions name only one of their fields."""
     return spec.locate(error.within(unit.path))
 
 
@@ -200,12 +200,11 @@ Parts = Mapping[SiteKey | None, dict[str, str]]
 def insert_unit(
     unit: Unit, program: Program, spec: Spec, new: Callable[..., Builder], insert: Insert
 ) -> dict[str, Parts]:
-    """Insert a composition.
-
+    """Insert a composition into a Program.
     Args:
         unit: the unit to insert; its `composition` is not None.
         program: the Program, changed in place.
-        spec: the whole document.
+        spec: the whole spec.
         new: creates a builder from an owner's name, a method's tag and seams.
         insert: inserts one adaptation with a builder.
 
@@ -213,7 +212,7 @@ def insert_unit(
         Each owner's tensors, by site and part.
 
     Raises:
-        GraftError: GC036 and others, with their place in the spec.
+        GraftError: GC036 and others, each with its place in the spec.
     """
     try:
         if unit.of_one_shape:
@@ -287,7 +286,7 @@ def _stays(unit: Unit) -> Applied:
 
 
 def keep_composed(fold: Fold, unit: Unit) -> Fold:
-    """Return a `Keep` with the reason if a composition must stay; other units and averaged parameters use ``fold``."""
+    """Return a `Keep` with the reason for a composition that must stay; ``fold`` for all others and for averages."""
     if unit.composition is None or (isinstance(unit.composition, Average) and unit.of_one_shape):
         return fold
     added = f"what they add goes through a composition ({unit.composition.kind})"

@@ -1,4 +1,4 @@
-"""Build Programs for the entry ``embeds``: with room for virtual tokens, and layers that read token embeddings."""
+"""Build Programs for the entry ``embeds``, with room for virtual tokens and with layers that read token embeddings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _HINT = "use a method that adds no virtual tokens, for example prefix"
 
 
 Plan: TypeAlias = Mapping[str, Sequence[tuple[Unit, Sequence[ValueSite]]]]
-"""By token-id input: the units that add virtual tokens to its sequence, each with its sites there."""
+"""For each token-id input, the units that add virtual tokens to its sequence, each with its sites in the sequence."""
 
 
 def require_token_embeddings(spec: Spec, model: nn.Module, table: SiteTable) -> None:
@@ -110,7 +110,7 @@ def lengthened(
 
     Args:
         model: the source model.
-        table: the sites in its capture with token ids.
+        table: the sites in the model's capture with token ids.
         plan: the virtual tokens to add; see `planned`.
         capture: captures the model with other inputs.
 
@@ -153,7 +153,7 @@ def lengthened(
 
 
 def _counted(tokens: Program, structure: Structure, body: Program, own: Structure) -> list[tuple[fx.Node, fx.Node]]:
-    """Return positions counted from ids, paired with those of the same table in the capture with token embeddings."""
+    """Pair positions counted from ids with those for the same table in the capture with token embeddings."""
     numbers = {name: node for name, node in _positions(tokens, structure).items() if counted_inputs(node)}
     return [(numbers[name], node) for name, node in _positions(body, own).items() if name in numbers]
 
@@ -201,7 +201,7 @@ def _axes(program: Program, streams: Sequence[Lengthened], ends: Sequence[fx.Nod
 
 
 def _most(body: Program, stream: Lengthened, structure: Structure) -> int | None:
-    """Return the largest number of tokens that the layers can read; None if it is unbounded.
+    """Return the maximum number of tokens that the layers can read; None if it is unbounded.
 
     The bounds are the size ranges of the layers' graph and the sizes of position tables.
     """

@@ -28,7 +28,7 @@ from graftc.specs.target import Candidate, Target, depths
 
 _LAYERED = ("attn", "ffn", "layer")
 _DETAILS = 8
-"""How many reasons an error for a near miss lists."""
+"""Maximum number of reasons that an error for a near miss lists."""
 
 Missing = Callable[[tuple[str, int] | None], Sequence[str]]
 
@@ -58,7 +58,7 @@ class Meant:
 
     Attributes:
         chosen: the selected candidates, in model order.
-        faults: the errors, of which `select` raises the first.
+        faults: the errors, the first of which `select` raises.
         gaps: errors for layers that lack a role which other layers have; raised only if ``expect`` is not set.
     """
 
@@ -282,7 +282,7 @@ class Matching:
     def may_have(self, family: str, spot: tuple[str, int]) -> bool:
         """Return whether a layer has a role of a family, or a place whose role is unknown.
 
-        A layer whose roles are all known and outside of the family, such as a state-space layer in a hybrid model,
+        A layer whose roles are all known and outside the family, such as a state-space layer in a hybrid model,
         lacks nothing. Every layer has an input and an output.
         """
         if family == "layer":
@@ -324,7 +324,7 @@ class Matching:
         if self.within is not None:
             return self.outside(what, others, path)
         if self.kinds is None or any(self.takes(c) for c in others):
-            # Only rows of fused weights match, but a target with modules alone selects whole modules.
+            # Only rows of fused weights match, but a target that names only modules selects whole modules.
             message = f"{what} matches {counted(len(others))}, all of them rows of a fused weight"
             return _error("GC011", message, path, "name the role as well, for example role: attn.q")
         wanted = listed(sorted(map(str, self.kinds)))

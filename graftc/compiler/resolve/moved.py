@@ -1,4 +1,4 @@
-"""`SiteMove`: moves the sites of a written-out layer to a layer that is a call of it."""
+"""`SiteMove`: translates sites from one layer to another, for example from a written-out layer to a call to it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def nodes_within(value: Any) -> bool:
 
 @cache
 def _names(kind: Any) -> tuple[str, ...]:
-    """Return the fields of a dataclass that a move inspects, computed once per class."""
+    """Return the names of the fields of a dataclass that a move inspects; cached for each class."""
     return tuple(field.name for field in fields(kind) if field.name != "applied")
 
 
@@ -49,7 +49,7 @@ class SiteMove:
         self._uses: dict[Use, Any] = {}
 
     def site(self, site: S) -> S:
-        """Return the site in the other layer, with nothing inserted; sites that share a use still share one there."""
+        """Return a site's counterpart in the other layer, with nothing inserted; sites that share a use still do so."""
         moved = self._copied(site)
         if self.before != self.after:
             moved.layer, moved.stack = place(moved.key.module)
@@ -77,7 +77,7 @@ class SiteMove:
 
     def _copied(self, value: Any) -> Any:
         copied = copy.copy(value)
-        for name in _names(type(value)):  # type: ignore[arg-type]  # mypy takes no class for hashable
+        for name in _names(type(value)):  # type: ignore[arg-type]  # mypy does not consider classes hashable
             now = getattr(value, name)
             moved = self._value(now)
             if moved is not now:

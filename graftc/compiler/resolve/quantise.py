@@ -46,7 +46,7 @@ def packing_for(options: BaseOptions, *, transposed: bool = False) -> Packing:
 
 
 def linear_maps(capture: Capture) -> dict[str, Layout]:
-    """Return the weights that only linear maps and experts of a graph read, with their layouts, by name.
+    """Return the layouts, by name, of the weights that are read only by linear maps and experts.
 
     Only weights in repeated layers count, unless the model has no repeated layers. Routers, whose results decide what
     is computed, are left out.

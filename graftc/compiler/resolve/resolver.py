@@ -57,8 +57,8 @@ class Resolved:
 def place_of(site: Site) -> SiteKey:
     """Return the key of the place that a site belongs to.
 
-    All uses of one weight are one place, and so are sublayers that end in the same weight, and the values of a layer
-    that runs several times. Each use of anything else is a separate place.
+    All uses of one weight form one place, as do sublayers that end in the same weight and the values of a layer that
+    runs several times. Every use of anything else is a separate place.
     """
     return site.key.place if isinstance(site, LinearSite | SublayerSite | ValueSite) else site.key
 
@@ -77,7 +77,7 @@ class Resolver:
         """Return every adaptation with its sites.
 
         Raises:
-            GraftError: GC011 to GC017 for targets, GC021 for rows with two owners, GC023 for sites that no output
+            GraftError: GC011 to GC017 for targets, GC021 for rows that partly overlap, GC023 for sites that no output
                 needs.
         """
         resolved: list[Resolved] = []
@@ -148,8 +148,8 @@ class Resolver:
         Args:
             main: the adaptations as resolved in the other Program.
             required: which places must exist here; other missing places are left out.
-            edits: what the other Program's adaptations do with stored tensors; in a part of a model, another module may
-                read a changed tensor.
+            edits: how the other Program's adaptations change stored tensors; in a Program for part of a model, another
+                module may read a changed tensor.
 
         Raises:
             GraftError: GC031, naming an adaptation and a place that this Program does not read.

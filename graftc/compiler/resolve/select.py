@@ -1,4 +1,4 @@
-"""Select sites with a target: every pattern and count must hold, otherwise an error shows what came closest.
+"""Select sites with a target; if a pattern matches nothing or a count is wrong, an error shows what came closest.
 
 Torch-free: it works on candidates, not graphs.
 """
@@ -33,15 +33,15 @@ def select(
         where: path of the target in the spec, named in errors: ``adapt[0].target``.
         kinds: the kinds of site that the method takes; None for all.
         method: the method's tag, named in errors.
-        missing: returns the modules without a role in a layer (stack and index; None for the whole model), each with
-            the reason, to explain near misses.
-        matcher: the matcher for regular expressions; a spec's targets share one, and with it a time limit.
+        missing: returns the modules without a role in a layer (given by stack and index, or None for the whole model),
+            each with the reason, to explain near misses.
+        matcher: the matcher for regular expressions; a spec's targets share one matcher, and therefore a time limit.
 
     Raises:
         GraftError: GC008 if a regular expression takes too long; GC011 if a glob, regex, list item, brace branch, layer
             or exclusion matches nothing, or if narrowing drops all of its matches; GC013 if ``expect`` is not met;
-            GC014 if nothing is left; GC015 if the model, or some layers of a stack, lack a role; GC016 if the method
-            does not take the matched kinds. Places contain paths; ``Spec.locate`` adds line and column.
+            GC014 if nothing is left; GC015 if the model or some layers of a stack lack a role; GC016 if the method
+            does not take the matched kinds. An error's place has only a path; ``Spec.locate`` adds line and column.
     """
     return Matching(target, candidates, where, ForMethod(kinds, method, missing), matcher or RegexMatcher()).run()
 
@@ -56,7 +56,7 @@ def meant(
     missing: Missing = lambda spot: (),
     within: Collection[Hashable] | None = None,
 ) -> Meant:
-    """Return a target's selection together with its errors: `select` for a target that is still being written.
+    """Return a target's selection together with its errors, like `select` but for a target that is still being written.
 
     Args:
         target, candidates, where, kinds, method, missing: as for `select`.
@@ -87,6 +87,6 @@ def check_overrides(
         depth: number of layers of each stack, from :func:`depths` of all candidates; by default from ``selected``.
 
     Raises:
-        GraftError: GC011, naming the override, or its pattern that matches nothing.
+        GraftError: GC011, naming the unused override, or the pattern in it that matches nothing.
     """
     check_used(spec.override_list(), selected, depths(selected) if depth is None else depth, f"{where}.overrides")

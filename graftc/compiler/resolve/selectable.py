@@ -36,12 +36,12 @@ class SelectedPlace:
         roles: its roles with all prefixes, as in ``decoder.cross.attn.k``; several for tied weights, none if only its
             name is known.
         kind: the kind of site.
-        layer, stack: index of its layer and path of the list that contains the layer; None and empty outside of layers.
-        tensors: names of its weight and its bias; empty for attentions, sublayers and values.
+        layer, stack: index of its layer and path of the list that contains the layer; outside layers, None and "".
+        tensors: names of its weight and its bias; empty for attention layers, sublayers and values.
         rows: the output rows that it covers in the weight, as ascending half-open runs; None for all rows.
         shape: the shape of these rows as stored; empty if there is no weight.
         parameters: number of elements in its tensors, counting only these rows.
-        uses: how many times the model computes with it.
+        uses: how many times the model uses it.
         evidence: the reason for its role.
         blocked: the reason why no method can adapt it; empty if one can.
         unused: whether it is blocked because no output needs it.
@@ -69,7 +69,7 @@ class SelectedPlace:
 
     @property
     def starred(self) -> str:
-        """The name with a star in place of the layer index, the same for equal layers."""
+        """The name with a star in place of the layer index, so that equal layers share one name."""
         number = f"{self.stack}.{self.layer}".lstrip(".")
         same = self.layer is not None and f"{self.name}.".startswith(f"{number}.")
         return f"{self.stack}.*".lstrip(".") + self.name[len(number) :] if same else self.name
@@ -103,7 +103,7 @@ class Selectable:
     unresolved: tuple[Unresolved, ...] = ()
 
     def missing(self, spot: tuple[str, int] | None) -> Sequence[str]:
-        """Return the parts of a layer (its stack and index), or of the whole model, that have no role, with reasons."""
+        """Return the parts without a role, with reasons, of a layer (given by stack and index) or the whole model."""
         return reasons(self.unresolved, spot)
 
     def require_adaptable(self, place: SelectedPlace) -> None:
@@ -115,7 +115,7 @@ class Selectable:
 
 @dataclass(frozen=True)
 class ModelStructure(Structure):
-    """The architecture of a model's usual graph, with its places.
+    """The architecture of a model's usual graph, together with the model's places.
 
     Attributes:
         places: the places that targets select from.
@@ -125,7 +125,7 @@ class ModelStructure(Structure):
 
 
 def selectable(model: nn.Module, program: Program, store: Store, structure: Structure) -> Selectable:
-    """Return a base model's places that targets can select.
+    """Return the places in a base model that targets can select.
 
     Args:
         model: the model that was captured.

@@ -1,4 +1,4 @@
-"""`Selection`: places that a target would select, to count, inspect and combine before writing a spec."""
+"""`Selection`: the places that a target would select; count, inspect and combine them before writing a spec."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Selection(AsTarget):
 
         Args:
             places: the places of a model.
-            method: the method's tag; None for weights, and any other kind of place that a role selects.
+            method: the method's tag; None to select weights and, by role, any other kind of place.
 
         Raises:
             GraftError: GC004 if the method is unknown.
@@ -89,7 +89,7 @@ class Selection(AsTarget):
         return self._narrowed("regex", patterns)
 
     def layers(self, *layers: int | str) -> Selection:
-        """Select the places in these layers of each stack: indices and slices (``"0:6"``), negative ones from the end.
+        """Select the places in these layers of each stack: indices or slices (``"0:6"``); negatives count from the end.
 
         Raises:
             GraftError: GC002 for a value that is neither a layer nor a slice.
@@ -147,7 +147,7 @@ class Selection(AsTarget):
         )
 
     def _fused_with(self, other: Selection) -> list[str]:
-        """Return a note if one selection has part of a fused weight and the other the whole weight, as two places."""
+        """Return a note if one selection has part of a fused weight and the other has all of it, as another place."""
         chosen = (self._meant.chosen, other._meant.chosen)
         for one, two in (chosen, chosen[::-1]):
             whole = {c.module for c in two if not c.part and c.kind in _WEIGHTS}
@@ -175,7 +175,7 @@ class Selection(AsTarget):
 
     @property
     def _faults(self) -> tuple[GraftError, ...]:
-        """The errors of all patterns that built the selection."""
+        """The errors of all patterns from which the selection was built."""
         return (*self._before, *self._meant.faults)
 
     @property
@@ -218,7 +218,7 @@ class Selection(AsTarget):
 
     @property
     def parameters(self) -> int:
-        """The number of elements in all of its tensors; a tensor of several places, such as a tied one, counts once."""
+        """The number of elements in the selected tensors; one in several places, such as a tied tensor, counts once."""
         return sum({(place.tensors, place.rows): place.parameters for place in self}.values())
 
     def expect(self, count: int) -> Selection:
@@ -251,8 +251,8 @@ class Selection(AsTarget):
         chosen: roles, roles in layers, or a list of modules.
 
         Args:
-            method: the method that the target is for; by default that passed to `graftc.select`, or any method that
-                takes such sites.
+            method: the method that the target is for; by default the one passed to `graftc.select` or, if none was
+                passed, any method that takes such sites.
 
         Raises:
             GraftError: GC014 for an empty selection; GC011, GC014 or GC015 for a pattern that matches nothing; GC016
@@ -279,9 +279,9 @@ class Selection(AsTarget):
         return f"{summary}, {self.parameters:,} parameters: {one_line(self._expression, 400)}"
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Return the lines of a table: role, place, rows, layers, kind, shape, parameters and evidence.
+        """Return the rows of a table: role, place, rows, layers, kind, shape, parameters and evidence.
 
-        Equal layers of a stack share a line, with their total of parameters and the evidence of the first.
+        Equal layers of a stack share a row, which shows their total number of parameters and the first one's evidence.
         """
         result: list[tuple[str, ...]] = []
         for (role, starred, rows, kind, shape), sites in grouped(self, _common).items():
@@ -328,7 +328,7 @@ class Selection(AsTarget):
 
 
 def _common(site: SelectedPlace) -> tuple[str, str, str, str, str]:
-    """Return the cells that are the same for all sites on one line of the table."""
+    """Return the cells that are the same for all sites in one row of the table."""
     return ", ".join(site.roles), site.starred, site.rows_text, str(site.kind), " x ".join(map(str, site.shape))
 
 

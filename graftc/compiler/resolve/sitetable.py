@@ -59,21 +59,21 @@ class BlockedSite(Site):
 class SiteTable:
     """All sites of one Program.
 
-    A stored weight that is read as a whole is one candidate, however often it is used. Rows that roles own are separate
-    candidates.
+    A stored weight that is read as a whole is one candidate, however often it is used. Rows with their own role are
+    separate candidates.
 
     Args:
         program: the captured and canonicalised base.
         store: its tensors.
         structure: the roles found in it.
         modules: the source model's modules by path, to distinguish a wrong name from a module that no output needs.
-        token_embeddings: the places where the model looks tokens up.
+        token_embeddings: the places where the model looks up tokens.
 
     Attributes:
         entries: each candidate's sites, one per use of its tensor.
         candidates: the places that targets select from; a candidate's key is its index in `entries`.
         uses: the uses of stored weights, by module and parameter name.
-        token_embeddings: the places where the model looks tokens up.
+        token_embeddings: the places where the model looks up tokens.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class SiteTable:
     # --- weights ---------------------------------------------------------------------------------------
 
     def _owner(self, use: Use) -> tuple[str, str]:
-        """Return the module and parameter name: the calling module's own name for the tensor, or the first name.
+        """Return a tensor's module and parameter name: the name in the calling module or, failing that, the first name.
 
         A module that is registered under several paths is identified by the first.
         """
@@ -128,7 +128,7 @@ class SiteTable:
         return module, name
 
     def _weight(self, module: str, name: str) -> None:
-        """Add sites for the whole weight, if a use reads all of it, and for the rows that roles own."""
+        """Add sites for the whole weight, if a use reads all of it, and for the rows with a role of their own."""
         uses = self.uses[module, name]
         spans: dict[WeightSlice, list[Finding]] = {}
         whole = uses[0].weight.at(None)
@@ -136,7 +136,7 @@ class SiteTable:
             spans[whole] = []
         for finding in (f for use in uses for f in self._by_node.get(use.node, ())):
             spans.setdefault(whole.at(finding.rows), []).append(finding)
-        for use in uses:  # rows that no role owns and no whole weight covers are selected by name
+        for use in uses:  # rows without a role that no whole weight covers are selected by name
             if whole not in spans and not any(own.overlaps(use.weight) for own in spans):
                 spans.setdefault(use.weight, [])
         parts: set[str] = set()
@@ -153,7 +153,7 @@ class SiteTable:
     ) -> list[Site]:
         """Return the sites for some rows of a weight, one per use that reads all of these rows.
 
-        A use with a different layout from the first has different rows, and counts as another reader.
+        A use whose layout differs from that of the first has different rows and counts as another reader.
         """
         every = self.uses.get((key.module, key.name), [])
         uses = [u for u in every if u.weight.layout is every[0].weight.layout and u.weight.covers(own)]
@@ -249,8 +249,8 @@ class SiteTable:
     def _sublayers(self) -> None:
         """Add the sites of sublayers.
 
-        Sublayers that end in the same weight are uses of one place; further ones with the same roles in a layer are
-        numbered.
+        Sublayers that end in the same weight are uses of one place; further sublayers with the same roles in a layer
+        are numbered.
         """
         by_role: dict[tuple[str, str], dict[Any, list[Site]]] = defaultdict(dict)
         for sublayer in self.structure.sublayers:
@@ -328,11 +328,11 @@ class SiteTable:
         )
 
     def missing(self, spot: tuple[str, int] | None) -> list[str]:
-        """Return the parts of a layer (its stack and index), or of the whole model, that have no role, with reasons."""
+        """Return the parts without a role, with reasons, of a layer (given by stack and index) or the whole model."""
         return reasons(self.structure.unresolved, spot)
 
     def same(self, site: Site) -> list[Site]:
-        """Return this Program's sites at the place of another Program's site; empty if it does not read the place."""
+        """Return this Program's sites at the place of another Program's site; empty if this one does not read it."""
         if isinstance(site, LinearSite):
             # Adaptations that stack on a place share its sites, which record all insertions so far.
             spot = site.key.place, site.own
@@ -356,7 +356,7 @@ def parameter_site(tensor: str) -> ParameterSite:
 def site_of(
     use: Use, key: SiteKey, own: WeightSlice, roles: tuple[str, ...] = (), layer: int | None = None, stack: str = ""
 ) -> LinearSite:
-    """Return a site for some rows of a use, of the class that matches the use."""
+    """Return a site, of the class that matches a use, for some rows of the use's weight."""
     cls, kind = LinearSite, SiteKind.LINEAR
     if isinstance(use, Experts):
         cls, kind = ExpertsSite, SiteKind.EXPERTS
@@ -366,7 +366,7 @@ def site_of(
 
 
 def _end(sublayer: Sublayer) -> str | fx.Node:
-    """Return the weight that a branch ends in, or its sum if several paths meet; runs of one sublayer share it."""
+    """Return the weight that a branch ends in, or its sum if several paths meet; all runs of one sublayer share it."""
     last = _last_map(sublayer.projection)
     return last.weight.tensor if last is not None else sublayer.sum
 

@@ -1,4 +1,4 @@
-"""Find a target that selects exactly some given places: try several forms and verify each with the resolver."""
+"""Find a target that selects exactly the given places: try several forms and verify each with the resolver."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graftc.specs.registry import method_specs, unknown_method
 from graftc.specs.target import Candidate, Target, depths, written_fields
 
 _SHOWN = 4
-"""How many wrongly selected, or missing, places an error lists."""
+"""Maximum number of wrongly selected places, and of missing ones, that an error lists."""
 
 Keys = frozenset[Hashable]
 
@@ -44,7 +44,7 @@ def exact_target(places: Selectable, keys: Keys, written: Target | None, method:
     Args:
         places: all places of the model.
         keys: keys of the places to select.
-        written: fields that the user wrote for them, which take precedence; None if there are none.
+        written: fields that the user wrote to select them, which take precedence; None if there are none.
         method: the method that the target is for; None for any method that takes such sites.
 
     Raises:
@@ -103,7 +103,7 @@ def _miss(places: Selectable, target: Target, kinds: Collection[SiteKind], keys:
 
 
 def _covering(chosen: Sequence[Candidate], pool: Iterable[Candidate]) -> list[str]:
-    """Return a few roles, chosen greedily, that cover all chosen sites and no others of ``pool``; empty if none do."""
+    """Return a few roles, chosen greedily, that cover all chosen sites and no others in ``pool``; empty if none can."""
     keys = {c.key for c in chosen}
     hits: dict[str, set[Hashable]] = {role: set() for c in chosen for role in sorted(c.roles)}
     for c in pool:
@@ -137,7 +137,7 @@ def _forms(chosen: Sequence[Candidate], pool: Sequence[Candidate]) -> Iterator[d
 
 
 def _named(paths: Sequence[str], chosen: Sequence[Candidate], pool: Sequence[Candidate]) -> dict[str, Any]:
-    """Return paths as globs that combine equal layers, or as regular expressions if a path has glob characters."""
+    """Return paths as globs that combine equal layers, or as regular expressions if a path contains glob characters."""
     if any(mark in path for path in paths for mark in "*{},"):
         return {"regex": _one([re.escape(path) for path in paths])}
     deep = depths(pool)

@@ -1,4 +1,4 @@
-"""Find where a model looks tokens up, and the inputs that accept token embeddings instead."""
+"""Find where a model looks up tokens, and the inputs that accept token embeddings instead."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TokenEmbeddings:
     Attributes:
         ids: the input with the token ids.
         embeds: the input that takes token embeddings instead.
-        role: ``embed.token``, prefixed with its stack if there are two.
-        module: path of the module that looks them up.
+        role: ``embed.token``, prefixed with the sequence's stack if there are two stacks.
+        module: path of the module that looks up the tokens.
         node: the node that computes the embeddings.
     """
 
@@ -53,7 +53,7 @@ def token_embeddings(model: nn.Module, program: Program) -> list[TokenEmbeddings
 
 
 def looking_up(model: nn.Module, stack: str = "") -> Any:
-    """Return the module that looks tokens up, by transformers' convention; None if the model does not follow it."""
+    """Return the module that looks up tokens, by transformers' convention; None if the model does not follow it."""
     owner: Any = model
     try:
         if stack:

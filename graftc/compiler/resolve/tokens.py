@@ -19,11 +19,11 @@ from graftc.specs.document import Tokens
 from graftc.specs.errors.diagnostics import GraftError, Place
 
 TOKENS = OWNERS["tokens"]
-"""The owner's name for the rows of a spec's ``tokens``."""
+"""Name of the owner of the rows of a spec's ``tokens``."""
 
 
 def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
-    """Return ``model`` itself if its table already has the rows, otherwise a copy with a longer table and head.
+    """Return ``model`` itself if its table already has the new rows, otherwise a copy with a longer table and head.
 
     The copy shares all other storage. Each new row starts as the mean of the existing rows. The model is not changed.
 
@@ -59,14 +59,14 @@ def with_room(model: nn.Module, tokens: Tokens) -> nn.Module:
 def token_sites(
     model: nn.Module, store: Store, table: SiteTable, tokens: Tokens
 ) -> list[tuple[WeightSlice, list[LinearSite]]]:
-    """Return the new rows of each tensor that has them, together with all of their readers in one Program.
+    """Return, for each tensor with new rows, these rows and all of their readers in one Program.
 
     Raises:
         GraftError: GC018 if new rows cannot be inserted at one of a tensor's readers, GC031 if the Program looks up no
             tokens.
     """
     tables: list[tuple[WeightSlice, list[LinearSite]]] = []
-    parameters = reversed(list(model.named_parameters(remove_duplicate=False)))  # the first name of each wins
+    parameters = reversed(list(model.named_parameters(remove_duplicate=False)))  # the first name of each parameter wins
     names = {id(parameter): store.canonical(name) for name, parameter in parameters}
     tensors = [t for t in (_table(model), _head(model)) if t is not None]
     for tensor in {id(t): t for t in tensors}.values():

@@ -14,7 +14,7 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.patterns import match_modules
 
 TRAIN = OWNERS["train"]
-"""The owner's name for the list's copies."""
+"""Name of the owner of the list's copies."""
 
 
 def train_sites(table: SiteTable, spec: Spec) -> list[ParameterSite]:
@@ -54,7 +54,7 @@ def train_sites_again(table: SiteTable, main: Sequence[ParameterSite], *, every:
 
 
 def insert_train(build: Builder, sites: Sequence[ParameterSite]) -> None:
-    """Insert copies of the parameters, which are trained in their place."""
+    """Insert copies of the parameters, to be trained in place of the originals."""
     for site in sites:
         with build.on(site):
             build.overlay(site.tensor)

@@ -1,4 +1,4 @@
-"""Copy a source model without copying its storage, for specs that need other tensors than the source has."""
+"""Copy a source model without copying its storage, for specs that need tensors which the source lacks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from graftc.specs.patterns import modules_by_glob
 
 
 def sharing_copy(model: nn.Module, instead: Mapping[int, Any] = MappingProxyType({})) -> Any:
-    """Return a copy of ``model`` with its own handles on the same storage; rebinding one does not affect the source.
+    """Return a copy of ``model`` with its own handles on the same storage; rebinding a handle leaves the source alone.
 
     Args:
         model: the model to copy, which is not changed.
-        instead: replacements for some of the model's objects, by object id. Modules among these are not inspected.
+        instead: replacements for some of the model's objects, by object id. Replaced modules are not inspected.
     """
     with source_lock():
         tensors = (
@@ -54,7 +54,7 @@ def untied(model: nn.Module, patterns: Sequence[str], axes: Sequence[Axis] | Non
     Args:
         model: the source, which is not changed.
         patterns: globs for module paths, as in a spec's ``untie``.
-        axes: the model's inputs; by default its usual ones.
+        axes: the model's inputs; by default the usual ones.
 
     Raises:
         GraftError: GC011 for a pattern that matches no module, GC027 for one whose modules have no tied tensors, GC028
@@ -109,7 +109,7 @@ def _check_function(model: nn.Module, other: nn.Module, axes: Sequence[Axis] | N
 
 
 def _untie(root: nn.Module, module: nn.Module, path: str) -> bool:
-    """Give a module new handles on the parameters that it shares with other modules; return whether there are any."""
+    """Give a module new handles on the parameters that it shares with other modules; return whether it shares any."""
     outside = {
         id(p) for name, p in root.named_parameters(remove_duplicate=False) if not f"{name}.".startswith(f"{path}.")
     }
