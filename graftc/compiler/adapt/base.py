@@ -30,7 +30,7 @@ def _gather(program: Program, compilation: Compilation) -> Program:
 
 
 GATHER: Pipeline[Compilation] = Pipeline("gather", [Pass("gather early", _gather, verified=True)])
-"""For a cloze: select the positions that are read before the head would compute all positions."""
+"""For a cloze: select the positions that are read, so that the head does not compute all positions."""
 
 
 def take(work: Work, request: CaptureRequest, log: Log) -> Capture:

@@ -1,9 +1,9 @@
-"""Adapt layers that call functions: whatever is inserted into a body is also inserted for every call of it.
+"""Adapt layers that call functions: whatever is inserted into a body is also inserted for every call to it.
 
 A method inserts into a body as into any layer. For each call, it then inserts into a copy of the body with the call's
-own tensors. This creates these tensors and verifies that the call computes the same as the adapted body. If this
-follows from the spec and the types of tensors alone (`Method.repeats`), verifying the first call is enough, and only
-tensors are created for the others.
+own tensors. This step creates these tensors and verifies that the call computes the same as the adapted body. If that
+follows from the spec and the types of tensors alone (`Method.repeats`), verifying the first call is enough; for the
+other calls, only the tensors are created.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Template:
     Attributes:
         base: the Program before any insertion.
         given, results: the body's input and result nodes in the base.
-        nodes: the base nodes from the body's inputs to its results, each with its node in the adapted Program.
+        nodes: the base nodes from the body's inputs to its results, each with its counterpart in the adapted Program.
         body: path of the body's layer.
         inside: the nodes that the body computes in the adapted Program.
     """
@@ -73,7 +73,7 @@ class _Template:
         return cls(base, given, outputs, {node: adapted[node.name] for node in wanted}, one.body, inside)
 
     def copy(self, path: str) -> tuple[Program, dict[fx.Node, fx.Node]]:
-        """Return the body with another layer's tensors, and its nodes by those of the adapted Program.
+        """Return a copy of the body with another layer's tensors, and the copy's nodes by the adapted Program's nodes.
 
         The outputs of the copy are its inputs and its results; the computation of its inputs is left out.
         """
@@ -101,7 +101,7 @@ def _insert_in_calls(program: Program, context: Adapting) -> None:
     shown: dict[str, str] = {}
     repeated = _Repeated(program, context)
     for now in calls(program.graph):
-        # For later signatures, the first has verified that layers are adapted alike.
+        # For later signatures, the first signature has verified that layers are adapted alike.
         if context.places is not None and all(name in context.store for name in bodies.tensors(now)):
             continue
         if now.body in shown:
@@ -170,7 +170,7 @@ class _Repeated:
 
 
 def _insert_in_call(program: Program, context: Adapting, now: FunctionCall, template: _Template, sites: Sites) -> bool:
-    """Insert into a copy of the body, and return whether base tensors of the call are edited.
+    """Insert into a copy of the body, and return whether any of the call's base tensors is edited.
 
     Raises:
         UnlikeBodyError: if the call does not compute the same as the body.
@@ -208,8 +208,8 @@ def _require_same(
         program: the Program with the body.
         now: the call.
         copy: the body with the call's tensors, with the same adaptations inserted.
-        nodes: the copy's nodes by those of the Program. Nodes that the Program computes outside of the body may be
-            adapted in the Program but not in the copy.
+        nodes: a map from the Program's nodes to those of the copy. Nodes that the Program computes outside the body may
+            be adapted in the Program but not in the copy.
         inside: the nodes that the body computes.
 
     Raises:

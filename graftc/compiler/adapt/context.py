@@ -26,11 +26,11 @@ from graftc.specs.document import Spec
 
 @dataclass
 class Work:
-    """Another signature of a Compilation while it is being built.
+    """A signature of a Compilation while it is being built.
 
     Attributes:
         compilation: the Compilation that it belongs to, without the signature.
-        request: the source model's calls that it is for, in train mode.
+        request: the calls to the source model that it is for, in train mode.
         controls: additional inputs, with which a call chooses among adaptations.
         places: the places where the first signature is adapted; None for the first signature itself.
         initial: the source of values for new tensors.
@@ -66,10 +66,10 @@ class Adapting(PassHost):
         captures: the captures from which the Program was built.
         resolver, structure: its sites and its roles, once they are known.
         resolved, trained: the adaptations with their sites, and the parameters that train in place, once known.
-        plan: the virtual tokens, by the input of token ids whose sequence they lengthen.
+        plan: the virtual tokens, by the token-id input whose sequence they lengthen.
         findings: the findings of plugins' passes.
-        prepared: the objects that methods created for all sites of an adaptation, by its name, if they contain no
-            nodes.
+        prepared: the objects that methods created for all sites of an adaptation, by the adaptation's name; only those
+            without nodes.
         starts: the initial values of the created parameters, by name.
     """
 
@@ -125,11 +125,11 @@ class Adapting(PassHost):
 
     @property
     def attentions(self) -> tuple[AttentionSite, ...]:
-        """Every attention of the Program."""
+        """Every attention site of the Program."""
         return tuple(site for site in self.every_site if isinstance(site, AttentionSite))
 
     def is_called(self, site: Site) -> bool:
-        """Return whether a site is inside a layer that calls a function; inputs and outputs of layers are not."""
+        """Return whether a site is inside a layer that calls a function; a layer's inputs and outputs are not."""
         table = self.resolver.table
         of_call = isinstance(table, CalledSites) and table.call_of(site.key.module) is not None
         return of_call and not isinstance(site, ValueSite)

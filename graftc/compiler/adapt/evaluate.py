@@ -54,4 +54,4 @@ def _evaluate(program: Program, context: Evaluating) -> Program:
 
 
 EVALUATE = Pass("mode(eval)", _evaluate, {"adapted"}, {"evaluated", COPIED}, verified=True, typed=True)
-"""Remove operations that only run in train mode, dropout above all."""
+"""Remove operations that run only in train mode, above all dropout."""

@@ -154,7 +154,7 @@ TRAIN_IN_PLACE = Pass(
     wanted=lambda program, context: bool(context.trained),
     verified=True,
 )
-"""Let base parameters train, through copies."""
+"""Let base parameters train, through copies that replace them."""
 
 ADAPTATIONS = PassGroup("insert", _adaptations, {"places", "controls", "tokens", "trained in place"}, {"adapted"})
 """Insert every adaptation and every composition at its places."""

@@ -62,7 +62,7 @@ def _resolve(program: Program, context: Adapting) -> None:
 
 
 def _require_alike(program: Program, context: Adapting) -> None:
-    """Check that all calls of a body are adapted like the body.
+    """Check that all calls to a body are adapted like the body.
 
     Raises:
         TreatedUnlikeError: with the groups of layers, if some are adapted differently.
@@ -80,8 +80,8 @@ def _required(context: Adapting) -> Required:
 
     A place that only train mode reads is adapted only in train mode. A later signature must read every place, since the
     caller could otherwise pass values that an adapted module should compute, such as embeddings. There are two
-    exceptions: signatures for generation, which together read all places, and signatures that only leave inputs out, as
-    for text without images.
+    exceptions: signatures for generation, which together read all places, and signatures that only leave out inputs,
+    such as those for text without images.
     """
     if isinstance(context.places, Adapting) or is_part(context.base):
         return "none"
@@ -123,7 +123,7 @@ COPY = Pass("copy", _copy, ensures={COPIED})
 """Copy the base, so that it stays unchanged."""
 
 ROLES = Pass("roles", _roles, {COPIED}, {"roles"}, rewrites=False)
-"""Detect attentions, feed-forward parts and layers by what the graph computes."""
+"""Detect attention, feed-forward parts and layers from what the graph computes."""
 
 RESOLVE = Pass("resolve", _resolve, {"roles"}, {SITES, PLACES}, rewrites=False)
 """Find the sites that the spec's targets select, or those of the first signature."""

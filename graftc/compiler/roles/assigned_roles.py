@@ -1,4 +1,4 @@
-"""`Labels`: collects findings, with the roles assigned so far, each node's stack, and the parts without a role."""
+"""`Labels`: collects findings, the roles assigned so far, each node's stack, and the parts without a role."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Labels:
         roles: the roles assigned to each source node so far, with their columns (None for all columns).
         stream: the numbers of the sources that residual streams start from or pass through.
         encoder_only: whether the graph contains only an encoder.
-        encoder: the encoder's nodes, as a bit set of positions, in a graph with cross-attention.
-        crosses: the attentions whose keys come from a different stream than their queries.
+        encoder: in a graph with cross-attention, the encoder's nodes as a bit set of positions.
+        crosses: the attention calls whose keys and queries come from different streams.
         mixing: the nodes that mix positions without attention, as a bit set; None until requested.
     """
 
@@ -69,7 +69,7 @@ class Labels:
         return any(own is None or bool(torch.isin(columns, own).any()) for own in roles.values())
 
     def _stream(self) -> set[int]:
-        """Return the sources that residual streams start from or pass through, across any number of linear maps."""
+        """Return the sources that residual streams start from or pass through, looking behind linear maps as well."""
         front = self.columns.front
         numbers = Worklist(n for r in self.flow.residuals.values() for n in bits(front.get(r.stream, 0)))
         for number in numbers:
@@ -83,7 +83,7 @@ class Labels:
         return self.columns.number.get(node, -1) in self.stream
 
     def inside(self, base: fx.Node, branch: fx.Node) -> list[fx.Node]:
-        """Return the linear maps, convolutions and attentions from ``base`` to ``branch``, in graph order."""
+        """Return the linear maps, convolutions and attention calls from ``base`` to ``branch``, in graph order."""
         return self.flow.between(base, branch, self.flow.working)
 
     def between(self, base: fx.Node, node: fx.Node, branch: fx.Node) -> bool:
@@ -172,7 +172,7 @@ class Labels:
         rows: Runs | None = None,
         prefix: str | None = None,
     ) -> None:
-        """Record a finding; its role gets a prefix, by default that of its node."""
+        """Record a finding; its role gets a prefix, by default the node's prefix."""
         module = self.module(node)
         full = (self.prefix(node) if prefix is None else prefix) + role
         self.findings.append(Finding(full, kind, node, module, parameter, rows, *place(module), 0, evidence))
@@ -185,7 +185,7 @@ class Labels:
     # --- results ---------------------------------------------------------------------------------------
 
     def report_rest(self) -> None:
-        """Record a reason for every linear map without a role, and for rows of fused maps without a role."""
+        """Record a reason for every linear map without a role and for every fused map with rows that have no role."""
         for node, linear in {**self.flow.linears, **self.flow.depthwise}.items():
             roles = self.roles.get(node)
             if not roles:
@@ -223,7 +223,7 @@ class Labels:
         return "its place in the residual branch fits no known form"
 
     def _gates(self, node: fx.Node, attention: fx.Node) -> bool:
-        """Return whether an output projection reads both this map and an attention."""
+        """Return whether an output projection reads both this map and an attention call."""
         projections = (n for n, roles in self.roles.items() if "attn.o" in roles)
         return any({node, attention} <= {*self.nearest(self.flow.linears[n].input)} for n in projections)
 
@@ -246,13 +246,13 @@ class Labels:
         return Structure(tuple(findings), tuple(rest), tuple(sublayers), heads)
 
     def _settled(self, node: fx.Node) -> bool:
-        """Return whether all of a weight received a role later."""
+        """Return whether the whole weight has received a role in the meantime."""
         roles = self.roles.get(node)
         linear = self.flow.linears.get(node)
         return bool(roles) and linear is not None and self._is_stored(linear) and None in (roles or {}).values()
 
     def journey(self, node: fx.Node) -> str:
-        """Return the operations from a value's sources to the value, for evidence: `` through norm and rotary``."""
+        """Return the operations between a value and its sources, for evidence: `` through norm and rotary``."""
         through = self.columns.through.get(node, Through.NOTHING)
         words = [w for mark, w in ((Through.NORM, "norm"), (Through.ROTARY, "rotary")) if through & mark]
         return " through " + " and ".join(words) if words else ""

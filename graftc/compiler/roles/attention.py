@@ -1,4 +1,4 @@
-"""Label attention projections, and detect attentions whose keys come from another stream."""
+"""Label attention projections, and detect attention calls whose keys come from another stream."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from graftc.specs.claims import SiteKind
 
 
 def read_attentions(labels: Labels) -> None:
-    """Label attentions, their query, key, value and output projections, and low-rank stages before the projections."""
+    """Label attention calls, their query, key, value and output projections, and low-rank stages before these."""
     _find_crosses(labels)
     attentions = [a for a in labels.flow.attentions.values() if not _pools_stream(labels, a)]
     for attention in attentions:
@@ -32,7 +32,7 @@ def read_attentions(labels: Labels) -> None:
 
 
 def _pools_stream(labels: Labels, attention: Attention) -> bool:
-    """Return whether an attention weights layers by a constant query without projections, and report it if so."""
+    """Return whether a call weights values of the stream by a constant query, without projections; report it if so."""
     if labels.flow.is_data(attention.query) or labels.linear_columns(attention.query):
         return False
     if all(n in labels.flow.linears for n in labels.nearest(attention.key)):
@@ -104,9 +104,9 @@ def _stages(labels: Labels, operands: tuple[fx.Node, ...]) -> dict[fx.Node, Tens
 
 
 def _find_crosses(labels: Labels) -> None:
-    """Record the cross-attentions and, if there are any, the nodes of the encoder.
+    """Record the cross-attention calls and, if there are any, the nodes of the encoder.
 
-    A cross-attention's keys come from a stream that is different from the queries' stream and does not read it.
+    The keys of such a call come from a stream that differs from the queries' stream and does not read that stream.
     """
     lines = _Lines(labels)
     first: Attention | None = None
@@ -124,7 +124,7 @@ def _find_crosses(labels: Labels) -> None:
 
 
 class _Lines:
-    """Residual streams as lines: all adds on one stream, and the values that it starts from, form one line."""
+    """Residual streams, here called lines: a line is all adds on a stream and the values from which it starts."""
 
     def __init__(self, labels: Labels) -> None:
         self.labels = labels
@@ -151,7 +151,7 @@ class _Lines:
         return lines
 
     def depends(self, line: int, other: int) -> bool:
-        """Return whether a branch of one chain of nodes reads the value that the other chain starts from."""
+        """Return whether a branch of one line reads a value from which the other line starts."""
         flow, sources = self.labels.flow, self.labels.columns.sources
         members = [(self._root(number), sources[number]) for number in self._parent]
         starts = flow.marked(n for root, n in members if root == other and n not in flow.residuals)
@@ -169,7 +169,7 @@ class _Lines:
 
 
 def read_heads(labels: Labels) -> dict[fx.Node, Heads]:
-    """Return the columns of each head's keys and values, for attentions whose positions all have the same columns."""
+    """Return the columns of each head's keys and values, for attention calls with the same columns at all positions."""
     heads = {}
     for node, attention in labels.flow.attentions.items():
         keys, values = (_headed(labels, attention, operand) for operand in (attention.key, attention.value))

@@ -1,4 +1,4 @@
-"""Determine which operand of a score product holds the keys: the softmax runs over keys."""
+"""Determine which operand of a score product holds the keys, given that the softmax runs over keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOVING = frozenset(MOVES) - names_of(Move.COPY, Move.CAST)
 def keys_are_second(product: fx.Node, between: Sequence[fx.Node], softmax: fx.Node, sizes: Sizes) -> bool | None:
     """Return whether the softmax below a product runs over the product's last axis; None if that cannot be determined.
 
-    If no operator moves entries, the axis alone decides; otherwise indices along the axis are moved like the scores.
+    If no operator rearranges entries, the axis alone decides; otherwise indices along it are moved like the scores.
 
     Args:
         product: the call that computes the scores.

@@ -1,7 +1,7 @@
-"""Column indices: which sources, and which of their output columns, each value of a graph consists of.
+"""Column indices: the sources, and their output columns, of which each value of a graph consists.
 
-The graph is run on small ``int64`` tensors. A source (a linear map, an embedding, an attention, a residual add)
-produces ``source << 32 | column``. Shape operators really run on these indices, so heads may be split, interleaved,
+The graph is run on small ``int64`` tensors. A source (a linear map, an embedding, attention, a residual add)
+produces ``source << 32 | column``. Shape operators actually run on these indices, so heads may be split, interleaved,
 repeated or permuted in any way; elementwise operators pass on their first tracked operand; normalisations pass columns
 through; statistics are untracked. Only the nearest sources that reach a value are recorded, as a bit set. The column
 operations that similar layers share are computed once (`patterns`).
@@ -100,11 +100,11 @@ class Columns:
         return self._columns[node]
 
     def tracked(self, node: fx.Node) -> bool:
-        """Return whether column indices of ``node`` are known."""
+        """Return whether the column indices of ``node`` are known."""
         return self.index(node) is not None
 
     def index(self, node: fx.Node) -> Tensor | None:
-        """Return the column indices of ``node``, or None if unknown; they distinguish sources and keep their order."""
+        """Return the column indices of ``node``, or None if unknown; sources stay distinct and in order."""
         indexed = self._index.get(node)
         return None if indexed is None else indexed.index
 
@@ -142,7 +142,7 @@ class Columns:
         try:
             indexed = self._run(node, name)
         except BREAKS:
-            # Sizes that break an operator reveal nothing about columns: the value stays untracked, without guessing.
+            # Sizes that break an operator reveal nothing about columns: the value stays untracked and is not guessed.
             self.failures.append(node)
             return
         if indexed is not None:
@@ -161,7 +161,7 @@ class Columns:
                 self._index[node] = self._patterns.source(own, number)
 
     def _axes(self, node: fx.Node, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the axes that count a source's columns, from its weight or, for an add, from its operands."""
+        """Return the axes along which a source's columns are counted, from its weight or, for an add, its operands."""
         if node in self.flow.linears:
             return self.flow.linears[node].axes
         if node in self.flow.residuals:
@@ -238,7 +238,7 @@ class Columns:
         return Indexed((result, *(None for _ in value[1:])) if several else result, indexed.sources)
 
     def _moved(self, node: fx.Node, move: Move) -> Indexed | None:
-        """Return the indices that the operator itself adds, if the columns are known for at least one operand."""
+        """Return the operator's own result for the indices, if the columns of at least one operand are known."""
         if move in (Move.COPY, Move.CAST):
             return self._index.get(node.args[0])  # type: ignore[arg-type]
         operands = node.all_input_nodes if move in (Move.JOIN, Move.FILL) else nodes_in(node.args[:1])

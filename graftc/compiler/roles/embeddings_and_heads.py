@@ -1,4 +1,4 @@
-"""Label both ends of a model, embedding tables and output projections, and the normalisations in between."""
+"""Label both ends of a model (embedding tables and output projections) and the normalisations in between."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _COUNTING = frozenset({"arange", "cumsum", "linspace"})
 def read_ends(labels: Labels, ends: Collection[str] | None = None) -> None:
     """Label the last linear maps before the outputs, and the maps that feed only these.
 
-    A map that a residual stream starts from is not a head, even if the model also returns its result, as with the
-    projected features of images.
+    A map from which a residual stream starts is not a head, even if the model also returns its result, as is the case
+    for the projected features of images.
 
     Args:
         labels: the labels that receive the roles.
@@ -58,7 +58,7 @@ def _feeds_stream(labels: Labels, node: fx.Node) -> bool:
 
 @dataclass
 class _Origin:
-    """The origin of the indices that look up a table."""
+    """The origin of the indices that are looked up in a table."""
 
     inputs: set[str] = field(default_factory=set)
     stored: list[fx.Node] = field(default_factory=list)
@@ -67,7 +67,7 @@ class _Origin:
 
 
 def read_tables(labels: Labels) -> None:
-    """Label embedding tables by the indices that look them up: token ids or positions."""
+    """Label embedding tables by the indices that are looked up in them: token ids or positions."""
     for node in labels.flow.embeddings:
         table = node.args[0]
         if not isinstance(table, fx.Node) or labels.flow.is_data(table):
@@ -155,7 +155,7 @@ def _stored_matrix(node: fx.Node) -> fx.Node | None:
 
 
 def read_norms(labels: Labels) -> None:
-    """Label normalisation scales, which are arguments of a fused call or factors of a normalised value."""
+    """Label normalisation scales, which are arguments of a fused call or are multiplied by a normalised value."""
     for node in labels.flow.order:
         name = op_name(node)
         if name in ("layer_norm", "rms_norm", "native_layer_norm"):
@@ -183,7 +183,7 @@ def _written_norm(labels: Labels, node: fx.Node) -> None:
 
 
 def _vector(node: fx.Node) -> str | None:
-    """Return the name of the stored vector behind ``node``, up to casts, reshapes and an added constant."""
+    """Return the name of the stored vector behind ``node``, ignoring casts, reshapes and an added constant."""
     node = beneath(node, PASSING | RESHAPING)
     while op_name(node) == "add" and not isinstance(node.args[1], fx.Node) and isinstance(node.args[0], fx.Node):
         node = beneath(node.args[0], PASSING | RESHAPING)

@@ -17,7 +17,7 @@ def read_experts(labels: Labels) -> None:
     """Label routers, and the 3-D weights that they choose from.
 
     A router is a linear map with one output column per expert. Its columns are compared within one residual branch, and
-    no attention depends on the choice. 3-D weights without a router get no role: they may be any kind of head.
+    no attention layer depends on the choice. 3-D weights without a router get no role: they may be any kind of head.
     """
     experts = [e for e in labels.flow.linears.values() if e.experts]
     choices = [(node, r) for node in labels.flow.order if (r := _chosen_in(labels, node)) is not None]
@@ -53,7 +53,7 @@ def _count(labels: Labels, linear: Linear) -> int:
 
 
 def _chosen_in(labels: Labels, node: fx.Node) -> Residual | None:
-    """Return the residual branch in which a choice is made, if any, unless an attention in it depends on the choice."""
+    """Return the residual branch in which a choice is made, if any, unless attention in it depends on the choice."""
     flow = labels.flow
     if op_name(node) not in _CHOOSING and op_name(node) not in SOFTMAX:
         return None

@@ -1,4 +1,4 @@
-"""Label feed-forward projections: those in residual branches besides attention, experts and mixers."""
+"""Label feed-forward projections: those in residual branches that are not part of attention, experts or mixers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from graftc.passes.core.sites.calls import op_name
 from graftc.passes.core.worklist import Worklist
 
 Misfits = list[tuple[fx.Node, str]]
-"""Nodes that do not fit a known form, with the reasons; empty if a feed-forward was labelled."""
+"""Nodes that do not fit a known form, with the reasons; empty if a feed-forward part was labelled."""
 
 
 def read_branches(labels: Labels) -> None:
-    """Label the experts, mixers and feed-forwards in each residual branch, inner branches first."""
+    """Label the experts, mixers and feed-forward parts in each residual branch, inner branches first."""
     read_experts(labels)
     for residual in labels.flow.residuals.values():
         read_mixers(labels, residual)
@@ -30,7 +30,7 @@ def read_branches(labels: Labels) -> None:
 
 
 def _feed_forward(labels: Labels, down: Linear) -> Misfits:
-    """Label the feed-forward that ends in ``down``.
+    """Label the feed-forward part that ends in ``down``.
 
     The input of ``down`` must come from one linear map, or from a gated pair, which may be fused.
     """
@@ -59,7 +59,7 @@ def _feed_forward(labels: Labels, down: Linear) -> Misfits:
 
 
 def _unfit(labels: Labels, down: Linear, linears: list[fx.Node]) -> str:
-    """Return why these maps cannot be a position-wise feed-forward, or an empty string."""
+    """Return why these maps cannot be a position-wise feed-forward part; an empty string if they can."""
     flow = labels.flow
     maps = [down, *(flow.linears[n] for n in linears)]
     if any(m.experts for m in maps):

@@ -15,7 +15,7 @@ from graftc.records.roles import Finding, Sublayer, Unresolved, role_rows, unres
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """The columns of an attention's keys and values, head by head.
+    """The columns of an attention call's keys and values, head by head.
 
     Attributes:
         keys, values: ``int64[heads, width]``: each head's columns of the projection, renumbered from 0 in their order;
@@ -36,7 +36,7 @@ class Structure:
         findings: the roles, in graph order.
         unresolved: the weights and other nodes without a role, with reasons.
         sublayers: the residual branches, in graph order.
-        heads: the heads of each attention whose keys and values can be followed head by head.
+        heads: the heads of each attention call whose keys and values can be followed head by head.
     """
 
     findings: tuple[Finding, ...]
@@ -70,7 +70,7 @@ class Structure:
 
 
 def reasons(unresolved: Iterable[Unresolved], spot: tuple[str, int] | None) -> list[str]:
-    """Return the parts of a layer (its stack and index), or of the whole model, that have no role, with reasons."""
+    """Return the parts without a role, with reasons, of a layer (given by stack and index) or the whole model."""
     return [f"{u.module}: {u.reason}" for u in unresolved if spot is None or (u.stack, u.layer) == spot]
 
 

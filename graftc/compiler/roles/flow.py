@@ -1,7 +1,7 @@
-"""Analyse one graph's data flow: ancestors, weights in use, attentions and residual adds.
+"""Analyse one graph's data flow: ancestors, weights in use, attention and residual adds.
 
-The analysis uses no model types, classes or parameter names: a weight is a value that depends on no input, an attention
-is a fused call or a softmax between two products, and a residual add joins a value with another computed from it.
+The analysis uses no model types, classes or parameter names: a weight is a value that depends on no input, attention is
+a fused call or a softmax between two products, and a residual add joins a value with another computed from it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SDPA = "scaled_dot_product_attention"
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: a fused call, or the product of a softmax with the values.
+    """One computation of attention: a fused call, or the product of a softmax with the values.
 
     Attributes:
         node: the call, or the product.
@@ -89,10 +89,10 @@ class Flow:
         linears: the linear maps, including convolutions with a stored kernel, by node in graph order.
         depthwise: the depthwise convolutions, which pass columns on.
         convolutions: the convolutions with a computed kernel.
-        attentions, residuals, embeddings: the recognised attentions, residual adds and embeddings.
-        working: the linear maps, convolutions and attentions, as a bit set.
+        attentions, residuals, embeddings: the recognised attention calls, residual adds and embedding look-ups.
+        working: the linear maps, convolutions and attention calls, as a bit set.
         products: the products of two values that both depend on data.
-        scores: the products to which an attention's softmax is applied.
+        scores: the products to which the softmax of an attention call is applied.
     """
 
     def __init__(self, graph: fx.Graph, sizes: Sizes) -> None:
@@ -163,7 +163,7 @@ class Flow:
         return self.above[self.at[node]] | 1 << self.at[node]
 
     def between(self, first: fx.Node, last: fx.Node, among: int = -1) -> list[fx.Node]:
-        """Return the nodes that are computed from ``first`` and are or lead to ``last``, in graph order.
+        """Return the nodes that are computed from ``first`` and that are, or lead to, ``last``, in graph order.
 
         Args:
             first, last: the ends of the paths.
@@ -208,13 +208,13 @@ class Flow:
         elif name == "embedding":
             self.embeddings.append(node)
 
-    # --- attentions ------------------------------------------------------------------------------------
+    # --- attention -------------------------------------------------------------------------------------
 
     def _called(self, name: str) -> str:
         return f"{name}#{len(self.attentions)}"
 
     def _written_out(self, node: fx.Node, first: fx.Node, second: fx.Node) -> None:
-        """Register a written-out ``softmax(Q K^T) V``: follow the weights to a softmax, then to the scores."""
+        """Register a written-out ``softmax(Q K^T) V``: follow the attention weights to a softmax and its scores."""
         for weights, value in ((first, second), (second, first)):
             softmax = self._softmax(weights) if self.is_data(value) else None
             scores = self._scores(softmax) if softmax is not None else []
@@ -241,7 +241,7 @@ class Flow:
         return None
 
     def _scores(self, softmax: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-        """Return the operands of the score products, in the order in which they are found upwards from the softmax."""
+        """Return the operands of the score products, in the order in which a search up from the softmax finds them."""
         operands: list[tuple[fx.Node, fx.Node]] = []
         nodes = Worklist(softmax.all_input_nodes[:1], nearest_first=True)
         for node in nodes:
@@ -334,14 +334,14 @@ class Flow:
         return bases
 
     def _computed_from(self, base: fx.Node, branch: fx.Node) -> bool:
-        """Return whether a weight or an attention lies on a path from ``base`` to ``branch``."""
+        """Return whether a weight or an attention call lies on a path from ``base`` to ``branch``."""
         return self.is_above(base, branch) and bool(self.between(base, branch, self._weighty))
 
 
 def _uncast(node: fx.Node) -> fx.Node:
     """Return a value without its casts to the dtype that it already has.
 
-    The tracer does not distinguish the value from its cast, whichever of them the model adds to.
+    The tracer does not distinguish the value from its cast, no matter which of them the model adds to.
     """
     while node.target is torch.ops.aten.to.dtype:
         source = node.all_input_nodes[0]

@@ -1,4 +1,4 @@
-"""Find the values at the start and end of layers, with the tokens behind them: :func:`value_sites`."""
+"""Find the values at the start and end of layers, and the tokens behind these values: :func:`value_sites`."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def value_sites(
 
 
 def attended(attention: fx.Node, sublayers: Iterable[Sublayer]) -> fx.Node | None:
-    """Return the value that an attention's sublayer reads, or None if no sublayer contains the attention.
+    """Return the value that the sublayer of an attention call reads, or None if no sublayer contains the call.
 
-    The sublayer is the first attention sublayer that ends after the attention.
+    The sublayer is the first attention sublayer that ends after the call.
 
     Args:
-        attention: the node of the attention.
+        attention: the node of the attention call.
         sublayers: residual branches in graph order.
     """
     for sublayer in sublayers:
@@ -128,7 +128,7 @@ class TokenReaders:
     def of(self, value: fx.Node, stem: str) -> TokenNumbers | None:
         """Return the tokens behind ``value: [batch, sequence, ...]``, or None if there are none.
 
-        If several tables are looked up, the largest counts, since others contain languages and the like.
+        If there are look-ups in several tables, the largest table counts, since others contain languages and the like.
 
         Args:
             value: the value.

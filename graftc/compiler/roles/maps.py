@@ -105,7 +105,7 @@ def _product(
 
 
 def _flipped(node: fx.Node, data: fx.Node, weight: fx.Node, weights: Weights, size: Size) -> Linear | None:
-    """Return the linear map of ``W @ x``, where the weight comes first and the result's rows are the columns."""
+    """Return the linear map of ``W @ x``, where the weight comes first and the result's rows are the output columns."""
     if weight.meta["val"].dim() != 2:
         return None
     parameters = weights(weight)
@@ -126,7 +126,7 @@ def _selected(weight: fx.Node) -> fx.Node | None:
 def _index_expression(node: fx.Node, weights: Weights, size: Size) -> Linear | None:
     """Return the linear map of an ``einsum`` of a value and a weight.
 
-    Letters that occur only in the weight and the result number the columns.
+    The columns are numbered by the letters that occur only in the weight and the result.
     """
     inputs, _, output = str(node.args[0]).replace(" ", "").replace("...", ".").partition("->")
     terms, operands = inputs.split(","), node.args[1]

@@ -3,8 +3,8 @@
 The rule is based on data flow. A residual branch mixes positions if it contains a convolution along positions, a
 product of two data-dependent values, a running sum, a Fourier transform, a shift along positions, a pooling window, or
 a linear map over positions. A plain sum or mean alone is not enough, because its axis cannot always be determined.
-Every linear map or convolution that is such an operation, or lies before or after one, is a ``mixer``, and so is every
-map that feeds a mixer. Maps on a path with an attention are left out, because their purpose cannot be determined.
+Every linear map or convolution that is such an operation, or lies before or after one, is a ``mixer``, as is every map
+that feeds a mixer. Maps on a path with an attention call are left out, because their purpose cannot be determined.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _weighted(labels: Labels, residual: Residual, node: fx.Node) -> bool:
 
 
 def mixing(labels: Labels) -> int:
-    """Return the nodes that mix positions and are not part of an attention, as a bit set."""
+    """Return the nodes that mix positions and are not part of an attention computation, as a bit set."""
     if labels.mixing is None:
         labels.mixing = labels.flow.marked(node for node in labels.flow.order if _mixes(labels, node))
     return labels.mixing
@@ -100,7 +100,7 @@ def _sums(labels: Labels, node: fx.Node) -> bool:
 
 
 def _pools_positions(labels: Labels, node: fx.Node) -> bool:
-    """Return whether columns are the same along a pooled axis, which then does not count columns."""
+    """Return whether columns are the same along a pooled axis, so that the axis does not count columns."""
     value = node.args[0]
     index = labels.columns.index(value) if isinstance(value, fx.Node) else None
     if index is None or len(node.args) < 2:

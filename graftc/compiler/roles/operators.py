@@ -68,7 +68,7 @@ CREATING = _names(
     """
 )
 POINTWISE = _names("prelu rrelu hardswish hardsigmoid mish softplus where masked_fill masked_scatter")
-"""Operators without PyTorch's tag for pointwise operators that also keep the columns of their first operand."""
+"""Operators that lack PyTorch's pointwise tag but also keep the columns of their first operand."""
 
 NONLINEAR = _names(
     """
@@ -79,7 +79,7 @@ NONLINEAR = _names(
 """Activations, and the operators that written-out activations consist of."""
 
 SELECTING = MOVING | names_of(Move.SPLIT)
-"""Operators between a stack of matrices and the matrices that a product reads."""
+"""Operators that may occur between a stack of matrices and the matrices that a product reads."""
 
 RUNNING = _names(
     """

@@ -71,7 +71,7 @@ class Patterns:
         return Indexed(own, (number,)) if self._shared else Indexed(own + (number << SHIFT), None)
 
     def together(self, values: Iterable[Indexed]) -> tuple[int, ...] | None:
-        """Return the sources of several values."""
+        """Return the sources of several values, taken together."""
         sources = {own.sources for own in values}
         return next(iter(sources)) if len(sources) == 1 else tuple(sorted({n for own in sources for n in own or ()}))
 

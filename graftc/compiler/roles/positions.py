@@ -18,7 +18,7 @@ from graftc.specs.roles import parse_role
 aten = torch.ops.aten
 _ROTATING = (aten.cos.default, aten.sin.default)
 _LOOK_UPS = {aten.index.Tensor: 1, aten.index_select.default: 2, aten.gather.default: 2}
-"""The index of the argument with the row indices, by look-up operator."""
+"""For each look-up operator, the position of the argument that contains the row indices."""
 _COUNTING = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 
 
@@ -46,7 +46,7 @@ def _look_ups(graph: fx.Graph) -> Iterator[Positions]:
     """Yield look-ups of one row per token in a floating-point table that depends on no input.
 
     An example is a table with the sine and cosine of every position. Indices with two axes that count tokens are
-    distances, and are left out.
+    distances and are left out.
     """
     data: set[fx.Node] = set()
     for node in graph.nodes:

@@ -45,12 +45,12 @@ def find_structure(
             are not read, so a model on ``meta`` is sufficient.
         constants: integer tensors that the graph refers to in addition to the model's own, by name; some models pick
             heads with them. By default none; columns picked by such a tensor are then unresolved.
-        encoder: whether the graph contains only a model's encoder, whose roles have its prefix.
+        encoder: whether the graph contains only a model's encoder; the roles then have the prefix ``encoder.``.
         ends: paths of the elements that may be heads, if the graph is a union of elements; see `last_elements`. None
             for the graph of a whole model.
 
     Returns:
-        Findings in graph order, weights without a role with reasons, and the residual branches.
+        The findings in graph order, the weights without a role (each with the reason), and the residual branches.
     """
     columns = _propagate(graph, constants or {})
     labels = Labels(columns.flow, columns, encoder=encoder)
@@ -64,7 +64,7 @@ def find_structure(
 
 
 def roles_of(program: Program, constants: Mapping[str, Tensor] | None = None, *, encoder: bool = False) -> Structure:
-    """Return the roles in a base Program, of a whole model or of one taken apart. Args as for `find_structure`."""
+    """Return the roles in the base Program of a model, whole or taken apart. Args as for `find_structure`."""
     return find_structure(program.graph, constants, encoder=encoder, ends=last_elements(program))
 
 

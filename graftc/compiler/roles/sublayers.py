@@ -62,7 +62,7 @@ def _joints(labels: Labels) -> list[_Joint]:
 
 
 def _terms(labels: Labels, residual: Residual, branch: fx.Node) -> list[fx.Node]:
-    """Return the sublayers whose sum a branch is, or the branch itself."""
+    """Return the sublayers that add up to a branch, or the branch itself."""
     node = beneath(branch, PASSING)
     operands = tensor_nodes(node.args[:2]) if op_name(node) == "add" and node not in labels.flow.residuals else []
     if len(operands) == 2:
@@ -121,7 +121,7 @@ def _normed(labels: Labels, base: fx.Node, branch: fx.Node) -> fx.Node:
 
 
 def _entries(labels: Labels, base: fx.Node, branch: fx.Node) -> list[fx.Node]:
-    """Return the values that the first weights and attentions after ``base`` read."""
+    """Return the values that the first weights and attention calls after ``base`` read."""
     flow = labels.flow
     inside = labels.inside(base, branch)
     entries = []

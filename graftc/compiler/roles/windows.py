@@ -16,7 +16,7 @@ def has_windows(config: Any) -> bool:
 
 
 def may_have_windows(model: nn.Module) -> bool:
-    """Return whether a layer may hide the first token from the last, by its cache or a stored mask (as in GPT-Neo).
+    """Return whether a layer may hide the first token from the last through its cache or a stored mask (as in GPT-Neo).
 
     True if the model has no transformers config from which this can be determined.
     """
