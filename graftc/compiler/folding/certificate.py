@@ -15,7 +15,7 @@ DEFAULT_BUDGET: Mapping[torch.dtype, float] = {
     torch.float16: 2e-2,
     torch.bfloat16: 1e-1,
 }
-"""Largest allowed difference of outputs by dtype, relative to the largest output or 1."""
+"""Largest allowed difference between outputs, by dtype, relative to the largest output (or to 1 if that is larger)."""
 
 HALF = 0.5
 """The fraction of an update's norm below which a merge warns."""

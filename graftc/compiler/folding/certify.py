@@ -1,8 +1,8 @@
 """Fold with evidence: each base tensor that folding changes is folded once, probed, rounded, checked and released.
 
 Tensors are processed one group at a time (`graftc.compiler.folding.fold_group`); a group contains tensors that are
-folded together or read by one call. At any time, memory holds the group's tensors in float64, before or during the
-fold, and the folded tensors: at most two tensors of the largest one's size, apart from allocations by a method's own
+folded together or read by one call. At any time, memory holds the group's tensors in float64 (before or during the
+fold) and the folded tensors: at most two tensors of the size of the largest, apart from allocations by a method's own
 graph or fold. All other large values are processed in pieces.
 
 The evidence is collected as follows. A linear map is run on `PROBES` random inputs, unfolded and folded. A table is
@@ -10,7 +10,7 @@ looked up at every entry; a table with more than 2**26 elements is looked up at 
 replaced ones. A tensor that belongs to no map is compared as a whole. Large results are multiplied by random vectors
 before they are compared: if a folded tensor is wrong in any element, these products differ with probability one.
 Differences below `ALGEBRA_BOUND` of the largest output count as rounding. Every element of the folded tensors is
-checked for rounding to nearest, and the same pass measures how much of the update is left
+checked to have been rounded to nearest, and the same pass measures how much of the update is left
 (`graftc.compiler.folding.retention`).
 """
 

@@ -1,7 +1,7 @@
 """Collapse adaptations that do not fold into a simpler deployed form, and measure its distance from the trained form.
 
-To collect the evidence, the train Program's own nodes at a site run once for every possible draw of its routes; the
-mean of the results is compared with the result of the same nodes in eval mode.
+To collect the evidence, the train Program's own nodes at a site run once for every possible draw of the site's routes;
+the mean of the results is compared with the result of the same nodes in eval mode.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Own:
 
 
 def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator[tuple[str, _Own]]:
-    """Yield the tensors of every place, with their names' prefix."""
+    """Yield the tensors of every place, together with the prefix of their names."""
     parts = compilation.parts[resolved.name]
     shared = {part: read(name) for part, name in parts.get(None, {}).items()}
     for site, spec in resolved.places:
@@ -216,7 +216,7 @@ class _Routes:
 
     @staticmethod
     def _boundary(mine: tuple[str, str], start: fx.Node | None, end: fx.Node) -> list[fx.Node]:
-        """Return the nodes outside of an adaptation that it reads at a site, except tensors and routes."""
+        """Return the nodes outside an adaptation that the adaptation reads at a site, except tensors and routes."""
         outside: dict[fx.Node, None] = {} if start is None else {start: None}
         pending, seen = [end], set(outside)
         while pending:

@@ -1,7 +1,7 @@
 """Fold one group of tensors with evidence: probe, fold, round, and probe again.
 
 This works in the same way for tensors from a model and from files, wherever the results go. At any time, memory holds
-the group's tensors in float64, before or during the fold, and the results that their target keeps, apart from
+the group's tensors in float64 (before or during the fold) and the results that the target keeps, apart from
 allocations by a method's own graph or fold.
 """
 
@@ -56,7 +56,7 @@ def fold_group(
         target: the destination for the folded tensors.
 
     Returns:
-        The measurements at each site, with the probed base node; and how much of all tensors' updates is left.
+        The measurements at each site, each with the probed base node, and how much of all tensors' updates is left.
     """
     base = lazy.base(group)
     values = lazy.widened(base)

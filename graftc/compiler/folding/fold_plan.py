@@ -39,7 +39,7 @@ def fold_plan(compilation: Compilation, only: Sequence[str] | None = None) -> Fo
     """Try to fold every adaptation, and return the adaptations that fold and those that stay.
 
     An adaptation that was inserted on top of one that stays must also stay: folding it into the weights would apply it
-    first. This does not concern replacements of base tensors, which come below everything else. Nothing folds in a
+    first. This does not apply to replacements of base tensors, which come before everything else. Nothing folds in a
     graph that a plugin's pass has rewritten.
 
     Args:
@@ -105,7 +105,7 @@ def _rewritten(compilation: Compilation) -> GraftError | None:
 
 
 def _present(compilation: Compilation, name: str) -> bool:
-    """Return whether an adaptation has anything inserted; a spec's ``tokens`` and ``train`` may be unset."""
+    """Return whether anything was inserted for an adaptation; a spec's ``tokens`` and ``train`` may be unset."""
     return name in compilation.unit_of or bool(compilation.tensor_edits.copies(name))
 
 

@@ -1,4 +1,4 @@
-"""Build a Program with a single linear map and its adaptations: the unfolded side of a fold without the model.
+"""Build a Program with one linear map and its adaptations: the unfolded side of a fold that does not use the model.
 
 The Builder writes the Program without values. The nodes that methods insert are then evaluated on the real rows of a
 weight and the real tensors of an adapter. Nothing here uses a fold, and nothing is captured.

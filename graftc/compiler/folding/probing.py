@@ -97,10 +97,10 @@ class Probe(ABC):
 
     Attributes:
         node: the base's node.
-        reads: names of the tensors among these that the base has.
+        reads: names of the tensors, among those that determine the value, that the base has.
         inputs: the inputs from which the value is computed, in one or several parts.
         vectors: random vectors by which the value is multiplied before the comparison; None if it is compared directly.
-        axis: the axis of the value that counts its columns.
+        axis: the axis of the value along which its columns are counted.
     """
 
     vectors: Tensor | None = None
@@ -116,7 +116,7 @@ class Probe(ABC):
         """Return the sites whose folds affect the value, given the fold steps of its group."""
 
     def unfold(self, read: Read, steps: Sequence[FoldStep]) -> Finish:
-        """Compute the value before the fold, and return a function that computes it again and compares.
+        """Compute the value before the fold, and return a function that computes it again and compares the two.
 
         Args:
             read: returns a tensor's current values.
@@ -164,7 +164,7 @@ class Probe(ABC):
         return evaluate(graph.last(self.node), values, read), evaluate(self.node, inputs, read)
 
     def _seen(self, value: Tensor, columns: Sequence[Tensor | None]) -> list[Tensor]:
-        """Return the parts of a value to compare, some columns or all of it, or random sums over these."""
+        """Return the parts of a value to compare (some or all of its columns), or random sums over these columns."""
         parts = (value if own is None else value.index_select(self.axis, own) for own in columns)
         return list(parts) if self.vectors is None else [part @ self.vectors[: part.shape[-1]] for part in parts]
 
@@ -239,7 +239,7 @@ class TensorProbe(Probe):
     Args:
         graph: the adapted graph.
         node: the base's node that reads the tensor.
-        stored: the tensor, of which only the shape and the device matter.
+        stored: the tensor; only its shape and device matter.
         seed: the seed for the random vectors by which a large tensor is multiplied.
     """
 

@@ -28,7 +28,7 @@ BaseForm: TypeAlias = Literal["full", "requantized"]
 """The form in which a merge stores weights that were packed: see `Compiled.merge`."""
 
 REQUANTISED_BUDGET: Mapping[str, float] = {"int8": 0.05}
-"""How much outputs may differ after packing again, relative to the largest output or 1, by packing."""
+"""How much outputs may differ after packing again, by packing, relative to the largest output (or to 1 if larger)."""
 
 REQUANTISED_MOST = 0.5
 """The same for all other packings, which have 4 bits."""
@@ -41,7 +41,7 @@ class Repacked:
     Attributes:
         packed: the packed parts of the weights that changed, by weight name; all other weights keep theirs.
         evidence: the evidence, one entry per site.
-        budget: the default budget for outputs, relative to the largest; 0 if nothing was packed again.
+        budget: the default budget for outputs, relative to the largest output; 0 if nothing was packed again.
     """
 
     packed: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """Measure update retention: how much of an update is left after rounding folded tensors to the deployed dtype.
 
 The exact update is ``u = W' - W``, and the applied update is ``v = round(W') - W``. An update much smaller than the
-spacing of ``W``'s dtype is lost: most entries of ``v`` are 0, and the others are whole steps, far larger than those of
-``u``.
+spacing of ``W``'s dtype is lost: most entries of ``v`` are 0, and the others are whole steps, far larger than the
+entries of ``u``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def retention_of(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
 
 
 def retention_of_error(base: Tensor, exact: Tensor, error: Tensor, spare: Tensor | None = None) -> Retention:
-    """Return the same as `retention_of`, given ``rounded - exact`` in float64.
+    """Return the same result as `retention_of`, given ``rounded - exact`` in float64.
 
     ``error`` is overwritten, and so is ``spare``, a buffer with the same dtype and shape. If rounding restores the
     base's value, ``error`` is bitwise equal to ``-u``, so that the entry counts as unchanged.

@@ -24,7 +24,7 @@ def worse(one: RouteEvidence, other: RouteEvidence) -> RouteEvidence:
 
 @dataclass(frozen=True)
 class Flips:
-    """The number of choices that differ between two runs, with scores that are the same up to rounding.
+    """The number of choices that differ between two runs whose scores are the same up to rounding.
 
     Attributes:
         choices, flips, gap: as for `RouteEvidence`.
@@ -54,7 +54,7 @@ class Flips:
 
 
 def score_noise(scores: Tensor, dtype: torch.dtype) -> float:
-    """Return the smallest rounding error to expect in scores: a unit in the last place of the largest.
+    """Return the smallest rounding error to expect in scores: a unit in the last place of the largest score.
 
     Args:
         scores: the scores to choose among.

@@ -35,7 +35,7 @@ def remember(compilation: Compilation, signature: Signature, present: Mapping[st
 
 
 def samples(compilation: Compilation) -> dict[str, Tensor]:
-    """Return inputs for the first signature: random ones, or the callers' if random ones would make no sense."""
+    """Return inputs for the first signature: random ones, or the caller's if random ones would make no sense."""
     base, store, main = compilation.program("train", "base"), compilation.store, compilation.main
     shown = {**(compilation.table.first_call or {}), **main.shown}
     if (beyond_text(base) or any(axis.as_shown for axis in main.axes)) and shown.keys() >= set(base.signature):

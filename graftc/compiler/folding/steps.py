@@ -36,7 +36,12 @@ Read = Callable[[str], Tensor]
 
 
 class OwnSteps(NamedTuple):
-    """The steps of one adaptation: those ``below`` everything inserted at sites, and those ``above``."""
+    """The steps of one adaptation.
+
+    Attributes:
+        below: the steps that apply before all changes to sites' weights.
+        above: the changes to sites' weights.
+    """
 
     below: list[FoldStep]
     above: list[FoldStep]
@@ -45,8 +50,8 @@ class OwnSteps(NamedTuple):
 def fold_steps(compilation: Compilation, only: Sequence[str] | None = None, read: Read | None = None) -> list[FoldStep]:
     """Return every adaptation's changes to base tensors, in the order in which they apply.
 
-    Replacements and other changes of tensors as stored come below all changes to sites' weights; both are in insertion
-    order.
+    Replacements of stored tensors, and other changes to tensors as stored, apply before all changes to sites' weights;
+    both kinds are in insertion order.
 
     Args:
         compilation: the compilation to fold.
@@ -133,7 +138,7 @@ def _new_bias(compilation: Compilation, site: LinearSite) -> WeightSlice | None:
 
 
 def _changes_bias(compilation: Compilation, site: LinearSite, fold: WeightFold) -> bool:
-    """Return whether a fold changes or drops a bias of ones; without values, on ``meta``, only dropping it counts."""
+    """Return whether a fold changes or drops a bias of ones; on ``meta``, without values, only dropping it counts."""
     device = compilation.store.get(site.own.tensor).device
     weight = torch.zeros(site.out_features, site.in_features, dtype=torch.float64, device=device)
     ones = torch.ones(site.out_features, dtype=torch.float64, device=device)
@@ -156,7 +161,7 @@ def lazy_tensors(compilation: Compilation) -> LazyTensors:
 def recasting(compilation: Compilation, names: Sequence[str]) -> Callable[[str], Tensor]:
     """Return a function that computes how casting adapter tensors before the fold changes a folded tensor.
 
-    They are cast to the dtypes in which the adapted graph computes; the change is in float64.
+    These tensors are cast to the dtypes in which the adapted graph computes; the change is in float64.
 
     Args:
         compilation: the compilation to fold.
@@ -168,7 +173,7 @@ def recasting(compilation: Compilation, names: Sequence[str]) -> Callable[[str],
 
 
 def as_cast(compilation: Compilation, names: Sequence[str]) -> LazyTensors:
-    """Return the tensors folded from adapter tensors in the dtypes in which the adapted graph computes.
+    """Return the tensors that result from folding adapter tensors in the dtypes in which the adapted graph computes.
 
     Args:
         compilation: the compilation to fold.

@@ -1,4 +1,4 @@
-"""Turn virtual tokens whose activations are constant at every layer into keys and values of every attention."""
+"""Turn virtual tokens whose activations are constant at every layer into keys and values of every attention layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from graftc.specs.compose import Average, Stack
 
 
 def are_constant(compilation: Compilation, resolved: Resolved) -> bool:
-    """Return whether the keys and values that every attention computes from virtual tokens do not depend on the text.
+    """Return whether the keys and values that attention computes from virtual tokens do not depend on the text.
 
     This requires that each layer of the only stack reads its own trained vectors at the virtual tokens, and that no map
     differs from row to row, as gated or chosen maps may.
@@ -53,7 +53,7 @@ def slot_parameters(compilation: Compilation, resolved: Resolved) -> int:
 def slot_values(compilation: Compilation, resolved: Resolved) -> dict[str, Tensor]:
     """Return the keys and values, ``[length, width]``, under the names that `prefix` uses.
 
-    These are the values that attentions of the adapted graph read at virtual tokens, rotated if the model rotates them.
+    These are the values that attention in the adapted graph reads at virtual tokens, rotated if the model rotates them.
     """
     store = compilation.store
     length = sum(run.length for run in resolved.spec.virtual_tokens())
