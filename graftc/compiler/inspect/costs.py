@@ -57,7 +57,7 @@ class Costs:
         return sum(map(self.flops, nodes))
 
     def value_bytes(self, node: fx.Node) -> float:
-        """Return the bytes of a call's result, for a row of `TOKENS` tokens; 0 for views and nodes without a call."""
+        """Return the bytes per token of a call's result, in a row of `TOKENS` tokens; 0 for views and non-calls."""
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor) or _is_view(node):
             return 0.0

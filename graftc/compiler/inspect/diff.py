@@ -37,7 +37,7 @@ def diff(before: Program, after: Program, context: int = 1) -> Diff:
         lines = tuple(_diff(old.get(layer, []), new.get(layer, []), context))
         changed = tuple(line for line in lines if line[0] in "+-")
         if changed:
-            # Lines around a change may be numbered differently in the first layer of a stack.
+            # Unchanged lines around a change may be numbered differently in the first layer of a stack.
             changes.setdefault((_stack(layer), changed), ([], lines))[0].append(layer)
     return Diff(after.mode, tuple(_change(layers, lines) for layers, lines in changes.values()))
 

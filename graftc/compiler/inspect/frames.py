@@ -31,7 +31,7 @@ _ORIGIN = ("adaptation", "site", "part")
 
 @dataclass
 class FrameNode:
-    """A node.
+    """A node, with the range of steps in which it exists.
 
     Attributes:
         name: the printed name; for a node that a step erased, its name in the fx graph.
@@ -214,7 +214,7 @@ class _Making:
         return len(self.frames.nodes) - 1
 
     def _read(self, reader: int, reads: Reads, gone: int) -> None:
-        """Add edges for the values that a node reads, which exist until step ``gone``."""
+        """Add edges, which exist until step ``gone``, for the values that a node reads."""
         for position, name in reads:
             source = self._now.get(name)
             if source is None:  # the source was inserted and erased within one step
@@ -266,7 +266,7 @@ class _Making:
             self._read(number, tuple((p, n) for p, n in before if (p, self._now.get(n)) not in reading), step)
 
     def _by_provenance(self) -> None:
-        """Assign steps without records: inserted nodes appear with the step of their adaptation."""
+        """Assign steps without using records: inserted nodes appear at the step of their adaptation."""
         steps = {row.step: number for number, row in enumerate(self.frames.rows)}
         nodes = self.frames.nodes
         for node in nodes:

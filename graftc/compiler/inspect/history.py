@@ -19,7 +19,7 @@ _VERIFY, _INSERT = "verify", "insert("
 
 
 def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -> tuple[HistoryRow, ...]:
-    """Return the steps from the capture to a mode's adapted Program; verifier runs are flags on the preceding rows.
+    """Return the steps from the capture to a mode's adapted Program; verifier runs become flags on the preceding rows.
 
     Args:
         snapshot: the Compilation.
@@ -40,7 +40,7 @@ def history(snapshot: Snapshot, mode: Mode = "eval", *, lowered: bool = False) -
         nodes += entry.added - entry.removed
         inserted += entry.added if entry.step.startswith(_INSERT) or entry.step in inserting else 0
         if all(later.step == _VERIFY for later in entries[index + 1 :]):
-            # Changing the mode also removes inserted nodes, so count them in the graph itself.
+            # Changing the mode also removes inserted nodes, so count what is left in the graph itself.
             inserted = sum(provenance(node) is not None for node in program.graph.nodes)
         verified = index + 1 < len(entries) and entries[index + 1].step == _VERIFY
         seconds = entry.seconds if entry.seconds > 0 else None

@@ -1,8 +1,8 @@
 """Write graphs for Google's Model Explorer: a JSON collection of the rewritten graph and the base's own.
 
-The format is that of the package ``ai-edge-model-explorer`` (``graph_builder.GraphCollection``), whose page can open
-the file. Modules are namespaces; nodes that an adaptation inserted in a module form a separate namespace below it, in
-the adaptation's colour.
+The format is that of the package ``ai-edge-model-explorer`` (``graph_builder.GraphCollection``), whose web page can
+open the file. Modules are namespaces; nodes that an adaptation inserted in a module form a separate namespace below it,
+in the adaptation's colour.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _label(node: fx.Node) -> str:
 
 
 def _namespace(node: fx.Node, adaptation: str | None) -> str:
-    """Return the path of modules from the outermost, with ``+ NAME`` below them for an adaptation's nodes."""
+    """Return the path of modules from the outermost inwards, followed by ``+ NAME`` for an adaptation's nodes."""
     if node.op == "get_attr":
         tensor = parsed(str(node.target))
         module = module_of(str(node.target)) if tensor is None else tensor.module

@@ -1,6 +1,6 @@
-"""Report what every adaptation adds, counted from the graph, even for models on the meta device.
+"""Report what every adaptation adds, counted in the graph, which also works for models on the meta device.
 
-The task head is not counted (it trains anyway). Percentages are relative to base plus added parameters, as in PEFT.
+The task head is not counted: it trains anyway. Percentages are relative to base plus added parameters, as in PEFT.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Read adaptations' sizes at their places from the spec: ranks, lengths, bottlenecks."""
+"""Read the sizes of adaptations at their places from the spec: ranks, lengths, bottlenecks."""
 
 from __future__ import annotations
 

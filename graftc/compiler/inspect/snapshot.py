@@ -1,4 +1,4 @@
-"""Represent a Compilation as data: places, tensors and Programs, the same for a live model and an artifact on disk."""
+"""Represent a Compilation as data: places, tensors and Programs, alike for a live model and an artifact on disk."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Snapshot:
         sites: every adapted place, in the order of the spec's adaptations.
         trained: the base tensors that train.
         base: the base's tensors, in the source model's order; tied tensors are listed under the name that owns them.
-        aliases: the owning name, by tied name.
+        aliases: for each tied name, the name that owns the tensor.
         adapters: the tensors that graftc added.
         passes: the plugins' passes that were applied to the graphs.
         read: returns the first signature's Program in a mode, adapted or the base's own.
@@ -143,7 +143,7 @@ def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
 
 
 def adapter_values(store: Store) -> Iterator[tuple[str, Tensor]]:
-    """Return an iterator over `adapter_tensors` with detached full values, even if sharded across processes."""
+    """Return an iterator over `adapter_tensors` with detached full values, even of tensors sharded across processes."""
     return ((name, gathered(tensor)) for name, tensor in adapter_tensors(store))
 
 

@@ -1,4 +1,4 @@
-"""Report how much of each stack of layers runs as a graph, and what prevents more."""
+"""Report how much of each stack of layers runs as a graph, and what prevents more of it from doing so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Describe every tensor that trains: its adaptation, its function in it, and its depth in the model."""
+"""Describe every tensor that trains: its adaptation, its function in the adaptation, and its depth in the model."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class TrainedTensor:
         kind: its function.
         inert: whether the method claims that it may have no gradient at first.
         site: the site that it belongs to; None for a tensor that belongs to the adaptation as a whole.
-        below: its layer's position counted from the end of the stack, 1 for the last layer; 0 outside the layers, and
-            the number of layers plus one for tensors that are read before the layers.
+        below: its layer's position counted from the end of the stack, 1 for the last layer; the number of layers plus
+            one for tensors that are read before the layers, and 0 for all others outside the layers.
     """
 
     name: str

@@ -46,7 +46,7 @@ class _Module:
 
 
 def model_tree(snapshot: Snapshot) -> TreeNode:
-    """Return a Compilation's module tree, without modules that have no tensors and are not adapted."""
+    """Return a Compilation's module tree, omitting modules that have no tensors and are not adapted."""
     root = _Module()
     for name, record in snapshot.base.items():
         path, _, last = name.rpartition(".")
