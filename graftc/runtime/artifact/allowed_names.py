@@ -13,7 +13,7 @@ TENSOR = re.compile(r"[^.]+(\.[^.]+)*")
 
 
 def is_allowed(name: str, pattern: re.Pattern[str]) -> bool:
-    """Return whether artifacts may contain this name, which must match `FILE` or `TENSOR`."""
+    """Return whether artifacts may contain a name; the pattern is `FILE` or `TENSOR`."""
     return len(name) <= 4096 and name.isprintable() and pattern.fullmatch(name) is not None
 
 

@@ -161,7 +161,7 @@ class Input(ManifestEntry):
 
 
 def axes_of(inputs: Iterable[Input], flags: Iterable[tuple[str, Flag]]) -> list[Axis]:
-    """Return the inputs for which graphs are captured; in a union of elements, each has its own axis names."""
+    """Return the inputs for which graphs are captured; in a union of elements, each input has its own axis names."""
     named = bool(elements_in(flags))
     return [Axis(own.name, DTYPES[own.dtype], own.axes, as_shown=named) for own in inputs]
 
@@ -329,7 +329,7 @@ def read_manifest(text: bytes, where: str) -> Manifest:
     """Return the manifest in a text.
 
     Raises:
-        GraftError: GC080 if it is not an artifact's, GC081 if a newer release wrote it, GC082 if it is damaged, GC085
+        GraftError: GC080 if it belongs to no artifact, GC081 if a newer release wrote it, GC082 if it is damaged, GC085
             if it contains unsafe names.
     """
     data = unsealed(text, where, "artifact", SCHEMA_VERSION)

@@ -1,4 +1,4 @@
-"""Recognise PEFT adapters, and folders that graftc wrote, which ``force`` may replace."""
+"""Recognise PEFT adapters and the folders that graftc wrote, which are those that ``force`` may replace."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ RECORD = "graftc.json"
 
 
 def is_artifact(path: Path) -> bool:
-    """Return whether a folder is an artifact, or empty."""
+    """Return whether a folder is an artifact or is empty."""
     return _holds(path, MANIFEST)
 
 
 def is_merged(path: Path) -> bool:
-    """Return whether a folder is a merged model that graftc wrote, or empty."""
+    """Return whether a folder is a merged model that graftc wrote or is empty."""
     return _holds(path, RECORD)
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether a folder is an artifact or a merged model that graftc wrote, or empty."""
+    """Return whether a folder is an artifact or a merged model that graftc wrote, or is empty."""
     return is_artifact(path) or is_merged(path)
 
 

@@ -137,7 +137,7 @@ class Artifact:
         """Read the graph in a file, and check that it fits its signature.
 
         Raises:
-            GraftError: GC082 if it does not fit, or the file contains no graph.
+            GraftError: GC082 if it does not fit, or if the file contains no graph.
         """
         try:
             program = program_from_json(read_json(content(self.path / file, GRAPH_BYTES), GRAPH_BYTES), device)

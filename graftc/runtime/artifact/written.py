@@ -1,4 +1,4 @@
-"""Hooks that run after ``save_pretrained`` has written a folder, so that other libraries load it in this process."""
+"""Hooks that run after ``save_pretrained`` has written a folder, so that other libraries in the process can load it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ _TICKS = re.compile("`{3,}")
 
 
 def code(text: str, most: int = 100) -> str:
-    """Return a text as inline code, even for tables: no Markdown, HTML or link in it takes effect.
+    """Return a text as inline code that also works in tables: no Markdown, HTML or link in it takes effect.
 
     Args:
         text: any text; line breaks become spaces, and control characters are escaped.

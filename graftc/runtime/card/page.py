@@ -17,7 +17,7 @@ from graftc.specs.io import dump_spec
 
 MOST_PLACES = 60
 SPEC = 50_000
-"""The maximum number of a spec's characters that a card shows."""
+"""The maximum number of characters of a spec that a card shows."""
 
 _WORD = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
 _PATH = re.compile(r"[\w./~-]+", re.ASCII)
@@ -31,7 +31,7 @@ def render_card(
     language: Sequence[str] = (),
     tags: Sequence[str] = (),
 ) -> tuple[str, CardMetadata]:
-    """Return the card, and its metadata.
+    """Return the card and its metadata.
 
     Args:
         facts: the facts about the model.
@@ -78,7 +78,7 @@ def _sections(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
 
 
 def _place(base: Reference) -> str | None:
-    """Return the location of a base without its private parts: only the last part of a path."""
+    """Return the location of a base without anything private: of a path, only the last part."""
     return base.text.replace("\\", "/").rstrip("/").rpartition("/")[2] if base.text is not None else None
 
 
@@ -191,7 +191,7 @@ def _use(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
 
 
 def _is_argument(text: str) -> bool:
-    """Return whether a text can be used unquoted in a command, and in Python."""
+    """Return whether a text can be used unquoted in a command, and as a string in Python."""
     return len(text) <= 200 and not text.startswith("-") and (_PATH.fullmatch(text) is not None)
 
 

@@ -1,4 +1,4 @@
-"""Measure how a tensor differs, in passes over blocks of rows: magnitude, rows and columns, rank, and cause."""
+"""Measure how a tensor differs (magnitude, rows and columns, rank and cause), in passes over blocks of rows."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class Matrices:
         return True
 
     def times(self, right: Tensor) -> Tensor:
-        """Return the product of the difference and ``[columns, k]``, in float64."""
+        """Return the product of the difference and a matrix ``[columns, k]``, in float64."""
         return torch.cat([(b.double() - a.double()) @ right for _, a, b in self.blocks()])
 
     def transposed_times(self, left: Tensor) -> Tensor:
-        """Return the product of the difference's transpose and ``[rows, k]``, in float64."""
+        """Return the product of the difference's transpose and a matrix ``[rows, k]``, in float64."""
         product = torch.zeros(self.shape[1], left.shape[1], dtype=torch.float64)
         for start, a, b in self.blocks():
             product.addmm_((b.double() - a.double()).T, left[start : start + len(a)])

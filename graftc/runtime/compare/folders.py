@@ -60,7 +60,7 @@ def compare_folders(a: Path, b: Path, advance: Callable[[float], None] = lambda 
     Args:
         a: the first folder, with ``model.safetensors``, or with an index and the files that it names.
         b: the second folder, with the same kinds of files.
-        advance: a function that is called with the share that has been compared, from 0 to 1.
+        advance: a function that is called with the fraction that has been compared, from 0 to 1.
 
     Raises:
         GraftError: GC100 if files are missing or damaged, GC101 if names lead out of a folder.
@@ -114,7 +114,7 @@ def _compared(
 
 
 def summary(comparison: WeightsDiff) -> list[str]:
-    """Return a line for each likely cause of the differences, starting with the cause that affects most tensors."""
+    """Return a line for each likely cause of the differences, starting with the cause that affects the most tensors."""
     counts: dict[Cause, list[Difference]] = {}
     for item in comparison.tensors:
         if item.difference is not None:
@@ -143,7 +143,7 @@ def _ranks(items: Iterable[Difference]) -> str:
 
 
 def lines(comparison: WeightsDiff) -> Iterator[str]:
-    """Yield one line, beginning with a sign, for each tensor, or for a group of layers that differ in the same way."""
+    """Yield one line, beginning with a sign, for each tensor or group of layers that differ in the same way."""
     signs = {"added": "+", "removed": "-"}
     text = {"added": "added", "removed": "removed", "retyped": "the same values", "reshaped": "different sizes"}
     for name, items in alike(comparison):

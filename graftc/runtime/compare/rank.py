@@ -1,4 +1,4 @@
-"""Estimate how many directions of a matrix are above the rounding noise, by a randomised range finder.
+"""Estimate how many directions of a matrix are above the rounding noise, using a randomised range finder.
 
 Halko, Martinsson, Tropp, "Finding structure with randomness" (arXiv:0909.4061): the product of the matrix with random
 vectors, multiplied by the matrix two more times, spans its leading directions. Independent rounding errors with
@@ -30,11 +30,11 @@ def estimate_rank(
 ) -> tuple[int, float] | None:
     """Return the number of singular values above the noise, and the sum of their squares.
 
-    The result is None if there are too many of them, or more than half of the largest possible number.
+    The result is None if there are too many of these values, or more than half of the largest possible number.
 
     Args:
-        times: a function that multiplies the matrix by ``[columns, k]``.
-        transposed_times: a function that multiplies the matrix's transpose by ``[rows, k]``.
+        times: a function that multiplies the matrix by another, ``[columns, k]``.
+        transposed_times: a function that multiplies the matrix's transpose by another matrix, ``[rows, k]``.
         changed: the numbers of rows and columns that are not zero.
         shape: the numbers of rows and columns.
         noise: the spectral norm of the rounding errors.

@@ -1,6 +1,6 @@
 """Let transformers' ``Auto`` classes load the folders that a compiled model's ``save_pretrained`` writes.
 
-Such a folder has a ``config.json`` with the model type ``graftc``, and the artifact beside it. Importing this module,
+Such a folder has a ``config.json`` with the model type ``graftc`` and, beside it, the artifact. Importing this module,
 or `graftc.auto`, lets ``AutoConfig`` and the ``AutoModel`` classes load it, as PEFT's integration does for adapters.
 """
 
@@ -25,7 +25,7 @@ _IGNORED = frozenset(
         *("use_safetensors", "weights_only", "code_revision", "adapter_kwargs", *LOADING_OPTIONS),
     }
 )
-"""Options of ``from_pretrained`` that determine the source of files, and have no effect for a folder."""
+"""Options of ``from_pretrained`` that determine the source of files and therefore have no effect for a folder."""
 
 
 AdaptedConfig: Any = adapted_config()

@@ -52,7 +52,7 @@ def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: 
         cache: whether to look up and keep captured graphs in the user's cache folder.
 
     Raises:
-        GraftError: GC080 if the file is not a compiled model's, GC081 or GC082 if it cannot be read, GC084 for tensors
+        GraftError: GC080 if the file contains no compiled model, GC081 or GC082 if it cannot be read, GC084 for tensors
             that have no place in the spec, GC086 if the base does not exist, GC087 if it is a different model.
     """
     state = _read(file)

@@ -64,7 +64,7 @@ def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
         The model, packed if the base was; see `graftc.compiler.quantised_sources.recorded_packing.packed_as`.
 
     Raises:
-        GraftError: GC087, with the differences, for a different model, GC089 if its checkpoint lacks tensors.
+        GraftError: GC087, with the differences, for a different model; GC089 if its checkpoint lacks tensors.
     """
     expected = artifact.identity
     if device_of(model).type == "meta":
@@ -205,7 +205,7 @@ def check_graphs(artifact: Artifact, compilation: Compilation) -> None:
 
 
 def different_graph(kept: SignatureRecord, compilation: Compilation, signature: keys.Signature) -> str | None:
-    """Return the name of a signature's first graph that differs from the Compilation's; None if all are equal."""
+    """Return the name of the first graph of a signature that differs from the Compilation's; None if all are equal."""
     programs, canonical = compilation.graphs(signature), compilation.store.canonical
     for kind, graph in kept.graphs.items():
         if kind not in programs or structural_hash(programs[kind], canonical) != graph.structure:
