@@ -24,7 +24,7 @@ def graph_in(folder: Path) -> Path:
     """Return the path of the decode step's graph in an `ExportedModel` folder.
 
     Raises:
-        GraftError: GC144 if the manifest names no such graph, or a file outside its own folder.
+        GraftError: GC144 if the manifest names no such graph, or names a file outside its own folder.
     """
     try:
         manifest = json.loads(read_regular(folder / MANIFEST))
@@ -50,7 +50,7 @@ def write_exported_model(source: str | Path, destination: str | Path, *, force: 
     ``cache.layers.0.keys``. ``ExportedModel.from_pretrained(destination)(input_ids=..., attention_mask=...,
     position_ids=..., cache=...)`` returns a ``CausalLMOutputWithPast``. For the first call, each layer of the cache
     must have keys and values ``[batch, heads, 0, head_dim]``, written with ``cache.update``. An `ExportedModel` has no
-    ``generate``; `graftc.runtime.onnx_generation.load` also reads its folders, and returns a model that does.
+    ``generate``; `graftc.runtime.onnx_generation.load` also reads its folders, and returns a model that has one.
 
     Args:
         source: the folder with ``model.onnx``, ``config.json`` and optionally ``generation_config.json``.

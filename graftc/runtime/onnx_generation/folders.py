@@ -35,7 +35,7 @@ def _generation_config(folder: Path, config: Any) -> Any:
 
 
 def _named(kind: type, config: Any) -> type:
-    """Return a class with the source model's name, from which transformers derives what a model supports."""
+    """Return a class with the source model's name; from this name, transformers derives what a model supports."""
     name = next(iter(getattr(config, "architectures", None) or ()), None)
     return type(name, (kind,), {}) if isinstance(name, str) and name.isidentifier() else kind
 

@@ -1,4 +1,4 @@
-"""Create ``genai_config.json``, which onnxruntime-genai reads beside a decoder's ONNX file."""
+"""Create ``genai_config.json``, which onnxruntime-genai reads from the folder of a decoder's ONNX file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from graftc.runtime.onnx_generation.io_names import optimum_name, slots_of
 
-# The library's names for model types (src/models/model_type.h), by transformers' names. GPT-2 is omitted, since the
-# library stores a layer's keys and values in one tensor for it.
+# The library's names for model types (src/models/model_type.h), by transformers' names. GPT-2 is omitted, since for
+# it the library stores a layer's keys and values in one tensor.
 _TYPES = {
     "ernie4_5": "ernie4_5",
     "gemma": "gemma",
@@ -81,7 +81,7 @@ def genai_config(
     Args:
         config: the model's transformers config.
         generation_config: the model's generation defaults, which become the defaults of the search.
-        filename: the graph's file name, in the same folder as the result and the tokenizer.
+        filename: the name of the graph's file, which is in the same folder as the result and the tokenizer.
         inputs: the names of the graph's inputs.
         outputs: the names of the graph's outputs.
 

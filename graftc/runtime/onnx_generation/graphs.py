@@ -1,4 +1,4 @@
-"""A graph in ONNX Runtime, whose inputs are bound in place and whose outputs are torch tensors in its memory."""
+"""A graph in ONNX Runtime; inputs are bound in place, and outputs are torch tensors in ONNX Runtime's memory."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class OnnxGraph:
         """Run the graph on the tensors that it takes; others are ignored.
 
         Returns:
-            The outputs, by name, on the graph's device; they keep the memory alive that ONNX Runtime allocated.
+            The outputs, by name, on the graph's device; they keep alive the memory that ONNX Runtime allocated.
 
         Raises:
             GraftError: GC145 if an input is missing or has the wrong rank, or if the graph fails.

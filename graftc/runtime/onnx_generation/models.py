@@ -98,7 +98,7 @@ class OnnxModel(GenerationMixin):
         return self.forward(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one call; subclasses implement it."""
+        """Run one call; implemented by subclasses."""
         raise NotImplementedError
 
     def can_generate(self) -> bool:
@@ -203,7 +203,7 @@ def _mask(mask: Tensor | None, batch: int, length: int, like: Tensor, name: str)
 
 
 class OnnxCausalLM(OnnxModel):
-    """A decoder, with one graph for the prompt and for all later tokens."""
+    """A decoder with a single graph for both the prompt and all later tokens."""
 
     def forward(
         self,

@@ -34,7 +34,7 @@ PALETTE = ("#3b82c4", "#d9772b", "#2f9e6e", "#b5498f", "#8a6fd1", "#b08a1e", "#2
 
 MODES: tuple[Mode, ...] = ("eval", "train")
 CURVES = 1000
-"""The maximum number of a log's curves that are shown."""
+"""The maximum number of curves from a log that are shown."""
 
 _NEAR = 50
 """The maximum number of nearly matching sites that are listed for a target."""
@@ -187,7 +187,7 @@ def _left_out(curves: int) -> list[dict[str, str]]:
 
 
 def spec_lines(spec: Spec, text: str) -> dict[str, int]:
-    """Return the line number of every adaptation in the spec's YAML text, from 1."""
+    """Return the 1-based line number of every adaptation in the spec's YAML text."""
     source = read_yaml(text)[1]
     paths = {adaptation.name or "": f"adapt[{number}]" for number, adaptation in enumerate(spec.adapt)}
     paths |= {item.name or "": f"compose[{number}]" for number, item in enumerate(spec.compose)}
@@ -290,7 +290,7 @@ class _Costs:
     def by_layer(
         self, stated: StatedSizes, figures: Mapping[tuple[str, str], Mapping[str, float]]
     ) -> list[dict[str, Any]]:
-        """Return the costs and the size of every adaptation in every layer; the name is empty outside of layers."""
+        """Return every adaptation's costs and size in every layer; outside layers, the layer's name is empty."""
         sizes: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
         for record in stated.snapshot.sites:
             if (size := stated.at(record)) is not None:
@@ -310,7 +310,7 @@ def _home(name: str) -> str:
 
 
 def _targets(snapshot: Snapshot, structure: Structure | None) -> list[dict[str, Any]]:
-    """Return each target's request, the number of matching sites, and the sites that nearly match."""
+    """Return, for each target, its request, the number of matching sites, and the sites that nearly match."""
     if structure is None:
         structure = roles_of(snapshot.program(base=True))
     targets = []
