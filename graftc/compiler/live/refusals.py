@@ -60,7 +60,7 @@ def refuse_read(compilation: Compilation, names: Iterable[str]) -> None:
     """
     read, adapted = {compilation.store.canonical(name) for name in names}, adapted_tensors(compilation)
     for name in sorted(read & adapted.keys()):
-        message = f"{adapted[name][-1]!r} adapts {name}, which the model's own Python reads between graphs too"
+        message = f"{adapted[name][-1]!r} adapts {name}, which the model's own Python code also reads between graphs"
         raise GraftError("GC149", message, hint="leave it out, or let the model call the module instead")
 
 

@@ -223,9 +223,9 @@ class Artifact:
         for name, tensor in tensors.items():
             listed, record = table[name], TensorRecord.of(tensor)
             if (record.dtype, record.shape) != (listed.dtype, listed.shape):
-                raise _foreign(where, file, f"{name} has a different dtype or shape than listed")
+                raise _foreign(where, file, f"{name} has a dtype or shape other than the one listed")
             if tensor_digest(tensor) != listed.sha256:
-                raise _foreign(where, file, f"{name} has different values than listed")
+                raise _foreign(where, file, f"{name} has values that do not match the listed digest")
         return tensors
 
 

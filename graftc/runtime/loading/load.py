@@ -117,7 +117,7 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
         choices = artifact.manifest.signatures[number].choices
         unknown = [name for name in choices if name not in compilation.controls]
         if unknown:
-            raise damaged(str(artifact.path), MANIFEST, f"lists {unknown[0]}, by which nothing is chosen")
+            raise damaged(str(artifact.path), MANIFEST, f"lists {unknown[0]}, which selects nothing")
         add_signature(compilation, artifact.axes(number), flags[number], choices, initial)
     if len(compilation.signatures) != len(flags):
         raise damaged(str(artifact.path), MANIFEST, "lists a signature twice")

@@ -138,7 +138,7 @@ def _graph_files(artifact: Artifact) -> tuple[bool | None, str]:
         for kind, graph in signature.graphs.items():
             program = artifact.graph(kind, number)
             if structural_hash(program, lambda name: canonical.get(name, name)) != graph.structure:
-                return False, f"{graph.file} contains a different graph than listed"
+                return False, f"{graph.file} contains a graph other than the one listed"
             count += 1
     return (True, f"{counted(count, 'graph')}, as listed") if count else (None, "the artifact has no graphs")
 
