@@ -67,15 +67,15 @@ def compile(
         example_inputs: the inputs, by name or in order, for models whose inputs cannot be derived from their interface.
             By default they are derived from the interface or, for a model that reads text with images or sound, created
             from a small example by the processor in the folder from which the model was loaded. The first axis is the
-            batch. Tensor values matter only for models that cannot be one graph, because these are run on them. Flags
-            (``output_hidden_states=True``) may be included.
+            batch. Tensor values matter only for models that cannot be captured as one graph, which are run on the
+            inputs. Flags (``output_hidden_states=True``) may be included.
         seed: the seed that, together with the tensors' names, determines the initial values of adapter tensors; it is
             stored in an artifact. By default `torch.initial_seed()`, which `torch.manual_seed` and transformers'
-            `set_seed` set; nothing is drawn from the global generator. In a process group, the default on all ranks is
-            that of rank 0, so all ranks must call this function or pass a seed.
+            `set_seed` set; nothing is drawn from the global generator. In a process group, all ranks
+            use rank 0's default, so all of them must call this function unless a seed is passed.
         cache: whether to cache captured graphs in the user's cache folder.
-        progress: whether to show the current step in a line on stderr once compiling takes over two seconds. By default
-            it is shown on a terminal, unless the environment variable ``GRAFTC_PROGRESS`` (``on`` or ``off``) decides.
+        progress: whether to show the current step in a line on stderr once compiling has taken two seconds. By default
+            it is shown on a terminal, unless the environment variable ``GRAFTC_PROGRESS`` (``on`` or ``off``) is set.
 
     Raises:
         GraftError: with a code, for any problem with the spec, the model or their combination.
@@ -111,10 +111,10 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
     places; the artifact's own graphs are used if they were captured with the same model, code and versions.
 
     Args:
-        path: the folder of the artifact, or of a checkpoint: a ``model.safetensors`` with the output of
+        path: the folder of the artifact or of a checkpoint, whose ``model.safetensors`` contains the output of
             `Compiled.state_dict`.
         model: the base, or its location in the form that the command line accepts. By default the location recorded in
-            the artifact or, for a base folder that was moved together with the artifact, the same relative location.
+            the artifact or, for a base folder that was moved together with the artifact, the same place relative to it.
         cache: whether to cache captured graphs in the user's cache folder.
 
     Raises:
@@ -132,11 +132,11 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
 
 @public("graftc.load_base")
 def load_base(name: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None) -> nn.Module:
-    """Load a transformers model in eval mode, quantised or not, from a folder or the hub, without running its code.
+    """Load a transformers model, quantised or not, in eval mode from a folder or the hub; no code from there is run.
 
-    Checkpoints of bitsandbytes, GPTQ, AWQ, HQQ, FP8, compressed-tensors and MXFP4 are read without the libraries that
-    wrote them: linear maps and experts store the codes, and their weights are computed from these whenever they are
-    read, bit for bit as in the library. `compile` accepts such a model like any other.
+    Checkpoints in bitsandbytes, GPTQ, AWQ, HQQ, FP8, compressed-tensors and MXFP4 formats are read without the
+    libraries that wrote them: linear maps and experts store the codes, and compute their weights from these at every
+    access, bit for bit as the library does. `compile` accepts such a model like any other.
 
     Args:
         name: a folder whose ``config.json`` names the class in ``architectures``, or the id of a hub repository with
@@ -175,14 +175,14 @@ def import_peft(
             a mapping from names to folders. All adaptations are in effect; ``compiled.disable(name)`` switches one off.
         model: the base, which is never changed.
         example_inputs: as for `compile`.
-        name: the name of an adapter in a subfolder of one folder, where PEFT writes all adapters except ``default``.
+        name: the adapter to read from a subfolder of ``path``, where PEFT writes every adapter except ``default``.
         cache: whether to cache captured graphs in the user's cache folder.
 
     Raises:
         GraftError: GC005 for two folders with the same name, GC073 for ``name`` with several folders, GC110 if there is
             no adapter, GC111 for a config that cannot be read, GC112 for a type or option that has no equivalent, GC113
-            for tensors that the config does not account for, GC114 for another base; and as for `compile`. In all
-            cases, the model is unchanged.
+            for tensors that the config does not account for, GC114 for another base; others as for `compile`. The
+            model is unchanged in all cases.
     """
     from graftc.runtime.interop.peft.importing import imported
 
@@ -235,8 +235,8 @@ def spec_for(
 ) -> Spec:
     """Return the spec that `compile` compiles against a model.
 
-    Which modules a PEFT config adapts depends on the kind of the model, the task and the version of transformers; the
-    spec lists by name the modules that `peft.get_peft_model` adapts in this model.
+    The modules that a PEFT config adapts depend on the model type, the task and the version of transformers; the
+    returned spec lists by name the modules that `peft.get_peft_model` adapts in this model.
 
     Args:
         spec, model, example_inputs, cache: as for `compile`.
@@ -271,7 +271,7 @@ def roles(model: nn.Module, example_inputs: ExampleInputs | None = None, *, cach
 def captured_roles(
     model: nn.Module, example_inputs: ExampleInputs | None = None, *, cache: bool = True
 ) -> tuple[ModelStructure, Snapshot]:
-    """Return the roles found in a model, and the model as data; see `roles`."""
+    """Return the roles found in a model (see `roles`), and a snapshot that represents the model as data."""
     axes, flags = _request(model, example_inputs)
     model = arrived(model)
     store = Store.mirror(model)
@@ -294,7 +294,7 @@ def captured_roles(
 def _roles_apart(
     model: nn.Module, axes: Sequence[Axis] | None, flags: Flags, cache: bool
 ) -> tuple[ModelStructure, Snapshot]:
-    """Do the same as `captured_roles` for a model that is not one graph, from the graphs of its layers and maps."""
+    """Return the result of `captured_roles` for a model that is not one graph, using graphs of its layers and maps."""
     start = StartingPoint(use_cache=cache, every_layer=True)
     compilation = compile_model(load_spec({"adapt": []}), model, axes, flags=flags, start=start)
     store = compilation.store
@@ -319,16 +319,16 @@ def select(
     method: str | None = None,
     cache: bool = True,
 ) -> Selection:
-    """Return the places from which targets select in a model, to count and combine them before writing a spec.
+    """Return the places that targets can select in a model, to count and combine them before writing a spec.
 
     A spec accepts a selection as a ``target``.
 
     Args:
         model: a model, possibly on the meta device; a compiled model, whose base is used; or the result of `roles`. The
-            latter two are not captured again, and neither are the models of narrowed selections.
+            latter two are not captured again, and narrowing a selection does not capture its model again.
         example_inputs: as for `compile`; only used with a model.
-        method: the tag of a method, to select among the kinds of site that it accepts. By default the weights of linear
-            maps, embeddings and experts, and sites of any kind that a role names.
+        method: the tag of a method, to offer only the kinds of site that the method accepts. By default, the weights of
+            linear maps, embeddings and experts are offered, and sites of any kind that a role names.
         cache: whether to cache the captured graph in the user's cache folder.
 
     Raises:

@@ -51,7 +51,7 @@ class Compiled(ModelRoot, Generic[M]):
     Only the tensors that the spec trains require gradients. Instances are created by `graftc.compile`; ``Compiled[M]``
     is the type for a source of class ``M``. A call returns the same type of output as ``M.forward``; as for every
     `torch.nn.Module`, type checkers see `Any` as the type of a call. ``train()`` and ``eval()`` switch between two
-    graphs over one set of tensors. A call with a new set of inputs is captured at its first use.
+    graphs over one set of tensors. Each new set of inputs is captured when it is first used.
 
     The names below are always graftc's, whatever the names of the source model's children. Everything else that graftc
     offers gives way to a child, parameter or buffer with the same name, and is also an attribute of
@@ -115,7 +115,7 @@ class Compiled(ModelRoot, Generic[M]):
         With ``parallel``, the base's rows are returned once for each adaptation, so that calls return the same number
         of rows as outside the block.
 
-        The first time that a set of adaptations is left out takes as long as compiling without a capture; after that it
+        Leaving out a set of adaptations for the first time takes as long as compiling without a capture; after that, it
         costs next to nothing.
 
         Args:
@@ -127,7 +127,7 @@ class Compiled(ModelRoot, Generic[M]):
         return cast("AbstractContextManager[None]", self._graftc.disabled(*names))
 
     def reference(self) -> ReferenceModel:
-        """Return a module that computes what the base computes, in eval mode, over this model's tensors.
+        """Return a module that computes what the base computes, in eval mode, using this model's tensors.
 
         It serves as the reference model for DPO and KTO: ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``.
         No second model is in memory, and the module follows this model to another device.
@@ -181,13 +181,13 @@ class Compiled(ModelRoot, Generic[M]):
 
         Each tensor is folded when it is requested, always from the base's own values, so that repeated merging does not
         accumulate rounding: the same adapters give the same bits, and the base is never written to. At any time, only
-        one tensor exists, or those that are folded together. Names are those of the source model's state dict,
+        one folded tensor exists, or those that are folded together. Names are those of the source model's state dict,
         including tied ones. A tensor that folding does not change is the base's own: copy it before writing to it.
         Packed weights are returned as values in full precision. No graph is created, and nothing is certified or saved.
 
         Args:
             digests: whether to compute the SHA-256 of each tensor as well; the returned object's ``digests`` then
-                contains it, so that the receiver can compare.
+                contains the digests, so that the receiver can compare them.
 
         Returns:
             An iterator of ``(name, tensor)``, in the base's dtypes and on the model's device.
@@ -243,9 +243,9 @@ class Compiled(ModelRoot, Generic[M]):
         base: BaseForm | None = None,
         allow_unchanged: bool = False,
     ) -> Partial[M, Compiled[M]]:
-        """Fold the adaptations that can be folded, certify that, and compile the rest on a base with folded weights.
+        """Fold the adaptations that can be folded, certify the fold, and compile the rest over the folded base.
 
-        An adaptation that was trained with randomly drawn experts becomes the simpler adaptation with their mean,
+        An adaptation that was trained with randomly drawn experts is replaced by a simpler one that uses their mean,
         whether or not anything is folded.
 
         Args:
@@ -279,13 +279,13 @@ class Compiled(ModelRoot, Generic[M]):
     def __repr__(self) -> str:
         """Return the source's modules as text, each with its adaptations.
 
-        For each adaptation, the text has the shape of the weight, the method, its rank (or another measure of its size)
-        and the number of trainable elements. Identical layers are shown once; the last line has totals.
+        For each adaptation, the text gives the shape of the weight, the method, its rank (or another measure of its
+        size) and the number of trainable elements. Identical layers are shown once; the last line gives totals.
         """
         return printed(self._graftc.compilation, self, *self._graftc.get_nb_trainable_parameters())
 
     def _repr_html_(self) -> str:
-        """Return HTML for notebooks: the adaptations with what they train, and the collapsed module tree."""
+        """Return HTML for notebooks: the adaptations, what each one trains, and the collapsed module tree."""
         snapshot = self._graftc.snapshot
         return summary(snapshot)._repr_html_() + model_tree(snapshot)._repr_html_()
 

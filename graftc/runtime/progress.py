@@ -25,7 +25,7 @@ def working(doing: str, runner: ModelRunner) -> AbstractContextManager[None]:
 
 
 def during(doing: str) -> Callable[[Callable[Concatenate[Any, P], R]], Callable[Concatenate[Any, P], R]]:
-    """Return a decorator that wraps a method in `working`; the method's object must have a Runner (``self.runner``)."""
+    """Return a decorator that runs a method in `working`; the method's object must have a Runner (``self.runner``)."""
 
     def around(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
         @wraps(method)

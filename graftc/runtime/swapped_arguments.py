@@ -22,7 +22,7 @@ _SPECS = ("a spec", "a PEFT config")
 
 
 def check_spec_and_model(function: str, spec: Any, model: Any, call: str = "spec, model") -> None:
-    """Raise an error if another kind of object used in training was passed as the spec or the model.
+    """Raise an error if the spec or the model is another kind of object used in training, such as a tokenizer.
 
     Args:
         function: the name of the function that was called, for the hint.
@@ -45,7 +45,7 @@ def check_spec_and_model(function: str, spec: Any, model: Any, call: str = "spec
 
 
 def check_folder_and_model(function: str, folder: Any, model: Any, *, by_name: bool = False) -> None:
-    """Raise an error if the arguments for a folder and for the model that its files belong to are something else.
+    """Raise an error if a folder, or the model to which its files belong, is another kind of object used in training.
 
     Args:
         function: the name of the function that was called, for the hint.
@@ -100,13 +100,13 @@ def _shown(value: Any) -> str:
 
 
 def _are_paths(value: Any) -> bool:
-    """Return whether a value contains several folders, in order or by name."""
+    """Return whether a value is a non-empty sequence or mapping of paths."""
     values = list(value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ())
     return bool(values) and all(isinstance(path, str | os.PathLike) for path in values)
 
 
 def _kind(value: Any) -> str:
-    """Return the kind of a value that is used in training, in words; an empty string for any other value."""
+    """Return, in words, what kind of object used in training a value is; an empty string for any other value."""
     mapping = value if isinstance(value, Mapping) else {}
     several = value if isinstance(value, list | tuple) else ()
     kinds = (

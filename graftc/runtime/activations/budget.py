@@ -64,12 +64,12 @@ def chosen(calls: Sequence[Call], budget: float | None) -> float:
     """Choose a plan for every call so that together they meet a budget at the least cost.
 
     Early layers are chosen for recomputation first: the backward pass begins with the last layers while everything else
-    is still kept, so recomputing those would add to the peak.
+    is still kept, so recomputing the last layers would add to the peak.
 
     Args:
         calls: the calls in the order in which they run; existing choices are not changed.
-        budget: the largest fraction of the bytes saved by autograd by default that may be kept; None keeps whatever
-            the cheapest plans keep.
+        budget: the maximum fraction to keep of the bytes that autograd would keep; None keeps whatever the cheapest
+            plans keep.
 
     Returns:
         The fraction that is kept.

@@ -1,4 +1,4 @@
-"""Calls of a graph that keep less than autograd would: values that are not kept are recomputed when first read.
+"""Graph calls that keep less memory than autograd would: values that are not kept are recomputed when first read.
 
 A frame receives every tensor that autograd saves while the code runs. When the code no longer needs a value that will
 be recomputed, the frame releases the tensors saved from that value's storage. Autograd itself computes the gradients,
@@ -72,7 +72,7 @@ class _Part:
     def __init__(self, code: PartCode, frame: Frame) -> None:
         self.code, self.module, self.casts = code, frame.module, frame.casts
         self.roots: list[Any] | None = None
-        # Keep the tensors themselves, because others may have replaced them by the time of the backward pass.
+        # Keep the tensors themselves, because they may have been replaced by the time of the backward pass.
         self.parameters = [(p.detach(), version_of(p)) for p in (tensor_at(self.module, n) for n in code.parameters)]
         self.slots: dict[int, weakref.ref[_Slot]] = {}
 
@@ -180,7 +180,7 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 class Frame:
-    """One call of a graph that keeps less than autograd would.
+    """One call to a graph that keeps less memory than autograd would.
 
     Args:
         code: the code to run.
@@ -239,6 +239,6 @@ class Frame:
 
 
 def casts_of(devices: Sequence[str]) -> Casts:
-    """Return the current autocast settings for some device types."""
+    """Return the current autocast settings for the given device types."""
     cached = torch.is_autocast_cache_enabled()
     return tuple((d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d), cached) for d in devices)

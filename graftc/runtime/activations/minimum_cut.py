@@ -24,7 +24,7 @@ from graftc.passes.core.ops.unpack import unpacked
 from graftc.runtime.activations.recording import Recorded
 
 WORTH = 2**20
-"""The smallest saving per call in bytes, if there is no budget; tracking the tensors that autograd saves takes time."""
+"""The smallest worthwhile saving per call, in bytes, if there is no budget; tracking saved tensors takes time."""
 
 FLOPS_PER_BYTE = 16
 """The number of a product's floating-point operations that take as long as moving one byte."""
@@ -65,7 +65,7 @@ class ActivationPlan:
 
 
 def kept_by(parts: Iterable[Recomputation], recorded: Recorded) -> int:
-    """Return the bytes kept in a run, which may have other sizes, if some values are recomputed."""
+    """Return the bytes that a run keeps if some values are recomputed; its sizes may differ from the planned run's."""
     again = {recorded.storages[target] for part in parts for target in part.targets}
     roots = {recorded.storages[root] for part in parts for root in part.roots if root in recorded.storages}
     return sum(recorded.sizes[storage] for storage in (recorded.saved - again) | (roots - recorded.own))
@@ -84,9 +84,9 @@ def plans(
         graph: the graph to run.
         recorded: the record of a run of the graph.
         is_buffer: a function that returns whether a tensor is a buffer, which may change before the backward pass.
-        costly: whether products and attentions may be recomputed as well. Otherwise there is only one plan: values that
+        costly: whether products and attention may be recomputed as well. Otherwise there is only one plan: values that
             are as cheap to compute as to move are recomputed if that saves memory.
-        only: the operators that may be called again; None for all that return the same result again.
+        only: the operators that may be called again; None for all that return the same result on every call.
     """
     choice = _Choice(graph, recorded, is_buffer, only)
     if not costly:
@@ -144,7 +144,7 @@ class _Choice:
         return node.op == "get_attr" and self._is_buffer(str(node.target))
 
     def may_repeat(self, node: fx.Node, costly: bool) -> bool:
-        """Return whether a value may be recomputed; costly values may be only if ``costly`` is true."""
+        """Return whether a value may be recomputed; costly values may be recomputed only if ``costly``."""
         operands = node.all_input_nodes
         if node.op != "call_function" or is_random(node) or mutates(node) or not self.settled(node, *operands):
             return False
@@ -186,9 +186,9 @@ class _Choice:
         return moved + self.recorded.flops.get(node, 0) / FLOPS_PER_BYTE
 
     def _cut(self, price: float, costly: bool) -> set[fx.Node]:
-        """Return the nodes on the minimum cut between what cannot be recomputed and what the backward pass reads.
+        """Return the nodes on a minimum cut between values that cannot be recomputed and those the backward pass reads.
 
-        Among several such cuts, choose the one nearest to the latter, which leaves the least to compute.
+        Among several minimum cuts, choose the one nearest to the latter, which leaves the least to compute.
         """
         network: nx.DiGraph[object] = nx.DiGraph()
         source, sink = "source", "sink"

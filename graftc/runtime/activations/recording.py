@@ -1,4 +1,4 @@
-"""Record what autograd keeps for a graph, from one run of the graph on tensors without memory."""
+"""Record what autograd keeps for a graph, by running the graph once on tensors without memory."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Recorded:
     """The observations from one run.
 
     Attributes:
-        storages: the storage, as a number, of every node whose value is a single tensor.
+        storages: the number of the storage of every node whose value is a single tensor.
         sizes: the sizes of the storages in bytes.
         saved: the storages that autograd keeps, except those of parameters and buffers.
         own: the storages of parameters and buffers, which exist anyway.
         several: the nodes whose values consist of several tensors.
-        flops: the floating-point operations of products and attentions, by node.
+        flops: the floating-point operations of products and attention operators, by node.
         outputs: the storages that the graph returns.
         results: the values that the graph returns, with fake tensors.
     """

@@ -1,4 +1,4 @@
-"""Measure the memory use of a training step in a run on tensors without memory."""
+"""Measure the memory use of a training step by running it on tensors without memory."""
 
 from __future__ import annotations
 

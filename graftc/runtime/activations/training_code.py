@@ -37,7 +37,7 @@ class Kind(NamedTuple):
         wanted: for each tensor that the graph reads, whether it requires a gradient; for the codes of a packed weight,
             whether the weight does.
         casts: the autocast settings.
-        size: the size of the inputs, in powers of four.
+        size: the size of the inputs, on a scale of powers of four.
     """
 
     wanted: tuple[bool, ...]

@@ -1,6 +1,6 @@
-"""Hooks on modules within layers, which are called with the arguments and results of the source's modules.
+"""Call hooks on modules within layers, with the arguments and results of the source's modules.
 
-The nodes of a graph record the module that they belong to. If a module has hooks, the generated code stops where the
+Each node of a graph records the module to which it belongs. If a module has hooks, the generated code stops where the
 module begins and where it ends, and calls the hooks with the arguments and results of the source's module. Results that
 hooks change replace the original ones, provided that all readers of the results come afterwards; arguments are
 read-only. If no module has hooks, the code has no stops.
@@ -28,8 +28,8 @@ _HINT = "put it on the compiled model, on a whole layer or on the source model"
 def border_of(program: Program, path: str) -> Border | None:
     """Return the border of a module within a layer; None if no node of the graph belongs to the module.
 
-    Its inputs are outside values that exist when the module begins: those that the module reads, and those read later,
-    which the source may also pass to the module.
+    The border's inputs are outside values that exist when the module begins: values that the module reads, and values
+    that are read later, which the source may also pass to the module.
 
     Args:
         program: the graph.
@@ -58,7 +58,7 @@ def _is_alive(node: fx.Node, order: Mapping[fx.Node, int], start: int) -> bool:
 
 
 def stopping(program: Program, paths: Iterable[str]) -> Program:
-    """Return a copy of a Program that stops at module boundaries; stops of inner modules are nested in outer ones."""
+    """Return a copy of a Program that stops at module boundaries; inner modules' stops are nested in outer ones."""
     stopped = program.copy()
     for path in sorted(paths, key=lambda path: path.count("."), reverse=True):
         if (border := border_of(stopped, path)) is not None:

@@ -96,7 +96,7 @@ def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], Non
     """Make a compiled model's token embedding table accept hooks.
 
     Args:
-        store: the Store, whose tree has the compiled model's containers.
+        store: the Store whose tree contains the compiled model's containers.
         model: the source model, which determines the table's path.
         changed: the function to call when a hook is registered; see `Hooks`.
 
@@ -111,7 +111,7 @@ def install_embeddings(store: Store, model: nn.Module, changed: Callable[[], Non
 
 
 def call_hooks(program: Program, root: fx.Graph, path: str) -> None:
-    """Insert a call of the embedding table's module, with the value that the code looks up.
+    """Insert a call to the embedding table's module, passing the value that the code looks up.
 
     Args:
         program: the Program in which to find the value.
@@ -123,7 +123,7 @@ def call_hooks(program: Program, root: fx.Graph, path: str) -> None:
     """
     inside = {n for n in program.graph.nodes if n.op == "call_function" and n.meta.get("module", "") == path}
     exits = {n.name for n in inside if any(user not in inside for user in n.users)}
-    if not exits:  # the call passes embeddings
+    if not exits:  # the model is called with embeddings
         return
     outputs = [node for node in root.nodes if node.name in exits]
     indices = {n.args[1].name for n in inside if n.target is torch.ops.aten.embedding.default}

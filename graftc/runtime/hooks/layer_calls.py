@@ -1,4 +1,4 @@
-"""Calls of layers in the source's form, with the values that hooks on a layer receive and may change.
+"""Layer calls in the source's form, with the values that hooks on a layer receive and may change.
 
 A graph calls a layer with the values that its part of the graph reads, in any order, and gets back the values that
 other parts read, such as keys and values for a cache. Hooks, however, are written for the source's layers. A layer with
@@ -61,7 +61,7 @@ class Leaf:
         name: the name of the leaf, for messages.
         at: the index of its value among the graph's values; None if the graph does not have it.
         value: the value, if the graph does not have it.
-        cache: whether it is the call's cache.
+        cache: whether the value is the call's cache.
     """
 
     name: str
@@ -93,7 +93,7 @@ def unknown_call(path: str) -> LayerCall:
 
 @dataclass
 class Hearing:
-    """The hooks that observe calls of a model's layers.
+    """The hooks that observe calls to a model's layers.
 
     Attributes:
         hooked: whether any layer has hooks of its own.
@@ -127,7 +127,7 @@ class Running:
 
 @dataclass
 class Pending:
-    """The state of a layer's call, as it passes between the graph and the layer's hooks."""
+    """The state of a layer call while values pass between the graph and the layer's hooks."""
 
     owner: Any
     path: str
@@ -250,14 +250,14 @@ def taken(pending: Pending, result: Any) -> Any:
 
 
 def _with_changes(pending: Pending, values: Sequence[Any], tree: Any, changed: Any, what: str) -> list[Any]:
-    """Apply the changes that hooks made to arguments or results to the values of the graph, and return these.
+    """Return the graph's values after applying the changes that hooks made to arguments or results.
 
     Args:
         pending: the call.
         values: the graph's values.
         tree: the tree of leaves of the arguments or results.
         changed: the arguments or results after the hooks have run.
-        what: which of the two they are, for messages.
+        what: ``arguments`` or ``results``, for messages.
     """
     results = list(values)
     for leaf, value in _paired(pending, tree, changed, what):
@@ -322,7 +322,7 @@ def tree_of(value: Any, of_leaf: Callable[[Any, str], Leaf], name: str = "") -> 
         name: the name of the tree.
     """
     inner = f"{name}." if name else ""
-    if isinstance(value, dict) and (type(value) is dict or is_dataclass(value)):  # or an output class of transformers
+    if isinstance(value, dict) and (type(value) is dict or is_dataclass(value)):  # or a transformers output class
         members = {each: tree_of(item, of_leaf, f"{inner}{each}") for each, item in value.items()}
         return members if type(value) is dict else type(value)(**members)
     if type(value) in (tuple, list):
@@ -333,8 +333,8 @@ def tree_of(value: Any, of_leaf: Callable[[Any, str], Leaf], name: str = "") -> 
 def apart(one: Tensor, other: Any) -> float:
     """Return the distance between a graph value and a source value, relative to the largest element.
 
-    It is infinite if their types, shapes or dtypes differ. Elements that are non-finite in both are ignored, because
-    padding may attend to nothing, which gives NaN in both.
+    The distance is infinite if the types, shapes or dtypes differ. Elements that are non-finite in both are ignored,
+    because padding may attend to nothing, which gives NaN in both.
     """
     if not isinstance(other, Tensor) or one.shape != other.shape or one.dtype != other.dtype:
         return float("inf")

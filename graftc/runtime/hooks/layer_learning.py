@@ -29,7 +29,7 @@ from graftc.runtime.hooks.layer_calls import LayerCall, Leaf, NotInGraph, apart,
 
 _SIZES = (3, 7, 5)
 _NEAR = 1e-2
-"""The largest distance between corresponding values, relative to the largest element.
+"""The maximum distance between corresponding values, relative to the largest element.
 
 Kernels may differ slightly; unrelated values are further apart.
 """
@@ -37,7 +37,7 @@ Kernels may differ slightly; unrelated values are further apart.
 
 @dataclass(frozen=True)
 class Border:
-    """The values that a layer's part of a graph reads and returns, by the names of nodes.
+    """The values that a layer's part of a graph reads and returns, identified by node names.
 
     Attributes:
         path: the path of the layer.
@@ -67,13 +67,13 @@ class Shown(Protocol):
 
 
 def learn_layers(shown: Shown, store: Store, module: nn.Module, key: ProgramKey) -> None:
-    """Determine how the source's layers are called where a graph runs, and store the result in the compiled layers.
+    """Determine how the source calls the layers that a graph runs, and store the result in the compiled layers.
 
     Do nothing for a sharded model, because no process has all tensors in full.
 
     Args:
         shown: the view whose code runs.
-        store: the Store of its tensors, whose tree has the layers.
+        store: the Store of the view's tensors, whose tree contains the layers.
         module: the root of the tree.
         key: the key of the Program.
     """
@@ -87,7 +87,7 @@ def learn_layers(shown: Shown, store: Store, module: nn.Module, key: ProgramKey)
 
 
 _ObservedCall: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], Any]
-"""The arguments, keyword arguments and results of a call of one of the source's layers."""
+"""The arguments, keyword arguments and results of a call to one of the source's layers."""
 
 
 def _borders_of_layers(program: Program) -> dict[tuple[str, int], Border]:
@@ -99,11 +99,11 @@ def source_calls(
 ) -> dict[tuple[str, int], tuple[LayerCall, Border]]:
     """Return how the source's modules are called in the computation that a graph performs.
 
-    Leaves refer to values by their index in the border in the base's graph. The source model is run once on a sample,
-    and is unchanged afterwards.
+    Leaves refer to values by index in the module's border in the base's graph. The source model is run once on a
+    sample, and is unchanged afterwards.
 
     Args:
-        compilation: the Compilation with the source and its graphs.
+        compilation: the Compilation that has the source and its graphs.
         key: the key of the graph.
         borders_in: a function that returns the borders of the modules in the base's graph, by path and use.
     """
@@ -203,7 +203,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def in_graph(call: LayerCall, base: Border, own: Border, program: Program, *, by_name: bool = False) -> LayerCall:
-    """Translate a call of the base's graph to a graph with adaptations.
+    """Translate a call in the base's graph to the corresponding call in a graph with adaptations.
 
     Args:
         call: the call, whose leaves refer to the border in the base's graph.

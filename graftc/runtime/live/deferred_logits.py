@@ -1,9 +1,9 @@
-"""Deferred logits, which a head computes only when they are read, so that head and loss can be one graph.
+"""Deferred logits, which a head computes only when they are read, so that the head and the loss can be one graph.
 
 The model's own Python calls its head, processes the logits in any way, and computes their cross-entropy. None of this
-is known in advance. So the head of a model that trains with a chunked loss returns a tensor without values, which
-records the steps applied to it. If these end in a cross-entropy, the head, the steps and the loss are captured as one
-function; if anything else reads a value, the head is called after all.
+is known in advance. Therefore, the head of a model that trains with a chunked loss returns a tensor without values,
+which records the steps applied to it. If these end in a cross-entropy, the head, the steps and the loss are captured as
+one function; if anything else reads a value, the head is called after all.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _OF_FORM = frozenset(
 
 @dataclass
 class _Call:
-    """A call of a head that has not run yet.
+    """A call to a head that has not run yet.
 
     Attributes:
         run: the function that makes the call.
         x: the head's input.
         path: the head's path, for messages.
         autocast: the device type, whether autocast is on for it, and the autocast dtype.
-        forms: tensors on the meta device for the head's result and that of every step.
+        forms: tensors on the meta device for the results of the head and of every step.
         steps: the steps applied to the result so far.
-        results: the head's result and that of every step, once they have been read.
-        versions: the tensors that the call reads, with their versions, which must not change before it runs.
+        results: the results of the head and of every step, once any of them has been read.
+        versions: the tensors that the call reads, with their versions, which must not change before the call runs.
     """
 
     run: Run
@@ -58,7 +58,7 @@ class _Call:
     versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def goes_on(self, device: torch.device) -> bool:
-        """Return whether a step can be added: no result has been read, and the modes are those of the call."""
+        """Return whether a step can be added: no result has been read, and the current modes are the call's."""
         return not self.results and torch.is_grad_enabled() and self.autocast == modes_of(device)
 
     def watch(self, tensors: Sequence[Tensor]) -> None:
@@ -85,7 +85,7 @@ class _Call:
         """Return the loss for a result, computed in one graph with the head.
 
         Labels for flattened rows are reshaped like the rows of the head's input, because a size that is the product of
-        two others would make the graph valid for these sizes only.
+        two others would make the graph valid only for these sizes.
         """
         steps, target = list(self.steps), cast(Any, labels)
         form = self.forms[self._unflattened(result).number]
@@ -99,7 +99,7 @@ class _Call:
             return self.run((*steps, FollowingCall(LOSS, (result, target, *args), kwargs)))
 
     def _unflattened(self, result: ResultNumber) -> ResultNumber:
-        """Return the result of which another one is a flattened view; the result itself if it is not a view."""
+        """Return the result of which a given result is a flattened view; the result itself if it is not such a view."""
         while result.number and self.steps[result.number - 1].function in FLATTENING:
             result = self.steps[result.number - 1].args[0]
         return result

@@ -45,7 +45,7 @@ def parts_of(program: Program, root: fx.Graph) -> dict[str, tuple[fx.Graph, Outp
 
 
 def _part(root: fx.Graph, results: Sequence[Any]) -> fx.Graph:
-    """Return the part of a graph on which some results depend."""
+    """Return the part of a graph on which the given results depend."""
     nodes = [node for node in results if isinstance(node, fx.Node)]
     needed = {*nodes, *above(nodes)}
     part, copies = fx.Graph(), dict[fx.Node, fx.Node]()

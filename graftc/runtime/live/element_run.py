@@ -1,4 +1,4 @@
-"""Calls of a live model's elements, each of which runs a graph that is valid for the call or captures a new one."""
+"""Calls to a live model's elements: each call runs a graph that is valid for it, or captures a new one."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ Outcome = tuple[Any, Mapping[str, Any]]
 
 
 class _Call:
-    """A call of an element.
+    """A call to an element.
 
     Args:
         runner: the Runner whose graphs are run.
@@ -185,7 +185,7 @@ class _Call:
         return ((outputs["result"], outputs) if structure.boxed else (outputs, {})), decided
 
     def _undo(self, names: Iterable[str]) -> Callable[[], None]:
-        """Return a function that restores the current values of tensors and states of random number generators.
+        """Return a function that restores the current values of tensors and the states of random number generators.
 
         Args:
             names: the names of the Store's tensors that the graph may write to.
@@ -205,7 +205,7 @@ class _Call:
         return undo
 
     def _add(self, structure: CallStructure) -> tuple[Signature, CallStructure]:
-        """Capture the element, and the similar elements of its row, for a call of a new kind.
+        """Capture the element, and the similar elements of its row, for a new kind of call.
 
         Args:
             structure: the structure of the call, with the decisions that are known.
@@ -261,12 +261,12 @@ def _of_type(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _captured(compilation: Compilation, path: str, calls: Recorded) -> Signature:
-    """Capture elements for calls of a new kind, and return the new signature.
+    """Capture elements for a new kind of call, and return the new signature.
 
     Args:
         compilation: the Compilation to which the signature is added.
         path: the path of the element that was called, for messages.
-        calls: the calls of that element and of similar ones.
+        calls: the calls to that element and to similar ones.
 
     Raises:
         GraftError: GC031 if they cannot be captured.
@@ -285,7 +285,7 @@ def _captured(compilation: Compilation, path: str, calls: Recorded) -> Signature
 def _alike(compilation: Compilation, path: str) -> list[str]:
     """Return the elements of the same row that have the same class and are called alike in the first signature.
 
-    Sizes that are not dynamic are equal as well.
+    The static sizes of their inputs are equal as well.
     """
     model = compilation.model
     inputs = {spec.name: spec for spec in compilation.program_as_run("train", "base").inputs}

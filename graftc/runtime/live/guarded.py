@@ -41,7 +41,7 @@ _SAME: tuple[object, ...] = (Tensor.data.__get__, Tensor.detach)  # type: ignore
 def _writes(func: Callable[..., Any]) -> bool:
     """Return whether a function writes to its first argument.
 
-    Writing is allowed: models clamp weights to bounds that these already satisfy, which changes nothing.
+    Writing is allowed: models clamp weights to bounds that the weights already satisfy, which changes nothing.
     """
     name = getattr(func, "__name__", "")
     return name.endswith("_") and not name.endswith("__")

@@ -39,7 +39,7 @@ class _Ran:
         self.chunked = False
 
     def note(self, runner: GraphRunner) -> None:
-        """Record a call by a Runner, and forget the Runners that show another view by now."""
+        """Record a call by a Runner, and forget the Runners that now show another view."""
         known = {shown: each for shown, each in self._runners.items() if id(each.shown) == shown}
         known.setdefault(id(runner.shown), runner)
         self._runners, self.chunked = known, False
@@ -78,7 +78,7 @@ class _Inside(_Part):
     """Mixin placed before a module's class in the MRO, for a module inside a layer that runs as a graph."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise GC031, because the layer that contains the module is one graph, which does not call it."""
+        """Raise GC031, because the layer that contains the module is one graph, which does not call the module."""
         message = f"{self._graftc_path} is called directly, but the layer that contains it is one graph"
         raise GraftError(
             "GC031", message, hint="compile with example inputs that call it this way: each map then becomes a graph"
@@ -101,12 +101,12 @@ class _Element(_Part):
 
 
 class LiveRoot:
-    """A copy of the source that runs its own Python; it shares no modules with the source, and tensors with a Store.
+    """A copy of the source that runs its own Python; it shares tensors with a Store, but no modules with the source.
 
     Args:
         source: the model that was compiled; it is not changed.
-        elements: the paths of its layers that are graphs.
-        adapted: for each tensor whose values the Python between graphs must not read, its adaptations, by name.
+        elements: the paths of its layers that run as graphs.
+        adapted: for each tensor (by name) whose values the Python between graphs must not read, its adaptations.
     """
 
     def __init__(self, source: nn.Module, elements: Collection[str], adapted: Mapping[str, tuple[str, ...]]) -> None:
@@ -206,7 +206,7 @@ class LiveRoot:
         """Update the live module with the hooks of the compiled model's module; the live module's own hooks stay.
 
         Raises:
-            GraftError: GC043 for a hook on a module inside a layer that is a graph.
+            GraftError: GC043 for a hook on a module inside a layer that runs as a graph.
         """
         if self._inside.get(id(module)) and any(vars(compiled)[hooks] for hooks in CALL_HOOKS):
             message = f"{path} has a hook, but the layer that contains it is one graph, which calls no hooks"
@@ -228,7 +228,7 @@ def _put_in_front(stand_in: type, module: nn.Module, path: str) -> None:
 
 
 def _may_wait(runner: GraphRunner, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a call may be that of a head for a loss that is computed in chunks."""
+    """Return whether a call may be to a head whose loss is computed in chunks."""
     if runner.shown.compilation.spec.memory.loss == "whole" or not is_head(module):
         return False
     training = module.training and torch.is_grad_enabled() and not is_traced()

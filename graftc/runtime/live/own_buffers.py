@@ -1,9 +1,9 @@
 """The buffers that a live model's Python reads and writes between graphs.
 
-The source's buffers are never written to. If a buffer is written to, or replaced by another tensor with its shape, the
-Store gets a buffer of its own, as it does when a graph updates the buffer. A replacement with another shape, such as
+The source's buffers are never written to. If a buffer is written to, or replaced by another tensor of the same shape,
+the Store gets a buffer of its own, as it does when a graph updates the buffer. A replacement of another shape, such as
 the frequencies for a text longer than any before it, stays with the live model, like the attributes that describe it.
-Calls of the base alone see the source's values.
+Calls to the base alone see the source's values.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Copied:
 
 
 class OwnBuffers:
-    """Copies of a live model's buffers between graphs.
+    """Copies of the buffers that a live model's Python uses between graphs.
 
     Args:
         modules: the live model's modules between graphs, with their paths.

@@ -1,7 +1,7 @@
 """The Runner of a model with adaptations, which can leave some out and compile other models from the same base.
 
-The model without some adaptations is an `AdaptedView`: a Compilation of another spec over the model's own Store, with
-its code. Showing a view is an assignment; calls then run it at no extra cost.
+The model without some adaptations is an `AdaptedView`: a Compilation of another spec over the model's own Store,
+together with its code. Showing a view is an assignment; calls then run it at no extra cost.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class AdaptedRunner(ModelRunner):
 
     Attributes:
         leaving: the adaptations that calls leave out.
-        views: the views created so far, by the adaptations that they leave out.
+        views: the views created so far, keyed by the adaptations that they leave out.
         progress: the training progress.
         base_only: whether calls run the base's graphs.
         as_reference: whether calls run the eval graphs in either mode.
-        recompute: how layers recompute activations, and ``n`` if every ``n``-th layer does; None if no layer does.
+        recompute: how layers recompute activations, and ``n`` if every ``n``-th layer does so; None if none does.
     """
 
     def __init__(self, compilation: Compilation, store: Store) -> None:
@@ -97,7 +97,7 @@ class AdaptedRunner(ModelRunner):
             spec: the spec to compile.
             values: initial adapter tensors, by name.
             model: another base; by default the same one.
-            axes: the inputs with other dtypes, if that base has another dtype.
+            axes: the inputs with changed dtypes, if the other base has another dtype.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", GraftWarning)  # they were issued when this model was compiled
@@ -105,7 +105,7 @@ class AdaptedRunner(ModelRunner):
         return self.compiled_of(compilation).to(self.device)
 
     def alone(self, names: tuple[str, ...]) -> Any:
-        """Compile a model with only these adaptations, ``train:`` and added tokens; it has its own adapter tensors.
+        """Compile a model that has only these adaptations, ``train:`` and added tokens, and its own adapter tensors.
 
         Raises:
             GraftError: GC091 for an unknown adaptation, GC036 for a part of a composition.
@@ -177,7 +177,7 @@ class AdaptedRunner(ModelRunner):
                 raise GraftError("GC044", message, hint=hint)
 
     def _parameters_of_base(self) -> list[tuple[str, dict[str, Any], str]]:
-        """Return the names of the base's parameters, each with the table that contains it and its key there."""
+        """Return the names of the base's parameters, each with the table that contains it and its key in that table."""
         names = [name for name, tensor in self.store.base() if isinstance(tensor, nn.Parameter)]
         split = ((name, *name.rpartition(".")) for name in names)
         return [(name, parameters_of(self.store.owner(path)), last) for name, path, _, last in split]
@@ -228,7 +228,7 @@ class AdaptedRunner(ModelRunner):
         return as_source(program, self.store.updated) if ours else program
 
     def as_run(self, key: ProgramKey) -> Program:
-        """Return the Program for a key. Identical layers call functions, unless hooks need every layer written out."""
+        """Return the Program for a key; identical layers call functions, unless hooks need every layer written out."""
         compilation = self.shown.compilation
         program = compilation.table.programs.get(key)
         heard = self.hearing.hooked or self.hearing.everywhere or self.told or self.stops
@@ -238,14 +238,14 @@ class AdaptedRunner(ModelRunner):
         return self._with_updates(key, program)
 
     def write_out(self, key: ProgramKey) -> None:
-        """Install a Program with every layer written out if some of its layers call functions."""
+        """Install the Program for a key with every layer written out, if some of its layers call functions."""
         if calls(self.shown.executables[key].program.graph):
             self.install(key, self.program_of(key))
 
     # Training graphs are lowered before they become code
 
     def install(self, key: ProgramKey, program: Program) -> None:
-        """Lower a Program to code, with all layers written out if calls of one function do not belong to one block."""
+        """Lower a Program to code, with all layers written out if a function call does not correspond to one block."""
         try:
             super().install(key, program)
         except UnlikeBodyError:
@@ -350,7 +350,7 @@ class AdaptedRunner(ModelRunner):
         return frozenset(resolved)
 
     def show(self, off: frozenset[str]) -> None:
-        """Show the view without some adaptations."""
+        """Show the view without the given adaptations."""
         if off == self.shown.off:
             return
         if off not in self.views and is_traced():
@@ -358,7 +358,7 @@ class AdaptedRunner(ModelRunner):
         self.shown = self._known_view(off)
 
     def _known_view(self, off: frozenset[str]) -> AdaptedView:
-        """Return the view without some adaptations, which is created when it is first requested."""
+        """Return the view without the given adaptations, which is created when it is first requested."""
         views = self.views
         if off not in views:
             with exclusive():
@@ -367,7 +367,7 @@ class AdaptedRunner(ModelRunner):
         return views[off]
 
     def _view(self, off: frozenset[str]) -> AdaptedView:
-        """Return a new view without some adaptations; the shown view does not change."""
+        """Return a new view without the given adaptations; the shown view does not change."""
         spec = leaving(self.compilation.spec, off, train=TRAIN not in off)
         compilation = recompile(self.compilation, spec, dict(adapter_values(self.store)))
         every = self.everything

@@ -53,7 +53,7 @@ def install_base_model(
     """Make the base model within a compiled model callable.
 
     Args:
-        store: the Store whose tree has the containers of the compiled model.
+        store: the Store whose tree contains the compiled model's containers.
         model: the source model, which names its base model (``base_model_prefix``).
         call: a function that runs the base model, given the positional and keyword arguments of a call.
 

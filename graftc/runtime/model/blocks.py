@@ -44,7 +44,7 @@ class Recompute:
     offload: bool = False
 
     def __call__(self, function: Function, *inputs: Any) -> Any:
-        """Run a function and store only its inputs for the backward pass."""
+        """Run a function, storing only its inputs for the backward pass."""
         with self._kept_elsewhere(inputs):
             return checkpoint(function, *inputs, use_reentrant=False, **self.options)
 
@@ -59,13 +59,13 @@ class LayerCode(Node):
     """The code that a Block runs, with its settings.
 
     Attributes:
-        functions: the code for its part of each Program, by key.
+        functions: the code for the Block's part of each Program, by key.
         choices: how much of its activations each kind of call recomputes.
         checkpointing: whether to recompute activations in the backward pass instead of storing them.
         recompute: how to recompute them.
-        borders: the inputs and outputs of its part of each Program, by key.
-        calls: how the source's layer is called in each Program, by key, once hooks have requested it.
-        hearing: the hooks that observe calls of the model's layers.
+        borders: the inputs and outputs of the Block's part of each Program, by key.
+        calls: how the source's layer is called in each Program, by key; learned once hooks need it.
+        hearing: the hooks that observe calls to the model's layers.
     """
 
     def __init__(self) -> None:
@@ -89,11 +89,11 @@ class LayerCode(Node):
 
 
 def _heard(register: Callable[..., RemovableHandle]) -> Any:
-    """Return a version for layers of an `nn.Module` method that registers a hook.
+    """Return a version of an `nn.Module` hook-registration method for use on layers.
 
     The hook receives the same values as in the source model, and may change them in the same way, even in calls with a
-    cache; gradients are those of the source's arguments and results. A value that the graph does not have in the
-    source's form raises GC043 when the hook accesses it.
+    cache; gradients are those of the source's arguments and results. If the graph does
+    not have a value in the source's form, the hook's access to it raises GC043.
     """
 
     @wraps(register)

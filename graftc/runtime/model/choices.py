@@ -1,4 +1,4 @@
-"""The choices that a call makes among the adaptations of banks: one per row of its batch, by index, name or weights."""
+"""A call's choices among the adaptations of banks: one choice per row of its batch, by index, name or weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def with_choices(compilation: Compilation, present: Mapping[str, Any], chosen: M
 
 
 def repeated(compilation: Compilation, present: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's tensors, without choices, with rows repeated once for each adaptation that runs in parallel.
+    """Return a call's tensors with one copy of the batch for each adaptation that runs in parallel; add no bank inputs.
 
     Raises:
         GraftError: GC038 if there is no batch whose rows could be repeated.
@@ -72,7 +72,7 @@ def rows_for(compilation: Compilation, chosen: Mapping[str, Any], rows: int, dev
 
 
 def _batched(compilation: Compilation, present: Mapping[str, Any]) -> list[str]:
-    """Return the names of a call's tensors that have the batch as their first axis."""
+    """Return the names of a call's tensors whose first axis is the batch."""
     known = {spec.name: spec.shape[:1] == (BATCH,) for spec in compilation.program_as_run("train", "base").inputs}
     sure = [n for n, v in present.items() if known.get(n) and isinstance(v, Tensor)]
     rows = present[sure[0]].shape[0] if sure else None

@@ -51,7 +51,7 @@ class CallState:
         """Record the state of a call.
 
         Args:
-            inputs: the inputs of the call, by name. Inference tensors, whose writes are not counted, are copied.
+            inputs: the inputs of the call, by name. Inference tensors are copied, since writes to them are not counted.
             tensors: a function that returns values that show whether adapter tensors have been written to.
             device: the type of the model's device.
         """
@@ -134,7 +134,7 @@ def deferred_cache(pairs: bool, make: Callable[[], Any]) -> Any:
 
 
 def cache_field(outputs: Any) -> str | None:
-    """Return the name of an output class's cache field if a call has left it unset; None if there is no such field."""
+    """Return the name of the cache field that a call's outputs have left unset; None if there is no such field."""
     fields = getattr(type(outputs), "__dataclass_fields__", ())
     return next((name for name in CACHES if name in fields and name not in outputs), None)
 

@@ -1,4 +1,4 @@
-"""Evaluate a model with all of its adaptations in eval mode on fixed inputs, whatever its current state."""
+"""Evaluate a model on fixed inputs in eval mode, with all of its adaptations, whatever its current state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 class Evaluation:
-    """A model on fixed inputs, which can be run repeatedly and draws the same random numbers each time.
+    """A model with fixed inputs, which can be run repeatedly and draws the same random numbers each time.
 
     Args:
         runner: the Runner of the model.
@@ -51,7 +51,7 @@ class Evaluation:
     def outputs(self, routes: Routes | None = None) -> tuple[Any, ...]:
         """Return the flat outputs.
 
-        The model's choices among its own values are recorded in ``routes``; choices that it imposes are used instead.
+        The model's choices among its own values are recorded in ``routes``, or replaced by those imposed by ``routes``.
         """
         if routes is None or not self._chooses:
             return self._run("forward")
@@ -71,7 +71,7 @@ class Evaluation:
     def base(self) -> Program:
         """The base's graph for inputs of this kind, available once the model has run.
 
-        It may differ from that of the first signature, which can have other sizes.
+        It may differ from the graph of the first signature, whose sizes may be different.
         """
         signature = self._compilation.find(self._present)
         assert signature is not None

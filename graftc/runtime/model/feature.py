@@ -6,7 +6,7 @@ from graftc.runtime.model.adapted import AdaptedRunner
 
 
 class Feature:
-    """A feature of a compiled model. An instance is created at each request and keeps no state of its own.
+    """A feature of a compiled model. A new instance is created for each request, and keeps no state of its own.
 
     Args:
         runner: the Runner of the model.

@@ -1,7 +1,7 @@
-"""Text generation with a compiled model: transformers' own loop, running graphs that have a cache.
+"""Text generation with a compiled model: transformers' own loop, which runs graphs with a cache.
 
 The loop runs on a *stand-in*: an object of the source model's class whose calls run the compiled model. Everything that
-the class defines for generation therefore applies: how inputs are prepared, the initial tokens, Whisper's segments.
+the class defines for generation therefore applies: input preparation, initial tokens, Whisper's segments.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _GROWING = (None, "dynamic")
 _SHOWN = 3
 """The number of tokens generated to observe how a model calls its maps: with a prompt, then with a cache."""
 _PADDING = "_graftc_padding"
-"""The attribute of a loop's own generation config that stores the smallest amount of padding in any row."""
+"""The attribute of a loop's own generation config that stores the amount of padding in the least padded row."""
 
 
 class Generating:
@@ -114,7 +114,7 @@ class Generating:
         return runner.live.generate(runner, *args, **kwargs)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate with graphs that have a cache."""
+        """Generate by running graphs that have a cache."""
         assistant, others = kwargs.get("assistant_model"), []
         if isinstance(assistant, Root) and isinstance(assistant._graftc, ModelRunner):
             assisting = Generating(assistant._graftc)
@@ -153,21 +153,21 @@ class Generating:
         return instance
 
     def _by_graphs(self) -> bool:
-        """Return whether graphs of entire calls, with a cache, can generate."""
+        """Return whether the model can generate with graphs of entire calls that use a cache."""
         return self.runner.interface.cache is not None and self.runner.keeps_cache()
 
     def _live(self) -> ModelRunner:
         """Return the Runner that generates if graphs of entire calls cannot.
 
         Raises:
-            GraftError: GC140 if this Runner cannot be created either.
+            GraftError: GC140 if that Runner cannot be created either.
         """
         compilation = self.runner.shown.compilation
         try:
             return live_view(self.runner)
         except GraftError as error:
             if self.runner.interface.cache is not None:
-                _ = compilation.cache_layout  # raises the reason
+                _ = compilation.cache_layout  # raises an error that gives the reason
             message = f"{type(compilation.source).__name__} has no cache of keys and values: its forward accepts none"
             raise GraftError("GC140", message, hint="call it without a cache: use_cache=False") from error
 
@@ -206,14 +206,14 @@ class Generating:
 
     @property
     def most_tokens(self) -> int | None:
-        """The largest number of tokens for which a text has positions; None if there is no limit."""
+        """The maximum number of tokens in a text for which there are positions; None if there is no limit."""
         text = TARGET if has_encoder(self.runner.compilation.model) else SEQUENCE
         tables = self.runner.position_tables(self.runner.shown.compilation.key("eval"))
         return min((table.most for table in tables if table.axis == text), default=None)
 
 
 def loop_attribute(runner: ModelRunner, name: str) -> Any:
-    """Return an attribute that transformers' loop reads from an assistant model, with its value in the source's class.
+    """Return an attribute that transformers' loop reads from an assistant model, as the source's class defines it.
 
     Raises:
         AttributeError: for an attribute that the loop does not read.
@@ -298,7 +298,7 @@ _OF_THE_LOOP = frozenset({"tokenizer", "assistant_tokenizer"})
 
 
 def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
-    """Return a ``forward`` that calls a Runner and has the parameters of the source's ``forward`` and of the banks."""
+    """Return a ``forward`` that calls a Runner and has the source's parameters plus the bank inputs."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runner = self._graftc_runner
@@ -306,7 +306,7 @@ def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
         if self._graftc_initial is not None:
             if any(map(is_fronted, kwargs.values())):
                 kwargs = self._graftc_initial.call(kwargs)
-            else:  # a call outside the loop, as for guidance: no cache has the initial contents
+            else:  # a call outside the loop, such as one for guidance: no cache has the initial contents
                 runner = self._graftc_whole or runner
         positions, ids = kwargs.get(POSITIONS), kwargs.get("input_ids")
         if isinstance(positions, Tensor) and isinstance(ids, Tensor) and positions.shape[:1] == (1,) != ids.shape[:1]:
@@ -350,7 +350,7 @@ def _expanded(
 def _ending(
     instance: _StandIn, criteria_of: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Return the model's own stopping criteria, after checking that there are positions for every text's length."""
+    """Return the model's own stopping criteria, after checking that there are positions for the requested length."""
     criteria = criteria_of(generation_config, *args, **kwargs)
     longest = generation_config.max_length if len(criteria) == 1 else generation_config.min_length
     most = Generating(instance._graftc_runner).most_tokens

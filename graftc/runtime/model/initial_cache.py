@@ -1,7 +1,7 @@
-"""Represent prefixes and virtual tokens as the initial contents of a cache, so that they cost nothing while decoding.
+"""Represent prefixes and virtual tokens as the initial contents of a cache, so that they cost nothing during decoding.
 
-A prefix consists of keys and values that precede those of a text. Virtual tokens before a text amount to the same if
-attention is causal, because what a layer computes for them does not depend on later tokens. A graph without these
+A prefix consists of keys and values that precede those of a text. Virtual tokens before a text are equivalent to this
+if attention is causal, because what a layer computes for them does not depend on later tokens. A graph without these
 adaptations, run with a cache that begins with their keys and values, gives the same results as the adapted graph. The
 two are compared on a sample before the cache is used.
 """
@@ -134,8 +134,8 @@ def _with_front(kind: Any) -> Any:
 def initial_cache(runner: AdaptedRunner) -> InitialCache | None:
     """Return the initial cache contents with which a model generates as if adapted, or None.
 
-    None means that no adaptation can be represented in this way, or that the graph has to apply them: if there are
-    several, or if they are in compositions, in only some of the layers, or behind windows that would hide a prefix.
+    The result is None if no adaptation can be represented in this way, or if the graph has to apply them: when there
+    are several, or when they are in compositions, in only some layers, or behind windows that would hide a prefix.
     """
     compilation = runner.shown.compilation
     if runner.base_only or runner.training or compilation.cache_layout.pairs:
@@ -215,13 +215,13 @@ def _of_tokens(compilation: Compilation, resolved: Resolved) -> InitialCache | N
 
 
 def _in_order(compilation: Compilation) -> Iterator[AttentionSite]:
-    """Yield the attentions in cache order: by layer."""
+    """Yield the attention sites in cache order: by layer."""
     yield from sorted(compilation.main.attentions, key=lambda site: (site.layer is None, site.layer or 0))
 
 
 @torch.no_grad()
 def _is_the_same(runner: AdaptedRunner, initial: InitialCache) -> bool:
-    """Return whether a text after the initial contents gives the same results as the adapted graph."""
+    """Return whether a text that follows the initial contents gives the same results as in the adapted graph."""
     inputs = samples_on(runner.device, runner.shown.compilation.program("train", "base"), 0, (2, 6), None)
     inputs = {n: torch.ones_like(t) if n.endswith("mask") else t for n, t in inputs.items()}
     if not {"input_ids"} <= inputs.keys() <= {"input_ids", "attention_mask"}:

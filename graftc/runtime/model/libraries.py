@@ -15,7 +15,7 @@ from graftc.passes.core.weights.containers import deepspeed
 from graftc.specs.errors.diagnostics import GraftError
 
 COPIED = ("accepts_loss_kwargs", "base_model_prefix", "loss_type", "model_tags", "name_or_path")
-"""Attributes of a source model that a compiled model has copies of."""
+"""Attributes of a source model that are copied to a compiled model."""
 
 _SAVE = "compiled.save(path) writes what was trained, compiled.merge().save(path) a plain transformers folder"
 
@@ -37,7 +37,7 @@ ELSEWHERE = {
     "set_attn_implementation": "change the source model before it is compiled",
     "add_weighted_adapter": "compiled.combine(...) joins trained adaptations",
 }
-"""Names that models of other libraries have, with the equivalent here."""
+"""Names that models of other libraries have, each with a hint about the equivalent here."""
 
 
 def taken_over(model: nn.Module) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def copies_of(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
 
 
 class NotHereError(GraftError, AttributeError):
-    """A `GraftError` for an attribute that does not exist, for which ``hasattr`` returns False."""
+    """A `GraftError` for an attribute that does not exist, so that ``hasattr`` returns False."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

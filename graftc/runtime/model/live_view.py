@@ -1,4 +1,4 @@
-"""A view of any compiled model that runs the source's Python between layer graphs.
+"""A view of any compiled model that runs the source's own Python between layer graphs.
 
 ``generate`` uses it for classes whose calls with a cache do not fit one graph, such as those that read images only with
 the first tokens.
@@ -79,7 +79,7 @@ def _taken_apart(own: Compilation, shown_by: Callable[[nn.Module], Any] | None) 
 
 
 _NOT_THERE = ("GC010", "GC011", "GC012", "GC015")
-"""Errors for targets that match nothing, or only in part."""
+"""Errors for targets that match nothing or match only in part."""
 
 
 def _places(compilation: Compilation) -> dict[str, set[tuple[str, ...]]]:

@@ -54,7 +54,7 @@ from graftc.runtime.model.root import AdaptedView, Root, Runner, Value
 from graftc.specs.errors.diagnostics import GraftError
 
 OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")
-"""Attributes of a source model that a compiled model has copies of."""
+"""Attributes of a source model that are copied to a compiled model."""
 
 
 class ModelRunner(Runner):
@@ -65,7 +65,7 @@ class ModelRunner(Runner):
         store: the tensors to run on.
 
     Attributes:
-        compilation: the Compilation passed in.
+        compilation: as passed in.
         interface: the source model's interface.
         derived: values computed from the current Compilation, by name.
     """
@@ -276,7 +276,7 @@ class ModelRunner(Runner):
         Args:
             name: the name of the value.
             make: a function that computes the value.
-            of: what else the value depends on; it is computed again when this changes.
+            of: anything else on which the value depends; the value is computed again when this changes.
         """
         known = self.derived.get(name)
         if known is None or known[0] != of:
@@ -308,7 +308,7 @@ class ModelRunner(Runner):
     def _captured(self, present: Mapping[str, Any], entry: Entry) -> ProgramKey:
         """Capture a call that has no code yet and return its key.
 
-        Code compiled by `torch.compile` falls back to Python for the first call of a kind.
+        Code compiled by `torch.compile` falls back to Python for the first call of each kind.
         """
         with exclusive(), seldom_collected():
             signature = signature_for(self.shown.compilation, present)

@@ -23,7 +23,7 @@ class _Fact:
 
     Attributes:
         sizes: the sizes that its spec specifies for the module, as text.
-        places: the texts for the places that it adapts in the module, by tensor or role; a tensor's includes its shape.
+        places: descriptions of the places that it adapts in the module, by tensor or role; a tensor's gives its shape.
     """
 
     sizes: dict[str, None] = field(default_factory=dict)
@@ -93,7 +93,7 @@ def _size(spec: MethodSpec) -> list[str]:
 
 
 def _place(site: Site, store: Store) -> tuple[str, str]:
-    """Return the name of a site's tensor, or else its role, together with its text."""
+    """Return the name of a site's tensor (or else its role), and a description of it."""
     if isinstance(site, LinearSite):
         own = site.own
         return own.tensor, _weight(own.tensor, own.shape, site.key.module, own.rows)

@@ -1,7 +1,7 @@
 """The Runner, which runs Programs over the Store's tree, and the Root, which is the module that owns a Runner.
 
 Apart from children, tensors and the attributes of every `nn.Module`, a Root has almost nothing of its own. Its
-behaviour is in its Runner, which is not a module, so that the name of a source model's child cannot clash with it.
+behaviour is in its Runner, which is not a module, so that names cannot clash with those of a source model's children.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class AdaptedView:
     device_type: str = ""
 
     def has(self, key: ProgramKey) -> bool:
-        """Return whether a Program has code."""
+        """Return whether there is code for a key."""
         return key in self.executables and self.executables[key].run is not None
 
     def lowered_of(self, key: ProgramKey) -> Program:
@@ -106,12 +106,12 @@ class Runner:
         module: the root of the tree.
         store: the tensors.
         shown: the view that calls run.
-        hearing: the hooks that observe calls of layers.
-        choices: how much of its activations each kind of call recomputes in the code above the layers.
+        hearing: the hooks that observe calls to layers.
+        choices: for each kind of call, how much of its activations the code above the layers recomputes.
         hooked: the path of the embedding table, once it has hooks.
         told: the paths of other modules that may have hooks, inside layers or outside them.
         stops: the paths of the modules at which the current code stops to call hooks.
-        entered: whether a call is running within the module, whose hooks have gathered its tensors.
+        entered: whether a call to the module is running, so that the module's hooks have gathered its tensors.
     """
 
     module: Root
@@ -179,7 +179,7 @@ class Runner:
                     del functions[name]
 
     def write_out(self, key: ProgramKey) -> None:
-        """Generate code with every layer written out, as hooks require, unless the current code is already so."""
+        """Generate code with every layer written out, as hooks require, unless the current code already does so."""
 
     def _lower(self, key: ProgramKey, executable: Installed) -> None:
         executable.known.pop(_CALLS, None)
@@ -227,7 +227,7 @@ class Runner:
         return executable.program
 
     def _code_device(self) -> torch.device:
-        """Return the device on which code creates tensors: the base's, or the one FSDP2 moves it to for a pass."""
+        """Return the device on which code creates tensors: the base's, or the one that FSDP2 uses for a pass."""
         kind = computes_on(self.module) if is_unit(self.module) else None
         device = self.device
         return device if kind in (None, device.type) else torch.device(str(kind))
@@ -272,7 +272,7 @@ class Runner:
         return cast("dict[str, LayerCall]", known[_CALLS])
 
     def tell(self, path: str) -> None:
-        """Make the next call stop where a module begins and ends, to call hooks registered on it."""
+        """Make the next call stop where a module begins and ends, to call the hooks registered on that module."""
         self.told.add(path)
 
     def _stop_where_heard(self) -> None:

@@ -48,7 +48,7 @@ class Published(Generic[P, R]):
 def runner_of(module: nn.Module | Runner) -> Any:
     """Return the Runner of a compiled or merged model.
 
-    It has everything that graftc offers, even names that are hidden by children of the source model.
+    It has everything that graftc offers, even under names that children of the source model hide.
 
     Raises:
         GraftError: GC073 for anything else.

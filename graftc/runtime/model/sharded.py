@@ -1,4 +1,4 @@
-"""Read, fold, save and export a model that is sharded over processes as if it were unsharded.
+"""Treat a model sharded over several processes as if it were unsharded, to read, fold, save and export it.
 
 All processes in the mesh first gather the adapter tensors together, once. The base never trains, so its values are
 those of the source model and are not sent. Everything else runs within one process, on an unsharded model, and waits
@@ -31,7 +31,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _numbers: defaultdict[tuple[int, ...], Iterator[int]] = defaultdict(itertools.count)
-"""Counters of the joint operations of processes, by their ranks."""
+"""Counters of joint operations, keyed by the ranks of the processes that take part."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Derive the memory use of a deep model from that of two shallow models, by leaving out identical layers.
 
-From one of several equal layers to the next, the memory of a step grows by the same number of bytes, in the forward as
-in the backward pass. So whenever a tensor is created before or after the layers that are left out, the memory in use is
-an affine function of the number of these layers; within them, it lies between the values at both ends.
+Each further identical layer increases the memory use of a step by the same number of bytes, in the forward pass as well
+as in the backward pass. So whenever a tensor is created before or after the layers that are left out, the memory in use
+is an affine function of the number of these layers; within them, it lies between the values at both ends.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from graftc.compat.pytree import tree_flatten
 from graftc.runtime.activations.simulated import Levels, Part
 
 FRONT = 2
-"""Repetitions kept at the beginning: the inputs of the first may require no gradient."""
+"""The number of repetitions kept at the beginning; the inputs of the first one may not require gradients."""
 
 KEPT = FRONT + 1
-"""Repetitions kept in total."""
+"""The number of repetitions kept in total."""
 
 _LONGEST = 6
 """The number of layers in the longest pattern to search for."""
@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive calls of layers in which a pattern repeats.
+    """Consecutive layer calls in which a pattern repeats.
 
     Attributes:
         start: the index of the first call.
@@ -63,7 +63,7 @@ def runs_of(graph: fx.Graph, kind: Callable[[fx.Node], Hashable]) -> list[Run]:
 
     Args:
         graph: a graph that calls layers.
-        kind: a function whose results are equal for calls of identical layers.
+        kind: a function whose results are equal for calls to identical layers.
     """
     calls = graph.find_nodes(op="call_module")
     number = {call: index for index, call in enumerate(calls)}
@@ -165,7 +165,7 @@ def _aligned(levels: Levels, run: Run, start: int) -> Levels:
     Args:
         levels: the memory levels of the model with that repetition.
         run: the run that is longer in that model.
-        start: the index of its first call in the shorter model.
+        start: the index of the run's first call in the shorter model.
     """
     aligned: dict[Part, list[int]] = {}
     more = range(start + FRONT * run.period, start + (FRONT + 1) * run.period)

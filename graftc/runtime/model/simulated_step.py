@@ -117,7 +117,7 @@ class Simulation:
         own = self.runner
         given = fake(dict(present), self.mode)
         code: Any = own.shown.executables[key].run
-        if code.plain:  # plain code does not choose on its own
+        if code.plain:  # plain code makes no choices on its own
             inputs = own.inputs(key, given)
             code.choose(own.module, inputs, code.kind(own.module, inputs))
 
@@ -158,13 +158,13 @@ class Simulation:
                 parameter.grad = torch.empty_like(parameter)
 
     def _scatter(self, parameter: Tensor) -> None:
-        """Replace a gradient by this process's shard of it."""
+        """Replace a gradient with this process's shard of it."""
         if not self._accumulated:
             self._shards.append(parameter.new_empty(shard_of(parameter, self._processes)))
         parameter.grad = None
 
     def _kind_in(self, key: ProgramKey) -> Callable[[fx.Node], Hashable]:
-        """Return a function whose results are equal for calls of identical layers."""
+        """Return a function whose results are equal for calls to identical layers."""
 
         def kind(call: fx.Node) -> Hashable:
             block = self.runner.blocks[str(call.target)]

@@ -26,7 +26,7 @@ class Observing(Protocol):
 
 
 class Waiting(list[Tensor]):
-    """Terms not yet added to a loss. A copied model has none, since they belong to passes of the original."""
+    """Terms not yet added to a loss. A copied model has none, since the terms belong to the original's passes."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Waiting:
         return Waiting()
@@ -42,7 +42,7 @@ class Progress:
         extra_losses: the number of times that the sum of the objectives has been requested.
         due: whether this sum is required but has not been requested since the last step.
         waiting: terms not yet added to a loss.
-        observer: the object that observes the next forward passes; None if none is to be observed.
+        observer: the object that observes the next forward passes; None if no pass is to be observed.
     """
 
     trained: set[str] = field(default_factory=set)
@@ -72,7 +72,7 @@ class Leaving:
 
 
 def with_every_adaptation(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Wrap a method of an object that has a Runner (``self.runner``) to use a Runner with every adaptation.
+    """Wrap a method of an object that has a Runner (``self.runner``), so that it uses a Runner with every adaptation.
 
     This holds even while `disable` and `disabled` leave adaptations out of calls. Every method that writes a file or
     creates another model is wrapped. Calls in other threads are not affected.

@@ -1,6 +1,6 @@
 """Add, remove, rename or disable a compiled model's adaptations while the others keep training.
 
-A change is compiled in a separate Store and then applied to the model's own. Tensors that stay remain the same objects,
+A change is compiled in a separate Store and then applied to the model's own. Kept tensors remain the same objects,
 so that optimisers still recognise them, and any failure occurs before anything has changed.
 """
 
@@ -148,7 +148,7 @@ class Adapters(Feature):
         Their tensors stay: `save` and `merge` include them. They are not trained meanwhile, since no loss depends on
         them.
 
-        The first use takes as long as compiling without a capture; later uses cost next to nothing.
+        The first time takes as long as compiling without a capture; after that, it costs next to nothing.
 
         Args:
             names: adaptations or compositions; ``trained`` is the ``train:`` list.
@@ -183,7 +183,7 @@ class Adapters(Feature):
         With ``parallel``, the base's rows are returned once for each adaptation, so that calls return the same number
         of rows as outside the block.
 
-        The first time that a set of adaptations is left out takes as long as compiling without a capture; after that it
+        Leaving out a set of adaptations for the first time takes as long as compiling without a capture; after that, it
         costs next to nothing.
 
         Args:

@@ -21,7 +21,7 @@ from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 Choice = str | int | Mapping[str, float]
-"""A slot by name or index, or a mixture of slots, with a factor for each slot that takes part."""
+"""A slot by name or index, or a mixture of slots, with a weight for each slot that takes part."""
 
 
 class Choosing(Feature):
@@ -91,8 +91,8 @@ class Choosing(Feature):
         tensors.
 
         Args:
-            choice: an adaptation's name, the index of its slot, or a factor for each adaptation that takes part; their
-                scaled tensors are added up.
+            choice: an adaptation's name, the index of its slot, or a weight for each adaptation that takes part; their
+                weighted tensors are added up.
             bank: the bank's name; needed only if there are several.
 
         Raises:

@@ -31,7 +31,7 @@ class Checkpointing(Feature):
 
         Args:
             activation_checkpointing_kwargs: keyword arguments of `torch.utils.checkpoint.checkpoint`. ``use_reentrant``
-                is always False, so inputs of layers need no gradient.
+                is always False, so the inputs of layers need not require gradients.
             every_n_layers: the interval between recomputed layers: only the first of every ``every_n_layers`` layers is
                 recomputed.
             offload: whether to store the tensors needed for recomputation in host memory.

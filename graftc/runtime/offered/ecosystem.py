@@ -26,7 +26,7 @@ class Ecosystem(Feature):
 
         Args:
             save_directory: the folder, created if it is missing; other files in it stay.
-            options: transformers' options, as far as they apply here: ``is_main_process=False`` writes nothing.
+            options: those of transformers' options that apply here; with ``is_main_process=False``, nothing is written.
 
         Raises:
             GraftError: GC032 for a model without a transformers config, GC064 if the folder cannot be written, GC072
@@ -35,17 +35,17 @@ class Ecosystem(Feature):
         save_pretrained(self.runner, save_directory, options)
 
     def get_input_embeddings(self) -> nn.Module | None:
-        """Return the module with the token embedding table; None if there is none.
+        """Return the module that contains the token embedding table; None if there is none.
 
-        It contains tensors, but cannot be called.
+        The module contains tensors, but cannot be called.
         """
         return self._at("get_input_embeddings")
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """Return the module with the vocabulary head's weights, as the model uses them; None if there is no head.
+        """Return a module with the vocabulary head's weights, as the model uses them; None if there is no head.
 
-        It is a `Head` if the head is trained. If the head is adapted in another way, reading its weight raises an
-        error.
+        The module is a `Head` if the head is trained. If the head is adapted in another way, reading its weight raises
+        an error.
         """
         path = path_by_getter(self.runner.compilation.model, "get_output_embeddings")
         if path is None:
@@ -57,9 +57,9 @@ class Ecosystem(Feature):
         )
 
     def get_decoder(self) -> nn.Module | None:
-        """Return the module with the tensors of the decoder, or of the model without its head.
+        """Return the module that contains the tensors of the decoder, or of the model without its head.
 
-        It cannot be called. None if the source model has no such module.
+        The module cannot be called. The result is None if the source model has no such module.
         """
         return self._at("get_decoder")
 

@@ -50,11 +50,11 @@ class Inspecting(Feature):
         return explain(self.runner.snapshot, name, mode)
 
     def model_explorer(self, mode: Mode = "eval") -> dict[str, Any]:
-        """Return the rewritten graph and the base's graph as JSON data of a collection for Google's Model Explorer."""
+        """Return the rewritten graph and the base's graph as a JSON graph collection for Google's Model Explorer."""
         return model_explorer(self.runner.snapshot, mode)
 
     def tree(self) -> TreeNode:
-        """Return the source model's modules with their additions, identical layers only once; print it to read it."""
+        """Return the source model's modules with their additions, and identical layers once; print it to read it."""
         return model_tree(self.runner.snapshot)
 
     def activations(self, **inputs: Any) -> Activations:
@@ -69,11 +69,11 @@ class Inspecting(Feature):
         """
         runner = self.runner
         present, _ = runner.interface.read(runner.interface.named((), inputs))
-        signature = signature_for(runner.shown.compilation, present)  # before the copy, as it may be new
+        signature = signature_for(runner.shown.compilation, present)  # before the copy, as the signature may be new
         return Simulation(runner).step(signature, present)
 
     def lowering(self) -> Lowered:
-        """Return the sites that lowering rewrites in the first signature's training graph, and why others are not.
+        """Return the sites that lowering rewrites in the first signature's training graph, and why it skips others.
 
         Print the result to read it.
         """

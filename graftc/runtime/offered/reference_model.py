@@ -69,7 +69,7 @@ class ReferenceModel(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return the compiled model's record as ``uint8[bytes]``; see `torch.nn.Module.get_extra_state`.
 
-        It distinguishes this base's results from those of another base.
+        The record distinguishes this base's results from those of another base.
         """
         return StateDicts(self._runner).record()
 
@@ -93,7 +93,7 @@ class Referring(Feature):
     """Provides a compiled model's base as a reference model, including for TRL's trainers."""
 
     def reference(self) -> ReferenceModel:
-        """Return a module that computes what the base computes, in eval mode, over this model's tensors.
+        """Return a module that computes what the base computes, in eval mode, using this model's tensors.
 
         It serves as the reference model for DPO and KTO: ``DPOTrainer(compiled, ref_model=compiled.reference(), ...)``.
         No second model is in memory, and the module follows this model to another device.

@@ -43,7 +43,7 @@ class TokenScoring(Feature):
         return -losses.view(len(labels), -1)
 
     def fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: tuple[str, ...]) -> dict[str, Any] | None:
-        """Return the fields that TRL's forward returns with `FUSED`; None for a call that it has to answer itself.
+        """Return the fields that TRL's forward returns with `FUSED`; None for a call that TRL has to answer itself.
 
         Args:
             args, kwargs: the arguments of the call.

@@ -29,7 +29,7 @@ class StateDicts(Feature):
     """Creates and loads a compiled model's state dicts."""
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
-        """Return every tensor that graftc added and that has to be saved, by its full name, detached.
+        """Return all tensors that graftc added and that have to be saved, detached and by full name.
 
         These are parameters and controller state. The tensors of a sharded model are gathered, so every process must
         call this method.
@@ -74,7 +74,7 @@ class StateDicts(Feature):
                 copy_whole(own[name], tensors[name])
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Return every tensor, including the base's, by name, detached; tied ones only once, under their owner's name.
+        """Return all tensors, including the base's, detached and by name; tied ones appear once, under their owner.
 
         The tensors of a sharded model are gathered, so every process must call this method.
         """
@@ -113,7 +113,7 @@ class StateDicts(Feature):
 
 
 def persists(store: Store, name: str) -> bool:
-    """Return whether its module's state dicts contain a tensor."""
+    """Return whether a tensor is included in its module's state dicts."""
     path, _, last = name.rpartition(".")
     return last not in transient_of(store.owner(path))
 
@@ -155,7 +155,7 @@ def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: An
 def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Check a state dict's record and base tensors against this model's base, and remove the base tensors.
 
-    They are not loaded, since the base is never written to.
+    The base tensors are not loaded, since the base is never written to.
 
     Raises:
         GraftError: GC087 for another base, GC053 if tensors that determined the graphs differ, GC073 for a base entry

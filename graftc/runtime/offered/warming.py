@@ -35,14 +35,14 @@ class Warming(Feature):
         activations a training step keeps.
 
         For a model in train mode, the call is prepared in eval mode as well. Calls with the inputs and flags of the
-        batch then start at once; a call with others is captured when it occurs.
+        batch then start at once; a call with other inputs or flags is captured when it occurs.
 
         Args:
             batch: the arguments of a call by name, such as a batch from the data loader, with its ``labels``. Only the
                 names, dtypes and sizes of tensors matter.
             generate: whether to prepare `generate` as well, for the prompt and for subsequent tokens: two tokens are
                 generated after the first four of the batch's first text. Prompts with an ``attention_mask`` have their
-                own graphs, so pass one if yours have one.
+                own graphs, so include one if your prompts have one.
 
         Raises:
             GraftError: GC031 for inputs that cannot be captured, GC073 if the batch is not a mapping or, with

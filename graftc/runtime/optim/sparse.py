@@ -30,10 +30,10 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class _Delta:
-    """A sparse delta, with the entries of a tensor that it changes.
+    """A sparse delta, and the entries of the tensor that it changes.
 
     Attributes:
-        store, indices: the Store and the name of the indices of these entries in it; they are read at each step.
+        store, indices: the Store, and the name under which it contains these entries' indices, which every step reads.
         shape: the shape of the tensor as stored.
         moving: whether entries may be replaced by others.
     """
@@ -130,9 +130,9 @@ class _Attached(SparseOptimiser):
 
 
 class AgedAdamW(_Attached):
-    """AdamW (Loshchilov and Hutter 2019) with a separate step count for each entry in deltas whose entries move.
+    """AdamW (Loshchilov and Hutter 2019) with a separate step count for each entry of deltas whose entries move.
 
-    For parameters whose entries are never replaced it is `torch.optim.AdamW`. A new entry starts with the moments that
+    For parameters whose entries are never replaced, it is `torch.optim.AdamW`. A new entry starts with the moments that
     it would have if it had been present for the ``n`` steps in which its gradients were observed,
     ``mean(g) (1 - beta1^n)`` and ``mean(g^2) (1 - beta2^n)``, and with the age ``n``, which corrects their bias. Weight
     decay pulls deltas towards zero, that is, towards the base. Moments and ages are float32, or float64 for float64

@@ -10,7 +10,7 @@ from graftc.runtime.training.watching import Watch, is_plain, watch
 
 @cache
 def for_trainer(kind: type) -> Any:
-    """Return a subclass of a callback class and of transformers' `TrainerCallback`."""
+    """Return a class derived from both a callback class and transformers' `TrainerCallback`."""
     from transformers import TrainerCallback
 
     return type(kind.__name__, (kind, TrainerCallback), {"__doc__": kind.__doc__, "__module__": kind.__module__})

@@ -1,4 +1,4 @@
-"""Read training logs as curves, from files of `TrainingLog` or the Trainer's ``trainer_state.json``, without torch."""
+"""Read training logs as curves, from `TrainingLog` files or the Trainer's ``trainer_state.json``, without torch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Curve(TypedDict):
     """One quantity over the optimiser steps of a training run."""
 
     name: str
-    """``loss``, or the site that the quantity belongs to."""
+    """``loss``, or the site to which the quantity belongs."""
 
     group: str
     """``training``, ``evaluation``, or the adaptation and its figure: ``adalora: rank``."""
 
     steps: list[int]
-    """The steps in ascending order, including the last step before a change of a value that was constant until then."""
+    """The steps in ascending order, including the last step before a previously constant value changes."""
 
     values: list[float]
     """One value for each step."""
@@ -43,15 +43,15 @@ def read_log(path: str | os.PathLike[str], *, points: int = MOST_POINTS) -> list
     """Return the curves of a training log, in the order in which their names first appear.
 
     If training was resumed from an earlier step, later entries replace the log's entries for that step and all
-    following steps. Long logs are thinned evenly by lines; the last line is always kept. Lines that cannot be
+    following steps. Long curves are thinned by dropping every second point, but keep the last one. Lines that cannot be
     interpreted are left out with a warning (GC124); an incomplete last line is left out without one.
 
     Args:
         path: a file written by `TrainingLog`, or the transformers Trainer's ``trainer_state.json``.
-        points: the largest number of points per curve, at least 2.
+        points: the maximum number of points per curve, at least 2.
 
     Raises:
-        GraftError: GC123 if there is no such file, or it contains no lines of a training log; GC073 for arguments of
+        GraftError: GC123 if there is no such file, or if it contains no lines of a training log; GC073 for arguments of
             the wrong type.
     """
     given: Any = points
@@ -110,7 +110,7 @@ def _step_of(entry: Any) -> int | None:
 
 
 def _state_entries(path: Path) -> list[Any] | None:
-    """Return the entries of a Trainer's state; None for a file that is a log of lines."""
+    """Return the entries of a Trainer's state; None for any other file, such as a log of lines."""
     with path.open("rb") as file:
         if _step_of(_parsed(file.readline(LINE_BYTES))) is not None:
             return None
@@ -132,7 +132,7 @@ def _whole(text: str) -> int | None:
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, bool]]:
-    """Yield each line with whether it is complete; lines that are too long are replaced by empty ones."""
+    """Yield each line, and whether it is complete; lines that are too long are replaced by empty ones."""
     with path.open("rb") as file:
         while line := file.readline(LINE_BYTES):
             if line.endswith(b"\n"):
@@ -230,7 +230,7 @@ class _Series:
     """The points of a curve, thinned as they arrive: whenever there are too many, every second one is dropped.
 
     Args:
-        most: the largest number of points.
+        most: the maximum number of points.
         lasts: whether each value holds until the next one.
     """
 

@@ -1,4 +1,4 @@
-"""Training logs, which record the loss and the figures at each site as lines of JSON in a file."""
+"""Training logs, which record the loss and the figures of each site as lines of JSON in a file."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _OWN = ("step", "time", "figures")
 class TrainingLog:
     """Records a training run: the loss, other values that the loop passes, and figures that describe each site.
 
-    The first optimiser step and every ``every``-th one append a line of JSON: ``{"step": 10, "time": 1766000000.0,
-    "loss": 0.69, "figures": {"adalora": {"encoder.layer.0...": {"rank": 6.0}}}}``. ``figures`` contains the values of
-    `Compiled.site_figures` and, from the forward pass, the mean values of gates (UniPELT, ``compose: gate``) and the
-    indices of the experts that were drawn (AdaMix); the latter two are not available from code compiled by
-    `torch.compile`. A line contains only the figures that have changed since the previous line. Nothing is computed at
-    other steps.
+    A line of JSON is appended at the first optimiser step and at every ``every``-th one: ``{"step": 10,
+    "time": 1766000000.0, "loss": 0.69, "figures": {"adalora": {"encoder.layer.0...": {"rank": 6.0}}}}``. ``figures``
+    contains the values of `Compiled.site_figures` and, from the forward pass, the mean values of gates (UniPELT,
+    ``compose: gate``) and the indices of the experts that were drawn (AdaMix); the latter two are not available from
+    code compiled by `torch.compile`. A line contains only the figures that have changed since the previous line.
+    Nothing is computed at other steps.
 
     An existing file is continued. `read_log` reads it back. With several processes, each process has to create a log,
     but only the first one writes.
@@ -83,7 +83,7 @@ class TrainingLog:
         """Record that an optimiser step has been taken; call this after ``compiled.after_step()``.
 
         Args:
-            number: the number of the step, counted from 1; by default one more than the last. After resuming from a
+            number: the number of the step, counted from 1; by default the previous one plus 1. After resuming from a
                 checkpoint in the middle of the log, pass the step's number: repeated steps replace those in the log.
             values: numbers or one-element tensors, which are read only when a line is written: ``loss=loss``.
                 Non-finite values are written as null.
@@ -107,7 +107,7 @@ class TrainingLog:
         """Write a line with only these values, such as those of an evaluation, regardless of ``every``.
 
         Args:
-            number: the optimiser step that the values belong to.
+            number: the optimiser step to which the values belong.
             values: as for `step`.
 
         Raises:
@@ -234,7 +234,7 @@ def _ends_well(path: Path) -> bool:
 
 
 def _require_outside(path: Path) -> None:
-    """Raise if the file is inside an artifact, which cannot be opened if it has files that its manifest does not list.
+    """Raise if the file is inside an artifact: with a file that its manifest does not list, it could not be opened.
 
     Raises:
         GraftError: GC063.

@@ -1,4 +1,4 @@
-"""Read values that exist only during a forward pass, without another graph (see `Reading`)."""
+"""Read values that exist only during a forward pass, without an additional graph (see `Reading`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from graftc.compiler.figures import Figure, SiteReading, live_readings
 
 
 class Observer:
-    """Reads values that forward passes compute from some parameters.
+    """Reads values that forward passes compute from certain parameters.
 
     Values of the last pass are kept. Code compiled by `torch.compile` is not observed.
     """

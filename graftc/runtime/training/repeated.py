@@ -92,7 +92,7 @@ def repeated(
 
 
 def _wait(term: Tensor, outputs: tuple[Any, ...], progress: Progress, missed: Callable[[], None]) -> None:
-    """Store a term for the next `extra_loss`, until the backward pass through the passes that it belongs to."""
+    """Store a term for the next `extra_loss`; the backward pass through the term's own forward passes discards it."""
     progress.waiting.append(term)
     if is_traced():
         return
@@ -108,7 +108,7 @@ def _wait(term: Tensor, outputs: tuple[Any, ...], progress: Progress, missed: Ca
 
 
 def waited(progress: Progress) -> list[Tensor]:
-    """Return, and then discard, the mean of the terms since the last call; an empty list if there are no terms."""
+    """Discard the terms stored since the last call and return their mean in a list, empty if there were no terms."""
     terms, progress.waiting = list(progress.waiting), Waiting()
     return [torch.stack(terms).mean()] if terms else []
 

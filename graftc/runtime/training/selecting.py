@@ -43,7 +43,7 @@ class Selecting:
 
     @in_every_process
     def select(self, examples: Iterable[Mapping[str, Any]], *, loss: Loss | None = None) -> Any:
-        """Return a model whose adaptations train the entries that examples select, with their initial values.
+        """Return a model whose adaptations train the entries that examples select, starting from their initial values.
 
         This model stays unchanged. Gradients are those of the whole model in eval mode, without dropout, and are
         handled one tensor at a time: they are added to the scores of the entries, in float32, and then freed.
@@ -115,7 +115,7 @@ class Selecting:
 
     @property
     def stages_left(self) -> int:
-        """The number of training runs that follow the one that this model is for."""
+        """The number of training runs that follow the run for which this model was created."""
         return max((self._left(resolved) for resolved in self.runner.compilation.main.resolved), default=0)
 
     @staticmethod
@@ -127,7 +127,7 @@ class Selecting:
 
     @in_every_process
     def advance(self, start: Mapping[str, Tensor] | None = None) -> Any:
-        """Return the model for the training run after the one that this model is for; this model stays unchanged.
+        """Return the model for the training run that follows this model's own run; this model stays unchanged.
 
         Args:
             start: the adapter tensors with which this training run started, by name; some methods rewind everything
@@ -179,7 +179,7 @@ class Selecting:
         return self._compiled(spec, values)
 
     def _others(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the tensors of all adaptations except these."""
+        """Return the tensors of all adaptations except the named ones."""
         gone = set(names)
         return {n: t for n, t in adapter_values(self.runner.compilation.store) if owner_of(n) not in gone}
 

@@ -1,4 +1,4 @@
-"""Steer training: the calls that a loop, or the transformers Trainer, makes for controllers and objectives."""
+"""Steer training: the methods that a loop, or the transformers Trainer, calls for controllers and objectives."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class TrainingSteering:
             controller.begin(controller.steps + steps)
 
     def extra_loss(self) -> Tensor:
-        """Return the sum of all objectives, a float32 scalar to add to the loss once per optimiser step; 0 if none.
+        """Return the sum of all objectives, a float32 scalar to add to the loss once per optimiser step.
 
         Objectives that compare several passes of a call are part of the loss that the model returns, not of this sum.
         If the model returned no loss, because there were no labels, the sum includes the mean of these objectives over
@@ -147,7 +147,7 @@ class TrainingSteering:
                 controller.pause()
 
     def results(self, key: ProgramKey, present: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Return the flat outputs of a call, after controllers have prepared it.
+        """Return the flat outputs of a call, after controllers have prepared for it.
 
         Code compiled by `torch.compile` has no hooks, so controllers are not called within it.
         """
@@ -204,7 +204,7 @@ class TrainingSteering:
         self.warn_once(self.runner.steering.outputs, _NO_OBJECTIVE, hint)
 
     def warn_once(self, names: Iterable[str], text: str, hint: str) -> None:
-        """Warn about adaptations, each of them only once."""
+        """Warn about adaptations, once for each of them."""
         new = [name for name in names if f"{name}: {text}" not in self.runner.progress.warned]
         self.runner.progress.warned.update(f"{name}: {text}" for name in new)
         if new:
@@ -228,7 +228,7 @@ class TrainingSteering:
         method.deploy_rank(resolved.spec, shared, rank)
 
     def rank_pattern(self, name: str) -> dict[str, Tensor]:
-        """Return a mask of an adaptation's ranks that currently have an effect.
+        """Return masks of the ranks of an adaptation that currently have an effect, by site.
 
         Pruned triplets, ranks whose gates are zero and ranks that are not deployed have no effect.
 

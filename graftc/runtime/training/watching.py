@@ -172,8 +172,8 @@ def watch(compiled: nn.Module | Runner, *optimizers: Optimizer, steps: int = 3) 
     gradients (in all steps: LoRA's B starts as zeros, so A's gradient is zero in the first step); or if it does not
     move, because its learning rate is 0 (in all steps if a schedule may warm up) or because the step is lost when
     rounding to 16 bits. Tensors that a method declares inert at first are excused, as are slots of a bank that no call
-    has chosen. At each step, the entries with the largest gradients are compared; nothing of the check remains after
-    the last step.
+    has chosen. At each step, the entries with the largest gradients are compared before and after; the check removes
+    itself after the last step.
 
     Args:
         compiled: a compiled model. Tensors that are currently frozen (`Compiled.train_only`) are not observed.
@@ -205,7 +205,7 @@ def watch(compiled: nn.Module | Runner, *optimizers: Optimizer, steps: int = 3) 
 
 
 def is_plain(optimizer: Any) -> bool:
-    """Return whether an optimiser, or the optimiser inside a wrapper, is one of torch's interface."""
+    """Return whether an optimiser, or the optimiser inside a wrapper, has torch's interface."""
     return isinstance(_unwrapped(optimizer), Optimizer)
 
 
