@@ -71,8 +71,8 @@ def compile(
             inputs. Flags (``output_hidden_states=True``) may be included.
         seed: the seed that, together with the tensors' names, determines the initial values of adapter tensors; it is
             stored in an artifact. By default `torch.initial_seed()`, which `torch.manual_seed` and transformers'
-            `set_seed` set; nothing is drawn from the global generator. In a process group, all ranks
-            use rank 0's default, so all of them must call this function unless a seed is passed.
+            `set_seed` set; nothing is drawn from the global generator. In a process group, all ranks use rank 0's
+            default, so all of them must call this function unless a seed is passed.
         cache: whether to cache captured graphs in the user's cache folder.
         progress: whether to show the current step in a line on stderr once compiling has taken two seconds. By default
             it is shown on a terminal, unless the environment variable ``GRAFTC_PROGRESS`` (``on`` or ``off``) is set.
@@ -92,7 +92,7 @@ def compile(
 
 
 def _register_auto_classes() -> None:
-    """Register the classes through which transformers' ``Auto`` classes load folders from ``save_pretrained``."""
+    """Register the classes with which transformers' ``Auto`` classes load folders written by ``save_pretrained``."""
     from graftc.runtime.loading import auto_classes  # noqa: F401, it registers them
 
 
@@ -135,8 +135,8 @@ def load_base(name: str | Path, *, dtype: torch.dtype | None = None, revision: s
     """Load a transformers model, quantised or not, in eval mode from a folder or the hub; no code from there is run.
 
     Checkpoints in bitsandbytes, GPTQ, AWQ, HQQ, FP8, compressed-tensors and MXFP4 formats are read without the
-    libraries that wrote them: linear maps and experts store the codes, and compute their weights from these at every
-    access, bit for bit as the library does. `compile` accepts such a model like any other.
+    libraries that wrote them: linear maps and experts store the codes, and compute their weights from the codes at
+    every access, bit for bit as the library does. `compile` accepts such a model like any other.
 
     Args:
         name: a folder whose ``config.json`` names the class in ``architectures``, or the id of a hub repository with
@@ -181,8 +181,8 @@ def import_peft(
     Raises:
         GraftError: GC005 for two folders with the same name, GC073 for ``name`` with several folders, GC110 if there is
             no adapter, GC111 for a config that cannot be read, GC112 for a type or option that has no equivalent, GC113
-            for tensors that the config does not account for, GC114 for another base; others as for `compile`. The
-            model is unchanged in all cases.
+            for tensors that the config does not account for, GC114 for an adapter of another base; others as for
+            `compile`. The model is unchanged in all cases.
     """
     from graftc.runtime.interop.peft.importing import imported
 

@@ -50,7 +50,7 @@ class Compiled(ModelRoot, Generic[M]):
 
     Only the tensors that the spec trains require gradients. Instances are created by `graftc.compile`; ``Compiled[M]``
     is the type for a source of class ``M``. A call returns the same type of output as ``M.forward``; as for every
-    `torch.nn.Module`, type checkers see `Any` as the type of a call. ``train()`` and ``eval()`` switch between two
+    `torch.nn.Module`, type checkers see its result as `Any`. ``train()`` and ``eval()`` switch between two
     graphs over one set of tensors. Each new set of inputs is captured when it is first used.
 
     The names below are always graftc's, whatever the names of the source model's children. Everything else that graftc
@@ -212,9 +212,9 @@ class Compiled(ModelRoot, Generic[M]):
         """Fold every adaptation into base weights and certify the result; this model is unchanged.
 
         Args:
-            names: the only adaptations to fold, besides the ``train:`` list and added tokens; the result contains
-                nothing of the others. To keep them on top of the new base, use `merge_partially` with ``only``.
-            budget: the largest allowed absolute difference in outputs; by default the spec's, or a bound by dtype.
+            names: the only adaptations to fold, apart from the ``train:`` list and added tokens; the others are absent
+                from the result. To keep them on top of the new base, use `merge_partially` with ``only``.
+            budget: the maximum absolute difference allowed in outputs; by default the spec's, or a bound for the dtype.
             progress: a function that is called after each tensor with the completed fraction of the folding, from 0
                 to 1.
             dtype: ``torch.float32`` first widens a 16-bit base, so that rounding loses nothing of the update: the

@@ -31,7 +31,7 @@ Choices = dict[Any, Choice]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a graph in a training step.
+    """One call to a graph in a training step.
 
     Attributes:
         choices: the mapping in which the choice is recorded.

@@ -40,7 +40,7 @@ class Recomputation:
 
     Attributes:
         targets: the nodes whose values the backward pass reads.
-        roots: the nodes whose values are kept to compute these.
+        roots: the nodes whose values are kept so that the targets can be computed from them.
         nodes: the nodes that are recomputed, in order.
     """
 
@@ -95,7 +95,7 @@ def plans(
     by_bytes = {first.kept: first}
 
     def between(low: float, least: ActivationPlan, high: float, most: ActivationPlan, steps: int) -> None:
-        """Find the plans for prices between ``low`` and ``high``, if the plans for these two differ."""
+        """Find the plans for prices between ``low`` and ``high``, if the plans for those two prices differ."""
         if not steps or least.kept == most.kept:
             return
         middle = (low + high) / 2

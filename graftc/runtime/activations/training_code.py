@@ -31,7 +31,7 @@ from graftc.specs.errors.diagnostics import warn
 
 
 class Kind(NamedTuple):
-    """The properties of a call, besides its graph, on which a plan depends.
+    """The properties of a call, other than its graph, on which a plan depends.
 
     Attributes:
         wanted: for each tensor that the graph reads, whether it requires a gradient; for the codes of a packed weight,
@@ -171,7 +171,7 @@ class TrainingCode:
     def _call(
         self, module: nn.Module, inputs: Sequence[Any], kind: Kind, mode: FakeTensorMode, calls: list[Call]
     ) -> tuple[Call, Any]:
-        """Return the call for fake inputs, with its results; add the calls of layers within it to ``calls``."""
+        """Return the call for fake inputs, with its results; add the layer calls within it to ``calls``."""
         choices, key = choices_of(module), (self, kind)
         try:
             recorded = self._record(module, inputs, mode, calls)

@@ -3,7 +3,7 @@
 A graph calls a layer with the values that its part of the graph reads, in any order, and gets back the values that
 other parts read, such as keys and values for a cache. Hooks, however, are written for the source's layers. A layer with
 hooks is therefore called with the arguments of the source's layer, and returns that layer's results. To find the graph
-values that correspond to these, the source model and the graph are run once on a sample, and their values are compared.
+values that correspond to them, the source model and the graph are run once on a sample, and their values are compared.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Hearing:
 
 @dataclass
 class Running:
-    """A call of a model whose layers have hooks.
+    """A call to a model whose layers have hooks.
 
     Attributes:
         learn: a function that determines how layers are called in the graph that runs.
@@ -162,7 +162,7 @@ def running(call: Running) -> Iterator[None]:
 
 
 def running_call() -> Running | None:
-    """Return this thread's innermost call of a model with hooks; None if no such call is running."""
+    """Return this thread's innermost call to a model with hooks; None if no such call is running."""
     return _stacks.running[-1] if _stacks.running else None
 
 

@@ -132,7 +132,7 @@ class DeferredLogits(Tensor):
         Args:
             form: a tensor on the meta device with the result's shape and dtype.
             device: the device of the result's values.
-            call: the call of the head.
+            call: the call to the head.
             result: the number of the result in that call.
         """
         logits = wrapper(DeferredLogits, form.shape, form.dtype, device, requires_grad=True)
@@ -143,7 +143,7 @@ class DeferredLogits(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Record a function that can follow the head without reading values; compute the values for any other."""
+        """Record a function that can follow the head without reading values; for any other, compute the values."""
         named = dict(kwargs or {})
         if func in _OF_FORM:
             with torch.DisableTorchFunctionSubclass():

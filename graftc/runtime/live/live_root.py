@@ -193,7 +193,7 @@ class LiveRoot:
         self._own.bind(runner.store, base=runs_base(runner))
 
     def _seen(self, runner: GraphRunner, name: str) -> Tensor:
-        """Return a tensor of the Store in the form in which the Python between graphs sees it."""
+        """Return a tensor of the Store as the Python between graphs sees it."""
         tensor, owner = runner.store.get(name), runner.store.canonical(name)
         if owner not in self._adapted:
             return tensor

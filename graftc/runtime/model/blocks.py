@@ -92,8 +92,8 @@ def _heard(register: Callable[..., RemovableHandle]) -> Any:
     """Return a version of an `nn.Module` hook-registration method for use on layers.
 
     The hook receives the same values as in the source model, and may change them in the same way, even in calls with a
-    cache; gradients are those of the source's arguments and results. If the graph does
-    not have a value in the source's form, the hook's access to it raises GC043.
+    cache; gradients are those of the source's arguments and results. If the
+    graph does not have a value in the source's form, the hook's access to it raises GC043.
     """
 
     @wraps(register)

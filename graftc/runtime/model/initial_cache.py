@@ -132,7 +132,7 @@ def _with_front(kind: Any) -> Any:
 
 
 def initial_cache(runner: AdaptedRunner) -> InitialCache | None:
-    """Return the initial cache contents with which a model generates as if adapted, or None.
+    """Return the initial cache contents with which an unadapted graph generates as if adapted, or None.
 
     The result is None if no adaptation can be represented in this way, or if the graph has to apply them: when there
     are several, or when they are in compositions, in only some layers, or behind windows that would hide a prefix.

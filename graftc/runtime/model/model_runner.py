@@ -240,7 +240,7 @@ class ModelRunner(Runner):
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
     def _look_at(self, key: ProgramKey, present: Mapping[str, Any]) -> None:
-        """Check a call's positions and values; check the first call of each signature further, and remember it.
+        """Check a call's positions and values; check the first call with each signature further, and remember it.
 
         Raises:
             GraftError: GC143 for more tokens than there are positions.
@@ -398,7 +398,7 @@ class ModelRunner(Runner):
         return self
 
     def within(self, run: Callable[[], Any]) -> Any:
-        """Call a function. If the module is sharded, do so within a call of it, so that its hooks gather the tensors.
+        """Call a function. If the module is sharded, do so within a call to it, so that its hooks gather the tensors.
 
         Other hooks do not run, because no caller has called the module.
         """

@@ -45,7 +45,7 @@ def read_past(compilation: Compilation, present: dict[str, Any], begins: int) ->
 
 
 def tokens_of(compilation: Compilation, present: Mapping[str, Any]) -> Tensor | None:
-    """Return the tokens with which a call continues a cache (the decoder's, if there is an encoder), or None."""
+    """Return the tokens with which a call continues a cache (the decoder's if there is an encoder); None if absent."""
     pairs = compilation.cache_layout.pairs
     names = ("decoder_input_ids", "decoder_inputs_embeds") if pairs else ("input_ids", "inputs_embeds")
     return next((present[name] for name in names if name in present), None)

@@ -227,7 +227,7 @@ class Runner:
         return executable.program
 
     def _code_device(self) -> torch.device:
-        """Return the device on which code creates tensors: the base's, or the one that FSDP2 uses for a pass."""
+        """Return the device on which code creates tensors: the base's, or that to which FSDP2 moves it for a pass."""
         kind = computes_on(self.module) if is_unit(self.module) else None
         device = self.device
         return device if kind in (None, device.type) else torch.device(str(kind))

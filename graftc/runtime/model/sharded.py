@@ -172,7 +172,7 @@ def written_once(method: Callable[Concatenate[Any, Any, P], Path]) -> Callable[C
 
 
 def whole_model(runner: AdaptedRunner, values: dict[str, torch.Tensor] | None = None) -> AdaptedRunner:
-    """Return a compiled model with the same graphs over unsharded tensors, on the source model's device.
+    """Return a Runner with the same graphs over unsharded tensors, on the source model's device.
 
     Args:
         runner: the Runner of the sharded model.

@@ -177,7 +177,7 @@ class Simulation:
 
 
 def _watched(runner: AdaptedRunner, tracking: Tracking) -> Iterator[Any]:
-    """Report to ``tracking`` where layers begin in both passes, and yield the handles that remove these hooks."""
+    """Report to ``tracking`` where layers begin in both passes, and yield the handles that remove the hooks used."""
     calls = -1
 
     def entered(*_: Any) -> None:

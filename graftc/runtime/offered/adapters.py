@@ -85,8 +85,8 @@ class Adapters(Feature):
 
         Raises:
             GraftError: as for `graftc.import_peft` and `add`; GC112 if the adapter also trains entire modules of the
-                base, or rows of a table besides its method: import such an adapter together with the others. In all
-                cases, nothing has changed.
+                base or, in addition to its method, rows of a table: import such an adapter together with the others.
+                In all cases, nothing has changed.
         """
         self._require_whole()
         [(adaptation, path)] = names_of([folder] if name is None else {name: folder}).items()

@@ -135,7 +135,7 @@ class Referring(Feature):
         if "reward_funcs" in arguments:  # TRL would load them with the changed settings
             arguments["reward_funcs"] = _loaded_rewards(arguments["reward_funcs"], before or {})
         reference = self.reference()
-        # TRL loads a reference with the class that is named in these settings, whatever the path.
+        # TRL loads a reference with the class named in the settings, whatever the path.
         loader = SimpleNamespace(from_pretrained=lambda path, **settings: reference)
         args.model_init_kwargs = {**(before or {}), "architecture": loader}
         try:

@@ -74,7 +74,7 @@ class StateDicts(Feature):
                 copy_whole(own[name], tensors[name])
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Return all tensors, including the base's, detached and by name; tied ones appear once, under their owner.
+        """Return all tensors, including the base's, by name, detached; tied ones only once, under their owner's name.
 
         The tensors of a sharded model are gathered, so every process must call this method.
         """

@@ -30,7 +30,7 @@ class Warming(Feature):
     def warm_up(self, batch: Mapping[str, Any], *, generate: bool = False) -> None:
         """Do the work of the first calls now: capture and check their graphs, generate code, and plan a training step.
 
-        This takes as long as it would in these calls, and shows progress. Nothing is trained: parameters, gradients,
+        This takes as long as it would in those calls, and shows progress. Nothing is trained: parameters, gradients,
         buffers and random states are unchanged. Graphs are checked against the source model; the plan determines which
         activations a training step keeps.
 

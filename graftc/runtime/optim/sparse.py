@@ -33,7 +33,7 @@ class _Delta:
     """A sparse delta, and the entries of the tensor that it changes.
 
     Attributes:
-        store, indices: the Store, and the name under which it contains these entries' indices, which every step reads.
+        store, indices: the Store, and the name under which it contains the entries' indices, read at each step.
         shape: the shape of the tensor as stored.
         moving: whether entries may be replaced by others.
     """

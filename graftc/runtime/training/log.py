@@ -181,7 +181,7 @@ class TrainingLog:
 
 
 class _Logging:
-    """A callback that passes the Trainer's steps and logged values to a log; the Trainer logs after each step."""
+    """A callback that passes the Trainer's steps, and then the values that it logs for them, to a log."""
 
     def __init__(self, log: TrainingLog) -> None:
         self.log = log

@@ -87,11 +87,11 @@ class TrainingSteering:
             controller.begin(controller.steps + steps)
 
     def extra_loss(self) -> Tensor:
-        """Return the sum of all objectives, a float32 scalar to add to the loss once per optimiser step.
+        """Return the sum of all objectives (0 if none), a float32 scalar to add to the loss once per optimiser step.
 
         Objectives that compare several passes of a call are part of the loss that the model returns, not of this sum.
         If the model returned no loss, because there were no labels, the sum includes the mean of these objectives over
-        the calls since the last `extra_loss`: add it before the backward pass through these calls.
+        the calls since the last `extra_loss`: add it before the backward pass through those calls.
         """
         progress = self.runner.progress
         progress.extra_losses += 1
@@ -125,7 +125,7 @@ class TrainingSteering:
                 controller.after_step()
 
     def _whole(self, names: Collection[str], *, write: bool) -> AbstractContextManager[None]:
-        """Return a context in which sharded tensors of these adaptations are gathered; see `all_whole`."""
+        """Return a context in which sharded tensors of the given adaptations are gathered; see `all_whole`."""
         store = self.runner.compilation.store
         if not names or not any(sharded_modules(store.root)):
             return nullcontext()
