@@ -132,11 +132,12 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
 
 @public("graftc.load_base")
 def load_base(name: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None) -> nn.Module:
-    """Load a transformers model, quantised or not, in eval mode from a folder or the hub; no code from there is run.
+    """Load a transformers model, quantised or not, in eval mode from a folder or the hub.
 
-    Checkpoints in bitsandbytes, GPTQ, AWQ, HQQ, FP8, compressed-tensors and MXFP4 formats are read without the
-    libraries that wrote them: linear maps and experts store the codes, and compute their weights from the codes at
-    every access, bit for bit as the library does. `compile` accepts such a model like any other.
+    No code from the folder or repository is run. Checkpoints in bitsandbytes, GPTQ, AWQ, HQQ, FP8,
+    compressed-tensors and MXFP4 formats are read without the libraries that wrote them: linear maps and experts store
+    the codes, and compute their weights from the codes at every access, bit for bit as the library does. `compile`
+    accepts such a model like any other.
 
     Args:
         name: a folder whose ``config.json`` names the class in ``architectures``, or the id of a hub repository with
@@ -213,7 +214,7 @@ def check(
     *,
     cache: bool = True,
 ) -> Report:
-    """Resolve a spec and report its cost without creating a compiled model; works on the meta device.
+    """Resolve a spec and report its cost without creating a compiled model; this works on the meta device.
 
     Args:
         spec, model, example_inputs, cache: as for `compile`.

@@ -262,7 +262,7 @@ class Compiled(ModelRoot, Generic[M]):
         return cast("Partial[M, Compiled[M]]", partial)
 
     def get_extra_state(self) -> Tensor:
-        """Return a record of the spec, base and inputs that a state dict belongs to, as ``uint8[bytes]``.
+        """Return a record of the spec, base and inputs to which a state dict belongs, as ``uint8[bytes]``.
 
         See `torch.nn.Module.get_extra_state`.
         """

@@ -158,7 +158,7 @@ class _Saved:
         self.version = version_of(tensor)
 
     def become(self, slot: _Slot) -> None:
-        """Release the tensor, whose value a slot will provide."""
+        """Release the tensor; a slot will provide its value."""
         self.view = self.source.shape, self.source.stride(), self.source.storage_offset()
         self.source = slot
 

@@ -235,14 +235,14 @@ def _seen(value: Any) -> Any:
 
 
 def _hooks() -> Hooks | None:
-    """Return the current saved-tensor hooks, except those of frames."""
+    """Return the current saved-tensor hooks; within a frame, those of the frame's caller."""
     hooks = saved_tensor_hooks()
     frame = getattr(hooks[0], "__self__", None) if hooks is not None else None
     return frame.hooks if isinstance(frame, Frame) else hooks
 
 
 def _marked(graph: fx.Graph, recorded: Recorded, roots: Sequence[fx.Node], targets: Sequence[fx.Node]) -> fx.Graph:
-    """Return a copy of a graph that tells a frame, its first input, which values to keep and which to release."""
+    """Return a copy of a graph that takes a frame as first input, and tells it which values to keep and to release."""
     marked = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     frame = marked.placeholder("frame")

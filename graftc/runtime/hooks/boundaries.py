@@ -88,7 +88,7 @@ def _stop(graph: fx.Graph, border: Border) -> None:
 
 
 def _take(graph: fx.Graph, source: fx.Node, number: int, node: fx.Node, wanted: Callable[[fx.Node], bool]) -> None:
-    """Make some of a value's users read the value that a stop passes on instead."""
+    """Redirect some of a value's users to the value that a stop passes on."""
     passed = graph.call_function(_passed_on, (source, number))
     passed.meta = {**node.meta, "module": source.meta["module"]}
     node.replace_all_uses_with(passed, delete_user_cb=wanted)

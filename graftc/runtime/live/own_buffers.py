@@ -115,7 +115,7 @@ class OwnBuffers:
                     store.own(place.name, now)
 
     def _changed(self, store: Store) -> Iterator[tuple[_Place, Tensor, bool]]:
-        """Yield the buffers that have been written to or replaced, with their values and whether the Store owns them.
+        """Yield the buffers that have been written to or replaced, each with its value and whether the Store owns it.
 
         Values with another shape or dtype are stored in this object instead.
         """

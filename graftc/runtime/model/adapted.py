@@ -121,7 +121,7 @@ class AdaptedRunner(ModelRunner):
 
     @property
     def spec(self) -> Spec:
-        """The spec that the model was compiled from."""
+        """The spec from which the model was compiled."""
         return self.compilation.spec
 
     @property

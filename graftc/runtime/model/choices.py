@@ -35,7 +35,7 @@ def with_choices(compilation: Compilation, present: Mapping[str, Any], chosen: M
 
 
 def repeated(compilation: Compilation, present: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's tensors with one copy of the batch for each adaptation that runs in parallel; add no bank inputs.
+    """Return a call's tensors, without bank inputs, with one copy of the batch for each adaptation run in parallel.
 
     Raises:
         GraftError: GC038 if there is no batch whose rows could be repeated.

@@ -206,7 +206,7 @@ class Generating:
 
     @property
     def most_tokens(self) -> int | None:
-        """The maximum number of tokens in a text for which there are positions; None if there is no limit."""
+        """The maximum number of tokens for which the model has positions; None if there is no limit."""
         text = TARGET if has_encoder(self.runner.compilation.model) else SEQUENCE
         tables = self.runner.position_tables(self.runner.shown.compilation.key("eval"))
         return min((table.most for table in tables if table.axis == text), default=None)
@@ -350,7 +350,7 @@ def _expanded(
 def _ending(
     instance: _StandIn, criteria_of: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Return the model's own stopping criteria, after checking that there are positions for the requested length."""
+    """Return the model's own stopping criteria, after checking that there are enough positions."""
     criteria = criteria_of(generation_config, *args, **kwargs)
     longest = generation_config.max_length if len(criteria) == 1 else generation_config.min_length
     most = Generating(instance._graftc_runner).most_tokens

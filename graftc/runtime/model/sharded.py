@@ -134,7 +134,7 @@ def _apart(message: str) -> GraftError:
 
 
 def in_every_process(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Wrap a method of an object that has a Runner (``self.runner``) to run on an unsharded model in each process.
+    """Wrap a method of an object that has a Runner (``self.runner``), to run it on an unsharded model in each process.
 
     If the model is sharded, every process must call the method.
 

@@ -104,7 +104,7 @@ def _shifted(before: Any, after: Any, number: Mapping[fx.Node, int], period: int
 
 
 def _is_shifted(before: Any, after: Any, number: Mapping[fx.Node, int], period: int) -> bool:
-    """Implement `_shifted` for values that contain no others."""
+    """Implement `_shifted` for values that are not containers."""
     if before is after or not (isinstance(before, fx.Node) and isinstance(after, fx.Node)):
         return bool(before == after)
     if before in number or after in number:

@@ -85,7 +85,7 @@ class StateDicts(Feature):
         return {name: gathered(tensor) for name, tensor in (base | kept).items()}
 
     def record(self) -> Tensor:
-        """Return a record of the spec, base and inputs that a state dict belongs to, as ``uint8[bytes]``."""
+        """Return a record of the spec, base and inputs to which a state dict belongs, as ``uint8[bytes]``."""
         values = self.runner.device.type != "meta"
         return as_tensor(record_of(self.runner.compilation, self.identity(), values=values))
 

@@ -203,7 +203,7 @@ class _Reader:
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[tuple[str, str, bool], float] | None:
-    """Return values by group, name and whether they hold until the next value; None if this is not a log entry."""
+    """Return values by group, name and whether each holds until the next one; None if this is not a log entry."""
     figures = entry.get("figures", {})
     nested = figures.values() if isinstance(figures, dict) else [None]
     if not all(isinstance(sites, dict) and all(isinstance(v, dict) for v in sites.values()) for sites in nested):

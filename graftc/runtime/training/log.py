@@ -234,7 +234,7 @@ def _ends_well(path: Path) -> bool:
 
 
 def _require_outside(path: Path) -> None:
-    """Raise if the file is inside an artifact: with a file that its manifest does not list, it could not be opened.
+    """Raise if the file is inside an artifact: artifacts with files that their manifest does not list cannot be opened.
 
     Raises:
         GraftError: GC063.
