@@ -25,7 +25,7 @@ from graftc.applications.demo.data import find_data, read_tab
 from graftc.applications.demo.decoder import find_decoder, load_decoder
 from graftc.compiler.folding.fold_plan import fold_plan
 from graftc.compiler.folding.rounding import retained, round_pieces
-from graftc.records.certificate import Retention
+from graftc.records.retention import Retention
 
 RATES = (1e-5, 1e-4, 1e-3)
 SCALES = (1, 2, 16)

@@ -9,14 +9,15 @@ Structural: the folded graph's hash equals the base's, up to declared additions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from annotated_types import Ge, Le
+from annotated_types import Ge
 
 from graftc.records.anchor import AnchorRecord
 from graftc.records.fields import AdaptationName, BaseFingerprint, SiteName
+from graftc.records.retention import Retention
 from graftc.specs.errors.markup import Html, bullets, folded, table, tag
 from graftc.specs.errors.text import counted
 from graftc.specs.records.record import OrNull, Record, stated
@@ -26,66 +27,6 @@ ALGEBRA_BOUND = 1e-9
 
 ROUNDING_BOUND = 0.5
 """Largest distance of a folded element from its float64 value, in units in the last place: rounding to nearest."""
-
-
-@dataclass(frozen=True)
-class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed")):
-    """What rounding to the deployed type left of an update: `u` is the exact one, `v` the one that was applied."""
-
-    exact: float = 0.0
-    """``<u, u>``. This and the others are sums over entries, so that parts of tensors and sites add up."""
-
-    applied: float = 0.0
-    """``<u, v>``."""
-
-    lost: float = 0.0
-    """``|v - u|^2``."""
-
-    wanted: float = 0
-    """The number of entries that the update changes: ``u != 0``."""
-
-    changed: float = 0
-    """The number of these in which rounding left a change: ``v != 0``."""
-
-    @classmethod
-    def before_reading(cls, data: Any) -> Any:
-        """Return the sums for the ratios that JSON states instead of them."""
-        return _sums(data) if isinstance(data, Mapping) else data
-
-    def __add__(self, other: Retention) -> Retention:
-        return Retention(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
-
-    @classmethod
-    def total(cls, retentions: Iterable[Retention]) -> Retention:
-        """Return the retention of several tensors together."""
-        return sum(retentions, cls())
-
-    @stated
-    def norm(self) -> float:
-        """`<u, v> / <u, u>`: 1 where all of it is there, 0 where nothing is."""
-        return self.applied / self.exact if self.exact else 1.0
-
-    @stated
-    def error(self) -> Annotated[float, Ge(0)]:
-        """`|v - u| / |u|`: how far what was applied is from the update."""
-        return math.sqrt(self.lost / self.exact) if self.exact else 0.0
-
-    @stated
-    def entries(self) -> Annotated[float, Ge(0), Le(1)]:
-        """Share of the entries that the update changes in which a change is left."""
-        return self.changed / self.wanted if self.wanted else 1.0
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether no entry differs from the base's."""
-        return not self.changed
-
-
-def _sums(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return sums with the three results that are read, to the bit."""
-    if not data:
-        return data
-    return {"exact": 1.0, "applied": data["norm"], "lost": data["error"] ** 2, "wanted": 1, "changed": data["entries"]}
 
 
 @dataclass(frozen=True)

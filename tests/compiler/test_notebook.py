@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import graftc
-from graftc.records.certificate import Certificate, Retention, SiteEvidence
+from graftc.records.certificate import Certificate, SiteEvidence
 from graftc.records.report import AdaptationReport, Report
+from graftc.records.retention import Retention
 from graftc.records.tree import TreeNode, TreeTensor
 from graftc.specs.errors.markup import Html, bullets, escaped, folded, joined, table, tag
 from graftc.testing.families import tiny

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graftc.compiler.folding.retention import retention_of
-from graftc.records.certificate import Retention
+from graftc.records.retention import Retention
 
 
 def _retention(base: torch.Tensor, update: torch.Tensor, dtype: torch.dtype) -> Retention:

@@ -31,7 +31,8 @@ from graftc.compiler.folding.site_tally import SiteTally
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.sites.sites import Use, linear_use
 from graftc.passes.core.weights.folds import FoldStep, LazyTensors
-from graftc.records.certificate import Retention, SiteEvidence
+from graftc.records.certificate import SiteEvidence
+from graftc.records.retention import Retention
 
 Advance = Callable[[float], None]
 """Receives the completed fraction of the work, from 0 to 1."""

@@ -18,7 +18,7 @@ from graftc.compiler.folding.probing import Probe, Rounded
 from graftc.compiler.folding.rounding import retained
 from graftc.compiler.folding.site_tally import SiteTally
 from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
-from graftc.records.certificate import Retention
+from graftc.records.retention import Retention
 
 
 class FoldTarget(ABC):

@@ -22,7 +22,7 @@ from graftc.passes.core.sites.uses import PROBES, Lookup
 from graftc.passes.core.weights.folds import FoldStep
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.graph.remove_folded import added_bias
-from graftc.records.certificate import Retention
+from graftc.records.retention import Retention
 
 LARGE = 2**21
 """Number of elements above which outputs are looked up in parts, and compared through random vectors."""

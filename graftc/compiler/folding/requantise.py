@@ -21,7 +21,8 @@ from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.weights.folds import FoldStep, LazyTensors
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import WeightSlice
-from graftc.records.certificate import PackingEvidence, Retention
+from graftc.records.certificate import PackingEvidence
+from graftc.records.retention import Retention
 from graftc.specs.errors.diagnostics import GraftError
 
 BaseForm: TypeAlias = Literal["full", "requantized"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graftc.records.certificate import Retention
+from graftc.records.retention import Retention
 
 
 def retention_of(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:

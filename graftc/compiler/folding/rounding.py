@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graftc.compiler.folding.retention import retention_of, retention_of_error
 from graftc.passes.core.weights import folds
-from graftc.records.certificate import Retention
+from graftc.records.retention import Retention
 
 PIECE = 2**18
 """Number of elements that are rounded and checked at a time."""

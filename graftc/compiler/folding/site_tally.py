@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from graftc.compiler.folding.rounding import largest
-from graftc.records.certificate import Retention, SiteEvidence
+from graftc.records.certificate import SiteEvidence
+from graftc.records.retention import Retention
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def reload_passes() -> None:
 def _loaded(point: EntryPoint, origin: Plugin) -> AddedPass:
     try:
         loaded = point.load()
-    except Exception as error:  # a plugin's import may fail in any way, and the message must name the plugin
+    except (Exception, SystemExit) as error:  # an import may fail in any way, and the message must name the plugin
         message = f"{origin} cannot be imported: {first_line(error)}"
         raise GraftError("GC077", message, place=origin.place, hint=origin.remedy) from error
     fault: tuple[str, str] | None

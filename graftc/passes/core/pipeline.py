@@ -283,7 +283,7 @@ def _foreign(each: Pass[C], origin: Plugin, program: Program, context: C, log: L
         after = log.rewritten(each.name, program, lambda: each.apply(program, context))
     except GraftError:
         raise
-    except Exception as error:  # a plugin may fail in any way, and the message must name it
+    except (Exception, SystemExit) as error:  # a plugin may fail in any way, and the message must name it
         raise failed(f"fails: {first_line(error)}", origin.remedy) from error
     if not each.rewrites:
         if after is not program or log.entries[-1].changes != Changes() or _shape(program) != before:

@@ -156,7 +156,8 @@ def _norm(
 
 
 def _norm_with_update(weight: Tensor, *pair: Tensor, scaling: float) -> list[Tensor]:
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    # `torch.promote_types` would become a node of the graph.
+    wide = weight.dtype if weight.dtype.itemsize > 4 else torch.float32
     total = weight.to(wide)
     if pair:
         a, b = (factor.to(wide) for factor in pair)

@@ -129,14 +129,14 @@ class Exporter:
 
     @contextmanager
     def reported(self) -> Iterator[None]:
-        """Turn any exception, except `GraftError`, that a plugin's exporter raises in the block into a coded error.
+        """Turn any exception that a plugin's exporter raises in the block, except `GraftError`, into a coded error.
 
         Raises:
             GraftError: GC078.
         """
         try:
             yield
-        except Exception as error:  # a plugin may fail in any way, and the message must name it
+        except (Exception, SystemExit) as error:  # a plugin may fail in any way, and the message must name it
             if self.origin is None or isinstance(error, GraftError):
                 raise
             raise self.failed(first_line(error)) from error

@@ -20,6 +20,7 @@ from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.sharded import written_once
 from graftc.runtime.progress import during
 from graftc.specs.errors.arguments import as_path
+from graftc.specs.errors.text import listed
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,14 @@ class ReadyExport:
             companions = exporter.companions(path, job.options)
             with staged(path, force=force, companions=companions, replaceable=exporter.replaceable) as file:
                 exporter.write(job, file)
-                if not file.exists():
+                if not file.is_symlink() and not file.exists():
                     raise exporter.failed("it wrote nothing")
+                if file.is_symlink() or not (file.is_file() or file.is_dir()):
+                    raise exporter.failed("it wrote neither a file nor a folder")
+                if others := {other.name for other in file.parent.iterdir()} - {file.name, *companions}:
+                    raise exporter.failed(
+                        f"it wrote {listed(sorted(others))} beside its file, but declares no such file"
+                    )
                 exporter.check(job, file)
 
 

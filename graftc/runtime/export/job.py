@@ -102,12 +102,12 @@ class ExportJob:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the model's tensors by name: the base's, which are folded if the model is, then the adaptations'.
 
-        Tied tensors occur once, and packed ones have their full values.
+        Tied tensors occur once, and packed ones have their full values. Each tensor is a copy.
         """
         store = self.simplest.store
         for name, _ in [*store.weights(), *store.adapters()]:
             if name not in store.constants:
-                yield name, store.full(name)
+                yield name, store.full(name).detach().clone()
 
 
 def require_one_graph(runner: ModelRunner) -> None:

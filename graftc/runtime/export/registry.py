@@ -55,7 +55,8 @@ def exporter_of(format: Any) -> Exporter:
     if points is None:
         raise _unknown(format)
     if len(points) > 1:
-        one, other = ("graftc" if point.name in package.BUILT_IN else str(plugin_of(point)) for point in points[:2])
+        one = "graftc" if format in package.BUILT_IN else str(plugin_of(points[0]))
+        other = str(plugin_of(points[1]))
         message = f"the format {format!r} is registered twice, by {one} and by {other}"
         raise plugin_of(points[-1]).error("GC078", message)
     return _loaded(points[0])
@@ -81,7 +82,7 @@ def _loaded(point: EntryPoint) -> Exporter:
     plugin = None if point.name in package.BUILT_IN else plugin_of(point)
     try:
         loaded: Any = point.load()
-    except Exception as error:  # a plugin's import may fail in any way, and the message must name the plugin
+    except (Exception, SystemExit) as error:  # an import may fail in any way, and the message must name the plugin
         if plugin is None:
             raise
         raise plugin.error("GC078", f"{plugin} cannot be imported: {first_line(error)}") from error

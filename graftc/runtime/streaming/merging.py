@@ -21,7 +21,8 @@ from graftc.files.tensors.headers import Shard
 from graftc.files.tensors.mapped import DTYPES
 from graftc.files.tensors.weights import leads_inside
 from graftc.files.writing import check_apart, check_destination, staged
-from graftc.records.certificate import Certificate, Retention, SiteEvidence
+from graftc.records.certificate import Certificate, SiteEvidence
+from graftc.records.retention import Retention
 from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
 from graftc.runtime.artifact.places import RECORD, is_merged
 from graftc.runtime.artifact.write import file_digest, listed

@@ -23,7 +23,7 @@ from graftc.passes.core.sites.sites import SiteKey
 from graftc.passes.core.weights.folds import FoldGroup, FoldStep, Keep, LazyTensors, WeightFold
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import WeightSlice
-from graftc.records.certificate import Retention
+from graftc.records.retention import Retention
 from graftc.runtime.streaming.merge_plan import MergePlan
 from graftc.runtime.streaming.sites import FileSite
 from graftc.runtime.streaming.update import SiteUpdate

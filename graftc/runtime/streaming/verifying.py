@@ -6,7 +6,8 @@ import os
 
 from graftc.files.tensors.folder import TensorFolder
 from graftc.files.tensors.writing import FLOATING
-from graftc.records.certificate import Retention, SiteEvidence
+from graftc.records.certificate import SiteEvidence
+from graftc.records.retention import Retention
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.loading.verify import Verification, verify
 from graftc.runtime.streaming.adapters import read_updates

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import graftc
 from graftc.cli import completion
@@ -257,6 +258,14 @@ FAULTS = {
     "check fails": ("check", "[][0]", "GC078", "the exporter 'other' of graftc-other 1.0 failed: IndexError"),
     "prepare": ("prepare", "[][0]", "GC078", "the exporter 'other' of graftc-other 1.0 failed: IndexError"),
     "nothing": ("write", "pass", "GC078", "failed: it wrote nothing"),
+    "exit": ("write", "raise SystemExit(7)", "GC078", "of graftc-other 1.0 failed: SystemExit"),
+    "link": ("write", "path.symlink_to('/etc/hostname')", "GC078", "failed: it wrote neither a file nor a folder"),
+    "stray": (
+        "write",
+        "[path.with_name(name).write_text('text') for name in (path.name, 'stray')]",
+        "GC078",
+        "failed: it wrote stray beside its file",
+    ),
     "disk": ("write", "raise OSError(28, 'No space left on device')", "GC064", "No space left on device"),
 }
 
@@ -291,6 +300,7 @@ def test_an_exporter_that_fails(
 
 BROKEN = {
     "import": ("import nothing_of_this_name", "cannot be imported: ModuleNotFoundError"),
+    "exit": ("raise SystemExit(5)", "cannot be imported: SystemExit"),
     "kind": ("OTHER = 5", "registers something of type int as 'other'"),
     "name": ("OTHER = Exporter('another', 'Text', (), print)", "registers the exporter 'another' as 'other'"),
     "option": ("OTHER = Exporter('other', 'Text', ('order',), print)", "something of type Exporter as 'other'"),
@@ -314,11 +324,26 @@ def test_a_broken_entry_point(
     assert error["hint"] == "leave it out: it is an option of gguf"
 
 
+def test_tensors_are_copies(install: Install, compiled: Any, tmp_path: Path) -> None:
+    """An exporter that writes to the tensors it is given does not change the model."""
+    body = "def write(job, path):\n    [t.zero_() for _, t in job.tensors()]\n    path.write_text('text')\n"
+    install("graftc-other", f"{HEAD}{body}OTHER = Exporter('other', 'Text', (), write)\n", other="OTHER")
+    before = {name: tensor.clone() for name, tensor in compiled.state_dict().items()}
+    base = {name: tensor.clone() for name, tensor in compiled.compilation.source.state_dict().items()}
+    compiled.export(tmp_path / "x.txt", "other")
+    for tensors, now in ((before, compiled.state_dict()), (base, compiled.compilation.source.state_dict())):
+        assert all(torch.equal(tensor, now[name]) for name, tensor in tensors.items())
+    assert any(tensor.any() for tensor in base.values())
+
+
 def test_a_name_that_is_taken(install: Install, shapes: None, compiled: Any, tmp_path: Path) -> None:
     """Nobody's format is replaced by another one's."""
     install("graftc-other", f"{HEAD}ONNX = Exporter('onnx', 'Text', (), print)\n", onnx="ONNX")
     install("graftc-third", SOURCE, shapes="SHAPES")
-    for name, owners in (("onnx", "by graftc and by"), ("shapes", "by graftc-shapes 1.0 and by graftc-third 1.0")):
+    for name, owners in (
+        ("onnx", "by graftc and by graftc-other 1.0"),
+        ("shapes", "by graftc-shapes 1.0 and by graftc-third 1.0"),
+    ):
         with pytest.raises(GraftError, match=f"the format '{name}' is registered twice, {owners}") as caught:
             compiled.export(tmp_path / "x", name)
         assert caught.value.code == "GC078"
