@@ -1,4 +1,4 @@
-"""Read adapters of either kind from their folders, and locate their bases."""
+"""Read adapters that graftc or peft wrote from their folders, and locate their bases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal of a merge: its finished files, so that a killed merge can be resumed.
+"""The journal of a merge, which lists its finished files so that a killed merge can be resumed.
 
 A file's line is written after the file itself has been flushed to disk. When a merge is resumed, every file is compared
 with the digest in its line, and is written again if they differ. This detects damage. Beyond that, the journal is not
@@ -28,8 +28,8 @@ class ShardDone:
 
     Attributes:
         sha256: the digest of the written file.
-        untouched: the number of tensors that equal the base's, bit for bit, in full or in all rows that were not
-            folded.
+        untouched: the number of tensors that equal the base's, bit for bit, either in full or in all rows that were
+            not folded.
         sites: the evidence for the folded sites.
     """
 
@@ -50,7 +50,7 @@ class Journal:
         self._path, self._folder = staging / _NAME, folder
 
     def done(self) -> dict[str, str]:
-        """Return the SHA-256 of each file that the journal lists and that has not changed since then, by name."""
+        """Return the SHA-256, by name, of each file that the journal lists and that has not changed since it was listed."""
         try:
             lines = read_regular(self._path, _BYTES, follow=False).split(b"\n")
         except OSError:
@@ -61,7 +61,7 @@ class Journal:
                 data = read_json(line, _BYTES)
                 listed[os.path.basename(data["file"])] = str(data["sha256"])
             except (ValueError, KeyError, TypeError):
-                continue  # the process was killed while it wrote this line
+                continue  # the process was killed while writing this line
         return {name: digest for name, digest in listed.items() if self._is(name, digest)}
 
     def _is(self, name: str, digest: str) -> bool:

@@ -33,7 +33,7 @@ class MergePlan:
         checkpoint: the base.
         updates: the adapter.
         sites: the sites to fold.
-        dtype: the dtype in which 16-bit tensors are written; None for their own.
+        dtype: the dtype in which 16-bit tensors are written; None to keep their own.
     """
 
     checkpoint: TensorFolder
@@ -48,7 +48,7 @@ class MergePlan:
         return {item.tensor: item for item in self.updates.replacements}
 
     def block(self, site: FileSite, rows: int) -> OneMap:
-        """Return the map of the given number of a site's rows, without values; all sites of a kind share it.
+        """Return the map for a given number of a site's rows, without values; all sites of the same kind share it.
 
         Raises:
             GraftError: as in `FileSite.block`.

@@ -49,7 +49,7 @@ class StreamedMerge:
 
     Attributes:
         path: the written folder; None if the merge was only measured.
-        certificate: the evidence for every site, and how much of the update was left after rounding.
+        certificate: the evidence for every site, and how much of the update is left after rounding.
         folded: names of the adaptations.
         untouched: the number of tensors that equal the base's, bit for bit.
         resumed: the number of files that a killed run had already finished.
@@ -108,7 +108,7 @@ def merge_checkpoint(
         plan = make_plan(checkpoint, updates_of(checkpoint), wide)
         return _merge(plan, before, source, None if out is None else as_path(out), progress, allow_unchanged, force)
     except Exception:
-        _require_unchanged(checkpoint, before)  # a base that changed in the meantime takes precedence over other errors
+        _require_unchanged(checkpoint, before)  # a base that has changed is reported before any other error
         raise
 
 
@@ -229,7 +229,7 @@ def _require_passed(sites: Iterable[SiteEvidence]) -> None:
 def _result(
     plan: MergePlan, path: Path | None, done: Mapping[str, ShardDone], resumed: int, *, allow_unchanged: bool
 ) -> StreamedMerge:
-    """Return the result of the merge from all files' reports.
+    """Combine the reports of all files into the result of the merge.
 
     Raises:
         GraftError: GC104 if nothing changed, unless that is allowed.
@@ -290,7 +290,7 @@ def _write_index(plan: MergePlan, folder: Path) -> None:
 
 
 def _write_record(plan: MergePlan, folder: Path, result: StreamedMerge, done: Mapping[str, ShardDone]) -> None:
-    """Write the record of the weights' origin beside them; see `graftc.runtime.deploy.merged_folder`."""
+    """Write the record of the weights' origin next to the weights; see `graftc.runtime.deploy.merged_folder`."""
     known = {name: {"bytes": (folder / name).stat().st_size, "sha256": each.sha256} for name, each in done.items()}
     others = {name: entry for name, entry in listed(folder, skip=known)}
     data: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Map the names of a model's tensors to those in its files, which differ by ties and by a prefix that a class adds."""
+"""Map the names of a model's tensors to those in its files, which differ by ties and by any prefix that a class adds."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class FileNames:
             removed[f"{head}."] += (rest in self._stored) - (name in plain)
         options = {("", ""): len(plain)} | {(head, ""): added[head] for head in sorted(added)}
         options |= {("", head): len(plain) + removed[head] for head in sorted(removed)}
-        self._added, self._removed = max(options, key=lambda option: options[option])  # of equals the first: no prefix
+        self._added, self._removed = max(options, key=lambda option: options[option])  # the first of equals: no prefix
 
     def _spelled(self, name: str) -> str:
         return self._added + name.removeprefix(self._removed)
 
     def find(self, name: str) -> str | None:
-        """Return the name in the files of a model's tensor or of one that is tied to it; None if there is none."""
+        """Return the name that a model's tensor, or one that is tied to it, has in the files; None if there is none."""
         owner = self._owner.get(name, name)
         for each in (name, owner, *self._tied.get(owner, ())):
             for spelled in (self._spelled(each), each):
@@ -57,7 +57,7 @@ class FileNames:
         return None
 
     def of(self, name: str) -> str:
-        """Return the name in the files of a model's tensor or of one that is tied to it.
+        """Return the name that a model's tensor, or one that is tied to it, has in the files.
 
         Raises:
             GraftError: GC102 if there is none.

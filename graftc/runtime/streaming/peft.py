@@ -144,7 +144,7 @@ def _update(
 
 
 def _layout(module: nn.Module) -> Layout | None:
-    """Return how a layer stores its weight; None for a class whose use of it is unknown."""
+    """Return how a layer stores its weight; None for a class whose use of the weight is unknown."""
     from transformers.pytorch_utils import Conv1D
 
     if type(module) is nn.Linear:

@@ -1,4 +1,4 @@
-"""Resume a merge that was killed: which of the files that it left are accepted."""
+"""Resume a merge that was killed: decide which of the files that it left behind are accepted."""
 
 from __future__ import annotations
 

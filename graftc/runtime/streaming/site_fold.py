@@ -79,7 +79,7 @@ class SiteFold(FoldTarget):
     Args:
         plan: the merge.
         site: the site.
-        target: the destination of the rows, for tensors that it contains.
+        target: the destination of the rows; only tensors that it contains are written.
 
     Attributes:
         tally: the measurements so far.
@@ -88,7 +88,7 @@ class SiteFold(FoldTarget):
 
     def __init__(self, plan: MergePlan, site: FileSite, target: RowTarget) -> None:
         self._plan, self._site, self._target = plan, site, target
-        self._slices: Mapping[str, tuple[WeightSlice, WeightSlice]] = {}  # of the files, and of the map
+        self._slices: Mapping[str, tuple[WeightSlice, WeightSlice]] = {}  # in the files, and in the map
         self._parts: dict[str, dict[str, Tensor]] = {}
         self.tally = SiteTally(site.name, site.adaptations)
         self.changed = [site.weight] if site.weight.tensor in target else []
@@ -97,7 +97,7 @@ class SiteFold(FoldTarget):
         """Fold block by block, and yield the number of entries in each.
 
         Raises:
-            GraftError: GC050 if an adaptation cannot fold, GC071 for a method's mistake, GC103 for an adaptation that
+            GraftError: GC050 if an adaptation cannot fold, GC071 for a faulty method, GC103 for an adaptation that
                 changes anything other than the site's rows or its existing bias.
         """
         site = self._site
@@ -120,7 +120,7 @@ class SiteFold(FoldTarget):
         return tally
 
     def put(self, name: str, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
-        """Put rows into the target, unless they belong to another target or are a bias that does not change.
+        """Put rows into the target, unless it does not contain their tensor or they are a bias that does not change.
 
         Raises:
             GraftError: GC103 for a bias that the site does not have.
@@ -135,7 +135,7 @@ class SiteFold(FoldTarget):
         return self._target.put(own, mine.oriented(exact), mine.oriented(base))
 
     def _step(self, update: SiteUpdate, one: OneMap, start: int, rows: Tensor, store: Store) -> FoldStep:
-        """Return one update's fold of a block, after adding the tensors that its unfolded graph reads to a Store."""
+        """Add the tensors that an update's unfolded graph reads to a Store, and return the update's fold of a block."""
         method: Any = method_for(update.spec.method)
         parts = self._cut(update, start, len(rows))
         every = {**(method.from_weight(update.spec, rows) if isinstance(method, RowWise) else {}), **parts}

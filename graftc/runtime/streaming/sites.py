@@ -26,7 +26,7 @@ def rows_that_fit(columns: int) -> int:
 
 @dataclass(frozen=True)
 class FileSite:
-    """Rows of one weight with all adaptations of them.
+    """Rows of one weight, together with all adaptations of these rows.
 
     Attributes:
         updates: one or more updates to the same slice, in order.
@@ -57,7 +57,7 @@ class FileSite:
 
     @property
     def rows_per_block(self) -> int:
-        """The number of rows that fold at a time: all of them unless they fold independently."""
+        """The number of rows that fold at a time: all of the site's rows unless they fold independently."""
         least = 1
         for update in self.updates:
             method = method_for(update.spec.method)

@@ -1,4 +1,4 @@
-"""Read updates from a graftc artifact: the manifest lists adapted rows, the base graph shows how they are stored."""
+"""Read updates from a graftc artifact; its manifest lists adapted rows, its base graph shows how they are stored."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class _Uses:
         return self._aliases.get(name, name)
 
     def of(self, name: str, *, lookup: bool) -> Use | None:
-        """Return the first map that reads a tensor as a lookup table or as a matrix; None if there is none."""
+        """Return the first map that reads a tensor, as a lookup table or as a matrix; None if there is none."""
         candidates = self._uses.get(self.canonical(name), ())
         return next((use for use in candidates if isinstance(use, Lookup) is lookup), None)
 

@@ -38,7 +38,7 @@ def verify_checkpoint(
         progress: called with the number of bytes of the base's files processed so far, and their total.
 
     Raises:
-        GraftError: as in `merge_checkpoint`, if the base or the adapter cannot be read, or they do not fit.
+        GraftError: as in `merge_checkpoint`, if the base or the adapter cannot be read, or if they do not fit.
     """
     folder = as_path(path)
     base, updates_of = read_updates(as_path(adapter), None if model is None else as_path(model))

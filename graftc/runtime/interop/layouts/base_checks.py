@@ -17,7 +17,7 @@ _WAY_OUT = "merge the adapter as it is, or import it: graftc merge --stream and 
 
 
 def require_fitting(adapter: PlainAdapter, base: Path) -> None:
-    """Raise if the adapter has maps that the base lacks or that have different sizes there; experts are not checked.
+    """Raise if the adapter has maps that the base lacks or stores with different sizes; experts are not checked.
 
     Nothing is checked if the base cannot be built, for example because transformers lacks its class.
 
@@ -51,7 +51,7 @@ def require_usual_experts(adapter: PlainAdapter, layouts: tuple[AdapterLayout, .
 
     Args:
         adapter: the adapter to convert.
-        layouts: the layouts to read and to write.
+        layouts: the layouts that are read and written.
         base: the base's folder; its config is enough.
 
     Raises:

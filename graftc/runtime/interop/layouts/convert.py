@@ -32,7 +32,7 @@ from graftc.specs.strict_json import read_json
 
 PROBES = 4
 ROUNDING: Mapping[torch.dtype, float] = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-"""Relative error allowed for an update whose factor had to be rescaled, and so rounded again, by the factor's dtype."""
+"""Allowed relative error, by the factors' dtype, for an update with a factor that was rescaled and so rounded again."""
 _EXACT = 1e-12
 
 
@@ -44,7 +44,7 @@ class ConvertedFolder:
         out: the written folder; None if nothing was written.
         source: name of the source layout.
         target: name of the target layout.
-        sites: all maps, with the errors that were measured.
+        sites: all maps, with the measured errors.
         rank: the largest rank written.
     """
 
@@ -61,7 +61,7 @@ class ConvertedFolder:
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """Return whether a folder contains PEFT's two files."""
+    """Return whether a folder contains both of PEFT's files."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
@@ -106,11 +106,11 @@ class AdapterSource:
     """The input of a conversion.
 
     Attributes:
-        folders: adapter folders with one layout and one base, whose updates are added up.
+        folders: adapter folders that share one layout and one base; their updates are added up.
         layout: the layout of the folders.
-        base: the folder of the base, or of its config alone; None if neither is available.
+        base: the base's folder, or a folder with only its config; None if neither is available.
         heads: the base's attention sizes, if its config defines them.
-        given: whether the caller named the base, as opposed to the adapter's config.
+        given: whether the base was named by the caller rather than by the adapter's config.
     """
 
     folders: tuple[Path, ...]
@@ -127,7 +127,7 @@ class AdapterSource:
 
         Args:
             folder: the first folder.
-            layout: name of the layout; by default the one that the keys imply. Unsloth's must be named.
+            layout: name of the layout; by default the one that the keys imply. Unsloth's must be named explicitly.
             add: more folders with the same layout and base.
             model: the base's folder, whose config is needed for experts and for anything that depends on heads. By
                 default, the base that the adapter's config names, if it is a folder or in the hub's cache.
@@ -145,7 +145,7 @@ class AdapterSource:
         return cls(folders, source_layout, base, None if base is None else _heads(base, required=given), given)
 
     def read(self, join: Sequence[str] = (), apart: Sequence[str] = ()) -> tuple[PlainAdapter, dict[str, Tensor]]:
-        """Return one adapter with the updates of all folders, and the responses that the layout's reference gives."""
+        """Return one adapter with the updates of all folders, and the responses that the reference computes."""
         adapter = reduce(concatenated, self._parts)
         for word in apart:
             adapter = split(adapter, word, self.heads)
@@ -188,7 +188,7 @@ def _written(
 
 
 def compared(wanted: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed: float) -> tuple[ConvertedSite, ...]:
-    """Return the error of every map on either side; each side may fuse maps that the other keeps separate.
+    """Return the error of every map that occurs on either side; each side may fuse maps that the other keeps separate.
 
     Raises:
         GraftError: GC067, which names the maps that differ.
@@ -213,7 +213,7 @@ def compared(wanted: Mapping[str, Tensor], actual: Mapping[str, Tensor], allowed
 
 
 def _level(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the responses, with parts joined where the other side has them in one map."""
+    """Return one side's responses, with parts joined where the other side has them fused into one map."""
     result = dict(own)
     for path in other:
         module, _, last = path.rpartition(".")
@@ -267,7 +267,7 @@ def _require_one_base(folders: Sequence[Path], configs: Sequence[Mapping[str, An
 
 
 def _base(config: Mapping[str, Any], model: Path | None) -> Path | None:
-    """Return the folder of the base, or of its config alone; None if it is not on this machine."""
+    """Return the base's folder, or a folder with only its config; None if it is not on this machine."""
     if model is not None:
         if not (model / "config.json").is_file():
             raise GraftError("GC069", f"{model} has no config.json", place=Place(str(model)))

@@ -309,7 +309,7 @@ def _keyed(
 def _placed(
     path: str, update: Update, layout: AdapterLayout, updates: Mapping[str, Update]
 ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
-    """Yield the pairs of factors by which a layout stores an update, each with its path."""
+    """Yield the pairs of factors that store an update in a layout, each with its path."""
     module, _, last = path.rpartition(".")
     if update.experts is None:
         yield named(layout, path), (update.down, update.up)

@@ -1,6 +1,6 @@
 """Join and split maps that one program stores separately and another fuses: q, k and v, or gate and up projections.
 
-Joining is exact: if the parts share ``A``, it is stored once; otherwise ``B`` becomes block-diagonal and ranks add up.
+Joining is exact: if the parts share ``A``, it is stored once; otherwise ``B`` becomes block-diagonal, and ranks add up.
 Splitting keeps only the ranks that each part's rows use, so that splitting a joined map restores its parts.
 """
 
@@ -18,7 +18,7 @@ from graftc.specs.errors.diagnostics import GraftError
 
 @dataclass(frozen=True)
 class Fusion:
-    """Maps of one module whose rows another model stores in a single map, in this order."""
+    """Maps of one module that another model stores as a single map, with their rows in this order."""
 
     fused: str
     parts: tuple[str, ...]
@@ -60,12 +60,12 @@ def together(parts: Sequence[Update | None], rows: Sequence[int]) -> Update:
 
 
 def apart(update: Update, rows: Sequence[int]) -> list[Update]:
-    """Split an update by rows into one for each part."""
+    """Split an update by rows, into one update for each part."""
     return [replace(update, up=block).trimmed() for block in torch.split(update.up, list(rows), -2)]
 
 
 def joined(adapter: PlainAdapter, what: str, heads: AttentionSizes | None = None) -> PlainAdapter:
-    """Return the adapter with the parts in their fused map.
+    """Return the adapter with the parts joined into their fused maps.
 
     Args:
         adapter: the adapter with separate parts.

@@ -30,11 +30,12 @@ class AdapterLayout:
         name: name of the layout on the command line.
         about: description for users, which names the program.
         experts: how experts are stored; None if the layout has none.
-        names: segments of paths that are named differently: transformers' name, then the layout's. Whole segments only.
+        names: path segments that are named differently: transformers' names, mapped to the layout's. Only whole
+            segments match.
         prefix: prefix of every path.
         factors: the names of ``A`` and ``B``.
         rotary: whether the rows of queries and keys are stored in rotation pairs, as in Meta's weights.
-        uniform: whether every map has the one rank and scale that the config defines.
+        uniform: whether all maps have the same rank and the same scale, which the config defines.
         tables: whether the layout can store adapters for embedding tables.
     """
 
@@ -93,11 +94,11 @@ _EVERY = (
 )
 
 LAYOUTS: Mapping[str, AdapterLayout] = MappingProxyType({layout.name: layout for layout in _EVERY})
-"""Every layout by its name."""
+"""All layouts, by name."""
 
 
 def layout_of(name: str) -> AdapterLayout:
-    """Return the layout that has a name.
+    """Return the layout with a given name.
 
     Raises:
         GraftError: GC069 for an unknown layout.

@@ -18,12 +18,14 @@ EXPERT = re.compile(r"(?P<module>.*\bexperts)\.(?P<map>gate_proj|up_proj|down_pr
 
 @dataclass(frozen=True)
 class Update:
-    """The update ``scale * up @ down`` to one map: ``down: [..., rank, in]``, ``up: [..., out, rank]``, experts first.
+    """The update ``scale * up @ down`` to one map, or to the maps of all experts along a leading axis.
+
+    The shapes are ``down: [..., rank, in]`` and ``up: [..., out, rank]``.
 
     Attributes:
         down, up: the factors, in their stored dtype.
-        scale: factor of their product.
-        table: whether the map is an embedding table, whose columns are tokens.
+        scale: the scalar by which their product is multiplied.
+        table: whether the map is an embedding table, whose columns correspond to tokens.
     """
 
     down: Tensor
@@ -86,8 +88,8 @@ class PlainAdapter:
     """A LoRA adapter, keyed by its maps' paths in the transformers model.
 
     Attributes:
-        updates: updates by path. Experts have one update per projection, ``<...>.experts.gate_proj``, with a leading
-            axis.
+        updates: updates by path. Experts have one update per projection, ``<...>.experts.gate_proj``, with the
+            experts as its leading axis.
         about: config fields that every layout preserves: the base, its revision, the task.
     """
 
@@ -102,10 +104,10 @@ class PlainAdapter:
 
 @dataclass(frozen=True)
 class AttentionSizes:
-    """The sizes of a base's attention, on which rotary permutations and fused projections depend.
+    """The sizes of a base's attention layers, on which rotary permutations and fused projections depend.
 
     Attributes:
-        queries, keys: number of query heads, and of key and value heads.
+        queries, keys: the number of query heads, and the number of key-value heads.
         size: number of outputs per head.
     """
 
@@ -131,7 +133,7 @@ class AttentionSizes:
 
 
 def concatenated(first: PlainAdapter, second: PlainAdapter) -> PlainAdapter:
-    """Return the sum of two adapters: their factors side by side, so that ranks add up.
+    """Return the sum of two adapters, with their factors side by side, so that their ranks add up.
 
     Raises:
         GraftError: GC069 if the sizes of a map differ.

@@ -1,4 +1,4 @@
-"""A reference for what an adapter folder computes in each layout, written out by row and column indices.
+"""A reference for what an adapter folder computes in each layout, written out with explicit row and column indices.
 
 Conversions are checked against it. It shares nothing with the code that reads and writes the layouts except their names
 and the matching of patterns to paths.
@@ -28,7 +28,7 @@ def responses(
     probe: Probe,
     heads: AttentionSizes | None = None,
 ) -> dict[str, Tensor]:
-    """Return each map's addition to its output, ``[out, probes]`` in float64, by the map's path.
+    """Return what the adapter adds to each map's output, ``[out, probes]`` in float64, by the map's path.
 
     The path of an expert's map is ``<...>.experts.3.gate_proj``.
 
@@ -55,7 +55,7 @@ def responses(
 
 
 class _Pair:
-    """The factors of one key, and products of selected rows of one and columns of the other."""
+    """A pair of factors, and the products of selected rows of ``A`` and columns of ``B``."""
 
     def __init__(self, down: Tensor, up: Tensor, probe: Probe) -> None:
         self.down, self.up, self.probe = down, up, probe
@@ -89,9 +89,9 @@ def _stacked(path: str, pair: _Pair, config: _Config) -> Iterator[tuple[str, Ten
 
 
 def _flat(layout: AdapterLayout, path: str, bare: str, pair: _Pair, config: _Config) -> Iterator[tuple[str, Tensor]]:
-    """Yield the experts' responses in PEFT's flat form: row ``e * r + k`` of A is rank k of expert e.
+    """Yield the experts' responses for factors in PEFT's flat form: row ``e * r + k`` of A is rank k of expert e.
 
-    In B, that is column ``k * E + e``, or column ``e * r + k`` in the form `flat_by_expert`.
+    In B, this rank is column ``k * E + e``, or column ``e * r + k`` in the form `flat_by_expert`.
     """
     targets = [str(name).rpartition(".")[2] for name in config.own.get("target_parameters") or ()]
     inner = path != bare or targets == ["gate_up_proj"]
@@ -113,7 +113,7 @@ def _flat(layout: AdapterLayout, path: str, bare: str, pair: _Pair, config: _Con
 
 
 class _Config:
-    """The ranks and scales that a config defines, taken from its patterns if requested."""
+    """The ranks and scales that a config defines, taking its patterns into account if requested."""
 
     def __init__(self, own: Mapping[str, Any]) -> None:
         self.own, self._matcher = own, RegexMatcher()

@@ -1,5 +1,5 @@
-"""Read and write peft checkpoints according to the tables defined next to methods' specs (`graftc.specs.peft`).
+"""Read and write peft checkpoints according to the tables defined next to the methods' specs (`graftc.specs.peft`).
 
-This imports neither peft nor anything that a file names. `folder` reads the files, and `importing` compiles their
-contents.
+This package imports neither peft nor anything that a file names. `folder` reads the files, and `importing` compiles
+their contents.
 """

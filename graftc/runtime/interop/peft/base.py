@@ -25,7 +25,7 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def outermost(paths: Collection[str]) -> list[str]:
-    """Return the paths that are not nested below another of them."""
+    """Return the paths that are not nested below any other of the given paths."""
     return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
 
 
@@ -43,7 +43,7 @@ def behind_an_encoder(model: nn.Module, structure: Callable[[], Structure]) -> d
 def spec_of_entries(
     adapt: Iterable[Mapping[str, Any]], train: Collection[str], untie: Collection[str], model: nn.Module
 ) -> Spec:
-    """Return the spec with the given entries that also trains some of a model's modules and unties others."""
+    """Return a spec that has the given entries, trains some of a model's modules and unties others."""
     paths = paths_of(model)
     more = {"train": globs(train, paths)} if train else {}
     more |= {"untie": globs(untie, paths)} if untie else {}

@@ -93,7 +93,7 @@ def _trained(adapter: PeftAdapter, modules: Sequence[str], parameters: Mapping[s
 
 
 def check_copies(adapter: PeftAdapter, base: Mapping[str, Sequence[int]], read: Callable[[str], Tensor | None]) -> None:
-    """Raise if tensors that were saved in addition to the adapter differ from those of this base.
+    """Raise if tensors that were saved along with the adapter differ from those of this base.
 
     Args:
         adapter: the folder.

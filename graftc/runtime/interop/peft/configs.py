@@ -67,7 +67,7 @@ def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[]
     A config given as data does not require peft, but without peft it must name its modules.
 
     Args:
-        source: a config, as an object or as data, or a mapping from one name to its config.
+        source: a config, as an object or as data, or a mapping from a single name to its config.
         where: the config's path, for errors.
         model: the model, which is not changed.
         structure: function that returns the model's roles.
@@ -106,9 +106,9 @@ def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[]
 
 
 def _spec(adapt: Sequence[Mapping[str, Any]], adapted: _Adapted, model: nn.Module) -> Spec:
-    """Return the spec with the entries, which also trains the heads that peft trains.
+    """Return a spec that has the given entries and trains the heads that peft trains.
 
-    Issue a warning about heads that the task adds.
+    Warn about heads that the task adds.
     """
     added = [path for path in adapted.heads if path in adapted.by_task]
     if added:
@@ -124,7 +124,7 @@ def _spec(adapt: Sequence[Mapping[str, Any]], adapted: _Adapted, model: nn.Modul
 def _stack(config: AdapterConfig, model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:
     """Return the target of virtual keys in an encoder-decoder model; empty for other models.
 
-    peft puts them in the decoder's self-attention.
+    peft puts these keys in the decoder's self-attention.
     """
     if config.format[1].joined != ("prompt_embeddings", 1) or config.task_type != "SEQ_2_SEQ_LM":
         return {}
@@ -204,7 +204,7 @@ def _last_segments(config: AdapterConfig, model: nn.Module, old: Mapping[str, st
 
 
 def _older_names(peft: ModuleType, config: AdapterConfig, model: nn.Module) -> Mapping[str, str]:
-    """Return the names of a model's projections in transformers 4, each with the name that contains it now.
+    """Return the names of a model's projections in transformers 4, each mapped to the current name that contains it.
 
     The result is empty if peft does not convert configs for the model. peft has several tables; a model's table is the
     one whose names peft converts.
@@ -249,7 +249,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
     except (TypeError, ValueError) as error:
         raise _refused("", f"PEFT cannot read it: {first_line(error)}", where) from None
     if hasattr(theirs, "init_lora_weights"):
-        theirs.init_lora_weights = True  # decompositions need values
+        theirs.init_lora_weights = True  # initialisation by decomposition needs values
     config = read_config(data, where)
     matched = _without_patterns(peft, theirs, config, model, where)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -271,7 +271,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
         message = "PEFT uses one pair of factors for the embeddings and the head that is tied to them"
         hint = "train them in full (modules_to_save), or some of their rows (trainable_token_indices)"
         raise _refused("ensure_weight_tying", f"{message}, which has no equivalent here", where, hint)
-    if matched is not None:  # peft also matches a listed name as the end of longer ones
+    if matched is not None:  # peft also matches listed names as suffixes of longer names
         modules = [name for name in modules if name in matched]
     complete = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
     _with_patterns(complete, config, [*modules, *parameters], where)
@@ -300,7 +300,7 @@ def _without_storage(model: nn.Module) -> nn.Module:
 
 
 def _beside(peft: ModuleType, model: nn.Module) -> tuple[list[str], list[str]]:
-    """Return the paths of modules that train in full and of tables with trained rows, as peft's wrappers show them."""
+    """Return the paths of modules that train in full and of tables with trained rows, as peft's wrappers mark them."""
     full: list[str] = []
     tables: list[str] = []
     for path, module in model.named_modules():
@@ -331,7 +331,7 @@ def _inside(own: PeftModule, model: nn.Module) -> list[PeftModule]:
 
 
 def _named(config: AdapterConfig) -> Sequence[str]:
-    """Return the names in `target_modules` that peft looked for; it has replaced others with parameters."""
+    """Return the names in `target_modules` that peft looked for; it has replaced the others with parameters."""
     return config.target_modules if isinstance(config.target_modules, list) else ()
 
 

@@ -1,4 +1,4 @@
-"""The spec entry that adapts given modules of a base as a peft config does."""
+"""Build the spec entry that adapts given modules of a base in the same way as a peft config."""
 
 from __future__ import annotations
 

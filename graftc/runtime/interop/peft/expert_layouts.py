@@ -24,7 +24,7 @@ _RELEASE = re.compile(r"(\d+)\.(\d+)(\.\d+)*(\.post\d+)?")
 
 
 def pairs_in(adapter: PeftAdapter, compilation: Compilation) -> list[Pair]:
-    """Return `pairs_of` in a folder's layout: the one that its shapes fit, or if both fit, that of its `peft_version`.
+    """Return the pairs for a folder's layout: the one that its shapes fit or, if both fit, that of its `peft_version`.
 
     Raises:
         GraftError: GC113 if nothing distinguishes the layouts.

@@ -49,7 +49,7 @@ from graftc.specs.patterns import match_modules
 from graftc.specs.peft import PeftFormat
 
 SITES = "graftc_sites.json"
-"""Lists which site each tensor in the file belongs to: for readers, and to recognise folders that graftc wrote."""
+"""The file that lists the site of each tensor, for readers and for recognising folders that graftc wrote."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class PeftExport:
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether a folder is empty or a peft folder that graftc wrote."""
+    """Return whether a folder is empty or is a peft folder that graftc wrote."""
     return path.is_dir() and ((path / SITES).is_file() or not any(path.iterdir()))
 
 

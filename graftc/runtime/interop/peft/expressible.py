@@ -86,7 +86,7 @@ def _check_sites(resolved: Resolved, index: int) -> None:
 
 
 def own_places(compilation: Compilation, resolved: Resolved) -> list[tuple[Site, MethodSpec]]:
-    """Return the places that peft's config names: all but output projections, adapted along with their attention."""
+    """Return the places that peft's config names: all but output projections, which are adapted with their attention."""
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
     return [(site, spec) for site, spec in resolved.places if not is_projection(site.key.module, modules)]
 
@@ -94,7 +94,7 @@ def own_places(compilation: Compilation, resolved: Resolved) -> list[tuple[Site,
 def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) -> None:
     """Check that both projections of each `nn.MultiheadAttention` are adapted in the way that peft adapts them.
 
-    peft adapts both with the same rank, and adds the second one's update twice.
+    peft adapts both with the same rank, and adds the output projection's update twice.
     """
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
     places = [(site.key.module, spec) for site, spec in resolved.places]

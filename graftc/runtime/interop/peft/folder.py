@@ -30,24 +30,24 @@ from graftc.specs.foreign.fields import is_listed, method_at, rows_of, table_row
 WEIGHTS = "adapter_model.safetensors"
 ADDED = 2
 """How many times peft adds the output projection's update in an adapted `nn.MultiheadAttention`: once when it merges
-the attention for a call, and again when that merge merges the projection."""
+the attention module for a call, and again when that in turn merges the projection."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
 class PeftModule:
-    """An adapted module, with its contents in a checkpoint, if there is a checkpoint.
+    """An adapted module and, if there is a checkpoint, its contents there.
 
     Attributes:
         path: path of the module in the base.
         parameter: the adapted parameter: the one that `target_parameters` names, or otherwise the module's weight.
         spec: the adaptation, with the rank, the scaling and the other values that apply to this module.
-        keys: keys of its tensors, by graftc's part names.
-        shaped: properties that determine how they are stored.
+        keys: keys of the module's tensors, by graftc's part names.
+        shaped: properties that determine how its tensors are stored.
         depth: number of other adapters that wrap this one at the same module in the file.
-        named: whether the config names the parameter in `target_parameters`, not the module in `target_modules`.
-        around: path of the adapted `nn.MultiheadAttention` that contains this module and with which peft adapts it.
-        read_at: the module through which the base reads the tensor, if it is another module that shares the tensor.
+        named: whether the config names the parameter in `target_parameters` rather than the module in `target_modules`.
+        around: path of the adapted `nn.MultiheadAttention` that contains this module, which peft adapts along with it.
+        read_at: the module through which the base reads the tensor, if that is another module that shares it.
     """
 
     path: str
@@ -67,7 +67,7 @@ class PeftModule:
 
     @property
     def target(self) -> str:
-        """The name by which a target selects it: the module, or a named parameter other than its weight."""
+        """The name by which a target selects the module: its own, or that of a named parameter other than the weight."""
         return self.name if self.named and self.parameter != "weight" else self.read_at or self.path
 
 
@@ -107,9 +107,9 @@ class PeftAdapter:
 
     @cached_property
     def trained(self) -> Mapping[str, str]:
-        """The keys of tensors that replace the base's as they are, by the base's names.
+        """The keys of tensors that replace the base's as a whole, by the base's names.
 
-        They belong to modules trained in full, or are biases.
+        These tensors belong to modules that are trained in full, or are biases.
         """
         return {name: key for name, key in self.keys.plain.items() if self._trains(name)}
 
@@ -117,8 +117,8 @@ class PeftAdapter:
     def copies(self) -> Mapping[str, str]:
         """The keys of base tensors that were saved along with the adapter, by the base's names.
 
-        They must be equal to the base's: peft saves embeddings that are adapted, and those whose vocabulary was
-        resized.
+        These tensors must be equal to the base's: peft saves embeddings that are adapted, and those whose vocabulary
+        was resized.
         """
         return {name: key for name, key in self.keys.plain.items() if name not in self.trained}
 
@@ -137,7 +137,7 @@ class PeftAdapter:
         return self.file[key]
 
     def tensors(self, module: PeftModule) -> dict[str, Tensor]:
-        """Return a module's tensors by graftc's part names, in graftc's form and the stored dtype.
+        """Return a module's tensors by graftc's part names, in graftc's form and in the stored dtype.
 
         Raises:
             GraftError: GC113 for shapes that do not fit the method.
@@ -156,7 +156,7 @@ class PeftAdapter:
         return tensors
 
     def shared(self) -> dict[str, Tensor]:
-        """Return the tensors of the adaptation as a whole, by graftc's part names."""
+        """Return the tensors that belong to the adaptation as a whole, by graftc's part names."""
         return {part: self.tensor(key) for part, key in self.keys.shared.items()}
 
 

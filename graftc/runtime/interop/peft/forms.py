@@ -1,6 +1,6 @@
 """Convert tensors to and from the forms in which peft's files store them, named by `graftc.specs.peft.Form`.
 
-Each form is a pair of functions that only move entries and are each other's inverse.
+Each form is a pair of functions that only rearrange entries and are inverses of each other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _Turn: TypeAlias = Callable[[Tensor, Shaped], Tensor]
 
 
 def to_ours(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
-    """Return a tensor from a file in graftc's form: a view if the entries keep their order.
+    """Convert a tensor from a file to graftc's form; the result is a view if the entries keep their order.
 
     Raises:
         ValueError: if its shape does not fit the form.
@@ -52,7 +52,7 @@ def to_ours(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
 
 
 def to_theirs(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
-    """Return one of graftc's tensors in the file's form; the inverse of `to_ours`."""
+    """Convert one of graftc's tensors to the file's form; the inverse of `to_ours`."""
     return _FORMS[form][1](tensor.transpose(-1, -2) if shaped.turned else tensor, shaped)
 
 

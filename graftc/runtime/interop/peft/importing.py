@@ -90,8 +90,8 @@ def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
     """Check the file against the config and the model, before anything is compiled.
 
     Raises:
-        GraftError: GC113 if config and file name different modules, GC114 for modules that the model lacks, or if the
-            base's values in the file differ.
+        GraftError: GC113 if the config and the file name different modules, GC114 if the model lacks modules, or if
+            base values in the file differ from the model's.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -240,7 +240,7 @@ def _value(adapter: PeftAdapter, pair: Pair, own: Tensor, theirs: Tensor, proble
 
 
 def _left_over(adapter: PeftAdapter, compilation: Compilation, pairs: Sequence[Pair]) -> list[str]:
-    """Return a message for each tensor shared by several parts whose size differs from the total size of the parts."""
+    """Return a message for each tensor that several parts share and whose size differs from the parts' total size."""
     problems = []
     for key in {pair.key for pair in pairs if pair.start is not None} & adapter.shapes.keys():
         own = [pair for pair in pairs if pair.key == key]

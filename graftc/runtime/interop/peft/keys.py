@@ -19,8 +19,8 @@ class Keys:
     """A checkpoint's keys, sorted by kind.
 
     Attributes:
-        modules: key of each part, by module and number of other adapters that wrap it at that module.
-        inside: modules whose keys lead through another adapted module, each with that module.
+        modules: key of each part, by module and by the number of other adapters that wrap it there.
+        inside: modules whose keys pass through another adapted module, each mapped to that module.
         tokens: keys of trained rows of embedding tables, by module, if they are stored along with another method.
         shared: keys of tensors that belong to the adaptation as a whole, by part.
         joined: key of the single tensor with the virtual tokens.

@@ -36,11 +36,11 @@ class Pair:
     Attributes:
         key: peft's key.
         tensor: name of the tensor in the Store.
-        site: the place, as text; empty for a tensor that belongs to the adaptation as a whole.
+        site: the site, as text; empty for a tensor that belongs to the adaptation as a whole.
         part: the method's part that the tensor stores.
-        form, shaped: how it is stored.
+        form, shaped: how the tensor is stored in the file.
         rank: the rank axis of graftc's tensor, which is padded with zeros; None if there is none.
-        start: where it begins along `axis` in a tensor that several pairs share; None if its tensor is not shared.
+        start: where the pair begins along `axis` in a tensor that several pairs share; None if it is not shared.
         axis: the axis along which a shared tensor is divided.
         shared: whether it belongs to the adaptation as a whole.
         again: whether the tensor already has a pair, under another name of a tied tensor.
@@ -78,7 +78,7 @@ class Pair:
 def table_of(spec: MethodSpec) -> PeftFormat:
     """Return the table that defines how a method is written.
 
-    A subclass of such a method is a different method.
+    A subclass of a method that peft has counts as a different method.
 
     Raises:
         GraftError: GC115 if peft does not have the method.
@@ -96,7 +96,7 @@ def trains_rows(table: PeftFormat) -> bool:
 
 
 def is_listed_at(site: Site, spec: MethodSpec, table: PeftFormat) -> bool:
-    """Return whether the module lists in peft's config name a site's module."""
+    """Return whether a module list in peft's config names a site's module."""
     return any(own.value(spec, site.roles) == own.listed for own in table.lists.values())
 
 
@@ -105,7 +105,7 @@ def pairs_of(compilation: Compilation, *, older: bool = False, named: Collection
 
     Args:
         compilation: the compiled model.
-        older: whether the experts' factors are laid out as PEFT wrote them up to 0.18.
+        older: whether the experts' factors are laid out as PEFT up to 0.18 wrote them.
         named: parameters that a config names itself (`target_parameters`), whether or not peft adapts their modules.
 
     Raises:
@@ -128,7 +128,7 @@ def pairs_of(compilation: Compilation, *, older: bool = False, named: Collection
 
 
 def split(compilation: Compilation) -> tuple[Resolved, list[Resolved]]:
-    """Return the adaptation that peft's config describes, and those that train table rows beside it.
+    """Return the adaptation that peft's config describes, and those that train table rows alongside it.
 
     Raises:
         GraftError: GC115 for adaptations that no single config can express.
@@ -206,7 +206,7 @@ def _names(compilation: Compilation, key: SiteKey) -> dict[str, None]:
 def table_path(compilation: Compilation, key: SiteKey) -> str:
     """Return the path of the module whose rows peft trains.
 
-    If several modules share a table, it is the model's input embeddings, to which peft ties the others.
+    If several modules share a table, this is the path of the input embeddings, to which peft ties the others.
     """
     names = _names(compilation, key)
     path = path_by_getter(compilation.source, "get_input_embeddings") if len(names) > 1 else None
@@ -237,7 +237,7 @@ def is_parameter(compilation: Compilation, site: Site) -> bool:
 
 
 def is_projection(path: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether a module is the output projection of an attention that peft adapts as a whole."""
+    """Return whether a module is the output projection of an attention module that peft adapts as a whole."""
     around, _, last = path.rpartition(".")
     return last == "out_proj" and isinstance(modules.get(around), nn.MultiheadAttention)
 
@@ -307,7 +307,7 @@ def _joined(compilation: Compilation, resolved: Resolved, table: PeftFormat) -> 
 
 
 def repeats(compilation: Compilation, resolved: Resolved) -> bool:
-    """Return whether peft's table is read with repetitions, as by the attentions of an encoder-decoder model."""
+    """Return whether peft's table is read with repetitions, as by the attention layers of an encoder-decoder model."""
     attends = any(isinstance(site, AttentionSite) for site, _ in resolved.places)
     return attends and bool(getattr(getattr(compilation.model, "config", None), "is_encoder_decoder", False))
 

@@ -15,7 +15,7 @@ from graftc.specs.foreign.config import AdapterConfig
 
 
 def meant_parameters(targets: Sequence[str] | None, parameters: Iterable[str]) -> list[str]:
-    """Return the parameters that `target_parameters` selects, by suffixes of their paths in whole segments."""
+    """Return the parameters that `target_parameters` selects, by path suffixes of whole segments."""
     return [name for name in parameters if any(_means(target, name) for target in targets or ())]
 
 
@@ -68,7 +68,7 @@ def adapted_parameters(
 
 
 def _weight(names: Sequence[str], shapes: Mapping[str, Sequence[int]], path: str) -> str:
-    """Return the name of a module's weight: ``weight``, or its only matrix if no parameter has that name."""
+    """Return the name of a module's weight: ``weight``, or its only matrix's name if no parameter is called that."""
     if not names or "weight" in names:
         return "weight"
     matrices = [name for name in names if len(shapes[f"{path}.{name}"]) > 1]

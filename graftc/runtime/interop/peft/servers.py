@@ -23,11 +23,11 @@ class Server:
     Attributes:
         name: name of the server on the command line.
         read: version of the server from whose source the limits were taken.
-        ranks: allowed values of the largest rank; empty if there is no restriction.
+        ranks: allowed values of the maximum rank; empty if there is no restriction.
         refused: config fields that must be off, each with a remedy.
-        option: the option that sets the largest rank; None if there is none.
-        layout: the layout of ``graftc convert`` that it reads.
-        saved: names of the heads that it accepts beside an adapter (``modules_to_save``).
+        option: the option that sets the maximum rank; None if there is none.
+        layout: the layout of ``graftc convert`` that the server reads.
+        saved: names of the heads that the server accepts along with an adapter (``modules_to_save``).
     """
 
     name: str
@@ -39,7 +39,7 @@ class Server:
     saved: tuple[str, ...] = ()
 
     def rank_for(self, rank: int) -> int | None:
-        """Return the smallest allowed value of the largest rank that covers an adapter's rank; None if none does."""
+        """Return the smallest allowed maximum rank that covers an adapter's rank; None if none does."""
         return rank if not self.ranks else min((r for r in self.ranks if r >= rank), default=None)
 
 
@@ -74,7 +74,7 @@ SERVERS: Mapping[str, Server] = MappingProxyType(
         "mistralrs": Server("mistralrs", "mistral.rs 0.9.5", (), {**_COMMON, **_UNEVEN}, None, "vllm"),
     }
 )
-"""All servers by name. Anything that a server is not known to read correctly is refused."""
+"""All servers, by name. Anything that a server is not known to read correctly is refused."""
 
 _OF_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base unchanged; others are relative to a modified base, which no server has."""
@@ -84,7 +84,7 @@ _PREFIX = "base_model.model."
 
 
 def server_of(name: str) -> Server:
-    """Return the server that has a name.
+    """Return the server with a given name.
 
     Raises:
         GraftError: GC068 for an unknown server.
@@ -109,10 +109,10 @@ def require_served(
         server: the server.
         config: the contents of ``adapter_config.json``.
         keys: keys of the tensors.
-        max_rank: the largest rank that the server was started with; by default the largest that it supports.
+        max_rank: the maximum rank with which the server was started; by default, the largest that it supports.
 
     Returns:
-        The value of the server's option for the largest rank.
+        The value of the server's option for the maximum rank.
 
     Raises:
         GraftError: GC068, which lists every problem with its remedy.

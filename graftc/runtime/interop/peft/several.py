@@ -1,7 +1,7 @@
 """Import several peft folders into one model, or one more folder into a compiled model.
 
-Each folder is imported alone, with all the checks of an import, and its tensors then move to an adaptation with the
-folder's name.
+Each folder is first imported on its own, with all the checks of an import; its tensors then move to an adaptation with
+the folder's name.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def entry_of(
 
     Raises:
         GraftError: as for `graftc.import_peft`; GC112 for a folder that trains base modules in full, or table rows
-            beside its method.
+            along with its method.
     """
     compilation = imported(folder, model, axes, flags, name=None, cache=True, structure=structure)
     spec = compilation.spec

@@ -78,7 +78,7 @@ def _rows_once(
 def _read(path: str, paths: list[str], structure: Callable[[], Structure]) -> str:
     """Return the path of the module through which a table is read.
 
-    An encoder-decoder may have the table under a name that is never called.
+    An encoder-decoder may also hold the table in a module that is never called.
     """
     tables = {finding.module for finding in structure().findings if finding.kind is SiteKind.EMBEDDING}
     return path if path in tables else next((other for other in paths if other in tables), path)
@@ -87,7 +87,7 @@ def _read(path: str, paths: list[str], structure: Callable[[], Structure]) -> st
 def _trained_once(adapter: PeftAdapter, tied: Mapping[str, list[str]]) -> PeftAdapter:
     """Return the adapter with a single name for each trained tensor if `ensure_weight_tying` is set.
 
-    The values stored under such a tensor's names must be equal; the first ones are used.
+    The values stored under such a tensor's names must be equal; the first one is used.
     """
     if not adapter.config.value("ensure_weight_tying", False):
         return adapter
@@ -107,7 +107,7 @@ def _trained_once(adapter: PeftAdapter, tied: Mapping[str, list[str]]) -> PeftAd
 
 
 def trained_together(adapter: PeftAdapter, model: nn.Module) -> list[str]:
-    """Return the modules that share a tensor and for which the adapter trains it jointly."""
+    """Return the modules that share a tensor that the adapter trains jointly for all of them."""
     if not adapter.config.value("ensure_weight_tying", False):
         return []
     return [path for _, paths in _shared(adapter.trained, model) for path in paths]
