@@ -53,8 +53,8 @@ class Combined:
         compiled: the model with the new adaptation instead of the others.
         name: the name of the new adaptation.
         errors: by site, the Frobenius distance of the new update from the exact result of the combination, relative to
-            the norm of the latter. 0 up to rounding for a concatenation; for ``linear``, the exact result is the
-            weighted sum of the updates.
+            the norm of the latter. It is 0, up to rounding, for a concatenation; for ``linear``, the exact result is
+            the weighted sum of the updates.
     """
 
     compiled: Any
@@ -92,11 +92,11 @@ class Combining:
     ) -> Combined:
         """Combine adaptations into one LoRA, and measure the error; this model stays unchanged.
 
-        Where only some of them adapt a place, the updates of the others count as zero.
+        Where only some of the adaptations apply, the updates of the others count as zero.
 
         Args:
             names: names of the adaptations.
-            weights: a factor for each adaptation; 1 by default.
+            weights: the weight of each adaptation's update; 1 by default.
             kind: ``"concatenation"`` puts factors side by side, which is exact and adds up ranks; ``"linear"`` adds the
                 factors, which is cheap but is not the sum of the updates; ``"svd"`` uses the nearest update of a given
                 rank; ``"ties"`` and ``"dare"`` sparsify the updates first (Yadav et al. 2023, TIES-Merging; Yu et al.
@@ -108,7 +108,7 @@ class Combining:
             seed: the random seed for ``"dare"``.
 
         Raises:
-            GraftError: GC002 for arguments that do not fit, GC029 for adaptations that cannot be combined in this way,
+            GraftError: GC002 for invalid arguments, GC029 for adaptations that cannot be combined in this way,
                 GC091 for unknown names.
         """
         compilation = self.runner.compilation
@@ -189,7 +189,7 @@ def _at(
     site: LinearSite,
     way: _Way,
 ) -> tuple[Factors, float]:
-    """Return the new LoRA's factors at one site, for a scaling of 1, and its error at that site, in float64."""
+    """Return the new LoRA's factors at one site, in float64 and for a scaling of 1, and its error at that site."""
     present = [number for number, item in enumerate(chosen) if _is_at(item, site)]
     if way.kind in ("concatenation", "linear"):
         adapting, factors = [chosen[number] for number in present], [weights[number] for number in present]
@@ -209,7 +209,7 @@ def _at(
 
 
 def _update(compilation: Compilation, item: Resolved, site: LinearSite) -> Tensor:
-    """Return the update that an adaptation's own fold adds to a site's weight; zeros if it is not at the site."""
+    """Return the update that an adaptation's own fold adds to a site's weight; zeros if it does not adapt the site."""
     if not _is_at(item, site):
         own = site.own.operand(compilation.store.full(site.own.tensor).double())
         return torch.zeros_like(own)
@@ -239,7 +239,7 @@ def _rank(item: Resolved, site: LinearSite, limit: int) -> int:
 def _of_factors(
     compilation: Compilation, chosen: Sequence[Resolved], weights: Sequence[float], site: LinearSite, kind: Kind
 ) -> tuple[Factors, float]:
-    """Return the combination of the factors themselves, side by side or added up, and its error."""
+    """Combine the factors themselves, side by side or added up, and return the result and its error."""
     downs, ups, total = [], [], None
     for item, weight in zip(chosen, weights, strict=True):
         spec = next(spec for other, spec in item.places if other.key == site.key)
@@ -250,7 +250,7 @@ def _of_factors(
         a, b = (compilation.store.full(parts[part]).double() for part in ("A", "B"))
         scale = weight * spec.scaling
         total = scale * b @ a if total is None else total + scale * b @ a
-        # Each factor is multiplied by the square root of the scale, and one of them also by its sign.
+        # Each factor is multiplied by the square root of the scale, and one of them also by the scale's sign.
         root = math.sqrt(abs(scale))
         downs.append(root * a)
         ups.append(math.copysign(root, scale) * b)

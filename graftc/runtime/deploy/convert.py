@@ -44,7 +44,7 @@ from graftc.specs.methods.lora import LoRA
 
 _PROBES = 16
 _SLACK = 1e-6
-"""The error allowed for a probe of the new LoRA in excess of the measured error, relative to the update."""
+"""The amount by which a probe's error may exceed the bound derived from the measured error, relative to the update."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Converting:
             rank: the rank at every site, or the largest allowed rank if ``error`` is given as well. The default is the
                 rank of each site's update, which is exact up to rounding.
             error: a bound on the error at each site, in the Frobenius norm relative to the update's; each site gets the
-                smallest rank within it.
+                smallest rank that meets it.
             into_base: names to fold first into a new base, which is saved with the artifact: adaptations, or
                 ``trained`` for the ``train:`` list.
 
@@ -152,7 +152,7 @@ class Converting:
     def _with_loras(self, conversion: _Conversion) -> Any:
         """Return the model with the new adaptations.
 
-        Targets stay as written if a LoRA has the same sites with them; otherwise they name modules.
+        Targets stay as written if LoRAs with these targets have the same sites; otherwise they name modules.
         """
         kept = {n: t for n, t in adapter_values(self.runner.compilation.store) if owner_of(n) not in conversion.sites}
         for written in (True, False):
@@ -271,7 +271,7 @@ class _Conversion:
         checked = []
         for item in self._converted:
             probed = errors.get((str(item.adaptation), item.site), 1.0)
-            # An error estimated from 16 vectors is off by more than a factor of 3 only once in a million times.
+            # An error estimated from 16 vectors is off by more than a factor of 3 only once in a million cases.
             if not probed <= 3 * item.error + _SLACK:
                 message = f"the update of the LoRA {item.adaptation!r} differs by {probed:.1e} at {item.site}"
                 raise GraftError("GC067", message, hint="report it with the spec and the model's class")
@@ -280,7 +280,7 @@ class _Conversion:
 
 
 def lazy_tensors_of(compilation: Compilation) -> LazyTensors:
-    """Return the folded tensors of all adaptations if all fold, otherwise those of the adaptations that do."""
+    """Return the folded tensors of all adaptations if all of them fold, otherwise those of the ones that do."""
     try:
         return lazy_tensors(compilation)
     except GraftError:
@@ -288,7 +288,7 @@ def lazy_tensors_of(compilation: Compilation) -> LazyTensors:
 
 
 def _updates(lazy: LazyTensors, names: Collection[str]) -> Iterator[tuple[FoldGroup, dict[str, dict[str, Tensor]]]]:
-    """Yield, for each group of tensors, what the named adaptations add to each tensor, on top of those below them."""
+    """Yield, for each group of tensors, what the named adaptations add to each tensor, on top of those before them."""
     for group in lazy.groups():
         if not any(step.adaptation in names for step in group.steps):
             continue
@@ -337,7 +337,7 @@ def _no_lora(name: str, what: str) -> GraftError:
 def _spec(spec: Spec, loras: Mapping[str, LoRA], below: Iterable[str]) -> Spec:
     """Return the spec with each LoRA in place of the adaptation that has its name.
 
-    Adaptations that changed weights below all site adaptations stay below them, in front of the others.
+    Adaptations that changed weights before all site adaptations still apply first, so they precede the others.
     """
     first = [loras[name] for name in below]
     rest = [loras.get(str(a.name), a) for a in spec.adapt if a.name not in {lora.name for lora in first}]
@@ -354,7 +354,7 @@ def _require_within(sites: Sequence[ConvertedSite], error: float) -> None:
     """Raise unless every site is within the error bound.
 
     Raises:
-        GraftError: GC067, which lists every site that is not, the worst one first.
+        GraftError: GC067, which lists every site that is not, starting with the worst.
     """
     over = sorted((site for site in sites if site.error > error), key=lambda site: -site.error)
     if over:

@@ -68,7 +68,7 @@ class FoldedRunner(ModelRunner):
         return False
 
     def folded_state_dict(self) -> dict[str, Tensor]:
-        """Return the base's tensors, with folded ones in place, by the source model's names, including tied names.
+        """Return the base's tensors, folded where they change, by the source model's names, including tied names.
 
         A packed weight is represented by its stored parts, as in the state dict of the compiled model.
         """

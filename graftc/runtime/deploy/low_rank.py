@@ -20,7 +20,7 @@ from graftc.specs.methods.lora import LoRA, LoRAOverride
 from graftc.specs.target import Target
 
 _EXACT = 1e-13
-"""The relative distance below which a range found with random vectors is an update's whole range in float64."""
+"""The relative distance below which a range found with random vectors counts as an update's whole range in float64."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Factors:
 class Decomposition:
     """An update's singular values and vectors, which yield factors of any rank.
 
-    An update whose rank is known to be small is decomposed through its range, which costs only a few products with it;
-    a check verifies that these capture the whole range.
+    An update whose rank is known to be small is decomposed through its range, which takes only a few matrix
+    products; a check verifies that they capture the whole range.
 
     Args:
         update: the update ``[..., out, in]``, float64.
@@ -85,7 +85,7 @@ class Decomposition:
         return max(1, int((tails > error * self.norm).sum()))
 
     def factors(self, rank: int) -> Factors:
-        """Return the factors of the nearest update with a rank; both get the square root of each singular value."""
+        """Return the factors of the nearest update of a given rank; both get the square root of each singular value."""
         root = self.values[..., :rank].sqrt()
         return Factors(root[..., :, None] * self._v[..., :rank, :], self._u[..., :rank] * root[..., None, :])
 
@@ -132,7 +132,7 @@ def lora_of(name: str, target: Target, factors: Mapping[SiteKey, Factors], sites
 
 
 def values_of(name: str, factors_by_site: Mapping[SiteKey, Factors], sites: Iterable[LinearSite]) -> dict[str, Tensor]:
-    """Return the tensors, by name, of the LoRA that `lora_of` returns, at least in float32."""
+    """Return the tensors, by name, of the LoRA that `lora_of` returns, in float32 or wider."""
     sites = tuple(sites)
     ranks, told = _ranks(factors_by_site, sites), _told_by(sites)
     values: dict[str, Tensor] = {}

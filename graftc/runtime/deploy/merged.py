@@ -53,7 +53,7 @@ class MergedRunner(FoldedRunner):
         """Write a folder that transformers loads, with the base's tokenizer and ``graftc.json``.
 
         ``graftc.json`` contains the certificate, the spec and a list of the folder's files. For a model without a
-        config, only the weights are written besides it.
+        config, only the weights are written besides this file.
 
         Args:
             path: the folder to create; it appears only once it is complete.
@@ -70,11 +70,11 @@ class MergedRunner(FoldedRunner):
 
         Examples of parts are a vision tower, a projector and a language model. ``components.json`` lists them in call
         order, with their inputs and outputs and the source of each input, and the parts that could not be exported,
-        with the reasons. The Python code that the model runs between them is not exported. A cache is not among their
-        inputs.
+        with the reasons. The Python code that the model runs between them is not exported. The parts do not
+        take a cache as an input.
 
         Args:
-            path: the folder to create; it appears only once it is complete and every file was run in ONNX Runtime.
+            path: the folder to create; it appears only once it is complete and every file has been run in ONNX Runtime.
             example_inputs: inputs, by name, of a call that runs the parts; their values are not written.
             force: if true, replace a folder that this method created.
 
@@ -247,7 +247,7 @@ def _fold(runner: AdaptedRunner, plan: FoldPlan, request: FoldRequest) -> Merged
 
 
 def certificate_of(compiled: ModelRoot | AdaptedRunner) -> tuple[Certificate | None, dict[str, str]]:
-    """Return a certificate, passed or not, for folding what can be folded, and the other adaptations with reasons.
+    """Return a certificate, passed or not, for folding what can be folded, and the adaptations left, with reasons.
 
     The certificate is None if nothing can be folded.
 

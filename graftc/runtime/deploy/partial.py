@@ -1,4 +1,4 @@
-"""Merge partially: create a base with the folded weights, and compile the adaptations that do not fold on top of it."""
+"""Merge partially: create a base with the folded weights, and compile on it the adaptations that do not fold."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def merge_what_folds(
 def _rest(compilation: Compilation, merged: Merged) -> Spec:
     """Return the spec without the folded adaptations, and with the rest in its simplest form.
 
-    It is for a base in which the weights that the spec unties are already untied, and those that it quantises are
+    The spec is for a base in which the weights that the spec unties are already untied, and those that it quantises are
     already quantised or in full precision.
     """
     changes: dict[str, Any] = {"untie": ()}
@@ -209,7 +209,7 @@ def _rest(compilation: Compilation, merged: Merged) -> Spec:
 
 
 def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | None:
-    """Return what remains of a composition: a stack's unfolded members, in order; any other, whole or not at all."""
+    """Return what remains of a composition: a stack's unfolded members, in order; others remain whole or not at all."""
     members = tuple(name for name in composition.members if name in merged.kept)
     if isinstance(composition, Stack) and len(members) > 1:
         return composition.model_copy(update={composition.kind: members})
@@ -218,7 +218,7 @@ def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | Non
 
 @torch.no_grad()
 def _with_outputs(merged: FoldedRunner, before: AdaptedRunner, after: AdaptedRunner) -> Certificate:
-    """Return the certificate with each output's larger difference, from folding or from compiling on the result."""
+    """Return the certificate with the larger of two differences for each output: the fold's, and the final result's."""
     certificate = merged.certificate
     comparison = compared(before, after)
     comparison.allowed.update((route.choice, route.bound) for route in certificate.routes)

@@ -11,7 +11,7 @@ from graftc.compiler.folding.differences import largest_difference
 from graftc.compiler.folding.rounding import NARROW
 
 TIMES = 8
-"""The maximum number of random roundings to try. A router chooses differently in few of them."""
+"""The maximum number of random roundings to try. A router chooses differently in only a few of them."""
 
 
 def rounding_noise(

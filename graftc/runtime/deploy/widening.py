@@ -58,7 +58,7 @@ def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _copy(source: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a model that shares tensors that are already wide enough; tied tensors stay tied."""
+    """Return a widened copy of a model, which shares tensors that are already wide enough; tied tensors stay tied."""
     instead: dict[int, Tensor] = {}
     with source_lock():
         for tensor in (*source.parameters(), *source.buffers()):

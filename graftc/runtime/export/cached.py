@@ -149,7 +149,7 @@ def check(job: ExportJob, folder: Path) -> None:
 
 
 def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, name: str) -> None:
-    """Write onnxruntime-genai's config beside a graph, if it supports such models."""
+    """Write a config for onnxruntime-genai beside a graph, if onnxruntime-genai supports such models."""
     inputs = [module.input_name(axis.name) for axis in module.axes]
     outputs = [module.output_name(output) for output in module.outputs]
     if generation is not None and (content := genai_config(config, generation, name, inputs, outputs)) is not None:
@@ -224,7 +224,7 @@ def _pair_output(name: str) -> str | None:
 
 
 def _text_output(name: str) -> str | None:
-    """Return an output's name in a step that leaves out the encoder's keys and values; None for an output of these."""
+    """Return an output's name in a step without the encoder's keys and values; None if the output is one of these."""
     return None if is_cross(name.rpartition(".")[2]) else _pair_output(name)
 
 

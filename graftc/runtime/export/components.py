@@ -49,7 +49,7 @@ class ComponentModule(ExportModule):
         """Return the tensors of the component's call, lengthened by repeating their last entries ``seed`` times.
 
         They are not random, since masks and positions cannot have arbitrary values. Only dynamic axes are lengthened,
-        and equal sizes stay equal, such as the number of rows of a mask and of the tensor that it masks.
+        and sizes that are equal stay equal, for example the numbers of rows of a mask and of the tensor that it masks.
         """
         return {axis.name: _lengthened(self._shown[axis.name], axis, seed) for axis in self.axes}
 
@@ -70,7 +70,7 @@ class ComponentModule(ExportModule):
         return name.removeprefix(self._prefix) if name.startswith(self._prefix) else "output"
 
     def axis_name(self, name: str) -> str:
-        """Return an axis's name, made of the component's own name for the input and the axis's index."""
+        """Return an axis's name, which consists of the component's own name for the input and the axis's index."""
         owner, _, at = name.rpartition("__")
         return f"{self._inputs[owner]}_{at}" if owner in self._inputs else name
 
@@ -91,7 +91,7 @@ def export_components(
         model: a model of the source's class, with the folded weights.
         path: the folder, which appears only after all files are complete and checked in ONNX Runtime.
         inputs: inputs, by name, of a call that runs the components. Their values are not written.
-        evidence: the evidence of the fold to include in the files.
+        evidence: the evidence for the fold, to include in the files.
         force: if true, replace a folder that this function created.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Choose the signature to export a graph for."""
+"""Choose the signature for which a graph is exported."""
 
 from __future__ import annotations
 

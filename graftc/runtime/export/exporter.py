@@ -60,7 +60,7 @@ class ExportOption:
         return f"{self.meaning}{': ' if words else ''}{listed(words, 'or')}."
 
     def checked(self, value: Any) -> Any:
-        """Return a given value, checked and converted.
+        """Check a given value, and return it converted.
 
         Raises:
             GraftError: GC073 for a value that the option does not allow, or an error from `read`.
@@ -90,10 +90,10 @@ class Exporter:
         write: a function that writes a job to a path where nothing exists: a file, or a folder, which it creates. The
             path has the destination's name, and is moved there once it is complete and checked.
         check: a function that reads back what was written to the path, and raises if it is wrong.
-        prepare: a function that may refuse a job before anything is written, also with ``--dry-run``; its result
+        prepare: a function that may refuse a job before anything is written, even with ``--dry-run``; its result
             becomes the job's ``prepared``.
-        content: whether it writes whole models (``"model"``), or only the adapters of models that are not folded
-            (``"adapters"``); ``"either"``: folded models, and the adapters of others.
+        content: what it writes: whole models (``"model"``), only the adapters of models that are not folded
+            (``"adapters"``), or both folded models and the adapters of others (``"either"``).
         replaceable: a predicate for paths that ``force`` may replace; files by default.
         companions: a function that returns the names of files that may be written beside a path with given options.
         instead: remedies for options that users may expect the format to have, by option.

@@ -37,7 +37,7 @@ class ReadyExport:
 
     @property
     def adapters(self) -> AdapterSummary:
-        """The summary of adapters that are written alone; empty for other exports."""
+        """The summary of adapters that are written on their own; empty for other exports."""
         return self.job.prepared if isinstance(self.job.prepared, AdapterSummary) else AdapterSummary()
 
     def write(self, *, force: bool) -> None:
@@ -69,7 +69,7 @@ class Exporting:
 
     Args:
         runner: the Runner of the model.
-        evidence: the evidence of a fold to include in the files.
+        evidence: the evidence for a fold, to include in the files.
     """
 
     evidence = UNFOLDED
@@ -120,7 +120,7 @@ class Exporting:
             server: the server that must be able to load a PEFT folder. The update is then written as plain LoRA, scaled
                 by ``alpha / rank`` and relative to the unchanged base: at twice the rank if factors were initialised
                 from the weights.
-            max_rank: the largest rank that the server was started with; by default the largest that it supports.
+            max_rank: the maximum rank with which the server was started; by default, the largest that it supports.
             force: whether to replace an existing file or folder.
             options: options of a format that an installed package adds.
 
@@ -145,7 +145,7 @@ def ready_export(exporting: Exporting, exporter: Exporter, given: Mapping[str, A
         exporting: the model's export operation.
         exporter: the format's exporter.
         given: the format's options, by name.
-        path: where to write it; None to prepare it only.
+        path: where to write it; None to only prepare it.
 
     Raises:
         GraftError: for an option or a model that the format does not support.

@@ -25,7 +25,7 @@ INPUTS = ExportOption(
 
 
 def companions_of(path: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return, for each adaptation, the name of the file beside an export that holds its tensors."""
+    """Return, by adaptation, the name of the file beside an export that holds the adaptation's tensors."""
     return {name: f"{path.name}.{name}.safetensors" for name in names}
 
 

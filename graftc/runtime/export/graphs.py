@@ -11,12 +11,12 @@ from graftc.runtime.export.module import ExportModule
 
 
 def prepare(job: ExportJob) -> None:
-    """Refuse a model without the graph that the job requests."""
+    """Refuse a model that does not have the graph that the job requests."""
     job.signature  # noqa: B018
 
 
 def write_inputs(module: ExportModule, path: Path) -> None:
-    """Write the tensors of adaptations that are a graph's inputs beside it, one file per adaptation."""
+    """Write the adaptations' tensors that are inputs of a graph beside it, in one file per adaptation."""
     beside = companions_of(path, module.adaptations)
     for name, tensors in module.adaptations.items():
         save_tensors(tensors, path.with_name(beside[name]))

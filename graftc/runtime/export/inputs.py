@@ -16,7 +16,7 @@ from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 
 ADAPTER_TENSORS = "adapter_tensors"
-"""The keyword argument of a ``.pt2`` program for adaptations' tensors, by their full names."""
+"""The keyword argument with which a ``.pt2`` program receives adaptations' tensors, by their full names."""
 
 
 def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None:
@@ -76,7 +76,7 @@ def without(root: Store, program: Program, names: Iterable[str], constants: Mapp
         root: the Store that holds the tensors.
         program: the Program that reads them.
         names: names of the tensors that are inputs.
-        constants: tensors that it reads in addition to those in ``root``, by name.
+        constants: tensors that the Program reads in addition to those in ``root``, by name.
     """
     store, taken = Store(), set(names)
     for node in program.graph.find_nodes(op="get_attr"):

@@ -28,8 +28,8 @@ class AdapterSummary:
     Attributes:
         title: a readable name for the kind of adapters; empty for graphs and models.
         tensors: the key of each tensor in the file, with its site, part and name in the model.
-        max_rank: the largest rank, with which the server has to be started; None if it does not matter.
-        needs: the server option that sets it, with its value; None if there is none.
+        max_rank: the maximum rank with which the server has to be started; None if it does not matter.
+        needs: the server option that sets this rank, with its value; None if there is none.
     """
 
     title: str = ""
@@ -45,7 +45,7 @@ class ExportJob:
     Attributes:
         runner: the Runner of a compiled or merged model.
         options: the format's options, with defaults for those that are not given.
-        evidence: the evidence of a fold to include in the files: ``certificate`` and ``folded``, the names of
+        evidence: the evidence for a fold, to include in the files: ``certificate`` and ``folded``, the names of
             adaptations that were folded into the weights.
         path: the export's destination; None if it is not written.
         prepared: the result of the exporter's `prepare`; ``write`` may replace it with data that ``check`` needs.
@@ -100,7 +100,7 @@ class ExportJob:
         return metadata(self.simplest, module.program, self.evidence, self.options.get("inputs") or ())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the model's tensors by name: the base's, which are folded if the model is, then the adaptations'.
+        """Yield the model's tensors by name: first the base's, folded if the model is, then the adaptations'.
 
         Tied tensors occur once, and packed ones have their full values. Each tensor is a copy.
         """

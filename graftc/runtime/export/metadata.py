@@ -42,7 +42,7 @@ def metadata(
     Args:
         runner: the Runner of the exported model.
         program: its graph in the file.
-        evidence: the evidence of a fold.
+        evidence: the evidence for a fold.
         inputs: names of the adaptations that are inputs.
     """
     compilation = runner.compilation
@@ -55,7 +55,7 @@ def metadata(
         "graftc.fingerprint": compilation.identity().fingerprint,
     }
     labels = built_of(compilation.model).labels or ()
-    if any(not label.startswith("LABEL_") for label in labels):  # transformers' names of unnamed labels
+    if any(not label.startswith("LABEL_") for label in labels):  # transformers' names for unnamed labels
         entries["graftc.labels"] = json.dumps(labels)
     if inputs:
         entries["graftc.inputs"] = json.dumps(list(inputs))

@@ -1,4 +1,4 @@
-"""A plain module around one Program, for exporters: named inputs and outputs, and the Store's tensor names."""
+"""A plain module around one Program, for exporters, with named inputs and outputs and the Store's tensor names."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ExportModule:
         program: the Program that it computes.
         axes: the model's own inputs.
         adaptations: the tensors that are inputs as well, by adaptation and full name.
-        tensors: the same by full name, in the order of inputs, followed by packed weights.
+        tensors: the same tensors, by full name and in the order of the inputs, followed by packed weights.
         packed: the types of these packed weights, with their forms for other software.
         inputs: example inputs.
 
@@ -167,7 +167,7 @@ class ExportModule:
         return True
 
     def counting(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
-        """Return which output positions are compared, as ``bool`` over their first axes; None for all."""
+        """Return which positions are compared, as a ``bool`` tensor over the outputs' first axes; None for all."""
         return None
 
     def filled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,7 +211,7 @@ class ExportModule:
         return {**own, **({ADAPTER_TENSORS: {name: {} for name in self.tensors}} if self.tensors else {})}
 
     def flat(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return inputs by their names in a graph without containers."""
+        """Return the inputs without containers, by their names in the graph."""
         own = {name: value for name, value in inputs.items() if name != ADAPTER_TENSORS}
         given = {name: t for name, t in inputs.get(ADAPTER_TENSORS, {}).items() if name not in self.packed}
         return {**own, **given}

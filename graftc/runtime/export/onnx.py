@@ -26,7 +26,7 @@ from graftc.runtime.export.onnx_packed import OPSET, lower_packed
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
 TOLERANCE = 1e-4
-"""The largest difference from torch allowed for a float32 export, relative to the largest output or 1."""
+"""The largest allowed difference of a float32 export from torch, relative to the largest output, or to 1 if greater."""
 
 _LIBRARIES = ("torch", "transformers", "onnx_ir", "onnxscript")
 """Libraries that log messages and issue warnings about their own internals."""
@@ -122,7 +122,7 @@ def _package(name: str) -> Any:
 
 @contextmanager
 def _not_verbose() -> Iterator[None]:
-    """Turn off the progress output of torch's exporter while the block runs; transformers' has no option for it.
+    """Turn off the progress output of torch's exporter while the block runs; transformers has no option for this.
 
     stdout is not redirected, since it belongs to the whole process, whose other threads may print to or redirect it in
     the meantime.
@@ -164,7 +164,7 @@ def _named(names: Mapping[str, str], size: Any) -> Any:
 
 
 def _compare(ort: Any, module: ExportModule, path: Path) -> None:
-    """Compare the file's outputs in ONNX Runtime, which optimises it first, with torch's, at sizes not yet captured."""
+    """Compare the outputs of ONNX Runtime, which first optimises the file, with torch's, at sizes not yet captured."""
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = module.outputs
     samples = [module.sample(seed, sizes) for seed, sizes in enumerate(((2, 5), (1, 4)))]

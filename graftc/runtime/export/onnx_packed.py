@@ -29,7 +29,7 @@ _BLOCKS = (256, 128, 64, 32, 16)
 """The block sizes that ``MatMulNBits`` supports, largest first."""
 
 _WASTE = 1.07
-"""The largest allowed growth factor of the codes when rows are padded to whole blocks."""
+"""The largest factor by which the codes may grow when rows are padded to whole blocks."""
 
 
 def lower_packed(model: Any, weights: Mapping[str, PackedWeight]) -> None:
@@ -118,7 +118,7 @@ class _Lowering:
         return _Product(node, node.inputs[2] if len(node.inputs) > 2 else None, between)
 
     def _multiply(self) -> Callable[[Any], tuple[str, list[Any], dict[str, Any], str]] | None:
-        """Return a function that describes the node for multiplying by the packed weight; None if no operator can."""
+        """Return a function that describes the node that multiplies by the packed weight; None if no operator can."""
         rows, width = self.weight.shape[::-1] if self.turned else self.weight.shape
         sizes = {"K": width, "N": rows}
         if isinstance(self.form, TableEntries):
@@ -131,7 +131,7 @@ class _Lowering:
         if block is None:
             return None
         stored = [self._constant(name, part) for name, part in zip(_STORED, in_blocks(self.form, block), strict=False)]
-        # Level 1 is float32; ONNX Runtime's default level when it fuses rounds the inputs to 8 bits.
+        # Level 1 is float32; the default level of ONNX Runtime's own fusions rounds the inputs to 8 bits.
         attributes = {**sizes, "bits": self.form.bits, "block_size": block, "accuracy_level": 1}
         return lambda x: ("MatMulNBits", [x, *stored], attributes, _CONTRIB)
 
@@ -248,8 +248,8 @@ def block_of(group: int, width: int) -> int | None:
 def in_blocks(form: EvenSteps, block: int) -> tuple[Tensor, ...]:
     """Return the tensors that ``MatMulNBits`` reads.
 
-    They are codes ``uint8[rows, blocks, block * bits / 8]``, scales ``float32[rows, blocks]``, and, unless they are at
-    half of the range, zero points ``uint8[rows, ceil(blocks * bits / 8)]``.
+    They are codes ``uint8[rows, blocks, block * bits / 8]``, scales ``float32[rows, blocks]``, and zero points
+    ``uint8[rows, ceil(blocks * bits / 8)]``; the zero points are left out if they are at half of the range.
     """
     rows, width = form.codes.shape
     blocks = -(-width // block)

@@ -1,4 +1,4 @@
-"""Check export options: one that the format does not declare is refused, never ignored. Does not load torch."""
+"""Check export options: any that the format does not declare is refused, never ignored. Does not load torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def misplaced(exporter: Exporter, given: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def options_for(exporter: Exporter, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given options of an export, checked.
+    """Check the given options of an export, and return them.
 
     Raises:
         GraftError: GC073 for an option that the format does not have, or for a value that the option does not allow.

@@ -26,7 +26,7 @@ def prepare(job: ExportJob) -> PreparedFolder:
 
     Raises:
         GraftError: GC053 for a model without values, GC068 for anything that the server does not accept, GC073 for a
-            largest rank without a server, GC115 for anything that PEFT cannot express, or for a merged model.
+            maximum rank without a server, GC115 for anything that PEFT cannot express, or for a merged model.
     """
     if not isinstance(job.runner, AdaptedRunner):
         raise GraftError("GC115", "a merged model has no adaptation", hint="export the compiled model it was made from")

@@ -30,7 +30,7 @@ def write(job: ExportJob, path: Path) -> None:
 
 
 def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[Path], None]:
-    """Export to a ``.pt2`` archive, with spec, fingerprint and certificate as extra files in it.
+    """Export to a ``.pt2`` archive that contains the spec, fingerprint and certificate as extra files.
 
     Load it with ``torch.export.load``, which runs code from the file: only load what you trust.
 
@@ -62,7 +62,7 @@ def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[
 def _require_names(module: ExportModule, program: torch.export.ExportedProgram) -> None:
     """Check that the model's input names have the same meaning in the file as in the model.
 
-    torch converts them to lower case in the file, in generated code where some names are already in use.
+    In the file, torch converts the names to lower case, in generated code in which some names are already in use.
 
     Raises:
         GraftError: GC060 if a call with these names fails or returns different values.

@@ -1,4 +1,4 @@
-"""Precompute values that adaptations derive only from packed weights and other constants, for an exported file.
+"""Precompute, for an exported file, values that adaptations derive only from packed weights and other constants.
 
 DoRA, for example, divides by row norms, which it computes from the whole weight. A file can store these norms as
 constants, so that only multiplications read the weight.
@@ -16,7 +16,7 @@ from graftc.passes.core.weights.store import Store
 
 
 def settled(program: Program, store: Store, inputs: Collection[str]) -> tuple[Program, dict[str, Tensor]]:
-    """Return a Program that reads such values as constants where they are smaller than the weight, and the constants.
+    """Return a Program that reads such values as constants if they are smaller than the weight, and these constants.
 
     The constants are returned by name. If there are none, the Program itself is returned.
 

@@ -22,14 +22,14 @@ from graftc.specs.errors.diagnostics import GraftError, nearest
 
 @quiet_quantisers()
 def from_callable(text: str, meta: bool = False) -> tuple[nn.Module, ExampleInputs | None]:
-    """Call the callable that a MODEL argument names, and return a module, and example inputs or None.
+    """Call the callable that a MODEL argument names, and return its module, and its example inputs or None.
 
     Args:
         text: ``package.module:callable``.
         meta: whether to call it on the meta device.
 
     Raises:
-        GraftError: GC032 if there is no such callable, it fails, or it returns something else.
+        GraftError: GC032 if there is no such callable, if it fails, or if it returns something else.
     """
     path, _, name = text.partition(":")
     make = _attribute(_module(path), path, name)

@@ -47,7 +47,7 @@ class ModelFolder:
         path: the folder.
         stored: the tensors in its files; None if the files are pickles or the weights are not to be loaded.
         bytes: the size of its weights.
-        quantised: whether its config declares them as quantised.
+        quantised: whether its config declares the weights as quantised.
     """
 
     path: Path
@@ -126,7 +126,7 @@ def plain_config(folder: Path, where: str, code: str = "GC032") -> dict[str, Any
 
 
 def _counted(settings: Mapping[Any, Any], word: str) -> Iterator[int]:
-    """Yield the values in a config that count the named thing, such as ``layer``."""
+    """Yield the values in a config that count things with a given name, such as ``layer``."""
     waiting: list[Any] = [settings]
     while waiting:
         mapping = waiting.pop()
@@ -231,7 +231,7 @@ def target_names(model: Any, names: Iterable[str], known: Mapping[str, Any]) -> 
 
 
 def converted_names(model: Any, names: Iterable[str], known: Mapping[str, Any]) -> dict[str, tuple[str, str | None]]:
-    """Return `target_names`, each with the pattern of the conversion that includes the stored tensor, or None."""
+    """Return the names as in `target_names`, each with the pattern of the stored tensor's conversion, or None."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

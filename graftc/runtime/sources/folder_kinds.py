@@ -1,4 +1,4 @@
-"""Identify a folder or file that was passed to the wrong function, and the call that reads it."""
+"""Identify a folder or file that was passed to the wrong function, and find the call that reads it."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def load_hub(
     built: Built | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Load the model in a hub repository, in eval mode, even if a local folder has that name. None of its code is run.
+    """Load the model in a hub repository, in eval mode, even if a local folder has its name. None of its code is run.
 
     See `load_folder`.
 

@@ -1,4 +1,4 @@
-"""References: records of a base's location in an artifact. Does not import torch.
+"""References: records in an artifact that say where its base is. Does not import torch.
 
 A reference in a file is data: a folder or a hub id is loaded only as the kind that the reference declares. Nothing that
 a file names is imported or called.
@@ -109,7 +109,7 @@ class Reference:
         return reference if reference.flaw() is None else self
 
     def flaw(self) -> str | None:
-        """Return the part of this reference that graftc would not create; None if there is none."""
+        """Return a description of the part of this reference that graftc would not create; None if there is none."""
         text, relative = self.text, self.relative
         if self.kind is None:
             return None if text is relative is self.revision is None else "a reference to nothing"

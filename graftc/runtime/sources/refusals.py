@@ -16,7 +16,7 @@ def refuse(
     details: Sequence[str] = (),
     code: str = "GC032",
 ) -> NoReturn:
-    """Raise an error with the code GC032 or another one.
+    """Raise an error with the given code, by default GC032.
 
     Raises:
         GraftError: always.

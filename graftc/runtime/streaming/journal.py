@@ -50,7 +50,7 @@ class Journal:
         self._path, self._folder = staging / _NAME, folder
 
     def done(self) -> dict[str, str]:
-        """Return the SHA-256, by name, of each file that the journal lists and that has not changed since it was listed."""
+        """Return the SHA-256, by name, of each listed file that has not changed since it was listed."""
         try:
             lines = read_regular(self._path, _BYTES, follow=False).split(b"\n")
         except OSError:

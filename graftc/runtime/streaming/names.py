@@ -1,4 +1,4 @@
-"""Map the names of a model's tensors to those in its files, which differ by ties and by any prefix that a class adds."""
+"""Map the names of a model's tensors to those in its files, which differ by ties and by a prefix added by a class."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class SiteFold(FoldTarget):
     Args:
         plan: the merge.
         site: the site.
-        target: the destination of the rows; only tensors that it contains are written.
+        target: the destination of the rows; rows of tensors that it does not contain are skipped.
 
     Attributes:
         tally: the measurements so far.

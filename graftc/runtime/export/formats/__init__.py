@@ -1,4 +1,4 @@
-"""The built-in formats: one file per format, which declares it without loading torch."""
+"""The built-in formats, each declared in a separate file without loading torch."""
 
 BUILT_IN = ("onnx", "onnx-generate", "pt2", "gguf", "peft")
-"""The formats' names, in the order of listings. Each has a module with its name, which defines ``EXPORTER``."""
+"""The formats' names, in the order in which they are listed. A module named after each defines its ``EXPORTER``."""

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 def adapter_file(adapter: PlainAdapter, config: Any) -> GgufFile:
     """Return a LoRA adapter's file: ``<tensor>.lora_a`` as ``[rank, in]``, ``<tensor>.lora_b`` as ``[out, rank]``.
 
-    llama.cpp scales a product by ``adapter.lora.alpha`` over its rank; any other scale that a site needs is absorbed
-    into its ``lora_b``.
+    llama.cpp scales the product of two factors by ``adapter.lora.alpha`` over their rank; any other scale that a site
+    needs is absorbed into its ``lora_b``.
 
     Args:
-        adapter: the adapter, with its maps' paths in transformers.
+        adapter: the adapter, keyed by its maps' paths in transformers.
         config: the base's config.
 
     Raises:
@@ -58,10 +58,10 @@ def adapter_file(adapter: PlainAdapter, config: Any) -> GgufFile:
 
 
 def _require_own(name: str, place: str, *, tied: bool) -> None:
-    """Raise if an update is for one use of a tied table, which a file stores once for both uses.
+    """Raise if an update is for only one use of a tied table, which a file stores once for both uses.
 
     If a model has no separate head, llama.cpp multiplies by the table and treats an update to the embedding as one to
-    the head. Its sizes do not fit, which terminates a server at its first request.
+    the head. The sizes of such an update do not fit, which terminates a server at its first request.
 
     Raises:
         GraftError: GC060.
@@ -101,7 +101,7 @@ def plain_of(compilation: Compilation) -> PlainAdapter:
 
 
 def _whole(compilation: Compilation, site: Any, parts: Mapping[str, str], spec: LoRA) -> Update:
-    """Return a site's factors, with zeros for its module's other rows."""
+    """Return a site's factors, with zeros for the other rows of its module."""
     down, up = (compilation.store.full(parts[part]).detach() for part in ("A", "B"))
     if not site.own.whole:
         own, up = up, up.new_zeros(site.own.total, up.shape[-1])

@@ -60,7 +60,7 @@ def _written(
 
 
 def _responses(adapter: PlainAdapter, config: Any, file: Path, source: AdapterSource) -> dict[str, Tensor]:
-    """Return llama.cpp's additions: ``alpha / rank`` times the product, with rotated rows reordered into halves."""
+    """Return what llama.cpp adds to outputs: ``alpha / rank`` times the product, with rotated rows put into halves."""
     gguf = package()
     reader = gguf.GGUFReader(file)
     tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors}

@@ -19,7 +19,7 @@ from graftc.specs.errors.diagnostics import warn
 
 
 def prepare(job: ExportJob) -> Callable[[], GgufFile]:
-    """Return a function that returns the file to write, which it creates once.
+    """Return a function that returns the file to write; the file is created once, on the first call.
 
     Raises:
         GraftError: GC053 for a model without values, GC066 for anything that is not plain LoRA.

@@ -1,4 +1,4 @@
-"""The model types that can be written as GGUF, as data: llama.cpp's names for them, and differences in layout.
+"""The model types that can be written as GGUF, as data: llama.cpp's names for them, and their layouts.
 
 Tensor names come from the package ``gguf``, layouts from llama.cpp's ``convert_hf_to_gguf.py`` (0b03ada).
 """
@@ -27,7 +27,7 @@ class Family:
         rotary: whether the rows of queries and keys are stored in rotation pairs.
         transposed: name suffixes of weights that transformers stores as ``[in, out]``.
         rope: whether positions are encoded as rotations.
-        fields: the names of config fields for each of the writer's functions that adds a value to the file; the first
+        fields: for each function of the writer that adds a value to the file, the names of config fields; the first
             field that is present is read.
     """
 
@@ -98,7 +98,7 @@ def family_of(config: Any) -> Family:
 
 
 def architecture(gguf: Any, family: Family) -> Any:
-    """Return a family's architecture as a constant of the package."""
+    """Return a family's architecture as a constant of the package ``gguf``."""
     return next(key for key, word in gguf.MODEL_ARCH_NAMES.items() if word == family.arch)
 
 

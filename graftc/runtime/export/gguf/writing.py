@@ -32,7 +32,7 @@ class Entry:
         shape: its shape in numpy's order.
         make: a function that returns its values, which are read as float32; called when the tensor is written, and
             again for the comparison.
-        exact: whether it stays float32 regardless of the file's element type, like vectors and position tables.
+        exact: whether it stays float32 regardless of the file's element type, as vectors and position tables do.
     """
 
     name: str
@@ -76,7 +76,7 @@ def name_of(names: Any, tensor: str) -> str:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A file's content.
+    """The content of a GGUF file.
 
     Attributes:
         arch: the model's architecture.

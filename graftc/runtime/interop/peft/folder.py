@@ -67,7 +67,7 @@ class PeftModule:
 
     @property
     def target(self) -> str:
-        """The name by which a target selects the module: its own, or that of a named parameter other than the weight."""
+        """The name by which a target selects the module: its own, or a named parameter's if that is not the weight."""
         return self.name if self.named and self.parameter != "weight" else self.read_at or self.path
 
 

@@ -38,7 +38,7 @@ def processor_example(model: nn.Module) -> dict[str, Any] | None:
 
     Returns:
         Tensors by name on the model's device, floating-point ones in its dtype. None for a model that reads only text
-        or only images, for one on the meta device, which cannot be run, or if there is no processor or it failed.
+        or only images, for one on the meta device, which cannot be run, or if the processor is missing or fails.
     """
     folder, known, device = local_folder(model), parameters(model), device_of(model)
     kind = next((kind for name, kind in _KINDS.items() if name in known), None)

@@ -88,7 +88,7 @@ def _in_time(way: Callable[[], Any]) -> Any:
 
 
 def _ways(processor: Any, kind: str) -> Iterator[Callable[[], Any]]:
-    """Yield the calls that processors may accept, that of the chat template first."""
+    """Yield the calls that processors may accept, starting with that of the chat template."""
     shown = _image() if kind == "image" else _sound(processor)
     if isinstance(getattr(processor, "chat_template", None), str):
         yield lambda: _chat(processor, kind, shown)

@@ -38,7 +38,7 @@ class FolderTensors:
         return (name.removesuffix(suffix) for name in sorted(self.stored) if name.endswith(suffix))
 
     def kind(self, name: str) -> str:
-        """Return a tensor's dtype under its name in the file, such as ``F8_E4M3``."""
+        """Return the name that a tensor's dtype has in the file, such as ``F8_E4M3``."""
         return self.stored.entries[name].dtype
 
     def get(self, name: str, *dtypes: torch.dtype, shape: Sequence[int | None] | None = None) -> Tensor:

@@ -147,7 +147,7 @@ def _warn_of_activations(where: str, options: Mapping[str, Any]) -> None:
 
 @cache
 def _plan() -> Any:
-    """Return a class that transformers accepts as a quantisation config, which selects the quantizer defined below."""
+    """Return a class that transformers accepts as a quantisation config; it selects the quantizer defined below."""
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin

@@ -58,7 +58,7 @@ def stacked_experts(
 
 
 def _joins(own: PackedType, single: tuple[int, int]) -> bool:
-    """Return whether parts consist of rows and blocks end at each weight's last row."""
+    """Return whether the parts consist of rows, and whether each weight's last block ends at its last row."""
     if not isinstance(own.packing, _BY_ROWS) or isinstance(own.packing, Ordered):
         return False
     rows = getattr(own.packing, "rows", 1)

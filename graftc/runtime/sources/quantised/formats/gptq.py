@@ -23,7 +23,7 @@ from graftc.specs.errors.text import shown
 
 _BITS = (2, 3, 4, 8)
 _LESS_ONE = "gptq"
-"""The older layout, in which zero points are stored minus one."""
+"""The older layout, in which zero points are stored reduced by one."""
 
 
 def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
