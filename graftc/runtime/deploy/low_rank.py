@@ -25,7 +25,10 @@ _EXACT = 1e-13
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of an update ``up @ down``: ``down: [..., rank, in]``, ``up: [..., out, rank]``, experts first."""
+    """The factors of an update ``up @ down``, or of the updates of all experts along a leading axis.
+
+    The shapes are ``down: [..., rank, in]`` and ``up: [..., out, rank]``.
+    """
 
     down: Tensor
     up: Tensor

@@ -247,7 +247,7 @@ def _fold(runner: AdaptedRunner, plan: FoldPlan, request: FoldRequest) -> Merged
 
 
 def certificate_of(compiled: ModelRoot | AdaptedRunner) -> tuple[Certificate | None, dict[str, str]]:
-    """Return a certificate, passed or not, for folding what can be folded, and the adaptations left, with reasons.
+    """Return a certificate, passed or not, for folding what can be folded, and the unfolded adaptations with reasons.
 
     The certificate is None if nothing can be folded.
 

@@ -218,7 +218,10 @@ def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | Non
 
 @torch.no_grad()
 def _with_outputs(merged: FoldedRunner, before: AdaptedRunner, after: AdaptedRunner) -> Certificate:
-    """Return the certificate with the larger of two differences for each output: the fold's, and the final result's."""
+    """Return the certificate with the larger of two differences for each output.
+
+    One is the fold's; the other is that of the model whose remaining adaptations were compiled on the result.
+    """
     certificate = merged.certificate
     comparison = compared(before, after)
     comparison.allowed.update((route.choice, route.bound) for route in certificate.routes)

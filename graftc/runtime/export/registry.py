@@ -40,7 +40,7 @@ def formats() -> tuple[str, ...]:
 
 
 def summaries() -> dict[str, str]:
-    """Return each format's summary, by name; for plugins, which are not imported here, the package instead."""
+    """Return each format's summary, by name; for plugins, which are not imported here, name the package instead."""
     firsts = {name: points[0] for name, points in _points().items()}
     return {n: _loaded(p).summary if n in package.BUILT_IN else f"of {plugin_of(p)}" for n, p in firsts.items()}
 

@@ -16,7 +16,7 @@ from graftc.passes.core.weights.store import Store
 
 
 def settled(program: Program, store: Store, inputs: Collection[str]) -> tuple[Program, dict[str, Tensor]]:
-    """Return a Program that reads such values as constants if they are smaller than the weight, and these constants.
+    """Return a Program that reads such values, if smaller than the weight, as constants, together with the constants.
 
     The constants are returned by name. If there are none, the Program itself is returned.
 

@@ -204,7 +204,7 @@ def _last_segments(config: AdapterConfig, model: nn.Module, old: Mapping[str, st
 
 
 def _older_names(peft: ModuleType, config: AdapterConfig, model: nn.Module) -> Mapping[str, str]:
-    """Return the names of a model's projections in transformers 4, each mapped to the current name that contains it.
+    """Return the names of a model's projections in transformers 4, each mapped to that of the weight containing it now.
 
     The result is empty if peft does not convert configs for the model. peft has several tables; a model's table is the
     one whose names peft converts.

@@ -86,7 +86,10 @@ def _check_sites(resolved: Resolved, index: int) -> None:
 
 
 def own_places(compilation: Compilation, resolved: Resolved) -> list[tuple[Site, MethodSpec]]:
-    """Return the places that peft's config names: all but output projections, adapted together with their attention."""
+    """Return the places that peft's config names, which exclude the output projections of attention modules.
+
+    peft adapts those projections along with their modules.
+    """
     modules = dict(compilation.source.named_modules(remove_duplicate=False))
     return [(site, spec) for site, spec in resolved.places if not is_projection(site.key.module, modules)]
 
