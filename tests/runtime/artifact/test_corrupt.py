@@ -163,10 +163,10 @@ def _first(tensors: dict[str, torch.Tensor], value: Callable[[torch.Tensor], tor
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_swap, "has different values"),
-        (lambda t: _first(t, lambda x: x + 1), "has different values"),
-        (lambda t: _first(t, lambda x: x.t().contiguous()), "a different dtype or shape"),
-        (lambda t: _first(t, lambda x: x.to(torch.bfloat16)), "a different dtype or shape"),
+        (_swap, "has values that do not match"),
+        (lambda t: _first(t, lambda x: x + 1), "has values that do not match"),
+        (lambda t: _first(t, lambda x: x.t().contiguous()), "a dtype or shape other than"),
+        (lambda t: _first(t, lambda x: x.to(torch.bfloat16)), "a dtype or shape other than"),
         (lambda t: {**t, "more": torch.ones(2)}, "differ from the listed ones: more"),
         (lambda t: dict(sorted(t.items())[1:]), "differ from the listed ones"),
     ],
