@@ -147,7 +147,7 @@ def add_first(
         compilation: the Compilation, which has no signature yet.
         axes, flags: the inputs (None for the default inputs) and the flags that the source model is called with.
         initial: the source of values for new tensors.
-        notes: notes for display about the model, in addition to those from the capture.
+        notes: notes about the model to display, in addition to those from the capture.
 
     Raises:
         GraftError: GC030 if the model cannot be captured, and other codes if the spec is invalid or does not fit.

@@ -59,7 +59,7 @@ class FilledPattern:
         empty = tokenizer.encode([self.text([""] * self.slots)[0]])[0]
         fixed = len(tokenizer.ids(empty))
         if fixed >= limit:
-            message = f"{_named(pattern)} has {fixed} tokens without a row, but the limit is {limit}"
+            message = f"{_named(pattern)} has {fixed} tokens even before a row is filled in, but the limit is {limit}"
             raise GraftError("GC179", message)
 
     @property
@@ -101,7 +101,10 @@ class FilledPattern:
                 current = apart
             elif surplus > 0:
                 if not any(current):
-                    raise GraftError("GC179", f"{_named(self.pattern)} has more than {self.limit} tokens without a row")
+                    raise GraftError(
+                        "GC179",
+                        f"{_named(self.pattern)} has more than {self.limit} tokens even before a row is filled in",
+                    )
                 current = self._shorter(current, encoding, surplus)
             else:
                 return encoding

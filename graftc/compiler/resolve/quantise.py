@@ -79,7 +79,7 @@ def quantised(model: nn.Module, options: BaseOptions, maps: Mapping[str, Layout]
         maps: the weights, as returned by `linear_maps`.
 
     Raises:
-        GraftError: GC011 for a pattern of ``skip`` that matches no module, GC160 if nothing can be quantised.
+        GraftError: GC011 for a pattern in ``skip`` that matches no module, GC160 if nothing can be quantised.
     """
     result: nn.Module = sharing_copy(model)
     modules = dict(result.named_modules())

@@ -254,7 +254,7 @@ def _collect(head: LossHead, node: fx.Node, factor: float, moves: tuple[fx.Node,
 def _within(
     head: LossHead, change: Callable[[Term], Term], node: fx.Node, factor: float, moves: tuple[fx.Node, ...]
 ) -> None:
-    """Run `_collect` on the node that computes part of the vocabulary, and apply ``change`` to the terms."""
+    """Run `_collect` on the node that computes the logits for part of the vocabulary; apply ``change`` to its terms."""
     inner = LossHead(head.loss, head.chain)
     _collect(inner, node, factor, moves)
     head.terms += [change(term) for term in inner.terms]

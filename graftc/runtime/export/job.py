@@ -96,7 +96,7 @@ class ExportJob:
         return self._graphs[apart]
 
     def metadata(self, module: ExportModule) -> dict[str, str]:
-        """Return the metadata for a file with a graph: spec, fingerprint, certificate, adaptations' places."""
+        """Return the metadata for a file that contains a graph: spec, fingerprint, certificate and adapted places."""
         return metadata(self.simplest, module.program, self.evidence, self.options.get("inputs") or ())
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:

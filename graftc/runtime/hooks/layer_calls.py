@@ -189,7 +189,7 @@ def _within(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def enter(owner: Any, module: Any, key: str, inputs: Sequence[Any]) -> Any:
-    """Call a layer in the form in which the source calls it.
+    """Call a layer the way the source model calls it.
 
     Args:
         owner: the code of the layer.

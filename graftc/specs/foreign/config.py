@@ -147,7 +147,7 @@ def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
         raise GraftError("GC111", f"it is not valid JSON: {error}", place=Place(where)) from None
     if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
         hint = "a PEFT config is a mapping with a peft_type"
-        raise GraftError("GC111", "it has no peft_type", place=Place(where), hint=hint)
+        raise GraftError("GC111", "peft_type is missing", place=Place(where), hint=hint)
     try:
         config = AdapterConfig.model_validate(data)
     except ValidationError as error:

@@ -255,7 +255,7 @@ def test_a_plain_encoder_leaves_the_tokenizer_as_it_is(slots: list[str]) -> None
             "wordpiece",
             "{text} It was {blank}, or was it good or bad?",
             12,
-            "has 13 tokens without a row, but the limit is 12",
+            "has 13 tokens even before a row is filled in, but the limit is 12",
         ),
         ("wordpiece", "[SEP] {text} {blank}", 64, "contains the special token '[SEP]'"),
         ("gpt2", "{text} It was {blank}.", 64, "does not end in its only blank"),

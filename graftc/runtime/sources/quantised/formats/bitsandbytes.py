@@ -21,7 +21,7 @@ _TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
 def weights(tensors: FolderTensors, options: Options) -> Iterator[StoredWeight]:
-    """Yield the quantised weights of a folder."""
+    """Yield the quantised weights in a folder."""
     for kind in Blockwise.KINDS:
         for name in tensors.ending(f".weight.quant_state.bitsandbytes__{kind}"):
             yield StoredWeight(f"{name}.weight", partial(_read_4bit, tensors, f"{name}.weight", kind))
