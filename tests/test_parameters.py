@@ -12,6 +12,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+import pytest
+
 import graftc
 import graftc.extend
 import graftc.testing
@@ -67,6 +69,7 @@ def public() -> set[CodeType]:
     return {value.__code__ for value in functions if inspect.isfunction(value)}
 
 
+@pytest.mark.slow
 def test_no_function_takes_more_than_seven_parameters() -> None:
     known = {(Path(code.co_filename), code.co_name, code.co_firstlineno) for code in public()}
     excessive = []

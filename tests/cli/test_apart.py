@@ -51,6 +51,7 @@ def leaves_it_alone(
     assert tree_bytes(here) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", READING_ARTIFACT)
 @pytest.mark.parametrize(
     "out", ["artifact", "link", "artifact/out", "link/deep/out", "base/../artifact/spec.yaml", "."]

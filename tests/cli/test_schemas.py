@@ -52,6 +52,7 @@ def test_every_command_and_file_has_one() -> None:
     assert set(schema_names()) == {"spec", "pet-spec", "manifest", "error", *COMMANDS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", schema_names())
 def test_a_schema_is_one_and_describes_every_field(name: str) -> None:
     schema = published_schema(name)

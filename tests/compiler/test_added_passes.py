@@ -94,6 +94,7 @@ class TestPlacing:
         assert names(LOWER) == ["lower(loss)", "f", "lower(projections)"]
         assert "  a (looks; where wanted; from some-passes 1.0; requires copy)" in str(extended(ADAPT)).splitlines()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("arguments", "message", "hint"),
         [
@@ -119,11 +120,13 @@ class TestPlacing:
         assert hint in error.hint, error.hint
         assert str(error.place) == 'entry point mine = "broken:MADE"'
 
+    @pytest.mark.slow
     def test_a_circle_of_two(self, install: Install) -> None:
         for one, other in ("ab", "ba"):
             install(f"pass-{one}", f"{HEAD}MADE = AddedPass(Pass({one!r}, nothing), after={other!r})", mine="MADE")
         misfit("in a cycle: 'a' of pass-a 1.0 after 'b', 'b' of pass-b 1.0 after 'a'")
 
+    @pytest.mark.slow
     def test_two_of_one_name(self, install: Install) -> None:
         for package in ("one", "two"):
             install(package, f"{HEAD}MADE = AddedPass(Pass('same', nothing), after='insert')", mine="MADE")
@@ -136,6 +139,7 @@ class TestPlacing:
 
 
 class TestHeldToWhatTheySay:
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("body", "says", "message"),
         [
@@ -181,6 +185,7 @@ class TestHeldToWhatTheySay:
             fresh("bert", LORA)
         assert caught.value.code == "GC020"
 
+    @pytest.mark.slow
     def test_facts_go_from_one_to_another(self, install: Install) -> None:
         source = f"""{HEAD}
 def measure(program, context):
@@ -220,6 +225,7 @@ def after(program, context):
 AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="mode(eval)")
 """
 
+    @pytest.mark.slow
     def test_reports_have_them(self, install: Install) -> None:
         install("counting", self.SOURCE, "0.3", count="COUNT", after="AFTER")
         model = fresh("bert", LORA)
@@ -243,6 +249,7 @@ AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="
         }
         assert "bert.encoder.layer.*.attention.self.query.weight" in model.report._repr_html_()
 
+    @pytest.mark.slow
     def test_graphs_are_as_without(self, install: Install) -> None:
         without = fresh("bert", LORA)
         install("counting", self.SOURCE, count="COUNT", after="AFTER")
@@ -256,6 +263,7 @@ AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="
         assert steps.index("count") == steps.index("insert(lora)") + 1 and steps[-1] == "after"
         assert {"count", "after"} <= {step.name for step in model.report.steps}
 
+    @pytest.mark.slow
     def test_artifacts_keep_them(self, install: Install, tmp_path: Path) -> None:
         fresh("bert", LORA).save(tmp_path / "without", certify=False)
         assert '"passes"' not in (tmp_path / "without" / "manifest.json").read_text(encoding="utf-8")
@@ -266,6 +274,7 @@ AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="
         assert artifact.passes == artifact.snapshot.passes == model.report.passes
         assert graftc.load(tmp_path / "without", tiny("bert")).report.passes == model.report.passes
 
+    @pytest.mark.slow
     def test_captures_have_keys_of_their_own(self, install: Install) -> None:
         model = tiny("bert")
         request = CaptureRequest(model, fresh("bert", LORA).compilation.main.axes)
@@ -275,6 +284,7 @@ AFTER = AddedPass(Pass("after", after, rewrites=False), pipeline="eval", after="
 
 
 class TestRewriting:
+    @pytest.mark.slow
     def test_graphs_of_both_modes_have_what_it_inserts(self, install: Install) -> None:
         plain = fresh("bert", LORA).eval()
         inputs = inputs_for(plain)
@@ -290,6 +300,7 @@ class TestRewriting:
         (record,) = model.report.passes
         assert record.rewrites and not record.figures
 
+    @pytest.mark.slow
     def test_what_it_inserts_is_explained(self, install: Install) -> None:
         install("scaling", SCALE.replace("FACTOR", "1.0"), scale="SCALE")
         model = fresh("bert", LORA)
@@ -298,6 +309,7 @@ class TestRewriting:
         explanation = explain(model.snapshot, node.name, "eval")
         assert explanation.nodes[0].step == "scale" and "the pass 'scale' of scaling 1.0" in explanation.text()
 
+    @pytest.mark.slow
     def test_it_changes_what_is_computed(self, install: Install) -> None:
         plain = fresh("bert", LORA).eval()
         inputs = inputs_for(plain)
@@ -307,6 +319,7 @@ class TestRewriting:
         with model.disabled():
             assert torch.equal(flat(model(**inputs))[0], flat(tiny("bert").eval()(**inputs))[0])
 
+    @pytest.mark.slow
     def test_an_artifact_needs_the_same_pass(self, install: Install, tmp_path: Path) -> None:
         fresh("bert", LORA).save(tmp_path / "plain", certify=False)
         with installing(_folder(tmp_path / "one")) as one:
@@ -325,6 +338,7 @@ class TestRewriting:
         assert caught.value.code == "GC077" and caught.value.hint == "pip install scaling==1.0"
         assert graftc.load(tmp_path / "plain", tiny("bert"))
 
+    @pytest.mark.slow
     def test_the_example_of_the_guide(self, install: Install) -> None:
         (block,) = (b.text for b in blocks("writing-a-pass.md") if "def scale" in b.text)
         install("scaling", f"{HEAD}from graftc.extend import PassContext, Program\n{block}", scale="SCALE")
@@ -332,6 +346,7 @@ class TestRewriting:
         added = next(row.added for row in history(model.snapshot) if row.step == "scale")
         assert added == len(model.compilation.main.resolved[0].sites)
 
+    @pytest.mark.slow
     def test_nothing_folds(self, install: Install) -> None:
         install("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
         model = fresh("bert", LORA)
@@ -339,6 +354,7 @@ class TestRewriting:
             model.merge()
         assert caught.value.code == "GC050" and "without scaling" in caught.value.hint
 
+    @pytest.mark.slow
     def test_it_lowers(self, install: Install) -> None:
         source = f"""{HEAD}
 def tanh(program, context):
@@ -361,6 +377,7 @@ TANH = AddedPass(Pass("double", tanh), pipeline="lower", after="lower(projection
         assert not torch.equal(one, flat(plain(**inputs))[0])
         assert history(model.snapshot, "train", lowered=True)[-1].step == "double"
 
+    @pytest.mark.slow
     def test_one_that_breaks_a_lowered_graph(self, install: Install) -> None:
         source = f"""{HEAD}
 def broken(program, context):
@@ -375,6 +392,7 @@ BROKEN = AddedPass(Pass("broken", broken), pipeline="lower", after="lower(projec
             model(**inputs_for(model))
         assert caught.value.code == "GC077"
 
+    @pytest.mark.slow
     def test_every_signature_goes_through_it(self, install: Install) -> None:
         install("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
         model = tiny("llama")

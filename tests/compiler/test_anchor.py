@@ -196,6 +196,7 @@ _ASSIGNMENTS: dict[str, Callable[[Any], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "where"),
     [*((name, "forward") for name in _ASSIGNMENTS), *(("calls", w) for w in ("submodule", "hook", "instance"))],
@@ -227,6 +228,7 @@ _HELD: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _HELD)
 def test_what_a_module_holds_is_no_assignment(name: str, recwarn: pytest.WarningsRecorder) -> None:
     """The tracer temporarily replaces containers by copies, which is not an assignment."""

@@ -102,6 +102,7 @@ def measured(compiled: Any, inputs: Any) -> dict[str, Tensor]:
     return results | gradients_of(compiled)
 
 
+@pytest.mark.slow
 @pytest.mark.sample("lora", "prefix", "dora", "override")
 @pytest.mark.parametrize(
     ("adapt", "family"),
@@ -125,6 +126,7 @@ def test_calls_do_what_every_layer_does(adapt: Mapping[str, Any], family: str) -
 
 
 class TestFunctions:
+    @pytest.mark.slow
     def test_thirty_two_layers_are_one(self) -> None:
         compiled = compiled_at(32)
         assert len(compiled._graftc.blocks) == 32
@@ -133,6 +135,7 @@ class TestFunctions:
         deeper = compilation_of(compiled_at(33)).program_as_run("train").graph
         assert len(deeper.nodes) == len(graph.nodes) + 2
 
+    @pytest.mark.slow
     def test_an_override_on_two_layers_makes_two(self) -> None:
         compiled = compiled_at(32, {**LORA, "overrides": [{"layers": [7, 20], "rank": 4}]})
         assert is_called(compiled)
@@ -142,6 +145,7 @@ class TestFunctions:
             "model.layers.7",
         }
 
+    @pytest.mark.slow
     def test_a_cache_makes_one_more(self) -> None:
         compiled = compiled_at(32).eval()
         before = codes(compiled, "eval")
@@ -155,6 +159,7 @@ class TestFunctions:
 
 
 class TestWrittenOut:
+    @pytest.mark.slow
     def test_training_and_generating_do_without(self) -> None:
         compiled = compiled_at().train()
         ids = torch.arange(12).reshape(2, 6)
@@ -164,12 +169,14 @@ class TestWrittenOut:
             compiled.generate(ids, max_new_tokens=2, do_sample=False)
         assert is_called(compiled)
 
+    @pytest.mark.slow
     def test_looking_at_a_layer_writes_all_out(self) -> None:
         compiled = compiled_at()
         assert sum(len(resolved.places) for resolved in compilation_of(compiled).main.resolved) == 7 * DEPTH
         assert not is_called(compiled)
         assert not calls(compilation_of(compiled).program("train").graph)
 
+    @pytest.mark.slow
     def test_threads_write_out_once(self) -> None:
         compiled = compiled_at()
         programs: list[Program] = []
@@ -185,6 +192,7 @@ class TestWrittenOut:
         assert len(programs) == 4
         assert len({id(program) for program in programs}) == 1
 
+    @pytest.mark.slow
     def test_trained_tensors_stay(self) -> None:
         compiled = compiled_at().eval()
         with torch.no_grad():
@@ -198,6 +206,7 @@ class TestWrittenOut:
         assert all(torch.equal(before[name], now) for name, now in compiled.adapter_state_dict().items())
         assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(outputs, outputs_of(merged, inputs), strict=True))
 
+    @pytest.mark.slow
     def test_hooks_see_their_layer(self) -> None:
         compiled, seen = compiled_at().eval(), []
         ids = torch.arange(6)[None]
@@ -209,6 +218,7 @@ class TestWrittenOut:
         assert len(seen) == 1
         assert torch.equal(before, after)
 
+    @pytest.mark.slow
     def test_a_copy_is_a_model_of_its_own(self) -> None:
         compiled = compiled_at().eval()
         copied = copy.deepcopy(compiled)
@@ -222,18 +232,21 @@ class TestWrittenOut:
 
 
 class TestToldAsOfEveryLayer:
+    @pytest.mark.slow
     def test_an_error_names_the_first_place(self) -> None:
         with pytest.raises(GraftError) as told:
             compiled_at(adapt={**LORA, "rank": 4000})
         assert told.value.code == "GC020"
         assert "model.layers.0." in str(told.value)
 
+    @pytest.mark.slow
     def test_an_error_of_a_later_layer_is_told(self) -> None:
         with pytest.raises(GraftError) as told:
             compiled_at(adapt={**LORA, "overrides": [{"layers": 3, "rank": 4000}]})
         assert told.value.code == "GC020"
         assert "model.layers.3." in str(told.value)
 
+    @pytest.mark.slow
     def test_a_warning_is_told_once(self) -> None:
         model = tiny("t5", layers=DEPTH)
         spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "head"]}}]}
@@ -260,6 +273,7 @@ def test_parts_of_a_call_are_written_out_one_by_one() -> None:
     assert not any(calls(program.graph) for program in compilation_of(compiled).programs.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["density", "equivalent_rank"])
 def test_an_attempt_with_calls_that_fails_leaves_nothing(field: str) -> None:
     """SpIEL reuses existing indices, and would mistake those of a failed attempt for selected ones."""

@@ -52,6 +52,7 @@ def through(layers: Any, x: Tensor) -> Tensor:
 X = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "run",
@@ -73,6 +74,7 @@ def test_parts_of_layers_that_are_called_again(run: Callable[[Any, Tensor], Tens
     assert {name.split(".")[1] for name in grads} == {str(number) for number in range(7)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [4, 7, 9])
 @pytest.mark.parametrize("at", [2, -2])
 def test_a_gradient_that_is_stopped_between_layers_is_refused_at_any_depth(depth: int, at: int) -> None:
@@ -86,6 +88,7 @@ def test_a_gradient_that_is_stopped_between_layers_is_refused_at_any_depth(depth
     assert error.value.code == "GC023" and "layers.0.up" in error.value.message
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_stopped_before_all_layers_is_none_of_theirs() -> None:
     compiled = graftc.compile(
         {"adapt": [LORA]}, Stack(lambda model, x: through(model.layers, x.detach())), {"x": X}, cache=False

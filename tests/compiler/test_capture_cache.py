@@ -365,6 +365,7 @@ def test_a_changed_model_never_gets_the_graph_of_a_plain_one(
     assert named == (capture_cache.key(CaptureRequest.of(model)) is None)
 
 
+@pytest.mark.slow
 def test_the_digest_of_our_own_code_covers_what_is_imported() -> None:
     """The digest covers all files that the two modules import, directly or indirectly."""
     package = Path(graftc.__file__).parent
@@ -473,6 +474,7 @@ EDITS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITS)
 def test_a_changed_file_is_a_miss_and_goes(name: str, kept: tuple[Net, Path]) -> None:
     model, path = kept

@@ -52,6 +52,7 @@ def compiled_with(method: str, model: nn.Module | None = None, **target: Any) ->
     return graftc.compile(spec, (model or Model()).eval(), {"x": torch.randn(2, 5, WIDTH)}, cache=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "full"])
 def test_rows_of_the_weight_are_adapted_and_fold(method: str) -> None:
     torch.manual_seed(0)
@@ -127,6 +128,7 @@ def test_a_bias_that_depends_on_inputs_is_no_map() -> None:
         compiled_with("lora", Model(learnt=False), modules="blocks.*.qkv")
 
 
+@pytest.mark.slow
 def test_peft_which_would_not_apply_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GraftError, match=r"GC115.*blocks\.0\.qkv, whose weight the model reads without calling"):
         compiled_with("lora", modules="blocks.*.qkv").export(tmp_path / "adapter", "peft")

@@ -43,6 +43,7 @@ def test_tensors_come_back_where_tracing_fails() -> None:
     assert all(before[name] is tensor for name, tensor in model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "look",
     [
@@ -76,6 +77,7 @@ def test_a_tensor_that_is_put_into_a_layer_is_not_lost() -> None:
     assert model.layers[3].inner.bias is own
 
 
+@pytest.mark.slow
 def test_layers_that_write_in_place_do_so_in_each() -> None:
     class Filling(Layer):
         def forward(self, x: Tensor, scale: Tensor) -> Tensor:
@@ -118,6 +120,7 @@ def test_keys_and_values_of_layers_between_stand_for_one_another(look: Callable[
     assert [spec.name for spec in result.program.inputs].count("past_4_key") == 1
 
 
+@pytest.mark.slow
 def test_which_inputs_stand_in() -> None:
     model = families.llama(num_hidden_layers=7)
     inputs = {axis.name: axis.example(torch.device("cpu")) for axis in with_past(model)}

@@ -56,6 +56,7 @@ def test_a_call_that_the_source_refuses_is_refused_and_others_run() -> None:
                 compiled.train(training)(**given)
 
 
+@pytest.mark.slow
 def test_it_holds_after_merging_and_saving(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Counting().eval()

@@ -102,6 +102,7 @@ class OverTime(nn.Module):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [12, 7, 1, 30])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_a_fixed_length(length: int, scaled: bool) -> None:

@@ -336,6 +336,7 @@ BAD: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", BAD)
 def test_bad_arguments(how: str) -> None:
     with pytest.raises(GraftError) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +27,7 @@ class Pooled(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_roles_are_read_through_pooling_that_gives_places() -> None:
     model, x = Pooled().eval().requires_grad_(False), torch.randn(2, 3, 16, 16)
     roles = graftc.roles(model, {"x": x}, cache=False).by_role()
@@ -58,6 +60,7 @@ class Halved(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_roles_are_read_where_a_branch_is_half_of_what_its_map_gives() -> None:
     model, x = Halved().eval(), torch.randn(2, 5, 8)
     roles = graftc.roles(model, {"x": x}, cache=False)

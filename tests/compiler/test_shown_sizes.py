@@ -27,6 +27,7 @@ class OneByOne(nn.Module):
         return torch.cat([self.up(row) for row in x.split(1)])
 
 
+@pytest.mark.slow
 def test_an_axis_that_is_bound_is_captured_as_it_was_shown_and_no_other() -> None:
     torch.manual_seed(0)
     model = OneByOne().eval()
@@ -62,6 +63,7 @@ class Short(nn.Module):
         return self.up(x)
 
 
+@pytest.mark.slow
 def test_a_graph_for_other_sizes_than_those_shown_is_none() -> None:
     """Samples are short: if only they were checked, there would be a graph that fits none of the user's calls."""
     torch.manual_seed(0)
@@ -87,6 +89,7 @@ class Marked(nn.Module):
         return self.up(self.embed(ids))
 
 
+@pytest.mark.slow
 def test_a_model_that_takes_no_samples_is_held_against_what_was_shown() -> None:
     torch.manual_seed(0)
     model = Marked().eval()
@@ -126,6 +129,7 @@ class Chunked(nn.Module):
         return Pair(x, {"share": share})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asks", "level"), [(False, "graph"), (True, "layers")])
 def test_sizes_that_torch_divides_are_sizes_and_named_tuples_stay_what_they_are(asks: bool, level: str) -> None:
     torch.manual_seed(0)

@@ -256,6 +256,7 @@ def _checked(place: Path, numbers: range, patch: pytest.MonkeyPatch) -> set[str]
     return endings
 
 
+@pytest.mark.slow
 @as_root
 def test_fuzz_staging_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     endings = _checked(tmp_path / "place", range(SAMPLE), monkeypatch)
@@ -281,6 +282,7 @@ def public() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 @as_root
 def test_fuzz_staging_as_a_user(public: Path) -> None:
     """The same holds for a user other than root, in folders of root and of another user."""

@@ -49,6 +49,7 @@ SAMPLE = [
 """What was refused once, though peft makes it and a method says it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_a_sample_is_equal(case: Case, tmp_path: Path) -> None:
     result = run(case, tmp_path)

@@ -71,6 +71,7 @@ def test_nothing_is_drawn(model: nn.Module) -> None:
     assert torch.initial_seed() == 11
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [-5, 2**63, 0])
 def test_every_seed_of_torch_may_be_kept(seed: int, model: nn.Module, tmp_path: Path) -> None:
     torch.manual_seed(seed)
@@ -83,6 +84,7 @@ def test_every_seed_of_torch_may_be_kept(seed: int, model: nn.Module, tmp_path: 
     assert same(loaded.adapter_state_dict(), compiled.adapter_state_dict())
 
 
+@pytest.mark.slow
 def test_what_is_added_starts_from_the_seed_that_was_used(model: nn.Module) -> None:
     results = []
     for later in (1, 2):
@@ -98,6 +100,7 @@ class StoppedError(Exception):
     """Raised to end a run as if it was killed."""
 
 
+@pytest.mark.slow
 def test_tune_goes_on_with_the_seed_that_it_began_with(model: nn.Module, tmp_path: Path) -> None:
     starts: list[dict[str, Tensor]] = []
 

@@ -64,6 +64,7 @@ TEXTS: dict[str, tuple[str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTS)
 def test_text_that_is_too_large_or_too_deep(name: str) -> None:
     format, text = TEXTS[name]
@@ -178,6 +179,7 @@ DATA: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATA)
 def test_data_that_is_too_large(name: str) -> None:
     data, code = DATA[name]

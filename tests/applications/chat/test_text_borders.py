@@ -80,6 +80,7 @@ BOMBS = {
 
 @pytest.mark.usefixtures("in_time")
 class TestTemplates:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", BOMBS)
     def test_what_is_too_much_or_wrong_is_refused(self, opened: TextModel, name: str) -> None:
         began = time.monotonic()
@@ -118,6 +119,7 @@ class TestTemplates:
         many = [{"role": "user", "content": "w1 " * 100_000}] * 3
         require_bounded(TEMPLATE, many, {})
 
+    @pytest.mark.slow
     def test_after_a_refusal_and_in_a_fork(self) -> None:
         with pytest.raises(GraftError):
             require_bounded(BOMBS["loops"], MESSAGES, {})

@@ -237,6 +237,7 @@ def test_sizes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert line(error) == 2 and "more than 20 bytes" in error.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [1_001, 1_000_000])
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
 def test_rows_have_so_many_fields(tmp_path: Path, columns: int, suffix: str) -> None:

@@ -166,6 +166,7 @@ def test_files_that_are_refused(tmp_path: Path, name: str) -> None:
         read_shard(path)
 
 
+@pytest.mark.slow
 def test_as_many_tensors_as_there_may_be_take_no_time(tmp_path: Path) -> None:
     tensors = [(f"model.layers.{n}.weight", "F32", (0,)) for n in range(100_000)]
     (tmp_path / "x.safetensors").write_bytes(header_bytes(tensors, {}))

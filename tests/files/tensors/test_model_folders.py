@@ -116,6 +116,7 @@ def test_positions_that_the_files_do_not_have(saved: Path, tmp_path: Path, posit
     assert unreadable(folder).code == "GC032"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2000, 10**9])
 def test_a_model_without_weights_has_bounds_too(saved: Path, tmp_path: Path, layers: int) -> None:
     folder = copied(saved, "single", tmp_path / "model", _config(num_hidden_layers=layers))
@@ -303,6 +304,7 @@ def _with(folder: Path, **changes: Any) -> bytes:
     return json.dumps({**json.loads((folder / "adapter_config.json").read_text()), **changes}).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_that_are_refused(saved: Path, tmp_path: Path, name: str) -> None:
     folder = written_lora(tmp_path / "adapter", saved / "single")

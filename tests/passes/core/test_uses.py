@@ -129,6 +129,7 @@ def with_lora(case: str, **fields: Any) -> tuple[nn.Module, Compiled, Mapping[st
     return model, fresh(model, lora(modules="**", **fields), inputs={"x": x}), {"x": x}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "pissa", "olora"])
 @pytest.mark.parametrize("case", CASES)
 def test_identity_and_fold(case: str, init: str) -> None:

@@ -34,6 +34,7 @@ def test_a_layer_is_one_block(family: str, method: str) -> None:
         assert inserted >= len(compiled.report.adaptations) * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("off", [[], ["projections"]])
 def test_random_numbers_are_drawn_in_the_order_of_the_source(off: list[str]) -> None:
     """T5 draws for its decoder's embeddings between two stacks, and the first one's result is read by every layer of
@@ -53,6 +54,7 @@ def test_random_numbers_are_drawn_in_the_order_of_the_source(off: list[str]) -> 
     assert largest_difference(*outputs) <= 1e-5
 
 
+@pytest.mark.slow
 def test_what_writes_and_what_reads_it_keep_their_order() -> None:
     """T5 computes its decoder's tokens from labels by writing to one tensor, after its encoder."""
     model = tiny("t5").eval()
@@ -101,6 +103,7 @@ class Twice(nn.Module):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "target"), [(Gathering, "head"), (Twice, "layers.*")])
 def test_writes_between_layers(kind: type[nn.Module], target: str) -> None:
     torch.manual_seed(0)

@@ -76,6 +76,7 @@ def texts(pad: int, front: bool) -> tuple[Tensor, Tensor]:
     return torch.where(mask == 1, ids, pad), mask
 
 
+@pytest.mark.slow
 @some(*(name for name in FAMILIES if name != "CTRL"))
 def test_virtual_tokens(family: str) -> None:
     """The outputs equal those of the model itself, called with the embeddings of the longer text."""
@@ -168,6 +169,7 @@ class Placed(nn.Module):
         return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["slice", "count", "rotated"])
 def test_positions_that_cannot_be_shifted(way: str) -> None:
     entry = {"method": "prefix", "length": LENGTH, "positions": "shifted", "target": {"role": "attn"}}
@@ -221,6 +223,7 @@ class Indexed(nn.Module):
         return self.table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["cut", "made"])
 def test_a_table_that_positions_are_looked_up_in(way: str) -> None:
     """A table that is cut to the text sets no bound, and one that is computed from positions is shifted once."""

@@ -112,6 +112,7 @@ def test_a_prefix_is_a_mixture(masked: str) -> None:
     torch.testing.assert_close(compiled(x), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_bias_for_one_length_is_refused() -> None:
     """The bias has no values for keys in front of the text."""
     with pytest.raises(GraftError, match="the bias of attn for keys in front of the text") as caught:

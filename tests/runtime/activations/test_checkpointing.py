@@ -28,6 +28,7 @@ def gradients(compiled: Any) -> list[torch.Tensor]:
     return list(gradients_of(compiled).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
 @pytest.mark.parametrize("options", [None, {"use_reentrant": False, "preserve_rng_state": True, "early_stop": False}])
 @pytest.mark.parametrize(("every", "offload", "expected"), [(1, False, [1, 1]), (2, True, [1, 0]), (5, False, [1, 0])])

@@ -111,6 +111,7 @@ MANIFESTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifest(name: str, artifact: Path) -> None:
     edit_manifest(artifact, **MANIFESTS[name])
@@ -221,6 +222,7 @@ GRAPHS: dict[str, Change | str] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_graph(name: str, artifact: Path) -> None:
     edit_json(artifact, GRAPH, GRAPHS[name])

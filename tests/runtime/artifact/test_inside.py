@@ -52,6 +52,7 @@ def test_the_names() -> None:
     assert SEALED == {MANIFEST: "artifact", RECORD: "merged"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["o", "programs/o", "new/folder/o"])
 @pytest.mark.parametrize("kind", ["artifact", "merged"])
 @pytest.mark.parametrize("write", WRITES)
@@ -97,6 +98,7 @@ def test_what_stays_allowed(models_in_folder: tuple[Any, Any, Path], tmp_path: P
 QUICK = ["merged", "artifact", "peft", "text"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "where", ["link/../new", "link/../folder/new", "link/inner/../../new", "link/../folder/../new"]
 )

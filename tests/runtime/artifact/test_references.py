@@ -60,6 +60,7 @@ PLACES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLACES)
 def test_a_reference_that_does_not_fit_its_kind(name: str, artifact: Path) -> None:
     """Everything that opens the artifact refuses it as unsafe, and nothing is imported."""

@@ -88,6 +88,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         return Saved(base, folder / "artifact", logits(compiled), folder / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.sample("gone-added", "gone-disabled", "gone-merged", "emptied-with_labels", "another-saved")
 @pytest.mark.parametrize("use", [disabled, added, with_labels, merged, saved])
 @pytest.mark.parametrize("change", [gone, emptied, another])

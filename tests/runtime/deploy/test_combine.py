@@ -212,6 +212,7 @@ def test_the_source_of_a_combination_still_trains() -> None:
     assert same_bits(outputs_of(compiled, inputs), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["concatenation", "svd", "linear"])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.4)])
 def test_other_targets_count_as_zero(kind: Kind, weights: tuple[float, float]) -> None:

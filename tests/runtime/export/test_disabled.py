@@ -129,6 +129,7 @@ def nets() -> dict[tuple[str, str], Compiled]:
     return {order: net(order) for order in ORDERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("operation", "order", "state"), list(_cases()))
 def test_every_adaptation(
     nets: dict[tuple[str, str], Compiled], operation: str, order: tuple[str, str], state: str, tmp_path: Path
@@ -153,6 +154,7 @@ def llama(*roles: str) -> Compiled:
     return compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["disable", "while"])
 @pytest.mark.parametrize("format", ["peft", "gguf", "card", "adapter_state_dict"])
 def test_what_is_written_of_adapters(format: str, how: str, tmp_path: Path) -> None:

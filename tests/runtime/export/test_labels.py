@@ -69,6 +69,7 @@ def check(compiled: Any, path: Path) -> None:
         assert torch.allclose(outputs["logits"], compiled(**inputs).logits, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merged", [False, pytest.param(True, marks=FULL)])
 @pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=FULL)])
 @pytest.mark.parametrize("when", ["compiled", pytest.param("trained", marks=FULL)])
@@ -123,6 +124,7 @@ class Needing(Own):
         return super().forward(x, wanted, scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "kept"), [(Own, {"x", "scale"}), (Needing, {"x", "wanted", "scale"})])
 def test_what_only_a_loss_reads(kind: type[Own], kept: set[str], tmp_path: Path) -> None:
     """Labels are recognised by what reads them; an input that the model cannot be called without stays."""

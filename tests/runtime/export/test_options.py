@@ -103,6 +103,7 @@ def test_one_name_is_a_list_of_one(models: dict[str, Any], tmp_path: Path) -> No
     assert [file.name for file in sorted(tmp_path.iterdir())] == [path.name, "made.pt2.low.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["peft", "gguf", "onnx-generate", "pt2"])
 def test_partial_merges(format: Any, tmp_path: Path) -> None:
     """The rest of a partial merge can only be exported as a graph, and its options are checked as well."""

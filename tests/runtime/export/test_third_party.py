@@ -94,6 +94,7 @@ def test_it_is_one_file_and_one_line() -> None:
 # --- the command line ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("merge", [True, False], ids=["merged", "unmerged"])
 def test_the_command(merge: bool, shapes: None, here: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--allow-unchanged"] if merge else ["--no-merge"]
@@ -198,6 +199,7 @@ def test_python(shapes: None, compiled: Any, tmp_path: Path) -> None:
     assert caught.value.hint is not None and caught.value.hint.endswith("; installed packages add shapes")
 
 
+@pytest.mark.slow
 def test_partial_merges(shapes: None, tmp_path: Path) -> None:
     from graftc.testing import tiny
 
@@ -230,6 +232,7 @@ FOLDER = Exporter("folder", "A folder", (DIGITS,), write, prepare=prepare, repla
 """
 
 
+@pytest.mark.slow
 def test_a_folder_and_a_graph(install: Install, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An exporter can write a folder, with a file beside it, of a graph; its options may be other than words."""
     install("graftc-folder", FOLDER, folder="FOLDER")
@@ -270,6 +273,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_exporter_that_fails(
     fault: str, install: Install, compiled: Any, here: Path, capsys: pytest.CaptureFixture[str]

@@ -70,6 +70,7 @@ def beside_others(*jobs: Callable[[], Any]) -> tuple[list[Any], int]:
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("formats", [("pt2", "pt2"), ("onnx", "pt2"), pytest.param(("onnx",) * 4, marks=FULL)])
 def test_streams_stay(
     formats: tuple[Any, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
@@ -112,6 +113,7 @@ def test_what_others_redirect_meanwhile(tmp_path: Path) -> None:
     assert set(mine.getvalue().splitlines()) == {"mine"}
 
 
+@pytest.mark.slow
 def test_a_failing_export_leaves_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compiled = graftc.compile(SPEC, Net().bfloat16().eval(), {"x": torch.zeros(2, 6).bfloat16()}).eval()
     before = sys.stdout, sys.stderr, torch.onnx.export

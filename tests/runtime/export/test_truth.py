@@ -135,6 +135,7 @@ def test_pt2(tmp_path: Path) -> None:
     assert json.loads(extra["graftc.adaptations"]) == {"low": "input", "high": "constant"}
 
 
+@pytest.mark.slow
 def test_card_and_manifest(tmp_path: Path) -> None:
     """Card and artifact have every adaptation, whatever is disabled; the manifest lists the one that does not fold."""
     compiled = named("low", "front")

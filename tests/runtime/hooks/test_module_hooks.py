@@ -56,6 +56,7 @@ def stops(compiled: Any) -> int:
     return sum(node.target in (begin, end) for each in executables for node in each.lowered.graph.nodes)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_they_hear_of_what_they_hear_of_in_the_source(adapted_model: Any) -> None:
     source = adapted_model.compilation.model.eval()
@@ -91,6 +92,7 @@ def test_what_they_hear_is_adapted_and_outputs_are_the_same(adapted_model: Any) 
     assert stops(adapted_model) == 0, "code is as it was without hooks"
 
 
+@pytest.mark.slow
 def test_gradients_reach_what_they_hear(adapted_model: Any) -> None:
     path = next(
         path for path in leaves(adapted_model.compilation.model) if path.endswith(("down_proj", "output.dense"))

@@ -279,6 +279,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_that_are_refused(name: str, copied: Path) -> None:
     fields, code, said = CONFIGS[name]

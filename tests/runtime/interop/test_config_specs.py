@@ -138,6 +138,7 @@ def tasked(task: str) -> nn.Module:
     return getattr(transformers, name)(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.sample("SEQ_CLS-lora", "TOKEN_CLS-prompt", "score-lora")
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
 @pytest.mark.parametrize("task", [*HEADS, "score"])
@@ -295,6 +296,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_has_no_equivalent_is_refused_by_its_field(name: str) -> None:
     make, field = REFUSED[name]
@@ -329,6 +331,7 @@ def test_a_kind_without_defaults_says_what_peft_says() -> None:
     assert caught.value.code == "GC112"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["object", "mapping", "file", "by name"])
 def test_a_config_may_be_an_object_or_data(source: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -360,6 +363,7 @@ def test_a_pattern_that_takes_forever_is_cut_off() -> None:
         graftc.compile(config, base("llama"))
 
 
+@pytest.mark.slow
 def test_values_and_random_numbers_stay() -> None:
     model = copy.deepcopy(base("bert"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -378,6 +382,7 @@ def tied_llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
 def test_tied_modules_train_as_in_peft(saved: list[str], together: bool) -> None:
@@ -414,6 +419,7 @@ class Attending(nn.Module):
         return outputs
 
 
+@pytest.mark.slow
 def test_an_attention_of_torch_as_a_whole() -> None:
     torch.manual_seed(0)
     model, x = Attending().eval(), torch.randn(2, 5, 16)
@@ -425,6 +431,7 @@ def test_an_attention_of_torch_as_a_whole() -> None:
     assert sum(p.numel() for p in expected.parameters() if p.requires_grad) == compiled.report.trainable_parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", [r".*\.(q_proj|w1|w2|w3)", r".*\.1\..*q_proj", r".*experts\.(w1|w3|w2)"])
 def test_patterns_where_peft_goes_by_older_names(pattern: str) -> None:
     """Patterns may name experts as the modules of transformers 4; peft then matches the last segments in all layers."""

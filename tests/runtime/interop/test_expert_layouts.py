@@ -116,6 +116,7 @@ def test_an_export_tells(tmp_path: Path) -> None:
     torch.testing.assert_close(again(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["c_attn.weight", "attn.c_proj.weight"])
 def test_a_stored_matrix_that_a_config_names_itself(name: str, tmp_path: Path) -> None:
     """PEFT takes any two axes for ``[out, in]``, including those of ``Conv1D``, whose weights are ``[in, out]``."""

@@ -231,6 +231,7 @@ def test_adapters_of_two_bases(dense: Path, llama_config: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "code"),
     [

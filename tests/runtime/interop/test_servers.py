@@ -118,6 +118,7 @@ LORAS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SERVERS)
 @pytest.mark.parametrize("kind", LORAS)
 def test_what_is_written_for_a_server(kind: str, name: str, tmp_path: Path) -> None:
@@ -182,6 +183,7 @@ def test_an_export_for_a_server(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["r"] == 4
 
 
+@pytest.mark.slow
 def test_a_conversion_for_a_server(tmp_path: Path) -> None:
     """A conversion to a server's layout respects its limits."""
     own = written(base("llama"), tmp_path / "own", target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 5})

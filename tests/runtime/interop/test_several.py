@@ -60,6 +60,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", PAIRS)
 def test_two_folders_add_up_as_in_peft(chosen: tuple[str, str], folders: dict[str, Path]) -> None:
     own = [folders[name] for name in chosen]
@@ -71,6 +72,7 @@ def test_two_folders_add_up_as_in_peft(chosen: tuple[str, str], folders: dict[st
             assert torch.allclose(logits(compiled), theirs(own[1]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_names_may_be_given(folders: dict[str, Path]) -> None:
     compiled = graftc.import_peft({"a": folders["first"], "b": folders["third"]}, base("llama"))
     assert [adaptation.name for adaptation in compiled.spec.adapt] == ["a", "b"]
@@ -78,6 +80,7 @@ def test_names_may_be_given(folders: dict[str, Path]) -> None:
         assert torch.allclose(logits(compiled), theirs(folders["third"]), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_more_into_a_compiled_model(folders: dict[str, Path]) -> None:
     compiled = graftc.import_peft(folders["first"], base("llama"))
     before = dict(compiled.named_parameters())
@@ -91,6 +94,7 @@ def test_one_more_into_a_compiled_model(folders: dict[str, Path]) -> None:
     assert [str(own.name) for own in compiled.spec.adapt][-1] == "second"
 
 
+@pytest.mark.slow
 def test_what_does_not_go_together_is_named(folders: dict[str, Path]) -> None:
     compiled = graftc.import_peft(folders["first"], base("llama"))
     before = logits(compiled)
@@ -111,6 +115,7 @@ def test_what_does_not_go_together_is_named(folders: dict[str, Path]) -> None:
     assert torch.equal(logits(compiled), before)
 
 
+@pytest.mark.slow
 def test_a_folder_whose_name_ends_like_rows(folders: dict[str, Path]) -> None:
     """``run`` and ``run_1`` are two adapters, not one adapter with additional rows."""
     named = {"run": folders["first"], "run_1": folders["second"]}

@@ -221,6 +221,7 @@ REFERRING: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.sample("grpo", "dpo")
 @pytest.mark.parametrize("run", REFERRING)
 def test_a_reference_is_found_for_a_base_in_memory(run: str, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_windows_are_told_from_the_model(name: str) -> None:
     assert may_have_windows(model(name)) is MODELS[name][2]
 
 
+@pytest.mark.slow
 def test_a_model_without_a_config_may_have_some() -> None:
     assert may_have_windows(nn.Linear(2, 2))
 

@@ -44,6 +44,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return graftc.compile(spec, tiny(request.param))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_what_to_write_is_said_and_nothing_changes(way: str, model: Any, folder: Path) -> None:
     inputs = inputs_for(model)
@@ -62,6 +63,7 @@ def test_other_modules_hold_a_compiled_model_and_peft_other_models(model: Any) -
     assert peft.get_peft_model(copy.deepcopy(tiny("llama")), peft.LoraConfig(target_modules=["q_proj"])) is not None
 
 
+@pytest.mark.slow
 def test_graphs_are_kept_all_the_same() -> None:
     """The global module hook that detects peft's wrapping does not keep captures out of the cache."""
     spec = {"adapt": [{"method": "lora", "target": {"role": ["attn.q"]}}]}

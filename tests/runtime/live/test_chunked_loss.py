@@ -102,6 +102,7 @@ def gradients(compiled: Any, given: dict[str, torch.Tensor]) -> tuple[torch.Tens
     return outputs.loss.detach(), grads, outputs.logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["shifted", "cut", "capped"])
 @pytest.mark.parametrize("loss", ["chunked", "auto"])
 def test_losses_and_gradients_are_those_of_a_whole_loss(way: str, loss: str) -> None:
@@ -122,6 +123,7 @@ def test_losses_and_gradients_are_those_of_a_whole_loss(way: str, loss: str) -> 
     assert losses and all(outcome.done for outcome in losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["shifted", "capped"])
 def test_one_graph_holds_for_all_sizes(way: str) -> None:
     _, chunked = both(way)
@@ -133,6 +135,7 @@ def test_one_graph_holds_for_all_sizes(way: str) -> None:
     assert len(chunked.compilation.signatures) == known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "warned"), [("by_hand", True), ("read_first", False)])
 def test_what_reads_logits_gets_them(way: str, warned: bool) -> None:
     whole, chunked = both(way)
@@ -147,6 +150,7 @@ def test_what_reads_logits_gets_them(way: str, warned: bool) -> None:
         assert torch.allclose(actual[1][name], gradient, rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_logits_are_there_in_eval_mode_and_without_labels() -> None:
     whole, chunked = both("shifted")
     given = {"ids": batch()["ids"]}
@@ -156,6 +160,7 @@ def test_logits_are_there_in_eval_mode_and_without_labels() -> None:
     assert type(outputs.logits) is torch.Tensor and torch.equal(outputs.loss, whole(**batch()).loss)
 
 
+@pytest.mark.slow
 def test_what_was_written_to_before_logits_are_read_is_refused() -> None:
     torch.manual_seed(0)
     model = nn.Sequential()
@@ -169,6 +174,7 @@ def test_what_was_written_to_before_logits_are_read_is_refused() -> None:
         logits.sum()
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_call() -> None:
     """Autocast and gradient mode are those in which the head was called."""
     _, chunked = both("shifted")

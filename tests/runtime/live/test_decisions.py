@@ -97,6 +97,7 @@ CALLS = [
 ]
 
 
+@pytest.mark.slow
 def test_calls_that_decide_otherwise_equal_the_source_with_its_buffers_and_random_numbers() -> None:
     torch.manual_seed(0)
     model = Stack().eval()
@@ -119,6 +120,7 @@ def test_calls_that_decide_otherwise_equal_the_source_with_its_buffers_and_rando
     assert kinds[1] == kinds[2] <= 8  # by then, a buffer contains NaN
 
 
+@pytest.mark.slow
 def test_gradients_a_merge_and_an_artifact(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Stack().eval()
@@ -155,6 +157,7 @@ def test_gradients_a_merge_and_an_artifact(tmp_path: Path) -> None:
             torch.testing.assert_close(gradient, lora.alpha / lora.rank * whole @ a.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["hidden", "chance"])
 def test_what_varies_from_call_to_call_makes_no_graph_of_a_layer(how: str) -> None:
     torch.manual_seed(0)
@@ -178,6 +181,7 @@ class Replaces(Layer):
         return x + self.down(torch.relu(self.up(x))) * mask[..., None]
 
 
+@pytest.mark.slow
 def test_a_buffer_that_a_library_s_layer_replaces_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """I-BERT keeps the ranges of activations so; a user's own class is refused, as for any other attribute."""
     monkeypatch.setattr(Replaces, "__module__", "transformers.models.ibert")

@@ -66,6 +66,7 @@ def own_adapted(method: str) -> tuple[Any, nn.Module, Tensor]:
     return adapted(model, entry, inputs={"x": x}, cache=False, noise=0.3), model, x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "refused"),
     [
@@ -91,6 +92,7 @@ def test_reading_values_is_refused_and_asking_for_types_is_not(method: str, refu
     assert type(model.layers[0].o.weight) is nn.Parameter
 
 
+@pytest.mark.slow
 def test_a_tensor_that_several_adapt_stays_guarded_while_one_does() -> None:
     torch.manual_seed(0)
     model, x = Model().eval().requires_grad_(False), torch.randn(2, 8)
@@ -105,6 +107,7 @@ def test_a_tensor_that_several_adapt_stays_guarded_while_one_does() -> None:
         assert torch.equal(compiled(x, read="weight"), model(x, read="weight"))
 
 
+@pytest.mark.slow
 def test_threads_that_run_the_base_and_the_adapted_model() -> None:
     compiled, model, x = own_adapted("lora")
     reference, told = compiled.reference(), []

@@ -82,6 +82,7 @@ class Stack(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [SDPBackend.MATH, [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], None])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_is_the_source_to_the_bit(kernel: Any, training: bool) -> None:
@@ -100,6 +101,7 @@ def test_a_layer_is_the_source_to_the_bit(kernel: Any, training: bool) -> None:
     assert bool(fused) == (kernel is None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [SDPBackend.MATH, None])
 def test_what_an_exporter_puts_in_its_place_is_not_the_models_choice(kernel: Any) -> None:
     """transformers traces every attention on a CPU with the reference kernel."""

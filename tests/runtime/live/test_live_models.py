@@ -58,6 +58,7 @@ def loss_of(outputs: Any) -> Tensor:
     return outputs.loss if hasattr(outputs, "loss") else outputs.square().mean()  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_before_training_it_is_the_source_to_the_bit(named: tuple[str, Case, Any]) -> None:
     _, case, compiled = named
     copied = copy.deepcopy(compiled)
@@ -71,6 +72,7 @@ def test_before_training_it_is_the_source_to_the_bit(named: tuple[str, Case, Any
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_source_with_the_folded_update(named: tuple[str, Case, Any]) -> None:
     """Gradients for ``W + s B A`` follow by the chain rule from those of the whole weight in the source's own class."""
     _, case, compiled = named
@@ -95,6 +97,7 @@ def test_gradients_are_those_of_the_source_with_the_folded_update(named: tuple[s
             assert torch.allclose(ours, wanted, atol=1e-4 * float(wanted.abs().max()) + 1e-7)
 
 
+@pytest.mark.slow
 def test_merged_it_gives_the_same_and_is_of_the_sources_class(named: tuple[str, Case, Any], tmp_path: Path) -> None:
     name, case, compiled = named
     trained = with_noise(copy.deepcopy(compiled))
@@ -109,6 +112,7 @@ def test_merged_it_gives_the_same_and_is_of_the_sources_class(named: tuple[str, 
                 assert torch.allclose(tensors_of(model(**batch))[-1], wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_it_is_the_same(named: tuple[str, Case, Any], tmp_path: Path) -> None:
     _, case, compiled = named
     trained = with_noise(copy.deepcopy(compiled))
@@ -119,6 +123,7 @@ def test_saved_and_loaded_it_is_the_same(named: tuple[str, Case, Any], tmp_path:
             assert torch.equal(tensors_of(loaded(**batch))[-1], tensors_of(trained(**batch))[-1])
 
 
+@pytest.mark.slow
 def test_left_out_it_is_the_source(named: tuple[str, Case, Any]) -> None:
     _, case, compiled = named
     trained = with_noise(copy.deepcopy(compiled))
@@ -127,6 +132,7 @@ def test_left_out_it_is_the_source(named: tuple[str, Case, Any]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(ours, tensors_of(case.model.eval()(**case.second)), strict=True))
 
 
+@pytest.mark.slow
 def test_threads_get_their_own_results(named: tuple[str, Case, Any]) -> None:
     _, case, compiled = named
     trained = with_noise(copy.deepcopy(compiled))
@@ -158,6 +164,7 @@ def generates_as_its_merged_class(trained: Any, case: Case, length: int) -> tupl
     return asked, plain
 
 
+@pytest.mark.slow
 def test_a_graph_generates_by_its_layers_where_calls_with_a_cache_are_no_graph() -> None:
     case = llava()
     spec = {"adapt": [{**LORA, "target": {"modules": "**.{q_proj,v_proj}"}}]}
@@ -203,6 +210,7 @@ def test_steps_of_one_kind_add_one_signature(named: tuple[str, Case, Any]) -> No
     assert counts[0] == counts[1] == counts[2]
 
 
+@pytest.mark.slow
 def test_hooks_hear_what_they_hear_of_the_source() -> None:
     case = looping()
     compiled = case_compiled("looping", case).eval()
@@ -230,6 +238,7 @@ def test_hooks_hear_what_they_hear_of_the_source() -> None:
     assert len(heard["ours"]) == 3
 
 
+@pytest.mark.slow
 def test_a_call_of_another_kind_is_captured_when_it_comes() -> None:
     case = looping()
     compiled = case_compiled("looping", case).eval()
@@ -240,6 +249,7 @@ def test_a_call_of_another_kind_is_captured_when_it_comes() -> None:
     assert len(compiled.compilation.signatures) > before
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     case = looping()
     grads = []
@@ -258,6 +268,7 @@ def test_asked_for_a_graph_it_is_refused() -> None:
     assert caught.value.code == "GC030"
 
 
+@pytest.mark.slow
 def test_asked_for_layers_maps_are_not_enough() -> None:
     with pytest.raises(GraftError) as caught:
         case_compiled("qwen2_vl", qwen2_vl(), capture="layers")
@@ -284,6 +295,7 @@ def test_gates_over_rows_are_refused() -> None:
         graftc.compile({"adapt": [{"method": "unipelt"}]}, case.model, case.first, cache=False)
 
 
+@pytest.mark.slow
 def test_it_is_not_exported_as_a_graph(tmp_path: Path) -> None:
     case = looping()
     compiled = case_compiled("looping", case)
@@ -300,6 +312,7 @@ class Chosen(Block):
         return super().forward(x, scale if float(x.sum()) > 0 else 2 * scale)
 
 
+@pytest.mark.slow
 def test_a_layer_that_reads_values_is_no_graph() -> None:
     """Its graph would be right on the inputs shown, and wrong on others."""
     torch.manual_seed(0)
@@ -325,6 +338,7 @@ class Switched(Block):
         return super().forward(x, scale)
 
 
+@pytest.mark.slow
 def test_a_call_in_which_a_layer_reads_values_is_refused() -> None:
     model, case = Looping().eval(), looping()
     model.layers[1] = Switched(16)
@@ -349,6 +363,7 @@ class Sometimes(Looping):
         return super().forward(x, rounds)
 
 
+@pytest.mark.slow
 def test_layers_that_the_inputs_shown_do_not_call_are_named() -> None:
     """Adapting such a layer is refused; otherwise a note says that nothing is adapted there."""
     model, case = Sometimes().eval(), looping()
@@ -371,6 +386,7 @@ class Counting(nn.Module):
         return x * self.weight * (2.0 if float(x.sum()) > 0 else 1.0)
 
 
+@pytest.mark.slow
 def test_a_map_that_reads_values_is_no_graph() -> None:
     model, case = Looping().eval(), looping()
     model.layers[1].norm = Counting()

@@ -126,6 +126,7 @@ def model_and_compiled(cls: type[Plain], spec: Any = SPEC) -> tuple[Plain, Any]:
     return model, graftc.compile(spec, model, (X,), cache=False).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Plain, Sets, CallsInside, Counts, Moving, Recomputes, Collects])
 @pytest.mark.parametrize("training", [True, False])
 def test_it_is_the_source_and_merges(cls: type[Plain], training: bool) -> None:
@@ -143,6 +144,7 @@ def test_it_is_the_source_and_merges(cls: type[Plain], training: bool) -> None:
     assert all(p.grad is not None for p in compiled.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Sets, CallsInside, Counts, Collects])
 def test_such_layers_are_no_graphs_and_their_maps_are(cls: type[Plain]) -> None:
     _, compiled = model_and_compiled(cls)
@@ -161,6 +163,7 @@ class Later(Plain):
         return super().forward(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other, message",
     [
@@ -184,6 +187,7 @@ class Reads(Plain):
         return super().through(x) @ self.last.weight.T @ self.last.weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [LORA | {"target": {"modules": "last"}}, {"method": "full", "target": {"modules": "last"}}]
 )
@@ -196,6 +200,7 @@ def test_an_adaptation_of_what_it_reads_is_refused(method: dict[str, Any]) -> No
     assert torch.equal(compiled(X), model(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["", "layers.1", "layers.1.up", "last"])
 def test_hooks_of_the_source_act_once(path: str) -> None:
     torch.manual_seed(0)
@@ -207,6 +212,7 @@ def test_hooks_of_the_source_act_once(path: str) -> None:
     assert torch.equal(compiled(X), model(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ["", "layers.1", "last"])
 def test_hooks_of_the_compiled_model_act_once(path: str) -> None:
     model, compiled = model_and_compiled(Plain)
@@ -215,6 +221,7 @@ def test_hooks_of_the_compiled_model_act_once(path: str) -> None:
     assert torch.equal(compiled(X), model(X))
 
 
+@pytest.mark.slow
 def test_a_hook_inside_of_a_layer_is_refused() -> None:
     _, compiled = model_and_compiled(Plain)
     handle = compiled.get_submodule("layers.1.up").register_forward_hook(lambda *_: None)
@@ -232,6 +239,7 @@ class Mixed(Plain):
             return super().through(x).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_as_in_the_source(dtype: torch.dtype) -> None:
     model, compiled = model_and_compiled(Plain)
@@ -255,6 +263,7 @@ def test_what_is_of_the_whole_is_refused(spec: dict[str, Any]) -> None:
     assert caught.value.code == "GC149"
 
 
+@pytest.mark.slow
 def test_it_warms_up() -> None:
     model, compiled = model_and_compiled(Moving)
     before = copy.deepcopy(compiled.train().state_dict())
@@ -286,6 +295,7 @@ class HandsNotes(Plain):
         return x
 
 
+@pytest.mark.slow
 def test_what_a_layer_is_called_with_is_said_where_no_graph_takes_it() -> None:
     model = HandsNotes()
     compiled = graftc.compile(SPEC, model, (X,), cache=False)
@@ -307,6 +317,7 @@ class Keyed(Plain):
         return self.parts["2-1"](super().through(x))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_names_of_modules_need_not_be_identifiers() -> None:
     model = Keyed()
     spec = {"adapt": [{**LORA, "target": {"modules": ["**.up", "parts.2-1"]}}]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -58,6 +59,7 @@ class Shared(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_no_graph_reads_what_another_has_made_of_a_shared_weight() -> None:
     model = Shared().eval()
     spec: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"modules": "**.up"}}]}

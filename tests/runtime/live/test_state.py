@@ -103,6 +103,7 @@ class Renewing(Keeping):
         return y * (1 + self.calls)
 
 
+@pytest.mark.slow
 def test_a_buffer_that_is_replaced_is_saved_merged_and_copied_and_the_base_has_its_own(tmp_path: Path) -> None:
     source, twin = Renewing().eval(), Renewing()
     twin.load_state_dict(source.state_dict())

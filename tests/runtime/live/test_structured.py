@@ -57,6 +57,7 @@ def means(outputs: list[dict[str, Tensor]]) -> list[Tensor]:
     return [each["mean"] for each in outputs]
 
 
+@pytest.mark.slow
 def test_it_is_the_source_merges_saves_and_loads(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Detector().eval()
@@ -74,6 +75,7 @@ def test_it_is_the_source_merges_saves_and_loads(tmp_path: Path) -> None:
     assert all(p.grad is not None for p in compiled.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_as_one_graph_it_is_refused() -> None:
     with pytest.raises(graftc.GraftError, match="GC030: Detector is called with a list, 'images'"):
         graftc.compile({**SPEC, "capture": "graph"}, Detector(), FIRST, cache=False)
@@ -131,6 +133,7 @@ class Skipping(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "other"),
     [([Own(), Across(), Own(), Across()], {}), ([Once(True), Once(False), Once(True)], {"offset": 0.5})],

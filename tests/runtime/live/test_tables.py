@@ -42,6 +42,7 @@ def gemma4() -> nn.Module:
     return Gemma4ForCausalLM(Gemma4TextConfig(**sizes)).eval()
 
 
+@pytest.mark.slow
 def test_layers_share_keys_and_values_as_the_source_does() -> None:
     model = gemma4()
     first, second = texts([((), 9), ((), 5)], 0), texts([((), 4), ((), 12), ((), 7)], 1)
@@ -107,6 +108,7 @@ class Model(nn.Module):
         return x, seen["first"]
 
 
+@pytest.mark.slow
 def test_what_a_layer_puts_into_a_table_is_in_the_callers_own() -> None:
     model, x = Model(Layer), torch.randn(4, 6)
     compiled = graftc.compile(SPEC, model, (x,), cache=False)
@@ -116,6 +118,7 @@ def test_what_a_layer_puts_into_a_table_is_in_the_callers_own() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_layer_that_takes_something_out_is_its_own_python() -> None:
     model, x = Model(Removing), torch.randn(4, 6)
     compiled = graftc.compile(SPEC, model, (x,), cache=False)

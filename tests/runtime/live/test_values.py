@@ -40,6 +40,7 @@ class Segmented(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["tolist", "numpy"])
 def test_values_that_are_read_from_memory_make_no_graph_of_a_layer(how: str) -> None:
     torch.manual_seed(0)
@@ -67,6 +68,7 @@ class Rows(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_why_the_whole_is_no_graph_is_not_why_its_parts_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of the whole must not be the context of later errors, whose context is searched for the reason."""
     handled, original = [], pipeline._compiled

@@ -269,6 +269,7 @@ class Plain(nn.Module):
         return self.last(features), features
 
 
+@pytest.mark.slow
 def test_any_module_compiles_folds_and_keeps_its_output_form() -> None:
     torch.manual_seed(0)
     model = Plain().eval()

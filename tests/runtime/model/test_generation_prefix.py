@@ -148,6 +148,7 @@ class TestInFront:
         assert torch.equal(prefixed.generate(**given, **SOME), expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_assistant(base: Any, prefixed: Any) -> None:
     """The assistant's prefix comes first in its own cache, in every round."""
     given = prompt(base, 1)
@@ -156,6 +157,7 @@ def test_a_compiled_assistant(base: Any, prefixed: Any) -> None:
     assert torch.equal(tokens, merged.generate(**given, **SOME))
 
 
+@pytest.mark.slow
 def test_calls_beside_the_loop(base: Any, prefixed: Any) -> None:
     """Guidance calls the model with its own cache, which does not yet begin with the prefix."""
     given = prompt(base, 1)

@@ -113,6 +113,7 @@ def test_rows_of_several_adaptations() -> None:
         compiled(**prompt(compiled), use_cache=True)
 
 
+@pytest.mark.slow
 def test_a_mask_of_the_new_tokens_alone(llama: Any) -> None:
     given = prompt(llama)
     cache = llama(**given, use_cache=True).cache

@@ -195,6 +195,7 @@ READERS: dict[str, Callable[[Any, Any, Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_reading_the_source_waits_for_a_capture(reader: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """During a trace, the model's tables are empty or contain fake tensors, and a file would lack layers."""
@@ -221,6 +222,7 @@ def test_reading_the_source_waits_for_a_capture(reader: str, monkeypatch: pytest
     assert seen == wanted
 
 
+@pytest.mark.slow
 def test_a_forked_child_is_not_locked_out(net: nn.Module) -> None:
     if not hasattr(os, "fork"):
         pytest.skip("no fork")

@@ -50,6 +50,7 @@ def bases(tree: ast.Module) -> dict[str, list[str]]:
     return classes
 
 
+@pytest.mark.slow
 def test_no_class_has_more_than_two_bases_of_ours() -> None:
     """Capabilities of methods are not counted, as they only state what a method can do and have no fields."""
     trees = {file: bases(ast.parse(file.read_text(encoding="utf-8"))) for file in ROOT.rglob("*.py")}
@@ -71,6 +72,7 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return len(named) + (own.vararg is not None) + (own.kwarg is not None)
 
 
+@pytest.mark.slow
 def test_no_private_function_has_more_than_seven_parameters() -> None:
     functions = [
         (file, node)

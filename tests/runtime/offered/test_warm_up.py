@@ -95,6 +95,7 @@ def test_work_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(step.startswith("anchor") for step in steps), steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "generate"), [(IDS, False), ({"inputs_embeds": torch.zeros(1, 2, 48)}, True)])
 def test_what_is_no_batch_is_refused(batch: Any, generate: bool) -> None:
     compiled = graftc.compile(SPEC, tiny("llama")).eval()

@@ -87,6 +87,7 @@ def expected(root: Path, name: str) -> str:
     return f"it is {what}: {call.format(**words)} reads it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_the_kind_is_told(name: str, root: Path) -> None:
     assert reader_of(root / name) == expected(root, name)

@@ -227,6 +227,7 @@ def test_a_value_holds_until_it_changes(tmp_path: Path) -> None:
     assert list(zip(curve["steps"], curve["values"], strict=True)) == [(1, 8), (49, 8), (50, 4), (51, 3), (100, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [999, 1000, 1001, 20_000])
 def test_long_logs_are_thinned(count: int, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"

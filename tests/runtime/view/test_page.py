@@ -123,6 +123,7 @@ def test_levels_of_detail(file: Path, opened: Callable[..., Any]) -> None:
     assert {"bert.encoder.layer.0", "bert.encoder.layer.1"} <= shown["layers"]
 
 
+@pytest.mark.slow
 def test_views_by_key_mark_what_differs(file: Path, opened: Callable[..., Any]) -> None:
     page = opened(file)
     page.locator("#canvas").focus()
@@ -135,6 +136,7 @@ def test_views_by_key_mark_what_differs(file: Path, opened: Callable[..., Any]) 
     assert "view=diff" in page.url
 
 
+@pytest.mark.slow
 def test_what_is_open_stays_open_in_other_views(file: Path, opened: Callable[..., Any]) -> None:
     """Layers stay open even in the base's own graph, where they are alike."""
     page = opened(file, "#view=diff")
@@ -147,6 +149,7 @@ def test_what_is_open_stays_open_in_other_views(file: Path, opened: Callable[...
         assert "bert.encoder.layer.1.attention.self" in {box["key"] for box in marks(page)}, view
 
 
+@pytest.mark.slow
 def test_the_tree_is_worked_by_keys(file: Path, opened: Callable[..., Any]) -> None:
     page = opened(file)
     rows = page.locator("#left [role=treeitem]")
@@ -163,6 +166,7 @@ def test_the_tree_is_worked_by_keys(file: Path, opened: Callable[..., Any]) -> N
     assert state(page)["sel"]
 
 
+@pytest.mark.slow
 def test_search_finds_and_selects(file: Path, opened: Callable[..., Any]) -> None:
     page = opened(file)
     page.locator("#canvas").focus()
@@ -205,6 +209,7 @@ def test_the_timeline_shows_every_step(
     says(page, "insert(virtual)")
 
 
+@pytest.mark.slow
 def test_an_address_leads_back_to_what_was_seen(file: Path, opened: Callable[..., Any]) -> None:
     page = opened(file, "#view=diff&mode=train")
     page.evaluate("graftcPage.select('bert.encoder.layer.0.attention.self')")
@@ -219,6 +224,7 @@ def test_an_address_leads_back_to_what_was_seen(file: Path, opened: Callable[...
         assert state(opened(file, broken))["tab"] == "graph"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1400, "light"), (1400, "dark"), (760, "light"), (760, "dark")])
 def test_it_fits_and_follows_the_theme(file: Path, opened: Callable[..., Any], width: int, scheme: str) -> None:
     page = opened(file, width=width, color_scheme=scheme)
@@ -228,6 +234,7 @@ def test_it_fits_and_follows_the_theme(file: Path, opened: Callable[..., Any], w
     assert page.evaluate("document.documentElement.dataset.theme") != scheme
 
 
+@pytest.mark.slow
 def test_three_questions_are_answered(file: Path, opened: Callable[..., Any]) -> None:
     """Which layers have which rank, what the prefix changed in attention, and which adaptation cannot fold and why."""
     page = opened(file, "#tab=report")
