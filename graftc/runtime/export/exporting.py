@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,15 +54,19 @@ class ReadyExport:
             companions = exporter.companions(path, job.options)
             with staged(path, force=force, companions=companions, replaceable=exporter.replaceable) as file:
                 exporter.write(job, file)
-                if not file.is_symlink() and not file.exists():
-                    raise exporter.failed("it wrote nothing")
-                if file.is_symlink() or not (file.is_file() or file.is_dir()):
-                    raise exporter.failed("it wrote neither a file nor a folder")
-                if others := {other.name for other in file.parent.iterdir()} - {file.name, *companions}:
-                    raise exporter.failed(
-                        f"it wrote {listed(sorted(others))} beside its file, but declares no such file"
-                    )
+                if fault := _fault_of(file, companions):
+                    raise exporter.failed(fault)
                 exporter.check(job, file)
+
+
+def _fault_of(file: Path, companions: Sequence[str]) -> str:
+    """Return what is wrong with the result of a write, apart from its content; empty if nothing is."""
+    if not os.path.lexists(file):
+        return "it wrote nothing"
+    if file.is_symlink() or not (file.is_file() or file.is_dir()):
+        return "it wrote neither a file nor a folder"
+    undeclared = {other.name for other in file.parent.iterdir()} - {file.name, *companions}
+    return f"it wrote {listed(sorted(undeclared))} beside its file, but declares no such file" if undeclared else ""
 
 
 class Exporting:
