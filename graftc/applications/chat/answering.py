@@ -34,8 +34,8 @@ def prompt_ids(model: TextModel, prompt: str | Sequence[Message]) -> Tensor:
     The prompt is either a text for the model to continue, or a chat in which the assistant speaks next.
 
     Raises:
-        GraftError: GC147 if there is no chat template, or it rejects these messages; GC090 for an empty text; GC146
-            for tokens that the model does not have.
+        GraftError: GC147 if the tokenizer has no chat template, or if its template rejects these messages; GC090 for
+            an empty text; GC146 for tokens that the model does not have.
     """
     tokenizer = model.tokenizer
     if isinstance(prompt, str):

@@ -21,7 +21,7 @@ class Conversation:
         system: the system message that opens the conversation; none by default.
 
     Raises:
-        GraftError: GC147 if there is no chat template, or it does not accept a system message.
+        GraftError: GC147 if the tokenizer has no chat template, or if its template rejects a system message.
     """
 
     def __init__(self, model: TextModel, settings: Settings, system: str | None = None) -> None:

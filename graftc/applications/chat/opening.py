@@ -30,7 +30,7 @@ from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest_beside
 
 Kind = Literal["artifact", "model", "onnx", "peft"]
-"""What a folder contains: an artifact, a whole model, graphs for ONNX Runtime, or a PEFT adapter."""
+"""The kinds of folder: an artifact, a whole model, graphs for ONNX Runtime, or a PEFT adapter."""
 
 _TOKENIZER = ("tokenizer*.json", "vocab.*", "*.model", "merges.txt", "*.tiktoken")
 
@@ -129,7 +129,7 @@ def open_text_model(
 
     Raises:
         GraftError: GC032 for a folder that contains no model, GC089 if it lacks some of the model's tensors, GC142 for
-            a model that does not generate text, GC146 if there is no tokenizer; otherwise as for `graftc.load`.
+            a model that does not generate text, GC146 if no tokenizer is found; otherwise as for `graftc.load`.
     """
     kind, text_model, compiled = _loaded(folder, model)
     source = text_model if compiled is None else compiled.compilation.source
@@ -176,7 +176,7 @@ def moved(model: Any, device: str) -> Any:
     """Move a model to a device and return it.
 
     Raises:
-        GraftError: GC090 if there is no device with this name, or it is the meta device.
+        GraftError: GC090 for an unknown device, or for the meta device.
     """
     try:
         where = torch.device(device)
@@ -191,7 +191,7 @@ def tokenizer_of(named: str | None, places: Sequence[Path | None]) -> Any:
     """Load the tokenizer that the user named, or else the one in the first folder that has one.
 
     Raises:
-        GraftError: GC146 if there is no tokenizer, or it cannot be read.
+        GraftError: GC146 if no tokenizer is found, or if it cannot be read.
     """
     if named is not None:
         return _read(named)

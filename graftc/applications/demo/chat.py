@@ -65,7 +65,8 @@ class Chats:
 
         With ``labels``, each prompt is followed by its answer. Logits are then limited to the last positions
         (``logits_to_keep``): the tokens of the longest answer and one position before them. Among these positions, the
-        labels are -100 where there is no answer. The head, a fifth of the model, thus computes only what the loss uses.
+        labels are -100 outside the answers. The head, a fifth of the model, thus computes only the logits that the loss
+        uses.
         """
         import torch
 

@@ -23,7 +23,7 @@ class Inputs:
         compilation: the model's compilation.
 
     Attributes:
-        longest: the maximum sequence length of the model; None if there is no limit.
+        longest: the maximum sequence length of the model; None if it is unlimited.
         sequential: whether the model takes sequences.
     """
 

@@ -44,7 +44,7 @@ def lengthen(
         body: the capture that reads token embeddings, with the same outputs except those that need labels.
         streams: the sequences to lengthen.
         ends: the ends of the layers: pairs of a value in `tokens` and the same value in `body`.
-        limits: the maximum number of tokens that the layers can read, by token-id input; None if there is no limit.
+        limits: the maximum number of tokens that the layers can read, by token-id input; None if it is unlimited.
         counted: pairs of positions that `tokens` counts from ids, which cannot be derived from token embeddings, and
             the same positions in `body`.
 

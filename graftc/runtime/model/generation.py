@@ -206,7 +206,7 @@ class Generating:
 
     @property
     def most_tokens(self) -> int | None:
-        """The maximum number of tokens for which the model has positions; None if there is no limit."""
+        """The maximum number of tokens for which the model has positions; None if it is unlimited."""
         text = TARGET if has_encoder(self.runner.compilation.model) else SEQUENCE
         tables = self.runner.position_tables(self.runner.shown.compilation.key("eval"))
         return min((table.most for table in tables if table.axis == text), default=None)
