@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Callable, Mapping
 from os import PathLike
@@ -25,6 +26,8 @@ from graftc.specs.spec_errors import explain
 T = TypeVar("T", bound=Document)
 Format = Literal["yaml", "json", "toml"]
 _FORMATS: dict[str, Format] = {".yaml": "yaml", ".yml": "yaml", ".json": "json", ".toml": "toml"}
+_BREAK = re.compile("[\x85\u2028\u2029]")
+"""Line breaks of YAML 1.1 that are not line breaks of YAML 1.2; within double quotes they are escaped."""
 _READERS = {"yaml": read_yaml, "json": read_json, "toml": read_toml}
 
 
@@ -216,11 +219,15 @@ def plain_spec(spec: Spec) -> dict[str, Any]:
 
 
 def write_yaml(data: dict[str, Any]) -> str:
-    """Return plain data as YAML 1.2."""
+    """Return plain data as YAML that readers of YAML 1.1 and of YAML 1.2 read alike: ``1:6`` and ``no`` are quoted."""
     import yaml
 
-    body = {"yaml_implicit_resolvers": {}, "ignore_aliases": lambda self, data: True}
-    dumper: Any = type("Dumper", (yaml.SafeDumper,), body)
+    # Quoted is what any of these types would claim: the inherited ones are those of YAML 1.1.
+    dumper: Any = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda self, data: True})
+    dumper.add_representer(
+        str,
+        lambda self, text: self.represent_scalar("tag:yaml.org,2002:str", text, '"' if _BREAK.search(text) else None),
+    )
     for tag, pattern, firsts in core_resolvers():
         dumper.add_implicit_resolver(tag, pattern, firsts)
     text: str = yaml.dump(data, Dumper=dumper, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from graftc.specs import LoRA, LoRAOverride, Spec, Target, dump_spec, load_spec, parse_spec
 from graftc.specs.document import Budget, FoldOptions
 from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.io import write_yaml
 from graftc.specs.roles import ROLES
 from graftc.specs.source import format_path, parse_path, read_yaml
 from tests.kit.refusals import refused
@@ -312,6 +314,34 @@ specs = st.builds(
 def test_every_spec_survives_yaml_and_json(spec: Spec) -> None:
     assert parse_spec(dump_spec(spec)) == spec
     assert parse_spec(spec.model_dump_json(), format="json") == spec
+
+
+CLAIMED = sorted(
+    {pattern for listed in yaml.SafeLoader.yaml_implicit_resolvers.values() for _, pattern in listed},
+    key=lambda pattern: pattern.pattern,
+)
+"""What PyYAML, which reads YAML 1.1, takes for something other than a string: numbers, booleans, dates ..."""
+
+words = st.text(max_size=8) | st.one_of(*(st.from_regex(pattern, fullmatch=True) for pattern in CLAIMED))
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words
+documents = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3), max_leaves=6
+)
+
+
+@pytest.mark.slow
+@given(st.dictionaries(words, documents, max_size=3))
+def test_readers_of_yaml_1_1_and_1_2_agree(data: dict[str, Any]) -> None:
+    text = write_yaml(data)
+    for read in (yaml.safe_load(text), read_yaml(text)[0]):
+        assert read == data and repr(read) == repr(data)  # 1 == True == 1.0
+
+
+def test_a_slice_of_layers_is_not_a_sexagesimal_number() -> None:
+    spec = parse_spec(GOOD.replace("0:6", "1:6"))
+    assert yaml.safe_load(dump_spec(spec))["adapt"][0]["target"]["layers"] == "1:6"
+    assert parse_spec(dump_spec(spec)) == spec
+    assert yaml.safe_load("1:6") == 66
 
 
 def test_a_dump_is_short_and_leads_with_what_matters() -> None:
