@@ -17,7 +17,7 @@ from graftc.compiler.capture.interface import Flags, device_of, parameters
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE, CacheLayout, cache_name, probe
 from graftc.compiler.capture.signature import Axis, fits, inputs_of
-from graftc.compiler.resolve.compose import Parts, Unit, controls, narrow_names, units
+from graftc.compiler.resolve.compose import Control, Parts, Unit, controls, narrow_names, units
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.roles.structure import Structure
 from graftc.compiler.source_watch import SourceWatch
@@ -27,7 +27,6 @@ from graftc.passes.core.sites.sites import AttentionSite, ParameterSite, SiteKey
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.tensor_edits import TensorEdits
 from graftc.records.passes import PassRecord
-from graftc.specs.compose import CompositionSpec
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -361,8 +360,8 @@ class Compilation:
         return identify(self.source, full=full, replaced=self.replaced)
 
     @cached_property
-    def controls(self) -> Mapping[str, CompositionSpec]:
-        """The additional inputs with which a call chooses among adaptations, each with its composition."""
+    def controls(self) -> Mapping[str, Control]:
+        """The additional inputs with which a call chooses among adaptations, or where they act."""
         return controls(self.spec)
 
     @cached_property

@@ -20,6 +20,7 @@ from graftc.passes.core.sites.sites import ParameterSite
 from graftc.passes.core.weights.tensor_edits import CHANGING
 from graftc.specs.compose import Parallel
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.methods.alora import start_input
 
 _WITHOUT = "generate with use_cache=False, or leave it out with disabled(name)"
 
@@ -136,7 +137,9 @@ def require_rows_of_one(compilation: Compilation) -> None:
 def cannot_be_cached(compilation: Compilation) -> bool:
     """Return whether virtual tokens, or an adaptation that works across tokens, rule out graphs with a cache."""
     program = compilation.program_as_run("train")
-    return bool(program.virtual or _across_tokens(program))
+    # In a graph with a cache, an input replaces what an aLoRA finds across tokens.
+    across = [name for name in _across_tokens(program) if start_input(name) not in compilation.controls]
+    return bool(program.virtual or across)
 
 
 def gates_over_rows(program: Program) -> list[str]:

@@ -76,6 +76,7 @@ class PeftFormat:
         joined: the one tensor that contains all parts of all sites side by side, and the axis along which they are
             joined.
         when: the fields, and their values, that identify a config of this type as this method.
+        marker: a field that only this method's configs set.
         fields: fields of the config that correspond to fields of the spec: theirs, then ours.
         values: for such fields, our values by theirs; other values are refused.
         starts: for fields of the config that determine initial values, the equivalent fields of the spec, by value;
@@ -101,6 +102,7 @@ class PeftFormat:
     derived: frozenset[str] = frozenset()
     joined: tuple[str, int] | None = None
     when: Mapping[str, Any] = field(default_factory=dict)
+    marker: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     starts: Mapping[str, Mapping[Any, Mapping[str, Any]]] = field(default_factory=dict)

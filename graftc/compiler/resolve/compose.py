@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from graftc.passes.graph.compose import Member, composed, insert_composed
 from graftc.specs.compose import Average, Bank, CompositionSpec, Fuse, Gate, Parallel, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.methods.alora import ALoRA, start_input
 
 ACTIVE = "active"
 """Part name of the buffer that contains the bank slot to use if a call does not choose one."""
@@ -50,13 +51,18 @@ class Unit:
     @property
     def of_one_shape(self) -> bool:
         """Whether its members form one adaptation whose tensors are chosen or averaged."""
-        averaged = isinstance(self.composition, Average) and self.composition.of == "parameters"
-        return averaged or isinstance(self.composition, Bank | Parallel)
+        return is_of_one_shape(self.composition)
 
     @property
     def path(self) -> str:
         """Its path in the spec."""
         return f"{'adapt' if self.composition is None else 'compose'}[{self.index}]"
+
+
+def is_of_one_shape(composition: CompositionSpec | None) -> bool:
+    """Return whether a composition's members form one adaptation whose tensors are chosen or averaged."""
+    averaged = isinstance(composition, Average) and composition.of == "parameters"
+    return averaged or isinstance(composition, Bank | Parallel)
 
 
 def units(spec: Spec, resolved: Sequence[Resolved]) -> list[Unit]:
@@ -146,9 +152,18 @@ def placed(spec: Spec, unit: Unit, error: GraftError) -> GraftError:
 # --- inputs -------------------------------------------------------------------------------------------------
 
 
-def controls(spec: Spec) -> dict[str, CompositionSpec]:
-    """Return the inputs that choose among adaptations, by name."""
-    inputs: dict[str, CompositionSpec] = {}
+Control: TypeAlias = CompositionSpec | ALoRA
+"""What an input controls: which members of a composition each row uses, or from which token on an aLoRA acts."""
+
+
+def controls(spec: Spec) -> dict[str, Control]:
+    """Return the inputs that choose among adaptations, or where they act, by name."""
+    inputs: dict[str, Control] = {}
+    for adaptation in spec.adapt:
+        if isinstance(adaptation, ALoRA):
+            composition = spec.composition_of(str(adaptation.name))
+            owner = composition if composition is not None and is_of_one_shape(composition) else adaptation
+            inputs[start_input(str(owner.name))] = adaptation
     for composition in spec.compose:
         if isinstance(composition, Bank):
             inputs |= {composition.ids: composition, composition.mixture: composition}
@@ -158,11 +173,11 @@ def controls(spec: Spec) -> dict[str, CompositionSpec]:
 
 
 def add_controls(program: Program, spec: Spec, names: Sequence[str], dtype: torch.dtype) -> None:
-    """Add inputs that choose among adaptations to a Program.
+    """Add inputs that choose among adaptations, or where they act, to a Program.
 
     Args:
         program: the Program, changed in place.
-        spec: the spec with the compositions to choose from.
+        spec: the spec with these adaptations.
         names: the names of the `controls` to add.
         dtype: the dtype of inputs that are weights.
 

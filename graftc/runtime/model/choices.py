@@ -1,4 +1,4 @@
-"""A call's choices among the adaptations of banks: one choice per row of its batch, by index, name or weights."""
+"""A call's choices among the adaptations of banks, one per row of its batch, and where each row's aLoRAs begin."""
 
 from __future__ import annotations
 
@@ -13,24 +13,35 @@ from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.build.batch import BATCH
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
+from graftc.runtime.model.invocations import positions_of, starts_in_call
 from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.methods.alora import ALoRA
 
 
-def with_choices(compilation: Compilation, present: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's tensors together with those that choose among adaptations.
+def with_choices(
+    compilation: Compilation, present: Mapping[str, Any], chosen: Mapping[str, Any], *, adapted: bool = True
+) -> dict[str, Any]:
+    """Return a call's tensors together with those that choose among adaptations, or where they act.
 
     Args:
         compilation: the Compilation that has the banks.
         present: the source model's inputs, by name.
-        chosen: bank inputs as the caller passed them: tensors, or lists of names and indices.
+        chosen: bank inputs as the caller passed them, as tensors or lists of names and indices, and the positions
+            from which aLoRAs act.
+        adapted: whether the adaptations are used; if not, aLoRAs act nowhere.
 
     Raises:
-        GraftError: GC038 for a choice that does not match its bank or the batch.
+        GraftError: GC038 for a choice that does not match its bank or the batch; GC140 if a call continues a cache that
+            may contain an aLoRA's invocation.
     """
     tensors = repeated(compilation, present)
-    for name, composition in compilation.controls.items():
-        if not isinstance(composition, Parallel) and chosen.get(name) is not None:
-            tensors |= rows_for(compilation, {name: chosen[name]}, *_rows(compilation, tensors))
+    for name, control in compilation.controls.items():
+        own: dict[str, Tensor] = {}
+        if not isinstance(control, Parallel) and chosen.get(name) is not None:
+            own = rows_for(compilation, {name: chosen[name]}, *_rows(compilation, tensors))
+        if isinstance(control, ALoRA):
+            own = starts_in_call(control, name, tensors, own.get(name), adapted=adapted)
+        tensors |= own
     return tensors
 
 
@@ -61,6 +72,8 @@ def rows_for(compilation: Compilation, chosen: Mapping[str, Any], rows: int, dev
     """
     expanded: dict[str, Tensor] = {}
     for name, composition in compilation.controls.items():
+        if isinstance(composition, ALoRA) and chosen.get(name) is not None:
+            expanded[name] = positions_of(name, chosen[name], rows, device)
         if not isinstance(composition, Bank) or chosen.get(name) is None:
             continue
         if name == composition.mixture:

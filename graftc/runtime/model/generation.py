@@ -34,6 +34,7 @@ from graftc.compiler.positions import require_positions
 from graftc.compiler.resolve.train import TRAIN
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.choices import rows_for, with_choices
+from graftc.runtime.model.invocations import starts_in_prompt
 from graftc.runtime.model.initial_cache import initial_cache, is_fronted, taken_away
 from graftc.runtime.model.live_view import live_view
 from graftc.runtime.model.model_runner import ModelRunner
@@ -338,12 +339,13 @@ def _expanded(
     input_ids: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    """Expand the inputs together with the choices among adaptations: each row of the prompt may become several rows."""
+    """Expand the inputs, the choices among adaptations and where they act: each row may become several rows."""
     compilation = instance._graftc_runner.shown.compilation
     given = {name: model_kwargs.pop(name) for name in compilation.controls if name in model_kwargs}
     prompt = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
     if prompt is not None:
         given = rows_for(compilation, given, int(prompt.shape[0]), prompt.device)
+        given = {**starts_in_prompt(compilation, prompt), **given}
     return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs, **given)
 
 

@@ -38,6 +38,7 @@ from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.past_inputs import past_name
 from graftc.passes.core.sites.sites import AttentionSite
 from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.specs.methods.alora import ALoRA
 from graftc.specs.methods.prefix import PrefixSpec
 
 
@@ -135,10 +136,13 @@ def initial_cache(runner: AdaptedRunner) -> InitialCache | None:
     """Return the initial cache contents with which an unadapted graph generates as if adapted, or None.
 
     The result is None if no adaptation can be represented in this way, or if the graph has to apply them: when there
-    are several, or when they are in compositions, in only some layers, or behind windows that would hide a prefix.
+    are several, or when they are in compositions, beside an aLoRA, in only some layers, or behind windows that would
+    hide a prefix.
     """
     compilation = runner.shown.compilation
     if runner.base_only or runner.training or compilation.cache_layout.pairs:
+        return None
+    if any(isinstance(control, ALoRA) for control in compilation.controls.values()):
         return None
     composed = {name for composition in compilation.spec.compose for name in composition.members}
     candidates = [r for r in compilation.places().resolved if isinstance(r.spec, PrefixSpec) or r.spec.virtual_tokens()]

@@ -47,6 +47,7 @@ from graftc.runtime.live.live_root import LiveRoot
 from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.deferred import CallState, cache_field, deferred_cache, may_return_cache, not_at_once
+from graftc.runtime.model.invocations import remember_starts, warn_of_invocations
 from graftc.runtime.model.libraries import copies_of, refuse_deepspeed
 from graftc.runtime.model.packed_batches import warn_of_packed
 from graftc.runtime.model.past import read_past, tokens_of
@@ -68,9 +69,11 @@ class ModelRunner(Runner):
         compilation: as passed in.
         interface: the source model's interface.
         derived: values computed from the current Compilation, by name.
+        base_only: whether calls run the base's graphs.
     """
 
     config: Any
+    base_only = False
 
     def __init__(self, compilation: Compilation, store: Store) -> None:
         super().__init__(compilation, store)
@@ -177,8 +180,11 @@ class ModelRunner(Runner):
         if USE_CACHE in present:
             read_past(self.shown.compilation, present, self.begins)
         if self.shown.compilation.controls:
-            present = with_choices(self.shown.compilation, present, chosen)
-        return self.run_part(present, plain, entry)
+            present = with_choices(self.shown.compilation, present, chosen, adapted=not self.base_only)
+        outputs = self.run_part(present, plain, entry)
+        if self.shown.compilation.controls and not self.base_only:
+            remember_starts(self.shown.compilation, present)
+        return outputs
 
     @property
     def begins(self) -> int:
@@ -254,6 +260,8 @@ class ModelRunner(Runner):
         refuse_deepspeed()
         self._looked_at.add(key.signature)
         remember(self.shown.compilation, key.signature, present)
+        if key.stage == "adapted":
+            warn_of_invocations(self.shown.compilation, present)
         resolved = self.shown.compilation.places().resolved if key.stage == "adapted" else ()
         virtual = [item.name for item in resolved if item.spec.virtual_tokens()]
         warn_of_packed(present, virtual, partial(gates_over_rows, self.shown.executables[key].program))

@@ -81,9 +81,14 @@ class AdapterConfig(BaseModel):
             GraftError: GC112 for a type that has no equivalent method.
         """
         kinds = formats().get(self.peft_type, ())
-        for spec_class, table in kinds:
-            if all((self.own.get(name) or False) == value for name, value in table.when.items()):
-                return spec_class, table
+        fitting = [
+            (spec_class, table)
+            for spec_class, table in kinds
+            if all((self.own.get(name) or False) == value for name, value in table.when.items())
+            and (table.marker is None or self.own.get(table.marker))
+        ]
+        if fitting:
+            return min(fitting, key=lambda pair: pair[1].marker is None)
         for name in (name for _, table in kinds for name in table.when if name in self.own):
             what = f"{name}: {shown(self.own[name])} has no equivalent here"
             raise GraftError("GC112", what, place=Place(CONFIG, path=name), hint="set it to true, false or null")

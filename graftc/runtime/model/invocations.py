@@ -1,0 +1,132 @@
+"""Where an aLoRA begins in each row of a call: as the call says, as its tokens say, or as its cache says.
+
+Positions count from a row's first token, including padding and the tokens in a cache; -1 stands for a row that is not
+adapted. A graph counts from the call's own first token instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.compiler.capture.isolation import is_traced
+from graftc.compiler.capture.past import CACHE, Past, tensors_of
+from graftc.compiler.compilation import Compilation
+from graftc.passes.core.build.invocation import NEVER, last_start
+from graftc.specs.errors.diagnostics import GraftError, warn
+from graftc.specs.errors.text import counted, some
+from graftc.specs.methods.alora import ALoRA
+
+_STARTS = "_graftc_starts"
+"""The attribute of a cache with the positions of its rows, and a tensor that identifies its contents."""
+
+
+def starts_in_call(
+    spec: ALoRA, name: str, present: Mapping[str, Any], given: Tensor | None, *, adapted: bool
+) -> dict[str, Tensor]:
+    """Return the input that tells a graph where an aLoRA begins; empty if the graph finds that out from the tokens.
+
+    Args:
+        spec: the aLoRA.
+        name: the input's name.
+        present: the tensors of the call, by name, with the cache as it has been read.
+        given: the positions that the caller passed, ``int64[rows]``.
+        adapted: whether the aLoRA is used at all.
+
+    Raises:
+        GraftError: GC140 if the invocation may be among the tokens in the cache.
+    """
+    past = present.get(CACHE)
+    if not isinstance(past, Past):
+        return {} if given is None else {name: torch.where(given < 0, NEVER, given)}
+    ids = present.get("input_ids")
+    length = past.length
+    if not adapted:
+        like = next(iter(past.tensors.values()))
+        return {name: torch.full((like.shape[0],), NEVER, device=like.device)}
+    if given is None:
+        if ids is None:
+            message = f"the call has token embeddings, in which the invocation of {spec.name!r} cannot be found"
+            raise GraftError("GC140", message, hint=f"pass {name}: each row's first adapted position, or -1")
+        found = starts_in(spec, ids)
+        given = torch.where(found < 0, _known(spec, name, past, found, length), found + length)
+    return {name: torch.where(given < 0, NEVER, (given - length).clamp(min=0))}
+
+
+def starts_in(spec: ALoRA, ids: Tensor) -> Tensor:
+    """Return the position at which the invocation's last occurrence begins in each row, or -1: ``int64[rows]``."""
+    return last_start(lambda operator, *args, **kwargs: operator(*args, **kwargs), ids, spec.invocation, ids.device)  # type: ignore[no-any-return]
+
+
+def _known(spec: ALoRA, name: str, past: Past, found: Tensor, length: int) -> Tensor:
+    """Return the positions among the tokens in a cache; those of rows with an invocation in the call do not matter."""
+    contents, starts = getattr(past.cache, _STARTS, (None, {}))
+    if name in starts and contents is next(iter(tensors_of(past.cache).values()), None):
+        return starts[name]  # type: ignore[no-any-return]
+    if length and (is_traced() or bool((found < 0).any())):
+        rows = [] if is_traced() else [number for number, start in enumerate(found.tolist()) if start < 0]
+        where = f" (rows {some([str(row) for row in rows])})" if rows else ""
+        message = f"it is not known whether the invocation of {spec.name!r} is among the {length} tokens in the cache"
+        raise GraftError("GC140", message + where, hint=f"pass {name}: each row's first adapted position, or -1")
+    return torch.full_like(found, -1)
+
+
+def remember_starts(compilation: Compilation, present: Mapping[str, Any]) -> None:
+    """Record in a call's cache where aLoRAs begin, for calls that continue it.
+
+    The record is valid as long as nothing else changes the cache, such as its rows.
+    """
+    past = present.get(CACHE)
+    if not isinstance(past, Past) or is_traced():
+        return
+    length = past.length
+    inputs = [name for name, control in compilation.controls.items() if isinstance(control, ALoRA)]
+    starts = {name: torch.where(present[name] == NEVER, -1, present[name] + length) for name in inputs}
+    setattr(past.cache, _STARTS, (next(iter(tensors_of(past.cache).values()), None), starts))
+
+
+def positions_of(name: str, given: Any, rows: int, device: torch.device) -> Tensor:
+    """Return positions as the caller passed them, expanded to one for each row: ``int64[rows]``.
+
+    Raises:
+        GraftError: GC038 for anything else than one integer for each row, or for all of them.
+    """
+    if not isinstance(given, Tensor):
+        listed = [given] if isinstance(given, int) else list(given)
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in listed):
+            raise GraftError("GC038", f"{name} is {listed!r:.80}", hint="pass one integer for each row, or -1")
+        given = torch.tensor(listed, dtype=torch.int64, device=device)
+    if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool or given.shape[0] not in (1, rows):
+        message = f"{name} is {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"
+        raise GraftError("GC038", message, hint=f"pass one integer for each of the {rows} rows, or -1")
+    positions: Tensor = given.to(torch.int64).expand(rows)
+    return positions
+
+
+def starts_in_prompt(compilation: Compilation, prompt: Tensor) -> dict[str, Tensor]:
+    """Return where aLoRAs begin in the token ids ``[rows, length]`` of a prompt; empty for token embeddings."""
+    if prompt.is_floating_point() or prompt.dim() != 2:
+        return {}
+    aloras = {name: control for name, control in compilation.controls.items() if isinstance(control, ALoRA)}
+    return {name: starts_in(control, prompt) for name, control in aloras.items()}
+
+
+def warn_of_invocations(compilation: Compilation, present: Mapping[str, Any]) -> None:
+    """Warn (GC125) if no row of a call has an aLoRA's invocation, or if rows have a single token of it several times."""
+    ids = present.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.device.type == "meta" or CACHE in present:
+        return
+    for name, control in compilation.controls.items():
+        if not isinstance(control, ALoRA) or name in present:
+            continue
+        often = (ids == control.invocation[0]).sum(1) > 1
+        if bool((starts_in(control, ids) < 0).all()):
+            message = f"none of the {counted(len(ids), 'row')} of the call has the invocation of {control.name!r}"
+            warn("GC125", message, hint="add it to each prompt, with ids from the model's own tokenizer")
+        elif len(control.invocation) == 1 and bool(often.any()):
+            message = f"the invocation of {control.name!r} is one token, which {counted(int(often.sum()), 'row')} of the "
+            message += "call contain several times: only the last one counts"
+            warn("GC125", message, hint="use a longer invocation, or a token that occurs nowhere else")
