@@ -34,6 +34,8 @@ from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.onnx_generation.genai import genai_config
 from graftc.runtime.onnx_generation.io_names import DECODER, PAIR, Slot, optimum_name
 from graftc.runtime.sources.companions import companions_of_model
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.methods.alora import ALoRA
 
 _AXES = {BATCH: "batch_size", PAST: "past_sequence_length"}
 _HIDDEN = "last_hidden_state"
@@ -104,12 +106,16 @@ class CachedModule(ExportModule):
 
 
 def prepare(job: ExportJob) -> None:
-    """Raise if the model is not a single graph.
+    """Raise if the model is not a single graph, or needs inputs that programs for generation do not have.
 
     Raises:
-        GraftError: GC149.
+        GraftError: GC149; GC141 for an aLoRA.
     """
     require_one_graph(job.runner)
+    for control in job.runner.compilation.controls.values():
+        if isinstance(control, ALoRA):
+            message = f"a graph with a cache needs to be told where {control.name!r} begins, but its users do not know"
+            raise GraftError("GC141", message, hint="export format onnx, which reads whole texts, or format gguf")
 
 
 def write(job: ExportJob, folder: Path) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the classes that the table names
     from graftc.runtime.offered.inspecting import Inspecting as Inspecting
     from graftc.runtime.offered.pages_and_cards import Presenting as Presenting
     from graftc.runtime.offered.reference_model import Referring as Referring
+    from graftc.runtime.offered.reusing import Reusing as Reusing
     from graftc.runtime.offered.saving import Saving as Saving
     from graftc.runtime.offered.scoring import TokenScoring as TokenScoring
     from graftc.runtime.offered.state_dicts import StateDicts as StateDicts
@@ -54,6 +55,7 @@ _PARTS: Mapping[str, str] = MappingProxyType(
         "deploy.convert:Converting": "convert",
         "export.exporting:Exporting": "export",
         "offered.saving:Saving": "save",
+        "offered.reusing:Reusing": "certify_reuse",
         "offered.warming:Warming": "warm_up",
         "offered.state_dicts:StateDicts": "adapter_state_dict full_state_dict load_adapter_state_dict record",
         "offered.ecosystem:Ecosystem": "add_model_tags disable_input_require_grads enable_input_require_grads "

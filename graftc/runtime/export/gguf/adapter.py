@@ -11,6 +11,7 @@ from graftc.runtime.export.gguf.families import architecture, family_of, heads_o
 from graftc.runtime.export.gguf.writing import Entry, GgufFile, name_of, package
 from graftc.runtime.interop.layouts.plain import PlainAdapter, Update
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.methods.alora import ALoRA
 from graftc.specs.methods.lora import LoRA
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def adapter_file(adapter: PlainAdapter, config: Any) -> GgufFile:
     """Return a LoRA adapter's file: ``<tensor>.lora_a`` as ``[rank, in]``, ``<tensor>.lora_b`` as ``[out, rank]``.
 
     llama.cpp scales the product of two factors by ``adapter.lora.alpha`` over their rank; any other scale that a site
-    needs is absorbed into its ``lora_b``.
+    needs is absorbed into its ``lora_b``. From ``adapter.alora.invocation_tokens``, its server knows that an adapter acts
+    only from these tokens on.
 
     Args:
         adapter: the adapter, keyed by its maps' paths in transformers.
@@ -49,12 +51,17 @@ def adapter_file(adapter: PlainAdapter, config: Any) -> GgufFile:
         for word, value in (("lora_a", down), ("lora_b", up)):
             entries.append(Entry.of(f"{name}.{word}", value))
 
+    keys, invocation = gguf.Keys.Adapter, list(adapter.invocation)
+
     def fill(writer: Any) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+        writer.add_string(keys.TYPE, "lora")
+        writer.add_float32(keys.LORA_ALPHA, float(alpha))
+        if invocation:
+            kinds = gguf.GGUFValueType
+            writer.add_key_value(keys.ALORA_INVOCATION_TOKENS, invocation, kinds.ARRAY, sub_type=kinds.UINT32)
 
-    return GgufFile(family.arch, entries, fill)
+    return GgufFile(family.arch, entries, fill, {keys.ALORA_INVOCATION_TOKENS: invocation} if invocation else {})
 
 
 def _require_own(name: str, place: str, *, tied: bool) -> None:
@@ -76,10 +83,17 @@ def _require_own(name: str, place: str, *, tied: bool) -> None:
 def plain_of(compilation: Compilation) -> PlainAdapter:
     """Return a compiled model's LoRAs as plain updates to whole modules; a module's LoRAs are placed side by side.
 
+    aLoRAs must all have the same invocation.
+
     Raises:
-        GraftError: GC066 for anything that is not plain LoRA.
+        GraftError: GC066 for anything that is not plain LoRA or aLoRA, and for adaptations that begin at different
+            tokens.
     """
     updates: dict[str, Update] = {}
+    begins = {getattr(adaptation, "invocation", ()): adaptation for adaptation in compilation.spec.adapt}
+    if len(begins) > 1:
+        names = [str(adaptation.name) for adaptation in begins.values()]
+        raise _no_lora(names[0], f"does not begin to act at the same token as {names[1]!r}")
     if compilation.tensor_edits.copies():
         owner = compilation.tensor_edits.copies()[0]
         raise _no_lora(owner.owner, f"trains {owner.own.tensor} in full")
@@ -88,7 +102,7 @@ def plain_of(compilation: Compilation) -> PlainAdapter:
     for resolved in compilation.main.resolved:
         for site, spec in resolved.places:
             parts = compilation.parts[resolved.name].get(site.key, {})
-            if not isinstance(spec, LoRA) or "A0" in parts:
+            if not isinstance(spec, LoRA | ALoRA) or "A0" in parts:
                 raise _no_lora(resolved.name, f"is not plain LoRA at {site.key}")
             if site.key.name != "weight" or site.own.leading or len(site.own.shape) != 2:  # type: ignore[attr-defined]
                 raise GraftError("GC060", f"a GGUF adapter cannot store {site.key}", hint="merge it into the model")
@@ -97,10 +111,10 @@ def plain_of(compilation: Compilation) -> PlainAdapter:
             updates[site.key.module] = update if previous is None else previous.beside(update)
     if not updates:
         raise GraftError("GC066", "the model has no LoRA", hint="export the merged model")
-    return PlainAdapter(updates)
+    return PlainAdapter(updates, invocation=next(iter(begins)))
 
 
-def _whole(compilation: Compilation, site: Any, parts: Mapping[str, str], spec: LoRA) -> Update:
+def _whole(compilation: Compilation, site: Any, parts: Mapping[str, str], spec: LoRA | ALoRA) -> Update:
     """Return a site's factors, with zeros for the other rows of its module."""
     down, up = (compilation.store.full(parts[part]).detach() for part in ("A", "B"))
     if not site.own.whole:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,13 @@ class GgufFile:
         arch: the model's architecture.
         entries: its tensors.
         fill: a function that adds everything else to the writer, and returns the reason if a tokenizer is missing.
+        fields: metadata that `check` compares, by name; `fill` writes it.
     """
 
     arch: str
     entries: Sequence[Entry]
     fill: Callable[[Any], str | None]
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path, dtype: FileType) -> str | None:
         """Write the file, and return the result of `fill`.
@@ -119,13 +121,17 @@ class GgufFile:
         return lacking
 
     def check(self, path: Path, dtype: FileType) -> None:
-        """Check that reading the file yields the same names, sizes and bytes.
+        """Check that reading the file yields the same names, sizes, bytes and metadata.
 
         Raises:
             GraftError: GC060 if they differ.
         """
         gguf, kind = package(), _TYPES[dtype][0]
-        tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        reader = gguf.GGUFReader(path)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        for name, value in self.fields.items():
+            if name not in reader.fields or reader.fields[name].contents() != value:
+                raise GraftError("GC060", f"{name} reads back differently from what was written")
         for entry in self.entries:
             tensor = tensors.pop(entry.name, None)
             same = tensor is not None and tuple(int(n) for n in reversed(tensor.shape)) == entry.shape

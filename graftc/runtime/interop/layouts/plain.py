@@ -91,10 +91,12 @@ class PlainAdapter:
         updates: updates by path. Experts have one update per projection, ``<...>.experts.gate_proj``, with the
             experts as its leading axis.
         about: config fields that every layout preserves: the base, its revision, the task.
+        invocation: the tokens from whose last occurrence on an aLoRA acts; empty for a LoRA, which acts on all tokens.
     """
 
     updates: Mapping[str, Update]
     about: Mapping[str, Any] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
 
     @property
     def has_experts(self) -> bool:
