@@ -350,6 +350,11 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "An entry point of `graftc.exporters` cannot be imported, is not an `Exporter` of the same name, or has the name "
      "of another format; or the exporter failed. Nothing was left behind.",
      "Repair or uninstall the package that the message names."),
+    ("GC079", _FAILED, "a serving engine cannot run the model",
+     "The engine refused the model or an adapter, crashed, did not end in time, or did not answer with the tokens that "
+     "were requested. It ran in a process of its own, so nothing else was affected.",
+     "The message has the engine's reason and what it printed last. Convert the adapter (`graftc convert`), or serve "
+     "the merged model (`graftc merge`)."),
 
     # Artifacts.
     ("GC080", _FAILED, "there is no artifact",

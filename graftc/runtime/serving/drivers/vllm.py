@@ -1,0 +1,34 @@
+"""vLLM: the base is a folder of transformers, the adapters are PEFT folders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vllm
+from vllm.lora.request import LoRARequest
+
+
+def generate(request: dict[str, Any]) -> dict[str, Any]:
+    """Answer a request; prompts that are to run at once are scheduled together, whatever their adapters."""
+    prompts, adapters = request["prompts"], request["adapters"]
+    lora = {}
+    if adapters:
+        lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": request["max_rank"] or 16}
+    engine = vllm.LLM(
+        model=request["base"],
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=max(256, max(len(prompt["ids"]) for prompt in prompts) + request["tokens"]),
+        max_num_seqs=len(prompts) if request["at_once"] else 1,
+        **lora,
+    )
+    requests = {name: LoRARequest(name, number + 1, path) for number, (name, path) in enumerate(adapters.items())}
+    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False)
+    answers = engine.generate(
+        [{"prompt_token_ids": prompt["ids"]} for prompt in prompts],
+        sampling,
+        lora_request=[requests.get(prompt["adapter"]) for prompt in prompts] if adapters else None,
+    )
+    return {"tokens": [list(answer.outputs[0].token_ids) for answer in answers], "version": vllm.__version__}
