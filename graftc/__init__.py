@@ -25,6 +25,8 @@ _FACADE = {
     "merge_checkpoint": "graftc.runtime.streaming.merging",
     "roles": "graftc.runtime.api",
     "select": "graftc.runtime.api",
+    "serve_check": "graftc.applications.serving.checking",
+    "ServingCertificate": "graftc.records.serving.certificates",
     "tune": "graftc.applications.recipes.tune",
     "pet": "graftc.applications.pet.recipe",
     "plan": "graftc.applications.planner.planning",
@@ -42,10 +44,12 @@ if TYPE_CHECKING:
     from graftc.applications.pet.recipe import pet
     from graftc.applications.planner.planning import plan
     from graftc.applications.recipes.tune import tune
+    from graftc.applications.serving.checking import serve_check
     from graftc.compiler.resolve.selection import Selection
     from graftc.records.applications.memory import MemoryPlan
     from graftc.records.certificate import Certificate
     from graftc.records.report import Report
+    from graftc.records.serving.certificates import ServingCertificate
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, import_peft, load, load_base, roles, select
     from graftc.runtime.compiled import Compiled
@@ -67,6 +71,7 @@ __all__ = [
     "Merged",
     "Report",
     "Selection",
+    "ServingCertificate",
     "Spec",
     "TrainingLog",
     "__version__",
@@ -85,6 +90,7 @@ __all__ = [
     "read_log",
     "roles",
     "select",
+    "serve_check",
     "testing",
     "tune",
 ]

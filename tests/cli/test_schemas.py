@@ -27,7 +27,7 @@ PUBLISHED = ROOT / "docs" / "schemas"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]\ntrain: [classifier]\n"
 COMMANDS = (
     *("methods", "roles", "check", "compile", "import-peft", "merge", "convert", "export", "card", "verify", "diff"),
-    *("inspect", "demo", "demo-llm", "generate", "chat", "pet"),
+    *("serve-check", "inspect", "demo", "demo-llm", "generate", "chat", "pet"),
 )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from graftc.runtime.export.registry import exporters
-from graftc.runtime.interop.peft.servers import SERVERS
+from graftc.runtime.serving.engines import ENGINES, FORMS, PEFT_ENGINES
 from tests.kit.places import ROOT
 
+NEVER = ("use_dora", "bias", "trainable_token_indices", "target_parameters")
 DOCS = ROOT / "docs"
 
 
@@ -23,18 +24,36 @@ def rows_of(page: str, first: str) -> dict[str, list[str]]:
 
 
 def test_servers() -> None:
-    rows, servers = rows_of("convert.md", "| | vLLM"), list(SERVERS.values())
+    rows, servers = rows_of("convert.md", "| | vLLM"), [ENGINES[name] for name in PEFT_ENGINES]
     assert rows[""] == [server.read for server in servers]
     assert rows["`--for`"] == [f"`{server.name}`" for server in servers]
     for row, server in zip(rows["largest rank"], servers, strict=True):
         known = list(map(str, server.ranks))
         assert row == (f"{', '.join(known[:-1])} or {known[-1]}" if known else "any")
     for column, server in enumerate(servers):
-        for field in ("use_rslora", "rank_pattern", "use_dora", "bias", "trainable_token_indices", "target_parameters"):
+        for field in ("use_rslora", "rank_pattern", "alpha_pattern", *NEVER):
             cell = next(cells[column] for name, cells in rows.items() if f"`{field}`" in name)
             assert cell == ("refused" if field in server.refused else "read")
         saved = ", ".join(f"`{name}`" for name in server.saved) or "refused"
         assert rows["`modules_to_save`"][column] == saved
+
+
+def test_what_engines_do_with_fields() -> None:
+    rows = rows_of("serving.md", "| field | ")
+    assert rows["field"] == [f"`{name}`" for name in PEFT_ENGINES]
+    fields = {
+        field: [ENGINES[name].fields[field].treatment for name in PEFT_ENGINES] for field in ENGINES["vllm"].fields
+    }
+    assert {field: rows[f"`{field}`"] for field in fields} == fields
+
+
+def test_engines() -> None:
+    rows = rows_of("serving.md", "| `--engine` | ")
+    own = {
+        f"`{name}`": [engine.read, engine.read_on, ", ".join(FORMS[form].split(" ", 1)[1] for form in engine.forms)]
+        for name, engine in ENGINES.items()
+    }
+    assert {name: rows[name] for name in own} == own
 
 
 def test_options_of_formats() -> None:

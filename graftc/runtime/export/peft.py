@@ -9,8 +9,9 @@ from graftc.runtime.artifact.write import require_values
 from graftc.runtime.export.job import AdapterSummary, ExportJob
 from graftc.runtime.interop.peft.exporting import PeftExport, check_peft, prepared, write_peft
 from graftc.runtime.interop.peft.plain import plain
-from graftc.runtime.interop.peft.servers import Server, require_served
 from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.runtime.serving.engines import Engine
+from graftc.runtime.serving.limits import require_served
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -30,7 +31,7 @@ def prepare(job: ExportJob) -> PreparedFolder:
     """
     if not isinstance(job.runner, AdaptedRunner):
         raise GraftError("GC115", "a merged model has no adaptation", hint="export the compiled model it was made from")
-    server: Server | None = job.options["server"]
+    server: Engine | None = job.options["server"]
     rank, largest = None, job.options["max_rank"]
     if largest is not None and server is None:
         raise GraftError("GC073", "max_rank is a server's limit", hint='name the server: server="vllm"')

@@ -136,7 +136,7 @@ def config_bytes(path: Path) -> bytes:
 
 
 def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
-    """Read a config from its file's bytes, or from plain data.
+    """Read a config from its file's bytes, or from plain data, and require that graftc knows every field.
 
     Args:
         raw: JSON or a mapping.
@@ -146,6 +146,21 @@ def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
         GraftError: GC111 if it is not a config or has an unknown field; GC112 for a type or an option that has no
             equivalent here.
     """
+    config = parsed_config(raw, where)
+    _check_fields(config, where)
+    return config
+
+
+def parsed_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
+    """Read a config of any type and with any options.
+
+    Args:
+        raw: JSON or a mapping.
+        where: the file's path, for errors.
+
+    Raises:
+        GraftError: GC111 if it is not a config.
+    """
     try:
         data = read_json(raw, MOST, values=_VALUES) if isinstance(raw, bytes) else dict(raw)
     except ValueError as error:
@@ -154,12 +169,10 @@ def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
         hint = "a PEFT config is a mapping with a peft_type"
         raise GraftError("GC111", "peft_type is missing", place=Place(where), hint=hint)
     try:
-        config = AdapterConfig.model_validate(data)
+        return AdapterConfig.model_validate(data)
     except ValidationError as error:
         details = [_explained(problem) for problem in error.errors(include_url=False, include_context=False)]
         raise GraftError("GC111", details[0], place=Place(where), details=details[1:]) from None
-    _check_fields(config, where)
-    return config
 
 
 def _explained(problem: Mapping[str, Any]) -> str:

@@ -10,27 +10,29 @@ import pytest
 
 import graftc
 from graftc.runtime.interop.layouts.convert import AdapterSource, convert_folder
-from graftc.runtime.interop.peft.servers import SERVERS, require_served, server_of
+from graftc.runtime.serving.engines import PEFT_ENGINES, engine_of
+from graftc.runtime.serving.limits import require_served
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 from graftc.testing.families import tiny
 from tests.runtime.interop.adapters import base, written
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 12, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
+PATTERNS = ["vllm", "mistralrs"]
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 @pytest.mark.parametrize(("name", "needed"), [("vllm", 16), ("sglang", 12), ("mistralrs", 12)])
 def test_a_plain_lora_is_served(name: str, needed: int) -> None:
     """The required option of the server is its smallest value that covers the rank."""
-    server = server_of(name)
+    server = engine_of(name)
     assert require_served(server, PLAIN, [KEY]) == needed
     assert require_served(server, {**PLAIN, "r": 1}, [KEY]) == 1
     assert require_served(server, {**PLAIN, "r": 9}, [KEY], max_rank=64) == (16 if name == "vllm" else 9)
     assert server.read
 
 
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", PEFT_ENGINES)
 @pytest.mark.parametrize(
     ("change", "keys", "words"),
     [
@@ -51,40 +53,40 @@ def test_a_plain_lora_is_served(name: str, needed: int) -> None:
     ],
 )
 def test_what_is_refused(name: str, change: dict[str, Any], keys: list[str], words: str) -> None:
-    with pytest.raises(GraftError, match=words.replace("{layout}", server_of(name).layout)) as caught:
-        require_served(server_of(name), {**PLAIN, **change}, keys)
+    with pytest.raises(GraftError, match=words.replace("{layout}", engine_of(name).layout)) as caught:
+        require_served(engine_of(name), {**PLAIN, **change}, keys)
     assert caught.value.code == "GC068"
 
 
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", PEFT_ENGINES)
 @pytest.mark.parametrize(
     ("change", "taken", "words"),
     [
-        ({"rank_pattern": {"q_proj": 4}}, ["vllm"], "rank_pattern.*graftc convert --to {layout}"),
-        ({"alpha_pattern": {"q_proj": 4}}, ["vllm"], "alpha_pattern.*graftc convert --to {layout}"),
-        ({"use_rslora": True}, ["vllm", "mistralrs"], "use_rslora is true.*--for {name}"),
+        ({"rank_pattern": {"q_proj": 4}}, [*PATTERNS, "tensorrt-llm"], "rank_pattern.*graftc convert --to {layout}"),
+        ({"alpha_pattern": {"q_proj": 4}}, PATTERNS, "alpha_pattern.*graftc convert --to {layout}"),
+        ({"use_rslora": True}, [*PATTERNS, "tensorrt-llm"], "use_rslora is true.*--for {name}"),
         ({"modules_to_save": ["score"], "task_type": "SEQ_CLS"}, ["vllm"], "task_type is 'SEQ_CLS'"),
         ({"modules_to_save": ["classifier"]}, ["vllm"], "modules_to_save"),
-        ({"init_lora_weights": "gaussian"}, list(SERVERS), ""),
-        ({"init_lora_weights": "orthogonal"}, list(SERVERS), ""),
-        ({"init_lora_weights": False}, list(SERVERS), ""),
+        ({"init_lora_weights": "gaussian"}, list(PEFT_ENGINES), ""),
+        ({"init_lora_weights": "orthogonal"}, list(PEFT_ENGINES), ""),
+        ({"init_lora_weights": False}, list(PEFT_ENGINES), ""),
     ],
 )
 def test_where_servers_differ(name: str, change: dict[str, Any], taken: list[str], words: str) -> None:
     if name in taken:
-        assert require_served(server_of(name), {**PLAIN, **change}, [KEY]) >= 12
+        assert require_served(engine_of(name), {**PLAIN, **change}, [KEY]) >= 12
         return
-    wanted = words.replace("{name}", name).replace("{layout}", server_of(name).layout)
+    wanted = words.replace("{name}", name).replace("{layout}", engine_of(name).layout)
     with pytest.raises(GraftError, match=wanted) as caught:
-        require_served(server_of(name), {**PLAIN, **change}, [KEY])
+        require_served(engine_of(name), {**PLAIN, **change}, [KEY])
     assert caught.value.code == "GC068"
 
 
 def test_the_largest_of_a_pattern() -> None:
     config = {**PLAIN, "rank_pattern": {"q_proj": 40, "v_proj": 2}}
-    assert require_served(server_of("vllm"), config, [KEY]) == 64
+    assert require_served(engine_of("vllm"), config, [KEY]) == 64
     with pytest.raises(GraftError, match="r is 40, but the largest rank is 16"):
-        require_served(server_of("vllm"), config, [KEY], max_rank=16)
+        require_served(engine_of("vllm"), config, [KEY], max_rank=16)
 
 
 def as_engines_do(folder: Path, model: Any) -> Any:
@@ -119,7 +121,7 @@ LORAS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("name", PEFT_ENGINES)
 @pytest.mark.parametrize("kind", LORAS)
 def test_what_is_written_for_a_server(kind: str, name: str, tmp_path: Path) -> None:
     """An engine that knows only ``alpha / rank`` computes the model's outputs over the base, and so does PEFT.
@@ -153,19 +155,19 @@ def test_what_is_written_for_a_server(kind: str, name: str, tmp_path: Path) -> N
 
 def test_ranks() -> None:
     with pytest.raises(GraftError, match=r"r is 513, but the largest rank is 512: graftc convert --rank 512"):
-        require_served(server_of("vllm"), {**PLAIN, "r": 513}, [KEY])
+        require_served(engine_of("vllm"), {**PLAIN, "r": 513}, [KEY])
     with pytest.raises(GraftError, match=r"r is 12, but the largest rank is 8"):
-        require_served(server_of("sglang"), PLAIN, [KEY], max_rank=8)
+        require_served(engine_of("sglang"), PLAIN, [KEY], max_rank=8)
     with pytest.raises(GraftError, match="--max-lora-rank 24 is not one of 1, 8, 16"):
-        require_served(server_of("vllm"), PLAIN, [KEY], max_rank=24)
+        require_served(engine_of("vllm"), PLAIN, [KEY], max_rank=24)
     with pytest.raises(GraftError) as caught:
-        server_of("vlm")
+        engine_of("vlm")
     assert caught.value.hint == "did you mean 'vllm'?"
 
 
 def test_everything_in_the_way_is_named() -> None:
     with pytest.raises(GraftError) as caught:
-        require_served(server_of("vllm"), {**PLAIN, "use_dora": True, "bias": "all", "r": 600}, [KEY])
+        require_served(engine_of("vllm"), {**PLAIN, "use_dora": True, "bias": "all", "r": 600}, [KEY])
     assert len(caught.value.details) == 2
 
 
@@ -189,9 +191,9 @@ def test_a_conversion_for_a_server(tmp_path: Path) -> None:
     own = written(base("llama"), tmp_path / "own", target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 5})
     with pytest.raises(GraftError, match="rank_pattern"):
         config = json.loads((own / "adapter_config.json").read_text())
-        require_served(server_of("sglang"), config, [KEY])
+        require_served(engine_of("sglang"), config, [KEY])
     convert_folder(AdapterSource.of(own), tmp_path / "vllm", "vllm")
-    assert require_served(server_of("vllm"), json.loads((tmp_path / "vllm/adapter_config.json").read_text()), []) == 8
+    assert require_served(engine_of("vllm"), json.loads((tmp_path / "vllm/adapter_config.json").read_text()), []) == 8
 
 
 @pytest.mark.full

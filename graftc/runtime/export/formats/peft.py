@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graftc.runtime.export.exporter import Exporter, ExportOption, LazyFunction
-from graftc.runtime.interop.peft.servers import SERVERS, server_of
+from graftc.runtime.serving.engines import PEFT_ENGINES, engine_of
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -20,8 +20,8 @@ def _positive(rank: Any) -> int:
 SERVER = ExportOption(
     "server",
     "Write a PEFT folder that a server can load, within the server's limits",
-    tuple(SERVERS),
-    server_of,
+    PEFT_ENGINES,
+    engine_of,
     flag="--for",
 )
 MAX_RANK = ExportOption(

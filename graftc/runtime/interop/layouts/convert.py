@@ -21,7 +21,8 @@ from graftc.runtime.interop.layouts.layout import AdapterLayout, layout_of
 from graftc.runtime.interop.layouts.plain import AttentionSizes, PlainAdapter, concatenated
 from graftc.runtime.interop.layouts.reference import responses
 from graftc.runtime.interop.peft.folder import WEIGHTS, adapter_tensors
-from graftc.runtime.interop.peft.servers import SERVERS, require_served
+from graftc.runtime.serving.engines import ENGINES
+from graftc.runtime.serving.limits import require_served
 from graftc.runtime.sources.folder_kinds import missing, reader_of
 from graftc.runtime.sources.models import local_config
 from graftc.specs.errors.diagnostics import GraftError, Place
@@ -177,8 +178,8 @@ def _written(
 ) -> ConvertedFolder:
     write_layout(adapter, target, folder, source.heads)
     tensors, config = _tensors(folder), _config(folder)
-    if target.name in SERVERS:
-        require_served(SERVERS[target.name], config, tensors)
+    if target.name in ENGINES:
+        require_served(ENGINES[target.name], config, tensors)
     written = responses(target, tensors, config, source.probe, source.heads)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     allowed = max((ROUNDING.get(dtype, _EXACT) for dtype in dtypes), default=_EXACT) if source.rounded else _EXACT

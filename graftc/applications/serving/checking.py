@@ -1,0 +1,127 @@
+"""Check whether an engine serves a folder as it is meant, and compare it with what the engine computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from graftc.applications.serving.adapters import Replay, replayed
+from graftc.applications.serving.bases import ServedBase
+from graftc.applications.serving.folders import GENAI, folder_problems, genai_problems, require_folder
+from graftc.applications.serving.gguf_files import GgufContent, model_problems, replayed_gguf
+from graftc.records.serving.certificates import ServingCertificate, ServingProblem
+from graftc.runtime.interop.peft.folder import WEIGHTS, adapter_tensors
+from graftc.runtime.serving.engines import FORMS, Engine, Form, engine_of
+from graftc.runtime.serving.limits import largest_rank
+from graftc.runtime.sources.models import local_config
+from graftc.specs.errors.arguments import as_path
+from graftc.specs.errors.calls import public
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.foreign.config import CONFIG, MOST, config_bytes, parsed_config
+from graftc.specs.strict_json import read_json
+
+
+@public("graftc.serve_check")
+def serve_check(
+    folder: str | Path,
+    engine: str,
+    *,
+    base: str | Path | None = None,
+    run: bool = False,
+    python: str | Path | None = None,
+    step: Callable[[str], None] = lambda _: None,
+) -> ServingCertificate:
+    """State whether an engine computes what a folder means: every tensor, its scale, and every problem.
+
+    How the engine maps names and works out scales is replayed from the table in `graftc.runtime.serving.engines`; the
+    engine itself is needed only with ``run``.
+
+    Args:
+        folder: a PEFT folder, a LoRA adapter in GGUF, a model folder, a model in GGUF, or a folder of
+            ``onnx-generate``.
+        engine: the engine's name.
+        base: the folder of the base, for adapters; by default the one that ``adapter_config.json`` names.
+        run: whether to run the installed engine, and compare the tokens that it generates with graftc's.
+        python: with ``run``, the interpreter of an environment in which the engine is installed.
+        step: a function to call with the name of each step.
+
+    Raises:
+        GraftError: GC068 for an unknown engine; GC069 without an adapter's base; GC110 to GC113 for files that cannot
+            be read.
+    """
+    path, row = as_path(folder), engine_of(engine)
+    step("reading")
+    form = form_of(path)
+    if form not in row.forms:
+        return _certificate(row, form, None, Replay(problems=[_other_form(row, form)]))
+    if form == "peft":
+        config = _adapter_config(path)
+        own = _base(base if base is not None else config.get("base_model_name_or_path"), path)
+        replay = replayed(row, config, adapter_tensors(path / WEIGHTS), own)
+        needed = row.rank_for(largest_rank(config))
+        needs = f"{row.option} {needed}" if row.option is not None and needed else None
+        return _certificate(row, form, own.folder, replay, needs)
+    if form == "gguf-adapter":
+        own = _base(base, path)
+        return _certificate(row, form, own.folder, replayed_gguf(row, GgufContent.of(path), own))
+    if form == "gguf-model":
+        problems = list(model_problems(row, GgufContent.of(path)))
+    else:
+        problems = list((folder_problems if form == "model" else genai_problems)(row, path))
+    return _certificate(row, form, None, Replay(problems=problems))
+
+
+def form_of(path: Path) -> Form:
+    """Return what a folder or a file is.
+
+    Raises:
+        GraftError: GC110 if it is nothing that an engine loads.
+    """
+    require_folder(path)
+    if path.is_file():
+        return "gguf-adapter" if GgufContent.of(path).is_adapter else "gguf-model"
+    names: tuple[tuple[str, Form], ...] = ((CONFIG, "peft"), (GENAI, "onnx-generate"), ("config.json", "model"))
+    form = next((form for name, form in names if (path / name).is_file()), None)
+    if form is None:
+        raise GraftError("GC110", f"{path} is neither {' nor '.join(FORMS.values())}", place=Place(str(path)))
+    return form
+
+
+def _other_form(engine: Engine, form: Form) -> ServingProblem:
+    reason = f"{engine.title} does not load {FORMS[form]}, but {' or '.join(FORMS[own] for own in engine.forms)}"
+    remedy = {"llama.cpp": "graftc convert --to gguf --model BASE writes an adapter"} if form == "peft" else {}
+    return ServingProblem("refused", form, reason, remedy.get(engine.name, "merge it and export that: graftc export"))
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    raw = config_bytes(folder / CONFIG)
+    parsed_config(raw, str(folder / CONFIG))
+    return dict(read_json(raw, MOST))
+
+
+def _base(given: Any, adapter: Path) -> ServedBase:
+    folder = as_path(given) if given is not None else None
+    if folder is not None and not (folder / "config.json").is_file():
+        folder = local_config(str(given))
+    if folder is None:
+        message = f"the base of {adapter} is needed, and {given or 'none'} is not on this machine"
+        raise GraftError("GC069", message, place=Place(str(adapter)), hint="name its folder: --base DIR")
+    return ServedBase.of(folder)
+
+
+def _certificate(
+    engine: Engine, form: Form, base: Path | None, replay: Replay, needs: str | None = None
+) -> ServingCertificate:
+    return ServingCertificate(
+        engine=engine.name,
+        read=engine.read,
+        read_on=engine.read_on,
+        form=form,
+        base=None if base is None else str(base),
+        tensors=tuple(replay.tensors),
+        sites=tuple(replay.sites),
+        problems=tuple(replay.problems),
+        needs=needs,
+        run=None,
+    )

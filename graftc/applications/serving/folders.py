@@ -1,0 +1,89 @@
+"""Follow an engine through folders of whole models: transformers' own, and graphs for ONNX Runtime GenAI."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from graftc.files.tensors.folder import TensorFolder
+from graftc.files.tensors.weights import embedded_adapter
+from graftc.records.serving.certificates import ServingProblem
+from graftc.runtime.onnx_generation.genai import genai_config, genai_obstacle
+from graftc.runtime.serving.engines import Engine
+from graftc.runtime.sources.folder_checks import plain_config
+from graftc.runtime.sources.models import config_of_folder
+from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import shown
+from graftc.specs.regular_files import JSON_BYTES, read_regular
+from graftc.specs.strict_json import read_json
+
+GENAI = "genai_config.json"
+
+
+def folder_problems(engine: Engine, folder: Path) -> Iterator[ServingProblem]:
+    """Yield the reasons why an engine does not load a model folder, or computes something else with it.
+
+    Raises:
+        GraftError: GC032 and GC100 for a folder that cannot be read.
+    """
+    config, tensors = plain_config(folder, str(folder)), TensorFolder(folder, strict=False)
+    rope = config.get("rope_parameters") or {}
+    for field in engine.needs:
+        if field in rope and field not in config:
+            reason = f"config.json has {field} only in rope_parameters, and {engine.title} reads it at the top level"
+            yield ServingProblem("refused", field, reason, f'add "{field}": {shown(rope[field])} to config.json')
+    if (adapter := embedded_adapter(folder)) is not None:
+        reason = f"the folder contains {adapter}, which transformers would apply and {engine.title} does not"
+        yield ServingProblem("ignored", str(adapter), reason, "merge it, or move it to a separate folder")
+    text = config.get("text_config") or config
+    if text.get("tie_word_embeddings", config.get("tie_word_embeddings")) and "lm_head.weight" in tensors:
+        table = next((tensors[name] for name in tensors if name.endswith("embed_tokens.weight")), None)
+        if table is not None and not table.equal(tensors["lm_head.weight"]):
+            reason = "lm_head.weight is not the embedding, but config.json has tie_word_embeddings, so it is ignored"
+            yield ServingProblem("ignored", "tie_word_embeddings", reason, "set tie_word_embeddings to false")
+
+
+def genai_problems(engine: Engine, folder: Path) -> Iterator[ServingProblem]:
+    """Yield the reasons why ONNX Runtime GenAI does not load a folder, or computes something else with it."""
+    try:
+        onnx = importlib.import_module("onnx")
+    except ImportError:
+        raise GraftError(
+            "GC061", "reading graphs needs the package onnx", hint="pip install 'graftc[export]'"
+        ) from None
+    try:
+        found: Any = read_json(read_regular(folder / GENAI), JSON_BYTES)
+        decoder = found["model"]["decoder"]
+        graph = onnx.load(folder / str(decoder["filename"]), load_external_data=False).graph
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{GENAI} or the graph that it names cannot be read: {getattr(error, 'strerror', None) or error}"
+        yield ServingProblem("refused", GENAI, reason, "export the folder again: --format onnx-generate")
+        return
+    inputs, outputs = [each.name for each in graph.input], [each.name for each in graph.output]
+    config = config_of_folder(folder, str(folder))
+    if (obstacle := genai_obstacle(config, inputs, outputs)) is not None:
+        yield ServingProblem("refused", GENAI, obstacle, "run the folder with graftc generate")
+        return
+    wanted: Any = genai_config(config, None, str(decoder["filename"]), inputs, outputs)
+    sizes = ("head_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads")
+    pairs = [(f"model.decoder.{name}", decoder.get(name), wanted["model"]["decoder"][name]) for name in sizes]
+    pairs += [(f"model.{name}", found["model"].get(name), wanted["model"][name]) for name in ("type", "vocab_size")]
+    pairs += [
+        (f"model.decoder.{side}", decoder.get(side), wanted["model"]["decoder"][side]) for side in ("inputs", "outputs")
+    ]
+    for place, own, value in pairs:
+        if own != value:
+            reason = f"{place} is {shown(own)} in {GENAI}, but the model has {shown(value)}"
+            yield ServingProblem("wrong", place, reason, "export the folder again: --format onnx-generate")
+
+
+def require_folder(path: Path) -> None:
+    """Raise if there is nothing at a path.
+
+    Raises:
+        GraftError: GC110.
+    """
+    if not path.exists():
+        raise GraftError("GC110", f"{path} does not exist")

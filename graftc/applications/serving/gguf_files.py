@@ -1,0 +1,173 @@
+"""Follow an engine through GGUF files: LoRA adapters for llama.cpp, and whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from graftc.applications.serving.adapters import Replay, once
+from graftc.applications.serving.bases import BaseModule, ServedBase
+from graftc.records.serving.certificates import ServedSite, ServedTensor, ServingProblem
+from graftc.runtime.export.gguf.families import architecture, family_of
+from graftc.runtime.export.gguf.writing import package
+from graftc.runtime.serving.engines import Engine
+from graftc.specs.errors.diagnostics import GraftError, Place
+from graftc.specs.errors.text import shown, some
+
+_KEYS = frozenset(
+    {
+        *("adapter.type", "adapter.lora.alpha", "adapter.lora.task_name", "adapter.lora.prompt_prefix"),
+        "adapter.alora.invocation_tokens",
+    }
+)
+_EXPORT = "write it with graftc convert --to gguf"
+_TABLES = {"token_embd.weight": "embedding", "output.weight": "head"}
+
+
+@dataclass(frozen=True)
+class GgufContent:
+    """The fields of a GGUF file, and the shapes and types of its tensors.
+
+    Attributes:
+        fields: the values by key.
+        shapes: the shapes of its tensors, ``[rows, columns]``.
+        types: the names of their types, such as ``F16``.
+        kinds: the names of the types of its fields, such as ``FLOAT32``.
+    """
+
+    fields: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, str]
+    kinds: Mapping[str, str]
+
+    @classmethod
+    def of(cls, file: Path) -> GgufContent:
+        """Read a file's header.
+
+        Raises:
+            GraftError: GC061 without the package gguf, GC113 for a file that is damaged.
+        """
+        try:
+            reader = package().GGUFReader(file)
+            fields = {name: own.contents() for name, own in reader.fields.items()}
+            kinds = {name: own.types[0].name for name, own in reader.fields.items() if own.types}
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise GraftError("GC113", f"{file} cannot be read: {reason}", place=Place(str(file))) from None
+        shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+        return cls(fields, shapes, {t.name: t.tensor_type.name for t in reader.tensors}, kinds)
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter."""
+        return self.fields.get("general.type") == "adapter"
+
+
+def replayed_gguf(engine: Engine, adapter: GgufContent, base: ServedBase) -> Replay:
+    """Follow llama.cpp through a LoRA adapter.
+
+    Args:
+        engine: the engine.
+        adapter: the adapter.
+        base: the base that the adapter is for.
+
+    Raises:
+        GraftError: GC060 for a base whose names in GGUF are unknown.
+    """
+    replay = Replay(problems=list(_field_problems(adapter, base)))
+    modules = _named(base)
+    pairs: dict[str, dict[str, str]] = {}
+    for key in adapter.shapes:
+        name, _, part = key.rpartition(".")
+        if part in ("lora_a", "lora_b"):
+            pairs.setdefault(name, {})[part] = key
+            continue
+        if key.endswith("_norm.weight"):
+            problem = ServingProblem("ignored", key, f"{engine.title} ignores {key}", "merge it: graftc merge")
+        else:
+            problem = ServingProblem("refused", key, f"{key} is not a factor of a LoRA", "merge it: graftc merge")
+        replay.problems.append(problem)
+        replay.tensors.append(ServedTensor(key, None, False, problem.reason))
+    found: list[ServingProblem] = []
+    alpha = adapter.fields.get("adapter.lora.alpha")
+    for name, keys in pairs.items():
+        shapes = {part: adapter.shapes[key] for part, key in keys.items()}
+        problems = list(_pair_problems(engine, name, shapes, modules.get(name), base))
+        if not problems:
+            rank = shapes["lora_b"][-1]
+            scale = float(alpha) / rank if alpha else 1.0
+            replay.sites.append(ServedSite(name, rank, scale, scale))
+        reason = problems[0].reason if problems else ""
+        replay.tensors += [ServedTensor(key, None if problems else name, not problems, reason) for key in keys.values()]
+        found += problems
+    replay.problems += once(found)
+    return replay
+
+
+def _field_problems(adapter: GgufContent, base: ServedBase) -> Iterator[ServingProblem]:
+    fields, arch = adapter.fields, family_of(base.model.config).arch
+    if fields.get("general.architecture") != arch:
+        reason = f"general.architecture is {shown(fields.get('general.architecture'))}, but the base's is {arch!r}"
+        yield ServingProblem("refused", "general.architecture", reason, "use the base that the adapter was trained on")
+    if fields.get("adapter.type") != "lora":
+        yield ServingProblem("refused", "adapter.type", f"adapter.type is {shown(fields.get('adapter.type'))}", _EXPORT)
+    if not fields.get("adapter.lora.alpha"):
+        reason = "adapter.lora.alpha is missing or 0, and llama.cpp then multiplies by 1 instead of alpha / rank"
+        yield ServingProblem("wrong", "adapter.lora.alpha", reason, _EXPORT)
+    elif adapter.kinds["adapter.lora.alpha"] != "FLOAT32":
+        reason = f"adapter.lora.alpha is {adapter.kinds['adapter.lora.alpha']}, which ends llama.cpp"
+        yield ServingProblem("refused", "adapter.lora.alpha", reason, _EXPORT)
+    for key in sorted(name for name in fields if name.startswith("adapter.") and name not in _KEYS):
+        yield ServingProblem("ignored", key, f"{key} is {shown(fields[key])}, which llama.cpp does not read", _EXPORT)
+
+
+def _pair_problems(
+    engine: Engine, name: str, shapes: Mapping[str, tuple[int, ...]], module: BaseModule | None, base: ServedBase
+) -> Iterator[ServingProblem]:
+    if shapes.keys() != {"lora_a", "lora_b"}:
+        yield ServingProblem("refused", name, f"{name} has only one of lora_a and lora_b", _EXPORT)
+    elif name in _TABLES and base.tied:
+        kind = "it aborts at the first request" if name == "token_embd.weight" else "the file has no such tensor"
+        reason = f"{name} is adapted, but the base's embedding and head are one tensor: {kind}"
+        remedy = f"leave the {_TABLES[name]} out, or untie the head and export the merged model"
+        yield ServingProblem("refused", name, reason, remedy)
+    elif module is None:
+        yield ServingProblem("refused", name, f"{name} is not a matrix of the base", "use the adapter's own base")
+    elif module.kind == "embedding" and name != "token_embd.weight":
+        yield ServingProblem("ignored", name, f"{engine.title} takes no LoRA on {name}", "merge it: graftc merge")
+    else:
+        wanted = (module.inputs, module.outputs)
+        table = name == "token_embd.weight"
+        a, b = shapes["lora_a"], shapes["lora_b"]
+        sizes = (a[0], b[0]) if table else (a[1], b[0])
+        ranks = (a[1], b[1]) if table else (a[0], b[1])
+        if sizes != wanted or ranks[0] != ranks[1]:
+            reason = f"{name} maps {wanted[0]} to {wanted[1]}, but the factors are {list(a)} and {list(b)}"
+            yield ServingProblem("refused", name, reason, "use the base that the adapter was trained on")
+
+
+def _named(base: ServedBase) -> dict[str, BaseModule]:
+    """Return the base's modules by their names in GGUF."""
+    gguf, config = package(), cast("Any", base.model.config)
+    names: Any = gguf.get_tensor_name_map(architecture(gguf, family_of(config)), config.num_hidden_layers)
+    found = {names.get_name(module.tensor, (".weight",)): module for module in base.modules.values()}
+    return {name: module for name, module in found.items() if name is not None}
+
+
+def model_problems(engine: Engine, content: GgufContent) -> Iterator[ServingProblem]:
+    """Yield the reasons why an engine does not load a whole model in GGUF, or computes something else with it."""
+    arch = content.fields.get("general.architecture")
+    if engine.architectures and arch not in engine.architectures:
+        reason = f"general.architecture is {shown(arch)}; {engine.title} reads {', '.join(engine.architectures)}"
+        yield ServingProblem("refused", "general.architecture", reason, "export another format: graftc export")
+    others = sorted({kind for name, kind in content.types.items() if len(content.shapes[name]) > 1})
+    if engine.file_types and (odd := [kind for kind in others if kind not in engine.file_types]):
+        reason = f"the matrices are {some(odd)}, but {engine.title} needs {', '.join(engine.file_types)}"
+        remedy = f"graftc export --format gguf --for {engine.name} writes it"
+        yield ServingProblem("wrong", "general.file_type", reason, remedy)
+    for name in engine.unread:
+        if name in content.shapes:
+            reason = f"{engine.title} ignores {name}, the factors of the rotation's frequencies"
+            yield ServingProblem("ignored", name, reason, "use llama.cpp for this model")

@@ -1,0 +1,142 @@
+"""What `graftc serve-check` states about a folder and an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from graftc.specs.records.record import Record, stated
+
+ServedForm = Literal["peft", "gguf-adapter", "model", "gguf-model", "onnx-generate"]
+
+
+@dataclass(frozen=True)
+class ServingProblem(Record):
+    """One reason why an engine does not compute what a folder means."""
+
+    kind: Literal["refused", "ignored", "wrong", "unverified"]
+    """What the engine does: it raises an error, leaves something out, or computes something else; or it is not known to
+    compute what PEFT does."""
+
+    place: str
+    """A field of a config, a tensor, a module of the base, or a file."""
+
+    reason: str
+    """What is wrong, for people."""
+
+    remedy: str
+    """What to do about it, for people; empty if nothing is known."""
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.remedy}" if self.remedy else self.reason
+
+
+@dataclass(frozen=True)
+class ServedTensor(Record):
+    """What an engine does with one tensor of an adapter."""
+
+    name: str
+    """Its name in the file."""
+
+    base: str | None
+    """The tensor of the base that the engine adds it to; null if it adds it to none."""
+
+    applied: bool
+    """Whether the engine applies it as PEFT defines it."""
+
+    reason: str
+    """Why it does not, for people; empty if it does."""
+
+
+@dataclass(frozen=True)
+class ServedSite(Record):
+    """One map of the base to which an engine adds ``scale * B A``."""
+
+    site: str
+    """The module's path in the base, or the tensor's name in a GGUF file."""
+
+    rank: Annotated[int, Ge(1)]
+    """The rank of the factors."""
+
+    scale: float
+    """The factor by which the engine multiplies the product."""
+
+    defined: float
+    """The factor that the adapter's config defines."""
+
+
+@dataclass(frozen=True)
+class ServingRun(Record):
+    """What an engine generated, compared with what graftc computes for the same base and adapter in float32."""
+
+    version: str
+    """The version of the engine that ran."""
+
+    prompts: Annotated[int, Ge(1)]
+    """The number of prompts."""
+
+    tokens: Annotated[int, Ge(1)]
+    """The number of tokens that were generated for each prompt, by greedy search."""
+
+    equal: Annotated[int, Ge(0)]
+    """The number of prompts whose tokens are all equal."""
+
+    changed: Annotated[int, Ge(0)]
+    """The number of prompts for which the adapter changes graftc's tokens; without any, the run proves nothing. For a
+    folder that is a whole model, all of them."""
+
+    first_difference: Annotated[int, Ge(0)] | None
+    """The smallest position at which tokens differ; null if all are equal."""
+
+
+@dataclass(frozen=True)
+class ServingCertificate(Record):
+    """What an engine does with a folder: the tensors that it applies, the scale of each site, and every problem."""
+
+    engine: str
+    """The engine's name."""
+
+    read: str
+    """The engine with the version, or the commit, whose source the statements follow."""
+
+    read_on: str
+    """The day on which that source was read."""
+
+    form: ServedForm
+    """What the folder is."""
+
+    base: str | None
+    """The base that names, shapes and architecture were compared with; null if there is none, or none is needed."""
+
+    tensors: tuple[ServedTensor, ...]
+    """Every tensor of the adapter; empty for a whole model."""
+
+    sites: tuple[ServedSite, ...]
+    """Every map that the engine adapts; empty for a whole model."""
+
+    problems: tuple[ServingProblem, ...]
+    """Every reason against serving the folder with this engine."""
+
+    needs: str | None
+    """The option with which the engine has to be started; null if it needs none."""
+
+    run: ServingRun | None
+    """The comparison with the engine itself; null if it was not run."""
+
+    @stated
+    def applied(self) -> int:
+        """The number of tensors that the engine applies."""
+        return sum(tensor.applied for tensor in self.tensors)
+
+    @stated
+    def total(self) -> int:
+        """The number of tensors of the adapter."""
+        return len(self.tensors)
+
+    @stated
+    def passed(self) -> bool:
+        """Whether there is no problem, and the run, if there was one, equals graftc's."""
+        ran = self.run is None or (self.run.equal == self.run.prompts and self.run.changed > 0)
+        return not self.problems and ran

@@ -1,0 +1,44 @@
+"""A small base with a tied head, and PEFT folders for it whose factors are noise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def saved_base(folder: Path, **changes: Any) -> Path:
+    """Write a LLaMA of two layers with a tied head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": True, **changes})).save_pretrained(folder)
+    return folder
+
+
+def peft_folder(base: Path, folder: Path, seed: int = 0, **options: Any) -> Path:
+    """Write an adapter of rank 4 and alpha 6 for q and v, with factors of noise, which names its base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **options})
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    changed(folder, base_model_name_or_path=str(base))
+    return folder
+
+
+def changed(folder: Path, **fields: Any) -> Path:
+    """Change fields of a folder's ``adapter_config.json``."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
+    return folder
