@@ -9,11 +9,11 @@ from typing import Any
 from graftc.applications.serving.adapters import Replay, replayed
 from graftc.applications.serving.bases import ServedBase
 from graftc.applications.serving.folders import GENAI, folder_problems, genai_problems, require_folder
-from graftc.applications.serving.gguf_files import GgufContent, model_problems, replayed_gguf
+from graftc.applications.serving.gguf_files import GgufContent, replayed_gguf
 from graftc.records.serving.certificates import ServingCertificate, ServingProblem
 from graftc.runtime.interop.peft.folder import WEIGHTS, adapter_tensors
 from graftc.runtime.serving.engines import FORMS, Engine, Form, engine_of
-from graftc.runtime.serving.limits import largest_rank
+from graftc.runtime.serving.limits import gguf_problems, largest_rank
 from graftc.runtime.sources.models import local_config
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.calls import public
@@ -66,7 +66,8 @@ def serve_check(
         own = _base(base, path)
         return _certificate(row, form, own.folder, replayed_gguf(row, GgufContent.of(path), own))
     if form == "gguf-model":
-        problems = list(model_problems(row, GgufContent.of(path)))
+        content = GgufContent.of(path)
+        problems = list(gguf_problems(row, content.architecture, content.matrices, content.shapes))
     else:
         problems = list((folder_problems if form == "model" else genai_problems)(row, path))
     return _certificate(row, form, None, Replay(problems=problems))

@@ -14,7 +14,7 @@ from graftc.runtime.export.gguf.families import architecture, family_of
 from graftc.runtime.export.gguf.writing import package
 from graftc.runtime.serving.engines import Engine
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.errors.text import shown, some
+from graftc.specs.errors.text import shown
 
 _KEYS = frozenset(
     {
@@ -64,6 +64,16 @@ class GgufContent:
         """Whether it is an adapter."""
         return self.fields.get("general.type") == "adapter"
 
+    @property
+    def architecture(self) -> object:
+        """The architecture of the model that it is, or is for."""
+        return self.fields.get("general.architecture")
+
+    @property
+    def matrices(self) -> set[str]:
+        """The names of the types of its matrices."""
+        return {kind for name, kind in self.types.items() if len(self.shapes[name]) > 1}
+
 
 def replayed_gguf(engine: Engine, adapter: GgufContent, base: ServedBase) -> Replay:
     """Follow llama.cpp through a LoRA adapter.
@@ -108,8 +118,8 @@ def replayed_gguf(engine: Engine, adapter: GgufContent, base: ServedBase) -> Rep
 
 def _field_problems(adapter: GgufContent, base: ServedBase) -> Iterator[ServingProblem]:
     fields, arch = adapter.fields, family_of(base.model.config).arch
-    if fields.get("general.architecture") != arch:
-        reason = f"general.architecture is {shown(fields.get('general.architecture'))}, but the base's is {arch!r}"
+    if adapter.architecture != arch:
+        reason = f"general.architecture is {shown(adapter.architecture)}, but the base's is {arch!r}"
         yield ServingProblem("refused", "general.architecture", reason, "use the base that the adapter was trained on")
     if fields.get("adapter.type") != "lora":
         yield ServingProblem("refused", "adapter.type", f"adapter.type is {shown(fields.get('adapter.type'))}", _EXPORT)
@@ -154,20 +164,3 @@ def _named(base: ServedBase) -> dict[str, BaseModule]:
     names: Any = gguf.get_tensor_name_map(architecture(gguf, family_of(config)), config.num_hidden_layers)
     found = {names.get_name(module.tensor, (".weight",)): module for module in base.modules.values()}
     return {name: module for name, module in found.items() if name is not None}
-
-
-def model_problems(engine: Engine, content: GgufContent) -> Iterator[ServingProblem]:
-    """Yield the reasons why an engine does not load a whole model in GGUF, or computes something else with it."""
-    arch = content.fields.get("general.architecture")
-    if engine.architectures and arch not in engine.architectures:
-        reason = f"general.architecture is {shown(arch)}; {engine.title} reads {', '.join(engine.architectures)}"
-        yield ServingProblem("refused", "general.architecture", reason, "export another format: graftc export")
-    others = sorted({kind for name, kind in content.types.items() if len(content.shapes[name]) > 1})
-    if engine.file_types and (odd := [kind for kind in others if kind not in engine.file_types]):
-        reason = f"the matrices are {some(odd)}, but {engine.title} needs {', '.join(engine.file_types)}"
-        remedy = f"graftc export --format gguf --for {engine.name} writes it"
-        yield ServingProblem("wrong", "general.file_type", reason, remedy)
-    for name in engine.unread:
-        if name in content.shapes:
-            reason = f"{engine.title} ignores {name}, the factors of the rotation's frequencies"
-            yield ServingProblem("ignored", name, reason, "use llama.cpp for this model")

@@ -24,10 +24,11 @@ from graftc.records.certificate import Certificate
 from graftc.records.fields import ArtifactFolder
 from graftc.records.files import PeftTensor
 from graftc.records.results import WrittenResult
-from graftc.runtime.export.formats.gguf import DTYPE
+from graftc.runtime.export.formats.gguf import DTYPE, ENGINE
 from graftc.runtime.export.formats.peft import MAX_RANK, SERVER
 from graftc.runtime.export.graph_options import INPUTS
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import listed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,7 +109,12 @@ def export(
     ] = None,
     server: Annotated[
         str | None,
-        typer.Option(SERVER.flag, metavar="SERVER", help=SERVER.help, show_default=False),
+        typer.Option(
+            SERVER.flag,
+            metavar="ENGINE",
+            help=f"Write what a serving engine reads, or refuse: {listed([*SERVER.words, *ENGINE.words], 'or')}.",
+            show_default=False,
+        ),
     ] = None,
     max_rank: Annotated[
         int | None,

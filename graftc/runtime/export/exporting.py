@@ -121,10 +121,11 @@ class Exporting:
             example_inputs: for onnx and pt2, a call whose signature is exported, by name or in order; by default the
                 call that the model was compiled with. Tensors' values do not matter.
             inputs: for onnx and pt2, names of adaptations in the graph whose tensors become inputs.
-            dtype: the element type of the matrices in a GGUF file: ``"f32"`` by default, ``"f16"`` or ``"bf16"``.
-            server: the server that must be able to load a PEFT folder. The update is then written as plain LoRA, scaled
-                by ``alpha / rank`` and relative to the unchanged base: at twice the rank if factors were initialised
-                from the weights.
+            dtype: the element type of the matrices in a GGUF file: ``"f32"``, ``"f16"`` or ``"bf16"``; by default the
+                one that the server needs, or ``"f32"``.
+            server: the serving engine that must be able to load the PEFT folder or the GGUF file. In a folder, the
+                update is plain LoRA, scaled by ``alpha / rank`` and relative to the unchanged base: at twice the rank
+                if factors were initialised from the weights.
             max_rank: the maximum rank with which the server was started; by default, the largest that it supports.
             force: whether to replace an existing file or folder.
             options: options of a format that an installed package adds.

@@ -311,9 +311,6 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
 )
 """All engines, by name."""
 
-PEFT_ENGINES: tuple[str, ...] = tuple(name for name, engine in ENGINES.items() if "peft" in engine.forms)
-"""The engines that read PEFT folders."""
-
 OF_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base unchanged; others are relative to a modified base, which no engine has."""
 
@@ -329,14 +326,30 @@ INERT = frozenset(
 """Fields of PEFT's LoRA config that do not change what a saved adapter computes, or that are checked on their own."""
 
 
-def engine_of(name: str) -> Engine:
+def engines_for(*forms: Form) -> tuple[str, ...]:
+    """Return the names of the engines that load one of the given forms."""
+    return tuple(name for name, engine in ENGINES.items() if set(forms) & set(engine.forms))
+
+
+PEFT_ENGINES, GGUF_ENGINES = engines_for("peft"), engines_for("gguf-model")
+"""The engines that load PEFT folders, and those that load models in GGUF."""
+
+
+def engine_of(name: str, *forms: Form) -> Engine:
     """Return the engine with a given name.
 
+    Args:
+        name: the name.
+        forms: the forms of which it has to load one; by default, any engine is returned.
+
     Raises:
-        GraftError: GC068 for an unknown engine.
+        GraftError: GC068 for an unknown engine, or one that loads none of the forms.
     """
     engine = ENGINES.get(name)
     if engine is None:
         hint = alternatives(name, ENGINES, "engines")
         raise GraftError("GC068", f"the limits of a server {name!r} are not known", hint=hint)
+    if forms and not set(forms) & set(engine.forms):
+        hint = f"the engines that do are {', '.join(engines_for(*forms))}"
+        raise GraftError("GC068", f"{name} does not load {FORMS[forms[0]]}", hint=hint)
     return engine

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from graftc.records.serving.certificates import ServingProblem
-from graftc.runtime.serving.engines import INERT, OF_THE_BASE, PEFT_ENGINES, Engine, Treatment
+from graftc.runtime.serving.engines import INERT, OF_THE_BASE, Engine, Treatment
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import shown, some
 
@@ -42,9 +42,6 @@ def require_served(
     Raises:
         GraftError: GC068, which lists every problem with its remedy.
     """
-    if engine.layout is None:
-        hint = f"the engines that read PEFT folders are {', '.join(PEFT_ENGINES)}"
-        raise GraftError("GC068", f"{engine.name} does not read PEFT folders", hint=hint)
     problems = [str(problem) for problem in limit_problems(engine, config, list(keys), max_rank)]
     if problems:
         message = f"{engine.name} does not accept the adapter: {problems[0]}"
@@ -131,3 +128,29 @@ def _rank_problems(engine: Engine, rank: int, max_rank: int | None) -> Iterator[
     elif needed is None or rank > limit:
         reason = f"r is {rank}, but the largest rank is {limit}"
         yield ServingProblem("refused", "r", reason, f"graftc convert --rank {limit} lowers it")
+
+
+def gguf_problems(
+    engine: Engine, arch: object, types: Collection[str], names: Container[str]
+) -> Iterator[ServingProblem]:
+    """Yield the reasons why an engine does not load a whole model in GGUF, or computes something else with it.
+
+    Args:
+        engine: the engine.
+        arch: the file's architecture.
+        types: the names of the types of its matrices, such as ``F16``.
+        names: the names of its tensors.
+    """
+    if engine.architectures and arch not in engine.architectures:
+        reason = f"general.architecture is {shown(arch)}; {engine.title} reads {', '.join(engine.architectures)}"
+        yield ServingProblem("refused", "general.architecture", reason, "export another format: graftc export")
+    odd = sorted(set(types) - set(engine.file_types)) if engine.file_types else []
+    if odd:
+        wanted = engine.file_types[0].lower()
+        reason = f"the matrices are {some(odd)}, but {engine.title} needs {wanted}"
+        remedy = f"write them as {wanted}: graftc export --format gguf --for {engine.name}"
+        yield ServingProblem("wrong", "general.file_type", reason, remedy)
+    for name in engine.unread:
+        if name in names:
+            reason = f"{engine.title} ignores {name}, the factors of the rotation's frequencies"
+            yield ServingProblem("ignored", name, reason, "use llama.cpp for this model")

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tests.runtime.interop.adapters import written
+
 
 def saved_base(folder: Path, **changes: Any) -> Path:
     """Write a LLaMA of two layers with a tied head."""
@@ -22,17 +24,10 @@ def saved_base(folder: Path, **changes: Any) -> Path:
 
 def peft_folder(base: Path, folder: Path, seed: int = 0, **options: Any) -> Path:
     """Write an adapter of rank 4 and alpha 6 for q and v, with factors of noise, which names its base."""
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **options})
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder)
+    options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **options}
+    written(LlamaForCausalLM.from_pretrained(base), folder, seed, **options)
     changed(folder, base_model_name_or_path=str(base))
     return folder
 

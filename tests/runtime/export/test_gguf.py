@@ -279,3 +279,24 @@ def test_an_adapter_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(GraftError, match=r"update differs at 4 of 6 maps: .*(q|k)_proj") as caught:
         convert_to_gguf(source, tmp_path / "wrong.gguf", tmp_path / "base")
     assert caught.value.code == "GC067" and not (tmp_path / "wrong.gguf").exists()
+
+
+@pytest.mark.slow
+def test_files_for_engines(tmp_path: Path) -> None:
+    """OpenVINO GenAI reads whole models with matrices in f16 only, and no adapters; llama.cpp reads any type."""
+    compiled: Any = adapted(model_of("llama"), {"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}})
+    merged = compiled.merge()
+    with pytest.raises(GraftError, match="the matrices are F32, but OpenVINO GenAI needs f16") as caught:
+        merged.export(tmp_path / "model.gguf", "gguf", server="openvino", dtype="f32")
+    assert caught.value.code == "GC068"
+    with pytest.raises(GraftError, match="openvino does not load a GGUF adapter") as caught:
+        compiled.export(tmp_path / "adapter.gguf", "gguf", server="openvino")
+    assert caught.value.code == "GC068" and not any(tmp_path.iterdir())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GraftWarning)  # the base has no tokenizer
+        merged.export(tmp_path / "model.gguf", "gguf", server="openvino")
+        merged.export(tmp_path / "other.gguf", "gguf", server="llama.cpp")
+    compiled.export(tmp_path / "adapter.gguf", "gguf", server="llama.cpp")
+    for name, kind in (("model", "F16"), ("other", "F32")):
+        tensors = gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors
+        assert {tensor.tensor_type.name for tensor in tensors if len(tensor.shape) > 1} == {kind}

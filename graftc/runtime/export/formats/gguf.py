@@ -3,6 +3,7 @@
 from typing import Any, Literal, TypeAlias, get_args
 
 from graftc.runtime.export.exporter import Exporter, ExportOption, LazyFunction
+from graftc.runtime.serving.engines import GGUF_ENGINES, engine_of
 from graftc.specs.errors.diagnostics import GraftError
 
 FileType: TypeAlias = Literal["f32", "f16", "bf16"]
@@ -22,12 +23,23 @@ def file_type(given: Any) -> FileType:
 
 
 DTYPE = ExportOption(
-    "dtype", "Type of the matrices in a GGUF file", get_args(FileType), file_type, "f32", flag="--dtype"
+    "dtype",
+    "Type of the matrices in a GGUF file, by default the engine's or f32",
+    get_args(FileType),
+    file_type,
+    flag="--dtype",
+)
+ENGINE = ExportOption(
+    "server",
+    "Write a GGUF file that an engine computes correctly",
+    GGUF_ENGINES,
+    lambda name: engine_of(name, "gguf-model"),
+    flag="--for",
 )
 EXPORTER = Exporter(
     "gguf",
     "A merged model for llama.cpp, or the LoRAs of an unmerged one as an adapter for it",
-    (DTYPE,),
+    (DTYPE, ENGINE),
     write=LazyFunction("graftc.runtime.export.gguf.exporting:write"),
     check=LazyFunction("graftc.runtime.export.gguf.exporting:check"),
     prepare=LazyFunction("graftc.runtime.export.gguf.exporting:prepare"),

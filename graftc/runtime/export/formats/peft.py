@@ -21,7 +21,7 @@ SERVER = ExportOption(
     "server",
     "Write a PEFT folder that a server can load, within the server's limits",
     PEFT_ENGINES,
-    engine_of,
+    lambda name: engine_of(name, "peft"),
     flag="--for",
 )
 MAX_RANK = ExportOption(

@@ -9,23 +9,29 @@ from typing import cast
 
 from graftc.compiler.capture.interface import config_of
 from graftc.runtime.artifact.write import require_values
+from graftc.runtime.export.formats.gguf import FileType, file_type
 from graftc.runtime.export.gguf.adapter import adapter_file, plain_of
 from graftc.runtime.export.gguf.model import merged_file
 from graftc.runtime.export.gguf.writing import GgufFile
 from graftc.runtime.export.job import ExportJob
 from graftc.runtime.interop.transformers import FoldedModel
 from graftc.runtime.model.adapted import AdaptedRunner
-from graftc.specs.errors.diagnostics import warn
+from graftc.runtime.serving.engines import Engine, engine_of
+from graftc.runtime.serving.limits import gguf_problems
+from graftc.specs.errors.diagnostics import GraftError, warn
 
 
 def prepare(job: ExportJob) -> Callable[[], GgufFile]:
     """Return a function that returns the file to write; the file is created once, on the first call.
 
     Raises:
-        GraftError: GC053 for a model without values, GC066 for anything that is not plain LoRA.
+        GraftError: GC053 for a model without values, GC066 for anything that is not plain LoRA, GC068 for adapters in
+            GGUF for an engine that does not load them.
     """
     if not isinstance(job.runner, AdaptedRunner):
         return cache(partial(merged_file, cast(FoldedModel, job.runner)))
+    if job.options["server"] is not None:
+        engine_of(job.options["server"].name, "gguf-adapter")
     require_values(job.runner)
     adapter = plain_of(cast(AdaptedRunner, job.simplest).compilation)
     return cache(partial(adapter_file, adapter, config_of(job.runner.compilation.source)))
@@ -35,9 +41,11 @@ def write(job: ExportJob, path: Path) -> None:
     """Write the file; see `merged_file` and `adapter_file`.
 
     Raises:
-        GraftError: as in these functions and in `GgufFile.write`.
+        GraftError: as in these functions and in `GgufFile.write`; GC068 for an engine that does not load the file.
     """
-    lacking = job.prepared().write(path, job.options["dtype"])
+    content = job.prepared()
+    _require_read(job, content)
+    lacking = content.write(path, file_type_of(job))
     if lacking is not None:
         hint = "llama.cpp needs one: save it with the base as tokenizer.json, or add it with llama.cpp's own tools"
         warn("GC075", f"{job.path} has no tokenizer: {lacking}", hint=hint)
@@ -49,4 +57,26 @@ def check(job: ExportJob, path: Path) -> None:
     Raises:
         GraftError: GC060 if it does not.
     """
-    job.prepared().check(path, job.options["dtype"])
+    job.prepared().check(path, file_type_of(job))
+
+
+def file_type_of(job: ExportJob) -> FileType:
+    """Return the type of a file's matrices: the given one, or the one that the engine reads, or float32."""
+    engine: Engine | None = job.options["server"]
+    usual = engine.file_types[0].lower() if engine is not None and engine.file_types else "f32"
+    return file_type(job.options["dtype"] or usual)
+
+
+def _require_read(job: ExportJob, content: GgufFile) -> None:
+    """Raise if the engine that a whole model is for does not read the file.
+
+    Raises:
+        GraftError: GC068.
+    """
+    engine: Engine | None = job.options["server"]
+    if engine is None or isinstance(job.runner, AdaptedRunner):
+        return
+    names = [entry.name for entry in content.entries]
+    problems = [str(p) for p in gguf_problems(engine, content.arch, [file_type_of(job).upper()], names)]
+    if problems:
+        raise GraftError("GC068", f"{engine.name} does not load the model: {problems[0]}", details=problems[1:])
