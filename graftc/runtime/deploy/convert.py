@@ -18,10 +18,13 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.differences import largest_difference, largest_number
 from graftc.compiler.folding.fold_plan import FoldPlan, fold_plan
 from graftc.compiler.folding.samples import samples
-from graftc.compiler.folding.steps import lazy_tensors
 from graftc.compiler.inspect.snapshot import adapter_values
+from graftc.compiler.resolve.sitetable import SiteTable, site_of
+from graftc.compiler.roles.findings import Structure
+from graftc.passes.core.method.folding import fold_at
+from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import LinearSite, SiteKey
-from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
+from graftc.passes.core.weights.folds import FoldGroup, LazyTensors, WeightFold
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.records.conversion import ConvertedSite
@@ -214,19 +217,24 @@ class _Conversion:
                 raise _no_lora(name, what)
 
     def _linear(self, name: str) -> list[LinearSite]:
-        return [site for site, _ in self._resolved[name].places if isinstance(site, LinearSite)]
+        """Return an adaptation's linear sites, and the other readers of the tied tensors that it replaces rows of."""
+        sites = [site for site, _ in self._resolved[name].places if isinstance(site, LinearSite)]
+        tied = {site.own.tensor for site in sites if self.compilation.store.tied(site.own.tensor)}
+        known = {site.key for site in sites}
+        others = (site for tensor in tied for site in readers(self.compilation, tensor))
+        return [*sites, *(site for site in others if site.key not in known)]
 
     def _take(self, name: str, changed: dict[str, Tensor]) -> None:
         """Compute factors for the sites that read the changed tensors; nothing else may have changed."""
         specs = dict((site.key, spec) for site, spec in self._resolved[name].places)
-        for site in self.sites[name]:
-            own = site.own
-            if own.tensor not in changed or site.key in self.factors[name]:
-                continue
-            wanted = own.operand(changed[own.tensor])
-            self._factorise(name, site, wanted, specs[site.key])
+        reading = [s for s in self.sites[name] if s.own.tensor in changed and s.key not in self.factors[name]]
+        for site in reading:
+            wanted = site.own.operand(changed[site.own.tensor])
+            self._factorise(name, site, wanted, specs.get(site.key, self.spec_of(name)))
+        for own in (site.own for site in reading):
             change = changed[own.tensor]
-            changed[own.tensor] = own.put_operand(None if own.whole else change, torch.zeros_like(wanted))
+            nothing = torch.zeros_like(own.operand(change))
+            changed[own.tensor] = own.put_operand(None if own.whole else change, nothing)
         for tensor, rest in changed.items():
             if bool(rest.any()):
                 raise _no_lora(name, f"changes {tensor}, which is not the weight of a linear map that it adapts")
@@ -257,17 +265,18 @@ class _Conversion:
             GraftError: GC067 if the estimate exceeds the error measured before by more than its uncertainty.
         """
         compilation = runner_of(result).compilation
-        places = {(r.name, site.key): site for r in compilation.main.resolved for site, _ in r.places}
         errors: dict[tuple[str, str], float] = {}
-        for _, updates in _updates(lazy_tensors_of(compilation), self.sites):
-            for name, changed in updates.items():
-                for site in self.sites[name]:
-                    compiled_site = places[name, site.key]
-                    assert isinstance(compiled_site, LinearSite)
-                    if compiled_site.own.tensor in changed:
-                        probe, wanted = self._probes[name, site.key]
-                        response = compiled_site.own.operand(changed[compiled_site.own.tensor]) @ probe
-                        errors[name, str(site.key)] = distance(response, wanted)
+        for resolved in compilation.main.resolved:
+            for site, spec in resolved.places if resolved.name in self.sites else ():
+                assert isinstance(site, LinearSite)
+                names = compilation.parts[resolved.name][site.key]
+                tensors = {part: compilation.store.full(name).double() for part, name in names.items()}
+                fold = fold_at(method_for(spec.method), spec, site, tensors)
+                assert isinstance(fold, WeightFold)
+                probe, wanted = self._probes[resolved.name, site.key]
+                nothing = torch.zeros(*site.leading, site.out_features, site.in_features, dtype=wanted.dtype)
+                response = fold.apply(nothing.to(wanted.device), None)[0] @ probe
+                errors[resolved.name, str(site.key)] = distance(response, wanted)
         checked = []
         for item in self._converted:
             probed = errors.get((str(item.adaptation), item.site), 1.0)
@@ -279,12 +288,16 @@ class _Conversion:
         return tuple(checked)
 
 
-def lazy_tensors_of(compilation: Compilation) -> LazyTensors:
-    """Return the folded tensors of all adaptations if all of them fold, otherwise those of the ones that do."""
-    try:
-        return lazy_tensors(compilation)
-    except GraftError:
-        return fold_plan(compilation).lazy
+def readers(compilation: Compilation, tensor: str) -> list[LinearSite]:
+    """Return the sites of the base graph that read a tensor, under all of its names."""
+    modules = dict(compilation.source.named_modules(remove_duplicate=False))
+    table = SiteTable(compilation.program("train", "base"), compilation.store, Structure(()), modules)
+    return [
+        site_of(use, SiteKey(*owner, use=index), use.weight)
+        for owner, uses in table.uses.items()
+        for index, use in enumerate(uses)
+        if use.weight.tensor == tensor
+    ]
 
 
 def _updates(lazy: LazyTensors, names: Collection[str]) -> Iterator[tuple[FoldGroup, dict[str, dict[str, Tensor]]]]:

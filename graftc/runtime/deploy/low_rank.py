@@ -57,6 +57,9 @@ class Factors:
 class Decomposition:
     """An update's singular values and vectors, which yield factors of any rank.
 
+    Rows and columns of zeros are left out of the decomposition. If what is left has full rank, one of the factors of
+    that rank selects its rows or its columns (it is one-hot), and the other one holds the update itself, unchanged.
+
     An update whose rank is known to be small is decomposed through its range, which takes only a few matrix
     products; a check verifies that they capture the whole range.
 
@@ -66,10 +69,13 @@ class Decomposition:
     """
 
     def __init__(self, update: Tensor, at_most: int | None = None) -> None:
-        self.update = update
+        self.shape = update.shape[-2:]
+        self._rows, self._columns = (_nonzero(update, axis) for axis in (-2, -1))
+        kept = (self._rows.numel(), self._columns.numel())
+        self.update = update if kept == self.shape else update[..., self._rows[:, None], self._columns]
         self.norm = float(update.norm())
-        through_range = None if at_most is None else _through_range(update, at_most)
-        u, s, v = through_range or torch.linalg.svd(update, full_matrices=False)
+        through_range = None if at_most is None else _through_range(self.update, at_most)
+        u, s, v = through_range or torch.linalg.svd(self.update, full_matrices=False)
         self._u: Tensor = u
         self._v: Tensor = v
         self.values: Tensor = s
@@ -81,16 +87,41 @@ class Decomposition:
         """
         s = self.values.reshape(-1, self.values.shape[-1])
         if not error:
-            floor = s.max() * max(self.update.shape[-2:]) * torch.finfo(s.dtype).eps
+            floor = s.max() * max(self.shape) * torch.finfo(s.dtype).eps
             return max(1, int((s > floor).sum(-1).max()))
         # tails[k]: the norm of the part that rank k leaves out.
         tails = s.square().sum(0).flip(0).cumsum(0).flip(0).sqrt()
         return max(1, int((tails > error * self.norm).sum()))
 
     def factors(self, rank: int) -> Factors:
-        """Return the factors of the nearest update of a given rank; both get the square root of each singular value."""
-        root = self.values[..., :rank].sqrt()
-        return Factors(root[..., :, None] * self._v[..., :rank, :], self._u[..., :rank] * root[..., None, :])
+        """Return the factors of the nearest update of a given rank.
+
+        They are one-hot if the update has just as many rows or columns; otherwise, both get the square root of each
+        singular value.
+        """
+        rows, columns = self.update.shape[-2:]
+        if rank >= min(rows, columns) == self.rank():
+            eye = torch.eye(min(rows, columns), dtype=self.update.dtype, device=self.update.device)
+            one_hot = eye.expand(*self.update.shape[:-2], *eye.shape)
+            down, up = (one_hot, self.update) if columns <= rows else (self.update, one_hot)
+        else:
+            root = self.values[..., :rank].sqrt()
+            down, up = root[..., :, None] * self._v[..., :rank, :], self._u[..., :rank] * root[..., None, :]
+        return Factors(_spread(down, self._columns, -1, self.shape[1]), _spread(up, self._rows, -2, self.shape[0]))
+
+
+def _nonzero(update: Tensor, axis: int) -> Tensor:
+    """Return the indices along an axis at which an update is not zero everywhere; all of them if it is zero."""
+    others = [other for other in range(update.dim()) if other != update.dim() + axis]
+    some = (update != 0).sum(others) > 0
+    return (some if bool(some.any()) else ~some).nonzero().flatten()
+
+
+def _spread(factor: Tensor, index: Tensor, axis: int, size: int) -> Tensor:
+    """Return a factor with its rows or columns at the given indices, among others that are zero."""
+    shape = list(factor.shape)
+    shape[axis] = size
+    return factor.new_zeros(shape).index_copy_(factor.dim() + axis, index, factor)
 
 
 def _through_range(update: Tensor, at_most: int) -> tuple[Tensor, Tensor, Tensor] | None:

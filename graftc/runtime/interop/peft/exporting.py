@@ -22,7 +22,7 @@ from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.resolve.train import TRAIN
 from graftc.files.tensors.writing import save_tensors
 from graftc.passes.core.grouping import grouped_pairs
-from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
+from graftc.passes.core.sites.sites import AttentionSite, EmbeddingSite, LinearSite, Site
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.records.files import PeftTensor
@@ -215,7 +215,8 @@ def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved
     if others:
         places = [place for other in others for place in other.places]
         fields["trainable_token_indices"] = {table_path(compilation, site.key): rows_in(spec) for site, spec in places}
-    if any(isinstance(s, LinearSite) and s.own.layout is Layout.COLUMNS and not s.leading for s, _ in plain):
+    maps = [s for s, _ in plain if isinstance(s, LinearSite) and not isinstance(s, EmbeddingSite)]
+    if any(site.own.layout is Layout.COLUMNS and not site.leading for site in maps):
         fields |= {"fan_in_fan_out": True} if table.turned else {}
     return fields
 
