@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 from annotated_types import Ge
 
 from graftc.specs.records.record import Record
+
+Proof: TypeAlias = Literal["values", "shapes", "sizes"]
+"""What shows that maps of two models are the same."""
+
+
+@dataclass(frozen=True)
+class RenamedMaps(Record):
+    """Maps of an adapter that have got the names of another model."""
+
+    old: str
+    """How their paths began; empty if the new prefix came in front of them."""
+
+    new: str
+    """How they begin in the other model; empty if the old prefix is gone."""
+
+    maps: Annotated[int, Ge(1)]
+    """How many maps."""
+
+    proof: Proof
+    """What shows that they are the same: `values` if the weights of both models are equal at every adapted map,
+    `shapes` if all tensors under the prefixes have equal shapes, `sizes` if the adapter's sizes fit nothing else."""
 
 
 @dataclass(frozen=True)

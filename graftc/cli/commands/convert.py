@@ -13,7 +13,7 @@ from annotated_types import Ge
 from graftc.cli.command import CommandRun, command
 from graftc.cli.fold_output import print_files
 from graftc.cli.options import BaseOption
-from graftc.records.conversion import ConvertedSite
+from graftc.records.conversion import ConvertedSite, RenamedMaps
 from graftc.records.results import WrittenResult
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
@@ -55,13 +55,16 @@ class ConvertResult(
     largest_output: float | None = None
     """The largest absolute number among these outputs; null for an adapter folder."""
 
+    renamed: tuple[RenamedMaps, ...] = ()
+    """The maps of an adapter folder that have got another model's names (`--onto`)."""
+
     into_base: tuple[str, ...] = ()
     """What was folded into a base inside of the new artifact."""
 
 
 LORA, GGUF = "lora", "gguf"
 _OF_ARTIFACTS = ("names", "rank", "error", "into-base")
-_OF_FOLDERS = ("from", "add", "join", "split")
+_OF_FOLDERS = ("from", "add", "join", "split", "onto")
 
 
 def _several(word: str, metavar: str, text: str) -> Any:
@@ -124,12 +127,22 @@ def convert(
     ] = None,
     join: Annotated[list[str] | None, _several("join", "WHAT", "Fuse maps into one: qkv or gate_up")] = None,
     split: Annotated[list[str] | None, _several("split", "WHAT", "Split fused maps: qkv or gate_up")] = None,
+    onto: Annotated[
+        Path | None,
+        typer.Option(
+            "--onto",
+            metavar="MODEL",
+            help="Give an adapter folder the names of another model that contains the same maps: the vision-language "
+            "model around its base, or the language model alone.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> ConvertResult:
     """Convert an artifact's adaptations to LoRA, or an adapter folder to another layout, and measure the difference."""
     from graftc.runtime.artifact.places import is_peft
 
     given: dict[str, Any] = {"names": names, "rank": rank, "error": error, "into-base": into_base}
-    given |= {"from": source, "add": add, "join": join, "split": split}
+    given |= {"from": source, "add": add, "join": join, "split": split, "onto": onto}
     if is_peft(directory):
         _require_none(given, _OF_ARTIFACTS, "an adapter folder")
         run.step("converting")
@@ -141,6 +154,7 @@ def convert(
             rank=folder.rank,
             largest_error=folder.largest_error,
             sites=folder.sites,
+            renamed=folder.renamed,
         )
     _require_none(given, _OF_FOLDERS, "an artifact")
     _require_lora(to)
@@ -169,6 +183,8 @@ def _show(result: ConvertResult, to: Console) -> None:
     if result.outputs is not None:
         largest = max(result.outputs.values(), default=0.0)
         lines["outputs:"] = f"within {largest:.1e} of the original's, whose largest is {result.largest_output:.1e}"
+    for own in result.renamed:
+        lines[f"{own.old or '(front)'}:"] = f"{own.new or '(nothing)'}, {counted(own.maps, 'map')}, by {own.proof}"
     if result.into_base:
         lines["folded into a base:"] = ", ".join(result.into_base)
     for word, text in lines.items():
@@ -196,16 +212,15 @@ def _folder(
         raise GraftError(
             "GC090", "an adapter folder can be converted only to another layout", hint="for example --to vllm"
         )
-    if to == GGUF and (join or apart):
-        raise GraftError(
-            "GC090", "--join and --split do not apply to GGUF, which has the base's maps", hint="leave them out"
-        )
+    if to == GGUF and (join or apart or given["onto"]):
+        message = "--join, --split and --onto do not apply to GGUF, which has the base's maps"
+        raise GraftError("GC090", message, hint="leave them out")
     origin = AdapterSource.of(directory, given["from"], given["add"] or (), base)
     if to == GGUF:
         from graftc.runtime.export.gguf.convert import convert_to_gguf
 
         return convert_to_gguf(origin, run.out, base, force=run.force)
-    return convert_folder(origin, run.out, to or "peft", join=join, apart=apart, force=run.force)
+    return convert_folder(origin, run.out, to or "peft", join=join, apart=apart, onto=given["onto"], force=run.force)
 
 
 def _require_lora(to: str | None) -> None:

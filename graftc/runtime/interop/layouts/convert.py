@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from graftc.files.writing import staged_or_dropped
-from graftc.records.conversion import ConvertedSite
+from graftc.records.conversion import ConvertedSite, RenamedMaps
 from graftc.runtime.interop.layouts.base_checks import require_fitting, require_usual_experts
 from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
 from graftc.runtime.interop.layouts.fusing import FUSED, joined, split
 from graftc.runtime.interop.layouts.layout import AdapterLayout, layout_of
 from graftc.runtime.interop.layouts.plain import AttentionSizes, PlainAdapter, concatenated
 from graftc.runtime.interop.layouts.reference import responses
+from graftc.runtime.interop.layouts.renaming import renamed, renamed_keys
 from graftc.runtime.interop.peft.folder import WEIGHTS, adapter_tensors
 from graftc.runtime.serving.engines import ENGINES
 from graftc.runtime.serving.limits import require_served
@@ -47,6 +48,7 @@ class ConvertedFolder:
         target: name of the target layout.
         sites: all maps, with the measured errors.
         rank: the largest rank written.
+        renamed: the maps with the names of another model.
     """
 
     out: Path | None
@@ -54,6 +56,7 @@ class ConvertedFolder:
     target: str
     sites: tuple[ConvertedSite, ...]
     rank: int
+    renamed: tuple[RenamedMaps, ...] = ()
 
     @property
     def largest_error(self) -> float:
@@ -73,6 +76,7 @@ def convert_folder(
     *,
     join: Sequence[str] = (),
     apart: Sequence[str] = (),
+    onto: Path | None = None,
     force: bool = False,
 ) -> ConvertedFolder:
     """Convert adapter folders, and check the written files before they appear at the destination.
@@ -83,6 +87,7 @@ def convert_folder(
         to: name of the target layout.
         join: groups of maps to fuse into one: ``"qkv"``, ``"gate_up"``.
         apart: groups to split into their parts.
+        onto: the folder of another model that contains the adapted maps, whose names they get.
         force: whether to replace an existing adapter folder.
 
     Raises:
@@ -97,9 +102,13 @@ def convert_folder(
     if origin.base is not None and (origin.given or len(origin.folders) > 1) and not (join or apart):
         require_fitting(adapter, origin.base)
     require_usual_experts(adapter, (origin.layout, target), origin.base)
+    names: tuple[RenamedMaps, ...] = ()
+    if onto is not None:
+        adapter, names = renamed(adapter, onto, origin.base)
+        wanted = renamed_keys(wanted, names)
     place = staged_or_dropped(out, "adapter", force=force, replaceable=is_adapter_folder, sources=origin.folders)
     with place as staging:
-        return replace(_written(adapter, target, staging, wanted, origin), out=out)
+        return replace(_written(adapter, target, staging, wanted, origin), out=out, renamed=names)
 
 
 @dataclass(frozen=True)
