@@ -23,6 +23,7 @@ _FACADE = {
     "load_base": "graftc.runtime.api",
     "import_peft": "graftc.runtime.api",
     "merge_checkpoint": "graftc.runtime.streaming.merging",
+    "share_base": "graftc.runtime.deploy.shared_base",
     "roles": "graftc.runtime.api",
     "select": "graftc.runtime.api",
     "serve_check": "graftc.applications.serving.checking",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from graftc.runtime.api import check, compile, import_peft, load, load_base, roles, select
     from graftc.runtime.compiled import Compiled
     from graftc.runtime.deploy.merged import Merged
+    from graftc.runtime.deploy.shared_base import share_base
     from graftc.runtime.streaming.merging import merge_checkpoint
     from graftc.runtime.training.curves import read_log
     from graftc.runtime.training.log import TrainingLog
@@ -91,6 +93,7 @@ __all__ = [
     "roles",
     "select",
     "serve_check",
+    "share_base",
     "testing",
     "tune",
 ]

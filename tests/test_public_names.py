@@ -19,7 +19,7 @@ from tests.kit.places import EXAMPLES
 PACKAGE = """
     Certificate Compiled GraftError GraftWarning MemoryPlan Merged Report Selection Spec TrainingLog __version__ check
     compile extend import_peft load load_base load_spec merge_checkpoint methods optim pet plan read_log roles select
-    testing tune
+    share_base testing tune
 """
 
 COMPILED = """

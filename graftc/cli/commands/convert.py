@@ -58,12 +58,15 @@ class ConvertResult(
     renamed: tuple[RenamedMaps, ...] = ()
     """The maps of an adapter folder that have got another model's names (`--onto`)."""
 
+    beside: Mapping[str, Mapping[str, float]] | None = None
+    """By name, for artifacts that share a base (`--beside`), the largest differences in the outputs; null otherwise."""
+
     into_base: tuple[str, ...] = ()
     """What was folded into a base inside of the new artifact."""
 
 
 LORA, GGUF = "lora", "gguf"
-_OF_ARTIFACTS = ("names", "rank", "error", "into-base")
+_OF_ARTIFACTS = ("names", "rank", "error", "into-base", "beside")
 _OF_FOLDERS = ("from", "add", "join", "split", "onto")
 
 
@@ -113,6 +116,15 @@ def convert(
         list[str] | None,
         _several("into-base", "NAME", "What to fold into a base stored in the new artifact: an adaptation, or trained"),
     ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        _several(
+            "beside",
+            "ARTIFACT",
+            "Another artifact of the same base, to serve beside the first over one base with what they share "
+            "(--into-base), each as a PEFT folder",
+        ),
+    ] = None,
     source: Annotated[
         str | None,
         typer.Option(
@@ -141,7 +153,7 @@ def convert(
     """Convert an artifact's adaptations to LoRA, or an adapter folder to another layout, and measure the difference."""
     from graftc.runtime.artifact.places import is_peft
 
-    given: dict[str, Any] = {"names": names, "rank": rank, "error": error, "into-base": into_base}
+    given: dict[str, Any] = {"names": names, "rank": rank, "error": error, "into-base": into_base, "beside": beside}
     given |= {"from": source, "add": add, "join": join, "split": split, "onto": onto}
     if is_peft(directory):
         _require_none(given, _OF_ARTIFACTS, "an adapter folder")
@@ -158,6 +170,9 @@ def convert(
         )
     _require_none(given, _OF_FOLDERS, "an artifact")
     _require_lora(to)
+    if beside:
+        _require_none(given, ("names", "rank", "error"), "artifacts that share a base")
+        return _shared(run, [directory, *beside], model, into_base or ["trained"])
     wanted = {"names": names, "rank": rank, "error": error, "into_base": into_base or ()}
     converted = _artifact(run, directory, model, wanted)
     return ConvertResult(
@@ -185,6 +200,8 @@ def _show(result: ConvertResult, to: Console) -> None:
         lines["outputs:"] = f"within {largest:.1e} of the original's, whose largest is {result.largest_output:.1e}"
     for own in result.renamed:
         lines[f"{own.old or '(front)'}:"] = f"{own.new or '(nothing)'}, {counted(own.maps, 'map')}, by {own.proof}"
+    for name, outputs in (result.beside or {}).items():
+        lines[f"{name}:"] = f"outputs within {max(outputs.values(), default=0.0):.1e}"
     if result.into_base:
         lines["folded into a base:"] = ", ".join(result.into_base)
     for word, text in lines.items():
@@ -221,6 +238,36 @@ def _folder(
 
         return convert_to_gguf(origin, run.out, base, force=run.force)
     return convert_folder(origin, run.out, to or "peft", join=join, apart=apart, onto=given["onto"], force=run.force)
+
+
+def _shared(run: CommandRun, folders: list[Path], model: str | None, into_base: list[str]) -> ConvertResult:
+    from graftc.runtime.api import load
+    from graftc.runtime.deploy.shared_base import is_shared, share_base
+
+    names = [folder.resolve().name for folder in folders]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise GraftError("GC005", f"two artifacts are named {double!r}", hint="rename one of the folders")
+    run.require_destination(*folders, model, replaceable=is_shared)
+    run.step("loading")
+    models = {name: load(folder, model) for name, folder in zip(names, folders, strict=True)}
+    run.step("converting")
+    made = share_base(models, into_base)
+    if run.out is not None:
+        run.step("writing")
+        made.save(run.out, force=run.force)
+    sites = tuple(site for converted in made.adapters.values() for site in converted.sites)
+    return ConvertResult(
+        source=str(folders[0]),
+        from_form="artifact",
+        to_form=LORA,
+        rank=max(made.ranks.values()),
+        largest_error=max((site.error for site in sites), default=0.0),
+        sites=sites,
+        outputs=dict(made.adapters[names[0]].outputs),
+        largest_output=made.adapters[names[0]].largest_output,
+        beside={name: dict(converted.outputs) for name, converted in made.adapters.items()},
+        into_base=tuple(into_base),
+    )
 
 
 def _require_lora(to: str | None) -> None:

@@ -139,7 +139,7 @@ class Converting:
         if into_base:
             partial = Merging(self.runner).merge_partially(only=into_base)
             converted = Converting(runner_of(partial.compiled)).convert(names, rank=rank, error=error)
-            outputs, largest = _outputs(self.runner, runner_of(converted.compiled))
+            outputs, largest = output_differences(self.runner, runner_of(converted.compiled))
             return Converted(converted.compiled, converted.sites, outputs, largest, partial)
         compilation = self.runner.compilation
         chosen = _chosen(compilation, names)
@@ -149,7 +149,7 @@ class Converting:
         sites = conversion.checked(result)
         if error is not None:
             _require_within(sites, error)
-        outputs, largest = _outputs(self.runner, runner_of(result))
+        outputs, largest = output_differences(self.runner, runner_of(result))
         return Converted(result, sites, outputs, largest)
 
     def _with_loras(self, conversion: _Conversion) -> Any:
@@ -377,7 +377,7 @@ def _require_within(sites: Sequence[ConvertedSite], error: float) -> None:
         raise GraftError("GC067", message, hint=hint, details=lines)
 
 
-def _outputs(before: AdaptedRunner, after: AdaptedRunner) -> tuple[dict[str, float], float]:
+def output_differences(before: AdaptedRunner, after: AdaptedRunner) -> tuple[dict[str, float], float]:
     """Return the differences in two models' outputs on random inputs, and the first one's largest absolute value."""
     compilation = before.compilation
     program = compilation.program("train", "base")
