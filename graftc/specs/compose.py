@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from graftc.specs.base import Items, NamedSpec
 from graftc.specs.errors.text import quoted
-from graftc.specs.limits import ADAPTATIONS
+from graftc.specs.limits import ADAPTATIONS, SIZE
 from graftc.specs.schema import AdaptationName
 from graftc.specs.spec_errors import first_repeat, refuse
 
@@ -167,6 +167,22 @@ class Bank(CompositionSpec):
 
     inputs: AdaptationName = "adapter"
     """Prefix of the names of the inputs."""
+
+    slots: int | None = Field(default=None, ge=0, le=SIZE)
+    """Empty slots beside those of the adaptations, for adapters that come and go while the model runs. The tensors of
+    all slots are then stored as one, `[slots, ...]`, in the base's dtype, and do not train; an empty slot is zero. The
+    adaptations must be `lora`; adapters of lower ranks fit as well. Default: no adapter can be added."""
+
+    @model_validator(mode="after")
+    def _slots_share_nothing(self) -> Self:
+        if self.share and self.slots is not None:
+            refuse("share", "adapters that come and go have all of their parts", hint="remove share, or slots")
+        return self
+
+    @property
+    def size(self) -> int:
+        """The number of its slots, empty ones included."""
+        return len(self.bank) + (self.slots or 0)
 
     @property
     def ids(self) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graftc.compiler.resolve.resolver import Resolved, place_of
+from graftc.compiler.resolve.slots import NAMES, encoded, slot_count, unslotted
 from graftc.passes.core.build.bank import Chosen, Mixing, Rows, active, average, by_index, by_weights
 from graftc.passes.core.build.batch import BATCH, batch_input
 from graftc.passes.core.build.builder import Builder
@@ -94,9 +95,10 @@ def narrow_names(spec: Spec) -> frozenset[str]:
     """Return the names of the adaptations and compositions that are stored in the base's dtype.
 
     These are adaptations with ``dtype: base``, and compositions of only such adaptations. The dtype of other
-    adaptations makes no difference, so they can be added and removed.
+    adaptations makes no difference, so they can be added and removed. Slots, which do not train, are stored in it too.
     """
     narrow = {str(a.name) for a in spec.adapt if a.dtype == "base"}
+    narrow |= {str(c.name) for c in spec.compose if slot_count(c) is not None}
     return frozenset(narrow | {str(c.name) for c in spec.compose if narrow.issuperset(c.members)})
 
 
@@ -124,6 +126,10 @@ def _check(unit: Unit) -> None:
         if unit.of_one_shape and not member.spec.claims.bankable:
             message = f"{member.spec.method} cannot share a {kind}: its tensors cannot be chosen row by row or averaged"
             raise GraftError("GC036", message, place=place)
+        if slot_count(unit.composition) is not None:
+            reasons = (unslotted(own) for own in (member.spec, *(own for _, own in member.sites)))
+            if (reason := next(filter(None, reasons), None)) is not None:
+                raise GraftError("GC036", f"{member.name!r} cannot be in a slot: {reason}", place=place)
         if unit.of_one_shape and (difference := _difference(first, member)) is not None:
             hint = "these members may differ only in their names"
             message = f"{member.name!r} and {first.name!r} differ in {difference}"
@@ -194,7 +200,7 @@ def add_controls(program: Program, spec: Spec, names: Sequence[str], dtype: torc
             message = f"{composition.ids} and {composition.mixture} both choose from {composition.name!r}"
             raise GraftError("GC038", message, hint="pass only one of them")
         mixture = isinstance(composition, Bank) and name == composition.mixture
-        slots = (len(composition.members),) if mixture else ()
+        slots = (composition.size,) if mixture and isinstance(composition, Bank) else ()
         kind = dtype if mixture else torch.int64
         assert source is not None
         with program.graph.inserting_after(program.placeholders()[-1]):
@@ -245,16 +251,20 @@ def _insert_chosen(unit: Unit, program: Program, new: Callable[..., Builder], in
     unit_build = new(unit.name, first.spec.method)
     cls: type[Chosen] = Rows
     mixing: Mixing
+    slots = slot_count(composition)
+    if slots is not None:
+        names = [*composition.members, *[None] * (slots - len(composition.members))]
+        unit_build.keep_buffer(NAMES, lambda device: encoded(names, device))
     if isinstance(composition, Average):
         cls, mixing = Chosen, average(composition.factors)
     elif isinstance(composition, Bank) and composition.mixture in inputs:
-        mixing = by_weights(inputs[composition.mixture])
+        mixing = by_weights(inputs[composition.mixture], stacked=slots is not None)
     elif rows is not None:
-        mixing = by_index(rows)
+        mixing = by_index(rows, stacked=slots is not None)
     else:
         first_slot = unit_build.buffer(ACTIVE, lambda device: torch.zeros(1, dtype=torch.int64, device=device))
-        cls, mixing = Chosen, active(first_slot)
-    seams = cls(composition.members, mixing, getattr(composition, "share", ()))
+        cls, mixing = Chosen, active(first_slot, stacked=slots is not None)
+    seams = cls(composition.members, mixing, getattr(composition, "share", ()), slots)
     build = new(unit.name, first.spec.method, seams=seams)
     insert(build, first)
     for site, _ in first.sites:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from graftc.compiler.capture.interface import COUNT, dtype_of
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.build.batch import BATCH
+from graftc.runtime.slots import Slots
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
 from graftc.runtime.model.invocations import positions_of, starts_in_call
 from graftc.specs.errors.diagnostics import GraftError, nearest
@@ -43,6 +45,48 @@ def with_choices(
             own = starts_in_call(control, name, tensors, own.get(name), adapted=adapted)
         tensors |= own
     return tensors
+
+
+@contextmanager
+def held(compilation: Compilation, chosen: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Run a call while the adapters that it chooses stay in their slots.
+
+    Choices on another device than the CPU are not known here, so nothing is held for them.
+
+    Args:
+        compilation: the Compilation that has the banks.
+        chosen: bank inputs as the caller passed them.
+
+    Yields:
+        The choices, with the numbers of slots in the place of names.
+
+    Raises:
+        GraftError: GC038 for a slot that does not exist or is empty, GC190 if a slot is being written for too long.
+    """
+    numbers = dict(chosen)
+    with ExitStack() as stack:
+        for bank in {id(bank): bank for bank in compilation.controls.values()}.values():
+            slots = Slots.of(bank, compilation.store)
+            if slots is None or not isinstance(bank, Bank):
+                continue
+            ids, weights = chosen.get(bank.ids), chosen.get(bank.mixture)
+            if ids is not None and not isinstance(ids, Tensor):
+                numbers[bank.ids] = stack.enter_context(slots.use([ids] if isinstance(ids, str | int) else list(ids)))
+            elif ids is None and weights is None:
+                stack.enter_context(slots.use([slots.active]))
+            else:
+                stack.enter_context(slots.use(_numbers(bank, ids, weights)))
+        yield numbers
+
+
+def _numbers(bank: Bank, ids: Tensor | None, weights: Any) -> list[int]:
+    """Return the slots that ids or weights choose; none if they are elsewhere, or if they do not fit the bank."""
+    known = ids if ids is not None else weights if isinstance(weights, Tensor) else torch.tensor(weights)
+    if known.device.type != "cpu" or known.is_floating_point() != (ids is None) or not known.numel():
+        return []
+    if ids is None:
+        known = known.reshape(-1, known.shape[-1]).any(0).nonzero() if known.shape[-1:] == (bank.size,) else known[:0]
+    return [int(number) for number in known.unique() if ids is None or 0 <= number < bank.size]
 
 
 def repeated(compilation: Compilation, present: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +124,7 @@ def rows_for(compilation: Compilation, chosen: Mapping[str, Any], rows: int, dev
             weights = _weights(composition, name, chosen[name], rows, device)
             expanded[name] = weights.to(dtype_of(compilation.model))
         else:
-            expanded[name] = _ids(composition, name, chosen[name], rows, device)
+            expanded[name] = _ids(compilation, composition, name, chosen[name], rows, device)
     return expanded
 
 
@@ -113,15 +157,15 @@ def _repeated(
     return {**many, name: torch.arange(count, device=device).repeat_interleave(rows)}
 
 
-def _ids(bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> Tensor:
+def _ids(compilation: Compilation, bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> Tensor:
     if not isinstance(given, Tensor):
         listed = [given] if isinstance(given, str | int) else list(given)
-        given = torch.tensor([slot_of(bank, item) for item in listed], device=device)
+        given = torch.tensor([slot_of(compilation, bank, item) for item in listed], device=device)
     elif not is_traced() and given.device.type == "cpu" and given.numel():
         low, high = int(given.min()), int(given.max())
-        if low < 0 or high >= len(bank.bank):
+        if low < 0 or high >= bank.size:
             bad = low if low < 0 else high
-            raise GraftError("GC038", f"{name} contains {bad}, but {bank.name!r} has slots 0 to {len(bank.bank) - 1}")
+            raise GraftError("GC038", f"{name} contains {bad}, but {bank.name!r} has slots 0 to {bank.size - 1}")
     if given.dim() != 1 or given.is_floating_point() or given.shape[0] not in (1, rows):
         message = f"{name} is {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"
         raise GraftError("GC038", message, hint=f"pass one integer for each of the {rows} rows")
@@ -131,23 +175,26 @@ def _ids(bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> 
 
 def _weights(bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> Tensor:
     weights = given if isinstance(given, Tensor) else torch.tensor(given, device=device)
-    slots, shape = len(bank.bank), weights.shape
+    slots, shape = bank.size, weights.shape
     if not weights.is_floating_point() or shape[-1:] != (slots,) or shape[:-1] not in ((), (1,), (rows,)):
         message = f"{name} is {str(weights.dtype).removeprefix('torch.')}{list(shape)}"
         raise GraftError("GC038", message, hint=f"pass a weight for each of the {rows} rows and {slots} slots")
     return weights.expand(rows, slots)
 
 
-def slot_of(bank: CompositionSpec, choice: str | int) -> int:
+def slot_of(compilation: Compilation, bank: CompositionSpec, choice: str | int) -> int:
     """Return the index of a slot.
 
     Args:
+        compilation: the Compilation that has the bank.
         bank: the bank.
         choice: the index or the name of one of its slots.
 
     Raises:
         GraftError: GC038 if the bank has no such slot.
     """
+    if (slots := Slots.of(bank, compilation.store)) is not None:
+        return slots.number(choice)
     members = list(bank.members)
     if isinstance(choice, int) and not isinstance(choice, bool) and 0 <= choice < len(members):
         return choice

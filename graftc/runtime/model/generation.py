@@ -33,7 +33,7 @@ from graftc.compiler.partial_graphs import cannot_be_cached, require_rows_of_one
 from graftc.compiler.positions import require_positions
 from graftc.compiler.resolve.train import TRAIN
 from graftc.runtime.model.adapted import AdaptedRunner
-from graftc.runtime.model.choices import rows_for, with_choices
+from graftc.runtime.model.choices import held, rows_for, with_choices
 from graftc.runtime.model.invocations import starts_in_prompt
 from graftc.runtime.model.initial_cache import initial_cache, is_fronted, taken_away
 from graftc.runtime.model.live_view import live_view
@@ -76,6 +76,12 @@ class Generating:
                 grow; GC141 for an adaptation that a cache cannot represent; GC142 for a model that cannot generate.
         """
         self.require_generating()
+        compilation = self.runner.shown.compilation
+        with held(compilation, {name: kwargs.pop(name) for name in compilation.controls if name in kwargs}) as chosen:
+            return self._either_way(args, {**kwargs, **chosen})
+
+    def _either_way(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Generate by graphs of entire calls, or by the class's own loop if they cannot be used."""
         runner = self.runner if self.runner.live is not None or self._by_graphs() else self._live()
         if runner.live is not None:
             return self._by_layers(runner, args, kwargs)

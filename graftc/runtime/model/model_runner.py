@@ -45,7 +45,7 @@ from graftc.runtime.live.element_code import ElementCode, parts_of
 from graftc.runtime.live.element_run import ELEMENTS
 from graftc.runtime.live.live_root import LiveRoot
 from graftc.runtime.model.base_model import install_base_model
-from graftc.runtime.model.choices import with_choices
+from graftc.runtime.model.choices import held, with_choices
 from graftc.runtime.model.deferred import CallState, cache_field, deferred_cache, may_return_cache, not_at_once
 from graftc.runtime.model.invocations import remember_starts, warn_of_invocations
 from graftc.runtime.model.libraries import copies_of, refuse_deepspeed
@@ -179,11 +179,17 @@ class ModelRunner(Runner):
         """Return the outputs for a call's inputs and its choices among adaptations, as the caller passed them."""
         if USE_CACHE in present:
             read_past(self.shown.compilation, present, self.begins)
-        if self.shown.compilation.controls:
-            present = with_choices(self.shown.compilation, present, chosen, adapted=not self.base_only)
-        outputs = self.run_part(present, plain, entry)
-        if self.shown.compilation.controls and not self.base_only:
-            remember_starts(self.shown.compilation, present)
+        compilation = self.shown.compilation
+        if not compilation.controls:
+            return self.run_part(present, plain, entry)
+        adapted = not self.base_only
+        if is_traced():
+            return self.run_part(with_choices(compilation, present, chosen, adapted=adapted), plain, entry)
+        with held(compilation, chosen) as numbers:
+            present = with_choices(compilation, present, numbers, adapted=adapted)
+            outputs = self.run_part(present, plain, entry)
+        if adapted:
+            remember_starts(compilation, present)
         return outputs
 
     @property

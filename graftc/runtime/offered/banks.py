@@ -11,11 +11,14 @@ from torch import Tensor
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.compiler.resolve.compose import ACTIVE
+from graftc.compiler.resolve.slots import NAMES
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.weights.names import adapter_name, owner_of, renamed
 from graftc.runtime.model.choices import slot_of
 from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.sharded import in_every_process
+from graftc.runtime.slots import Slots
+from graftc.specs.base import check_name
 from graftc.specs.compose import Bank, CompositionSpec
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
@@ -39,8 +42,11 @@ class Choosing(Feature):
         Raises:
             GraftError: GC038 if there is no such slot, GC091 if there is no such bank.
         """
-        composition = _bank(self.runner.compilation.spec, bank)
-        self._active_slot(composition).fill_(slot_of(composition, choice))
+        composition, compilation = _bank(self.runner.compilation.spec, bank), self.runner.compilation
+        if (slots := Slots.of(composition, compilation.store)) is not None:
+            slots.activate(choice)
+        else:
+            self._active_slot(composition).fill_(slot_of(compilation, composition, choice))
 
     def active(self, bank: str | None = None) -> str:
         """Return the name of the adaptation for calls that do not choose one themselves.
@@ -52,7 +58,9 @@ class Choosing(Feature):
             GraftError: GC091 if there is no such bank.
         """
         composition = _bank(self.runner.compilation.spec, bank)
-        return composition.members[int(self._active_slot(composition))]
+        slots = Slots.of(composition, self.runner.compilation.store)
+        names = composition.members if slots is None else slots.names
+        return str(names[int(self._active_slot(composition))])
 
     def _active_slot(self, bank: CompositionSpec) -> Tensor:
         return self.runner.compilation.store.get(adapter_name("", str(bank.name), ACTIVE))
@@ -100,16 +108,24 @@ class Choosing(Feature):
         """
         compilation = self.runner.compilation
         composition = _bank(compilation.spec, bank)
-        factors = (
-            dict(choice) if isinstance(choice, Mapping) else {composition.members[slot_of(composition, choice)]: 1.0}
-        )
+        slots = Slots.of(composition, compilation.store)
+        names = composition.members if slots is None else slots.names
+        one = not isinstance(choice, Mapping)
+        factors = {str(names[slot_of(compilation, composition, choice)]): 1.0} if one else dict(choice)
         for name in factors:
-            slot_of(composition, name)
+            slot_of(compilation, composition, name)
         if not factors:
             raise GraftError("GC038", f"no adaptation is chosen from {composition.name!r}")
-        name = next(iter(factors)) if len(factors) == 1 else str(composition.name)
-        spec = _without(compilation.spec, composition, next(iter(factors)), name)
-        return self.runner.sibling(spec, _values(compilation, composition, factors, name))
+        first = next(iter(factors))
+        name = first if len(factors) == 1 and check_name(first) is None else str(composition.name)
+        spec = _without(compilation.spec, composition, first if slots is None else composition.members[0], name)
+        values = _values(compilation, composition, factors, name)
+        if slots is not None:
+            with slots.use(list(factors)) as numbers:
+                for fqn, tensor in slots.tensors.items():
+                    terms = [tensor[n] * f for n, f in zip(numbers, factors.values(), strict=True)]
+                    values[renamed(fqn, name)] = torch.stack(terms).sum(0)
+        return self.runner.sibling(spec, values)
 
 
 def _bank(spec: Spec, name: str | None) -> CompositionSpec:
@@ -149,7 +165,7 @@ def _values(
         owner = owner_of(fqn)
         target = renamed(fqn, name)
         if owner == bank.name:
-            values |= {} if fqn.endswith(f".{ACTIVE}") else {target: tensor}
+            values |= {target: tensor} if fqn.rpartition(".")[2] not in (ACTIVE, NAMES) else {}
         elif owner in factors:
             terms.setdefault(target, []).append(tensor if factors[owner] == 1 else tensor * factors[owner])
         elif owner not in bank.members:

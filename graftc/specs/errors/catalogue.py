@@ -673,6 +673,16 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "processor failed or exceeded the limits on time, memory or size, so the example contains only text.",
      "Pass a batch as `example_inputs={name: tensor}`; on the command line, use a callable that returns `(model, "
      "example_inputs)`."),
+
+    # Slots of banks.
+    ("GC190", _FAILED, "no slot is available",
+     "Every slot of the bank contains an adapter that a call uses or that is active, or the bank has fewer slots than "
+     "a call chooses adapters. Nothing has changed.",
+     "Evict an adapter, wait until calls have ended, or compile the bank with more `slots`."),
+    ("GC191", _FAILED, "the adapter does not fit the bank",
+     "A slot accepts a LoRA of another rank or scaling, if it adapts only modules that the bank adapts and has at most "
+     "the bank's rank. Nothing has been written.",
+     "Compile a bank whose adaptations have the modules and the rank that the message names."),
 )
 # fmt: on
 

@@ -33,12 +33,16 @@ class Chosen(Seams):
         members: names of the adaptations, in the order of their slots.
         mixing: a function that computes one tensor from the members' tensors.
         share: names of the parts that all members share.
+        slots: the number of slots if each parameter is one frozen tensor with a slice for each slot, the members' first
+            and then zeros; None if every member has its own.
     """
 
     composed = True
 
-    def __init__(self, members: Sequence[str], mixing: Mixing, share: Sequence[str] = ()) -> None:
-        self.mixing, self.share = mixing, frozenset(share)
+    def __init__(
+        self, members: Sequence[str], mixing: Mixing, share: Sequence[str] = (), slots: int | None = None
+    ) -> None:
+        self.mixing, self.share, self.slots = mixing, frozenset(share), slots
         self.parts: dict[str, dict[SiteKey | None, dict[str, str]]] = {name: {} for name in members}
         self.shared: set[str] = set()
         self._mixed: dict[tuple[fx.Node, ...], fx.Node] = {}
@@ -56,6 +60,9 @@ class Chosen(Seams):
             raise self._refusal(nodes, f"it trains {new.base} itself")
         if new.kind == "constant" or new.part in self.share:
             return super().make(nodes, new)
+        if self.slots is not None:
+            with nodes.in_slots(tuple(self.parts), self.slots):
+                return [new.create(False)]
         names: list[str] = []
         for member, parts in self.parts.items():
             with nodes.owned(member, parts):
@@ -70,9 +77,12 @@ class Chosen(Seams):
             self.shared.add(new.part)
             return self._one(nodes, super().mix(nodes, new, names))
         tensors = []
-        for name, (member, parts) in zip(names, self.parts.items(), strict=True):
-            with nodes.owned(member, parts):
-                tensors.append(super().mix(nodes, new, [name]))
+        if self.slots is not None:
+            tensors.append(super().mix(nodes, new, names))
+        else:
+            for name, (member, parts) in zip(names, self.parts.items(), strict=True):
+                with nodes.owned(member, parts):
+                    tensors.append(super().mix(nodes, new, [name]))
         key = tuple(tensors)
         if key not in self._mixed:
             self._mixed[key] = self.mixing(nodes, tensors)
@@ -143,19 +153,22 @@ class Rows(Chosen):
 # --- mixing functions -----------------------------------------------------------------------------------------
 
 
-def by_index(index: fx.Node) -> Mixing:
-    """Return a mixing function that picks one member for each entry of ``index: int64[n]`` and returns ``[n, ...]``."""
+def by_index(index: fx.Node, *, stacked: bool = False) -> Mixing:
+    """Return a mixing function that picks one member for each entry of ``index: int64[n]`` and returns ``[n, ...]``.
+
+    With ``stacked``, it is given the members as a single tensor with a leading axis of slots; so are the following.
+    """
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
-        stacked = nodes.call(aten.stack.default, results, 0, part="slots")
-        return nodes.call(aten.index_select.default, stacked, 0, index, part="chosen")
+        slots = results[0] if stacked else nodes.call(aten.stack.default, results, 0, part="slots")
+        return nodes.call(aten.index_select.default, slots, 0, index, part="chosen")
 
     return mix
 
 
-def active(index: fx.Node) -> Mixing:
+def active(index: fx.Node, *, stacked: bool = False) -> Mixing:
     """Return a mixing function that picks the member given by the single entry of ``index: int64[1]``."""
-    choose = by_index(index)
+    choose = by_index(index, stacked=stacked)
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
         return nodes.call(aten.squeeze.dim, choose(nodes, results), 0, part="chosen")
@@ -163,14 +176,14 @@ def active(index: fx.Node) -> Mixing:
     return mix
 
 
-def by_weights(weights: fx.Node) -> Mixing:
+def by_weights(weights: fx.Node, *, stacked: bool = False) -> Mixing:
     """Return a mixing function that computes a weighted sum of the members for each row of ``weights: [n, slots]``."""
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
-        shape = [int(size) for size in results[0].meta["val"].shape]
-        flat = [nodes.call(aten.flatten.using_ints, node, part="slots") for node in results]
-        stacked = nodes.call(aten.stack.default, flat, 0, part="slots")
-        mixed = nodes.call(aten.matmul.default, weights, stacked, part="mixture")
+        shape = [int(size) for size in results[0].meta["val"].shape[int(stacked) :]]
+        flat = [nodes.call(aten.flatten.using_ints, node, int(stacked), part="slots") for node in results]
+        slots = flat[0] if stacked else nodes.call(aten.stack.default, flat, 0, part="slots")
+        mixed = nodes.call(aten.matmul.default, weights, slots, part="mixture")
         return nodes.call(aten.view.default, mixed, [-1, *shape], part="mixture")
 
     return mix

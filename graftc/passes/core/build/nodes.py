@@ -42,6 +42,8 @@ class Nodes:
         parts: the Store names of the adaptation's tensors, by site and part; the site is None if all sites share
             the tensor.
         starts: the initial states of the parameters created here, by name.
+        slots: the members whose values new parameters have in their first slots, and the number of slots; None if new
+            parameters have no axis of slots.
         seed, values: the seed of the initial values, and the existing tensors, by name, that are used instead of them.
     """
 
@@ -62,6 +64,7 @@ class Nodes:
         self.seams = seams if seams is not None else Seams()
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
         self.starts: dict[str, ParameterStart] = {}
+        self.slots: tuple[tuple[str, ...], int] | None = None
         self._types = Inference(program)
         self._composing = within
         self._attributes: dict[str, fx.Node] = {str(n.target): n for n in program.graph.find_nodes(op="get_attr")}
@@ -89,6 +92,15 @@ class Nodes:
             yield
         finally:
             self.adaptation, self.parts = previous
+
+    @contextmanager
+    def in_slots(self, members: Sequence[str], count: int) -> Iterator[None]:
+        """Run the block with new parameters stored for ``count`` slots at once: the members' values, then zeros."""
+        self.slots = tuple(members), count
+        try:
+            yield
+        finally:
+            self.slots = None
 
     def call(self, target: Any, *args: Any, part: str = "", **kwargs: Any) -> fx.Node:
         """Insert a call after the last of its arguments and return its node.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -77,10 +78,24 @@ class Tensors(Nodes):
         """
         name = self._enter(part)
         if name not in self.store:
+            start = self._for_slots(part, start)
             value = self._initial(name, start.shape, start.init, start.dtype)
             self.store.add_parameter(name, value, trainable=start.trains)
             self.starts[name] = start
         return name
+
+    def _for_slots(self, part: str, start: ParameterStart) -> ParameterStart:
+        """Return the start of a parameter with an axis of slots in front, if it is to have one."""
+        if self.slots is None:
+            return start
+        members, count = self.slots
+
+        def fill(tensor: Tensor, _: torch.Generator) -> None:
+            tensor.zero_()
+            for slot, member in zip(tensor, members, strict=False):
+                start.init(slot, self.generator(tensor_name(self._site, member, part)))
+
+        return replace(start, shape=(count, *start.shape), init=fill)
 
     def trained(self, part: str, value: Callable[[], Tensor], *, dtype: torch.dtype | None = None) -> fx.Node:
         """Return the node of a trainable tensor of the current site, created once with a computed initial value.

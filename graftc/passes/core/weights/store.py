@@ -52,6 +52,7 @@ class Store:
         settled: names of persistent buffers whose values determined the graphs, so that other values do not fit.
         updated: names of base tensors to which graphs write, each mapped to the name of the source model's own tensor.
         packed: types of packed weights by name. The tree contains each weight's parts; graphs read the weight.
+        companions: objects that belong to the tensors, by name, such as the locks of a bank's slots.
     """
 
     def __init__(self, root: nn.Module | None = None) -> None:
@@ -61,6 +62,7 @@ class Store:
         self.settled: set[str] = set()
         self.updated: dict[str, str] = {}
         self.packed: dict[str, PackedType] = {}
+        self.companions: dict[str, Any] = {}
 
     @classmethod
     def mirror(cls, model: nn.Module) -> Store:

@@ -1,0 +1,376 @@
+"""The slots of a bank while the model runs: which adapter each of them contains, and which calls use it.
+
+A slot is written only while no call uses it, and a call keeps the slots that it uses until it ends. So every call sees
+each adapter as a whole, before or after a change, and never waits for changes of other slots.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.compat.tensors import version_of
+from graftc.compiler.resolve.compose import ACTIVE
+from graftc.compiler.resolve.slots import NAMES, check_slot_name, decoded, encoded, slot_count
+from graftc.passes.core.weights.names import adapter_name, owner_of
+from graftc.passes.core.weights.store import Store
+from graftc.specs.compose import Bank, CompositionSpec
+from graftc.specs.errors.diagnostics import GraftError, nearest
+from graftc.specs.errors.text import quoted, some
+
+WAIT = 30.0
+"""Seconds to wait for a slot by default."""
+
+Values = Mapping[str, Tensor]
+"""An adapter's tensors as a slot stores them, by the names of the bank's tensors; those that are left out are zero."""
+
+
+class Slots:
+    """The slots of one bank over the tensors of one Store. All methods may be called from any thread.
+
+    Args:
+        bank: the bank, which has ``slots``.
+        store: the Store with its tensors.
+
+    Attributes:
+        evictions: the number of adapters that made room for others.
+    """
+
+    def __init__(self, bank: Bank, store: Store) -> None:
+        self.bank, self.evictions = bank, 0
+        self._store = store
+        self._changed = threading.Condition()
+        self._uses, self._last, self._clock = [0] * bank.size, [0] * bank.size, 0
+        self._coming: dict[str, int] = {}
+        self._written: set[int] = set()
+        self._read_at: tuple[Tensor, int] | None = None
+        self._names: list[str | None] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slots:
+        return Slots(self.bank, memo.get(id(self._store), self._store))
+
+    @staticmethod
+    def of(bank: CompositionSpec, store: Store) -> Slots | None:
+        """Return the slots of a composition; None if no adapter can be added to it."""
+        if not isinstance(bank, Bank) or slot_count(bank) is None:
+            return None
+        key = f"slots of {bank.name}"
+        slots: Slots = store.companions.get(key) or store.companions.setdefault(key, Slots(bank, store))
+        return slots
+
+    # Names
+
+    @property
+    def names(self) -> list[str | None]:
+        """The name of the adapter in each slot; None for an empty slot."""
+        with self._changed:
+            own = self._own(NAMES)
+            if self._read_at is None or self._read_at[0] is not own or self._read_at[1] != version_of(own):
+                self._read_at, self._names = (own, version_of(own)), decoded(own)
+            return list(self._names)
+
+    @property
+    def active(self) -> int:
+        """The slot that calls use if they choose none; it is never empty."""
+        return int(self._own(ACTIVE))
+
+    def activate(self, choice: object) -> None:
+        """Choose the slot that calls use if they choose none; raise GC038 if there is no such slot."""
+        with self._changed, torch.no_grad():
+            self._own(ACTIVE).fill_(self.number(choice))
+
+    def number(self, choice: object) -> int:
+        """Return the number of a slot.
+
+        Args:
+            choice: the name of the adapter in it, or its number.
+
+        Raises:
+            GraftError: GC038 if there is no such slot, or if it is empty.
+        """
+        names = self.names
+        if isinstance(choice, int) and not isinstance(choice, bool) and 0 <= choice < len(names):
+            if names[choice] is None and not self._uses[choice]:  # a call may use an adapter that has been evicted
+                raise GraftError("GC038", f"slot {choice} of {self.bank.name!r} is empty", hint="add an adapter first")
+            return choice
+        if isinstance(choice, str) and choice in names:
+            return names.index(choice)
+        known = [name for name in names if name is not None]
+        close = nearest(choice, known) if isinstance(choice, str) else []
+        hint = f"did you mean {close[0]!r}?" if close else f"its adapters are: {some(known)}"
+        raise GraftError("GC038", f"{self.bank.name!r} has no slot {choice!r}", hint=hint)
+
+    def _own(self, part: str) -> Tensor:
+        return self._store.get(adapter_name("", str(self.bank.name), part))
+
+    def _name(self, slot: int, name: str | None) -> None:
+        with torch.no_grad():
+            own = self._own(NAMES)
+            own[slot] = encoded([name], own.device)[0]
+        self._read_at = None
+        self._note(slot)
+
+    def _note(self, slot: int) -> None:
+        self._clock += 1
+        self._last[slot] = self._clock
+
+    # Tensors
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of all slots, ``[slots, ...]``, by name."""
+        name = str(self.bank.name)
+        every = ((fqn, tensor.detach()) for fqn, tensor in self._store.adapters() if owner_of(fqn) == name)
+        return {fqn: tensor for fqn, tensor in every if fqn.rpartition(".")[2] not in (ACTIVE, NAMES)}
+
+    def write(self, slot: int, values: Values) -> None:
+        """Write an adapter to a slot that no call uses."""
+        with torch.no_grad():
+            for fqn, tensor in self.tensors.items():
+                if fqn in values:
+                    tensor[slot].copy_(values[fqn])
+                else:
+                    tensor[slot].zero_()
+
+    def read(self, slot: int) -> dict[str, Tensor]:
+        """Return a copy of a slot's tensors, by the names of the bank's."""
+        return {fqn: tensor[slot].clone() for fqn, tensor in self.tensors.items()}
+
+    # Calls
+
+    @contextmanager
+    def use(
+        self, choices: Sequence[str | int], load: Callable[[str], Values] | None = None, wait: float = WAIT
+    ) -> Iterator[list[int]]:
+        """Run the block while the chosen adapters stay in their slots, whose numbers are yielded in the same order.
+
+        Args:
+            choices: names of adapters, or numbers of slots.
+            load: a function that returns an adapter that is in no slot. It is put in an empty slot or, if there is
+                none, in the place of the adapter that has been unused for longest, except the active one.
+            wait: the number of seconds to wait for slots that are being written, or for slots to become unused.
+
+        Raises:
+            GraftError: GC038 for an adapter that is in no slot, without ``load``; GC190 if no slot becomes available in
+                time, or there are too few; anything that ``load`` raises.
+        """
+        numbers = self.take(choices, load, wait)
+        try:
+            yield numbers
+        finally:
+            self.release(numbers)
+
+    def take(
+        self, choices: Sequence[str | int], load: Callable[[str], Values] | None = None, wait: float = WAIT
+    ) -> list[int]:
+        """Begin a use, which `release` ends; see `use`."""
+        until = time.monotonic() + wait
+        with self._changed:
+            while (taken := self._taken(choices, load is not None)) is None:
+                self._wait(until)
+        numbers, coming = taken
+        try:
+            for name in list(coming):
+                assert load is not None
+                self._fill(name, load)
+                del coming[name]
+        except BaseException:
+            with self._changed:
+                for name in coming:
+                    self._forget(name)
+                self.release(numbers)
+            raise
+        return numbers
+
+    def _taken(self, choices: Sequence[str | int], may_load: bool) -> tuple[list[int], dict[str, int]] | None:
+        """Keep the slots of all choices; if some are not available yet, keep none and return None.
+
+        Slots are found for the adapters that are in none, which nobody can choose before they are written.
+
+        Returns:
+            The number of each choice's slot, and the adapters to write with their slots.
+        """
+        names = self.names
+        absent = [c for c in dict.fromkeys(choices) if isinstance(c, str) and c not in names] if may_load else []
+        if any(c in self._coming for c in choices):
+            return None
+        found = {c: self.number(c) for c in dict.fromkeys(choices) if c not in absent}
+        room = self._room(len([check_slot_name(name) for name in absent]), found.values())
+        if room is None or not self._written.isdisjoint(found.values()):
+            return None
+        coming = dict(zip(absent, room, strict=True))
+        for slot in room:
+            if names[slot] is not None:
+                self.evictions += 1
+                self._name(slot, None)
+        self._coming |= coming
+        self._written.update(room)
+        numbers = [coming[c] if c in coming else found[c] for c in choices]
+        for slot in set(numbers):
+            self._uses[slot] += 1
+            self._note(slot)
+        return numbers, dict(coming)
+
+    def _room(self, count: int, kept: Collection[int]) -> list[int] | None:
+        """Return slots for a number of adapters: empty ones, then those unused for longest; None if there are too few.
+
+        Raises:
+            GraftError: GC190 if waiting does not help.
+        """
+        names, active = self.names, self.active
+        able = [slot for slot in range(self.bank.size) if slot != active and slot not in kept]
+        if len(able) < count:
+            message = f"{self.bank.name!r} has too few slots ({self.bank.size}) for the adapters of this call"
+            raise GraftError("GC190", message, hint="choose fewer adapters at once, or give the bank more slots")
+        free = [slot for slot in able if not self._uses[slot] and slot not in self._written]
+        free.sort(key=lambda slot: (names[slot] is not None, self._last[slot]))
+        return free[:count] if len(free) >= count else None
+
+    def release(self, numbers: Collection[int]) -> None:
+        """End a use; slots whose adapter has been evicted meanwhile become empty."""
+        with self._changed:
+            for slot in set(numbers):
+                self._uses[slot] -= 1
+                self._empty_unused(slot)
+            self._changed.notify_all()
+
+    def _empty_unused(self, slot: int) -> None:
+        if self.names[slot] is None and not self._uses[slot] and slot not in self._written:
+            self.write(slot, {})
+
+    def _wait(self, until: float) -> None:
+        """Wait for a change; raise GC190 if it is too late."""
+        left = until - time.monotonic()
+        if left <= 0 or not self._changed.wait(left):
+            used = [name for name, uses in zip(self.names, self._uses, strict=True) if uses and name is not None]
+            message = f"no slot of {self.bank.name!r} became available in time"
+            raise GraftError("GC190", message, hint=f"in use are: {some(used) or 'none'}")
+
+    # Changes
+
+    def add(self, name: str, values: Values) -> None:
+        """Put an adapter in an empty slot.
+
+        Raises:
+            GraftError: GC002 for a name that a slot cannot have, GC005 for one that is taken, GC190 if no slot is
+                empty. In all cases, nothing has changed.
+        """
+        with self._changed:
+            self._require_new(name)
+            slot = self._empty()
+            if slot is None:
+                hint = "evict an adapter, or give the bank more slots"
+                raise GraftError("GC190", f"{self.bank.name!r} has no empty slot", hint=hint)
+            self._coming[name] = slot
+            self._written.add(slot)
+        self._fill(name, lambda _: values)
+
+    def _fill(self, name: str, load: Callable[[str], Values]) -> None:
+        """Write an adapter to the slot that was found for it; the slot stays empty if that fails."""
+        slot, done = self._coming[name], False
+        try:
+            self.write(slot, load(name))
+            done = True
+        finally:
+            with self._changed:
+                if done:
+                    self._name(slot, name)
+                else:
+                    self.write(slot, {})
+                self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        self._written.discard(self._coming.pop(name))
+        self._changed.notify_all()
+
+    def _empty(self) -> int | None:
+        """Return the number of an empty slot that no call uses; None if there is none."""
+        names = self.names
+        every = range(self.bank.size)
+        return next((s for s in every if names[s] is None and not self._uses[s] and s not in self._written), None)
+
+    def _require_new(self, name: str) -> None:
+        if check_slot_name(name) in self.names or name in self._coming:
+            hint = "pass another name, or call replace"
+            raise GraftError("GC005", f"{quoted(name)} is already in {self.bank.name!r}", hint=hint)
+
+    def _settled(self, name: str, until: float) -> int:
+        """Return the slot of an adapter, once nobody writes to it."""
+        while name in self._coming or self.number(name) in self._written:
+            self._wait(until)
+        return self.number(name)
+
+    def evict(self, name: str) -> None:
+        """Take an adapter out of its slot. Calls that use it continue with it, and the slot is empty when they end.
+
+        Raises:
+            GraftError: GC038 for an adapter that is in no slot, GC190 for the active one.
+        """
+        with self._changed:
+            slot = self._settled(name, time.monotonic() + WAIT)
+            if slot == self.active:
+                message = f"{quoted(name)} is active: calls that choose no adapter use it"
+                raise GraftError("GC190", message, hint="activate another adapter first")
+            self._name(slot, None)
+            self._empty_unused(slot)
+            self._changed.notify_all()
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name.
+
+        Raises:
+            GraftError: GC038 for an adapter that is in no slot, GC002 for a name that a slot cannot have, GC005 for one
+                that is taken.
+        """
+        with self._changed:
+            slot = self._settled(old, time.monotonic() + WAIT)
+            if old != new:
+                self._require_new(new)
+                self._name(slot, new)
+
+    def replace(self, name: str, values: Values, wait: float = WAIT) -> None:
+        """Put another adapter in the place of one, under its name. Calls that use the earlier one continue with it.
+
+        If calls use the slot, the adapter goes to an empty slot. If there is none, or for the active adapter, it is
+        written as soon as no call uses the slot.
+
+        Raises:
+            GraftError: GC038 for an adapter that is in no slot, GC190 if the slot does not become unused within
+                ``wait`` seconds. In both cases, nothing has changed.
+        """
+        until, done = time.monotonic() + wait, False
+        with self._changed:
+            while True:
+                slot = target = self._settled(name, until)
+                if not self._uses[slot]:
+                    break
+                empty = self._empty() if slot != self.active else None
+                if empty is not None:
+                    target = empty
+                    break
+                self._wait(until)
+            self._written.add(target)
+        before = self.read(target) if target == slot else {}
+        try:
+            self.write(target, values)
+            done = True
+        finally:
+            with self._changed:
+                still = self.names[slot] == name
+                if not (done and still):
+                    self.write(target, before)
+                elif target != slot:
+                    self._name(target, name)
+                    self._name(slot, None)
+                self._written.discard(target)
+                self._empty_unused(slot)
+                self._changed.notify_all()
+        if not still:
+            message = f"{quoted(name)} was evicted or renamed meanwhile"
+            raise GraftError("GC038", message, hint="add the adapter")
