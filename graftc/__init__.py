@@ -17,6 +17,7 @@ _FACADE = {
     "Merged": "graftc.runtime.deploy.merged",
     "Report": "graftc.records.report",
     "Selection": "graftc.compiler.resolve.selection",
+    "AdapterPool": "graftc.runtime.offered.pool",
     "compile": "graftc.runtime.api",
     "check": "graftc.runtime.api",
     "load": "graftc.runtime.api",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from graftc.runtime.compiled import Compiled
     from graftc.runtime.deploy.merged import Merged
     from graftc.runtime.deploy.shared_base import share_base
+    from graftc.runtime.offered.pool import AdapterPool
     from graftc.runtime.streaming.merging import merge_checkpoint
     from graftc.runtime.training.curves import read_log
     from graftc.runtime.training.log import TrainingLog
@@ -65,6 +67,7 @@ if TYPE_CHECKING:
     from graftc.specs.listing import methods
 
 __all__ = [
+    "AdapterPool",
     "Certificate",
     "Compiled",
     "GraftError",

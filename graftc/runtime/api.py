@@ -167,6 +167,9 @@ def import_peft(
     *,
     name: str | None = None,
     cache: bool = True,
+    bank: bool = False,
+    slots: int = 0,
+    rank: int | None = None,
 ) -> Compiled[Source]:
     """Create a compiled model in eval mode from one or several PEFT checkpoints.
 
@@ -178,9 +181,14 @@ def import_peft(
         example_inputs: as for `compile`.
         name: the adapter to read from a subfolder of ``path``, where PEFT writes every adapter except ``default``.
         cache: whether to cache captured graphs in the user's cache folder.
+        bank: whether to put the adapters, which must be LoRA, in the slots of a bank, from which each row of a batch
+            chooses. They may differ in modules, ranks and scales, and graftc artifacts are accepted as well.
+        slots: for a bank, the number of empty slots for adapters that `Compiled.bank` adds later.
+        rank: for a bank, the rank of its slots; by default the highest of the adapters.
 
     Raises:
-        GraftError: GC005 for two folders with the same name, GC073 for ``name`` with several folders, GC110 if there is
+        GraftError: GC005 for two folders with the same name, GC073 for ``name`` with several folders and for options
+            of a bank without ``bank``, GC191 for an adapter that does not fit a bank, GC110 if there is
             no adapter, GC111 for a config that cannot be read, GC112 for a type or option that has no equivalent, GC113
             for tensors that the config does not account for, GC114 for an adapter of another base; others as for
             `compile`. The model is unchanged in all cases.
@@ -193,13 +201,21 @@ def import_peft(
     def structure() -> Structure:
         return roles(model, example_inputs)
 
+    if not bank and (slots or rank is not None):
+        raise GraftError("GC073", "slots and rank are options of a bank", hint="pass bank=True")
+    if bank and isinstance(path, str | Path):
+        path = [path]
     if isinstance(path, list | tuple | Mapping):
+        from graftc.runtime.interop.banks import imported_bank
         from graftc.runtime.interop.peft.several import imported_together, names_of
 
         if name is not None:
             hint = "leave name out, and pass the adapter's own folder"
             raise GraftError("GC073", "name selects an adapter in one folder, but several were passed", hint=hint)
-        compilation = imported_together(names_of(path), model, axes, flags, cache=cache, structure=structure)
+        if bank:
+            compilation = imported_bank(names_of(path), model, axes, flags, slots=slots, rank=rank, cache=cache)
+        else:
+            compilation = imported_together(names_of(path), model, axes, flags, cache=cache, structure=structure)
     else:
         compilation = imported(as_path(path), model, axes, flags, name=name, cache=cache, structure=structure)
     compiled = make_compiled(compilation)

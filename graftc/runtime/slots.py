@@ -47,7 +47,7 @@ class Slots:
         self._store = store
         self._changed = threading.Condition()
         self._uses, self._last, self._clock = [0] * bank.size, [0] * bank.size, 0
-        self._coming: dict[str, int] = {}
+        self._coming: dict[str, int] = {}  # adapters that are read (-1) or written
         self._written: set[int] = set()
         self._read_at: tuple[Tensor, int] | None = None
         self._names: list[str | None] = []
@@ -169,53 +169,76 @@ class Slots:
     def take(
         self, choices: Sequence[str | int], load: Callable[[str], Values] | None = None, wait: float = WAIT
     ) -> list[int]:
-        """Begin a use, which `release` ends; see `use`."""
+        """Begin a use, which `release` ends; see `use`.
+
+        Adapters are read before room is made for them, so that one that cannot be read drives out no other. Slots are
+        kept for all choices at once, so that no two uses wait for each other.
+        """
         until = time.monotonic() + wait
-        with self._changed:
-            while (taken := self._taken(choices, load is not None)) is None:
-                self._wait(until)
-        numbers, coming = taken
+        mine: dict[str, Values] = {}
         try:
-            for name in list(coming):
-                assert load is not None
-                self._fill(name, load)
-                del coming[name]
-        except BaseException:
-            with self._changed:
-                for name in coming:
-                    self._forget(name)
+            while True:
+                with self._changed:
+                    while (taken := self._taken(choices, mine, load is not None)) is None:
+                        self._wait(until)
+                numbers, unread = taken
+                if not unread:
+                    break
+                for name in unread:
+                    assert load is not None
+                    mine[name] = load(name)
+            try:
+                while mine:
+                    self._fill(*mine.popitem())
+            except BaseException:
+                self._give_up(mine)
                 self.release(numbers)
-            raise
+                raise
+        finally:
+            self._give_up(mine)
         return numbers
 
-    def _taken(self, choices: Sequence[str | int], may_load: bool) -> tuple[list[int], dict[str, int]] | None:
-        """Keep the slots of all choices; if some are not available yet, keep none and return None.
+    def _give_up(self, mine: dict[str, Values]) -> None:
+        with self._changed:
+            while mine:
+                self._forget(mine.popitem()[0])
 
-        Slots are found for the adapters that are in none, which nobody can choose before they are written.
+    def _taken(
+        self, choices: Sequence[str | int], mine: dict[str, Values], may_load: bool
+    ) -> tuple[list[int], list[str]] | None:
+        """Keep the slots of all choices, and find slots for the adapters that are in none.
+
+        Args:
+            choices: names of adapters, or numbers of slots.
+            mine: the adapters that this use has read, which no other use may read or choose meanwhile.
+            may_load: whether adapters may be read.
 
         Returns:
-            The number of each choice's slot, and the adapters to write with their slots.
+            The number of each choice's slot; or instead the adapters that have to be read before, which are entered in
+            ``mine``; or None to wait, with nothing kept.
         """
-        names = self.names
-        absent = [c for c in dict.fromkeys(choices) if isinstance(c, str) and c not in names] if may_load else []
-        if any(c in self._coming for c in choices):
+        names, wanted = self.names, dict.fromkeys(choices)
+        if any(c in self._coming and c not in mine for c in wanted):
             return None
-        found = {c: self.number(c) for c in dict.fromkeys(choices) if c not in absent}
-        room = self._room(len([check_slot_name(name) for name in absent]), found.values())
+        absent = [check_slot_name(c) for c in wanted if isinstance(c, str) and c not in names] if may_load else []
+        found = {c: self.number(c) for c in wanted if c not in absent}
+        room = self._room(len(absent), found.values())
+        if unread := [name for name in absent if name not in mine]:
+            mine |= {name: {} for name in unread}
+            self._coming |= dict.fromkeys(unread, -1)
+            return [], unread
         if room is None or not self._written.isdisjoint(found.values()):
             return None
-        coming = dict(zip(absent, room, strict=True))
-        for slot in room:
+        for name, slot in zip(absent, room, strict=True):
+            self._coming[name] = found[name] = slot
+            self._written.add(slot)
             if names[slot] is not None:
                 self.evictions += 1
                 self._name(slot, None)
-        self._coming |= coming
-        self._written.update(room)
-        numbers = [coming[c] if c in coming else found[c] for c in choices]
-        for slot in set(numbers):
+        for slot in {*found.values()}:
             self._uses[slot] += 1
             self._note(slot)
-        return numbers, dict(coming)
+        return [found[c] for c in choices], []
 
     def _room(self, count: int, kept: Collection[int]) -> list[int] | None:
         """Return slots for a number of adapters: empty ones, then those unused for longest; None if there are too few.
@@ -269,13 +292,13 @@ class Slots:
                 raise GraftError("GC190", f"{self.bank.name!r} has no empty slot", hint=hint)
             self._coming[name] = slot
             self._written.add(slot)
-        self._fill(name, lambda _: values)
+        self._fill(name, values)
 
-    def _fill(self, name: str, load: Callable[[str], Values]) -> None:
+    def _fill(self, name: str, values: Values) -> None:
         """Write an adapter to the slot that was found for it; the slot stays empty if that fails."""
         slot, done = self._coming[name], False
         try:
-            self.write(slot, load(name))
+            self.write(slot, values)
             done = True
         finally:
             with self._changed:

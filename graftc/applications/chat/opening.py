@@ -21,6 +21,7 @@ from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.artifact.places import is_peft
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.loading.checkpoint import is_checkpoint
+from graftc.runtime.model.choices import slot_names
 from graftc.runtime.model.runner import runner_of
 from graftc.runtime.onnx_generation import load as load_graphs
 from graftc.runtime.onnx_generation.io_names import DECODER, PAIR
@@ -96,7 +97,7 @@ class TextModel:
         banks = [c for c in self.compiled.spec.compose if isinstance(c, Bank)] if self.compiled is not None else []
         if not banks or self.compiled is None:
             raise GraftError("GC091", f"there is no adaptation {adapter!r} to choose: the model has no bank")
-        holding = [bank for bank in banks if adapter in bank.members]
+        holding = [bank for bank in banks if adapter in slot_names(self.compiled.compilation, bank)]
         for bank in holding or banks[:1]:
             self.compiled.activate(adapter, bank.name)
 

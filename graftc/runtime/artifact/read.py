@@ -107,6 +107,16 @@ class Artifact:
             cache(lambda mode, base: self.program(mode, base=base)),
         )
 
+    @cached_property
+    def depths(self) -> dict[str, int]:
+        """The number of layers in each stack that has adapted sites, derived from the names of the base's tensors."""
+        stacks, names = {place.stack for place in self.manifest.sites if place.stack}, self.manifest.base.tensors
+        layers = {
+            stack: [n[len(stack) + 1 :].partition(".")[0] for n in names if n.startswith(f"{stack}.")]
+            for stack in stacks
+        }
+        return {stack: max((int(n) + 1 for n in own if n.isdigit()), default=0) for stack, own in layers.items()}
+
     @property
     def passes(self) -> tuple[PassRecord, ...]:
         """The plugins' passes that were applied to the graphs."""

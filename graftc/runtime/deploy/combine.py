@@ -295,7 +295,8 @@ def _check_compositions(spec: Spec, names: Sequence[str]) -> None:
         inside = [name for name in composition.members if name in names]
         if not inside or isinstance(composition, Stack):
             continue
-        whole_bank = isinstance(composition, Bank) and not composition.share and len(inside) == len(composition.members)
+        own = isinstance(composition, Bank) and not composition.share and composition.slots is None
+        whole_bank = own and len(inside) == len(composition.members)
         if not whole_bank:
             message = f"{inside[0]!r} is part of the composition {composition.name!r}"
             hint = "combine all adaptations of a bank, or pass compiled.fix a factor for each"

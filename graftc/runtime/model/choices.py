@@ -86,7 +86,8 @@ def _numbers(bank: Bank, ids: Tensor | None, weights: Any) -> list[int]:
         return []
     if ids is None:
         known = known.reshape(-1, known.shape[-1]).any(0).nonzero() if known.shape[-1:] == (bank.size,) else known[:0]
-    return [int(number) for number in known.unique() if ids is None or 0 <= number < bank.size]
+    numbers = {int(number) for number in known.flatten().tolist()}
+    return [number for number in numbers if 0 <= number < bank.size]
 
 
 def repeated(compilation: Compilation, present: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +160,9 @@ def _repeated(
 
 def _ids(compilation: Compilation, bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> Tensor:
     if not isinstance(given, Tensor):
+        if is_traced() and bank.slots is not None:
+            hint = "pass numbers: with compiled.bank().use(name, ...) as rows"
+            raise GraftError("GC038", "code of torch.compile cannot look up the adapters in slots", hint=hint)
         listed = [given] if isinstance(given, str | int) else list(given)
         given = torch.tensor([slot_of(compilation, bank, item) for item in listed], device=device)
     elif not is_traced() and given.device.type == "cpu" and given.numel():
@@ -182,6 +186,12 @@ def _weights(bank: Bank, name: str, given: Any, rows: int, device: torch.device)
     return weights.expand(rows, slots)
 
 
+def slot_names(compilation: Compilation, bank: CompositionSpec) -> list[str]:
+    """Return the names of a bank's adaptations in slot order; empty for an empty slot."""
+    slots = Slots.of(bank, compilation.store)
+    return list(bank.members) if slots is None else [name or "" for name in slots.names]
+
+
 def slot_of(compilation: Compilation, bank: CompositionSpec, choice: str | int) -> int:
     """Return the index of a slot.
 
@@ -195,7 +205,7 @@ def slot_of(compilation: Compilation, bank: CompositionSpec, choice: str | int) 
     """
     if (slots := Slots.of(bank, compilation.store)) is not None:
         return slots.number(choice)
-    members = list(bank.members)
+    members = slot_names(compilation, bank)
     if isinstance(choice, int) and not isinstance(choice, bool) and 0 <= choice < len(members):
         return choice
     if choice in members:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # the classes that the table names
 _PARTS: Mapping[str, str] = MappingProxyType(
     {
         "offered.adapters:Adapters": "add disable disabled enable load_adapter remove rename",
-        "offered.banks:Choosing": "activate active fix train_only",
+        "offered.banks:Choosing": "activate active bank fix train_only",
         "training.steering:TrainingSteering": "after_step begin callback deploy_rank extra_loss rank_pattern "
         "site_figures skip_step steps_left unselected warn_of_unsteered",
         "training.selecting:Selecting": "advance joined select stages_left",

@@ -14,9 +14,10 @@ from graftc.compiler.resolve.compose import ACTIVE
 from graftc.compiler.resolve.slots import NAMES
 from graftc.compiler.resolve.train import TRAIN
 from graftc.passes.core.weights.names import adapter_name, owner_of, renamed
-from graftc.runtime.model.choices import slot_of
+from graftc.runtime.model.choices import slot_names, slot_of
 from graftc.runtime.model.feature import Feature
 from graftc.runtime.model.sharded import in_every_process
+from graftc.runtime.offered.slot_bank import SlotBank
 from graftc.runtime.slots import Slots
 from graftc.specs.base import check_name
 from graftc.specs.compose import Bank, CompositionSpec
@@ -58,12 +59,21 @@ class Choosing(Feature):
             GraftError: GC091 if there is no such bank.
         """
         composition = _bank(self.runner.compilation.spec, bank)
-        slots = Slots.of(composition, self.runner.compilation.store)
-        names = composition.members if slots is None else slots.names
-        return str(names[int(self._active_slot(composition))])
+        return slot_names(self.runner.compilation, composition)[int(self._active_slot(composition))]
 
     def _active_slot(self, bank: CompositionSpec) -> Tensor:
         return self.runner.compilation.store.get(adapter_name("", str(bank.name), ACTIVE))
+
+    def bank(self, name: str | None = None) -> SlotBank:
+        """Return the slots of a bank, to which adapters can be added while the model runs.
+
+        Args:
+            name: the bank's name; needed only if there are several.
+
+        Raises:
+            GraftError: GC091 if there is no such bank, GC190 if the spec gives it no ``slots``.
+        """
+        return SlotBank(self.runner, _bank(self.runner.compilation.spec, name))
 
     def train_only(self, *names: str) -> None:
         """Train only the named adaptations from now on, or all of them if none is named.
@@ -109,9 +119,10 @@ class Choosing(Feature):
         compilation = self.runner.compilation
         composition = _bank(compilation.spec, bank)
         slots = Slots.of(composition, compilation.store)
-        names = composition.members if slots is None else slots.names
-        one = not isinstance(choice, Mapping)
-        factors = {str(names[slot_of(compilation, composition, choice)]): 1.0} if one else dict(choice)
+        if isinstance(choice, Mapping):
+            factors = dict(choice)
+        else:
+            factors = {slot_names(compilation, composition)[slot_of(compilation, composition, choice)]: 1.0}
         for name in factors:
             slot_of(compilation, composition, name)
         if not factors:
@@ -128,7 +139,7 @@ class Choosing(Feature):
         return self.runner.sibling(spec, values)
 
 
-def _bank(spec: Spec, name: str | None) -> CompositionSpec:
+def _bank(spec: Spec, name: str | None) -> Bank:
     banks = {str(c.name): c for c in spec.compose if isinstance(c, Bank)}
     if name is None and len(banks) == 1:
         return next(iter(banks.values()))

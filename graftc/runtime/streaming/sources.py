@@ -41,10 +41,9 @@ def artifact_updates(artifact: Artifact, checkpoint: TensorFolder) -> AdapterUpd
     graph = artifact.graph("base.eval")
     uses = _Uses(graph, artifact.manifest.base.aliases)
     specs = {spec.name or "": spec for spec in artifact.spec.adapt}
-    depths = _depths(artifact)
     copies = {record.tensor for record in artifact.manifest.trained}
     updates = [
-        _update(artifact, place, specs, depths, uses, tensors, names)
+        _update(artifact, place, specs, uses, tensors, names)
         for place in artifact.manifest.sites
         if not (method_for(place.method).stands_in or copies.issuperset(place.tensors.values()))
     ]
@@ -157,7 +156,6 @@ def _update(
     artifact: Artifact,
     place: AdaptedPlace,
     specs: Mapping[str, MethodSpec],
-    depths: Mapping[str, int],
     uses: _Uses,
     tensors: Mapping[str, Tensor],
     names: FileNames,
@@ -175,7 +173,7 @@ def _update(
             f"{place.adaptation!r} would fold into {site}, which something else also reads",
             hint="folding would change both; leave the site out, or give the module its own weight with untie:",
         )
-    depth = depths.get(place.stack)
+    depth = artifact.depths.get(place.stack)
     spec = specs[place.adaptation].for_site(place.module, place.roles, place.layer, depth=depth)
     method = method_for(spec.method)
     if use.weight.layout is Layout.KERNEL and method.reads_channels(spec):
@@ -212,12 +210,3 @@ def _replacements(artifact: Artifact, tensors: Mapping[str, Tensor], names: File
             raise GraftError("GC103", f"{record.owner!r} trains some rows of {record.base}")
         replacements.append(Replacement(record.owner, names.of(record.base), tensors[record.tensor]))
     return replacements
-
-
-def _depths(artifact: Artifact) -> dict[str, int]:
-    """Return the number of layers in each stack, derived from the names of the base's tensors."""
-    stacks, names = {place.stack for place in artifact.manifest.sites if place.stack}, artifact.manifest.base.tensors
-    layers = {
-        stack: [n[len(stack) + 1 :].partition(".")[0] for n in names if n.startswith(f"{stack}.")] for stack in stacks
-    }
-    return {stack: max((int(n) + 1 for n in own if n.isdigit()), default=0) for stack, own in layers.items()}

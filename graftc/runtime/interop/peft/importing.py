@@ -53,7 +53,7 @@ def imported(
         structure: function that returns the model's roles.
     """
     adapter = once(read_peft(path, name, shapes=shapes_of(model)), model, structure)
-    _check_model(adapter, model)
+    check_model(adapter, model)
     spec = spec_for(adapter, model, structure)
     try:
         compilation = compile_model(spec, model, axes, flags=flags, start=StartingPoint(use_cache=cache))
@@ -86,7 +86,7 @@ def _not_possible(adapter: PeftAdapter, model: nn.Module, error: GraftError) -> 
     return GraftError("GC112", message, place=adapter.in_config(field), hint=error.hint, details=[error])
 
 
-def _check_model(adapter: PeftAdapter, model: nn.Module) -> None:
+def check_model(adapter: PeftAdapter, model: nn.Module) -> None:
     """Check the file against the config and the model, before anything is compiled.
 
     Raises:
