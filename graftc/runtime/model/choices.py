@@ -160,11 +160,9 @@ def _repeated(
 
 def _ids(compilation: Compilation, bank: Bank, name: str, given: Any, rows: int, device: torch.device) -> Tensor:
     if not isinstance(given, Tensor):
-        if is_traced() and bank.slots is not None:
-            hint = "pass numbers: with compiled.bank().use(name, ...) as rows"
-            raise GraftError("GC038", "code of torch.compile cannot look up the adapters in slots", hint=hint)
         listed = [given] if isinstance(given, str | int) else list(given)
-        given = torch.tensor([slot_of(compilation, bank, item) for item in listed], device=device)
+        look_up = slot_of if bank.slots is None else _slot_now
+        given = torch.tensor([look_up(compilation, bank, item) for item in listed], device=device)
     elif not is_traced() and given.device.type == "cpu" and given.numel():
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= bank.size:
@@ -213,3 +211,8 @@ def slot_of(compilation: Compilation, bank: CompositionSpec, choice: str | int) 
     close = nearest(choice, members) if isinstance(choice, str) else []
     hint = f"did you mean {close[0]!r}?" if close else f"the slots are: {', '.join(members)}"
     raise GraftError("GC038", f"{bank.name!r} has no slot {choice!r}", hint=hint)
+
+
+_slot_now = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    slot_of, reason="the slot of a name may change: pass numbers, with compiled.bank().use(name, ...) as rows"
+)

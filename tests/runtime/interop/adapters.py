@@ -63,14 +63,15 @@ def written(model: nn.Module, path: Path, seed: int = 0, **config: Any) -> Path:
     return path
 
 
-def outputs(model: nn.Module, adapter: Path | None) -> torch.Tensor:
+def outputs(model: nn.Module, adapter: Path | None, ids: torch.Tensor | None = None) -> torch.Tensor:
     """Return the logits of a model, with an adapter that PEFT must load without a warning."""
     import copy
     import warnings
 
     from peft import PeftModel
 
-    ids = torch.arange(12).reshape(2, 6) % 50
+    if ids is None:
+        ids = torch.arange(12).reshape(2, 6) % 50
     if adapter is None:
         with torch.no_grad():
             return model(input_ids=ids).logits
