@@ -65,9 +65,10 @@ def held(compilation: Compilation, chosen: Mapping[str, Any]) -> Iterator[Mappin
     """
     numbers = dict(chosen)
     with ExitStack() as stack:
-        for bank in {id(bank): bank for bank in compilation.controls.values()}.values():
+        banks = [control for control in compilation.controls.values() if isinstance(control, Bank)]
+        for bank in {id(bank): bank for bank in banks}.values():
             slots = Slots.of(bank, compilation.store)
-            if slots is None or not isinstance(bank, Bank):
+            if slots is None:
                 continue
             ids, weights = chosen.get(bank.ids), chosen.get(bank.mixture)
             if ids is not None and not isinstance(ids, Tensor):
