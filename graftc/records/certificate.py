@@ -178,7 +178,7 @@ class Certificate(Record, behind={"": ("passed",)}):
     sites: tuple[SiteEvidence, ...]
     """Evidence for each site."""
 
-    outputs: Mapping[str, float]
+    outputs: Mapping[str, Annotated[float, Ge(0)]]
     """Largest absolute difference of each output, folded against unfolded, in the model's dtype; none where the whole
     model was not run."""
 
@@ -230,6 +230,12 @@ class Certificate(Record, behind={"": ("passed",)}):
     def largest_difference(self) -> Annotated[float, Ge(0), OrNull()]:
         """The largest of `outputs`; null where none were compared."""
         return max(self.outputs.values(), default=0.0)
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """Names of the adaptations that fold, or whose deployed form is a mean."""
+        every = (name for site in self.sites for name in site.adaptations)
+        return tuple(dict.fromkeys([*every, *(item.adaptation for item in self.collapses)]))
 
     @property
     def finite(self) -> bool:

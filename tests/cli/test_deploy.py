@@ -172,7 +172,16 @@ def test_what_does_not_fold_is_refused_by_name_or_kept(
     with pytest.warns(graftc.GraftWarning, match="GC024"):
         rest = graftc.load("partly")
     assert [a.name for a in rest.spec.adapt] == ["head"]
-    assert run_here(capsys, "verify", "partly", "--json").data["passed"] is True
+    verified = run_here(capsys, "verify", "partly", "--json").data
+    assert verified["passed"] is True
+    found = {check["name"]: (check["passed"], check["detail"]) for check in verified["checks"]}
+    kept = json.loads((here / "partly" / "base" / "graftc.json").read_text(encoding="utf-8"))
+    assert kept["certificate"] == data["certificate"] and found["files of the base"][0] is True
+    assert found["certificate of the base"] == (True, found["certificate of the base"][1])
+    assert "outputs differ" in found["certificate of the base"][1]
+    card = run_here(capsys, "card", "partly").out
+    assert "`inner` is part of the weights of the base in this folder. The certificate of that fold passed" in card
+    assert "The base is in the folder `base`." in card and "not in this repository" not in card
 
 
 @pytest.mark.slow
@@ -251,7 +260,7 @@ def test_an_input_that_folds(capsys: pytest.CaptureFixture[str], here: Path) -> 
 @pytest.mark.full
 def test_verify(capsys: pytest.CaptureFixture[str]) -> None:
     data = run_valid(capsys, "verify", "trained")
-    names = ["files", "tensors", "graph files", "base", "places", "graphs", "certificate"]
+    names = ["files", "tensors", "graph files", "statements", "base", "places", "graphs", "certificate"]
     assert [(c["name"], c["passed"]) for c in data["checks"]] == [(name, True) for name in names]
     assert not [c["detail"] for c in data["checks"] if re.search(r"\b1 \w+s\b", c["detail"])], (
         "one of something is not several"

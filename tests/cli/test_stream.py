@@ -49,7 +49,9 @@ def test_merge_and_verify(capsys: pytest.CaptureFixture[str], here: Path, adapte
     assert data["streamed"] == {"untouched_tensors": len(base) - len(changed), "resumed_files": 0}
     assert {file["path"] for file in data["files"]} == {p.as_posix() for p in Path("merged").iterdir()}
     verified = run_valid(capsys, "verify", "merged", "--adapter", adapter[0], "--base", "base")
-    assert [check["name"] for check in verified["checks"]] == ["files", "certificate", "tensors", "folded", "untouched"]
+    assert [check["name"] for check in verified["checks"]] == [
+        *("files", "spec", "certificate", "sources", "tensors", "folded", "untouched")
+    ]
     assert run_valid(capsys, "merge", *adapter, "--out", "merged", status=3)["error"]["code"] == "GC063"
 
 

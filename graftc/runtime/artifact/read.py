@@ -22,6 +22,7 @@ from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import DTYPES
 from graftc.passes.core.ir.stored.serialise import program_from_json
+from graftc.records.certificate import Certificate
 from graftc.records.passes import PassRecord
 from graftc.runtime.artifact.fields import GRAPH_BYTES, MANIFEST_BYTES, TEXT_BYTES
 from graftc.runtime.artifact.manifest import (
@@ -38,7 +39,7 @@ from graftc.runtime.artifact.manifest import (
     read_manifest,
     unsafe,
 )
-from graftc.runtime.artifact.records import content
+from graftc.runtime.artifact.records import content, read_record
 from graftc.runtime.artifact.write import file_digest
 from graftc.runtime.sources.folder_kinds import missing, reader_of
 from graftc.specs.document import Spec
@@ -68,6 +69,16 @@ class Artifact:
         except (OSError, ValueError) as error:
             raise damaged(str(self.path), SPEC, f"cannot be read: {error}") from error
         return parse_spec(text, file=str(file))
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The certificate of the fold; None if nothing was certified.
+
+        Raises:
+            GraftError: GC082 if it is damaged.
+        """
+        file = self.manifest.certificate
+        return None if file is None else read_record(Certificate, self.path / file, str(self.path), file)
 
     @property
     def identity(self) -> Identity:
@@ -181,6 +192,14 @@ class Artifact:
         """
         return self._checked(ADAPTERS, self.manifest.adapters)
 
+    def constants(self) -> dict[str, Tensor]:
+        """Return the tensors that graphs mention beside the model's and graftc's own, after checking each of them.
+
+        Raises:
+            GraftError: as for `tensors`.
+        """
+        return self._checked(CONSTANTS, self.manifest.constants) if self.manifest.constants else {}
+
     def axes(self, signature: int = 0) -> list[Axis]:
         """Return the inputs for which a signature's graphs were captured."""
         entry = self.manifest.signatures[signature]
@@ -192,7 +211,7 @@ class Artifact:
         A function returns None, instead of raising an error, if its file is missing or has changed since the artifact
         was opened.
         """
-        constants = self._checked(CONSTANTS, self.manifest.constants) if self.manifest.constants else {}
+        constants = self.constants()
         readers: dict[str, Any] = {}
         for entry in self.manifest.signatures:
             for captured in entry.captures:

@@ -1,4 +1,4 @@
-"""Read the other files of artifacts and of merged models: certificates and records."""
+"""Read the other files of artifacts, certificates, and read and write the records of merged models."""
 
 from __future__ import annotations
 
@@ -6,28 +6,100 @@ import errno
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
 from graftc.records.certificate import Certificate, require_consistent
 from graftc.records.reading import from_json
-from graftc.runtime.artifact.fields import TEXT_BYTES, File
-from graftc.runtime.artifact.manifest import damaged, first_error
+from graftc.runtime.artifact.fields import MANIFEST_BYTES, TEXT_BYTES, Digest, File
+from graftc.runtime.artifact.manifest import SCHEMA_VERSION, damaged, first_error, sealed, unsealed
+from graftc.runtime.artifact.places import RECORD
 from graftc.specs.records.record import Record
 from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
 
 @dataclass(frozen=True)
-class MergedRecord(Record):
-    """The parts of a merged model's record that are read."""
+class AdapterSource(Record, closed=True):
+    """The adapter that was merged, if it was read from a folder."""
+
+    kind: Literal["artifact", "peft"]
+    """What the folder was."""
+
+    sha256: Digest
+    """Of the adapter."""
+
+
+@dataclass(frozen=True)
+class MergedRecord(Record, closed=True):
+    """What a merged model's folder says of its origin."""
+
+    merged: Literal["graftc"]
+    """What this is."""
+
+    schema_version: Literal[1]
+    """Version of this format."""
+
+    spec: str
+    """The spec that was merged, or PEFT's config, as text."""
+
+    base: Digest | Literal[""]
+    """Fingerprint of the base; empty if the adapter does not record one."""
+
+    certificate: Certificate
+    """The certificate of the fold."""
 
     files: Mapping[str, File]
     """The files of the folder, by name."""
 
-    certificate: Certificate
-    """The certificate of the fold."""
+    digest: Digest
+    """SHA-256 of this record without its digest."""
+
+    adapter: AdapterSource | None = None
+    """The adapter; null for a merge in memory."""
+
+
+def write_merged_record(
+    folder: Path, spec: str, certificate: Certificate, files: Mapping[str, Any], **adapter: str
+) -> None:
+    """Write the record of a merged model next to its weights.
+
+    Args:
+        folder: the folder of the merged model.
+        spec: the spec, or PEFT's config, as text.
+        certificate: the certificate of the fold, with the base's fingerprint.
+        files: size and digest of every file in the folder.
+        adapter: the fields of `AdapterSource`; none for a merge in memory.
+    """
+    data = {
+        "merged": "graftc",
+        "schema_version": SCHEMA_VERSION,
+        "spec": spec,
+        "base": certificate.fingerprint,
+        **({"adapter": adapter} if adapter else {}),
+        "certificate": certificate.to_json(),
+        "files": dict(files),
+    }
+    (folder / RECORD).write_text(sealed(data), encoding="utf-8", newline="\n")
+
+
+def read_merged_record(folder: Path, where: str) -> MergedRecord:
+    """Read the record of a merged model.
+
+    Args:
+        folder: the folder of the merged model.
+        where: the folder named in errors.
+
+    Raises:
+        GraftError: GC080 if another program wrote the file, GC081 for a newer format, GC082 if it is damaged, or if its
+            parts do not agree.
+    """
+    unsealed(content(folder / RECORD, MANIFEST_BYTES), where, "merged", SCHEMA_VERSION, RECORD)
+    record = read_record(MergedRecord, folder / RECORD, where, RECORD)
+    if record.base != record.certificate.fingerprint:
+        raise damaged(where, RECORD, "names a base other than the certificate's")
+    return record
 
 
 R = TypeVar("R")

@@ -11,8 +11,10 @@ from graftc.compiler.inspect.summary import summary
 from graftc.passes.core.weights.names import owner_of
 from graftc.records.certificate import Certificate
 from graftc.records.summary import Summary
+from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.read import Artifact
-from graftc.runtime.artifact.records import read_record
+from graftc.runtime.artifact.records import MergedRecord, read_merged_record
+from graftc.runtime.artifact.write import BUNDLED
 from graftc.runtime.sources.reference import Reference
 
 
@@ -30,6 +32,7 @@ class CardFacts:
         dtype: the dtype for which the graphs were captured.
         certificate: the certificate of the fold; None if nothing was certified.
         kept: the adaptations that do not fold, with the reasons.
+        merged: the record of the base inside the artifact, into which other adaptations were folded; None without one.
         versions: the versions of the software that wrote the artifact; empty for a model in memory.
     """
 
@@ -42,6 +45,7 @@ class CardFacts:
     dtype: str
     certificate: Certificate | None
     kept: Mapping[str, str]
+    merged: MergedRecord | None
     versions: Mapping[str, str]
 
     @classmethod
@@ -64,20 +68,19 @@ def artifact_facts(artifact: Artifact) -> CardFacts:
     """Return the facts that an artifact contains; its base is not needed.
 
     Raises:
-        GraftError: GC082 if the certificate is damaged, GC091 if the artifact has no graphs.
+        GraftError: GC082 if a certificate is damaged, GC091 if the artifact has no graphs.
     """
     manifest = artifact.manifest
-    certificate: Certificate | None = None
-    if manifest.certificate is not None:
-        file = manifest.certificate
-        certificate = read_record(Certificate, artifact.path / file, str(artifact.path), file)
+    bundled = artifact.path / BUNDLED
+    recorded = f"{BUNDLED}/{RECORD}" in manifest.files
     return CardFacts.of(
         artifact.snapshot,
         name=artifact.path.name,
         base=manifest.base.place,
         fingerprint=manifest.base.fingerprint,
         dtype=manifest.base.dtype,
-        certificate=certificate,
+        certificate=artifact.certificate,
         kept={kept.name: kept.reason for kept in manifest.kept},
+        merged=read_merged_record(bundled, str(bundled)) if recorded else None,
         versions=manifest.versions.model_dump(),
     )

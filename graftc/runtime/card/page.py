@@ -54,10 +54,13 @@ def _sections(facts: CardFacts, metadata: CardMetadata) -> Iterator[str]:
     title = code(facts.name) if facts.name else f"An adapted {code(facts.summary.model)}"
     yield f"# {title}"
     methods = ", ".join(dict.fromkeys(code(a.method) for a in facts.summary.adaptations)) or "nothing"
+    where = f"The base is in the folder {code(str(base))}."
+    if facts.base.kind != "inside":
+        where = "The base's own weights are not in this repository."
     yield (
         f"Adapters for {code(base) if base else 'a base that was created in Python'}, a {code(facts.summary.model)} in "
         f"{code(facts.dtype)}: {methods}. They were made by graftc, a compiler for "
-        "parameter-efficient fine-tuning. The base's own weights are not in this repository."
+        f"parameter-efficient fine-tuning. {where}"
     )
     yield "## Figures"
     yield from _figures(facts)
@@ -134,18 +137,24 @@ def _spec(facts: CardFacts) -> str:
 
 
 def _folding(facts: CardFacts) -> Iterator[str]:
-    certificate = facts.certificate
-    if certificate is not None:
-        yield (
-            f"{', '.join(map(code, facts.folded)) or 'Nothing'} can be folded into the base's weights. The certificate "
-            f"of that fold {'passed' if certificate.passed else '**did not pass**'}:"
+    if facts.merged is not None:
+        folded = (
+            f"{', '.join(map(code, facts.merged.certificate.folded))} is part of the weights of the base in this folder"
         )
-        yield table(("check", "found"), list(_evidence(certificate)))
-    else:
+        yield from _certified(folded, facts.merged.certificate)
+    if facts.certificate is not None:
+        folded = f"{', '.join(map(code, facts.folded)) or 'Nothing'} can be folded into the base's weights"
+        yield from _certified(folded, facts.certificate)
+    elif facts.merged is None:
         yield "No fold was certified."
     if facts.kept:
         yield "These stay beside the base, in the graph:"
         yield table(("adaptation", "why"), [(code(name), code(why, 400)) for name, why in facts.kept.items()])
+
+
+def _certified(folded: str, certificate: Certificate) -> Iterator[str]:
+    yield f"{folded}. The certificate of that fold {'passed' if certificate.passed else '**did not pass**'}:"
+    yield table(("check", "found"), list(_evidence(certificate)))
 
 
 def _evidence(certificate: Certificate) -> Iterator[tuple[str, str]]:

@@ -30,7 +30,6 @@ from graftc.passes.core.weights.weight_slice import Layout
 from graftc.records.conversion import ConvertedSite
 from graftc.runtime.artifact.write import save
 from graftc.runtime.deploy.low_rank import Decomposition, Factors, distance, lora_of, stored_dtype, target_of, values_of
-from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merging import Merging
 from graftc.runtime.deploy.partial import Partial
 from graftc.runtime.model.adapted import AdaptedRunner
@@ -88,8 +87,7 @@ class Converted:
         if self.partial is None:
             destination: Path = self.compiled.save(path, force=force)
             return destination
-        merged = self.partial.merged
-        save(runner_of(self.compiled), Path(path), force=force, bundle=lambda folder: write_merged(merged, folder))
+        save(runner_of(self.compiled), Path(path), force=force, bundle=self.partial.write_base)
         return Path(path)
 
 

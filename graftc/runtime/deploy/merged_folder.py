@@ -11,8 +11,9 @@ from graftc.compiler.capture.interface import config_of
 from graftc.files.tensors.writing import save_tensors, writing
 from graftc.files.writing import staged
 from graftc.passes.core.weights.source_lock import source_lock
-from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
-from graftc.runtime.artifact.places import RECORD, is_ours
+from graftc.records.certificate import Certificate
+from graftc.runtime.artifact.places import is_ours
+from graftc.runtime.artifact.records import write_merged_record
 from graftc.runtime.artifact.write import listed
 from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.interop.transformers import no_place, require_plain, to_transformers
@@ -30,17 +31,18 @@ def save_merged(merged: FoldedRunner, path: Path, *, force: bool = False) -> Pat
         raise GraftError("GC050", f"{name!r} is still in the graph: {reason}", hint="merge it, or save an artifact")
     origin = local_folder(merged.compilation.source)
     with staged(path, force=force, replaceable=is_ours, sources=[origin]) as folder:
-        write_merged(merged, folder)
-        data = {
-            "merged": "graftc",
-            "schema_version": SCHEMA_VERSION,
-            "spec": dump_spec(merged.compilation.spec),
-            "base": merged.certificate.fingerprint,
-            "certificate": merged.certificate.to_json(),
-            "files": dict(listed(folder)),
-        }
-        (folder / RECORD).write_text(sealed(data), encoding="utf-8", newline="\n")
+        write_recorded(merged, merged.certificate, folder)
     return path
+
+
+def write_recorded(merged: ModelRoot | FoldedRunner, certificate: Certificate, folder: Path) -> None:
+    """Write the model itself and the record of its origin, with the certificate of the fold.
+
+    Raises:
+        GraftError: as in `write_merged`.
+    """
+    write_merged(merged, folder)
+    write_merged_record(folder, dump_spec(runner_of(merged).compilation.spec), certificate, dict(listed(folder)))
 
 
 def write_merged(merged: ModelRoot | FoldedRunner, folder: Path) -> Any:

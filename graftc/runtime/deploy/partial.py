@@ -29,7 +29,7 @@ from graftc.runtime.deploy.certifying import FoldRequest
 from graftc.runtime.deploy.comparing import compared
 from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.merged import Merged, fold, require_decided, require_passed
-from graftc.runtime.deploy.merged_folder import write_merged
+from graftc.runtime.deploy.merged_folder import write_recorded
 from graftc.runtime.deploy.merged_source import base_of
 from graftc.runtime.deploy.rounding_noise import rounding_noise
 from graftc.runtime.deploy.widening import unquantised, widened
@@ -77,14 +77,16 @@ class Partial(Generic[M, C]):
         return self.merged.kept
 
     def save(self, path: Path, *, force: bool = False) -> Manifest:
-        """Write the artifact.
+        """Write the artifact, with the certificate in the folder of its base.
 
         Raises:
             GraftError: as in `Compiled.save`; GC166 if the base is packed.
         """
-        return save(
-            runner_of(self.compiled), path, force=force, bundle=lambda folder: write_merged(self.merged, folder)
-        )
+        return save(runner_of(self.compiled), path, force=force, bundle=self.write_base)
+
+    def write_base(self, folder: Path) -> None:
+        """Write the base that has the folded weights, with the certificate. Raises: as in `write_recorded`."""
+        write_recorded(self.merged, self.certificate, folder)
 
     def export(
         self,

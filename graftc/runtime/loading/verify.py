@@ -16,14 +16,15 @@ from graftc.passes.core.ir.program import Program
 from graftc.records.certificate import Certificate
 from graftc.records.verification import Check
 from graftc.runtime.artifact.entries import versions
-from graftc.runtime.artifact.fields import MANIFEST_BYTES
-from graftc.runtime.artifact.manifest import MANIFEST, SCHEMA_VERSION, unsealed
+from graftc.runtime.artifact.manifest import MANIFEST
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.read import Artifact, check_files, files_of, open_artifact
-from graftc.runtime.artifact.records import MergedRecord, content, read_record
+from graftc.runtime.artifact.records import read_merged_record
+from graftc.runtime.artifact.write import BUNDLED
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.loading.load import base_of, different_graph, load_artifact
+from graftc.runtime.loading.stated import differing, merged_spec, misplaced, misstated
 from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
@@ -92,6 +93,11 @@ def verify(
     verification.add("files", files)
     verification.add("tensors", lambda: (True, f"{counted(len(state['artifact'].tensors()), 'tensor')}, as listed"))
     verification.add("graph files", lambda: _graph_files(state["artifact"]))
+    verification.add("statements", lambda: _statements(state["artifact"]))
+    if isinstance(opened, Artifact) and f"{BUNDLED}/{RECORD}" in opened.manifest.files:
+        bundled = opened.path / BUNDLED
+        verification.add("files of the base", lambda: _merged_files(bundled, str(bundled)))
+        verification.add("certificate of the base", lambda: _merged_certificate(bundled, str(bundled)))
     if files_only:
         return verification
     step("loading the base")
@@ -105,9 +111,13 @@ def verify(
     verification.add("base", base)
     step("capturing")
 
-    def places() -> tuple[bool, str]:
-        state["compiled"] = load_artifact(state["artifact"], state["base"], cache=False, recapture=True)
-        return True, f"the spec adapts the same {counted(len(state['artifact'].manifest.sites), 'place')}"
+    def places() -> tuple[bool | None, str]:
+        artifact: Artifact = state["artifact"]
+        state["compiled"] = load_artifact(artifact, state["base"], cache=False, recapture=True)
+        other = next(differing(artifact, state["compiled"]._graftc.snapshot), None)
+        if other is not None:
+            return _unless_other_versions(artifact, other)
+        return True, f"the spec adapts the same {counted(len(artifact.manifest.sites), 'place')}"
 
     verification.add("places", places)
     verification.add("graphs", lambda: _graphs(state["artifact"], state["compiled"]))
@@ -141,6 +151,27 @@ def _graph_files(artifact: Artifact) -> tuple[bool | None, str]:
                 return False, f"{graph.file} contains a graph other than the one listed"
             count += 1
     return (True, f"{counted(count, 'graph')}, as listed") if count else (None, "the artifact has no graphs")
+
+
+def _statements(artifact: Artifact) -> tuple[bool | None, str]:
+    """Check what the manifest states about places against the spec and the graphs in files."""
+    wrong = next(misstated(artifact), None)
+    if wrong is not None:
+        return False, wrong
+    places = counted(len(artifact.manifest.sites), "place")
+    if not artifact.manifest.signatures[0].graphs:
+        return True, f"the methods of {places}, as in the spec"
+    wrong = next(misplaced(artifact), None)
+    if wrong is not None:
+        return _unless_other_versions(artifact, wrong)
+    return True, f"methods, kinds and roles of {places}, as in the spec and the graphs"
+
+
+def _unless_other_versions(artifact: Artifact, wrong: str) -> tuple[bool | None, str]:
+    """Return the result for a description that other versions of the libraries may also explain."""
+    if artifact.manifest.versions.model_dump() == versions():
+        return False, wrong
+    return None, f"with different versions of the libraries, {wrong}"
 
 
 def _graphs(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
@@ -178,11 +209,21 @@ def _changed(artifact: Artifact, number: int, programs: Mapping[str, Program]) -
 
 def _certificate(artifact: Artifact, compiled: Compiled) -> tuple[bool | None, str]:
     """Check that another fold passes certification and agrees with the stored certificate."""
-    if artifact.manifest.certificate is None:
+    kept = artifact.certificate
+    stays = {each.name: each.reason for each in artifact.manifest.kept}
+    if kept is None and not stays:
         return None, "the artifact has no certificate"
-    file = artifact.manifest.certificate
-    kept = read_record(Certificate, artifact.path / file, str(artifact.path), file)
-    certificate, _ = certificate_of(compiled)
+    certificate, unfolded = certificate_of(compiled)
+    if stays.keys() != unfolded.keys():
+        return (
+            False,
+            f"stated not to fold: {', '.join(stays) or 'none'}; not folding now: {', '.join(unfolded) or 'none'}",
+        )
+    if stays != unfolded:
+        name = next(name for name in stays if stays[name] != unfolded[name])
+        return _unless_other_versions(artifact, f"{name} is stated not to fold because {stays[name]}: {unfolded[name]}")
+    if kept is None:
+        return (None, "nothing folds, as stated") if certificate is None else (False, "the certificate is missing")
     if certificate is None:
         return False, "nothing folds now"
     other = _disagreement(kept, certificate)
@@ -211,22 +252,27 @@ def _disagreement(kept: Certificate, certificate: Certificate) -> str | None:
 def _verify_merged(folder: Path, where: str) -> Verification:
     """Check a merged model's files against its record."""
     verification = Verification()
-
-    def record() -> MergedRecord:
-        unsealed(content(folder / RECORD, MANIFEST_BYTES), where, "merged", SCHEMA_VERSION, RECORD)
-        return read_record(MergedRecord, folder / RECORD, where, RECORD)
-
-    def files() -> tuple[bool, str]:
-        listed = {name: (entry.bytes, entry.sha256) for name, entry in record().files.items()}
-        check_files(folder, set(files_of(folder, where)) - {RECORD}, listed, where)
-        return True, f"{counted(len(listed), 'file')}, as written"
-
-    def certificate() -> tuple[bool, str]:
-        kept = record().certificate
-        outputs = ", ".join(f"{name} {value:.1e}" for name, value in kept.outputs.items())
-        detail = f"outputs differ by at most {outputs}" if outputs else f"{counted(len(kept.sites))} probed"
-        return kept.passed, f"stored by the merge: {detail}"
-
-    verification.add("files", files)
-    verification.add("certificate", certificate)
+    verification.add("files", lambda: _merged_files(folder, where))
+    verification.add("spec", lambda: _merged_spec(folder, where))
+    verification.add("certificate", lambda: _merged_certificate(folder, where))
     return verification
+
+
+def _merged_files(folder: Path, where: str) -> tuple[bool, str]:
+    listed = {name: (entry.bytes, entry.sha256) for name, entry in read_merged_record(folder, where).files.items()}
+    check_files(folder, set(files_of(folder, where)) - {RECORD}, listed, where)
+    return True, f"{counted(len(listed), 'file')}, as written"
+
+
+def _merged_spec(folder: Path, where: str) -> tuple[bool, str]:
+    record = read_merged_record(folder, where)
+    spec = merged_spec(record, where)
+    what = "a config of PEFT" if spec is None else f"a spec with {', '.join(record.certificate.folded)}"
+    return True, f"{what}, in the certificate as well" if spec is not None else what
+
+
+def _merged_certificate(folder: Path, where: str) -> tuple[bool, str]:
+    kept = read_merged_record(folder, where).certificate
+    outputs = ", ".join(f"{name} {value:.1e}" for name, value in kept.outputs.items())
+    detail = f"outputs differ by at most {outputs}" if outputs else f"{counted(len(kept.sites))} probed"
+    return kept.passed, f"stored by the merge: {detail}"

@@ -69,6 +69,7 @@ class Presenting(Feature):
             dtype=str(runner.dtype).removeprefix("torch."),
             certificate=certificate,
             kept=kept,
+            merged=None,
             versions={},
         )
         return render_card(facts, base_model=base_model, license=license, language=language, tags=tags)[0]

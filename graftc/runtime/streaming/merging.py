@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,8 +22,8 @@ from graftc.files.tensors.weights import leads_inside
 from graftc.files.writing import check_apart, check_destination, staged
 from graftc.records.certificate import Certificate, SiteEvidence
 from graftc.records.retention import Retention
-from graftc.runtime.artifact.manifest import SCHEMA_VERSION, sealed
-from graftc.runtime.artifact.places import RECORD, is_merged
+from graftc.runtime.artifact.places import is_merged
+from graftc.runtime.artifact.records import write_merged_record
 from graftc.runtime.artifact.write import file_digest, listed
 from graftc.runtime.sources.companions import COMPANIONS
 from graftc.runtime.streaming.adapters import read_updates
@@ -293,13 +292,5 @@ def _write_record(plan: MergePlan, folder: Path, result: StreamedMerge, done: Ma
     """Write the record of the weights' origin next to the weights; see `graftc.runtime.deploy.merged_folder`."""
     known = {name: {"bytes": (folder / name).stat().st_size, "sha256": each.sha256} for name, each in done.items()}
     others = {name: entry for name, entry in listed(folder, skip=known)}
-    data: dict[str, Any] = {
-        "merged": "graftc",
-        "schema_version": SCHEMA_VERSION,
-        "spec": plan.updates.spec,
-        "base": plan.updates.base,
-        "adapter": {"kind": plan.updates.kind, "sha256": plan.updates.digest},
-        "certificate": result.certificate.to_json(),
-        "files": dict(sorted({**known, **others}.items())),
-    }
-    (folder / RECORD).write_text(sealed(data), encoding="utf-8", newline="\n")
+    files, updates = dict(sorted({**known, **others}.items())), plan.updates
+    write_merged_record(folder, updates.spec, result.certificate, files, kind=updates.kind, sha256=updates.digest)

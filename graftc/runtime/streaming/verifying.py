@@ -9,13 +9,17 @@ from graftc.files.tensors.writing import FLOATING
 from graftc.records.certificate import SiteEvidence
 from graftc.records.retention import Retention
 from graftc.runtime.artifact.places import RECORD
+from graftc.runtime.artifact.records import MergedRecord, read_merged_record
+from graftc.runtime.loading.stated import merged_spec
 from graftc.runtime.loading.verify import Verification, verify
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.merge_plan import MergePlan, make_plan
 from graftc.runtime.streaming.site_fold import RowTarget
+from graftc.runtime.streaming.update import AdapterUpdates
 from graftc.runtime.streaming.work import Progress, fold_shard, shards, untouched
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.text import counted
+from graftc.specs.io import parse_spec
 
 
 def verify_checkpoint(
@@ -44,7 +48,12 @@ def verify_checkpoint(
     base, updates_of = read_updates(as_path(adapter), None if model is None else as_path(model))
     checkpoint = TensorFolder(base)
     plan = make_plan(checkpoint, updates_of(checkpoint))
-    verification = verify(folder) if (folder / RECORD).is_file() else Verification()
+    verification = Verification()
+    if (folder / RECORD).is_file():
+        verification = verify(folder)
+        verification.add(
+            "sources", lambda: _sources(read_merged_record(folder, str(folder)), plan.updates, str(folder))
+        )
     state: dict[str, TensorFolder] = {}
 
     def names() -> tuple[bool, str]:
@@ -64,6 +73,19 @@ def verify_checkpoint(
     verification.add("folded", lambda: _folded(sites))
     verification.add("untouched", lambda: _untouched(others))
     return verification
+
+
+def _sources(record: MergedRecord, updates: AdapterUpdates, where: str) -> tuple[bool | None, str]:
+    """Check that a record names this adapter and its base."""
+    if record.adapter is None:
+        return None, "a merge in memory records only the spec and the base"
+    if (record.adapter.kind, record.adapter.sha256) != (updates.kind, updates.digest):
+        return False, f"merged from {record.adapter.kind} {record.adapter.sha256[:12]}, not from this adapter"
+    spec = merged_spec(record, where)
+    same = record.spec == updates.spec if spec is None else spec == parse_spec(updates.spec)
+    if (record.base, same) != (updates.base, True):
+        return False, f"its {'base' if same else 'spec'} is not the adapter's"
+    return True, f"{updates.kind} {updates.digest[:12]}, with the same spec and base"
 
 
 def _same_names(base: TensorFolder, merged: TensorFolder, plan: MergePlan) -> tuple[bool, str]:

@@ -19,7 +19,6 @@ from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.names import parsed
 from graftc.records.certificate import ALGEBRA_BOUND, ROUNDING_BOUND, Certificate
 from graftc.runtime.artifact.read import Artifact
-from graftc.runtime.artifact.records import read_record
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.training.curves import Curve, read_log
@@ -46,13 +45,10 @@ def evidence_of_artifact(artifact: Artifact, log: Path | None = None) -> Evidenc
     Raises:
         GraftError: GC082 if the certificate cannot be read, GC123 for a file that is not a log.
     """
-    manifest, certificate = artifact.manifest, None
-    if manifest.certificate is not None:
-        where = str(artifact.path)
-        read = read_record(Certificate, artifact.path / manifest.certificate, where, manifest.certificate)
-        certificate = _shown(read)
-    kept = {record.name: record.reason for record in manifest.kept}
-    tried = manifest.certificate is not None or bool(kept)
+    read = artifact.certificate
+    certificate = None if read is None else _shown(read)
+    kept = {record.name: record.reason for record in artifact.manifest.kept}
+    tried = read is not None or bool(kept)
     beside = (artifact.path.absolute().parent / name for name in LOGS)
     chosen = log or next((path for path in beside if path.is_file()), None)
     figures = _figures_of_artifact(artifact)

@@ -1,0 +1,97 @@
+"""Compare what an artifact, or the record of a merged model, states with what follows from the spec and the graphs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from graftc.compiler.inspect.snapshot import Snapshot
+from graftc.compiler.resolve.tokens import TOKENS
+from graftc.compiler.resolve.train import TRAIN
+from graftc.compiler.roles.structure import roles_of
+from graftc.runtime.artifact.manifest import damaged
+from graftc.runtime.artifact.places import RECORD
+from graftc.runtime.artifact.read import Artifact
+from graftc.runtime.artifact.records import MergedRecord
+from graftc.specs.claims import SiteKind
+from graftc.specs.document import Spec
+from graftc.specs.errors.text import quoted
+from graftc.specs.foreign.config import read_config
+from graftc.specs.io import parse_spec
+
+_FROM_THE_MODEL = (SiteKind.VALUE, SiteKind.PARAMETER)
+"""Kinds of sites whose roles do not follow from the base's graph alone."""
+
+
+def misstated(artifact: Artifact) -> Iterator[str]:
+    """Yield the statements of a manifest and its certificate that contradict the spec: methods, names of adaptations.
+
+    Raises:
+        GraftError: GC082 if the certificate is damaged.
+    """
+    methods = artifact.spec.owners
+    for place in artifact.manifest.sites:
+        if methods.get(place.adaptation) != place.method:
+            spec = f"it is {quoted(methods[place.adaptation])}" if place.adaptation in methods else "it is not there"
+            yield f"{place.adaptation} at {place.key} is stated as {quoted(place.method)}, but in the spec {spec}"
+    named = [kept.name for kept in artifact.manifest.kept] + [copy.owner for copy in artifact.manifest.trained]
+    certificate = artifact.certificate
+    for name in dict.fromkeys([*named, *(certificate.folded if certificate is not None else ())]):
+        if name not in (*methods, TRAIN, TOKENS):
+            yield f"{quoted(name)} is not in the spec"
+
+
+def misplaced(artifact: Artifact) -> Iterator[str]:
+    """Yield the sites whose kind and roles are not those that the stored graph of the base has there.
+
+    Raises:
+        GraftError: GC082 if the graph is damaged, GC084 if its constants are.
+    """
+    aliases = artifact.manifest.base.aliases
+    structure = roles_of(artifact.graph("base.train"), artifact.constants())
+    found: dict[tuple[str, str, object], dict[str, None]] = defaultdict(dict)
+    for finding in structure.findings:
+        name = finding.parameter or f"{finding.module}.{finding.role}".lstrip(".")
+        found[str(finding.kind), aliases.get(name, name), finding.rows][finding.role] = None
+    for sublayer in structure.sublayers:
+        name = f"{sublayer.owner}.{' '.join(sublayer.roles)}".lstrip(".")
+        found[str(SiteKind.SUBLAYER), name, None].update(dict.fromkeys(sublayer.roles))
+    for place in artifact.manifest.sites:
+        name = f"{place.module}.{place.name}".lstrip(".")
+        roles = tuple(found.get((place.kind, aliases.get(name, name), place.rows), ()))
+        if roles != place.roles and place.kind not in _FROM_THE_MODEL:
+            stated, actual = (", ".join(each) or "no role" for each in (place.roles, roles))
+            yield f"{place.key} is stated as {place.kind} ({stated}), for which the graph has {actual}"
+
+
+def differing(artifact: Artifact, now: Snapshot) -> Iterator[str]:
+    """Yield the fields of places and of trained copies that differ when the spec is compiled again.
+
+    Args:
+        artifact: the artifact, whose sites `load_artifact` has checked.
+        now: what its spec compiles to.
+    """
+    for before, after in zip(artifact.manifest.sites, now.sites, strict=True):
+        for (field, stated), actual in zip(vars(before).items(), vars(after).values(), strict=True):
+            if stated != actual:
+                yield f"{field} of {before.adaptation} at {before.key} is stated as {stated}, but is {actual}"
+    if artifact.manifest.trained != now.trained:
+        yield "the tensors that train are not those that are stated"
+
+
+def merged_spec(record: MergedRecord, where: str) -> Spec | None:
+    """Return the spec of a merged model's record; None if what was merged was an adapter of PEFT.
+
+    Raises:
+        GraftError: GC082 if it does not contain an adaptation that the certificate covers; the errors of `parse_spec`
+            and, for an adapter of PEFT, of its config.
+    """
+    if record.adapter is not None and record.adapter.kind == "peft":
+        read_config(record.spec.encode(), str(Path(where) / RECORD))
+        return None
+    spec = parse_spec(record.spec, file=f"the spec in {Path(where) / RECORD}")
+    unknown = [name for name in record.certificate.folded if name not in (*spec.owners, TRAIN, TOKENS)]
+    if unknown:
+        raise damaged(where, RECORD, f"certifies {quoted(unknown[0])}, which is not in its spec")
+    return spec
