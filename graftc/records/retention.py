@@ -13,7 +13,7 @@ from graftc.specs.records.record import Record, stated
 
 
 @dataclass(frozen=True)
-class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed")):
+class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed", "beyond")):
     """What rounding to the deployed type left of an update: `u` is the exact one, `v` the one that was applied."""
 
     exact: float = 0.0
@@ -30,6 +30,10 @@ class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed
 
     changed: float = 0
     """The number of these in which rounding left a change: ``v != 0``."""
+
+    beyond: float = 0
+    """The number of parts in which the update is somewhere larger than rounding, of ``W`` or of a norm of its rows, can
+    explain."""
 
     @classmethod
     def before_reading(cls, data: Any) -> Any:
@@ -60,6 +64,11 @@ class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed
         return self.changed / self.wanted if self.wanted else 1.0
 
     @property
+    def is_noise(self) -> bool:
+        """Whether rounding explains the whole update, so that it is none."""
+        return not self.beyond
+
+    @property
     def unchanged(self) -> bool:
         """Whether no entry differs from the base's."""
         return not self.changed
@@ -86,4 +95,4 @@ def _sums(data: Mapping[str, Any]) -> Mapping[str, Any]:
     norm, error, entries = ratios.values()
     if error < 0 or not 0 <= entries <= 1:
         raise ValueError("error must be at least 0, and entries from 0 to 1")
-    return {"exact": 1.0, "applied": norm, "lost": error**2, "wanted": 1, "changed": entries}
+    return {"exact": 1.0, "applied": norm, "lost": error**2, "wanted": 1, "changed": entries, "beyond": 1}

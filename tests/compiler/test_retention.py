@@ -16,6 +16,7 @@ from graftc.compiler.folding.certificate import HALF
 from graftc.compiler.folding.steps import lazy_tensors
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
 from graftc.testing import perturb, tiny
+from tests.kit.folders import saved_base
 from tests.kit.models import adapted
 
 LORA = {"method": "lora", "rank": 2, "target": {"role": ["attn.q", "attn.v", "ffn.down"]}}
@@ -163,6 +164,33 @@ def test_an_update_of_zero_is_refused_unless_it_is_allowed() -> None:
     assert certificate.passed and len(certificate.unchanged) == 2
     assert certificate.to_json()["retention"] is None
     assert all(site["retention"] is None for site in certificate.to_json()["sites"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_untrained_dora_is_refused(dtype: torch.dtype, tmp_path: Any) -> None:
+    """Its norms are stored in a type that rounds them, so that the update is rounding noise instead of zero."""
+    saved_base(tmp_path / "base", "llama", dtype=dtype, layers=1)
+    dora = {"method": "dora", "rank": 2, "dtype": "base", "target": {"role": "attn.{q,v}"}}
+    compiled = graftc.compile({"adapt": [dora]}, graftc.load_base(tmp_path / "base")).eval()
+    compiled.save(tmp_path / "adapter", certify=False)
+    for work in (
+        compiled.merge,
+        compiled.merge_partially,
+        *([lambda: compiled.merge(dtype=torch.float32)] if dtype is torch.bfloat16 else []),
+        lambda: graftc.merge_checkpoint(tmp_path / "adapter", tmp_path / "base", tmp_path / "out"),
+    ):
+        with pytest.raises(GraftError, match=r"lost in rounding|no larger than rounding to|is zero") as caught:
+            work()
+        assert caught.value.code == "GC104"
+        assert ("--dtype" in str(caught.value.hint)) == ("to bfloat16" in caught.value.message)
+    assert not (tmp_path / "out").exists()
+    assert compiled.merge(allow_unchanged=True).certificate.passed
+    with torch.no_grad():
+        for name, tensor in compiled.adapter_state_dict().items():
+            if name.endswith(".m"):
+                tensor[0].mul_(1 + 8 * torch.finfo(dtype).eps)
+    assert compiled.merge().certificate.retention.entries > 0
 
 
 @pytest.mark.slow

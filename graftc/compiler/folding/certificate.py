@@ -24,7 +24,7 @@ _WIDER = "dtype=torch.float32 (--dtype float32) keeps it"
 
 
 def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> None:
-    """Refuse a fold that leaves every tensor equal to the base's, unless that is allowed.
+    """Refuse a fold that leaves every tensor equal to the base's, up to rounding, unless that is allowed.
 
     Warn (GC105) if rounding has lost more than half of the update.
 
@@ -37,19 +37,18 @@ def require_changed(certificate: Certificate, allow_unchanged: bool = False) -> 
     if certificate.requantised:
         kinds = ", ".join(dict.fromkeys(item.packing.partition(" ")[0] for item in certificate.requantised))
         to, wider = f"packing as {kinds}", 'base="full" (--base full) keeps it'
-    if retention.unchanged and not allow_unchanged:
+    if (retention.unchanged or retention.is_noise) and not allow_unchanged:
         sites = len(dict.fromkeys(site.site for site in certificate.sites))
         where = "the only site" if sites == 1 else f"all {sites} sites"
-        if retention.wanted:
-            message = f"the merge changes nothing: at {where} the update is lost in {to}"
-            hint = f"{wider}; allow_unchanged=True (--allow-unchanged) merges anyway"
+        if retention.wanted and retention.unchanged:
+            message, hints = f"at {where} the update is lost in {to}", [wider]
         else:
-            message = f"the merge changes nothing: the update is zero at {where}"
-            hint = (
-                "train first, or load the trained tensors, and check alpha; allow_unchanged=True "
-                "(--allow-unchanged) merges anyway"
-            )
-        raise GraftError("GC104", message, hint=hint)
+            what = f"no larger than {to}" if retention.wanted else "zero"
+            message = f"the update is {what} at {where}"
+            hints = ["train first, or load the trained tensors, and check alpha"]
+            hints += [wider] if retention.wanted and certificate.dtype not in ("float32", "float64") else []
+        anyway = "allow_unchanged=True (--allow-unchanged) merges anyway"
+        raise GraftError("GC104", f"the merge changes nothing: {message}", hint="; ".join([*hints, anyway]))
     if retention.norm < HALF and not retention.unchanged:
         message = f"{to} leaves {retention.norm:.1%} of the update"
         warn("GC105", message, hint=wider)

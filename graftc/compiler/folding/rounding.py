@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from graftc.compiler.folding.retention import retention_of, retention_of_error
+from graftc.compiler.folding.retention import power_below, retention_of, retention_of_error
 from graftc.passes.core.weights import folds
 from graftc.records.retention import Retention
 
@@ -45,7 +45,7 @@ def round_into(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool = True
         error, other = (part[: own.numel()].view(own.shape) for part in spare)
         error.copy_(to).sub_(own)
         worst = largest(worst, _in_last_place(error, own, to.dtype, other))
-        left += retention_of_error(before, own, error, other)
+        left += retention_of_error(before, own, error, to.dtype, other, look=left.is_noise)
     return worst, left
 
 
@@ -62,22 +62,6 @@ def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype, spare: Tens
     power = power_below(exact, dtype, spare)
     least, most = (float(end) for end in torch.aminmax(torch.div(error, power, out=power)))
     return largest(-least, most) / info.eps
-
-
-def power_below(values: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Return the largest power of two at or below each absolute value, which determines its unit in the last place.
-
-    The result is at least the smallest normal number of ``dtype``, below which units stay the same.
-
-    Args:
-        values: the values, in float64.
-        dtype: a floating-point dtype.
-        out: the tensor to write to, with the shape and dtype of ``values``; by default a new tensor.
-    """
-    power = torch.empty_like(values) if out is None else out
-    # A float64 with only its exponent bits left is that power.
-    torch.bitwise_and(values.view(torch.int64), 0x7FF0000000000000, out=power.view(torch.int64))
-    return power.clamp_min_(torch.finfo(dtype).tiny)
 
 
 def furthest(a: Tensor, b: Tensor) -> float:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from graftc.compiler.folding.rounding import largest, power_below
+from graftc.compiler.folding.retention import power_below
+from graftc.compiler.folding.rounding import largest
 from graftc.records.comparison import Cause, Difference
 from graftc.runtime.compare.rank import estimate_rank
 

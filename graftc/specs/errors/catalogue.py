@@ -431,7 +431,7 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "model from which it was quantised."),
     ("GC104", _NO, "the merge changes nothing",
      "No folded tensor differs from the base's after rounding: the adapter is untrained or belongs to another model, "
-     "its scale is zero, or its whole update is smaller than the spacing of the base's dtype.",
+     "its scale is zero, or its whole update is no larger than rounding to the base's dtype.",
      "Check that it is the right adapter. `--dtype float32` (`dtype=torch.float32`) keeps small updates; "
      "`--allow-unchanged` (`allow_unchanged=True`) merges anyway."),
     ("GC105", _WARNING, "the merge loses most of the update",
