@@ -246,9 +246,27 @@ def test_export_with_inputs(capsys: pytest.CaptureFixture[str], here: Path) -> N
 
 
 @pytest.mark.full
+def test_inputs_beside_which_nothing_folds(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    """There is nothing to merge, so --no-merge is not needed."""
+    (here / "prefix.yaml").write_text("adapt: [{method: prefix, length: 2}]\n")
+    run_valid(capsys, "compile", "prefix.yaml", "--model", "base", "--out", "prefixed")
+    arguments = ["export", "prefixed", "-f", "pt2", "-o", "m.pt2", "--inputs", "prefix"]
+    data = run_valid(capsys, *arguments, "--budget", "1", status=2)
+    assert data["error"]["code"] == "GC090" and "--budget" in data["error"]["message"]
+    data = run_valid(capsys, *arguments)
+    assert data["merged"] is False and data["certificate"] is None
+    assert [file["path"] for file in data["files"]] == ["m.pt2", "m.pt2.prefix.safetensors"]
+    data = run_valid(capsys, "export", "prefixed", "-f", "pt2", "--dry-run", status=1)
+    assert data["error"]["code"] == "GC050" and "--partial" in data["error"]["hint"]
+
+
+@pytest.mark.full
 def test_an_input_that_folds(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     data = run_valid(capsys, "export", "trained", "-f", "pt2", "-o", "m.pt2", "--inputs", "attention", status=2)
     assert data["error"]["code"] == "GC065" and "--no-merge" in data["error"]["hint"]
+    for format in ("pt2", "onnx"):
+        dry = run_valid(capsys, "export", "trained", "-f", format, "--dry-run", "--inputs", "attention", status=2)
+        assert dry == data
     data = run_valid(capsys, "export", "trained", "-f", "pt2", "--dry-run", "--inputs", "atention", status=2)
     assert data["error"]["code"] == "GC091" and "'attention'" in data["error"]["hint"]
     assert not (here / "m.pt2").exists()

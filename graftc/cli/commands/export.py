@@ -139,7 +139,7 @@ def export(
     exporter = exporter_of(str(format))
     given = {"inputs": inputs, "dtype": dtype, "server": server, "max_rank": max_rank, **_named(option or ())}
     of_fold = {"--budget": budget, "--base": base, "--allow-unchanged": allow_unchanged}
-    _check_options(exporter, given, of_fold, merge)
+    asked = _check_options(exporter, given, of_fold, merge)
     folds = exporter.folds and merge is not False
     options = exporter.defaults | options_for(exporter, given)
     names = options.get("inputs") or ()
@@ -156,6 +156,7 @@ def export(
         from graftc.runtime.export.inputs import require_known
 
         require_known(compiled, names)
+        folds = folds and _anything_folds(compiled, names, asked)
     if folds:
         run.step("folding and certifying")
     deployed = _folded(compiled, budget, names, base, allow_unchanged) if folds else compiled.eval()
@@ -204,8 +205,8 @@ def _named(options: Sequence[str]) -> dict[str, str]:
 
 def _check_options(
     exporter: Exporter, given: Mapping[str, Any], of_fold: Mapping[str, Any], merge: bool | None
-) -> None:
-    """Check that every option has an effect.
+) -> list[str]:
+    """Check that every option has an effect on the format, and return the flags that concern folding.
 
     Args:
         exporter: the exporter for the requested format.
@@ -232,6 +233,32 @@ def _check_options(
         raise GraftError(
             "GC090", "--max-rank is a server's limit, but no server is named", hint="for example --for vllm"
         )
+    return folding
+
+
+def _anything_folds(compiled: Compiled, inputs: Sequence[str], asked: Sequence[str]) -> bool:
+    """Return whether there is anything to fold beside the adaptations that become inputs.
+
+    Args:
+        compiled: the model.
+        inputs: names of these adaptations.
+        asked: the flags given that concern folding.
+
+    Raises:
+        GraftError: GC050 for an adaptation that does not fold and is not an input, GC090 if nothing folds although a
+            flag concerns folding.
+    """
+    from graftc.compiler.folding.fold_plan import fold_plan
+
+    plan = fold_plan(compiled.compilation)
+    composed = {composition.name for composition in compiled.compilation.spec.compose}
+    for name, reason in plan.reasons().items():
+        if name not in inputs and name not in composed:
+            raise GraftError("GC050", reason, hint=f"make it an input with --inputs {name}, or use --no-merge")
+    if asked and not plan.names:
+        hint = "leave it out: the adaptations become inputs, and no other one is there"
+        raise GraftError("GC090", f"{asked[0]} applies to folding, but nothing folds", hint=hint)
+    return bool(plan.names)
 
 
 def _exporting(model: Compiled | Merged | Partial) -> Exporting:
@@ -252,19 +279,10 @@ def _folded(
     base: BaseChoice | None,
     allow_unchanged: bool,
 ) -> Merged | Partial:
-    """Fold the adaptations into the weights, except those that become inputs.
-
-    Raises:
-        GraftError: GC050 for an adaptation that does not fold and is not an input; otherwise as for `Compiled.merge`.
-    """
+    """Fold the adaptations into the weights, except those that become inputs. Raises: as `Compiled.merge`."""
     form = cast("BaseForm | None", base)
     if not inputs:
         return compiled.merge(budget=budget, base=form, allow_unchanged=allow_unchanged)
     from graftc.runtime.deploy.partial import merge_what_folds
 
-    partial = merge_what_folds(compiled, budget, base=form, allow_unchanged=allow_unchanged)
-    composed = {composition.name for composition in compiled.compilation.spec.compose}
-    for name, reason in partial.kept.items():
-        if name not in inputs and name not in composed:
-            raise GraftError("GC050", reason, hint=f"make it an input with --inputs {name}, or use --no-merge")
-    return partial
+    return merge_what_folds(compiled, budget, base=form, allow_unchanged=allow_unchanged)

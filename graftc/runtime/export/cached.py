@@ -105,36 +105,35 @@ class CachedModule(ExportModule):
         return {**inputs, **zeros}
 
 
-def prepare(job: ExportJob) -> None:
-    """Raise if the model is not a single graph, or needs inputs that programs for generation do not have.
+def prepare(job: ExportJob) -> dict[str, tuple[CachedModule, Any]]:
+    """Return the graphs, each with an ONNX model in memory, by the names of their files.
 
     Raises:
-        GraftError: GC149; GC141 for an aLoRA.
+        GraftError: GC142 for a model that does not generate, GC140 for one without a cache of keys and values, GC141
+            for adaptations that a cache cannot hold, or that act from an invocation on; GC149 for a model that is not
+            one graph; others as in `prepare_onnx`.
     """
     require_one_graph(job.runner)
     for control in job.runner.compilation.controls.values():
         if isinstance(control, ALoRA):
             message = f"a graph with a cache needs to be told where {control.name!r} begins, but its users do not know"
             raise GraftError("GC141", message, hint="export format onnx, which reads whole texts, or format gguf")
+    runner = job.simplest
+    Generating(runner).require_generating()
+    calls = ((file, signature_for(runner.compilation, file.present)) for file in _files(runner))
+    modules = {file.name: CachedModule(runner, signature, file) for file, signature in calls}
+    return {n: (m, prepare_onnx(m, metadata(runner, m.program, job.evidence))) for n, m in modules.items()}
 
 
 def write(job: ExportJob, folder: Path) -> None:
-    """Create a folder of ONNX files for generation.
-
-    Raises:
-        GraftError: GC142 for a model that does not generate, GC140 for one without a cache of keys and values, GC141
-            for adaptations that a cache cannot hold; others as in `prepare_onnx`.
-    """
+    """Create a folder of ONNX files for generation."""
     runner = job.simplest
-    Generating(runner).require_generating()
     origin = companions_of_model(runner.compilation.source)
     folder.mkdir()
     config, generation = copy.deepcopy(runner.config), getattr(runner.module, "generation_config", None)
     config.architectures = [type(runner.compilation.model).__name__]
-    calls = ((file, signature_for(runner.compilation, file.present)) for file in _files(runner))
-    modules = job.prepared = {file.name: CachedModule(runner, signature, file) for file, signature in calls}
-    for name, module in modules.items():
-        save_onnx(prepare_onnx(module, metadata(runner, module.program, job.evidence)), folder / name)
+    for name, (module, model) in job.prepared.items():
+        save_onnx(model, folder / name)
         _describe(module, config, generation, folder, name)
     config.save_pretrained(folder)
     if generation is not None:
@@ -150,7 +149,7 @@ def check(job: ExportJob, folder: Path) -> None:
     Raises:
         GraftError: GC060 if a check fails.
     """
-    for name, module in job.prepared.items():
+    for name, (module, _) in job.prepared.items():
         check_onnx(module, folder / name)
 
 

@@ -6,13 +6,7 @@ from pathlib import Path
 
 from graftc.files.tensors.writing import save_tensors
 from graftc.runtime.export.graph_options import companions_of
-from graftc.runtime.export.job import ExportJob
 from graftc.runtime.export.module import ExportModule
-
-
-def prepare(job: ExportJob) -> None:
-    """Refuse a model that does not have the graph that the job requests."""
-    job.signature  # noqa: B018
 
 
 def write_inputs(module: ExportModule, path: Path) -> None:

@@ -35,15 +35,20 @@ LARGE = 64 * 2**20
 """Weights with more bytes than this in total go into a separate file."""
 
 
-def write(job: ExportJob, path: Path) -> None:
-    """Write a model's graph and, beside it, the tensors of adaptations that are inputs.
+def prepare(job: ExportJob) -> Any:
+    """Return a model's graph as an ONNX model in memory.
 
     Raises:
-        GraftError: as in `prepare_onnx`.
+        GraftError: as in `ExportJob.graph` and `prepare_onnx`.
     """
     module = job.graph(apart=True)
-    save_onnx(prepare_onnx(module, job.metadata(module)), path)
-    write_inputs(module, path)
+    return prepare_onnx(module, job.metadata(module))
+
+
+def write(job: ExportJob, path: Path) -> None:
+    """Write a model's graph and, beside it, the tensors of adaptations that are inputs."""
+    save_onnx(job.prepared, path)
+    write_inputs(job.graph(apart=True), path)
 
 
 def check(job: ExportJob, path: Path) -> None:

@@ -18,15 +18,20 @@ from graftc.runtime.export.module import ExportModule
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
 
-def write(job: ExportJob, path: Path) -> None:
-    """Write a model's graph and, beside it, the tensors of adaptations that are inputs.
+def prepare(job: ExportJob) -> Callable[[Path], None]:
+    """Return a function that writes a model's graph to a path.
 
     Raises:
-        GraftError: as in `prepare_pt2`.
+        GraftError: as in `ExportJob.graph` and `prepare_pt2`.
     """
     module = job.graph()
-    prepare_pt2(module, job.metadata(module))(path)
-    write_inputs(module, path)
+    return prepare_pt2(module, job.metadata(module))
+
+
+def write(job: ExportJob, path: Path) -> None:
+    """Write a model's graph and, beside it, the tensors of adaptations that are inputs."""
+    job.prepared(path)
+    write_inputs(job.graph(), path)
 
 
 def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[Path], None]:

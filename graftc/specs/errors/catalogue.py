@@ -235,8 +235,9 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     # Folding and adapter tensors.
     ("GC050", _NO, "an adaptation cannot be folded",
      "No change of the base weights is equivalent to it, at least not at the site that the message names.",
-     "`compiled.merge_partially()` folds the others and leaves this one in the graph, `compiled.fix(name)` keeps one "
-     "member of a bank that rows choose from, and `--no-merge` exports the model unfolded."),
+     "`compiled.merge_partially()` (`graftc merge --partial`) folds the others and leaves this one in the graph, "
+     "`compiled.fix(name)` keeps one member of a bank that rows choose from, and `--no-merge` exports the model "
+     "unfolded."),
     ("GC051", _NO, "the certificate is over budget",
      "The folded and unfolded computations differ by more than the budget allows. Nothing was written.",
      "Check the sites that the message names. If it names only an output, each site is exact, but rounding errors "

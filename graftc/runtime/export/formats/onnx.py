@@ -9,6 +9,6 @@ EXPORTER = Exporter(
     (EXAMPLE_INPUTS, INPUTS),
     write=LazyFunction("graftc.runtime.export.onnx:write"),
     check=LazyFunction("graftc.runtime.export.onnx:check"),
-    prepare=LazyFunction("graftc.runtime.export.graphs:prepare"),
+    prepare=LazyFunction("graftc.runtime.export.onnx:prepare"),
     companions=beside_graph,
 )

@@ -8,6 +8,6 @@ EXPORTER = Exporter(
     "One graph that torch.export.load reads",
     (EXAMPLE_INPUTS, INPUTS),
     write=LazyFunction("graftc.runtime.export.pt2:write"),
-    prepare=LazyFunction("graftc.runtime.export.graphs:prepare"),
+    prepare=LazyFunction("graftc.runtime.export.pt2:prepare"),
     companions=beside_graph,
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -21,31 +19,27 @@ from graftc.runtime.serving.limits import gguf_problems
 from graftc.specs.errors.diagnostics import GraftError, warn
 
 
-def prepare(job: ExportJob) -> Callable[[], GgufFile]:
-    """Return a function that returns the file to write; the file is created once, on the first call.
+def prepare(job: ExportJob) -> GgufFile:
+    """Return the content of the file.
 
     Raises:
-        GraftError: GC053 for a model without values, GC066 for anything that is not plain LoRA, GC068 for adapters in
-            GGUF for an engine that does not load them.
+        GraftError: GC053 for a model without values, GC066 for anything that is not plain LoRA, GC068 for an engine that
+            does not load the file; others as in `merged_file` and `adapter_file`.
     """
     if not isinstance(job.runner, AdaptedRunner):
-        return cache(partial(merged_file, cast(FoldedModel, job.runner)))
+        content = merged_file(cast(FoldedModel, job.runner))
+        _require_read(job, content)
+        return content
     if job.options["server"] is not None:
         engine_of(job.options["server"].name, "gguf-adapter")
     require_values(job.runner)
     adapter = plain_of(cast(AdaptedRunner, job.simplest).compilation)
-    return cache(partial(adapter_file, adapter, config_of(job.runner.compilation.source)))
+    return adapter_file(adapter, config_of(job.runner.compilation.source))
 
 
 def write(job: ExportJob, path: Path) -> None:
-    """Write the file; see `merged_file` and `adapter_file`.
-
-    Raises:
-        GraftError: as in these functions and in `GgufFile.write`; GC068 for an engine that does not load the file.
-    """
-    content = job.prepared()
-    _require_read(job, content)
-    lacking = content.write(path, file_type_of(job))
+    """Write the file. Raises: as in `GgufFile.write`."""
+    lacking = job.prepared.write(path, file_type_of(job))
     if lacking is not None:
         hint = "llama.cpp needs one: save it with the base as tokenizer.json, or add it with llama.cpp's own tools"
         warn("GC075", f"{job.path} has no tokenizer: {lacking}", hint=hint)
@@ -57,7 +51,7 @@ def check(job: ExportJob, path: Path) -> None:
     Raises:
         GraftError: GC060 if it does not.
     """
-    job.prepared().check(path, file_type_of(job))
+    job.prepared.check(path, file_type_of(job))
 
 
 def file_type_of(job: ExportJob) -> FileType:
@@ -74,7 +68,7 @@ def _require_read(job: ExportJob, content: GgufFile) -> None:
         GraftError: GC068.
     """
     engine: Engine | None = job.options["server"]
-    if engine is None or isinstance(job.runner, AdaptedRunner):
+    if engine is None:
         return
     names = [entry.name for entry in content.entries]
     problems = [str(p) for p in gguf_problems(engine, content.arch, [file_type_of(job).upper()], names)]
