@@ -177,7 +177,8 @@ def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
     """Copy the tensors into the model once all of them are known to fit.
 
     Raises:
-        GraftError: GC113 or GC114, which lists every mismatch.
+        GraftError: GC113 if tensors are missing or not finite, GC114 if there are only tensors of another model; both
+            list every mismatch.
     """
     pairs = [pair for pair in pairs_in(adapter, compilation) if not pair.again]
     store = compilation.store
@@ -185,37 +186,33 @@ def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
     present = set(adapter.shapes) - set(adapter.copies.values()) - set(adapter.keys.unused)
     present -= {key for _, key in (*adapter.keys.again, *adapter.doubles)}
     lacking = [key for key, pair in wanted.items() if key not in present and not _drawn(adapter, pair)]
-    problems = [f"{key}: not in the file" for key in lacking]
-    problems += [f"{key}: nothing in the model uses it" for key in sorted(present - wanted.keys())]
+    damaged = [f"{key}: not in the file" for key in lacking]
+    of_others = [f"{key}: nothing in the model uses it" for key in sorted(present - wanted.keys())]
     values: list[tuple[str, Tensor]] = []
     rounded: list[str] = []
     for pair in pairs:
         if pair.key not in present:
             continue
         own, theirs = store.get(pair.tensor), adapter.tensor(pair.key)
-        value = _value(adapter, pair, own, theirs, problems)
+        value = _value(adapter, pair, own, theirs, of_others)
         if value is None:
             continue
         if not finite(theirs):
-            problems.append(f"{pair.key}: has values that are not finite")
+            damaged.append(f"{pair.key}: has values that are not finite")
         elif not own.is_meta and not torch.equal(value.to(own.dtype).to(value.dtype), value):
             rounded.append(pair.key)
         values.append((pair.tensor, value))
-    problems += _left_over(adapter, compilation, pairs)
-    problems += _unfilled(compilation, pairs)
-    if problems:
+    of_others += _left_over(adapter, compilation, pairs)
+    damaged += _unfilled(compilation, pairs)
+    if problems := damaged + of_others:
         message = f"{len(problems)} tensors do not fit" if len(problems) > 1 else problems[0]
         details = problems[:SHOWN] if len(problems) > 1 else []
-        raise GraftError("GC114" if _sizes(problems) else "GC113", message, place=adapter.place, details=details)
+        raise GraftError("GC113" if damaged else "GC114", message, place=adapter.place, details=details)
     if rounded:
         warn("GC116", f"{len(rounded)} adapter tensors were rounded to a narrower dtype, such as {rounded[0]}")
     with torch.no_grad():
         for name, value in values:
             store.get(name).copy_(value)
-
-
-def _sizes(problems: Sequence[str]) -> bool:
-    return all(" is [" in problem or "nothing in the model" in problem for problem in problems)
 
 
 def _drawn(adapter: PeftAdapter, pair: Pair) -> bool:
