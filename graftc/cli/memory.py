@@ -31,7 +31,15 @@ Memory: TypeAlias = Annotated[
     bool, typer.Option("--memory", help="Compute the memory that a training step takes.", rich_help_panel=_PANEL)
 ]
 Batch: TypeAlias = Annotated[
-    int, typer.Option("--batch", metavar="N", min=1, help="Rows on each device.", rich_help_panel=_PANEL)
+    int | None,
+    typer.Option(
+        "--batch",
+        metavar="N",
+        min=1,
+        help="Rows on each device. Default: 1.",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
 ]
 Tokens: TypeAlias = Annotated[
     int | None,
@@ -68,13 +76,25 @@ Optimizer: TypeAlias = Annotated[
     ),
 ]
 Devices: TypeAlias = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--devices", metavar="N", min=1, help="Number of devices that share the model by FSDP2.", rich_help_panel=_PANEL
+        "--devices",
+        metavar="N",
+        min=1,
+        help="Number of devices that share the model by FSDP2. Default: 1.",
+        show_default=False,
+        rich_help_panel=_PANEL,
     ),
 ]
 Device: TypeAlias = Annotated[
-    str, typer.Option("--device", metavar="KIND", help="Device type: cuda, cpu, ...", rich_help_panel=_PANEL)
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="KIND",
+        help="Device type: cuda, cpu, ... Default: cuda.",
+        show_default=False,
+        rich_help_panel=_PANEL,
+    ),
 ]
 Accumulate: TypeAlias = Annotated[
     bool,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from enum import EnumType, StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -145,6 +145,17 @@ SpecArgument: TypeAlias = Annotated[
         autocompletion=completion.specs,
     ),
 ]
+
+
+def require_packed(base: BaseChoice | None, packed: Collection[str]) -> None:
+    """Check that ``--base`` has an effect.
+
+    Raises:
+        GraftError: GC090 if no weight of the base is packed.
+    """
+    if base is not None and not packed:
+        message = "--base decides what happens to packed weights, but the base has none"
+        raise GraftError("GC090", message, hint="leave out --base")
 
 
 def destination(out: Path | None, *, dry_run: bool) -> Path | None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -39,6 +40,10 @@ def check_destination(
     for taken in (path, *(path.with_name(name) for name in companions)):
         if not os.path.lexists(taken):
             continue
+        file = replaceable is Path.is_file or taken != path
+        if (kind := _kind(taken)) not in ("a folder", "a file") or (file and kind == "a folder"):
+            message = f"{taken} is {kind}, and cannot be replaced with a {'file' if file else 'folder'}"
+            raise GraftError("GC063", message, hint="choose another path")
         if not force:
             raise GraftError(
                 "GC063", f"{taken} exists", hint="choose another path, or replace it with --force or force=True"
@@ -50,8 +55,18 @@ def check_destination(
             raise GraftError("GC063", f"{other} belongs to another user, so it is not replaced", hint=hint)
         if replaceable(taken) if taken == path else taken.is_file():
             continue
-        what = "a folder that graftc did not write" if taken.is_dir() else "not a folder that graftc wrote"
+        what = "a folder that graftc did not write" if taken.is_dir() else "a file, not a folder that graftc wrote"
         raise GraftError("GC063", f"{taken} is {what}, so it is not replaced", hint="choose another path or remove it")
+
+
+def _kind(path: Path) -> str:
+    """Return what a path is; a link counts as what it leads to, and as a file if that does not exist."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "a file"
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def check_path(path: Path) -> None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 
 from graftc.specs.errors.diagnostics import CATALOGUE, GraftError, Place, correction
-from graftc.specs.errors.text import quoted, shown
+from graftc.specs.errors.text import quoted, reason_in, shown
 from graftc.specs.source import format_path
 
 Problem: TypeAlias = tuple[tuple[str | int, ...], GraftError]
@@ -168,7 +168,7 @@ def _one(path: tuple[str | int, ...], items: list[ErrorDetails], root: type[Base
     if all(i["type"] in _TYPES for i in items):
         wanted = list(dict.fromkeys(_TYPES[i["type"]] for i in items))
         return GraftError("GC002", f"{name} must be {' or '.join(wanted)}, not {_describe(value)}", place=place)
-    return GraftError("GC002", f"{name}: {item['msg'][:1].lower()}{item['msg'][1:]}", place=place)
+    return GraftError("GC002", f"{name}: {reason_in(item['msg'])}", place=place)
 
 
 def _unknown_field(word: str, place: Place, fields: list[str]) -> GraftError:

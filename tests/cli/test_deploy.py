@@ -185,6 +185,16 @@ def test_what_does_not_fold_is_refused_by_name_or_kept(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", [("merge",), ("export", "--format", "onnx")])
+def test_a_base_without_packed_weights(
+    capsys: pytest.CaptureFixture[str], here: Path, command: tuple[str, ...]
+) -> None:
+    first, *rest = command
+    error = run_valid(capsys, first, "trained", *rest, "--dry-run", "--base", "full", status=2)["error"]
+    assert error["code"] == "GC090" and "the base has none" in error["message"]
+
+
+@pytest.mark.slow
 def test_partial_with_nothing_left_is_a_merge(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     data = run_valid(capsys, "merge", "trained", "--partial", "--out", "folded")
     assert data["partial"] is False and (here / "folded" / "config.json").is_file()

@@ -10,7 +10,7 @@ from jsonschema import Draft202012Validator
 import graftc
 from graftc.cli.schemas import published_schema
 from graftc.testing.families import bert
-from tests.cli.support import run_here
+from tests.cli.support import run_here, run_valid
 
 BERT = "graftc.testing.families:bert"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}, rank: 2}]\n"
@@ -46,6 +46,20 @@ def test_what_does_not_fit_is_the_answer_no(capsys: pytest.CaptureFixture[str]) 
     outcome = run_here(capsys, "check", "spec.yaml", "-m", BERT, *options)
     assert outcome.status == 1
     assert "does not fit in 2.00 MB; largest batch" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(["--batch", "1"], ["--seq", "8"], ["--dtype", "float16"], ["--no-checkpoint"], ["--optimizer", "sgd"]),
+        *(["--devices", "2"], ["--device", "cpu"], ["--accumulate"]),
+    ],
+)
+def test_options_of_a_plan_that_is_not_made(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """They are refused before a model is loaded."""
+    error = run_valid(capsys, "check", "nowhere.yaml", "-m", "nowhere", *option, status=2)["error"]
+    assert error["code"] == "GC090" and option[0].replace("no-", "") in error["message"]
+    assert "--memory" in error["hint"]
 
 
 @pytest.mark.slow

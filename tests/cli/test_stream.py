@@ -65,12 +65,25 @@ def test_text_and_a_wider_type(capsys: pytest.CaptureFixture[str], here: Path) -
 
 
 def test_what_does_not_go_together(capsys: pytest.CaptureFixture[str], here: Path) -> None:
-    for option in (["--partial"], ["--budget", "1"]):
+    for option in (["--partial"], ["--budget", "1"], ["--base", "full"]):
         error = run_valid(capsys, "merge", "artifact", "--stream", *option, "--dry-run", status=2)["error"]
         assert error["code"] == "GC090" and option[0] in error["message"]
     (here / "peft" / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "gone"}')
     assert run_valid(capsys, "merge", "peft", "--dry-run", status=3)["error"]["code"] == "GC086"
     assert run_valid(capsys, "merge", "peft", "--model", "nowhere", "--dry-run", status=3)["error"]["code"] == "GC100"
+
+
+def test_options_that_verifying_does_not_need(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    """None is ignored. A merged folder is compared with a base only through an adapter."""
+    (here / "merged").mkdir()
+    (here / "merged" / "graftc.json").write_text("{}")
+    for folder, *options in (
+        ("artifact", "--files-only", "--adapter", "peft"),
+        ("artifact", "--files-only", "--model", "base"),
+        ("merged", "--model", "base"),
+    ):
+        error = run_valid(capsys, "verify", folder, *options, status=2)["error"]
+        assert error["code"] == "GC090" and options[-2] in error["message"]
 
 
 def test_verifying_says_no(capsys: pytest.CaptureFixture[str], here: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from graftc.files.destinations import check_destination
 from graftc.files.held_folder import HeldFolder
 from graftc.files.writing import recover, staged, write_text
 from graftc.specs.errors.diagnostics import GraftError
@@ -177,9 +178,11 @@ def test_parents_are_made_and_not_left_behind(tmp_path: Path) -> None:
     ("make", "force", "words"),
     [
         (lambda p: p.write_text(OLD), False, "exists"),
-        (lambda p: p.mkdir(), False, "exists"),
+        (lambda p: p.mkdir(), False, "it is a folder, and cannot be replaced with a file"),
         (lambda p: p.symlink_to("nowhere"), False, "exists"),
-        (lambda p: p.mkdir(), True, "a folder that graftc did not write"),
+        (lambda p: p.mkdir(), True, "it is a folder, and cannot be replaced with a file"),
+        (os.mkfifo, True, "it is a pipe, and cannot be replaced with a file"),
+        (lambda p: p.symlink_to("/dev/full"), True, "it is a device, and cannot be replaced with a file"),
     ],
 )
 def test_what_is_there_is_kept(make: Callable[[Path], object], force: bool, words: str, tmp_path: Path) -> None:
@@ -188,6 +191,21 @@ def test_what_is_there_is_kept(make: Callable[[Path], object], force: bool, word
     with pytest.raises(GraftError, match=words) as caught:
         write_text(path, NEW, force=force)
     assert caught.value.code == "GC063" and [p.name for p in tmp_path.iterdir()] == ["it"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: p.write_text(OLD), "it is a file, not a folder that graftc wrote"),
+        (lambda p: p.mkdir(), "it is a folder that graftc did not write"),
+        (os.mkfifo, "it is a pipe, and cannot be replaced with a folder"),
+    ],
+)
+def test_what_is_no_folder_of_ours_is_kept(make: Callable[[Path], object], words: str, tmp_path: Path) -> None:
+    make(tmp_path / "it")
+    with pytest.raises(GraftError, match=words) as caught:
+        check_destination(tmp_path / "it", force=True, replaceable=lambda path: False)
+    assert caught.value.code == "GC063" and caught.value.hint
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:

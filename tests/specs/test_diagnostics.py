@@ -10,7 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftc.specs.errors.diagnostics import CATALOGUE, GraftError, GraftWarning, Place, nearest, warn
+from graftc.specs.errors.text import reason_in
 from tests.kit.places import ROOT
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("Value error, Some runs overlap", "some runs overlap"),
+        ("Assertion failed, no", "no"),
+        ("Input should be a valid string", "input should be a valid string"),
+    ],
+)
+def test_the_words_of_a_validator(message: str, reason: str) -> None:
+    assert reason_in(message) == reason
 
 
 def test_the_catalogue_is_complete_and_ordered() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from graftc.cli.command import CommandRun, command
 from graftc.cli.memory import (
@@ -46,21 +47,25 @@ def check(
     model: ModelOption,
     meta: Meta = False,
     memory: Memory = False,
-    batch: Batch = 1,
+    batch: Batch = None,
     seq: Tokens = None,
     dtype: BaseDType = None,
     checkpoint: Checkpoint = None,
     optimizer: Optimizer = None,
-    devices: Devices = 1,
-    device: Device = "cuda",
+    devices: Devices = None,
+    device: Device = None,
     accumulate: Accumulate = False,
     memory_budget: MemoryBudget = None,
     methods: Methods = None,
 ) -> CheckResult:
     """Resolve a spec against a model and report what it adds, without writing anything; plan training memory."""
-    options = {"dtype": dtype, "checkpoint": checkpoint, "optimizer": optimizer, "devices": devices}
+    options: dict[str, Any] = {"dtype": dtype, "checkpoint": checkpoint, "optimizer": optimizer, "devices": devices}
     options |= {"device": device, "accumulate": accumulate}
-    planning = PlanningOptions(batch, seq, memory_budget, methods, options)
+    plans = memory or memory_budget is not None or methods is not None
+    if not plans:
+        _require_none({"batch": batch, "seq": seq, **options, "accumulate": accumulate or None})
+    options |= {"devices": devices or 1, "device": device or "cuda"}
+    planning = PlanningOptions(batch or 1, seq, memory_budget, methods, options)
     from graftc.specs.io import early_spec
 
     # Parse before torch is imported, so that a misspelt field is reported at once.
@@ -78,11 +83,24 @@ def check(
     run.step("compiling")
     report = check_spec(loaded_spec, loaded, inputs)
     planned = None
-    if memory or memory_budget is not None or methods is not None:
+    if plans:
         planned = plan_memory(loaded_spec, loaded, inputs, planning, run.step)
     if planned is not None and planned.plan.fits is False:
         run.status = 1
     return CheckResult(**checked(report, spec, model, loaded, seconds), memory=planned)
+
+
+def _require_none(options: Mapping[str, Any]) -> None:
+    """Check that no option concerns a plan of the memory. ``options`` are values by name.
+
+    Raises:
+        GraftError: GC090 for such an option.
+    """
+    from graftc.specs.errors.diagnostics import GraftError
+
+    for name in (name for name, value in options.items() if value is not None):
+        message = f"--{name} concerns the memory of a training step, which is not computed"
+        raise GraftError("GC090", message, hint=f"add --memory, or leave out --{name}")
 
 
 @check.shows

@@ -19,6 +19,7 @@ from graftc.cli.options import (
     BaseOption,
     Budget,
     FormatOption,
+    require_packed,
 )
 from graftc.records.certificate import Certificate
 from graftc.records.fields import ArtifactFolder
@@ -152,6 +153,7 @@ def export(
     from graftc.runtime.export.exporting import ready_export
 
     compiled = load(directory, model)
+    require_packed(base, compiled.compilation.store.packed)
     if names:
         from graftc.runtime.export.inputs import require_known
 

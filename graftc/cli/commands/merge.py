@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,16 @@ import typer
 
 from graftc.cli.command import CommandRun, command
 from graftc.cli.fold_output import print_certificate, print_files
-from graftc.cli.options import AllowUnchanged, ArtifactArgument, BaseFormOption, BaseOption, Budget, DType, DTypeOption
+from graftc.cli.options import (
+    AllowUnchanged,
+    ArtifactArgument,
+    BaseFormOption,
+    BaseOption,
+    Budget,
+    DType,
+    DTypeOption,
+    require_packed,
+)
 from graftc.records.certificate import Certificate
 from graftc.records.fields import ArtifactFolder
 from graftc.records.merging import Streamed, Unfolded
@@ -77,7 +87,7 @@ def merge(
     from graftc.runtime.artifact.places import is_ours, is_peft
 
     if stream or is_peft(directory):
-        _require_files_alone(partial, budget)
+        _require_files_alone({"--partial": partial, "--budget": budget, "--base": base})
         return _merge_files(run, directory, model, dtype, allow_unchanged)
     run.require_destination(directory, model, replaceable=is_ours)
     run.step("loading")
@@ -86,6 +96,7 @@ def merge(
     from graftc.runtime.deploy.partial import merge_what_folds
 
     compiled = load(directory, model)
+    require_packed(base, compiled.compilation.store.packed)
     advance = time_left(run.step, "folding and certifying")
     options: Any = {"dtype": _element_type(dtype), "base": base, "allow_unchanged": allow_unchanged}
     if partial:
@@ -116,16 +127,15 @@ def _show(result: MergeResult, to: Console) -> None:
     print_files(result.out, result.files, to)
 
 
-def _require_files_alone(partial: bool, budget: float | None) -> None:
-    """Check that no option needs the model, which is not loaded.
+def _require_files_alone(options: Mapping[str, object]) -> None:
+    """Check that no option needs the model, which is not loaded. ``options`` are values by flag.
 
     Raises:
         GraftError: GC090 for such an option.
     """
     from graftc.specs.errors.diagnostics import GraftError
 
-    if partial or budget is not None:
-        option = "--partial" if partial else "--budget"
+    for option in (option for option, value in options.items() if value not in (None, False)):
         message = f"{option} needs the model, which a file-by-file merge does not load"
         raise GraftError("GC090", message, hint=f"leave out {option}, or --stream")
 

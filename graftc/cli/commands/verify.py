@@ -64,6 +64,7 @@ def verify(
     ] = False,
 ) -> VerifyResult:
     """Recompute an artifact's hashes, base, sites, graphs and certificate, or the sources of a merged folder."""
+    _check_options(directory, model, adapter, files_only)
     if adapter is None:
         from graftc.runtime.loading.verify import verify as verify_folder
 
@@ -76,6 +77,25 @@ def verify(
         verification = verify_checkpoint(directory, adapter, model, progress=advance)
     run.status = 0 if verification.passed else 1
     return VerifyResult(artifact=str(directory), passed=verification.passed, checks=tuple(verification.checks))
+
+
+def _check_options(directory: Path, model: str | None, adapter: Path | None, files_only: bool) -> None:
+    """Check that every option has an effect.
+
+    Raises:
+        GraftError: GC090 for an option without effect.
+    """
+    from graftc.runtime.artifact.places import is_artifact, is_merged
+    from graftc.specs.errors.diagnostics import GraftError
+
+    other = "--model" if model is not None else "--adapter"
+    if files_only and (model, adapter) != (None, None):
+        raise GraftError(
+            "GC090", f"--files-only reads neither base nor adapter, but {other} is given", hint="leave one out"
+        )
+    if model is not None and adapter is None and is_merged(directory) and not is_artifact(directory):
+        message = f"--model has no effect: {directory} is a merged model, which is compared with a base only by folding"
+        raise GraftError("GC090", message, hint="add --adapter ADAPTER, or leave out --model")
 
 
 @verify.shows

@@ -19,7 +19,7 @@ from graftc.files.tensors import file_names
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.runtime.artifact.built import built_of
 from graftc.runtime.artifact.fields import ClassName, Digest, ElementType, Flag, Labels, ManifestEntry, Settings
-from graftc.runtime.artifact.manifest import Input, axes_of
+from graftc.runtime.artifact.manifest import Input, axes_of, first_error
 from graftc.runtime.sources.reference import Built, Kind, Reference
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.io import dump_spec
@@ -174,7 +174,7 @@ def from_tensor(tensor: Tensor, where: str) -> StateRecord:
         if _version(error, tensor) > 1:
             message = f"{where} has a newer format than this release reads"
             raise GraftError("GC081", message, hint="update graftc") from None
-        reason = str(error).splitlines()[0]
+        reason = first_error(error) if isinstance(error, ValidationError) else str(error).splitlines()[0]
         message = f"the record in {where} is damaged: {reason}"
         raise GraftError("GC082", message, hint="copy the file again from its source") from error
 

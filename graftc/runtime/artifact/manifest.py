@@ -38,6 +38,7 @@ from graftc.runtime.artifact.fields import (
 )
 from graftc.runtime.sources.reference import Built, Kind, Reference
 from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.text import reason_in
 from graftc.specs.strict_json import read_json
 
 SCHEMA_VERSION = 1
@@ -351,7 +352,7 @@ def first_error(error: ValidationError) -> str:
     """Return the location and the message of the first validation error."""
     first = error.errors(include_url=False)[0]
     place = ".".join(str(step) for step in first["loc"])
-    return f"{place}: {first['msg'].lower()}".removeprefix(": ")
+    return f"{place}: {reason_in(first['msg'])}".removeprefix(": ")
 
 
 def unsealed(text: bytes, where: str, kind: str, version: int, file: str = MANIFEST) -> dict[str, Any]:

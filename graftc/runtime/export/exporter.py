@@ -65,15 +65,16 @@ class ExportOption:
         Raises:
             GraftError: GC073 for a value that the option does not allow, or an error from `read`.
         """
+        reason = ""
         try:
             if self.read is not None:
                 return self.read(value)
             if not self.words or value in self.words:
                 return value
-        except (TypeError, ValueError):
-            pass
+        except (TypeError, ValueError) as error:
+            reason = f": {error}" if str(error) else ""
         hint = f"use {listed(self.words, 'or')}" if self.words else self.meaning
-        raise GraftError("GC073", f"{self.name} is {shown(value)}", hint=hint)
+        raise GraftError("GC073", f"{self.name} is {shown(value)}{reason}", hint=hint)
 
 
 @dataclass(frozen=True)

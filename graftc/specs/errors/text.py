@@ -17,6 +17,12 @@ _STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202
 _BREAKS = str.maketrans({"\n": r"\n", "\t": r"\t"})
 
 
+def reason_in(message: str) -> str:
+    """Return the words of a validator from one of pydantic's messages, with the first letter in lower case."""
+    reason = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return reason[:1].lower() + reason[1:]
+
+
 def printable(text: str, form: str | None = None) -> str:
     r"""Return the text with terminal controls escaped, such as ``\x1b`` and ``\u202e``. Tabs and newlines stay.
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place, correction
-from graftc.specs.errors.text import quoted, shown, some
+from graftc.specs.errors.text import quoted, reason_in, shown, some
 from graftc.specs.peft import PeftFormat
 from graftc.specs.regexes import RegexMatcher
 from graftc.specs.registry import method_specs
@@ -177,7 +177,7 @@ def parsed_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
 
 def _explained(problem: Mapping[str, Any]) -> str:
     path = ".".join(str(step) for step in problem["loc"])
-    return f"{path} is {shown(problem.get('input'))}: {str(problem['msg'])[:1].lower()}{str(problem['msg'])[1:]}"
+    return f"{path} is {shown(problem.get('input'))}: {reason_in(problem['msg'])}"
 
 
 def _check_fields(config: AdapterConfig, where: str) -> None:

@@ -227,8 +227,9 @@ def test_numbers_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(GraftError, match=r"output\.weight has values that f16 cannot represent"):
         export(adapted(model, DORA).merge(), tmp_path / "x.gguf", dtype="f16")
     assert not any(tmp_path.iterdir())
-    with pytest.raises(GraftError, match="'q4' is unknown"):
+    with pytest.raises(GraftError, match="dtype is 'q4'") as caught:
         export(adapted(model, DORA).merge(), tmp_path / "x.gguf", dtype="q4")
+    assert caught.value.code == "GC073" and caught.value.hint == "use f32, f16 or bf16"
 
 
 @pytest.mark.full

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graftc
+from graftc.runtime.export.exporter import ExportOption
 from graftc.runtime.export.options import options_for
 from graftc.runtime.export.registry import exporters
 from graftc.specs.errors.diagnostics import GraftError
@@ -52,6 +53,16 @@ def _misplaced() -> Iterator[Any]:
 def test_the_table_is_whole() -> None:
     """Every option belongs to some format and has a value here."""
     assert {option.name for own in FORMATS.values() for option in own.options} == set(OPTIONS) == set(GIVEN)
+
+
+def test_a_value_that_an_option_does_not_allow() -> None:
+    """The code is that of wrong arguments; the allowed words, or the words of the option's own reader, are shown."""
+    with pytest.raises(GraftError, match="dtype is 'f13'") as caught:
+        options_for(FORMATS["gguf"], {"dtype": "f13"})
+    assert caught.value.code == "GC073" and caught.value.hint == "use f32, f16 or bf16"
+    with pytest.raises(GraftError, match="digits is 'x': invalid literal for int") as caught:
+        ExportOption("digits", "Digits behind the point", read=int).checked("x")
+    assert caught.value.code == "GC073" and caught.value.hint == "Digits behind the point"
 
 
 @pytest.mark.parametrize("kind", ["compiled", "merged"])

@@ -289,6 +289,22 @@ def test_nothing_is_captured(llama: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert graftc.merge_checkpoint(llama / "adapter").certificate.passed
 
 
+@pytest.mark.slow
+def test_a_file_that_lacks_a_factor(llama: Path, tmp_path: Path) -> None:
+    """The code is that of importing it."""
+    from tests.runtime.streaming.support import edit_adapter
+
+    adapter = written_lora(tmp_path / "adapter", llama / "base")
+    edit_adapter(adapter, lambda stored: stored.pop(min(name for name in stored if "lora_A" in name)))
+    for work in (
+        lambda: graftc.merge_checkpoint(adapter, None, tmp_path / "out"),
+        lambda: graftc.import_peft(adapter, graftc.load_base(llama / "base")),
+    ):
+        with pytest.raises(GraftError) as error:
+            work()
+        assert error.value.code == "GC113"
+
+
 @pytest.mark.full
 def test_nothing_that_changes_is_an_error_unless_allowed(llama: Path, tmp_path: Path) -> None:
     from tests.runtime.streaming.support import edit_adapter

@@ -7,7 +7,7 @@ from typing import cast
 
 from graftc.compiler.capture.interface import config_of
 from graftc.runtime.artifact.write import require_values
-from graftc.runtime.export.formats.gguf import FileType, file_type
+from graftc.runtime.export.formats.gguf import FileType
 from graftc.runtime.export.gguf.adapter import adapter_file, plain_of
 from graftc.runtime.export.gguf.model import merged_file
 from graftc.runtime.export.gguf.writing import GgufFile
@@ -58,7 +58,7 @@ def file_type_of(job: ExportJob) -> FileType:
     """Return the type of a file's matrices: the given one, or the one that the engine reads, or float32."""
     engine: Engine | None = job.options["server"]
     usual = engine.file_types[0].lower() if engine is not None and engine.file_types else "f32"
-    return file_type(job.options["dtype"] or usual)
+    return job.options["dtype"] or usual
 
 
 def _require_read(job: ExportJob, content: GgufFile) -> None:

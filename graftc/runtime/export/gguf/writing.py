@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftc.runtime.export.formats.gguf import FileType, file_type
+from graftc.runtime.export.formats.gguf import FileType
 from graftc.specs.errors.diagnostics import GraftError
 
 _TYPES: Mapping[FileType, tuple[str, str]] = {
@@ -102,7 +102,7 @@ class GgufFile:
             OSError: if it cannot be written.
         """
         gguf = package()
-        kind, word = _TYPES[file_type(dtype)]
+        kind, word = _TYPES[dtype]
         writer = gguf.GGUFWriter(path, self.arch)
         try:
             lacking = self.fill(writer)
