@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+
+from torch import fx
 
 from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.compiler.resolve.tokens import TOKENS
@@ -16,9 +19,14 @@ from graftc.runtime.artifact.read import Artifact
 from graftc.runtime.artifact.records import MergedRecord
 from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
+from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.text import quoted
 from graftc.specs.foreign.config import read_config
 from graftc.specs.io import parse_spec
+
+MOST = 2**26
+"""Maximum number of elements, apart from sizes that vary, of a value in a graph whose roles are looked for: a graph may
+be anyone's, and finding roles numbers the columns of values."""
 
 _FROM_THE_MODEL = (SiteKind.VALUE, SiteKind.PARAMETER)
 """Kinds of sites whose roles do not follow from the base's graph alone."""
@@ -42,6 +50,24 @@ def misstated(artifact: Artifact) -> Iterator[str]:
             yield f"{quoted(name)} is not in the spec"
 
 
+def has_roles(artifact: Artifact) -> bool:
+    """Return whether an artifact contains a graph of the base whose roles can be found in bounded memory.
+
+    Raises:
+        GraftError: GC082 if the graph is damaged.
+    """
+    if "base.train" not in artifact.manifest.signatures[0].graphs:
+        return False
+    computed: set[fx.Node] = set()
+    for node in artifact.graph("base.train").graph.nodes:
+        if node.op == "placeholder" or not computed.isdisjoint(node.all_input_nodes):
+            computed.add(node)
+            shape = getattr(node.meta.get("val"), "shape", ())
+            if math.prod(size for size in shape if isinstance(size, int)) > MOST:
+                return False
+    return True
+
+
 def misplaced(artifact: Artifact) -> Iterator[str]:
     """Yield the sites whose kind and roles are not those that the stored graph of the base has there.
 
@@ -49,7 +75,9 @@ def misplaced(artifact: Artifact) -> Iterator[str]:
         GraftError: GC082 if the graph is damaged, GC084 if its constants are.
     """
     aliases = artifact.manifest.base.aliases
-    structure = roles_of(artifact.graph("base.train"), artifact.constants())
+    program, constants = artifact.graph("base.train"), artifact.constants()
+    with library_errors("GC082", f"the roles of the graphs in {artifact.path} cannot be found"):
+        structure = roles_of(program, constants)
     found: dict[tuple[str, str, object], dict[str, None]] = defaultdict(dict)
     for finding in structure.findings:
         name = finding.parameter or f"{finding.module}.{finding.role}".lstrip(".")

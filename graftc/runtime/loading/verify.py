@@ -24,7 +24,7 @@ from graftc.runtime.artifact.write import BUNDLED
 from graftc.runtime.compiled import Compiled
 from graftc.runtime.deploy.merged import certificate_of
 from graftc.runtime.loading.load import base_of, different_graph, load_artifact
-from graftc.runtime.loading.stated import differing, merged_spec, misplaced, misstated
+from graftc.runtime.loading.stated import differing, has_roles, merged_spec, misplaced, misstated
 from graftc.specs.errors.arguments import absolute_path
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
@@ -159,7 +159,7 @@ def _statements(artifact: Artifact) -> tuple[bool | None, str]:
     if wrong is not None:
         return False, wrong
     places = counted(len(artifact.manifest.sites), "place")
-    if not artifact.manifest.signatures[0].graphs:
+    if not has_roles(artifact):
         return True, f"the methods of {places}, as in the spec"
     wrong = next(misplaced(artifact), None)
     if wrong is not None:

@@ -14,6 +14,7 @@ import graftc
 from graftc.records.verification import Check
 from graftc.runtime.artifact.manifest import sealed
 from graftc.runtime.artifact.places import RECORD
+from graftc.runtime.loading import stated
 from graftc.runtime.loading.verify import Verification, verify
 from graftc.runtime.streaming.verifying import verify_checkpoint
 from graftc.testing import perturb
@@ -82,6 +83,28 @@ def test_what_contradicts_spec_or_graphs(changes: dict[str, Any], words: str, co
     edit_manifest(copies / "artifact", **changes)
     (check,) = failed(verify(copies / "artifact", files_only=True))
     assert check.name == "statements" and words in check.detail
+
+
+@pytest.mark.slow
+def test_roles_of_very_large_graphs_are_not_looked_for(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph of unknown origin may have values of any size; methods are compared nevertheless."""
+    monkeypatch.setattr(stated, "MOST", 10)
+    monkeypatch.setattr(stated, "roles_of", None)
+    checks = {check.name: check for check in verify(copies / "artifact", files_only=True).checks}
+    assert checks["statements"].passed is True and "as in the spec" in checks["statements"].detail
+    edit_manifest(copies / "artifact", sites=place({"method": "dora"}))
+    (check,) = failed(verify(copies / "artifact", files_only=True))
+    assert "'dora', but in the spec it is 'lora'" in check.detail
+
+
+@pytest.mark.slow
+def test_roles_that_cannot_be_found(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise IndexError("on purpose")
+
+    monkeypatch.setattr(stated, "roles_of", fails)
+    (check,) = failed(verify(copies / "artifact", files_only=True))
+    assert check.name == "statements" and "GC082" in check.detail and "on purpose" in check.detail
 
 
 @pytest.mark.full
