@@ -164,7 +164,7 @@ def _wrong_parts(plan: MergePlan, site: FileSite) -> Iterator[str]:
     """Yield the problems with the adapter's tensors at a site: shapes that do not fit, or values that are not finite.
 
     Raises:
-        GraftError: GC113 for a missing tensor; GC103 for one that all sites share, which depends on the model.
+        GraftError: GC113 for a tensor that PEFT's file should contain; GC103 for one that depends on the model.
     """
     full = plan.block(site, site.weight.count)
     for update in site.updates:
@@ -174,7 +174,8 @@ def _wrong_parts(plan: MergePlan, site: FileSite) -> Iterator[str]:
                 continue
             tensor = parts.get(own.part)
             if tensor is None:
-                if own.module:
+                table = update.spec.peft if plan.updates.kind == "peft" else None
+                if table is not None and own.part in table.parts.keys() - table.derived:
                     raise GraftError("GC113", f"the file has no {own.part} of {where}")
                 message = f"the file of {where} has no {own.part}, which depends on the model"
                 hint = "import it with graftc import-peft, then merge the artifact"

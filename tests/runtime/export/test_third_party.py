@@ -243,7 +243,8 @@ def test_a_folder_and_a_graph(install: Install, here: Path, capsys: pytest.Captu
     assert outputs == ("logits",) and "graftc.certificate" in names and merged is True
     assert rest == [("attention", "inner"), "new", 5]
     error = run_valid(capsys, "export", *words, "--force", "--option", "digits=x", status=2)["error"]
-    assert (error["code"], error["message"], error["hint"]) == ("GC073", "digits is 'x'", "Digits behind the point")
+    message = "digits is 'x': invalid literal for int() with base 10: 'x'"
+    assert (error["code"], error["message"], error["hint"]) == ("GC073", message, "Digits behind the point")
     assert run_valid(capsys, "export", *words, status=3)["error"]["code"] == "GC063"
     run_valid(capsys, "export", *words, "--force", "--no-merge", status=2)
     words = ["trained", "-f", "folder", "-o", "new", "--force", "--no-merge"]
