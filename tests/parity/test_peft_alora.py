@@ -35,9 +35,7 @@ def case(family: str, invocation: list[int], **fields: Any) -> Case:
     return Case(
         family,
         {**adaptation, **fields},
-        lambda p: p.LoraConfig(
-            r=4, lora_alpha=6, target_modules=modules, alora_invocation_tokens=invocation, **own
-        ),
+        lambda p: p.LoraConfig(r=4, lora_alpha=6, target_modules=modules, alora_invocation_tokens=invocation, **own),
         Names({"A": "lora_A.default.weight", "B": "lora_B.default.weight"}),
     )
 

@@ -200,7 +200,7 @@ def add_controls(program: Program, spec: Spec, names: Sequence[str], dtype: torc
             message = f"{composition.ids} and {composition.mixture} both choose from {composition.name!r}"
             raise GraftError("GC038", message, hint="pass only one of them")
         mixture = isinstance(composition, Bank) and name == composition.mixture
-        slots = (composition.size,) if mixture and isinstance(composition, Bank) else ()
+        slots = (composition.size,) if isinstance(composition, Bank) and mixture else ()
         kind = dtype if mixture else torch.int64
         assert source is not None
         with program.graph.inserting_after(program.placeholders()[-1]):

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.batch import Batch
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.build.invocation import NEVER, last_start
+from graftc.passes.core.build.invocation import last_start
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.method.lowrank import factors, normal, uniform, zeros
 from graftc.passes.core.method.method import Method
@@ -21,6 +21,8 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.alora import ALoRA, start_input
 
 aten = torch.ops.aten
+_NEVER = 2**31 - 1
+"""A position beyond every text."""
 
 
 class ALoRAMethod(Method[ALoRA, LinearSite]):
@@ -42,17 +44,17 @@ class ALoRAMethod(Method[ALoRA, LinearSite]):
         if text is None or "decoder_input_ids" in inputs or text.meta["val"].dim() < 2:
             raise unsupported(sites[0], "is not in a decoder that reads token ids", "use lora, which adapts all tokens")
         call = partial(build.call, part="invocation")
-        given, device = inputs.get(start_input(build.adaptation)), text.meta["val"].device
-        if given is None:
+        start = inputs.get(start_input(build.adaptation))
+        if start is None:
             if text.meta["val"].is_floating_point():
                 name = start_input(build.adaptation)
                 message = f"the invocation of {build.adaptation!r} cannot be found in token embeddings"
                 raise GraftError("GC031", message, hint=f"pass {name}: each row's first adapted position, or -1")
             _check_ids(spec, text)
-            found = last_start(call, text, spec.invocation, device)
-            given = call(aten.masked_fill.Scalar, found, call(aten.lt.Scalar, found, 0), NEVER)
-        numbers = call(aten.arange.default, call(aten.sym_size.int, text, 1), device=device)
-        return call(aten.lt.Tensor, numbers, call(aten.unsqueeze.default, given, 1))
+            start = last_start(call, text, spec.invocation)
+        start = call(aten.masked_fill.Scalar, start, call(aten.lt.Scalar, start, 0), _NEVER)
+        numbers = call(aten.arange.default, call(aten.sym_size.int, text, 1))
+        return call(aten.lt.Tensor, numbers, call(aten.unsqueeze.default, start, 1))
 
     def insert(self, spec: ALoRA, site: LinearSite, shared: fx.Node, build: Builder) -> None:
         """Insert the branch.

@@ -39,6 +39,10 @@ def prepare(job: ExportJob) -> PreparedFolder:
     compilation = job.simplest.compilation
     content = prepared(compilation)
     if server is not None:
+        if tokens := content.config.get("alora_invocation_tokens"):
+            message = f"{server.name} would apply the adapter to every token, not from {list(tokens)} on"
+            hint = "export it with format gguf, for llama.cpp's server, or leave the server out"
+            raise GraftError("GC068", message, hint=hint)
         content = plain(content, compilation)
         rank = require_served(server, content.config, content.tensors, max_rank=largest)
     needs = f"{server.option} {rank}" if server is not None and server.option is not None else None

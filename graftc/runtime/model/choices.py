@@ -13,9 +13,9 @@ from graftc.compiler.capture.interface import COUNT, dtype_of
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.build.batch import BATCH
+from graftc.runtime.model.invocations import positions_of, starts_in_call
 from graftc.runtime.slots import Slots
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
-from graftc.runtime.model.invocations import positions_of, starts_in_call
 from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.methods.alora import ALoRA
 
@@ -38,12 +38,10 @@ def with_choices(
     """
     tensors = repeated(compilation, present)
     for name, control in compilation.controls.items():
-        own: dict[str, Tensor] = {}
-        if not isinstance(control, Parallel) and chosen.get(name) is not None:
-            own = rows_for(compilation, {name: chosen[name]}, *_rows(compilation, tensors))
         if isinstance(control, ALoRA):
-            own = starts_in_call(control, name, tensors, own.get(name), adapted=adapted)
-        tensors |= own
+            tensors |= starts_in_call(control, name, tensors, chosen.get(name), adapted=adapted)
+        elif isinstance(control, Bank) and chosen.get(name) is not None:
+            tensors |= rows_for(compilation, {name: chosen[name]}, *_rows(compilation, tensors))
     return tensors
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.capture.past import CACHE, Past, tensors_of
 from graftc.compiler.compilation import Compilation
-from graftc.passes.core.build.invocation import NEVER, last_start
+from graftc.passes.core.build.invocation import last_start
+from graftc.passes.core.ir.cleaning import on_device
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.text import counted, some
 from graftc.specs.methods.alora import ALoRA
@@ -23,9 +24,11 @@ from graftc.specs.methods.alora import ALoRA
 _STARTS = "_graftc_starts"
 """The attribute of a cache with the positions of its rows, and a tensor that identifies its contents."""
 
+_PASS = "pass {}: the position of each row's first adapted token, or -1"
+
 
 def starts_in_call(
-    spec: ALoRA, name: str, present: Mapping[str, Any], given: Tensor | None, *, adapted: bool
+    spec: ALoRA, name: str, present: Mapping[str, Any], given: Any, *, adapted: bool
 ) -> dict[str, Tensor]:
     """Return the input that tells a graph where an aLoRA begins; empty if the graph finds that out from the tokens.
 
@@ -33,45 +36,64 @@ def starts_in_call(
         spec: the aLoRA.
         name: the input's name.
         present: the tensors of the call, by name, with the cache as it has been read.
-        given: the positions that the caller passed, ``int64[rows]``.
+        given: the positions as the caller passed them; None if the tokens and the cache decide.
         adapted: whether the aLoRA is used at all.
 
     Raises:
-        GraftError: GC140 if the invocation may be among the tokens in the cache.
+        GraftError: GC038 for positions that are not one integer for each row, or for a call without a text; GC140 if
+            the invocation may be among the tokens in the cache.
     """
-    past = present.get(CACHE)
-    if not isinstance(past, Past):
-        return {} if given is None else {name: torch.where(given < 0, NEVER, given)}
-    ids = present.get("input_ids")
-    length = past.length
+    past: Past | None = present.get(CACHE)
+    text = present.get("input_ids", present.get("inputs_embeds"))
+    if past is None and (given is None or not adapted):
+        return {}
+    if not isinstance(text, Tensor):
+        raise GraftError("GC038", f"the call has no text in which {name} could be a position", hint="pass input_ids")
+    rows, length = text.shape[0], 0 if past is None else past.length
     if not adapted:
-        like = next(iter(past.tensors.values()))
-        return {name: torch.full((like.shape[0],), NEVER, device=like.device)}
-    if given is None:
-        if ids is None:
-            message = f"the call has token embeddings, in which the invocation of {spec.name!r} cannot be found"
-            raise GraftError("GC140", message, hint=f"pass {name}: each row's first adapted position, or -1")
-        found = starts_in(spec, ids)
-        given = torch.where(found < 0, _known(spec, name, past, found, length), found + length)
-    return {name: torch.where(given < 0, NEVER, (given - length).clamp(min=0))}
+        return {name: torch.full((rows,), -1, device=text.device)}
+    if given is not None:
+        start = positions_of(name, given, rows, text.device)
+    elif text.is_floating_point():
+        message = f"the call has token embeddings, in which the invocation of {spec.name!r} cannot be found"
+        raise GraftError("GC140", message, hint=_PASS.format(name))
+    else:
+        assert past is not None
+        found = starts_in(spec, text)
+        start = torch.where(found < 0, _in_cache(spec, name, past, found), found + length)
+    return {name: torch.where(start < 0, -1, (start - length).clamp(min=0))}
 
 
 def starts_in(spec: ALoRA, ids: Tensor) -> Tensor:
     """Return the position at which the invocation's last occurrence begins in each row, or -1: ``int64[rows]``."""
-    return last_start(lambda operator, *args, **kwargs: operator(*args, **kwargs), ids, spec.invocation, ids.device)  # type: ignore[no-any-return]
+
+    def run(operator: Any, *args: Any) -> Any:
+        placed, options = on_device(operator, args, {}, ids.device)
+        return operator(*placed, **options)
+
+    return last_start(run, ids, spec.invocation)  # type: ignore[no-any-return]
 
 
-def _known(spec: ALoRA, name: str, past: Past, found: Tensor, length: int) -> Tensor:
-    """Return the positions among the tokens in a cache; those of rows with an invocation in the call do not matter."""
-    contents, starts = getattr(past.cache, _STARTS, (None, {}))
-    if name in starts and contents is next(iter(tensors_of(past.cache).values()), None):
-        return starts[name]  # type: ignore[no-any-return]
-    if length and (is_traced() or bool((found < 0).any())):
-        rows = [] if is_traced() else [number for number, start in enumerate(found.tolist()) if start < 0]
-        where = f" (rows {some([str(row) for row in rows])})" if rows else ""
-        message = f"it is not known whether the invocation of {spec.name!r} is among the {length} tokens in the cache"
-        raise GraftError("GC140", message + where, hint=f"pass {name}: each row's first adapted position, or -1")
+def _in_cache(spec: ALoRA, name: str, past: Past, found: Tensor) -> Tensor:
+    """Return the positions among the tokens in a cache; those of rows that ``found`` has in the call do not matter.
+
+    Raises:
+        GraftError: GC140 if they are not known.
+    """
+    known: tuple[Tensor | None, Mapping[str, Tensor]] = getattr(past.cache, _STARTS, (None, {}))
+    if name in known[1] and known[0] is _first_of(past.cache):
+        return known[1][name]
+    if past.length and (is_traced() or bool((found < 0).any())):
+        rows = [] if is_traced() else [str(row) for row, start in enumerate(found.tolist()) if start < 0]
+        message = f"whether the invocation of {spec.name!r} is among the tokens in the cache is not known"
+        message += f" for rows {some(rows, 3)}" if rows else ""
+        raise GraftError("GC140", message, hint=_PASS.format(name))
     return torch.full_like(found, -1)
+
+
+def _first_of(cache: Any) -> Tensor | None:
+    """Return a tensor that every change to a cache replaces."""
+    return next(iter(tensors_of(cache).values()), None)
 
 
 def remember_starts(compilation: Compilation, present: Mapping[str, Any]) -> None:
@@ -82,10 +104,9 @@ def remember_starts(compilation: Compilation, present: Mapping[str, Any]) -> Non
     past = present.get(CACHE)
     if not isinstance(past, Past) or is_traced():
         return
-    length = past.length
     inputs = [name for name, control in compilation.controls.items() if isinstance(control, ALoRA)]
-    starts = {name: torch.where(present[name] == NEVER, -1, present[name] + length) for name in inputs}
-    setattr(past.cache, _STARTS, (next(iter(tensors_of(past.cache).values()), None), starts))
+    starts = {name: torch.where(present[name] < 0, -1, present[name] + past.length) for name in inputs}
+    setattr(past.cache, _STARTS, (_first_of(past.cache), starts))
 
 
 def positions_of(name: str, given: Any, rows: int, device: torch.device) -> Tensor:
@@ -115,7 +136,7 @@ def starts_in_prompt(compilation: Compilation, prompt: Tensor) -> dict[str, Tens
 
 
 def warn_of_invocations(compilation: Compilation, present: Mapping[str, Any]) -> None:
-    """Warn (GC125) if no row of a call has an aLoRA's invocation, or if rows have a single token of it several times."""
+    """Warn (GC125) if no row of a call has an invocation, or if one that is a single token occurs repeatedly."""
     ids = present.get("input_ids")
     if not isinstance(ids, Tensor) or ids.device.type == "meta" or CACHE in present:
         return
@@ -127,6 +148,6 @@ def warn_of_invocations(compilation: Compilation, present: Mapping[str, Any]) ->
             message = f"none of the {counted(len(ids), 'row')} of the call has the invocation of {control.name!r}"
             warn("GC125", message, hint="add it to each prompt, with ids from the model's own tokenizer")
         elif len(control.invocation) == 1 and bool(often.any()):
-            message = f"the invocation of {control.name!r} is one token, which {counted(int(often.sum()), 'row')} of the "
-            message += "call contain several times: only the last one counts"
-            warn("GC125", message, hint="use a longer invocation, or a token that occurs nowhere else")
+            rows = counted(int(often.sum()), "row")
+            message = f"the invocation of {control.name!r} is one token, which {rows} of the call contain several times"
+            warn("GC125", message, hint="only the last one counts: use a longer invocation, or another token")

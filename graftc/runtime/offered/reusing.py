@@ -61,7 +61,7 @@ class Reusing(Feature):
             continued = None
             if 0 < cut < ids.shape[1]:
                 logits = [self._continued(rest, starts, cache, cut) for cache in caches]
-                continued = _same(*logits).all().item()
+                continued = bool(_same(*logits).all())
         equal = torch.stack([_same(caches[0][name], caches[1][name]).all(3).all(1) for name in caches[0]]).all(0)
         lengths = equal.long().cumprod(1).sum(1).tolist()
         shown = [start if start < ids.shape[1] else -1 for start in first.tolist()]

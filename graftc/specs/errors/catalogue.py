@@ -495,8 +495,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "time. A process that was killed may have left half a line.",
      "No action is needed for single lines. Otherwise, check which processes write to the file."),
     ("GC125", _WARNING, "an invocation is missing or ambiguous",
-     "An aLoRA acts from the last occurrence of its invocation on. No row of the call has the invocation, so nothing is "
-     "adapted and nothing trains; or the invocation is a single token that also occurs elsewhere in the rows.",
+     "An aLoRA acts from the last occurrence of its invocation on. No row of the call has the invocation, so nothing "
+     "is adapted and nothing trains; or the invocation is a single token that also occurs elsewhere in the rows.",
      "Use the ids that the model's own tokenizer gives for the invocation within a prompt, where they may differ from "
      "those of the invocation alone; begin it with a special token."),
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
 from graftc.specs.overrides import RankOverride
 from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, LORA_STARTS, PeftFormat, PeftPart
+from graftc.specs.spec_errors import refuse
 
 _FROM_WEIGHT = ("pissa", "olora")
 """Initialisers of LoRA that aLoRA does not support."""
@@ -46,9 +47,7 @@ class ALoRA(MethodSpec):
         bankable=True,
         up=frozenset({"B"}),
     )
-    paper: ClassVar[str] = (
-        "Greenewald et al. 2025, Activated LoRA: Fine-tuned LLMs for Intrinsics (arXiv:2504.12397)"
-    )
+    paper: ClassVar[str] = "Greenewald et al. 2025, Activated LoRA: Fine-tuned LLMs for Intrinsics (arXiv:2504.12397)"
 
     peft: ClassVar[PeftFormat | None] = PeftFormat(
         types=("LORA",),
@@ -74,7 +73,7 @@ class ALoRA(MethodSpec):
     """The method's tag."""
 
     invocation: Items[Annotated[int, Field(ge=0)]] = Field(
-        examples=[[5, 9]], min_length=1, max_length=SIZE, json_schema_extra={"minItems": 1}
+        examples=[[5, 9]], max_length=SIZE, json_schema_extra={"minItems": 1}
     )
     """The token ids from whose last occurrence on a row is adapted, in order:
     `tokenizer(text, add_special_tokens=False).input_ids`."""
@@ -107,6 +106,13 @@ class ALoRA(MethodSpec):
 
     overrides: Items[RankOverride] = ()
     """Other values for some sites; the first override that matches a site applies."""
+
+    @field_validator("invocation")
+    @classmethod
+    def _invocation_has_tokens(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            refuse((), "aLoRA needs the token ids of its invocation", hint="lora adapts all tokens")
+        return value
 
     @property
     def scaling(self) -> float:

@@ -17,6 +17,7 @@ from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.specs.base import MethodSpec
 from graftc.specs.methods.adalora import AdaLoRA
 from graftc.specs.methods.adamix_lora import AdaMixLoRA
+from graftc.specs.methods.alora import ALoRA
 from graftc.specs.methods.dora import DoRA
 from graftc.specs.methods.dylora import DyLoRA
 from graftc.specs.methods.lora import LoRA
@@ -25,7 +26,7 @@ from graftc.specs.methods.sora import SoRA
 S = TypeVar("S", bound=MethodSpec)
 
 
-DroppingSpec = AdaLoRA | AdaMixLoRA | DoRA | DyLoRA | LoRA | SoRA
+DroppingSpec = AdaLoRA | AdaMixLoRA | ALoRA | DoRA | DyLoRA | LoRA | SoRA
 """Specs of branches that apply dropout to their input."""
 
 

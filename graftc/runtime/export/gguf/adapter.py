@@ -22,8 +22,8 @@ def adapter_file(adapter: PlainAdapter, config: Any) -> GgufFile:
     """Return a LoRA adapter's file: ``<tensor>.lora_a`` as ``[rank, in]``, ``<tensor>.lora_b`` as ``[out, rank]``.
 
     llama.cpp scales the product of two factors by ``adapter.lora.alpha`` over their rank; any other scale that a site
-    needs is absorbed into its ``lora_b``. From ``adapter.alora.invocation_tokens``, its server knows that an adapter acts
-    only from these tokens on.
+    needs is absorbed into its ``lora_b``. Its server reads ``adapter.alora.invocation_tokens``, from which on an aLoRA
+    acts.
 
     Args:
         adapter: the adapter, keyed by its maps' paths in transformers.
