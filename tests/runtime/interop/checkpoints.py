@@ -153,6 +153,10 @@ KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
     "experts": (experts, ("mixtral",)),
     "dora": (lambda f, r: lora(f, r, use_dora=True), ("bert", "gpt2", "llama", "t5")),
     "dora-conv": (lambda f, r: lora(f, r, use_dora=True, target_modules=["projection", "fc2"]), ("vit",)),
+    "alora": (
+        lambda f, r: lora(f, r, task_type="CAUSAL_LM", alora_invocation_tokens=[64, 61], use_rslora=f == "llama"),
+        ("llama", "gpt2"),
+    ),
     "pissa": (lambda f, r: lora(f, r, init_lora_weights="pissa"), ("bert", "gpt2")),
     "olora": (lambda f, r: lora(f, r, init_lora_weights="olora"), ("vit",)),
     "tokens": (tokens, ("llama", "gpt2")),

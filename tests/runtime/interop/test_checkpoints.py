@@ -30,7 +30,9 @@ def test_in_and_out_of_gpt2(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("kind", "family"), [("experts", "mixtral"), ("dora-conv", "vit"), ("lokr", "t5")])
+@pytest.mark.parametrize(
+    ("kind", "family"), [("experts", "mixtral"), ("dora-conv", "vit"), ("lokr", "t5"), ("alora", "llama")]
+)
 def test_in_and_out(kind: str, family: str, tmp_path: Path) -> None:
     check(Checkpoint(kind, family), tmp_path)
 
