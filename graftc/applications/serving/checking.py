@@ -8,6 +8,7 @@ from typing import Any
 
 from graftc.applications.serving.adapters import Replay, replayed
 from graftc.applications.serving.bases import ServedBase
+from graftc.applications.serving.comparing import compared, failure
 from graftc.applications.serving.folders import GENAI, folder_problems, genai_problems, require_folder
 from graftc.applications.serving.gguf_files import GgufContent, replayed_gguf
 from graftc.records.serving.certificates import ServingCertificate, ServingProblem
@@ -48,29 +49,51 @@ def serve_check(
 
     Raises:
         GraftError: GC068 for an unknown engine; GC069 without an adapter's base; GC110 to GC113 for files that cannot
-            be read.
+            be read; with ``run``, GC061 if the engine is not installed, GC073 if graftc cannot run it, and as in
+            `graftc.import_peft` for an adapter that graftc cannot compute.
     """
     path, row = as_path(folder), engine_of(engine)
     step("reading")
-    form = form_of(path)
+    form, own, needs, max_rank = form_of(path), None, None, None
     if form not in row.forms:
-        return _certificate(row, form, None, Replay(problems=[_other_form(row, form)]))
-    if form == "peft":
+        replay = Replay(problems=[_other_form(row, form)])
+    elif form == "peft":
         config = _adapter_config(path)
         own = _base(base if base is not None else config.get("base_model_name_or_path"), path)
         replay = replayed(row, config, adapter_tensors(path / WEIGHTS), own)
-        needed = row.rank_for(largest_rank(config))
-        needs = f"{row.option} {needed}" if row.option is not None and needed else None
-        return _certificate(row, form, own.folder, replay, needs)
-    if form == "gguf-adapter":
+        max_rank = row.rank_for(largest_rank(config))
+        needs = f"{row.option} {max_rank}" if row.option is not None and max_rank else None
+    elif form == "gguf-adapter":
         own = _base(base, path)
-        return _certificate(row, form, own.folder, replayed_gguf(row, GgufContent.of(path), own))
-    if form == "gguf-model":
+        replay = replayed_gguf(row, GgufContent.of(path), own)
+    elif form == "gguf-model":
         content = GgufContent.of(path)
-        problems = list(gguf_problems(row, content.architecture, content.matrices, content.shapes))
+        replay = Replay(problems=list(gguf_problems(row, content.architecture, content.matrices, content.shapes)))
     else:
-        problems = list((folder_problems if form == "model" else genai_problems)(row, path))
-    return _certificate(row, form, None, Replay(problems=problems))
+        replay = Replay(problems=list((folder_problems if form == "model" else genai_problems)(row, path)))
+    result = None
+    if run and form in row.forms:
+        step("running the engine")
+        try:
+            result = compared(
+                row, form, path, own, max_rank=max_rank, python=None if python is None else as_path(python)
+            )
+        except GraftError as error:
+            if error.code != "GC079":
+                raise
+            replay.problems.append(ServingProblem("refused", row.name, failure(error), ""))
+    return ServingCertificate(
+        engine=row.name,
+        read=row.read,
+        read_on=row.read_on,
+        form=form,
+        base=None if own is None else str(own.folder),
+        tensors=tuple(replay.tensors),
+        sites=tuple(replay.sites),
+        problems=tuple(replay.problems),
+        needs=needs,
+        run=result,
+    )
 
 
 def form_of(path: Path) -> Form:
@@ -109,20 +132,3 @@ def _base(given: Any, adapter: Path) -> ServedBase:
         message = f"the base of {adapter} is needed, and {given or 'none'} is not on this machine"
         raise GraftError("GC069", message, place=Place(str(adapter)), hint="name its folder: --base DIR")
     return ServedBase.of(folder)
-
-
-def _certificate(
-    engine: Engine, form: Form, base: Path | None, replay: Replay, needs: str | None = None
-) -> ServingCertificate:
-    return ServingCertificate(
-        engine=engine.name,
-        read=engine.read,
-        read_on=engine.read_on,
-        form=form,
-        base=None if base is None else str(base),
-        tensors=tuple(replay.tensors),
-        sites=tuple(replay.sites),
-        problems=tuple(replay.problems),
-        needs=needs,
-        run=None,
-    )

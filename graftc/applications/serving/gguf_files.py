@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import Tensor
+
 from graftc.applications.serving.adapters import Replay, once
 from graftc.applications.serving.bases import BaseModule, ServedBase
 from graftc.records.serving.certificates import ServedSite, ServedTensor, ServingProblem
-from graftc.runtime.export.gguf.families import architecture, family_of
+from graftc.runtime.export.gguf.families import architecture, family_of, heads_of
 from graftc.runtime.export.gguf.writing import package
+from graftc.runtime.interop.layouts.rotary import as_halves
 from graftc.runtime.serving.engines import Engine
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import shown
@@ -164,3 +168,29 @@ def _named(base: ServedBase) -> dict[str, BaseModule]:
     names: Any = gguf.get_tensor_name_map(architecture(gguf, family_of(config)), config.num_hidden_layers)
     found = {names.get_name(module.tensor, (".weight",)): module for module in base.modules.values()}
     return {name: module for name, module in found.items() if name is not None}
+
+
+def gguf_updates(file: Path, base: ServedBase) -> dict[str, Tensor]:
+    """Return what llama.cpp adds to each of the base's weights, in transformers' order and orientation.
+
+    Args:
+        file: a LoRA adapter for llama.cpp.
+        base: the base that it is for.
+    """
+    gguf, config = package(), cast("Any", base.model.config)
+    reader, family, heads = gguf.GGUFReader(file), family_of(config), heads_of(config)
+    tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
+    updates = {}
+    for name, module in _named(base).items():
+        if f"{name}.lora_b" not in tensors:
+            continue
+        down, up = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        if name == "token_embd.weight":
+            updates[module.tensor] = alpha / up.shape[1] * (down @ up.T)
+            continue
+        update = alpha / up.shape[1] * (up @ down)
+        if family.rotary and module.tensor.endswith(("q_proj.weight", "k_proj.weight")):
+            update = as_halves(update, heads.queries if "q_proj" in module.tensor else heads.keys)
+        updates[module.tensor] = update.T if module.tensor.endswith(family.transposed or ("\0",)) else update
+    return updates

@@ -149,7 +149,7 @@ def gguf_problems(
         wanted = engine.file_types[0].lower()
         reason = f"the matrices are {some(odd)}, but {engine.title} needs {wanted}"
         remedy = f"write them as {wanted}: graftc export --format gguf --for {engine.name}"
-        yield ServingProblem("wrong", "general.file_type", reason, remedy)
+        yield ServingProblem("refused", "general.file_type", reason, remedy)
     for name in engine.unread:
         if name in names:
             reason = f"{engine.title} ignores {name}, the factors of the rotation's frequencies"

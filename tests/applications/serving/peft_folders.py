@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graftc.files.tensors.folder import TensorFolder
 from tests.runtime.interop.adapters import written
 
 
@@ -32,8 +33,15 @@ def peft_folder(base: Path, folder: Path, seed: int = 0, **options: Any) -> Path
     return folder
 
 
-def changed(folder: Path, **fields: Any) -> Path:
-    """Change fields of a folder's ``adapter_config.json``."""
-    file = folder / "adapter_config.json"
+def changed(folder: Path, name: str = "adapter_config.json", **fields: Any) -> Path:
+    """Change fields of a folder's config."""
+    file = folder / name
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **fields}), encoding="utf-8")
     return folder
+
+
+def shapes_of(base: Path) -> dict[str, tuple[int, int]]:
+    """Return the shapes of the weights of a base's linear maps in layers, by module."""
+    entries = TensorFolder(base).entries
+    own = {name.removesuffix(".weight"): stored.shape for name, stored in entries.items() if ".layers." in name}
+    return {path: (shape[0], shape[1]) for path, shape in own.items() if len(shape) == 2}

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import graftc
 from graftc.runtime.serving.engines import ENGINES, PEFT_ENGINES
 from graftc.specs.errors.diagnostics import GraftError
-from tests.applications.serving.peft_folders import peft_folder, saved_base
+from tests.applications.serving.peft_folders import peft_folder, saved_base, shapes_of
+from tests.applications.serving.seeded_folders import DEFECTS, GOOD, cases
 from tests.cli.support import run_here
 from tests.cli.test_schemas import valid
 
@@ -89,3 +90,21 @@ def test_an_unknown_engine_and_folder(tmp_path: Path) -> None:
     with pytest.raises(GraftError, match="base") as caught:
         graftc.serve_check(tmp_path, "vllm")
     assert caught.value.code == "GC069"
+
+
+@pytest.mark.slow
+def test_seeded_folders(base: Path, tmp_path: Path) -> None:
+    """Forty folders that engines load and compute otherwise are refused, and forty good ones pass.
+
+    `tests/gates/test_serving.py` shows in the engines that the former are computed otherwise, and the latter as meant.
+    """
+    shapes = shapes_of(base)
+    bad = list(cases(DEFECTS, tmp_path / "bad", base, shapes))
+    good = list(cases(GOOD, tmp_path / "good", base, shapes))
+    assert len(bad) == len(good) == 40
+    assert [case.name for case in bad if graftc.serve_check(case.path, case.engine, base=base).passed] == []
+    found = {case.name: graftc.serve_check(case.path, case.engine, base=base) for case in good}
+    assert {name: [str(p) for p in each.problems] for name, each in found.items() if not each.passed} == {}
+    for case in good:
+        each = found[case.name]
+        assert each.applied == each.total == 2 * len(case.updates)

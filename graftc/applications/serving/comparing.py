@@ -1,0 +1,158 @@
+"""Compare the tokens that an engine generates with those that torch does, for one base and adapter in float32."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graftc.applications.serving.bases import ServedBase
+from graftc.applications.serving.gguf_files import gguf_updates
+from graftc.records.serving.certificates import ServingRun
+from graftc.runtime.api import compile, import_peft
+from graftc.runtime.export.gguf.writing import package
+from graftc.runtime.onnx_generation import load as load_onnx
+from graftc.runtime.serving.engines import Engine, Form
+from graftc.runtime.serving.running import run_engine
+from graftc.runtime.sources.models import load_folder
+from graftc.specs.errors.diagnostics import GraftError
+
+TOKENS = 16
+"""The number of tokens that are compared for each prompt."""
+
+_TEXTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "Once upon a time, there was",
+    "A list of three colours:",
+    "The opposite of hot is",
+)
+_UNCHANGED = {"adapt": [{"method": "lora", "rank": 1, "target": {"role": "attn.q"}}]}
+
+
+def compared(
+    engine: Engine, form: Form, path: Path, base: ServedBase | None, *, max_rank: int | None, python: Path | None
+) -> ServingRun:
+    """Run an engine on a folder, and compare its greedy tokens with torch's.
+
+    Args:
+        engine: the engine.
+        form: what the folder is.
+        path: the folder, or a GGUF file.
+        base: the base of an adapter; None for whole models.
+        max_rank: the largest rank with which the engine is started; None for its default.
+        python: the interpreter that has the engine; the running one by default.
+
+    Raises:
+        GraftError: GC061 if the engine or the package gguf is not installed, GC079 if the engine fails, and as in
+            `graftc.import_peft` for an adapter that graftc cannot compute.
+    """
+    prompts = _prompts(path if base is None else base.folder, path)
+    plain = None if base is None else _greedy(load_folder(base.folder, dtype=torch.float32), prompts)
+    wanted = _greedy(_reference(form, path, base), prompts)
+    with _as_engine_reads(engine, path if base is None else base.folder, base) as folder:
+        answer = run_engine(
+            engine.name,
+            base=folder,
+            adapter=None if base is None else path,
+            prompts=prompts,
+            tokens=TOKENS,
+            max_rank=max_rank,
+            python=python,
+        )
+    pairs = list(zip(answer.tokens, wanted, strict=True))
+    differences = [
+        next(n for n, (a, b) in enumerate(zip(own, right, strict=True)) if a != b)
+        for own, right in pairs
+        if own != right
+    ]
+    return ServingRun(
+        version=answer.version,
+        prompts=len(prompts),
+        tokens=TOKENS,
+        equal=len(prompts) - len(differences),
+        changed=len(prompts) if plain is None else sum(a != b for a, b in zip(plain, wanted, strict=True)),
+        first_difference=min(differences, default=None),
+    )
+
+
+def _prompts(folder: Path, file: Path) -> list[list[int]]:
+    """Return the texts as tokens, or random tokens for a base that has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": file.name} if folder.is_file() else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder.parent if folder.is_file() else folder, **options)
+        return [list(tokenizer(text).input_ids) for text in _TEXTS]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(3, 64, (5,), generator=generator).tolist() for _ in _TEXTS]
+
+
+def _reference(form: Form, path: Path, base: ServedBase | None) -> Any:
+    """Return a model that computes what a folder means."""
+    if form == "onnx-generate":
+        return load_onnx(path)
+    if form == "gguf-model":
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    if base is None:
+        return load_folder(path, dtype=torch.float32)
+    model: Any = load_folder(base.folder, dtype=torch.float32)
+    if form == "peft":
+        return import_peft(path, model).merge()
+    with torch.no_grad():
+        for name, update in gguf_updates(path, base).items():
+            model.get_parameter(name).add_(update)
+    return model
+
+
+def _greedy(model: Any, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    """Return the most probable continuations, also after a token that ends the text."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]
+    rows = []
+    for ids in prompts:
+        row = model.generate(torch.tensor([ids]), max_new_tokens=TOKENS, do_sample=False, use_cache=True)
+        rows.append(tuple(row[0, len(ids) :].tolist()))
+    return rows
+
+
+@contextmanager
+def _as_engine_reads(engine: Engine, folder: Path, base: ServedBase | None) -> Iterator[Path]:
+    """Give the base in the form that an engine reads: as GGUF, or with the fields that it needs in config.json."""
+    with tempfile.TemporaryDirectory(prefix="graftc-serve-") as work:
+        if base is not None and "gguf-adapter" in engine.forms:
+            package()
+            file = Path(work) / "base.gguf"
+            merged: Any = compile(_UNCHANGED, load_folder(folder, dtype=torch.float32)).merge(allow_unchanged=True)
+            merged.export(file, "gguf", dtype="f32")
+            yield file
+        elif base is not None and (lacking := _lacking(engine, base)):
+            for own in folder.iterdir():
+                os.symlink(own.absolute(), Path(work) / own.name)
+            config = Path(work) / "config.json"
+            config.unlink()
+            config.write_text(json.dumps({**base.config, **lacking}), encoding="utf-8")
+            yield Path(work)
+        else:
+            yield folder
+
+
+def _lacking(engine: Engine, base: ServedBase) -> dict[str, Any]:
+    """Return the fields that an engine needs at the top level of config.json, where the base has none there."""
+    rope = base.config.get("rope_parameters") or {}
+    return {field: rope[field] for field in engine.needs if field in rope and field not in base.config}
+
+
+def failure(error: GraftError) -> str:
+    """Return why an engine did not answer, with the last lines that it printed."""
+    return "; ".join([error.message, *map(str, error.details[-2:])])
