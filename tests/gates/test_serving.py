@@ -1,7 +1,7 @@
 """The engines themselves: folders that `graftc serve-check` refuses are computed otherwise, those that pass as meant.
 
-Each engine that is installed runs, in one process, every folder that the generator makes for it. `GRAFTC_VLLM` names the
-interpreter that has vLLM.
+Each engine that is installed runs, in one process, every folder that the generator makes for it. `GRAFTC_VLLM` names
+the interpreter that has vLLM.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -26,11 +26,12 @@ pytestmark = pytest.mark.gate
 PACKAGES = {"llama.cpp": "xllamacpp", "mistralrs": "mistralrs", "openvino": "openvino_genai"}
 TEXTS = ("The capital of France is", "A list of three colours:")
 TOKENS = 12
+Rows: TypeAlias = list[tuple[int, ...]]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a small LLaMA with SmolLM2's tokenizer, which mistral.rs and llama.cpp need; beside it, the same as GGUF."""
+    """Return a small LLaMA with SmolLM2's tokenizer, which some engines need; beside it, the same as GGUF."""
     from transformers import AutoTokenizer
 
     from graftc.applications.demo.decoder import find_decoder
@@ -60,7 +61,7 @@ def prompts_of(folder: Path) -> list[list[int]]:
     return [list(tokenizer(text).input_ids) for text in TEXTS]
 
 
-def meant(folder: Path, updates: Mapping[str, Tensor]) -> list[tuple[int, ...]]:
+def meant(folder: Path, updates: Mapping[str, Tensor]) -> Rows:
     """Return the tokens that torch generates with updates added to the base's weights."""
     model = model_of(folder)
     with torch.no_grad():
@@ -99,7 +100,7 @@ def answers(
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "mistralrs", "openvino", "vllm"])
 def test_in_the_engine(engine: str, base: Path, tmp_path: Path) -> None:
-    """Of the forty and forty folders, those of an engine: what is refused differs from what is meant, the rest does not."""
+    """Of the forty and forty folders, the engine computes those otherwise that are refused, and the rest as meant."""
     interpreter = os.environ.get("GRAFTC_VLLM") if engine == "vllm" else None
     if interpreter is None and importlib.util.find_spec(PACKAGES.get(engine, engine)) is None:
         pytest.skip(f"{engine} is not installed")

@@ -13,7 +13,7 @@ from graftc.passes.core.grouping import grouped_pairs
 from graftc.records.serving.certificates import ServedSite, ServedTensor, ServingProblem
 from graftc.runtime.interop.peft.targets import meant
 from graftc.runtime.serving.engines import Engine
-from graftc.runtime.serving.limits import COPIES, KINDS, PREFIX, heads_served, limit_problems
+from graftc.runtime.serving.limits import COPIES, KINDS, PREFIX, Kind, heads_served, limit_problems
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, matching, parsed_config
 from graftc.specs.regexes import RegexMatcher
@@ -60,7 +60,9 @@ def replayed(engine: Engine, config: Mapping[str, Any], file: TensorFolder, base
     selected = meant(parsed_config(config, CONFIG), [*base.modules, *pairs])
     scales, found = _Scales(engine, config), list[ServingProblem]()
     for path, pair in pairs.items():
-        problems = list(_pair_problems(engine, path, pairs, base, scales, selected))
+        problems = list(_pair_problems(engine, path, pairs, base, scales))
+        if selected is not None and path not in selected and (own := base.module(path)) and own.kind != "experts":
+            problems.insert(0, _unselected(engine, config, path))
         module = base.module(path)
         if not problems and module is not None:
             replay.sites.append(ServedSite(path, *scales.served(path, pair), scales.defined(path)[1]))
@@ -70,7 +72,7 @@ def replayed(engine: Engine, config: Mapping[str, Any], file: TensorFolder, base
         found += problems
     replay.problems += once(found)
     known = {problem.place for problem in replay.problems}
-    strange = [key for key in others if not _is_read(engine, config, key)]
+    strange = [key for key in others if not _is_read(engine, config, key, file, base)]
     replay.tensors += [
         ServedTensor(key, None, key not in strange, _STRANGE if key in strange else "") for key in others
     ]
@@ -146,18 +148,12 @@ def _pair_problems(
     pairs: Mapping[str, _Pair],
     base: ServedBase,
     scales: _Scales,
-    selected: set[str] | None,
 ) -> Iterator[ServingProblem]:
     module, pair = base.module(path), pairs[path]
     if module is None:
         reason = f"{path} is not a module of the base"
         yield ServingProblem(KINDS[engine.strays], path, reason, "name the modules as the base does")
         return
-    if selected is not None and path not in selected and module.kind != "experts":
-        reason = f"target_modules does not select {path}, which PEFT would leave as it is"
-        yield ServingProblem(
-            "refused" if engine.by_target else "wrong", path, reason, "add it to target_modules, or remove its tensors"
-        )
     if pair.keys.keys() != {"A", "B"}:
         yield ServingProblem("refused", path, f"{path} has only one of A and B", "export the adapter again")
         return
@@ -175,6 +171,14 @@ def _pair_problems(
     if own != rank or abs(served - defined) > 1e-6 * abs(defined):
         reason = f"the scale of {path} is {defined:.6g}, but {engine.title} multiplies by {served:.6g}"
         yield ServingProblem("wrong", path, reason, f"graftc convert --to {engine.layout} folds the scale in")
+
+
+def _unselected(engine: Engine, config: Mapping[str, Any], path: str) -> ServingProblem:
+    """Return the problem of factors that PEFT does not load; engines that look at the names in a config refuse them."""
+    others = any(config.get(field) for field in ("layers_to_transform", "exclude_modules"))
+    kind: Kind = "refused" if engine.by_target and not others else "wrong"
+    reason = f"the config does not select {path}, which PEFT would leave as it is"
+    return ServingProblem(kind, path, reason, "add it to target_modules, or remove its tensors")
 
 
 def beside(path: str, name: str) -> str:
@@ -196,10 +200,12 @@ def _shape_problems(path: str, pair: _Pair, module: BaseModule, rank: int) -> It
         yield ServingProblem("refused", path, reason, "export the adapter again")
 
 
-def _is_read(engine: Engine, config: Mapping[str, Any], key: str) -> bool:
-    """Return whether an engine reads a tensor that is not a factor, or may do without it."""
-    head = heads_served(engine, config) and key.split(".")[-2:][0] in engine.saved
-    return head or key.endswith(COPIES)
+def _is_read(engine: Engine, config: Mapping[str, Any], key: str, file: TensorFolder, base: ServedBase) -> bool:
+    """Return whether an engine reads a tensor that is not a factor, or may do without it as the base has the same."""
+    if key.endswith(COPIES):
+        own = base.stored.get(f"{key.removeprefix(PREFIX).removesuffix('.base_layer.weight')}.weight")
+        return own is not None and file[key].shape == own.shape and bool(file[key].to(own.dtype).equal(own))
+    return heads_served(engine, config) and key.split(".")[-2:][0] in engine.saved
 
 
-_STRANGE = "it is not a factor of a LoRA"
+_STRANGE = "neither a factor of a LoRA nor a tensor of the base"

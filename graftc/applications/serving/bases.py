@@ -9,8 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from graftc.files.tensors.folder import TensorFolder
+from graftc.files.tensors.weights import weight_files
 from graftc.runtime.sources.folder_checks import plain_config
 from graftc.runtime.sources.models import load_folder
 
@@ -74,6 +76,16 @@ class ServedBase:
         """Whether the head and the embedding share their weight."""
         config: Any = self.model.config
         return self.head is not None and bool(config.get_text_config().tie_word_embeddings)
+
+    @cached_property
+    def stored(self) -> Mapping[str, Tensor]:
+        """The tensors of its files by name, with the head's if it is tied; empty if the folder has only a config."""
+        if weight_files(self.folder) is None:
+            return {}
+        tensors = TensorFolder(self.folder, strict=False)
+        tied = f"{self.head}.weight" if self.tied else None
+        embedding = f"{self._path_of('get_input_embeddings')}.weight"
+        return {name: tensors[name] for name in tensors} | ({tied: tensors[embedding]} if tied is not None else {})
 
     @cached_property
     def modules(self) -> Mapping[str, BaseModule]:
