@@ -23,8 +23,8 @@ def prepare(job: ExportJob) -> GgufFile:
     """Return the content of the file.
 
     Raises:
-        GraftError: GC053 for a model without values, GC066 for anything that is not plain LoRA, GC068 for an engine that
-            does not load the file; others as in `merged_file` and `adapter_file`.
+        GraftError: GC053 for a model without values, GC066 for anything that is not plain LoRA, GC068 for an engine
+            that does not load the file; others as in `merged_file` and `adapter_file`.
     """
     if not isinstance(job.runner, AdaptedRunner):
         content = merged_file(cast(FoldedModel, job.runner))
@@ -58,7 +58,7 @@ def file_type_of(job: ExportJob) -> FileType:
     """Return the type of a file's matrices: the given one, or the one that the engine reads, or float32."""
     engine: Engine | None = job.options["server"]
     usual = engine.file_types[0].lower() if engine is not None and engine.file_types else "f32"
-    return job.options["dtype"] or usual
+    return cast(FileType, job.options["dtype"] or usual)
 
 
 def _require_read(job: ExportJob, content: GgufFile) -> None:
