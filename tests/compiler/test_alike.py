@@ -214,7 +214,7 @@ def test_a_graph_that_the_model_disagrees_with_is_captured_layer_by_layer(monkey
         torch.testing.assert_close(compiled(x), model(x), rtol=0, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_layer_finds_its_part_of_a_cache_by_its_number() -> None:
     model = families.llama(num_hidden_layers=7).requires_grad_(False)
     assert taken_over(model, with_past(model), mode="eval", flags=(("use_cache", True),)).alike == 5

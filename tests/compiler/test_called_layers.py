@@ -135,7 +135,7 @@ class TestFunctions:
         deeper = compilation_of(compiled_at(33)).program_as_run("train").graph
         assert len(deeper.nodes) == len(graph.nodes) + 2
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_an_override_on_two_layers_makes_two(self) -> None:
         compiled = compiled_at(32, {**LORA, "overrides": [{"layers": [7, 20], "rank": 4}]})
         assert is_called(compiled)
@@ -159,7 +159,7 @@ class TestFunctions:
 
 
 class TestWrittenOut:
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_training_and_generating_do_without(self) -> None:
         compiled = compiled_at().train()
         ids = torch.arange(12).reshape(2, 6)
@@ -258,7 +258,7 @@ class TestToldAsOfEveryLayer:
         assert len(messages) == len(set(messages))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_parts_of_a_call_are_written_out_one_by_one() -> None:
     """Adaptations that a decoder's graph lacks are looked up in the graphs of other parts, as they are run."""
     model = tiny("t5", layers=DEPTH).eval()

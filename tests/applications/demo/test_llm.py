@@ -157,7 +157,7 @@ def tiny_llama() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The long version runs with PEFT and a tiny model that learns to answer "profits" to all news."""
     news = load_r8()
