@@ -21,7 +21,7 @@ from graftc.specs.strict_json import read_json
 
 
 @dataclass(frozen=True)
-class AdapterSource(Record, closed=True):
+class MergedAdapter(Record, closed=True):
     """The adapter that was merged, if it was read from a folder."""
 
     kind: Literal["artifact", "peft"]
@@ -56,7 +56,7 @@ class MergedRecord(Record, closed=True):
     digest: Digest
     """SHA-256 of this record without its digest."""
 
-    adapter: AdapterSource | None = None
+    adapter: MergedAdapter | None = None
     """The adapter; null for a merge in memory."""
 
 
@@ -70,7 +70,7 @@ def write_merged_record(
         spec: the spec, or PEFT's config, as text.
         certificate: the certificate of the fold, with the base's fingerprint.
         files: size and digest of every file in the folder.
-        adapter: the fields of `AdapterSource`; none for a merge in memory.
+        adapter: the fields of `MergedAdapter`; none for a merge in memory.
     """
     data = {
         "merged": "graftc",
