@@ -29,6 +29,7 @@ from graftc.passes.core.weights.names import AdapterName, parsed
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.base import MethodSpec
+from graftc.specs.claims import FoldKind
 from graftc.specs.errors.diagnostics import GraftError
 
 aten = torch.ops.aten
@@ -71,8 +72,8 @@ def one_map(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: bool,
         lookup: whether the weight is an embedding table, whose columns are its entries.
 
     Raises:
-        GraftError: as for `compile_model`, for a spec that does not fit the sizes; GC103 if an adaptation's nodes read
-            more than the map.
+        GraftError: as for `compile_model`, for a spec that does not fit the sizes; GC050 for a method that does not
+            fold; GC103 if an adaptation's nodes read more than the map.
     """
     store = Store()
     base = _without_adaptations(store, rows, columns, bias=bias, lookup=lookup)
@@ -83,6 +84,8 @@ def one_map(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: bool,
     for index, spec in enumerate(specs):
         item, method = Resolved(spec, ((site, spec),)), method_for(spec.method)
         try:
+            if spec.claims.folds is FoldKind.NONE:
+                raise GraftError("GC050", f"{item.name!r} cannot fold: no weight computes what {spec.method} does")
             adapt(Builder(adapted, store, item.name, spec.method), item)
         except GraftError as error:
             raise error.within(f"adapt[{index}]") from error

@@ -125,7 +125,7 @@ def _require_plain(adapter: PeftAdapter) -> None:
     if reasons:
         hint = "import it with graftc import-peft, and convert the artifact to a LoRA with graftc convert"
         if any(isinstance(module.spec, ALoRA) for module in adapter.modules):
-            hint = "import it with graftc import-peft, and export the artifact with --format peft or gguf"
+            hint = "import it with graftc import-peft, and export the artifact with --no-merge --format gguf"
         message = f"it is not just a LoRA of linear maps: {reasons[0]}"
         raise GraftError("GC069", message, place=adapter.place, hint=hint, details=tuple(dict.fromkeys(reasons)))
 
