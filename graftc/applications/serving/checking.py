@@ -11,6 +11,7 @@ from graftc.applications.serving.bases import ServedBase
 from graftc.applications.serving.comparing import compared, failure
 from graftc.applications.serving.folders import GENAI, folder_problems, genai_problems, require_folder
 from graftc.applications.serving.gguf_files import GgufContent, replayed_gguf
+from graftc.files.tensors.weights import INDEX, SINGLE
 from graftc.records.serving.certificates import ServingCertificate, ServingProblem
 from graftc.runtime.interop.peft.folder import WEIGHTS, adapter_tensors
 from graftc.runtime.serving.engines import FORMS, Engine, Form, engine_of
@@ -105,6 +106,8 @@ def form_of(path: Path) -> Form:
     require_folder(path)
     if path.is_file():
         return "gguf-adapter" if GgufContent.of(path).is_adapter else "gguf-model"
+    if (path / "config.json").is_file() and any((path / name).is_file() for name in (SINGLE, INDEX)):
+        return "model"
     names: tuple[tuple[str, Form], ...] = ((CONFIG, "peft"), (GENAI, "onnx-generate"), ("config.json", "model"))
     form = next((form for name, form in names if (path / name).is_file()), None)
     if form is None:

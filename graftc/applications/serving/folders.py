@@ -28,15 +28,16 @@ def folder_problems(engine: Engine, folder: Path) -> Iterator[ServingProblem]:
     Raises:
         GraftError: GC032 and GC100 for a folder that cannot be read.
     """
+    if (adapter := embedded_adapter(folder)) is not None:
+        reason = f"the folder contains {adapter}, which transformers would apply and {engine.title} does not"
+        yield ServingProblem("ignored", str(adapter), reason, "merge it, or move it to a separate folder")
+        return
     config, tensors = plain_config(folder, str(folder)), TensorFolder(folder, strict=False)
     rope = config.get("rope_parameters") or {}
     for field in engine.needs:
         if field in rope and field not in config:
             reason = f"config.json has {field} only in rope_parameters, and {engine.title} reads it at the top level"
             yield ServingProblem("refused", field, reason, f'add "{field}": {shown(rope[field])} to config.json')
-    if (adapter := embedded_adapter(folder)) is not None:
-        reason = f"the folder contains {adapter}, which transformers would apply and {engine.title} does not"
-        yield ServingProblem("ignored", str(adapter), reason, "merge it, or move it to a separate folder")
     text = config.get("text_config") or config
     if text.get("tie_word_embeddings", config.get("tie_word_embeddings")) and "lm_head.weight" in tensors:
         table = next((tensors[name] for name in tensors if name.endswith("embed_tokens.weight")), None)

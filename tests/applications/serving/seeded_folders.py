@@ -203,7 +203,9 @@ def pissa(adapter: Draft) -> dict[str, Tensor]:
 
 
 def no_alpha(adapter: Draft) -> dict[str, Tensor]:
-    """Leave alpha out of a GGUF file."""
+    """Leave alpha out of a GGUF file: it is twice the rank or more, while llama.cpp then multiplies by 1."""
+    factor = adapter.random.choice([2, 3, 5])
+    adapter.scales = dict.fromkeys(adapter.pairs, float(factor))
     adapter.alpha = False
     return adapter.updates
 
