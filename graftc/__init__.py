@@ -28,6 +28,8 @@ _FACADE = {
     "roles": "graftc.runtime.api",
     "select": "graftc.runtime.api",
     "serve_check": "graftc.applications.serving.checking",
+    "serve_plan": "graftc.applications.serving.planning",
+    "ServingPlan": "graftc.records.serving.plans",
     "ServingCertificate": "graftc.records.serving.certificates",
     "tune": "graftc.applications.recipes.tune",
     "pet": "graftc.applications.pet.recipe",
@@ -47,11 +49,13 @@ if TYPE_CHECKING:
     from graftc.applications.planner.planning import plan
     from graftc.applications.recipes.tune import tune
     from graftc.applications.serving.checking import serve_check
+    from graftc.applications.serving.planning import serve_plan
     from graftc.compiler.resolve.selection import Selection
     from graftc.records.applications.memory import MemoryPlan
     from graftc.records.certificate import Certificate
     from graftc.records.report import Report
     from graftc.records.serving.certificates import ServingCertificate
+    from graftc.records.serving.plans import ServingPlan
     from graftc.runtime import optim
     from graftc.runtime.api import check, compile, import_peft, load, load_base, roles, select
     from graftc.runtime.compiled import Compiled
@@ -77,6 +81,7 @@ __all__ = [
     "Report",
     "Selection",
     "ServingCertificate",
+    "ServingPlan",
     "Spec",
     "TrainingLog",
     "__version__",
@@ -96,6 +101,7 @@ __all__ = [
     "roles",
     "select",
     "serve_check",
+    "serve_plan",
     "share_base",
     "testing",
     "tune",

@@ -137,6 +137,9 @@ def split(compilation: Compilation) -> tuple[Resolved, list[Resolved]]:
     every = list(compilation.main.resolved)
     for resolved in every:
         table_of(resolved.spec)  # raises for what peft does not have
+    if not every:
+        hint = "merge it, or save the model as an artifact"
+        raise GraftError("GC115", "PEFT has no adapter that consists of trained modules only", hint=hint)
     mains = [resolved for resolved in every if type(resolved.spec) is not rows]
     mains = mains or every[:1]
     others = [resolved for resolved in every if resolved is not mains[0]]
