@@ -31,6 +31,7 @@ _CODE = {
     "Builder": "graftc.passes.core.build.builder",
     "Collapsing": "graftc.passes.core.method.capabilities",
     "Controller": "graftc.passes.core.method.steering",
+    "Exchangeable": "graftc.passes.core.method.capabilities",
     "ExportJob": "graftc.runtime.export.job",
     "Figured": "graftc.passes.core.method.capabilities",
     "Fold": "graftc.passes.core.weights.folds",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from graftc.passes.core.method.base_gradients import BaseGradients
     from graftc.passes.core.method.capabilities import (
         Collapsing,
+        Exchangeable,
         Figured,
         Observed,
         Ranked,
@@ -129,6 +131,7 @@ __all__ = [
     "Claims",
     "Collapsing",
     "Controller",
+    "Exchangeable",
     "ExportJob",
     "ExportOption",
     "Exporter",

@@ -282,6 +282,29 @@ def test_an_input_that_folds(capsys: pytest.CaptureFixture[str], here: Path) -> 
     assert not (here / "m.pt2").exists()
 
 
+@pytest.mark.full
+def test_export_for_a_graph(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    """An adapter is written for a graph with inputs; options that do not belong together are refused."""
+    run_valid(capsys, "export", "trained", "-f", "onnx", "-o", "model.onnx", "--no-merge", "--inputs", "attention")
+    adapter = ["export", "trained", "-f", "onnx-adapter", "-o", "own.onnx_adapter"]
+    data = run_valid(capsys, *adapter, "--for-graph", "model.onnx")
+    assert data["merged"] is False and [file["path"] for file in data["files"]] == ["own.onnx_adapter"]
+    before = (here / "own.onnx_adapter").read_bytes()
+    for options, code in (
+        ([], "GC073"),
+        (["--for-graph", "trained/spec.yaml"], "GC192"),
+        (["--for-graph", "model.onnx", "--slot", "prefix"], "GC192"),
+        (["--for-graph", "model.onnx", "--inputs", "attention"], "GC090"),
+    ):
+        error = run_valid(capsys, *adapter, "--force", *options, status=2 if code in ("GC073", "GC090") else 3)["error"]
+        assert error["code"] == code
+    error = run_valid(capsys, "export", "trained", "-f", "onnx", "-o", "m.onnx", "--slot", "attention", status=2)[
+        "error"
+    ]
+    assert error["code"] == "GC090" and "--slot" in error["message"]
+    assert (here / "own.onnx_adapter").read_bytes() == before
+
+
 # --- verify and diff -------------------------------------------------------------------------------------------
 
 

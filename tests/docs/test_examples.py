@@ -256,6 +256,11 @@ def an_input_that_has_folded(patch: pytest.MonkeyPatch) -> None:
     fresh("bert", LORA).merge(allow_unchanged=True).export("model.onnx", inputs=["lora"])
 
 
+def an_adapter_for_no_graph(patch: pytest.MonkeyPatch) -> None:
+    Path("model.onnx").touch()
+    fresh("bert", LORA).export("lora.onnx_adapter", "onnx-adapter", graph="model.onnx")
+
+
 def a_method_of_peft(patch: pytest.MonkeyPatch) -> None:
     getattr(fresh("bert", LORA), "merge_and_unload")()  # noqa: B009
 
@@ -478,6 +483,7 @@ CASES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "GC063": a_taken_path,
     "GC064": a_folder_that_is_a_file,
     "GC065": an_input_that_has_folded,
+    "GC192": an_adapter_for_no_graph,
     "GC070": a_tag_that_is_taken,
     "GC071": a_broken_plugin,
     "GC072": a_method_of_peft,

@@ -26,6 +26,7 @@ from graftc.records.fields import ArtifactFolder
 from graftc.records.files import PeftTensor
 from graftc.records.results import WrittenResult
 from graftc.runtime.export.formats.gguf import DTYPE, ENGINE
+from graftc.runtime.export.formats.onnx_adapter import GRAPH, SLOT
 from graftc.runtime.export.formats.peft import MAX_RANK, SERVER
 from graftc.runtime.export.graph_options import INPUTS
 from graftc.specs.errors.diagnostics import GraftError
@@ -121,6 +122,14 @@ def export(
         int | None,
         typer.Option(MAX_RANK.flag, metavar="N", min=1, help=MAX_RANK.help, show_default=False),
     ] = None,
+    graph: Annotated[
+        str | None,
+        typer.Option(GRAPH.flag, metavar="PATH", help=GRAPH.help, show_default=False),
+    ] = None,
+    slot: Annotated[
+        str | None,
+        typer.Option(SLOT.flag, metavar="NAME", help=SLOT.help, show_default=False),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -132,13 +141,15 @@ def export(
     ] = None,
 ) -> ExportResult:
     """Export to ONNX (onnx-generate: with a cache, for generation), .pt2 or GGUF, folded and certified, or only the
-    adapters to PEFT's format or (--no-merge) to GGUF. Files are checked before they are put in place.
+    adapters to PEFT's format, for an ONNX graph (onnx-adapter) or (--no-merge) to GGUF. Files are checked before they
+    are put in place.
     """
     from graftc.runtime.export.options import options_for
     from graftc.runtime.export.registry import exporter_of
 
     exporter = exporter_of(str(format))
-    given = {"inputs": inputs, "dtype": dtype, "server": server, "max_rank": max_rank, **_named(option or ())}
+    given = {"inputs": inputs, "dtype": dtype, "server": server, "max_rank": max_rank, "graph": graph, "slot": slot}
+    given |= _named(option or ())
     of_fold = {"--budget": budget, "--base": base, "--allow-unchanged": allow_unchanged}
     asked = _check_options(exporter, given, of_fold, merge)
     folds = exporter.folds and merge is not False
@@ -186,7 +197,7 @@ def _show(result: ExportResult, to: Console) -> None:
     print_files(result.out, result.files, to)
 
 
-_FLAGS = {option.name: option.flag for option in (INPUTS, DTYPE, SERVER, MAX_RANK)}
+_FLAGS = {option.name: option.flag for option in (INPUTS, DTYPE, SERVER, MAX_RANK, GRAPH, SLOT)}
 """The command's own flags for options of built-in formats, by option name."""
 
 

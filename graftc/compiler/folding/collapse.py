@@ -69,7 +69,7 @@ def collapsed_values(compilation: Compilation) -> dict[str, Tensor]:
         if resolved.spec.virtual_tokens():
             tensors |= slot_values(compilation, resolved)
             continue
-        for prefix, own in _places(compilation, resolved, lambda name: store.full(name).double()):
+        for prefix, own in places(compilation, resolved, lambda name: store.full(name).double()):
             dtype = store.get(prefix + next(iter(own.tensors))).dtype
             tensors |= {prefix + part: round_once(value, dtype).contiguous() for part, value in own.collapsed().items()}
     return tensors
@@ -88,30 +88,37 @@ def _parameters(compilation: Compilation, resolved: Resolved) -> int:
     def shaped(name: str) -> Tensor:
         return torch.empty(store.get(name).shape, dtype=torch.float64, device="meta")
 
-    return sum(v.numel() for _, own in _places(compilation, resolved, shaped) for v in own.collapsed().values())
+    return sum(v.numel() for _, own in places(compilation, resolved, shaped) for v in own.collapsed().values())
 
 
-class _Own:
-    """The tensors of one place: its own, those it shares with other places, and the result of collapsing both."""
+class PlaceTensors:
+    """The tensors of one place.
+
+    Attributes:
+        spec: the adaptation with the place's overrides applied.
+        tensors: its own tensors, by part.
+        shared: the tensors that all places share, by part.
+    """
 
     def __init__(self, spec: MethodSpec, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> None:
         self.spec, self.tensors, self.shared = spec, tensors, shared
 
     def collapsed(self) -> Mapping[str, Tensor]:
+        """Return the deployed tensors by part."""
         gates = {part: value for part, value in self.tensors.items() if part in GATE}
         method = method_for(self.spec.method)
         assert isinstance(method, Collapsing)
         return {**gates, **method.collapsed(self.spec, {**self.shared, **self.tensors})}
 
 
-def _places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator[tuple[str, _Own]]:
+def places(compilation: Compilation, resolved: Resolved, read: Any) -> Iterator[tuple[str, PlaceTensors]]:
     """Yield the tensors of every place, together with the prefix of their names."""
     parts = compilation.parts[resolved.name]
     shared = {part: read(name) for part, name in parts.get(None, {}).items()}
     for site, spec in resolved.places:
         names = parts[site.key]
         prefix = next(name.removesuffix(part) for part, name in names.items())
-        yield prefix, _Own(spec, {part: read(name) for part, name in names.items()}, shared)
+        yield prefix, PlaceTensors(spec, {part: read(name) for part, name in names.items()}, shared)
 
 
 def place_values(compilation: Compilation, resolved: Resolved) -> Iterator[tuple[SiteKey, Mapping[str, Tensor]]]:
@@ -120,7 +127,7 @@ def place_values(compilation: Compilation, resolved: Resolved) -> Iterator[tuple
     These are the place's own tensors, or the result of collapsing them.
     """
     simpler = _simpler(compilation, resolved)
-    for site, (_, own) in zip(resolved.places, _places(compilation, resolved, compilation.store.full), strict=True):
+    for site, (_, own) in zip(resolved.places, places(compilation, resolved, compilation.store.full), strict=True):
         yield site[0].key, own.tensors if simpler is None else own.collapsed()
 
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.capabilities import Exchangeable
 from graftc.passes.core.method.lowrank import normal, ones, uniform, within, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite, SublayerSite, unsupported
 from graftc.passes.core.sites.uses import Dense
 from graftc.passes.core.weights.folds import Fold, Keep
+from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.bottleneck import Bottleneck, BottleneckSpec
 
@@ -30,8 +32,11 @@ _ACTIVATIONS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "leaky_relu": (aten.leaky_relu.default, {}),
 }
 
+_EXCHANGED = ("bottleneck", "reduction", "bias", "init", "init_std", "scale", "dropout", "overrides")
+"""Fields in which adapters for one graph may differ."""
 
-class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
+
+class BottleneckAdapter(Method[S, LinearSite | SublayerSite], Exchangeable[S]):
     """``value + s (U f(D x + b) + c)`` with ``D: [bottleneck, read]``, ``U: [added, bottleneck]``.
 
     ``x`` is the value that the adapter reads, through its own layer norm if it has one, and ``value`` is the value that
@@ -90,6 +95,19 @@ class BottleneckAdapter(Method[S, LinearSite | SublayerSite]):
         weight = build.parameter(part, (out, _width(x)), initialiser(spec, part), dtype=dtype)
         bias = build.parameter(f"{part}_bias", (out,), zeros, dtype=dtype) if spec.bias else None
         return build.linear(x, weight, bias, part=part)
+
+    def exchangeable(self, spec: S, size: int) -> MethodSpec:
+        """Return the adapter with a bottleneck of this width and with biases, whose scale is 1."""
+        fields = {f: getattr(spec, f) for f in type(spec).model_fields if f not in _EXCHANGED}
+        return type(spec)(bottleneck=size, bias=True, init="lora", scale=1.0, **fields)
+
+    def exchanged(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the tensors with the scale in the last of the adapter's own maps, and with biases."""
+        biases = {f"{part}_bias": tensors[part].new_zeros(tensors[part].shape[0]) for part in ("down", "up")}
+        every: dict[str, Any] = {**biases, **tensors}
+        scale = every.pop("scale", spec.scale)
+        last = ("norm_after_weight", "norm_after_bias") if "norm_after_weight" in every else ("up", "up_bias")
+        return {**every, **{part: every[part] * scale for part in last}}
 
     def fold(self, spec: S, site: LinearSite | SublayerSite, tensors: Mapping[str, Tensor]) -> Fold:
         """Keep the adapter in the graph, since no weight of the base can compute it."""

@@ -10,13 +10,13 @@ from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.effective_weight import EffectiveWeight, effective_weight, trace
-from graftc.passes.core.method.capabilities import RowWise
+from graftc.passes.core.method.capabilities import Exchangeable, RowWise
 from graftc.passes.core.method.lowrank import added, factors, normal, uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.ops.magnitude import SMALLEST, TINY, norm_of_squares, squares
 from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, SiteKey
 from graftc.passes.core.weights.folds import Fold, weight_fold
-from graftc.passes.methods.bases.low_rank import dropped_input
+from graftc.passes.methods.bases.low_rank import dropped_input, kept
 from graftc.specs.methods.dora import DoRA
 
 aten = torch.ops.aten
@@ -25,7 +25,7 @@ ops = torch.ops.graftc
 Scales = dict[SiteKey, fx.Node]
 
 
-class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
+class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA], Exchangeable[DoRA]):
     """``y = c * (u + s B A x) + b`` with ``c = m / |W + s B A|`` and ``u = W x`` (arXiv:2402.09353).
 
     ``m: [rows]`` is initialised to the row norms of ``W``; their squares are stored as a constant. The norms in ``c``
@@ -79,6 +79,14 @@ class DoRAMethod(Method[DoRA, LinearSite], RowWise[DoRA]):
             return weight * (tensors["m"] / norm)[..., None]
 
         return weight_fold(change)
+
+    def exchangeable(self, spec: DoRA, size: int) -> DoRA:
+        """Return the adaptation with factors of this rank at every site, whose scale is 1."""
+        return DoRA(rank=size, alpha=size, excess_rank=True, **kept(spec, "name", "target", "dtype"))
+
+    def exchanged(self, spec: DoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the tensors with the scale in ``B``."""
+        return {part: tensor * spec.scaling if part == "B" else tensor for part, tensor in tensors.items()}
 
     def row_axes(self, spec: DoRA) -> Mapping[str, int]:
         """Return the row axes of ``B`` and ``m``."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.capabilities import RowWise
+from graftc.passes.core.method.capabilities import Exchangeable, RowWise
 from graftc.passes.core.method.lowrank import ones
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite, unsupported
@@ -20,7 +20,7 @@ from graftc.specs.methods.ia3 import IA3
 aten = torch.ops.aten
 
 
-class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
+class IA3Method(Method[IA3, LinearSite], RowWise[IA3], Exchangeable[IA3]):
     """``y = l * (W x + b)`` with ``l: [out]``, or ``y = W (l * x) + b`` with ``l: [in]``.
 
     A vector on keys or values acts before heads are split and before a rotary embedding, so it folds into rows of ``W``
@@ -68,6 +68,10 @@ class IA3Method(Method[IA3, LinearSite], RowWise[IA3]):
     def reads_channels(self, spec: IA3) -> bool:
         """Return whether the vector may scale the input, which it does channel by channel in a convolution."""
         return spec.side != "output"
+
+    def exchangeable(self, spec: IA3, size: int) -> IA3:
+        """Return the spec, since the vectors have the sizes of the base."""
+        return spec
 
     def row_axes(self, spec: IA3) -> Mapping[str, int]:
         """Return the row axis of ``l``, unless the spec always scales inputs."""

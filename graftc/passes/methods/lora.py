@@ -14,7 +14,7 @@ from graftc.passes.core.build.builder import Builder, Initialiser
 from graftc.passes.core.method.lowrank import added, factors, normal, uniform, within, zeros
 from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, ParameterSite, SiteKey
 from graftc.passes.core.weights.folds import Fold, Keep, weight_fold
-from graftc.passes.methods.bases.low_rank import LowRankMethod, add_branch, dropped_input
+from graftc.passes.methods.bases.low_rank import LowRankMethod, add_branch, dropped_input, kept
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.lora import LoRA
 
@@ -113,6 +113,20 @@ class LoRAMethod(LowRankMethod[LoRA]):
     def update(self, spec: LoRA, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, float]:
         """Return ``B``, ``A`` and the scale."""
         return tensors["B"], tensors["A"], spec.scaling
+
+    def exchangeable(self, spec: LoRA, size: int) -> LoRA | None:
+        """Return a LoRA of this rank whose scale is 1, with the same biases; None for a branch across groups."""
+        if spec.across_groups:
+            return None
+        return LoRA(rank=size, alpha=size, excess_rank=True, **kept(spec, "name", "target", "dtype", "bias"))
+
+    def exchanged(self, spec: LoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the factors with the scale in ``B``, and next to them those of a product that is subtracted."""
+        biases = {part: tensor for part, tensor in tensors.items() if part not in ("A", "B", "A0", "B0")}
+        a, b = tensors["A"], tensors["B"]
+        if "A0" in tensors:
+            a, b = torch.cat([a, tensors["A0"]], -2), torch.cat([b, -tensors["B0"]], -1)
+        return {**biases, "A": a, "B": b * spec.scaling}
 
     def row_axes(self, spec: LoRA) -> Mapping[str, int]:
         """Return the row axes of ``B`` and ``B0``."""

@@ -14,7 +14,7 @@ from graftc.passes.core.build.base_activations import read_tokens
 from graftc.passes.core.build.builder import Builder, Initialiser
 from graftc.passes.core.ir.program import above, gives_tensors
 from graftc.passes.core.ir.shapes import expression
-from graftc.passes.core.method.capabilities import Collapsing
+from graftc.passes.core.method.capabilities import Collapsing, Exchangeable
 from graftc.passes.core.method.lowrank import normal, uniform, zeros
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import AttentionOperands, AttentionSite, Positions, SiteKey
@@ -71,12 +71,14 @@ class Shared:
     hidden: fx.Node | None = None
 
 
-class PrefixedAttention(Method[S, AttentionSite], Collapsing[S]):
+class PrefixedAttention(Method[S, AttentionSite], Collapsing[S], Exchangeable[S]):
     """``softmax(q [P; K]^T) [U; V]`` with ``P: [length, key width]`` and ``U: [length, value width]``; each head uses
     its own columns (arXiv:2101.00190; without a reparameterisation, P-tuning v2, arXiv:2110.07602).
 
     With a reparameterisation, ``[P, U] = W2 tanh(W1 E + b1) + b2``, where each place has its own ``W2`` and ``b2``.
     """
+
+    least = 0
 
     def prepare(self, spec: S, sites: Sequence[AttentionSite], build: Builder) -> Shared:
         """Shift the text's positions past the prefix if requested, and build the hidden layer of a reparameterisation.
@@ -134,6 +136,12 @@ class PrefixedAttention(Method[S, AttentionSite], Collapsing[S]):
         """Return the keys and values that the network computes."""
         hidden = torch.tanh(tensors["vectors"] @ tensors["hidden"].T + tensors["hidden_bias"])
         return {p: hidden @ tensors[f"{p}_out"].T + tensors[f"{p}_out_bias"] for p in ("keys", "values")}
+
+    def exchangeable(self, spec: S, size: int) -> MethodSpec:
+        """Return a prefix of this length without a network; with length 0, attention is the base's own."""
+        return type(spec)(
+            length=size, **{f: getattr(spec, f) for f in ("name", "target", "dtype", "positions", "window")}
+        )
 
 
 class PrefixMethod(PrefixedAttention[Prefix]):

@@ -24,8 +24,10 @@ from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis, siz
 from graftc.compiler.signatures import signature_for
 from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
 from graftc.passes.core.ir.program_key import Signature
+from graftc.runtime.export.exchange import Exchange
+from graftc.runtime.export.graph_options import adapter_files
+from graftc.runtime.export.graphs import write_inputs
 from graftc.runtime.export.job import ExportJob, require_one_graph
-from graftc.runtime.export.metadata import metadata
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx import check_onnx, prepare_onnx, save_onnx
 from graftc.runtime.model.choices import with_choices
@@ -62,9 +64,11 @@ class CachedFile:
 class CachedModule(ExportModule):
     """An `ExportModule` for a graph with a cache."""
 
-    def __init__(self, runner: ModelRunner, signature: Signature, file: CachedFile) -> None:
+    def __init__(
+        self, runner: ModelRunner, signature: Signature, file: CachedFile, exchange: Exchange | None = None
+    ) -> None:
         self._file = file
-        super().__init__(runner, signature, apart=True)
+        super().__init__(runner, signature, exchange, apart=True)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -118,16 +122,17 @@ def prepare(job: ExportJob) -> dict[str, tuple[CachedModule, Any]]:
         if isinstance(control, ALoRA):
             message = f"a graph with a cache needs to be told where {control.name!r} begins, but its users do not know"
             raise GraftError("GC141", message, hint="export format onnx, which reads whole texts, or format gguf")
-    runner = job.simplest
+    runner = job.served
     Generating(runner).require_generating()
     calls = ((file, signature_for(runner.compilation, file.present)) for file in _files(runner))
-    modules = {file.name: CachedModule(runner, signature, file) for file, signature in calls}
-    return {n: (m, prepare_onnx(m, metadata(runner, m.program, job.evidence))) for n, m in modules.items()}
+    modules = {file.name: CachedModule(runner, signature, file, job.exchange) for file, signature in calls}
+    job.require_read(*modules.values())
+    return {name: (module, prepare_onnx(module, job.metadata(module))) for name, module in modules.items()}
 
 
 def write(job: ExportJob, folder: Path) -> None:
     """Create a folder of ONNX files for generation."""
-    runner = job.simplest
+    runner = job.served
     origin = companions_of_model(runner.compilation.source)
     folder.mkdir()
     config, generation = copy.deepcopy(runner.config), getattr(runner.module, "generation_config", None)
@@ -135,6 +140,7 @@ def write(job: ExportJob, folder: Path) -> None:
     for name, (module, model) in job.prepared.items():
         save_onnx(model, folder / name)
         _describe(module, config, generation, folder, name)
+    write_inputs([module for module, _ in job.prepared.values()], _adapters(job, folder))
     config.save_pretrained(folder)
     if generation is not None:
         generation.save_pretrained(folder)
@@ -150,7 +156,13 @@ def check(job: ExportJob, folder: Path) -> None:
         GraftError: GC060 if a check fails.
     """
     for name, (module, _) in job.prepared.items():
-        check_onnx(module, folder / name)
+        files = [file for own, file in _adapters(job, folder).items() if own in module.adaptations]
+        check_onnx(module, folder / name, files if len(job.prepared) == 1 else ())
+
+
+def _adapters(job: ExportJob, folder: Path) -> dict[str, Path]:
+    """Return the files with the values of adaptations that are inputs."""
+    return {name: folder / file for name, file in adapter_files(job.options, "adapters/").items()}
 
 
 def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, name: str) -> None:

@@ -105,22 +105,25 @@ class Exporting:
         A compiled model is exported with its adapters, with AdaMix experts averaged; a merged one is exported folded,
         with its certificate in the metadata. ``"peft"`` writes the adapters of a compiled model as a folder that PEFT
         loads. ``"gguf"`` writes a merged model for llama.cpp, or the LoRAs of a compiled one as an adapter for it.
-        ``"onnx-generate"`` writes a folder of graphs with a cache, for generation with ONNX Runtime.
+        ``"onnx-generate"`` writes a folder of graphs with a cache, for generation with ONNX Runtime. ``"onnx-adapter"``
+        writes the adapters of a compiled model for a graph that takes adapters as inputs.
 
         The file contains every adaptation, including disabled ones. Graphs take no labels and return no loss.
 
-        The tensors of adaptations in ``inputs`` become inputs of the graph, by their full names, instead of constants,
-        so that one file serves every adaptation with these shapes; in ``.pt2`` they form one keyword argument,
-        ``adapter_tensors``, a mapping from names to tensors. Their values are stored beside the file, in
-        ``<file>.<adaptation>.safetensors``.
+        The tensors of adaptations in ``inputs`` become inputs of the graph, by their full names, instead of constants.
+        Ranks, widths of bottlenecks and lengths of prefixes are then free, and scales are part of the values, so that
+        one file serves adapters of any size; ONNX files have defaults with which they compute the base. In ``.pt2`` the
+        tensors form one keyword argument, ``adapter_tensors``, a mapping from names to tensors. The model's own values
+        are stored beside the file, in ``<file>.<adaptation>.safetensors``, or within the folder of ``onnx-generate`` in
+        ``adapters/<adaptation>.safetensors``.
 
         Args:
             path: the file or folder to write.
-            format: ``"onnx"``, ``"onnx-generate"``, ``"pt2"``, ``"peft"``, ``"gguf"``, or a format that an installed
-                package adds.
+            format: ``"onnx"``, ``"onnx-generate"``, ``"onnx-adapter"``, ``"pt2"``, ``"peft"``, ``"gguf"``, or a format
+                that an installed package adds.
             example_inputs: for onnx and pt2, a call whose signature is exported, by name or in order; by default the
                 call that the model was compiled with. Tensors' values do not matter.
-            inputs: for onnx and pt2, names of adaptations in the graph whose tensors become inputs.
+            inputs: for onnx, onnx-generate and pt2, names of adaptations in the graph whose tensors become inputs.
             dtype: the element type of the matrices in a GGUF file: ``"f32"``, ``"f16"`` or ``"bf16"``; by default the
                 one that the server needs, or ``"f32"``.
             server: the serving engine that must be able to load the PEFT folder or the GGUF file. In a folder, the
@@ -128,15 +131,18 @@ class Exporting:
                 if factors were initialised from the weights.
             max_rank: the maximum rank with which the server was started; by default, the largest that it supports.
             force: whether to replace an existing file or folder.
-            options: options of a format that an installed package adds.
+            options: for onnx and onnx-generate ``adapter_format``: ``"safetensors"`` by default, or ``"onnx_adapter"``;
+                for onnx-adapter ``graph``, the ONNX file or folder that the adapter is for, and optionally ``slot``,
+                the graph's adaptation in whose place it goes; options of a format that an installed package adds.
 
         Raises:
             GraftError: GC031 for example inputs that have no graph, GC060 for an unknown format, or if the exporter or
                 the check of its result fails, GC061 without the ``export`` extra, GC063 if ``path`` exists, GC064 if it
                 cannot be written, GC065 for an adaptation in ``inputs`` that the graph does not read, GC073 for an
-                option that the format does not have, GC078 if a package's exporter fails, GC091 for an adaptation in
-                ``inputs`` that does not exist; before anything is written, GC115 for a model that PEFT cannot express,
-                GC066 for anything but LoRA in a GGUF adapter, and GC068 for anything that the server does not accept.
+                option that the format does not have, GC078 if a package's exporter fails, GC192 for adapters that do
+                not fit ``graph``, GC091 for an adaptation in ``inputs`` that does not exist; before anything is
+                written, GC115 for a model that PEFT cannot express, GC066 for anything but LoRA in a GGUF adapter, and
+                GC068 for anything that the server does not accept.
         """
         to, given = as_path(path), {**options, "example_inputs": example_inputs, "inputs": inputs, "dtype": dtype}
         given |= {"server": server, "max_rank": max_rank}

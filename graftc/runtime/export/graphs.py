@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from graftc.files.tensors.writing import save_tensors
-from graftc.runtime.export.graph_options import companions_of
+from graftc.runtime.export.graph_options import adapter_files
+from graftc.runtime.export.job import ExportJob
 from graftc.runtime.export.module import ExportModule
+from graftc.runtime.onnx_generation.adapter_files import write_adapter
 
 
-def write_inputs(module: ExportModule, path: Path) -> None:
-    """Write the adaptations' tensors that are inputs of a graph beside it, in one file per adaptation."""
-    beside = companions_of(path, module.adaptations)
-    for name, tensors in module.adaptations.items():
-        save_tensors(tensors, path.with_name(beside[name]))
+def write_inputs(modules: Collection[ExportModule], files: Mapping[str, Path]) -> None:
+    """Write the values of adaptations that are inputs of graphs.
+
+    Args:
+        modules: the graphs.
+        files: the file of each adaptation.
+    """
+    for name, file in files.items():
+        file.parent.mkdir(exist_ok=True)
+        every = ((fqn, module.values[fqn]) for module in modules for fqn in module.adaptations.get(name, ()))
+        write_adapter(dict(every), file)
+
+
+def beside(job: ExportJob, path: Path) -> dict[str, Path]:
+    """Return the files with the inputs' values beside a single graph, by adaptation."""
+    return {name: path.with_name(file) for name, file in adapter_files(job.options, f"{path.name}.").items()}

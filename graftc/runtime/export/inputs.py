@@ -36,36 +36,39 @@ def require_known(runner: ModelRunner | ModelRoot, names: Iterable[str]) -> None
 def tensors_of(runner: ModelRunner, program: Program, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
     """Return the adaptations' tensors that a Program reads, by adaptation and full name; names are sorted.
 
+    Adaptations without such tensors are left out.
+
     Args:
         runner: the Runner that has the adaptations.
         program: the Program to export.
         names: names of the adaptations.
-
-    Raises:
-        GraftError: GC091 for an unknown adaptation, GC065 if the Program reads none of an adaptation's tensors.
     """
-    tensors: dict[str, dict[str, Tensor]] = {}
-    if not names:
-        return tensors
-    require_known(runner, names)
     read = {str(node.target) for node in program.graph.find_nodes(op="get_attr")}
     kept = {name: tensor for name, tensor in adapter_tensors(runner.store) if name in read and owner_of(name)}
+    own = {name: {fqn: kept[fqn].detach() for fqn in sorted(kept) if owner_of(fqn) == name} for name in names}
+    return {name: tensors for name, tensors in own.items() if tensors}
+
+
+def require_read(runner: ModelRunner, programs: Iterable[Program], names: Iterable[str]) -> None:
+    """Raise unless some of the Programs to export reads tensors of every adaptation.
+
+    Raises:
+        GraftError: GC065.
+    """
+    nodes = [node for program in programs for node in program.graph.find_nodes(op="get_attr")]
+    read = list(dict.fromkeys(owner for node in nodes if (owner := owner_of(str(node.target)))))
     for name in names:
-        own = {fqn: kept[fqn].detach() for fqn in sorted(kept) if owner_of(fqn) == name}
-        if not own:
+        if name not in read:
             raise GraftError(
                 "GC065",
                 f"{name!r} cannot be an input: the exported graph reads none of its tensors",
-                hint=_hint(runner, name, kept),
+                hint=_hint(runner, name, read),
             )
-        tensors[name] = own
-    return tensors
 
 
-def _hint(runner: ModelRunner, name: str, kept: Mapping[str, Tensor]) -> str:
+def _hint(runner: ModelRunner, name: str, others: Sequence[str]) -> str:
     if name in getattr(runner, "folded", ()):
         return "it has been folded into the weights: export the compiled model, with --no-merge on the command line"
-    others = list(dict.fromkeys(map(owner_of, kept)))
     return f"the graph reads tensors of: {', '.join(others)}" if others else "leave it out of the inputs"
 
 

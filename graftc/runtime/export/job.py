@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from graftc.passes.core.ir.program_key import Signature
 from graftc.records.files import PeftTensor
+from graftc.runtime.export.exchange import Exchange
 from graftc.runtime.export.exported_signature import exported_signature
+from graftc.runtime.export.inputs import require_read
 from graftc.runtime.export.metadata import UNFOLDED, FoldEvidence, metadata
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.simplest import deployed
@@ -69,14 +71,29 @@ class ExportJob:
         return deployed(self.runner) if isinstance(self.runner, AdaptedRunner) else self.runner
 
     @cached_property
+    def exchange(self) -> Exchange | None:
+        """The adaptations in the option ``inputs``; None without that option.
+
+        Raises:
+            GraftError: GC091 for an unknown adaptation, GC149 for a model that is not one graph.
+        """
+        require_one_graph(self.runner)
+        names = self.options.get("inputs")
+        return Exchange(self.simplest, names) if names else None
+
+    @property
+    def served(self) -> ModelRunner:
+        """The Runner whose graphs are written: `simplest`, or with adaptations as inputs the Runner of `exchange`."""
+        return self.exchange.runner if self.exchange else self.simplest
+
+    @cached_property
     def signature(self) -> Signature:
         """The exported graph's signature: that of the option ``example_inputs``, or of the first call.
 
         Raises:
             GraftError: GC031 for example inputs that have no graph, GC149 for a model that is not one graph.
         """
-        require_one_graph(self.runner)
-        return exported_signature(self.simplest, self.options.get("example_inputs"))
+        return exported_signature(self.served, self.options.get("example_inputs"))
 
     def graph(self, *, apart: bool = False) -> ExportModule:
         """Return the model's graph in eval mode as a plain module, which is created once.
@@ -91,13 +108,22 @@ class ExportJob:
                 an unknown one.
         """
         if apart not in self._graphs:
-            inputs = self.options.get("inputs") or ()
-            self._graphs[apart] = ExportModule(self.simplest, self.signature, inputs, apart=apart)
+            module = ExportModule(self.served, self.signature, self.exchange, apart=apart)
+            self.require_read(module)
+            self._graphs[apart] = module
         return self._graphs[apart]
+
+    def require_read(self, *modules: ExportModule) -> None:
+        """Raise unless the graphs read tensors of all adaptations in the option ``inputs``.
+
+        Raises:
+            GraftError: GC065.
+        """
+        require_read(self.runner, (module.program for module in modules), self.options.get("inputs") or ())
 
     def metadata(self, module: ExportModule) -> dict[str, str]:
         """Return the metadata for a file that contains a graph: spec, fingerprint, certificate and adapted places."""
-        return metadata(self.simplest, module.program, self.evidence, self.options.get("inputs") or ())
+        return metadata(self.simplest, module.program, self.evidence, self.exchange)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the model's tensors by name: first the base's, folded if the model is, then the adaptations'.

@@ -22,7 +22,8 @@ from graftc.passes.core.packing.packed_tensor import dense
 from graftc.passes.core.packing.packing import PackedType
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.packed_weights import reading_parts
-from graftc.runtime.export.inputs import ADAPTER_TENSORS, tensors_of, without
+from graftc.runtime.export.exchange import Exchange
+from graftc.runtime.export.inputs import ADAPTER_TENSORS, without
 from graftc.runtime.export.settled import settled
 from graftc.runtime.model.model_runner import ModelRunner
 
@@ -66,13 +67,21 @@ def _parts(store: Store, names: Sequence[str]) -> list[Tensor]:
     return [store.full(name) for name in names]
 
 
+def _otherwise(axis: Axis, tensor: Tensor) -> Tensor:
+    """Return other values for an adaptation's tensor, with free axes longer by half."""
+    for i, size in enumerate(axis.axes):
+        if isinstance(size, str):
+            tensor = torch.cat([tensor, tensor.narrow(i, 0, (tensor.shape[i] + 1) // 2)], i)
+    return tensor.flip(0) if tensor.dim() else tensor
+
+
 class ExportModule:
     """One eval Program as a module that holds only the tensors that the Program reads.
 
     Args:
         runner: the Runner of the compiled or merged model.
         signature: the signature to export.
-        names: names of the adaptations whose tensors are inputs.
+        exchange: the adaptations whose tensors are inputs, for `runner`.
         apart: if true, packed weights are inputs as well, or constants if other software does not support their
             packing.
 
@@ -81,7 +90,13 @@ class ExportModule:
         program: the Program that it computes.
         axes: the model's own inputs.
         adaptations: the tensors that are inputs as well, by adaptation and full name.
-        tensors: the same tensors, by full name and in the order of the inputs, followed by packed weights.
+        tensors: the same tensors, by full name and in the order of the inputs, followed by packed weights. Axes that
+            depend on an adaptation's size have the size at which the graph is traced.
+        values: the exported model's own values of these tensors.
+        tensor_axes: the shapes of adaptations' tensors; sizes that are names are free.
+        defaults: the values of inputs that a call does not pass, by tensor.
+        base: a function that computes what the base computes from the model's own inputs, if that is also what the
+            graph computes with its defaults.
         packed: the types of these packed weights, with their forms for other software.
         inputs: example inputs.
 
@@ -90,12 +105,17 @@ class ExportModule:
     """
 
     def __init__(
-        self, runner: ModelRunner, signature: Signature, names: Sequence[str] = (), *, apart: bool = False
+        self, runner: ModelRunner, signature: Signature, exchange: Exchange | None = None, *, apart: bool = False
     ) -> None:
         store = runner.store
-        program = runner.program_of(runner.key(signature, "eval"))
-        self.adaptations = tensors_of(runner, program, names)
+        program = exchange.program(signature) if exchange else runner.program_of(runner.key(signature, "eval"))
+        self.adaptations = exchange.tensors(program) if exchange else {}
         self.tensors = {name: tensor for own in self.adaptations.values() for name, tensor in own.items()}
+        self.values = {name: exchange.value(name) if exchange else t for name, t in self.tensors.items()}
+        self.tensor_axes = [exchange.axis(name) for name in self.tensors] if exchange else []
+        defaults = {name: exchange.default(name) if exchange else None for name in self.tensors}
+        self.defaults = {name: default for name, default in defaults.items() if default is not None}
+        self.base = exchange.base(signature) if exchange else None
         constants: dict[str, Tensor] = {}
         apart_weights: dict[str, PackedWeight] = {}
         if apart and store.packed:
@@ -110,7 +130,7 @@ class ExportModule:
         self._base, self._tensors = runner.compilation.program("train", "base", signature), store
         every = [Axis(s.name, s.dtype, s.shape) for s in self.program.inputs]
         self.axes = [axis for axis in every if self.taken(axis)]
-        self.inputs: Mapping[str, Any] = self._traced(self.sample(sizes=(3, 7)))
+        self.inputs: Mapping[str, Any] = self._traced(self.sample(sizes=(3, 7)) | self._as_input(self.tensors))
         self.module = nn.Module()
         without(store, self.program, self.tensors, constants).rehome(self.module)
         self._executable = executable_of(_decomposed(self.program), runner.device)
@@ -127,13 +147,13 @@ class ExportModule:
 
     def _flat(self) -> Callable[..., dict[str, Any]]:
         names, outputs, axes = self.program.signature, self.program.outputs.names, self.axes
-        order, kept = list(self.tensors), set(self.outputs)
+        order, kept, sizes = list(self.tensors), set(self.outputs), self.tensor_axes
         every = [*(axis.name for axis in axes), *([ADAPTER_TENSORS] if order else [])]
 
         def forward(*args: Any, **kwargs: Any) -> dict[str, Any]:
             inputs = {**dict(zip(every, args, strict=False)), **kwargs}
             tensors = inputs.pop(ADAPTER_TENSORS) if order else {}
-            tie_sizes(axes, inputs)
+            tie_sizes([*axes, *sizes], {**inputs, **tensors})
             inputs = self.filled(inputs)
             own = {n: tensor_at(self.module, n) for n in self._executable.tensors if n not in tensors}
             values = self._executable({**own, **tensors}, [inputs[name] for name in names])
@@ -183,14 +203,20 @@ class ExportModule:
     ) -> dict[str, Any]:
         """Return random inputs with batch and sequence ``sizes``, and with ``fixed_sizes`` for the axes named there.
 
-        Adaptations' tensors have their own values with seed 0, and the same values in reverse with any other seed; this
-        reveals a graph that contains them as constants.
+        Adaptations' tensors have their own values with seed 0. With any other seed, the same values are reversed, and
+        axes that depend on a size are longer by half; this reveals a graph that contains values or sizes as constants.
         """
-        inputs: dict[str, Any] = self._taken(self._sample(seed, sizes, fixed_sizes))
-        if self.tensors:
-            turned = {n: t.flip(0) if seed and t.dim() and n not in self.packed else t for n, t in self.tensors.items()}
-            inputs[ADAPTER_TENSORS] = turned
-        return inputs
+        tensors = {name: self.values.get(name, tensor) for name, tensor in self.tensors.items()}
+        if seed:
+            tensors |= {axis.name: _otherwise(axis, tensors[axis.name]) for axis in self.tensor_axes}
+        return {**self._taken(self._sample(seed, sizes, fixed_sizes)), **self._as_input(tensors)}
+
+    def without_adapters(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the same inputs with the defaults of all tensors that have one."""
+        return {**inputs, **self._as_input({**inputs.get(ADAPTER_TENSORS, {}), **self.defaults})}
+
+    def _as_input(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return {ADAPTER_TENSORS: dict(tensors)} if tensors else {}
 
     def _sample(self, seed: int, sizes: tuple[int, int], fixed_sizes: Mapping[str, int] | None) -> dict[str, Tensor]:
         inputs = random_inputs(
@@ -203,12 +229,13 @@ class ExportModule:
         return inputs
 
     def dynamic_shapes(self) -> dict[str, dict[Any, Any]]:
-        """Return the dynamic axes, by input; an adaptation's tensors have none."""
+        """Return the dynamic axes, by input."""
         auto = torch.export.Dim.AUTO
-        own: dict[str, dict[Any, Any]] = {
-            a.name: {i: auto for i, s in enumerate(a.axes) if isinstance(s, str)} for a in self.axes
-        }
-        return {**own, **({ADAPTER_TENSORS: {name: {} for name in self.tensors}} if self.tensors else {})}
+        own, tensors = (
+            {a.name: {i: auto for i, s in enumerate(a.axes) if isinstance(s, str)} for a in axes}
+            for axes in (self.axes, self.tensor_axes)
+        )
+        return {**own, **self._as_input({name: tensors.get(name, {}) for name in self.tensors})}
 
     def flat(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the inputs without containers, by their names in the graph."""

@@ -12,7 +12,7 @@ from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.folding.differences import largest_difference
 from graftc.compiler.quiet import quiet
 from graftc.files.disk_space import require_disk_space
-from graftc.runtime.export.graphs import write_inputs
+from graftc.runtime.export.graphs import beside, write_inputs
 from graftc.runtime.export.job import ExportJob
 from graftc.runtime.export.module import ExportModule
 from graftc.specs.errors.diagnostics import GraftError, first_line
@@ -31,7 +31,7 @@ def prepare(job: ExportJob) -> Callable[[Path], None]:
 def write(job: ExportJob, path: Path) -> None:
     """Write a model's graph and, beside it, the tensors of adaptations that are inputs."""
     job.prepared(path)
-    write_inputs(job.graph(), path)
+    write_inputs([job.graph()], beside(job, path))
 
 
 def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[Path], None]:

@@ -41,7 +41,10 @@ def _named(kind: type, config: Any) -> type:
 
 
 def _options(threads: Any, session_options: Any) -> Any:
-    options = session_options if session_options is not None else runtime().SessionOptions()
+    options = session_options
+    if options is None:
+        options = runtime().SessionOptions()
+        options.log_severity_level = 3  # ONNX Runtime warns of every input that has a default
     if threads is not None:
         if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
             shown = threads if isinstance(threads, int) else kind_of(threads)

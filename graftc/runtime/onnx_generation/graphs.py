@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from graftc.passes.core.weights.names import owner_of
 from graftc.runtime.onnx_generation.io_names import Slot, slots_of
 from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 
@@ -102,6 +103,8 @@ class OnnxGraph:
         past: the names of the inputs that contain the cache, by slot.
         sizes: the number of heads and the head width of each cache tensor, by slot.
         present: the names of the outputs that contain the cache, by slot.
+        adapted: the dtype and sizes of each input that is a tensor of an adaptation, by name.
+        adapter: the tensors that these inputs have; those that are missing have the graph's defaults.
         device: the device of floating-point tensors.
 
     Raises:
@@ -117,10 +120,15 @@ class OnnxGraph:
         except Exception as error:
             raise GraftError("GC144", f"ONNX Runtime could not load {path}: {first_line(error)}") from error
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        unknown = [i.name for i in inputs if i.type not in _TYPES]
+        every = [*inputs, *self.session.get_overridable_initializers()]
+        unknown = [i.name for i in every if i.type not in _TYPES]
         if unknown:
             raise GraftError("GC144", f"{path.name} has inputs of unknown types: {', '.join(unknown)}")
-        self.inputs = {i.name: _Input(*_TYPES[i.type], tuple(i.shape)) for i in inputs}
+        known = {i.name: _Input(*_TYPES[i.type], tuple(i.shape)) for i in every}
+        calls = {i.name for i in inputs if not owner_of(i.name)}
+        self.inputs = {name: own for name, own in known.items() if name in calls}
+        self.adapted = {name: own for name, own in known.items() if name not in calls}
+        self.adapter: Mapping[str, Tensor] = {}
         self.outputs = [o.name for o in outputs]
         self.past, self.present = slots_of(self.inputs), slots_of(self.outputs)
         strange = sorted(set(self.inputs) - _OURS - set(self.past.values()))
@@ -160,7 +168,8 @@ class OnnxGraph:
             GraftError: GC145 if an input is missing or has the wrong rank, or if the graph fails.
         """
         binding = self.session.io_binding()
-        alive = [self._bind(binding, name, given.get(name)) for name in self.inputs]
+        alive = [self._bind(binding, name, own, given.get(name)) for name, own in self.inputs.items()]
+        alive += [self._bind(binding, name, self.adapted[name], tensor) for name, tensor in self.adapter.items()]
         cuda = self.device.type == "cuda"
         for name in self.outputs:
             binding.bind_output(name, self.device.type, self.device.index or 0)
@@ -175,9 +184,8 @@ class OnnxGraph:
         del alive
         return {name: _as_torch(value) for name, value in zip(self.outputs, binding.get_outputs(), strict=True)}
 
-    def _bind(self, binding: Any, name: str, tensor: Tensor | None) -> Tensor:
+    def _bind(self, binding: Any, name: str, expected: _Input, tensor: Tensor | None) -> Tensor:
         """Bind an input, and return its buffer, which must stay alive until the graph has run."""
-        expected = self.inputs[name]
         if tensor is None:
             raise GraftError("GC145", f"{self.path.name} takes {name}, which the call does not pass")
         if tensor.dim() != len(expected.shape):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -12,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 
 from graftc.compat.transformers import loop_steps, takes_tokens_back
 from graftc.runtime.onnx_generation import caches
+from graftc.runtime.onnx_generation.adapter_files import tensors_for
 from graftc.runtime.onnx_generation.graphs import OnnxGraph
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -93,6 +95,30 @@ class OnnxModel(GenerationMixin):
     def dtype(self) -> torch.dtype:
         """The dtype of keys and values."""
         return self.decoder_graph.dtype(next(iter(self.decoder_graph.past)))
+
+    @property
+    def graphs(self) -> tuple[OnnxGraph, ...]:
+        """Every graph of the model."""
+        return (self.decoder_graph,)
+
+    def use(self, *files: str | Path) -> Self:
+        """Use the adapters in some files in all later calls, instead of those used so far.
+
+        Args:
+            *files: files for this model's graphs: ``.onnx_adapter`` or safetensors. Adaptations that are in none of
+                them have the graphs' defaults; without files, the model is the exported base.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            GraftError: GC144 for a file that cannot be read, GC192 for tensors that do not fit the graphs; the adapters
+                used so far then remain.
+        """
+        tensors = tensors_for(self.graphs, files)
+        for graph in self.graphs:
+            graph.adapter = {name: tensor for name, tensor in tensors.items() if name in graph.adapted}
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
@@ -302,6 +328,11 @@ class OnnxSeq2SeqLM(OnnxModel):
             raise GraftError("GC144", f"{first.path.name} does not return what {later.path.name} takes as {lost[0]}")
         self.encoder, self.first_graph = Encoder(encoder), first
         self.main_input_name = self.encoder.main_input_name
+
+    @property
+    def graphs(self) -> tuple[OnnxGraph, ...]:
+        """Every graph of the model."""
+        return (self.encoder.graph, self.first_graph, self.decoder_graph)
 
     def get_encoder(self, modality: str | None = None) -> Encoder:
         """Return the encoder."""

@@ -684,6 +684,13 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "A slot accepts a LoRA of another rank or scaling, if it adapts only modules that the bank adapts and has at most "
      "the bank's rank. Nothing has been written.",
      "Compile a bank whose adaptations have the modules and the rank that the message names."),
+
+    # Adapters as inputs of graphs.
+    ("GC192", _FAILED, "an adapter does not fit a graph",
+     "The graph is of another base, its inputs are for another method or have other sizes, or it does not adapt the "
+     "places that the adapter adapts. Or the file is not a graph with adaptations as inputs.",
+     "The message names what differs. Export a graph of this base with such an adaptation as an input, or choose the "
+     "graph that the adapter is for."),
 )
 # fmt: on
 

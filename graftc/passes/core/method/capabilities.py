@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
@@ -216,6 +216,42 @@ class RowWise(ABC, Generic[S]):
     def standing_alone(self, spec: S, roles: Sequence[str]) -> S:
         """Return the same adaptation for a map without a role, with the choices that ``roles`` imply made explicit."""
         return spec
+
+
+class Exchangeable(ABC, Generic[S]):
+    """A method for which one exported graph takes adaptations of any size as its inputs.
+
+    The graph is built for `exchangeable` at two sizes, and whatever differs between the two is dynamic in the file. If
+    a call passes no tensors, those whose shape depends on the size are zeros of size `least`, and the others have their
+    initial values. Together these must not change the base.
+    """
+
+    least: ClassVar[int] = 1
+    """The size of the defaults."""
+
+    @abstractmethod
+    def exchangeable(self, spec: S, size: int) -> MethodSpec | None:
+        """Return the adaptation for which the graph is built.
+
+        It has this size at every site and, apart from shapes, nothing else that depends on the size. Two adaptations
+        fit into the same graph if this function returns the same for both, apart from name, target and dtype.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+            size: the size: a rank, a width or a length. A method without sizes ignores it.
+
+        Returns:
+            The adaptation, at the same target; None if the tensors of this one must keep their shapes.
+        """
+
+    def exchanged(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return one site's tensors for that adaptation, by part; by default, the tensors unchanged.
+
+        Args:
+            spec: the adaptation with the site's overrides applied.
+            tensors: the site's own tensors and those that all sites share, by part, in float64.
+        """
+        return tensors
 
 
 class Reselecting:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder
-from graftc.passes.core.method.capabilities import RowWise
+from graftc.passes.core.method.capabilities import Exchangeable, RowWise
 from graftc.passes.core.method.lowrank import added
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
@@ -30,6 +30,11 @@ DroppingSpec = AdaLoRA | AdaMixLoRA | ALoRA | DoRA | DyLoRA | LoRA | SoRA
 """Specs of branches that apply dropout to their input."""
 
 
+def kept(spec: MethodSpec, *fields: str) -> dict[str, Any]:
+    """Return some of a spec's fields by name."""
+    return {field: getattr(spec, field) for field in fields}
+
+
 def dropped_input(spec: DroppingSpec, x: fx.Node, build: Builder) -> fx.Node:
     """Return the input of a branch after its spec's dropout."""
     return build.dropout(x, spec.dropout, recompute=spec.dropout_mask == "recomputed", scope=spec.dropout_scope)
@@ -41,7 +46,7 @@ def add_branch(spec: DroppingSpec, site: LinearSite, build: Builder, a: fx.Node,
     build.add(site, build.low_rank(site, x, a, b, scale))
 
 
-class LowRankMethod(Method[S, LinearSite], RowWise[S]):
+class LowRankMethod(Method[S, LinearSite], RowWise[S], Exchangeable[S]):
     """``W' = W + s B A`` with ``A: [rank, in]`` and ``B: [out, rank]``."""
 
     @abstractmethod
@@ -56,6 +61,15 @@ class LowRankMethod(Method[S, LinearSite], RowWise[S]):
     def fold(self, spec: S, site: LinearSite, tensors: Mapping[str, Tensor]) -> Fold:
         """Fold the update into the weight: ``W' = W + s B A``."""
         return weight_fold(lambda weight: added(weight, *self.update(spec, tensors)))
+
+    def exchangeable(self, spec: S, size: int) -> MethodSpec | None:
+        """Return a plain LoRA of this rank whose scale is 1."""
+        return LoRA(rank=size, alpha=size, excess_rank=True, **kept(spec, "name", "target", "dtype"))
+
+    def exchanged(self, spec: S, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return ``A``, and ``s B`` as ``B``."""
+        b, a, scale = self.update(spec, tensors)
+        return {"A": a, "B": b * scale}
 
     def row_axes(self, spec: S) -> Mapping[str, int]:
         """Return the row axis of ``B``."""
