@@ -56,7 +56,7 @@ def test_a_shell_is_offered_commands_options_and_values() -> None:
     assert offered("graftc check ") == ["home/", "models/", "my spec.json", "one.yaml", "two.toml"]
     assert offered("graftc check one.yaml --model mod") == ["models/"]
     assert offered("graftc roles models/") == ["models/base/"]
-    assert offered("graftc export models --format ") == ["onnx", "onnx-generate", "pt2", "gguf", "peft"]
+    assert offered("graftc export models --format ") == ["onnx", "onnx-generate", "onnx-adapter", "pt2", "gguf", "peft"]
     assert offered("graftc merge mo") == ["models/"]
 
 

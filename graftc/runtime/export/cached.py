@@ -170,6 +170,8 @@ def _describe(module: CachedModule, config: Any, generation: Any, folder: Path, 
     inputs = [module.input_name(axis.name) for axis in module.axes]
     outputs = [module.output_name(output) for output in module.outputs]
     if generation is not None and (content := genai_config(config, generation, name, inputs, outputs)) is not None:
+        if module.defaults:  # ONNX Runtime warns of every input that has a default
+            content["model"]["decoder"]["session_options"]["log_severity_level"] = 3
         (folder / "genai_config.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
 
 

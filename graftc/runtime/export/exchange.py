@@ -156,15 +156,18 @@ class Exchange:
         self._uniform |= freeing.used
         return program
 
-    def base(self, signature: Signature) -> Callable[..., dict[str, Any]] | None:
-        """Return a function that computes the base's outputs; None if the graph has other adaptations as well."""
+    def base(self, signature: Signature) -> Callable[[Mapping[str, Any]], dict[str, Tensor]] | None:
+        """Return a function that computes the base's outputs, which a graph must have if a call passes no adapters.
+
+        It is None if the graph has other adaptations as well.
+        """
         compilation = self.runner.compilation
         if {owner_of(name) for name, _ in adapter_values(self.runner.store)} - self.specs.keys():
             return None
         program, store = compilation.program("eval", "base", signature), self.runner.store
         executable = executable_of(program.graph, self.runner.device)
 
-        def outputs(**inputs: Any) -> dict[str, Any]:
+        def outputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
             tensors = {name: store.full(name) for name in executable.tensors}
             values = executable(tensors, [inputs[name] for name in program.signature])
             return dict(zip(program.outputs.names, values, strict=True))

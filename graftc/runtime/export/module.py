@@ -95,8 +95,6 @@ class ExportModule:
         values: the exported model's own values of these tensors.
         tensor_axes: the shapes of adaptations' tensors; sizes that are names are free.
         defaults: the values of inputs that a call does not pass, by tensor.
-        base: a function that computes what the base computes from the model's own inputs, if that is also what the
-            graph computes with its defaults.
         packed: the types of these packed weights, with their forms for other software.
         inputs: example inputs.
 
@@ -115,7 +113,7 @@ class ExportModule:
         self.tensor_axes = [exchange.axis(name) for name in self.tensors] if exchange else []
         defaults = {name: exchange.default(name) if exchange else None for name in self.tensors}
         self.defaults = {name: default for name, default in defaults.items() if default is not None}
-        self.base = exchange.base(signature) if exchange else None
+        self._unadapted = exchange.base(signature) if exchange else None
         constants: dict[str, Tensor] = {}
         apart_weights: dict[str, PackedWeight] = {}
         if apart and store.packed:
@@ -211,9 +209,16 @@ class ExportModule:
             tensors |= {axis.name: _otherwise(axis, tensors[axis.name]) for axis in self.tensor_axes}
         return {**self._taken(self._sample(seed, sizes, fixed_sizes)), **self._as_input(tensors)}
 
-    def without_adapters(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the same inputs with the defaults of all tensors that have one."""
-        return {**inputs, **self._as_input({**inputs.get(ADAPTER_TENSORS, {}), **self.defaults})}
+    def without_adapters(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the outputs for the same inputs with the defaults of all tensors that have one.
+
+        If the graph then has to compute what the base computes, these are the base's own outputs.
+        """
+        if self._unadapted is not None:
+            return self._unadapted(self.filled(inputs))
+        tensors = {**inputs[ADAPTER_TENSORS], **self.defaults}
+        outputs: dict[str, Tensor] = self.module(**{**inputs, ADAPTER_TENSORS: tensors})
+        return outputs
 
     def _as_input(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         return {ADAPTER_TENSORS: dict(tensors)} if tensors else {}

@@ -195,9 +195,8 @@ def _compare(module: ExportModule, path: Path, adapters: Sequence[Path]) -> None
     for inputs in samples:
         _require_as_torch(session, module, inputs, module.module(**inputs))
     if module.defaults:
-        inputs = module.without_adapters(samples[0])
-        base = module.module if module.base is None else module.base
-        _require_as_torch(session, module, inputs, base(**inputs), omitted=module.defaults)
+        expected = module.without_adapters(samples[0])
+        _require_as_torch(session, module, samples[0], expected, omitted=module.defaults)
     if adapters:
         expected = module.module(**samples[0])
         _require_as_torch(session, module, samples[0], expected, omitted=module.tensors, adapters=adapters)

@@ -38,7 +38,7 @@ def prepare(job: ExportJob) -> Values:
 
 
 def write(job: ExportJob, path: Path) -> None:
-    """Write the tensors in ONNX Runtime's format, or as safetensors if the path ends with ``.safetensors``."""
+    """Write the tensors in ONNX Runtime's format if the path ends with ``.onnx_adapter``, otherwise as safetensors."""
     write_adapter(job.prepared[1], path)
 
 

@@ -17,13 +17,16 @@ from graftc.runtime.export.registry import exporters
 from graftc.specs.errors.diagnostics import GraftError
 
 FORMATS = exporters()
-OPTIONS = ("example_inputs", "inputs", "dtype", "server", "max_rank")
+OPTIONS = ("example_inputs", "inputs", "adapter_format", "dtype", "server", "max_rank", "graph", "slot")
 GIVEN: dict[str, Any] = {
     "example_inputs": {"x": torch.zeros(2, 6)},
     "inputs": ["low"],
     "dtype": "f16",
     "server": "vllm",
     "max_rank": 8,
+    "adapter_format": "onnx_adapter",
+    "graph": "model.onnx",
+    "slot": "low",
 }
 
 
@@ -124,7 +127,7 @@ def test_partial_merges(format: Any, tmp_path: Path) -> None:
     compiled = graftc.compile({"adapt": adapt}, tiny("llama").eval()).eval()
     perturb(compiled)
     partial = compiled.merge_partially()
-    given: Any = {"inputs": 3} if format == "pt2" else {"inputs": ["prefix"]} if format == "onnx-generate" else {}
+    given: Any = {"inputs": 3} if format == "pt2" else {"example_inputs": [1]} if format == "onnx-generate" else {}
     with pytest.raises(GraftError) as caught:
         partial.export(tmp_path / "made", format, **given)
     assert caught.value.code == ("GC060" if format in ("peft", "gguf") else "GC073")
@@ -136,6 +139,8 @@ WORDS: dict[str, tuple[str, ...]] = {
     "dtype": ("--dtype", "f16"),
     "server": ("--for", "vllm"),
     "max_rank": ("--max-rank", "8"),
+    "graph": ("--for-graph", "model.onnx"),
+    "slot": ("--slot", "low"),
     "budget": ("--budget", "1"),
     "base": ("--base", "full"),
     "allow_unchanged": ("--allow-unchanged",),

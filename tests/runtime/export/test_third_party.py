@@ -29,7 +29,7 @@ from tests.kit.plugins import Install, installing
 PLUGIN = ROOT / "examples" / "plugin_exporter"
 SOURCE = (PLUGIN / "graftc_shapes.py").read_text(encoding="utf-8")
 GROUP = "graftc.exporters"
-BUILT_IN = ("onnx", "onnx-generate", "pt2", "gguf", "peft")
+BUILT_IN = ("onnx", "onnx-generate", "onnx-adapter", "pt2", "gguf", "peft")
 HEAD = "from graftc.extend import Exporter, ExportOption, GraftError\n"
 
 
@@ -125,7 +125,7 @@ def test_a_dry_run(shapes: None, here: Path, capsys: pytest.CaptureFixture[str])
 def test_it_is_listed(shapes: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert formats() == (*BUILT_IN, "shapes") and tuple(exporters()) == formats()
     monkeypatch.setenv("COLUMNS", "200")
-    assert "onnx|onnx-generate|pt2|gguf|peft|shapes" in run_here(capsys, "export", "--help").out
+    assert "onnx|onnx-generate|onnx-adapter|pt2|gguf|peft|shapes" in run_here(capsys, "export", "--help").out
     error = run_valid(capsys, "export", "trained", "-f", "shape", status=2)["error"]
     assert error["code"] == "GC090" and "'shapes'" in error["message"]
     assert dict(completion.formats("")) == {
@@ -352,7 +352,7 @@ def test_a_name_that_is_taken(install: Install, shapes: None, compiled: Any, tmp
         with pytest.raises(GraftError, match=f"the format '{name}' is registered twice, {owners}") as caught:
             compiled.export(tmp_path / "x", name)
         assert caught.value.code == "GC078"
-    assert tuple(exporters()) == ("onnx-generate", "pt2", "gguf", "peft")
+    assert tuple(exporters()) == ("onnx-generate", "onnx-adapter", "pt2", "gguf", "peft")
 
 
 # --- the table of built-in formats -----------------------------------------------------------------------------
