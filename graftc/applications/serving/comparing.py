@@ -53,7 +53,7 @@ def compared(
         GraftError: GC061 if the engine or the package gguf is not installed, GC079 if the engine fails, and as in
             `graftc.import_peft` for an adapter that graftc cannot compute.
     """
-    prompts = _prompts(path if base is None else base.folder, path)
+    prompts = prompts_for(path if base is None else base.folder)
     plain = None if base is None else _greedy(load_folder(base.folder, dtype=torch.float32), prompts)
     wanted = _greedy(_reference(form, path, base), prompts)
     with _as_engine_reads(engine, path if base is None else base.folder, base) as folder:
@@ -82,13 +82,19 @@ def compared(
     )
 
 
-def _prompts(folder: Path, file: Path) -> list[list[int]]:
-    """Return the texts as tokens, or random tokens for a base that has no tokenizer."""
+def prompts_for(base: Path) -> list[list[int]]:
+    """Return the texts as tokens, or random tokens for a base that has no tokenizer.
+
+    Args:
+        base: a folder, or a GGUF file.
+    """
     from transformers import AutoTokenizer
 
-    options = {"gguf_file": file.name} if folder.is_file() else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder.parent if folder.is_file() else folder, **options)
+        if base.is_file():
+            tokenizer = AutoTokenizer.from_pretrained(base.parent, gguf_file=base.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(base)
         return [list(tokenizer(text).input_ids) for text in _TEXTS]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         generator = torch.Generator().manual_seed(0)

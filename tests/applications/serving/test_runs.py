@@ -1,0 +1,88 @@
+"""Runs of engines: their tokens are compared with torch's, and an engine that fails is a problem.
+
+A program that prints prepared answers stands in for an engine; `tests/gates/test_serving.py` has the engines.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaForCausalLM
+
+import graftc
+from graftc.applications.serving.comparing import TOKENS, prompts_for
+from graftc.specs.errors.diagnostics import GraftError
+from tests.applications.serving.peft_folders import peft_folder, saved_base
+
+
+def interpreter(folder: Path, answer: dict[str, Any] | None) -> Path:
+    """Return a program that prints an answer, and keeps the request; without an answer, it aborts."""
+    file = folder / "python"
+    said = f"echo '{json.dumps(answer)}'" if answer is not None else "echo 'tensor mismatch' >&2; kill -ABRT $$"
+    file.write_text(f"#!/bin/sh\ncat > {folder}/request.json\n{said}\n")
+    file.chmod(0o755)
+    return file
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_base(tmp_path_factory.mktemp("bases") / "base", initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return peft_folder(base, tmp_path_factory.mktemp("adapters") / "adapter", target_modules=["q_proj", "down_proj"])
+
+
+@pytest.fixture(scope="module")
+def right(base: Path, adapter: Path) -> list[list[int]]:
+    """Return PEFT's tokens, by its most probable one after another."""
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).eval()
+    rows = []
+    for ids in prompts_for(base):
+        row = list(ids)
+        for _ in range(TOKENS):
+            with torch.no_grad():
+                row.append(int(model(torch.tensor([row])).logits[0, -1].argmax()))
+        rows.append(row[len(ids) :])
+    return rows
+
+
+@pytest.mark.full
+def test_equal_and_different_tokens(base: Path, adapter: Path, right: list[list[int]], tmp_path: Path) -> None:
+    python = interpreter(tmp_path, {"tokens": right, "version": "0.9.5"})
+    certificate = graftc.serve_check(adapter, "mistralrs", run=True, python=python)
+    assert certificate.passed and certificate.run is not None
+    assert (certificate.run.equal, certificate.run.prompts, certificate.run.first_difference) == (5, 5, None)
+    assert certificate.run.changed > 0 and certificate.run.version == "0.9.5"
+    request = json.loads((tmp_path / "request.json").read_text())
+    assert request["adapters"] == {"adapter": str(adapter)} and request["base"] != str(base)
+    other = [list(row) for row in right]
+    other[3][7] += 1
+    certificate = graftc.serve_check(
+        adapter, "mistralrs", run=True, python=interpreter(tmp_path, {"tokens": other, "version": "0.9.5"})
+    )
+    assert certificate.run is not None and not certificate.passed and not certificate.problems
+    assert (certificate.run.equal, certificate.run.first_difference) == (4, 7)
+
+
+@pytest.mark.full
+def test_failures(adapter: Path, tmp_path: Path) -> None:
+    """An engine that aborts is a problem, one that is missing is an error; nothing runs for another form."""
+    certificate = graftc.serve_check(adapter, "vllm", run=True, python=interpreter(tmp_path, None))
+    assert certificate.run is None and not certificate.passed
+    assert [problem.place for problem in certificate.problems] == ["vllm"]
+    assert "tensor mismatch" in certificate.problems[0].reason
+    with pytest.raises(GraftError, match="not installed") as caught:
+        graftc.serve_check(adapter, "vllm", run=True, python=interpreter(tmp_path, {"missing": "vllm"}))
+    assert caught.value.code == "GC061"
+    with pytest.raises(GraftError, match="no driver") as caught:
+        graftc.serve_check(adapter, "sglang", run=True)
+    assert caught.value.code == "GC073"
+    certificate = graftc.serve_check(adapter, "openvino", run=True, python=tmp_path / "none")
+    assert [problem.place for problem in certificate.problems] == ["peft"] and certificate.run is None
