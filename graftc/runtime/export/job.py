@@ -133,7 +133,8 @@ class ExportJob:
         store = self.simplest.store
         for name, _ in [*store.weights(), *store.adapters()]:
             if name not in store.constants:
-                yield name, store.full(name).detach().clone()
+                value = store.full(name)  # of a packed tensor, a new one
+                yield name, value if name in store.packed else value.clone()
 
 
 def require_one_graph(runner: ModelRunner) -> None:
