@@ -53,6 +53,7 @@ class SiteEvidence(Record):
 
     def __post_init__(self) -> None:
         _replace_null(self, retention=Retention())
+        super().__post_init__()
 
     @property
     def finite(self) -> bool:
@@ -220,6 +221,7 @@ class Certificate(Record, behind={"": ("passed",)}):
 
     def __post_init__(self) -> None:
         _replace_null(self, retention=Retention(), budget=0.0)
+        super().__post_init__()
 
     @stated
     def unchanged(self) -> tuple[str, ...]:

@@ -12,9 +12,12 @@ from annotated_types import Ge, Le
 from graftc.specs.records.record import Record, stated
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed", "beyond")):
-    """What rounding to the deployed type left of an update: `u` is the exact one, `v` the one that was applied."""
+    """What rounding to the deployed type left of an update: `u` is the exact one, `v` the one that was applied.
+
+    Two are equal if their ratios are, which is what JSON states.
+    """
 
     exact: float = 0.0
     """``<u, u>``. This and the others are sums over entries, so that parts of tensors and sites add up."""
@@ -39,6 +42,16 @@ class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed
     def before_reading(cls, data: Any) -> Any:
         """Return the sums for the ratios that JSON states instead of them."""
         return _sums(data) if isinstance(data, Mapping) else data
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Retention) and self._ratios == other._ratios
+
+    def __hash__(self) -> int:
+        return hash(self._ratios)
+
+    @property
+    def _ratios(self) -> tuple[float, float, float]:
+        return self.norm, self.error, self.entries
 
     def __add__(self, other: Retention) -> Retention:
         return Retention(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))

@@ -37,30 +37,33 @@ from graftc.specs.errors.arguments import absolute_path, as_path
 from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import counted
+from graftc.specs.records.record import Record
 
 BESIDE = ("config.json", "generation_config.json", *COMPANIONS, "*.py")
 """Patterns for the base's files that its users need and that folding does not change."""
 
 
 @dataclass(frozen=True)
-class StreamedMerge:
-    """The result of a merge.
-
-    Attributes:
-        path: the written folder; None if the merge was only measured.
-        certificate: the evidence for every site, and how much of the update is left after rounding.
-        folded: names of the adaptations.
-        untouched: the number of tensors that equal the base's, bit for bit.
-        resumed: the number of files that a killed run had already finished.
-        dtype: the dtype in which the changed weights are stored.
-    """
+class StreamedMerge(Record):
+    """The result of a merge."""
 
     path: Path | None
+    """The written folder; None if the merge was only measured."""
+
     certificate: Certificate
+    """The evidence for every site, and how much of the update is left after rounding."""
+
     folded: tuple[str, ...]
+    """Names of the adaptations."""
+
     untouched: int
+    """The number of tensors that equal the base's, bit for bit."""
+
     resumed: int
+    """The number of files that a killed run had already finished."""
+
     dtype: str
+    """The dtype in which the changed weights are stored."""
 
 
 @public("graftc.merge_checkpoint")

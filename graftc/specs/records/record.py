@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, get_args
 
 if TYPE_CHECKING:
     stated = property
@@ -15,6 +16,21 @@ else:
 
     class stated(property):  # noqa: N801, it is used as property is
         """A property that is part of a record's JSON, after its fields."""
+
+
+class ReadOnly(dict[Any, Any]):
+    """A mapping in a record, which nothing changes; mappings in it are read-only as well."""
+
+    def __init__(self, values: Mapping[Any, Any]) -> None:
+        super().__init__({key: ReadOnly(each) if isinstance(each, dict) else each for key, each in values.items()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ReadOnly, (dict(self),)
+
+    def _refuse(self, *args: Any, **options: Any) -> NoReturn:
+        raise TypeError("mappings in records are read-only; dict(...) makes a copy")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
 
 class Record:
@@ -62,6 +78,11 @@ class Record:
         cls._unstated = cls._unstated | {*unstated}
         cls._optional = optional
 
+    def __post_init__(self) -> None:
+        for name, value in tuple(vars(self).items()):
+            if isinstance(value, dict):
+                object.__setattr__(self, name, ReadOnly(value))
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data, in the order of `stated_names`."""
         return {name.rstrip("_"): _plain(getattr(self, name)) for name in stated_names(type(self))}  # type: ignore[arg-type]
@@ -98,6 +119,8 @@ def _plain(value: Any) -> Any:
         return sorted(value)
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, PurePath):
+        return str(value)
     return value if value is None or isinstance(value, str | int | float) else value.name
 
 
