@@ -13,7 +13,7 @@ from graftc.compiler.capture.interface import COUNT, dtype_of
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.build.batch import BATCH
-from graftc.runtime.model.invocations import positions_of, starts_in_call
+from graftc.runtime.invocations import positions_of, starts_in_call
 from graftc.runtime.slots import Slots
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
 from graftc.specs.errors.diagnostics import GraftError, nearest

@@ -32,10 +32,10 @@ from graftc.compiler.capture.signature import SEQUENCE, TARGET
 from graftc.compiler.partial_graphs import cannot_be_cached, require_rows_of_one
 from graftc.compiler.positions import require_positions
 from graftc.compiler.resolve.train import TRAIN
+from graftc.runtime.invocations import starts_in_prompt
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.choices import held, rows_for, with_choices
 from graftc.runtime.model.initial_cache import initial_cache, is_fronted, taken_away
-from graftc.runtime.model.invocations import starts_in_prompt
 from graftc.runtime.model.live_view import live_view
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.root import Root

@@ -41,13 +41,13 @@ from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.cut import FLAG
 from graftc.runtime.hooks.embeddings import install_embeddings
 from graftc.runtime.hooks.layer_calls import hooks_everywhere
+from graftc.runtime.invocations import remember_starts, warn_of_invocations
 from graftc.runtime.live.element_code import ElementCode, parts_of
 from graftc.runtime.live.element_run import ELEMENTS
 from graftc.runtime.live.live_root import LiveRoot
 from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.choices import held, with_choices
 from graftc.runtime.model.deferred import CallState, cache_field, deferred_cache, may_return_cache, not_at_once
-from graftc.runtime.model.invocations import remember_starts, warn_of_invocations
 from graftc.runtime.model.libraries import copies_of, refuse_deepspeed
 from graftc.runtime.model.packed_batches import warn_of_packed
 from graftc.runtime.model.past import read_past, tokens_of

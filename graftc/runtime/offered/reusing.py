@@ -10,9 +10,9 @@ from torch import Tensor
 
 from graftc.compiler.capture.past import POSITIONS, fill_cache, new_cache, tensors_of
 from graftc.records.verification import CacheReuse, RowReuse
+from graftc.runtime.invocations import positions_of, starts_in_prompt
 from graftc.runtime.model.evaluation import in_eval_mode
 from graftc.runtime.model.feature import Feature
-from graftc.runtime.model.invocations import positions_of, starts_in_prompt
 from graftc.specs.errors.arguments import as_mapping
 from graftc.specs.errors.diagnostics import GraftError
 
