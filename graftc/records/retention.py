@@ -14,10 +14,7 @@ from graftc.specs.records.record import Record, stated
 
 @dataclass(frozen=True, eq=False)
 class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed", "beyond")):
-    """What rounding to the deployed type left of an update: `u` is the exact one, `v` the one that was applied.
-
-    Two are equal if their ratios are, which is what JSON states.
-    """
+    """What rounding to the deployed type left of an update: `u` is the exact one, `v` the one that was applied."""
 
     exact: float = 0.0
     """``<u, u>``. This and the others are sums over entries, so that parts of tensors and sites add up."""
@@ -43,6 +40,7 @@ class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed
         """Return the sums for the ratios that JSON states instead of them."""
         return _sums(data) if isinstance(data, Mapping) else data
 
+    # JSON states the ratios, not the sums: what is read from it equals what was written.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Retention) and self._ratios == other._ratios
 
