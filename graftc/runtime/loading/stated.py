@@ -13,6 +13,7 @@ from graftc.compiler.inspect.snapshot import Snapshot
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.roles.structure import roles_of
+from graftc.runtime.artifact.fields import TEXT_BYTES
 from graftc.runtime.artifact.manifest import damaged
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.read import Artifact
@@ -21,8 +22,8 @@ from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
 from graftc.specs.errors.border import library_errors
 from graftc.specs.errors.text import quoted
-from graftc.specs.foreign.config import read_config
 from graftc.specs.io import parse_spec
+from graftc.specs.strict_json import read_json
 
 MOST = 2**26
 """Maximum number of elements, apart from sizes that vary, of a value in a graph whose roles are looked for: a graph may
@@ -112,11 +113,13 @@ def merged_spec(record: MergedRecord, where: str) -> Spec | None:
     """Return the spec of a merged model's record; None if what was merged was an adapter of PEFT.
 
     Raises:
-        GraftError: GC082 if it does not contain an adaptation that the certificate covers; the errors of `parse_spec`
-            and, for an adapter of PEFT, of its config.
+        GraftError: GC082 if it does not contain an adaptation that the certificate covers, or if there is no config of
+            PEFT; the errors of `parse_spec`.
     """
     if record.adapter is not None and record.adapter.kind == "peft":
-        read_config(record.spec.encode(), str(Path(where) / RECORD))
+        with library_errors("GC082", f"{where} is damaged: {RECORD} contains no config of PEFT"):
+            if not isinstance(read_json(record.spec.encode(), TEXT_BYTES), dict):
+                raise ValueError("it is not a mapping")
         return None
     spec = parse_spec(record.spec, file=f"the spec in {Path(where) / RECORD}")
     unknown = [name for name in record.certificate.folded if name not in (*spec.owners, TRAIN, TOKENS)]

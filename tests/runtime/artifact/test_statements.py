@@ -165,7 +165,7 @@ def test_a_figure_that_cannot_be_negative(copies: Path) -> None:
         ({"spec": "version: 1\nadapt: []\n"}, "which is not in its spec"),
         ({"spec": "version: 2\nadapt: []\n"}, "GC007"),
         ({"adapter": {"kind": "artifact", "sha256": "0" * 64}}, "not from this adapter"),
-        ({"adapter": {"kind": "peft", "sha256": "0" * 64}}, "GC111"),
+        ({"adapter": {"kind": "peft", "sha256": "0" * 64}}, "contains no config of PEFT"),
         ({"adapter": {"kind": "none", "sha256": "0" * 64}}, "adapter.kind"),
         ({"spec": lambda text: text + "checkpoint: layers\n"}, "its spec is not the adapter's"),
     ],
