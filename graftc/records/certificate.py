@@ -40,7 +40,8 @@ class SiteEvidence(Record):
     """Names of the adaptations that fold there."""
 
     change: Annotated[float, Ge(0)]
-    """Largest change of the site's output by the adaptations: 0 would make the comparison vacuous."""
+    """Largest change of the site's output by the adaptations, and of stored values by a trained copy: 0 would make the
+    comparison vacuous."""
 
     algebra: Annotated[float, Ge(0)]
     """Largest difference of unfolded and folded output in float64, over the largest output."""

@@ -45,7 +45,7 @@ class Folded:
     Attributes:
         tensors: the folded tensors by name, each in its base's dtype, including biases that had to be added.
         additions: names of these biases.
-        sites: the evidence, in graph order.
+        sites: the evidence, in the order in which the graph reads the tensors.
         retention: how much of all tensors' updates is left after rounding.
     """
 
@@ -76,8 +76,10 @@ def fold_tensors(
     for node in base.graph.nodes:
         if node.op == "get_attr" and lazy.chain(str(node.target)):
             readers.setdefault(str(node.target), node)
-        elif (use := linear_use(node)) is not None and any(lazy.chain(name) for name in tensors_of(use)):
-            uses.append(use)
+        elif (use := linear_use(node)) is not None:
+            steps = [step for name in tensors_of(use) for step in lazy.chain(name)]
+            if not all(step.copies for step in steps):
+                uses.append(use)
     groups = lazy.groups((*tensors_of(use), *use.addend_tensors) for use in uses)
     group_of = {name: index for index, group in enumerate(groups) for name in group.names}
     uses_of: dict[int, list[Use]] = defaultdict(list)
@@ -86,7 +88,7 @@ def fold_tensors(
     work = [sum(lazy.store.get(n).numel() for n in group.names if n in lazy.store) for group in groups]
     done = list(itertools.accumulate(work))
     graph, target, retention = AdaptedGraph(unfolded), _InMemory(lazy), Retention()
-    tallies: list[tuple[fx.Node, SiteTally]] = []
+    tallies: dict[str, SiteTally] = {}
     for index, group in enumerate(groups):
         probes: list[Probe] = []
         for use in uses_of[index]:
@@ -96,12 +98,14 @@ def fold_tensors(
         lone = (name for name in group.names if name in readers and name not in read)
         probes += [TensorProbe(graph, readers[name], lazy.store.get(name), seed) for name in lone]
         measured, left = fold_group(lazy, group, probes, target)
-        tallies += measured
+        tallies |= measured
         retention += left
         advance(done[index] / max(done[-1], 1))
     order = [name for group in groups for name in group.names]
     additions = tuple(name for name in order if name in target.tensors and name not in lazy.store)
-    sites = tuple(tally.evidence for _, tally in sorted(tallies, key=lambda pair: pair[0]))
+    places = {name: index for index, name in enumerate(readers)}
+    read_at = {step.site: places[step.weight.tensor] for step in reversed(lazy.steps) if step.weight.tensor in places}
+    sites = tuple(tallies[site].evidence for site in sorted(tallies, key=lambda site: read_at.get(site, len(places))))
     return Folded(target.tensors, additions, sites, retention)
 
 

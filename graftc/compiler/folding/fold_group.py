@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from graftc.compiler.folding.probing import Probe, Rounded
-from graftc.compiler.folding.rounding import retained
+from graftc.compiler.folding.probing import Probe
+from graftc.compiler.folding.rounding import largest_change, round_into
 from graftc.compiler.folding.site_tally import SiteTally
 from graftc.passes.core.weights.folds import FoldGroup, LazyTensors
+from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.records.retention import Retention
 
 
@@ -46,8 +47,11 @@ class FoldTarget(ABC):
 
 def fold_group(
     lazy: LazyTensors, group: FoldGroup, probes: Sequence[Probe], target: FoldTarget
-) -> tuple[list[tuple[fx.Node, SiteTally]], Retention]:
+) -> tuple[dict[str, SiteTally], Retention]:
     """Fold a group of tensors, and probe them before and after the fold.
+
+    Trained copies are put in place first, and their change is that of the stored values. Everything else is probed on
+    top of them.
 
     Args:
         lazy: all tensors to fold.
@@ -56,7 +60,7 @@ def fold_group(
         target: the destination for the folded tensors.
 
     Returns:
-        The measurements at each site, each with the probed base node, and how much of all tensors' updates is left.
+        The measurements by site, and how much of all tensors' updates is left.
     """
     base = lazy.base(group)
     values = lazy.widened(base)
@@ -67,26 +71,35 @@ def fold_group(
         tensors = values if name in values else kept
         return tensors[name] if name in tensors else lazy.store.full(name)
 
-    pending = [(probe.node, probe.unfold(read, group.steps)) for probe in probes]
-    lazy.apply(group, values)
-    rounded = Rounded(added={name: value for name, value in values.items() if name not in base})
-    for name, exact in values.items():
-        if name not in base:
-            base[name] = torch.zeros_like(exact)
-        rounded.errors[name], left = target.put(name, exact, base[name])
-        rounded.retained[name] = [left]
-    total = Retention.total(left for (left,) in rounded.retained.values())
-    rounded.retained.update(_by_site(group, rounded, base, values, target.tensors))
-    return [(node, tally) for node, finish in pending for tally in finish(rounded)], total
+    copies = [step for step in group.steps if step.copies]
+    lazy.apply(copies, values)
+    tallies: dict[str, SiteTally] = {}
+    for step in copies:
+        change = largest_change(*(step.weight.take(each[step.weight.tensor]) for each in (base, values)))
+        add_tally(tallies, SiteTally(step.site, (step.adaptation,), change))
+    vectors = {name: values[name].clone() for step in copies for name in step.tensors if values[name].dim() == 1}
+    pending = [probe.unfold(read, group.steps) for probe in probes]
+    lazy.apply((step for step in group.steps if not step.copies), values)
+    added = {name: value for name, value in values.items() if name not in base}
+    for tally in (tally for finish in pending for tally in finish(added)):
+        add_tally(tallies, tally)
+    base |= {name: torch.zeros_like(value) for name, value in added.items()}
+    stored = {name: target.put(name, exact, base[name]) for name, exact in values.items()}
+    done: set[tuple[str, WeightSlice]] = set()
+    parts_of = ((step, part) for step in group.steps for part in step.parts if part.tensor in stored)
+    for step, part in parts_of:
+        name, known = part.tensor, (step.site, part.as_stored)
+        # A copied bias belongs to a step of its own, unless another step changes it as well.
+        copied = not step.copies and name in vectors and torch.equal(part.take(vectors[name]), part.take(values[name]))
+        if known not in done and not copied:
+            done.add(known)
+            parts = (part.take(each[name]) for each in (target.tensors, values, base)) if not part.whole else ()
+            rounding, left = stored[name] if part.whole else round_into(*parts, writes=False)
+            add_tally(tallies, SiteTally(step.site, (), rounding=rounding, retained=left))
+    return tallies, Retention.total(left for _, left in stored.values())
 
 
-def _by_site(group: FoldGroup, rounded: Rounded, *tensors: Mapping[str, Tensor]) -> dict[str, list[Retention]]:
-    """Return how much of the update is left at each site: in its own rows of a weight, and in its bias."""
-    left: dict[str, list[Retention]] = {}
-    own = {(step.site, part.as_stored): part for step in group.steps for part in step.parts}
-    for (site, _), part in own.items():
-        if part.tensor in rounded.errors:  # false for a bias that did not have to be added
-            whole = rounded.retained[part.tensor]
-            parts = (part.take(each[part.tensor]) for each in tensors)
-            left.setdefault(site, []).extend(whole if part.whole else [retained(*parts)])
-    return left
+def add_tally(tallies: dict[str, SiteTally], tally: SiteTally) -> None:
+    """Add measurements to those of the same site."""
+    known = tallies.get(tally.site)
+    tallies[tally.site] = tally if known is None else known + tally

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -22,7 +22,6 @@ from graftc.passes.core.sites.uses import PROBES, Lookup
 from graftc.passes.core.weights.folds import FoldStep
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.graph.remove_folded import added_bias
-from graftc.records.retention import Retention
 
 LARGE = 2**21
 """Number of elements above which outputs are looked up in parts, and compared through random vectors."""
@@ -65,23 +64,9 @@ class AdaptedGraph:
         return self._edits.current(self._nodes[node.name])
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """Measurements of tensors after folding and rounding.
-
-    Attributes:
-        errors: each tensor's largest rounding error, in units in the last place.
-        retained: how much of the updates is left, by tensor name and by site.
-        added: the exact values of biases that the base does not have.
-    """
-
-    errors: dict[str, float] = field(default_factory=dict)
-    retained: dict[str, list[Retention]] = field(default_factory=dict)
-    added: dict[str, Tensor] = field(default_factory=dict)
-
-
-Finish = Callable[[Rounded], list[SiteTally]]
-"""Computes a probe's value again with the folded tensors, and returns the measurements at each of its sites."""
+Finish = Callable[[Mapping[str, Tensor]], list[SiteTally]]
+"""Computes a probe's value again with the folded tensors, given the exact values of the biases that folding adds, and
+returns the measurements at each of the probe's sites."""
 
 ProbedSite = tuple[str, tuple[str, ...], Tensor | None]
 """A site, the adaptations that fold there, and its own columns of a value; None for all columns."""
@@ -131,26 +116,23 @@ class Probe(ABC):
             changes = _worst(changes, seen, before)
             unfolded.append(seen)
 
-        def finish(rounded: Rounded) -> list[SiteTally]:
+        def finish(added: Mapping[str, Tensor]) -> list[SiteTally]:
             errors = [0.0] * len(changes)
             for inputs, before in zip(self.inputs, unfolded, strict=True):
-                folded = self.folded(evaluate(self.node, inputs, read), rounded)
+                folded = self.folded(evaluate(self.node, inputs, read), added)
                 errors = _worst(errors, before, self._seen(folded, columns))
-            scale = largest(1e-30, *(size(seen[every]) for seen in unfolded))
-            ulps = largest(*(rounded.errors.get(name, 0.0) for name in self._tensors))
-            tallies = [
-                SiteTally(site, names, change, error, scale, ulps, rounded.retained[site])
-                for (site, names, _), change, error in zip(sites, changes, errors, strict=False)
-            ]
-            whole = SiteTally(self._tensors[0], (), changes[every], errors[every], scale, ulps)
+            scales = [largest(1e-30, *map(size, parts)) for parts in zip(*unfolded, strict=True)]
+            measured = list(zip(changes, errors, scales, strict=True))
+            tallies = [SiteTally(*site[:2], *numbers) for site, numbers in zip(sites, measured, strict=False)]
+            whole = SiteTally(self._tensors[0], (), *measured[every])
             # Rows that no site owns must not change; checking the whole value also detects writes to wrong rows.
             if tallies and not whole.algebra <= largest(*(tally.algebra for tally in tallies)):
-                tallies[0] = replace(tallies[0], error=whole.error)
+                tallies[0] = replace(tallies[0], error=whole.error, scale=whole.scale)
             return tallies or [whole]
 
         return finish
 
-    def folded(self, value: Tensor, rounded: Rounded) -> Tensor:
+    def folded(self, value: Tensor, added: Mapping[str, Tensor]) -> Tensor:
         """Return the folded model's value, given the value that the base's node computes with folded tensors."""
         return value
 
@@ -208,7 +190,7 @@ class MapProbe(Probe):
     def sites(self, steps: Sequence[FoldStep]) -> list[ProbedSite]:
         """Return the sites whose rows the map reads."""
         use = self._use
-        mine = [step for step in steps if step.weight.tensor in self.reads]
+        mine = [step for step in steps if step.weight.tensor in self.reads and not step.copies]
         # Equal rows of a weight and of its bias count once.
         distinct = {(s.site, s.weight.layout, s.weight.total, s.weight.rows): s.weight for s in mine}
         slices = [(site, own) for (site, *_), own in distinct.items()] or [(use.weight.tensor, use.weight)]
@@ -227,9 +209,9 @@ class MapProbe(Probe):
         own = weight.at(changed.rows)
         return own.within(weight) if weight.covers(own) else None
 
-    def folded(self, value: Tensor, rounded: Rounded) -> Tensor:
+    def folded(self, value: Tensor, added: Mapping[str, Tensor]) -> Tensor:
         """Return the map's result with the bias that folding adds, if any."""
-        bias = rounded.added.get(added_bias(self.node)) if self._use.bias is None else None
+        bias = added.get(added_bias(self.node)) if self._use.bias is None else None
         return value if bias is None else value.movedim(self.axis, -1).add(bias).movedim(-1, self.axis)
 
 
@@ -249,9 +231,8 @@ class TensorProbe(Probe):
             self.vectors = _vectors(stored.shape[-1], torch.Generator().manual_seed(seed), stored.device)
 
     def sites(self, steps: Sequence[FoldStep]) -> list[ProbedSite]:
-        """Return the tensor as the only site."""
-        (name,) = self.reads
-        return [(name, _adaptations(step for step in steps if name in step.tensors), None)]
+        """Return the sites of the steps that change the tensor; its values are compared as a whole."""
+        return [(step.site, (step.adaptation,), None) for step in steps if self.reads[0] in step.tensors]
 
 
 def tensors_of(use: Use) -> tuple[str, str]:

@@ -64,6 +64,11 @@ def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype, spare: Tens
     return largest(-least, most) / info.eps
 
 
+def largest_change(before: Tensor, after: Tensor) -> float:
+    """Return the largest absolute change of stored values, in float64; NaN if any is NaN, 0 for empty tensors."""
+    return largest(0.0, *(furthest(a.double(), b.double()) for a, b in pieces(before, after)))
+
+
 def furthest(a: Tensor, b: Tensor) -> float:
     """Return the largest absolute difference; NaN if any difference is NaN, 0 for empty tensors."""
     return size(a - b)

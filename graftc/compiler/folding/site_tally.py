@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graftc.compiler.folding.rounding import largest
@@ -18,11 +17,12 @@ class SiteTally:
     Attributes:
         site: the site, as text, or the name of a tensor that belongs to no site.
         adaptations: names of the adaptations that fold there.
-        change: the largest change that the adaptations make to the output.
+        change: the largest change that the adaptations make to the output on top of trained copies, and that a copy
+            makes to the stored values.
         error: the largest difference between unfolded and folded output.
         scale: the largest absolute output.
         rounding: as for `SiteEvidence`.
-        retained: how much of the update is left, for each part of a tensor that belongs to the site.
+        retained: how much of the update is left in the parts of tensors that belong to the site.
     """
 
     site: str
@@ -31,12 +31,13 @@ class SiteTally:
     error: float = 0.0
     scale: float = 1e-30
     rounding: float = 0.0
-    retained: Sequence[Retention] = ()
+    retained: Retention = field(default_factory=Retention)
 
     def __add__(self, other: SiteTally) -> SiteTally:
         numbers = ("change", "error", "scale", "rounding")
         worst: dict[str, Any] = {name: largest(getattr(self, name), getattr(other, name)) for name in numbers}
-        return replace(self, **worst, retained=(*self.retained, *other.retained))
+        adaptations = tuple(dict.fromkeys((*self.adaptations, *other.adaptations)))
+        return replace(self, **worst, adaptations=adaptations, retained=self.retained + other.retained)
 
     @property
     def algebra(self) -> float:
@@ -46,5 +47,4 @@ class SiteTally:
     @property
     def evidence(self) -> SiteEvidence:
         """The evidence for the site."""
-        retention = Retention.total(self.retained)
-        return SiteEvidence(self.site, self.adaptations, self.change, self.algebra, self.rounding, retention)
+        return SiteEvidence(self.site, self.adaptations, self.change, self.algebra, self.rounding, self.retained)

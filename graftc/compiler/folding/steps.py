@@ -25,7 +25,6 @@ from graftc.passes.core.weights.folds import (
     StandIn,
     TensorFold,
     WeightFold,
-    WeightFunction,
 )
 from graftc.passes.core.weights.tensor_edits import TensorEdit
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
@@ -147,10 +146,12 @@ def _changes_bias(compilation: Compilation, site: LinearSite, fold: WeightFold) 
 
 
 def _overlay_steps(compilation: Compilation, name: str, read: Read) -> list[FoldStep]:
-    return [
-        FoldStep(name, str(edit.site), edit.own, None, _replace(read, edit))
-        for edit in compilation.tensor_edits.copies(name)
-    ]
+    def step(edit: TensorEdit) -> FoldStep:
+        part = edit.site.part if edit.site is not None and not edit.own.whole else ""
+        site = edit.own.tensor + (f"[{part}]" if part else "")
+        return FoldStep.of_copy(name, site, edit.own, lambda: edit.own.oriented(read(edit.trained)))
+
+    return [step(edit) for edit in compilation.tensor_edits.copies(name)]
 
 
 def lazy_tensors(compilation: Compilation) -> LazyTensors:
@@ -195,10 +196,3 @@ def _casting(compilation: Compilation) -> Read:
         return value.to(narrow[0]) if narrow else value
 
     return read
-
-
-def _replace(read: Read, edit: TensorEdit) -> WeightFunction:
-    def stand_in(_: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return edit.own.oriented(read(edit.trained).to(torch.float64, copy=True)), bias
-
-    return stand_in

@@ -307,7 +307,7 @@ def _updates(lazy: LazyTensors, names: Collection[str]) -> Iterator[tuple[FoldGr
         changes: dict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, steps in groupby(group.steps, key=lambda step: step.adaptation):
             before = {n: t.clone() for n, t in values.items()} if name in names else {}
-            lazy.apply(FoldGroup(group.names, tuple(steps)), values)
+            lazy.apply(steps, values)
             for tensor, after in values.items() if name in names else ():
                 change = after - before[tensor] if tensor in before else after.clone()
                 previous = changes[name].get(tensor)

@@ -13,8 +13,8 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from graftc.records.certificate import SiteEvidence
 from graftc.runtime.artifact.write import file_digest
+from graftc.runtime.streaming.site_fold import Folds
 from graftc.specs.regular_files import read_regular
 from graftc.specs.strict_json import read_json
 
@@ -30,12 +30,12 @@ class ShardDone:
         sha256: the digest of the written file.
         untouched: the number of tensors that equal the base's, bit for bit, either in full or in all rows that were
             not folded.
-        sites: the evidence for the folded sites.
+        folds: what folding has measured.
     """
 
     sha256: str
     untouched: int
-    sites: tuple[SiteEvidence, ...]
+    folds: Folds
 
 
 class Journal:

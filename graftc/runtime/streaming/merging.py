@@ -21,7 +21,6 @@ from graftc.files.tensors.mapped import DTYPES
 from graftc.files.tensors.weights import leads_inside
 from graftc.files.writing import check_apart, check_destination, staged
 from graftc.records.certificate import Certificate, SiteEvidence
-from graftc.records.retention import Retention
 from graftc.runtime.artifact.places import is_merged
 from graftc.runtime.artifact.records import write_merged_record
 from graftc.runtime.artifact.write import file_digest, listed
@@ -30,7 +29,7 @@ from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Journal, ShardDone
 from graftc.runtime.streaming.merge_plan import MergePlan, make_plan, stored_config
 from graftc.runtime.streaming.resuming import States, accepted_file, merge_identity
-from graftc.runtime.streaming.site_fold import RowTarget
+from graftc.runtime.streaming.site_fold import Folds, RowTarget
 from graftc.runtime.streaming.work import Progress, create_file, fold_shard, shards, untouched
 from graftc.runtime.swapped_arguments import check_adapter_and_base
 from graftc.specs.errors.arguments import absolute_path, as_path
@@ -188,20 +187,20 @@ def _as_written(dtype: torch.dtype | None) -> str | None:
 def _measured(plan: MergePlan, shard: Shard, advance: Advance) -> ShardDone:
     """Fold a file and measure the result, without writing it."""
     dtypes = {name: plan.written(stored) for name, stored in shard.tensors.items()}
-    sites, changed = fold_shard(plan, shard, RowTarget(shard.tensors, None, dtypes=dtypes), advance)
-    _require_passed(sites)
-    kept = shard.tensors.keys() - {own.tensor for own in changed} - plan.replacements.keys()
-    return ShardDone("", len(kept), tuple(sites))
+    folds = fold_shard(plan, shard, RowTarget(shard.tensors, None, dtypes=dtypes), advance)
+    _require_passed(folds.evidence)
+    kept = shard.tensors.keys() - {own.tensor for own in folds.changed} - plan.replacements.keys()
+    return ShardDone("", len(kept), folds)
 
 
 def _merged(plan: MergePlan, shard: Shard, path: Path, advance: Advance) -> ShardDone:
     """Create one file, check it, and flush it to disk."""
     create_file(plan, shard, path)
     with TensorFolder(path, writable=True) as written:
-        sites, changed = fold_shard(plan, shard, RowTarget(shard.tensors, written, writes=True), advance)
-        _require_passed(sites)
+        folds = fold_shard(plan, shard, RowTarget(shard.tensors, written, writes=True), advance)
+        _require_passed(folds.evidence)
     with TensorFolder(path) as written:
-        compared = dict(untouched(plan, shard, written, changed))
+        compared = dict(untouched(plan, shard, written, folds.changed))
     if wrong := [name for name, same in compared.items() if not same]:
         message = f"{counted(len(wrong), 'tensor')} changed although nothing folds into them: {wrong[0]}"
         raise GraftError("GC051", message, details=wrong[1:10])
@@ -209,7 +208,7 @@ def _merged(plan: MergePlan, shard: Shard, path: Path, advance: Advance) -> Shar
     shutil.copymode(shard.path, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return ShardDone(digest, len(compared), tuple(sites))
+    return ShardDone(digest, len(compared), folds)
 
 
 def _require_passed(sites: Iterable[SiteEvidence]) -> None:
@@ -236,28 +235,29 @@ def _result(
     Raises:
         GraftError: GC104 if nothing changed, unless that is allowed.
     """
-    sites: dict[str, SiteEvidence] = {}
-    for evidence in (evidence for each in done.values() for evidence in each.sites):
-        known = sites.get(evidence.site)
-        sites[evidence.site] = evidence if known is None else _joined(known, evidence)
-    order = [site.name for site in plan.sites] + list(plan.replacements)
-    total = Retention.total(evidence.retention for evidence in sites.values())
-    dtypes = {plan.written(plan.checkpoint.entries[site.weight.tensor]) for site in plan.sites} or {"F32"}
+    folds, updates = Folds(), plan.updates
+    for each in done.values():
+        folds.add(each.folds)
+    # As in memory: in the order in which the model reads the tensors, and in the order of the folds for equal tensors.
+    read_at = {name: place for place, name in enumerate(updates.order)}
+    listed_sites = [copy.site for copy in updates.replacements] + [site.name for site in plan.sites]
+    listed_sites.sort(key=lambda site: read_at.get(site.partition("[")[0], len(read_at)))
+    sites = {evidence.site: evidence for evidence in folds.evidence}
+    changed = {site.weight.tensor for site in plan.sites} | plan.replacements.keys()
+    dtypes = {plan.written(plan.checkpoint.entries[name]) for name in changed}
     dtype = str(DTYPES[sorted(dtypes)[0]]).removeprefix("torch.")
     note = "made from files: every site was probed, but the outputs of the whole model were not compared"
-    evidence_in_order = tuple(sites[site] for site in dict.fromkeys(order) if site in sites)
     certificate = Certificate(
-        evidence_in_order, {}, 0.0, "", "", fingerprint=plan.updates.base, dtype=dtype, notes=(note,), retention=total
+        tuple(sites[site] for site in dict.fromkeys(listed_sites) if site in sites),
+        *({}, 0.0, "", ""),
+        fingerprint=updates.base,
+        dtype=dtype,
+        notes=(note,),
+        retention=folds.retention,
     )
     require_changed(certificate, allow_unchanged)
     untouched = sum(each.untouched for each in done.values())
-    return StreamedMerge(path, certificate, plan.updates.names, untouched, resumed, dtype)
-
-
-def _joined(a: SiteEvidence, b: SiteEvidence) -> SiteEvidence:
-    """Return the evidence for one site, combined from two files."""
-    worst = {name: max(getattr(a, name), getattr(b, name)) for name in ("change", "algebra", "rounding")}
-    return SiteEvidence(a.site, a.adaptations, **worst, retention=a.retention + b.retention)
+    return StreamedMerge(path, certificate, updates.names, untouched, resumed, dtype)
 
 
 def _copy_beside(plan: MergePlan, folder: Path) -> None:

@@ -67,8 +67,9 @@ def peft_updates(path: Path, checkpoint: TensorFolder) -> AdapterUpdates:
     shared = adapter.shared()
     updates = tuple(_update(adapter, module, modules[module.path], names, tied, shared) for module in adapter.modules)
     trained = adapter.trained.items()
-    copies = tuple(Replacement("trained", names.of(name), adapter.tensor(key)) for name, key in trained)
-    return AdapterUpdates("peft", updates, copies, _digest(adapter.folder), "", json.dumps(dict(adapter.config.own)))
+    copies = tuple(Replacement("trained", name, names.of(name), adapter.tensor(key)) for name, key in trained)
+    config, order = json.dumps(dict(adapter.config.own)), tuple(name for name, _ in model.named_parameters())
+    return AdapterUpdates("peft", updates, copies, _digest(adapter.folder), "", config, order)
 
 
 def _check_complete(adapter: PeftAdapter, model: nn.Module, checkpoint: TensorFolder, names: FileNames) -> None:

@@ -47,9 +47,9 @@ def accepted_file(plan: MergePlan, shard: Shard, path: Path, advance: Advance, d
     if actual != wanted or stored_shard.metadata != shard.metadata:
         return None
     with written:
-        sites, changed = fold_shard(plan, shard, RowTarget(shard.tensors, written), advance)
-        compared = dict(untouched(plan, shard, written, changed))
-    if not all(site.passed for site in sites) or not all(compared.values()):
+        folds = fold_shard(plan, shard, RowTarget(shard.tensors, written), advance)
+        compared = dict(untouched(plan, shard, written, folds.changed))
+    if not all(site.passed for site in folds.evidence) or not all(compared.values()):
         return None
     shutil.copymode(shard.path, path)
-    return ShardDone(digest, len(compared), tuple(sites))
+    return ShardDone(digest, len(compared), folds)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from graftc.compiler.folding.fold_group import FoldTarget, fold_group
+from graftc.compiler.folding.fold_group import FoldTarget, add_tally, fold_group
 from graftc.compiler.folding.one_map import BIAS, WEIGHT, OneMap
+from graftc.compiler.folding.probing import Probe
 from graftc.compiler.folding.rounding import largest, round_into
 from graftc.compiler.folding.site_tally import SiteTally
 from graftc.files.tensors.folder import TensorFolder
@@ -23,10 +24,11 @@ from graftc.passes.core.sites.sites import SiteKey
 from graftc.passes.core.weights.folds import FoldGroup, FoldStep, Keep, LazyTensors, WeightFold
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.records.certificate import SiteEvidence
 from graftc.records.retention import Retention
 from graftc.runtime.streaming.merge_plan import MergePlan
 from graftc.runtime.streaming.sites import FileSite
-from graftc.runtime.streaming.update import SiteUpdate
+from graftc.runtime.streaming.update import Replacement, SiteUpdate, rows_of
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -73,51 +75,57 @@ class RowTarget:
         return largest(*errors), Retention.total(retained)
 
 
-class SiteFold(FoldTarget):
-    """The fold of one site.
-
-    Args:
-        plan: the merge.
-        site: the site.
-        target: the destination of the rows; rows of tensors that it does not contain are skipped.
+@dataclass
+class Folds:
+    """What folding has measured so far.
 
     Attributes:
-        tally: the measurements so far.
-        changed: the slices in the target that the fold has changed so far.
+        tallies: the measurements by site.
+        changed: the slices that were folded.
+        retention: how much of all updates is left.
     """
 
-    def __init__(self, plan: MergePlan, site: FileSite, target: RowTarget) -> None:
-        self._plan, self._site, self._target = plan, site, target
-        self._slices: Mapping[str, tuple[WeightSlice, WeightSlice]] = {}  # in the files, and in the map
-        self._parts: dict[str, dict[str, Tensor]] = {}
-        self.tally = SiteTally(site.name, site.adaptations)
-        self.changed = [site.weight] if site.weight.tensor in target else []
+    tallies: dict[str, SiteTally] = field(default_factory=dict)
+    changed: list[WeightSlice] = field(default_factory=list)
+    retention: Retention = field(default_factory=Retention)
 
-    def blocks(self) -> Iterator[int]:
-        """Fold block by block, and yield the number of entries in each.
+    def add(self, other: Folds) -> None:
+        """Add what else was measured."""
+        for tally in other.tallies.values():
+            add_tally(self.tallies, tally)
+        self.changed += other.changed
+        self.retention += other.retention
 
-        Raises:
-            GraftError: GC050 if an adaptation cannot fold, GC071 for a faulty method, GC103 for an adaptation that
-                changes anything other than the site's rows or its existing bias.
+    @property
+    def evidence(self) -> tuple[SiteEvidence, ...]:
+        """The evidence for every site."""
+        return tuple(tally.evidence for tally in self.tallies.values())
+
+
+class RowFold(FoldTarget):
+    """Folds some rows of a checkpoint's tensors as one group.
+
+    Args:
+        target: the destination of the rows; rows of tensors that it does not contain are skipped.
+        slices: by the tensors' names in the group, the rows in the checkpoint and in the group.
+        site: the name of the site, for messages.
+    """
+
+    def __init__(self, target: RowTarget, slices: Mapping[str, tuple[WeightSlice, WeightSlice]], site: str) -> None:
+        self._target, self._slices, self._site = target, slices, site
+        self._changed: list[WeightSlice] = []
+
+    def fold(self, store: Store, steps: Sequence[FoldStep], probes: Sequence[Probe]) -> Folds:
+        """Return what folding measures; nothing unless the target contains a tensor that changes.
+
+        Args:
+            store: the base's rows, and the tensors that the probes read.
+            steps: the steps that change the rows.
+            probes: probes for the maps that read them.
         """
-        site = self._site
-        stored = {own.tensor: self._plan.current(own.tensor) for own in site.slices}
-        for start, own in site.weight.blocks(site.rows_per_block):
-            self.tally += self._folded(start, own, stored)
-            yield own.size
-
-    def _folded(self, start: int, own: WeightSlice, stored: Mapping[str, Tensor]) -> SiteTally:
-        """Fold rows of the site, beginning at ``start``, and return the measurements."""
-        site, one, store = self._site, self._plan.block(self._site, own.count), Store()
-        slices = (each.at(own.rows) for each in site.slices)
-        self._slices = dict(zip((WEIGHT, BIAS), zip(slices, one.slices, strict=False), strict=False))
-        rows = {name: rows_of(each, stored[each.tensor]) for name, (each, _) in self._slices.items()}
-        for name, values in rows.items():
-            store.put(name, self._slices[name][1].restored(values))
-        steps = [self._step(update, one, start, rows[WEIGHT], store) for update in site.updates]
-        group = FoldGroup((WEIGHT, BIAS), tuple(steps))
-        ((_, tally),), _ = fold_group(LazyTensors(store, steps), group, [one.probe], self)
-        return tally
+        group = FoldGroup(tuple(dict.fromkeys(name for step in steps for name in step.tensors)), tuple(steps))
+        tallies, left = fold_group(LazyTensors(store, steps), group, probes, self)
+        return Folds(tallies, self._changed, left) if self._changed else Folds()
 
     def put(self, name: str, exact: Tensor, base: Tensor) -> tuple[float, Retention]:
         """Put rows into the target, unless it does not contain their tensor or they are a bias that does not change.
@@ -126,13 +134,63 @@ class SiteFold(FoldTarget):
             GraftError: GC103 for a bias that the site does not have.
         """
         if name not in self._slices:
-            message = f"{self._site.adaptations[-1]!r} needs a bias, but {self._site.name} has none"
-            raise GraftError("GC103", message)
+            raise GraftError("GC103", f"the fold needs a bias, but {self._site} has none")
         own, mine = self._slices[name]
         if own.tensor not in self._target or (name == BIAS and torch.equal(exact, base)):
             return 0.0, Retention()
-        self.changed += [own] if name == BIAS else []
+        self._changed.append(own)
         return self._target.put(own, mine.oriented(exact), mine.oriented(base))
+
+
+def fold_copy(plan: MergePlan, copy: Replacement, rows: WeightSlice, target: RowTarget) -> Folds:
+    """Replace rows of a tensor by those of a trained copy, and return what was measured."""
+    name, store = copy.tensor, Store()
+    store.put(name, rows_of(rows, plan.checkpoint[name]))
+    own = WeightSlice.every(name, store.get(name))
+    return RowFold(target, {name: (rows, own)}, copy.site).fold(store, [copy.step(own, rows)], [])
+
+
+class SiteFold:
+    """The fold of one site.
+
+    Args:
+        plan: the merge.
+        site: the site.
+        target: the destination of the rows.
+
+    Attributes:
+        folds: what was measured so far.
+    """
+
+    def __init__(self, plan: MergePlan, site: FileSite, target: RowTarget) -> None:
+        self._plan, self._site, self._target = plan, site, target
+        self._parts: dict[str, dict[str, Tensor]] = {}
+        self.folds = Folds()
+
+    def blocks(self) -> Iterator[int]:
+        """Fold block by block, and yield the number of entries in each.
+
+        Raises:
+            GraftError: GC050 if an adaptation cannot fold, GC071 for a faulty method, GC103 for an adaptation that
+                changes anything other than the site's rows or its existing bias.
+        """
+        for start, own in self._site.weight.blocks(self._site.rows_per_block):
+            self.folds.add(self._folded(start, own))
+            yield own.size
+
+    def _folded(self, start: int, own: WeightSlice) -> Folds:
+        """Fold rows of the site, beginning at ``start``."""
+        plan, site, store = self._plan, self._site, Store()
+        one = plan.block(site, own.count)
+        slices = (each.at(own.rows) for each in site.slices)
+        pairs = dict(zip((WEIGHT, BIAS), zip(slices, one.slices, strict=False), strict=False))
+        for name, (rows, mine) in pairs.items():
+            store.put(name, mine.restored(rows_of(rows, plan.checkpoint[rows.tensor])))
+        copies = ((plan.replacements.get(rows.tensor), rows, mine) for rows, mine in pairs.values())
+        steps = [copy.step(mine, rows) for copy, rows, mine in copies if copy is not None]
+        current = rows_of(pairs[WEIGHT][0], plan.current(own.tensor))
+        steps += [self._step(update, one, start, current, store) for update in site.updates]
+        return RowFold(self._target, pairs, site.name).fold(store, steps, [one.probe])
 
     def _step(self, update: SiteUpdate, one: OneMap, start: int, rows: Tensor, store: Store) -> FoldStep:
         """Add the tensors that an update's unfolded graph reads to a Store, and return the update's fold of a block."""
@@ -157,12 +215,6 @@ class SiteFold(FoldTarget):
             self._parts[update.adaptation] = {p: t if p in axes else _widened(t) for p, t in update.read().items()}
         tensors = self._parts[update.adaptation]
         return {p: _widened(t.narrow(axes[p], start, count)) if p in axes else t for p, t in tensors.items()}
-
-
-def rows_of(own: WeightSlice, stored: Tensor) -> Tensor:
-    """Return a float64 copy of a slice's rows, as the map uses them."""
-    views = own.views(stored)
-    return (views[0] if len(views) == 1 else torch.cat(views, own.row_axis)).to(torch.float64, copy=True)
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ BLOCK = 2**20
 
 def rows_that_fit(columns: int) -> int:
     """Return how many rows of a weight with the given number of columns are held in memory at a time."""
-    return BLOCK // max(1, columns)
+    return max(1, BLOCK // max(1, columns))
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ def artifact_updates(artifact: Artifact, checkpoint: TensorFolder) -> AdapterUpd
         artifact.manifest.digest,
         base.fingerprint,
         dump_spec(artifact.spec),
+        tuple(uses.readers),
     )
 
 
@@ -208,5 +209,5 @@ def _replacements(artifact: Artifact, tensors: Mapping[str, Tensor], names: File
     for record in artifact.manifest.trained:
         if record.rows is not None:
             raise GraftError("GC103", f"{record.owner!r} trains some rows of {record.base}")
-        replacements.append(Replacement(record.owner, names.of(record.base), tensors[record.tensor]))
+        replacements.append(Replacement(record.owner, record.base, names.of(record.base), tensors[record.tensor]))
     return replacements

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from graftc.passes.core.weights.folds import FoldStep
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.specs.base import MethodSpec
 
@@ -40,13 +42,30 @@ class Replacement:
 
     Attributes:
         adaptation: the name of the adaptation that trained it.
-        tensor: the tensor's name in the checkpoint.
+        site: the tensor's name in the model.
+        tensor: its name in the checkpoint.
         value: the copy.
     """
 
     adaptation: str
+    site: str
     tensor: str
     value: Tensor
+
+    def step(self, own: WeightSlice, rows: WeightSlice) -> FoldStep:
+        """Return the step that replaces rows.
+
+        Args:
+            own: the rows' slice in the group that is folded.
+            rows: their slice in the checkpoint.
+        """
+        return FoldStep.of_copy(self.adaptation, self.site, own, lambda: rows_of(rows, self.value))
+
+
+def rows_of(own: WeightSlice, stored: Tensor) -> Tensor:
+    """Return a float64 copy of a slice's rows, as the map uses them."""
+    views = own.views(stored)
+    return (views[0] if len(views) == 1 else torch.cat(views, own.row_axis)).to(torch.float64, copy=True)
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,7 @@ class AdapterUpdates:
         digest: SHA-256 that identifies the adapter.
         base: fingerprint of the adapter's base; empty if the adapter does not record one.
         spec: the spec, or peft's config, as text.
+        order: names of the model's tensors, in the order in which sites are listed.
     """
 
     kind: str
@@ -68,6 +88,7 @@ class AdapterUpdates:
     digest: str
     base: str
     spec: str
+    order: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:

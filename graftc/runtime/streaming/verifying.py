@@ -6,15 +6,13 @@ import os
 
 from graftc.files.tensors.folder import TensorFolder
 from graftc.files.tensors.writing import FLOATING
-from graftc.records.certificate import SiteEvidence
-from graftc.records.retention import Retention
 from graftc.runtime.artifact.places import RECORD
 from graftc.runtime.artifact.records import MergedRecord, read_merged_record
 from graftc.runtime.loading.stated import merged_spec
 from graftc.runtime.loading.verify import Verification, verify
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.merge_plan import MergePlan, make_plan
-from graftc.runtime.streaming.site_fold import RowTarget
+from graftc.runtime.streaming.site_fold import Folds, RowTarget
 from graftc.runtime.streaming.update import AdapterUpdates
 from graftc.runtime.streaming.work import Progress, fold_shard, shards, untouched
 from graftc.specs.errors.arguments import as_path
@@ -62,15 +60,15 @@ def verify_checkpoint(
 
     if not verification.add("tensors", names):
         return verification
-    sites: list[SiteEvidence] = []
+    folds = Folds()
     others: list[tuple[str, bool]] = []
     written = state["merged"]
     for shard, advance in shards(checkpoint, progress):
-        evidence, changed = fold_shard(plan, shard, RowTarget(shard.tensors, written), advance)
-        sites += evidence
-        others += untouched(plan, shard, written, changed)
+        folded = fold_shard(plan, shard, RowTarget(shard.tensors, written), advance)
+        folds.add(folded)
+        others += untouched(plan, shard, written, folded.changed)
         written.release()
-    verification.add("folded", lambda: _folded(sites))
+    verification.add("folded", lambda: _folded(folds))
     verification.add("untouched", lambda: _untouched(others))
     return verification
 
@@ -100,7 +98,8 @@ def _same_names(base: TensorFolder, merged: TensorFolder, plan: MergePlan) -> tu
     return True, f"{counted(len(ours), 'tensor')} with the names and sizes of the base's"
 
 
-def _folded(sites: list[SiteEvidence]) -> tuple[bool, str]:
+def _folded(folds: Folds) -> tuple[bool, str]:
+    sites, kept = folds.evidence, folds.retention
     failed = [site for site in sites if not site.passed]
     if failed:
         shown = "; ".join(
@@ -109,7 +108,6 @@ def _folded(sites: list[SiteEvidence]) -> tuple[bool, str]:
         )
         what = "differ from the base with the adapter, rounded to nearest"
         return False, f"{len(failed)} of {counted(len(sites))} {what}: {shown}"
-    kept = Retention.total(site.retention for site in sites)
     worst = max((site.algebra for site in sites), default=0.0)
     return True, (
         f"{counted(len(sites))} within {worst:.1e} in float64, every entry rounded to nearest; "

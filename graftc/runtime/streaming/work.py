@@ -7,22 +7,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from graftc.compiler.folding.certify import Advance
-from graftc.compiler.folding.rounding import furthest
-from graftc.compiler.folding.site_tally import SiteTally
 from graftc.files.tensors.folder import TensorFolder
 from graftc.files.tensors.headers import Shard, StoredTensor, header_bytes
 from graftc.files.tensors.mapped import DTYPES, MappedFile
 from graftc.passes.core.weights.weight_slice import WeightSlice
-from graftc.records.certificate import SiteEvidence
 from graftc.runtime.streaming.merge_plan import MergePlan
-from graftc.runtime.streaming.site_fold import RowTarget, SiteFold, rows_of
+from graftc.runtime.streaming.site_fold import Folds, RowTarget, SiteFold, fold_copy
 from graftc.runtime.streaming.sites import rows_that_fit
 
 _CHUNK = 2**22
@@ -71,9 +67,7 @@ def create_file(plan: MergePlan, shard: Shard, path: Path) -> None:
                 file.write(wide.contiguous().view(torch.uint8).numpy().data)
 
 
-def fold_shard(
-    plan: MergePlan, shard: Shard, target: RowTarget, advance: Advance
-) -> tuple[list[SiteEvidence], list[WeightSlice]]:
+def fold_shard(plan: MergePlan, shard: Shard, target: RowTarget, advance: Advance) -> Folds:
     """Fold all sites in a file, and compare the stored result with the unfolded computation.
 
     Args:
@@ -83,13 +77,12 @@ def fold_shard(
         advance: called with the completed fraction.
 
     Returns:
-        The evidence for the folds, and the slices of weights and biases that were folded in this file.
+        What was measured, with the slices of tensors that were folded in this file.
 
     Raises:
         GraftError: if an update is not a fold.
     """
-    evidence: list[SiteEvidence] = []
-    changed: list[WeightSlice] = []
+    folds = Folds()
     sites = [site for site in plan.sites if any(own.tensor in shard.tensors for own in site.slices)]
     copies = [item for name, item in plan.replacements.items() if name in shard.tensors]
     sizes = [site.weight.size for site in sites] + [item.value.numel() for item in copies]
@@ -99,22 +92,14 @@ def fold_shard(
         for size in fold.blocks():
             done += size
             advance(done / total)
-        changed += fold.changed
-        # A bias in a file other than its weight's has separate evidence, if it changes.
-        evidence += [fold.tally.evidence] if fold.changed else []
-    for item in copies:  # only the rows that no fold has written, since folds start from the copy
-        rest = _complement([own for own in changed if own.tensor == item.tensor], shard.tensors[item.tensor])
-        if rest is None:
-            continue
-        tally = SiteTally(item.tensor, (item.adaptation,))  # copying involves no algebra
-        for _, own in rest.blocks(max(1, rows_that_fit(rest.size // max(1, rest.count)))):
-            before, after = rows_of(own, plan.checkpoint[item.tensor]), rows_of(own, item.value)
-            error, left = target.put(own, after, before)
-            tally += replace(tally, change=furthest(before, after), rounding=error, retained=[left])
+        folds.add(fold.folds)
+    for copy in copies:  # only the rows that no fold has written, since folds start from the copy
+        rest = _complement([own for own in folds.changed if own.tensor == copy.tensor], shard.tensors[copy.tensor])
+        for _, own in rest.blocks(rows_that_fit(rest.size // max(1, rest.count))) if rest is not None else ():
+            folds.add(fold_copy(plan, copy, own, target))
             done += own.size
             advance(min(1.0, done / total))
-        evidence.append(tally.evidence)
-    return evidence, changed
+    return folds
 
 
 def untouched(

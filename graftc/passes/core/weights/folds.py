@@ -84,6 +84,7 @@ class FoldStep:
         weight: the site's own rows of its weight, or the part of a single tensor that is replaced.
         bias: the same rows of the bias, even if the fold would have to add it; None for a single tensor.
         apply: the function to apply to the weight's operand and the bias.
+        copies: whether a trained copy replaces the values, on top of which all other steps apply.
     """
 
     adaptation: str
@@ -91,11 +92,23 @@ class FoldStep:
     weight: WeightSlice
     bias: WeightSlice | None
     apply: WeightFunction
+    copies: bool = False
 
     @classmethod
     def of_tensor(cls, adaptation: str, site: str, own: WeightSlice, change: Callable[[Tensor], Tensor]) -> FoldStep:
         """Return the step that changes a single tensor by a function from its stored values to its new values."""
         return cls(adaptation, site, own, None, weight_fold(change).apply)
+
+    @classmethod
+    def of_copy(cls, adaptation: str, site: str, own: WeightSlice, value: Callable[[], Tensor]) -> FoldStep:
+        """Return the step that replaces a slice by a trained copy.
+
+        Args:
+            adaptation, site: as for the class.
+            own: the slice that is replaced.
+            value: returns the slice's trained operand; it is not modified.
+        """
+        return cls(adaptation, site, own, None, lambda *_: (value().to(torch.float64, copy=True), None), True)
 
     @property
     def parts(self) -> tuple[WeightSlice, ...]:
@@ -187,15 +200,15 @@ class LazyTensors:
         """Return float64 copies of tensors."""
         return {name: tensor.to(torch.float64, copy=True) for name, tensor in base.items()}
 
-    def apply(self, group: FoldGroup, values: dict[str, Tensor]) -> None:
+    def apply(self, steps: Iterable[FoldStep], values: dict[str, Tensor]) -> None:
         """Fold the tensors returned by `widened`, in place, with at most one additional tensor in memory at a time."""
-        for step in group.steps:
+        for step in steps:
             self._apply(step, values)
 
     def fold(self, group: FoldGroup) -> dict[str, Tensor]:
         """Return a group's folded tensors in float64, without biases that turn out not to be needed."""
         values = self.widened(self.base(group))
-        self.apply(group, values)
+        self.apply(group.steps, values)
         return values
 
     def exact(self, name: str) -> Tensor:
