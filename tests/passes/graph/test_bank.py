@@ -59,10 +59,10 @@ def alone(family: str, method: str, slot: str, tensors: Mapping[str, Tensor]) ->
 
 
 def test_every_method_that_claims_a_bank_is_here() -> None:
-    """Named adapters wired like another one are left out; PASTA needs tokens, and has its own test."""
+    """Named adapters wired like another one are left out; PASTA and aLoRA need tokens, and have tests of their own."""
     alike = {"bottleneck", "he_sequential", "adapter_l", "p_tuning_v2", "pre_embed"}
     claimed = {tag for tag, entry in method_specs().items() if entry.claims.bankable}
-    assert claimed == METHODS.keys() | alike | {"pasta"}
+    assert claimed == METHODS.keys() | alike | {"alora", "pasta"}
 
 
 def rows(outputs: list[Tensor], mask: Tensor) -> list[Tensor]:

@@ -120,6 +120,8 @@ def entry_of(method: str) -> tuple[dict[str, Any], str]:
     entry = {"name": "new", "method": method, **spec.needed}
     if method == "pasta":
         entry["special_tokens"] = [1, 2]
+    elif method == "alora":
+        entry |= {"invocation": [64, 61], "target": {"role": "attn.v"}}  # the first tokens of every batch
     elif spec.claims.folds == FoldKind.EXACT and method not in ("norms", "last_layers", "bitfit"):
         entry["target"] = {"role": "decoder.cross.attn.v" if method == "cross_attention" else "attn.v"}
     return entry, {"cross_attention": "t5", "pasta": "bert"}.get(method, "gpt2")

@@ -42,6 +42,8 @@ def example(method: str) -> Any:
     entry = {"method": method, **method_specs()[method].needed}
     if method == "pasta":
         entry["special_tokens"] = [1, 2]
+    if method == "alora":
+        entry["invocation"] = [64, 61]  # the first tokens of every batch
     if "target" not in entry and method_specs()[method].spec_class.model_fields["target"].is_required():
         entry["target"] = {"role": ["attn.q", "attn.v", "ffn.down"]}
     family = {"cross_attention": "t5", "pasta": "bert"}.get(method, "gpt2")
