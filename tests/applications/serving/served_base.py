@@ -47,6 +47,7 @@ def base_folder(folder: Path, **changes: Any) -> Path:
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **heads, **changes}))
     for tensor in model.parameters():  # norms as well, and enough for tokens that vary
         tensor.data += 0.1 * torch.randn_like(tensor)
+    model.lm_head.weight.data[1:3] = 0  # engines that answer at full length never choose what ends a text
     model.save_pretrained(folder)
     words = ["<s>", "</s>", *(chr(33 + number) for number in range(77)), '!"']
     tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [("!", '"')]))
@@ -73,6 +74,6 @@ def greedy(model: Any) -> Sequence[Sequence[int]]:
     """Return the tokens with which a model continues the prompts."""
     ids = PROMPTS
     with torch.no_grad():
-        for _ in range(TOKENS):  # also behind the token that ends a text, as the engines are run
+        for _ in range(TOKENS):
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
     return tuple(tuple(row) for row in ids[:, PROMPTS.shape[1] :].tolist())
