@@ -27,7 +27,7 @@ PUBLISHED = ROOT / "docs" / "schemas"
 SPEC = "adapt: [{method: lora, target: {role: [attn.q, attn.v]}}]\ntrain: [classifier]\n"
 COMMANDS = (
     *("methods", "roles", "check", "compile", "import-peft", "merge", "convert", "export", "card", "verify", "diff"),
-    *("serve-check", "inspect", "demo", "demo-llm", "generate", "chat", "pet"),
+    *("serve-check", "serve-plan", "inspect", "demo", "demo-llm", "generate", "chat", "pet"),
 )
 
 
@@ -279,6 +279,8 @@ EXAMPLES: dict[str, tuple[Any, dict[str, Any]]] = {
         {
             **{"source": "a", "out": "b", "dry_run": False, "from_form": "artifact", "to_form": "lora", "rank": 4},
             **{"largest_error": 0.1, "outputs": {"logits": 0.2}, "largest_output": 2.0, "into_base": ["trained"]},
+            "renamed": [{"old": "model", "new": "model.language_model", "maps": 6, "proof": "values"}],
+            "beside": {"first": {"logits": 0.1}, "second": {"logits": 0.2}},
             "sites": [
                 {"adaptation": "x", "site": "a", "rank": 4, "full_rank": 9, "error": 0.1, "probed": 0.1},
                 {"adaptation": None, "site": "b", "rank": None, "full_rank": None, "error": 0.0, "probed": 0.0},
