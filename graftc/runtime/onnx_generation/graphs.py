@@ -120,7 +120,7 @@ class OnnxGraph:
         except Exception as error:
             raise GraftError("GC144", f"ONNX Runtime could not load {path}: {first_line(error)}") from error
         inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
-        every = [*inputs, *self.session.get_overridable_initializers()]
+        every = [*inputs, *(i for i in self.session.get_overridable_initializers() if owner_of(i.name))]
         unknown = [i.name for i in every if i.type not in _TYPES]
         if unknown:
             raise GraftError("GC144", f"{path.name} has inputs of unknown types: {', '.join(unknown)}")
