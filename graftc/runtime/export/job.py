@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from graftc.compiler.folding.collapse import collapsed_spec, collapsed_values, collapsing
+from graftc.compiler.inspect.snapshot import adapter_values
 from graftc.passes.core.ir.program_key import Signature
 from graftc.records.files import PeftTensor
 from graftc.runtime.export.exchange import Exchange
@@ -17,9 +19,9 @@ from graftc.runtime.export.exported_signature import exported_signature
 from graftc.runtime.export.inputs import require_read
 from graftc.runtime.export.metadata import UNFOLDED, FoldEvidence, metadata
 from graftc.runtime.export.module import ExportModule
-from graftc.runtime.export.simplest import deployed
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.model_runner import ModelRunner
+from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -147,3 +149,13 @@ def require_one_graph(runner: ModelRunner) -> None:
         message = f"{type(runner.compilation.source).__name__} runs its own Python between graphs of its layers"
         hint = "save the merged model, or what to_transformers() returns: a file of graphs cannot contain Python"
         raise GraftError("GC149", message, hint=hint)
+
+
+def deployed(compiled: AdaptedRunner) -> AdaptedRunner:
+    """Return the model with adaptations that collapse replaced by simpler ones; the model itself if none collapse."""
+    compilation = compiled.compilation
+    if not collapsing(compilation):
+        return compiled
+    values = dict(adapter_values(compilation.store)) | collapsed_values(compilation)
+    simpler: AdaptedRunner = runner_of(compiled.sibling(collapsed_spec(compilation), values))
+    return simpler

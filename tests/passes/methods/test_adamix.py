@@ -16,7 +16,7 @@ from torch import Tensor
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.core.ir.routes import is_pick, is_route
-from graftc.runtime.export.simplest import deployed
+from graftc.runtime.export.job import deployed
 from graftc.runtime.loading.verify import verify
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError, GraftWarning
