@@ -51,6 +51,7 @@ class Slots:
         self._written: set[int] = set()
         self._read_at: tuple[Tensor, int] | None = None
         self._names: list[str | None] = []
+        self._fqns: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slots:
         return Slots(self.bank, memo.get(id(self._store), self._store))
@@ -125,9 +126,10 @@ class Slots:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of all slots, ``[slots, ...]``, by name."""
-        name = str(self.bank.name)
-        every = ((fqn, tensor.detach()) for fqn, tensor in self._store.adapters() if owner_of(fqn) == name)
-        return {fqn: tensor for fqn, tensor in every if fqn.rpartition(".")[2] not in (ACTIVE, NAMES)}
+        if not self._fqns:  # a bank's tensors keep their names, unlike other adaptations'
+            own = (fqn for fqn, _ in self._store.adapters() if owner_of(fqn) == self.bank.name)
+            self._fqns = tuple(fqn for fqn in own if fqn.rpartition(".")[2] not in (ACTIVE, NAMES))
+        return {fqn: self._store.get(fqn).detach() for fqn in self._fqns}
 
     def write(self, slot: int, values: Values) -> None:
         """Write an adapter to a slot that no call uses."""
@@ -146,7 +148,7 @@ class Slots:
 
     @contextmanager
     def use(
-        self, choices: Sequence[str | int], load: Callable[[str], Values] | None = None, wait: float = WAIT
+        self, choices: Sequence[Any], load: Callable[[str], Values] | None = None, wait: float = WAIT
     ) -> Iterator[list[int]]:
         """Run the block while the chosen adapters stay in their slots, whose numbers are yielded in the same order.
 
@@ -167,15 +169,16 @@ class Slots:
             self.release(numbers)
 
     def take(
-        self, choices: Sequence[str | int], load: Callable[[str], Values] | None = None, wait: float = WAIT
+        self, choices: Sequence[Any], load: Callable[[str], Values] | None = None, wait: float = WAIT
     ) -> list[int]:
         """Begin a use, which `release` ends; see `use`.
 
         Adapters are read before room is made for them, so that one that cannot be read drives out no other. Slots are
         kept for all choices at once, so that no two uses wait for each other.
         """
-        until = time.monotonic() + wait
-        mine: dict[str, Values] = {}
+        until, mine = time.monotonic() + wait, dict[str, Values]()
+        if odd := [choice for choice in choices if not isinstance(choice, str | int)]:
+            self.number(odd[0])  # raises
         try:
             while True:
                 with self._changed:
@@ -188,8 +191,8 @@ class Slots:
                     assert load is not None
                     mine[name] = load(name)
             try:
-                while mine:
-                    self._fill(*mine.popitem())
+                for name in [name for name in mine if self._coming[name] >= 0]:
+                    self._fill(name, mine.pop(name))
             except BaseException:
                 self._give_up(mine)
                 self.release(numbers)
@@ -204,18 +207,13 @@ class Slots:
                 self._forget(mine.popitem()[0])
 
     def _taken(
-        self, choices: Sequence[str | int], mine: dict[str, Values], may_load: bool
+        self, choices: Sequence[Any], mine: dict[str, Values], may_load: bool
     ) -> tuple[list[int], list[str]] | None:
-        """Keep the slots of all choices, and find slots for the adapters that are in none.
-
-        Args:
-            choices: names of adapters, or numbers of slots.
-            mine: the adapters that this use has read, which no other use may read or choose meanwhile.
-            may_load: whether adapters may be read.
+        """Keep the slots of all choices, and find slots for the adapters that are in none but have been read.
 
         Returns:
-            The number of each choice's slot; or instead the adapters that have to be read before, which are entered in
-            ``mine``; or None to wait, with nothing kept.
+            The number of each choice's slot; or instead the adapters that have to be read first, which are entered in
+            ``mine`` so that no other use reads them; or None to wait, with nothing kept.
         """
         names, wanted = self.names, dict.fromkeys(choices)
         if any(c in self._coming and c not in mine for c in wanted):

@@ -42,7 +42,7 @@ class FactorPair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Factors:
+class AdapterFactors:
     """A LoRA adapter, apart from any compiled model.
 
     Attributes:
@@ -59,7 +59,7 @@ class Factors:
         return max(pair.a.shape[-2] for pair in self.pairs.values())
 
 
-def read_factors(source: Source, model: nn.Module, identity: Callable[[bool], Identity]) -> Factors:
+def read_factors(source: Source, model: nn.Module, identity: Callable[[bool], Identity]) -> AdapterFactors:
     """Read an adapter.
 
     Args:
@@ -81,7 +81,7 @@ def read_factors(source: Source, model: nn.Module, identity: Callable[[bool], Id
     return factors
 
 
-def _from_tensors(tensors: Mapping[str, Tensor]) -> Factors:
+def _from_tensors(tensors: Mapping[str, Tensor]) -> AdapterFactors:
     as_mapping(tensors, "an adapter's tensors", Tensor)
     where = "the mapping of tensors"
     parts: dict[SiteKey, dict[str, Tensor]] = {}
@@ -96,7 +96,7 @@ def _from_tensors(tensors: Mapping[str, Tensor]) -> Factors:
         owners.add(name.adaptation)
     if len(owners) != 1:
         raise GraftError("GC053", f"{where} has {len(owners)} adaptations, not one")
-    return Factors(where, _paired(where, parts, dict.fromkeys(parts, 0.0)))
+    return AdapterFactors(where, _paired(where, parts, dict.fromkeys(parts, 0.0)))
 
 
 def _paired(
@@ -112,7 +112,7 @@ def _paired(
     return pairs
 
 
-def _from_peft(path: Path, model: nn.Module) -> Factors:
+def _from_peft(path: Path, model: nn.Module) -> AdapterFactors:
     adapter = read_peft(path, shapes=shapes_of(model))
     if adapter.config.format[0] is not LoRA:
         message = f"{path} is {adapter.config.peft_type}, but slots contain LoRA"
@@ -128,10 +128,10 @@ def _from_peft(path: Path, model: nn.Module) -> Factors:
             raise GraftError("GC191", f"{path} does not fit at {module.path}: {reason}", place=adapter.place)
         key = SiteKey(module.path, module.parameter)
         parts[key], scales[key] = adapter.tensors(module), module.spec.scaling
-    return Factors(str(path), _paired(str(path), parts, scales))
+    return AdapterFactors(str(path), _paired(str(path), parts, scales))
 
 
-def _from_artifact(path: Path, identity: Callable[[bool], Identity]) -> Factors:
+def _from_artifact(path: Path, identity: Callable[[bool], Identity]) -> AdapterFactors:
     artifact = open_artifact(path)
     spec, lora = artifact.spec, artifact.spec.adapt[0] if len(artifact.spec.adapt) == 1 else None
     more = [field for field in ("compose", "train", "tokens", "untie") if getattr(spec, field)]
@@ -149,11 +149,11 @@ def _from_artifact(path: Path, identity: Callable[[bool], Identity]) -> Factors:
         key = place.key.place
         parts[key] = {part: tensors[name] for part, name in place.tensors.items()}
         scales[key] = own.scaling
-    return Factors(str(path), _paired(str(path), parts, scales))
+    return AdapterFactors(str(path), _paired(str(path), parts, scales))
 
 
 def slot_values(
-    compilation: Compilation, bank: Bank, factors: Factors, scale: float | None = None
+    compilation: Compilation, bank: Bank, factors: AdapterFactors, scale: float | None = None
 ) -> dict[str, Tensor]:
     """Return an adapter as a slot of a bank stores it: padded to the slot's rank, with its scale folded into B.
 

@@ -84,7 +84,9 @@ def _numbers(bank: Bank, ids: Tensor | None, weights: Any) -> list[int]:
     if known.device.type != "cpu" or known.is_floating_point() != (ids is None) or not known.numel():
         return []
     if ids is None:
-        known = known.reshape(-1, known.shape[-1]).any(0).nonzero() if known.shape[-1:] == (bank.size,) else known[:0]
+        if known.shape[-1:] != (bank.size,):
+            return []
+        known = known.reshape(-1, bank.size).any(0).nonzero()
     numbers = {int(number) for number in known.flatten().tolist()}
     return [number for number in numbers if 0 <= number < bank.size]
 

@@ -8,6 +8,7 @@ the base's class, are ignored: nothing is imported.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class AdapterConfig(BaseModel):
         """Whether it adds virtual tokens instead of adapting modules."""
         return self.format[1].joined is not None
 
-    @property
+    @cached_property
     def format(self) -> tuple[type[MethodSpec], PeftFormat]:
         """The equivalent method and its table.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import graftc
 from graftc.compiler.resolve.slots import decoded, encoded
+from graftc.runtime.loading.verify import verify
 from graftc.runtime.slots import Slots
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb, same_bits, tiny
@@ -113,7 +114,15 @@ def test_an_empty_slot_computes_nothing_and_is_refused(model: Any) -> None:
         error = refused("GC038", lambda chosen=chosen: compiled(IDS, **chosen))
         assert "is empty" in error.message
     refused("GC038", lambda: compiled(IDS, adapter_ids="nobody"))
-    refused("GC038", lambda: compiled(IDS, adapter_ids=torch.tensor([9])))
+    wrong: list[dict[str, Any]] = [
+        *(
+            {"adapter_ids": ids}
+            for ids in (9, [[0]], [None], torch.tensor([9]), torch.tensor([0.5]), torch.tensor([[0]]))
+        ),
+        *({"adapter_weights": torch.ones(shape)} for shape in ((), (3,), (2, 4), (1, 3))),
+    ]
+    for chosen in wrong:
+        refused("GC038", lambda chosen=chosen: compiled(IDS, **chosen))
 
 
 @SLOW
@@ -238,6 +247,7 @@ def test_saved_slots_are_loaded_with_their_names(
     bank.evict("gone")
     compiled.activate("é/2")
     loaded = graftc.load(compiled.save(tmp_path / "artifact"), model=model).eval()
+    assert all(check.passed is not False for check in verify(tmp_path / "artifact", model).checks)
     assert loaded.bank().slots.names == ["first", "é/2", None, None] and loaded.active() == "é/2"
     assert same_bits([logits(loaded, "first", "é/2")], [logits(compiled, "first", "é/2")])
     loaded.bank().add("cho", folders["cho"])
