@@ -106,10 +106,10 @@ def form_of(path: Path) -> Form:
     require_folder(path)
     if path.is_file():
         return "gguf-adapter" if GgufContent.of(path).is_adapter else "gguf-model"
-    if (path / "config.json").is_file() and any((path / name).is_file() for name in (SINGLE, INDEX)):
-        return "model"
-    names: tuple[tuple[str, Form], ...] = ((CONFIG, "peft"), (GENAI, "onnx-generate"), ("config.json", "model"))
+    whole = any((path / name).is_file() for name in (SINGLE, INDEX))
+    names: tuple[tuple[str, Form], ...] = ((GENAI, "onnx-generate"), (CONFIG, "peft"), ("config.json", "model"))
     form = next((form for name, form in names if (path / name).is_file()), None)
+    form = "model" if form == "peft" and whole and (path / "config.json").is_file() else form
     if form is None:
         raise GraftError("GC110", f"{path} is neither {' nor '.join(FORMS.values())}", place=Place(str(path)))
     return form
