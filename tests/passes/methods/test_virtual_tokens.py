@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.passes.core.build.base_activations import computed
 from graftc.runtime.compiled import Compiled
-from graftc.runtime.export import simplest
+from graftc.runtime.export import job
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
@@ -26,7 +26,7 @@ TEXT = ("bert", "roberta", "gpt2", "gpt_neox", "llama", "mixtral", "t5")
 
 def deployed(compiled: Any) -> Any:
     """Return the same model with simpler adaptations, or the model itself."""
-    return simplest.deployed(runner_of(compiled)).module
+    return job.deployed(runner_of(compiled)).module
 
 
 class TestPrompt(MethodContract):
