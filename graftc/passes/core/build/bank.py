@@ -181,7 +181,8 @@ def by_weights(weights: fx.Node, *, stacked: bool = False) -> Mixing:
 
     def mix(nodes: Nodes, results: list[fx.Node]) -> fx.Node:
         shape = [int(size) for size in results[0].meta["val"].shape[int(stacked) :]]
-        flat = [nodes.call(aten.flatten.using_ints, node, int(stacked), part="slots") for node in results]
+        begin = (1,) if stacked else ()
+        flat = [nodes.call(aten.flatten.using_ints, node, *begin, part="slots") for node in results]
         slots = flat[0] if stacked else nodes.call(aten.stack.default, flat, 0, part="slots")
         mixed = nodes.call(aten.matmul.default, weights, slots, part="mixture")
         return nodes.call(aten.view.default, mixed, [-1, *shape], part="mixture")
