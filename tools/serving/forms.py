@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 import graftc
-from graftc.applications.demo.decoder import find_decoder
+from graftc.applications.demo.decoder import find_decoder, load_decoder
+from graftc.runtime.export.formats.gguf import FileType
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 from tools.serving.methods import PROMPTS, TOKENS, Case
@@ -28,15 +29,14 @@ def base_files(work: Path, layers: int | None) -> Path:
 
     mistral.rs looks for ``rope_theta`` at the top level of config.json, where transformers 5 no longer writes it.
     """
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     folder = work / "base"
     if not (folder / "config.json").is_file():
-        sizes = {} if layers is None else {"num_hidden_layers": layers}
-        LlamaForCausalLM.from_pretrained(find_decoder(), **sizes).save_pretrained(folder)
+        load_decoder(layers).save_pretrained(folder)
         AutoTokenizer.from_pretrained(find_decoder()).save_pretrained(folder)
         _name_theta(folder)
-    files = {dtype: work / name for dtype, name in (("f32", "base.gguf"), ("f16", "base-f16.gguf"))}
+    files: dict[FileType, Path] = {"f32": work / "base.gguf", "f16": work / "base-f16.gguf"}
     if not all(file.is_file() for file in files.values()):
         untrained = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}}]}
         merged = graftc.compile(untrained, load(folder)).merge(allow_unchanged=True)
@@ -55,7 +55,8 @@ def load(folder: Path) -> Any:
     """Return a folder's model."""
     from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(folder).eval()
+    model: Any = LlamaForCausalLM.from_pretrained(folder)
+    return model.eval()
 
 
 @cache
@@ -167,7 +168,7 @@ def _lora_file(forms: Forms, path: Path) -> dict[str, Any]:
 
 def _largest_rank(folder: Path) -> int:
     config = json.loads((folder / "adapter_config.json").read_text())
-    return max(config["r"], *(config.get("rank_pattern") or {"": 0}).values())
+    return int(max([config["r"], *(config.get("rank_pattern") or {}).values()]))
 
 
 def _exported(

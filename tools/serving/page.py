@@ -36,7 +36,10 @@ def render_serving(docs: Path) -> str:
     results: Results = json.loads((docs / "serving.json").read_text(encoding="utf-8"))
     before, _, rest = page.partition(START)
     after = rest.partition(END)[2]
-    parts = (_engines(results), _matrix(results), _refused(results))
+    refused = list(_refusals(results))
+    parts = [_engines(results), _matrix(results)]
+    if refused:
+        parts.append(_table(["method", "engine", "refusal", "way out"], refused))
     return before + START + "\n" + "\n".join(parts) + "\n" + END + after
 
 
@@ -46,8 +49,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def version(results: Results, engine: str) -> str:
-    """Return the version of an engine with which the results were made."""
-    return next(str(route["version"]) for routes in results[engine].values() for route in routes if "version" in route)
+    """Return the version of the engine that ran."""
+    routes = (route for routes in results.get(engine, {}).values() for route in routes)
+    return next((str(route["version"]) for route in routes if "version" in route), "not run")
 
 
 def _engines(results: Results) -> str:
@@ -59,7 +63,7 @@ def _engines(results: Results) -> str:
             [
                 title,
                 package,
-                version(results, engine) if cells else "not run",
+                version(results, engine),
                 cell(cells.get("whole", ())),
                 *("-" if routes is None else f"{routes[0]['rows']} of {routes[0]['of']}" for routes in several),
             ]
@@ -93,11 +97,6 @@ def _matrix(results: Results) -> str:
     return _table(["method", *(title for title, _ in TITLES.values())], rows)
 
 
-def _refused(results: Results) -> str:
-    rows = list(_refusals(results))
-    return _table(["method", "engine", "refusal", "way out"], rows)
-
-
 def _refusals(results: Results) -> Iterator[list[str]]:
     """Yield a row for each method that an engine does not serve in any form."""
     for name, case in CASES.items():
@@ -107,4 +106,5 @@ def _refusals(results: Results) -> Iterator[list[str]]:
             if routes and not any(route.get("equal") for route in routes):
                 last = [route["refusal"] for route in routes if "refusal" in route][-1]
                 says = f"{last['code']}: {last['message']}"
-                yield [case.title, title, says.replace("|", "\\|"), f"{', '.join(serving)}; {last['way_out']}"]
+                ways = ([f"serve it with {', '.join(serving)}"] if serving else []) + [last["way_out"]]
+                yield [case.title, title, says.replace("|", "\\|"), "; ".join(ways)]

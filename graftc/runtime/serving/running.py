@@ -78,8 +78,9 @@ def run_engine(
 ) -> EngineAnswer:
     """Run an engine and return the tokens with which it continues prompts.
 
-    The engine runs in float32, with keys and values in float32, and chooses the most probable token, also after one
-    that ends the text. It runs in a separate process, so nothing happens to this one if it aborts.
+    The engine runs in float32, with keys and values in float32. It always chooses the most probable token among those
+    that do not end a text, as transformers does with `min_new_tokens`. It runs in a separate process, so nothing
+    happens to this one if it aborts.
 
     Args:
         engine: the name of the engine, one of `DRIVERS`.

@@ -31,6 +31,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     sizes = {"vocab_size": 80, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 12}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0}
+    heads |= {"bos_token_id": 0, "eos_token_id": 1}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
     for tensor in model.parameters():  # norms as well, and enough for tokens that vary
         tensor.data += 0.1 * torch.randn_like(tensor)
@@ -86,6 +87,7 @@ def test_llamacpp(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample("prefix")
 @pytest.mark.parametrize("entry", [LORA, {"method": "prefix", "length": 3}], ids=["lora", "prefix"])
 def test_genai(entry: Mapping[str, Any], base: Path, tmp_path: Path) -> None:
     """The folder for generation is read as it is, whether its adaptation folds or not."""

@@ -6,8 +6,10 @@ tokens among the most probable ones of a chat, whose template is therefore one t
 
 from __future__ import annotations
 
+import json
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mistralrs
@@ -28,6 +30,10 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
             which, token_source="none", no_paged_attn=True, prefix_cache_n=0, jinja_explicit=template.name
         )
 
+    config = json.loads(Path(request["base"], "config.json").read_text(encoding="utf-8"))
+    named = config.get("eos_token_id")
+    ends = {end: -1e9 for end in (named if isinstance(named, list) else [named]) if end is not None}
+
     def complete(ids: list[int], adapter: str | None) -> list[int]:
         text = runner.detokenize_text(ids, False)
         if runner.tokenize_text(text, False, None) != ids:
@@ -40,6 +46,7 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
             max_tokens=request["tokens"],
             temperature=0.0,
             ignore_eos=True,
+            logit_bias=ends,
             adapter=adapter,
         )
         answer: Any = runner.send_chat_completion_request(call)

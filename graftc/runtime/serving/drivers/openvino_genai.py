@@ -19,7 +19,9 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
     if loaded:
         options["adapters"] = genai.AdapterConfig(list(loaded.values()))
     pipeline = genai.LLMPipeline(request["base"], "CPU", **options)
-    settings = genai.GenerationConfig(max_new_tokens=request["tokens"], ignore_eos=True, do_sample=False)
+    settings = genai.GenerationConfig(
+        min_new_tokens=request["tokens"], max_new_tokens=request["tokens"], ignore_eos=True, do_sample=False
+    )
 
     def complete(ids: list[int], adapter: str | None) -> list[int]:
         settings.adapters = genai.AdapterConfig([loaded[adapter]] if adapter is not None else [])

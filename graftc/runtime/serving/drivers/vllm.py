@@ -13,7 +13,8 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
     prompts, adapters = request["prompts"], request["adapters"]
     lora = {}
     if adapters:
-        lora = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": request["max_rank"] or 16}
+        # On a CPU, release 0.32 computes rows without an adapter with the last slot, which therefore stays empty.
+        lora = {"enable_lora": True, "max_loras": len(adapters) + 1, "max_lora_rank": request["max_rank"] or 16}
     engine = vllm.LLM(
         model=request["base"],
         skip_tokenizer_init=True,
@@ -25,7 +26,10 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
         **lora,
     )
     requests = {name: LoRARequest(name, number + 1, path) for number, (name, path) in enumerate(adapters.items())}
-    sampling = vllm.SamplingParams(temperature=0.0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False)
+    wanted = request["tokens"]
+    sampling = vllm.SamplingParams(
+        temperature=0.0, min_tokens=wanted, max_tokens=wanted, ignore_eos=True, detokenize=False
+    )
     answers = engine.generate(
         [{"prompt_token_ids": prompt["ids"]} for prompt in prompts],
         sampling,
