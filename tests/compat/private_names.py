@@ -116,10 +116,9 @@ def inherited_by(module: str) -> Callable[[str], Set[str]]:
     """
     from torch import nn
 
-    own = vars(importlib.import_module(module))
-
     @cache
     def names(cls: str) -> Set[str]:
+        own = vars(importlib.import_module(module))
         if not isinstance(own.get(cls), type):
             return library_names()
         bases = [base for base in own[cls].__mro__ if base.__module__.partition(".")[0] not in ("graftc", "builtins")]
