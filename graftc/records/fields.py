@@ -22,6 +22,10 @@ ArtifactFolder: TypeAlias = Annotated[str, Field(description="The artifact's fol
 GivenModel: TypeAlias = Annotated[str, Field(description="The MODEL argument.")]
 Recomputed: TypeAlias = Annotated[bool, Field(description="Whether layers are computed again in the backward pass.")]
 
+NeededOption: TypeAlias = Annotated[
+    str | None, Field(description="The option with which the engine has to be started; null if it needs none.")
+]
+
 KIND = Field(description="What kind of site it is.")
 Layer: TypeAlias = Annotated[int | None, Ge(0), Field(description="Index of the layer; null outside the layers.")]
 Stack: TypeAlias = Annotated[str, Field(description="Path of the list of layers; empty outside the layers.")]

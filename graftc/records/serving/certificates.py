@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from graftc.records.fields import NeededOption
 from graftc.specs.records.record import Record, stated
 
 ServedForm = Literal["peft", "gguf-adapter", "model", "gguf-model", "onnx-generate"]
@@ -119,8 +120,7 @@ class ServingCertificate(Record):
     problems: tuple[ServingProblem, ...]
     """Every reason against serving the folder with this engine."""
 
-    needs: str | None
-    """The option with which the engine has to be started; null if it needs none."""
+    needs: NeededOption
 
     run: ServingRun | None
     """The comparison with the engine itself; null if it was not run."""

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
+from graftc.records.fields import NeededOption
 from graftc.specs.records.record import Record, stated
 
 RouteKind = Literal["as-is", "lora", "lora-over-base", "lora-within-error", "graph", "merged"]
@@ -54,8 +55,7 @@ class ServingRoute(Record):
     commands: tuple[str, ...] = ()
     """What to run, in order; empty if the folder is served as it is, or there is no way."""
 
-    needs: str | None = None
-    """The option with which the engine has to be started; null if it needs none."""
+    needs: NeededOption = None
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import graftc
-from graftc.compiler.folding import steps as folding
-from graftc.passes.core.weights.folds import WeightFold
+from graftc.passes.core.weights.folds import FoldStep, WeightFold
+from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.ia3 import IA3Method
 from graftc.passes.methods.loha import LoHaMethod
 from graftc.passes.methods.lokr import LoKrMethod
@@ -122,8 +122,11 @@ def test_norms(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = graftc.compile({"adapt": [{"method": "norms"}]}, tiny("llama")).eval()
     perturb(compiled)
     assert compiled.merge().certificate.passed
-    replaced = folding._replace
-    monkeypatch.setattr(folding, "_replace", lambda *args: lambda w, b: (w + replaced(*args)(w, b)[0], b))
+
+    def added(adaptation: str, site: str, own: WeightSlice, value: Callable[[], Tensor]) -> FoldStep:
+        return FoldStep(adaptation, site, own, None, lambda w, b: (w + value().double(), b), True)
+
+    monkeypatch.setattr(FoldStep, "of_copy", added)
     with pytest.raises(GraftError) as error:
         compiled.merge(budget=WITHOUT_LIMIT)
     assert error.value.code == "GC051"
