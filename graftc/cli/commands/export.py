@@ -174,7 +174,7 @@ def export(
         run.step("folding and certifying")
     deployed = _folded(compiled, budget, names, base, allow_unchanged) if folds else compiled.eval()
     run.step("exporting")
-    ready = ready_export(_exporting(deployed), exporter, given, run.out)
+    ready = ready_export(_exporting(deployed), exporter, given, run.out, force=run.force)
     if run.out is not None:
         ready.write(force=run.force)
     return ExportResult(

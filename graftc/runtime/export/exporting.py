@@ -10,7 +10,7 @@ from typing import Any
 
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.isolation import isolated
-from graftc.files.writing import staged
+from graftc.files.writing import absolute_path, check_destination, staged
 from graftc.runtime.export.exporter import Exporter
 from graftc.runtime.export.formats.gguf import FileType
 from graftc.runtime.export.job import AdapterSummary, ExportJob
@@ -146,11 +146,13 @@ class Exporting:
         """
         to, given = as_path(path), {**options, "example_inputs": example_inputs, "inputs": inputs, "dtype": dtype}
         given |= {"server": server, "max_rank": max_rank}
-        ready_export(self, exporter_of(format), given, to).write(force=force)
+        ready_export(self, exporter_of(format), given, to, force=force).write(force=force)
         return to
 
 
-def ready_export(exporting: Exporting, exporter: Exporter, given: Mapping[str, Any], path: Path | None) -> ReadyExport:
+def ready_export(
+    exporting: Exporting, exporter: Exporter, given: Mapping[str, Any], path: Path | None, *, force: bool = False
+) -> ReadyExport:
     """Prepare an export of every adaptation, including disabled ones, without writing it.
 
     Args:
@@ -158,12 +160,17 @@ def ready_export(exporting: Exporting, exporter: Exporter, given: Mapping[str, A
         exporter: the format's exporter.
         given: the format's options, by name.
         path: where to write it; None to only prepare it.
+        force: whether to replace an existing file or folder.
 
     Raises:
-        GraftError: for an option or a model that the format does not support.
+        GraftError: for an option or a model that the format does not support; GC063 if the path exists and may not be
+            replaced.
     """
     options = exporter.defaults | options_for(exporter, given)
     job = ExportJob(exporting.runner.complete(), options, exporting.evidence, path)
     with exporter.reported():
+        if path is not None:  # preparing may take minutes
+            companions = exporter.companions(path, options)
+            check_destination(absolute_path(path), force=force, companions=companions, replaceable=exporter.replaceable)
         job.prepared = exporter.prepare(job)
     return ReadyExport(exporter, job)
