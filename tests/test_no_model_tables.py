@@ -127,10 +127,14 @@ def offence(node: ast.AST, tainted: frozenset[str]) -> list[str]:
 
 
 FORMATS = frozenset(
-    {"runtime/export/gguf/families.py", "runtime/onnx_generation/genai.py", "runtime/interop/peft/expressible.py"}
+    {
+        *("runtime/export/gguf/families.py", "runtime/onnx_generation/genai.py", "runtime/interop/peft/expressible.py"),
+        *("applications/serving/adapters.py", "applications/serving/bases.py", "applications/serving/gguf_files.py"),
+        "runtime/serving/limits.py",
+    }
 )
-"""Files about formats that state the kind of a model: GGUF's architecture, that of onnxruntime-genai's configs, and the
-task in PEFT's."""
+"""Files about formats that state the kind of a model (GGUF's architecture, that of onnxruntime-genai's configs, the task
+in PEFT's), and about what serving engines load, which they decide by that kind."""
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from graftc.runtime.compiled import Compiled
 from graftc.runtime.deploy.merged import Merged
 from graftc.runtime.model.runner import Published
 from graftc.runtime.onnx_generation.models import OnnxSeq2SeqLM
+from graftc.runtime.serving.running import run_engine
 from tools.docs.cli import commands
 
 PACKAGE = Path(graftc.__file__).parent
@@ -60,6 +61,7 @@ def public() -> set[CodeType]:
     """
     modules: list[ModuleType] = [graftc, graftc.extend, graftc.testing, optim]
     values: list[Any] = [getattr(module, name) for module in modules for name in module.__all__]
+    values.append(run_engine)  # docs/serving.md shows it to users
     values += [value for cls in values if inspect.isclass(cls) for value in vars(cls).values()]
     for cls in (Compiled, Merged, OnnxSeq2SeqLM):
         values += [v.__wrapped__ if isinstance(v, Published) else v for v in vars(cls).values()]

@@ -17,10 +17,10 @@ from graftc.runtime.model.runner import Published
 from tests.kit.places import EXAMPLES
 
 PACKAGE = """
-    Certificate Compiled GraftError GraftWarning MemoryPlan Merged Report Selection ServingCertificate ServingPlan Spec
-    TrainingLog __version__ check
-    compile extend import_peft load load_base load_spec merge_checkpoint methods optim pet plan read_log roles select
-    serve_check serve_plan share_base testing tune
+    AdapterPool Certificate Compiled GraftError GraftWarning MemoryPlan Merged Report Selection ServingCertificate
+    ServingPlan Spec TrainingLog __version__ check compile extend import_peft load load_base
+    load_spec merge_checkpoint methods optim pet plan read_log roles select serve_check serve_plan share_base testing
+    tune
 """
 
 COMPILED = """

@@ -8,6 +8,7 @@ from typing import Any
 from graftc.runtime.export.exporter import Exporter
 from graftc.runtime.export.registry import exporters
 from graftc.specs.errors.diagnostics import GraftError, alternatives
+from graftc.specs.errors.text import listed
 
 
 def misplaced(exporter: Exporter, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -23,7 +24,7 @@ def misplaced(exporter: Exporter, given: Mapping[str, Any]) -> Iterator[tuple[st
         if name in own or value is None or value is False or empty:
             continue
         takers = [other.name for other in exporters().values() if name in (option.name for option in other.options)]
-        elsewhere = f"leave it out: it is an option of {' and '.join(takers)}" if takers or not own else None
+        elsewhere = f"leave it out: it is an option of {listed(takers)}" if takers or not own else None
         yield name, exporter.instead.get(name) or elsewhere or alternatives(name, own, "options")
 
 

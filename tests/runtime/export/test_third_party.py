@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import pkgutil
 import shutil
 import subprocess
@@ -149,7 +150,12 @@ def test_it_is_listed(shapes: None, capsys: pytest.CaptureFixture[str], monkeypa
         (["--option", "dtype=f16"], "GC090", "--option dtype=f16 is not valid", "write --dtype"),
         (["--option", "order=size"], "GC073", "order is 'size'", "use model or name"),
         (["--dtype", "f16"], "GC090", "--dtype does not apply to --format shapes", "an option of gguf"),
-        (["--inputs", "lora"], "GC090", "--inputs does not apply to --format shapes", "an option of onnx and pt2"),
+        (
+            ["--inputs", "lora"],
+            "GC090",
+            "--inputs does not apply to --format shapes",
+            "an option of onnx, onnx-generate and pt2",
+        ),
     ],
 )
 def test_options_that_it_does_not_take(
@@ -176,7 +182,8 @@ def test_help_imports_no_plugin(install: Install, tmp_path: Path) -> None:
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from graftc.cli import main; "
         "status = main(['export', '--help']); print({'torch', 'graftc_heavy'} & set(sys.modules)); sys.exit(status)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    wide = {**os.environ, "COLUMNS": "120"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, env=wide)
     assert "heavy" in done.stdout and done.stdout.splitlines()[-1] == "set()"
 
 
