@@ -11,6 +11,7 @@ from graftc.applications.serving.bases import BaseModule, ServedBase
 from graftc.files.tensors.folder import TensorFolder
 from graftc.passes.core.grouping import grouped_pairs
 from graftc.records.serving.certificates import ServedSite, ServedTensor, ServingProblem
+from graftc.runtime.interop.peft.folder import WEIGHTS
 from graftc.runtime.interop.peft.targets import meant
 from graftc.runtime.serving.engines import Engine
 from graftc.runtime.serving.limits import COPIES, KINDS, PREFIX, Kind, heads_served, limit_problems
@@ -57,10 +58,13 @@ def replayed(engine: Engine, config: Mapping[str, Any], file: TensorFolder, base
         replay.tensors = [ServedTensor(key, None, False, "it is not LoRA") for key in file]
         return replay
     pairs, others = _sorted(file)
+    if not pairs:
+        reason = "the file has no factors of a LoRA, so nothing would be applied"
+        replay.problems.append(ServingProblem("ignored", WEIGHTS, reason, "export the adapter again"))
     selected = meant(parsed_config(config, CONFIG), [*base.modules, *pairs])
     scales, found = _Scales(engine, config), list[ServingProblem]()
     for path, pair in pairs.items():
-        problems = list(_pair_problems(engine, path, pairs, base, scales))
+        problems = list(_pair_problems(engine, path, pairs, base, scales, file))
         if selected is not None and path not in selected and (own := base.module(path)) and own.kind != "experts":
             problems.insert(0, _unselected(engine, config, path))
         module = base.module(path)
@@ -132,14 +136,15 @@ class _Scales:
         return self._scale(self._read, path, rank)
 
     def _scale(self, config: Mapping[str, Any], path: str, rows: int | None = None) -> tuple[int, float]:
-        rank = rows or int(self._of(config, "rank_pattern", path, config.get("r") or 8))
-        alpha = float(self._of(config, "alpha_pattern", path, config.get("lora_alpha") or 8))
+        rank = rows or int(self._of(config, "rank_pattern", path, "r"))
+        alpha = float(self._of(config, "alpha_pattern", path, "lora_alpha"))
         return rank, alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
-    def _of(self, config: Mapping[str, Any], field: str, path: str, usual: Any) -> Any:
-        pattern = config.get(field) or {}
+    def _of(self, config: Mapping[str, Any], patterns: str, path: str, field: str) -> Any:
+        pattern = config.get(patterns) or {}
         key = matching(list(pattern), path, self._matcher)
-        return usual if key is None else pattern[key]
+        value = config.get(field) if key is None else pattern[key]
+        return 8 if value is None else value
 
 
 def _pair_problems(
@@ -148,6 +153,7 @@ def _pair_problems(
     pairs: Mapping[str, _Pair],
     base: ServedBase,
     scales: _Scales,
+    file: TensorFolder,
 ) -> Iterator[ServingProblem]:
     module, pair = base.module(path), pairs[path]
     if module is None:
@@ -161,6 +167,9 @@ def _pair_problems(
     if lacking:
         reason = f"{path} is adapted without {' and '.join(lacking)}, with which {engine.title} fuses it"
         yield ServingProblem("refused", path, reason, "adapt them too: their B may be zeros")
+    if problem := _factor_problem(path, pair, file):
+        yield problem
+        return
     yield from _shape_problems(path, pair, module, scales.defined(path)[0])
     fact = engine.places.get(module.kind) if module.kind != "linear" else None
     if fact is not None and (fact.treatment != "read" or (fact.only and base.architecture not in fact.only)):
@@ -185,6 +194,21 @@ def beside(path: str, name: str) -> str:
     """Return the path of another module of the same parent."""
     parent, dot, _ = path.rpartition(".")
     return f"{parent}{dot}{name}"
+
+
+def _factor_problem(path: str, pair: _Pair, file: TensorFolder) -> ServingProblem | None:
+    """Return why the factors of a module are not matrices of numbers that every engine reads."""
+    remedy = "export the adapter again"
+    if any(len(shape) != 2 for shape in pair.shapes.values()):
+        reason = f"the factors of {path} have the shapes {' and '.join(str(list(s)) for s in pair.shapes.values())}"
+        return ServingProblem("refused", path, f"{reason}, but have to be matrices", remedy)
+    odd = sorted({file.entries[key].dtype for key in pair.keys.values()} - {"F32", "F16", "BF16"})
+    if odd:
+        reason = f"the factors of {path} are stored as {' and '.join(odd)}, which is not known to be read as meant"
+        return ServingProblem("unverified", path, reason, "store them as F32, F16 or BF16")
+    if not all(bool(file[key].isfinite().all()) for key in pair.keys.values()):
+        return ServingProblem("wrong", path, f"the factors of {path} contain NaN or infinity", remedy)
+    return None
 
 
 def _shape_problems(path: str, pair: _Pair, module: BaseModule, rank: int) -> Iterator[ServingProblem]:

@@ -20,7 +20,7 @@ from graftc.runtime.sources.models import local_config
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.foreign.config import CONFIG, MOST, config_bytes, parsed_config
+from graftc.specs.foreign.config import CONFIG, MOST, config_bytes, lora_fields, parsed_config
 from graftc.specs.strict_json import read_json
 
 
@@ -60,7 +60,7 @@ def serve_check(
         replay = Replay(problems=[_other_form(row, form)])
     elif form == "peft":
         config = _adapter_config(path)
-        own = _base(base if base is not None else config.get("base_model_name_or_path"), path)
+        own = _base(base if base is not None else config.get("base_model_name_or_path") or None, path)
         replay = replayed(row, config, adapter_tensors(path / WEIGHTS), own)
         max_rank = row.rank_for(largest_rank(config))
         needs = f"{row.option} {max_rank}" if row.option is not None and max_rank else None
@@ -123,8 +123,11 @@ def _other_form(engine: Engine, form: Form) -> ServingProblem:
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
     raw = config_bytes(folder / CONFIG)
-    parsed_config(raw, str(folder / CONFIG))
-    return dict(read_json(raw, MOST))
+    kind = parsed_config(raw, str(folder / CONFIG)).peft_type
+    config: dict[str, Any] = dict(read_json(raw, MOST))
+    if kind == "LORA":
+        lora_fields(config, str(folder / CONFIG))
+    return config
 
 
 def _base(given: Any, adapter: Path) -> ServedBase:
@@ -132,6 +135,7 @@ def _base(given: Any, adapter: Path) -> ServedBase:
     if folder is not None and not (folder / "config.json").is_file():
         folder = local_config(str(given))
     if folder is None:
-        message = f"the base of {adapter} is needed, and {given or 'none'} is not on this machine"
+        lack = "its base_model_name_or_path names none" if given is None else f"{given} is not on this machine"
+        message = f"the base of {adapter} is needed, and {lack}"
         raise GraftError("GC069", message, place=Place(str(adapter)), hint="name its folder: --base DIR")
     return ServedBase.of(folder)

@@ -16,7 +16,7 @@ from graftc.records.serving.certificates import ServedSite, ServedTensor, Servin
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of
 from graftc.runtime.export.gguf.writing import package
 from graftc.runtime.interop.layouts.rotary import as_halves
-from graftc.runtime.serving.engines import Engine
+from graftc.runtime.serving.engines import FORMS, Engine
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import shown
 
@@ -59,7 +59,9 @@ class GgufContent:
             kinds = {name: own.types[0].name for name, own in reader.fields.items() if own.types}
         except (OSError, ValueError, IndexError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise GraftError("GC113", f"{file} cannot be read: {reason}", place=Place(str(file))) from None
+            message = f"{file} cannot be read as GGUF: {reason}"
+            hint = f"a file has to be {FORMS['gguf-adapter']} or {FORMS['gguf-model']}; of PEFT, pass the folder"
+            raise GraftError("GC113", message, place=Place(str(file)), hint=hint) from None
         shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
         return cls(fields, shapes, {t.name: t.tensor_type.name for t in reader.tensors}, kinds)
 

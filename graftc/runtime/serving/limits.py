@@ -52,9 +52,11 @@ def require_served(
 
 
 def largest_rank(config: Mapping[str, Any]) -> int:
-    """Return the largest rank that a config defines; 0 if it defines none."""
+    """Return the largest rank that a LoRA's config defines; 0 if it defines none, or is another method's."""
+    if config.get("peft_type") != "LORA":
+        return 0
     patterns = (config.get("rank_pattern") or {}).values()
-    return max(rank for rank in (config.get("r") or 0, *patterns) if isinstance(rank, int))
+    return max(config.get("r") or 0, *patterns, 0)
 
 
 def limit_problems(
@@ -85,8 +87,8 @@ def _field_problems(engine: Engine, config: Mapping[str, Any]) -> Iterator[Servi
         reason = f"target_modules is the regular expression {shown(targets)}"
         yield ServingProblem("refused", "target_modules", reason, f"list the modules: {_CONVERT}")
     for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), int | float):
-            yield ServingProblem("refused", field, f"{field} is {shown(config.get(field))}", "set it to a number")
+        if config.get(field) is None:
+            yield ServingProblem("refused", field, f"{field} is null", "set it to a number")
     start = config.get("init_lora_weights")
     if start not in OF_THE_BASE:
         reason = f"init_lora_weights is {shown(start)}, which changes the base that the factors are for"

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError, Place, correction
@@ -30,6 +30,28 @@ MOST = 16 * 2**20
 _VALUES = 2**20
 _INERT = frozenset({"inference_mode", "peft_version", "revision", "base_model_name_or_path"})
 """Fields of every type that describe an adapter's origin."""
+
+
+_Fields = TypeVar("_Fields", bound=BaseModel)
+_Rank = Annotated[int, Field(gt=0)]
+
+
+class LoraFields(BaseModel):
+    """The types of LoRA's own fields that engines compute with. A null rank or alpha has the right type."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+    r: _Rank | None = None
+    lora_alpha: float | None = None
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    use_qalora: bool | None = None
+    lora_bias: bool | None = None
+    ensure_weight_tying: bool | None = None
+    bias: str = "none"
+    init_lora_weights: bool | str | None = None
 
 
 class AdapterConfig(BaseModel):
@@ -169,8 +191,21 @@ def parsed_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
     if not isinstance(data, dict) or not isinstance(data.get("peft_type"), str):
         hint = "a PEFT config is a mapping with a peft_type"
         raise GraftError("GC111", "peft_type is missing", place=Place(where), hint=hint)
+    return _typed(AdapterConfig, data, where)
+
+
+def lora_fields(config: Mapping[str, Any], where: str) -> LoraFields:
+    """Read the fields of LoRA from the contents of a config.
+
+    Raises:
+        GraftError: GC111 for a field of the wrong type, a rank that is not positive, and an alpha that is not finite.
+    """
+    return _typed(LoraFields, config, where)
+
+
+def _typed(fields: type[_Fields], data: Mapping[str, Any], where: str) -> _Fields:
     try:
-        return AdapterConfig.model_validate(data)
+        return fields.model_validate(data)
     except ValidationError as error:
         details = [_explained(problem) for problem in error.errors(include_url=False, include_context=False)]
         raise GraftError("GC111", details[0], place=Place(where), details=details[1:]) from None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import graftc
 from graftc.runtime.serving.engines import ENGINES, PEFT_ENGINES
@@ -108,3 +111,123 @@ def test_seeded_folders(base: Path, tmp_path: Path) -> None:
     for case in good:
         each = found[case.name]
         assert each.applied == each.total == 2 * len(case.updates)
+
+
+HOSTILE_FIELDS: list[dict[str, Any]] = [
+    *({"r": value} for value in ("4", 4.0, [4], True, 0, -1, {})),
+    *({"lora_alpha": value} for value in ("6", True, [], {}, [6])),
+    *({"rank_pattern": value} for value in ([], "x", 4, {"q_proj": "x"}, {"q_proj": None}, {"q_proj": 4.0}, {"q": 0})),
+    *({"alpha_pattern": value} for value in ([], "x", 6, {"q_proj": "x"}, {"q_proj": None}, {"q_proj": True})),
+    *({field: value} for field in ("use_rslora", "use_dora", "lora_bias", "use_qalora") for value in ("false", 0, [])),
+    *({"bias": value} for value in (None, 7, [])),
+    *({"init_lora_weights": value} for value in (0, 1, [], {})),
+]
+
+
+@pytest.mark.parametrize("fields", HOSTILE_FIELDS, ids=str)
+def test_fields_of_the_wrong_type(base: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    """A field that PEFT could not have written is an error that names it, before anything is replayed."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**CONFIG, **fields}), encoding="utf-8")
+    for engine in PEFT_ENGINES:
+        with pytest.raises(GraftError, match=next(iter(fields))) as caught:
+            graftc.serve_check(tmp_path, engine, base=base)
+        assert caught.value.code == "GC111"
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+def test_null_fields(base: Path, tmp_path: Path, field: str) -> None:
+    """A config without a rank or an alpha is refused, although PEFT has defaults."""
+    folder = _stored(tmp_path, base, **{field: None})
+    assert f"{field} is null" in [problem.reason for problem in graftc.serve_check(folder, "vllm").problems]
+
+
+HOSTILE_FACTORS: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
+    "one axis": ("refused", "have to be matrices", lambda t: t.flatten()),
+    "no axis": ("refused", "have to be matrices", lambda t: t.sum()),
+    "three axes": ("refused", "have to be matrices", lambda t: t[None]),
+    "nan": ("wrong", "NaN or infinity", lambda t: t.where(t != t.flatten()[-1], torch.nan)),
+    "infinite": ("wrong", "NaN or infinity", lambda t: t.where(t != t.flatten()[0], -torch.inf).bfloat16()),
+    "int8": ("unverified", "I8", lambda t: t.to(torch.int8)),
+    "int64": ("unverified", "I64", lambda t: t.to(torch.int64)),
+    "bool": ("unverified", "BOOL", lambda t: t > 0),
+    "float8": ("unverified", "F8_E4M3", lambda t: t.to(torch.float8_e4m3fn)),
+    "float64": ("unverified", "F64", lambda t: t.double()),
+    "complex": ("unverified", "C64", lambda t: t.to(torch.complex64)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_FACTORS)
+@pytest.mark.parametrize("part", ["A", "B"])
+def test_unusable_factors(base: Path, tmp_path: Path, name: str, part: str) -> None:
+    """One unusable factor is a problem of its module, whose tensors are not applied; the others are."""
+    kind, reason, change = HOSTILE_FACTORS[name]
+    folder = _stored(tmp_path, base)
+    file, key = (
+        folder / "adapter_model.safetensors",
+        f"base_model.model.model.layers.1.self_attn.q_proj.lora_{part}.weight",
+    )
+    tensors = load_file(file)
+    save_file({**tensors, key: change(tensors[key]).contiguous()}, file)
+    certificate = graftc.serve_check(folder, "vllm")
+    (problem,) = certificate.problems
+    assert (problem.kind, problem.place) == (kind, "model.layers.1.self_attn.q_proj") and reason in problem.reason
+    assert not certificate.passed and (certificate.applied, certificate.total) == (10, 12)
+
+
+def test_stored_factors_pass(base: Path, tmp_path: Path) -> None:
+    """The folder that other tests damage is served, also with an alpha of zero, and in half precision."""
+    folder = _stored(tmp_path, base, lora_alpha=0)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        file = folder / "adapter_model.safetensors"
+        save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file)
+        certificate = graftc.serve_check(folder, "vllm")
+        assert certificate.passed and certificate.applied == 12
+        assert {(site.rank, site.scale, site.defined) for site in certificate.sites} == {(4, 0.0, 0.0)}
+
+
+def test_no_factors(base: Path, tmp_path: Path) -> None:
+    """A file without tensors would leave the base as it is."""
+    folder = _stored(tmp_path, base)
+    save_file({}, folder / "adapter_model.safetensors")
+    for engine in PEFT_ENGINES:
+        certificate = graftc.serve_check(folder, engine)
+        assert [(p.kind, p.place) for p in certificate.problems] == [("ignored", "adapter_model.safetensors")]
+        assert not certificate.passed and certificate.total == 0
+
+
+def test_other_methods_with_lora_fields(base: Path, tmp_path: Path) -> None:
+    """Fields of the same name belong to the other method, and are not read as LoRA's."""
+    folder = _stored(tmp_path, base, peft_type="ADALORA", rank_pattern={"a": [True]}, r="x")
+    assert [p.place for p in graftc.serve_check(folder, "vllm").problems] == ["peft_type"]
+
+
+@pytest.mark.parametrize("content", [b"text", b"", b"GGUF", b"GGUF" + b"\0" * 60])
+def test_a_file_that_is_not_gguf(tmp_path: Path, content: bytes) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "file.txt").write_bytes(content)
+    with pytest.raises(GraftError, match="as GGUF") as caught:
+        graftc.serve_check(tmp_path / "file.txt", "llama.cpp")
+    assert caught.value.code == "GC113" and "a GGUF adapter or a GGUF model" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("named", ["", None])
+def test_a_base_that_is_not_named(base: Path, tmp_path: Path, named: str | None) -> None:
+    with pytest.raises(GraftError, match="base_model_name_or_path") as caught:
+        graftc.serve_check(_stored(tmp_path, base, base_model_name_or_path=named), "vllm")
+    assert caught.value.code == "GC069"
+
+
+CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+
+
+def _stored(folder: Path, base: Path, **fields: Any) -> Path:
+    """Write an adapter of rank 4 for q, k and v of `base`, without PEFT."""
+    config = {**CONFIG, "base_model_name_or_path": str(base), **fields}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    shapes = {path: shape for path, shape in shapes_of(base).items() if path.endswith(("q_proj", "k_proj", "v_proj"))}
+    tensors = {}
+    for path, (rows, columns) in shapes.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(4, columns)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(rows, 4)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
