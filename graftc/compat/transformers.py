@@ -93,6 +93,7 @@ _STEPS = {
     "criteria": "_get_stopping_criteria",
     "compiles": "_valid_auto_compile_criteria",
     "cache": "_prepare_cache_for_generation",
+    "candidates": "_get_candidate_generator",
 }
 
 
@@ -104,8 +105,9 @@ def loop_steps(**steps: Callable[..., Any]) -> Callable[[type[T]], type[T]]:
     Args:
         steps: replacements for steps: ``rows`` repeats the inputs for each text generated from a row of the prompt,
             ``criteria`` returns the stopping criteria, ``compiles`` returns whether the loop may compile the forward
-            pass, and ``cache`` adds a cache to the arguments of calls. Each is called with the object, the step that it
-            replaces, and the arguments of the step.
+            pass, ``cache`` adds a cache to the arguments of calls, and ``candidates`` returns what proposes tokens in
+            assisted generation. Each is called with the object, the step that it replaces, and the arguments of the
+            step.
     """
 
     def decorate(cls: type[T]) -> type[T]:

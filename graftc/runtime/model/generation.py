@@ -404,7 +404,23 @@ def _cached(
         vars(instance)["_graftc_cache"] = cache
 
 
-@loop_steps(rows=_expanded, criteria=_ending, compiles=lambda *_, **__: False, cache=_cached)
+def _candidates(
+    instance: _StandIn,
+    propose: Callable[..., Any],
+    *,
+    model_kwargs: dict[str, Any],
+    assistant_model: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """Return what proposes tokens; an assistant gets only those choices among adaptations that it has as well."""
+    if assistant_model is not None:
+        taken = inspect.signature(assistant_model.forward).parameters
+        missing = instance._graftc_runner.shown.compilation.controls.keys() - taken.keys()
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in missing}
+    return propose(model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs)
+
+
+@loop_steps(rows=_expanded, criteria=_ending, compiles=lambda *_, **__: False, cache=_cached, candidates=_candidates)
 class _StandIn:
     """The base class through which a stand-in delegates generation to a Runner."""
 
