@@ -113,7 +113,7 @@ def positions_of(name: str, given: Any, rows: int, device: torch.device) -> Tens
     """Return positions as the caller passed them, expanded to one for each row: ``int64[rows]``.
 
     Raises:
-        GraftError: GC038 for anything else than one integer for each row, or for all of them.
+        GraftError: GC038 for anything else than one integer for each row, or for all of them, and for values below -1.
     """
     if not isinstance(given, Tensor):
         listed = [given] if isinstance(given, int) else list(given)
@@ -123,6 +123,9 @@ def positions_of(name: str, given: Any, rows: int, device: torch.device) -> Tens
     if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool or given.shape[0] not in (1, rows):
         message = f"{name} is {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"
         raise GraftError("GC038", message, hint=f"pass one integer for each of the {rows} rows, or -1")
+    if not is_traced() and given.device.type == "cpu" and bool((given < -1).any()):
+        message = f"{name} contains {int(given.min())}, which is not a position"
+        raise GraftError("GC038", message, hint="pass -1 for a row that is not adapted")
     positions: Tensor = given.to(torch.int64).expand(rows)
     return positions
 

@@ -36,13 +36,13 @@ class Reusing(Feature):
             another adaptation changes earlier tokens as well, or if attention is not causal.
 
         Raises:
-            GraftError: GC073 if the batch has no ``input_ids`` or the model has no aLoRA; GC140 if the model keeps no
-                cache of keys and values; GC141 for an adaptation that no cache can hold.
+            GraftError: GC073 if the batch has no tokens in ``input_ids`` or the model has no aLoRA; GC140 if the model
+                keeps no cache of keys and values; GC141 for an adaptation that no cache can hold.
         """
         runner, given = self.runner, dict(as_mapping(batch, "batch", object))
         ids = given.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.dim() != 2:
-            raise GraftError("GC073", "the batch has no input_ids [rows, tokens]", hint="add input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+            raise GraftError("GC073", "the batch has no tokens in input_ids [rows, tokens]", hint="add input_ids")
         starts = starts_in_prompt(runner.shown.compilation, ids)
         said = [name for name in starts if given.get(name) is not None]
         starts |= {name: positions_of(name, given[name], len(ids), ids.device) for name in said}
