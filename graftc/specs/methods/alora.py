@@ -38,6 +38,10 @@ class ALoRA(MethodSpec):
     after the invocation, gets them from the cache or from the input `NAME_start` (`alora_start`): `int64[rows]`, the
     position of each row's first adapted token, counted from the row's first token including padding and what is in the
     cache, or -1 for a row that is not adapted.
+
+    Padding counts as text, as it does in PEFT: an invocation among masked tokens is found like any other. A padding
+    token should therefore not be part of the invocation. A position beyond the text adapts none of its tokens; in
+    `generate`, it adapts the tokens that are generated from there on.
     """
 
     claims: ClassVar[Claims] = Claims(

@@ -129,7 +129,8 @@ def test_certificate(compiled: Any) -> None:
     assert later.continued is True and later.passed
     given = compiled.certify_reuse({"input_ids": IDS[:2], "alora_start": [5, 6]})
     assert [row.equal for row in given.rows] == [5, 6] and given.passed and given.continued
-    assert refused(compiled.certify_reuse, {"attention_mask": IDS}).code == "GC073"
+    for wrong in ({"attention_mask": IDS}, {"input_ids": IDS[:1, :0]}, {"input_ids": IDS[:0]}):
+        assert refused(compiled.certify_reuse, wrong).code == "GC073"
 
 
 @pytest.mark.full
@@ -187,7 +188,15 @@ def test_positions_that_the_caller_gives(compiled: Any) -> None:
         base = logits_of(compiled, input_ids=IDS)
     assert torch.equal(logits_of(compiled, input_ids=IDS, alora_start=-1), base)
     assert torch.equal(logits_of(compiled, input_ids=IDS, alora_start=[100]), base)
-    for wrong in ([1, 2], [1.0] * 4, torch.zeros(4), torch.zeros(4, 1, dtype=torch.int64), ["first"] * 4):
+    for wrong in (
+        [1, 2],
+        [1.0] * 4,
+        torch.zeros(4),
+        torch.zeros(4, 1, dtype=torch.int64),
+        ["first"] * 4,
+        -2,
+        torch.tensor([0, 1, 2, -2]),
+    ):
         assert refused(compiled, input_ids=IDS, alora_start=wrong).code == "GC038"
     error = refused(compiled, inputs_embeds=vectors)
     assert error.code == "GC031" and "alora_start" in str(error.hint)
@@ -204,6 +213,8 @@ def test_generation(compiled: Any) -> None:
     assert torch.equal(again, compiled.generate(IDS, **GREEDY, num_beams=2, num_return_sequences=2, use_cache=False))
     row = IDS[:1]
     assert torch.equal(compiled.generate(row, **GREEDY, prompt_lookup_num_tokens=2), expected[:1])
+    for assistant in (tiny("llama").eval(), compiled):
+        assert torch.equal(compiled.generate(row, **GREEDY, assistant_model=assistant), expected[:1])
     with compiled.disabled():
         assert torch.equal(compiled.generate(IDS, **GREEDY), tiny("llama").eval().generate(IDS, **GREEDY))  # type: ignore[operator]
 
@@ -217,6 +228,31 @@ def test_an_answer_after_the_bases(compiled: Any) -> None:
     expected = compiled.generate(text, **GREEDY)
     assert torch.equal(compiled.generate(text, **GREEDY, cache=base.past_key_values), expected)
     assert not torch.equal(model.generate(text, **GREEDY), expected)
+
+
+@pytest.mark.slow
+def test_an_answer_that_contains_the_padding_token(compiled: Any) -> None:
+    """The base's cache is continued as the text is read, with earlier invocations, if the call says what is masked."""
+    model: Any = tiny("llama").eval()
+    base = model.generate(IDS, **GREEDY, return_dict_in_generate=True)
+    text = torch.cat([base.sequences, torch.tensor([[FIRST, SECOND]] * 4)], 1)
+    options = {**GREEDY, "pad_token_id": int(base.sequences[1, -4]), "attention_mask": torch.ones_like(text)}
+    expected = compiled.generate(text, **options)
+    assert torch.equal(compiled.generate(text, **options, cache=copy.deepcopy(base.past_key_values)), expected)
+    whole = text
+    for _ in range(GREEDY["max_new_tokens"]):
+        tokens = logits_of(compiled, input_ids=whole, alora_start=[12] * 4)[:, -1].argmax(-1, keepdim=True)
+        whole = torch.cat([whole, tokens], 1)
+    assert torch.equal(whole, expected)
+
+
+@pytest.mark.slow
+def test_padding_counts_as_text(compiled: Any) -> None:
+    """An invocation among masked tokens is the last one of its row, as in PEFT."""
+    mask = torch.ones_like(IDS)
+    mask[1, 4:] = 0
+    masked = logits_of(compiled, input_ids=IDS, attention_mask=mask)
+    assert torch.equal(masked, logits_of(compiled, input_ids=IDS, attention_mask=mask, alora_start=STARTS))
 
 
 @pytest.mark.full
