@@ -133,8 +133,8 @@ FORMATS = frozenset(
         "runtime/serving/limits.py",
     }
 )
-"""Files about formats that state the kind of a model (GGUF's architecture, that of onnxruntime-genai's configs, the task
-in PEFT's), and about what serving engines load, which they decide by that kind."""
+"""Files about formats that state the kind of a model (GGUF's architecture, that of onnxruntime-genai's configs, the
+task in PEFT's), and about what serving engines load, which they decide by that kind."""
 
 
 @pytest.mark.slow

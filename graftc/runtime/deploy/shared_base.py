@@ -19,6 +19,7 @@ from graftc.runtime.interop.peft.exporting import PeftExport, is_exported, prepa
 from graftc.runtime.interop.peft.plain import plain
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.runner import ModelRoot, runner_of
+from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.errors.text import some
 
@@ -63,6 +64,7 @@ class SharedBase:
         return to
 
 
+@public("graftc.share_base")
 @torch.no_grad()
 def share_base(models: Mapping[str, ModelRoot | AdaptedRunner], into_base: Sequence[str] = ("trained",)) -> SharedBase:
     """Fold what several models share into one base, and turn the rest of each into LoRA.
