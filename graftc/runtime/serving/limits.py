@@ -56,7 +56,7 @@ def largest_rank(config: Mapping[str, Any]) -> int:
     if config.get("peft_type") != "LORA":
         return 0
     patterns = (config.get("rank_pattern") or {}).values()
-    return max(config.get("r") or 0, *patterns, 0)
+    return int(max(config.get("r") or 0, *patterns, 0))
 
 
 def limit_problems(
