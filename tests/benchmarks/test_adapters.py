@@ -10,7 +10,7 @@ import pytest
 from benchmarks.adapters import ENTRIES, main
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_entry_runs(tmp_path: Path) -> None:
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "adapters.json").read_text())

@@ -11,7 +11,7 @@ from benchmarks.memory import entries, half_entries, main
 from benchmarks.train.models import TINY
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_entry_runs(tmp_path: Path) -> None:
     assert main(["--quick", "--out", str(tmp_path)]) == 0
     data = json.loads((tmp_path / "memory.json").read_text())[str(TINY.vocabulary)]

@@ -126,7 +126,7 @@ def test_calls_do_what_every_layer_does(adapt: Mapping[str, Any], family: str) -
 
 
 class TestFunctions:
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_thirty_two_layers_are_one(self) -> None:
         compiled = compiled_at(32)
         assert len(compiled._graftc.blocks) == 32
@@ -218,7 +218,7 @@ class TestWrittenOut:
         assert len(seen) == 1
         assert torch.equal(before, after)
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_a_copy_is_a_model_of_its_own(self) -> None:
         compiled = compiled_at().eval()
         copied = copy.deepcopy(compiled)
@@ -246,7 +246,7 @@ class TestToldAsOfEveryLayer:
         assert told.value.code == "GC020"
         assert "model.layers.3." in str(told.value)
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_a_warning_is_told_once(self) -> None:
         model = tiny("t5", layers=DEPTH)
         spec = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q", "head"]}}]}

@@ -17,7 +17,7 @@ SPEC: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_texts_without_images_after_images() -> None:
     """The vision tower and the projector are adapted, but not called."""
     small = llava()

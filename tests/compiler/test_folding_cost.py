@@ -38,7 +38,7 @@ def test_every_site_is_folded_once(layers: int, models: dict[int, Any], monkeypa
     assert len(applied) == len(set(applied)) == len(certificate.sites) == 7 * layers
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_merging_is_linear_in_layers(models: dict[int, Any]) -> None:
     """Adding four layers costs at most a little over twice as much as adding two."""
     for model in models.values():

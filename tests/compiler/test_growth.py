@@ -32,7 +32,7 @@ def check_of(layers: int, adaptations: int = 1) -> Callable[[], object]:
     return lambda: graftc.check(spec, network)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.sample("layers")
 @pytest.mark.parametrize(
     "work",

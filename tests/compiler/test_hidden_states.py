@@ -17,7 +17,7 @@ DEPTH = 7
 IDS = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "family", ["llama", pytest.param("gpt2", marks=pytest.mark.full), pytest.param("bert", marks=pytest.mark.full)]
 )

@@ -32,7 +32,7 @@ def insertions(monkeypatch: pytest.MonkeyPatch, layers: int, adapt: Mapping[str,
     return len(count)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_insertions_do_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     assert insertions(monkeypatch, 6) == insertions(monkeypatch, 12)
 

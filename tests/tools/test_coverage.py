@@ -249,7 +249,7 @@ def test_maps_with_shared_weights_and_maps_without_gradients_are_left_out() -> N
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_levels_are_those_of_what_compiles() -> None:
     built = build(Entry("Qwen2VLForConditionalGeneration", "qwen2_vl", ("multimodal LM",)))
     summary = levels(compile_maps(built), built)

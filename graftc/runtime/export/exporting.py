@@ -10,7 +10,7 @@ from typing import Any
 
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.isolation import isolated
-from graftc.files.writing import absolute_path, check_destination, staged
+from graftc.files.writing import check_destination, staged
 from graftc.runtime.export.exporter import Exporter
 from graftc.runtime.export.formats.gguf import FileType
 from graftc.runtime.export.job import AdapterSummary, ExportJob
@@ -20,7 +20,7 @@ from graftc.runtime.export.registry import exporter_of
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.model.sharded import written_once
 from graftc.runtime.progress import during
-from graftc.specs.errors.arguments import as_path
+from graftc.specs.errors.arguments import absolute_path, as_path
 from graftc.specs.errors.text import listed
 
 

@@ -26,7 +26,7 @@ def _bart() -> Any:
     return BartForSequenceClassification(BartConfig(max_position_embeddings=32, **layers, **heads, **TOKENS))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.sample("adapt0-_t5")
 @pytest.mark.parametrize("make", [_t5, _bart])
 @pytest.mark.parametrize("adapt", [{"method": "full"}, LORA])

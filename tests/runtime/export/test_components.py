@@ -39,7 +39,7 @@ def run(folder: Path, entry: dict[str, Any], values: dict[str, np.ndarray]) -> d
     return dict(zip(names, session.run(names, values), strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_they_give_one_after_the_other_is_what_the_model_gives(written: tuple[Any, Any, Path]) -> None:
     merged, inputs, folder = written
     manifest = json.loads((folder / "components.json").read_text(encoding="utf-8"))

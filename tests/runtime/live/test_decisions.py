@@ -120,7 +120,7 @@ def test_calls_that_decide_otherwise_equal_the_source_with_its_buffers_and_rando
     assert kinds[1] == kinds[2] <= 8  # by then, a buffer contains NaN
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_gradients_a_merge_and_an_artifact(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Stack().eval()

@@ -12,7 +12,7 @@ from tests.runtime.live.models import qwen2_vl
 SPEC: dict[str, Any] = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": "head"}}]}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_output_projection_alone_is_a_head() -> None:
     case = qwen2_vl()
     roles = graftc.roles(case.model, case.first)

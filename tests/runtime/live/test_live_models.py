@@ -164,7 +164,7 @@ def generates_as_its_merged_class(trained: Any, case: Case, length: int) -> tupl
     return asked, plain
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_graph_generates_by_its_layers_where_calls_with_a_cache_are_no_graph() -> None:
     case = llava()
     spec = {"adapt": [{**LORA, "target": {"modules": "**.{q_proj,v_proj}"}}]}
@@ -288,7 +288,7 @@ def test_what_acts_on_the_whole_is_refused(spec: dict[str, Any]) -> None:
     assert caught.value.code == "GC149"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_gates_over_rows_are_refused() -> None:
     case = qwen2_vl()
     with pytest.raises(GraftError, match=r"GC149: .* each row of a batch"):

@@ -123,7 +123,7 @@ def test_it_computes_trains_merges_saves_and_loads(asks: bool, tmp_path: Path) -
     assert elements_in(again.compilation.flags) == elements_in(compiled.compilation.flags)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_graphs_of_layers_read_is_not_read_between_graphs() -> None:
     """The vision blocks are not graphs and are examined again; the experts of the text layers are in graphs."""
     small = qwen3_vl_moe()

@@ -25,7 +25,7 @@ def recurrent() -> Any:
     return Mamba2ForCausalLM(Mamba2Config(vocab_size=50, hidden_size=32, num_hidden_layers=1, **sizes)).eval()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_it_generates_as_its_merged_class_and_an_adapted_convolution_is_refused() -> None:
     model, ids = recurrent(), torch.randint(3, 50, (2, 6))
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -119,7 +119,7 @@ def listener() -> Any:
 SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_decoder_that_reads_an_encoder_keeps_both_caches() -> None:
     """Split although it is one graph, its layers read the encoder's keys and values once, and then the cache."""
     model = listener()

@@ -42,7 +42,7 @@ def gemma4() -> nn.Module:
     return Gemma4ForCausalLM(Gemma4TextConfig(**sizes)).eval()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_layers_share_keys_and_values_as_the_source_does() -> None:
     model = gemma4()
     first, second = texts([((), 9), ((), 5)], 0), texts([((), 4), ((), 12), ((), 7)], 1)

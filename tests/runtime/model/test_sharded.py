@@ -17,7 +17,7 @@ def test_a_sharded_model_trains_and_is_saved_as_a_whole_one(tmp_path: Path) -> N
     together("tests.runtime.model.distributed_jobs:brief", 2, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_quantised_base_is_sharded(tmp_path: Path) -> None:
     together("tests.runtime.model.distributed_jobs:quantised", 2, tmp_path)
 

@@ -68,6 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_both_towers_are_adapted_without_a_batch(folder: Path) -> None:
     model = load_folder(folder)
     shown = processor_example(model)
@@ -129,6 +130,7 @@ def test_a_broken_processor_is_a_warning(folder: Path, tmp_path: Path, broken: s
     assert len(told) == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "sizes",
     [
