@@ -5,6 +5,7 @@ They come from folders that peft wrote, from artifacts, or as tensors. Everythin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,8 +168,12 @@ def slot_values(
         Its tensors, by the names of the bank's tensors.
 
     Raises:
-        GraftError: GC191, which lists every site that does not fit; GC053 if values are not finite.
+        GraftError: GC191, which lists every site that does not fit; GC053 if values are not finite; GC073 for a scale
+            that is not a finite number.
     """
+    numeric = isinstance(scale, int | float) and not isinstance(scale, bool) and math.isfinite(scale)
+    if scale is not None and not numeric:
+        raise GraftError("GC073", f"scale is {scale!r}", hint="pass a finite number")
     unit = compilation.unit_of[str(bank.name)]
     specs = {site.key.place: own for site, own in unit.members[0].sites}
     parts = {key.place: names for key, names in compilation.parts[unit.name].items() if key is not None}
@@ -183,11 +188,14 @@ def slot_values(
         names = parts[key]
         like = {part: compilation.store.get(names[part])[0] for part in ("A", "B")}
         missing = own.rank - pair.a.shape[-2]
+        if any(not t.is_floating_point() or t.layout != torch.strided or t.is_meta for t in (pair.a, pair.b)):
+            problems.append(f"{key}: its factors are not dense floating-point tensors with values")
+            continue
         if missing < 0:
             problems.append(f"{key}: rank {pair.a.shape[-2]}, but slots have {own.rank}")
             continue
-        ratio = (pair.scale or scale or own.scaling) / own.scaling
-        b = pair.b.to(torch.promote_types(pair.b.dtype, torch.float32)) * ratio
+        stated = pair.scale or (own.scaling if scale is None else scale)
+        b = pair.b.to(torch.promote_types(pair.b.dtype, torch.float32)) * (stated / own.scaling)
         padded = {"A": nn.functional.pad(pair.a, (0, 0, 0, missing)), "B": nn.functional.pad(b, (0, missing))}
         for part, value in padded.items():
             if value.shape != like[part].shape:

@@ -306,6 +306,10 @@ def test_what_does_not_fit_changes_nothing(model: Any, compiled: Any, folders: d
         "method": ("GC191", dora, "dora"),
         "nothing": ("GC080", tmp_path / "nothing", "does not exist"),
         "shape": ("GC191", {**fine, last: fine[last][:-1]}, "B is"),
+        "whole numbers": ("GC191", {n: t.long() for n, t in fine.items()}, "floating-point"),
+        "complex": ("GC191", {n: t.to(torch.complex64) for n, t in fine.items()}, "floating-point"),
+        "meta": ("GC191", {n: t.to("meta") for n, t in fine.items()}, "with values"),
+        "sparse": ("GC191", {n: t.to_sparse() for n, t in fine.items()}, "dense"),
         "half": ("GC053", {n: t for n, t in fine.items() if n != last}, "pair"),
         "name": ("GC053", {**fine, "model.weight": fine[last]}, "model.weight"),
         "kind": ("GC073", 7, ""),
@@ -315,6 +319,8 @@ def test_what_does_not_fit_changes_nothing(model: Any, compiled: Any, folders: d
         for change in (lambda s=source: bank.add("new", s), lambda s=source: bank.replace("first", s)):
             error = refused(code, change)
             assert word in f"{error.message} {error.details}", error
+    for scale in ("2", True, float("nan")):
+        refused("GC073", lambda s=scale: bank.add("new", fine, scale=s))
     assert bank.slots.names == names
     assert all(torch.equal(tensor, before[fqn]) for fqn, tensor in bank.slots.tensors.items())
 
