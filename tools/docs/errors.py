@@ -38,6 +38,7 @@ _GROUPS = (
     ("GC16", "Quantised bases"),
     ("GC17", "Patterns and verbalizers"),
     ("GC18", "Data and members of PET"),
+    ("GC19", "Adapters that come and go"),
 )
 _INTRO = """\
 Every failure that a spec, a model or a file can cause has a stable code. An error aborts the operation and determines
