@@ -154,6 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     host = {**before, "load_after": machine()["load"]}
     data = {"command": command_line(prog, arguments), "date": date, "rounds": rounds, "machine": host, "cases": results}
     write(options.out, "generate", data, "\n".join(_lines(data)) + "\n")
+    return status(results, tell)
+
+
+def status(results: Mapping[str, Any], tell: Callable[[str], None]) -> int:
+    """Report every entry whose logits differ from its peer's, and return the exit status: 1 if there are any."""
     wrong = [
         f"{name}: {entry}: its logits are {one['difference']:.1e} from its peer's"
         for name, case in results.items()
