@@ -24,7 +24,7 @@ _PART = re.compile(r"(?P<path>.+)\.lora_(?P<table>embedding_)?(?P<part>[AB])(?P<
 
 @dataclass
 class Replay:
-    """What an engine does with an adapter, as far as it has been followed.
+    """The tensors that an engine has applied so far, and the problems found.
 
     Attributes:
         tensors, sites, problems: as in `graftc.records.serving.certificates.ServingCertificate`.

@@ -1,4 +1,4 @@
-"""What a check needs to know of an adapter's base: its config, and its modules with their sizes, without weights."""
+"""An adapter's base as checks need it: its config, and its modules with their sizes, without weights."""
 
 from __future__ import annotations
 

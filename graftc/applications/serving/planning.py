@@ -147,7 +147,7 @@ class _Planner:
 
     @cached_property
     def beyond(self) -> list[str]:
-        """What folds but is no update of linear maps: ``trained``, ``tokens``, biases and norms."""
+        """The adaptations that fold but do not update linear maps: ``trained``, ``tokens``, biases and norms."""
         spec = self.runner.compilation.spec
         names = [*([TRAIN] if spec.train else []), *([TOKENS] if spec.tokens else [])]
         for own in spec.adapt:
