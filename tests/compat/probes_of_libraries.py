@@ -201,7 +201,7 @@ def a_cache_of_the_caller_is_marked() -> None:
     *(f"transformers.GenerationMixin._{name}" for name in ("expand_inputs_for_generation", "get_stopping_criteria")),
     *(
         f"transformers.GenerationMixin._{name}"
-        for name in ("valid_auto_compile_criteria", "prepare_cache_for_generation")
+        for name in ("valid_auto_compile_criteria", "prepare_cache_for_generation", "get_candidate_generator")
     ),
 )
 def the_loop_has_steps() -> None:
@@ -227,13 +227,20 @@ def the_loop_has_steps() -> None:
         taken["cache"] = rows, generation_config.cache_implementation
         prepare(generation_config, model_kwargs, mode, rows, *_)
 
-    model = _gpt2()
-    front = loop_steps(rows=rows, criteria=criteria, compiles=compiles, cache=cache)(type("Front", (), {}))
+    def candidates(model: Any, propose: Any, **given: Any) -> Any:
+        taken["candidates"] = given["assistant_model"] is assistant, sorted(given["model_kwargs"])[:1]
+        return propose(**given)
+
+    model, assistant = _gpt2(), _gpt2()
+    steps: dict[str, Any] = {"rows": rows, "criteria": criteria, "compiles": compiles, "cache": cache}
+    front = loop_steps(**steps, candidates=candidates)(type("Front", (), {}))
     model.__class__ = type("GPT2", (front, type(model)), {})
     ids = torch.ones(1, 2, dtype=torch.long)
     both = model.generate(ids, max_new_tokens=2, num_return_sequences=2, do_sample=True)
     assert both.shape == (2, 4) and bool((both[:, :2] == 1).all())
     assert taken == {"rows": (2, (1, 2)), "criteria": 4, "compiles": False, "cache": (1, None)}
+    assert model.generate(ids, max_new_tokens=2, assistant_model=assistant, do_sample=False).shape == (1, 4)
+    assert taken["candidates"] == (True, ["attention_mask"])
 
 
 @covers("transformers.Trainer._issue_warnings_after_load('_keys_to_ignore_on_save')")
