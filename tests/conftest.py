@@ -65,7 +65,7 @@ ONE_FAMILY = frozenset(
     {
         *("test_sites", "test_identity_at_init", "test_initial_values_depend_on_the_seed_only"),
         *("test_only_own_tensors_train", "test_source_model_is_left_alone", "test_sixteen_bits", "test_cache"),
-        "test_bank",
+        *("test_bank", "test_disabled_is_the_base"),
     }
 )
 """Tests of the contract that take longest: ``make test`` runs them on the first of these families alone, and not for
@@ -157,11 +157,11 @@ def _is_contract(item: pytest.Function) -> bool:
 def _in_make_test(item: pytest.Function, family: str) -> bool:
     """Return whether ``make test`` runs a contract's test on this family.
 
-    Exports and ``torch.compile``, which take seconds, run on the first family of each class that says ``exported =
-    True``, and on `CONTRACT_FAMILIES` of those that say ``every_family = True``. Together they cover every operator
-    that methods insert, as `tests/passes/methods/test_exported_operators.py` checks. Inductor runs for classes that say
-    ``inductor = True``. A folded export is the base's graph with other weights (`MethodContract.test_fold`), so it runs
-    only for classes that say ``folded = True``.
+    Exports to ONNX, which take seconds, run on the first family of each class that says ``exported = True``, and on
+    `CONTRACT_FAMILIES` of those that say ``every_family = True``. Together they cover every operator that methods
+    insert, as `tests/passes/methods/test_exported_operators.py` checks. ``torch.compile`` runs for the latter alone: it
+    takes any operator that runs, and ``make test-full`` has it for all, and Inductor. A folded export is the base's
+    graph with other weights (`MethodContract.test_fold`), so it runs only for classes that say ``folded = True``.
     """
     of, test = item.cls, item.originalname
     assert of is not None
@@ -173,11 +173,13 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
         return family in (families[:1] if test in ONE_FAMILY else families)
     first = family == of.families[0]
     if test == "test_inductor":
-        return first and getattr(of, "inductor", False)
+        return False
     if test == "test_onnx_folded":
         return first and getattr(of, "folded", False)
     if getattr(of, "every_family", False):
         return family in families
+    if test == "test_compile":
+        return False
     return first and getattr(of, "exported", False)
 
 

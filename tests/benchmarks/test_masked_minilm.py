@@ -64,6 +64,6 @@ def test_tokens_are_masked_as_bert_does() -> None:
     assert shares == pytest.approx([0.15, 0.8, 0.1], abs=0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_no_text_of_the_test_splits_is_trained_on() -> None:
     assert not set(texts("train")) & set(texts("test"))

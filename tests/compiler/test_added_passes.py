@@ -392,7 +392,7 @@ BROKEN = AddedPass(Pass("broken", broken), pipeline="lower", after="lower(projec
             model(**inputs_for(model))
         assert caught.value.code == "GC077"
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_every_signature_goes_through_it(self, install: Install) -> None:
         install("scaling", SCALE.replace("FACTOR", "3.0"), scale="SCALE")
         model = tiny("llama")

@@ -34,7 +34,7 @@ def odd(where: Callable[[int, int], bool]) -> Any:
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.sample("prompts")
 @pytest.mark.parametrize(
     "where", [lambda past, new: past == 0, lambda past, new: past > 0 and new == 1], ids=["prompts", "single tokens"]

@@ -103,7 +103,7 @@ def measured(compiled: Any, inputs: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("lora", "prefix", "dora", "override")
+@pytest.mark.sample("dora")
 @pytest.mark.parametrize(
     ("adapt", "family"),
     [
@@ -145,7 +145,7 @@ class TestFunctions:
             "model.layers.7",
         }
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_a_cache_makes_one_more(self) -> None:
         compiled = compiled_at(32).eval()
         before = codes(compiled, "eval")
@@ -206,7 +206,7 @@ class TestWrittenOut:
         assert all(torch.equal(before[name], now) for name, now in compiled.adapter_state_dict().items())
         assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(outputs, outputs_of(merged, inputs), strict=True))
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_hooks_see_their_layer(self) -> None:
         compiled, seen = compiled_at().eval(), []
         ids = torch.arange(6)[None]
@@ -273,6 +273,7 @@ def test_parts_of_a_call_are_written_out_one_by_one() -> None:
     assert not any(calls(program.graph) for program in compilation_of(compiled).programs.values())
 
 
+@pytest.mark.sample("density")
 @pytest.mark.slow
 @pytest.mark.parametrize("field", ["density", "equivalent_rank"])
 def test_an_attempt_with_calls_that_fails_leaves_nothing(field: str) -> None:

@@ -52,6 +52,7 @@ def through(layers: Any, x: Tensor) -> Tensor:
 X = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.sample("a norm before-eval", "a norm before-train", "one twice in a row-train")
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(

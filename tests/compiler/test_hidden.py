@@ -92,7 +92,7 @@ def test_layers_that_write_in_place_do_so_in_each() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("nothing", "all keys")
+@pytest.mark.sample("nothing")
 @pytest.mark.parametrize(
     "look",
     [

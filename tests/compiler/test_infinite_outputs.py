@@ -47,6 +47,7 @@ def test_the_rest_is_certified(mask: str, tmp_path: Path) -> None:
     merged.export(tmp_path / "merged.onnx")
 
 
+@pytest.mark.sample("base")
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["adapter", "base"])
 def test_what_is_not_finite_at_all_is_told(where: str, tmp_path: Path) -> None:

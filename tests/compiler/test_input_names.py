@@ -77,6 +77,7 @@ def test_compiled_and_saved(names: tuple[str, ...], tmp_path: Path) -> None:
     torch.testing.assert_close(compiled.merge()(**given), expected)
 
 
+@pytest.mark.sample("input-Input")
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [("x", "X"), ("inputIds", "input"), ("Größe",), ("input", "Input")], ids=case_of)
 def test_onnx(names: tuple[str, ...], tmp_path: Path) -> None:

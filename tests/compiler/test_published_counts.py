@@ -219,6 +219,7 @@ def test_a_published_prefix(
     assert (report.trainable_parameters, report.deployed_parameters) == (trained, deployed)
 
 
+@pytest.mark.sample("3-1373760-two depths")
 @pytest.mark.slow
 @each_way
 @pytest.mark.parametrize(("parts", "published"), [(2, 1_078_848), (3, 1_373_760)])

@@ -102,6 +102,7 @@ class OverTime(nn.Module):
         return result
 
 
+@pytest.mark.sample("True-1", "True-7", "False-1", "True-30")
 @pytest.mark.slow
 @pytest.mark.parametrize("length", [12, 7, 1, 30])
 @pytest.mark.parametrize("scaled", [False, True])

@@ -43,7 +43,7 @@ def test_factors_that_start_from_the_weight_are_inserted_everywhere(monkeypatch:
     assert insertions(monkeypatch, 9, pissa) - insertions(monkeypatch, 8, pissa) == 7
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "adapt",
     [

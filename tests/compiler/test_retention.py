@@ -166,6 +166,7 @@ def test_an_update_of_zero_is_refused_unless_it_is_allowed() -> None:
     assert all(site["retention"] is None for site in certificate.to_json()["sites"])
 
 
+@pytest.mark.sample("dtype0")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_an_untrained_dora_is_refused(dtype: torch.dtype, tmp_path: Any) -> None:

@@ -129,6 +129,7 @@ class Chunked(nn.Module):
         return Pair(x, {"share": share})
 
 
+@pytest.mark.sample("False-graph")
 @pytest.mark.slow
 @pytest.mark.parametrize(("asks", "level"), [(False, "graph"), (True, "layers")])
 def test_sizes_that_torch_divides_are_sizes_and_named_tuples_stay_what_they_are(asks: bool, level: str) -> None:

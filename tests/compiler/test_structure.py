@@ -208,6 +208,7 @@ def test_output_projections_move_the_stream_and_not_their_own_attention(name: st
         assert torch.equal(base[first.stream], changed[first.stream])
 
 
+@pytest.mark.sample("vit", "clip")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_feed_forward_is_linear_in_up_and_not_in_gate(name: str) -> None:

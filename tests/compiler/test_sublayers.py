@@ -88,6 +88,7 @@ def test_normed_is_what_the_first_maps_of_a_branch_read(name: str) -> None:
             assert torch.equal(entries(values[sublayer.normed]), entries(values[model.flow.linears[node].input]))
 
 
+@pytest.mark.sample("bert", "codegen", "phi3", "whisper", "falcon")
 @pytest.mark.parametrize("name", families(PRE, POST, SANDWICH, BRANCH_NORM, PARALLEL))
 def test_a_branch_is_reached_from_its_projection_without_another_map(name: str) -> None:
     model = family(name)

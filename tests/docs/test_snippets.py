@@ -140,6 +140,7 @@ def _runnable() -> list[str]:
     return [page for page in pages() if any(block.mark == "run" for block in blocks(page))]
 
 
+@pytest.mark.sample("select.md", "merging.md")
 @pytest.mark.slow
 @pytest.mark.parametrize("page", _runnable())
 def test_the_page_runs(

@@ -79,6 +79,7 @@ def test_another_wiring_is_told_from_it(case: str, other: dict[str, str]) -> Non
     assert min(d for _, d in reference("bert").differences(case, compiled)) > 1e-2
 
 
+@pytest.mark.sample("seq_bn_after_ln")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["seq_bn_post_add", "seq_bn_after_ln"])
 def test_other_residuals_are_told_apart(case: str) -> None:

@@ -63,6 +63,7 @@ def worst_gradient(models: Pair) -> float:
     return worst
 
 
+@pytest.mark.sample("llama-invocation0")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "invocation"),
@@ -90,7 +91,7 @@ def test_rows_of_the_batch_do_not_matter_to_each_other() -> None:
         assert torch.equal(ours[number], base[number]) == (name == "none")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_generated_text() -> None:
     """Prompts that are padded on the left are continued with the same tokens, with a cache and without one.
 

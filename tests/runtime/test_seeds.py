@@ -134,7 +134,7 @@ def start_apart(rank: int, processes: int, folder: Path) -> None:
     assert started("lora", tiny("bert"), seed=20 + rank)[1] == 20 + rank
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_all_ranks_start_from_the_seed_of_the_first(tmp_path: Path) -> None:
     together("tests.runtime.test_seeds:start_apart", 2, tmp_path)
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
@@ -152,7 +152,7 @@ assert not new & {"peft", "bitsandbytes", "accelerate", "trl"}, new
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_seeding_imports_no_other_library() -> None:
     subprocess.run([sys.executable, "-c", IMPORTS], check=True)
 

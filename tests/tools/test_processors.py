@@ -34,7 +34,7 @@ def test_no_setting_that_the_machine_cannot_run(capability: str, count: int) -> 
     assert len(possible(capability)) == count
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_under_another_capability(tmp_path: Path) -> None:
     """The sensitive tests pass under the capability that differs most from this machine's own."""
     setting = possible(own_capability())[0]

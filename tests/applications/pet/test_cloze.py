@@ -140,7 +140,7 @@ def _is_wide(node: torch.fx.Node) -> bool:
     return isinstance(value, Tensor) and value.dim() == 3 and value.shape[-1] == SIZES["vocab_size"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_permuted_labels_permute_logits() -> None:
     ids, mask = texts()
     order = [2, 0, 1]

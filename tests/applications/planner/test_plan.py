@@ -144,7 +144,7 @@ def test_originals_are_what_trained_copies_stand_in_for(options: Any, devices: i
     assert plan.frozen == plain.frozen
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_originals_of_rows_are_these_rows(base: nn.Module) -> None:
     rows = {"method": "rows", "rows": [1, 2, 3], "target": {"modules": "model.embed_tokens"}}
     plan = graftc.plan({"adapt": [rows]}, base, sequence=8)

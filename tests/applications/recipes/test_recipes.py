@@ -48,7 +48,7 @@ def base_of(compiled: Compiled) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in compiled.compilation.source.named_parameters()}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_lottery_ticket() -> None:
     """The entries that change most in a dense training are chosen, and all others are the base's in the end."""
     model = tiny("bert")

@@ -36,7 +36,7 @@ def described(program: Program) -> list[Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("bert", "gpt2", "vit")
+@pytest.mark.sample("vit")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_every_layer_written_out_it_is_what_tracing_every_layer_gives(family: str) -> None:
     with_calls, every = captured(family), captured(family, alike=False)
@@ -64,6 +64,7 @@ def test_layers_that_become_different_get_bodies_of_their_own() -> None:
     assert calls(base.graph)[0].path == first
 
 
+@pytest.mark.full
 def test_cutting_calls_out_leaves_a_graph_as_it_was() -> None:
     program = captured("t5").traced
     before = format_program(program)

@@ -43,7 +43,7 @@ def test_listing_loads_no_torch(environment: dict[str, str], tmp_path: Path) -> 
     assert process.stdout.split() == ["True", "False"], process.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "chosen",
     [

@@ -72,7 +72,7 @@ def test_it_is_short() -> None:
     assert [line.partition(" import ")[0] for line in imported] == ["from graftc.extend"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_command_shows_what_it_found(
     environment: dict[str, str], folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,7 +104,7 @@ def test_layers_that_are_alike() -> None:
     assert largest_difference(*gradients) <= 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_adding_minus_zero_keeps_every_bit() -> None:
     """A result of -0 before the invocation stays -0, which a sum with 0 would not."""
     model: Any = tiny("llama")
@@ -118,7 +118,7 @@ def test_adding_minus_zero_keeps_every_bit() -> None:
     assert torch.equal(value.view(torch.int32), base.view(torch.int32))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_certificate(compiled: Any) -> None:
     """It holds for starts in the text and for given ones, and says how many tokens are equal."""
     reuse = compiled.certify_reuse({"input_ids": IDS})
@@ -176,7 +176,7 @@ def test_what_a_cache_does_not_tell(compiled: Any) -> None:
     assert largest_difference([again], [expected]) <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_positions_that_the_caller_gives(compiled: Any) -> None:
     """They replace those in the text, in every form, and are needed where there are no token ids."""
     found = logits_of(compiled, input_ids=IDS)
@@ -202,7 +202,7 @@ def test_positions_that_the_caller_gives(compiled: Any) -> None:
     assert error.code == "GC031" and "alora_start" in str(error.hint)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_generation(compiled: Any) -> None:
     """All ways of generating agree with whole texts, in which the prompt's own invocation counts."""
     expected = compiled.generate(IDS, **GREEDY, use_cache=False)
@@ -310,7 +310,7 @@ def test_compositions_of_additions() -> None:
         assert mean.certify_reuse({"input_ids": IDS}).passed
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_artifact(compiled: Any, tmp_path: Path) -> None:
     """It contains the graphs with a cache, and generates as before."""
     expected = compiled.generate(IDS, **GREEDY)

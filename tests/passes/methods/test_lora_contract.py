@@ -93,7 +93,6 @@ class TestDeployed(DeploymentContract):
 
     folded = True
     exported = True
-    inductor = True
     every_family = True
     every_layer = True
     contract_families = ("gpt2", "t5")

@@ -76,6 +76,7 @@ def texts(pad: int, front: bool) -> tuple[Tensor, Tensor]:
     return torch.where(mask == 1, ids, pad), mask
 
 
+@pytest.mark.sample("Roberta")
 @pytest.mark.slow
 @some(*(name for name in FAMILIES if name != "CTRL"))
 def test_virtual_tokens(family: str) -> None:
@@ -125,6 +126,7 @@ ROTATED = ("Llama", "Falcon", "Mixtral", "Qwen3Moe", "Olmoe")
 SHIFTED = ("GPTJ", "CodeGen", "OPT", "CTRL", "BioGpt", "GPTNeo", "GPTBigCode", *ROTATED, *DISTANCES)
 
 
+@pytest.mark.sample("Mixtral")
 @pytest.mark.parametrize(
     "family",
     [pytest.param(name, marks=() if name in ("GPTJ", "Mpt") else pytest.mark.full) for name in SHIFTED],

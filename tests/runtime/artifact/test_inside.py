@@ -52,6 +52,13 @@ def test_the_names() -> None:
     assert SEALED == {MANIFEST: "artifact", RECORD: "merged"}
 
 
+@pytest.mark.sample(
+    "artifact-artifact-o",
+    "peft-artifact-new/folder/o",
+    "gguf-artifact-new/folder/o",
+    "peft-artifact-o",
+    "peft-merged-programs/o",
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["o", "programs/o", "new/folder/o"])
 @pytest.mark.parametrize("kind", ["artifact", "merged"])

@@ -89,7 +89,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("gone-added", "gone-disabled", "gone-merged", "emptied-with_labels", "another-saved")
+@pytest.mark.sample("emptied-with_labels", "gone-merged", "gone-added")
 @pytest.mark.parametrize("use", [disabled, added, with_labels, merged, saved])
 @pytest.mark.parametrize("change", [gone, emptied, another])
 def test_what_is_done_afterwards(

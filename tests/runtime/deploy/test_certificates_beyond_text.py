@@ -47,7 +47,7 @@ def batch(rows: int, length: int) -> dict[str, Tensor]:
     return {**given, "image_embeds_position_mask": (ids == IMAGE).long()}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.sample("all queries")
 @pytest.mark.parametrize("spec", SPECS)
 def test_merged_and_saved(spec: str, kosmos: nn.Module, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ MERGES: dict[str, tuple[list[dict[str, Any]], Callable[[Any], Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.sample("whole-labels", "a copy-hidden states", "in part-no mask", "the rest-labels")
+@pytest.mark.sample("a copy-hidden states")
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("merge", MERGES)
 def test_a_call_that_is_new_to_it(merge: str, call: str) -> None:
@@ -47,7 +47,7 @@ def test_a_call_that_is_new_to_it(merge: str, call: str) -> None:
     torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_export_that_is_new_to_it(tmp_path: Path) -> None:
     compiled = graftc.compile({"adapt": [LORA]}, tiny("t5")).eval()
     perturb(compiled)

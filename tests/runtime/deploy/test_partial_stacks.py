@@ -49,7 +49,7 @@ def stacked(family: str, names: tuple[str, ...], dtype: torch.dtype = torch.floa
 
 
 @pytest.mark.slow
-@pytest.mark.sample("gpt2-lora+ia3-2", "gpt2-vera+dora-1", "llama-bitfit+ia3-2", "mixtral-lora-1")
+@pytest.mark.sample("llama-bitfit+ia3-2")
 @pytest.mark.parametrize(
     ("family", "names", "count"), STACKS, ids=lambda value: "+".join(value) if isinstance(value, tuple) else None
 )

@@ -15,7 +15,7 @@ from graftc.testing.families import tiny
 SPEC = {"adapt": [{"method": "lora", "rank": 2, "target": {"role": ["attn.q"]}}]}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.sample("merged")
 @pytest.mark.parametrize("merged", [False, True], ids=["adapted", "merged"])
 def test_a_model_in_bfloat16(merged: bool, tmp_path: Path) -> None:

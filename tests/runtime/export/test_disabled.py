@@ -202,7 +202,7 @@ def partial() -> tuple[Any, Tensor]:
     return compiled, logits(compiled)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("state", [s if s == "b" else pytest.param(s, marks=pytest.mark.full) for s in STATES])
 def test_partial_merges(partial: tuple[Any, Tensor], state: str, tmp_path: Path) -> None:
     """Partial merges and their exports are complete, even if adaptations of the rest are disabled as well."""

@@ -43,7 +43,7 @@ def test_its_values_are_those_that_were_written(base: nn.Module) -> None:
         assert torch.allclose(base(input_ids=IDS).logits, tiny("llama").eval()(input_ids=IDS).logits, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_it_is_adapted_and_saved(folder: Path, base: nn.Module, tmp_path: Path) -> None:
     compiled: Any = graftc.compile(LORA, base).eval()
     perturb(compiled)

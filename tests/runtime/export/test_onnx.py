@@ -74,7 +74,7 @@ def test_large_weights_lie_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert error.value.code == "GC063"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_existing_file_is_kept(tmp_path: Path) -> None:
     """An export never replaces a file, and fails before any work."""
     path = tmp_path / "model.onnx"

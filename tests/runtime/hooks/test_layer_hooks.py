@@ -90,7 +90,7 @@ def outputs_of(model: Any, path: str, hook: str, run: Callable[[Any], Any]) -> A
         handle.remove()
 
 
-@pytest.mark.sample("llama-steering", "llama-before, kwargs", "t5-kwargs")
+@pytest.mark.sample("llama-before, kwargs")
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_change_what_they_do_in_the_source(trio: tuple[Any, Any, str], hook: str) -> None:
     source, compiled, path = trio
@@ -102,7 +102,7 @@ def test_hooks_change_what_they_do_in_the_source(trio: tuple[Any, Any, str], hoo
         torch.testing.assert_close(compiled(**given).logits, plain)
 
 
-@pytest.mark.sample("llama-steering", "llama-before", "gpt2-in place")
+@pytest.mark.sample("llama-before")
 @pytest.mark.parametrize("hook", HOOKS)
 def test_and_in_the_steps_of_generate(trio: tuple[Any, Any, str], hook: str) -> None:
     source, compiled, path = trio
@@ -267,6 +267,7 @@ def test_layers_of_other_models() -> None:
     assert seen[0][0][0].shape == (3, 7, 48)
 
 
+@pytest.mark.full
 def test_a_decoder_that_makes_its_tokens_itself() -> None:
     """BART makes its decoder's tokens from the encoder's, in a call that a cache could not continue."""
     import transformers

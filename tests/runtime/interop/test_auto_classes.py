@@ -31,7 +31,7 @@ def of_a_folder(family: str, method: str, folder: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("bert-lora", "gpt2-prefix")
+@pytest.mark.sample("bert-lora")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", KINDS)
 def test_it_is_loaded_with_its_adapters(family: str, method: str, tmp_path: Path) -> None:

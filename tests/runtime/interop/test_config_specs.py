@@ -139,7 +139,7 @@ def tasked(task: str) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("SEQ_CLS-lora", "TOKEN_CLS-prompt", "score-lora")
+@pytest.mark.sample("SEQ_CLS-lora", "score-lora")
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
 @pytest.mark.parametrize("task", [*HEADS, "score"])
 def test_a_task_trains_its_head_and_says_so(task: str, kind: str) -> None:
@@ -382,6 +382,7 @@ def tied_llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.sample("saved1-True", "saved2-True", "saved2-False", "saved1-False")
 @pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])

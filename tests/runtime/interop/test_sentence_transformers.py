@@ -95,7 +95,7 @@ def test_it_trains_checkpoints_resumes_and_saves(base: Path, name: str, tmp_path
     assert (loaded.encode(TEXTS) == whole.encode(TEXTS)).all()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_cross_encoder_is_saved_and_loaded(base: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     cross = library.CrossEncoder(str(base), num_labels=1, device="cpu")

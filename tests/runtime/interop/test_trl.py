@@ -222,7 +222,7 @@ REFERRING: dict[str, Any] = {
 
 
 @pytest.mark.slow
-@pytest.mark.sample("grpo", "dpo")
+@pytest.mark.sample("grpo")
 @pytest.mark.parametrize("run", REFERRING)
 def test_a_reference_is_found_for_a_base_in_memory(run: str, tmp_path: Path) -> None:
     """Losses and factors equal those in peft, whose model is its own reference, and no second model is loaded."""

@@ -102,6 +102,7 @@ def gradients(compiled: Any, given: dict[str, torch.Tensor]) -> tuple[torch.Tens
     return outputs.loss.detach(), grads, outputs.logits
 
 
+@pytest.mark.sample("auto-shifted")
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["shifted", "cut", "capped"])
 @pytest.mark.parametrize("loss", ["chunked", "auto"])
@@ -123,6 +124,7 @@ def test_losses_and_gradients_are_those_of_a_whole_loss(way: str, loss: str) -> 
     assert losses and all(outcome.done for outcome in losses)
 
 
+@pytest.mark.sample("capped")
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["shifted", "capped"])
 def test_one_graph_holds_for_all_sizes(way: str) -> None:
@@ -135,6 +137,7 @@ def test_one_graph_holds_for_all_sizes(way: str) -> None:
     assert len(chunked.compilation.signatures) == known
 
 
+@pytest.mark.sample("by_hand-True")
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "warned"), [("by_hand", True), ("read_first", False)])
 def test_what_reads_logits_gets_them(way: str, warned: bool) -> None:

@@ -97,7 +97,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_calls_that_decide_otherwise_equal_the_source_with_its_buffers_and_random_numbers() -> None:
     torch.manual_seed(0)
     model = Stack().eval()
@@ -181,7 +181,7 @@ class Replaces(Layer):
         return x + self.down(torch.relu(self.up(x))) * mask[..., None]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_buffer_that_a_library_s_layer_replaces_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """I-BERT keeps the ranges of activations so; a user's own class is refused, as for any other attribute."""
     monkeypatch.setattr(Replaces, "__module__", "transformers.models.ibert")

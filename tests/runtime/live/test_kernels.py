@@ -82,6 +82,7 @@ class Stack(nn.Module):
         return x
 
 
+@pytest.mark.sample("False-None")
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [SDPBackend.MATH, [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], None])
 @pytest.mark.parametrize("training", [True, False])

@@ -58,6 +58,7 @@ def loss_of(outputs: Any) -> Tensor:
     return outputs.loss if hasattr(outputs, "loss") else outputs.square().mean()  # type: ignore[no-any-return]
 
 
+@pytest.mark.sample("looping")
 @pytest.mark.slow
 def test_before_training_it_is_the_source_to_the_bit(named: tuple[str, Case, Any]) -> None:
     _, case, compiled = named
@@ -112,6 +113,7 @@ def test_merged_it_gives_the_same_and_is_of_the_sources_class(named: tuple[str, 
                 assert torch.allclose(tensors_of(model(**batch))[-1], wanted, atol=1e-4)
 
 
+@pytest.mark.sample("looping")
 @pytest.mark.slow
 def test_saved_and_loaded_it_is_the_same(named: tuple[str, Case, Any], tmp_path: Path) -> None:
     _, case, compiled = named
@@ -176,7 +178,7 @@ def test_a_graph_generates_by_its_layers_where_calls_with_a_cache_are_no_graph()
         assert torch.equal(trained.generate(**asked, max_new_tokens=6, do_sample=False), alone)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("named", ["qwen2_vl", pytest.param("gemma3", marks=pytest.mark.full)], indirect=True)
 def test_it_generates_as_its_merged_class_does(named: tuple[str, Case, Any]) -> None:
     _, case, compiled = named
@@ -196,7 +198,7 @@ def test_of_vision_layers_parts_and_maps_are_graphs_and_of_the_others_layers(nam
     assert not any(path.startswith("model.language_model.layers.0.") for path in elements)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("named", ["qwen2_vl", pytest.param("gemma3", marks=pytest.mark.full)], indirect=True)
 def test_steps_of_one_kind_add_one_signature(named: tuple[str, Case, Any]) -> None:
     """This holds for any number of generated tokens: the length of the past varies within one graph."""
@@ -249,7 +251,7 @@ def test_a_call_of_another_kind_is_captured_when_it_comes() -> None:
     assert len(compiled.compilation.signatures) > before
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_gradient_checkpointing_changes_no_gradient() -> None:
     case = looping()
     grads = []
@@ -268,7 +270,7 @@ def test_asked_for_a_graph_it_is_refused() -> None:
     assert caught.value.code == "GC030"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_asked_for_layers_maps_are_not_enough() -> None:
     with pytest.raises(GraftError) as caught:
         case_compiled("qwen2_vl", qwen2_vl(), capture="layers")
@@ -338,7 +340,7 @@ class Switched(Block):
         return super().forward(x, scale)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_call_in_which_a_layer_reads_values_is_refused() -> None:
     model, case = Looping().eval(), looping()
     model.layers[1] = Switched(16)

@@ -126,6 +126,7 @@ def model_and_compiled(cls: type[Plain], spec: Any = SPEC) -> tuple[Plain, Any]:
     return model, graftc.compile(spec, model, (X,), cache=False).eval()
 
 
+@pytest.mark.sample("True-Counts", "True-Collects")
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [Plain, Sets, CallsInside, Counts, Moving, Recomputes, Collects])
 @pytest.mark.parametrize("training", [True, False])
@@ -187,6 +188,7 @@ class Reads(Plain):
         return super().through(x) @ self.last.weight.T @ self.last.weight
 
 
+@pytest.mark.sample("method1")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [LORA | {"target": {"modules": "last"}}, {"method": "full", "target": {"modules": "last"}}]

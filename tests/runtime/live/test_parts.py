@@ -67,7 +67,7 @@ def stack(asks: bool) -> tuple[Stack, Any]:
     return model, graftc.compile(SPEC, model, {"x": torch.randn(2, 7, 8)}, cache=False).eval()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_parts_that_hold_everything_are_as_good_as_layers() -> None:
     _, compiled = stack(asks=False)
     elements = set(elements_in(compiled.compilation.flags))
@@ -90,6 +90,7 @@ def test_maps_are_taken_where_a_part_is_no_graph_either() -> None:
         graftc.compile({**SPEC, "capture": "layers"}, Stack(True).eval(), {"x": torch.randn(2, 7, 8)}, cache=False)
 
 
+@pytest.mark.sample("True")
 @pytest.mark.slow
 @pytest.mark.parametrize("asks", [False, True])
 def test_it_computes_trains_merges_saves_and_loads(asks: bool, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def batch_of(name: str, seed: int, rows: int = 3, length: int = 9) -> dict[str, 
     return {"input_ids": ids, "pixel_values": pixels, "counts": counts, "labels": ids.masked_fill(ids == 50, -100)}
 
 
+@pytest.mark.sample("routed")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(AUTO))
 def test_it_trains_merges_saves_and_loads(name: str, tmp_path: Path) -> None:

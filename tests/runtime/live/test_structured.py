@@ -133,6 +133,7 @@ class Skipping(nn.Module):
         return x
 
 
+@pytest.mark.sample("of another class")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "other"),

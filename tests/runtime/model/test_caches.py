@@ -78,7 +78,7 @@ CHANGES: dict[str, Callable[[Any, Tensor], tuple[Any, Tensor]]] = {
 }
 
 
-@pytest.mark.sample("llama shifted-cropped into the prompt", "llama shifted-reordered", "llama prompt-as it is")
+@pytest.mark.sample("llama shifted-reordered")
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_generate_returned(adapted_model: Any, change: str) -> None:
     ids = prompt(adapted_model, 3)["input_ids"]
@@ -214,6 +214,7 @@ def test_a_text_that_begins_elsewhere_is_refused() -> None:
             call(plain.sequences, past_key_values=plain.past_key_values)
 
 
+@pytest.mark.full
 @pytest.mark.sample("2")
 @pytest.mark.parametrize("kept", [2, 3])
 def test_a_call_whose_graph_is_for_one_length_fills_a_cache(kept: int) -> None:

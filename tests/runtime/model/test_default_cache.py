@@ -104,6 +104,7 @@ def test_outputs_have_the_fields_of_the_sources(pair: tuple[Any, Any], option: s
         assert len(ours.past_key_values) == 2
 
 
+@pytest.mark.full
 def test_a_config_that_wants_tuples() -> None:
     source = tiny("bert").eval()
     source.config.return_dict = False
@@ -140,6 +141,7 @@ def test_nobody_pays_for_a_cache_that_is_left_alone(source: Any, monkeypatch: py
         assert type(outputs[0].past_key_values) is DynamicCache
 
 
+@pytest.mark.full
 def test_training_labels_and_encoders_return_none(adapted_model: Any) -> None:
     ids = prompt(adapted_model, 2)["input_ids"]
     assert adapted_model(input_ids=ids, labels=ids).past_key_values is None
@@ -266,6 +268,7 @@ def test_banks(source: Any, chosen: dict[str, Any]) -> None:
             later.get_seq_length()
 
 
+@pytest.mark.full
 def test_what_no_cache_can_hold_is_refused_when_it_is_used(source: Any) -> None:
     compiled = graftc.compile({"adapt": [{"method": "prompt", "length": 3}]}, source).eval()
     ids = prompt(source, 2)["input_ids"]
@@ -309,6 +312,7 @@ def test_choosing_entries_after_a_call() -> None:
     compiled.select([{"input_ids": ids, "labels": ids}])
 
 
+@pytest.mark.full
 def test_on_tensors_without_storage() -> None:
     compiled = graftc.compile({"adapt": [LORA]}, tiny("llama").to("meta")).eval()
     assert compiled(input_ids=torch.ones(2, 5, dtype=torch.int64, device="meta")).logits.is_meta

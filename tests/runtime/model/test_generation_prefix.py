@@ -107,6 +107,7 @@ class TestInFront:
         tokens = prefixed.generate(**given, **SOME, **ways[0])
         assert torch.equal(tokens, prefixed.generate(**given, **SOME, **ways[1], use_cache=False))
 
+    @pytest.mark.sample("llama")
     @pytest.mark.slow
     def test_embeddings(self, base: Any, prefixed: Any) -> None:
         given = prompt(base, 3, padded=True)
@@ -157,6 +158,7 @@ def test_a_compiled_assistant(base: Any, prefixed: Any) -> None:
     assert torch.equal(tokens, merged.generate(**given, **SOME))
 
 
+@pytest.mark.sample("gpt2")
 @pytest.mark.slow
 def test_calls_beside_the_loop(base: Any, prefixed: Any) -> None:
     """Guidance calls the model with its own cache, which does not yet begin with the prefix."""

@@ -124,7 +124,7 @@ def test_numbers_for_flash_attention_have_no_graphs_of_their_own(llama: Any) -> 
     assert len(given) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_gates_are_of_the_row_and_a_warning_says_so() -> None:
     compiled = graftc.compile({"adapt": [{"method": "unipelt"}]}, tiny("llama"))
     perturb(compiled, 0.1)

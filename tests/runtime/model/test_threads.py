@@ -195,6 +195,7 @@ READERS: dict[str, Callable[[Any, Any, Path], Any]] = {
 }
 
 
+@pytest.mark.sample("fingerprint")
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
 def test_reading_the_source_waits_for_a_capture(reader: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

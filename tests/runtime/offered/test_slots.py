@@ -164,6 +164,7 @@ def test_slots_are_in_the_dtype_of_the_base(folders: dict[str, Path]) -> None:
 # --- changes --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @SLOW
 def test_changes_capture_and_compile_nothing(compiled: Any, folders: dict[str, Path]) -> None:
     """Neither graphs nor code of ``torch.compile`` know names or contents; each row follows its own slot only."""
@@ -237,6 +238,7 @@ def test_slots_in_onnx_runtime(compiled: Any, folders: dict[str, Path], tmp_path
     torch.testing.assert_close(run([2, 0, 1]), logits(compiled, "cho", "first", "bob"), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.full
 @SLOW
 def test_saved_slots_are_loaded_with_their_names(
     model: Any, compiled: Any, folders: dict[str, Path], tmp_path: Path

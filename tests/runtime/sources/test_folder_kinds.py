@@ -119,7 +119,7 @@ def test_the_hint_names_the_call_that_reads_it(function: str, name: str, root: P
     assert error.hint == ("name one of its adapters: first" if known else expected(root, name))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_call_that_is_named_reads_it(root: Path, model: nn.Module) -> None:
     ids = torch.ones(1, 4, dtype=torch.long)
     before = model(input_ids=ids).logits

@@ -81,6 +81,7 @@ def test_both_towers_are_adapted_without_a_batch(folder: Path) -> None:
     assert sum(".vision_tower." in path for path in paths) == sum(".language_model." in path for path in paths) == 6
 
 
+@pytest.mark.full
 def test_roles_behind_the_tokens_that_features_are_put_among(folder: Path) -> None:
     report = graftc.roles(load_folder(folder))
     norms = {finding.parameter for finding in report.findings if finding.role == "norm"}
@@ -88,6 +89,7 @@ def test_roles_behind_the_tokens_that_features_are_put_among(folder: Path) -> No
     assert [finding.parameter for finding in report.findings if finding.role == "head"] == ["lm_head.weight"]
 
 
+@pytest.mark.full
 def test_a_stack_that_no_input_calls_is_reported(folder: Path) -> None:
     text = {"input_ids": torch.randint(5, 9, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
     report = graftc.check(SPEC, load_folder(folder), text)
@@ -99,7 +101,7 @@ def test_a_stack_that_no_input_calls_is_reported(folder: Path) -> None:
     assert graftc.check(SPEC, load_folder(folder, meta=True)).stacks == report.stacks
 
 
-@pytest.mark.sample("missing", "endless")
+@pytest.mark.sample("missing")
 @pytest.mark.parametrize(
     "template",
     [None, "{% for a in range(10**9) %}{% for b in range(10**9) %}{% endfor %}{% endfor %}", "{{ x("],
@@ -114,6 +116,7 @@ def test_a_template_that_is_missing_or_hostile_is_left_out(folder: Path, tmp_pat
     assert shown is not None and (shown["input_ids"] == IMAGE).sum(1).tolist() == [PATCHES, PATCHES]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "broken",
     [
@@ -155,6 +158,7 @@ def test_sizes_that_take_all_memory_are_a_warning(folder: Path, tmp_path: Path, 
         assert processor_example(load_folder(other)) is None
 
 
+@pytest.mark.full
 def test_code_of_a_folder_is_not_run(folder: Path, tmp_path: Path) -> None:
     other = shutil.copytree(folder, tmp_path / "llava")
     described = json.loads((other / "processor_config.json").read_text())

@@ -108,7 +108,7 @@ def test_spiel(family: str, variant: str) -> None:
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.sample("mask")
 @pytest.mark.parametrize("method", ["mask", "child_tuning"])
 def test_entries_by_examples(method: str) -> None:
