@@ -10,7 +10,7 @@ import pytest
 
 from graftc.runtime.serving.running import DRIVERS
 from graftc.specs.errors.diagnostics import CATALOGUE
-from tools.serving.__main__ import OTHERS
+from tools.serving.__main__ import OTHERS, SEVERAL
 from tools.serving.cells import ROUTES, allowed_rank, statuses
 from tools.serving.methods import CASES, PROMPTS
 from tools.serving.page import END, START, TITLES, cell, render_serving, write_results
@@ -20,6 +20,7 @@ REFUSED = {"how": "unmerged", "refusal": {"code": "GC066", "message": "no", "way
 SERVED = {"how": "merged", "equal": True, "rows": 5, "changed": 4, "version": "1.2"}
 LORA = {**SERVED, "how": "lora", "error": 0.0481, "rank": 40}
 WRONG = {**SERVED, "equal": False, "rows": 3}
+PLANNED = {**SERVED, "how": "planned", "kind": "graph", "engine": "genai"}
 
 
 def test_engines_are_the_ones_that_can_be_run() -> None:
@@ -32,7 +33,8 @@ def test_engines_are_the_ones_that_can_be_run() -> None:
         ([], "not run"),
         ([SERVED], "merged"),
         ([REFUSED, LORA, SERVED], "as LoRA, error 0.048, rank 40; merged"),
-        ([REFUSED, {**REFUSED, "how": "merged"}], "refused: [GC066](errors.md#gc066)"),
+        ([REFUSED, LORA, PLANNED], "as LoRA, error 0.048, rank 40"),
+        ([REFUSED, {**REFUSED, "how": "merged"}, PLANNED], "refused: [GC066](errors.md#gc066)"),
         ([{**WRONG, "ignored": True, "how": "unmerged"}, SERVED], "unmerged: ignored; merged"),
         ([WRONG], "merged: **3 of 5 rows**; refused: "),
     ],
@@ -45,6 +47,8 @@ def test_other_tokens_are_failures() -> None:
     """So are tokens of the base, which would be right for an engine that does nothing."""
     assert list(statuses([REFUSED, LORA, SERVED])) == []
     assert list(statuses([WRONG])) == ["merged: 3 rows equal"]
+    assert list(statuses([REFUSED, PLANNED])) == []
+    assert list(statuses([{**REFUSED, "how": "planned"}])) == ["planned: no"]
     assert list(statuses([{**SERVED, "changed": 0}])) == ["merged: the tokens are the base's"]
 
 
@@ -56,26 +60,29 @@ def test_limits(engine: str, rank: int, limit: int) -> None:
 def test_a_run_leaves_other_results(tmp_path: Path) -> None:
     """A page is rendered from the file of results, and only between its marks."""
     file, cells = tmp_path / "serving.json", tmp_path / "cells" / "genai"
-    file.write_text(json.dumps({"vllm": {"dora": [REFUSED]}, "genai": {"dora": [WRONG]}}))
+    file.write_text(json.dumps({"vllm": {"dora": [REFUSED, PLANNED]}, "genai": {"dora": [WRONG]}}))
     cells.mkdir(parents=True)
     (cells / "dora.json").write_text(json.dumps([SERVED]))
     write_results(tmp_path / "cells", file)
-    assert json.loads(file.read_text()) == {"vllm": {"dora": [REFUSED]}, "genai": {"dora": [SERVED]}}
+    assert json.loads(file.read_text()) == {"vllm": {"dora": [REFUSED, PLANNED]}, "genai": {"dora": [SERVED]}}
     (tmp_path / "serving.md").write_text(f"before\n{START}old\n{END}after\n")
     page = render_serving(tmp_path)
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
     assert "| DoRA | not run | merged | refused: [GC066](errors.md#gc066) |" in page
-    assert "| DoRA | vLLM | GC066: no | serve it with ONNX Runtime GenAI; merge it |" in page
+    assert "| DoRA | vLLM | GC066: no | `graph` in ONNX Runtime GenAI: 5 of 5 rows equal |" in page
 
 
 def test_committed_results() -> None:
-    """Every result is that of a method, with the right tokens or a refusal that has a code and a way out."""
+    """Every method ran in every engine, with the right tokens or a refusal that has a code, and a way out that ran."""
     results = json.loads((DOCS / "serving.json").read_text(encoding="utf-8"))
-    assert set(results) <= set(TITLES)
+    assert set(results) == set(TITLES)
     for engine, cells in results.items():
-        assert set(cells) <= {*CASES, *OTHERS}
+        assert set(cells) == {*CASES, *(other for other in OTHERS if other == "whole" or engine in SEVERAL)}
         for name, routes in cells.items():
             assert routes and list(statuses(routes)) == [], (engine, name)
+            last = routes[-1]
+            assert last["how"] == "planned" or last["how"] in ("unmerged", "at once"), (engine, name)
+            assert last["rows"] == last.get("of", len(PROMPTS)) and last["equal"], (engine, name)
             for route in routes:
                 refusal = route.get("refusal")
                 assert refusal is None or (refusal["code"] in CATALOGUE and refusal["way_out"]), (engine, name)

@@ -15,6 +15,7 @@ from graftc.runtime.serving.running import run_engine
 from graftc.specs.errors.diagnostics import GraftError
 from tools.serving.forms import Forms, prompts, refusal
 from tools.serving.methods import TOKENS
+from tools.serving.plans import followed
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ IGNORING = ("openvino",)
 def cell(engine: str, forms: Forms, plain: Sequence[Sequence[int]], python: Path | None) -> list[dict[str, Any]]:
     """Return what became of each route, up to the first that serves the case unmerged.
 
+    If none does, the last one is what `graftc serve-plan` says, which may name another engine.
+
     Args:
         engine: the engine.
         forms: the case.
@@ -73,8 +76,8 @@ def cell(engine: str, forms: Forms, plain: Sequence[Sequence[int]], python: Path
     for route in ROUTES[engine]:
         found.append({"how": route.how, **_tried(engine, route, forms, plain, python)})
         if found[-1].get("equal") and route.how == "unmerged":
-            break
-    return found
+            return found
+    return [*found, followed(engine, forms, plain, python)]
 
 
 def _tried(
@@ -151,6 +154,8 @@ def allowed_rank(engine: str, rank: int) -> int | None:
 def statuses(routes: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Yield what is wrong with a cell: tokens that differ, or no route that serves it and no refusal."""
     for route in routes:
+        if "refusal" in route and route["how"] == "planned":
+            yield f"planned: {route['refusal']['message']}"
         if "refusal" not in route and not route["equal"] and not route.get("ignored"):
             yield f"{route['how']}: {route['rows']} rows equal"
         if route.get("changed") == 0:

@@ -138,6 +138,11 @@ def _adapted(forms: Forms, path: Path) -> dict[str, Any]:
     return {"tokens": greedy(forms.compiled, prompts(forms.base))}
 
 
+def _artifact(forms: Forms, path: Path) -> dict[str, Any]:
+    forms.compiled.save(path, force=True)
+    return {"path": str(path)}
+
+
 def _as_lora(forms: Forms, path: Path) -> dict[str, Any]:
     """Return the tokens of the converted model, and its distance from the original."""
     del path
@@ -213,6 +218,7 @@ def _of_merged(forms: Forms) -> Any:
 
 _MAKERS: dict[str, Callable[[Forms, Path], dict[str, Any]]] = {
     "adapted": _adapted,
+    "artifact": _artifact,
     "peft-vllm": _peft(_of_adapted, "vllm"),
     "peft-mistralrs": _peft(_of_adapted, "mistralrs"),
     "gguf-adapter": _exported(_of_adapted, ".gguf", "gguf"),

@@ -39,7 +39,7 @@ def render_serving(docs: Path) -> str:
     refused = list(_refusals(results))
     parts = [_engines(results), _matrix(results)]
     if refused:
-        parts.append(_table(["method", "engine", "refusal", "way out"], refused))
+        parts.append(_table(["method", "engine", "refusal", "what `serve-plan` names, run"], refused))
     return before + START + "\n" + "\n".join(parts) + "\n" + END + after
 
 
@@ -73,11 +73,17 @@ def _engines(results: Results) -> str:
 
 def cell(routes: Sequence[Mapping[str, Any]]) -> str:
     """Return what a cell says: how the engine serves the case, or the codes of the refusals."""
-    served = [_served(route) for route in routes if "refusal" not in route]
-    codes = dict.fromkeys(route["refusal"]["code"] for route in routes if "refusal" in route)
-    if any(route.get("equal") for route in routes) or not codes:
+    tried = [route for route in routes if route["how"] != "planned"]
+    served = [_served(route) for route in tried if "refusal" not in route]
+    codes = dict.fromkeys(route["refusal"]["code"] for route in tried if "refusal" in route)
+    if is_served(routes) or not codes:
         return "; ".join(served) or "not run"
     return "; ".join([*served, "refused: " + ", ".join(f"[{code}](errors.md#{code.lower()})" for code in codes)])
+
+
+def is_served(routes: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the engine itself serves a case in a form that was tried."""
+    return any(route.get("equal") and route["how"] != "planned" for route in routes)
 
 
 def _served(route: Mapping[str, Any]) -> str:
@@ -100,11 +106,16 @@ def _matrix(results: Results) -> str:
 def _refusals(results: Results) -> Iterator[list[str]]:
     """Yield a row for each method that an engine does not serve in any form."""
     for name, case in CASES.items():
-        serving = [TITLES[e][0] for e in TITLES if any(r.get("equal") for r in results.get(e, {}).get(name, ()))]
         for engine, (title, _) in TITLES.items():
             routes = results.get(engine, {}).get(name, ())
-            if routes and not any(route.get("equal") for route in routes):
-                last = [route["refusal"] for route in routes if "refusal" in route][-1]
-                says = f"{last['code']}: {last['message']}"
-                ways = ([f"serve it with {', '.join(serving)}"] if serving else []) + [last["way_out"]]
-                yield [case.title, title, says.replace("|", "\\|"), "; ".join(ways)]
+            refusals = [route["refusal"] for route in routes if "refusal" in route and route["how"] != "planned"]
+            if refusals and not is_served(routes):
+                says = f"{refusals[-1]['code']}: {refusals[-1]['message']}"
+                yield [case.title, title, says.replace("|", "\\|"), *map(_planned, routes[-1:])]
+
+
+def _planned(route: Mapping[str, Any]) -> str:
+    """Return the route that `graftc serve-plan` names and that ran, or what went wrong."""
+    if not route.get("equal"):
+        return "none that ran"
+    return f"`{route['kind']}` in {TITLES[route['engine']][0]}: {route['rows']} of 5 rows equal"

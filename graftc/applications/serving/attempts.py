@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -30,10 +31,12 @@ class Made:
 
     Attributes:
         path: the file or folder that the engine loads.
+        out: the same as the commands make it.
         commands: the commands that make it.
     """
 
     path: Path
+    out: str
     commands: tuple[str, ...]
 
 
@@ -61,6 +64,7 @@ def tried(route: ServingRoute, engine: Engine, base: Path, make: Callable[[Path]
             rank=_rank(made.path, certificate),
             bytes=size if certificate.passed else None,
             commands=made.commands if certificate.passed else (),
+            served=made.out if certificate.passed else None,
             needs=certificate.needs if certificate.passed else None,
         )
 
@@ -95,14 +99,17 @@ def adapter_files(runner: AdaptedRunner, source: str, engine: Engine) -> Callabl
     def make(place: Path) -> Made:
         out = f"{source}-{engine.name}"
         if "peft" not in engine.forms:
-            file = place / "adapter.gguf"
+            file, options = place / "adapter.gguf", ("--no-merge", "--format", "gguf")
             exported(Exporting(runner), "gguf", file)
-            return Made(file, (f"graftc export {source} --no-merge --format gguf --out {out}.gguf",))
+            return Made(file, f"{out}.gguf", (command("export", source, *options, "--out", f"{out}.gguf"),))
         folder = place / "peft"
-        command = f"graftc export {source} --format peft --for"
+
+        def exporting_for(server: str) -> str:
+            return command("export", source, "--format", "peft", "--for", server, "--out", f"{source}-{server}")
+
         try:
             exported(Exporting(runner), "peft", folder, server=engine.name)
-            return Made(folder, (f"{command} {engine.name} --out {out}",))
+            return Made(folder, out, (exporting_for(engine.name),))
         except GraftError as error:
             if error.code != "GC068" or engine.layout is None:
                 raise
@@ -111,10 +118,15 @@ def adapter_files(runner: AdaptedRunner, source: str, engine: Engine) -> Callabl
             except GraftError:
                 raise error from None
         convert_folder(AdapterSource.of(folder), place / "laid-out", engine.layout)
-        lay_out = f"graftc convert {source}-{PLAIN} --to {engine.layout} --out {out}"
-        return Made(place / "laid-out", (f"{command} {PLAIN} --out {source}-{PLAIN}", lay_out))
+        lay_out = command("convert", f"{source}-{PLAIN}", "--to", engine.layout, "--out", out)
+        return Made(place / "laid-out", out, (exporting_for(PLAIN), lay_out))
 
     return make
+
+
+def command(name: str, *words: str) -> str:
+    """Return a command line of graftc, quoted for a shell."""
+    return shlex.join(["graftc", name, *words])
 
 
 def exported(exporting: Exporting, format: str, path: Path, **options: Any) -> Mapping[str, Any]:

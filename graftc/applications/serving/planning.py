@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graftc.applications.serving.attempts import Made, adapter_files, exported, planned, tried
+from graftc.applications.serving.attempts import Made, adapter_files, command, exported, planned, tried
 from graftc.applications.serving.checking import serve_check
 from graftc.compiler.folding.fold_plan import fold_plan
 from graftc.compiler.resolve.tokens import TOKENS
@@ -182,15 +182,15 @@ class _Planner:
         if is_peft(self.path):
             certificate = serve_check(self.path, engine.name, base=self.base)
             if certificate.passed:
-                yield replace(first, available=True, needs=certificate.needs)
+                yield replace(first, available=True, needs=certificate.needs, served=str(self.path))
                 return
         first = tried(first, engine, self.base, adapter_files(self.runner, self._source, engine))
         yield self._imported_first(first)
         if not first.available:
-            yield self._lora("lora", engine, self.converted, f"graftc convert {self._source}")
+            yield self._lora("lora", engine, self.converted)
 
     def _lora(
-        self, kind: RouteKind, engine: Engine, made: Converted | GraftError, command: str, *, exact: bool = True
+        self, kind: RouteKind, engine: Engine, made: Converted | GraftError, *options: str, exact: bool = True
     ) -> ServingRoute:
         route = planned(kind, engine, exact=exact)
         if isinstance(made, GraftError):
@@ -206,7 +206,9 @@ class _Planner:
         )
         if not route.available:
             return route
-        return self._imported_first(replace(route, commands=(f"{command} --out {out}", *route.commands)))
+        convert = command("convert", self._source, *options, "--out", out)
+        base = f"{out}/base" if kind == "lora-over-base" else None
+        return self._imported_first(replace(route, commands=(convert, *route.commands), base=base))
 
     def _over_base(self) -> ServingRoute | None:
         """Return the route that folds what no LoRA can be into a base; None if there is nothing to fold, or no LoRA."""
@@ -217,24 +219,23 @@ class _Planner:
         route = planned("lora-over-base", self.engine)
         if "peft" not in self.engine.forms:
             return replace(route, reason="the new base is a folder of transformers, which it does not load")
-        options = " ".join(f"--into-base {name}" for name in self.beyond)
-        made = self._converted(into_base=self.beyond)
-        return self._lora("lora-over-base", self.engine, made, f"graftc convert {self._source} {options}")
+        options = [word for name in self.beyond for word in ("--into-base", name)]
+        return self._lora("lora-over-base", self.engine, self._converted(into_base=self.beyond), *options)
 
     def _within_error(self) -> ServingRoute | None:
         """Return the route with a smaller rank; None if a LoRA that loses nothing has as small a rank."""
         if not set(_LOADING) & set(self.engine.forms) or isinstance(self.converted, GraftError):
             return None
         made = self._converted(error=self.error)
-        command = f"graftc convert {self._source} --error {self.error:g}"
+        option = ("--error", f"{self.error:g}")
         if isinstance(made, GraftError):
             return replace(planned("lora-within-error", self.engine, exact=False), reason=made.message)
         largest, rank = max(self.engine.ranks, default=None), max(site.rank or 1 for site in made.sites)
         if largest is not None and rank > largest:
-            made, command = self._converted(rank=largest), f"graftc convert {self._source} --rank {largest}"
+            made, option = self._converted(rank=largest), ("--rank", str(largest))
         elif rank >= max(site.rank or 1 for site in self.converted.sites):
             return None
-        return self._lora("lora-within-error", self.engine, made, command, exact=False)
+        return self._lora("lora-within-error", self.engine, made, *option, exact=False)
 
     def _graph(self, engine: Engine) -> ServingRoute | None:
         """Return the route that leaves the adaptations in the graph; None for engines that load no graphs."""
@@ -244,7 +245,7 @@ class _Planner:
 
         def make(place: Path) -> Made:
             exported(Exporting(self.runner), "onnx-generate", place / "graphs")
-            return Made(place / "graphs", (f"graftc export {self._source} --no-merge {_out(self._source, 'graph')}",))
+            return self._graphs(place, "graph", "--no-merge")
 
         return self._imported_first(replace(tried(planned("graph", engine), engine, self.base, make), unmerged=True))
 
@@ -260,13 +261,14 @@ class _Planner:
         def make(place: Path) -> Made:
             source = self._source
             if form == "model":
-                return Made(merged.save(place / "model"), (f"graftc merge {source} --out {source}-merged",))
+                out = f"{source}-merged"
+                return Made(merged.save(place / "model"), out, (command("merge", source, "--out", out),))
             if form == "gguf-model":
                 exported(runner_of(merged).exporting, "gguf", place / "model.gguf", server=self.engine.name)
-                command = f"graftc export {source} --format gguf --for {self.engine.name} --out {source}-merged.gguf"
-                return Made(place / "model.gguf", (command,))
+                options, out = ("--format", "gguf", "--for", self.engine.name), f"{source}-merged.gguf"
+                return Made(place / "model.gguf", out, (command("export", source, *options, "--out", out),))
             exported(runner_of(merged).exporting, "onnx-generate", place / "graphs")
-            return Made(place / "graphs", (f"graftc export {source} {_out(source, 'merged')}",))
+            return self._graphs(place, "merged")
 
         route = tried(route, self.engine, self.base, make)
         narrow = set(self.engine.file_types) - {_TYPES.get(next(self.compiled.parameters()).dtype, "")}
@@ -275,6 +277,12 @@ class _Planner:
             return self._imported_first(replace(route, exact=False, reason=reason))
         outputs = merged.certificate.outputs
         return self._imported_first(replace(route, output_error=max(outputs.values(), default=None)))
+
+    def _graphs(self, place: Path, kind: str, *options: str) -> Made:
+        """Return graphs for generation, which were exported to a folder, and the command that does the same."""
+        out = f"{self._source}-{kind}"
+        line = command("export", self._source, *options, "--format", "onnx-generate", "--out", out)
+        return Made(place / "graphs", out, (line,))
 
     @property
     def _source(self) -> str:
@@ -285,9 +293,5 @@ class _Planner:
         """Return a route whose commands begin with the import of a PEFT folder, if that is what is served."""
         if not route.commands or not is_peft(self.path):
             return route
-        first = f"graftc import-peft {self.path} --model {self.base} --out {self._source}"
+        first = command("import-peft", str(self.path), "--model", str(self.base), "--out", self._source)
         return replace(route, commands=(first, *route.commands))
-
-
-def _out(source: str, kind: str) -> str:
-    return f"--format onnx-generate --out {source}-{kind}"

@@ -69,6 +69,9 @@ def _show(result: ServePlanResult, to: Console) -> None:
         to.print(f"{mark} {route.kind + other + ':':<26}{what}", soft_wrap=True, markup=False)
         for line in route.commands:
             to.print(f"{'':<8}{line}", soft_wrap=True, markup=False)
+        if route.served is not None:
+            over = "" if route.base is None else f" over the base {route.base}"
+            to.print(f"{'':<8}then serve {route.served}{over}", soft_wrap=True, markup=False)
         if route.needs is not None:
             to.print(f"{'':<8}the engine needs: {route.needs}", soft_wrap=True, markup=False)
     to.print(f"{plan.artifact}, for {plan.read}", soft_wrap=True, markup=False)

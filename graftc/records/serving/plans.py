@@ -55,6 +55,12 @@ class ServingRoute(Record):
     commands: tuple[str, ...] = ()
     """What to run, in order; empty if the folder is served as it is, or there is no way."""
 
+    served: str | None = None
+    """The file or folder that the engine loads, which the commands make; null if there is no way."""
+
+    base: str | None = None
+    """The folder of the base over which the engine loads it, if the commands make one; null for the artifact's own."""
+
     needs: NeededOption = None
 
 
