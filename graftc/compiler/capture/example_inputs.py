@@ -118,9 +118,20 @@ def _token(config: Any, name: str, rows: int) -> int | None:
     return number if isinstance(number, int) and 0 <= number < rows else None
 
 
+def within_tables(program: Program, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return inputs that were created for another Program, with indices within the tables of this one.
+
+    An adapted graph may add to the positions that it gets, so that fewer of them are left than in the base's.
+    """
+    rows = {str(node.target): _table_rows(node) for node in program.placeholders()}
+    return {name: value if (bound := rows.get(name)) is None else value % bound for name, value in inputs.items()}
+
+
 def _table_rows(node: fx.Node) -> int | None:
     """Return the number of rows of the table, or slots of the bank, that an input indexes; None if there is neither."""
     for user in node.users:
+        if user.target is aten.add.Tensor and isinstance(user.args[1], int) and (rows := _table_rows(user)) is not None:
+            return rows - user.args[1]
         if user.target is aten.index_select.default and user.args[2] is node:
             return int(user.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
         if user.target is aten.embedding.default and isinstance(user.args[0], fx.Node):

@@ -30,6 +30,8 @@ from graftc.runtime.export.graphs import write_inputs
 from graftc.runtime.export.job import ExportJob, require_one_graph
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx import check_onnx, prepare_onnx, save_onnx
+from graftc.runtime.export.prefixed import prefixed
+from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.generation import Generating, encode
 from graftc.runtime.model.model_runner import ModelRunner
@@ -123,6 +125,8 @@ def prepare(job: ExportJob) -> dict[str, tuple[CachedModule, Any]]:
             message = f"a graph with a cache needs to be told where {control.name!r} begins, but its users do not know"
             raise GraftError("GC141", message, hint="export format onnx, which reads whole texts, or format gguf")
     runner = job.served
+    if isinstance(runner, AdaptedRunner) and job.exchange is None:
+        runner = prefixed(runner)
     Generating(runner).require_generating()
     calls = ((file, signature_for(runner.compilation, file.present)) for file in _files(runner))
     modules = {file.name: CachedModule(runner, signature, file, job.exchange) for file, signature in calls}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graftc.compiler.capture.example_inputs import random_inputs
+from graftc.compiler.capture.example_inputs import random_inputs, within_tables
 from graftc.compiler.capture.signature import Axis, tie_sizes
 from graftc.passes.core.ir.codegen import executable_of, tensor_at
 from graftc.passes.core.ir.program import Program
@@ -227,6 +227,7 @@ class ExportModule:
         inputs = random_inputs(
             self._base, self._tensors, seed, sizes, self.config, front=False, fixed_sizes=fixed_sizes
         )
+        inputs = within_tables(self.program, inputs)
         chosen = [name for name in self.program.signature if name not in inputs]
         if chosen:
             every = random_inputs(self.program, self._tensors, seed, sizes, front=False, fixed_sizes=fixed_sizes)

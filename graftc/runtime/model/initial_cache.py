@@ -167,7 +167,7 @@ def _of_prefix(runner: AdaptedRunner, resolved: Resolved) -> InitialCache | None
     if spec.window == "visible" and has_windows(runner.config):
         return None
     tables = {key: values for key, values in place_values(compilation, resolved)}
-    numbered = ((number, site, tables[site.key]) for number, site in enumerate(_in_order(compilation)))
+    numbered = ((number, site, tables[site.key]) for number, site in enumerate(in_cache_order(compilation)))
     tensors: dict[str, Tensor] = {}
     for number, site, values in numbered:
         for part, columns in (("key", site.keys), ("value", site.values)):
@@ -201,7 +201,7 @@ def _of_tokens(compilation: Compilation, resolved: Resolved) -> InitialCache | N
     samples = samples_on(store.device(), compilation.program("train", "base"), 0, (1, 4), None)
     nodes = {node.name: node for node in program.graph.nodes}
     operands: list[fx.Node] = []
-    sites = list(_in_order(compilation))
+    sites = list(in_cache_order(compilation))
     for site in sites:
         if site.operands is None:
             return None
@@ -218,7 +218,7 @@ def _of_tokens(compilation: Compilation, resolved: Resolved) -> InitialCache | N
     return InitialCache((resolved.name,), length, tensors, shifted=True)
 
 
-def _in_order(compilation: Compilation) -> Iterator[AttentionSite]:
+def in_cache_order(compilation: Compilation) -> Iterator[AttentionSite]:
     """Yield the attention sites in cache order: by layer."""
     yield from sorted(compilation.main.attentions, key=lambda site: (site.layer is None, site.layer or 0))
 

@@ -40,13 +40,14 @@ def of_kind(plan: ServingPlan, kind: str) -> ServingRoute:
 
 
 def followed(route: ServingRoute, capsys: pytest.CaptureFixture[str]) -> Path:
-    """Run a route's commands and return the file or folder that the last one makes."""
+    """Run a route's commands and return the file or folder that the engine loads, which the last one makes."""
     for line in route.commands:
         words = shlex.split(line)
         assert words[0] == "graftc"
         outcome = run_here(capsys, *words[1:])
         assert outcome.status == 0, outcome
-    return Path(words[words.index("--out") + 1])
+    assert route.served == words[words.index("--out") + 1]
+    return Path(route.served)
 
 
 def answers(route: ServingRoute, made: Path, base: Path) -> Sequence[Sequence[int]]:
@@ -100,6 +101,21 @@ def test_every_engine(engine: str, base: Path, tmp_path: Path) -> None:
         assert all(route.available and route.unmerged for route in plan.routes[len(own) :])
         if method == "head-and-lora" and "peft" in ENGINES[engine].forms:
             assert of_kind(plan, "lora-over-base").available and not of_kind(plan, "lora").available
+
+
+@pytest.mark.full
+def test_a_new_base(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """PEFT computes the artifact's tokens with the LoRA and the base that the commands make, also in odd folders."""
+    from peft import PeftModel
+
+    place = tmp_path / "it's a $(place)"
+    place.mkdir()
+    compiled = artifact(base, "head-and-lora", place / "head-and-lora")
+    route = of_kind(graftc.serve_plan(place / "head-and-lora", "vllm"), "lora-over-base")
+    made = followed(route, capsys)
+    assert route.base is not None and graftc.serve_check(made, "vllm", base=route.base).passed
+    read = PeftModel.from_pretrained(loaded(Path(route.base)), made).eval()
+    assert greedy(read) == greedy(compiled) != greedy(loaded(base))
 
 
 @pytest.mark.full
