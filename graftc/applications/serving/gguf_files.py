@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,16 +41,18 @@ class GgufContent:
         shapes: the shapes of its tensors, ``[rows, columns]``.
         types: the names of their types, such as ``F16``.
         kinds: the names of the types of its fields, such as ``FLOAT32``.
+        infinite: the tensors of an adapter that contain NaN or infinity; empty for models, whose values are not read.
     """
 
     fields: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     types: Mapping[str, str]
     kinds: Mapping[str, str]
+    infinite: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, file: Path) -> GgufContent:
-        """Read a file's header.
+        """Read a file's header, and all values of an adapter.
 
         Raises:
             GraftError: GC061 without the package gguf, GC113 for a file that is damaged.
@@ -57,13 +61,15 @@ class GgufContent:
             reader = package().GGUFReader(file)
             fields = {name: own.contents() for name, own in reader.fields.items()}
             kinds = {name: own.types[0].name for name, own in reader.fields.items() if own.types}
+            given = reader.tensors if fields.get("general.type") == "adapter" else []
+            infinite = frozenset(t.name for t in given if not _is_finite(t))
         except (OSError, ValueError, IndexError, KeyError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             message = f"{file} cannot be read as GGUF: {reason}"
             hint = f"a file has to be {FORMS['gguf-adapter']} or {FORMS['gguf-model']}; of PEFT, pass the folder"
             raise GraftError("GC113", message, place=Place(str(file)), hint=hint) from None
         shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
-        return cls(fields, shapes, {t.name: t.tensor_type.name for t in reader.tensors}, kinds)
+        return cls(fields, shapes, {t.name: t.tensor_type.name for t in reader.tensors}, kinds, infinite)
 
     @property
     def is_adapter(self) -> bool:
@@ -111,6 +117,8 @@ def replayed_gguf(engine: Engine, adapter: GgufContent, base: ServedBase) -> Rep
     for name, keys in pairs.items():
         shapes = {part: adapter.shapes[key] for part, key in keys.items()}
         problems = list(_pair_problems(engine, name, shapes, modules.get(name), base))
+        if not problems and not adapter.infinite.isdisjoint(keys.values()):
+            problems.append(ServingProblem("wrong", name, f"the factors of {name} contain NaN or infinity", _EXPORT))
         if not problems:
             rank = shapes["lora_b"][-1]
             scale = float(alpha) / rank if alpha else 1.0
@@ -135,6 +143,9 @@ def _field_problems(adapter: GgufContent, base: ServedBase) -> Iterator[ServingP
     elif adapter.kinds["adapter.lora.alpha"] != "FLOAT32":
         reason = f"adapter.lora.alpha is {adapter.kinds['adapter.lora.alpha']}, which ends llama.cpp"
         yield ServingProblem("refused", "adapter.lora.alpha", reason, _EXPORT)
+    elif not math.isfinite(fields["adapter.lora.alpha"]):
+        reason = f"adapter.lora.alpha is {fields['adapter.lora.alpha']}"
+        yield ServingProblem("wrong", "adapter.lora.alpha", reason, _EXPORT)
     for key in sorted(name for name in fields if name.startswith("adapter.") and name not in _KEYS):
         yield ServingProblem("ignored", key, f"{key} is {shown(fields[key])}, which llama.cpp does not read", _EXPORT)
 
@@ -162,6 +173,14 @@ def _pair_problems(
         if sizes != wanted or ranks[0] != ranks[1]:
             reason = f"{name} maps {wanted[0]} to {wanted[1]}, but the factors are {list(a)} and {list(b)}"
             yield ServingProblem("refused", name, reason, "use the base that the adapter was trained on")
+
+
+def _is_finite(tensor: Any) -> bool:
+    """Return whether all values are numbers, which integers and types that the package cannot read are taken to be."""
+    try:
+        return bool(np.isfinite(package().dequantize(tensor.data, tensor.tensor_type)).all())
+    except NotImplementedError:
+        return True
 
 
 def _named(base: ServedBase) -> dict[str, BaseModule]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftc.cli.command import CommandRun, command
+from graftc.cli.serving_options import EngineOption, ServedBaseOption
 from graftc.records.results import CommandResult
 from graftc.records.serving.certificates import ServingCertificate
-from graftc.runtime.serving.engines import ENGINES
-from graftc.specs.errors.text import counted, listed
+from graftc.specs.errors.text import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,21 +40,8 @@ def serve_check(
             show_default=False,
         ),
     ],
-    engine: Annotated[
-        str,
-        typer.Option(
-            "--engine", "-e", metavar="ENGINE", help=f"The engine: {listed(list(ENGINES), 'or')}.", show_default=False
-        ),
-    ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            metavar="DIR",
-            help="The adapter's base. Default: the one that adapter_config.json names.",
-            show_default=False,
-        ),
-    ] = None,
+    engine: EngineOption,
+    base: ServedBaseOption = None,
     running: Annotated[
         bool, typer.Option("--run", help="Run the installed engine, and compare its tokens with graftc's.")
     ] = False,

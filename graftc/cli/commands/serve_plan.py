@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from graftc.cli.command import CommandRun, command
+from graftc.cli.serving_options import EngineOption, ServedBaseOption
 from graftc.records.results import CommandResult
 from graftc.records.serving.plans import ServingPlan, ServingRoute
-from graftc.runtime.serving.engines import ENGINES
-from graftc.specs.errors.text import listed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,18 +31,8 @@ def serve_plan(
     artifact: Annotated[
         Path, typer.Argument(metavar="ARTIFACT", help="An artifact, or a PEFT folder.", show_default=False)
     ],
-    engine: Annotated[
-        str,
-        typer.Option(
-            "--engine", "-e", metavar="ENGINE", help=f"The engine: {listed(list(ENGINES), 'or')}.", show_default=False
-        ),
-    ],
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base", metavar="DIR", help="The base. Default: the one that the artifact names.", show_default=False
-        ),
-    ] = None,
+    engine: EngineOption,
+    base: ServedBaseOption = None,
     error: Annotated[
         float, typer.Option("--error", metavar="X", help="The error of a LoRA that is not exact, at each site.")
     ] = 0.05,

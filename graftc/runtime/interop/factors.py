@@ -116,7 +116,7 @@ def _paired(
 def _from_peft(path: Path, model: nn.Module) -> AdapterFactors:
     adapter = read_peft(path, shapes=shapes_of(model))
     if adapter.config.format[0] is not LoRA:
-        message = f"{path} is {adapter.config.peft_type}, but slots contain LoRA"
+        message = f"{path} is {adapter.config.format[0].tag()}, but slots contain lora"
         raise GraftError("GC191", message, place=adapter.in_config("peft_type"))
     check_model(adapter, model)
     if adapter.trained:

@@ -29,14 +29,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapter_file(file: Path, tensors: Mapping[str, tuple[int, int]], arch: str = "llama", **fields: Any) -> Path:
-    """Write a GGUF adapter with tensors of ones, and fields that are floats unless they are something else."""
+    """Write a GGUF adapter with tensors of ones or `fill`, and fields that are floats unless they are integers."""
+    fill = fields.pop("fill", 1.0)
     writer = gguf.GGUFWriter(file, arch)
     writer.add_type("adapter")
     writer.add_string("adapter.type", fields.pop("type", "lora"))
     for key, value in {"adapter.lora.alpha": 4.0, **fields}.items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
     for name, shape in tensors.items():
-        writer.add_tensor(name, np.ones(shape, np.float32))
+        writer.add_tensor(name, np.full(shape, fill, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -57,6 +58,8 @@ HEAD = {"output.weight.lora_a": (2, 32), "output.weight.lora_b": (96, 2)}
         (V, {"type": "loha"}, "refused", "adapter.type is 'loha'"),
         (V, {"adapter.lora.alpha": 4}, "refused", "UINT32, which ends llama.cpp"),
         (V, {"adapter.lora.alpha": 0.0}, "wrong", "multiplies by 1 instead of alpha"),
+        (V, {"adapter.lora.alpha": float("nan")}, "wrong", "adapter.lora.alpha is nan"),
+        (V, {"fill": float("inf")}, "wrong", "contain NaN or infinity"),
         (V, {"adapter.lora.dora": 1}, "ignored", "adapter.lora.dora is 1"),
         (dict(list(V.items())[:1]), {}, "refused", "only one of lora_a and lora_b"),
         ({name.replace("blk.0", "blk.9"): shape for name, shape in V.items()}, {}, "refused", "not a matrix"),
