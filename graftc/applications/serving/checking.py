@@ -55,7 +55,9 @@ def serve_check(
     """
     path, row = as_path(folder), engine_of(engine)
     step("reading")
-    form, own, needs, max_rank = form_of(path), None, None, None
+    require_folder(path)
+    content = GgufContent.of(path) if path.is_file() else None
+    form, own, needs, max_rank = _form_of(path, content), None, None, None
     if form not in row.forms:
         replay = Replay(problems=[_other_form(row, form)])
     elif form == "peft":
@@ -64,11 +66,10 @@ def serve_check(
         replay = replayed(row, config, adapter_tensors(path / WEIGHTS), own)
         max_rank = row.rank_for(largest_rank(config))
         needs = f"{row.option} {max_rank}" if row.option is not None and max_rank else None
-    elif form == "gguf-adapter":
+    elif content is not None and content.is_adapter:
         own = _base(base, path)
-        replay = replayed_gguf(row, GgufContent.of(path), own)
-    elif form == "gguf-model":
-        content = GgufContent.of(path)
+        replay = replayed_gguf(row, content, own)
+    elif content is not None:
         replay = Replay(problems=list(gguf_problems(row, content.architecture, content.matrices, content.shapes)))
     else:
         replay = Replay(problems=list((folder_problems if form == "model" else genai_problems)(row, path)))
@@ -97,15 +98,14 @@ def serve_check(
     )
 
 
-def form_of(path: Path) -> Form:
-    """Return what a folder or a file is.
+def _form_of(path: Path, content: GgufContent | None) -> Form:
+    """Return what a folder is, or a file with this content.
 
     Raises:
         GraftError: GC110 if it is nothing that an engine loads.
     """
-    require_folder(path)
-    if path.is_file():
-        return "gguf-adapter" if GgufContent.of(path).is_adapter else "gguf-model"
+    if content is not None:
+        return "gguf-adapter" if content.is_adapter else "gguf-model"
     whole = any((path / name).is_file() for name in (SINGLE, INDEX))
     names: tuple[tuple[str, Form], ...] = ((GENAI, "onnx-generate"), (CONFIG, "peft"), ("config.json", "model"))
     form = next((form for name, form in names if (path / name).is_file()), None)
