@@ -20,7 +20,7 @@ from graftc.passes.core.sites.sites import ParameterSite
 from graftc.passes.core.weights.tensor_edits import CHANGING
 from graftc.specs.compose import Parallel
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.methods.alora import start_input
+from graftc.specs.invoked import start_input
 
 _WITHOUT = "generate with use_cache=False, or leave it out with disabled(name)"
 

@@ -19,7 +19,7 @@ from graftc.passes.core.build.invocation import last_start
 from graftc.passes.core.ir.cleaning import on_device
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.text import counted, some
-from graftc.specs.methods.alora import ALoRA
+from graftc.specs.invoked import Invoked
 
 _STARTS = "_graftc_starts"
 """The attribute of a cache with the positions of its rows, and a tensor that identifies its contents."""
@@ -28,7 +28,7 @@ _PASS = "pass {}: the position of each row's first adapted token, or -1"
 
 
 def starts_in_call(
-    spec: ALoRA, name: str, present: Mapping[str, Any], given: Any, *, adapted: bool
+    spec: Invoked, name: str, present: Mapping[str, Any], given: Any, *, adapted: bool
 ) -> dict[str, Tensor]:
     """Return the input that tells a graph where an aLoRA begins; empty if the graph finds that out from the tokens.
 
@@ -64,7 +64,7 @@ def starts_in_call(
     return {name: torch.where(start < 0, -1, (start - length).clamp(min=0))}
 
 
-def starts_in(spec: ALoRA, ids: Tensor) -> Tensor:
+def starts_in(spec: Invoked, ids: Tensor) -> Tensor:
     """Return the position at which the invocation's last occurrence begins in each row, or -1: ``int64[rows]``."""
 
     def run(operator: Any, *args: Any) -> Any:
@@ -74,7 +74,7 @@ def starts_in(spec: ALoRA, ids: Tensor) -> Tensor:
     return last_start(run, ids, spec.invocation)  # type: ignore[no-any-return]
 
 
-def _in_cache(spec: ALoRA, name: str, past: Past, found: Tensor) -> Tensor:
+def _in_cache(spec: Invoked, name: str, past: Past, found: Tensor) -> Tensor:
     """Return the positions among the tokens in a cache; those of rows that ``found`` has in the call do not matter.
 
     Raises:
@@ -104,7 +104,7 @@ def remember_starts(compilation: Compilation, present: Mapping[str, Any]) -> Non
     past = present.get(CACHE)
     if not isinstance(past, Past) or is_traced():
         return
-    inputs = [name for name, control in compilation.controls.items() if isinstance(control, ALoRA)]
+    inputs = [name for name, control in compilation.controls.items() if isinstance(control, Invoked)]
     starts = {name: torch.where(present[name] < 0, -1, present[name] + past.length) for name in inputs}
     setattr(past.cache, _STARTS, (_first_of(past.cache), starts))
 
@@ -134,7 +134,7 @@ def starts_in_prompt(compilation: Compilation, prompt: Tensor) -> dict[str, Tens
     """Return where aLoRAs begin in the token ids ``[rows, length]`` of a prompt; empty for token embeddings."""
     if prompt.is_floating_point() or prompt.dim() != 2:
         return {}
-    aloras = {name: control for name, control in compilation.controls.items() if isinstance(control, ALoRA)}
+    aloras = {name: control for name, control in compilation.controls.items() if isinstance(control, Invoked)}
     return {name: starts_in(control, prompt) for name, control in aloras.items()}
 
 
@@ -144,7 +144,7 @@ def warn_of_invocations(compilation: Compilation, present: Mapping[str, Any]) ->
     if not isinstance(ids, Tensor) or ids.device.type == "meta" or CACHE in present:
         return
     for name, control in compilation.controls.items():
-        if not isinstance(control, ALoRA) or name in present:
+        if not isinstance(control, Invoked) or name in present:
             continue
         often = (ids == control.invocation[0]).sum(1) > 1
         if bool((starts_in(control, ids) < 0).all()):

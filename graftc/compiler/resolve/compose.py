@@ -24,7 +24,7 @@ from graftc.passes.graph.compose import Member, composed, insert_composed
 from graftc.specs.compose import Average, Bank, CompositionSpec, Fuse, Gate, Parallel, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.methods.alora import ALoRA, start_input
+from graftc.specs.invoked import Invoked, start_input
 
 ACTIVE = "active"
 """Part name of the buffer that contains the bank slot to use if a call does not choose one."""
@@ -158,7 +158,7 @@ def placed(spec: Spec, unit: Unit, error: GraftError) -> GraftError:
 # --- inputs -------------------------------------------------------------------------------------------------
 
 
-Control: TypeAlias = CompositionSpec | ALoRA
+Control: TypeAlias = CompositionSpec | Invoked
 """What an input controls: which members of a composition each row uses, or from which token on an aLoRA acts."""
 
 
@@ -166,7 +166,7 @@ def controls(spec: Spec) -> dict[str, Control]:
     """Return the inputs that choose among adaptations, or where they act, by name."""
     inputs: dict[str, Control] = {}
     for adaptation in spec.adapt:
-        if isinstance(adaptation, ALoRA):
+        if isinstance(adaptation, Invoked):
             composition = spec.composition_of(str(adaptation.name))
             owner = composition if composition is not None and is_of_one_shape(composition) else adaptation
             inputs[start_input(str(owner.name))] = adaptation

@@ -39,7 +39,7 @@ from graftc.runtime.onnx_generation.genai import genai_config
 from graftc.runtime.onnx_generation.io_names import DECODER, PAIR, Slot, optimum_name
 from graftc.runtime.sources.companions import companions_of_model
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.methods.alora import ALoRA
+from graftc.specs.invoked import Invoked
 
 _AXES = {BATCH: "batch_size", PAST: "past_sequence_length"}
 _HIDDEN = "last_hidden_state"
@@ -121,7 +121,7 @@ def prepare(job: ExportJob) -> dict[str, tuple[CachedModule, Any]]:
     """
     require_one_graph(job.runner)
     for control in job.runner.compilation.controls.values():
-        if isinstance(control, ALoRA):
+        if isinstance(control, Invoked):
             message = f"a graph with a cache needs to be told where {control.name!r} begins, but its users do not know"
             raise GraftError("GC141", message, hint="export format onnx, which reads whole texts, or format gguf")
     runner = job.served

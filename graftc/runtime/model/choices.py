@@ -17,7 +17,7 @@ from graftc.runtime.invocations import positions_of, starts_in_call
 from graftc.runtime.slots import Slots
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
 from graftc.specs.errors.diagnostics import GraftError, nearest
-from graftc.specs.methods.alora import ALoRA
+from graftc.specs.invoked import Invoked
 
 
 def with_choices(
@@ -38,7 +38,7 @@ def with_choices(
     """
     tensors = repeated(compilation, present)
     for name, control in compilation.controls.items():
-        if isinstance(control, ALoRA):
+        if isinstance(control, Invoked):
             tensors |= starts_in_call(control, name, tensors, chosen.get(name), adapted=adapted)
         elif isinstance(control, Bank) and chosen.get(name) is not None:
             tensors |= rows_for(compilation, {name: chosen[name]}, *_rows(compilation, tensors))
@@ -118,7 +118,7 @@ def rows_for(compilation: Compilation, chosen: Mapping[str, Any], rows: int, dev
     """
     expanded: dict[str, Tensor] = {}
     for name, composition in compilation.controls.items():
-        if isinstance(composition, ALoRA) and chosen.get(name) is not None:
+        if isinstance(composition, Invoked) and chosen.get(name) is not None:
             expanded[name] = positions_of(name, chosen[name], rows, device)
         if not isinstance(composition, Bank) or chosen.get(name) is None:
             continue

@@ -38,7 +38,7 @@ from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.past_inputs import past_name
 from graftc.passes.core.sites.sites import AttentionSite
 from graftc.runtime.model.adapted import AdaptedRunner
-from graftc.specs.methods.alora import ALoRA
+from graftc.specs.invoked import Invoked
 from graftc.specs.methods.prefix import PrefixSpec
 
 
@@ -142,7 +142,7 @@ def initial_cache(runner: AdaptedRunner) -> InitialCache | None:
     compilation = runner.shown.compilation
     if runner.base_only or runner.training or compilation.cache_layout.pairs:
         return None
-    if any(isinstance(control, ALoRA) for control in compilation.controls.values()):
+    if any(isinstance(control, Invoked) for control in compilation.controls.values()):
         return None
     composed = {name for composition in compilation.spec.compose for name in composition.members}
     candidates = [r for r in compilation.places().resolved if isinstance(r.spec, PrefixSpec) or r.spec.virtual_tokens()]

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from graftc.specs.base import Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
+from graftc.specs.invoked import Invoked
 from graftc.specs.limits import SIZE
 from graftc.specs.overrides import RankOverride
 from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, LORA_STARTS, PeftFormat, PeftPart
@@ -18,16 +19,7 @@ _FROM_WEIGHT = ("pissa", "olora")
 """Initialisers of LoRA that aLoRA does not support."""
 
 
-def start_input(owner: str) -> str:
-    """Return the name of the input with the position of each row's first adapted token.
-
-    Args:
-        owner: the adaptation, or the bank or average of parameters that it is a member of.
-    """
-    return f"{owner}_start"
-
-
-class ALoRA(MethodSpec):
+class ALoRA(Invoked, MethodSpec):
     """Activated LoRA: `y = W x + b + s B A x` from the invocation's first token on, and `y = W x + b` before it.
 
     The invocation is a sequence of token ids, such as those of `<|check|>`. In each row of a batch, its last occurrence

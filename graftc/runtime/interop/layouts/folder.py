@@ -24,7 +24,7 @@ from graftc.runtime.interop.peft.forms import Shaped, to_theirs
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, AdapterConfig, config_bytes, read_config
-from graftc.specs.methods.alora import ALoRA
+from graftc.specs.invoked import Invoked
 from graftc.specs.methods.lora import LoRA
 
 _ABOUT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out")
@@ -124,7 +124,7 @@ def _require_plain(adapter: PeftAdapter) -> None:
     reasons += [f"{name} was saved in full" for name in adapter.copies if name.rpartition(".")[0] not in adapted]
     if reasons:
         hint = "import it with graftc import-peft, and convert the artifact to a LoRA with graftc convert"
-        if any(isinstance(module.spec, ALoRA) for module in adapter.modules):
+        if any(isinstance(module.spec, Invoked) for module in adapter.modules):
             hint = "import it with graftc import-peft, and export the artifact with --no-merge --format gguf"
         message = f"it is not just a LoRA of linear maps: {reasons[0]}"
         raise GraftError("GC069", message, place=adapter.place, hint=hint, details=tuple(dict.fromkeys(reasons)))
