@@ -18,9 +18,9 @@ from graftc.passes.core.ir.program import Program, provenance
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.sites.sites import ParameterSite
 from graftc.passes.core.weights.tensor_edits import CHANGING
+from graftc.specs.base import start_input
 from graftc.specs.compose import Parallel
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.invoked import start_input
 
 _WITHOUT = "generate with use_cache=False, or leave it out with disabled(name)"
 

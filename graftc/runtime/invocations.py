@@ -17,9 +17,9 @@ from graftc.compiler.capture.past import CACHE, Past, tensors_of
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.build.invocation import last_start
 from graftc.passes.core.ir.cleaning import on_device
+from graftc.specs.base import Invoked
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.text import counted, some
-from graftc.specs.invoked import Invoked
 
 _STARTS = "_graftc_starts"
 """The attribute of a cache with the positions of its rows, and a tensor that identifies its contents."""

@@ -6,7 +6,7 @@ import keyword
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import GetJsonSchemaHandler, field_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -27,6 +27,7 @@ from graftc.specs.target import AsTarget, Target
 __all__ = [
     "OWNERS",
     "RESERVED_NAMES",
+    "Invoked",
     "Items",
     "MethodSpec",
     "NamedSpec",
@@ -35,6 +36,7 @@ __all__ = [
     "VirtualRun",
     "Where",
     "check_name",
+    "start_input",
 ]
 
 Where: TypeAlias = Literal["front", "after_bos", "suffix"] | int
@@ -249,3 +251,23 @@ RESERVED_NAMES: frozenset[str] = frozenset(_MODULE_ATTRIBUTES.split())
 
 OWNERS: dict[str, str] = {"train": "trained", "tokens": "tokens"}
 """Fields of a spec that own tensors without being adaptations, and the names of these owners."""
+
+
+class Invoked:
+    """Mixin for the spec of a method that acts on a row only from an invocation, a sequence of token ids, on.
+
+    Its graphs have an input for the positions, and keys and values of earlier tokens are the base's.
+    """
+
+    if TYPE_CHECKING:
+        name: str | None
+        invocation: Sequence[int]
+
+
+def start_input(owner: str) -> str:
+    """Return the name of the input with the position of each row's first adapted token.
+
+    Args:
+        owner: the adaptation, or the bank or average of parameters that it is a member of.
+    """
+    return f"{owner}_start"

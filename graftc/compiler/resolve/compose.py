@@ -21,10 +21,10 @@ from graftc.passes.core.method.insertion import insert_at, prepare
 from graftc.passes.core.sites.sites import Applied, LinearSite, Site, SiteKey
 from graftc.passes.core.weights.folds import Fold, Keep
 from graftc.passes.graph.compose import Member, composed, insert_composed
+from graftc.specs.base import Invoked, start_input
 from graftc.specs.compose import Average, Bank, CompositionSpec, Fuse, Gate, Parallel, Stack
 from graftc.specs.document import Spec
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.invoked import Invoked, start_input
 
 ACTIVE = "active"
 """Part name of the buffer that contains the bank slot to use if a call does not choose one."""

@@ -17,8 +17,8 @@ from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite, unsupported
 from graftc.passes.core.weights.folds import Fold, Keep
 from graftc.passes.methods.bases.low_rank import dropped_input
+from graftc.specs.base import start_input
 from graftc.specs.errors.diagnostics import GraftError, Place
-from graftc.specs.invoked import start_input
 from graftc.specs.methods.alora import ALoRA
 
 aten = torch.ops.aten

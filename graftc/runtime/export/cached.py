@@ -30,16 +30,16 @@ from graftc.runtime.export.graphs import write_inputs
 from graftc.runtime.export.job import ExportJob, require_one_graph
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx import check_onnx, prepare_onnx, save_onnx
-from graftc.runtime.export.prefixed import prefixed
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.choices import with_choices
 from graftc.runtime.model.generation import Generating, encode
 from graftc.runtime.model.model_runner import ModelRunner
 from graftc.runtime.onnx_generation.genai import genai_config
 from graftc.runtime.onnx_generation.io_names import DECODER, PAIR, Slot, optimum_name
+from graftc.runtime.onnx_generation.prefixed import prefixed
 from graftc.runtime.sources.companions import companions_of_model
+from graftc.specs.base import Invoked
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.invoked import Invoked
 
 _AXES = {BATCH: "batch_size", PAST: "past_sequence_length"}
 _HIDDEN = "last_hidden_state"

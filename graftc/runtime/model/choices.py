@@ -15,9 +15,9 @@ from graftc.compiler.compilation import Compilation
 from graftc.passes.core.build.batch import BATCH
 from graftc.runtime.invocations import positions_of, starts_in_call
 from graftc.runtime.slots import Slots
+from graftc.specs.base import Invoked
 from graftc.specs.compose import Bank, CompositionSpec, Parallel
 from graftc.specs.errors.diagnostics import GraftError, nearest
-from graftc.specs.invoked import Invoked
 
 
 def with_choices(

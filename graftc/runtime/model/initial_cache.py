@@ -38,7 +38,7 @@ from graftc.passes.core.build.base_activations import computed
 from graftc.passes.core.ir.past_inputs import past_name
 from graftc.passes.core.sites.sites import AttentionSite
 from graftc.runtime.model.adapted import AdaptedRunner
-from graftc.specs.invoked import Invoked
+from graftc.specs.base import Invoked
 from graftc.specs.methods.prefix import PrefixSpec
 
 

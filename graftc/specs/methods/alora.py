@@ -7,9 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from graftc.specs.base import Items, MethodSpec
+from graftc.specs.base import Invoked, Items, MethodSpec
 from graftc.specs.claims import Claims, FoldKind, SiteKind
-from graftc.specs.invoked import Invoked
 from graftc.specs.limits import SIZE
 from graftc.specs.overrides import RankOverride
 from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, LORA_STARTS, PeftFormat, PeftPart

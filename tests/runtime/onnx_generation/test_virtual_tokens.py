@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import graftc
-from graftc.runtime.export.prefixed import prefixed
 from graftc.runtime.model.runner import runner_of
 from graftc.runtime.onnx_generation import load
+from graftc.runtime.onnx_generation.prefixed import prefixed
 from graftc.testing import perturb
 from tests.runtime.onnx_generation.onnx_folders import VOCABULARY, source
 

@@ -21,10 +21,10 @@ from graftc.runtime.interop.layouts.rotary import as_halves, as_pairs
 from graftc.runtime.interop.peft.expert_layouts import SINCE, release_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, PeftAdapter, PeftModule, adapter_tensors, read_peft
 from graftc.runtime.interop.peft.forms import Shaped, to_theirs
+from graftc.specs.base import Invoked
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, AdapterConfig, config_bytes, read_config
-from graftc.specs.invoked import Invoked
 from graftc.specs.methods.lora import LoRA
 
 _ABOUT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out")
