@@ -157,11 +157,10 @@ def _is_contract(item: pytest.Function) -> bool:
 def _in_make_test(item: pytest.Function, family: str) -> bool:
     """Return whether ``make test`` runs a contract's test on this family.
 
-    Exports to ONNX, which take seconds, run on the first family of each class that says ``exported = True``, and on
-    `CONTRACT_FAMILIES` of those that say ``every_family = True``. Together they cover every operator that methods
-    insert, as `tests/passes/methods/test_exported_operators.py` checks. ``torch.compile`` runs for the latter alone: it
-    takes any operator that runs, and ``make test-full`` has it for all, and Inductor. A folded export is the base's
-    graph with other weights (`MethodContract.test_fold`), so it runs only for classes that say ``folded = True``.
+    Exports and ``torch.compile``, which take seconds, run for classes that say ``exported = True``, on their first
+    family or, if they say ``every_family = True``, on `CONTRACT_FAMILIES`. ``make test-full`` has them for all classes,
+    and Inductor. A folded export is the base's graph with other weights (`MethodContract.test_fold`), so it runs only
+    for classes that say ``folded = True``.
     """
     of, test = item.cls, item.originalname
     assert of is not None
@@ -178,8 +177,6 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
         return first and getattr(of, "folded", False)
     if getattr(of, "every_family", False):
         return family in families
-    if test == "test_compile":
-        return False
     return first and getattr(of, "exported", False)
 
 

@@ -91,7 +91,7 @@ def test_layers_that_write_in_place_do_so_in_each() -> None:
     assert len(writes) == DEPTH
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.sample("nothing")
 @pytest.mark.parametrize(
     "look",

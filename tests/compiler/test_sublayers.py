@@ -101,6 +101,7 @@ def test_a_branch_is_reached_from_its_projection_without_another_map(name: str) 
         assert last == set(inside(model, sublayer))
 
 
+@pytest.mark.sample("bert", "codegen", "phi3", "whisper", "falcon")
 @pytest.mark.parametrize("name", families(PRE, POST, SANDWICH, BRANCH_NORM, PARALLEL))
 def test_the_stream_goes_on_from_the_output(name: str) -> None:
     model = family(name)

@@ -80,7 +80,7 @@ def test_another_wiring_is_told_from_it(case: str, other: dict[str, str]) -> Non
 
 
 @pytest.mark.sample("seq_bn_after_ln")
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("case", ["seq_bn_post_add", "seq_bn_after_ln"])
 def test_other_residuals_are_told_apart(case: str) -> None:
     """Pfeiffer's wiring with the adapters of these cases gives other values."""

@@ -35,7 +35,7 @@ def described(program: Program) -> list[Any]:
     return [structural_hash(program), format_program(program), tensors, steps, program.inputs, program.outputs]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.sample("vit")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_with_every_layer_written_out_it_is_what_tracing_every_layer_gives(family: str) -> None:
@@ -46,7 +46,7 @@ def test_with_every_layer_written_out_it_is_what_tracing_every_layer_gives(famil
     assert described(with_calls.program) == described(every.program)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_one_more_layer_adds_a_call_and_what_picks_its_result() -> None:
     fewer, more = (captured("llama", layers=n).traced.graph for n in (DEPTH, DEPTH + 1))
     assert len(more.nodes) == len(fewer.nodes) + 2

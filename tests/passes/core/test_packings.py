@@ -40,15 +40,7 @@ def weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor
     return values.to(dtype)
 
 
-@pytest.mark.sample(
-    "fp4-False-(1, 1)-torch.float16",
-    "fp4-False-(33, 7)-torch.float16",
-    "fp4-True-(33, 7)-torch.float16",
-    "nf4-False-(48, 40)-torch.float16",
-    "nf4-True-(33, 7)-torch.float32",
-    "fp4-True-(1, 1)-torch.float32",
-)
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("double", [False, True])

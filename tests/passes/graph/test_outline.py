@@ -54,7 +54,7 @@ def test_random_numbers_are_drawn_in_the_order_of_the_source(off: list[str]) -> 
     assert largest_difference(*outputs) <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_writes_and_what_reads_it_keep_their_order() -> None:
     """T5 computes its decoder's tokens from labels by writing to one tensor, after its encoder."""
     model = tiny("t5").eval()

@@ -57,7 +57,6 @@ class TestTable(MethodContract):
 class TestDeployed(DeploymentContract):
     """Export of the mean adapter, and compilation."""
 
-    exported = True
     adaptation = ADAMIX
     families = ("bert", "gpt2")
 

@@ -68,7 +68,7 @@ def test_keys_and_values_before_the_invocation(family: str) -> None:
             assert same[row, :begin].all() and not same[row, begin:].any()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_layers_that_are_alike() -> None:
     """Hooks that add each update from a row's start on give the same outputs; layers in the middle call functions."""
     model: Any = tiny("llama", num_hidden_layers=5)

@@ -41,6 +41,5 @@ class TestLeft(MethodContract):
 class TestGatesDeployed(DeploymentContract):
     """Export and compilation of the first training."""
 
-    exported = True
     adaptation: ClassVar[Mapping[str, Any]] = GATES
     perturbation = 0.1

@@ -100,7 +100,6 @@ class TestExpertsDeployed(DeploymentContract):
 class TestOnLoRADeployed(DeploymentContract):
     """Export and compilation of DoRA on top of another adaptation."""
 
-    exported = True
     adaptation = TestOnLoRA.adaptation
     families = ("gpt2",)
     compiled = TestOnLoRA.compiled

@@ -36,6 +36,5 @@ class TestTable(MethodContract):
 class TestDeployed(DeploymentContract):
     """Export and compilation of DyLoRA."""
 
-    exported = True
     adaptation = on_layers(DYLORA)
     families = ("gpt2", "bert")

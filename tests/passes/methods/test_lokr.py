@@ -50,7 +50,6 @@ class TestExperts(MethodContract):
 class TestDeployed(DeploymentContract):
     """Export and compilation of LoKr."""
 
-    exported = True
     adaptation: ClassVar[dict[str, Any]] = TestLoKr.adaptation
     families = ("gpt_neox",)
     perturbation = 0.2

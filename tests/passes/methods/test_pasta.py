@@ -51,7 +51,6 @@ class TestShared(MethodContract):
 class TestDeployed(DeploymentContract):
     """Export and compilation of PASTA."""
 
-    exported = True
     adaptation: ClassVar[dict[str, Any]] = {**MANY, "slots": 3}
     families = ("bert", "gpt2", "t5")
 

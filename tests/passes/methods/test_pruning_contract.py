@@ -67,7 +67,6 @@ class TestSecondStage(MethodContract):
 class TestDeployed(Pruned, DeploymentContract):
     """Export and compilation with scores."""
 
-    exported = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "pruning", "density": 0.3}
     families = ("gpt2",)
 
@@ -75,6 +74,5 @@ class TestDeployed(Pruned, DeploymentContract):
 class TestDeployedStage(DeploymentContract):
     """Export and compilation of a later stage."""
 
-    exported = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "pruning", "variant": "iterative", "stage": 2}
     families = ("bert",)

@@ -86,7 +86,6 @@ class TestRandomBlocks(MethodContract):
 class TestDeployed(DeploymentContract):
     """Export and compilation, with rows along both axes."""
 
-    exported = True
     adaptation: ClassVar[Mapping[str, Any]] = TestTwoOfFour.adaptation
     families = ("gpt2",)
 

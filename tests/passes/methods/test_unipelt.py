@@ -58,7 +58,6 @@ class TestMAM(MethodContract):
 class TestDeployed(DeploymentContract):
     """Export and compilation of UniPELT."""
 
-    exported = True
     adaptation: ClassVar[dict[str, Any]] = APL
     families = ("bert",)
 

@@ -31,7 +31,7 @@ MERGES: dict[str, tuple[list[dict[str, Any]], Callable[[Any], Any]]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.sample("a copy-hidden states")
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("merge", MERGES)

@@ -70,7 +70,7 @@ def test_what_they_give_one_after_the_other_is_what_the_model_gives(written: tup
     torch.testing.assert_close(torch.from_numpy(logits)[kept], wanted[kept], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_sizes_of_texts_vary_and_nothing_of_the_inputs_is_written(written: tuple[Any, Any, Path]) -> None:
     _, _, folder = written
     manifest = json.loads((folder / "components.json").read_text(encoding="utf-8"))

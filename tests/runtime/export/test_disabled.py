@@ -154,6 +154,7 @@ def llama(*roles: str) -> Compiled:
     return compiled
 
 
+@pytest.mark.sample("peft-while", "card-while", "gguf-while", "adapter_state_dict-while", "peft-disable")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["disable", "while"])
 @pytest.mark.parametrize("format", ["peft", "gguf", "card", "adapter_state_dict"])

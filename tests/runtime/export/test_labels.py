@@ -69,7 +69,7 @@ def check(compiled: Any, path: Path) -> None:
         assert torch.allclose(outputs["logits"], compiled(**inputs).logits, atol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("merged", [False, pytest.param(True, marks=FULL)])
 @pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=FULL)])
 @pytest.mark.parametrize("when", ["compiled", pytest.param("trained", marks=FULL)])

@@ -114,7 +114,7 @@ def test_and_in_the_steps_of_generate(trio: tuple[Any, Any, str], hook: str) -> 
     assert float((ours.logits[0] - plain).abs().max()) > 1e-3 * float(plain.abs().max())
 
 
-@pytest.mark.sample("llama-generate", "t5-call")
+@pytest.mark.sample("llama-generate")
 @pytest.mark.parametrize("way", ["call", "generate", "default"])
 def test_what_hooks_see(trio: tuple[Any, Any, str], way: str) -> None:
     """Hooks see the structure of arguments and outputs, every tensor that is a value of the graph, and the cache."""

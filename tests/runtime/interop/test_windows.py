@@ -63,7 +63,7 @@ def test_a_model_without_a_config_may_have_some() -> None:
     assert may_have_windows(nn.Linear(2, 2))
 
 
-@pytest.mark.sample("mistral, windows-visible", "llama-visible", "mistral-visible")
+@pytest.mark.sample("mistral, windows-visible")
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [None, "visible", "masked"])
 @pytest.mark.parametrize("name", ["llama", "mistral", "mistral, windows"])

@@ -73,6 +73,7 @@ def test_before_training_it_is_the_source_to_the_bit(named: tuple[str, Case, Any
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.sample("looping")
 @pytest.mark.slow
 def test_gradients_are_those_of_the_source_with_the_folded_update(named: tuple[str, Case, Any]) -> None:
     """Gradients for ``W + s B A`` follow by the chain rule from those of the whole weight in the source's own class."""

@@ -60,7 +60,7 @@ def batch_of(name: str, seed: int, rows: int = 3, length: int = 9) -> dict[str, 
 
 
 @pytest.mark.sample("routed")
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", list(AUTO))
 def test_it_trains_merges_saves_and_loads(name: str, tmp_path: Path) -> None:
     base = folder_of(name, tmp_path / "base")

@@ -63,7 +63,7 @@ def selective() -> Any:
     return JambaForCausalLM(config).eval()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.sample("convolving")
 @pytest.mark.parametrize("build", [convolving, selective])
 def test_layers_with_states_are_graphs_in_every_step(build: Any) -> None:

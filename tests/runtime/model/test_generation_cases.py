@@ -55,7 +55,7 @@ def test_an_encoder_and_a_decoder_step_by_step() -> None:
         torch.testing.assert_close(each, whole, atol=3e-5, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_another_encoder_gave_is_refused() -> None:
     compiled = adapted("t5", LORA, noise=0.3)
     with pytest.raises(GraftError, match=r"GC031(.|\n)*get_encoder"):

@@ -50,7 +50,7 @@ def test_kinds(llama: Any, kind: str) -> None:
         llama.generate(**prompt(llama), cache_implementation=kind)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_cache_that_has_dropped_tokens() -> None:
     source = language_model("gemma3")
     compiled = graftc.compile({"adapt": [LORA]}, source).eval()

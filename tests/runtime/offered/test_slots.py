@@ -419,6 +419,7 @@ def test_a_use_keeps_what_it_began_with(compiled: Any, folders: dict[str, Path])
     refused("GC038", lambda: logits(compiled, *rows.tolist()))
 
 
+@pytest.mark.full
 @SLOW
 def test_without_an_empty_slot_a_replacement_waits(compiled: Any, folders: dict[str, Path]) -> None:
     bank = compiled.bank()

@@ -59,7 +59,7 @@ def test_nothing_is_left_for_the_first_calls(made_in_calls: list[str]) -> None:
     assert made_in_calls == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_it_changes_no_result() -> None:
     source = families.gpt2()
     warm, cold = (graftc.compile(SPEC, source).train() for _ in range(2))

@@ -101,6 +101,7 @@ def test_a_stack_that_no_input_calls_is_reported(folder: Path) -> None:
     assert graftc.check(SPEC, load_folder(folder, meta=True)).stacks == report.stacks
 
 
+@pytest.mark.full
 @pytest.mark.sample("missing")
 @pytest.mark.parametrize(
     "template",
