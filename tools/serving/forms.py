@@ -223,6 +223,7 @@ _MAKERS: dict[str, Callable[[Forms, Path], dict[str, Any]]] = {
     "peft-mistralrs": _peft(_of_adapted, "mistralrs"),
     "gguf-adapter": _exported(_of_adapted, ".gguf", "gguf"),
     "onnx": _exported(_of_adapted, "", "onnx-generate"),
+    "merged-onnx": _exported(_of_merged, "", "onnx-generate"),
     "as-lora": _as_lora,
     "lora-peft-vllm": _peft(_of_converted, "vllm"),
     "lora-peft-mistralrs": _peft(_of_converted, "mistralrs"),

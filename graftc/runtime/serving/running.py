@@ -55,11 +55,14 @@ class EngineAnswer:
         tokens: for each prompt, the tokens that the engine added to it, chosen greedily.
         version: the engine's version.
         printed: what the engine printed.
+        seconds: how long the engine took for each call, in the order in which they ended, without what came before
+            the first one: loading, and in most engines what is prepared once.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     version: str
     printed: str
+    seconds: tuple[float, ...]
 
 
 def run_engine(
@@ -124,7 +127,7 @@ def run_engine(
     if len(found) != len(prompts) or any(len(row) != tokens for row in found):
         lengths = ", ".join(str(len(row)) for row in found)
         raise _failed(engine, f"answered with {lengths or 'no'} tokens, not {tokens} to each prompt", printed)
-    return EngineAnswer(found, str(answer["version"]), printed)
+    return EngineAnswer(found, str(answer["version"]), printed, tuple(answer["seconds"]))
 
 
 def _choices(

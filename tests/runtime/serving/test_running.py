@@ -53,8 +53,10 @@ def test_no_interpreter(tmp_path: Path) -> None:
 
 
 def test_answer(tmp_path: Path) -> None:
-    python = interpreter(tmp_path, 'echo noise >&2; echo \'{"tokens": [[1, 2], [3, 4]], "version": "1.5"}\'')
-    assert run(python) == EngineAnswer(((1, 2), (3, 4)), "1.5", "noise\n")
+    python = interpreter(
+        tmp_path, 'echo noise >&2; echo \'{"tokens": [[1, 2], [3, 4]], "version": "1.5", "seconds": [0.5, 0.25]}\''
+    )
+    assert run(python) == EngineAnswer(((1, 2), (3, 4)), "1.5", "noise\n", (0.5, 0.25))
 
 
 @pytest.mark.parametrize(

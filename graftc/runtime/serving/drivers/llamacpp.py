@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.request import Request, urlopen
 
 import xllamacpp
 
 
-def generate(request: dict[str, Any]) -> dict[str, Any]:
+def generate(request: dict[str, Any], timed: Callable[..., Any]) -> dict[str, Any]:
     """Answer a request; prompts that are to run at once are sent at once, each to its own slot."""
     prompts, adapters = request["prompts"], request["adapters"]
     at_once = len(prompts) if request["at_once"] else 1
@@ -34,7 +36,7 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
             return list(json.load(response)["tokens"])
 
     with ThreadPoolExecutor(at_once) as pool:
-        return {"tokens": list(pool.map(complete, prompts)), "version": xllamacpp.__version__}
+        return {"tokens": list(pool.map(partial(timed, complete), prompts)), "version": xllamacpp.__version__}
 
 
 def _settings(request: dict[str, Any], at_once: int) -> Any:

@@ -9,15 +9,28 @@ import json
 import os
 import runpy
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
 def main(driver: str) -> dict[str, Any]:
-    """Return the driver's answer to the request on stdin, or the kind of error that it raised, with its message."""
-    request = json.load(sys.stdin)
+    """Return the driver's answer to the request on stdin, or the kind of error that it raised, with its message.
+
+    Drivers call the engine through ``timed``, so that the answer has the seconds of each call.
+    """
+    request, seconds = json.load(sys.stdin), list[float]()
+
+    def timed(call: Callable[..., Any], *arguments: Any) -> Any:
+        begun = time.perf_counter()
+        result = call(*arguments)
+        seconds.append(time.perf_counter() - begun)
+        return result
+
     try:
-        return dict(runpy.run_path(str(Path(__file__).with_name(f"{driver}.py")))["generate"](request))
+        generate = runpy.run_path(str(Path(__file__).with_name(f"{driver}.py")))["generate"]
+        return {**generate(request, timed), "seconds": seconds}
     except ImportError as error:
         return {"missing": str(error)}
     except Exception as error:

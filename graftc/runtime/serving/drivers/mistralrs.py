@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import mistralrs
 
 
-def generate(request: dict[str, Any]) -> dict[str, Any]:
+def generate(request: dict[str, Any], timed: Callable[..., Any]) -> dict[str, Any]:
     """Answer a request, one prompt after the other: release 0.9.5 answers requests that are sent at once with ''."""
     base, dtype = request["base"], mistralrs.ModelDType.F32
     which: Any = mistralrs.Which.Plain(base, dtype=dtype)
@@ -54,5 +55,5 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"the engine made {found} tokens of a prompt of {len(ids)}")
         return [token.top_logprobs[0].token for token in answer.choices[0].logprobs.content]
 
-    tokens = [complete(prompt["ids"], prompt["adapter"]) for prompt in request["prompts"]]
+    tokens = [timed(complete, prompt["ids"], prompt["adapter"]) for prompt in request["prompts"]]
     return {"tokens": tokens, "version": version("mistralrs")}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import onnxruntime_genai as genai
 
 
-def generate(request: dict[str, Any]) -> dict[str, Any]:
+def generate(request: dict[str, Any], timed: Callable[..., Any]) -> dict[str, Any]:
     """Answer a request, one prompt after the other: a generator has one adapter."""
     config = genai.Config(request["base"])
     if request["threads"]:
@@ -31,5 +32,5 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
             generator.generate_next_token()
         return [int(token) for token in generator.get_sequence(0)[len(ids) :]]
 
-    tokens = [complete(prompt["ids"], prompt["adapter"]) for prompt in request["prompts"]]
+    tokens = [timed(complete, prompt["ids"], prompt["adapter"]) for prompt in request["prompts"]]
     return {"tokens": tokens, "version": genai.__version__}

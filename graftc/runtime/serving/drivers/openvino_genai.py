@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -10,7 +11,7 @@ import openvino
 import openvino_genai as genai
 
 
-def generate(request: dict[str, Any]) -> dict[str, Any]:
+def generate(request: dict[str, Any], timed: Callable[..., Any]) -> dict[str, Any]:
     """Answer a request, one prompt after the other."""
     options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
     if request["threads"]:
@@ -30,5 +31,5 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
         )
         return [int(token) for token in pipeline.generate(inputs, settings).tokens[0]]
 
-    tokens = [complete(prompt["ids"], prompt["adapter"]) for prompt in request["prompts"]]
+    tokens = [timed(complete, prompt["ids"], prompt["adapter"]) for prompt in request["prompts"]]
     return {"tokens": tokens, "version": version("openvino-genai")}

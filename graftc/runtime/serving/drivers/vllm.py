@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import vllm
 from vllm.lora.request import LoRARequest
 
 
-def generate(request: dict[str, Any]) -> dict[str, Any]:
+def generate(request: dict[str, Any], timed: Callable[..., Any]) -> dict[str, Any]:
     """Answer a request; prompts that are to run at once are scheduled together, whatever their adapters."""
     prompts, adapters = request["prompts"], request["adapters"]
     lora = {}
@@ -30,9 +31,15 @@ def generate(request: dict[str, Any]) -> dict[str, Any]:
     sampling = vllm.SamplingParams(
         temperature=0.0, min_tokens=wanted, max_tokens=wanted, ignore_eos=True, detokenize=False
     )
-    answers = engine.generate(
-        [{"prompt_token_ids": prompt["ids"]} for prompt in prompts],
-        sampling,
-        lora_request=[requests.get(prompt["adapter"]) for prompt in prompts] if adapters else None,
-    )
-    return {"tokens": [list(answer.outputs[0].token_ids) for answer in answers], "version": vllm.__version__}
+
+    def complete(several: list[dict[str, Any]]) -> list[list[int]]:
+        answers = engine.generate(
+            [{"prompt_token_ids": prompt["ids"]} for prompt in several],
+            sampling,
+            lora_request=[requests.get(prompt["adapter"]) for prompt in several] if adapters else None,
+        )
+        return [list(answer.outputs[0].token_ids) for answer in answers]
+
+    groups = [prompts] if request["at_once"] else [[prompt] for prompt in prompts]
+    tokens = [row for group in groups for row in timed(complete, group)]
+    return {"tokens": tokens, "version": vllm.__version__}
