@@ -1,25 +1,22 @@
 """The slots of a bank while the model runs: which adapter each of them contains, and which calls use it.
 
 A slot is written only while no call uses it, and a call keeps the slots that it uses until it ends. So every call sees
-each adapter as a whole, before or after a change, and never waits for changes of other slots.
+each adapter as a whole, before or after a change, and never waits for changes of other slots. Whatever reads all slots,
+such as a save, is a reader of the Store's `Changes`, which keeps changes from beginning meanwhile.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from graftc.compat.tensors import version_of
-from graftc.compiler.resolve.compose import ACTIVE
-from graftc.compiler.resolve.slots import NAMES, check_slot_name, decoded, encoded, slot_count
-from graftc.passes.core.weights.names import adapter_name, owner_of
+from graftc.compiler.resolve.slots import check_slot_name, slot_count
 from graftc.passes.core.weights.store import Store
+from graftc.runtime.slot_tensors import SlotTensors, Values
 from graftc.specs.compose import Bank, CompositionSpec
 from graftc.specs.errors.diagnostics import GraftError, nearest
 from graftc.specs.errors.text import quoted, some
@@ -27,11 +24,8 @@ from graftc.specs.errors.text import quoted, some
 WAIT = 30.0
 """Seconds to wait for a slot by default."""
 
-Values = Mapping[str, Tensor]
-"""An adapter's tensors as a slot stores them, by the names of the bank's tensors; those that are left out are zero."""
 
-
-class Slots:
+class Slots(SlotTensors):
     """The slots of one bank over the tensors of one Store. All methods may be called from any thread.
 
     Args:
@@ -43,15 +37,10 @@ class Slots:
     """
 
     def __init__(self, bank: Bank, store: Store) -> None:
-        self.bank, self.evictions = bank, 0
-        self._store = store
-        self._changed = threading.Condition()
+        super().__init__(bank, store)
+        self.evictions = 0
         self._uses, self._last, self._clock = [0] * bank.size, [0] * bank.size, 0
         self._coming: dict[str, int] = {}  # adapters that are read (-1) or written
-        self._written: set[int] = set()
-        self._read_at: tuple[Tensor, int] | None = None
-        self._names: list[str | None] = []
-        self._fqns: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slots:
         return Slots(self.bank, memo.get(id(self._store), self._store))
@@ -65,26 +54,28 @@ class Slots:
         slots: Slots = store.companions.get(key) or store.companions.setdefault(key, Slots(bank, store))
         return slots
 
+    @property
+    def _changed(self) -> threading.Condition:
+        return self.changes.condition
+
+    @property
+    def _written(self) -> set[int]:
+        """The slots that are being written."""
+        return {slot for bank, slot in self.changes.written if bank == self.bank.name}
+
+    def _begin(self, slot: int) -> None:
+        self.changes.written.add((str(self.bank.name), slot))
+
+    def _end(self, slot: int) -> None:
+        self.changes.written.discard((str(self.bank.name), slot))
+
     # Names
-
-    @property
-    def names(self) -> list[str | None]:
-        """The name of the adapter in each slot; None for an empty slot."""
-        with self._changed:
-            own = self._own(NAMES)
-            if self._read_at is None or self._read_at[0] is not own or self._read_at[1] != version_of(own):
-                self._read_at, self._names = (own, version_of(own)), decoded(own)
-            return list(self._names)
-
-    @property
-    def active(self) -> int:
-        """The slot that calls use if they choose none; it is never empty."""
-        return int(self._own(ACTIVE))
 
     def activate(self, choice: object) -> None:
         """Choose the slot that calls use if they choose none; raise GC038 if there is no such slot."""
-        with self._changed, torch.no_grad():
-            self._own(ACTIVE).fill_(self.number(choice))
+        with self._changed:
+            self._until_allowed()
+            self.put_active(self.number(choice))
 
     def number(self, choice: object) -> int:
         """Return the number of a slot.
@@ -107,42 +98,13 @@ class Slots:
         hint = f"did you mean {close[0]!r}?" if close else f"its adapters are: {some(known)}"
         raise GraftError("GC038", f"{self.bank.name!r} has no slot {choice!r}", hint=hint)
 
-    def _own(self, part: str) -> Tensor:
-        return self._store.get(adapter_name("", str(self.bank.name), part))
-
     def _name(self, slot: int, name: str | None) -> None:
-        with torch.no_grad():
-            own = self._own(NAMES)
-            own[slot] = encoded([name], own.device)[0]
-        self._read_at = None
+        self.put_name(slot, name)
         self._note(slot)
 
     def _note(self, slot: int) -> None:
         self._clock += 1
         self._last[slot] = self._clock
-
-    # Tensors
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors of all slots, ``[slots, ...]``, by name."""
-        if not self._fqns:  # a bank's tensors keep their names, unlike other adaptations'
-            own = (fqn for fqn, _ in self._store.adapters() if owner_of(fqn) == self.bank.name)
-            self._fqns = tuple(fqn for fqn in own if fqn.rpartition(".")[2] not in (ACTIVE, NAMES))
-        return {fqn: self._store.get(fqn).detach() for fqn in self._fqns}
-
-    def write(self, slot: int, values: Values) -> None:
-        """Write an adapter to a slot that no call uses."""
-        with torch.no_grad():
-            for fqn, tensor in self.tensors.items():
-                if fqn in values:
-                    tensor[slot].copy_(values[fqn])
-                else:
-                    tensor[slot].zero_()
-
-    def read(self, slot: int) -> dict[str, Tensor]:
-        """Return a copy of a slot's tensors, by the names of the bank's."""
-        return {fqn: tensor[slot].clone() for fqn, tensor in self.tensors.items()}
 
     # Calls
 
@@ -225,11 +187,11 @@ class Slots:
             mine |= {name: {} for name in unread}
             self._coming |= dict.fromkeys(unread, -1)
             return [], unread
-        if room is None or not self._written.isdisjoint(found.values()):
+        if room is None or not self._written.isdisjoint(found.values()) or (absent and self.changes.refused):
             return None
         for name, slot in zip(absent, room, strict=True):
             self._coming[name] = found[name] = slot
-            self._written.add(slot)
+            self._begin(slot)
             if names[slot] is not None:
                 self.evictions += 1
                 self._name(slot, None)
@@ -258,7 +220,7 @@ class Slots:
         with self._changed:
             for slot in set(numbers):
                 self._uses[slot] -= 1
-                self._empty_unused(slot)
+                self.changes.later(partial(self._empty_unused, slot))
             self._changed.notify_all()
 
     def _empty_unused(self, slot: int) -> None:
@@ -267,6 +229,9 @@ class Slots:
 
     def _wait(self, until: float) -> None:
         """Wait for a change; raise GC190 if it is too late."""
+        if self.changes.refused:  # readers end by themselves
+            self._changed.wait()
+            return
         left = until - time.monotonic()
         if left <= 0 or not self._changed.wait(left):
             used = [name for name, uses in zip(self.names, self._uses, strict=True) if uses and name is not None]
@@ -283,13 +248,14 @@ class Slots:
                 empty. In all cases, nothing has changed.
         """
         with self._changed:
+            self._until_allowed()
             self._require_new(name)
             slot = self._empty()
             if slot is None:
                 hint = "evict an adapter, or give the bank more slots"
                 raise GraftError("GC190", f"{self.bank.name!r} has no empty slot", hint=hint)
             self._coming[name] = slot
-            self._written.add(slot)
+            self._begin(slot)
         self._fill(name, values)
 
     def _fill(self, name: str, values: Values) -> None:
@@ -307,7 +273,7 @@ class Slots:
                 self._forget(name)
 
     def _forget(self, name: str) -> None:
-        self._written.discard(self._coming.pop(name))
+        self._end(self._coming.pop(name))
         self._changed.notify_all()
 
     def _empty(self) -> int | None:
@@ -321,9 +287,13 @@ class Slots:
             hint = "pass another name, or call replace"
             raise GraftError("GC005", f"{quoted(name)} is already in {self.bank.name!r}", hint=hint)
 
+    def _until_allowed(self) -> None:
+        while self.changes.refused:
+            self._changed.wait()
+
     def _settled(self, name: str, until: float) -> int:
         """Return the slot of an adapter, once nobody writes to it."""
-        while name in self._coming or self.number(name) in self._written:
+        while self.changes.refused or name in self._coming or self.number(name) in self._written:
             self._wait(until)
         return self.number(name)
 
@@ -376,7 +346,7 @@ class Slots:
                     target = empty
                     break
                 self._wait(until)
-            self._written.add(target)
+            self._begin(target)
         before = self.read(target) if target == slot else {}
         try:
             self.write(target, values)
@@ -389,7 +359,7 @@ class Slots:
                 elif target != slot:
                     self._name(target, name)
                     self._name(slot, None)
-                self._written.discard(target)
+                self._end(target)
                 self._empty_unused(slot)
                 self._changed.notify_all()
         if not still:

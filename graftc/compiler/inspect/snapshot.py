@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from graftc.compat.modules import transient_of
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import place_of
+from graftc.compiler.resolve.slots import NAMES
 from graftc.compiler.roles.findings import Structure
 from graftc.passes.core.ir.eval_mode import to_eval
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Mode
 from graftc.passes.core.ir.shapes import DTYPE_NAMES, DTYPES
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey
+from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import gathered
 from graftc.passes.core.weights.store import Store
 from graftc.records.passes import PassRecord
@@ -142,9 +144,40 @@ def adapter_tensors(store: Store) -> Iterator[tuple[str, Tensor]]:
         yield name, store.get(name)
 
 
+def adapter_tensors_now(store: Store, device: torch.device | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Return an iterator over `adapter_tensors` as they are now: with copies of those that other threads may change.
+
+    Args:
+        store: the Store.
+        device: the device for the copies; by default, where the tensors are.
+    """
+    copies = slot_copies(store, device)
+    return ((name, copies.get(name, tensor)) for name, tensor in adapter_tensors(store))
+
+
+def slot_copies(store: Store, device: torch.device | None = None) -> dict[str, Tensor]:
+    """Return copies from one moment of the tensors of banks whose adapters come and go, by name.
+
+    Args:
+        store: the Store.
+        device: the device for the copies; by default, where the tensors are.
+    """
+    banks = {owner_of(name) for name, _ in store.adapters() if name.rpartition(".")[2] == NAMES}
+    if not banks:
+        return {}
+    with store.changes.still():
+        return {name: _copy(t, device) for name, t in adapter_tensors(store) if owner_of(name) in banks}
+
+
+def _copy(tensor: Tensor, device: torch.device | None) -> Tensor:
+    own = tensor.detach()
+    own = own.clone() if device is None or own.is_meta else own.to(device, copy=True)
+    return nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+
+
 def adapter_values(store: Store) -> Iterator[tuple[str, Tensor]]:
-    """Return an iterator over `adapter_tensors` with detached full values, even of tensors sharded across processes."""
-    return ((name, gathered(tensor)) for name, tensor in adapter_tensors(store))
+    """Return an iterator over `adapter_tensors_now` with detached full values, even of tensors that are sharded."""
+    return ((name, gathered(tensor)) for name, tensor in adapter_tensors_now(store))
 
 
 def site_records(compilation: Compilation) -> Iterator[AdaptedPlace]:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from graftc.compiler.capture.identity.fingerprint import Identity
-from graftc.compiler.inspect.snapshot import adapter_tensors
+from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_tensors_now
 from graftc.files.tensors.writing import save_tensors
 from graftc.files.writing import staged
 from graftc.records.certificate import Certificate
@@ -110,7 +112,7 @@ def _write(
     """Write all files, and return the text of the manifest."""
     compilation, certificate = compiled.compilation, evidence.certificate
     signatures, graphs = entries.signatures(compiled)
-    adapters = dict(adapter_tensors(compilation.store))
+    adapters = dict(adapter_tensors_now(compilation.store, torch.device("cpu")))
     constants = entries.constants(compiled)
     texts = {SPEC: dump_spec(compilation.spec), **graphs}
     if certificate is not None:

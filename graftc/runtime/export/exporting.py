@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from graftc.compiler.capture.interface import ExampleInputs
 from graftc.compiler.capture.isolation import isolated
+from graftc.compiler.resolve.slots import slot_count
 from graftc.files.writing import check_destination, staged
 from graftc.runtime.export.exporter import Exporter
 from graftc.runtime.export.formats.gguf import FileType
@@ -18,6 +20,7 @@ from graftc.runtime.export.metadata import UNFOLDED, FoldEvidence
 from graftc.runtime.export.options import options_for
 from graftc.runtime.export.registry import exporter_of
 from graftc.runtime.model.model_runner import ModelRunner
+from graftc.runtime.model.runner import runner_of
 from graftc.runtime.model.sharded import written_once
 from graftc.runtime.progress import during
 from graftc.specs.errors.arguments import absolute_path, as_path
@@ -167,10 +170,19 @@ def ready_export(
             replaced.
     """
     options = exporter.defaults | options_for(exporter, given)
-    job = ExportJob(exporting.runner.complete(), options, exporting.evidence, path)
+    job = ExportJob(_at_rest(exporting.runner).complete(), options, exporting.evidence, path)
     with exporter.reported():
         if path is not None:  # preparing may take minutes
             companions = exporter.companions(path, options)
             check_destination(absolute_path(path), force=force, companions=companions, replaceable=exporter.replaceable)
         job.prepared = exporter.prepare(job)
     return ReadyExport(exporter, job)
+
+
+def _at_rest(runner: ModelRunner) -> ModelRunner:
+    """Return a model whose tensors no other thread changes: a copy over the same base if it has slots."""
+    if not any(slot_count(composition) for composition in runner.compilation.spec.compose):
+        return runner
+    base: dict[int, Any] = {id(tensor): tensor for _, tensor in runner.store.base()}
+    still: ModelRunner = runner_of(copy.deepcopy(runner.module, base))
+    return still

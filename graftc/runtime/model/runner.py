@@ -108,7 +108,8 @@ class ModelRoot(Root):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         # A forward that has been replaced calls the original model.
-        vars(copied).update(copy.deepcopy({n: v for n, v in vars(self).items() if n != "forward"}, memo))
+        with self._graftc.store.changes.still():
+            vars(copied).update(copy.deepcopy({n: v for n, v in vars(self).items() if n != "forward"}, memo))
         copied._graftc.copied()
         return copied
 

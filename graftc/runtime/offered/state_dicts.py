@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graftc.compat.modules import transient_of
 from graftc.compat.tensors import version_of
 from graftc.compiler.capture.identity.fingerprint import Identity
-from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_values
+from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_tensors_now, adapter_values, slot_copies
 from graftc.passes.core.weights.sharding import copy_whole, gathered, is_sharded, local
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.store import Store, plain
@@ -31,8 +31,8 @@ class StateDicts(Feature):
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """Return all tensors that graftc added and that have to be saved, detached and by full name.
 
-        These are parameters and controller state. The tensors of a sharded model are gathered, so every process must
-        call this method.
+        These are parameters and controller state. Those of a bank with ``slots`` are copies from one moment. The
+        tensors of a sharded model are gathered, so every process must call this method.
         """
         Meeting.of(self.runner.module, "adapter_state_dict")
         return dict(adapter_values(self.runner.store))
@@ -79,7 +79,7 @@ class StateDicts(Feature):
         The tensors of a sharded model are gathered, so every process must call this method.
         """
         Meeting.of(self.runner.module, "full_state_dict")
-        kept = dict(adapter_tensors(self.runner.store))
+        kept = dict(adapter_tensors_now(self.runner.store))
         store = self.runner.store
         base = {name: tensor for name, tensor in store.base() if name not in kept and persists(store, name)}
         return {name: gathered(tensor) for name, tensor in (base | kept).items()}
@@ -132,7 +132,7 @@ def _of(module: Root) -> StateDicts:
 
 
 def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Remove the base from a state dict.
+    """Remove the base from a state dict, and replace slots that other threads may change by copies from one moment.
 
     Raises:
         GraftError: GC130 for a base that was sharded on the meta device, to be loaded from a state dict later.
@@ -147,6 +147,10 @@ def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: An
         name = plain(key.removeprefix(prefix))
         if name not in kept and name != RECORD:
             del state[key]
+    for name, tensor in slot_copies(states.runner.store).items():
+        key = prefix + name
+        if key in state and state[key] is not states.runner.store.get(name):  # with ``keep_vars``, the tensor itself
+            state[key] = tensor.detach()
     stone = states.stone(kept)
     if stone is not None:
         state[prefix + stone] = torch.empty(0)

@@ -19,6 +19,7 @@ from graftc.compat.modules import buffers_of, children_of, parameters_of, transi
 from graftc.passes.core.packing.modules import packed_types
 from graftc.passes.core.packing.packed_tensor import PackedTensor, dense
 from graftc.passes.core.packing.packing import PackedType, weight_name
+from graftc.passes.core.weights.changes import Changes
 from graftc.passes.core.weights.containers import OWN, SOURCE, C, Container
 from graftc.passes.core.weights.names import RESERVED, adapter_name, parsed
 from graftc.passes.core.weights.sharding import gathered
@@ -52,7 +53,8 @@ class Store:
         settled: names of persistent buffers whose values determined the graphs, so that other values do not fit.
         updated: names of base tensors to which graphs write, each mapped to the name of the source model's own tensor.
         packed: types of packed weights by name. The tree contains each weight's parts; graphs read the weight.
-        companions: objects that belong to the tensors, by name, such as the locks of a bank's slots.
+        companions: objects that belong to the tensors, by name, such as a bank's slots.
+        changes: the writes of other threads to the tensors, and the readers that they wait for.
     """
 
     def __init__(self, root: nn.Module | None = None) -> None:
@@ -63,6 +65,7 @@ class Store:
         self.updated: dict[str, str] = {}
         self.packed: dict[str, PackedType] = {}
         self.companions: dict[str, Any] = {}
+        self.changes = Changes()
 
     @classmethod
     def mirror(cls, model: nn.Module) -> Store:
