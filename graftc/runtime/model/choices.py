@@ -164,12 +164,12 @@ def _ids(compilation: Compilation, bank: Bank, name: str, given: Any, rows: int,
         listed = [given] if isinstance(given, str | int) else list(given)
         look_up = slot_of if bank.slots is None else _slot_now
         given = torch.tensor([look_up(compilation, bank, item) for item in listed], device=device)
-    elif not is_traced() and given.device.type == "cpu" and given.numel():
+    elif not is_traced() and given.device.type == "cpu" and given.numel() and given.dtype != torch.bool:
         low, high = int(given.min()), int(given.max())
         if low < 0 or high >= bank.size:
             bad = low if low < 0 else high
             raise GraftError("GC038", f"{name} contains {bad}, but {bank.name!r} has slots 0 to {bank.size - 1}")
-    if given.dim() != 1 or given.is_floating_point() or given.shape[0] not in (1, rows):
+    if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool or given.shape[0] not in (1, rows):
         message = f"{name} is {str(given.dtype).removeprefix('torch.')}{list(given.shape)}"
         raise GraftError("GC038", message, hint=f"pass one integer for each of the {rows} rows")
     chosen: Tensor = given.to(torch.int64).expand(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 from graftc.runtime.interop.factors import Source, read_factors, slot_values
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.offered.state_dicts import StateDicts
-from graftc.runtime.slots import WAIT, Slots, Values
+from graftc.runtime.slot_tensors import Values
+from graftc.runtime.slots import WAIT, Slots
 from graftc.specs.compose import Bank
+from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError
 
 
@@ -56,12 +58,12 @@ class SlotBank:
                 `adapter_state_dict` of a model with one LoRA, or by `tensors`. Ranks below the slots' are padded, and
                 modules that it does not adapt stay as in the base.
             scale: the factor of ``B A`` for a mapping of tensors; by default the bank's own, ``alpha / rank``. Folders
-                state theirs.
+                state theirs, and are refused with this.
 
         Raises:
-            GraftError: GC002 for a name that a slot cannot have, GC005 for one that is taken, GC190 if no slot is
-                empty, GC191 for an adapter that does not fit; others as `graftc.import_peft` and `graftc.load` for
-                folders that cannot be read.
+            GraftError: GC002 for a name that a slot cannot have, GC005 for one that is taken, GC073 for a scale of a
+                folder, GC190 if no slot is empty, GC191 for an adapter that does not fit; others as
+                `graftc.import_peft` and `graftc.load` for folders that cannot be read.
         """
         self.slots.add(name, self._values(source, scale))
 
@@ -136,6 +138,9 @@ class SlotBank:
         return lambda name: self._values(source(name), None)
 
     def _values(self, source: Source, scale: float | None) -> Values:
+        if scale is not None and not isinstance(source, Mapping):
+            message = f"scale applies to tensors, but {as_path(source)} states its own"
+            raise GraftError("GC073", message, hint="leave it out, or pass the adapter's tensors")
         compilation = self.runner.compilation
         states = StateDicts(self.runner)
         factors = read_factors(

@@ -115,10 +115,7 @@ def test_an_empty_slot_computes_nothing_and_is_refused(model: Any) -> None:
         assert "is empty" in error.message
     refused("GC038", lambda: compiled(IDS, adapter_ids="nobody"))
     wrong: list[dict[str, Any]] = [
-        *(
-            {"adapter_ids": ids}
-            for ids in (9, [[0]], [None], torch.tensor([9]), torch.tensor([0.5]), torch.tensor([[0]]))
-        ),
+        *({"adapter_ids": ids} for ids in (9, [[0]], [None], *map(torch.tensor, ([9], [0.5], [[0]], [True], [False])))),
         *({"adapter_weights": torch.ones(shape)} for shape in ((), (3,), (2, 4), (1, 3))),
     ]
     for chosen in wrong:
@@ -323,6 +320,10 @@ def test_what_does_not_fit_changes_nothing(model: Any, compiled: Any, folders: d
             assert word in f"{error.message} {error.details}", error
     for scale in ("2", True, float("nan")):
         refused("GC073", lambda s=scale: bank.add("new", fine, scale=s))
+    for change in (bank.add, bank.replace):  # a folder states its own
+        name = "first" if change == bank.replace else "new"
+        error = refused("GC073", lambda c=change, n=name: c(n, folders["bob"], scale=2.0))
+        assert str(folders["bob"]) in error.message
     assert bank.slots.names == names
     assert all(torch.equal(tensor, before[fqn]) for fqn, tensor in bank.slots.tensors.items())
 
