@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def test_a_folder(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: p
     error = run(capsys, "adapter", "--out", "vllm", status=3)["error"]
     assert error["code"] == "GC063"
     assert run(capsys, "adapter", "--out", "vllm", "--force")["to_form"] == "peft"
-    outcome = run_here(capsys, "convert", "adapter", "--dry-run", "--add", "adapter")
+    shutil.copytree("adapter", "copied")
+    outcome = run_here(capsys, "convert", "adapter", "--dry-run", "--add", "copied")
     assert outcome.status == 0 and "nothing was written" in outcome.out and "rank 6 at most" in outcome.out
 
 
@@ -85,6 +87,12 @@ def test_a_folder(capsys: pytest.CaptureFixture[str], here: Path, monkeypatch: p
         (("adapter", "--dry-run", "--join", "all"), 2, "GC069", "nothing is fused as 'all'"),
         (("adapter", "--dry-run", "--to", "torchtune"), 2, "GC069", "depends on the heads"),
         (("adapter", "--dry-run", "--add", "base"), 3, "GC110", "has no adapter_config.json"),
+        (("adapter", "--dry-run", "--add", "base/../adapter"), 2, "GC073", "are one folder"),
+        (("adapter", "--dry-run", "--add", "vllm", "--add", "vllm"), 2, "GC073", "vllm is named twice"),
+        (("adapter", "--out", "adapter/x"), 3, "GC063", "adapter/x overlaps adapter"),
+        (("adapter", "--out", "base/x", "--model", "base"), 3, "GC063", "base/x overlaps base"),
+        (("adapter", "--out", "adapter/x", "--to", "gguf", "--model", "base"), 3, "GC063", "overlaps adapter"),
+        (("adapter", "--out", "base/x", "--onto", "base"), 3, "GC063", "base/x overlaps base"),
         (("artifact", "--dry-run", "--split", "qkv"), 2, "GC090", "--split does not apply to an artifact"),
         (("artifact", "--dry-run", "--to", "vllm"), 2, "GC090", "cannot be converted to 'vllm'"),
         (("artifact", "--dry-run", "--names", "lora"), 2, "GC091", "no adaptation 'lora'"),

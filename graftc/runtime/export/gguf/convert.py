@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.files.writing import staged_or_dropped
+from graftc.files.writing import check_apart, staged_or_dropped
 from graftc.runtime.export.formats.gguf import FileType
 from graftc.runtime.export.gguf.adapter import adapter_file
 from graftc.runtime.export.gguf.families import architecture, family_of, heads_of
@@ -38,8 +38,10 @@ def convert_to_gguf(
 
     Raises:
         GraftError: GC032 for a config that cannot be read, GC067 if the file's updates differ, GC069 without the base's
-            config, GC060 and GC061 as in `adapter_file`.
+            config, GC060 and GC061 as in `adapter_file`, GC063 and GC064 for the destination.
     """
+    if out is not None:
+        check_apart(out, *source.read_from, model)
     if model is None or not (model / "config.json").is_file():
         hint = "name the base that the adapter is for: --model MODEL"
         raise GraftError("GC069", "GGUF needs the config of the base", place=Place(str(model or "")), hint=hint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.files.writing import staged_or_dropped
+from graftc.files.writing import check_apart, staged_or_dropped
 from graftc.records.conversion import ConvertedSite, RenamedMaps
 from graftc.runtime.interop.layouts.base_checks import require_fitting, require_usual_experts
 from graftc.runtime.interop.layouts.folder import detected, read_layout, write_layout
@@ -94,6 +95,8 @@ def convert_folder(
         GraftError: GC067 if the written adapter computes a different update, GC069 for content that a layout cannot
             store, GC110 to GC113 for a folder that cannot be read, GC063 and GC064 for the destination.
     """
+    if out is not None:
+        check_apart(out, *origin.read_from, onto)
     target = layout_of(to)
     for word in (*join, *apart):
         if word not in FUSED:
@@ -143,9 +146,11 @@ class AdapterSource:
                 default, the base that the adapter's config names, if it is a folder or in the hub's cache.
 
         Raises:
-            GraftError: GC069 for folders with different bases or layouts, GC110 to GC113 for one that cannot be read.
+            GraftError: GC069 for folders with different bases or layouts, GC073 for one that is named twice, GC110 to
+                GC113 for one that cannot be read.
         """
         folders = (folder, *add)
+        _require_different(folders)
         _require_readable(folders)
         source_layout = layout_of(layout) if layout is not None else detected(folder)
         configs, given = [_config(path) for path in folders], model is not None
@@ -153,6 +158,11 @@ class AdapterSource:
             _require_one_base(folders, configs)
         base = _base(configs[0], model)
         return cls(folders, source_layout, base, None if base is None else _heads(base, required=given), given)
+
+    @property
+    def read_from(self) -> tuple[Path, ...]:
+        """The folders that the caller named: those of the adapter, and the base's."""
+        return (*self.folders, self.base) if self.given and self.base is not None else self.folders
 
     def read(self, join: Sequence[str] = (), apart: Sequence[str] = ()) -> tuple[PlainAdapter, dict[str, Tensor]]:
         """Return one adapter with the updates of all folders, and the responses that the reference computes."""
@@ -249,6 +259,15 @@ def _config(folder: Path) -> dict[str, Any]:
     raw = config_bytes(folder / CONFIG)
     read_config(raw, str(folder / CONFIG))  # raises if it is not a config
     return dict(read_json(raw, MOST))
+
+
+def _require_different(folders: Sequence[Path]) -> None:
+    seen: dict[str, Path] = {}
+    for folder in folders:
+        first = seen.setdefault(os.path.realpath(folder), folder)
+        if first is not folder:
+            message = f"{folder} is named twice" if first == folder else f"{folder} and {first} are one folder"
+            raise GraftError("GC073", message, hint="its update would be added twice: name each adapter once")
 
 
 def _require_readable(folders: Sequence[Path]) -> None:
