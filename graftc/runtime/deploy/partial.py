@@ -127,9 +127,20 @@ def merge_partially(
     """
     runner: AdaptedRunner = runner_of(compiled)
     require_decided(runner, base)
+    if only is not None and (reason := lacking(runner.spec, only)) is not None:
+        raise GraftError("GC050", f"nothing folds: the model {reason}", hint="name what it has")
     request = FoldRequest(as_budget(budget), base)
     merged = _folded(runner, request, only=only, allow_unchanged=allow_unchanged)
     return _partial(runner, merged)
+
+
+def lacking(spec: Spec, only: Sequence[str]) -> str | None:
+    """Return why nothing that is named can be folded, as a predicate of the model; None if something may be."""
+    reasons = {} if spec.train else {TRAIN: "trains nothing in full"}
+    reasons |= {} if spec.tokens else {TOKENS: "adds no tokens"}
+    if not all(name in reasons for name in only):
+        return None
+    return " and ".join(reasons[name] for name in dict.fromkeys(only)) or "is given no names"
 
 
 def _folded(

@@ -15,16 +15,20 @@ from graftc.runtime.deploy.convert import Converted, Converting, output_differen
 from graftc.runtime.deploy.merged import Merged
 from graftc.runtime.deploy.merged_folder import write_merged
 from graftc.runtime.deploy.merging import Merging
+from graftc.runtime.deploy.partial import lacking
 from graftc.runtime.interop.peft.exporting import PeftExport, is_exported, prepared, write_peft
 from graftc.runtime.interop.peft.plain import plain
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.specs.errors.calls import public
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.errors.text import some
+from graftc.specs.errors.text import quoted, some
 
 BASE = "base"
 """The name of the base's folder."""
+
+NAME_BYTES = 255
+"""The maximum length of the name of a folder, in bytes of UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,21 @@ def share_base(models: Mapping[str, ModelRoot | AdaptedRunner], into_base: Seque
     that was trained once and reused, norms, added tokens.
 
     Args:
-        models: at least two compiled models, by the names of their folders.
+        models: at least two compiled models, by the names of their folders: printable text without slashes.
         into_base: what to fold in each model that has it: adaptations, ``trained`` for the ``train:`` list, or
             ``tokens``.
 
     Raises:
-        GraftError: GC005 for the name of the base's folder, GC066 if the models' tensors differ, which are named, or if
-            the rest of one cannot be a LoRA; GC073 for fewer than two models; as in `Compiled.merge_partially`.
+        GraftError: GC002 for a name that no folder can have, GC005 for that of the base's folder, GC050 for a model
+            that has nothing to fold, GC066 if the models' tensors differ, which are named, or if the rest of one cannot
+            be a LoRA; GC073 for fewer than two models; as in `Compiled.merge_partially`.
     """
     if len(models) < 2:
         raise GraftError("GC073", "sharing a base needs at least two models", hint="convert one with into_base")
-    if BASE in models:
-        raise GraftError("GC005", f"{BASE!r} is the name of the base's folder", hint="give the model another name")
+    for name in models:
+        _check_name(name)
+    for name, model in models.items():
+        _require_something(name, runner_of(model), into_base)
     first: tuple[str, Merged[Any]] | None = None
     adapters = {}
     for name, model in models.items():
@@ -101,6 +108,38 @@ def share_base(models: Mapping[str, ModelRoot | AdaptedRunner], into_base: Seque
         adapters[name] = replace(converted, outputs=outputs, largest_output=largest)
     assert first is not None
     return SharedBase(first[1], adapters)
+
+
+def _check_name(name: object) -> None:
+    """Check the name of a model's folder.
+
+    Raises:
+        GraftError: GC002 if it is not the name of a folder, but for example a path; GC005 if it is that of the base.
+    """
+    if (
+        not isinstance(name, str)
+        or not name.isprintable()
+        or not name.strip()
+        or len(name.encode(errors="replace")) > NAME_BYTES
+        or Path(name).name != name
+        or name == ".."
+    ):
+        what = quoted(name, 40) if isinstance(name, str) else repr(name)
+        hint = f"use 1 to {NAME_BYTES} printable bytes without slashes"
+        raise GraftError("GC002", f"{what} is not a name of a folder", hint=hint)
+    if name.casefold() == BASE:  # some file systems do not tell them apart
+        raise GraftError("GC005", f"{BASE!r} is the name of the base's folder", hint="give the model another name")
+
+
+def _require_something(name: str, runner: AdaptedRunner, into_base: Sequence[str]) -> None:
+    """Raise unless a model has something to fold.
+
+    Raises:
+        GraftError: GC050.
+    """
+    if (reason := lacking(runner.spec, into_base)) is not None:
+        hint = "it needs the base as it is: leave it out, or name in into_base what it has"
+        raise GraftError("GC050", f"{name!r} {reason}", hint=hint)
 
 
 def _require_same(first: str, one: Merged[Any], name: str, other: Merged[Any]) -> None:

@@ -87,3 +87,26 @@ def test_what_they_do_not_share(tmp_path: Path) -> None:
             share_base(models)
         assert caught.value.code == code
     assert runner_of(one).compilation.spec.train
+
+
+PATHS = ["../x", "/x", "a/b", "a/", "./base", "", ".", "..", " ", "a\n", "x" * 256, 3]
+
+
+@pytest.mark.slow
+def test_names_and_models_are_checked_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = adapted("bert", LORA, train=["classifier"])
+    bare = adapted("bert", LORA)
+    monkeypatch.setattr("graftc.runtime.deploy.shared_base.Merging", None)
+    for names, code in ((PATHS, "GC002"), (["base", "Base"], "GC005")):
+        for name in names:
+            with pytest.raises(GraftError) as caught:
+                share_base({"one": one, name: one})
+            assert caught.value.code == code, name
+    with pytest.raises(GraftError, match="'bare' trains nothing in full") as caught:
+        share_base({"one": one, "bare": bare})
+    assert caught.value.code == "GC050"
+    with pytest.raises(GraftError, match="'bare' trains nothing in full and adds no tokens"):
+        share_base({"one": one, "bare": bare}, into_base=["trained", "tokens"])
+    with pytest.raises(GraftError, match="the model trains nothing in full") as caught:
+        bare.merge_partially(only=["trained"])
+    assert caught.value.code == "GC050"
