@@ -335,7 +335,10 @@ def _config(adapter: PlainAdapter, updates: Mapping[str, Update], layout: Adapte
     modules = [path for path, update in updates.items() if update.experts is None]
     experts = [path for path, update in updates.items() if update.experts is not None]
     flat = layout.experts in ("flat", "flat_by_expert")
-    targets = modules if flat else sorted({named(layout, p).rpartition(".")[2] for p in (*modules, *experts)})
+    # A last name would also select the modules of other layers, which the adapter may leave alone.
+    exact = [] if layout.names else modules
+    rest = [] if flat else [path for path in (*modules, *experts) if path not in exact]
+    targets = [*exact, *sorted({named(layout, path).rpartition(".")[2] for path in rest})]
     config: dict[str, Any] = {
         **{"peft_type": "LORA", "r": rank, "lora_alpha": _number(usual * rank), "target_modules": targets},
         **{"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "use_rslora": False},
