@@ -144,7 +144,7 @@ def write(job: ExportJob, folder: Path) -> None:
     for name, (module, model) in job.prepared.items():
         save_onnx(model, folder / name)
         _describe(module, config, generation, folder, name)
-    write_inputs([module for module, _ in job.prepared.values()], _adapters(job, folder))
+    write_inputs(job, [module for module, _ in job.prepared.values()], _adapters(job, folder))
     config.save_pretrained(folder)
     if generation is not None:
         generation.save_pretrained(folder)

@@ -13,6 +13,7 @@ from graftc.records.certificate import Certificate
 from graftc.runtime.artifact.built import built_of
 from graftc.runtime.export.exchange import Exchange, essence
 from graftc.runtime.model.model_runner import ModelRunner
+from graftc.runtime.onnx_generation.graphs import BASE_OF_INPUTS
 from graftc.specs.io import dump_spec
 
 
@@ -61,7 +62,7 @@ def metadata(
         entries["graftc.labels"] = json.dumps(labels)
     if exchange:
         entries["graftc.inputs"] = json.dumps(list(inputs))
-        entries["graftc.inputs.base"] = identify(compilation.source).fingerprint
+        entries[BASE_OF_INPUTS] = identify(compilation.source).fingerprint
         entries["graftc.inputs.specs"] = json.dumps({name: essence(spec) for name, spec in exchange.specs.items()})
     if evidence.certificate is not None:
         entries["graftc.certificate"] = json.dumps(evidence.certificate.to_json(), sort_keys=True)

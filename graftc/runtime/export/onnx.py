@@ -49,7 +49,7 @@ def prepare(job: ExportJob) -> Any:
 def write(job: ExportJob, path: Path) -> None:
     """Write a model's graph and, beside it, the tensors of adaptations that are inputs."""
     save_onnx(job.prepared, path)
-    write_inputs([job.graph(apart=True)], beside(job, path))
+    write_inputs(job, [job.graph(apart=True)], beside(job, path))
 
 
 def check(job: ExportJob, path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from graftc.files.destinations import overlap
 from graftc.runtime.artifact.write import require_values
 from graftc.runtime.export.job import ExportJob, require_one_graph
 from graftc.runtime.export.onnx import require_close, run_session, session_of
@@ -24,7 +25,8 @@ def prepare(job: ExportJob) -> Values:
     """Return the graph, and the tensors by the names of its inputs.
 
     Raises:
-        GraftError: GC060 for a merged model, GC073 without a graph, GC192 if the model does not fit the graph.
+        GraftError: GC060 for a merged model, and for values that are not finite, GC063 if writing would replace a file
+            of the graph, GC073 without a graph, GC192 if the model does not fit the graph.
     """
     if not isinstance(job.runner, AdaptedRunner):
         raise GraftError("GC060", "a merged model has no adapters", hint="export the compiled model")
@@ -34,12 +36,19 @@ def prepare(job: ExportJob) -> Values:
         hint = "graph='model.onnx', on the command line --for-graph model.onnx"
         raise GraftError("GC073", "the graph that the adapter is for is missing", hint=hint)
     graph = ServedGraph.read(as_path(job.options["graph"]))
-    return graph, graph.values(job.simplest.compilation, job.options["slot"])
+    if job.path is not None and graph.contains(job.path):
+        raise overlap(job.path, graph.path)
+    tensors = graph.values(job.simplest.compilation, job.options["slot"])
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise GraftError("GC060", f"{name} has values that are not finite", hint="train again from earlier values")
+    return graph, tensors
 
 
 def write(job: ExportJob, path: Path) -> None:
     """Write the tensors in ONNX Runtime's format if the path ends with ``.onnx_adapter``, otherwise as safetensors."""
-    write_adapter(job.prepared[1], path)
+    graph, tensors = job.prepared
+    write_adapter(tensors, path, graph.fingerprint)
 
 
 def check(job: ExportJob, path: Path) -> None:
@@ -49,7 +58,7 @@ def check(job: ExportJob, path: Path) -> None:
         GraftError: GC060 if the file has other values, or if the graph does not compute what the model does.
     """
     graph, tensors = job.prepared
-    found = read_adapter(path)
+    found = read_adapter(path).tensors
     if found.keys() != tensors.keys() or not all(torch.equal(found[name], t.cpu()) for name, t in tensors.items()):
         raise GraftError("GC060", f"{path.name} does not have the values that were written")
     module = job.graph()

@@ -31,7 +31,7 @@ def prepare(job: ExportJob) -> Callable[[Path], None]:
 def write(job: ExportJob, path: Path) -> None:
     """Write a model's graph and, beside it, the tensors of adaptations that are inputs."""
     job.prepared(path)
-    write_inputs([job.graph()], beside(job, path))
+    write_inputs(job, [job.graph()], beside(job, path))
 
 
 def prepare_pt2(module: ExportModule, metadata: Mapping[str, str]) -> Callable[[Path], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,13 @@ from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.exchange import exchangeable_spec, exchanged_values
 from graftc.compiler.resolve.resolver import Resolved
+from graftc.files.destinations import holds
 from graftc.passes.core.weights.folds import round_once
 from graftc.passes.core.weights.names import owner_of, renamed
 from graftc.runtime.export.exchange import SIZE, essence
 from graftc.runtime.export.onnx import package
+from graftc.runtime.onnx_generation.adapter_files import SUFFIX
+from graftc.runtime.onnx_generation.graphs import BASE_OF_INPUTS
 from graftc.specs.errors.diagnostics import GraftError, first_line
 from graftc.specs.errors.text import listed, shown
 
@@ -35,6 +39,7 @@ class ServedGraph:
         specs: for each adaptation that is an input, what an adapter in its place has in common with it.
         inputs: the dtype and the sizes of these adaptations' tensors, by name; a size that is a name is free.
         alone: whether the graph computes the base where a call passes no adapters.
+        files: the ONNX files, and those with their weights.
     """
 
     path: Path
@@ -42,6 +47,7 @@ class ServedGraph:
     specs: Mapping[str, Mapping[str, Any]]
     inputs: Mapping[str, tuple[torch.dtype, tuple[int | str, ...]]]
     alone: bool
+    files: tuple[Path, ...]
 
     @classmethod
     def read(cls, path: Path) -> ServedGraph:
@@ -52,10 +58,13 @@ class ServedGraph:
         """
         onnx = package("onnx")
         about: dict[str, str] = {}
+        files: dict[Path, None] = {}
         inputs: dict[str, tuple[torch.dtype, tuple[int | str, ...]]] = {}
         try:
             for file in sorted(path.glob("*.onnx")) if path.is_dir() else [path]:
                 model = onnx.load(str(file), load_external_data=False)
+                stored = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+                files |= dict.fromkeys([file, *(file.with_name(name) for name in sorted(stored))])
                 about |= {entry.key: entry.value for entry in model.metadata_props}
                 for value in model.graph.input:
                     if owner_of(value.name):
@@ -64,12 +73,23 @@ class ServedGraph:
                         inputs[value.name] = dtype, tuple(d.dim_param or d.dim_value for d in kind.shape.dim)
             specs, places = (json.loads(about[key]) for key in ("graftc.inputs.specs", "graftc.adaptations"))
             own = {name: own for name, own in inputs.items() if owner_of(name) in specs}
-            return cls(path, about["graftc.inputs.base"], specs, own, set(places) == set(specs))
+            return cls(path, about[BASE_OF_INPUTS], specs, own, set(places) == set(specs), tuple(files))
         except Exception as error:
             reason = "it has none" if isinstance(error, KeyError) else first_line(error)
             message = f"{path} cannot be read as a graph with adaptations as inputs: {reason}"
             hint = "export one with inputs=['NAME'], for adaptations that adapters of other sizes can replace"
             raise GraftError("GC192", message, hint=hint) from error
+
+    def contains(self, path: Path) -> bool:
+        """Return whether writing to a path would replace something that belongs to the graph, links followed.
+
+        In a folder these are all files but adapters, which may be written again.
+        """
+        own = os.path.realpath(path)
+        if own in map(os.path.realpath, self.files):
+            return True
+        inside = self.path.is_dir() and holds(self.path, path) and os.path.lexists(path)
+        return inside and path.suffix not in (SUFFIX, ".safetensors")
 
     def values(self, compilation: Compilation, slot: str | None = None) -> dict[str, Tensor]:
         """Return the tensors of all adaptations of a compiled model, by the names of the graph's inputs.

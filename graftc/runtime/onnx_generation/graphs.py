@@ -17,6 +17,8 @@ from graftc.specs.errors.diagnostics import GraftError, first_line, nearest
 
 Provider = str | tuple[str, Mapping[str, Any]]
 CPU = "CPUExecutionProvider"
+BASE_OF_INPUTS = "graftc.inputs.base"
+"""The entry of a file's metadata with the fingerprint of the base that the inputs adapt."""
 _CUDA = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
 # By the name of a type in a session: torch's dtype, and the type's number in onnx.TensorProto.
@@ -105,6 +107,7 @@ class OnnxGraph:
         present: the names of the outputs that contain the cache, by slot.
         adapted: the dtype and sizes of each input that is a tensor of an adaptation, by name.
         adapter: the tensors that these inputs have; those that are missing have the graph's defaults.
+        base: the fingerprint of the base that adapters have to be for; None if the file does not say.
         device: the device of floating-point tensors.
 
     Raises:
@@ -129,6 +132,7 @@ class OnnxGraph:
         self.inputs = {name: own for name, own in known.items() if name in calls}
         self.adapted = {name: own for name, own in known.items() if name not in calls}
         self.adapter: Mapping[str, Tensor] = {}
+        self.base: str | None = self.session.get_modelmeta().custom_metadata_map.get(BASE_OF_INPUTS)
         self.outputs = [o.name for o in outputs]
         self.past, self.present = slots_of(self.inputs), slots_of(self.outputs)
         strange = sorted(set(self.inputs) - _OURS - set(self.past.values()))

@@ -112,8 +112,9 @@ class OnnxModel(GenerationMixin):
             The model itself.
 
         Raises:
-            GraftError: GC144 for a file that cannot be read, GC192 for tensors that do not fit the graphs; the adapters
-                used so far then remain.
+            GraftError: GC144 for a file that cannot be read, GC192 for one that was written for another base, and for
+                tensors that do not fit the graphs, are missing, or have values that are not finite; the adapters used
+                so far then remain.
         """
         tensors = tensors_for(self.graphs, files)
         for graph in self.graphs:

@@ -688,7 +688,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     # Adapters as inputs of graphs.
     ("GC192", _FAILED, "an adapter does not fit a graph",
      "The graph is of another base, its inputs are for another method or have other sizes, or it does not adapt the "
-     "places that the adapter adapts. Or the file is not a graph with adaptations as inputs.",
+     "places that the adapter adapts. Or a file of an adapter lacks tensors or has values that are not finite, or a "
+     "file is not a graph with adaptations as inputs.",
      "The message names what differs. Export a graph of this base with such an adaptation as an input, or choose the "
      "graph that the adapter is for."),
 )

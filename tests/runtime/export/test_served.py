@@ -185,6 +185,39 @@ def test_what_is_no_graph(graph: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_graph_is_not_replaced(graph: Path, tmp_path: Path) -> None:
+    """Not even by force, and neither are its weights; adapters beside it may be written again."""
+    import onnx
+
+    own = tmp_path / "own"
+    own.mkdir()
+    loaded = onnx.load(graph)
+    onnx.save(loaded, own / "net.onnx", save_as_external_data=True, location="net.data", size_threshold=0)
+    (own / "config.json").write_text("{}")
+    (tmp_path / "link.onnx").symlink_to(own / "net.onnx")
+    compiled = net({**LORA, "rank": 2})
+    before = {file: file.read_bytes() for file in own.iterdir()}
+    cases = [("net.onnx", own / "net.onnx"), ("net.data", own / "net.onnx"), ("../link.onnx", own / "net.onnx")]
+    for name, of in [*cases, *((name, own) for name in ("net.onnx", "net.data", "config.json"))]:
+        with pytest.raises(GraftError, match="one of its sources") as caught:
+            compiled.export(own / name, "onnx-adapter", graph=of, force=True)
+        assert caught.value.code == "GC063", name
+    assert {file: file.read_bytes() for file in own.iterdir()} == before
+    for _ in range(2):
+        compiled.export(own / "again.onnx_adapter", "onnx-adapter", graph=own / "net.onnx", force=True)
+
+
+@pytest.mark.slow
+def test_values_that_are_not_finite(graph: Path, tmp_path: Path) -> None:
+    compiled = net({**LORA, "rank": 2})
+    with torch.no_grad():
+        compiled.get_parameter("fc.graftc.lora.A")[0, 0] = torch.nan
+    with pytest.raises(GraftError, match=r"fc\.graftc\.lora\.A has values that are not finite") as caught:
+        compiled.export(tmp_path / "x.onnx_adapter", "onnx-adapter", graph=graph)
+    assert caught.value.code == "GC060" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_defaults_are_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A graph whose defaults change the base is refused."""
     default = Exchange.default
