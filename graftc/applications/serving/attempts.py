@@ -125,8 +125,13 @@ def adapter_files(runner: AdaptedRunner, source: str, engine: Engine) -> Callabl
 
 
 def command(name: str, *words: str) -> str:
-    """Return a command line of graftc, quoted for a shell."""
+    """Return a command line of graftc, quoted for a shell; paths in it come from `path_word`."""
     return shlex.join(["graftc", name, *words])
+
+
+def path_word(path: Path) -> str:
+    """Return a path as a word of a command, which is not taken for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def exported(exporting: Exporting, format: str, path: Path, **options: Any) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from graftc.applications.serving.attempts import Made, adapter_files, command, exported, planned, tried
+from graftc.applications.serving.attempts import Made, adapter_files, command, exported, path_word, planned, tried
 from graftc.applications.serving.checking import serve_check
 from graftc.compiler.folding.fold_plan import fold_plan
 from graftc.compiler.resolve.tokens import TOKENS
@@ -182,7 +182,7 @@ class _Planner:
         if is_peft(self.path):
             certificate = serve_check(self.path, engine.name, base=self.base)
             if certificate.passed:
-                yield replace(first, available=True, needs=certificate.needs, served=str(self.path))
+                yield replace(first, available=True, needs=certificate.needs, served=path_word(self.path))
                 return
         first = tried(first, engine, self.base, adapter_files(self.runner, self._source, engine))
         yield self._imported_first(first)
@@ -287,11 +287,11 @@ class _Planner:
     @property
     def _source(self) -> str:
         """The artifact in commands."""
-        return f"{self.path}-artifact" if is_peft(self.path) else str(self.path)
+        return f"{path_word(self.path)}-artifact" if is_peft(self.path) else path_word(self.path)
 
     def _imported_first(self, route: ServingRoute) -> ServingRoute:
         """Return a route whose commands begin with the import of a PEFT folder, if that is what is served."""
         if not route.commands or not is_peft(self.path):
             return route
-        first = command("import-peft", str(self.path), "--model", str(self.base), "--out", self._source)
+        first = command("import-peft", path_word(self.path), "--model", path_word(self.base), "--out", self._source)
         return replace(route, commands=(first, *route.commands))

@@ -148,6 +148,20 @@ def test_a_peft_folder(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert shown.status == 0 and "-> as-is" in shown.out and "graftc export" in shown.out
 
 
+@pytest.mark.slow
+def test_a_path_like_an_option(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names that begin with a dash are paths in the commands, too."""
+    monkeypatch.chdir(tmp_path)
+    artifact(base, "rslora", tmp_path / "rslora").export("-adapter", format="peft")
+    (tmp_path / "-base").symlink_to(base)
+    plan = graftc.serve_plan("./-adapter", "sglang", base="./-base", merged=False)
+    route = plan.routes[0]
+    assert shlex.split(route.commands[0])[2:] == ["./-adapter", "--model", "./-base", "--out", "./-adapter-artifact"]
+    assert graftc.serve_check(followed(route, capsys), "sglang", base="-base").passed
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     for engine, options, code in (("vlm", {}, "GC068"), ("vllm", {"error": 2.0}, "GC002")):
         with pytest.raises(graftc.GraftError) as caught:
