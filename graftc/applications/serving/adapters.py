@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from graftc.specs.errors.text import some
 from graftc.specs.foreign.config import CONFIG, matching, parsed_config
 from graftc.specs.regexes import RegexMatcher
 
+_KEYS, _TABLE_KEYS = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
 _PART = re.compile(r"(?P<path>.+)\.lora_(?P<table>embedding_)?(?P<part>[AB])(?P<weight>\.weight)?")
 
 
@@ -75,6 +76,8 @@ def replayed(engine: Engine, config: Mapping[str, Any], file: TensorFolder, base
         replay.tensors += [ServedTensor(key, tensor, not problems, reason) for key in pair.keys.values()]
         found += problems
     replay.problems += once(found)
+    if selected is not None and pairs and all(base.module(path) is not None for path in pairs):
+        _add_missing(replay, selected & base.modules.keys() - pairs.keys(), pairs, base)
     known = {problem.place for problem in replay.problems}
     strange = [key for key in others if not _is_read(engine, config, key, file, base)]
     replay.tensors += [
@@ -84,6 +87,26 @@ def replayed(engine: Engine, config: Mapping[str, Any], file: TensorFolder, base
         reason = f"{some(strange, 3)}: {_STRANGE}"
         replay.problems.append(ServingProblem(KINDS[engine.strays], strange[0], reason, "merge it: graftc merge"))
     return replay
+
+
+def _add_missing(replay: Replay, missing: Collection[str], pairs: Mapping[str, _Pair], base: ServedBase) -> None:
+    """Add the tensors of modules that the config selects and the file lacks, and the problem.
+
+    Names for experts also match maps of the same name elsewhere, which are not meant by them.
+    """
+    fused = {path.rpartition(".")[2] for path in pairs if ".experts" in path}
+    lost = [path for path in base.modules if path in missing and path.rpartition(".")[2] not in fused]
+    if not lost:
+        return
+    replay.tensors += [
+        ServedTensor(f"{PREFIX}{path}.{part}", base.modules[path].tensor, False, "the file does not have it")
+        for path in lost
+        for part in (_TABLE_KEYS if base.modules[path].kind == "embedding" else _KEYS)
+    ]
+    these = "a module" if len(lost) == 1 else f"{len(lost)} modules"
+    reason = f"the config selects {these} whose factors are not in the file: {some(lost, 3)}"
+    remedy = "restore the file, or name only modules with factors in target_modules"
+    replay.problems.append(ServingProblem("wrong", lost[0], reason, remedy))
 
 
 def once(problems: Iterable[ServingProblem]) -> list[ServingProblem]:
@@ -180,6 +203,12 @@ def _pair_problems(
     if own != rank or abs(served - defined) > 1e-6 * abs(defined):
         reason = f"the scale of {path} is {defined:.6g}, but {engine.title} multiplies by {served:.6g}"
         yield ServingProblem("wrong", path, reason, f"graftc convert --to {engine.layout} folds the scale in")
+    elif defined == 0:
+        reason = f"lora_alpha or alpha_pattern makes the scale of {path} 0, so nothing would be added to it"
+        yield ServingProblem("ignored", path, reason, "restore the alpha with which the adapter was trained")
+    elif defined < 0:
+        reason = f"the scale of {path} is {defined:.6g}, which subtracts the update"
+        yield ServingProblem("unverified", path, reason, "make alpha positive; if the sign is meant, change that of B")
 
 
 def _unselected(engine: Engine, config: Mapping[str, Any], path: str) -> ServingProblem:

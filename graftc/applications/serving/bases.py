@@ -66,6 +66,13 @@ class ServedBase:
         """The name of its class in its config; empty if there is none."""
         return str(next(iter(self.config.get("architectures") or ()), ""))
 
+    @property
+    def vocabulary(self) -> int | None:
+        """The number of tokens in its config; None if the config has none."""
+        config: Any = self.model.config
+        size = getattr(config.get_text_config(), "vocab_size", None)
+        return size if isinstance(size, int) else None
+
     @cached_property
     def head(self) -> str | None:
         """The path of the module that computes logits; None if there is none."""

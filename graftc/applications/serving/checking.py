@@ -9,11 +9,18 @@ from typing import Any
 from graftc.applications.serving.adapters import Replay, replayed
 from graftc.applications.serving.bases import ServedBase
 from graftc.applications.serving.comparing import compared, failure
-from graftc.applications.serving.folders import GENAI, folder_problems, genai_problems, require_folder
+from graftc.applications.serving.folders import (
+    GENAI,
+    added_token_problems,
+    folder_problems,
+    genai_problems,
+    require_folder,
+)
 from graftc.applications.serving.gguf_files import GgufContent, replayed_gguf
 from graftc.files.tensors.weights import INDEX, SINGLE
 from graftc.records.serving.certificates import ServingCertificate, ServingProblem
 from graftc.runtime.interop.peft.folder import WEIGHTS, adapter_tensors
+from graftc.runtime.onnx_generation.io_names import DECODER, PAIR
 from graftc.runtime.serving.engines import FORMS, Engine, Form, engine_of
 from graftc.runtime.serving.limits import gguf_problems, largest_rank
 from graftc.runtime.sources.models import local_config
@@ -64,8 +71,9 @@ def serve_check(
         config = _adapter_config(path)
         own = _base(base if base is not None else config.get("base_model_name_or_path") or None, path)
         replay = replayed(row, config, adapter_tensors(path / WEIGHTS), own)
+        replay.problems += added_token_problems(row, path, own)
         max_rank = row.rank_for(largest_rank(config))
-        needs = f"{row.option} {max_rank}" if row.option is not None and max_rank else None
+        needs = row.option_for(max_rank)
     elif content is not None and content.is_adapter:
         own = _base(base, path)
         replay = replayed_gguf(row, content, own)
@@ -107,7 +115,12 @@ def _form_of(path: Path, content: GgufContent | None) -> Form:
     if content is not None:
         return "gguf-adapter" if content.is_adapter else "gguf-model"
     whole = any((path / name).is_file() for name in (SINGLE, INDEX))
-    names: tuple[tuple[str, Form], ...] = ((GENAI, "onnx-generate"), (CONFIG, "peft"), ("config.json", "model"))
+    graphs = () if whole else (DECODER, *PAIR)
+    names: tuple[tuple[str, Form], ...] = (
+        *((GENAI, "onnx-generate"), (CONFIG, "peft")),
+        *((name, "onnx-generate") for name in graphs),
+        ("config.json", "model"),
+    )
     form = next((form for name, form in names if (path / name).is_file()), None)
     form = "model" if form == "peft" and whole and (path / "config.json").is_file() else form
     if form is None:

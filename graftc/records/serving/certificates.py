@@ -39,7 +39,7 @@ class ServedTensor(Record):
     """What an engine does with one tensor of an adapter."""
 
     name: str
-    """Its name in the file."""
+    """Its name in the file, or the name that it would have there."""
 
     base: str | None
     """The tensor of the base that the engine adds it to; null if it adds it to none."""
@@ -112,7 +112,7 @@ class ServingCertificate(Record):
     """The base that names, shapes and architecture were compared with; null if there is none, or none is needed."""
 
     tensors: tuple[ServedTensor, ...]
-    """Every tensor of the adapter; empty for a whole model."""
+    """Every tensor of the adapter, and those that its config requires but its file lacks; empty for a whole model."""
 
     sites: tuple[ServedSite, ...]
     """Every map that the engine adapts; empty for a whole model."""
@@ -132,7 +132,7 @@ class ServingCertificate(Record):
 
     @stated
     def total(self) -> int:
-        """The number of tensors of the adapter."""
+        """The number of tensors of the adapter, with those that its file lacks."""
         return len(self.tensors)
 
     @stated

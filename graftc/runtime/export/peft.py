@@ -45,7 +45,7 @@ def prepare(job: ExportJob) -> PreparedFolder:
             raise GraftError("GC068", message, hint=hint)
         content = plain(content, compilation)
         rank = require_served(server, content.config, content.tensors, max_rank=largest)
-    needs = f"{server.option} {rank}" if server is not None and server.option is not None else None
+    needs = server.option_for(rank) if server is not None else None
     title = str(content.config["peft_type"])
     return PreparedFolder(content=content, title=title, tensors=content.sites(), max_rank=rank, needs=needs)
 

@@ -65,6 +65,7 @@ class Engine:
         forms: the forms that it loads.
         layout: the layout of ``graftc convert`` that it reads; None if it reads no PEFT folder.
         option: the option that sets the largest rank; None if there is none.
+        default_rank: the largest rank that it accepts without that option; None if the option is always needed.
         ranks: allowed values of that option; empty if there is no restriction.
         fields: what it does with fields of ``adapter_config.json``.
         saved: names of the heads that it accepts along with an adapter (``modules_to_save``).
@@ -72,6 +73,7 @@ class Engine:
         rank_from: whether the rank in a scale is the config's, or the number of rows of ``A``.
         strays: what it does with a LoRA whose name is not a module of the base.
         lists: whether it refuses a regular expression in ``target_modules``.
+        added_tokens: whether it refuses a folder whose ``added_tokens.json`` has tokens beyond the base's vocabulary.
         companions: by a module's last name, modules of the same parent without which it refuses a LoRA on it.
         by_target: whether it refuses a LoRA that ``target_modules`` does not select.
         places: what it does with a LoRA at a place.
@@ -89,6 +91,7 @@ class Engine:
     forms: tuple[Form, ...]
     layout: str | None = None
     option: str | None = None
+    default_rank: int | None = None
     ranks: tuple[int, ...] = ()
     fields: Mapping[str, Fact] = field(default_factory=dict)
     saved: tuple[str, ...] = ()
@@ -96,6 +99,7 @@ class Engine:
     rank_from: Literal["config", "tensor"] = "config"
     strays: Treatment = "ignored"
     lists: bool = False
+    added_tokens: bool = False
     companions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     by_target: bool = False
     places: Mapping[Place, Fact] = field(default_factory=dict)
@@ -117,6 +121,12 @@ class Engine:
     def rank_for(self, rank: int) -> int | None:
         """Return the smallest allowed maximum rank that covers an adapter's rank; None if none does."""
         return rank if not self.ranks else min((r for r in self.ranks if r >= rank), default=None)
+
+    def option_for(self, rank: int | None) -> str | None:
+        """Return the option with which it has to be started for a maximum rank; None if it needs none."""
+        if self.option is None or not rank or (self.default_rank is not None and rank <= self.default_rank):
+            return None
+        return f"{self.option} {rank}"
 
 
 _CONVERT = "graftc convert turns it into a LoRA"
@@ -210,6 +220,7 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
                 fields=_fields("ignored", use_dora="refused", target_parameters="unverified"),
                 initialisers=("pissa", "olora", "corda", "loftq", "mica", "lora_ga"),
                 lists=True,
+                added_tokens=True,
                 companions=MappingProxyType(
                     {
                         "q_proj": ("v_proj",),
@@ -228,6 +239,8 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
                 source="mistralrs-quant/src/lora: mod.rs (01de6db), dynamic/loader.rs (05a9aea); the messages of 0.9.5",
                 forms=("peft", "model"),
                 layout="vllm",
+                option="--lora-max-rank",
+                default_rank=256,
                 fields=_fields(
                     "refused",
                     use_rslora="read",

@@ -83,6 +83,9 @@ def _field_problems(engine: Engine, config: Mapping[str, Any]) -> Iterator[Servi
         if value and value != "none" and not (field == "modules_to_save" and served):
             remedy = fact.remedy.format(engine=engine.name, layout=engine.layout)
             yield ServingProblem(KINDS[fact.treatment], field, f"{field} is {shown(value)}", remedy)
+    if config.get("target_modules") is None and not config.get("target_parameters"):
+        reason = "target_modules is null or missing"
+        yield ServingProblem("refused", "target_modules", reason, "list the modules that have factors")
     if engine.lists and isinstance(targets := config.get("target_modules"), str) and targets != "all-linear":
         reason = f"target_modules is the regular expression {shown(targets)}"
         yield ServingProblem("refused", "target_modules", reason, f"list the modules: {_CONVERT}")

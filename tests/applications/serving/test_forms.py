@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import graftc
@@ -17,6 +18,7 @@ from graftc.applications.serving.bases import ServedBase
 from graftc.applications.serving.gguf_files import gguf_updates
 from graftc.records.serving.certificates import ServingCertificate, ServingRun
 from graftc.runtime.onnx_generation.genai import genai_config
+from graftc.runtime.onnx_generation.io_names import PAIR
 from tests.applications.serving.peft_folders import changed, peft_folder, saved_base, shapes_of
 from tests.applications.serving.seeded_folders import draft, write_gguf
 
@@ -137,6 +139,24 @@ def test_folders_for_genai(base: Path, tmp_path: Path) -> None:
         (folder / "genai_config.json").write_text(json.dumps(other))
         problems = graftc.serve_check(folder, "genai").problems
         assert [(p.kind, p.place) for p in problems] == [("wrong", f"model.decoder.{place}")]
+
+
+@pytest.mark.parametrize("names", [("model.onnx",), PAIR])
+def test_graphs_without_a_config_for_genai(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """A folder of graphs whose model the engine does not know is not taken for something else."""
+    onnx = pytest.importorskip("onnx")
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    for name in names:
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])), tmp_path / name)
+    certificate = graftc.serve_check(tmp_path, "genai")
+    (problem,) = certificate.problems
+    assert certificate.form == "onnx-generate" and problem.kind == "refused"
+    assert problem.reason == "onnxruntime-genai does not know models of type gpt2"
+    (other,) = graftc.serve_check(tmp_path, "vllm").problems
+    assert "does not load an ONNX folder for generation" in other.reason
+    transformers.LlamaConfig(num_hidden_layers=0).save_pretrained(tmp_path)
+    (problem,) = graftc.serve_check(tmp_path, "genai").problems
+    assert problem.reason in ("the graph has no logits", "the folder has no genai_config.json")
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import graftc
+from graftc.runtime.interop.layouts.convert import AdapterSource, convert_folder
 from graftc.runtime.serving.engines import ENGINES, PEFT_ENGINES
 from graftc.specs.errors.diagnostics import GraftError
-from tests.applications.serving.peft_folders import peft_folder, saved_base, shapes_of
+from tests.applications.serving.peft_folders import changed, peft_folder, saved_base, shapes_of
 from tests.applications.serving.seeded_folders import DEFECTS, GOOD, cases
 from tests.cli.support import run_here
 from tests.cli.test_schemas import valid
@@ -175,14 +176,106 @@ def test_unusable_factors(base: Path, tmp_path: Path, name: str, part: str) -> N
 
 
 def test_stored_factors_pass(base: Path, tmp_path: Path) -> None:
-    """The folder that other tests damage is served, also with an alpha of zero, and in half precision."""
-    folder = _stored(tmp_path, base, lora_alpha=0)
+    """The folder that other tests damage is served, also in half precision."""
+    folder = _stored(tmp_path, base)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         file = folder / "adapter_model.safetensors"
         save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file)
         certificate = graftc.serve_check(folder, "vllm")
         assert certificate.passed and certificate.applied == 12
-        assert {(site.rank, site.scale, site.defined) for site in certificate.sites} == {(4, 0.0, 0.0)}
+        assert {(site.rank, site.scale, site.defined) for site in certificate.sites} == {(4, 1.5, 1.5)}
+
+
+@pytest.mark.parametrize("engine", PEFT_ENGINES)
+def test_no_targets(base: Path, tmp_path: Path, engine: str) -> None:
+    """A config has to say which modules it adapts, as null and as a field that is not there."""
+    folder = _stored(tmp_path, base, target_modules=None)
+    for _ in range(2):
+        problems = graftc.serve_check(folder, engine).problems
+        assert [(problem.kind, problem.place) for problem in problems] == [("refused", "target_modules")]
+        file = folder / "adapter_config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({k: v for k, v in config.items() if k != "target_modules"}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("engine", PEFT_ENGINES)
+def test_missing_factors(base: Path, tmp_path: Path, engine: str) -> None:
+    """Modules that the config selects need factors; what it leaves out does not."""
+    folder = _stored(tmp_path, base)
+    file = folder / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if "layers.0" not in key}, file)
+    certificate = graftc.serve_check(folder, engine)
+    (problem,) = certificate.problems
+    assert (problem.kind, problem.place) == ("wrong", "model.layers.0.self_attn.q_proj")
+    assert "selects 3 modules whose factors are not in the file" in problem.reason
+    assert (certificate.applied, certificate.total, certificate.passed) == (6, 12, False)
+    lacking = {tensor.name for tensor in certificate.tensors if not tensor.applied}
+    assert "base_model.model.model.layers.0.self_attn.k_proj.lora_B.weight" in lacking and len(lacking) == 6
+    changed(folder, layers_to_transform=[1])
+    certificate = graftc.serve_check(folder, engine)
+    assert certificate.passed and (certificate.applied, certificate.total) == (6, 6)
+
+
+@pytest.mark.parametrize("to", ["peft", "vllm", "sglang"])
+def test_a_converted_layer(base: Path, tmp_path: Path, to: str) -> None:
+    """A conversion of an adapter of one layer selects only the modules of that layer."""
+    (tmp_path / "own").mkdir()
+    folder = _stored(tmp_path / "own", base, target_modules=[f"layers.1.self_attn.{name}_proj" for name in "qkv"])
+    file = folder / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(file).items() if "layers.1" in key}, file)
+    convert_folder(AdapterSource.of(folder), tmp_path / "out", to)
+    for engine in PEFT_ENGINES:
+        certificate = graftc.serve_check(tmp_path / "out", engine, base=base)
+        assert certificate.passed and (certificate.applied, certificate.total) == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "applied"),
+    [
+        ({"lora_alpha": 0}, "ignored", 0),
+        ({"lora_alpha": -6}, "unverified", 0),
+        ({"alpha_pattern": {"q_proj": 0}}, "ignored", 8),
+        ({"lora_alpha": 0, "alpha_pattern": {"(q|k|v)_proj": 6}}, None, 12),
+    ],
+)
+def test_alphas_that_are_not_positive(
+    base: Path, tmp_path: Path, fields: dict[str, Any], kind: str | None, applied: int
+) -> None:
+    """A scale of zero leaves the base as it is, and no trained adapter has a negative one."""
+    certificate = graftc.serve_check(_stored(tmp_path, base, **fields), "vllm")
+    assert [problem.kind for problem in certificate.problems] == ([] if kind is None else [kind])
+    assert (certificate.applied, certificate.total) == (applied, 12)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"<old>": 5, "<new>": 96}', "added_tokens.json adds <new> to a vocabulary of 96"),
+        ('{"<old>": 95}', None),
+        ("not JSON", None),
+        ('["<new>"]', "is not a mapping"),
+        ('{"<new>": "96"}', "is not a mapping"),
+    ],
+)
+def test_added_tokens(base: Path, tmp_path: Path, content: str, problem: str | None) -> None:
+    """SGLang refuses tokens beyond the base's vocabulary; the others do not read the file."""
+    folder = _stored(tmp_path, base)
+    (folder / "added_tokens.json").write_text(content)
+    for engine in PEFT_ENGINES:
+        found = graftc.serve_check(folder, engine).problems
+        if engine != "sglang" or problem is None:
+            assert not found
+            continue
+        assert [(p.kind, p.place) for p in found] == [("refused", "added_tokens.json")] and problem in found[0].reason
+
+
+@pytest.mark.parametrize(("rank", "needed"), [(4, None), (256, None), (257, "--lora-max-rank 257")])
+def test_the_rank_of_mistralrs(base: Path, tmp_path: Path, rank: int, needed: str | None) -> None:
+    """mistral.rs has to be told of ranks above 256."""
+    folder = _stored(tmp_path, base, rank=rank)
+    certificate = graftc.serve_check(folder, "mistralrs")
+    assert certificate.passed and certificate.needs == needed
+    assert ENGINES["tensorrt-llm"].option_for(rank) == f"lora_config.max_lora_rank {rank}"
 
 
 def test_no_factors(base: Path, tmp_path: Path) -> None:
@@ -220,14 +313,14 @@ def test_a_base_that_is_not_named(base: Path, tmp_path: Path, named: str | None)
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "k_proj", "v_proj"]}
 
 
-def _stored(folder: Path, base: Path, **fields: Any) -> Path:
-    """Write an adapter of rank 4 for q, k and v of `base`, without PEFT."""
-    config = {**CONFIG, "base_model_name_or_path": str(base), **fields}
+def _stored(folder: Path, base: Path, rank: int = 4, **fields: Any) -> Path:
+    """Write an adapter for q, k and v of `base`, without PEFT."""
+    config = {**CONFIG, "r": rank, "base_model_name_or_path": str(base), **fields}
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     shapes = {path: shape for path, shape in shapes_of(base).items() if path.endswith(("q_proj", "k_proj", "v_proj"))}
     tensors = {}
     for path, (rows, columns) in shapes.items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(4, columns)
-        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(rows, 4)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(rank, columns)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(rows, rank)
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
