@@ -18,7 +18,7 @@ from torch import Tensor
 
 import graftc
 from graftc.runtime.serving.running import run_engine
-from tests.applications.serving.peft_folders import changed, saved_base, shapes_of
+from tests.applications.serving.peft_folders import saved_base, shapes_of
 from tests.applications.serving.seeded_folders import DEFECTS, GOOD, SeededCase, cases
 
 pytestmark = pytest.mark.gate
@@ -40,7 +40,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"vocab_size": 49152, "hidden_size": 128, "intermediate_size": 192, "initializer_range": 0.2}
     saved_base(folder, **sizes)
     AutoTokenizer.from_pretrained(find_decoder()).save_pretrained(folder)
-    changed(folder, "config.json", rope_theta=10000.0)
     unchanged = {"adapt": [{"method": "lora", "rank": 1, "target": {"role": "attn.q"}}]}
     merged: Any = graftc.compile(unchanged, model_of(folder)).merge(allow_unchanged=True)
     for dtype in ("f32", "f16"):

@@ -12,6 +12,7 @@ from graftc.applications.serving.comparing import compared, failure
 from graftc.applications.serving.folders import (
     GENAI,
     added_token_problems,
+    field_problems,
     folder_problems,
     genai_problems,
     require_folder,
@@ -71,7 +72,7 @@ def serve_check(
         config = _adapter_config(path)
         own = _base(base if base is not None else config.get("base_model_name_or_path") or None, path)
         replay = replayed(row, config, adapter_tensors(path / WEIGHTS), own)
-        replay.problems += added_token_problems(row, path, own)
+        replay.problems += [*added_token_problems(row, path, own), *field_problems(row, own.config, own.folder)]
         max_rank = row.rank_for(largest_rank(config))
         needs = row.option_for(max_rank)
     elif content is not None and content.is_adapter:
@@ -148,7 +149,8 @@ def _base(given: Any, adapter: Path) -> ServedBase:
     if folder is not None and not (folder / "config.json").is_file():
         folder = local_config(str(given))
     if folder is None:
-        lack = "its base_model_name_or_path names none" if given is None else f"{given} is not on this machine"
+        names_none = "a GGUF file names none" if adapter.is_file() else "its base_model_name_or_path names none"
+        lack = names_none if given is None else f"{given} is not on this machine"
         message = f"the base of {adapter} is needed, and {lack}"
         raise GraftError("GC069", message, place=Place(str(adapter)), hint="name its folder: --base DIR")
     return ServedBase.of(folder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -134,7 +132,7 @@ def _greedy(model: Any, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...
 
 @contextmanager
 def _as_engine_reads(engine: Engine, folder: Path, base: ServedBase | None) -> Iterator[Path]:
-    """Give the base in the form that an engine reads: as GGUF, or with the fields that it needs in config.json."""
+    """Give the base in the form that an engine reads: as it is, or as GGUF."""
     with tempfile.TemporaryDirectory(prefix="graftc-serve-") as work:
         if base is not None and "gguf-adapter" in engine.forms:
             package()
@@ -142,21 +140,8 @@ def _as_engine_reads(engine: Engine, folder: Path, base: ServedBase | None) -> I
             merged: Any = compile(_UNCHANGED, load_folder(folder, dtype=torch.float32)).merge(allow_unchanged=True)
             merged.export(file, "gguf", dtype="f32")
             yield file
-        elif base is not None and (lacking := _lacking(engine, base)):
-            for own in folder.iterdir():
-                os.symlink(own.absolute(), Path(work) / own.name)
-            config = Path(work) / "config.json"
-            config.unlink()
-            config.write_text(json.dumps({**base.config, **lacking}), encoding="utf-8")
-            yield Path(work)
         else:
             yield folder
-
-
-def _lacking(engine: Engine, base: ServedBase) -> dict[str, Any]:
-    """Return the fields that an engine needs at the top level of config.json, where the base has none there."""
-    rope = base.config.get("rope_parameters") or {}
-    return {field: rope[field] for field in engine.needs if field in rope and field not in base.config}
 
 
 def failure(error: GraftError) -> str:

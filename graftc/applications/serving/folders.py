@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,23 @@ def folder_problems(engine: Engine, folder: Path) -> Iterator[ServingProblem]:
         yield ServingProblem("ignored", str(adapter), reason, "merge it, or move it to a separate folder")
         return
     config, tensors = plain_config(folder, str(folder)), TensorFolder(folder, strict=False)
-    rope = config.get("rope_parameters") or {}
-    for field in engine.needs:
-        if field in rope and field not in config:
-            reason = f"config.json has {field} only in rope_parameters, and {engine.title} reads it at the top level"
-            yield ServingProblem("refused", field, reason, f'add "{field}": {shown(rope[field])} to config.json')
+    yield from field_problems(engine, config, folder)
     text = config.get("text_config") or config
     if text.get("tie_word_embeddings", config.get("tie_word_embeddings")) and "lm_head.weight" in tensors:
         table = next((tensors[name] for name in tensors if name.endswith("embed_tokens.weight")), None)
         if table is not None and not table.equal(tensors["lm_head.weight"]):
             reason = "lm_head.weight is not the embedding, but config.json has tie_word_embeddings, so it is ignored"
             yield ServingProblem("ignored", "tie_word_embeddings", reason, "set tie_word_embeddings to false")
+
+
+def field_problems(engine: Engine, config: Mapping[str, Any], folder: Path) -> Iterator[ServingProblem]:
+    """Yield the fields that an engine needs at the top level of a model's config, where they are not."""
+    rope = config.get("rope_parameters") or {}
+    for field in engine.needs:
+        if field in rope and field not in config:
+            file = folder / "config.json"
+            reason = f"{file} has {field} only in rope_parameters, and {engine.title} reads it at the top level"
+            yield ServingProblem("refused", field, reason, f'add "{field}": {shown(rope[field])} to {file}')
 
 
 def genai_problems(engine: Engine, folder: Path) -> Iterator[ServingProblem]:

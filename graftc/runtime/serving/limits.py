@@ -7,13 +7,16 @@ from typing import Any, Literal
 
 from graftc.records.serving.certificates import ServingProblem
 from graftc.runtime.serving.engines import INERT, OF_THE_BASE, Engine, Treatment
+from graftc.specs.claims import FoldKind
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import shown, some
+from graftc.specs.foreign.config import formats
 
 PREFIX = "base_model.model."
 """Tensors whose names lack this prefix are not PEFT's, and most engines load them without any effect."""
 
 _CONVERT = "graftc convert turns it into a LoRA"
+_GRAPH = "graftc import-peft, and graftc export --no-merge --format onnx-generate for ONNX Runtime GenAI"
 _MERGE = "merge it: graftc merge"
 _HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -65,7 +68,8 @@ def limit_problems(
     """Yield the problems that follow from a config and the names of tensors."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        yield ServingProblem("refused", "peft_type", f"peft_type is {shown(kind)}", _CONVERT)
+        folds = any(own.claims.folds is not FoldKind.NONE for own, _ in formats().get(str(kind), ()))
+        yield ServingProblem("refused", "peft_type", f"peft_type is {shown(kind)}", _CONVERT if folds else _GRAPH)
     else:
         yield from _field_problems(engine, config)
         yield from _name_problems(engine, config, keys)

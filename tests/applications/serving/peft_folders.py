@@ -13,14 +13,14 @@ from tests.runtime.interop.adapters import written
 
 
 def saved_base(folder: Path, **changes: Any) -> Path:
-    """Write a LLaMA of two layers with a tied head."""
+    """Write a LLaMA of two layers with a tied head, whose config has the field that mistral.rs needs."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "tie_word_embeddings": True, **changes})).save_pretrained(folder)
-    return folder
+    return changed(folder, "config.json", rope_theta=10000.0)
 
 
 def peft_folder(base: Path, folder: Path, seed: int = 0, **options: Any) -> Path:

@@ -11,6 +11,7 @@ import transformers
 
 import graftc
 from graftc.testing import perturb
+from tests.applications.serving.peft_folders import changed
 
 TOKENS = 8
 PROMPTS = torch.tensor([[5, 9, 2, 40], [11, 3, 3, 60], [27, 8, 71, 4]])
@@ -49,6 +50,7 @@ def base_folder(folder: Path, **changes: Any) -> Path:
         tensor.data += 0.1 * torch.randn_like(tensor)
     model.lm_head.weight.data[1:3] = 0  # engines that answer at full length never choose what ends a text
     model.save_pretrained(folder)
+    changed(folder, "config.json", rope_theta=10000.0)
     words = ["<s>", "</s>", *(chr(33 + number) for number in range(77)), '!"']
     tokenizer = Tokenizer(models.BPE({word: number for number, word in enumerate(words)}, [("!", '"')]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -102,10 +102,14 @@ def test_a_good_gguf_adapter(base: Path, tmp_path: Path) -> None:
 def test_model_folders(base: Path, tmp_path: Path) -> None:
     for engine in ("vllm", "sglang"):
         assert graftc.serve_check(base, engine).passed
-    assert [p.place for p in graftc.serve_check(base, "mistralrs").problems] == ["rope_theta"]
-    own = saved_base(tmp_path / "own")
-    changed(own, "config.json", rope_theta=10000.0)
+    own, file = saved_base(tmp_path / "own"), tmp_path / "own" / "config.json"
     assert graftc.serve_check(own, "mistralrs").passed
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({name: value for name, value in config.items() if name != "rope_theta"}))
+    # An adapter is refused as well: the engine does not load the base.
+    for folder in (own, peft_folder(own, tmp_path / "adapter")):
+        (problem,) = graftc.serve_check(folder, "mistralrs").problems
+        assert (problem.kind, problem.place) == ("refused", "rope_theta") and f"to {file}" in problem.remedy
     tensors = load_file(own / "model.safetensors")
     head = tensors["model.embed_tokens.weight"] + 1
     save_file({**tensors, "lm_head.weight": head}, own / "model.safetensors", {"format": "pt"})

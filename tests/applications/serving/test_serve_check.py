@@ -294,6 +294,13 @@ def test_other_methods_with_lora_fields(base: Path, tmp_path: Path) -> None:
     assert [p.place for p in graftc.serve_check(folder, "vllm").problems] == ["peft_type"]
 
 
+@pytest.mark.parametrize(("kind", "way_out"), [("LOHA", "turns it into a LoRA"), ("PROMPT_TUNING", "onnx-generate")])
+def test_the_way_out_of_another_method(base: Path, tmp_path: Path, kind: str, way_out: str) -> None:
+    """What is part of no weight becomes no LoRA."""
+    (problem,) = graftc.serve_check(_stored(tmp_path, base, peft_type=kind), "vllm").problems
+    assert problem.place == "peft_type" and way_out in problem.remedy
+
+
 @pytest.mark.parametrize("content", [b"text", b"", b"GGUF", b"GGUF" + b"\0" * 60])
 def test_a_file_that_is_not_gguf(tmp_path: Path, content: bytes) -> None:
     pytest.importorskip("gguf")
