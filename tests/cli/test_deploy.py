@@ -295,7 +295,6 @@ def test_export_for_a_graph(capsys: pytest.CaptureFixture[str], here: Path) -> N
         (["--for-graph", "trained/spec.yaml"], "GC192"),
         (["--for-graph", "model.onnx", "--slot", "prefix"], "GC192"),
         (["--for-graph", "model.onnx", "--inputs", "attention"], "GC090"),
-        (["--for-graph", "model.onnx", "-o", "model.onnx"], "GC063"),
     ):
         error = run_valid(capsys, *adapter, "--force", *options, status=2 if code in ("GC073", "GC090") else 3)["error"]
         assert error["code"] == code

@@ -16,6 +16,8 @@ from graftc.runtime.onnx_generation import load
 from graftc.runtime.onnx_generation.adapter_files import read_adapter, version_of
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
+from tests.applications.serving.served_base import artifact, base_folder
+from tests.cli.support import run_here
 from tests.runtime.onnx_generation.onnx_folders import source
 
 IDS = torch.tensor([[5, 17, 40, 9, 23]])
@@ -100,3 +102,18 @@ def test_another_base(folder: Path, form: str) -> None:
     with pytest.raises(GraftError, match=r"is for another base than model\.onnx") as caught:
         model.use(folder / f"o-{form}/adapters/lora.{form}")
     assert caught.value.code == "GC192" and logits(model).equal(before)
+
+
+@pytest.mark.slow
+def test_a_graph_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--force`` does not replace the graph that an adapter is for, and writes the adapter again."""
+    base = base_folder(tmp_path / "base")
+    graph = tmp_path / "graphs"
+    artifact(base, "lora", tmp_path / "own").export(graph, "onnx-generate", inputs=["lora"])
+    before = (graph / "model.onnx").read_bytes()
+    words = ["export", str(tmp_path / "own"), "-f", "onnx-adapter", "--for-graph", str(graph), "--force", "--json"]
+    outcome = run_here(capsys, *words, "-o", str(graph / "model.onnx"))
+    assert outcome.data["error"]["code"] == "GC063" and "one of its sources" in outcome.data["error"]["message"]
+    assert (graph / "model.onnx").read_bytes() == before
+    for _ in range(2):
+        assert run_here(capsys, *words, "-o", str(graph / "adapters/lora.safetensors")).status == 0
