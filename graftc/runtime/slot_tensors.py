@@ -10,7 +10,7 @@ from torch import Tensor
 from graftc.compat.tensors import version_of
 from graftc.compiler.resolve.compose import ACTIVE
 from graftc.compiler.resolve.slots import NAMES, decoded, encoded
-from graftc.passes.core.weights.changes import Changes
+from graftc.passes.core.weights.changes import TensorChanges
 from graftc.passes.core.weights.names import adapter_name, owner_of
 from graftc.passes.core.weights.store import Store
 from graftc.specs.compose import Bank
@@ -30,7 +30,7 @@ class SlotTensors:
         self._fqns: tuple[str, ...] = ()
 
     @property
-    def changes(self) -> Changes:
+    def changes(self) -> TensorChanges:
         """The changes of the Store."""
         return self._store.changes  # looked up each time, since a Store is copied after its banks
 

@@ -29,7 +29,8 @@ def test_servers() -> None:
     assert rows["`--for`"] == [f"`{server.name}`" for server in servers]
     for row, server in zip(rows["largest rank"], servers, strict=True):
         known = list(map(str, server.ranks))
-        assert row == (f"{', '.join(known[:-1])} or {known[-1]}" if known else "any")
+        above = "" if server.default_rank is None else f"; above {server.default_rank} with `{server.option}`"
+        assert row == (f"{', '.join(known[:-1])} or {known[-1]}" if known else f"any{above}")
     for column, server in enumerate(servers):
         for field in ("use_rslora", "rank_pattern", "alpha_pattern", *NEVER):
             cell = next(cells[column] for name, cells in rows.items() if f"`{field}`" in name)

@@ -1,4 +1,4 @@
-"""Changes of a Store's tensors by other threads, and readers that need tensors from one moment.
+"""TensorChanges of a Store's tensors by other threads, and readers that need tensors from one moment.
 
 A change is a write to several tensors, such as those of a slot of a bank. Readers wait for the changes that have begun,
 and no change begins while there is a reader. Calls of the model are neither.
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Changes:
+class TensorChanges:
     """The changes and the readers of one Store.
 
     Attributes:
@@ -26,8 +26,8 @@ class Changes:
         self._readers = 0
         self._later: list[Callable[[], None]] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Changes:
-        return Changes()
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorChanges:
+        return TensorChanges()
 
     @property
     def refused(self) -> bool:

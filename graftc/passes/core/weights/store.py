@@ -19,7 +19,7 @@ from graftc.compat.modules import buffers_of, children_of, parameters_of, transi
 from graftc.passes.core.packing.modules import packed_types
 from graftc.passes.core.packing.packed_tensor import PackedTensor, dense
 from graftc.passes.core.packing.packing import PackedType, weight_name
-from graftc.passes.core.weights.changes import Changes
+from graftc.passes.core.weights.changes import TensorChanges
 from graftc.passes.core.weights.containers import OWN, SOURCE, C, Container
 from graftc.passes.core.weights.names import RESERVED, adapter_name, parsed
 from graftc.passes.core.weights.sharding import gathered
@@ -65,7 +65,7 @@ class Store:
         self.updated: dict[str, str] = {}
         self.packed: dict[str, PackedType] = {}
         self.companions: dict[str, Any] = {}
-        self.changes = Changes()
+        self.changes = TensorChanges()
 
     @classmethod
     def mirror(cls, model: nn.Module) -> Store:
