@@ -286,18 +286,26 @@ def test_an_input_that_folds(capsys: pytest.CaptureFixture[str], here: Path) -> 
 def test_export_for_a_graph(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     """An adapter is written for a graph with inputs; options that do not belong together are refused."""
     run_valid(capsys, "export", "trained", "-f", "onnx", "-o", "model.onnx", "--no-merge", "--inputs", "attention")
-    adapter = ["export", "trained", "-f", "onnx-adapter", "-o", "own.onnx_adapter"]
+    spec = {"adapt": [{"name": "attention", "method": "lora", "target": {"role": ["attn.q", "attn.v"]}, "rank": 6}]}
+    compiled = graftc.compile(spec, load_model("base"))
+    perturb(compiled)
+    compiled.save("own")
+    adapter = ["export", "own", "-f", "onnx-adapter", "-o", "own.onnx_adapter"]
     data = run_valid(capsys, *adapter, "--for-graph", "model.onnx")
     assert data["merged"] is False and [file["path"] for file in data["files"]] == ["own.onnx_adapter"]
     before = (here / "own.onnx_adapter").read_bytes()
     for options, code in (
         ([], "GC073"),
-        (["--for-graph", "trained/spec.yaml"], "GC192"),
+        (["--for-graph", "own/spec.yaml"], "GC192"),
         (["--for-graph", "model.onnx", "--slot", "prefix"], "GC192"),
         (["--for-graph", "model.onnx", "--inputs", "attention"], "GC090"),
     ):
         error = run_valid(capsys, *adapter, "--force", *options, status=2 if code in ("GC073", "GC090") else 3)["error"]
         assert error["code"] == code
+    error = run_valid(capsys, "export", "trained", *adapter[2:], "--for-graph", "model.onnx", "--force", status=3)[
+        "error"
+    ]
+    assert error["code"] == "GC192" and "'trained' changes tensors of the base" in error["message"]
     error = run_valid(capsys, "export", "trained", "-f", "onnx", "-o", "m.onnx", "--slot", "attention", status=2)[
         "error"
     ]
