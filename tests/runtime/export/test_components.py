@@ -90,7 +90,7 @@ def test_sizes_of_texts_vary_and_nothing_of_the_inputs_is_written(written: tuple
     )
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_only_such_a_folder_is_replaced(written: tuple[Any, Any, Path], tmp_path: Path) -> None:
     merged, inputs, folder = written
     with pytest.raises(graftc.GraftError, match="GC063"):
