@@ -103,8 +103,10 @@ def seconds_of(
     }
     request |= {"prompts": given, "tokens": tokens, "threads": threads}
     words = [sys.executable, "-W", "ignore", "-m", "benchmarks.engines", "--child", json.dumps(request)]
-    found = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    answer = json.loads(found.stdout.splitlines()[-1])
+    completed = subprocess.run(
+        words, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
+    answer = json.loads(completed.stdout.splitlines()[-1])
     return answer["tokens"], answer["seconds"]
 
 

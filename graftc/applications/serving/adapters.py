@@ -11,7 +11,7 @@ from graftc.applications.serving.bases import BaseModule, ServedBase
 from graftc.files.tensors.folder import TensorFolder
 from graftc.passes.core.grouping import grouped_pairs
 from graftc.records.serving.certificates import ServedSite, ServedTensor, ServingProblem
-from graftc.runtime.interop.peft.folder import WEIGHTS
+from graftc.runtime.interop.peft.folder import WEIGHTS, finite
 from graftc.runtime.interop.peft.targets import meant
 from graftc.runtime.serving.engines import Engine
 from graftc.runtime.serving.limits import COPIES, KINDS, PREFIX, Kind, heads_served, limit_problems
@@ -235,7 +235,7 @@ def _factor_problem(path: str, pair: _Pair, file: TensorFolder) -> ServingProble
     if odd:
         reason = f"the factors of {path} are stored as {' and '.join(odd)}, which is not known to be read as meant"
         return ServingProblem("unverified", path, reason, "store them as F32, F16 or BF16")
-    if not all(bool(file[key].isfinite().all()) for key in pair.keys.values()):
+    if not all(finite(file[key]) for key in pair.keys.values()):
         return ServingProblem("wrong", path, f"the factors of {path} contain NaN or infinity", remedy)
     return None
 

@@ -56,7 +56,7 @@ class ServingRoute(Record):
     """What to run, in order; empty if the folder is served as it is, or there is no way."""
 
     served: str | None = None
-    """The file or folder that the engine loads, which the commands make; null if there is no way."""
+    """The file or folder that the engine loads, which the commands make; null if the route is not available."""
 
     base: str | None = None
     """The folder of the base over which the engine loads it, if the commands make one; null for the artifact's own."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from graftc.files.tensors.headers import read_shard
 from graftc.files.tensors.writing import save_tensors, writing
 from graftc.passes.core.weights.names import parsed
 from graftc.runtime.onnx_generation.graphs import OnnxGraph, runtime
@@ -86,10 +86,7 @@ def read_adapter(path: Path) -> StoredAdapter:
         if path.suffix != SUFFIX:
             from safetensors.torch import load
 
-            raw = read_regular(path)
-            tensors = load(raw)
-            header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-            return StoredAdapter(tensors, header.get("__metadata__", {}).get(BASE))
+            return StoredAdapter(load(read_regular(path)), read_shard(path).metadata.get(BASE))
         require_regular(path)
         form = runtime().AdapterFormat.read_adapter(str(path))
         tensors = {name: torch.from_numpy(value.numpy().copy()) for name, value in form.get_parameters().items()}
