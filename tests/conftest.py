@@ -59,9 +59,11 @@ QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 
 CONTRACT_FAMILIES = ("gpt2", "llama", "t5")
 """``make test`` runs contracts on these: fused and transposed weights with a tied head, grouped keys and values without
-biases, and an encoder with a decoder. Each class runs on the first and on one of the others, which depends on its name;
-one that says ``every_family = True`` runs on all. A class that has none of them runs on its first family, and one may
-name its own as ``contract_families``. A contract is quick on the first of these only."""
+biases, and an encoder with a decoder. Each class runs on one of them, which depends on its name. A class that has none
+of them runs on its first family, and one may name its own as ``contract_families``, on all of which it runs. A contract
+is quick on those in `QUICK_CONTRACT_FAMILIES`."""
+
+QUICK_CONTRACT_FAMILIES = frozenset({"gpt2", "llama"})
 
 ONE_FAMILY = frozenset(
     {
@@ -70,8 +72,8 @@ ONE_FAMILY = frozenset(
         *("test_bank", "test_disabled_is_the_base"),
     }
 )
-"""Tests of the contract that take longest: ``make test`` runs them on the first of these families alone, and not for
-another setting of a method (``variant = True``)."""
+"""Tests of the contract that take longest: ``make test`` runs them on one family alone, and not for another setting or
+more families of a method (``variant = True``)."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -131,7 +133,7 @@ def _mark_slow_families(cases: Sequence[pytest.Function]) -> None:
     if _is_contract(cases[0]):
         long = getattr(cases[0].cls, "variant", False) or cases[0].originalname in ONE_FAMILY
         long = long or _is_deployment(cases[0])
-        quick = frozenset() if long else quick & set(CONTRACT_FAMILIES[:1])
+        quick = frozenset() if long else QUICK_CONTRACT_FAMILIES.intersection(families)
     else:
         quick = quick or frozenset(families[:1])
     for item, family in each.items():
@@ -160,29 +162,23 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
     """Return whether ``make test`` runs a contract's test on this family.
 
     Exports and ``torch.compile``, which take seconds, run for classes that say ``exported = True``, on their first
-    family or, if they say ``every_family = True``, on `CONTRACT_FAMILIES`. ``make test-full`` has them for all classes,
-    and Inductor. A folded export is the base's graph with other weights (`MethodContract.test_fold`), so it runs only
-    for classes that say ``folded = True``.
+    family. ``make test-full`` has them for all classes, and Inductor. A folded export is the base's graph with other
+    weights (`MethodContract.test_fold`), so it runs only for classes that say ``folded = True``.
     """
     of, test = item.cls, item.originalname
     assert of is not None
     named = getattr(of, "contract_families", CONTRACT_FAMILIES)
     families = [family for family in named if family in of.families] or [of.families[0]]
-    if named is CONTRACT_FAMILIES and len(families) > 2 and not getattr(of, "every_family", False):
-        others = families[1:]
-        families = [families[0], others[zlib.crc32(f"{of.__module__}.{of.__qualname__}".encode()) % len(others)]]
+    if named is CONTRACT_FAMILIES:
+        families = [families[zlib.crc32(f"{of.__module__}.{of.__qualname__}".encode()) % len(families)]]
     if getattr(of, "variant", False):
         return family == families[0] and test not in ONE_FAMILY
     if not _is_deployment(item):
         return family in (families[:1] if test in ONE_FAMILY else families)
-    first = family == of.families[0]
     if test == "test_inductor":
         return False
-    if test == "test_onnx_folded":
-        return first and getattr(of, "folded", False)
-    if getattr(of, "every_family", False):
-        return family in families
-    return first and getattr(of, "exported", False)
+    wanted = getattr(of, "folded" if test == "test_onnx_folded" else "exported", False)
+    return wanted and family == of.families[0]
 
 
 def _group(items: list[pytest.Item]) -> None:

@@ -130,7 +130,9 @@ def with_lora(case: str, **fields: Any) -> tuple[nn.Module, Compiled, Mapping[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["kaiming", "gaussian", "pissa", "olora"])
+@pytest.mark.parametrize(
+    "init", ["kaiming", "pissa", *(pytest.param(name, marks=pytest.mark.full) for name in ("gaussian", "olora"))]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_identity_and_fold(case: str, init: str) -> None:
     """Nothing changes at first; folded equals unfolded, and so does a copy of the source with the folded tensors."""

@@ -38,6 +38,5 @@ class TestOptions(MethodContract):
 class TestDeployed(DeploymentContract):
     """Export and compilation."""
 
-    exported = True
     adaptation: ClassVar[dict[str, Any]] = ALORA
     families = ("llama",)

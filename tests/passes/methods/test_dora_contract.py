@@ -57,6 +57,7 @@ class TestMagnitudesOnly(MethodContract):
 class TestEverywhere(MethodContract):
     """DoRA on tables and convolutions, which are linear maps as well."""
 
+    variant = True
     adaptation: ClassVar[dict[str, Any]] = varied(DORA, ["embed.position", "ffn.down"])
     families = ("bert", "gpt2")
 
@@ -92,7 +93,6 @@ class TestDeployed(DeploymentContract):
 class TestExpertsDeployed(DeploymentContract):
     """Export and compilation of DoRA on experts."""
 
-    exported = True
     adaptation = TestExperts.adaptation
     families = ("mixtral",)
 

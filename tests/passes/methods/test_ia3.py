@@ -40,6 +40,7 @@ class TestIA3(MethodContract):
 class TestEverywhere(TestIA3):
     """(IA)^3 with interleaved rows, grouped queries, cross-attention, and separate projections."""
 
+    variant = True
     families = OTHERS
 
 

@@ -26,6 +26,7 @@ class TestLoHa(MethodContract):
     perturbation = 0.2
 
 
+@pytest.mark.full
 class TestEverywhere(TestLoHa):
     """LoHa on the other families."""
 

@@ -30,6 +30,7 @@ class TestLoKr(MethodContract):
 class TestEverywhere(TestLoKr):
     """LoKr on the other families."""
 
+    variant = True
     families = OTHERS
 
 

@@ -93,9 +93,7 @@ class TestDeployed(DeploymentContract):
 
     folded = True
     exported = True
-    every_family = True
     every_layer = True
-    contract_families = ("gpt2", "t5")
     adaptation = TestLoRA.adaptation
     families = DENSE
 

@@ -23,6 +23,7 @@ class TestNorms(MethodContract):
 class TestEverywhere(TestNorms):
     """Tuning of layer norms and RMS norms of the other families."""
 
+    variant = True
     families = tuple(family for family in FAMILIES if family != "bert")
 
 

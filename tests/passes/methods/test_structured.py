@@ -49,6 +49,7 @@ class TestAddedBiases(MethodContract):
 class TestCrossAttention(MethodContract):
     """The projections of cross-attention."""
 
+    variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "cross_attention"}
     families = ("t5",)
 

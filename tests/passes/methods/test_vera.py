@@ -31,6 +31,7 @@ class TestVeRA(MethodContract):
     families = ("gpt2",)
 
 
+@pytest.mark.full
 class TestEverywhere(TestVeRA):
     """VeRA on the other families."""
 

@@ -88,7 +88,6 @@ class TestPromptDeployed(DeploymentContract):
 class TestPreLayerDeployed(DeploymentContract):
     """Export and compilation of PreLayer."""
 
-    exported = True
     adaptation: ClassVar[dict[str, Any]] = {"method": "pre_layer", "length": 3, "infix": 2}
     families = ("llama", "t5")
 

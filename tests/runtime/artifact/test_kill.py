@@ -84,7 +84,7 @@ JOBS: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.sample("onnx over")
+@pytest.mark.sample("save over")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.parametrize("job", JOBS)
 def test_killed_at_random(job: str, place: Path, worker: Worker) -> None:

@@ -181,7 +181,7 @@ ADAPTED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sample("False-bottleneck", "True-bottleneck")
+@pytest.mark.sample("True-bottleneck")
 @pytest.mark.parametrize("kind", ADAPTED)
 @pytest.mark.parametrize("cached", [False, True])
 def test_outputs_are_those_of_the_adapted_layer(kind: str, cached: bool) -> None:

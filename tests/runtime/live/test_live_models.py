@@ -100,6 +100,7 @@ def test_gradients_are_those_of_the_source_with_the_folded_update(named: tuple[s
 
 
 @pytest.mark.slow
+@pytest.mark.sample("looping")
 def test_merged_it_gives_the_same_and_is_of_the_sources_class(named: tuple[str, Case, Any], tmp_path: Path) -> None:
     name, case, compiled = named
     trained = with_noise(copy.deepcopy(compiled))

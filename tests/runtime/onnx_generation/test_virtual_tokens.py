@@ -28,7 +28,9 @@ def adapted(family: str, *adapt: dict[str, Any]) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.full), "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(name, marks=pytest.mark.full) for name in ("qwen3", "gpt2"))]
+)
 def test_texts_are_those_of_torch(family: str, tmp_path: Path) -> None:
     """With padding on the left, beside a LoRA that acts on the tokens as well, and from a model in train mode."""
     compiled = adapted(family, PROMPT, LORA)
@@ -44,7 +46,7 @@ def test_texts_are_those_of_torch(family: str, tmp_path: Path) -> None:
         assert not torch.equal(compiled.generate(**given, **options), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_prefix_computes_the_same_in_float64() -> None:
     compiled = graftc.compile({"adapt": [LORA, PROMPT]}, source("llama").double()).eval()
     perturb(compiled, 0.5)
@@ -66,7 +68,7 @@ def test_the_largest_position_is_within_the_table_behind_a_prefix(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inputs", [{}, {"inputs": ["lora"]}])
+@pytest.mark.parametrize("inputs", [{}, pytest.param({"inputs": ["lora"]}, marks=pytest.mark.full)])
 def test_what_no_prefix_can_replace(inputs: dict[str, Any], tmp_path: Path) -> None:
     """Tokens between others see the text; those beside adaptations that are inputs are not known when it is written."""
     compiled = adapted("llama", LORA, PROMPT if inputs else {"method": "pre_embed", "length": 2, "infix": 2})
