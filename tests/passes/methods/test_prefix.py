@@ -205,7 +205,7 @@ def test_texts_that_leave_no_room(family: str) -> None:
     mask = torch.ones_like(ids)
     model(input_ids=ids, attention_mask=mask)
     compiled(input_ids=ids[:, :-1], attention_mask=mask[:, :-1])
-    with pytest.raises(GraftError, match=r"'near' takes 2 of the 20 positions of .*(wpe|position)") as caught:
+    with pytest.raises(GraftError, match=r"'near' uses 2 of the 20 positions of .*(wpe|position)") as caught:
         compiled(input_ids=ids, attention_mask=mask)
     assert caught.value.code == "GC020"
 
