@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graftc.passes.core.weights.folds import FoldStep
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.deployment import check_onnx
@@ -133,17 +135,14 @@ def test_fold(family: str, tmp_path: Path) -> None:
 @pytest.mark.full
 def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """If two new rows are exchanged while folding, the certificate fails."""
-    from graftc.compiler.folding import steps as folding
-
     compiled = fresh("llama", QUERIES, tokens={"add": NEW})
     perturb(compiled, 0.1)
-    replace = folding._replace
+    right = FoldStep.of_copy
 
-    def exchanged(*args: Any) -> Any:
-        apply = replace(*args)
-        return lambda weight, bias: (apply(weight, bias)[0].flip(0), bias)
+    def exchanged(name: str, site: str, own: Any, value: Callable[[], Tensor]) -> FoldStep:
+        return right(name, site, own, lambda: value().flip(0))
 
-    monkeypatch.setattr(folding, "_replace", exchanged)
+    monkeypatch.setattr(FoldStep, "of_copy", exchanged)
     with pytest.raises(GraftError) as caught:
         compiled.merge()
     assert caught.value.code == "GC051"

@@ -76,10 +76,8 @@ def fold_tensors(
     for node in base.graph.nodes:
         if node.op == "get_attr" and lazy.chain(str(node.target)):
             readers.setdefault(str(node.target), node)
-        elif (use := linear_use(node)) is not None:
-            steps = [step for name in tensors_of(use) for step in lazy.chain(name)]
-            if not all(step.copies for step in steps):
-                uses.append(use)
+        elif (use := linear_use(node)) is not None and any(lazy.chain(name) for name in tensors_of(use)):
+            uses.append(use)
     groups = lazy.groups((*tensors_of(use), *use.addend_tensors) for use in uses)
     group_of = {name: index for index, group in enumerate(groups) for name in group.names}
     uses_of: dict[int, list[Use]] = defaultdict(list)

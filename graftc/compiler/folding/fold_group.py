@@ -50,8 +50,8 @@ def fold_group(
 ) -> tuple[dict[str, SiteTally], Retention]:
     """Fold a group of tensors, and probe them before and after the fold.
 
-    Trained copies are put in place first, and their change is that of the stored values. Everything else is probed on
-    top of them.
+    Trained copies are put in place first, and their change is that of the stored values; what everything else changes
+    is measured on top of them. Errors are measured against the adapted graph over the base's own values.
 
     Args:
         lazy: all tensors to fold.
@@ -71,6 +71,7 @@ def fold_group(
         tensors = values if name in values else kept
         return tensors[name] if name in tensors else lazy.store.full(name)
 
+    unfolded = [probe.unfold(read, group.steps) for probe in probes]
     copies = [step for step in group.steps if step.copies]
     lazy.apply(copies, values)
     tallies: dict[str, SiteTally] = {}
@@ -78,7 +79,7 @@ def fold_group(
         change = largest_change(*(step.weight.take(each[step.weight.tensor]) for each in (base, values)))
         add_tally(tallies, SiteTally(step.site, (step.adaptation,), change))
     vectors = {name: values[name].clone() for step in copies for name in step.tensors if values[name].dim() == 1}
-    pending = [probe.unfold(read, group.steps) for probe in probes]
+    pending = [start() for start in unfolded]
     lazy.apply((step for step in group.steps if not step.copies), values)
     added = {name: value for name, value in values.items() if name not in base}
     for tally in (tally for finish in pending for tally in finish(added)):

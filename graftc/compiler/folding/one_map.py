@@ -98,7 +98,7 @@ def one_map(specs: Sequence[MethodSpec], rows: int, columns: int, *, bias: bool,
         message = f"{specs[0].name!r} reads {unknown[0]}, which depends on the whole model"
         raise GraftError("GC103", message)
     shapes = {own: tuple(store.get(name).shape) for name, own in parts.items() if name not in constants}
-    probe = MapProbe(AdaptedGraph(program), _use_of(base), torch.device("cpu"), large=math.inf)
+    probe = MapProbe(AdaptedGraph(program, copies=False), _use_of(base), torch.device("cpu"), large=math.inf)
     return OneMap(site, probe, parts, shapes)
 
 

@@ -34,9 +34,15 @@ class AdaptedGraph:
 
     Args:
         program: the adapted graph.
+        copies: whether it reads trained copies, if there are any; otherwise it is computed over tensors that contain
+            them.
+
+    Attributes:
+        copies: as passed in.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, copies: bool = True) -> None:
+        self.copies = copies
         self._nodes = {node.name: node for node in program.graph.nodes}
         self._edits = program.edits
 
@@ -100,21 +106,47 @@ class Probe(ABC):
     def sites(self, steps: Sequence[FoldStep]) -> list[ProbedSite]:
         """Return the sites whose folds affect the value, given the fold steps of its group."""
 
-    def unfold(self, read: Read, steps: Sequence[FoldStep]) -> Finish:
-        """Compute the value before the fold, and return a function that computes it again and compares the two.
+    def unfold(self, read: Read, steps: Sequence[FoldStep]) -> Callable[[], Finish]:
+        """Compute the value in the adapted graph, before any step if it reads trained copies that a step puts in place.
 
         Args:
             read: returns a tensor's current values.
             steps: the fold steps that are about to change the tensors.
+
+        Returns:
+            A function for the time when trained copies are in place: it measures what the other steps are about to
+            change, and returns the function that computes the value again after the fold and compares the two.
         """
         sites = self.sites(steps)
         columns = [own for _, _, own in sites]
         columns += [] if None in columns else [None]
-        every, changes, unfolded = columns.index(None), [0.0] * len(columns), []
-        for inputs in self.inputs:
-            seen, before = (self._seen(value, columns) for value in self._unfolded_and_base(inputs, read))
-            changes = _worst(changes, seen, before)
-            unfolded.append(seen)
+        unfolded: list[list[Tensor]] = []
+        copied = any(step.copies and not set(self._tensors).isdisjoint(step.tensors) for step in steps)
+        if copied and self._graph.copies:  # a wrong copy must not be read by both of the values that are compared
+            unfolded += (self._seen(self._unfolded(inputs, read), columns) for inputs in self.inputs)
+
+        def start() -> Finish:
+            changes = [0.0] * len(columns)
+            for number, inputs in enumerate(self.inputs):
+                if len(unfolded) > number:
+                    seen, before = unfolded[number], self._seen(evaluate(self.node, inputs, read), columns)
+                else:
+                    seen, before = (self._seen(value, columns) for value in self._unfolded_and_base(inputs, read))
+                    unfolded.append(seen)
+                changes = _worst(changes, seen, before)
+            return self._finish(read, sites, columns, unfolded, changes)
+
+        return start
+
+    def _finish(
+        self,
+        read: Read,
+        sites: Sequence[ProbedSite],
+        columns: Sequence[Tensor | None],
+        unfolded: Sequence[list[Tensor]],
+        changes: Sequence[float],
+    ) -> Finish:
+        every = columns.index(None)
 
         def finish(added: Mapping[str, Tensor]) -> list[SiteTally]:
             errors = [0.0] * len(changes)
@@ -138,12 +170,19 @@ class Probe(ABC):
 
     def _unfolded_and_base(self, inputs: Mapping[fx.Node, Tensor], read: Read) -> Sequence[Tensor]:
         """Return the value in the adapted graph and in the base graph."""
-        graph = self._graph
-        values = {stage: value for source, value in inputs.items() for stage in graph.stages(source)}
+        graph, values = self._graph, self._staged(inputs)
         kept = graph.kept(self.node, values)
         if kept is not None:
             return evaluate_all((graph.last(self.node), kept), values, read)
-        return evaluate(graph.last(self.node), values, read), evaluate(self.node, inputs, read)
+        return self._unfolded(inputs, read), evaluate(self.node, inputs, read)
+
+    def _unfolded(self, inputs: Mapping[fx.Node, Tensor], read: Read) -> Tensor:
+        """Return the value in the adapted graph."""
+        return evaluate(self._graph.last(self.node), self._staged(inputs), read)
+
+    def _staged(self, inputs: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+        """Return the probe's inputs as values of the adapted graph."""
+        return {stage: value for source, value in inputs.items() for stage in self._graph.stages(source)}
 
     def _seen(self, value: Tensor, columns: Sequence[Tensor | None]) -> list[Tensor]:
         """Return the parts of a value to compare (some or all of its columns), or random sums over these columns."""
@@ -190,7 +229,9 @@ class MapProbe(Probe):
     def sites(self, steps: Sequence[FoldStep]) -> list[ProbedSite]:
         """Return the sites whose rows the map reads."""
         use = self._use
-        mine = [step for step in steps if step.weight.tensor in self.reads and not step.copies]
+        every = [step for step in steps if step.weight.tensor in self.reads]
+        # Where other steps apply on top of copies, their sites have the error of both.
+        mine = [step for step in every if not step.copies] or every
         # Equal rows of a weight and of its bias count once.
         distinct = {(s.site, s.weight.layout, s.weight.total, s.weight.rows): s.weight for s in mine}
         slices = [(site, own) for (site, *_), own in distinct.items()] or [(use.weight.tensor, use.weight)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import graftc
-from graftc.compiler.folding import steps as folding
 from graftc.passes.core.sites.uses import Lookup
+from graftc.passes.core.weights.folds import FoldStep
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb
@@ -224,15 +224,34 @@ def test_rows_that_fold_to_wrong_places_are_found(
     """The certificate does not rely on the rows that the fold uses."""
     compiled = graftc.compile({"adapt": [varied(ROWS, **fields)]}, tiny(family)).eval()
     perturb(compiled, 0.1)
-    right = folding._replace
+    right = FoldStep.of_copy
 
-    def swapped(*args: Any) -> Any:
-        return lambda weight, bias: (right(*args)(weight, bias)[0].flip(-2), bias)
+    def swapped(name: str, site: str, own: Any, value: Callable[[], Tensor]) -> FoldStep:
+        return right(name, site, own, lambda: value().flip(-2))
 
-    monkeypatch.setattr(folding, "_replace", swapped)
+    monkeypatch.setattr(FoldStep, "of_copy", swapped)
     with pytest.raises(GraftError) as error:
         compiled.merge()
     assert error.value.code == "GC051"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["embed", "ffn.down"])
+def test_a_wrong_copy_fails_at_its_own_site(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not the rows have an effect on the outputs that are compared: the entry of a table may be rare."""
+    compiled = graftc.compile({"adapt": [varied(ROWS, rows=[7], target={"role": target})]}, tiny("bert")).eval()
+    perturb(compiled, 0.1)
+    right = FoldStep.of_copy
+
+    def wrong(name: str, site: str, own: Any, value: Callable[[], Tensor]) -> FoldStep:
+        return right(name, site, own, lambda: value() + 1e-3)
+
+    sites = [site.site for site in compiled.merge().certificate.sites]
+    monkeypatch.setattr(FoldStep, "of_copy", wrong)
+    with pytest.raises(GraftError) as error:
+        compiled.merge()
+    assert error.value.code == "GC051"
+    assert all(any(site in detail for detail in error.value.details) for site in sites)
 
 
 @pytest.mark.full
