@@ -190,9 +190,9 @@ def test_as_peft_does(kind: Kind, weights: tuple[float, float]) -> None:
         (["one", "two"], {"weights": [1.0]}, "GC002", "one weight per adaptation"),
         (["one", "two"], {"kind": "mean"}, "GC002", "one weight"),
         (["one", "two"], {"density": 0.0}, "GC002", "density"),
-        (["one", "other"], {"kind": "linear"}, "GC029", "one rank"),
+        (["one", "other"], {"kind": "linear"}, "GC029", "equal ranks"),
         (["one", "start"], {"kind": "concatenation"}, "GC029", "no plain factors"),
-        (["one", "two"], {"name": "third"}, "GC005", "taken"),
+        (["one", "two"], {"name": "third"}, "GC005", "already has the name"),
     ],
 )
 def test_what_cannot_be_combined(names: list[str], arguments: dict[str, Any], code: str, words: str) -> None:
