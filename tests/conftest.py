@@ -60,20 +60,20 @@ QUICK_FAMILIES = frozenset({"bert", "gpt2"})
 CONTRACT_FAMILIES = ("gpt2", "llama", "t5")
 """``make test`` runs contracts on these: fused and transposed weights with a tied head, grouped keys and values without
 biases, and an encoder with a decoder. Each class runs on one of them, which depends on its name. A class that has none
-of them runs on its first family, and one may name its own as ``contract_families``, on all of which it runs. A contract
-is quick on those in `QUICK_CONTRACT_FAMILIES`."""
+of them runs on its first family, and one may name others as ``contract_families``."""
 
 QUICK_CONTRACT_FAMILIES = frozenset({"gpt2", "llama"})
+"""The families on which a contract is quick."""
 
-ONE_FAMILY = frozenset(
+LONGEST = frozenset(
     {
         *("test_sites", "test_identity_at_init", "test_initial_values_depend_on_the_seed_only"),
         *("test_only_own_tensors_train", "test_source_model_is_left_alone", "test_sixteen_bits", "test_cache"),
         *("test_bank", "test_disabled_is_the_base"),
     }
 )
-"""Tests of the contract that take longest: ``make test`` runs them on one family alone, and not for another setting or
-more families of a method (``variant = True``)."""
+"""Tests of the contract that take longest: ``make test`` does not run them for another setting or more families of a
+method (``variant = True``)."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -131,7 +131,7 @@ def _mark_slow_families(cases: Sequence[pytest.Function]) -> None:
     if "family" not in cases[0].callspec.params and not quick:
         return  # the names are not those of models
     if _is_contract(cases[0]):
-        long = getattr(cases[0].cls, "variant", False) or cases[0].originalname in ONE_FAMILY
+        long = getattr(cases[0].cls, "variant", False) or cases[0].originalname in LONGEST
         long = long or _is_deployment(cases[0])
         quick = frozenset() if long else QUICK_CONTRACT_FAMILIES.intersection(families)
     else:
@@ -169,12 +169,11 @@ def _in_make_test(item: pytest.Function, family: str) -> bool:
     assert of is not None
     named = getattr(of, "contract_families", CONTRACT_FAMILIES)
     families = [family for family in named if family in of.families] or [of.families[0]]
-    if named is CONTRACT_FAMILIES:
-        families = [families[zlib.crc32(f"{of.__module__}.{of.__qualname__}".encode()) % len(families)]]
+    chosen = families[zlib.crc32(f"{of.__module__}.{of.__qualname__}".encode()) % len(families)]
     if getattr(of, "variant", False):
-        return family == families[0] and test not in ONE_FAMILY
+        return family == chosen and test not in LONGEST
     if not _is_deployment(item):
-        return family in (families[:1] if test in ONE_FAMILY else families)
+        return family == chosen
     if test == "test_inductor":
         return False
     wanted = getattr(of, "folded" if test == "test_onnx_folded" else "exported", False)
