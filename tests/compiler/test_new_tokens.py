@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graftc.passes.core.weights.folds import FoldStep
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import largest_difference, outputs_of, perturb
 from graftc.testing.deployment import check_onnx
 from graftc.testing.families import tiny
+from tests.kit.copies import fold_other_copies
 from tests.kit.models import adapted, fresh
 from tests.kit.refusals import refused
 from tests.kit.specs import lora
@@ -137,12 +136,7 @@ def test_a_wrong_fold_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """If two new rows are exchanged while folding, the certificate fails."""
     compiled = fresh("llama", QUERIES, tokens={"add": NEW})
     perturb(compiled, 0.1)
-    right = FoldStep.of_copy
-
-    def exchanged(name: str, site: str, own: Any, value: Callable[[], Tensor]) -> FoldStep:
-        return right(name, site, own, lambda: value().flip(0))
-
-    monkeypatch.setattr(FoldStep, "of_copy", exchanged)
+    fold_other_copies(monkeypatch, lambda copy: copy.flip(0))
     with pytest.raises(GraftError) as caught:
         compiled.merge()
     assert caught.value.code == "GC051"

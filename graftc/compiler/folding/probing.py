@@ -120,20 +120,20 @@ class Probe(ABC):
         sites = self.sites(steps)
         columns = [own for _, _, own in sites]
         columns += [] if None in columns else [None]
-        unfolded: list[list[Tensor]] = []
         copied = any(step.copies and not set(self._tensors).isdisjoint(step.tensors) for step in steps)
-        if copied and self._graph.copies:  # a wrong copy must not be read by both of the values that are compared
-            unfolded += (self._seen(self._unfolded(inputs, read), columns) for inputs in self.inputs)
+        # A wrong copy must not be read by both of the values that are compared.
+        ahead = copied and self._graph.copies
+        computed = [self._seen(self._unfolded(inputs, read), columns) if ahead else None for inputs in self.inputs]
 
         def start() -> Finish:
-            changes = [0.0] * len(columns)
-            for number, inputs in enumerate(self.inputs):
-                if len(unfolded) > number:
-                    seen, before = unfolded[number], self._seen(evaluate(self.node, inputs, read), columns)
-                else:
+            changes, unfolded = [0.0] * len(columns), []
+            for inputs, seen in zip(self.inputs, computed, strict=True):
+                if seen is None:
                     seen, before = (self._seen(value, columns) for value in self._unfolded_and_base(inputs, read))
-                    unfolded.append(seen)
+                else:
+                    before = self._seen(evaluate(self.node, inputs, read), columns)
                 changes = _worst(changes, seen, before)
+                unfolded.append(seen)
             return self._finish(read, sites, columns, unfolded, changes)
 
         return start
@@ -229,9 +229,9 @@ class MapProbe(Probe):
     def sites(self, steps: Sequence[FoldStep]) -> list[ProbedSite]:
         """Return the sites whose rows the map reads."""
         use = self._use
-        every = [step for step in steps if step.weight.tensor in self.reads]
+        read = [step for step in steps if step.weight.tensor in self.reads]
         # Where other steps apply on top of copies, their sites have the error of both.
-        mine = [step for step in every if not step.copies] or every
+        mine = [step for step in read if not step.copies] or read
         # Equal rows of a weight and of its bias count once.
         distinct = {(s.site, s.weight.layout, s.weight.total, s.weight.rows): s.weight for s in mine}
         slices = [(site, own) for (site, *_), own in distinct.items()] or [(use.weight.tensor, use.weight)]

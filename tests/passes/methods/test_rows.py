@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytest
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.passes.core.sites.uses import Lookup
-from graftc.passes.core.weights.folds import FoldStep
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, outputs_of, perturb
 from graftc.testing.compare import inputs_for, largest_difference
 from graftc.testing.families import FAMILIES, tiny
+from tests.kit.copies import fold_other_copies
 from tests.kit.specs import varied
 from tests.kit.training import after_decay
 
@@ -224,12 +224,7 @@ def test_rows_that_fold_to_wrong_places_are_found(
     """The certificate does not rely on the rows that the fold uses."""
     compiled = graftc.compile({"adapt": [varied(ROWS, **fields)]}, tiny(family)).eval()
     perturb(compiled, 0.1)
-    right = FoldStep.of_copy
-
-    def swapped(name: str, site: str, own: Any, value: Callable[[], Tensor]) -> FoldStep:
-        return right(name, site, own, lambda: value().flip(-2))
-
-    monkeypatch.setattr(FoldStep, "of_copy", swapped)
+    fold_other_copies(monkeypatch, lambda copy: copy.flip(-2))
     with pytest.raises(GraftError) as error:
         compiled.merge()
     assert error.value.code == "GC051"
@@ -241,13 +236,8 @@ def test_a_wrong_copy_fails_at_its_own_site(target: str, monkeypatch: pytest.Mon
     """Whether or not the rows have an effect on the outputs that are compared: the entry of a table may be rare."""
     compiled = graftc.compile({"adapt": [varied(ROWS, rows=[7], target={"role": target})]}, tiny("bert")).eval()
     perturb(compiled, 0.1)
-    right = FoldStep.of_copy
-
-    def wrong(name: str, site: str, own: Any, value: Callable[[], Tensor]) -> FoldStep:
-        return right(name, site, own, lambda: value() + 1e-3)
-
     sites = [site.site for site in compiled.merge().certificate.sites]
-    monkeypatch.setattr(FoldStep, "of_copy", wrong)
+    fold_other_copies(monkeypatch, lambda copy: copy + 1e-3)
     with pytest.raises(GraftError) as error:
         compiled.merge()
     assert error.value.code == "GC051"
@@ -262,3 +252,7 @@ def test_trained_entries_of_a_large_table_are_probed(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Lookup, "probe", lambda self, generator: {self.input: torch.tensor([[1, 2, 3]])})
     (site,) = compiled.merge().certificate.sites
     assert site.change > 0
+    fold_other_copies(monkeypatch, lambda copy: copy + 1e-3)
+    with pytest.raises(GraftError) as error:
+        compiled.merge()
+    assert any(site.site in detail for detail in error.value.details)
