@@ -88,7 +88,7 @@ test-gpu: setup ## the tests in tests/gpu (says so where there is no CUDA device
 serve: setup ## run small serving engines on what graftc writes (an hour): docs/serving.*
 	@$(BIN)/python -c 'import mistralrs, onnxruntime_genai, openvino_genai, xllamacpp' 2>/dev/null || \
 	  $(BIN)/python -m pip install -q -e ".[serve]"
-	$(TEST_ENV) $(BIN)/python -W ignore -m tools.serving $(ARGS)
+	$(TEST_ENV) $(BIN)/python -W ignore -m tools.serving $(if $(wildcard .venv-vllm/.ready),--vllm .venv-vllm/bin/python) $(ARGS)
 	$(TEST_ENV) $(BIN)/python -m tools.docs
 
 # vLLM needs its own torch and an older transformers; torchaudio and torchcodec do not load beside that torch.

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--methods", default=",".join((*CASES, *OTHERS)), help="names, with commas between (default: all)"
     )
-    parser.add_argument("--vllm", type=Path, help="the interpreter that has vLLM (default: this one)")
+    parser.add_argument("--vllm", type=Path, help="the interpreter that has vLLM, which plans may name")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "serving", help="folder of the models")
     parser.add_argument("--results", type=Path, default=ROOT / "docs" / "serving.json", help="file of the results")
     parser.add_argument("--fresh", action="store_true", help="run cells again that are in the results")
@@ -72,7 +72,6 @@ class Run:
 
     def routes(self, engine: str, name: str) -> list[dict[str, Any]]:
         """Return the results of an engine for a method, for the whole model, or for several adapters at once."""
-        python = self.vllm if engine == "vllm" else None
         work, layers = (self.work / "whole", None) if name == "whole" else (self.work, LAYERS)
         base = base_files(work, layers)
         plain = plain_tokens(base)
@@ -81,8 +80,8 @@ class Run:
             self._name = name
             self._forms = of_lora or [Forms(work / name, base, CASES.get(name, CASES["lora"]))]
         if _several(name):
-            return [at_once(engine, self._forms, plain, python)]
-        return cell(engine, self._forms[0], plain, python)
+            return [at_once(engine, self._forms, plain, self.vllm)]
+        return cell(engine, self._forms[0], plain, self.vllm)
 
 
 def _several(name: str) -> int:

@@ -61,7 +61,7 @@ IGNORING = ("openvino",)
 """Engines that are known to give the base's tokens with a LoRA that they do not apply."""
 
 
-def cell(engine: str, forms: Forms, plain: Sequence[Sequence[int]], python: Path | None) -> list[dict[str, Any]]:
+def cell(engine: str, forms: Forms, plain: Sequence[Sequence[int]], vllm: Path | None) -> list[dict[str, Any]]:
     """Return what became of each route, up to the first that serves the case unmerged.
 
     If none does, the last one is what `graftc serve-plan` says, which may name another engine.
@@ -70,18 +70,18 @@ def cell(engine: str, forms: Forms, plain: Sequence[Sequence[int]], python: Path
         engine: the engine.
         forms: the case.
         plain: the tokens of the base, with which the case's are compared: equal ones would prove nothing.
-        python: the interpreter that has the engine.
+        vllm: the interpreter that has vLLM.
     """
     found = []
     for route in ROUTES[engine]:
-        found.append({"how": route.how, **_tried(engine, route, forms, plain, python)})
+        found.append({"how": route.how, **_tried(engine, route, forms, plain, vllm)})
         if found[-1].get("equal") and route.how == "unmerged":
             return found
-    return [*found, followed(engine, forms, plain, python)]
+    return [*found, followed(engine, forms, plain, vllm)]
 
 
 def _tried(
-    engine: str, route: Route, forms: Forms, plain: Sequence[Sequence[int]], python: Path | None
+    engine: str, route: Route, forms: Forms, plain: Sequence[Sequence[int]], vllm: Path | None
 ) -> dict[str, Any]:
     form = forms.get(route.form)
     if "refusal" in form:
@@ -99,7 +99,7 @@ def _tried(
             tokens=TOKENS,
             max_rank=form.get("rank") and allowed_rank(engine, form["rank"]),
             threads=1,
-            python=python,
+            python=vllm if engine == "vllm" else None,
         )
     except GraftError as error:
         return {"refusal": refusal(error)}
@@ -111,14 +111,14 @@ def _tried(
     return served | ({key: reference[key] for key in ("error", "rank")} if route.how == "lora" else {})
 
 
-def at_once(engine: str, forms: Sequence[Forms], plain: Sequence[Sequence[int]], python: Path | None) -> dict[str, Any]:
+def at_once(engine: str, forms: Sequence[Forms], plain: Sequence[Sequence[int]], vllm: Path | None) -> dict[str, Any]:
     """Return how many rows are right if prompts with different adapters, and without one, run at once.
 
     Args:
         engine: the engine.
         forms: a case for each adapter; every adapter continues two prompts.
         plain: the tokens of the base.
-        python: the interpreter that has the engine.
+        vllm: the interpreter that has vLLM.
     """
     route = ROUTES[engine][0]
     made = {f"adapter{number}": each.get(route.form) for number, each in enumerate(forms)}
@@ -137,7 +137,7 @@ def at_once(engine: str, forms: Sequence[Forms], plain: Sequence[Sequence[int]],
         prompts=given,
         tokens=TOKENS,
         threads=1,
-        python=python,
+        python=vllm if engine == "vllm" else None,
     )
     equal = [one == other for one, other in zip(answer.tokens, wanted, strict=True)]
     found = {"how": "at once", "version": answer.version, "rows": sum(equal), "of": len(equal), "equal": all(equal)}

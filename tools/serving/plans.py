@@ -21,20 +21,21 @@ TRANSFORMERS = ("vllm", "mistralrs")
 """Engines whose base is a folder of transformers."""
 
 
-def followed(engine: str, forms: Forms, plain: Sequence[Sequence[int]], python: Path | None) -> dict[str, Any]:
+def followed(engine: str, forms: Forms, plain: Sequence[Sequence[int]], vllm: Path | None) -> dict[str, Any]:
     """Return what came of a plan's first exact route for a case, in an engine that can be run.
 
     Args:
         engine: the engine that the plan is for; the route may name another one.
         forms: the case.
         plain: the tokens of the base.
-        python: the interpreter that has vLLM.
+        vllm: the interpreter that has vLLM; without it, routes to vLLM are left out.
     """
     wanted = forms.get("adapted")["tokens"]
     artifact = Path(forms.get("artifact")["path"])
     try:
         plan = graftc.serve_plan(artifact, engine)
-        exact = [route for route in plan.routes if route.available and route.exact and route.engine in DRIVERS]
+        engines = [name for name in DRIVERS if name != "vllm" or vllm is not None]
+        exact = [route for route in plan.routes if route.available and route.exact and route.engine in engines]
         if not exact:
             raise GraftError("GC079", f"serve-plan knows no exact route for {engine}")
         route = exact[0]
@@ -46,7 +47,7 @@ def followed(engine: str, forms: Forms, plain: Sequence[Sequence[int]], python: 
             prompts=prompts(forms.base),
             tokens=TOKENS,
             threads=1,
-            python=python if route.engine == "vllm" else None,
+            python=vllm if route.engine == "vllm" else None,
         )
     except GraftError as error:
         return {"how": "planned", "refusal": refusal(error)}
