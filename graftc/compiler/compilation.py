@@ -150,6 +150,19 @@ class CalledResolution(Resolution):
 _WRITTEN_OUT = ("structure", "resolved", "trained", "attentions")
 
 
+@dataclass(frozen=True, eq=False)
+class StoredSignature:
+    """A signature in an artifact.
+
+    Attributes:
+        inputs: the result of `inputs_of` for its calls, without choices among adaptations.
+        compile: a function that adds the signature to a Compilation.
+    """
+
+    inputs: tuple[str, ...]
+    compile: Callable[[Compilation], None]
+
+
 class SignatureTable:
     """The graphs of every signature; entries are only ever added, when a new kind of call is compiled.
 
@@ -160,6 +173,7 @@ class SignatureTable:
         notes: notes for display about what capturing had to change, for all signatures.
         first_call: the inputs of the first call with the first signature, recorded if random inputs make no sense and
             the caller gave no examples; None before that call.
+        stored: the signatures of an artifact that no call has needed yet, in the artifact's order.
     """
 
     def __init__(self) -> None:
@@ -168,6 +182,7 @@ class SignatureTable:
         self.parts: dict[str, dict[SiteKey | None, dict[str, str]]] = {}
         self.notes: tuple[str, ...] = ()
         self.first_call: Mapping[str, Tensor] | None = None
+        self.stored: list[StoredSignature] = []
         self._by_inputs: dict[tuple[str, ...], list[Signature]] = {}
 
     def add(self, graphs: Graphs, resolution: Resolution, notes: Iterable[str]) -> None:
@@ -179,6 +194,12 @@ class SignatureTable:
             self.parts.setdefault(owner, {}).update(sites)
         self.notes += tuple(note for note in notes if note not in self.notes)
         self._by_inputs.setdefault(signature.inputs, []).append(signature)
+
+    def remove(self, signature: Signature) -> None:
+        """Remove a signature that no call has used."""
+        self.programs = {key: program for key, program in self.programs.items() if key.signature != signature}
+        del self.resolutions[signature]
+        self._by_inputs[signature.inputs].remove(signature)
 
     def find(self, inputs: Mapping[str, Any]) -> Signature | None:
         """Return the signature whose Programs apply to a call's tensors and flags; None if there is none yet."""
@@ -232,7 +253,7 @@ class Compilation:
 
     @property
     def signatures(self) -> Mapping[Signature, Resolution]:
-        """The Resolution of each signature, in the order of compilation."""
+        """The Resolution of each signature, in the order of compilation, without those that are only stored so far."""
         return self.table.resolutions
 
     @property
@@ -251,12 +272,7 @@ class Compilation:
         return next(iter(self.signatures.values()))
 
     def key(
-        self,
-        mode: Mode,
-        stage: Stage = "adapted",
-        signature: Signature | None = None,
-        *,
-        entry: Entry = "forward",
+        self, mode: Mode, stage: Stage = "adapted", signature: Signature | None = None, *, entry: Entry = "forward"
     ) -> ProgramKey:
         """Return the key of a Program, by default for the first signature."""
         return ProgramKey(entry, mode, self.main.signature if signature is None else signature, stage)

@@ -21,6 +21,7 @@ from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, axes_of, described, fits, fixed_where_bound, less_dynamic, split
 from graftc.compiler.compilation import Compilation, Graphs, Resolution
 from graftc.compiler.partial_graphs import require_rows_of_one
+from graftc.compiler.stored_signatures import compile_stored
 from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.ir.past_inputs import is_past
 from graftc.passes.core.ir.program_key import Signature
@@ -38,6 +39,7 @@ def signature_for(compilation: Compilation, inputs: Mapping[str, Any]) -> Signat
     if signature is not None:
         return signature
     with exclusive(), walked_once():
+        compile_stored(compilation, inputs)
         signature = compilation.find(inputs)  # another thread may have added it in the meantime
         return signature if signature is not None else _new_signature(compilation, inputs)
 

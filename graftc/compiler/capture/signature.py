@@ -144,10 +144,19 @@ def inputs_of(present: Mapping[str, Any]) -> tuple[str, ...]:
 
 def inputs_of_program(inputs: Sequence[InputSpec], flags: Flags) -> tuple[str, ...]:
     """Return the result of `inputs_of` for the calls that a Program serves."""
-    own = [spec for spec in inputs if not is_past(spec.name)]
-    descriptions = [f"{spec.name}:{DTYPE_NAMES.get(spec.dtype, 'other')}[{len(spec.shape)}]" for spec in own]
-    if len(own) < len(inputs):
-        descriptions.append(described_past(spec.name for spec in inputs))
+    return _inputs_of({spec.name: (spec.dtype, len(spec.shape)) for spec in inputs}, flags)
+
+
+def inputs_of_axes(axes: Sequence[Axis], flags: Flags) -> tuple[str, ...]:
+    """Return the result of `inputs_of` for calls with these inputs and flags."""
+    return _inputs_of({axis.name: (axis.dtype, len(axis.axes)) for axis in axes}, flags)
+
+
+def _inputs_of(kinds: Mapping[str, tuple[torch.dtype, int]], flags: Flags) -> tuple[str, ...]:
+    own = {name: kind for name, kind in kinds.items() if not is_past(name)}
+    descriptions = [f"{name}:{DTYPE_NAMES.get(dtype, 'other')}[{rank}]" for name, (dtype, rank) in own.items()]
+    if len(own) < len(kinds):
+        descriptions.append(described_past(kinds))
     return tuple(sorted([*descriptions, *(f"{name}={value!r}" for name, value in flags)]))
 
 

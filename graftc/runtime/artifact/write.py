@@ -12,6 +12,7 @@ import torch
 
 from graftc.compiler.capture.identity.fingerprint import Identity
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_tensors_now
+from graftc.compiler.stored_signatures import compile_stored
 from graftc.files.tensors.writing import save_tensors
 from graftc.files.writing import staged
 from graftc.records.certificate import Certificate
@@ -111,6 +112,7 @@ def _write(
 ) -> str:
     """Write all files, and return the text of the manifest."""
     compilation, certificate = compiled.compilation, evidence.certificate
+    compile_stored(compiled.compilation)
     signatures, graphs = entries.signatures(compiled)
     adapters = dict(adapter_tensors_now(compilation.store, torch.device("cpu")))
     constants = entries.constants(compiled)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.capture.interface import device_of
-from graftc.compiler.compilation import Compilation
+from graftc.compiler.capture.signature import inputs_of_axes
+from graftc.compiler.compilation import Compilation, Resolution, StoredSignature
 from graftc.compiler.inspect.snapshot import adapter_tensors, site_records
 from graftc.compiler.missing_weights import require_weights
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.quantised_sources.recorded_packing import packed_as
 from graftc.compiler.signatures import add_signature
+from graftc.compiler.stored_signatures import compile_stored
 from graftc.passes.core import progress
 from graftc.passes.core.build.initial import Initial
+from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir import program_key as keys
 from graftc.passes.core.ir.printer import structural_hash
 from graftc.records.passes import PassRecord
@@ -112,20 +116,40 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
         flags=flags[first],
         start=StartingPoint(artifact.manifest.seed, cache, values, known),
     )
-    initial = Initial(compilation.seed, values, narrow=compilation.narrow)
-    for number in others:
-        choices = artifact.manifest.signatures[number].choices
-        unknown = [name for name in choices if name not in compilation.controls]
-        if unknown:
-            raise damaged(str(artifact.path), MANIFEST, f"lists {unknown[0]}, which selects nothing")
-        add_signature(compilation, artifact.axes(number), flags[number], choices, initial)
-    if len(compilation.signatures) != len(flags):
-        raise damaged(str(artifact.path), MANIFEST, "lists a signature twice")
+    choices = chain.from_iterable(artifact.manifest.signatures[number].choices for number in others)
+    if unknown := [name for name in choices if name not in compilation.controls]:
+        raise damaged(str(artifact.path), MANIFEST, f"lists {unknown[0]}, which selects nothing")
+    incomplete = not values.keys() <= dict(adapter_tensors(compilation.store)).keys()
+    compilation.table.stored += [_stored(artifact, number, values if incomplete else {}) for number in others]
+    # The layers of a live model look for their graphs among all signatures.
+    if recapture or incomplete or any(map(elements_in, flags)):
+        compile_stored(compilation)
     check_passes(artifact, compilation)
     check_places(artifact, compilation)
     _take_values(artifact, compilation, values)
-    check_graphs(artifact, compilation)
+    check_graphs(artifact, first, compilation, compilation.main)
     return make_compiled(compilation)
+
+
+def _stored(artifact: Artifact, number: int, values: Mapping[str, Tensor]) -> StoredSignature:
+    """Return a signature of an artifact by its number.
+
+    Args:
+        artifact: the artifact.
+        number: the signature's number in the manifest.
+        values: the values of tensors, by name, that only this signature or others behind the first one have.
+    """
+    entry, axes = artifact.manifest.signatures[number], artifact.axes(number)
+
+    def compiled(compilation: Compilation) -> None:
+        count = len(compilation.signatures)
+        initial = Initial(compilation.seed, values, narrow=compilation.narrow)
+        signature = add_signature(compilation, axes, entry.flags, entry.choices, initial)
+        if len(compilation.signatures) == count:
+            raise damaged(str(artifact.path), MANIFEST, "lists a signature twice")
+        check_graphs(artifact, number, compilation, compilation.signatures[signature])
+
+    return StoredSignature(inputs_of_axes(axes, entry.flags), compiled)
 
 
 def check_passes(artifact: Artifact, compilation: Compilation) -> None:
@@ -189,19 +213,18 @@ def _take_values(artifact: Artifact, compilation: Compilation, values: Mapping[s
                 tensor.copy_(values[name])
 
 
-def check_graphs(artifact: Artifact, compilation: Compilation) -> None:
-    """Check that the artifact's own captures still result in the graphs that it contains.
+def check_graphs(artifact: Artifact, number: int, compilation: Compilation, current: Resolution) -> None:
+    """Check that the artifact's own captures still result in the graphs that it contains for a signature.
 
     Raises:
         GraftError: GC088, with the name of the first graph that differs.
     """
-    for signature, current in zip(artifact.manifest.signatures, compilation.signatures.values(), strict=True):
-        if [c.key for c in current.captures] != [c.key for c in signature.captures] or not current.captures[0].key:
-            continue  # with different versions of the libraries, only the sites must be the same
-        other = different_graph(signature, compilation, current.signature)
-        if other is not None:
-            message = f"{artifact.path} has a different {other} graph from the one that its spec results in"
-            raise GraftError("GC088", message, hint="compile the spec again")
+    signature = artifact.manifest.signatures[number]
+    if [c.key for c in current.captures] != [c.key for c in signature.captures] or not current.captures[0].key:
+        return  # with different versions of the libraries, only the sites must be the same
+    if (other := different_graph(signature, compilation, current.signature)) is not None:
+        message = f"{artifact.path} has a different {other} graph from the one that its spec results in"
+        raise GraftError("GC088", message, hint="compile the spec again")
 
 
 def different_graph(kept: SignatureRecord, compilation: Compilation, signature: keys.Signature) -> str | None:
