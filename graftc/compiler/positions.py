@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from graftc.compiler.capture.past import CACHE, PAST, Past
 from graftc.compiler.capture.signature import BATCH, size_of
 from graftc.passes.core.build.base_activations import computed
-from graftc.passes.core.ir.past_inputs import is_past
+from graftc.passes.core.ir.past_inputs import SEEN, is_past
 from graftc.passes.core.ir.program import InputSpec, Program, above
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.weights.store import Store
@@ -138,6 +138,8 @@ def _long(spec: InputSpec, length: int, device: torch.device) -> Tensor:
     """Return an input with one row of ``length`` tokens, without padding and without a past."""
     sizes = {BATCH: 1, PAST: 0}
     shape = [size_of(size, sizes, length) if isinstance(size, str) else size for size in spec.shape]
+    if spec.name == SEEN:
+        return torch.zeros((), dtype=spec.dtype, device=device)
     if spec.name.endswith(_POSITIONS):
         return torch.arange(length, dtype=spec.dtype, device=device).expand(shape)
     return torch.full((), 1 if spec.name.endswith("mask") else 2, dtype=spec.dtype, device=device).expand(shape)

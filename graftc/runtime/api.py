@@ -108,8 +108,8 @@ def load(path: str | Path, model: nn.Module | str | None = None, *, cache: bool 
     """Load a compiled model from an artifact, or from a checkpoint that a trainer wrote.
 
     Every file is checked before any of its contents are used. The spec is compiled again and must adapt the same
-    places; the artifact's own graphs are used if they were captured with the same model, code and versions. The graphs of
-    the first kind of call are read at once, and those of any other kind when it is first called.
+    places; the artifact's own graphs are used if they were captured with the same model, code and versions. The graphs
+    of the first kind of call are read at once, and those of any other kind when it is first called.
 
     Args:
         path: the folder of the artifact or of a checkpoint, whose ``model.safetensors`` contains the output of

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graftc.compiler.capture.signature import is_sum, size_of
+from graftc.compiler.capture.past import CAPACITY
+from graftc.compiler.capture.signature import SEQUENCE, TARGET, is_sum, size_of
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.weights.store import Store
 
 aten = torch.ops.aten
+_ROOM = 4
+"""The number of tokens for which a cache of fixed length has room beside those of the call; one of them is in it."""
 
 
 def random_inputs(
@@ -84,6 +87,8 @@ def _sizes(program: Program, sizes: Sequence[int], fixed_sizes: Mapping[str, int
                 low, high = spec.ranges[dim] if spec.ranges else (0, None)
                 wanted = fixed_sizes.get(name, max(sizes[min(len(axes), len(sizes) - 1)], low))
                 axes.setdefault(name, wanted if high is None else min(wanted, high))
+    if CAPACITY in axes and CAPACITY not in fixed_sizes:
+        axes[CAPACITY] = axes.get(TARGET, axes[SEQUENCE]) + _ROOM
     return axes
 
 

@@ -15,7 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_name, past_place
+from graftc.compiler.capture.fixed_cache import (
+    begin_fixed,
+    fill_fixed,
+    fixed_cache,
+    is_fixed,
+    require_room,
+    seen_of,
+    traced_layers,
+)
+from graftc.compiler.capture.isolation import is_traced
+from graftc.passes.core.ir.past_inputs import SEEN, is_cross, is_past, past_name, past_place
 from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
@@ -31,6 +41,8 @@ ENCODER = "encoder_only"
 """The flag of a graph that runs only a model's encoder."""
 PAST = "past"
 """The name of a cache's token axis."""
+CAPACITY = "capacity"
+"""The name of that axis in a cache of fixed length."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +64,22 @@ class Past:
 
     Attributes:
         cache: the object passed to the call, or a new one; it is filled with the graph's results.
-        tensors: its tensors, ``[batch, heads, length, width]``, by name.
-        length: the number of the text's tokens that are in the cache.
+        tensors: its tensors, ``[batch, heads, length, width]``, by name; for a cache of fixed length also `SEEN`.
+        length: the number of the text's tokens that are in the cache; 0 if it is not known without a device's answer.
+        capacity: the number of tokens for which a cache of fixed length has room; None for one that grows.
     """
 
     cache: Any
     tensors: Mapping[str, Tensor]
     length: int
+    capacity: int | None = None
 
 
 def described_past(names: Iterable[str]) -> str:
     """Return a description of the kind of past that has tensors with these names."""
-    return "cache:past+cross" if any(is_cross(name) for name in names) else "cache:past"
+    names = set(names)
+    kind = "cache:fixed" if SEEN in names else "cache:past"
+    return f"{kind}+cross" if any(map(is_cross, names)) else kind
 
 
 def probe(model: nn.Module, inputs: Mapping[str, Tensor], name: str) -> CacheLayout:
@@ -122,14 +138,23 @@ def _no_cache(model: nn.Module, reason: str) -> GraftError:
     )
 
 
-def new_cache(pairs: bool) -> Any:
+def new_cache(pairs: bool, layout: CacheLayout | None = None, length: int = 0) -> Any:
     """Return an empty cache whose layers keep all tokens.
 
     Sliding-window layers keep all tokens as well; their mask excludes those outside the window.
+
+    Args:
+        pairs: whether the model has an encoder.
+        layout: the layout of the model's own cache, for a cache of fixed length.
+        length: the number of tokens for which a cache of fixed length has room.
     """
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-    return EncoderDecoderCache(DynamicCache(), DynamicCache()) if pairs else DynamicCache()
+    own = DynamicCache()
+    if layout is not None:
+        numbers = [past_place(name)[1] for name in layout.heads if not is_cross(name)]
+        own = fixed_cache(max(numbers) + 1, length)
+    return EncoderDecoderCache(own, DynamicCache()) if pairs else own
 
 
 def kinds_of(cache: Any) -> dict[str, Any]:
@@ -152,14 +177,13 @@ def tensors_of(cache: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device, begins: int = 0) -> Past:
+def read_cache(given: Any, layout: CacheLayout, text: Tensor, begins: int = 0) -> Past:
     """Return the past for a call.
 
     Args:
         given: the value of ``cache``; None for a new one.
         layout: the layout of the model's own cache.
-        rows: the number of rows of the batch.
-        device: the device of an empty past.
+        text: the call's token ids or embeddings, ``[batch, sequence, ...]``; an empty past is created on their device.
         begins: the position of the text's first token.
 
     Raises:
@@ -170,6 +194,7 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device,
 
     if given is None:
         given = new_cache(layout.pairs)
+    rows, tokens, device = text.shape[0], text.shape[1], text.device
     if not isinstance(given, Cache):
         raise GraftError(
             "GC140", f"the cache is {kind_of(given)}", hint="pass a transformers DynamicCache, or use_cache=True"
@@ -178,8 +203,11 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device,
     if ("cross" in kinds) != layout.pairs:
         wanted = "EncoderDecoderCache" if layout.pairs else "DynamicCache"
         raise GraftError("GC140", f"the cache is {kind_of(given)}; the model uses a {wanted}", hint=f"use a {wanted}")
-    for own in kinds.values():
+    fixed = is_fixed(kinds["past"])
+    for own in list(kinds.values())[fixed:]:
         require_growing(own)
+    if fixed:
+        begin_fixed(kinds["past"], layout.heads, rows, device)
     entries = tensors_of(given)
     length = _length(entries)
     require_beginning(given, begins)
@@ -201,7 +229,11 @@ def read_cache(given: Any, layout: CacheLayout, rows: int, device: torch.device,
         tensors[name] = tensor
     if entries:
         raise other_cache(f"it also has {next(iter(entries))}")
-    return Past(given, tensors, length)
+    if not fixed:
+        return Past(given, tensors, length)
+    seen = seen_of(kinds["past"])
+    known = require_room(kinds["past"], tokens) if seen.device.type == "cpu" and not is_traced() else 0
+    return Past(given, {**tensors, SEEN: seen}, known, length)
 
 
 def require_beginning(cache: Any, begins: int) -> None:
@@ -273,6 +305,8 @@ def fill_cache(cache: Any, tensors: Mapping[str, Tensor]) -> Any:
         cache: a transformers cache.
         tensors: keys and values by name; kinds without any stay unchanged.
     """
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
     kinds = kinds_of(cache)
     for name, tensor in tensors.items():
         kind, number, part = past_place(name)
@@ -281,7 +315,7 @@ def fill_cache(cache: Any, tensors: Mapping[str, Tensor]) -> Any:
             layer.values = tensor
             continue
         layer.keys, layer.dtype, layer.device, layer.is_initialized = tensor, tensor.dtype, tensor.device, True
-        if hasattr(layer, "cumulative_length"):
+        if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = tensor.shape[2]
     if "cross" in kinds and any(is_cross(name) for name in tensors):
         cache.is_updated = dict.fromkeys(range(len(kinds["cross"].layers)), True)
@@ -313,13 +347,31 @@ def assembled(inputs: Mapping[str, Any], parameters: Iterable[str], pairs: bool)
     """
     given = {name: value for name, value in inputs.items() if not is_past(name)}
     past = {name: value for name, value in inputs.items() if is_past(name)}
+    seen = given.pop(SEEN, None)
     if isinstance(encoded := given.get(ENCODED), Tensor):
         from transformers.modeling_outputs import BaseModelOutput
 
         given[ENCODED] = BaseModelOutput(last_hidden_state=encoded)
     if past and (name := cache_name(parameters)) is not None:
-        given[name] = fill_cache(new_cache(pairs), past)
+        given[name] = fill_cache(new_cache(pairs) if seen is None else _traced(pairs, past, seen), past)
     return given
+
+
+def capacity_of(given: Any) -> int | None:
+    """Return the number of tokens for which a cache of fixed length has room; None for any other value."""
+    from transformers.cache_utils import Cache
+
+    own = kinds_of(given)["past"] if isinstance(given, Cache) else None
+    return int(own.layers[0].max_cache_len) if own is not None and is_fixed(own) else None
+
+
+def _traced(pairs: bool, past: Mapping[str, Tensor], seen: Tensor) -> Any:
+    """Return an unfilled cache of fixed length for a trace."""
+    from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+
+    count = 1 + max(past_place(name)[1] for name in past if not is_cross(name))
+    fixed = Cache(layers=traced_layers(count, seen))
+    return EncoderDecoderCache(fixed, DynamicCache()) if pairs else fixed
 
 
 def taken_apart(outputs: Any) -> Any:
@@ -330,9 +382,23 @@ def taken_apart(outputs: Any) -> Any:
     return outputs
 
 
-def with_cache(outputs: Any, cache: Any) -> Any:
-    """Return a graph's outputs with the named tensors of a cache replaced by ``cache``, which is filled with them."""
+def with_cache(outputs: Any, past: Past, tokens: int) -> Any:
+    """Return a graph's outputs with the named tensors of a cache replaced by the cache, which is filled with them.
+
+    Args:
+        outputs: the outputs.
+        past: the past of the call.
+        tokens: the number of tokens of the call.
+    """
     for field in CACHES:
         if field in outputs.keys() and isinstance(outputs[field], Mapping):  # noqa: SIM118
-            outputs[field] = fill_cache(cache, outputs[field])
+            outputs[field] = _filled(past, outputs[field], tokens)
     return outputs
+
+
+def _filled(past: Past, tensors: Mapping[str, Tensor], tokens: int) -> Any:
+    if past.capacity is None:
+        return fill_cache(past.cache, tensors)
+    cross = {name: tensor for name, tensor in tensors.items() if is_cross(name)}
+    fill_fixed(kinds_of(past.cache)["past"], {n: t for n, t in tensors.items() if n not in cross}, tokens)
+    return fill_cache(past.cache, cross)

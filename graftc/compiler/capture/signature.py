@@ -17,14 +17,23 @@ from torch import Tensor, nn
 from graftc.compat import pytree
 from graftc.compat.checks import check
 from graftc.compiler.capture.interface import COUNT, Flags, Interface, parameters
-from graftc.compiler.capture.past import CACHE, ENCODED, PAST, Past, described_past, has_encoder, require_no_cache
-from graftc.passes.core.ir.past_inputs import is_cross, is_past
+from graftc.compiler.capture.past import (
+    CACHE,
+    CAPACITY,
+    ENCODED,
+    PAST,
+    Past,
+    described_past,
+    has_encoder,
+    require_no_cache,
+)
+from graftc.passes.core.ir.past_inputs import SEEN, is_cross, is_past, of_cache
 from graftc.passes.core.ir.program import InputSpec
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
 from graftc.specs.errors.diagnostics import GraftError
 
 BATCH, SEQUENCE, TARGET = "batch", "sequence", "target_sequence"
-_SIZES = {BATCH: 3, SEQUENCE: 7, PAST: 5}
+_SIZES = {BATCH: 3, SEQUENCE: 7, PAST: 5, CAPACITY: 13}
 _OTHER = 11
 _SUM = "+"
 """The separator that joins the names of axes into the name of an axis whose size is the sum of theirs."""
@@ -153,7 +162,7 @@ def inputs_of_axes(axes: Sequence[Axis], flags: Flags) -> tuple[str, ...]:
 
 
 def _inputs_of(kinds: Mapping[str, tuple[torch.dtype, int]], flags: Flags) -> tuple[str, ...]:
-    own = {name: kind for name, kind in kinds.items() if not is_past(name)}
+    own = {name: kind for name, kind in kinds.items() if not of_cache(name)}
     descriptions = [f"{name}:{DTYPE_NAMES.get(dtype, 'other')}[{rank}]" for name, (dtype, rank) in own.items()]
     if len(own) < len(kinds):
         descriptions.append(described_past(kinds))
@@ -209,7 +218,7 @@ def split(present: Mapping[str, Any]) -> tuple[dict[str, Tensor], Flags]:
 
 def described(axes: Sequence[Axis], flags: Flags) -> str:
     """Return inputs and flags as text, for messages."""
-    own = [axis.name for axis in axes if not is_past(axis.name)]
+    own = [axis.name for axis in axes if not of_cache(axis.name)]
     past = [CACHE] if len(own) < len(axes) else []
     return ", ".join([*own, *past, *(f"{name}={value!r}" for name, value in flags)])
 
@@ -252,7 +261,8 @@ def axes_of(model: nn.Module, inputs: Mapping[str, Tensor], like: Sequence[Axis]
         axes = [Axis(name, value.dtype, _axes_beside_past(name, value, inputs, pairs)) for name, value in ordered]
         for name in past:
             _, heads, _, width = inputs[name].shape
-            axes.append(Axis(name, inputs[name].dtype, (BATCH, heads, SEQUENCE if is_cross(name) else PAST, width)))
+            tokens = SEQUENCE if is_cross(name) else CAPACITY if SEEN in inputs else PAST
+            axes.append(Axis(name, inputs[name].dtype, (BATCH, heads, tokens, width)))
         return axes
     before = {axis.name: axis.axes for axis in like or () if axis.name in inputs}
     before = {name: axes for name, axes in before.items() if len(axes) == inputs[name].dim()}
@@ -265,13 +275,14 @@ def axes_of(model: nn.Module, inputs: Mapping[str, Tensor], like: Sequence[Axis]
 def _axes_beside_past(name: str, value: Tensor, inputs: Mapping[str, Tensor], pairs: bool) -> tuple[int | str, ...]:
     """Return the axes of an input that accompanies a past, inferred from the input's name.
 
-    Sizes are of little use here, since texts of one token are common. An attention mask also covers the past.
+    Sizes are of little use here, since texts of one token are common. An attention mask also covers the past, and in a
+    cache of fixed length all of it.
     """
     past = next(tensor for other, tensor in inputs.items() if is_past(other))
     own = TARGET if pairs else SEQUENCE
     tokens = own if name.startswith("decoder_") or not pairs or name == "labels" else SEQUENCE
     if name == ("decoder_" if pairs else "") + "attention_mask":
-        tokens = f"{PAST}{_SUM}{own}"
+        tokens = CAPACITY if SEEN in inputs else f"{PAST}{_SUM}{own}"
     axes: list[int | str] = list(value.shape)
     if value.dim() and value.shape[0] == past.shape[0]:
         axes[0] = BATCH

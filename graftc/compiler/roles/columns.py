@@ -203,6 +203,8 @@ class Columns:
             written = self._writes and self._is_written(node)
             return Indexed(torch.full(self.shape(node), HOLE), None) if written else None
         first = node.args[0] if node.args else None
+        if name == "index_copy":
+            return self._put(node)
         move = move_of(node)
         if move in (Move.PICK, Move.GATHER):
             return self._of_first(node, self._rowwise)
@@ -221,6 +223,16 @@ class Columns:
         if torch.Tag.pointwise in tags or name in POINTWISE:
             return self._pointwise(node)
         return None
+
+    def _put(self, node: fx.Node) -> Indexed | None:
+        """Return the indices of tokens that are written into a cache, whose own columns are the same."""
+        whole, axis, _, new = node.args
+        if not (isinstance(new, fx.Node) and isinstance(whole, fx.Node) and whole.op == "placeholder"):
+            return None
+        index, shape = self.index(new), self.shape(node)
+        if index is None or index.dim() != len(shape) or axis % len(shape) in self.once(varying, index):
+            return None
+        return Indexed(index.narrow(axis, 0, 1).expand(shape), self._index[new].sources)
 
     def _of_first(self, node: fx.Node, run: Callable[[fx.Node, Tensor], Tensor | None]) -> Indexed | None:
         """Return the indices that `run` computes from those of the first operand.

@@ -213,9 +213,8 @@ def _files(runner: ModelRunner) -> Iterator[CachedFile]:
 def _called(runner: ModelRunner, given: Mapping[str, Any], past: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return a call with a cache, in the form used to look up its signature."""
     layout = runner.compilation.cache_layout
-    rows = next(iter(given.values())).shape[0]
     cache = fill_cache(new_cache(layout.pairs), past)
-    present = {**given, USE_CACHE: True, CACHE: read_cache(cache, layout, rows, runner.device)}
+    present = {**given, USE_CACHE: True, CACHE: read_cache(cache, layout, next(iter(given.values())))}
     return with_choices(runner.compilation, present, {})
 
 

@@ -25,6 +25,7 @@ from graftc.compiler.capture.past import (
     POSITIONS,
     USE_CACHE,
     cache_name,
+    capacity_of,
     has_encoder,
     new_cache,
 )
@@ -38,6 +39,7 @@ from graftc.runtime.model.choices import held, rows_for, with_choices
 from graftc.runtime.model.initial_cache import initial_cache, is_fronted, taken_away
 from graftc.runtime.model.live_view import live_view
 from graftc.runtime.model.model_runner import ModelRunner
+from graftc.runtime.model.past import filled_up
 from graftc.runtime.model.root import Root
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -47,6 +49,8 @@ GENERATING = ("can_generate", "encoder_parameters", "generate", "get_encoder", "
 KEPT = "logits_to_keep"
 LOOKUP = "prompt_lookup_num_tokens"
 _GROWING = (None, "dynamic")
+_FIXED = "static"
+_LONGEST = "longest fixed cache"
 _SHOWN = 3
 """The number of tokens generated to observe how a model calls its maps: with a prompt, then with a cache."""
 _PADDING = "_graftc_padding"
@@ -315,6 +319,10 @@ def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
                 kwargs = self._graftc_initial.call(kwargs)
             else:  # a call outside the loop, such as one for guidance: no cache has the initial contents
                 runner = self._graftc_whole or runner
+        capacity = next((size for value in kwargs.values() if (size := capacity_of(value)) is not None), None)
+        name = f"decoder_{MASK}" if has_encoder(source) else MASK
+        if capacity is not None and isinstance(mask := kwargs.get(name), Tensor) and mask.dim() == 2:
+            kwargs[name] = filled_up(mask, capacity)  # of the same size in every step
         positions, ids = kwargs.get(POSITIONS), kwargs.get("input_ids")
         if isinstance(positions, Tensor) and isinstance(ids, Tensor) and positions.shape[:1] == (1,) != ids.shape[:1]:
             kwargs[POSITIONS] = positions.expand(ids.shape[0], -1)  # so that all batches share a graph
@@ -383,9 +391,9 @@ def _cached(
 ) -> None:
     """Create a cache whose layers store all tokens, unless the caller passed one, and prepend the initial contents."""
     kind = generation_config.cache_implementation
-    if kind not in _GROWING:
+    if kind not in (*_GROWING, _FIXED):
         message = f"a compiled model's graphs do not support the cache implementation {kind!r}"
-        raise GraftError("GC140", message, hint="leave cache_implementation out: the cache grows with the text")
+        raise GraftError("GC140", message, hint="use 'static', or leave cache_implementation out: the cache grows then")
     name = cache_name(inspect.signature(instance.forward).parameters)
     given = model_kwargs.get(name) if name is not None else None
     mask = model_kwargs.get(MASK)
@@ -394,7 +402,7 @@ def _cached(
     if given is not None:
         given_by_caller(given)
     elif generation_config.use_cache is not False and name is not None:
-        model_kwargs[name] = new_cache(has_encoder(instance))
+        model_kwargs[name] = _new_cache(instance, generation_config, max_cache_length)
     cache = model_kwargs.get(name) if name is not None else None
     if cache is None:
         vars(instance).update(_graftc_initial=None, _graftc_runner=instance._graftc_whole or instance._graftc_runner)
@@ -402,6 +410,24 @@ def _cached(
         rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
         instance._graftc_initial.put_in_front(cache, rows)
         vars(instance)["_graftc_cache"] = cache
+
+
+def _new_cache(instance: Any, generation_config: Any, length: Any) -> Any:
+    """Return the empty cache that a generation config requests.
+
+    Args:
+        instance: the stand-in.
+        generation_config: the config.
+        length: the number of tokens for which a cache of fixed length has room. One that an earlier call used is not
+            undercut, so that code compiled for it is used again.
+    """
+    if generation_config.cache_implementation != _FIXED:
+        return new_cache(has_encoder(instance))
+    runner = instance._graftc_runner
+    length = max(int(length), generation_config.max_cache_len or 0, runner.derived.get(_LONGEST, 0))
+    runner.derived[_LONGEST] = length
+    front = 0 if instance._graftc_initial is None else instance._graftc_initial.length
+    return new_cache(has_encoder(instance), runner.shown.compilation.cache_layout, length + front)
 
 
 def _candidates(
@@ -429,6 +455,10 @@ class _StandIn:
     """The Runner whose graphs themselves compute the adaptations that the initial contents represent."""
     _graftc_initial: Any = None
     _graftc_cache: Any = None
+
+    def create_masks_for_generate(self, attention_mask: Any = None, **kwargs: Any) -> Any:
+        """Return the mask of the tokens: graphs compute masks of pairs for caches of fixed length themselves."""
+        return attention_mask
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
         """Return the encoder, whose calls run the Runner's graphs."""

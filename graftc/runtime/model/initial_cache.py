@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from graftc.compiler.capture.anchor import BOUNDS
 from graftc.compiler.capture.example_inputs import samples_on
+from graftc.compiler.capture.fixed_cache import begin_fixed, is_fixed, put_in_front, require_room, take_from_front
 from graftc.compiler.capture.past import (
     MASK,
     POSITIONS,
@@ -76,7 +77,13 @@ class InitialCache:
         """
         if is_fronted(cache):
             return
-        require_growing(cache)
+        fixed = is_fixed(cache)
+        if fixed:
+            kinds = {name: (tensor.dtype, tensor.shape[1], tensor.shape[3]) for name, tensor in self.tensors.items()}
+            begin_fixed(cache, kinds, rows, next(iter(self.tensors.values())).device)
+            require_room(cache, self.length)
+        else:
+            require_growing(cache)
         require_beginning(cache, self.length if self.shifted else 0)
         texts = {name: tensor for name, tensor in tensors_of(cache).items() if tensor.shape[2]}
         fronts = {name: front.expand(rows, -1, -1, -1) for name, front in self.tensors.items()}
@@ -87,8 +94,11 @@ class InitialCache:
                 front = self.tensors[name]
                 if text.dtype != front.dtype or (text.shape[1], text.shape[3]) != (front.shape[1], front.shape[3]):
                     raise other_cache(f"{name} is {list(text.shape)}")
-                fronts[name] = torch.cat([front.expand(len(text), -1, -1, -1), text], 2)
-        fill_cache(cache, fronts)
+                fronts[name] = front.expand(len(text), -1, -1, -1)
+        if fixed:
+            put_in_front(cache, fronts, self.length)
+        else:
+            fill_cache(cache, {n: torch.cat([front, texts[n]], 2) if texts else front for n, front in fronts.items()})
         kind: Any = type(cache)
         cache.__class__ = _with_front(kind)
         cache._graftc_front = self.length
@@ -114,6 +124,9 @@ def taken_away(cache: Any) -> None:
     length = vars(cache).pop("_graftc_front", 0)
     if length:
         cache.__class__ = type(cache).__mro__[2]
+        if is_fixed(cache):
+            take_from_front(cache, length)
+            return
         fill_cache(cache, {name: tensor[:, :, length:] for name, tensor in tensors_of(cache).items()})
 
 

@@ -248,7 +248,8 @@ class ModelRunner(Runner):
             self._look_at(key, present)
         outputs = self.shown.lowered_of(key).outputs.build(self.results(key, present))
         if past is not None:
-            outputs = with_cache(outputs, past.cache)
+            tokens = tokens_of(self.shown.compilation, present)
+            outputs = with_cache(outputs, past, 0 if tokens is None else tokens.shape[1])
         return outputs.to_tuple() if plain and hasattr(outputs, "to_tuple") else outputs
 
     def _look_at(self, key: ProgramKey, present: Mapping[str, Any]) -> None:

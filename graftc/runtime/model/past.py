@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from graftc.compiler.capture.isolation import exclusive
 from graftc.compiler.capture.past import CACHE, MASK, read_cache
@@ -35,13 +36,22 @@ def read_past(compilation: Compilation, present: dict[str, Any], begins: int) ->
     if tokens is None:
         name = "decoder_input_ids" if layout.pairs else "input_ids"
         raise GraftError("GC140", f"a call with a cache needs {name}", hint=f"pass {name}")
-    past = read_cache(present.get(CACHE), layout, tokens.shape[0], tokens.device, begins)
+    past = read_cache(present.get(CACHE), layout, tokens, begins)
     present[CACHE] = past
     name = f"decoder_{MASK}" if layout.pairs else MASK
     mask, length = present.get(name), past.length + tokens.shape[1]
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] != length:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return
+    if past.capacity is not None and mask.shape[1] <= past.capacity:
+        present[name] = filled_up(mask, past.capacity)
+    elif mask.shape[1] != length:
         hint = f"pass one value for each token, including those in the cache: {[tokens.shape[0], length]}"
         raise GraftError("GC031", f"{name} is {list(mask.shape)}", hint=hint)
+
+
+def filled_up(mask: Tensor, capacity: int) -> Tensor:
+    """Return a mask of tokens, ``[batch, tokens]``, as ``[batch, capacity]``, with zeros for those that are to come."""
+    return functional.pad(mask, (0, capacity - mask.shape[1]))
 
 
 def tokens_of(compilation: Compilation, present: Mapping[str, Any]) -> Tensor | None:

@@ -27,6 +27,7 @@ from graftc.passes.core.weights.sharding import computes_on, is_unit, sharded_mo
 from graftc.passes.core.weights.store import Store
 from graftc.passes.graph.outline import outline
 from graftc.passes.graph.packed_weights import reading_parts
+from graftc.passes.lowering.cache_writes import write_caches
 from graftc.records.graphs import LoweringOutcome
 from graftc.runtime.activations.budget import Choices
 from graftc.runtime.hooks.boundaries import heard_module, learn_modules, stopping, without_stops
@@ -184,7 +185,8 @@ class Runner:
     def _lower(self, key: ProgramKey, executable: Installed) -> None:
         executable.known.pop(_CALLS, None)
         source = stopping(executable.program, self.stops) if self.stops else self.lowered(key, executable)
-        program = executable.lowered = reading_parts(source, self.store)
+        program = reading_parts(source, self.store)
+        program = executable.lowered = write_caches(program) if key.mode == "eval" else program
         outlined = outline(program)
         device = self._code_device()
         executables: dict[fx.Graph, Executable] = {}

@@ -514,7 +514,8 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
     # Generating.
     ("GC140", _SPEC, "the cache does not fit",
      "A call passes a cache, but the model does not cache keys and values; or the cache belongs to another model or "
-     "batch, is of a type that does not grow with the text, or has dropped tokens outside a sliding window.",
+     "batch, is of a type that graphs do not take, has dropped tokens outside a sliding window, or has a fixed length "
+     "and no room for the call.",
      "Pass the cache that this model returned for the same batch, an empty `DynamicCache()`, or only `use_cache=True` "
      "for a new one. Models whose state is not keys and values run without a cache: `use_cache=False`."),
     ("GC141", _SPEC, "an adaptation does not work with a cache",

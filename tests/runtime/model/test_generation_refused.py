@@ -34,17 +34,17 @@ def test_encoders() -> None:
     [
         lambda model: language_model("gpt2")(**prompt(model, 2), use_cache=True).cache,
         lambda model: model(**prompt(model, 3), use_cache=True).cache,
-        lambda model: StaticCache(config=model.config, max_cache_len=32),
+        lambda model: StaticCache(config=language_model("mistral").config, max_cache_len=32),
         lambda model: ((torch.zeros(2, 2, 3, 8),) * 2,) * 2,
     ],
-    ids=["model", "batch", "static", "tuple"],
+    ids=["model", "batch", "sliding", "tuple"],
 )
 def test_caches(llama: Any, cache: Any) -> None:
     with fails("GC140", ""):
         llama(**prompt(llama, 2), cache=cache(llama))
 
 
-@pytest.mark.parametrize("kind", ["static", "quantized", "offloaded"])
+@pytest.mark.parametrize("kind", ["offloaded_static", "quantized", "offloaded"])
 def test_kinds(llama: Any, kind: str) -> None:
     with fails("GC140", kind):
         llama.generate(**prompt(llama), cache_implementation=kind)

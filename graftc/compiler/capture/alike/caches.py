@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from graftc.compiler.capture.assignments import has_same_items
+from graftc.compiler.capture.fixed_cache import traced_layer
 from graftc.compiler.capture.past import kinds_of
 
 _CACHES = "transformers.cache_utils"
@@ -190,16 +191,21 @@ def crossed(value: Any) -> CrossedCache | None:
     """Return the state of a cache whose layers keep all tokens and nothing else; None for any other value."""
     if type(value).__module__ != _CACHES:
         return None
-    from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+    from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-    if type(value) not in (DynamicCache, EncoderDecoderCache):
-        return None
-    for own in kinds_of(value).values():
-        plain = type(own) is DynamicCache and not own.offloading and type(own.layers) is list
-        usual = plain and own.layer_class_to_replicate in (None, DynamicLayer)
-        if not usual or any(type(layer) is not DynamicLayer for layer in own.layers):
-            return None
-    return CrossedCache(value)
+    known = type(value) in (Cache, DynamicCache, EncoderDecoderCache)
+    return CrossedCache(value) if known and all(map(_keeps_all, kinds_of(value).values())) else None
+
+
+def _keeps_all(own: Any) -> bool:
+    """Return whether a cache consists of layers that only append tokens, or write them into a fixed length."""
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+    if type(own.layers) is not list or own.offloading:
+        return False
+    kind = {DynamicCache: DynamicLayer, Cache: traced_layer()}.get(type(own))
+    usual = own.layer_class_to_replicate in (None, DynamicLayer)
+    return usual and all(type(layer) is kind for layer in own.layers)
 
 
 def _without_layers(own: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from graftc.compiler.capture.assignments import noticed
 from graftc.compiler.capture.capture import output_spec
 from graftc.compiler.capture.example_inputs import samples_on
 from graftc.compiler.capture.identity.sources import home_of_module
-from graftc.compiler.capture.past import PAST, POSITIONS
+from graftc.compiler.capture.past import CAPACITY, PAST, POSITIONS
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import fits, is_sum
 from graftc.passes.core.ir.cleaning import on_device
@@ -143,7 +143,7 @@ class Runs:
             size
             for spec in self._program.inputs
             for size, (low, _) in zip(spec.shape, spec.ranges, strict=False)
-            if isinstance(size, str) and low <= 1 and not is_sum(size)
+            if isinstance(size, str) and low <= 1 and not is_sum(size) and size != CAPACITY
         )
         return tuple(dict.fromkeys(named))
 

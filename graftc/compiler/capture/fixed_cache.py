@@ -1,0 +1,166 @@
+"""Caches of fixed length: tensors of a given size in which each call writes its keys and values behind earlier ones.
+
+transformers calls them static. A graph is captured with layers that return new tensors instead of writing, so that it
+has no side effects and every pass applies to it; the code of an eval graph writes in place (`written_in_place`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.ir.past_inputs import past_place
+from graftc.specs.errors.diagnostics import GraftError
+
+
+def is_fixed(given: Any) -> bool:
+    """Return whether a cache consists of layers of fixed length that store all tokens."""
+    from transformers.cache_utils import StaticLayer
+
+    return bool(given.layers) and all(type(layer) is StaticLayer for layer in given.layers)
+
+
+def fixed_cache(layers: int, length: int) -> Any:
+    """Return an empty cache of fixed length.
+
+    Args:
+        layers: the number of its layers, all of which store every token, even if they attend only to a window.
+        length: the number of tokens for which it has room.
+    """
+    from transformers.cache_utils import Cache, StaticLayer
+
+    return Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(layers)])
+
+
+def begin_fixed(given: Any, heads: Mapping[str, tuple[torch.dtype, int, int]], rows: int, device: torch.device) -> None:
+    """Allocate the tensors of layers that have none yet.
+
+    Args:
+        given: the cache.
+        heads: the dtype, the number of heads and the head width of each tensor, by name.
+        rows: the number of rows of the batch.
+        device: the device of the tensors.
+    """
+    empty: dict[int, dict[str, Tensor]] = {}
+    for name, (dtype, count, width) in heads.items():
+        kind, number, part = past_place(name)
+        if kind == "past" and number < len(given.layers) and not given.layers[number].is_initialized:
+            empty.setdefault(number, {})[part] = torch.empty((rows, count, 0, width), dtype=dtype, device=device)
+    for number, parts in empty.items():
+        given.layers[number].lazy_initialization(parts["key"], parts["value"])
+
+
+def seen_of(given: Any) -> Tensor:
+    """Return the number of tokens in a cache, ``int64[]``."""
+    seen: Tensor = next(layer.cumulative_length for layer in given.layers if layer.is_initialized)
+    return seen
+
+
+def require_room(given: Any, tokens: int) -> int:
+    """Return the number of tokens in a cache on a CPU, after checking that its layers agree and have room for more.
+
+    Args:
+        given: the cache.
+        tokens: the number of tokens of the call.
+
+    Raises:
+        GraftError: GC140.
+    """
+    layers = [layer for layer in given.layers if layer.is_initialized]
+    lengths = {int(layer.cumulative_length) for layer in layers}
+    if len(lengths) > 1:
+        message = f"the cache does not belong to this model: its layers have {min(lengths)} to {max(lengths)} tokens"
+        raise GraftError("GC140", message, hint="start with a new cache")
+    (length,), room = lengths, min(layer.max_cache_len for layer in layers)
+    if length + tokens > room:
+        message = f"the cache has room for {room} tokens, {length} of which it contains, and the call has {tokens}"
+        raise GraftError("GC140", message, hint=f"start with StaticCache(config, max_cache_len={length + tokens})")
+    return length
+
+
+def fill_fixed(given: Any, tensors: Mapping[str, Tensor], tokens: int) -> None:
+    """Put the keys and values that a graph returned into a cache of fixed length.
+
+    Args:
+        given: the cache; its tensors keep their places in memory.
+        tensors: keys and values by name; those that the graph has written in place are the cache's own.
+        tokens: the number of tokens of the call.
+    """
+    numbers: set[int] = set()
+    for name, tensor in tensors.items():
+        _, number, part = past_place(name)
+        layer = given.layers[number]
+        own = layer.keys if part == "key" else layer.values
+        if own is not tensor:
+            own.copy_(tensor.detach())
+        numbers.add(number)
+    for number in numbers:
+        given.layers[number].cumulative_length.add_(tokens)
+
+
+def put_in_front(given: Any, fronts: Mapping[str, Tensor], length: int) -> None:
+    """Move the contents of a cache of fixed length back, and put others in front of them.
+
+    Args:
+        given: the cache, whose tensors are allocated.
+        fronts: keys and values for the front, ``[rows, heads, length, width]``, by name.
+        length: the number of their tokens, for which the cache has room.
+    """
+    for name, front in fronts.items():
+        _, number, part = past_place(name)
+        own = given.layers[number].keys if part == "key" else given.layers[number].values
+        own[:, :, length:] = own[:, :, :-length].clone()
+        own[:, :, :length] = front
+    for layer in given.layers:
+        layer.cumulative_length.add_(length)
+
+
+def take_from_front(given: Any, length: int) -> None:
+    """Reverse `put_in_front`."""
+    for layer in given.layers:
+        for own in (layer.keys, layer.values):
+            own[:, :, :-length] = own[:, :, length:].clone()
+        layer.cumulative_length.sub_(length)
+
+
+def traced_layers(count: int, seen: Tensor) -> list[Any]:
+    """Return layers of fixed length for a trace, whose tensors are still to be filled in.
+
+    Args:
+        count: the number of layers.
+        seen: the number of tokens that they contain, ``int64[]``.
+    """
+    return [traced_layer()(seen) for _ in range(count)]
+
+
+@cache
+def traced_layer() -> Any:
+    """Return the class of a layer of fixed length whose update returns new tensors, so that it has no side effects."""
+    from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+    class TracedLayer(StaticLayer):
+        """A layer of fixed length whose tensors are values of a trace."""
+
+        def __init__(self, seen: Tensor) -> None:
+            CacheLayerMixin.__init__(self)  # type: ignore[no-untyped-call]
+            self.cumulative_length = seen
+
+        @property
+        def max_cache_len(self) -> Any:
+            """The number of tokens for which the layer has room."""
+            return self.keys.shape[2]
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            """Return all keys and values, with the given ones behind those that the layer contains."""
+            count = key_states.shape[-2]
+            places = torch.arange(count, device=key_states.device) + self.cumulative_length
+            self.keys = self.keys.index_copy(2, places, key_states)
+            self.values = self.values.index_copy(2, places, value_states)
+            self.cumulative_length = self.cumulative_length + count
+            return self.keys, self.values
+
+    return TracedLayer
