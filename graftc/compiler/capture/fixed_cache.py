@@ -56,8 +56,13 @@ def begin_fixed(given: Any, heads: Mapping[str, tuple[torch.dtype, int, int]], r
 
 def seen_of(given: Any) -> Tensor:
     """Return the number of tokens in a cache, ``int64[]``."""
-    seen: Tensor = next(layer.cumulative_length for layer in given.layers if layer.is_initialized)
+    seen: Tensor = _begun(given)[0].cumulative_length
     return seen
+
+
+def _begun(given: Any) -> list[Any]:
+    """Return the layers that have tensors; layers that read the keys and values of others have none."""
+    return [layer for layer in given.layers if layer.is_initialized]
 
 
 def require_room(given: Any, tokens: int) -> int:
@@ -70,7 +75,7 @@ def require_room(given: Any, tokens: int) -> int:
     Raises:
         GraftError: GC140.
     """
-    layers = [layer for layer in given.layers if layer.is_initialized]
+    layers = _begun(given)
     lengths = {int(layer.cumulative_length) for layer in layers}
     if len(lengths) > 1:
         message = f"the cache does not belong to this model: its layers have {min(lengths)} to {max(lengths)} tokens"
@@ -115,13 +120,13 @@ def put_in_front(given: Any, fronts: Mapping[str, Tensor], length: int) -> None:
         own = given.layers[number].keys if part == "key" else given.layers[number].values
         own[:, :, length:] = own[:, :, :-length].clone()
         own[:, :, :length] = front
-    for layer in given.layers:
+    for layer in _begun(given):
         layer.cumulative_length.add_(length)
 
 
 def take_from_front(given: Any, length: int) -> None:
     """Reverse `put_in_front`."""
-    for layer in given.layers:
+    for layer in _begun(given):
         for own in (layer.keys, layer.values):
             own[:, :, :-length] = own[:, :, length:].clone()
         layer.cumulative_length.sub_(length)

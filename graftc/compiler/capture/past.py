@@ -204,10 +204,11 @@ def read_cache(given: Any, layout: CacheLayout, text: Tensor, begins: int = 0) -
         wanted = "EncoderDecoderCache" if layout.pairs else "DynamicCache"
         raise GraftError("GC140", f"the cache is {kind_of(given)}; the model uses a {wanted}", hint=f"use a {wanted}")
     fixed = is_fixed(kinds["past"])
-    for own in list(kinds.values())[fixed:]:
-        require_growing(own)
-    if fixed:
-        begin_fixed(kinds["past"], layout.heads, rows, device)
+    for kind, own in kinds.items():
+        if fixed and kind == "past":
+            begin_fixed(own, layout.heads, rows, device)
+        else:
+            require_growing(own)
     entries = tensors_of(given)
     length = _length(entries)
     require_beginning(given, begins)
