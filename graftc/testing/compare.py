@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from graftc.compat import pytree
 from graftc.compiler.capture.example_inputs import random_inputs
-from graftc.runtime.model.generation import encode
 from graftc.runtime.model.runner import ModelRoot, runner_of
+from graftc.runtime.model.stand_in import encode
 
 SHAPES: tuple[tuple[int, int], ...] = ((5, 9), (1, 4), (2, 17))
 """Batch and sequence sizes that no capture uses."""

@@ -1,7 +1,7 @@
 """Caches of fixed length: tensors of a given size in which each call writes its keys and values behind earlier ones.
 
 transformers calls them static. A graph is captured with layers that return new tensors instead of writing, so that it
-has no side effects and every pass applies to it; the code of an eval graph writes in place (`written_in_place`).
+has no side effects and every pass applies to it; `passes/lowering/cache_writes.py` lets eval graphs write in place.
 """
 
 from __future__ import annotations
@@ -22,6 +22,16 @@ def is_fixed(given: Any) -> bool:
     from transformers.cache_utils import StaticLayer
 
     return bool(given.layers) and all(type(layer) is StaticLayer for layer in given.layers)
+
+
+def capacity_of(given: Any) -> int | None:
+    """Return the number of tokens for which a cache of fixed length has room; None for any other value."""
+    from transformers.cache_utils import Cache
+
+    own: Any = getattr(given, "self_attention_cache", given)
+    fixed = isinstance(own, Cache) and is_fixed(own)
+    layers: Any = own.layers if fixed else ()
+    return int(layers[0].max_cache_len) if fixed else None
 
 
 def fixed_cache(layers: int, length: int) -> Any:
@@ -150,12 +160,15 @@ def traced_layer() -> Any:
     class TracedLayer(StaticLayer):
         """A layer of fixed length whose tensors are values of a trace."""
 
+        keys: Tensor
+        values: Tensor
+
         def __init__(self, seen: Tensor) -> None:
             CacheLayerMixin.__init__(self)  # type: ignore[no-untyped-call]
             self.cumulative_length = seen
 
         @property
-        def max_cache_len(self) -> Any:
+        def max_cache_len(self) -> Any:  # type: ignore[override]
             """The number of tokens for which the layer has room."""
             return self.keys.shape[2]
 

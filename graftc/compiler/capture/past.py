@@ -358,14 +358,6 @@ def assembled(inputs: Mapping[str, Any], parameters: Iterable[str], pairs: bool)
     return given
 
 
-def capacity_of(given: Any) -> int | None:
-    """Return the number of tokens for which a cache of fixed length has room; None for any other value."""
-    from transformers.cache_utils import Cache
-
-    own = kinds_of(given)["past"] if isinstance(given, Cache) else None
-    return int(own.layers[0].max_cache_len) if own is not None and is_fixed(own) else None
-
-
 def _traced(pairs: bool, past: Mapping[str, Tensor], seen: Tensor) -> Any:
     """Return an unfilled cache of fixed length for a trace."""
     from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache

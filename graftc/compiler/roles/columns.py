@@ -29,7 +29,7 @@ from graftc.compiler.roles.operators import (
     RESIZING,
     SHAPING,
 )
-from graftc.compiler.roles.patterns import Indexed, Patterns, T
+from graftc.compiler.roles.patterns import Indexed, Patterns, T, told
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import map_nodes, nodes_in
 from graftc.passes.core.sites.calls import op_name
@@ -227,12 +227,13 @@ class Columns:
     def _put(self, node: fx.Node) -> Indexed | None:
         """Return the indices of tokens that are written into a cache, whose own columns are the same."""
         whole, axis, _, new = node.args
-        if not (isinstance(new, fx.Node) and isinstance(whole, fx.Node) and whole.op == "placeholder"):
+        if not (isinstance(whole, fx.Node) and whole.op == "placeholder" and isinstance(new, fx.Node)):
             return None
-        index, shape = self.index(new), self.shape(node)
-        if index is None or index.dim() != len(shape) or axis % len(shape) in self.once(varying, index):
+        index = self.index(new)
+        if index is None or not isinstance(axis, int) or axis % index.dim() in self.once(varying, index):
             return None
-        return Indexed(index.narrow(axis, 0, 1).expand(shape), self._index[new].sources)
+        resized = self._resized(node, index)
+        return None if resized is None else Indexed(resized, self._index[new].sources)
 
     def _of_first(self, node: fx.Node, run: Callable[[fx.Node, Tensor], Tensor | None]) -> Indexed | None:
         """Return the indices that `run` computes from those of the first operand.
@@ -276,7 +277,7 @@ class Columns:
                 return "hole", self.shape(leaf)
             return "size", operand(leaf)
 
-        key = (node.target, _told(node.args, known), _told(node.kwargs, known))
+        key = (node.target, told(node.args, known), told(node.kwargs, known))
         result = self._patterns.once(key, patterns.values(), lambda: moved(node, operand))
         return None if result is None else Indexed(result, sources)
 
@@ -386,19 +387,6 @@ _COMPLEX: Mapping[str, Callable[[Tensor], Tensor]] = {
     "view_as_complex": lambda index: torch.view_as_complex(index.double().contiguous()),
     "view_as_real": lambda index: torch.view_as_real(index.resolve_conj()).round().long(),
 }
-
-
-def _told(value: Any, known: Callable[[Any], Any]) -> Any:
-    """Return arguments in hashable form, as a cache key for results."""
-    if isinstance(value, fx.Node | torch.SymInt):
-        return known(value)
-    if isinstance(value, list | tuple):
-        return tuple(_told(item, known) for item in value)
-    if isinstance(value, Mapping):
-        return tuple((name, _told(item, known)) for name, item in value.items())
-    if isinstance(value, slice):
-        return slice, _told((value.start, value.stop, value.step), known)
-    return type(value), value
 
 
 def _touches_last(node: fx.Node, rank: int) -> bool:

@@ -5,11 +5,12 @@ Similar layers do the same to the columns of different sources, so each operator
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from graftc.compiler.roles.indices import SHIFT, renumbered
 
@@ -88,3 +89,16 @@ class Patterns:
         if places == tuple(range(len(places))):
             return pattern
         return self.once(("renumbered", places, id(pattern)), (pattern,), lambda: renumbered(pattern, places))
+
+
+def told(value: Any, known: Callable[[Any], Any]) -> Any:
+    """Return arguments in hashable form, as a cache key for results."""
+    if isinstance(value, fx.Node | torch.SymInt):
+        return known(value)
+    if isinstance(value, list | tuple):
+        return tuple(told(item, known) for item in value)
+    if isinstance(value, Mapping):
+        return tuple((name, told(item, known)) for name, item in value.items())
+    if isinstance(value, slice):
+        return slice, told((value.start, value.stop, value.step), known)
+    return type(value), value

@@ -32,8 +32,9 @@ from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx import check_onnx, prepare_onnx, save_onnx
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.model.choices import with_choices
-from graftc.runtime.model.generation import Generating, encode
+from graftc.runtime.model.generation import Generating
 from graftc.runtime.model.model_runner import ModelRunner
+from graftc.runtime.model.stand_in import encode
 from graftc.runtime.onnx_generation.genai import genai_config
 from graftc.runtime.onnx_generation.io_names import DECODER, PAIR, Slot, optimum_name
 from graftc.runtime.onnx_generation.prefixed import prefixed
