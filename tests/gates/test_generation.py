@@ -76,7 +76,8 @@ table = compiled.compilation.table
 known = len(compiled.compilation.signatures) + len(table.stored)
 found = compiled.generate(**given, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
 signatures = compiled.compilation.signatures
-print(torch.equal(found, expected), len(signatures) + len(table.stored) == known, all(found.cached for found in signatures.values()))
+same = len(signatures) + len(table.stored) == known
+print(torch.equal(found, expected), same, all(found.cached for found in signatures.values()))
 """
 
 

@@ -38,6 +38,7 @@ from graftc.passes.core.weights.store import Store
 from graftc.passes.lowering.lower import lower
 from graftc.passes.lowering.requested_loss import warn_of_whole
 from graftc.passes.lowering.token_losses import token_losses
+from graftc.passes.lowering.update_scales import scale_in_sums
 from graftc.runtime.activations.training_code import training_code
 from graftc.runtime.model.blocks import Recompute
 from graftc.runtime.model.model_runner import ModelRunner
@@ -224,8 +225,7 @@ class AdaptedRunner(ModelRunner):
         return self._with_updates(key, super().program_of(key))
 
     def _with_updates(self, key: ProgramKey, program: Program) -> Program:
-        ours = key.stage == "source" and key.entry == "forward"
-        return as_source(program, self.store.updated) if ours else program
+        return as_source(program, self.store.updated) if key.stage == "source" and key.entry == "forward" else program
 
     def as_run(self, key: ProgramKey) -> Program:
         """Return the Program for a key; identical layers call functions, unless hooks need every layer written out."""
@@ -260,9 +260,9 @@ class AdaptedRunner(ModelRunner):
             code.checkpointing, code.recompute = every > 0 and number % every == 0, recompute
 
     def lowered(self, key: ProgramKey, executable: Installed) -> Program:
-        """Return the Program from which code is generated: lowered if it trains, otherwise unchanged."""
+        """Return the Program from which code is generated, rewritten for training or for eval mode."""
         if not _trains(key):
-            return executable.program
+            return scale_in_sums(executable.program) if key.mode == "eval" else executable.program
         spec = self.shown.compilation.spec
         lowered, executable.outcomes = lower(executable.program, spec, self.steering.outputs)
         if executable.lowered is None:  # the first time
