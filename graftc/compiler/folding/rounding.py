@@ -12,7 +12,7 @@ from graftc.compiler.folding.retention import power_below, retention_of, retenti
 from graftc.passes.core.weights import folds
 from graftc.records.retention import Retention
 
-PIECE = 2**18
+PIECE = 2**15
 """Number of elements that are rounded and checked at a time."""
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -40,11 +40,16 @@ def round_into(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool = True
     # Reuse the same memory for every piece: newly allocated memory would not be in the cache.
     spare = torch.empty(2, min(PIECE, into.numel()), dtype=torch.float64, device=into.device)
     for to, own, before in pieces(into, exact, base):
-        if writes:
-            to.copy_(folds.round_once(own, to.dtype))
         error, other = (part[: own.numel()].view(own.shape) for part in spare)
-        error.copy_(to).sub_(own)
-        worst = largest(worst, _in_last_place(error, own, to.dtype, other))
+        if writes:
+            to.copy_(own)
+        units = _in_last_place(error.copy_(to).sub_(own), own, to.dtype, other)
+        if writes and to.dtype in NARROW and not units <= 0.5:
+            # torch rounded by way of float32, and ended at the farther neighbour of these values.
+            farther = other.abs_() > torch.finfo(to.dtype).eps / 2
+            to[farther] = folds.round_once(own[farther], to.dtype)
+            units = _in_last_place(error.copy_(to).sub_(own), own, to.dtype, other)
+        worst = largest(worst, units)
         left += retention_of_error(before, own, error, to.dtype, other, look=left.is_noise)
     return worst, left
 
@@ -58,6 +63,7 @@ def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
 
 
 def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype, spare: Tensor) -> float:
+    """Return the largest error in units in the last place, and store all errors, times ``eps``, in ``spare``."""
     info = torch.finfo(dtype)
     power = power_below(exact, dtype, spare)
     least, most = (float(end) for end in torch.aminmax(torch.div(error, power, out=power)))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, NoReturn, Self
 
 from torch import Tensor
@@ -76,6 +77,7 @@ class TensorFolder(Mapping[str, Tensor]):
     ) -> None:
         self.path, self._refusal, self._writable = path, refusal, writable
         self._files: dict[Path, MappedFile] = {}
+        self._opening = Lock()
         self.index: Mapping[str, Any] | None = None
         self.index_name: str | None = None
         if path.is_dir():
@@ -157,18 +159,21 @@ class TensorFolder(Mapping[str, Tensor]):
 
     def _file(self, name: str) -> MappedFile:
         shard = self.shard_of[name]
-        if shard.path not in self._files:
-            try:
-                self._files[shard.path] = MappedFile(shard, writable=self._writable)
-            except (OSError, ValueError) as error:
-                self._damaged([f"{shard.name}: {_reason(error)}"], error)
-        return self._files[shard.path]
+        with self._opening:
+            if shard.path not in self._files:
+                try:
+                    self._files[shard.path] = MappedFile(shard, writable=self._writable)
+                except (OSError, ValueError) as error:
+                    self._damaged([f"{shard.name}: {_reason(error)}"], error)
+            return self._files[shard.path]
 
     def release(self) -> None:
         """Flush all changes to disk, and release all files."""
-        for file in self._files.values() if self._writable else ():
+        with self._opening:
+            files = list(self._files.values())
+            self._files.clear()
+        for file in files if self._writable else ():
             file.flush()
-        self._files.clear()
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class MergePlan:
     sites: tuple[FileSite, ...]
     dtype: str | None
     _blocks: dict[tuple[str, int], OneMap] = field(default_factory=dict, repr=False)
+    _building: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     @cached_property
     def replacements(self) -> dict[str, Replacement]:
@@ -54,9 +56,10 @@ class MergePlan:
             GraftError: as in `FileSite.block`.
         """
         key = site.kind, rows
-        if key not in self._blocks:
-            self._blocks[key] = site.block(rows)
-        return self._blocks[key]
+        with self._building:
+            if key not in self._blocks:
+                self._blocks[key] = site.block(rows)
+            return self._blocks[key]
 
     def current(self, name: str) -> Tensor:
         """Return the trained copy that replaces a tensor of the base, or otherwise the tensor itself."""

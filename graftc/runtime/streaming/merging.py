@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +29,10 @@ from graftc.runtime.sources.companions import COMPANIONS
 from graftc.runtime.streaming.adapters import read_updates
 from graftc.runtime.streaming.journal import Journal, ShardDone
 from graftc.runtime.streaming.merge_plan import MergePlan, make_plan, stored_config
+from graftc.runtime.streaming.new_file import create_file
 from graftc.runtime.streaming.resuming import States, accepted_file, merge_identity
 from graftc.runtime.streaming.site_fold import Folds, RowTarget
-from graftc.runtime.streaming.work import Progress, create_file, fold_shard, shards, untouched
+from graftc.runtime.streaming.work import Progress, fold_shard, shards, untouched
 from graftc.runtime.swapped_arguments import check_adapter_and_base
 from graftc.specs.errors.arguments import absolute_path, as_path
 from graftc.specs.errors.calls import public
@@ -160,16 +162,22 @@ def _merge(
         with HeldFolder.open(folder) as opened:
             for left in [name for name in opened.names() if name not in before]:
                 opened.remove(left)  # files that a killed run had not finished
-        for shard, advance in shards(checkpoint, progress):
-            file, digest = folder / shard.name, before.get(shard.name)
-            shard_done = None if digest is None else accepted_file(plan, shard, file, advance, digest)
-            resumed += shard_done is not None
-            if shard_done is None:
-                file.unlink(missing_ok=True)
-                shard_done = _merged(plan, shard, file, advance)
-                journal.add(shard.name, shard_done)
-            done[shard.name] = shard_done
-            advance(1.0)
+        with ThreadPoolExecutor(1, "graftc-finish") as pool:  # finishes a file while the next one is folded
+            pending: dict[str, Future[ShardDone]] = {}
+            for shard, advance in shards(checkpoint, progress):
+                file, digest = folder / shard.name, before.get(shard.name)
+                shard_done = None if digest is None else accepted_file(plan, shard, file, advance, digest)
+                resumed += shard_done is not None
+                if shard_done is None:
+                    file.unlink(missing_ok=True)
+                    written, folds = _folded(plan, shard, file, advance)
+                    done |= {name: future.result() for name, future in pending.items()}
+                    pending = {shard.name: pool.submit(_finished, plan, shard, written, folds, journal)}
+                else:
+                    done[shard.name] = shard_done
+                advance(1.0)
+            done |= {name: future.result() for name, future in pending.items()}
+        done = {shard.name: done[shard.name] for shard in checkpoint.shards}
         result = _result(plan, path, done, resumed, allow_unchanged=allow_unchanged)
         _copy_beside(plan, folder)
         _write_record(plan, folder, result, done)
@@ -193,14 +201,21 @@ def _measured(plan: MergePlan, shard: Shard, advance: Advance) -> ShardDone:
     return ShardDone("", len(kept), folds)
 
 
-def _merged(plan: MergePlan, shard: Shard, path: Path, advance: Advance) -> ShardDone:
-    """Create one file, check it, and flush it to disk."""
+def _folded(plan: MergePlan, shard: Shard, path: Path, advance: Advance) -> tuple[TensorFolder, Folds]:
+    """Create one file and fold into it; return its tensors, which are not on the disk yet, and what was measured."""
     create_file(plan, shard, path)
-    with TensorFolder(path, writable=True) as written:
-        folds = fold_shard(plan, shard, RowTarget(shard.tensors, written, writes=True), advance)
-        _require_passed(folds.evidence)
-    with TensorFolder(path) as written:
-        compared = dict(untouched(plan, shard, written, folds.changed))
+    written = TensorFolder(path, writable=True)
+    folds = fold_shard(plan, shard, RowTarget(shard.tensors, written, writes=True), advance)
+    _require_passed(folds.evidence)
+    return written, folds
+
+
+def _finished(plan: MergePlan, shard: Shard, written: TensorFolder, folds: Folds, journal: Journal) -> ShardDone:
+    """Flush one file to disk, check what nothing folds into, and list the file in the journal."""
+    path = written.path
+    written.release()
+    with TensorFolder(path) as stored:
+        compared = dict(untouched(plan, shard, stored, folds.changed))
     if wrong := [name for name, same in compared.items() if not same]:
         message = f"{counted(len(wrong), 'tensor')} changed although nothing folds into them: {wrong[0]}"
         raise GraftError("GC051", message, details=wrong[1:10])
@@ -208,7 +223,9 @@ def _merged(plan: MergePlan, shard: Shard, path: Path, advance: Advance) -> Shar
     shutil.copymode(shard.path, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return ShardDone(digest, len(compared), folds)
+    done = ShardDone(digest, len(compared), folds)
+    journal.add(shard.name, done)
+    return done
 
 
 def _require_passed(sites: Iterable[SiteEvidence]) -> None:

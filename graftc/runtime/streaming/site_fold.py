@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -159,28 +159,29 @@ class SiteFold:
         target: the destination of the rows.
 
     Attributes:
-        folds: what was measured so far.
+        site: as passed in.
     """
 
     def __init__(self, plan: MergePlan, site: FileSite, target: RowTarget) -> None:
-        self._plan, self._site, self._target = plan, site, target
+        self._plan, self.site, self._target = plan, site, target
         self._parts: dict[str, dict[str, Tensor]] = {}
-        self.folds = Folds()
 
-    def blocks(self) -> Iterator[int]:
-        """Fold block by block, and yield the number of entries in each.
+    def fold(self) -> Folds:
+        """Fold block by block, and return what was measured.
 
         Raises:
             GraftError: GC050 if an adaptation cannot fold, GC071 for a faulty method, GC103 for an adaptation that
                 changes anything other than the site's rows or its existing bias.
         """
-        for start, own in self._site.weight.blocks(self._site.rows_per_block):
-            self.folds.add(self._folded(start, own))
-            yield own.size
+        folds = Folds()
+        for start, own in self.site.weight.blocks(self.site.rows_per_block):
+            folds.add(self._folded(start, own))
+        self._parts.clear()
+        return folds
 
     def _folded(self, start: int, own: WeightSlice) -> Folds:
         """Fold rows of the site, beginning at ``start``."""
-        plan, site, store = self._plan, self._site, Store()
+        plan, site, store = self._plan, self.site, Store()
         one = plan.block(site, own.count)
         slices = (each.at(own.rows) for each in site.slices)
         pairs = dict(zip((WEIGHT, BIAS), zip(slices, one.slices, strict=False), strict=False))
@@ -188,15 +189,14 @@ class SiteFold:
             store.put(name, mine.restored(rows_of(rows, plan.checkpoint[rows.tensor])))
         copies = ((plan.replacements.get(rows.tensor), rows, mine) for rows, mine in pairs.values())
         steps = [copy.step(mine, rows) for copy, rows, mine in copies if copy is not None]
-        current = rows_of(pairs[WEIGHT][0], plan.current(own.tensor))
-        steps += [self._step(update, one, start, current, store) for update in site.updates]
+        steps += [self._step(update, one, start, pairs[WEIGHT][0], store) for update in site.updates]
         return RowFold(self._target, pairs, site.name).fold(store, steps, [one.probe])
 
-    def _step(self, update: SiteUpdate, one: OneMap, start: int, rows: Tensor, store: Store) -> FoldStep:
+    def _step(self, update: SiteUpdate, one: OneMap, start: int, rows: WeightSlice, store: Store) -> FoldStep:
         """Add the tensors that an update's unfolded graph reads to a Store, and return the update's fold of a block."""
         method: Any = method_for(update.spec.method)
-        parts = self._cut(update, start, len(rows))
-        every = {**(method.from_weight(update.spec, rows) if isinstance(method, RowWise) else {}), **parts}
+        parts = self._cut(update, start, rows.count)
+        every = {**self._constants(update, rows), **parts}
         for name, own in one.parts.items():
             if own.adaptation == update.adaptation:
                 store.put(name, every[own.part])
@@ -205,7 +205,14 @@ class SiteFold:
             raise GraftError("GC050", f"{update.adaptation!r} cannot fold at {update.site}: {fold.reason}")
         if not isinstance(fold, WeightFold):
             raise GraftError("GC103", f"{update.adaptation!r} does not fold into the rows of {update.site}")
-        return FoldStep(update.adaptation, self._site.name, *one.slices, fold.apply)
+        return FoldStep(update.adaptation, self.site.name, *one.slices, fold.apply)
+
+    def _constants(self, update: SiteUpdate, rows: WeightSlice) -> Mapping[str, Tensor]:
+        """Return the constants that an update's graph has for rows of the weight, by part."""
+        method = method_for(update.spec.method)
+        if not isinstance(method, RowWise) or type(method).from_weight is RowWise.from_weight:
+            return {}
+        return method.from_weight(update.spec, rows_of(rows, self._plan.current(rows.tensor)).double())
 
     def _cut(self, update: SiteUpdate, start: int, count: int) -> dict[str, Tensor]:
         """Return an update's tensors for a block of rows, with floating-point ones in float64."""

@@ -63,9 +63,9 @@ class Replacement:
 
 
 def rows_of(own: WeightSlice, stored: Tensor) -> Tensor:
-    """Return a float64 copy of a slice's rows, as the map uses them."""
+    """Return a slice's rows as the map uses them: a view of the stored tensor if they are one run."""
     views = own.views(stored)
-    return (views[0] if len(views) == 1 else torch.cat(views, own.row_axis)).to(torch.float64, copy=True)
+    return views[0] if len(views) == 1 else torch.cat(views, own.row_axis)
 
 
 @dataclass(frozen=True)

@@ -5,24 +5,22 @@ The same code verifies existing files, and measures folds without writing any.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from graftc.compiler.folding.certify import Advance
 from graftc.files.tensors.folder import TensorFolder
-from graftc.files.tensors.headers import Shard, StoredTensor, header_bytes
-from graftc.files.tensors.mapped import DTYPES, MappedFile
+from graftc.files.tensors.headers import Shard, StoredTensor
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.runtime.streaming.merge_plan import MergePlan
-from graftc.runtime.streaming.site_fold import Folds, RowTarget, SiteFold, fold_copy
+from graftc.runtime.streaming.side_by_side import folding
+from graftc.runtime.streaming.site_fold import Folds, RowTarget, fold_copy
 from graftc.runtime.streaming.sites import rows_that_fit
 
 _CHUNK = 2**22
-"""The number of bytes or entries to copy or compare at a time."""
+"""The number of bytes or entries to compare at a time."""
 Progress = Callable[[int, int], None]
 """A function that receives the number of the base's bytes processed so far, and their total."""
 
@@ -45,28 +43,6 @@ def shards(checkpoint: TensorFolder, progress: Progress) -> Iterator[tuple[Shard
         done += shard.size
 
 
-def create_file(plan: MergePlan, shard: Shard, path: Path) -> None:
-    """Create the file to fold into: a byte-for-byte copy of the base's, or one with tensors in a wider dtype.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
-    tensors = shard.tensors.values()
-    if all(plan.written(stored) == stored.dtype for stored in tensors):
-        shutil.copyfile(shard.path, path)
-        return
-    header = header_bytes(((t.name, plan.written(t), t.shape) for t in tensors), shard.metadata)
-    with path.open("wb") as file:
-        file.write(header)
-        source = MappedFile(shard)
-        for stored in tensors:
-            values = source.tensor(stored).reshape(-1) if plan.written(stored) != stored.dtype else source.raw(stored)
-            for start in range(0, values.numel(), _CHUNK):
-                piece = values[start : start + _CHUNK]
-                wide = piece.to(DTYPES[plan.written(stored)]) if piece.dtype != torch.uint8 else piece
-                file.write(wide.contiguous().view(torch.uint8).numpy().data)
-
-
 def fold_shard(plan: MergePlan, shard: Shard, target: RowTarget, advance: Advance) -> Folds:
     """Fold all sites in a file, and compare the stored result with the unfolded computation.
 
@@ -87,12 +63,11 @@ def fold_shard(plan: MergePlan, shard: Shard, target: RowTarget, advance: Advanc
     copies = [item for name, item in plan.replacements.items() if name in shard.tensors]
     sizes = [site.weight.size for site in sites] + [item.value.numel() for item in copies]
     total, done = max(1, sum(sizes)), 0
-    for site in sites:
-        fold = SiteFold(plan, site, target)
-        for size in fold.blocks():
-            done += size
+    with folding(plan, sites, target) as measured:
+        for site, measures in zip(sites, measured, strict=True):
+            folds.add(measures)
+            done += site.weight.size
             advance(done / total)
-        folds.add(fold.folds)
     for copy in copies:  # only the rows that no fold has written, since folds start from the copy
         rest = _complement([own for own in folds.changed if own.tensor == copy.tensor], shard.tensors[copy.tensor])
         for _, own in rest.blocks(rows_that_fit(rest.size // max(1, rest.count))) if rest is not None else ():

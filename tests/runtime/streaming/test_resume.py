@@ -77,9 +77,9 @@ def removed_if_whole(out: Path, expected: dict[str, bytes]) -> None:
 
 
 def stopped_after(monkeypatch: pytest.MonkeyPatch, files: int) -> list[str]:
-    """Make merging stop after so many files and keep its staging folder; return the names of files that it starts."""
+    """Make merging stop after so many files and keep its staging folder; return the names of files that it finishes."""
     begun: list[str] = []
-    work = merging._merged
+    work = merging._finished
 
     def counting(plan, shard, *rest):  # type: ignore[no-untyped-def]
         if len(begun) == files:
@@ -87,7 +87,7 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch, files: int) -> list[str]:
         begun.append(shard.name)
         return work(plan, shard, *rest)
 
-    monkeypatch.setattr(merging, "_merged", counting)
+    monkeypatch.setattr(merging, "_finished", counting)
     return begun
 
 
