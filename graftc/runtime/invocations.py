@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.compiler.capture.fixed_cache import is_fixed, state_of
 from graftc.compiler.capture.isolation import is_traced
-from graftc.compiler.capture.past import CACHE, Past, tensors_of
+from graftc.compiler.capture.past import CACHE, Past, kinds_of, tensors_of
 from graftc.compiler.compilation import Compilation
 from graftc.passes.core.build.invocation import last_start
 from graftc.passes.core.ir.cleaning import on_device
+from graftc.passes.core.ir.past_inputs import SEEN
 from graftc.specs.base import Invoked
 from graftc.specs.errors.diagnostics import GraftError, warn
 from graftc.specs.errors.text import counted, some
@@ -49,7 +51,7 @@ def starts_in_call(
         return {}
     if not isinstance(text, Tensor):
         raise GraftError("GC038", f"the call has no text in which {name} could be a position", hint="pass input_ids")
-    rows, length = text.shape[0], 0 if past is None else past.length
+    rows, length = text.shape[0], _length(past)
     if not adapted:
         return {name: torch.full((rows,), -1, device=text.device)}
     if given is not None:
@@ -80,10 +82,13 @@ def _in_cache(spec: Invoked, name: str, past: Past, found: Tensor) -> Tensor:
     Raises:
         GraftError: GC140 if they are not known.
     """
-    known: tuple[Tensor | None, Mapping[str, Tensor]] = getattr(past.cache, _STARTS, (None, {}))
-    if name in known[1] and known[0] is _first_of(past.cache):
-        return known[1][name]
-    if past.length and (is_traced() or bool((found < 0).any())):
+    recorded: tuple[tuple[Tensor | None, tuple[float, ...]], Mapping[str, Tensor]]
+    recorded = getattr(past.cache, _STARTS, ((None, ()), {}))
+    state, known = recorded
+    first, numbers = _state_of(past.cache)
+    if name in known and state[0] is first and state[1] == numbers:
+        return known[name]
+    if _has_tokens(past) and (is_traced() or bool((found < 0).any())):
         rows = [] if is_traced() else [str(row) for row, start in enumerate(found.tolist()) if start < 0]
         message = f"whether the invocation of {spec.name!r} is among the tokens in the cache is not known"
         message += f" for rows {some(rows, 3)}" if rows else ""
@@ -91,9 +96,23 @@ def _in_cache(spec: Invoked, name: str, past: Past, found: Tensor) -> Tensor:
     return torch.full_like(found, -1)
 
 
-def _first_of(cache: Any) -> Tensor | None:
-    """Return a tensor that every change to a cache replaces."""
-    return next(iter(tensors_of(cache).values()), None)
+def _state_of(cache: Any) -> tuple[Tensor | None, tuple[float, ...]]:
+    """Return a tensor that every change to a cache replaces, and numbers that change with what is written into it."""
+    own = kinds_of(cache)["past"]
+    first = next(iter(tensors_of(cache).values()), None)
+    return first, state_of(own) if first is not None and is_fixed(own) else ()
+
+
+def _length(past: Past | None) -> int | Tensor:
+    """Return the number of tokens in a call's cache; for one of fixed length, its own count, ``int64[]``."""
+    if past is None or past.capacity is None:
+        return 0 if past is None else past.length
+    return past.tensors[SEEN]
+
+
+def _has_tokens(past: Past) -> bool:
+    """Return whether there are, or may be, tokens in a call's cache."""
+    return bool(past.length) if past.capacity is None else is_traced() or bool(past.tensors[SEEN])
 
 
 def remember_starts(compilation: Compilation, present: Mapping[str, Any]) -> None:
@@ -105,8 +124,11 @@ def remember_starts(compilation: Compilation, present: Mapping[str, Any]) -> Non
     if not isinstance(past, Past) or is_traced():
         return
     inputs = [name for name, control in compilation.controls.items() if isinstance(control, Invoked)]
-    starts = {name: torch.where(present[name] < 0, -1, present[name] + past.length) for name in inputs}
-    setattr(past.cache, _STARTS, (_first_of(past.cache), starts))
+    text = present.get("input_ids", present.get("inputs_embeds"))
+    # A cache of fixed length counts the call's tokens by now.
+    length = past.length if past.capacity is None or text is None else _length(past) - text.shape[1]
+    starts = {name: torch.where(present[name] < 0, -1, present[name] + length) for name in inputs}
+    setattr(past.cache, _STARTS, (_state_of(past.cache), starts))
 
 
 def positions_of(name: str, given: Any, rows: int, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from graftc.compiler.capture.past import CAPACITY
 from graftc.compiler.capture.signature import SEQUENCE, TARGET, is_sum, size_of
+from graftc.passes.core.ir.past_inputs import of_cache
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.weights.store import Store
 
@@ -88,8 +89,14 @@ def _sizes(program: Program, sizes: Sequence[int], fixed_sizes: Mapping[str, int
                 wanted = fixed_sizes.get(name, max(sizes[min(len(axes), len(sizes) - 1)], low))
                 axes.setdefault(name, wanted if high is None else min(wanted, high))
     if CAPACITY in axes and CAPACITY not in fixed_sizes:
-        axes[CAPACITY] = axes.get(TARGET, axes[SEQUENCE]) + _ROOM
+        axes[CAPACITY] = axes.get(TARGET, axes.get(SEQUENCE, _longest(program))) + _ROOM
     return axes
+
+
+def _longest(program: Program) -> int:
+    """Return the largest number of tokens among inputs whose number of tokens is fixed."""
+    sizes = [spec.shape[1] for spec in program.inputs if len(spec.shape) > 1 and not of_cache(spec.name)]
+    return max((size for size in sizes if isinstance(size, int)), default=1)
 
 
 def _padding(rows: int, length: int, *, front: bool) -> Tensor:

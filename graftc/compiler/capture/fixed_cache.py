@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.compat.tensors import version_of
 from graftc.passes.core.ir.past_inputs import past_place
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -85,36 +86,52 @@ def require_room(given: Any, tokens: int) -> int:
     Raises:
         GraftError: GC140.
     """
-    layers = _begun(given)
-    lengths = {int(layer.cumulative_length) for layer in layers}
+    lengths = {int(layer.cumulative_length) for layer in _begun(given)}
     if len(lengths) > 1:
         message = f"the cache does not belong to this model: its layers have {min(lengths)} to {max(lengths)} tokens"
         raise GraftError("GC140", message, hint="start with a new cache")
-    (length,), room = lengths, min(layer.max_cache_len for layer in layers)
+    length, room = max(lengths, default=0), min(layer.max_cache_len for layer in given.layers)
     if length + tokens > room:
         message = f"the cache has room for {room} tokens, {length} of which it contains, and the call has {tokens}"
         raise GraftError("GC140", message, hint=f"start with StaticCache(config, max_cache_len={length + tokens})")
     return length
 
 
+def state_of(given: Any) -> tuple[float, ...]:
+    """Return numbers that change whenever anything writes to a cache of fixed length in place."""
+    layer = _begun(given)[0]
+    keys, seen = layer.keys, layer.cumulative_length
+    if not keys.is_inference() and not seen.is_inference():
+        return version_of(keys), version_of(seen)
+    length = int(seen)  # inference tensors do not count writes
+    return length, *keys[:, :, max(0, length - 1)].flatten().tolist()
+
+
 def fill_fixed(given: Any, tensors: Mapping[str, Tensor], tokens: int) -> None:
     """Put the keys and values that a graph returned into a cache of fixed length.
 
     Args:
-        given: the cache; its tensors keep their places in memory.
+        given: the cache. Its tensors keep their places in memory, unless gradients flow through new ones.
         tensors: keys and values by name; those that the graph has written in place are the cache's own.
         tokens: the number of tokens of the call.
     """
-    numbers: set[int] = set()
+    replaced: dict[int, bool] = {}
     for name, tensor in tensors.items():
         _, number, part = past_place(name)
+        layer, field = given.layers[number], "keys" if part == "key" else "values"
+        own = getattr(layer, field)
+        flows = own is not tensor and tensor.requires_grad
+        if flows:
+            setattr(layer, field, tensor)
+        elif own is not tensor:
+            own.copy_(tensor)
+        replaced[number] = flows or replaced.get(number, False)
+    for number, anew in replaced.items():
         layer = given.layers[number]
-        own = layer.keys if part == "key" else layer.values
-        if own is not tensor:
-            own.copy_(tensor.detach())
-        numbers.add(number)
-    for number in numbers:
-        given.layers[number].cumulative_length.add_(tokens)
+        if anew:  # the backward pass still reads the earlier number
+            layer.cumulative_length = layer.cumulative_length + tokens
+        else:
+            layer.cumulative_length.add_(tokens)
 
 
 def put_in_front(given: Any, fronts: Mapping[str, Tensor], length: int) -> None:

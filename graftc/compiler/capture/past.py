@@ -203,12 +203,14 @@ def read_cache(given: Any, layout: CacheLayout, text: Tensor, begins: int = 0) -
     if ("cross" in kinds) != layout.pairs:
         wanted = "EncoderDecoderCache" if layout.pairs else "DynamicCache"
         raise GraftError("GC140", f"the cache is {kind_of(given)}; the model uses a {wanted}", hint=f"use a {wanted}")
-    fixed = is_fixed(kinds["past"])
+    fixed, known = is_fixed(kinds["past"]), 0
     for kind, own in kinds.items():
-        if fixed and kind == "past":
-            begin_fixed(own, layout.heads, rows, device)
-        else:
+        if not (fixed and kind == "past"):
             require_growing(own)
+            continue
+        if device.type == "cpu" and not is_traced():
+            known = require_room(own, tokens)
+        begin_fixed(own, layout.heads, rows, device)
     entries = tensors_of(given)
     length = _length(entries)
     require_beginning(given, begins)
@@ -232,9 +234,7 @@ def read_cache(given: Any, layout: CacheLayout, text: Tensor, begins: int = 0) -
         raise other_cache(f"it also has {next(iter(entries))}")
     if not fixed:
         return Past(given, tensors, length)
-    seen = seen_of(kinds["past"])
-    known = require_room(kinds["past"], tokens) if seen.device.type == "cpu" and not is_traced() else 0
-    return Past(given, {**tensors, SEEN: seen}, known, length)
+    return Past(given, {**tensors, SEEN: seen_of(kinds["past"])}, known, length)
 
 
 def require_beginning(cache: Any, begins: int) -> None:
@@ -272,7 +272,8 @@ def require_growing(cache: Any) -> None:
             raise GraftError("GC140", message, hint="start with DynamicCache(), without a config: it keeps all tokens")
         if type(layer) is not DynamicLayer and not isinstance(layer, DynamicSlidingWindowLayer):
             message = f"the cache has layers of type {type(layer).__name__}"
-            raise GraftError("GC140", message, hint="pass a DynamicCache, which grows with the text")
+            hint = "pass a DynamicCache, which grows with the text, or Cache(layers=[StaticLayer(length), ...])"
+            raise GraftError("GC140", message, hint=hint)
 
 
 def _length(past: Mapping[str, Tensor]) -> int:

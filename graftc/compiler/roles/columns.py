@@ -232,8 +232,7 @@ class Columns:
         index = self.index(new)
         if index is None or not isinstance(axis, int) or axis % index.dim() in self.once(varying, index):
             return None
-        resized = self._resized(node, index)
-        return None if resized is None else Indexed(resized, self._index[new].sources)
+        return Indexed(index.narrow(axis, 0, 1).expand(self.shape(node)), self._index[new].sources)
 
     def _of_first(self, node: fx.Node, run: Callable[[fx.Node, Tensor], Tensor | None]) -> Indexed | None:
         """Return the indices that `run` computes from those of the first operand.

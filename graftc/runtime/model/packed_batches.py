@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graftc.compiler.capture.past import CACHE, Past
+from graftc.passes.core.ir.past_inputs import SEEN
 from graftc.specs.errors.diagnostics import warn
 
 POSITIONS, MASK = "position_ids", "attention_mask"
@@ -30,7 +32,11 @@ def warn_of_packed(present: Mapping[str, Any], virtual: Sequence[str], gated: Ca
         return
     restarts = positions[:, 1:] <= positions[:, :-1]
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= positions.shape[1]:
-        real = mask[:, mask.shape[1] - positions.shape[1] :].bool()  # the mask of the cached tokens comes first
+        past = present.get(CACHE)
+        start = mask.shape[1] - positions.shape[1]  # the mask of the cached tokens comes first
+        if isinstance(past, Past) and past.capacity is not None:
+            start = int(past.tensors[SEEN])  # that of tokens to come is last
+        real = mask[:, start : start + positions.shape[1]].bool()
         restarts = restarts & real[:, 1:] & real[:, :-1]  # padding may have any positions
     if not bool(torch.any(restarts)):
         return

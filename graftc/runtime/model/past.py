@@ -42,7 +42,7 @@ def read_past(compilation: Compilation, present: dict[str, Any], begins: int) ->
     mask, length = present.get(name), past.length + tokens.shape[1]
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return
-    if past.capacity is not None and mask.shape[1] <= past.capacity:
+    if past.capacity is not None and length <= mask.shape[1] <= past.capacity:
         present[name] = filled_up(mask, past.capacity)
     elif mask.shape[1] != length:
         hint = f"pass one value for each token, including those in the cache: {[tokens.shape[0], length]}"

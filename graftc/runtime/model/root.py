@@ -186,7 +186,7 @@ class Runner:
         executable.known.pop(_CALLS, None)
         source = stopping(executable.program, self.stops) if self.stops else self.lowered(key, executable)
         program = reading_parts(source, self.store)
-        program = executable.lowered = write_caches(program) if key.mode == "eval" else program
+        program = executable.lowered = write_caches(program, in_place=key.mode == "eval")
         outlined = outline(program)
         device = self._code_device()
         executables: dict[fx.Graph, Executable] = {}

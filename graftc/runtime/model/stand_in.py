@@ -234,7 +234,8 @@ def _new_cache(instance: Any, generation_config: Any, length: Any) -> Any:
     if generation_config.cache_implementation != _FIXED:
         return new_cache(has_encoder(instance))
     runner = instance._graftc_runner
-    length = max(int(length), generation_config.max_cache_len or 0, runner.derived.get(_LONGEST, 0))
+    length = int(length) + (generation_config.prompt_lookup_num_tokens or 0)  # candidates may go beyond the last token
+    length = max(length, generation_config.max_cache_len or 0, runner.derived.get(_LONGEST, 0))
     runner.derived[_LONGEST] = length
     front = 0 if instance._graftc_initial is None else instance._graftc_initial.length
     return new_cache(has_encoder(instance), runner.shown.compilation.cache_layout, length + front)
