@@ -49,9 +49,9 @@ from graftc.runtime.model.base_model import install_base_model
 from graftc.runtime.model.choices import held, with_choices
 from graftc.runtime.model.deferred import CallState, cache_field, deferred_cache, may_return_cache, not_at_once
 from graftc.runtime.model.libraries import copies_of, refuse_deepspeed
-from graftc.runtime.model.packed_batches import warn_of_packed
 from graftc.runtime.model.past import read_past, tokens_of
 from graftc.runtime.model.root import AdaptedView, Root, Runner, Value
+from graftc.runtime.packed_batches import warn_of_packed
 from graftc.specs.errors.diagnostics import GraftError
 
 OF_GENERATING = ("generation_config", "input_modalities", "output_modalities")

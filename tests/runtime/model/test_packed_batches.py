@@ -87,7 +87,7 @@ def test_with_a_mask_they_attend_across_texts_and_a_warning_says_so(llama: Any) 
 
 
 def test_positions_of_padding_are_not_taken_for_packed_texts() -> None:
-    from graftc.runtime.model.packed_batches import warn_of_packed
+    from graftc.runtime.packed_batches import warn_of_packed
 
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
     with warnings.catch_warnings():
