@@ -20,7 +20,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint format wheel coverage page bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint format wheel coverage page bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -157,6 +157,9 @@ bench-sparse: setup ## time and memory of whole steps, full, LoRA and sparse del
 bench-generate: setup ## what a prompt and the tokens behind it cost, beside transformers: benchmarks/results/generate.* (ARGS="--onnx DIR")
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.generate $(ARGS)
 
+bench-merging: setup ## merging a LoRA into 4 GB of files, beside peft and a copy: benchmarks/results/merging.* (10 GB of disk)
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m benchmarks.merging $(ARGS)
+
 bench-serving: setup ## what 16 adapters in one batch cost, beside peft: benchmarks/results/serving.* (ARGS="--case llama")
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.serving $(ARGS)
 
@@ -174,7 +177,7 @@ bench-vision: setup ## a LoRA step of vision-language models that are taken apar
 bench-compile: setup ## what compiling takes, up to 405B, and how it grows: benchmarks/results/compile_time.*
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/compile_time.py --out benchmarks/results/compile_time $(ARGS)
 
-bench: bench-train bench-memory bench-inputs bench-adapters bench-sparse bench-generate bench-serving bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner ## all benchmarks, an hour or more
+bench: bench-train bench-memory bench-inputs bench-adapters bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner ## all benchmarks, an hour or more
 
 # Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.
 docs: setup ## write the generated pages of docs/ and build the site (site/, no network needed)
