@@ -12,7 +12,7 @@ from graftc.compiler.folding.retention import power_below, retention_of, retenti
 from graftc.passes.core.weights import folds
 from graftc.records.retention import Retention
 
-PIECE = 2**15
+PIECE = 2**16
 """Number of elements that are rounded and checked at a time."""
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -42,12 +42,11 @@ def round_into(into: Tensor, exact: Tensor, base: Tensor, *, writes: bool = True
     for to, own, before in pieces(into, exact, base):
         error, other = (part[: own.numel()].view(own.shape) for part in spare)
         if writes:
-            to.copy_(own)
+            to.copy_(_shortened(own, to.dtype, error, other))
         units = _in_last_place(error.copy_(to).sub_(own), own, to.dtype, other)
-        if writes and to.dtype in NARROW and not units <= 0.5:
-            # torch rounded by way of float32, and ended at the farther neighbour of these values.
-            farther = other.abs_() > torch.finfo(to.dtype).eps / 2
-            to[farther] = folds.round_once(own[farther], to.dtype)
+        if writes and to.dtype in NARROW and not units < 0.5:
+            doubtful = (other.abs_() < torch.finfo(to.dtype).eps / 2).logical_not_().nonzero(as_tuple=True)
+            to[doubtful] = folds.round_once(own[doubtful], to.dtype)
             units = _in_last_place(error.copy_(to).sub_(own), own, to.dtype, other)
         worst = largest(worst, units)
         left += retention_of_error(before, own, error, to.dtype, other, look=left.is_noise)
@@ -60,6 +59,22 @@ def retained(base: Tensor, exact: Tensor, rounded: Tensor) -> Retention:
     for parts in pieces(base, exact, rounded):
         left += retention_of(*parts)
     return left
+
+
+def _shortened(exact: Tensor, dtype: torch.dtype, out: Tensor, spare: Tensor) -> Tensor:
+    """Return float64 values with no more significant bits than a 16-bit dtype has, rounded once; others unchanged.
+
+    torch converts float64 to 16 bits by way of float32, which rounds twice, but nothing is lost from these values. Only
+    ties, and values outside the dtype's normal range, may still be rounded differently.
+
+    Dekker, "A floating-point technique for extending the available precision", Numerische Mathematik 18, 1971.
+    """
+    if dtype not in NARROW:
+        return exact
+    factor = 2.0**52 * torch.finfo(dtype).eps + 1  # 53 bits, minus those of the dtype
+    torch.mul(exact, factor, out=out)
+    torch.sub(out, exact, out=spare)
+    return out.sub_(spare)
 
 
 def _in_last_place(error: Tensor, exact: Tensor, dtype: torch.dtype, spare: Tensor) -> float:

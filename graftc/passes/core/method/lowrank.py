@@ -69,13 +69,9 @@ def gated(build: Builder, site: LinearSite, a: fx.Node, b: fx.Node, gate: fx.Nod
 
 
 def added(weight: Tensor, b: Tensor, a: Tensor, scale: float = 1) -> Tensor:
-    """Return ``weight + scale * b @ a`` for ``weight: [..., out, in]``, in the place of ``weight`` if it is contiguous.
-
-    No intermediate tensor of that size is allocated. The result is a new tensor if any operand requires gradients.
-    """
-    if not weight.is_contiguous() or any(tensor.requires_grad for tensor in (weight, b, a)):
-        return (torch.addmm if weight.dim() == 2 else torch.baddbmm)(weight, b, a, alpha=scale)
-    return weight.addmm_(b, a, alpha=scale) if weight.dim() == 2 else weight.baddbmm_(b, a, alpha=scale)
+    """Return ``weight + scale * b @ a`` for ``weight: [..., out, in]``, without an intermediate tensor of that size."""
+    product = torch.addmm if weight.dim() == 2 else torch.baddbmm
+    return product(weight, b, a, alpha=scale)
 
 
 def uniform(tensor: Tensor, generator: torch.Generator) -> None:
