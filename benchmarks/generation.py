@@ -19,6 +19,7 @@ from benchmarks.train.contestants import UnavailableError
 from benchmarks.train.models import shared_copy
 
 FLOOR, EAGER, BASE, MERGED = "floor", "transformers", "graftc base", "graftc merged"
+STATIC, STATIC_MERGED = "transformers, torch.compile", "graftc merged, torch.compile"
 LORA: dict[str, Any] = {"method": "lora", "rank": 8, "target": {"role": ["attn.{q,k,v,o}", "ffn.{gate,up,down}"]}}
 PREFIX: dict[str, Any] = {"method": "prefix", "length": 32}
 
@@ -180,12 +181,24 @@ def prefix(case: Case) -> Live:
 
 def static(case: Case) -> Live:
     """Return a contestant that runs transformers with its static cache, compiled by `torch.compile`."""
+    return _static(case, shared_copy(case.model))
+
+
+def static_merged(case: Case) -> Live:
+    """Return a contestant with LoRA folded into the weights, a static cache, and code compiled by `torch.compile`."""
+    return _static(case, merged_model(case))
+
+
+def static_lora(case: Case) -> Live:
+    """Return a contestant with LoRA beside the weights, a static cache, and code compiled by `torch.compile`."""
+    return _static(case, case.adapted(**LORA))
+
+
+def _static(case: Case, model: Any) -> Live:
     from transformers.cache_utils import StaticCache
 
-    model = shared_copy(case.model)
-    length = case.ids.shape[1]
     run = torch.compile(model, dynamic=False)
-    cache = StaticCache(config=model.config, max_cache_len=length)
+    cache = StaticCache(config=model.config, max_cache_len=case.ids.shape[1])
 
     def call(first: int, last: int) -> Any:
         given = {"input_ids": case.ids[:, first:last], "position_ids": torch.arange(first, last)[None]}
@@ -272,5 +285,11 @@ def entries(inductor: bool) -> list[Entry]:
         Entry("graftc in ONNX Runtime", onnx, EAGER, {"prefill": 0.6, "decode": 0.6}),
     ]
     if inductor:
-        lines.append(Entry("transformers, torch.compile", static, EAGER, same=True))
+        lines += [
+            Entry(STATIC, static, EAGER, same=True),
+            Entry("graftc merged, torch.compile", static_merged, STATIC, {"decode": 1.0}),
+            Entry(
+                "graftc LoRA, torch.compile", static_lora, "graftc merged, torch.compile", {"decode": 1.08}, same=True
+            ),
+        ]
     return lines
