@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graftc.compiler.folding import fold_plan
+from graftc.compiler.folding import fold_plan, rounding
 from graftc.compiler.folding import steps as folding
-from graftc.passes.core.weights import folds
 from graftc.passes.core.weights.folds import FoldStep, WeightFold
 from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.lora import LoRAMethod
@@ -162,14 +161,13 @@ def test_without_bias(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rounded_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """Truncating instead of rounding is caught: errors are at most one unit in the last place, but over half of one."""
     compiled = adapted("bert", lora("attn.q", rank=4))
-    original = folds.round_once
 
-    def cut(value: Tensor, dtype: torch.dtype) -> Tensor:
-        nearest = original(value, dtype)
-        over = nearest.double().abs() > value.abs()
+    def cut(exact: Tensor, dtype: torch.dtype, *_: Tensor) -> Tensor:
+        nearest = exact.to(dtype)
+        over = nearest.double().abs() > exact.abs()
         return torch.where(over, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
 
-    monkeypatch.setattr(folds, "round_once", cut)
+    monkeypatch.setattr(rounding, "_shortened", cut)
     assert all("rounding" in reason for reason in reasons_against(compiled))
 
 

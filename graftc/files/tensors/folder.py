@@ -17,6 +17,8 @@ from graftc.files.tensors.weights import INDEX, SINGLE, UnsafeFileError, WeightF
 from graftc.specs.errors.diagnostics import GraftError, Place
 
 _SHOWN = 10
+_OPENING = Lock()
+"""Held while a file is opened, so that threads share it; folders themselves can be copied."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,6 @@ class TensorFolder(Mapping[str, Tensor]):
     ) -> None:
         self.path, self._refusal, self._writable = path, refusal, writable
         self._files: dict[Path, MappedFile] = {}
-        self._opening = Lock()
         self.index: Mapping[str, Any] | None = None
         self.index_name: str | None = None
         if path.is_dir():
@@ -159,7 +160,7 @@ class TensorFolder(Mapping[str, Tensor]):
 
     def _file(self, name: str) -> MappedFile:
         shard = self.shard_of[name]
-        with self._opening:
+        with _OPENING:
             if shard.path not in self._files:
                 try:
                     self._files[shard.path] = MappedFile(shard, writable=self._writable)
@@ -169,7 +170,7 @@ class TensorFolder(Mapping[str, Tensor]):
 
     def release(self) -> None:
         """Flush all changes to disk, and release all files."""
-        with self._opening:
+        with _OPENING:
             files = list(self._files.values())
             self._files.clear()
         for file in files if self._writable else ():
