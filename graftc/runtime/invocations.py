@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graftc.compiler.capture.fixed_cache import is_fixed, state_of
+from graftc.compiler.capture.fixed_cache import is_fixed, seen_of, state_of
 from graftc.compiler.capture.isolation import is_traced
 from graftc.compiler.capture.past import CACHE, Past, kinds_of, tensors_of
 from graftc.compiler.compilation import Compilation
@@ -25,6 +25,9 @@ from graftc.specs.errors.text import counted, some
 
 _STARTS = "_graftc_starts"
 """The attribute of a cache with the positions of its rows, and a tensor that identifies its contents."""
+
+State = tuple[Tensor | None, tuple[float, ...]]
+"""A tensor that a cache replaces when it changes, and numbers that change when something writes into its tensors."""
 
 _PASS = "pass {}: the position of each row's first adapted token, or -1"
 
@@ -82,12 +85,11 @@ def _in_cache(spec: Invoked, name: str, past: Past, found: Tensor) -> Tensor:
     Raises:
         GraftError: GC140 if they are not known.
     """
-    recorded: tuple[tuple[Tensor | None, tuple[float, ...]], Mapping[str, Tensor]]
-    recorded = getattr(past.cache, _STARTS, ((None, ()), {}))
-    state, known = recorded
-    first, numbers = _state_of(past.cache)
-    if name in known and state[0] is first and state[1] == numbers:
-        return known[name]
+    recorded: tuple[State, Mapping[str, Tensor]] = getattr(past.cache, _STARTS, ((None, ()), {}))
+    (first, writes), starts = recorded
+    first_now, writes_now = _state_of(past.cache)
+    if name in starts and first is first_now and writes == writes_now:
+        return starts[name]
     if _has_tokens(past) and (is_traced() or bool((found < 0).any())):
         rows = [] if is_traced() else [str(row) for row, start in enumerate(found.tolist()) if start < 0]
         message = f"whether the invocation of {spec.name!r} is among the tokens in the cache is not known"
@@ -96,8 +98,8 @@ def _in_cache(spec: Invoked, name: str, past: Past, found: Tensor) -> Tensor:
     return torch.full_like(found, -1)
 
 
-def _state_of(cache: Any) -> tuple[Tensor | None, tuple[float, ...]]:
-    """Return a tensor that every change to a cache replaces, and numbers that change with what is written into it."""
+def _state_of(cache: Any) -> State:
+    """Return what tells one state of a cache from another."""
     own = kinds_of(cache)["past"]
     first = next(iter(tensors_of(cache).values()), None)
     return first, state_of(own) if first is not None and is_fixed(own) else ()
@@ -118,15 +120,17 @@ def _has_tokens(past: Past) -> bool:
 def remember_starts(compilation: Compilation, present: Mapping[str, Any]) -> None:
     """Record in a call's cache where aLoRAs begin, for calls that continue it.
 
-    The record is valid as long as nothing else changes the cache, such as its rows.
+    The recorded position is not used if anything else has written to the cache, even in place.
     """
     past = present.get(CACHE)
-    if not isinstance(past, Past) or is_traced():
-        return
     inputs = [name for name, control in compilation.controls.items() if isinstance(control, Invoked)]
+    if not isinstance(past, Past) or not inputs or is_traced():
+        return
     text = present.get("input_ids", present.get("inputs_embeds"))
-    # A cache of fixed length counts the call's tokens by now.
-    length = past.length if past.capacity is None or text is None else _length(past) - text.shape[1]
+    length: int | Tensor = past.length
+    if past.capacity is not None and text is not None:
+        # The cache counts the call's tokens by now, in a new tensor if gradients flow.
+        length = seen_of(kinds_of(past.cache)["past"]) - text.shape[1]
     starts = {name: torch.where(present[name] < 0, -1, present[name] + length) for name in inputs}
     setattr(past.cache, _STARTS, (_state_of(past.cache), starts))
 

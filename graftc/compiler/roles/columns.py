@@ -29,7 +29,7 @@ from graftc.compiler.roles.operators import (
     RESIZING,
     SHAPING,
 )
-from graftc.compiler.roles.patterns import Indexed, Patterns, T, told
+from graftc.compiler.roles.patterns import Indexed, Patterns, T, hashable
 from graftc.passes.core.ir.past_inputs import is_cross, is_past
 from graftc.passes.core.ir.program import map_nodes, nodes_in
 from graftc.passes.core.sites.calls import op_name
@@ -276,7 +276,7 @@ class Columns:
                 return "hole", self.shape(leaf)
             return "size", operand(leaf)
 
-        key = (node.target, told(node.args, known), told(node.kwargs, known))
+        key = (node.target, hashable(node.args, known), hashable(node.kwargs, known))
         result = self._patterns.once(key, patterns.values(), lambda: moved(node, operand))
         return None if result is None else Indexed(result, sources)
 

@@ -91,14 +91,14 @@ class Patterns:
         return self.once(("renumbered", places, id(pattern)), (pattern,), lambda: renumbered(pattern, places))
 
 
-def told(value: Any, known: Callable[[Any], Any]) -> Any:
+def hashable(value: Any, known: Callable[[Any], Any]) -> Any:
     """Return arguments in hashable form, as a cache key for results."""
     if isinstance(value, fx.Node | torch.SymInt):
         return known(value)
     if isinstance(value, list | tuple):
-        return tuple(told(item, known) for item in value)
+        return tuple(hashable(item, known) for item in value)
     if isinstance(value, Mapping):
-        return tuple((name, told(item, known)) for name, item in value.items())
+        return tuple((name, hashable(item, known)) for name, item in value.items())
     if isinstance(value, slice):
-        return slice, told((value.start, value.stop, value.step), known)
+        return slice, hashable((value.start, value.stop, value.step), known)
     return type(value), value

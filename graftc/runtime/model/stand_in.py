@@ -136,10 +136,10 @@ def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
         positions, ids = kwargs.get(POSITIONS), kwargs.get("input_ids")
         if isinstance(positions, Tensor) and isinstance(ids, Tensor) and positions.shape[:1] == (1,) != ids.shape[:1]:
             kwargs[POSITIONS] = positions.expand(ids.shape[0], -1)  # so that all batches share a graph
-        kept = kwargs.get(KEPT)
-        if isinstance(kept, int) and kept > 1:  # each value would need its own graph
+        count = kwargs.get(KEPT)
+        if isinstance(count, int) and count > 1:  # each value would need its own graph
             outputs = _called(runner, args, {**kwargs, KEPT: 0})
-            outputs["logits"] = outputs.logits[:, -kept:]
+            outputs["logits"] = outputs.logits[:, -count:]
             return outputs
         return _called(runner, args, kwargs)
 
@@ -165,12 +165,12 @@ def _expanded(
 ) -> Any:
     """Expand the inputs, the choices among adaptations and where they act: each row may become several rows."""
     compilation = instance._graftc_runner.shown.compilation
-    given = {name: model_kwargs.pop(name) for name in compilation.controls if name in model_kwargs}
+    choices = {name: model_kwargs.pop(name) for name in compilation.controls if name in model_kwargs}
     prompt = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
     if prompt is not None:
-        given = rows_for(compilation, given, int(prompt.shape[0]), prompt.device)
-        given = {**starts_in_prompt(compilation, prompt), **given}
-    return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs, **given)
+        choices = rows_for(compilation, choices, int(prompt.shape[0]), prompt.device)
+        choices = {**starts_in_prompt(compilation, prompt), **choices}
+    return expand(expand_size, is_encoder_decoder, input_ids, **model_kwargs, **choices)
 
 
 def _ending(
@@ -205,12 +205,12 @@ def _cached(
         message = f"a compiled model's graphs do not support the cache implementation {kind!r}"
         raise GraftError("GC140", message, hint="use 'static', or leave cache_implementation out: the cache grows then")
     name = cache_name(inspect.signature(instance.forward).parameters)
-    given = model_kwargs.get(name) if name is not None else None
+    callers_cache = model_kwargs.get(name) if name is not None else None
     mask = model_kwargs.get(MASK)
     if mask is not None and not has_encoder(instance):
         setattr(generation_config, _PADDING, int((mask == 0).sum(-1).min()))
-    if given is not None:
-        given_by_caller(given)
+    if callers_cache is not None:
+        given_by_caller(callers_cache)
     elif generation_config.use_cache is not False and name is not None:
         model_kwargs[name] = _new_cache(instance, generation_config, max_cache_length)
     cache = model_kwargs.get(name) if name is not None else None

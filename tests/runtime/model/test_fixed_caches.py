@@ -50,9 +50,9 @@ def test_texts_are_those_of_a_cache_that_grows(family: str) -> None:
     """With padding, with beams, and behind a text of another length; graphs are captured once."""
     compiled = adapted(family)
     for rows, options in ((3, {}), (2, {"num_beams": 3}), (1, {"max_new_tokens": 20})):
-        given = prompt(compiled, rows, padded=rows > 1)
-        expected = compiled.generate(**given, **{**SOME, **options})
-        assert torch.equal(compiled.generate(**given, **{**SOME, **options}, **STATIC), expected)
+        inputs = prompt(compiled, rows, padded=rows > 1)
+        expected = compiled.generate(**inputs, **{**SOME, **options})
+        assert torch.equal(compiled.generate(**inputs, **{**SOME, **options}, **STATIC), expected)
     fixed, growing = ([kind for kind in kinds(compiled) if word in kind] for word in ("fixed", "past"))
     assert len(fixed) == len(growing) == 2  # with and without padding, or a first step and later ones
 
@@ -80,9 +80,9 @@ def test_calls_write_into_the_callers_cache(llama: Any, training: bool) -> None:
 def test_prefixes_are_the_first_contents(kind: str) -> None:
     """They are in the cache while the loop runs; afterwards it has the text alone, and can be continued."""
     compiled = adapted("llama", PREFIXES[kind])
-    given = prompt(compiled, 2, padded=True)
-    expected = compiled.generate(**given, **SOME, return_dict_in_generate=True)
-    outputs = compiled.generate(**given, **SOME, **STATIC, return_dict_in_generate=True)
+    inputs = prompt(compiled, 2, padded=True)
+    expected = compiled.generate(**inputs, **SOME, return_dict_in_generate=True)
+    outputs = compiled.generate(**inputs, **SOME, **STATIC, return_dict_in_generate=True)
     assert torch.equal(outputs.sequences, expected.sequences)
     length = outputs.sequences.shape[1] - 1
     assert int(outputs.cache.get_seq_length()) == expected.cache.get_seq_length() == length
@@ -92,14 +92,14 @@ def test_prefixes_are_the_first_contents(kind: str) -> None:
 
 @pytest.mark.slow
 def test_what_is_trained_shows_in_the_next_token(llama: Any) -> None:
-    compiled, given = copy.deepcopy(llama), prompt(llama)
-    before = compiled.generate(**given, **SOME, **STATIC)
+    compiled, inputs = copy.deepcopy(llama), prompt(llama)
+    before = compiled.generate(**inputs, **SOME, **STATIC)
     with torch.no_grad():
         for parameter in compiled.parameters():
             if parameter.requires_grad:
                 parameter.mul_(-2)
-    after = compiled.generate(**given, **SOME, **STATIC)
-    assert not torch.equal(after, before) and torch.equal(after, compiled.generate(**given, **SOME))
+    after = compiled.generate(**inputs, **SOME, **STATIC)
+    assert not torch.equal(after, before) and torch.equal(after, compiled.generate(**inputs, **SOME))
 
 
 @pytest.mark.slow
@@ -107,10 +107,10 @@ def test_rows_choose_adapters() -> None:
     spec = {"adapt": [{**LORA, "name": "a"}, {**LORA, "name": "b"}], "compose": {"bank": ["a", "b"]}}
     compiled = graftc.compile(spec, language_model("llama")).eval()
     perturb(compiled, 0.3)
-    given = prompt(compiled, 3)
+    inputs = prompt(compiled, 3)
     rows = torch.tensor([0, 1, 0])
-    expected = compiled.generate(**given, **SOME, adapter_ids=rows)
-    assert torch.equal(compiled.generate(**given, **SOME, **STATIC, adapter_ids=rows), expected)
+    expected = compiled.generate(**inputs, **SOME, adapter_ids=rows)
+    assert torch.equal(compiled.generate(**inputs, **SOME, **STATIC, adapter_ids=rows), expected)
 
 
 @pytest.mark.slow
@@ -155,21 +155,21 @@ def test_refusals(llama: Any) -> None:
 @pytest.mark.full
 def test_steps_are_compiled_once(llama: Any) -> None:
     """Neither another token nor another prompt, nor trained values, compile the code again."""
-    given = [prompt(llama, 2, padded=True, seed=seed) for seed in (3, 4)]
-    expected = [llama.generate(**own, max_new_tokens=24, min_new_tokens=24, **STATIC) for own in given]
+    inputs = [prompt(llama, 2, padded=True, seed=seed) for seed in (3, 4)]
+    expected = [llama.generate(**own, max_new_tokens=24, min_new_tokens=24, **STATIC) for own in inputs]
     copied = copy.deepcopy(llama)
     torch._dynamo.reset()
     counters.clear()
     try:
         copied.compile(backend="aot_eager", fullgraph=True)
-        copied.generate(**given[0], max_new_tokens=24, min_new_tokens=24, **STATIC)
+        copied.generate(**inputs[0], max_new_tokens=24, min_new_tokens=24, **STATIC)
         assert not counters["graph_break"]
         with torch.compiler.set_stance("fail_on_recompile"):
-            tokens = [copied.generate(**own, max_new_tokens=24, min_new_tokens=24, **STATIC) for own in given]
+            tokens = [copied.generate(**own, max_new_tokens=24, min_new_tokens=24, **STATIC) for own in inputs]
             with torch.no_grad():
                 for parameter in copied.parameters():
                     parameter.add_(0.01 * parameter.requires_grad)
-            copied.generate(**given[1], max_new_tokens=24, min_new_tokens=24, **STATIC)
+            copied.generate(**inputs[1], max_new_tokens=24, min_new_tokens=24, **STATIC)
     finally:
         torch._dynamo.reset()
     assert all(map(torch.equal, tokens, expected))
