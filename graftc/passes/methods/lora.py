@@ -33,7 +33,8 @@ class LoRAMethod(LowRankMethod[LoRA]):
     ``loftq`` (Li et al. 2023, arXiv:2310.08659), with one iteration, starts from the quantisation error of ``W``:
     ``s B A`` is the matrix of rank ``rank`` that is closest to the error, and is not subtracted.
 
-    The branch is scaled where it is narrowest, on the ``rank`` axis. Dropout acts on the branch's input only.
+    The branch is scaled where it is narrowest, on the ``rank`` axis; in eval mode, the sum that adds it applies scales
+    of at least 1. Dropout acts on the branch's input only.
 
     Each expert has its own pair of factors, ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``. In a
     convolution, ``in`` counts the entries of a patch. An embedding table starts with ``A = 0`` instead of ``B = 0``.

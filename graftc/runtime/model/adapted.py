@@ -38,6 +38,7 @@ from graftc.passes.core.weights.store import Store
 from graftc.passes.lowering.lower import lower
 from graftc.passes.lowering.requested_loss import warn_of_whole
 from graftc.passes.lowering.token_losses import token_losses
+from graftc.passes.lowering.update_scales import scale_in_sums
 from graftc.runtime.activations.training_code import training_code
 from graftc.runtime.model.blocks import Recompute
 from graftc.runtime.model.model_runner import ModelRunner
@@ -259,9 +260,9 @@ class AdaptedRunner(ModelRunner):
             code.checkpointing, code.recompute = every > 0 and number % every == 0, recompute
 
     def lowered(self, key: ProgramKey, executable: Installed) -> Program:
-        """Return the Program from which code is generated: lowered if it trains, otherwise unchanged."""
+        """Return the Program from which code is generated, rewritten for training or for eval mode."""
         if not _trains(key):
-            return executable.program
+            return scale_in_sums(executable.program) if key.mode == "eval" else executable.program
         spec = self.shown.compilation.spec
         lowered, executable.outcomes = lower(executable.program, spec, self.steering.outputs)
         if executable.lowered is None:  # the first time
