@@ -102,7 +102,8 @@ def machine_line(data: Mapping[str, Any]) -> str:
     host = data["machine"]
     before, after = load_text(host["load"]), load_text(host["load_after"])
     return (
-        f"Machine: {host['processor']}, {host['cores']} cores, {host['threads']} threads, {host['capability']}; "
+        f"Machine: {host.get('gpu') or host['processor']}, "
+        f"{host['cores']} cores, {host['threads']} threads, {host['capability']}; "
         f"load {before} before and {after} after. Medians of {data['rounds']} alternated rounds; an aim stands in "
         "brackets, **bold** where it was missed."
     )

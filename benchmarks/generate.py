@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.command import command_line, parse, parser, write
 from benchmarks.generation import FLOOR, Case, Entry, Live, entries
+from benchmarks.hardware import Stopwatch, device
 from benchmarks.train.report import load_text, machine
 from benchmarks.turns import all_ready, in_turns
 
@@ -65,23 +66,25 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             sizes = {"hidden_size": 32 if quick else 256, "intermediate_size": 48 if quick else 704}
             sizes |= {"num_hidden_layers": 2 if quick else 8, "num_attention_heads": 4, "num_key_value_heads": 2}
             model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=100 if quick else 4096))
-        model = model.eval().requires_grad_(False)
-        ids = torch.randint(3, model.config.vocab_size, (1, context + steps))
+        model = model.eval().requires_grad_(False).to(device())
+        ids = torch.randint(3, model.config.vocab_size, (1, context + steps)).to(device())
         yield Case(name, model, ids, context)
 
 
 def turn(running: Running, steps: int) -> None:
     """Time a prompt and some steps after it; the time of a step is the mean of these steps."""
     live = running.live
-    begun, used = time.perf_counter(), time.process_time()
+    watch, used = Stopwatch(), time.process_time()
     live.prefill()
-    running.seconds["prefill"].append(time.perf_counter() - begun)
+    watch.mark()
+    running.seconds["prefill"] += watch.seconds()
     running.processor["prefill"].append(time.process_time() - used)
     step = live.begin()
-    begun, used = time.perf_counter(), time.process_time()
+    watch, used = Stopwatch(), time.process_time()
     for number in range(steps):
         running.logits = step(number)
-    running.seconds["decode"].append((time.perf_counter() - begun) / steps)
+    watch.mark()
+    running.seconds["decode"].append(watch.seconds()[0] / steps)
     running.processor["decode"].append((time.process_time() - used) / steps)
 
 
@@ -108,7 +111,8 @@ def measure(case: Case, wanted: Sequence[Entry], rounds: int, tell: Callable[[st
     data: dict[str, Any] = {}
     for one in contestants:
         peer = by_name.get(one.entry.peer or "")
-        figures: dict[str, Any] = {"peer": one.entry.peer, "aim": dict(one.entry.aim), "difference": None}
+        aim = dict(one.entry.aims.get(case.name, {}))
+        figures: dict[str, Any] = {"peer": one.entry.peer, "aim": aim, "equals": one.entry.equals, "difference": None}
         for part in PARTS:
             figures[part] = {
                 "seconds": one.seconds[part],
@@ -118,9 +122,9 @@ def measure(case: Case, wanted: Sequence[Entry], rounds: int, tell: Callable[[st
                 "over_peer": None if peer is None else ratio(one.seconds[part], peer.seconds[part]),
                 "over_peer_processor": None if peer is None else ratio(one.processor[part], peer.processor[part]),
             }
-        if peer is not None and one.entry.same:
-            assert one.logits is not None and peer.logits is not None
-            figures["difference"] = float((one.logits - peer.logits).abs().max() / peer.logits.abs().max())
+        if (same := by_name.get(one.entry.equals or "")) is not None:
+            assert one.logits is not None and same.logits is not None
+            figures["difference"] = float((one.logits - same.logits).abs().max() / same.logits.abs().max())
         data[one.name] = figures
     read = case.weights / statistics.median(by_name[FLOOR].seconds["decode"])
     sizes = {"weights": case.weights, "context": case.context, "steps": steps, "bytes_per_second": read}
@@ -129,7 +133,7 @@ def measure(case: Case, wanted: Sequence[Entry], rounds: int, tell: Callable[[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; return 1 if an entry does not compute what its peer does."""
+    """Run the benchmark; return 1 if an entry does not compute what it has to."""
     prog = "python -m benchmarks.generate"
     options_of = parser(prog, "Prompts and tokens behind them.", 12)
     options_of.add_argument("--only", help="a regular expression of entries; their peers run too")
@@ -158,9 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def status(results: Mapping[str, Any], tell: Callable[[str], None]) -> int:
-    """Report every entry whose logits differ from its peer's, and return the exit status: 1 if there are any."""
+    """Report every entry with other logits than it has to have, and return the exit status: 1 if there are any."""
     wrong = [
-        f"{name}: {entry}: its logits are {one['difference']:.1e} from its peer's"
+        f"{name}: {entry}: its logits are {one['difference']:.1e} from those of {one['equals']}"
         for name, case in results.items()
         for entry, one in case["entries"].items()
         if one["difference"] is not None and one["difference"] > TOLERANCE
@@ -171,13 +175,16 @@ def status(results: Mapping[str, Any], tell: Callable[[str], None]) -> int:
 
 
 def chosen(all_of_them: Sequence[Entry], pattern: str | None) -> list[Entry]:
-    """Return the entries whose names match a regular expression, with the floor and their peers; None selects all."""
+    """Return the entries whose names match a regular expression, with the floor and those they are compared with.
+
+    None selects all.
+    """
     if pattern is None:
         return [*all_of_them]
     names = {FLOOR, *(e.name for e in all_of_them if re.search(pattern, e.name))}
     for entry in reversed(all_of_them):  # a peer precedes the entries compared with it
-        if entry.name in names and entry.peer is not None:
-            names.add(entry.peer)
+        if entry.name in names:
+            names |= {other for other in (entry.peer, entry.equals) if other is not None}
     return [entry for entry in all_of_them if entry.name in names]
 
 
@@ -188,7 +195,8 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
     yield "# Generating\n"
     yield f"`{data['command']}`, {data['date']}.\n"
     yield (
-        f"Machine: {host['processor']}, {host['cores']} cores, {host['threads']} threads, {host['capability']}; load "
+        f"Machine: {host.get('gpu') or host['processor']}, "
+        f"{host['cores']} cores, {host['threads']} threads, {host['capability']}; load "
         f"{before} before and {after} after. Medians of {data['rounds']} alternated rounds; an aim stands in brackets, "
         "**bold** where it was missed. `processor` is the same ratio of the processor's time, which other work on the "
         "machine disturbs less."

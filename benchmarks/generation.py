@@ -19,6 +19,7 @@ from benchmarks.train.contestants import UnavailableError
 from benchmarks.train.models import shared_copy
 
 FLOOR, EAGER, BASE, MERGED = "floor", "transformers", "graftc base", "graftc merged"
+ADAPTED, INT4 = "graftc LoRA", "graftc int4"
 STATIC, STATIC_MERGED = "transformers, torch.compile", "graftc merged, torch.compile"
 LORA: dict[str, Any] = {"method": "lora", "rank": 8, "target": {"role": ["attn.{q,k,v,o}", "ffn.{gate,up,down}"]}}
 PREFIX: dict[str, Any] = {"method": "prefix", "length": 32}
@@ -41,6 +42,15 @@ class Case:
     ids: Tensor
     context: int
     compiled: dict[str, Any] = field(default_factory=dict)
+
+    def quantised(self) -> Any:
+        """Return the model with the linear maps of its layers in 4 bits; its head stays in float32."""
+        import graftc
+
+        if "int4" not in self.compiled:
+            spec = {"base": {"quantize": "int4"}, "adapt": []}
+            self.compiled["int4"] = graftc.compile(spec, shared_copy(self.model)).eval()
+        return self.compiled["int4"]
 
     def adapted(self, **entry: Any) -> Any:
         """Return the model with one adaptation, whose values are those of a model after some training."""
@@ -84,16 +94,16 @@ class Entry:
     Attributes:
         name: the unique name of the entry.
         make: makes the contestant for a case.
-        peer: the name of the entry that it is compared with.
-        aim: the ratios to the peer that it aims at.
-        same: whether its logits have to equal those of the peer.
+        peer: the name of the entry whose time it is compared with.
+        aims: the ratios to the peer that it aims at, by case and part.
+        equals: the name of the entry whose logits its own have to equal.
     """
 
     name: str
     make: Callable[[Case], Live]
     peer: str | None = None
-    aim: Mapping[str, float] = field(default_factory=dict)
-    same: bool = False
+    aims: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    equals: str | None = None
 
 
 def called(
@@ -117,7 +127,7 @@ def called(
     def call(first: int, last: int, cache: Any) -> Any:
         given = {
             "input_ids": case.ids[:, first:last],
-            "position_ids": torch.arange(first, last)[None],
+            "position_ids": torch.arange(first, last, device=case.ids.device)[None],
             **{"cache": cache, "use_cache": True, "logits_to_keep": 1},
         }
         with torch.no_grad(), around():
@@ -135,7 +145,7 @@ def called(
 
 def floor(case: Case) -> Live:
     """Return a contestant that reads as many bytes as the weights have."""
-    memory = torch.ones(case.weights // 4)
+    memory = torch.ones(case.weights // 4, device=case.ids.device)
 
     def read(*_: int) -> None:
         memory.sum()
@@ -201,7 +211,8 @@ def _static(case: Case, model: Any) -> Live:
     cache = StaticCache(config=model.config, max_cache_len=case.ids.shape[1])
 
     def call(first: int, last: int) -> Any:
-        given = {"input_ids": case.ids[:, first:last], "position_ids": torch.arange(first, last)[None]}
+        positions = torch.arange(first, last, device=case.ids.device)[None]
+        given = {"input_ids": case.ids[:, first:last], "position_ids": positions}
         with torch.no_grad():
             return run(**given, cache=cache, use_cache=True, logits_to_keep=1).logits
 
@@ -216,20 +227,35 @@ def _static(case: Case, model: Any) -> Live:
     return Live(prefill, begin)
 
 
-def onnx(case: Case) -> Live:
-    """Return a contestant that runs the ONNX export of the merged model with a cache in ONNX Runtime.
+def quantised(case: Case) -> Live:
+    """Return a contestant with weights of 4 bits, whose values are computed when a layer reads them."""
+    return called(case, case.quantised())
 
-    Keys and values are bound and never copied.
-    """
+
+def onnx(case: Case) -> Live:
+    """Return a contestant that runs the ONNX export of the merged model in ONNX Runtime."""
+    return _onnx(case, merged_model(case))
+
+
+def onnx_quantised(case: Case) -> Live:
+    """Return a contestant that runs the ONNX export of the model with weights of 4 bits in ONNX Runtime."""
+    return _onnx(case, case.quantised())
+
+
+def _onnx(case: Case, model: Any) -> Live:
+    """Return a contestant that runs a model's ONNX export with a cache, whose keys and values are never copied."""
+    if case.ids.device.type != "cpu":
+        raise UnavailableError("ONNX Runtime runs on the processor here, and the other entries on a GPU")
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise UnavailableError("onnxruntime is not installed") from error
-    folder = merged_model(case).export(Path(tempfile.mkdtemp()) / "onnx", "onnx-generate")
+    folder = model.export(Path(tempfile.mkdtemp()) / "onnx", "onnx-generate")
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     file = folder / "model.onnx"
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or its threads slow down the next entry
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     takes = [each.name for each in session.get_inputs()]
     gives = [each.name for each in session.get_outputs()]
@@ -274,22 +300,32 @@ def onnx(case: Case) -> Live:
 
 def entries(inductor: bool) -> list[Entry]:
     """Return all entries, in the order of their turns."""
-    aims = {"prefill": 0.9, "decode": 0.9}
+
+    def decode(smollm2: float, llama: float) -> dict[str, dict[str, float]]:
+        return {"smollm2": {"decode": smollm2}, "llama": {"decode": llama}}
+
+    both = {"prefill": 0.9, "decode": 0.9}
     lines = [
         Entry(FLOOR, floor),
         Entry(EAGER, lambda case: called(case, case.model)),
-        Entry(BASE, base, EAGER, aims, same=True),
-        Entry(MERGED, merged, EAGER, aims),
-        Entry("graftc LoRA", lora, MERGED, {"decode": 1.05}, same=True),
-        Entry("graftc prefix", prefix, BASE, {"decode": 1.02}),
-        Entry("graftc in ONNX Runtime", onnx, EAGER, {"prefill": 0.6, "decode": 0.6}),
+        Entry(BASE, base, EAGER, {"smollm2": both, "llama": both}, equals=EAGER),
+        Entry(MERGED, merged, EAGER, {"smollm2": both, "llama": both}),
+        Entry(ADAPTED, lora, MERGED, decode(1.08, 1.10), equals=MERGED),
+        Entry("graftc prefix", prefix, BASE, decode(1.02, 1.02)),
+        Entry(
+            "graftc in ONNX Runtime",
+            onnx,
+            EAGER,
+            {"smollm2": {"prefill": 0.6, "decode": 0.80}, "llama": {"prefill": 0.6, "decode": 0.55}},
+            equals=MERGED,
+        ),
+        Entry(INT4, quantised, EAGER),
+        Entry("graftc int4 in ONNX Runtime", onnx_quantised, EAGER, {"smollm2": {"decode": 0.40}}, equals=INT4),
     ]
     if inductor:
         lines += [
-            Entry(STATIC, static, EAGER, same=True),
-            Entry("graftc merged, torch.compile", static_merged, STATIC, {"decode": 1.0}),
-            Entry(
-                "graftc LoRA, torch.compile", static_lora, "graftc merged, torch.compile", {"decode": 1.08}, same=True
-            ),
+            Entry(STATIC, static, EAGER, equals=EAGER),
+            Entry(STATIC_MERGED, static_merged, STATIC, decode(1.0, 1.0), equals=MERGED),
+            Entry("graftc LoRA, torch.compile", static_lora, STATIC_MERGED, decode(1.08, 1.10), equals=ADAPTED),
         ]
     return lines

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.command import command_line, machine_line, parse, parser, write
 from benchmarks.generate import PARTS, cases, measure, status
 from benchmarks.generation import FLOOR, Case, Entry, Live, called, floor
+from benchmarks.hardware import device
 from benchmarks.train.contestants import UnavailableError
 from benchmarks.train.models import shared_copy
 from benchmarks.train.report import machine
@@ -106,28 +106,25 @@ def _rows(case: Case, model: Any, **chosen: Any) -> Live:
     )
 
 
-def _numbers(*numbers: int) -> Tensor:
-    return torch.tensor(numbers)
-
-
 def entries() -> list[Entry]:
     """Return all entries, in the order of their turns."""
-    every = _numbers(*range(ROWS))
+    first, every = torch.tensor([0], device=device()), torch.arange(ROWS, device=device())
 
     def peft(case: Case, **chosen: Any) -> Live:
         model = _peft(case)
         model.set_adapter(NAMES[0])
         return _rows(case, model, **chosen)
 
+    aims = {"smollm2": AIM, "llama": AIM}
     return [
         Entry(FLOOR, floor),
         Entry(PEFT_ONE, peft),
-        Entry(ONE, lambda case: _rows(case, _graftc(case, ONE)), PEFT_ONE, same=True),
-        Entry(SLOTS_ONE, lambda case: _rows(case, _graftc(case, ALL), adapter_ids=_numbers(0)), ONE, same=True),
+        Entry(ONE, lambda case: _rows(case, _graftc(case, ONE)), PEFT_ONE, equals=PEFT_ONE),
+        Entry(SLOTS_ONE, lambda case: _rows(case, _graftc(case, ALL), adapter_ids=first), ONE, equals=ONE),
         Entry(PEFT_ALL, lambda case: peft(case, adapter_names=NAMES), PEFT_ONE),
-        Entry(ALL, lambda case: _rows(case, _graftc(case, ALL), adapter_ids=every), PEFT_ALL, AIM, same=True),
+        Entry(ALL, lambda case: _rows(case, _graftc(case, ALL), adapter_ids=every), PEFT_ALL, aims, PEFT_ALL),
         Entry(OVER_ONE, lambda case: _rows(case, _graftc(case, ALL), adapter_ids=every), ONE),
-        Entry(BANK, lambda case: _rows(case, _graftc(case, BANK), adapter_ids=every), PEFT_ALL, same=True),
+        Entry(BANK, lambda case: _rows(case, _graftc(case, BANK), adapter_ids=every), PEFT_ALL, equals=PEFT_ALL),
     ]
 
 
@@ -165,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     found: dict[str, Any] = {}
     for one in cases(options):
-        ids = torch.randint(3, one.model.config.vocab_size, (ROWS, one.ids.shape[1]))
+        ids = torch.randint(3, one.model.config.vocab_size, (ROWS, one.ids.shape[1])).to(one.ids.device)
         case = replace(one, ids=ids)
         found[case.name] = {**measure(case, entries(), rounds, tell), "changes": changes(case, max(rounds, 4))}
     host = {**before, "load_after": machine()["load"]}

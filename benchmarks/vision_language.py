@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.command import command_line, parse, parser, write
+from benchmarks.hardware import Stopwatch, device
 from benchmarks.train.contestants import PROJECTIONS
 from benchmarks.train.measure import peak_bytes, saved_bytes
 from benchmarks.train.models import fill, shared_copy
@@ -158,7 +159,10 @@ def _base(kind: Any, config: Any, ids: Tensor, images: Mapping[str, Any]) -> Bas
     labels = ids.clone()
     labels[:, : TOKENS // 2] = -100
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "use_cache": False}
-    return Base(model.requires_grad_(False).train(), {**batch, **images})
+    moved = {
+        name: value.to(device()) if isinstance(value, Tensor) else value for name, value in (batch | images).items()
+    }
+    return Base(model.to(device()).requires_grad_(False).train(), moved)
 
 
 @dataclass
@@ -195,10 +199,11 @@ class Contestant:
 
     def step(self, base: Base) -> None:
         """Run and time a step."""
-        processor, start = time.process_time(), time.perf_counter()
+        watch, processor = Stopwatch(), time.process_time()
         self._clear(torch.autograd.backward, base)
+        watch.mark()
+        self.wall += watch.seconds()
         self.processor.append(time.process_time() - processor)
-        self.wall.append(time.perf_counter() - start)
 
     def _clear(self, backward: Callable[[Tensor], None], base: Base) -> None:
         loss = self.call(**base.batch).loss

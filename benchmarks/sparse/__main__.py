@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.command import chosen, command_line, parse, parser, write
+from benchmarks.hardware import device
 from benchmarks.sparse.entries import ENTRIES, FULL_SHAPE, TINY_SHAPE, Entry, base_in
 from benchmarks.sparse.memory import in_process_of_its_own
 from benchmarks.sparse.report import as_markdown, group_figures
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_of.add_argument("--dtype", choices=DTYPES, help="of the base (default: both)")
     options_of.add_argument("--checkpointing", choices=CHECKPOINTING, help="of activations (default: both)")
     options_of.add_argument("--vocabulary", type=int, help=f"of the model (default: {FULL_SHAPE.vocabulary})")
-    options_of.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    options_of.add_argument("--device", default=str(device()), help="cpu or cuda (default: a GPU if there is one)")
     options = parse(options_of, arguments)
     entries = chosen(ENTRIES, options.only)
     if len(entries) < 2:

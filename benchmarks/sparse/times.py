@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.hardware import Stopwatch
 from benchmarks.sparse.entries import CYCLE, WINDOW, Entry, Training
 from benchmarks.train.models import Base
 from benchmarks.turns import all_ready, in_turns
@@ -25,7 +26,7 @@ class Timed:
     Attributes:
         entry: the entry.
         loss: the loss of the first step.
-        seconds: the wall-clock time of every round.
+        seconds: the time of every round, by CUDA events on a GPU, otherwise by the wall clock.
         processor: the processor time of all threads in every round.
         numbers: the numbers of the timed steps, from 1; steps that are not timed count.
     """
@@ -103,19 +104,12 @@ def contest(
 
 
 def _timed(found: Timed, training: Training, device: torch.device, number: int) -> None:
-    _wait(device)
-    processor, start = time.process_time(), time.perf_counter()
+    watch, processor = Stopwatch(device), time.process_time()
     training.step()
-    _wait(device)
-    end = time.perf_counter()
+    watch.mark()
+    found.seconds += watch.seconds()
     found.processor.append(time.process_time() - processor)
-    found.seconds.append(end - start)
     found.numbers.append(number)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def mismatches(found: Sequence[Timed], tolerance: float = 1e-4) -> Iterator[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from benchmarks.hardware import Stopwatch, allocator_peak, device
 from benchmarks.train.contestants import Entry, Live
 from benchmarks.train.models import Base
 from benchmarks.turns import all_ready, in_turns
@@ -22,8 +23,8 @@ class Timing:
     """The seconds of every round, in order.
 
     Attributes:
-        forward: wall-clock time of the forward pass with its loss.
-        backward: wall-clock time of the backward pass.
+        forward: the time of the forward pass with its loss, by CUDA events on a GPU, otherwise by the wall clock.
+        backward: the time of the backward pass, in the same way.
         processor: processor time of all threads in both passes, which other work on the machine disturbs less.
     """
 
@@ -96,6 +97,8 @@ def _storage(tensor: Tensor) -> int:
 
 def peak_bytes(step: Callable[[], None]) -> int:
     """Return the most that torch's allocator has given out during a step, over what it had before."""
+    if device().type == "cuda":
+        return allocator_peak(step)
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -158,14 +161,15 @@ def _step(live: Live, base: Base) -> None:
 
 def _timed(timing: Timing, live: Live, base: Base, seed: int) -> None:
     torch.manual_seed(seed)
-    processor, start = time.process_time(), time.perf_counter()
+    watch, processor = Stopwatch(), time.process_time()
     loss = live.loss()
-    middle = time.perf_counter()
+    watch.mark()
     torch.autograd.backward(loss)
-    end = time.perf_counter()
+    watch.mark()
     timing.processor.append(time.process_time() - processor)
-    timing.forward.append(middle - start)
-    timing.backward.append(end - middle)
+    forward, backward = watch.seconds()
+    timing.forward.append(forward)
+    timing.backward.append(backward)
     del loss
     _clear(live, base)
 

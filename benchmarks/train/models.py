@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from benchmarks.hardware import device
+
 __all__ = ["FULL", "TINY", "Base", "Shape", "base", "fill", "shared_copy"]
 
 
@@ -75,7 +77,7 @@ def base(shape: Shape, seed: int = 0) -> Base:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
+    built: nn.Module = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=shape.width,
             intermediate_size=shape.intermediate,
@@ -86,8 +88,8 @@ def base(shape: Shape, seed: int = 0) -> Base:
             use_cache=False,
         )
     )
-    model.requires_grad_(False).train()
-    numbers = torch.randint(shape.vocabulary, (shape.batch, shape.length))
+    model = built.to(device()).requires_grad_(False).train()
+    numbers = torch.randint(shape.vocabulary, (shape.batch, shape.length)).to(device())
     embeddings = model.get_input_embeddings()(numbers).detach().clone().requires_grad_()
     return Base(shape, model, embeddings, numbers)
 
@@ -115,7 +117,7 @@ def fill(model: nn.Module) -> int:
         trained += parameter.numel()
         module, part = place_of(name)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{module}.{part}".encode()))
-        noise = torch.randn(parameter.numel(), generator=generator).view_as(parameter)
+        noise = torch.randn(parameter.numel(), generator=generator).view_as(parameter).to(parameter.device)
         if part in ("A", "B"):
             parameter.copy_(0.02 * noise)
         else:

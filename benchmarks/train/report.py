@@ -30,6 +30,7 @@ def machine() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": cores,
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -163,7 +164,8 @@ def _lines(data: Mapping[str, Any], picture: str | None) -> Iterator[str]:
     )
     yield ""
     yield (
-        f"Machine: {host['processor']}, {host['cores']} cores, {host['threads']} threads, {host['capability']}; "
+        f"Machine: {host.get('gpu') or host['processor']}, "
+        f"{host['cores']} cores, {host['threads']} threads, {host['capability']}; "
         f"{host['system']}; load {load_text(host['load'])} before and {load_text(host['load_after'])} after. "
         + ", ".join(f"{name} {number}" for name, number in data["versions"].items())
         + f". Medians of {data['rounds']} alternated rounds; an aim stands in brackets, **bold** where it was missed."

@@ -18,7 +18,7 @@ def test_every_entry_runs(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "serving.json").read_text())
     case = data["cases"]["llama"]
     assert [*case["entries"]] == [entry.name for entry in entries()] and not case["skipped"]
-    same = [entry.name for entry in entries() if entry.same]
+    same = [entry.name for entry in entries() if entry.equals]
     assert len(same) == 4 and all(0 <= case["entries"][name]["difference"] < TOLERANCE for name in same)
     assert all(len(one[part]["seconds"]) == data["rounds"] for one in case["entries"].values() for part in PARTS)
     assert case["changes"]["write"] > 0
