@@ -17,6 +17,9 @@ ABOUT_ORIGIN = frozenset(
 LOADING_OPTIONS = ("_commit_hash", "_from_auto")
 """Options that ``Auto`` classes add to those of ``from_pretrained``."""
 
+LOOP_ARGUMENTS = frozenset({"tokenizer", "assistant_tokenizer"})
+"""Arguments of ``generate`` that the loop passes on to the model, where ``**kwargs`` absorbs them."""
+
 
 def path_of(config: Any) -> str | None:
     """Return the name or path that a model was loaded from, as its config records it.

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gate
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """A merged transformers model and its graphs in ONNX Runtime."""
     merged = adapted_source(request.param).merge()
-    folder = merged.export(tmp_path_factory.mktemp("onnx") / request.param, "onnx-generate")
+    folder = merged.export(tmp_path_factory.mktemp("onnx") / request.param, "onnx-generate", logits="all")
     return merged.to_transformers(), load(folder, threads=1)
 
 

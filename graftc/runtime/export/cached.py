@@ -23,7 +23,9 @@ from graftc.compiler.capture.past import CACHE, ENCODED, ENCODER, PAST, USE_CACH
 from graftc.compiler.capture.signature import BATCH, SEQUENCE, TARGET, Axis, size_of
 from graftc.compiler.signatures import signature_for
 from graftc.passes.core.ir.past_inputs import is_cross, is_past, past_place
+from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Signature
+from graftc.passes.graph.last_tokens import at_last_tokens
 from graftc.runtime.export.exchange import Exchange
 from graftc.runtime.export.graph_options import adapter_files
 from graftc.runtime.export.graphs import write_inputs
@@ -55,6 +57,7 @@ class CachedFile:
         present: the call that its graph is for.
         inputs, outputs: functions from names in the graph to names in the file; outputs mapped to None are left out.
         empty: a predicate for graph inputs that the file lacks because they have no tokens.
+        last: whether logits are computed for the last token of each row only.
     """
 
     name: str
@@ -62,6 +65,7 @@ class CachedFile:
     inputs: Callable[[str], str]
     outputs: Callable[[str], str | None]
     empty: Callable[[str], bool] = field(default=lambda name: False)
+    last: bool = False
 
 
 class CachedModule(ExportModule):
@@ -96,6 +100,14 @@ class CachedModule(ExportModule):
             return "encoder_sequence_length" if encoded else "sequence_length"
         return _AXES.get(name, name)
 
+    def exported(self, program: Program) -> Program:
+        """Return the Program with logits for those tokens that the file has them for."""
+        if not self._file.last:
+            return program
+        tokens = "input_ids" if "input_ids" in program.signature else "decoder_input_ids"
+        mask = "attention_mask" if tokens == "input_ids" else "decoder_attention_mask"
+        return at_last_tokens(program, "logits", tokens, mask)
+
     def taken(self, axis: Axis) -> bool:
         """Return whether the file has an input: a node in the graph reads it, and it has tokens."""
         node = next(n for n in self.program.placeholders() if str(n.target) == axis.name)
@@ -129,10 +141,27 @@ def prepare(job: ExportJob) -> dict[str, tuple[CachedModule, Any]]:
     if isinstance(runner, AdaptedRunner) and job.exchange is None:
         runner = prefixed(runner)
     Generating(runner).require_generating()
-    calls = ((file, signature_for(runner.compilation, file.present)) for file in _files(runner))
+    last = job.options["logits"] == "last"
+    calls = ((file, signature_for(runner.compilation, file.present)) for file in _files(runner, last))
     modules = {file.name: CachedModule(runner, signature, file, job.exchange) for file, signature in calls}
     job.require_read(*modules.values())
-    return {name: (module, prepare_onnx(module, job.metadata(module))) for name, module in modules.items()}
+    for module in modules.values():
+        _require_any_length(runner, module)
+    opset = job.options["opset"]
+    return {name: (module, prepare_onnx(module, job.metadata(module), opset)) for name, module in modules.items()}
+
+
+def _require_any_length(runner: ModelRunner, module: CachedModule) -> None:
+    """Raise if the model's own code fixes the number of a call's tokens, so that no graph serves prompts and steps.
+
+    Raises:
+        GraftError: GC140.
+    """
+    for axis in module.axes:
+        if axis.name in ("input_ids", "decoder_input_ids") and isinstance(length := axis.axes[1], int):
+            message = f"the graph of {type(runner.compilation.model).__name__} takes texts of {length} tokens only"
+            hint = "generate in torch, or export format onnx with example_inputs of the wanted length"
+            raise GraftError("GC140", message, hint=hint)
 
 
 def write(job: ExportJob, folder: Path) -> None:
@@ -185,14 +214,19 @@ def is_exported(path: Path) -> bool:
     return (path / "config.json").is_file() and any((path / name).is_file() for name in (DECODER, PAIR[0]))
 
 
-def _files(runner: ModelRunner) -> Iterator[CachedFile]:
-    """Yield a model's files, in the order in which their graphs are built."""
+def _files(runner: ModelRunner, last: bool) -> Iterator[CachedFile]:
+    """Yield a model's files, in the order in which their graphs are built.
+
+    Args:
+        runner: the Runner of the model.
+        last: whether logits are computed for the last token of each row only.
+    """
     compilation, device = runner.compilation, runner.device
     layout, takes = compilation.cache_layout, runner.interface.parameters
     if not layout.pairs:
         ids = torch.ones(2, 3, dtype=torch.int64, device=device)
         names = [name for name in ("input_ids", "attention_mask", "position_ids") if name in takes]
-        yield CachedFile(DECODER, _called(runner, dict.fromkeys(names, ids), {}), _input, _output)
+        yield CachedFile(DECODER, _called(runner, dict.fromkeys(names, ids), {}), _input, _output, last=last)
         return
     main = [axis for axis in compilation.main.axes if not axis.name.startswith("decoder_")]
     text = {axis.name: axis.example(device) for axis in main if axis.name in Generating(runner).encoder_parameters}
@@ -203,12 +237,12 @@ def _files(runner: ModelRunner) -> Iterator[CachedFile]:
     ids = torch.ones(rows, 3, dtype=torch.int64, device=device)
     mask = {name: value for name, value in text.items() if name == "attention_mask" and name in takes}
     start = {"decoder_input_ids": ids, ENCODED: encoded, **mask}
-    yield CachedFile(PAIR[1], _called(runner, start, {}), _pair_input, _pair_output, is_past)
+    yield CachedFile(PAIR[1], _called(runner, start, {}), _pair_input, _pair_output, is_past, last)
     past = {
         name: torch.zeros(rows, heads, length if is_cross(name) else 3, width, dtype=dtype, device=device)
         for name, (dtype, heads, width) in layout.heads.items()
     }
-    yield CachedFile(PAIR[2], _called(runner, start, past), _pair_input, _text_output)
+    yield CachedFile(PAIR[2], _called(runner, start, past), _pair_input, _text_output, last=last)
 
 
 def _called(runner: ModelRunner, given: Mapping[str, Any], past: Mapping[str, Tensor]) -> dict[str, Any]:

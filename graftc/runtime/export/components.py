@@ -21,6 +21,7 @@ from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.files.writing import staged
 from graftc.passes.core.elements.calls import input_name
 from graftc.passes.core.ir.shapes import DTYPE_NAMES
+from graftc.runtime.export.graph_options import OPSET
 from graftc.runtime.export.metadata import FoldEvidence, metadata
 from graftc.runtime.export.module import ExportModule
 from graftc.runtime.export.onnx import check_onnx, compare, prepare_onnx, save_onnx
@@ -158,7 +159,7 @@ def _write(
     axes, flags = as_inputs({component.path: (component.structure, tensors)})
     compilation = compile_model(load_spec({"adapt": []}), model, axes, flags=flags, start=StartingPoint(0, False))
     module = ComponentModule(AdaptedRunner(compilation, compilation.store), component)
-    save_onnx(prepare_onnx(module, metadata(merged, module.program, evidence)), file)
+    save_onnx(prepare_onnx(module, metadata(merged, module.program, evidence), OPSET.default), file)
     check_onnx(module, file)
     compare(file, component.tensors, results, module.counting(component.tensors))
     outputs = [{"name": name, "dtype": DTYPE_NAMES[leaf.dtype], "rank": leaf.dim()} for name, leaf in results.items()]

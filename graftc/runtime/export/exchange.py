@@ -156,15 +156,21 @@ class Exchange:
         self._uniform |= freeing.used
         return program
 
-    def base(self, signature: Signature) -> Callable[[Mapping[str, Any]], dict[str, Tensor]] | None:
+    def base(
+        self, signature: Signature, exported: Callable[[Program], Program]
+    ) -> Callable[[Mapping[str, Any]], dict[str, Tensor]] | None:
         """Return a function that computes the base's outputs, which a graph must have if a call passes no adapters.
 
         It is None if the graph has other adaptations as well.
+
+        Args:
+            signature: the signature of the graph.
+            exported: a function that returns the Program that is exported for one of the model's.
         """
         compilation = self.runner.compilation
         if {owner_of(name) for name, _ in adapter_values(self.runner.store)} - self.specs.keys():
             return None
-        program, store = compilation.program("eval", "base", signature), self.runner.store
+        program, store = exported(compilation.program("eval", "base", signature)), self.runner.store
         executable = executable_of(program.graph, self.runner.device)
 
         def outputs(inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -44,6 +44,7 @@ class ExportOption:
             passes strings. By default, one of the words is required, or any value is accepted if there are none.
         default: the value if none is given.
         flag: its dedicated command line option; empty for ``--option NAME=VALUE``.
+        needs: the name of the option without which it has no effect; empty if it always has one.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ExportOption:
     read: Callable[[Any], Any] | None = None
     default: Any = None
     flag: str = ""
+    needs: str = ""
 
     @property
     def help(self) -> str:

@@ -14,6 +14,16 @@ def _names(given: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(as_names(given))) if given else ()
 
 
+_OPSETS = range(18, 24)
+
+
+def _opset(given: Any) -> int:
+    number = int(given) if str(given).isdecimal() else -1
+    if number not in _OPSETS:
+        raise ValueError(f"it must be from {_OPSETS[0]} to {_OPSETS[-1]}")
+    return number
+
+
 EXAMPLE_INPUTS = ExportOption("example_inputs", "A call whose signature is exported, by name or in order")
 INPUTS = ExportOption(
     "inputs",
@@ -29,6 +39,20 @@ ADAPTER_FORMAT = ExportOption(
     "The format of the files with the inputs' values",
     ("safetensors", "onnx_adapter"),
     default="safetensors",
+    needs="inputs",
+)
+OPSET = ExportOption(
+    "opset",
+    f"The version of ONNX operators, from {_OPSETS[0]} to {_OPSETS[-1]}, which is the default; before 23, attention, "
+    "rotary positions and RMS norms are many operators",
+    default=_OPSETS[-1],
+    read=_opset,
+)
+LOGITS = ExportOption(
+    "logits",
+    "The tokens for which logits are computed, the last of each row or all of a call's",
+    ("last", "all"),
+    default="last",
 )
 
 

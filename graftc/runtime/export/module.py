@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from graftc.compiler.capture.example_inputs import random_inputs, within_tables
 from graftc.compiler.capture.signature import Axis, tie_sizes
 from graftc.passes.core.ir.codegen import executable_of, tensor_at
+from graftc.passes.core.ir.new_nodes import insert_call
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ir.program_key import Signature
 from graftc.passes.core.ops.decompositions import DECOMPOSITIONS
@@ -27,13 +28,35 @@ from graftc.runtime.export.inputs import ADAPTER_TENSORS, without
 from graftc.runtime.export.settled import settled
 from graftc.runtime.model.model_runner import ModelRunner
 
+aten = torch.ops.aten
+
 
 def _decomposed(program: Program) -> fx.Graph:
-    """Return the graph with ``graftc::`` operators replaced by their ATen forms."""
+    """Return the graph with ``graftc::`` operators replaced by their ATen forms, and as many heads of keys as queries.
+
+    torch's attention broadcasts one head of keys and values, but its ONNX exporter does not.
+    """
     graph = program.copy().graph
     for node in graph.nodes:
         node.target = DECOMPOSITIONS.get(node.target, node.target)
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        heads = _heads(node.args[0])
+        if heads == 1 or node.kwargs.get("enable_gqa"):
+            continue
+        for shared in dict.fromkeys(node.args[1:3]):
+            if _heads(shared) == 1:
+                assert isinstance(shared, fx.Node)
+                meta = {"val": shared.meta["val"].expand(-1, heads, -1, -1)}
+                node.replace_input_with(
+                    shared, insert_call(node, aten.expand.default, (shared, [-1, heads, -1, -1]), meta)
+                )
     return graph
+
+
+def _heads(node: Any) -> int | None:
+    """Return the number of heads of queries, keys or values ``[batch, heads, tokens, width]``; None in other forms."""
+    value = node.meta["val"]
+    return value.shape[1] if value.dim() == 4 and isinstance(value.shape[1], int) else None
 
 
 @dataclass(frozen=True)
@@ -113,7 +136,8 @@ class ExportModule:
         self.tensor_axes = [exchange.axis(name) for name in self.tensors] if exchange else []
         defaults = {name: exchange.default(name) if exchange else None for name in self.tensors}
         self.defaults = {name: default for name, default in defaults.items() if default is not None}
-        self._unadapted = exchange.base(signature) if exchange else None
+        self._unadapted = exchange.base(signature, self.exported) if exchange else None
+        program = self.exported(program)
         constants: dict[str, Tensor] = {}
         apart_weights: dict[str, PackedWeight] = {}
         if apart and store.packed:
@@ -179,6 +203,10 @@ class ExportModule:
     def axis_name(self, name: str) -> str:
         """Return an axis's name in the file."""
         return name
+
+    def exported(self, program: Program) -> Program:
+        """Return the Program that is exported for one of the model's."""
+        return program
 
     def taken(self, axis: Axis) -> bool:
         """Return whether a Program's input is also an input of the module."""

@@ -22,7 +22,7 @@ from graftc.passes.core.ir.past_inputs import is_past
 from graftc.runtime.export.graphs import beside, write_inputs
 from graftc.runtime.export.job import ExportJob
 from graftc.runtime.export.module import ExportModule
-from graftc.runtime.export.onnx_packed import OPSET, lower_packed
+from graftc.runtime.export.onnx_packed import PACKED_OPSET, lower_packed
 from graftc.runtime.onnx_generation.adapter_files import SUFFIX
 from graftc.specs.errors.diagnostics import GraftError, first_line
 
@@ -43,7 +43,7 @@ def prepare(job: ExportJob) -> Any:
         GraftError: as in `ExportJob.graph` and `prepare_onnx`.
     """
     module = job.graph(apart=True)
-    return prepare_onnx(module, job.metadata(module))
+    return prepare_onnx(module, job.metadata(module), job.options["opset"])
 
 
 def write(job: ExportJob, path: Path) -> None:
@@ -57,24 +57,35 @@ def check(job: ExportJob, path: Path) -> None:
     check_onnx(job.graph(apart=True), path, beside(job, path).values())
 
 
-def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Any:
+def prepare_onnx(module: ExportModule, metadata: Mapping[str, str], opset: int) -> Any:
     """Return an in-memory ONNX model with the model's own input and output names and named dynamic axes.
 
+    Args:
+        module: what the graph computes.
+        metadata: entries for the model's metadata.
+        opset: the version of the ONNX operators.
+
     Raises:
-        GraftError: GC060 if exporting fails, GC061 without the ``export`` extra.
+        GraftError: GC060 if exporting fails, GC061 without the ``export`` extra, GC073 for packed weights in an opset
+            without operators for them.
     """
+    if module.packed and opset < PACKED_OPSET:
+        message = f"opset is {opset}, which has no operators for packed weights"
+        raise GraftError("GC073", message, hint=f"use an opset from {PACKED_OPSET} on, or export in full precision")
     _, _, ir = package("onnx"), package("onnxruntime"), package("onnx_ir")
     try:
         with exclusive(), quiet(_LIBRARIES), _not_verbose(), torch.no_grad():
             exporters: Any = importlib.import_module("transformers.exporters")
-            own = {"opset_version": OPSET} if module.packed else {}
-            config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=module.dynamic_shapes(), **own)
+            shapes = module.dynamic_shapes()
+            config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=opset)
             exported = exporters.OnnxExporter().export(module.module, dict(module.inputs), config=config)
     except Exception as error:
-        raise GraftError("GC060", f"the ONNX exporter failed: {first_line(error)}") from error
+        hint = "try an older opset: opset=20" if opset > 20 and not module.packed else None
+        raise GraftError("GC060", f"the ONNX exporter failed: {first_line(_origin(error))}", hint=hint) from error
     model = exported.program
     _name_tensors(ir, model, module)
     _name_axes(ir, model, module)
+    _expand_rotations(ir, model)
     lower_packed(model, module.packed)
     for node in model.graph.all_nodes():
         # Stack traces contain this machine's paths, and make up half of a small file.
@@ -82,6 +93,13 @@ def prepare_onnx(module: ExportModule, metadata: Mapping[str, str]) -> Any:
     model.metadata_props.update(metadata)
     model.producer_name = "graftc"
     return model
+
+
+def _origin(error: BaseException) -> BaseException:
+    """Return the error that others were raised from, which tells more than the summary of the exporter."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def save_onnx(model: Any, path: Path) -> None:
@@ -177,6 +195,55 @@ def _name_axes(ir: Any, model: Any, module: ExportModule) -> None:
         if value.shape is not None:
             dims = [d if isinstance(d, int) else ir.SymbolicDim(_named(names, d.value)) for d in value.shape]
             value.shape = ir.Shape(dims)
+
+
+def _expand_rotations(ir: Any, model: Any) -> None:
+    """Expand the cosines and sines of rotations to the rows of their inputs, in place.
+
+    From opset 23 on, onnxscript replaces rotations by ``RotaryEmbedding``, whose cosines and sines need a row for each
+    row of the batch. It leaves them as they were, and many models compute one row for all.
+    """
+    if not any(map(_is_rotation, model.graph)):
+        return
+    # Every rotation computes its own cosines, which are the same in all layers.
+    importlib.import_module("onnx_ir.passes.common").CommonSubexpressionEliminationPass()(model)
+    expanded: dict[Any, Any] = {}
+    for node in [node for node in model.graph if _is_rotation(node)]:
+        values = node.inputs[0]
+        for place in (1, 2):
+            numbers = node.inputs[place]
+            if numbers not in expanded:
+                expanded[numbers] = _expanded_rows(ir, model.graph, node, numbers, values)
+            node.replace_input_with(place, expanded[numbers])
+
+
+def _is_rotation(node: Any) -> bool:
+    """Return whether a node rotates by cosines and sines, as opposed to positions that index tables of them."""
+    return node.op_type == "RotaryEmbedding" and len(node.inputs) == 3
+
+
+def _expanded_rows(ir: Any, graph: Any, before: Any, numbers: Any, values: Any) -> Any:
+    """Return cosines or sines ``[1 or batch, tokens, width]`` with a row for each row of some values."""
+    if _first_size(numbers) is not None and _first_size(numbers) == _first_size(values):
+        return numbers
+    name = f"{numbers.name}_rows"
+    ones = ir.tensor([1, 1], dtype=ir.DataType.INT64, name=f"{name}_ones")
+    one = ir.Value(name=ones.name, shape=ones.shape, type=ir.TensorType(ones.dtype), const_value=ones)
+    graph.register_initializer(one)
+    rows = ir.node("Shape", [values], {"start": 0, "end": 1})
+    sizes = ir.node("Concat", [rows.outputs[0], one], {"axis": 0})
+    node = ir.node("Expand", [numbers, sizes.outputs[0]])
+    node.outputs[0].name, node.outputs[0].type = name, numbers.type
+    if numbers.shape is not None and values.shape is not None:
+        node.outputs[0].shape = ir.Shape([values.shape[0], *numbers.shape[1:]])
+    graph.insert_before(before, [rows, sizes, node])
+    return node.outputs[0]
+
+
+def _first_size(value: Any) -> int | str | None:
+    """Return the size of a value's first axis, or its name; None if neither is known."""
+    size = None if value.shape is None else value.shape[0]
+    return size if size is None or isinstance(size, int) else size.value
 
 
 def _named(names: Mapping[str, str], size: Any) -> Any:

@@ -66,9 +66,13 @@ def check(job: ExportJob, path: Path) -> None:
     with torch.no_grad():
         expected = module.module(**inputs)
     if graph.path.is_dir():
-        outputs = {"logits": load(graph.path).use(path)(**inputs)["logits"]}
+        model = load(graph.path).use(path)
+        last = model.decoder_graph.last_logits
+        outputs = {"logits": model(**inputs, logits_to_keep=int(last))["logits"]}
+        mask = None if "decoder_input_ids" in inputs else inputs.get("attention_mask")
+        logits = _of_last_tokens(expected["logits"], mask) if last else expected["logits"]
         if graph.alone:
-            require_close(outputs, {"logits": expected["logits"]}, module.counting(inputs))
+            require_close(outputs, {"logits": logits}, module.counting(inputs))
         return
     session = session_of(graph.path)
     needed = {value.name for value in session.get_inputs()}
@@ -80,3 +84,12 @@ def check(job: ExportJob, path: Path) -> None:
     outputs = run_session(session, shared, feed if native else feed | tensors, [path] if native else ())
     if graph.alone:
         require_close(outputs, {name: expected[name] for name in shared}, module.counting(inputs))
+
+
+def _of_last_tokens(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the logits of each row's last token, ``[batch, 1, vocabulary]``, given the mask of a decoder's text."""
+    rows, count = logits.shape[:2]
+    if mask is None or mask.shape != (rows, count):
+        return logits[:, -1:]
+    last = torch.where(mask != 0, torch.arange(count, device=mask.device), 0).amax(1)
+    return logits[torch.arange(rows), last].unsqueeze(1)

@@ -21,7 +21,7 @@ from graftc.passes.core.packing.forms import EvenSteps, TableEntries
 from graftc.passes.core.packing.packing import swapped
 from graftc.runtime.export.module import PackedWeight
 
-OPSET = 21
+PACKED_OPSET = 21
 """The first opset in which ``DequantizeLinear`` supports blocks and 4 bits."""
 
 _CONTRIB = "com.microsoft"
@@ -36,7 +36,7 @@ def lower_packed(model: Any, weights: Mapping[str, PackedWeight]) -> None:
     """Replace a graph's packed-weight inputs with the weights' stored parts, in place.
 
     Args:
-        model: an ``onnx_ir.Model`` with at least opset `OPSET`.
+        model: an ``onnx_ir.Model`` with at least opset `PACKED_OPSET`.
         weights: the packed weights, by input name.
     """
     ir = importlib.import_module("onnx_ir")

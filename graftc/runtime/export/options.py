@@ -32,9 +32,14 @@ def options_for(exporter: Exporter, given: Mapping[str, Any]) -> dict[str, Any]:
     """Check the given options of an export, and return them.
 
     Raises:
-        GraftError: GC073 for an option that the format does not have, or for a value that the option does not allow.
+        GraftError: GC073 for an option that the format does not have, or that has no effect without another, or for a
+            value that the option does not allow.
     """
     for name, hint in misplaced(exporter, given):
         raise GraftError("GC073", f"the format {exporter.name!r} has no option {name}", hint=hint)
+    for option in exporter.options:
+        if option.needs and given.get(option.name) is not None and not given.get(option.needs):
+            hint = f"add {option.needs}, or leave out {option.name}"
+            raise GraftError("GC073", f"{option.name} has no effect without {option.needs}", hint=hint)
     with exporter.reported():
         return {o.name: o.checked(given[o.name]) for o in exporter.options if given.get(o.name) is not None}

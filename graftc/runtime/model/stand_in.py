@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from graftc.compat.hooks import without_hooks
-from graftc.compat.transformers import given_by_caller, loop_steps
+from graftc.compat.transformers import LOOP_ARGUMENTS, given_by_caller, loop_steps
 from graftc.compiler.capture.fixed_cache import capacity_of
 from graftc.compiler.capture.interface import Interface
 from graftc.compiler.capture.past import (
@@ -114,16 +114,12 @@ def stand_in(runner: ModelRunner, source: nn.Module) -> Any:
     return instance
 
 
-_OF_THE_LOOP = frozenset({"tokenizer", "assistant_tokenizer"})
-"""Arguments of ``generate`` that transformers' loop passes on to the model, where ``**kwargs`` absorbs them."""
-
-
 def _forward(runner: ModelRunner, source: nn.Module) -> Callable[..., Any]:
     """Return a ``forward`` that calls a Runner and has the source's parameters plus the bank inputs."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         runner = self._graftc_runner
-        kwargs = {name: value for name, value in kwargs.items() if name not in _OF_THE_LOOP}
+        kwargs = {name: value for name, value in kwargs.items() if name not in LOOP_ARGUMENTS}
         if self._graftc_initial is not None:
             if any(map(is_fronted, kwargs.values())):
                 kwargs = self._graftc_initial.call(kwargs)

@@ -16,7 +16,7 @@ from graftc.passes.core.weights.names import parsed
 from graftc.runtime.onnx_generation.graphs import OnnxGraph, runtime
 from graftc.specs.errors.arguments import as_path
 from graftc.specs.errors.diagnostics import GraftError, first_line
-from graftc.specs.regular_files import read_regular, require_regular
+from graftc.specs.regular_files import open_regular, require_regular
 
 SUFFIX = ".onnx_adapter"
 """The suffix of ONNX Runtime's own format; any other file is safetensors."""
@@ -86,7 +86,9 @@ def read_adapter(path: Path) -> StoredAdapter:
         if path.suffix != SUFFIX:
             from safetensors.torch import load
 
-            return StoredAdapter(load(read_regular(path)), read_shard(path).metadata.get(BASE))
+            with open_regular(path) as file:
+                content = file.read()
+            return StoredAdapter(load(content), read_shard(path).metadata.get(BASE))
         require_regular(path)
         form = runtime().AdapterFormat.read_adapter(str(path))
         tensors = {name: torch.from_numpy(value.numpy().copy()) for name, value in form.get_parameters().items()}
@@ -95,7 +97,8 @@ def read_adapter(path: Path) -> StoredAdapter:
     except GraftError:
         raise
     except Exception as error:
-        raise GraftError("GC144", f"the adapter {path} cannot be read: {first_line(error)}") from error
+        hint = "check the path, or write the file again: compiled.export(path, 'onnx-adapter', graph=folder)"
+        raise GraftError("GC144", f"the adapter {path} cannot be read: {first_line(error)}", hint=hint) from error
 
 
 def tensors_for(graphs: Sequence[OnnxGraph], files: Iterable[str | Path]) -> dict[str, Tensor]:
@@ -115,6 +118,9 @@ def tensors_for(graphs: Sequence[OnnxGraph], files: Iterable[str | Path]) -> dic
             takers = [graph for graph in graphs if name in graph.adapted]
             misfits = (reason for graph in takers if (reason := _misfit(graph, name, tensor)))
             reason = next(misfits, None) if takers else f"the graphs have no input {name}"
+            if not any(graph.adapted for graph in graphs):
+                hint = "export them with inputs: export(folder, 'onnx-generate', inputs=[...])"
+                raise GraftError("GC192", f"{file} does not fit: the graphs take no adapters", hint=hint)
             if name in tensors:
                 reason = f"another file has {name} as well"
             if reason is not None:

@@ -108,6 +108,7 @@ class OnnxGraph:
         adapted: the dtype and sizes of each input that is a tensor of an adaptation, by name.
         adapter: the tensors that these inputs have; those that are missing have the graph's defaults.
         base: the fingerprint of the base that adapters have to be for; None if the file does not say.
+        last_logits: whether the graph computes the logits of each row's last token only.
         device: the device of floating-point tensors.
 
     Raises:
@@ -134,6 +135,7 @@ class OnnxGraph:
         self.adapter: Mapping[str, Tensor] = {}
         self.base: str | None = self.session.get_modelmeta().custom_metadata_map.get(BASE_OF_INPUTS)
         self.outputs = [o.name for o in outputs]
+        self.last_logits = any(o.name == "logits" and len(o.shape) == 3 and o.shape[1] == 1 for o in outputs)
         self.past, self.present = slots_of(self.inputs), slots_of(self.outputs)
         strange = sorted(set(self.inputs) - _OURS - set(self.past.values()))
         if strange:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from graftc.compat.transformers import loop_steps, takes_tokens_back
+from graftc.compat.transformers import LOOP_ARGUMENTS, loop_steps, takes_tokens_back
 from graftc.runtime.onnx_generation import caches
 from graftc.runtime.onnx_generation.adapter_files import tensors_for
 from graftc.runtime.onnx_generation.graphs import OnnxGraph
@@ -148,8 +148,13 @@ class OnnxModel(GenerationMixin):
         """Return the model if it is already on the device.
 
         Raises:
-            GraftError: GC073 for another device.
+            GraftError: GC073 for another device, or a dtype.
         """
+        if isinstance(device, torch.dtype):
+            hint = "cast the model before it is exported"
+            raise GraftError(
+                "GC073", f"graphs keep the dtype of their files, and cannot be cast to {device}", hint=hint
+            )
         wanted = torch.device(device) if device is not None else self.device
         if wanted.type != self.device.type or (wanted.index or 0) != (self.device.index or 0):
             hint = (
@@ -165,8 +170,10 @@ class OnnxModel(GenerationMixin):
 
     def _refuse(self, given: Mapping[str, Any]) -> None:
         """Check that arguments that the graphs do not support are None or False."""
-        taken = ("cache", "past_key_values", "return_dict")
+        taken = ("cache", "past_key_values", "return_dict", *LOOP_ARGUMENTS)
         unread = [n for n, value in given.items() if n not in taken and value is not None and value is not False]
+        if given.get("return_dict") is False:
+            unread.append("return_dict=False")
         if unread:
             raise GraftError("GC145", f"the graphs do not support {', '.join(sorted(unread))}")
 
@@ -195,14 +202,19 @@ class OnnxModel(GenerationMixin):
         Tokens are checked first, since ONNX counts negative ids from the end of the table.
 
         Raises:
-            GraftError: GC145 for a token that is not in the vocabulary.
+            GraftError: GC145 for a token that is not in the vocabulary, or if the graph does not compute the logits.
         """
+        if not isinstance(logits_to_keep, int):
+            raise GraftError("GC145", "logits_to_keep is not a number of last tokens", hint="index the logits instead")
         size, tokens = getattr(self.config.get_text_config(), "vocab_size", None), given["input_ids"]
         if isinstance(size, int) and tokens.numel() and not tokens.is_floating_point():
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= size:
                 message = f"token {low if low < 0 else high} is not in the vocabulary of {size}"
                 raise GraftError("GC145", message, hint="use ids from the model's own tokenizer")
+        if logits_to_keep != 1 and tokens.shape[1] > 1 and graph.last_logits:
+            message = f"{graph.path.name} computes the logits of each row's last token only, and the call reads others"
+            raise GraftError("GC145", message, hint="pass logits_to_keep=1, or export with the option logits='all'")
         outputs = graph(given)
         logits = outputs["logits"]
         fields = {"logits": logits[:, -logits_to_keep:] if logits_to_keep else logits}

@@ -40,9 +40,9 @@ def _exported_once() -> Iterator[None]:
         yield
 
 
-def _once(prepared: dict[str, Any], prepare: Callable[[Any, Any], Any], module: Any, metadata: Any) -> Any:
+def _once(prepared: dict[str, Any], prepare: Callable[..., Any], *args: Any) -> Any:
     if "it" not in prepared:
-        prepared["it"] = prepare(module, metadata)
+        prepared["it"] = prepare(*args)
     return prepared["it"]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import graftc
 from graftc.runtime.export.module import ExportModule
@@ -26,9 +27,10 @@ def jobs(folder: Path) -> dict[str, Callable[[], object]]:
     merged = compiled.merge()
     module = ExportModule(merged._graftc, compiled.compilation.main.signature)
     onnx.LARGE = 1024  # so that the weights go into a file of their own
-    for exporter, name in ((onnx, "prepare_onnx"), (pt2, "prepare_pt2")):
-        ready = getattr(exporter, name)(module, {"graftc.note": "prepared"})
-        setattr(exporter, name, lambda module, metadata, ready=ready: ready)
+    prepared: dict[Any, tuple[str, tuple[int, ...]]] = {onnx: ("prepare_onnx", (23,)), pt2: ("prepare_pt2", ())}
+    for exporter, (name, options) in prepared.items():
+        ready = getattr(exporter, name)(module, {"graftc.note": "prepared"}, *options)
+        setattr(exporter, name, lambda *args, ready=ready: ready)
     return {
         "save": lambda: compiled.save(folder / "out" / "saved"),
         "save over": lambda: compiled.save(folder / "out" / "saved", force=True),

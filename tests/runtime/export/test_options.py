@@ -17,7 +17,18 @@ from graftc.runtime.export.registry import exporters
 from graftc.specs.errors.diagnostics import GraftError
 
 FORMATS = exporters()
-OPTIONS = ("example_inputs", "inputs", "adapter_format", "dtype", "server", "max_rank", "graph", "slot")
+OPTIONS = (
+    "example_inputs",
+    "inputs",
+    "adapter_format",
+    "dtype",
+    "server",
+    "max_rank",
+    "graph",
+    "slot",
+    "logits",
+    "opset",
+)
 GIVEN: dict[str, Any] = {
     "example_inputs": {"x": torch.zeros(2, 6)},
     "inputs": ["low"],
@@ -27,6 +38,8 @@ GIVEN: dict[str, Any] = {
     "adapter_format": "onnx_adapter",
     "graph": "model.onnx",
     "slot": "low",
+    "logits": "all",
+    "opset": 20,
 }
 
 

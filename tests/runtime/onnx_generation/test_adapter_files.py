@@ -13,7 +13,7 @@ from torch import Tensor
 
 import graftc
 from graftc.runtime.onnx_generation import load
-from graftc.runtime.onnx_generation.adapter_files import read_adapter, version_of
+from graftc.runtime.onnx_generation.adapter_files import read_adapter, version_of, write_adapter
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
 from tests.applications.serving.served_base import artifact, base_folder
@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits(model: Any) -> Tensor:
-    return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits.clone()  # type: ignore[no-any-return]
+    mask = torch.ones_like(IDS)
+    return model(input_ids=IDS, attention_mask=mask, logits_to_keep=1).logits.clone()  # type: ignore[no-any-return]
 
 
 def short(tensors: dict[str, Tensor], first: str) -> dict[str, Tensor]:
@@ -57,11 +58,18 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Tensor], str], dict[str, Tensor]], 
 }
 
 
+def test_files_may_be_large(tmp_path: Path) -> None:
+    """Adapters have more bytes than configs may have."""
+    tensors = {"large": torch.arange(5 * 2**20, dtype=torch.float32)}
+    write_adapter(tensors, tmp_path / "large.safetensors", "base")
+    assert torch.equal(read_adapter(tmp_path / "large.safetensors").tensors["large"], tensors["large"])
+
+
 @pytest.mark.slow
 def test_what_is_used(folder: Path, tmp_path: Path) -> None:
     """Adapters for these graphs are read in both formats, and files that say nothing of their base as well."""
     model = load(folder / "own", threads=1)
-    wanted = adapted(source("llama"), 5)(input_ids=IDS).logits
+    wanted = adapted(source("llama"), 5)(input_ids=IDS).logits[:, -1:]
     tensors = load_file(folder / "five.safetensors")
     save_file(tensors, tmp_path / "bare.safetensors")
     assert read_adapter(tmp_path / "bare.safetensors").base is None

@@ -205,6 +205,8 @@ class TestCalls:
             ({"attention_mask": MASK[:, :3]}, r"attention_mask is \[3, 3\]"),
             ({"output_hidden_states": True}, "output_hidden_states"),
             ({"inputs_embeds": torch.zeros(3, 4, 6)}, "inputs_embeds"),
+            ({"return_dict": False}, "return_dict=False"),
+            ({"logits_to_keep": torch.tensor([0, 2])}, "is not a number of last tokens"),
             ({"input_ids": PROMPTS + toy.VOCABULARY}, "is not in the vocabulary of 23"),
             ({"input_ids": PROMPTS - 30}, "token -30"),
             ({"position_ids": PROMPTS[:2]}, r"position_ids is \[2, 4\]"),
@@ -213,6 +215,15 @@ class TestCalls:
     def test_inputs(self, model: Any, changes: dict[str, Any], words: str) -> None:
         with fails("GC145", words):
             model(**{"input_ids": PROMPTS, "attention_mask": MASK, **changes})
+
+    def test_casts(self, model: Any) -> None:
+        with fails("GC073", "cannot be cast to torch.float16"):
+            model.to(torch.float16)
+
+    def test_what_the_loop_passes_on(self, model: Any) -> None:
+        """The tokenizer for stop strings is none of the graph's inputs."""
+        expected = generated(model, PROMPTS[:1], MASK[:1])
+        assert torch.equal(generated(model, PROMPTS[:1], MASK[:1], tokenizer=object()), expected)
 
     def test_positions_beyond_the_table(self, model: Any) -> None:
         """The length of a row is its number of tokens without padding."""
