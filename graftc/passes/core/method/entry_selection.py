@@ -29,8 +29,7 @@ def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
         own = _ordered(make())
         if count and best.numel() == count:
             own = own[own > best.min()]  # smaller scores cannot change the result
-        best = torch.cat([best.to(own), own.topk(min(count, own.numel()), sorted=False).values])
-        best = best.topk(min(count, best.numel()), sorted=False).values
+        best = _top(torch.cat([best.to(own), _top(own, count)]), count)
     if not count:
         return [torch.empty(0, dtype=torch.int64, device=best.device) for _ in scores]
     least = best.min()
@@ -40,8 +39,21 @@ def largest(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
         own = _ordered(make())
         equal = torch.nonzero(own == least).flatten()[:left]
         left -= equal.numel()
-        chosen.append(torch.cat([torch.nonzero(own > least).flatten(), equal]).sort().values)
+        taken = (own > least).index_fill_(0, equal, True)  # to sort the indices would take longer than to find them
+        chosen.append(torch.nonzero(taken).flatten())
     return chosen
+
+
+def _top(values: Tensor, count: int) -> Tensor:
+    """Return the ``count`` largest values, or all if there are no more, in any order.
+
+    On a CPU, finding the smallest of them takes a third of the time of ``topk``, which also finds their indices.
+    """
+    if not 0 < count < values.numel():
+        return values[: values.numel() if count else 0]
+    least = values.kthvalue(values.numel() - count + 1).values
+    larger = values[values > least]
+    return torch.cat([larger, least.expand(count - larger.numel())])
 
 
 def _as_many(scores: Sequence[Callable[[], Tensor]], count: int) -> list[Tensor]:
