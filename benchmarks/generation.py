@@ -212,9 +212,9 @@ def _static(case: Case, model: Any) -> Live:
 
     def call(first: int, last: int) -> Any:
         positions = torch.arange(first, last, device=case.ids.device)[None]
-        given = {"input_ids": case.ids[:, first:last], "position_ids": positions}
+        inputs = {"input_ids": case.ids[:, first:last], "position_ids": positions}
         with torch.no_grad():
-            return run(**given, cache=cache, use_cache=True, logits_to_keep=1).logits
+            return run(**inputs, cache=cache, use_cache=True, logits_to_keep=1).logits
 
     def prefill() -> Any:
         cache.reset()

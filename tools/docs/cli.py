@@ -93,8 +93,8 @@ def _formats() -> str:
     """Return the table of built-in formats; a page must not depend on what is installed."""
     rows = []
     for exporter in map(exporter_of, BUILT_IN):
-        texts = [option for option in exporter.options if option.flag or option.words or option.read is not None]
-        words = [code(option.flag or f"--option {option.name}=") for option in texts]
+        typed = [option for option in exporter.options if option.flag or option.words or option.read is not None]
+        words = [code(option.flag or f"--option {option.name}=") for option in typed]
         rows.append((code(exporter.name), exporter.summary, ", ".join(words)))
     return table(("format", "writes", "options of its own"), rows)
 

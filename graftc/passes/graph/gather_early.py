@@ -83,11 +83,11 @@ def _places(node: fx.Node) -> fx.Node | None:
 def _move(program: Program, gather: fx.Node, places: fx.Node) -> None:
     source = gather.args[0]
     assert isinstance(source, fx.Node)
-    axes = _axes(source.meta["val"])
+    axes = first_axes(source.meta["val"])
 
     def has_rows(node: Any) -> bool:
         value = node.meta["val"] if isinstance(node, fx.Node) else None
-        return isinstance(value, torch.Tensor) and value.dim() == 3 and _axes(value) == axes
+        return isinstance(value, torch.Tensor) and value.dim() == 3 and first_axes(value) == axes
 
     inside, pending = dict[fx.Node, None](), [source]
     while pending:
@@ -122,7 +122,8 @@ def _move(program: Program, gather: fx.Node, places: fx.Node) -> None:
     graph.erase_node(gather)
 
 
-def _axes(value: torch.Tensor) -> tuple[Any, ...]:
+def first_axes(value: torch.Tensor) -> tuple[Any, ...]:
+    """Return the sizes of a value's first two axes as expressions, which can be compared."""
     return tuple(expression(size) for size in value.shape[:2])
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, fx
 
 from graftc.passes.core.ir.inference import Inference
 from graftc.passes.core.ir.program import Program
-from graftc.passes.core.ir.shapes import expression
-from graftc.passes.graph.gather_early import gather_early
+from graftc.passes.graph.gather_early import first_axes, gather_early
 
 aten = torch.ops.aten
 _END = 2**63 - 1
@@ -63,8 +62,4 @@ def at_last_tokens(program: Program, output: str, tokens: str, mask: str | None)
 def _for_each_token(value: Any, ids: fx.Node) -> bool:
     """Return whether a value has three axes, of which the first two are those of token ids."""
     result = value.meta.get("val") if isinstance(value, fx.Node) else None
-    return isinstance(result, Tensor) and result.dim() == 3 and _axes(result) == _axes(ids.meta["val"])
-
-
-def _axes(value: Tensor) -> tuple[Any, ...]:
-    return tuple(expression(size) for size in value.shape[:2])
+    return isinstance(result, Tensor) and result.dim() == 3 and first_axes(result) == first_axes(ids.meta["val"])

@@ -114,13 +114,13 @@ def tensors_for(graphs: Sequence[OnnxGraph], files: Iterable[str | Path]) -> dic
         if foreign := next((g for g in graphs if g.base is not None and not stored.fits(g.base)), None):
             hint = "use an adapter of the graph's base, or export a graph of the adapter's base"
             raise GraftError("GC192", f"{file} is for another base than {foreign.path.name}", hint=hint)
+        if stored.tensors and not any(graph.adapted for graph in graphs):
+            hint = "export them with inputs: export(folder, 'onnx-generate', inputs=[...])"
+            raise GraftError("GC192", f"{file} does not fit: the graphs take no adapters", hint=hint)
         for name, tensor in stored.tensors.items():
             takers = [graph for graph in graphs if name in graph.adapted]
             misfits = (reason for graph in takers if (reason := _misfit(graph, name, tensor)))
             reason = next(misfits, None) if takers else f"the graphs have no input {name}"
-            if not any(graph.adapted for graph in graphs):
-                hint = "export them with inputs: export(folder, 'onnx-generate', inputs=[...])"
-                raise GraftError("GC192", f"{file} does not fit: the graphs take no adapters", hint=hint)
             if name in tensors:
                 reason = f"another file has {name} as well"
             if reason is not None:

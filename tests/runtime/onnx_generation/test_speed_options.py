@@ -1,4 +1,4 @@
-"""What `onnx-generate` writes for speed: logits of the last token, and operators for attention and rotary positions."""
+"""The options of `onnx-generate` that make decoding fast: logits of the last token only, and fused operators."""
 
 from __future__ import annotations
 
