@@ -4,30 +4,36 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor, fx
 
-from graftc.passes.core.build.builder import Builder
+from graftc.passes.core.build.builder import Builder, DropoutScope
 from graftc.passes.core.method.capabilities import Exchangeable, RowWise
 from graftc.passes.core.method.lowrank import added
 from graftc.passes.core.method.method import Method
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.core.weights.folds import Fold, weight_fold
 from graftc.specs.base import MethodSpec
-from graftc.specs.methods.adalora import AdaLoRA
-from graftc.specs.methods.adamix_lora import AdaMixLoRA
-from graftc.specs.methods.alora import ALoRA
-from graftc.specs.methods.dora import DoRA
-from graftc.specs.methods.dylora import DyLoRA
 from graftc.specs.methods.lora import LoRA
-from graftc.specs.methods.sora import SoRA
 
 S = TypeVar("S", bound=MethodSpec)
 
 
-DroppingSpec = AdaLoRA | AdaMixLoRA | ALoRA | DoRA | DyLoRA | LoRA | SoRA
-"""Specs of branches that apply dropout to their input."""
+class DroppingSpec(Protocol):
+    """The fields of specs whose branches apply dropout to their input."""
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropping an element."""
+
+    @property
+    def dropout_mask(self) -> Literal["saved", "recomputed"]:
+        """What is saved of the mask for the backward pass."""
+
+    @property
+    def dropout_scope(self) -> DropoutScope:
+        """Which sites share a mask."""
 
 
 def kept(spec: MethodSpec, *fields: str) -> dict[str, Any]:
