@@ -63,6 +63,7 @@ class Case:
         config: a function that creates peft's config, called with the imported package.
         names: the names of the tensors.
         noise: standard deviation of the noise that is added to every trainable tensor.
+        merges: whether peft can merge the adaptation.
     """
 
     family: str
@@ -70,6 +71,7 @@ class Case:
     config: Callable[[Any], Any]
     names: Names
     noise: float = 0.1
+    merges: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,7 @@ class Pair:
         inputs, mine = inputs_for(self.ours), dict(self.ours.named_parameters())
         for model in (self.ours, self.theirs):
             model.zero_grad()
-            generator = torch.Generator().manual_seed(0)
-            leaves = [leaf for leaf in flat(model(**inputs)) if leaf.requires_grad]
-            sum((leaf * torch.randn(leaf.shape, generator=generator)).sum() for leaf in leaves).backward()
+            _random_loss(model, inputs, seed=0).backward()
         worst = 0.0
         for name, other in self.tensors.items():
             a, b = mine[name].grad, other.grad
@@ -113,11 +113,34 @@ class Pair:
             worst = max(worst, float((a - b.reshape(a.shape)).abs().max() / a.abs().max().clamp_min(1)))
         return worst
 
+    def steps(self, count: int = 3) -> float:
+        """Return the largest difference of trained tensors after steps of AdamW; both models are changed."""
+        mine = dict(self.ours.named_parameters())
+        for model, tensors in (
+            (self.ours, [mine[name] for name in self.tensors]),
+            (self.theirs, self.tensors.values()),
+        ):
+            inputs = inputs_for(self.ours)
+            optimiser = torch.optim.AdamW(tensors, lr=1e-2, weight_decay=0.01)
+            for step in range(count):
+                optimiser.zero_grad()
+                _random_loss(model, inputs, seed=step).backward()
+                optimiser.step()
+        pairs = [(mine[name].detach(), other.detach()) for name, other in self.tensors.items()]
+        return max(float((own - other.reshape(own.shape)).abs().max()) for own, other in pairs)
+
     def merged(self) -> float:
         """Return the largest difference of outputs after merging both; peft's model is no longer adapted afterwards."""
         ours, theirs = self.ours.merge().to_transformers(), self.theirs.merge_and_unload()  # type: ignore[operator]
         calls = [inputs_for(self.ours, sizes) for sizes in SHAPES]
         return max(largest_difference(outputs_of(ours, i), outputs_of(theirs, i)) for i in calls)
+
+
+def _random_loss(model: nn.Module, inputs: Mapping[str, Any], seed: int) -> Tensor:
+    """Return the sum of all outputs with a gradient, weighted at random."""
+    generator = torch.Generator().manual_seed(seed)
+    leaves = [leaf for leaf in flat(model(**inputs)) if leaf.requires_grad]
+    return torch.stack([(leaf * torch.randn(leaf.shape, generator=generator)).sum() for leaf in leaves]).sum()
 
 
 def pair(case: Case, base: nn.Module | None = None) -> Pair:
@@ -160,6 +183,24 @@ def check(case: Case, tolerance: float = TOLERANCE) -> dict[str, float]:
     """
     models = pair(case)
     differences = {"outputs": models.outputs(), "gradients": models.gradients(), "merged outputs": models.merged()}
+    for name, value in differences.items():
+        assert value <= tolerance, f"{name} differ by {value:.2e} from peft's"
+    return differences
+
+
+def check_float64(case: Case, tolerance: float = 1e-12) -> dict[str, float]:
+    """Check in float64 that outputs, gradients, three steps of AdamW and merged outputs of both agree.
+
+    Returns:
+        The largest difference of each.
+
+    Raises:
+        AssertionError: if one of them differs by more than ``tolerance``.
+    """
+    models = pair(case, tiny(case.family).double())
+    differences = {"outputs": models.outputs(), "gradients": models.gradients(), "steps": models.steps()}
+    if case.merges:
+        differences["merged outputs"] = models.merged()
     for name, value in differences.items():
         assert value <= tolerance, f"{name} differ by {value:.2e} from peft's"
     return differences

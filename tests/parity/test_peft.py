@@ -10,7 +10,7 @@ import torch
 import graftc
 from graftc.testing.families import tiny
 from tests.kit.comparing import every_tensor
-from tests.parity.support import MODULES, Case, Names, check, globs
+from tests.parity.support import MODULES, Case, Names, check, check_float64, globs
 
 FAMILIES = list(MODULES)
 LINEAR = [family for family in MODULES if family != "gpt2"]
@@ -117,6 +117,16 @@ def test_vera_draws_the_same_projections() -> None:
     assert {tuple(t.shape) for name, t in ours.items() if name.startswith("graftc.")} == {(24, 80), (48, 24)}
     for name, tensor in ours.items():
         assert torch.equal(tensor, peft_tensors[VERA.of(name)]), name
+
+
+@pytest.mark.slow
+@pytest.mark.sample("bert")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_in_float64(family: str) -> None:
+    modules = MODULES[family]
+    adaptation = {"method": "lora", "target": globs(modules), "rank": 4, "alpha": 6}
+    fields: dict[str, Any] = {"r": 4, "lora_alpha": 6, "fan_in_fan_out": family == "gpt2", "target_modules": modules}
+    check_float64(Case(family, adaptation, lambda p: p.LoraConfig(**fields), LORA))
 
 
 @pytest.mark.slow
