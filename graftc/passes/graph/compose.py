@@ -18,6 +18,7 @@ from graftc.passes.core.build.batch import Batch
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.nodes import Nodes, Seams
 from graftc.passes.core.build.requests import Change, NewTensor, Window
+from graftc.passes.core.build.token_masks import token_mask
 from graftc.passes.core.ir.shapes import expression
 from graftc.passes.core.method.capabilities import Reading
 from graftc.passes.core.method.lowrank import normal, zeros
@@ -265,22 +266,14 @@ def mean_gate(spec: Gate, build: Builder, x: fx.Node) -> fx.Node:
     axes = list(range(1, value.dim() - 1))
     if not axes:
         return scores
-    mask = token_mask(build, x) if spec.tokens == "real" else None
+    sizes = [expression(size) for size in value.shape[:-1]]
+    mask = token_mask(build, sizes) if spec.tokens == "real" else None
     if mask is None:
         return build.call(aten.mean.dim, scores, axes, part="gate")
     real = build.call(aten.unsqueeze.default, build.call(aten.to.dtype, mask, value.dtype, part="tokens"), -1)
     total = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, scores, real, part="gate"), axes, part="gate")
     count = build.call(aten.clamp_min.default, build.call(aten.sum.dim_IntList, real, axes, part="tokens"), 1.0)
     return build.call(aten.div.Tensor, total, count, part="gate")
-
-
-def token_mask(build: Builder, x: fx.Node) -> fx.Node | None:
-    """Return the attention mask, which marks the real tokens of ``x: [rows, tokens, width]``; None without one."""
-    sizes = [expression(size) for size in x.meta["val"].shape[:-1]]
-    for spec, node in zip(build.program.inputs, build.program.placeholders(), strict=True):
-        if spec.name.endswith("attention_mask") and [expression(s) for s in node.meta["val"].shape] == sizes:
-            return node
-    return None
 
 
 def _fuse(spec: Fuse, build: Builder, deltas: Sequence[tuple[Builder, Delta]]) -> fx.Node:

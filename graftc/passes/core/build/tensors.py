@@ -204,6 +204,13 @@ class Tensors(Nodes):
             return self.current_value(node.all_input_nodes[0]).to(node.meta["val"].dtype)
         return self.store.get(str(node.target)).detach()
 
+    def own_value(self, part: str) -> Tensor:
+        """Return the current value of a tensor of the current site that has been created, for use in initialisers.
+
+        In a bank it is the tensor of the member whose initial value is being computed.
+        """
+        return self.store.get(self._name(part)).detach()
+
     def tensors(self) -> tuple[str, ...]:
         """Return the names of the base tensors that the Program reads, in graph order."""
         return tuple(name for name in self._attributes if not self.store.is_adapter(name))
