@@ -101,6 +101,7 @@ def test_an_invocation_counts_while_gradients_flow(alora: Any, training: bool) -
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.sample("True")
 @pytest.mark.parametrize("training", [False, True])
 def test_gradients_flow_through_earlier_tokens(lora: Any, training: bool) -> None:
     compiled = copy.deepcopy(lora).train(training)
@@ -117,6 +118,7 @@ def test_gradients_flow_through_earlier_tokens(lora: Any, training: bool) -> Non
     assert any(gradient.any() for gradient in expected)
 
 
+@pytest.mark.sample("True")
 @pytest.mark.parametrize("training", [False, True])
 def test_autocast(training: bool) -> None:
     """The cache keeps its dtype, and results are as near to those in float32 as those of a cache that grows."""
@@ -137,6 +139,7 @@ def test_padded_texts_are_not_packed(lora: Any, recwarn: pytest.WarningsRecorder
     assert not [warning for warning in recwarn if "GC120" in str(warning.message)]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_some_logits(lora: Any, count: int) -> None:
     ids = text(lora)
@@ -177,6 +180,7 @@ def test_a_refused_call_leaves_an_empty_cache_empty(lora: Any) -> None:
         lora(input_ids=ids[:1, :4], cache=cache)
 
 
+@pytest.mark.full
 def test_prompt_lookup_has_room(lora: Any) -> None:
     inputs = prompt(lora)
     options: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "prompt_lookup_num_tokens": 3}

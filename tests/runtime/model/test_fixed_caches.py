@@ -44,7 +44,7 @@ def kinds(compiled: Any) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("llama", "t5", "gemma3")
+@pytest.mark.sample("llama")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mistral", "falcon", "t5", "bart", "whisper"])
 def test_texts_are_those_of_a_cache_that_grows(family: str) -> None:
     """With padding, with beams, and behind a text of another length; graphs are captured once."""
@@ -76,6 +76,7 @@ def test_calls_write_into_the_callers_cache(llama: Any, training: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample("prefix")
 @pytest.mark.parametrize("kind", PREFIXES)
 def test_prefixes_are_the_first_contents(kind: str) -> None:
     """They are in the cache while the loop runs; afterwards it has the text alone, and can be continued."""
@@ -113,7 +114,7 @@ def test_rows_choose_adapters() -> None:
     assert torch.equal(compiled.generate(**inputs, **SOME, **STATIC, adapter_ids=rows), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_an_artifact_has_the_graph(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     language_model("llama").save_pretrained(tmp_path / "base")
     source = type(language_model("llama")).from_pretrained(tmp_path / "base")

@@ -158,8 +158,7 @@ def test_a_compiled_assistant(base: Any, prefixed: Any) -> None:
     assert torch.equal(tokens, merged.generate(**given, **SOME))
 
 
-@pytest.mark.sample("gpt2")
-@pytest.mark.slow
+@pytest.mark.full
 def test_calls_beside_the_loop(base: Any, prefixed: Any) -> None:
     """Guidance calls the model with its own cache, which does not yet begin with the prefix."""
     given = prompt(base, 1)

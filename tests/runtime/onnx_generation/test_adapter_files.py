@@ -97,8 +97,8 @@ def test_damaged_files(folder: Path, tmp_path: Path, name: str) -> None:
     assert logits(model).equal(before)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["safetensors", pytest.param("onnx_adapter", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("form", ["safetensors", "onnx_adapter"])
 def test_another_base(folder: Path, form: str, tmp_path: Path) -> None:
     """An adapter of another base has the same names and shapes, and is refused by what its file says."""
     other = source("llama")

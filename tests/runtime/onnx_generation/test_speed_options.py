@@ -40,6 +40,7 @@ def operators(folder: Path) -> set[str]:
     return {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
 
 
+@pytest.mark.full
 def test_operators(folders: dict[str, Path]) -> None:
     """By default, attention, rotary positions and norms are operators of opset 23."""
     fused = {"Attention", "RotaryEmbedding", "RMSNormalization"}
@@ -48,12 +49,14 @@ def test_operators(folders: dict[str, Path]) -> None:
     assert opset == 20
 
 
+@pytest.mark.full
 def test_both_generate_the_same(merged: Any, folders: dict[str, Path]) -> None:
     expected = merged.generate(input_ids=IDS, attention_mask=MASK, **GREEDY)
     for folder in folders.values():
         assert torch.equal(load(folder, threads=1).generate(input_ids=IDS, attention_mask=MASK, **GREEDY), expected)
 
 
+@pytest.mark.full
 def test_logits_of_other_tokens(merged: Any, folders: dict[str, Path]) -> None:
     """They are refused before anything runs, where the graph does not compute them."""
     last, every = (load(folders[name], threads=1) for name in ("last", "all"))
@@ -72,6 +75,7 @@ def test_logits_of_other_tokens(merged: Any, folders: dict[str, Path]) -> None:
         last.generate(**row)
 
 
+@pytest.mark.full
 def test_texts_padded_behind(merged: Any, folders: dict[str, Path]) -> None:
     """onnxruntime-genai pads behind a text, and reads the logits of its last token."""
     og = pytest.importorskip("onnxruntime_genai", reason="without its library, there is nothing to run")
@@ -88,6 +92,7 @@ def test_texts_padded_behind(merged: Any, folders: dict[str, Path]) -> None:
         assert generator.get_sequence(number)[7:].tolist() == new[0, len(row) :].tolist()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("opset", [20, 23])
 def test_one_head_of_keys(opset: int, tmp_path: Path) -> None:
     """torch broadcasts it to all queries, which the exporter refuses in new opsets."""
@@ -105,6 +110,7 @@ def test_one_head_of_keys(opset: int, tmp_path: Path) -> None:
     assert torch.equal(load(folder, threads=1).generate(input_ids=IDS, attention_mask=MASK, **GREEDY), expected)
 
 
+@pytest.mark.full
 def test_a_length_that_the_model_fixes(tmp_path: Path) -> None:
     """MPT's code makes a mask of the captured length: no graph serves prompts and steps."""
     import transformers as hf

@@ -27,10 +27,8 @@ def adapted(family: str, *adapt: dict[str, Any]) -> Any:
     return compiled
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "family", ["llama", *(pytest.param(name, marks=pytest.mark.full) for name in ("qwen3", "gpt2"))]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_texts_are_those_of_torch(family: str, tmp_path: Path) -> None:
     """With padding on the left, beside a LoRA that acts on the tokens as well, and from a model in train mode."""
     compiled = adapted(family, PROMPT, LORA)
@@ -58,7 +56,7 @@ def test_the_prefix_computes_the_same_in_float64() -> None:
     assert [own.method for own in runner_of(compiled).spec.adapt] == ["lora", "prompt"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_largest_position_is_within_the_table_behind_a_prefix(tmp_path: Path) -> None:
     """The samples with which files are checked leave room for the prefix in a table of learned positions."""
     compiled = adapted("gpt2", {"method": "prefix", "length": 60, "positions": "shifted"})

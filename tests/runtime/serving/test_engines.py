@@ -86,8 +86,7 @@ def test_llamacpp(base: Path, tmp_path: Path) -> None:
     assert several == wanted + plain + wanted_other
 
 
-@pytest.mark.slow
-@pytest.mark.sample("lora")
+@pytest.mark.full
 @pytest.mark.parametrize("entry", [LORA, {"method": "prefix", "length": 3}], ids=["lora", "prefix"])
 def test_genai(entry: Mapping[str, Any], base: Path, tmp_path: Path) -> None:
     """The folder for generation is read as it is, whether its adaptation folds or not."""
