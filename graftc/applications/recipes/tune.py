@@ -100,27 +100,32 @@ def tune(
         number, compiled = kept.latest(model) if kept is not None else (0, None)
         if compiled is None:
             number, compiled = 1, compile(loaded, model, example_inputs, seed=chosen)
-            if compiled.unselected:
-                compiled = _selected(compiled, examples, loss, chosen)
+            if compiled.uninitialised or compiled.unselected:
+                compiled = _with_examples(compiled, examples, loss, chosen)
                 if kept is not None:
                     kept.keep(compiled, number)
         return _trained(compiled, number, train, kept, chosen)
 
 
-def _selected(
+def _with_examples(
     compiled: Compiled, examples: Iterable[Mapping[str, Any]] | None, loss: Loss | None, seed: int
 ) -> Compiled:
-    """Return the model with entries chosen by examples.
+    """Return the model with initial values, and then entries, that examples determine.
 
     Raises:
         GraftError: GC056 if no examples are given.
     """
     if examples is None:
-        names = ", ".join(map(repr, compiled.unselected))
-        raise GraftError("GC056", f"{names} chooses its entries by examples", hint="pass examples to tune")
+        names = ", ".join(map(repr, (*compiled.uninitialised, *compiled.unselected)))
+        raise GraftError("GC056", f"{names} starts from examples", hint="pass examples to tune")
     _seed(seed, 0)
-    selected: Compiled = compiled.select(examples, loss=loss)
-    return selected
+    if compiled.uninitialised and compiled.unselected:
+        examples = list(examples)
+    if compiled.uninitialised:
+        compiled = compiled.initialise(examples, loss=loss)
+    if compiled.unselected:
+        compiled = compiled.select(examples, loss=loss)
+    return compiled
 
 
 def _trained(compiled: Compiled, number: int, train: Train, kept: _Kept | None, seed: int) -> Compiled:

@@ -5,15 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.method.capabilities import Initialised, Transition
 from graftc.passes.core.method.lowrank import added, factors, normal, uniform, within, zeros
+from graftc.passes.core.method.principal import PrincipalComponents
+from graftc.passes.core.method.steering import AdaptedSite
 from graftc.passes.core.sites.sites import EmbeddingSite, LinearSite, ParameterSite, SiteKey
 from graftc.passes.core.weights.folds import Fold, Keep, weight_fold
+from graftc.passes.methods.bases.example_starts import (
+    FROM_EXAMPLES,
+    check_site,
+    from_gradients,
+    from_inputs,
+    most_components,
+)
 from graftc.passes.methods.bases.low_rank import LowRankMethod, add_branch, dropped_input, kept
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.methods.lora import LoRA
@@ -21,7 +31,7 @@ from graftc.specs.methods.lora import LoRA
 aten = torch.ops.aten
 
 
-class LoRAMethod(LowRankMethod[LoRA]):
+class LoRAMethod(LowRankMethod[LoRA], Initialised[LoRA]):
     """``y = W x + b + s B A drop(x)`` with ``A: [rank, in]`` and ``B: [out, rank]``.
 
     ``s`` is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora`` (Kalajdzievski 2023, arXiv:2312.03732).
@@ -39,6 +49,9 @@ class LoRAMethod(LowRankMethod[LoRA]):
     Each expert has its own pair of factors, ``A: [experts, rank, in]`` and ``B: [experts, out, rank]``. In a
     convolution, ``in`` counts the entries of a patch. An embedding table starts with ``A = 0`` instead of ``B = 0``.
 
+    ``eva`` (Paischer et al. 2024, arXiv:2410.07170) and ``lora_ga`` (Wang et al. 2024, arXiv:2407.05000) start from
+    examples, by `graftc.passes.methods.bases.example_starts`.
+
     With ``freeze_a`` (LoRA-FA, Zhang et al. 2023, arXiv:2308.03303), ``A`` is not trained, so the branch's input, which
     is needed only for the gradient of ``A``, is not saved for the backward pass.
     """
@@ -53,14 +66,18 @@ class LoRAMethod(LowRankMethod[LoRA]):
                 with build.on(ParameterSite(SiteKey(module, last), tensor=name)):
                     build.overlay(name)
 
+    input_part = "A"
+
     def insert(self, spec: LoRA, site: LinearSite, shared: Any, build: Builder) -> None:
         """Insert the branch.
 
         Raises:
-            GraftError: GC002 if a branch across the groups of a convolution is impossible, for example because the
-                number of groups does not divide the rank; GC020 when the rank exceeds ``min(in, out)`` without
-                ``excess_rank``.
+            GraftError: GC017 for ``eva`` and ``lora_ga`` at anything but a dense layer; GC002 if a branch across the
+                groups of a convolution is impossible, for example because the number of groups does not divide the
+                rank; GC020 when the rank exceeds ``min(in, out)`` without ``excess_rank``.
         """
+        if spec.init in FROM_EXAMPLES:
+            check_site(spec, site)
         if _meets_groups(spec, site):
             add_branch(spec, site, build, *_across_groups(spec, site, build), spec.scaling)
         else:
@@ -73,15 +90,17 @@ class LoRAMethod(LowRankMethod[LoRA]):
         excess = spec.excess_rank and spec.init not in (*_FROM_WEIGHT, "loftq")  # a weight has no further directions
         a, b = factors(build, site, spec.rank, down, up, freeze_down=spec.freeze_a, excess_rank=excess)
         x = build.input(site)
-        if spec.init in _FROM_WEIGHT:
+        subtracts = spec.init in (*_FROM_WEIGHT, "lora_ga")
+        if subtracts:
             # If the input is not contiguous, torch computes products differently for weights that require gradients,
             # and the initial factors would not cancel bit for bit.
             x = build.call(aten.contiguous.default, x, part="contiguous")
         delta = build.low_rank(site, dropped_input(spec, x, build), a, b, spec.scaling)
-        if spec.init in _FROM_WEIGHT:
+        if subtracts:
+            starts = (zeros, zeros) if spec.init == "lora_ga" else (down, up)
             a0, b0 = (
                 build.parameter(f"{part}0", tuple(node.meta["val"].shape), start, dtype=site.dtype, trainable=False)
-                for part, node, start in (("A", a, down), ("B", b, up))
+                for part, node, start in zip("AB", (a, b), starts, strict=True)
             )
             start = build.low_rank(site, x, a0, b0, spec.scaling)
             delta = build.call(aten.sub.Tensor, delta, start, part="minus start")
@@ -128,6 +147,23 @@ class LoRAMethod(LowRankMethod[LoRA]):
         if "A0" in tensors:
             a, b = torch.cat([a, tensors["A0"]], -2), torch.cat([b, -tensors["B0"]], -1)
         return {**biases, "A": a, "B": b * spec.scaling}
+
+    def starts_from(self, spec: LoRA, places: Sequence[AdaptedSite[LoRA]]) -> Literal["inputs", "gradients"] | None:
+        """Return what ``eva`` and ``lora_ga`` read; None for other initialisers, and once it has been done."""
+        if spec.init == "eva":
+            return "inputs"
+        done = any(bool(place.tensors["A0"].any()) for place in places if "A0" in place.tensors)
+        return "gradients" if spec.init == "lora_ga" and not done else None
+
+    def components(self, place: AdaptedSite[LoRA]) -> int:
+        """Return the largest rank that ``eva`` may give the site."""
+        return most_components(place)
+
+    def initialised(
+        self, spec: LoRA, places: Sequence[AdaptedSite[LoRA]], statistics: Sequence[PrincipalComponents | Tensor]
+    ) -> Transition[LoRA]:
+        """Return the factors that examples determine."""
+        return from_inputs(spec, places, statistics) if spec.init == "eva" else from_gradients(spec, places, statistics)
 
     def row_axes(self, spec: LoRA) -> Mapping[str, int]:
         """Return the row axes of ``B`` and ``B0``."""
@@ -184,7 +220,7 @@ def _single(weight: Tensor) -> Tensor:
 
 
 _FROM_WEIGHT = {"pissa": _pissa, "olora": _olora}
-_ANEW = ("kaiming", "gaussian", "random")
+_ANEW = ("kaiming", "gaussian", "random", "eva", "lora_ga")
 """Initialisations that draw each element independently of the weight."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from graftc.runtime.artifact.write import require_values
 from graftc.runtime.export.job import AdapterSummary, ExportJob
 from graftc.runtime.interop.peft.exporting import PeftExport, check_peft, prepared, write_peft
-from graftc.runtime.interop.peft.plain import plain
+from graftc.runtime.interop.peft.plain import plain, subtracts_unknown_start
 from graftc.runtime.model.adapted import AdaptedRunner
 from graftc.runtime.serving.engines import Engine
 from graftc.runtime.serving.limits import require_served
@@ -38,12 +38,13 @@ def prepare(job: ExportJob) -> PreparedFolder:
     require_values(job.runner)
     compilation = job.simplest.compilation
     content = prepared(compilation)
-    if server is not None:
-        if tokens := content.config.get("alora_invocation_tokens"):
-            message = f"{server.name} would apply the adapter to every token, not from {list(tokens)} on"
-            hint = "export it with format gguf, for llama.cpp's server, or leave the server out"
-            raise GraftError("GC068", message, hint=hint)
+    if server is not None and (tokens := content.config.get("alora_invocation_tokens")):
+        message = f"{server.name} would apply the adapter to every token, not from {list(tokens)} on"
+        hint = "export it with format gguf, for llama.cpp's server, or leave the server out"
+        raise GraftError("GC068", message, hint=hint)
+    if server is not None or subtracts_unknown_start(content, compilation):
         content = plain(content, compilation)
+    if server is not None:
         rank = require_served(server, content.config, content.tensors, max_rank=largest)
     needs = server.option_for(rank) if server is not None else None
     title = str(content.config["peft_type"])

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # the classes that the table names
     from graftc.runtime.offered.scoring import TokenScoring as TokenScoring
     from graftc.runtime.offered.state_dicts import StateDicts as StateDicts
     from graftc.runtime.offered.warming import Warming as Warming
+    from graftc.runtime.training.initialising import Initialising as Initialising
     from graftc.runtime.training.selecting import Selecting as Selecting
     from graftc.runtime.training.steering import TrainingSteering as TrainingSteering
 
@@ -40,8 +41,9 @@ _PARTS: Mapping[str, str] = MappingProxyType(
         "offered.adapters:Adapters": "add disable disabled enable load_adapter remove rename",
         "offered.banks:Choosing": "activate active bank fix train_only",
         "training.steering:TrainingSteering": "after_step begin callback deploy_rank extra_loss rank_pattern "
-        "site_figures skip_step steps_left unselected warn_of_unsteered",
+        "site_figures skip_step steps_left uninitialised unselected warn_of_unsteered",
         "training.selecting:Selecting": "advance joined select stages_left",
+        "training.initialising:Initialising": "initialise",
         "offered.scoring:TokenScoring": "token_log_probs",
         "offered.checkpointing:Checkpointing": "activation_checkpointing_disable activation_checkpointing_enable "
         "gradient_checkpointing_disable gradient_checkpointing_enable is_activation_checkpointing "

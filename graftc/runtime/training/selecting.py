@@ -79,6 +79,7 @@ class Selecting:
     def _scores(
         self, names: Iterable[str], scoring: Scoring, examples: Iterable[Mapping[str, Any]], loss: Loss | None
     ) -> dict[str, Tensor]:
+        """Return a score for every entry of base tensors, accumulated over examples; see `select`."""
         store = self.runner.compilation.store
         tensors = {name: store.get(name) for name in names}
         scores = {n: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for n, t in tensors.items()}

@@ -16,7 +16,7 @@ from graftc.compiler.figures import Figure, Figures, as_numbers, live_figures
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.steering import live_places
 from graftc.passes.core.ir.program_key import ProgramKey
-from graftc.passes.core.method.capabilities import Ranked, one_rank
+from graftc.passes.core.method.capabilities import Initialised, Ranked, one_rank
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import Spread, all_whole, sharded_modules
@@ -36,12 +36,13 @@ def _note(trained: set[str], name: str, gradient: Tensor) -> None:
 
 
 _NO_OBJECTIVE = "{names} has an objective, but the loss did not include it"
+_NOT_INITIALISED = "{names} was trained before its initial values were computed from examples"
 _NO_CONTROLLER = "{names} was trained without the updates that it makes between optimiser steps"
 
 
 def watch_training(runner: AdaptedRunner, names: Iterable[str] | None = None) -> None:
     """Record when adaptations (by default all) are trained, so that missing steering can be reported."""
-    every = {*runner.steering.controllers, *runner.steering.objectives}
+    every = {*runner.steering.controllers, *runner.steering.objectives, *TrainingSteering(runner).uninitialised}
     for name in every if names is None else every & {*names}:
         tensors = (t for n, t in runner.compilation.store.adapters() if owner_of(n) == name and t.requires_grad)
         first = next(tensors, None)
@@ -181,6 +182,8 @@ class TrainingSteering:
             hint = "add compiled.extra_loss() to the loss, or pass compiled.callback() to the Trainer"
             self.warn_once([name for name in self.runner.steering.objectives if name in trained], _NO_OBJECTIVE, hint)
         store, parts = self.runner.compilation.store, self.runner.compilation.parts
+        hint = "train the model that compiled.initialise(batches) returns, or let graftc.tune do both"
+        self.warn_once([name for name in self.uninitialised if name in trained], _NOT_INITIALISED, hint)
         for name in self.unselected:
             deltas = (n for tensors in parts[name].values() for part, n in tensors.items() if part.endswith("_delta"))
             if any(bool(store.get(delta).any()) for delta in deltas):
@@ -196,6 +199,18 @@ class TrainingSteering:
             flag = self.runner.compilation.parts.get(resolved.name, {}).get(None, {}).get(SELECTED)
             if flag is not None and not bool(store.get(flag)):
                 names.append(resolved.name)
+        return tuple(names)
+
+    @property
+    def uninitialised(self) -> tuple[str, ...]:
+        """The names of adaptations whose initial values have yet to be computed from examples."""
+        names = []
+        for resolved in self.runner.compilation.main.resolved:
+            method = method_for(resolved.spec.method)
+            if isinstance(method, Initialised):
+                places, _ = live_places(self.runner.compilation, resolved)
+                if method.starts_from(resolved.spec, places) is not None:
+                    names.append(resolved.name)
         return tuple(names)
 
     def _miss(self) -> None:

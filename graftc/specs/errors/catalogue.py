@@ -256,10 +256,11 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "The method of the adaptation has only one rank, or the rank is out of bounds.",
      "Name an adaptation whose method is trained for many ranks, such as `dylora`, and a rank from 1 to the "
      "adaptation's."),
-    ("GC056", _SPEC, "entries cannot be selected by examples",
-     "No adaptation has a selection that uses examples, or there are no examples, or they yield no loss.",
-     "Name such a selection in the spec, for example `fish`, and call `compiled.select(examples)` before training, "
-     "with batches that have labels."),
+    ("GC056", _SPEC, "nothing can be determined by examples",
+     "No adaptation has a selection or initial values that use examples, or there are no examples, or they yield no "
+     "loss.",
+     "Name a selection in the spec, for example `fish`, and call `compiled.select(examples)` before training, or an "
+     "initialiser such as `eva`, and call `compiled.initialise(examples)`; pass batches that have labels."),
     ("GC057", _SPEC, "there is no further training run",
      "No adaptation has another training run after the current one.",
      "Merge, save or export the model. `compiled.stages_left` is the number of training runs that remain."),

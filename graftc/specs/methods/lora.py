@@ -13,7 +13,12 @@ from graftc.specs.limits import SIZE
 from graftc.specs.overrides import RankOverride
 from graftc.specs.peft import LORA_FIXED, LORA_IGNORED, LORA_STARTS, PeftFormat, PeftPart
 
-Initialiser: TypeAlias = Literal["kaiming", "gaussian", "random", "orthogonal", "pissa", "olora", "loftq"]
+OwnInitialiser: TypeAlias = Literal["kaiming", "gaussian", "random", "orthogonal", "pissa", "olora", "loftq"]
+"""An initialiser of a single site, as described in `LoRA.init`."""
+
+Initialiser: TypeAlias = Literal[
+    "kaiming", "gaussian", "random", "orthogonal", "pissa", "olora", "loftq", "eva", "lora_ga"
+]
 """An initialiser, as described in `LoRA.init`."""
 
 
@@ -26,8 +31,8 @@ class LoRAOverride(RankOverride):
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Probability of dropping an input of the branch at these sites."""
 
-    init: Initialiser | None = None
-    """Initialiser at these sites."""
+    init: OwnInitialiser | None = None
+    """Initialiser at these sites. `eva` and `lora_ga` apply to all sites of an adaptation."""
 
 
 class LoRA(MethodSpec):
@@ -48,7 +53,9 @@ class LoRA(MethodSpec):
     paper: ClassVar[str] = (
         "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models; "
         "rsLoRA: Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA; "
-        "LoRA-FA: Zhang et al. 2023, Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning"
+        "LoRA-FA: Zhang et al. 2023, Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning; "
+        "EVA: Paischer et al. 2024, One Initialization to Rule them All; "
+        "LoRA-GA: Wang et al. 2024, LoRA-GA: Low-Rank Adaptation with Gradient Approximation"
     )
 
     peft: ClassVar[PeftFormat | None] = PeftFormat(
@@ -71,13 +78,19 @@ class LoRA(MethodSpec):
                 **{name: {"init": name} for name in ("gaussian", "orthogonal", "olora", "pissa")},
             }
         },
-        unnamed={"init_lora_weights": {"loftq": True, "random": False, "orthogonal": "orthogonal"}},
+        unnamed={
+            "init_lora_weights": {"loftq": True, "random": False, "orthogonal": "orthogonal"}
+            | dict.fromkeys(("eva", "lora_ga"), True)
+        },
         patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
         constant={"dropout_scope": "target"},
         absent={"alpha": 8.0},
         fixed=LORA_FIXED,
         ignored=LORA_IGNORED,
-        training=frozenset({"dropout", "dropout_mask", "dropout_scope", "freeze_a", "excess_rank", "across_groups"}),
+        training=frozenset(
+            {"dropout", "dropout_mask", "dropout_scope", "freeze_a", "excess_rank", "across_groups"}
+            | {"eva_rho", "eva_whiten", "lora_ga_gamma"}
+        ),
         turned=True,
         parameters=True,
     )
@@ -121,7 +134,19 @@ class LoRA(MethodSpec):
     and embedding tables start as with `kaiming`. `pissa`: principal singular vectors of W. `olora`: its QR
     factors. These two subtract their initial product, so the model is initially unchanged. `loftq`: `s B A` is the part
     of that rank of what quantising took from W (`base: {quantize: ...}`), so that training starts nearer to the model
-    as it was."""
+    as it was. `eva` and `lora_ga` start from the user's batches, by `compiled.initialise(batches)`: `eva` with the
+    principal directions of each site's inputs as A and zero as B, `lora_ga` with the singular directions of the
+    weight's gradient, whose initial product is subtracted. Until then both start as `kaiming` does."""
+
+    eva_rho: float = Field(default=2.0, ge=1)
+    """The largest rank of a site, over `rank`, when `eva` distributes ranks by explained variance. All ranks add up to
+    the same number as without it, and each is at least 1. With 1 every site keeps its rank."""
+
+    eva_whiten: bool = False
+    """Whether `eva` divides each direction by the fourth root of its variance."""
+
+    lora_ga_gamma: float = Field(default=16.0, gt=0)
+    """Scale of `lora_ga`: both factors are multiplied by `out^(1/4) / sqrt(gamma)`."""
 
     freeze_a: bool = False
     """LoRA-FA: A keeps its initial values and B alone trains, so that the inputs of the sites need not be kept for the

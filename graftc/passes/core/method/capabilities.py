@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from torch import Tensor
 
+from graftc.passes.core.method.principal import PrincipalComponents
 from graftc.passes.core.method.scoring import Scoring
 from graftc.passes.core.method.steering import AdaptedSite
 from graftc.specs.base import MethodSpec
@@ -56,6 +57,39 @@ class Scored(ABC, Generic[S]):
             places: every adapted place.
             scores: a score for every entry of the tensors that `scored` names, as tensors of the same shapes by Store
                 name.
+        """
+
+
+class Initialised(ABC, Generic[S]):
+    """A method that can compute its initial values from examples, before its first training run."""
+
+    input_part: ClassVar[str]
+    """The part that multiplies a site's input, by which the input is recognised in a forward pass."""
+
+    @abstractmethod
+    def starts_from(self, spec: S, places: Sequence[AdaptedSite[S]]) -> Literal["inputs", "gradients"] | None:
+        """Return which values of the examples its initial values depend on; None if they depend on none any more.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+            places: every adapted place.
+        """
+
+    @abstractmethod
+    def components(self, place: AdaptedSite[S]) -> int:
+        """Return the number of principal components of a site's inputs that `initialised` needs."""
+
+    @abstractmethod
+    def initialised(
+        self, spec: S, places: Sequence[AdaptedSite[S]], statistics: Sequence[PrincipalComponents | Tensor]
+    ) -> Transition[S]:
+        """Return the starting point of training.
+
+        Args:
+            spec: the adaptation without its overrides applied.
+            places: every adapted place.
+            statistics: for each place, the principal components of its inputs, or the sum of its weight's gradients,
+                ``[..., out, in]``.
         """
 
 

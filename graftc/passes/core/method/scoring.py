@@ -54,3 +54,11 @@ class Movement(Scoring):
     def add(self, scores: Tensor, tensor: Tensor, gradient: Tensor) -> None:
         """Add ``-W dL/dW``."""
         scores.addcmul_(tensor.to(scores.dtype), gradient.to(scores.dtype), value=-1)
+
+
+class GradientSum(Scoring):
+    """The sum of the gradients of all batches."""
+
+    def add(self, scores: Tensor, tensor: Tensor, gradient: Tensor) -> None:
+        """Add the gradient."""
+        scores.add_(gradient.to(scores.dtype))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from graftc.compiler.compilation import Compilation
 from graftc.runtime.interop.peft.exporting import PeftExport
+from graftc.runtime.interop.peft.pairs import split, table_of
 
 
 def plain(export: PeftExport, compilation: Compilation) -> PeftExport:
@@ -36,6 +37,19 @@ def plain(export: PeftExport, compilation: Compilation) -> PeftExport:
         tensors |= starts
         config |= {**_doubled(config), "init_lora_weights": True}
     return replace(export, config=config, tensors=tensors)
+
+
+def subtracts_unknown_start(export: PeftExport, compilation: Compilation) -> bool:
+    """Return whether an initial product is subtracted that PEFT cannot compute from the base again."""
+    if not _starts(export, compilation):
+        return False
+    main, _ = split(compilation)
+    table = table_of(main.spec)
+    assert table is not None
+    return any(
+        meanings.get(export.config.get(theirs)) != getattr(main.spec, table.fields[theirs])
+        for theirs, meanings in table.values.items()
+    )
 
 
 def _scaled(config: Mapping[str, Any]) -> dict[str, Any]:
