@@ -192,6 +192,10 @@ class MethodSpec(NamedSpec):
         names.sort(key=lambda name: name not in self.model_fields_set)
         return (names[0], getattr(self, names[0])) if names else None
 
+    def usual_optimiser(self) -> str:
+        """Return the name of the optimiser to assume in memory plans where the user names none."""
+        return "adamw"
+
     def virtual_tokens(self) -> Sequence[VirtualRun]:
         """Return the virtual tokens that the method inserts among the tokens of a text; most methods insert none."""
         return ()

@@ -84,9 +84,9 @@ class State(NamedTuple):
 
 
 def usual(spec: Spec) -> str:
-    """Return the name of a spec's default optimiser, which supports replacing trained entries if the spec does so."""
-    variants = [getattr(a, "variant", None) for a in spec.adapt if a.method == "spiel"]
-    return "sm3" if "MA" in variants else "aged-adamw" if variants else "adamw"
+    """Return the name of the optimiser for a spec: one of graftc's if a method needs it, `sm3` before others."""
+    names = {adaptation.usual_optimiser() for adaptation in spec.adapt}
+    return next((name for name in ("sm3", *OWN) if name in names), "adamw")
 
 
 def state_of(simulation: Simulation, optimizer: str | Make, device: str, processes: int) -> State:

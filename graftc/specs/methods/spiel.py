@@ -85,3 +85,7 @@ class SpIEL(SelectionSpec):
             message = f"accumulation_steps {self.accumulation_steps} exceeds interval {self.interval}"
             refuse("accumulation_steps", message)
         return self
+
+    def usual_optimiser(self) -> str:
+        """Return an optimiser of graftc's, which keeps up with entries that are replaced."""
+        return "sm3" if self.variant == "MA" else "aged-adamw"
