@@ -93,6 +93,9 @@ class PeftFormat:
         written: fields of the config that are written but not read, computed from the spec.
         turned: whether the config records that weights are stored as ``[in, out]``.
         parameters: whether the config may name parameters of modules; if so, without dropout on their input.
+        layers: the classes of modules that PEFT adapts with this type; empty for all that it adapts with any type.
+        kernels: the convolutions at which PEFT computes the same: all of them; those without groups and dilation whose
+            kernel, stride and padding are the same along both axes; or those of them whose kernel has a single point.
     """
 
     types: tuple[str, ...]
@@ -117,6 +120,8 @@ class PeftFormat:
     written: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     turned: bool = False
     parameters: bool = False
+    layers: frozenset[str] = frozenset()
+    kernels: Literal["any", "square", "point"] = "any"
 
     @property
     def known(self) -> frozenset[str]:

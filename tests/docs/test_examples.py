@@ -296,7 +296,7 @@ def a_config_with_an_unknown_field(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_type_that_is_not_here(patch: pytest.MonkeyPatch) -> None:
-    adapter(peft_type="OFT")
+    adapter(peft_type="POLY")
     graftc.import_peft("adapter", tiny("bert"))
 
 

@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "vera": {"rank": 5},
     "loha": {"rank": 2},
     "lokr": {"rank": 2},
+    "oft": {"block_size": 8},
     "spiel": {"density": 0.05},
     "mask": {"density": 0.05},
     "diff_pruning": {},

@@ -286,6 +286,7 @@ class Adapters(Kind):
             "lora": peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"v_proj": 3}),
             "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
             "loha": peft.LoHaConfig(r=2, target_modules="model.*(q_proj|up_proj)"),
+            "oft": peft.OFTConfig(oft_block_size=8, target_modules=["k_proj", "up_proj"]),
         }
         self.names, self.merged = sorted(kinds), dict[str, dict[str, Tensor]]()
         for name, config in kinds.items():

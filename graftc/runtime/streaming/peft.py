@@ -14,7 +14,7 @@ from graftc.passes.core.method.capabilities import RowWise
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.weights.store import Store
 from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
-from graftc.runtime.interop.peft.checks import check_contents, check_copies
+from graftc.runtime.interop.peft.checks import check_contents, check_convolutions, check_copies
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, read_peft, table_form
 from graftc.runtime.sources.models import load_folder
 from graftc.runtime.streaming.names import FileNames
@@ -57,6 +57,8 @@ def peft_updates(path: Path, checkpoint: TensorFolder) -> AdapterUpdates:
         hint = "use the base that the adapter was trained on"
         message = f"{path} adapts a model other than {checkpoint.path}: {wrong[0]}"
         raise GraftError("GC102", message, hint=hint, details=wrong[1:30])
+    adapted = ((m.path, modules[m.path]) for m in adapter.modules)
+    check_convolutions(adapter.config, adapter.in_config("target_modules"), adapted)
     check_contents(adapter, list(modules), dict(model.named_parameters(remove_duplicate=False)))
     _check_complete(adapter, model, checkpoint, names)
     _check_copies(adapter, model, checkpoint, names)

@@ -112,9 +112,11 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "Use a method that adds no virtual tokens, for example `prefix`; or leave out the input that the message names."),
 
     # A spec that does not fit the model.
-    ("GC020", _SPEC, "the rank exceeds the layer",
-     "A rank above the smaller dimension of a weight adds parameters but no expressive power.",
-     "Lower `rank`, or lower it for these sites only with `overrides`."),
+    ("GC020", _SPEC, "a size does not fit the layer",
+     "A rank above the smaller dimension of a weight adds parameters but no expressive power. Blocks have to divide "
+     "the inputs evenly.",
+     "Lower `rank`, or lower it for these sites only with `overrides`. Choose a size of blocks that divides the inputs "
+     "of every site."),
     ("GC021", _SPEC, "two owners of the same rows",
      "Two adaptations change partially overlapping rows of one tensor, both train the tensor itself, or one would "
      "train a value that the other treats as a constant.",

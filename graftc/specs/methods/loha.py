@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from graftc.specs.methods.bases.product import ProductSpec
+from graftc.specs.methods.bases.product import PRODUCT_LAYERS, ProductSpec
 from graftc.specs.peft import AS_USUAL, NO_DROPOUT, PeftFormat, PeftPart
 
 
@@ -35,6 +35,7 @@ class LoHa(ProductSpec):
         patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
         fixed={"use_effective_conv2d": False},
         starts={"init_weights": AS_USUAL, "rank_dropout": NO_DROPOUT, "module_dropout": NO_DROPOUT},
+        layers=PRODUCT_LAYERS,
         ignored=frozenset({"init_weights", "rank_dropout", "module_dropout"}),
         training=frozenset({"excess_rank"}),
     )

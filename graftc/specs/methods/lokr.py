@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator
 
 from graftc.specs.limits import SIZE
-from graftc.specs.methods.bases.product import ProductSpec
+from graftc.specs.methods.bases.product import PRODUCT_LAYERS, ProductSpec
 from graftc.specs.peft import AS_USUAL, NO_DROPOUT, PeftFormat, PeftPart
 from graftc.specs.spec_errors import refuse
 
@@ -42,6 +42,7 @@ class LoKr(ProductSpec):
         patterns={"rank_pattern": "rank", "alpha_pattern": "alpha"},
         fixed={"use_effective_conv2d": False},
         starts={"init_weights": AS_USUAL, "rank_dropout": NO_DROPOUT, "module_dropout": NO_DROPOUT},
+        layers=PRODUCT_LAYERS,
         ignored=frozenset({"init_weights", "rank_dropout", "module_dropout", "rank_dropout_scale"}),
     )
 

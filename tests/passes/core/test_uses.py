@@ -272,7 +272,7 @@ def test_a_module_under_two_names() -> None:
     assert largest_difference(outputs_of(source, {"x": ROWS}), outputs_of(compiled, {"x": ROWS})) <= 2e-5
 
 
-@pytest.mark.parametrize("method", ["lora", "loha", "lokr", "dora"])
+@pytest.mark.parametrize("method", ["lora", "loha", "lokr", "dora", "oft"])
 def test_some_rows_of_a_grouped_convolution(method: str) -> None:
     """Queries and values are rows of one grouped convolution, and rows cannot be computed without their group."""
 
@@ -288,7 +288,8 @@ def test_some_rows_of_a_grouped_convolution(method: str) -> None:
 
     torch.manual_seed(0)
     model, x = Grouped().eval().requires_grad_(False), torch.randn(2, 5, WIDTH)
-    spec = {"adapt": [{"name": "a", "method": method, "target": {"role": ["attn.q", "attn.v"]}, "rank": 2}]}
+    size = {"block_size": 4} if method == "oft" else {"rank": 2}
+    spec = {"adapt": [{"name": "a", "method": method, "target": {"role": ["attn.q", "attn.v"]}, **size}]}
     compiled = graftc.compile(spec, model, {"x": x}).eval()
     sites = [site for site, _ in compiled.compilation.main.resolved[0].sites]
     assert [str(site.own) for site in sites if isinstance(site, LinearSite)] == ["rows 0:12", "rows 24:36"]

@@ -29,6 +29,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "lora": {"target": {"role": "attn.{q,v}"}, "rank": 3},
     "dora": {"target": {"role": "attn.{q,v}"}, "rank": 3},
     "ia3": {"target": {"role": ["attn.k", "attn.v", "attn.o"]}, "side": "auto"},
+    "oft": {"target": {"role": "attn.{q,v}"}, "block_size": 8},
     "houlsby": {"bottleneck": 6},
     "pfeiffer": {"reduction": 4},
     "bapna_firat": {"bottleneck": 6},

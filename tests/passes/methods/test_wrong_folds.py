@@ -15,6 +15,7 @@ from graftc.passes.core.weights.weight_slice import WeightSlice
 from graftc.passes.methods.ia3 import IA3Method
 from graftc.passes.methods.loha import LoHaMethod
 from graftc.passes.methods.lokr import LoKrMethod
+from graftc.passes.methods.oft import OFTMethod
 from graftc.passes.methods.vera import VeRAMethod
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
@@ -101,6 +102,27 @@ LOHA: dict[str, Wrong] = {
 def test_loha(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"method": "loha", "target": SQUARE, "rank": 4, "alpha": 8}
     assert reasons_against(entry, monkeypatch, LoHaMethod, LOHA[name])
+
+
+OFT: dict[str, Wrong] = {
+    "without rotation": lambda w, b, t: (w, b),
+    "rotated back": lambda w, b, t: (w @ _rotated(t["Q"]), b),
+    "rotated outputs": lambda w, b, t: (_rotated(t["Q"]) @ w, b),
+    "with the bias": lambda w, b, t: (w @ _rotated(t["Q"]).T, _rotated(t["Q"]) @ b),
+}
+
+
+def _rotated(upper: Tensor) -> Tensor:
+    q = torch.ops.graftc.skew(upper, 8)
+    one = torch.eye(8, dtype=q.dtype)
+    return torch.block_diag(*(torch.linalg.solve(one + q, one - q)))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", OFT)
+def test_oft(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"method": "oft", "target": SQUARE, "block_size": 8, "cayley": "exact"}
+    assert reasons_against(entry, monkeypatch, OFTMethod, OFT[name])
 
 
 LOKR: dict[str, Wrong] = {

@@ -21,6 +21,7 @@ BELOW: dict[str, dict[str, Any]] = {
     "ia3": {"method": "ia3"},
     "loha": {"method": "loha", "rank": 3},
     "vera": {"method": "vera", "rank": 5},
+    "oft": {"method": "oft", "block_size": 4},
     "dora": {"method": "dora", "rank": 2},
     "bitfit": {"method": "bitfit", "add_missing": True},
 }
@@ -34,6 +35,7 @@ STACKS = (
     ("llama", ("ia3", "bitfit"), 1),
     ("llama", ("loha", "bitfit"), 2),
     ("gpt2", ("vera", "dora"), 1),
+    ("gpt2", ("lora", "oft"), 2),
     ("mixtral", ("lora",), 1),
 )
 

@@ -136,6 +136,12 @@ def lokr(family: str, rng: Rng) -> Any:
     return product("LoKrConfig", **fields)(family, rng)
 
 
+def oft(family: str, rng: Rng) -> Any:
+    size = rng.choice([{"oft_block_size": rng.choice([7, 8])}, {"r": 4, "oft_block_size": 0}])
+    form = {"use_cayley_neumann": rng.random() < 0.5, "block_share": rng.random() < 0.5}
+    return peft.OFTConfig(**size, **form, target_modules=some(family, rng))
+
+
 KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
     "lora": (lora, tuple(LINEAR)),
     "patterns": (patterns, ("bert", "gpt2", "llama", "t5", "vit")),
@@ -174,6 +180,7 @@ KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
     "vera": (vera, ("roberta", "llama", "gpt2")),
     "loha": (product("LoHaConfig"), ("bert", "vit")),
     "lokr": (lokr, ("gpt_neox", "t5")),
+    "oft": (oft, ("roberta", "llama")),
     "norms": (lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), ("bert", "llama")),
 }
 """By kind: what makes its config, and the families it is tried on."""
@@ -265,7 +272,9 @@ def check(case: Checkpoint, folder: Path) -> tuple[float, float | None]:
     return imported, back
 
 
-IN_SIXTEEN_BITS = ("lora", "patterns", "bias", "head", "tables", "conv", "experts", "dora", "ia3", "loha", "lokr")
+IN_SIXTEEN_BITS = (
+    *("lora", "patterns", "bias", "head", "tables", "conv", "experts", "dora", "ia3", "loha", "lokr", "oft"),
+)
 """Kinds that are tried on a base in bfloat16 as well."""
 
 

@@ -277,6 +277,17 @@ def product(kind: str, **fields: Any) -> Callable[[str, Rng], Any]:
     return make
 
 
+def oft(family: str, rng: Rng) -> Any:
+    """Draw a config of any form; peft computes convolutions otherwise, unless their kernel has a single point."""
+    modules = rng.choice([["fc"], ["point"], ["fc", "point"]]) if family == "convs" else some(family, rng)
+    size: dict[str, int] = {"oft_block_size": rng.choice([4, 7, 8, 16])}
+    if rng.random() < 0.5:
+        size = {"r": rng.choice([3, 4, 6]), "oft_block_size": 0}
+    form = rng.choice([{}, {"use_cayley_neumann": False}, {"num_cayley_neumann_terms": rng.randint(2, 8)}])
+    bound = {"coft": True, "eps": 0.5} if rng.random() < 0.3 else {}
+    return peft.OFTConfig(**size, **form, **bound, block_share=rng.random() < 0.3, target_modules=modules)
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of configuration.
@@ -359,6 +370,7 @@ KINDS: Mapping[str, Kind] = {
         ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"),
         2,
     ),
+    "oft": Kind("OFT", oft, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 3),
     "vera": Kind("VeRA", vera, ("bert", "gpt2", "llama", "gpt_neox", "t5", "vit", "convs"), 2),
     "norms": Kind("LN-tuning", lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), tuple(NORMS)),
     "prompt": Kind("prompt", virtual("PromptTuningConfig"), (*DECODERS, *PAIRS), 2),

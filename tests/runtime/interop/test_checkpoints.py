@@ -269,7 +269,7 @@ def test_another_base(llama: Path) -> None:
 CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "unknown field": ({"ranks": 3}, "GC111", "ranks"),
     "megatron": ({"megatron_core": "evil.core"}, "GC112", "megatron_core"),
-    "type": ({"peft_type": "OFT"}, "GC112", "OFT"),
+    "type": ({"peft_type": "POLY"}, "GC112", "POLY"),
     "bias of B": ({"lora_bias": True}, "GC112", "lora_bias"),
     "replicated": ({"layer_replication": [[0, 1]]}, "GC112", "layer_replication"),
     "start": ({"init_lora_weights": "pissa_niter_16"}, "GC112", "pissa_niter_16"),

@@ -266,6 +266,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "loha": (lambda: peft.LoHaConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
     "loha dropout": (lambda: peft.LoHaConfig(target_modules=["q_proj"], rank_dropout=0.1), "rank_dropout"),
     "lokr": (lambda: peft.LoKrConfig(target_modules=["q_proj"], init_weights="lycoris"), "init_weights"),
+    "oft": (lambda: peft.OFTConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
+    "oft dropout": (lambda: peft.OFTConfig(target_modules=["q_proj"], module_dropout=0.1), "module_dropout"),
+    "oft bias": (lambda: peft.OFTConfig(target_modules=["q_proj"], bias="oft_only"), "bias"),
+    "oft powers": (lambda: peft.OFTConfig(target_modules=["q_proj"], num_cayley_neumann_terms=1), "terms"),
     "ia3": (lambda: peft.IA3Config(init_ia3_weights=False), "init_ia3_weights"),
     "vera": (lambda: peft.VeraConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
     "adalora": (lambda: peft.AdaLoraConfig(total_step=5, init_lora_weights=False), "init_lora_weights"),
@@ -292,7 +296,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2)]),
         "layer_replication",
     ),
-    "kind": (lambda: peft.OFTConfig(target_modules=["q_proj"]), "OFT"),
+    "kind": (lambda: peft.PolyConfig(target_modules=["q_proj"]), "POLY"),
 }
 
 

@@ -18,6 +18,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "dora": {"rank": 2, "target": SITES},
     "loha": {"rank": 2, "target": SITES},
     "lokr": {"factor": 4, "target": SITES},
+    "oft": {"block_size": 8, "target": SITES},
     "diff_pruning": {"target": SITES},
     "lt_sft": {"target": SITES},
     "ia3": {},

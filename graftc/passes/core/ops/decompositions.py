@@ -5,10 +5,10 @@ ATen has no single operator that is equivalent to any of them.
 
 from __future__ import annotations
 
-from graftc.passes.core.ops import dropout, gradients, hard_concrete, magnitude, pruned, sparse, unpack
+from graftc.passes.core.ops import dropout, gradients, hard_concrete, magnitude, pruned, skew, sparse, unpack
 from graftc.passes.core.ops.declaring import DECOMPOSITIONS
 
 __all__ = ["DECOMPOSITIONS", "MODULES"]
 
-MODULES = (dropout, gradients, hard_concrete, magnitude, pruned, sparse, unpack)
+MODULES = (dropout, gradients, hard_concrete, magnitude, pruned, skew, sparse, unpack)
 """Modules that declare operators with decompositions; importing them registers the operators."""

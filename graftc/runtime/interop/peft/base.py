@@ -12,6 +12,7 @@ from graftc.runtime.interop.peft.targets import globs
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
+from graftc.specs.peft import PeftFormat
 
 
 def paths_of(model: nn.Module) -> list[str]:
@@ -32,6 +33,15 @@ def outermost(paths: Collection[str]) -> list[str]:
 def rows_in(spec: MethodSpec) -> list[int]:
     """Return the table rows that a spec trains; empty if it trains no rows."""
     return list(getattr(spec, "rows", None) or ())
+
+
+def computes_otherwise(module: nn.Module, table: PeftFormat) -> bool:
+    """Return whether a module is a convolution at which peft computes something else than a map of every patch."""
+    if table.kernels == "any" or not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return False
+    even = all(len(set(sizes)) == 1 for sizes in (module.kernel_size, module.stride, module.padding))
+    plain = even and not isinstance(module.padding, str) and module.groups == 1 and max(module.dilation) == 1
+    return not plain or (table.kernels == "point" and max(module.kernel_size) > 1)
 
 
 def behind_an_encoder(model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from graftc.runtime.interop.peft.base import computes_otherwise
 from graftc.runtime.interop.peft.folder import PeftAdapter
 from graftc.runtime.interop.peft.parameters import meant_parameters
 from graftc.runtime.interop.peft.targets import is_saved, meant
-from graftc.specs.errors.diagnostics import GraftError
+from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import some
+from graftc.specs.foreign.config import AdapterConfig
 from graftc.specs.foreign.fields import takes_bias
 
 SHOWN = 50
@@ -46,6 +48,23 @@ def check_contents(adapter: PeftAdapter, modules: Sequence[str], parameters: Map
     if lacking:
         message = lacking[0] if len(lacking) == 1 else f"the file lacks {len(lacking)} tensors that the config trains"
         raise GraftError("GC113", message, place=adapter.place, details=lacking[:SHOWN] if len(lacking) > 1 else [])
+
+
+def check_convolutions(config: AdapterConfig, where: Place, adapted: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise if a config adapts a convolution at which peft computes something that has no equivalent here.
+
+    Args:
+        config: the config.
+        where: the place of its ``target_modules``, for errors.
+        adapted: the modules that it adapts, by path.
+
+    Raises:
+        GraftError: GC112, which names the module.
+    """
+    if strange := [path for path, module in adapted if computes_otherwise(module, config.format[1])]:
+        message = f"PEFT's {config.peft_type} at {strange[0]} is not a map of every patch, so it has no equivalent here"
+        hint = "leave convolutions out of target_modules, or merge the adapter in PEFT"
+        raise GraftError("GC112", message, place=where, hint=hint, details=strange[1:SHOWN])
 
 
 def _check_targets(adapter: PeftAdapter, modules: Sequence[str]) -> None:

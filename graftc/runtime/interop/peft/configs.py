@@ -25,6 +25,7 @@ from graftc.compat.peft import merged_projections
 from graftc.compiler.quantised_sources.convert import arrived
 from graftc.compiler.roles.structure import Structure
 from graftc.runtime.interop.peft.base import behind_an_encoder, outermost, paths_of, shapes_of, spec_of_entries
+from graftc.runtime.interop.peft.checks import check_convolutions
 from graftc.runtime.interop.peft.entries import entry_of
 from graftc.runtime.interop.peft.folder import ADDED, PeftModule
 from graftc.runtime.interop.peft.targets import ALL_LINEAR
@@ -93,6 +94,8 @@ def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[]
         raise
     if isinstance(config.target_modules, list):
         _check_names([name for name in config.target_modules if name in _named(adapted.config)], model, where)
+    at = ((path, model.get_submodule(path)) for path in adapted.modules)
+    check_convolutions(adapted.config, Place(where, path="target_modules"), at)
     modules = [own for path in adapted.modules for own in _inside(_at(adapted.config, path), model)]
     for name in adapted.parameters:
         path, _, parameter = name.rpartition(".")

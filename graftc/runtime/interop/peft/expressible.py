@@ -11,6 +11,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.roles.windows import may_have_windows
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
+from graftc.runtime.interop.peft.base import computes_otherwise
 from graftc.runtime.interop.peft.folder import ADDED
 from graftc.runtime.interop.peft.pairs import is_parameter, is_projection, repeats, table_of, trains_rows
 from graftc.specs.base import MethodSpec
@@ -66,6 +67,7 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
         _check_sites(resolved, index)
         _check_parameters(compilation, resolved, table, index)
         _check_groups(resolved, table, index)
+        _check_layers(compilation, resolved, table, index)
         _check_attentions(compilation, resolved, index)
         _check_options(resolved, table, f"adapt[{index}]", _without_effect(compilation, resolved))
     _check_virtual(compilation, main)
@@ -149,6 +151,19 @@ def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:
         if isinstance(site, LinearSite) and site.use.grouped and not getattr(spec, "across_groups", False):
             what = f"factors within the groups of {site.key}"
             raise _error(what, f"adapt[{index}].across_groups", "set across_groups, or merge it")
+
+
+def _check_layers(compilation: Compilation, resolved: Resolved, table: PeftFormat, index: int) -> None:
+    """Raise for modules that peft does not adapt with this method, or where it computes something else."""
+    modules = dict(compilation.source.named_modules(remove_duplicate=False))
+    for site, spec in own_places(compilation, resolved):
+        module = modules.get(site.key.module)
+        if not isinstance(site, LinearSite) or module is None or is_parameter(compilation, site):
+            continue
+        names = {kind.__name__ for kind in type(module).__mro__}
+        if (table.layers and not names & table.layers) or computes_otherwise(module, table):
+            what = f"{spec.method} at {site.key.module}, a {type(module).__name__}"
+            raise _error(what, f"adapt[{index}].target", "leave it out, or merge it")
 
 
 def _without_effect(compilation: Compilation, resolved: Resolved) -> frozenset[str]:

@@ -21,7 +21,13 @@ from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.roles.structure import Structure
 from graftc.runtime.interop.peft.base import behind_an_encoder, outermost, paths_of, rows_in, shapes_of, spec_of_entries
-from graftc.runtime.interop.peft.checks import SHOWN, check_contents, check_copies, token_keys
+from graftc.runtime.interop.peft.checks import (
+    SHOWN,
+    check_contents,
+    check_convolutions,
+    check_copies,
+    token_keys,
+)
 from graftc.runtime.interop.peft.entries import entry_of
 from graftc.runtime.interop.peft.expert_layouts import pairs_in
 from graftc.runtime.interop.peft.folder import PeftAdapter, PeftModule, finite, read_peft, table_form
@@ -107,6 +113,8 @@ def check_model(adapter: PeftAdapter, model: nn.Module) -> None:
         message = f"the adapter is for {count} that {type(model).__name__} does not have: {some(absent, 3)}"
         raise GraftError("GC114", message, place=adapter.place, details=absent[3:SHOWN])
     check_contents(adapter, paths_of(model), parameters)
+    adapted = ((m.path, modules[m.path]) for m in adapter.modules)
+    check_convolutions(adapter.config, adapter.in_config("target_modules"), adapted)
 
     def read(name: str) -> Tensor | None:
         tensor = tensors[name].detach()

@@ -11,6 +11,9 @@ from graftc.specs.claims import Claims, FoldKind, SiteKind
 from graftc.specs.limits import SIZE
 from graftc.specs.overrides import RankOverride
 
+PRODUCT_LAYERS: frozenset[str] = frozenset({"Linear", "Conv1d", "Conv2d"})
+"""The classes of modules that PEFT adapts with LoHa and LoKr."""
+
 
 class ProductSpec(MethodSpec):
     """Fields common to LoHa and LoKr."""
