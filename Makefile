@@ -20,7 +20,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint format wheel coverage page bench bench-train bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint format wheel coverage page bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -136,6 +136,9 @@ bench-train: setup ## what a training step costs, beside peft: benchmarks/result
 	@$(BIN)/python -c 'import matplotlib' 2>/dev/null || $(BIN)/python -m pip install -q -e ".[bench]"
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.train $(ARGS)
 
+bench-methods: setup ## lines, trained parameters and a step of methods, beside peft: benchmarks/results/methods.* (ARGS="--only OFT")
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.methods $(ARGS)
+
 bench-memory: setup ## the peak of a LoRA step with small and real vocabularies, beside peft: benchmarks/results/memory.*
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore::FutureWarning -m benchmarks.memory $(ARGS)
 
@@ -177,7 +180,7 @@ bench-vision: setup ## a LoRA step of vision-language models that are taken apar
 bench-compile: setup ## what compiling takes, up to 405B, and how it grows: benchmarks/results/compile_time.*
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/compile_time.py --out benchmarks/results/compile_time $(ARGS)
 
-bench: bench-train bench-memory bench-inputs bench-adapters bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner ## all benchmarks, an hour or more
+bench: bench-train bench-methods bench-memory bench-inputs bench-adapters bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner ## all benchmarks, an hour or more
 
 # Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.
 docs: setup ## write the generated pages of docs/ and build the site (site/, no network needed)

@@ -125,9 +125,14 @@ def fill(model: nn.Module) -> int:
     return trained
 
 
+MARKS = (".graftc.", *(f".{word}_" for word in ("lora", "ia3", "vera", "hada", "lokr", "oft", "boft", "hira", "miss")))
+MARKS += (".gralora_", ".c3a_", ".shira_", ".lily_")
+"""What separates a module's path from the name of an adapter's tensor, in graftc and in peft."""
+
+
 def place_of(name: str) -> tuple[str, str]:
     """Return the module of an adapter tensor, and ``A``, ``B`` or ``vector``, from its name in peft or graftc."""
-    for mark in (".graftc.", ".lora_", ".ia3_", ".vera_", ".hada_", ".lokr_"):
+    for mark in MARKS:
         module, separator, rest = name.partition(mark)
         if separator:
             # peft: lora_A.default.weight; graftc: <adaptation>.A
