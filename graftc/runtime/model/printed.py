@@ -56,7 +56,11 @@ def printed(compilation: Compilation, module: nn.Module, trainable: int, total: 
             yield name, ", ".join([*([] if method == name else [method]), *fact.text(), *trains]) or method
 
     share = 100 * trainable / total if total else 0.0
-    return f"{module_text(module, notes)}\ntrainable parameters: {trainable:,} of {total:,} ({share:.4f}%)"
+    names = dict.fromkeys(edit.trained for edit in compilation.tensor_edits.copies())
+    parameters = dict(module.named_parameters())
+    copied = sum(parameters[name].numel() for name in names if name in parameters and parameters[name].requires_grad)
+    of_copies = f", {copied:,} of them in copies of the base's tensors" if copied else ""
+    return f"{module_text(module, notes)}\ntrainable parameters: {trainable:,} of {total:,} ({share:.4f}%){of_copies}"
 
 
 def _facts(compilation: Compilation) -> dict[str, dict[str, _Fact]]:
