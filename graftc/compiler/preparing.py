@@ -26,6 +26,7 @@ from graftc.compiler.missing_weights import same_fresh
 from graftc.compiler.quantised_sources.convert import arrived
 from graftc.compiler.resolve.cloze import filling, not_filling
 from graftc.compiler.resolve.quantise import linear_maps, quantised
+from graftc.compiler.resolve.replicate import replicated
 from graftc.compiler.resolve.tokens import with_room
 from graftc.compiler.resolve.untie import untied
 from graftc.passes.core.elements.calls import elements_in
@@ -129,6 +130,11 @@ def _quantise(prepared: Prepared) -> Prepared:
     )
 
 
+def _replicate(prepared: Prepared) -> Prepared:
+    ranges = prepared.spec.layer_replication
+    return replace(prepared, model=replicated(prepared.model, ranges)) if ranges else prepared
+
+
 def _untie(prepared: Prepared) -> Prepared:
     untie = prepared.spec.untie
     return replace(prepared, model=untied(prepared.model, untie, prepared.axes)) if untie else prepared
@@ -207,7 +213,7 @@ def prepare(prepared: Prepared) -> Prepared:
             refuse_whole(prepared.spec, type(prepared.source).__name__)
         model = arrived(prepared.model)
         prepared = replace(prepared, model=model, source=model)
-        for step in (_quantise, _untie, _make_room, _fill, _take_apart):
+        for step in (_quantise, _replicate, _untie, _make_room, _fill, _take_apart):
             prepared = step(prepared)
     except GraftError as error:
         located = prepared.spec.locate(error)

@@ -17,7 +17,7 @@ from graftc.specs.compose import Bank, Compositions, CompositionSpec, Stack, com
 from graftc.specs.errors.diagnostics import GraftError, unknown_name
 from graftc.specs.errors.markup import Html, escaped, table, tag
 from graftc.specs.errors.text import quoted, shown
-from graftc.specs.limits import ADAPTATIONS, TOKENS
+from graftc.specs.limits import ADAPTATIONS, SIZE, TOKENS
 from graftc.specs.options.base import BaseOptions
 from graftc.specs.options.cloze import ClozeOptions
 from graftc.specs.options.memory import MemoryOptions
@@ -129,6 +129,10 @@ class FoldOptions(SpecModel):
     """The budget that the certificate of a fold must not exceed."""
 
 
+LayerRange: TypeAlias = Annotated[Items[Annotated[int, Field(ge=0, le=SIZE)]], Field(min_length=2, max_length=2)]
+"""The first layer of a range, and the layer behind its last."""
+
+
 class Spec(Document):
     """What to do to a model: the same as YAML, JSON, TOML or Python.
 
@@ -153,6 +157,11 @@ class Spec(Document):
 
     untie: PatternList = ()
     """Globs of modules that share a tensor with others and get their own copy of it, so that it can be folded."""
+
+    layer_replication: Items[LayerRange] = Field(default=(), max_length=SIZE)
+    """Ranges of layers, `[first, end]`, of which a deeper model consists, as in PEFT: `[[0, 4], [2, 6]]` has eight
+    layers, of which two occur twice. Copies share the base's tensors, and each has its own adapters. Absent: the
+    model's own layers. To merge, list the copies in `untie`."""
 
     capture: Literal["auto", "graph", "layers", "modules"] = "auto"
     """How much of the model has to be a graph: all of it (`graph`), at least each of its layers (`layers`), or single

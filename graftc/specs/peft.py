@@ -91,6 +91,7 @@ class PeftFormat:
         ignored: fields of the config that do not affect the trained function.
         training: fields of the spec that concern training or initial values, so that a file need not contain them.
         written: fields of the config that are written but not read, computed from the spec.
+        document: fields of the config that correspond to fields of the whole spec, by the same name.
         turned: whether the config records that weights are stored as ``[in, out]``.
         parameters: whether the config may name parameters of modules; if so, without dropout on their input.
         layers: the classes of modules that PEFT adapts with this type; empty for all that it adapts with any type.
@@ -118,6 +119,7 @@ class PeftFormat:
     ignored: frozenset[str] = frozenset()
     training: frozenset[str] = frozenset()
     written: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    document: frozenset[str] = frozenset()
     turned: bool = False
     parameters: bool = False
     layers: frozenset[str] = frozenset()
@@ -128,14 +130,13 @@ class PeftFormat:
         """Every field of the config that the table mentions."""
         named = (self.when, self.fields, self.patterns, self.lists, self.fixed)
         own = frozenset(name for names in named for name in names)
-        return own | self.ignored | ({self.drawn} if self.drawn else frozenset())
+        return own | self.document | self.ignored | ({self.drawn} if self.drawn else frozenset())
 
 
 LORA_FIXED: Mapping[str, Any] = MappingProxyType(
     {
         "megatron_config": None,
         "megatron_core": "megatron.core",
-        "layer_replication": None,
         "lora_bias": False,
         "alora_invocation_tokens": None,
         "use_qalora": False,

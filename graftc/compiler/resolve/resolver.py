@@ -211,6 +211,15 @@ class Resolver:
                 continue
             place = spec.place(f"adapt[{index}].target")
             for site, _ in resolved.places:
+                if place_of(site) in resolved.shared and spec.layer_replication:
+                    message = f"copies of layers share {site.key}: {resolved.name!r} trains beside it but will not fold"
+                    warn(
+                        "GC024",
+                        message,
+                        place=place,
+                        hint="untie the copies, or deploy with the adaptation in the graph",
+                    )
+                    break
                 if (reader := resolved.shared.get(place_of(site))) is not None:
                     message = f"{site.key} {reader}: {resolved.name!r} trains it but will not fold"
                     warn("GC024", message, place=place, hint="exclude it, or deploy with the adaptation in the graph")

@@ -209,10 +209,10 @@ def merge_what_folds(
 def _rest(compilation: Compilation, merged: Merged) -> Spec:
     """Return the spec without the folded adaptations, and with the rest in its simplest form.
 
-    The spec is for a base in which the weights that the spec unties are already untied, and those that it quantises are
-    already quantised or in full precision.
+    The spec is for a base in which the weights that the spec unties are already untied, the layers that it replicates
+    already replicated, and the weights that it quantises already quantised or in full precision.
     """
-    changes: dict[str, Any] = {"untie": ()}
+    changes: dict[str, Any] = {"untie": (), "layer_replication": ()}
     changes["compose"] = tuple(rest for c in compilation.spec.compose if (rest := _left(c, merged)) is not None)
     if TRAIN not in merged.kept:
         changes["train"] = ()

@@ -158,19 +158,20 @@ def config_bytes(path: Path) -> bytes:
         raise GraftError("GC111", f"the file cannot be read: {reason}", place=Place(str(path))) from None
 
 
-def read_config(raw: bytes | Mapping[str, Any], where: str) -> AdapterConfig:
+def read_config(raw: bytes | Mapping[str, Any], where: str, *, whole: bool = False) -> AdapterConfig:
     """Read a config from its file's bytes, or from plain data, and require that graftc knows every field.
 
     Args:
         raw: JSON or a mapping.
         where: the file's path, for errors.
+        whole: whether the caller makes a whole spec, so that fields that concern more than the adaptation are allowed.
 
     Raises:
         GraftError: GC111 if it is not a config or has an unknown field; GC112 for a type or an option that has no
             equivalent here.
     """
     config = parsed_config(raw, where)
-    _check_fields(config, where)
+    _check_fields(config, where, whole)
     return config
 
 
@@ -216,7 +217,7 @@ def _explained(problem: Mapping[str, Any]) -> str:
     return f"{path} is {shown(problem.get('input'))}: {reason_in(problem['msg'])}"
 
 
-def _check_fields(config: AdapterConfig, where: str) -> None:
+def _check_fields(config: AdapterConfig, where: str, whole: bool) -> None:
     _, table = config.format
     known = table.known | _INERT | set(AdapterConfig.model_fields)
     unknown = sorted(config.own.keys() - known)
@@ -228,14 +229,13 @@ def _check_fields(config: AdapterConfig, where: str) -> None:
     if empty := [name for name in numbers if config.own[name] is None]:
         message = f"{empty[0]} is null, which PEFT cannot compute with"
         raise GraftError("GC111", message, place=Place(where, path=empty[0]))
+    fixed = {**table.fixed, **({} if whole else dict.fromkeys(table.document))}
     refused = [
-        (name, config.value(name)) for name, value in table.fixed.items() if not _same(config.value(name, value), value)
+        (name, config.value(name)) for name, value in fixed.items() if not _same(config.value(name, value), value)
     ]
     if refused:
         wrong, *others = [f"{name}: {shown(value)} has no equivalent here" for name, value in refused]
-        hint = f"this release reads checkpoints with {refused[0][0]}: {table.fixed[refused[0][0]]!r}".replace(
-            "None", "null"
-        )
+        hint = f"this release reads checkpoints with {refused[0][0]}: {fixed[refused[0][0]]!r}".replace("None", "null")
         raise GraftError("GC112", wrong, place=Place(where, path=refused[0][0]), details=others, hint=hint)
 
 

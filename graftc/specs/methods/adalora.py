@@ -71,7 +71,7 @@ class AdaLoRA(MethodSpec):
         },
         constant={"dropout_scope": "target"},
         absent={"alpha": 8.0},
-        fixed={**LORA_FIXED, "bias": "none", "use_dora": False, "use_rslora": False},
+        fixed={**LORA_FIXED, "bias": "none", "use_dora": False, "use_rslora": False, "layer_replication": None},
         starts={"init_lora_weights": AS_USUAL},
         ignored=LORA_IGNORED | {"r", "rank_pattern", "alpha_pattern", "init_lora_weights"},
         training=frozenset({"dropout", "dropout_mask", "dropout_scope", "target_rank", "excess_rank"}),

@@ -60,6 +60,7 @@ class ALoRA(Invoked, MethodSpec):
         absent={"alpha": 8.0},
         fixed={**{name: off for name, off in LORA_FIXED.items() if name != "alora_invocation_tokens"}, "bias": "none"},
         ignored=LORA_IGNORED,
+        document=frozenset({"layer_replication"}),
         training=frozenset({"dropout", "dropout_mask", "dropout_scope", "init", "excess_rank"}),
         turned=True,
     )

@@ -77,6 +77,7 @@ class DoRA(MethodSpec):
         absent={"alpha": 8.0},
         fixed={**LORA_FIXED, "bias": "none"},
         ignored=LORA_IGNORED,
+        document=frozenset({"layer_replication"}),
         training=frozenset(
             {"dropout", "dropout_mask", "dropout_scope", "dropout_on", "init", "norm_gradient", "excess_rank"}
         ),

@@ -87,6 +87,7 @@ class LoRA(MethodSpec):
         absent={"alpha": 8.0},
         fixed=LORA_FIXED,
         ignored=LORA_IGNORED,
+        document=frozenset({"layer_replication"}),
         training=frozenset(
             {"dropout", "dropout_mask", "dropout_scope", "freeze_a", "excess_rank", "across_groups"}
             | {"eva_rho", "eva_whiten", "lora_ga_gamma"}

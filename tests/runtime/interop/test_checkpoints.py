@@ -271,7 +271,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], str, str]] = {
     "megatron": ({"megatron_core": "evil.core"}, "GC112", "megatron_core"),
     "type": ({"peft_type": "POLY"}, "GC112", "POLY"),
     "bias of B": ({"lora_bias": True}, "GC112", "lora_bias"),
-    "replicated": ({"layer_replication": [[0, 1]]}, "GC112", "layer_replication"),
     "start": ({"init_lora_weights": "pissa_niter_16"}, "GC112", "pissa_niter_16"),
     "wrong type": ({"target_modules": 3}, "GC111", "target_modules"),
     "rank": ({"r": "3"}, "GC112", "rank"),

@@ -292,10 +292,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "prompt_tuning_init",
     ),
     "bias": (lambda: peft.LoraConfig(target_modules=["q_proj"], lora_bias=True), "lora_bias"),
-    "replication": (
-        lambda: peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2)]),
-        "layer_replication",
-    ),
     "kind": (lambda: peft.PolyConfig(target_modules=["q_proj"]), "POLY"),
 }
 

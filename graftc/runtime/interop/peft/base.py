@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.roles.structure import Structure
 from graftc.runtime.interop.peft.targets import globs
 from graftc.specs.base import MethodSpec
 from graftc.specs.claims import SiteKind
 from graftc.specs.document import Spec
+from graftc.specs.foreign.config import AdapterConfig
 from graftc.specs.peft import PeftFormat
 
 
@@ -42,6 +44,18 @@ def computes_otherwise(module: nn.Module, table: PeftFormat) -> bool:
     even = all(len(set(sizes)) == 1 for sizes in (module.kernel_size, module.stride, module.padding))
     plain = even and not isinstance(module.padding, str) and module.groups == 1 and max(module.dilation) == 1
     return not plain or (table.kernels == "point" and max(module.kernel_size) > 1)
+
+
+def document_of(config: AdapterConfig) -> dict[str, Any]:
+    """Return the fields of the whole spec that a config sets."""
+    _, table = config.format
+    values = {name: config.value(name) for name in table.document}
+    return {name: tuple(map(tuple, value)) for name, value in values.items() if value}
+
+
+def base_of(compilation: Compilation) -> nn.Module:
+    """Return the model that peft adapts: the source, or the deeper model that the spec makes of its layers."""
+    return compilation.model if compilation.spec.layer_replication else compilation.source
 
 
 def behind_an_encoder(model: nn.Module, structure: Callable[[], Structure]) -> dict[str, Any]:

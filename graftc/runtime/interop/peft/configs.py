@@ -23,8 +23,16 @@ from torch import nn
 from graftc.compat.modules import buffers_of, parameters_of
 from graftc.compat.peft import merged_projections
 from graftc.compiler.quantised_sources.convert import arrived
+from graftc.compiler.resolve.replicate import replicated
 from graftc.compiler.roles.structure import Structure
-from graftc.runtime.interop.peft.base import behind_an_encoder, outermost, paths_of, shapes_of, spec_of_entries
+from graftc.runtime.interop.peft.base import (
+    behind_an_encoder,
+    document_of,
+    outermost,
+    paths_of,
+    shapes_of,
+    spec_of_entries,
+)
 from graftc.runtime.interop.peft.checks import check_convolutions
 from graftc.runtime.interop.peft.entries import entry_of
 from graftc.runtime.interop.peft.folder import ADDED, PeftModule
@@ -78,7 +86,11 @@ def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[]
             this model or that has no equivalent in graftc.
     """
     data = as_data(source)
-    config = read_config(data, where)
+    config = read_config(data, where, whole=True)
+    if document := document_of(config):
+        rest = {**data, **dict.fromkeys(document)}
+        deeper = replicated(model, document["layer_replication"])
+        return spec_of(rest, where, deeper, structure).model_copy(update=document)
     starts = starts_of(config, where)
     try:
         import peft

@@ -26,7 +26,7 @@ from graftc.passes.core.sites.sites import AttentionSite, EmbeddingSite, LinearS
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.records.files import PeftTensor
-from graftc.runtime.interop.peft.base import outermost, paths_of, rows_in
+from graftc.runtime.interop.peft.base import base_of, outermost, paths_of, rows_in
 from graftc.runtime.interop.peft.expert_layouts import SINCE
 from graftc.runtime.interop.peft.expressible import own_places, refuse_inexpressible, task_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
@@ -89,7 +89,7 @@ def prepared(compilation: Compilation) -> PeftExport:
     if pairs != pairs_of(compilation, older=True):
         # Shapes do not reveal the layout of experts whose weights are square.
         config["peft_version"] = f"{SINCE[0]}.{SINCE[1]}.0"
-    read_config(config, CONFIG)
+    read_config(config, CONFIG, whole=True)
     tensors = _tensors(compilation, pairs)
     axes = {part: own.axes for part, own in table_of(main.spec).parts.items()}
     for pair in pairs:
@@ -118,7 +118,7 @@ def check_peft(export: PeftExport, folder: Path) -> None:
     Raises:
         GraftError: GC060 if it does not.
     """
-    adapter = read_peft(folder)
+    adapter = read_peft(folder, whole=True)
     same = adapter.shapes.keys() == export.tensors.keys()
     if not same or any(not torch.equal(adapter.tensor(key), value.cpu()) for key, value in export.tensors.items()):
         raise GraftError("GC060", "the folder for PEFT reads back differently from what was written")
@@ -143,7 +143,7 @@ def _tensors(compilation: Compilation, pairs: Sequence[Pair]) -> dict[str, Tenso
 def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]) -> dict[str, Any]:
     table = table_of(main.spec)
     assert table is not None
-    source = compilation.source
+    source = base_of(compilation)
     name = path_of(getattr(source, "config", None)) or None
     saved = _saved(compilation)
     config: dict[str, Any] = {
@@ -157,6 +157,9 @@ def _config(compilation: Compilation, main: Resolved, others: Sequence[Resolved]
         config["ensure_weight_tying"] = True
     if table.drawn is not None:
         config[table.drawn] = True
+    for name in table.document:
+        if value := getattr(compilation.spec, name):
+            config[name] = [list(item) for item in value]
     config |= _fields(own_places(compilation, main), main, table)
     if table.joined is not None:
         return config | _virtual(compilation, main)
@@ -192,7 +195,7 @@ def _as_json(value: Any) -> Any:
 
 def _modules(compilation: Compilation, main: Resolved, others: Sequence[Resolved], table: PeftFormat) -> dict[str, Any]:
     """Return the config fields that name the adapted modules and define how they differ."""
-    universe = paths_of(compilation.source)
+    universe = paths_of(base_of(compilation))
     own = own_places(compilation, main)
     plain = [(site, spec) for site, spec in own if not is_parameter(compilation, site)]
     named = [_target(compilation, site) for site, _ in own if is_parameter(compilation, site)]
@@ -228,14 +231,14 @@ def _target(compilation: Compilation, site: Site) -> str:
 
 def _parameters(compilation: Compilation) -> list[str]:
     with source_lock():
-        return [name for name, _ in compilation.source.named_parameters(remove_duplicate=False)]
+        return [name for name, _ in base_of(compilation).named_parameters(remove_duplicate=False)]
 
 
 def _saved(compilation: Compilation) -> list[str]:
     """Return the shortest unique path suffixes of the outermost modules that train in full."""
     if not compilation.spec.train:
         return []
-    paths = [path for path, _ in compilation.source.named_modules() if path]
+    paths = [path for path, _ in base_of(compilation).named_modules() if path]
     matched = match_modules(compilation.spec.train, paths)
     return suffixes(outermost(matched), paths)
 

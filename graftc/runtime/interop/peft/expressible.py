@@ -11,7 +11,7 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.resolve.resolver import Resolved
 from graftc.compiler.roles.windows import may_have_windows
 from graftc.passes.core.sites.sites import AttentionSite, LinearSite, Site
-from graftc.runtime.interop.peft.base import computes_otherwise
+from graftc.runtime.interop.peft.base import base_of, computes_otherwise
 from graftc.runtime.interop.peft.folder import ADDED
 from graftc.runtime.interop.peft.pairs import is_parameter, is_projection, repeats, table_of, trains_rows
 from graftc.specs.base import MethodSpec
@@ -35,7 +35,7 @@ _WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 def task_of(compilation: Compilation, saved: Sequence[str] = ()) -> str | None:
     """Return a model's task in peft; None if it has none, or if peft would expect a trained head that is missing."""
-    kind = type(compilation.source).__name__
+    kind = type(base_of(compilation)).__name__
     task = next((task for ending, task in _TASKS.items() if kind.endswith(ending)), None)
     return None if task in _WITH_HEAD and not saved else task
 
@@ -55,6 +55,10 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
             )
     if spec.tokens:
         raise _error("the spec's tokens", "tokens", "merge the model instead")
+    table = table_of(main.spec)
+    if spec.layer_replication and "layer_replication" not in table.document:
+        what = f"layer_replication together with {main.spec.method}"
+        raise _error(what, "layer_replication", "merge the model instead")
     by_rows = [own.name for own in (main, *others) if trains_rows(table_of(own.spec))]
     if spec.untie and by_rows:
         raise _error(f"untie together with {by_rows[0]!r}: PEFT ties trained rows", "untie", "leave it out")
@@ -92,7 +96,7 @@ def own_places(compilation: Compilation, resolved: Resolved) -> list[tuple[Site,
 
     peft adapts those projections along with their modules.
     """
-    modules = dict(compilation.source.named_modules(remove_duplicate=False))
+    modules = dict(base_of(compilation).named_modules(remove_duplicate=False))
     return [(site, spec) for site, spec in resolved.places if not is_projection(site.key.module, modules)]
 
 
@@ -101,7 +105,7 @@ def _check_attentions(compilation: Compilation, resolved: Resolved, index: int) 
 
     peft adapts both with the same rank, and adds the output projection's update twice.
     """
-    modules = dict(compilation.source.named_modules(remove_duplicate=False))
+    modules = dict(base_of(compilation).named_modules(remove_duplicate=False))
     places = [(site.key.module, spec) for site, spec in resolved.places]
     inner = {path.rpartition(".")[0]: spec for path, spec in places if is_projection(path, modules)}
     outer = {path: spec for path, spec in places if isinstance(modules.get(path), nn.MultiheadAttention)}
@@ -131,7 +135,7 @@ def _check_called(compilation: Compilation, resolved: Resolved, index: int) -> N
 
     peft adapts the output of a module's forward, so the adaptation silently has no effect if the module is not called.
     """
-    modules = dict(compilation.source.named_modules(remove_duplicate=False))
+    modules = dict(base_of(compilation).named_modules(remove_duplicate=False))
     for site, _ in own_places(compilation, resolved):
         if not isinstance(site, LinearSite) or is_parameter(compilation, site):
             continue
@@ -155,7 +159,7 @@ def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:
 
 def _check_layers(compilation: Compilation, resolved: Resolved, table: PeftFormat, index: int) -> None:
     """Raise for modules that peft does not adapt with this method, or where it computes something else."""
-    modules = dict(compilation.source.named_modules(remove_duplicate=False))
+    modules = dict(base_of(compilation).named_modules(remove_duplicate=False))
     for site, spec in own_places(compilation, resolved):
         module = modules.get(site.key.module)
         if not isinstance(site, LinearSite) or module is None or is_parameter(compilation, site):
@@ -168,7 +172,7 @@ def _check_layers(compilation: Compilation, resolved: Resolved, table: PeftForma
 
 def _without_effect(compilation: Compilation, resolved: Resolved) -> frozenset[str]:
     """Return the fields that have no effect on this model, whatever their values."""
-    if getattr(resolved.spec, "window", "masked") == "masked" or may_have_windows(compilation.source):
+    if getattr(resolved.spec, "window", "masked") == "masked" or may_have_windows(base_of(compilation)):
         return frozenset()
     return frozenset({"window"})
 
@@ -210,7 +214,7 @@ def _check_virtual(compilation: Compilation, main: Resolved) -> None:
     task = task_of(compilation, ["any"])
     where = "adapt[0]"
     if task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        what = f"virtual tokens of {type(compilation.source).__name__}: PEFT's classifiers pool one of them"
+        what = f"virtual tokens of {type(base_of(compilation)).__name__}: PEFT's classifiers pool one of them"
         raise _error(what, where, "save it as an artifact, or export it to ONNX")
     if repeats(compilation, main):
         what = "a separate prefix for each layer of an encoder-decoder model: PEFT's table repeats"
@@ -221,6 +225,6 @@ def _check_virtual(compilation: Compilation, main: Resolved) -> None:
     shapes = {tuple(compilation.store.get(name).shape) for site, _ in main.places for name in names[site.key].values()}
     if len(shapes) > 1:
         raise _error("prefixes of different sizes", where, "use one length for all layers")
-    layers = getattr(getattr(compilation.source, "config", None), "num_hidden_layers", len(main.places))
+    layers = getattr(getattr(base_of(compilation), "config", None), "num_hidden_layers", len(main.places))
     if isinstance(main.places[0][0], AttentionSite) and layers != len(main.places):
         raise _error(f"a prefix in {len(main.places)} of {layers} layers", f"{where}.target", "adapt every layer")

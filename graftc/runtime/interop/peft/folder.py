@@ -166,7 +166,11 @@ def _ancestors(module: str) -> list[str]:
 
 
 def read_peft(
-    path: str | Path, name: str | None = None, *, shapes: Mapping[str, Sequence[int]] | None = None
+    path: str | Path,
+    name: str | None = None,
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    whole: bool = False,
 ) -> PeftAdapter:
     """Read an adapter that peft saved, without any model.
 
@@ -175,13 +179,14 @@ def read_peft(
         name: name of an adapter in a sub-folder, which peft creates for every adapter except ``default``.
         shapes: shapes of the base's tensors by name, in the base's order. Only needed if several parameters of one
             module are adapted (`target_parameters`), to distinguish them.
+        whole: whether the caller applies fields of the config that concern more than the adaptation.
 
     Raises:
         GraftError: GC110 if there is no adapter, or only pickled weights; GC111 for a config that cannot be read; GC112
             for a type or an option without an equivalent; GC113 for tensors that do not match the config.
     """
     folder = _folder(as_path(path), name)
-    config = read_config(config_bytes(folder / CONFIG), str(folder / CONFIG))
+    config = read_config(config_bytes(folder / CONFIG), str(folder / CONFIG), whole=whole)
     file = adapter_tensors(folder / WEIGHTS)
     keys = parse(file.entries, config)
     if keys.unknown:

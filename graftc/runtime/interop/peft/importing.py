@@ -19,8 +19,17 @@ from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.compiler.missing_weights import check_fresh
 from graftc.compiler.pipeline import StartingPoint, compile_model
+from graftc.compiler.resolve.replicate import replicated
 from graftc.compiler.roles.structure import Structure
-from graftc.runtime.interop.peft.base import behind_an_encoder, outermost, paths_of, rows_in, shapes_of, spec_of_entries
+from graftc.runtime.interop.peft.base import (
+    behind_an_encoder,
+    document_of,
+    outermost,
+    paths_of,
+    rows_in,
+    shapes_of,
+    spec_of_entries,
+)
 from graftc.runtime.interop.peft.checks import (
     SHOWN,
     check_contents,
@@ -58,13 +67,16 @@ def imported(
         axes, flags: the axes and flags to capture the model with.
         structure: function that returns the model's roles.
     """
-    adapter = once(read_peft(path, name, shapes=shapes_of(model)), model, structure)
-    check_model(adapter, model)
-    spec = spec_for(adapter, model, structure)
+    read = read_peft(path, name, shapes=shapes_of(model), whole=True)
+    document = document_of(read.config)
+    base = replicated(model, ranges) if (ranges := document.get("layer_replication")) else model
+    adapter = once(read, base, structure)
+    check_model(adapter, base)
+    spec = spec_for(adapter, base, structure).model_copy(update=document)
     try:
         compilation = compile_model(spec, model, axes, flags=flags, start=StartingPoint(use_cache=cache))
     except GraftError as error:
-        raise _not_possible(adapter, model, error) from None
+        raise _not_possible(adapter, base, error) from None
     check_fresh(compilation)
     _fill(adapter, compilation)
     return compilation

@@ -21,6 +21,7 @@ from graftc.passes.core.sites.sites import AttentionSite, EmbeddingSite, LinearS
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.records.files import PeftTensor
 from graftc.runtime.hooks.embeddings import path_by_getter
+from graftc.runtime.interop.peft.base import base_of
 from graftc.runtime.interop.peft.forms import Shaped, to_ours, to_theirs
 from graftc.runtime.interop.peft.keys import MODEL, ROOT, tensor_key
 from graftc.specs.base import MethodSpec
@@ -212,7 +213,7 @@ def table_path(compilation: Compilation, key: SiteKey) -> str:
     If several modules share a table, this is the path of the input embeddings, to which peft ties the others.
     """
     names = _names(compilation, key)
-    path = path_by_getter(compilation.source, "get_input_embeddings") if len(names) > 1 else None
+    path = path_by_getter(base_of(compilation), "get_input_embeddings") if len(names) > 1 else None
     return path if path is not None and path in names else key.module
 
 
@@ -236,7 +237,7 @@ def is_parameter(compilation: Compilation, site: Site) -> bool:
     """
     if not isinstance(site, LinearSite):
         return False
-    return bool(site.leading) or not is_adapted(compilation.source.get_submodule(site.key.module))
+    return bool(site.leading) or not is_adapted(base_of(compilation).get_submodule(site.key.module))
 
 
 def is_projection(path: str, modules: Mapping[str, nn.Module]) -> bool:
@@ -266,7 +267,7 @@ class _Turned:
         ``[experts, in, out]`` has, and which older releases assume to be set. Any other parameter that is adapted by
         its name is treated as ``[out, in]``.
         """
-        module, columns = self.compilation.source.get_submodule(site.key.module), site.own.layout is Layout.COLUMNS
+        module, columns = base_of(self.compilation).get_submodule(site.key.module), site.own.layout is Layout.COLUMNS
         if site.leading:
             return bool(self.older or getattr(module, "is_transposed", False)) != columns
         return columns and (f"{site.key.module}.{site.key.name}" in self.named or not is_adapted(module))

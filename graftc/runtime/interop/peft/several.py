@@ -75,6 +75,7 @@ def imported_together(
     for name, folder in folders.items():
         compilation = imported(folder, model, axes, flags, name=None, cache=cache, structure=structure)
         entries, tensors = _renamed(compilation, name)
+        _require_same_layers(folder, compilation)
         more = {
             field: getattr(compilation.spec, field) for field in ("train", "untie") if getattr(compilation.spec, field)
         }
@@ -105,6 +106,7 @@ def entry_of(
     """
     compilation = imported(folder, model, axes, flags, name=None, cache=True, structure=structure)
     spec = compilation.spec
+    _require_same_layers(folder, compilation)
     if spec.train or spec.untie:
         raise _trains_base(folder, "the model is already compiled")
     entries, values = _renamed(compilation, name)
@@ -119,6 +121,14 @@ def _trains_base(folder: Path, why: str) -> GraftError:
     what = f"the adapter trains modules of the base in full, and {why}"
     hint = "import it first, with the others: graftc.import_peft([folder, folder], model)"
     return GraftError("GC112", what, place=Place(str(folder / CONFIG), path="modules_to_save"), hint=hint)
+
+
+def _require_same_layers(folder: Path, compilation: Compilation) -> None:
+    """Raise GC112 for an adapter of a deeper model, beside which no other adapter fits."""
+    if compilation.spec.layer_replication:
+        place = Place(str(folder / CONFIG), path="layer_replication")
+        message = "the adapter is for a model with more layers, so it cannot be combined with others"
+        raise GraftError("GC112", message, place=place, hint="import it alone")
 
 
 def _renamed(compilation: Compilation, name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
