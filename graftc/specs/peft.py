@@ -15,8 +15,8 @@ Form: TypeAlias = Literal["down", "up", "vector", "column", "scale", "same", "ro
 ``[n]``.
 
 `down` and `up`: with the kernel's axes for a convolution; joined into one matrix for experts. `vector`: ``[n]``, or
-``[1, n, 1, 1]`` for a convolution. `column`: ``[n, 1]``. `scale`: ``[n, 1]`` at an output, ``[1, n]`` at an input.
-`rows`: as here, in the order of the config's list. `same`: as here."""
+``[1, n, 1, 1]`` for a convolution. `column`: ``[n, 1]``, or ``[1, n]`` for a convolution. `scale`: ``[n, 1]`` at an
+output, ``[1, n]`` at an input. `rows`: as here, in the order of the config's list. `same`: as here."""
 
 
 @dataclass(frozen=True)

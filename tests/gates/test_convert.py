@@ -30,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "loha": {"rank": 2},
     "lokr": {"rank": 2},
     "oft": {"block_size": 8},
+    "boft": {"factors": 2},
     "spiel": {"density": 0.05},
     "mask": {"density": 0.05},
     "diff_pruning": {},

@@ -163,6 +163,8 @@ def pair(case: Case, base: nn.Module | None = None) -> Pair:
     mine = dict(ours.named_parameters())
     counterparts: dict[str, Tensor] = {}
     for name, tensor in ours.adapter_state_dict().items():
+        if name not in mine:
+            continue  # a counter of steps, say, which peft does not save
         theirs_name = case.names.of(name)
         other = peft_tensors[theirs_name]
         assert other.numel() == tensor.numel(), f"{name} is {list(tensor.shape)}, peft's is {list(other.shape)}"

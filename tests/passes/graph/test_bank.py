@@ -30,6 +30,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "dora": {"target": {"role": "attn.{q,v}"}, "rank": 3},
     "ia3": {"target": {"role": ["attn.k", "attn.v", "attn.o"]}, "side": "auto"},
     "oft": {"target": {"role": "attn.{q,v}"}, "block_size": 8},
+    "boft": {"target": {"role": "attn.{q,v}"}, "factors": 2},
     "houlsby": {"bottleneck": 6},
     "pfeiffer": {"reduction": 4},
     "bapna_firat": {"bottleneck": 6},

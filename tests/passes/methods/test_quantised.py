@@ -32,6 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "spiel-ag": {"method": "spiel", "variant": "AG", "density": 0.02, "target": MAPS},
     **{name: {"target": MAPS} for name in ("sora", "dylora", "vera", "loha", "lokr", "adamix_lora")},
     "oft": {"target": MAPS, "block_size": 8},
+    "boft": {"target": MAPS, "factors": 2},
     **{name: {"target": MAPS} for name in ("child_tuning", "lt_sft", "mask", "pruning", "diff_pruning", "full")},
 }
 

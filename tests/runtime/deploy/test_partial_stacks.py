@@ -22,6 +22,7 @@ BELOW: dict[str, dict[str, Any]] = {
     "loha": {"method": "loha", "rank": 3},
     "vera": {"method": "vera", "rank": 5},
     "oft": {"method": "oft", "block_size": 4},
+    "boft": {"method": "boft", "factors": 2},
     "dora": {"method": "dora", "rank": 2},
     "bitfit": {"method": "bitfit", "add_missing": True},
 }
@@ -36,6 +37,7 @@ STACKS = (
     ("llama", ("loha", "bitfit"), 2),
     ("gpt2", ("vera", "dora"), 1),
     ("gpt2", ("lora", "oft"), 2),
+    ("gpt2", ("boft", "ia3"), 2),
     ("mixtral", ("lora",), 1),
 )
 

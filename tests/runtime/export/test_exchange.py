@@ -45,6 +45,7 @@ SPECS: dict[str, tuple[str, list[dict[str, Any]]]] = {
         [{"method": "dora", "rank": 3, "target": LINEAR, "overrides": [{"role": "attn.q", "direction": False}]}],
     ),
     "ia3": ("bert", [{"method": "ia3"}]),
+    "boft": ("gpt2", [{"method": "boft", "factors": 2, "target": LINEAR}]),
     "oft": ("bert", [{"method": "oft", "block_size": 8, "cayley": "exact", "target": LINEAR}]),
     "bottleneck": ("bert", [{"method": "bottleneck", "bottleneck": 5, "scale": 0.7, "activation": "gelu"}]),
     "learned": (

@@ -181,6 +181,11 @@ KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
     "loha": (product("LoHaConfig"), ("bert", "vit")),
     "lokr": (lokr, ("gpt_neox", "t5")),
     "oft": (oft, ("roberta", "llama")),
+    "boft": (
+        lambda f, r: peft.BOFTConfig(boft_block_size=r.choice([2, 4, 8]), target_modules=some(f, r)),
+        ("bert", "vit"),
+    ),
+    "boft-conv": (lambda f, r: peft.BOFTConfig(boft_block_size=8, target_modules=["projection"]), ("vit",)),
     "norms": (lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), ("bert", "llama")),
 }
 """By kind: what makes its config, and the families it is tried on."""
@@ -273,7 +278,7 @@ def check(case: Checkpoint, folder: Path) -> tuple[float, float | None]:
 
 
 IN_SIXTEEN_BITS = (
-    *("lora", "patterns", "bias", "head", "tables", "conv", "experts", "dora", "ia3", "loha", "lokr", "oft"),
+    *("lora", "patterns", "bias", "head", "tables", "conv", "experts", "dora", "ia3", "loha", "lokr", "oft", "boft"),
 )
 """Kinds that are tried on a base in bfloat16 as well."""
 

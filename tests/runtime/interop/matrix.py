@@ -288,6 +288,15 @@ def oft(family: str, rng: Rng) -> Any:
     return peft.OFTConfig(**size, **form, **bound, block_share=rng.random() < 0.3, target_modules=modules)
 
 
+def boft(family: str, rng: Rng) -> Any:
+    """Draw a config with one factor, since peft needs a CUDA extension for more."""
+    modules = rng.choice([["stem"], ["point"], ["fc", "point"]]) if family == "convs" else some(family, rng)
+    size = {"boft_block_size": 9 if modules == ["stem"] else rng.choice([2, 4, 8])}
+    if rng.random() < 0.5 and modules != ["stem"]:
+        size = {"boft_block_num": rng.choice([2, 4]), "boft_block_size": 0}
+    return peft.BOFTConfig(**size, target_modules=modules)
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of configuration.
@@ -371,6 +380,7 @@ KINDS: Mapping[str, Kind] = {
         2,
     ),
     "oft": Kind("OFT", oft, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 3),
+    "boft": Kind("BOFT", boft, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs")),
     "vera": Kind("VeRA", vera, ("bert", "gpt2", "llama", "gpt_neox", "t5", "vit", "convs"), 2),
     "norms": Kind("LN-tuning", lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), tuple(NORMS)),
     "prompt": Kind("prompt", virtual("PromptTuningConfig"), (*DECODERS, *PAIRS), 2),

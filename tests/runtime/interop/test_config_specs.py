@@ -269,6 +269,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "oft": (lambda: peft.OFTConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
     "oft dropout": (lambda: peft.OFTConfig(target_modules=["q_proj"], module_dropout=0.1), "module_dropout"),
     "oft bias": (lambda: peft.OFTConfig(target_modules=["q_proj"], bias="oft_only"), "bias"),
+    "boft": (lambda: peft.BOFTConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
+    "boft dropout": (lambda: peft.BOFTConfig(target_modules=["q_proj"], boft_dropout=0.1), "boft_dropout"),
     "oft powers": (lambda: peft.OFTConfig(target_modules=["q_proj"], num_cayley_neumann_terms=1), "terms"),
     "ia3": (lambda: peft.IA3Config(init_ia3_weights=False), "init_ia3_weights"),
     "vera": (lambda: peft.VeraConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),

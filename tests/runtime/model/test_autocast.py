@@ -19,6 +19,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "loha": {"rank": 2, "target": SITES},
     "lokr": {"factor": 4, "target": SITES},
     "oft": {"block_size": 8, "target": SITES},
+    "boft": {"target": SITES},
     "diff_pruning": {"target": SITES},
     "lt_sft": {"target": SITES},
     "ia3": {},

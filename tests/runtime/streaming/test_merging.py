@@ -54,6 +54,7 @@ def merged_both_ways(folder: Path, family: str, dtype: torch.dtype, spec: Any) -
         ("bert", torch.bfloat16, {"adapt": [{"method": "lokr", "target": ROLES, "rank": 2}]}),
         ("llama", torch.float32, {"adapt": [{"method": "loha", "target": ROLES, "rank": 2}]}),
         ("llama", torch.bfloat16, {"adapt": [{"method": "oft", "target": ROLES, "block_size": 8}]}),
+        ("bert", torch.bfloat16, {"adapt": [{"method": "boft", "target": ROLES, "factors": 2}]}),
         ("bert", torch.bfloat16, {"adapt": [{"method": "vera", "target": ROLES, "rank": 4}]}),
         ("gpt2", torch.float32, {"adapt": [{"method": "lora", "target": ROLES, "rank": 4, "init": "pissa"}]}),
         ("llama", torch.bfloat16, {"adapt": [{"method": "adalora", "target": ROLES, "rank": 4, "target_rank": 2}]}),

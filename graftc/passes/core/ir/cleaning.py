@@ -14,12 +14,21 @@ from graftc.passes.core.ir.program import Program, above, mutates
 
 
 def remove_dead(program: Program) -> None:
-    """Erase unused calls without side effects, and unused tensors; keep inputs and nodes replaced by edits."""
-    kept = {edit.before for edit in program.edits}
-    for node in reversed(list(program.graph.nodes)):
-        unused = not node.users and node not in kept
-        if unused and node.op in ("call_function", "get_attr") and not mutates(node):
-            program.graph.erase_node(node)
+    """Erase unused calls without side effects, and unused tensors; keep inputs and nodes replaced by edits.
+
+    An edit whose replacement is unused has no effect, and is removed as well.
+    """
+    while True:
+        kept = {edit.before for edit in program.edits}
+        erased = set[fx.Node]()
+        for node in reversed(list(program.graph.nodes)):
+            unused = not node.users and node not in kept
+            if unused and node.op in ("call_function", "get_attr") and not mutates(node):
+                program.graph.erase_node(node)
+                erased.add(node)
+        if not any(edit.after in erased for edit in program.edits):
+            return
+        program.edits = program.edits.within(set(program.graph.nodes))
 
 
 def live(program: Program) -> set[fx.Node]:

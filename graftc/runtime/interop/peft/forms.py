@@ -115,7 +115,7 @@ _FORMS: Mapping[Form, tuple[_Turn, _Turn]] = MappingProxyType(
         "down": (_down, _down_back),
         "up": (_up, _up_back),
         "vector": (_flat, _vector_back),
-        "column": (_flat, lambda tensor, _: tensor.reshape(-1, 1)),
+        "column": (_flat, lambda tensor, shaped: tensor.reshape((1, -1) if shaped.kernel else (-1, 1))),
         "scale": (_flat, _scale_back),
         "rows": (_rows, _rows_back),
         "same": (_same, _same),
