@@ -18,16 +18,18 @@ EXACT: dict[str, dict[str, Any]] = {
     "dora": {"rank": 2, "target": SITES},
     "loha": {"rank": 2, "target": SITES},
     "lokr": {"factor": 4, "target": SITES},
-    "oft": {"block_size": 8, "target": SITES},
-    "boft": {"target": SITES},
     "diff_pruning": {"target": SITES},
     "lt_sft": {"target": SITES},
     "ia3": {},
 }
 """Methods that change nothing at first: to the bit what the source gives."""
 
-ROUNDED: dict[str, dict[str, Any]] = {"pfeiffer": {}, "houlsby": {}}
-"""The same with a branch that is added: within the rounding of a sum in 16 bits."""
+ROUNDED: dict[str, dict[str, Any]] = {
+    **{"pfeiffer": {}, "houlsby": {}},
+    **{"oft": {"block_size": 8, "target": SITES}, "boft": {"target": SITES}},
+}
+"""The same with a branch that is added, or with an input of their own for rows of a fused layer, whose bias is then
+added separately: within the rounding of a sum in 16 bits."""
 
 OTHER: dict[str, dict[str, Any]] = {"prefix": {"length": 3}, "prompt": {"length": 2}}
 """Methods that change the outputs from the start: held against their own in float32."""
