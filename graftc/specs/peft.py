@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-Form: TypeAlias = Literal["down", "up", "vector", "column", "scale", "same", "rows"]
+Form: TypeAlias = Literal["down", "up", "vector", "column", "scale", "same", "rows", "places"]
 """The form in which PEFT stores a tensor that here is ``[..., rank, in]`` (`down`), ``[..., out, rank]`` (`up`) or
 ``[n]``.
 
 `down` and `up`: with the kernel's axes for a convolution; joined into one matrix for experts. `vector`: ``[n]``, or
 ``[1, n, 1, 1]`` for a convolution. `column`: ``[n, 1]``, or ``[1, n]`` for a convolution. `scale`: ``[n, 1]`` at an
-output, ``[1, n]`` at an input. `rows`: as here, in the order of the config's list. `same`: as here."""
+output, ``[1, n]`` at an input. `rows`: as here, in the order of the config's list. `places`: the rows and columns of
+matrix entries, integers ``[2, n]``, which here are flat indices ``[n]`` in ascending order. `same`: as here."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ class PeftFormat:
         layers: the classes of modules that PEFT adapts with this type; empty for all that it adapts with any type.
         kernels: the convolutions at which PEFT computes the same: all of them; those without groups and dilation whose
             kernel, stride and padding are the same along both axes; or those of them whose kernel has a single point.
+        without_values: attributes of PEFT's config, and the values with which it adapts a model whose tensors have no
+            values.
     """
 
     types: tuple[str, ...]
@@ -124,6 +127,7 @@ class PeftFormat:
     parameters: bool = False
     layers: frozenset[str] = frozenset()
     kernels: Literal["any", "square", "point"] = "any"
+    without_values: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def known(self) -> frozenset[str]:

@@ -31,6 +31,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lokr": {"rank": 2},
     "oft": {"block_size": 8},
     "boft": {"factors": 2},
+    "miss": {"rank": 3},
+    "shira": {"rank": 2},
     "spiel": {"density": 0.05},
     "mask": {"density": 0.05},
     "diff_pruning": {},

@@ -41,10 +41,12 @@ class Names:
     Attributes:
         parts: for each part, the suffix after a module's path: ``{"A": "lora_A.default.weight"}``.
         shared: for each part, the full name of a tensor of the adaptation: ``{"A": "base_model.vera_A.default"}``.
+        drawn: parts with integers that both libraries draw from the same seed, which peft keeps outside its modules.
     """
 
     parts: Mapping[str, str]
     shared: Mapping[str, str] = field(default_factory=dict)
+    drawn: frozenset[str] = frozenset()
 
     def of(self, name: str) -> str:
         """Return peft's name for a tensor of ours."""
@@ -165,6 +167,8 @@ def pair(case: Case, base: nn.Module | None = None) -> Pair:
     for name, tensor in ours.adapter_state_dict().items():
         if name not in mine:
             continue  # a counter of steps, say, which peft does not save
+        if name.rpartition(".")[2] in case.names.drawn:
+            continue
         theirs_name = case.names.of(name)
         other = peft_tensors[theirs_name]
         assert other.numel() == tensor.numel(), f"{name} is {list(tensor.shape)}, peft's is {list(other.shape)}"

@@ -150,8 +150,9 @@ def imaged(entry: dict[str, Any]) -> tuple[Any, dict[str, Tensor], nn.Module]:
         (["depthwise", "pointwise", "before"], {"method": "lokr", "rank": 1}),
         (["depthwise", "pointwise", "before"], {"method": "oft", "blocks": 1}),
         (["depthwise", "pointwise", "before"], {"method": "boft", "blocks": 1}),
+        (["depthwise", "pointwise", "before"], {"method": "miss", "rank": 4}),
     ],
-    ids=["input", "output", "vera", "loha", "lokr", "oft", "boft"],
+    ids=["input", "output", "vera", "loha", "lokr", "oft", "boft", "miss"],
 )
 def test_axes(modules: list[str], fields: dict[str, Any]) -> None:
     """Channels and rows are found on whichever axis a map has them, also in the groups of a convolution."""

@@ -27,6 +27,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "ia3": {"method": "ia3"},
     "loha": {"method": "loha", "rank": 3},
     "vera": {"method": "vera", "rank": 5},
+    "miss": {"method": "miss", "rank": 7},
 }
 
 
@@ -100,7 +101,7 @@ def test_another_signature_stacks_alike(family: str, names: tuple[str, ...]) -> 
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("below", ["loha", "vera"])
+@pytest.mark.parametrize("below", ["loha", "vera", "miss"])
 def test_on_methods_with_other_algebra(below: str) -> None:
     compiled = stacked(tiny("llama"), below, "dora", norm_gradient="exact")
     perturb(compiled, 0.2)

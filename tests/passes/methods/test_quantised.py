@@ -33,6 +33,9 @@ METHODS: dict[str, dict[str, Any]] = {
     **{name: {"target": MAPS} for name in ("sora", "dylora", "vera", "loha", "lokr", "adamix_lora")},
     "oft": {"target": MAPS, "block_size": 8},
     "boft": {"target": MAPS, "factors": 2},
+    "miss": {"target": MAPS, "rank": 7},
+    "miss-bat": {"method": "miss", "target": MAPS, "rank": 8, "variant": "bat"},
+    "shira": {"target": MAPS, "rank": 3},
     **{name: {"target": MAPS} for name in ("child_tuning", "lt_sft", "mask", "pruning", "diff_pruning", "full")},
 }
 

@@ -16,6 +16,7 @@ from graftc.passes.methods.ia3 import IA3Method
 from graftc.passes.methods.loha import LoHaMethod
 from graftc.passes.methods.lokr import LoKrMethod
 from graftc.passes.methods.oft import OFTMethod
+from graftc.passes.methods.miss import MiSSMethod
 from graftc.passes.methods.vera import VeRAMethod
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
@@ -136,6 +137,36 @@ LOKR: dict[str, Wrong] = {
 def test_lokr(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"method": "lokr", "target": SQUARE, "rank": 2, "alpha": 4}
     assert reasons_against(entry, monkeypatch, LoKrMethod, LOKR[name])
+
+
+MISS: dict[str, Wrong] = {
+    "turned": lambda w, b, t: (w + t["D"].repeat(6, 1), b),
+    "shards of neighbours": lambda w, b, t: (w + t["D"].repeat_interleave(6, 0).T, b),
+    "first shard only": lambda w, b, t: (w + torch.nn.functional.pad(t["D"], (0, 0, 0, 40)).T, b),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", MISS)
+def test_miss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"method": "miss", "target": SQUARE, "rank": 8}
+    assert reasons_against(entry, monkeypatch, MiSSMethod, MISS[name])
+
+
+BAT: dict[str, Wrong] = {
+    "product alone": lambda w, b, t: (w + (w.reshape(6, 48, 8) @ t["D"]).reshape(48, 48), b),
+    "product turned": lambda w, b, t: (
+        w + (w.reshape(6, 48, 8) @ t["D"].mT).reshape(48, 48) + t["D"].repeat(1, 1, 6).reshape(48, 48),
+        b,
+    ),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", BAT)
+def test_bat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"method": "miss", "target": SQUARE, "rank": 8, "variant": "bat"}
+    assert reasons_against(entry, monkeypatch, MiSSMethod, BAT[name])
 
 
 @pytest.mark.slow

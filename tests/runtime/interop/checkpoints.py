@@ -142,6 +142,11 @@ def oft(family: str, rng: Rng) -> Any:
     return peft.OFTConfig(**size, **form, target_modules=some(family, rng))
 
 
+def miss(family: str, rng: Rng) -> Any:
+    word = rng.choice([True, "bat", "mini"])
+    return peft.MissConfig(r=8, mini_r=4, init_weights=word, target_modules=some(family, rng))
+
+
 KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
     "lora": (lora, tuple(LINEAR)),
     "patterns": (patterns, ("bert", "gpt2", "llama", "t5", "vit")),
@@ -186,6 +191,8 @@ KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
         ("bert", "vit"),
     ),
     "boft-conv": (lambda f, r: peft.BOFTConfig(boft_block_size=8, target_modules=["projection"]), ("vit",)),
+    "miss": (miss, ("bert", "llama", "gpt_neox")),
+    "shira": (lambda f, r: peft.ShiraConfig(r=r.randint(1, 6), target_modules=some(f, r)), ("bert", "llama", "t5")),
     "norms": (lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), ("bert", "llama")),
 }
 """By kind: what makes its config, and the families it is tried on."""

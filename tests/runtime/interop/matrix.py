@@ -297,6 +297,19 @@ def boft(family: str, rng: Rng) -> Any:
     return peft.BOFTConfig(**size, target_modules=modules)
 
 
+def miss(family: str, rng: Rng) -> Any:
+    """Draw a config of one of the variants; `bat` needs a rank that divides both sides of every weight."""
+    word = rng.choice([True, False, "bat", "mini"])
+    own = {"r": 8 if word == "bat" else rng.randint(1, 12), "mini_r": rng.choice([1, 2, 4]), "miss_dropout": 0.1}
+    modules = ["fc"] if family == "convs" else some(family, rng)
+    return peft.MissConfig(**own, init_weights=word, target_modules=modules)
+
+
+def shira(family: str, rng: Rng) -> Any:
+    own = {"r": rng.randint(1, 6), "random_seed": rng.choice([None, 7])}
+    return peft.ShiraConfig(**own, target_modules=["fc"] if family == "convs" else some(family, rng))
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of configuration.
@@ -381,6 +394,8 @@ KINDS: Mapping[str, Kind] = {
     ),
     "oft": Kind("OFT", oft, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 3),
     "boft": Kind("BOFT", boft, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs")),
+    "miss": Kind("MiSS", miss, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
+    "shira": Kind("SHiRA", shira, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
     "vera": Kind("VeRA", vera, ("bert", "gpt2", "llama", "gpt_neox", "t5", "vit", "convs"), 2),
     "norms": Kind("LN-tuning", lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), tuple(NORMS)),
     "prompt": Kind("prompt", virtual("PromptTuningConfig"), (*DECODERS, *PAIRS), 2),

@@ -274,6 +274,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "oft powers": (lambda: peft.OFTConfig(target_modules=["q_proj"], num_cayley_neumann_terms=1), "terms"),
     "ia3": (lambda: peft.IA3Config(init_ia3_weights=False), "init_ia3_weights"),
     "vera": (lambda: peft.VeraConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
+    "shira": (lambda: peft.ShiraConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
+    "shira mask": (lambda: peft.ShiraConfig(target_modules=["q_proj"], mask_type="mine"), "mask_type"),
+    "miss": (lambda: peft.MissConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
+    "miss bias": (lambda: peft.MissConfig(target_modules=["q_proj"], bias="all"), "bias"),
     "adalora": (lambda: peft.AdaLoraConfig(total_step=5, init_lora_weights=False), "init_lora_weights"),
     "p-tuning": (
         lambda: peft.PromptEncoderConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),

@@ -18,6 +18,8 @@ EXACT: dict[str, dict[str, Any]] = {
     "dora": {"rank": 2, "target": SITES},
     "loha": {"rank": 2, "target": SITES},
     "lokr": {"factor": 4, "target": SITES},
+    "miss": {"rank": 7, "target": SITES},
+    "shira": {"rank": 2, "target": SITES},
     "diff_pruning": {"target": SITES},
     "lt_sft": {"target": SITES},
     "ia3": {},

@@ -56,6 +56,8 @@ def merged_both_ways(folder: Path, family: str, dtype: torch.dtype, spec: Any) -
         ("llama", torch.bfloat16, {"adapt": [{"method": "oft", "target": ROLES, "block_size": 8}]}),
         ("bert", torch.bfloat16, {"adapt": [{"method": "boft", "target": ROLES, "factors": 2}]}),
         ("bert", torch.bfloat16, {"adapt": [{"method": "vera", "target": ROLES, "rank": 4}]}),
+        ("bert", torch.bfloat16, {"adapt": [{"method": "miss", "target": ROLES, "rank": 7}]}),
+        ("llama", torch.bfloat16, {"adapt": [{"method": "miss", "target": ROLES, "rank": 8, "variant": "bat"}]}),
         ("gpt2", torch.float32, {"adapt": [{"method": "lora", "target": ROLES, "rank": 4, "init": "pissa"}]}),
         ("llama", torch.bfloat16, {"adapt": [{"method": "adalora", "target": ROLES, "rank": 4, "target_rank": 2}]}),
         ("bert", torch.bfloat16, {"adapt": [{"method": "dylora", "target": ROLES, "rank": 4}]}),

@@ -266,6 +266,8 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
     if hasattr(theirs, "init_lora_weights"):
         theirs.init_lora_weights = True  # initialisation by decomposition needs values
     config = read_config(data, where)
+    for attribute, value in config.format[1].without_values.items():
+        setattr(theirs, attribute, value)
     matched = _without_patterns(peft, theirs, config, model, where)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graftc.files.tensors.folder import Refusal, TensorFolder
 from graftc.files.tensors.writing import FLOATING
-from graftc.runtime.interop.peft.forms import Shaped, filled, to_ours
+from graftc.runtime.interop.peft.forms import INTEGERS, Shaped, filled, to_ours
 from graftc.runtime.interop.peft.keys import Keys, parse
 from graftc.runtime.interop.peft.parameters import adapted_parameters
 from graftc.runtime.interop.peft.targets import is_saved
@@ -194,7 +194,13 @@ def read_peft(
         raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=keys.unknown[5:50])
     plain = {*keys.plain.values(), *(key for _, key in keys.again), *keys.unused}
     own = {key: stored.dtype for key, stored in file.entries.items() if key not in plain}
-    numbers = [f"{key} is {kind}" for key, kind in own.items() if kind not in FLOATING]
+    parts = config.format[1].parts
+    whole = {k for named in keys.modules.values() for part, k in named.items() if parts[part].form in INTEGERS}
+    numbers = [
+        f"{key} is {kind}"
+        for key, kind in own.items()
+        if kind not in FLOATING and not (key in whole and kind in ("I32", "I64"))
+    ]
     if numbers:
         message = f"the method's tensors must be 16-, 32- or 64-bit floating-point: {numbers[0]}"
         raise GraftError("GC113", message, place=Place(str(folder / WEIGHTS)), details=numbers[1:50])

@@ -26,6 +26,7 @@ class Shaped:
         inward: whether a vector applies to the map's input.
         order: position in the file of each row; None if the order is the same.
         turned: whether the file's matrices are for the transposed weight.
+        matrix: rows and columns of the weight; None if they are unknown, or if the weight is not a stored matrix.
     """
 
     experts: int | None = None
@@ -33,6 +34,7 @@ class Shaped:
     inward: bool = False
     order: tuple[int, ...] | None = None
     turned: bool = False
+    matrix: tuple[int, int] | None = None
 
 
 _Turn: TypeAlias = Callable[[Tensor, Shaped], Tensor]
@@ -42,7 +44,7 @@ def to_ours(form: Form, tensor: Tensor, shaped: Shaped) -> Tensor:
     """Convert a tensor from a file to graftc's form; the result is a view if the entries keep their order.
 
     Raises:
-        ValueError: if its shape does not fit the form.
+        ValueError: if its shape does not fit the form, or its integers do not fit the weight.
     """
     try:
         ours = _FORMS[form][0](tensor, shaped)
@@ -106,6 +108,27 @@ def _rows_back(tensor: Tensor, shaped: Shaped) -> Tensor:
     return torch.empty_like(tensor).index_copy_(0, torch.tensor(shaped.order), tensor)
 
 
+def _places(tensor: Tensor, shaped: Shaped) -> Tensor:
+    if shaped.matrix is None:
+        raise IndexError
+    rows, columns = shaped.matrix
+    if tensor.dim() != 2 or tensor.shape[0] != 2 or tensor.is_meta:
+        raise IndexError
+    # PEFT writes the integers as float32 on Windows.
+    first, second = tensor.long()
+    flat: Tensor = first * columns + second
+    inside = (first >= 0) & (first < rows) & (second >= 0) & (second < columns)
+    if not bool(inside.all()) or not bool((flat[1:] > flat[:-1]).all()):
+        raise ValueError(f"the entries must be different ones of a {rows} x {columns} matrix, in ascending order")
+    return flat
+
+
+def _places_back(tensor: Tensor, shaped: Shaped) -> Tensor:
+    assert shaped.matrix is not None
+    columns = shaped.matrix[1]
+    return torch.stack([tensor // columns, tensor % columns]).int()
+
+
 def _same(tensor: Tensor, shaped: Shaped) -> Tensor:
     return tensor
 
@@ -118,9 +141,14 @@ _FORMS: Mapping[Form, tuple[_Turn, _Turn]] = MappingProxyType(
         "column": (_flat, lambda tensor, shaped: tensor.reshape((1, -1) if shaped.kernel else (-1, 1))),
         "scale": (_flat, _scale_back),
         "rows": (_rows, _rows_back),
+        "places": (_places, _places_back),
         "same": (_same, _same),
     }
 )
+
+
+INTEGERS: frozenset[Form] = frozenset({"places"})
+"""The forms of tensors of integers."""
 
 
 def filled(tensor: Tensor, axis: int | None, rank: int | None) -> Tensor:

@@ -243,15 +243,19 @@ def _drawn(adapter: PeftAdapter, pair: Pair) -> bool:
 
 def _value(adapter: PeftAdapter, pair: Pair, own: Tensor, theirs: Tensor, problems: list[str]) -> Tensor | None:
     order = next((m.shaped.order for m in adapter.modules if pair.key in m.keys.values()), None)
+    reason = ""
     try:
         value = pair.read(theirs, own, order)
-    except ValueError:
-        value = None
+    except ValueError as error:
+        value, reason = None, str(error)
     if value is not None and pair.rank is not None:
         value = filled(value, pair.rank, own.shape[pair.rank])
     if value is None or value.shape != own.shape:
         wanted = list(pair.write(own.detach()).shape)
-        problems.append(f"{pair.key} is {list(theirs.shape)}, but the model needs {wanted}")
+        if reason and list(theirs.shape) == wanted:
+            problems.append(f"{pair.key}: {reason}")
+        else:
+            problems.append(f"{pair.key} is {list(theirs.shape)}, but the model needs {wanted}")
         return None
     return value
 

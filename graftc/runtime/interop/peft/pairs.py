@@ -279,7 +279,9 @@ def _shaped(site: Site, spec: MethodSpec, table: PeftFormat, turned: _Turned) ->
         return Shaped(inward=inward)
     kernel = site.own.shape[2:] if site.own.layout is Layout.KERNEL else ()
     experts = site.leading[0] if site.leading else None
-    return Shaped(experts, tuple(kernel), inward, turned=turned.at(site))
+    rows = site.own.layout is Layout.ROWS and not site.leading
+    matrix = (site.out_features, site.in_features) if rows else None
+    return Shaped(experts, tuple(kernel), inward, turned=turned.at(site), matrix=matrix)
 
 
 def _depths(compilation: Compilation, sites: list[Site]) -> dict[SiteKey, int]:
