@@ -32,6 +32,9 @@ class PeftPart:
         nested: the key when the method is used beside another one.
         axes: the numbers of axes that the tensor may have in a file; with any other number, PEFT computes a different
             product. None: any number.
+        group: for a tensor that modules of one kind (`PeftFormat.kind`) share and that a file repeats for each of them,
+            the field of the config with the number of consecutive modules that share it; empty if all of them do. None:
+            each module has its own.
     """
 
     key: str
@@ -40,6 +43,7 @@ class PeftPart:
     rank: int | None = None
     nested: str | None = None
     axes: tuple[int, ...] | None = None
+    group: str | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -100,6 +104,8 @@ class PeftFormat:
             kernel, stride and padding are the same along both axes; or those of them whose kernel has a single point.
         without_values: attributes of PEFT's config, and the values with which it adapts a model whose tensors have no
             values.
+        kind: a function of a module's path; modules with the same result, and weights of the same size, are of one
+            kind. PEFT's kinds are the entries of `target_modules`. None if no tensor has a `group`.
     """
 
     types: tuple[str, ...]
@@ -128,6 +134,7 @@ class PeftFormat:
     layers: frozenset[str] = frozenset()
     kernels: Literal["any", "square", "point"] = "any"
     without_values: Mapping[str, Any] = field(default_factory=dict)
+    kind: Callable[[str], str] | None = None
 
     @property
     def known(self) -> frozenset[str]:

@@ -136,4 +136,15 @@ class Adapting(PassHost):
 
     def builder(self, program: Program, adaptation: str, method: str, seams: Seams | None = None) -> Builder:
         """Return a builder that inserts an adaptation's nodes."""
-        return Builder(program, self.store, adaptation, method, self.work.initial, seams=seams)
+        places = {item.name: [site for site, _ in item.places] for item in self.every_place}
+        return Builder(program, self.store, adaptation, method, self.work.initial, seams=seams, places=places)
+
+    @property
+    def every_place(self) -> Sequence[Resolved]:
+        """The adaptations with the sites of the first signature, which has all places of the model."""
+        first = self.places
+        while isinstance(first, Adapting):
+            if first.places is None:
+                return first.resolved
+            first = first.places
+        return self.resolved if first is None else first.resolved

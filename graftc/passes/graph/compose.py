@@ -264,15 +264,27 @@ def mean_gate(spec: Gate, build: Builder, x: fx.Node) -> fx.Node:
     bias = build.parameter(GATE[1], (1,), zeros, dtype=value.dtype)
     scores = build.call(aten.sigmoid.default, build.linear(x, weight, bias, "gate"), part="gate")
     axes = list(range(1, value.dim() - 1))
-    if not axes:
-        return scores
-    sizes = [expression(size) for size in value.shape[:-1]]
-    mask = token_mask(build, sizes) if spec.tokens == "real" else None
+    return token_mean(build, scores, axes, real=spec.tokens == "real") if axes else scores
+
+
+def token_mean(build: Builder, scores: fx.Node, axes: Sequence[int], *, real: bool) -> fx.Node:
+    """Return the mean of ``scores: [rows, ..., width]`` over some axes.
+
+    Args:
+        build: the builder.
+        scores: the values.
+        axes: the axes; all axes of tokens are among them.
+        real: whether the tokens that the attention mask excludes do not count, if there is a mask for these tokens.
+    """
+    dtype, axes = scores.meta["val"].dtype, list(axes)
+    sizes = [expression(size) for size in scores.meta["val"].shape[:-1]]
+    mask = token_mask(build, sizes) if real else None
     if mask is None:
         return build.call(aten.mean.dim, scores, axes, part="gate")
-    real = build.call(aten.unsqueeze.default, build.call(aten.to.dtype, mask, value.dtype, part="tokens"), -1)
-    total = build.call(aten.sum.dim_IntList, build.call(aten.mul.Tensor, scores, real, part="gate"), axes, part="gate")
-    count = build.call(aten.clamp_min.default, build.call(aten.sum.dim_IntList, real, axes, part="tokens"), 1.0)
+    counted = build.call(aten.unsqueeze.default, build.call(aten.to.dtype, mask, dtype, part="tokens"), -1)
+    own = build.call(aten.mul.Tensor, scores, counted, part="gate")
+    total = build.call(aten.sum.dim_IntList, own, axes, part="gate")
+    count = build.call(aten.clamp_min.default, build.call(aten.sum.dim_IntList, counted, axes, part="tokens"), 1.0)
     return build.call(aten.div.Tensor, total, count, part="gate")
 
 

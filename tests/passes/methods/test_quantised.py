@@ -18,7 +18,7 @@ from tests.kit.dense_twins import dense_twin
 
 MAPS = {"role": ["attn.q", "ffn.down"]}
 EXPERTS = {"role": ["attn.q", "experts"]}
-LINEAR = ("spiel", "spiel-ag", "vera")
+LINEAR = ("spiel", "spiel-ag", "vera", "lily")
 """Methods that do not support experts."""
 
 FORMATS = ("int8", "int4", "nf4", "fp4")
@@ -36,6 +36,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "miss": {"target": MAPS, "rank": 7},
     "miss-bat": {"method": "miss", "target": MAPS, "rank": 8, "variant": "bat"},
     "shira": {"target": MAPS, "rank": 3},
+    "lily": {"target": MAPS, "rank": 4, "stride_a": 2},
     **{name: {"target": MAPS} for name in ("child_tuning", "lt_sft", "mask", "pruning", "diff_pruning", "full")},
 }
 

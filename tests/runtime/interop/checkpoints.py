@@ -193,6 +193,10 @@ KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
     "boft-conv": (lambda f, r: peft.BOFTConfig(boft_block_size=8, target_modules=["projection"]), ("vit",)),
     "miss": (miss, ("bert", "llama", "gpt_neox")),
     "shira": (lambda f, r: peft.ShiraConfig(r=r.randint(1, 6), target_modules=some(f, r)), ("bert", "llama", "t5")),
+    "lily": (
+        lambda f, r: peft.LilyConfig(r=r.randint(1, 6), stride_A=2, num_B=3, target_modules=some(f, r)),
+        ("bert", "llama", "t5"),
+    ),
     "norms": (lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), ("bert", "llama")),
 }
 """By kind: what makes its config, and the families it is tried on."""

@@ -310,6 +310,11 @@ def shira(family: str, rng: Rng) -> Any:
     return peft.ShiraConfig(**own, target_modules=["fc"] if family == "convs" else some(family, rng))
 
 
+def lily(family: str, rng: Rng) -> Any:
+    own = {"r": rng.randint(1, 8), "stride_A": rng.randint(1, 3), "num_B": rng.randint(2, 5), "scaling": rng.random()}
+    return peft.LilyConfig(**own, target_modules=["fc"] if family == "convs" else some(family, rng))
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of configuration.
@@ -396,6 +401,7 @@ KINDS: Mapping[str, Kind] = {
     "boft": Kind("BOFT", boft, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs")),
     "miss": Kind("MiSS", miss, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
     "shira": Kind("SHiRA", shira, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
+    "lily": Kind("Lily", lily, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
     "vera": Kind("VeRA", vera, ("bert", "gpt2", "llama", "gpt_neox", "t5", "vit", "convs"), 2),
     "norms": Kind("LN-tuning", lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), tuple(NORMS)),
     "prompt": Kind("prompt", virtual("PromptTuningConfig"), (*DECODERS, *PAIRS), 2),

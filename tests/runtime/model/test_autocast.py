@@ -29,6 +29,7 @@ EXACT: dict[str, dict[str, Any]] = {
 ROUNDED: dict[str, dict[str, Any]] = {
     **{"pfeiffer": {}, "houlsby": {}},
     **{"oft": {"block_size": 8, "target": SITES}, "boft": {"target": SITES}},
+    **{"lily": {"rank": 2, "target": SITES}},
 }
 """The same with a branch that is added, or with an input of their own for rows of a fused layer, whose bias is then
 added separately: within the rounding of a sum in 16 bits."""

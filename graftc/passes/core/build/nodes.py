@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +37,8 @@ class Nodes:
         seams: the seams that compose the adaptation with others; by default, it is not composed.
         within: the builder of the composing adaptation, if any. Nodes inserted at a site then count as that
             adaptation's own nodes, which keep reading the values as they were before its changes.
+        places: every place that each adaptation has in the model, in order, by the adaptation's name; the Program may
+            lack some of them.
 
     Attributes:
         adaptation: the adaptation whose tensors are being created.
@@ -57,11 +60,13 @@ class Nodes:
         *,
         seams: Seams | None = None,
         within: Nodes | None = None,
+        places: Mapping[str, Sequence[Site]] = MappingProxyType({}),
     ) -> None:
         self.program, self.store, self.adaptation, self.method = program, store, adaptation, method
         self.initial = Initial() if initial is None else initial
         self.seed, self.values = self.initial.seed, self.initial.values
         self.seams = seams if seams is not None else Seams()
+        self.places = places
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
         self.starts: dict[str, ParameterStart] = {}
         self.slots: tuple[tuple[str, ...], int] | None = None

@@ -52,6 +52,7 @@ class Tensors(Nodes):
         *,
         dtype: torch.dtype,
         trainable: bool = True,
+        owner: Site | None = None,
     ) -> fx.Node:
         """Return the node of a parameter of the current site or, outside `on`, of the whole adaptation; created once.
 
@@ -62,21 +63,24 @@ class Tensors(Nodes):
             dtype: dtype of the node. A 16-bit parameter is stored as float32 and cast in the graph, unless the spec
                 has ``dtype: base``.
             trainable: False for constants that the method reads.
+            owner: the site with whose name the tensor is stored, if sites share it; by default the current one. All of
+                these sites have the tensor among their parts.
         """
 
         def create(trains: bool) -> str:
-            return self.begin(part, ParameterStart(shape, init, self._kept_in(dtype), trains))
+            return self.begin(part, ParameterStart(shape, init, self._kept_in(dtype), trains), owner)
 
         return self._new(NewTensor(part, "parameter", create, trainable, dtype=dtype))
 
-    def begin(self, part: str, start: ParameterStart) -> str:
+    def begin(self, part: str, start: ParameterStart, owner: Site | None = None) -> str:
         """Create a tensor of the current site, unless it exists, and return its Store name; no node is inserted.
 
         Args:
             part: the tensor's name within the adaptation.
             start: its shape, dtype and initial value.
+            owner: as for `parameter`.
         """
-        name = self._enter(part)
+        name = self._enter(part, owner)
         if name not in self.store:
             start = self._for_slots(part, start)
             value = self._initial(name, start.shape, start.init, start.dtype)
@@ -117,9 +121,9 @@ class Tensors(Nodes):
 
         return self._new(NewTensor(part, "parameter", create, dtype=dtype))
 
-    def _enter(self, part: str) -> str:
+    def _enter(self, part: str, owner: Site | None = None) -> str:
         """Record a tensor of the current site among the adaptation's tensors and return its Store name."""
-        name = self._name(part)
+        name = self._name(part) if owner is None else tensor_name(owner, self.adaptation, part)
         self.parts.setdefault(self._site.key if self._site is not None else None, {})[part] = name
         return name
 

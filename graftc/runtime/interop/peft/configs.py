@@ -36,6 +36,7 @@ from graftc.runtime.interop.peft.base import (
 from graftc.runtime.interop.peft.checks import check_convolutions
 from graftc.runtime.interop.peft.entries import entry_of
 from graftc.runtime.interop.peft.folder import ADDED, PeftModule
+from graftc.runtime.interop.peft.groups import shared_unlike
 from graftc.runtime.interop.peft.targets import ALL_LINEAR
 from graftc.runtime.interop.peft.tied import apart_of
 from graftc.specs.document import Spec
@@ -109,6 +110,7 @@ def spec_of(source: object, where: str, model: nn.Module, structure: Callable[[]
     at = ((path, model.get_submodule(path)) for path in adapted.modules)
     check_convolutions(adapted.config, Place(where, path="target_modules"), at)
     modules = [own for path in adapted.modules for own in _inside(_at(adapted.config, path), model)]
+    _check_sharing(config, adapted, model, where)
     for name in adapted.parameters:
         path, _, parameter = name.rpartition(".")
         modules.append(_at(adapted.config, path, parameter))
@@ -345,6 +347,22 @@ def _inside(own: PeftModule, model: nn.Module) -> list[PeftModule]:
         return [own]
     path, alpha = f"{own.path}.out_proj", getattr(own.spec, "alpha", 1)
     return [own, replace(own, path=path, spec=own.spec.model_copy(update={"alpha": ADDED * alpha}))]
+
+
+def _check_sharing(config: AdapterConfig, adapted: _Adapted, model: nn.Module, where: str) -> None:
+    """Raise if peft shares tensors among other modules than graftc does.
+
+    Raises:
+        GraftError: GC112.
+    """
+    named = config.target_modules
+    by_pattern = isinstance(named, str) and named.lower() != ALL_LINEAR  # which peft has been given as names
+    own = config if by_pattern else adapted.config
+    modules = [path for path in paths_of(model) if path in set(adapted.modules)]
+    if part := shared_unlike(own, config.format[1], modules, shapes_of(model)):
+        message = f"PEFT shares {part!r} among the modules that one entry of target_modules selects"
+        hint = "list the last segments of the modules' paths, such as q_proj, one entry for each kind"
+        raise _refused("target_modules", f"{message}, and here modules with one name share it", where, hint)
 
 
 def _named(config: AdapterConfig) -> Sequence[str]:

@@ -26,10 +26,11 @@ from graftc.passes.core.sites.sites import AttentionSite, EmbeddingSite, LinearS
 from graftc.passes.core.weights.source_lock import source_lock
 from graftc.passes.core.weights.weight_slice import Layout
 from graftc.records.files import PeftTensor
-from graftc.runtime.interop.peft.base import base_of, outermost, paths_of, rows_in
+from graftc.runtime.interop.peft.base import base_of, outermost, paths_of, rows_in, shapes_of
 from graftc.runtime.interop.peft.expert_layouts import SINCE
 from graftc.runtime.interop.peft.expressible import own_places, refuse_inexpressible, task_of
 from graftc.runtime.interop.peft.folder import WEIGHTS, read_peft
+from graftc.runtime.interop.peft.groups import written_unlike
 from graftc.runtime.interop.peft.pairs import (
     Pair,
     is_listed_at,
@@ -44,7 +45,7 @@ from graftc.runtime.interop.peft.pairs import (
 from graftc.runtime.interop.peft.targets import suffixes
 from graftc.specs.base import MethodSpec
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.specs.foreign.config import CONFIG, read_config
+from graftc.specs.foreign.config import CONFIG, AdapterConfig, read_config
 from graftc.specs.patterns import match_modules
 from graftc.specs.peft import PeftFormat
 
@@ -89,7 +90,7 @@ def prepared(compilation: Compilation) -> PeftExport:
     if pairs != pairs_of(compilation, older=True):
         # Shapes do not reveal the layout of experts whose weights are square.
         config["peft_version"] = f"{SINCE[0]}.{SINCE[1]}.0"
-    read_config(config, CONFIG, whole=True)
+    _check_sharing(compilation, main, read_config(config, CONFIG, whole=True), pairs)
     tensors = _tensors(compilation, pairs)
     axes = {part: own.axes for part, own in table_of(main.spec).parts.items()}
     for pair in pairs:
@@ -97,6 +98,16 @@ def prepared(compilation: Compilation) -> PeftExport:
         if allowed is not None and tensors[pair.key].dim() not in allowed:
             raise GraftError("GC115", f"PEFT multiplies {pair.part} differently at {pair.site}", hint="merge it")
     return PeftExport(config, pairs, tensors)
+
+
+def _check_sharing(compilation: Compilation, main: Resolved, config: AdapterConfig, pairs: Sequence[Pair]) -> None:
+    """Raise GC115 if peft would share tensors among other modules than the compiled model does."""
+    table = table_of(main.spec)
+    sites = {site.key.module: str(site.key) for site, _ in main.places}
+    modules = {sites[path]: path for path in paths_of(base_of(compilation)) if path in sites}
+    if part := written_unlike(config, table, modules, shapes_of(base_of(compilation)), pairs):
+        message = f"PEFT cannot express which modules share {part!r}: it goes by the names in target_modules"
+        raise GraftError("GC115", message, hint="adapt all modules of that name, or save the model as an artifact")
 
 
 def write_peft(export: PeftExport, folder: Path) -> None:

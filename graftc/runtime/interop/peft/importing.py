@@ -200,13 +200,17 @@ def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
         GraftError: GC113 if tensors are missing or not finite, GC114 if there are only tensors of another model; both
             list every mismatch.
     """
-    pairs = [pair for pair in pairs_in(adapter, compilation) if not pair.again]
+    every = pairs_in(adapter, compilation)
+    pairs, repeated = [p for p in every if not p.again], [p for p in every if p.repeats]
     store = compilation.store
     wanted = {pair.key: pair for pair in pairs}
     present = set(adapter.shapes) - set(adapter.copies.values()) - set(adapter.keys.unused)
     present -= {key for _, key in (*adapter.keys.again, *adapter.doubles)}
     lacking = [key for key, pair in wanted.items() if key not in present and not _drawn(adapter, pair)]
+    lacking += [pair.key for pair in repeated if pair.key not in present]
     damaged = [f"{key}: not in the file" for key in lacking]
+    damaged += [f"{p.key} differs from {p.repeats}, but {p.part!r} is shared" for p in repeated if _differs(adapter, p)]
+    present -= {pair.key for pair in repeated}
     of_others = [f"{key}: nothing in the model uses it" for key in sorted(present - wanted.keys())]
     values: list[tuple[str, Tensor]] = []
     rounded: list[str] = []
@@ -233,6 +237,13 @@ def _fill(adapter: PeftAdapter, compilation: Compilation) -> None:
     with torch.no_grad():
         for name, value in values:
             store.get(name).copy_(value)
+
+
+def _differs(adapter: PeftAdapter, pair: Pair) -> bool:
+    """Return whether a tensor that modules share has other values at one of them."""
+    if not {pair.key, pair.repeats} <= adapter.shapes.keys():
+        return False
+    return not torch.equal(adapter.tensor(pair.key), adapter.tensor(pair.repeats))
 
 
 def _drawn(adapter: PeftAdapter, pair: Pair) -> bool:

@@ -45,6 +45,7 @@ class Pair:
         axis: the axis along which a shared tensor is divided.
         shared: whether it belongs to the adaptation as a whole.
         again: whether the tensor already has a pair, under another name of a tied tensor.
+        repeats: the key of the tensor's first pair if several modules share it, and the file repeats it for each.
     """
 
     key: str
@@ -58,6 +59,7 @@ class Pair:
     axis: int = 0
     shared: bool = False
     again: bool = False
+    repeats: str = ""
 
     def read(self, theirs: Tensor, like: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
         """Return graftc's tensor, read from peft's.
@@ -168,6 +170,7 @@ def _of(
         yield from _joined(compilation, resolved, table)
         return
     depths = _depths(compilation, [site for site, _ in resolved.places])
+    first: dict[str, str] = {}
     for place in sites:
         wrapped[place.module] = wrapped.get(place.module, 0) + 1
     for key, names in parts.items():
@@ -190,6 +193,9 @@ def _of(
                 module = table_path(compilation, key) if own.form == "rows" else key.module
                 at = tensor_key(module, suffix, depths[key], prefix=prefix, wrapped=wrapped)
                 pair = Pair(at, name, str(key), part, own.form, shaped, own.rank)
+                if own.group is not None and name in first:
+                    pair = replace(pair, again=True, repeats=first[name])
+                first.setdefault(name, at)
                 yield pair
                 if own.form == "rows" and not nested:
                     others = (other for other in _names(compilation, key) if other != module)
