@@ -35,6 +35,9 @@ SAMPLE = [
         pytest.param(case, marks=FULL)
         for case in (
             Case("loha", "convs", 0),
+            Case("miss", "bart", 0),
+            Case("shira", "t5", 0),
+            Case("lily", "t5", 0),
             Case("wide", "bert", 0),
             Case("tied-saved", "tied", 1),
             Case("experts", "mixtral", 0),

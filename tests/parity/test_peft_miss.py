@@ -21,7 +21,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.sample("padded-llama", "bat-llama")
+@pytest.mark.sample("padded-llama")
 @pytest.mark.parametrize("family", LINEAR)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_miss(variant: str, family: str) -> None:

@@ -23,13 +23,13 @@ class Lily(MethodSpec):
     Sites of one kind (with the same last segment of their path, and weights of one size) share tensors: `stride_a`
     consecutive ones, in the model's order, share one `A`, `[rank, in]`, and all of them share the `num_b` matrices
     `B_e`, which are stacked in `B`, `[num_b rank, out]`. Each site has its own router `R`, `[num_b, rank]`: `p` is the
-    mean of `softmax(R A x)` over all tokens of all rows of the batch. `B` is initialised to zeros, so the model is
-    initially unchanged. All are used in the weight's dtype.
+    mean of `softmax(R A x)` over all tokens of all rows of the batch, as in the authors' code, where the paper writes
+    the softmax of summed scores. `B` is initialised to zeros, so the model is initially unchanged. All are used in the
+    weight's dtype.
 
     Because of that mean, the outputs of a row depend on the other rows of its batch and on later tokens, in training
-    and afterwards, as in PEFT and in the authors' code: the same text may get other outputs in another batch, and
-    outputs at a token depend on what follows it. So a call with a cache is refused, texts are generated without a
-    cache, and nothing folds.
+    and afterwards, as in PEFT: the same text may get other outputs in another batch. So a call with a cache is refused,
+    texts are generated without one, and nothing folds.
     """
 
     claims: ClassVar[Claims] = Claims(

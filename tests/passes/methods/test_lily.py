@@ -122,7 +122,7 @@ def test_which_sites_share() -> None:
     assert compiled.report.trainable_parameters == count == sum(t.numel() for t in tensors.values())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_start() -> None:
     """``B`` is zero; ``A`` and the routers are uniform within one over the square root of their columns."""
     tensors = fresh("bert", varied(LILY, rank=16, num_b=20)).adapter_state_dict()
@@ -156,6 +156,7 @@ def test_parts_of_a_model() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample("real")
 @pytest.mark.parametrize("tokens", ["all", "real"])
 def test_padding(tokens: str) -> None:
     """With ``real``, padding has no effect on a text alone; with ``all``, it has."""
@@ -182,8 +183,7 @@ def test_rows_depend_on_one_another() -> None:
     assert float((both - alone).abs().max()) > 1e-2
 
 
-@pytest.mark.slow
-@pytest.mark.sample("llama")
+@pytest.mark.full
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_no_cache(family: str) -> None:
     """A call with a cache is refused, also where rows and tokens lie on one axis; texts are generated without one."""

@@ -40,6 +40,7 @@ class TestEverywhere(TestMiSS):
     families = OTHERS
 
 
+@pytest.mark.full
 class TestBat(MethodContract):
     """Updates that depend on the weight, in a matrix of each orientation."""
 
@@ -113,6 +114,7 @@ def expected_update(variant: str, own: Tensor, weight: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.sample("balance", "bat")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_update(variant: str) -> None:
     """``W' - W`` repeats ``D`` along the columns; with ``bat`` it depends on each block of the weight."""
@@ -139,7 +141,14 @@ def test_update_of_rows_of_a_turned_matrix(variant: str) -> None:
     assert not update[48:96].any()
 
 
-@pytest.mark.parametrize(("variant", "shapes"), [("balance", (7, 48)), ("mini", (5, 6)), ("bat", (6, 8, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "shapes"),
+    [
+        ("balance", (7, 48)),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (("mini", (5, 6)), ("bat", (6, 8, 8)))),
+    ],
+)
 def test_start_and_count(variant: str, shapes: tuple[int, ...]) -> None:
     """``D`` is zero; ``balance`` has ``rank * out`` entries at a site, ``bat`` as well, ``mini`` fewer."""
     compiled = fresh("bert", VARIANTS[variant])
@@ -151,6 +160,7 @@ def test_start_and_count(variant: str, shapes: tuple[int, ...]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sample("balance")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_convolution(variant: str) -> None:
     """In a convolution over patches of an image, a column is one entry of a patch."""
@@ -169,9 +179,14 @@ def test_convolution(variant: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "field", "says"),
     [
-        ({"rank": 49}, "rank", "exceeds the inputs"),
+        pytest.param({"rank": 49}, "rank", "exceeds the inputs", marks=pytest.mark.full),
         ({"rank": 5, "variant": "bat"}, "rank", "does not divide both sides"),
-        ({"rank": 5, "variant": "mini", "mini_rank": 7}, "mini_rank", "does not divide the outputs"),
+        pytest.param(
+            {"rank": 5, "variant": "mini", "mini_rank": 7},
+            "mini_rank",
+            "does not divide the outputs",
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_sizes_that_do_not_fit(changes: dict[str, Any], field: str, says: str) -> None:

@@ -71,6 +71,7 @@ def parts_of(compiled: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.slow
+@pytest.mark.sample("llama")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_update(family: str) -> None:
     """``W' - W`` has the deltas at the indices and zeros elsewhere; its rank exceeds that of the adaptation."""
@@ -88,6 +89,7 @@ def test_update(family: str) -> None:
         assert int(torch.linalg.matrix_rank(expected.view(weight.shape))) > 30
 
 
+@pytest.mark.slow
 def test_start_and_count() -> None:
     """Every weight has as many entries as LoRA's factors of that rank, all of them zero; others are untouched."""
     compiled = fresh("bert", SHIRA)
@@ -129,7 +131,7 @@ def test_mask_seed_draws_the_positions_of_peft() -> None:
         assert torch.equal(indices.long(), rows * module.in_features + columns), name
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("rank", "fits"), [(24, True), (25, False)])
 def test_largest_rank(rank: int, fits: bool) -> None:
     """A square weight of side 48 has room for a rank of 24."""
@@ -195,7 +197,7 @@ def test_indices_of_a_file_are_checked(change: str, tmp_path: Path) -> None:
     assert error.value.code == "GC114"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_mask_of_the_users_own_and_a_file_from_windows(tmp_path: Path) -> None:
     """The file has the positions, whatever mask chose them; PEFT writes them as float32 on Windows."""
     pytest.importorskip("peft")

@@ -91,7 +91,7 @@ def theirs_by_key(model: Any) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         by_key = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    return {key: value for key, value in by_key.items() if not value.isnan().any()}
+    return {key: value for key, value in by_key.items() if value.is_floating_point() and not value.isnan().any()}
 
 
 def ours_by_key(compiled: Compiled, folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
