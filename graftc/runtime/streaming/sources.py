@@ -42,11 +42,12 @@ def artifact_updates(artifact: Artifact, checkpoint: TensorFolder) -> AdapterUpd
     uses = _Uses(graph, artifact.manifest.base.aliases)
     specs = {spec.name or "": spec for spec in artifact.spec.adapt}
     copies = {record.tensor for record in artifact.manifest.trained}
-    updates = [
-        _update(artifact, place, specs, uses, tensors, names)
-        for place in artifact.manifest.sites
-        if not (method_for(place.method).stands_in or copies.issuperset(place.tensors.values()))
-    ]
+    places = [place for place in artifact.manifest.sites if not copies.issuperset(place.tensors.values())]
+    for place in places:
+        if method_for(place.method).stands_in:
+            what = f"{place.adaptation!r} changes single entries of {place.module}.{place.name}"
+            raise GraftError("GC103", what, hint="merge in memory, without --stream")
+    updates = [_update(artifact, place, specs, uses, tensors, names) for place in places]
     base = artifact.manifest.base
     return AdapterUpdates(
         "artifact",

@@ -41,6 +41,19 @@ def merged_both_ways(folder: Path, family: str, dtype: torch.dtype, spec: Any) -
 
 @pytest.mark.full
 @pytest.mark.parametrize(
+    "entry", [{"method": "mask", "selection": "random", "density": 0.1}, {"method": "shira", "rank": 2}]
+)
+def test_entries_of_weights_are_refused(entry: Any, tmp_path: Path) -> None:
+    """Updates of single entries are not left out of a merge that has other updates as well."""
+    lora = {"method": "lora", "target": {"role": "attn.v"}, "rank": 2}
+    spec = {"adapt": [lora, {**entry, "target": {"role": ["attn.q", "ffn.down"]}}]}
+    with pytest.raises(GraftError, match="changes single entries") as error:
+        merged_both_ways(tmp_path, "llama", torch.float32, spec)
+    assert error.value.code == "GC103"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
     ("family", "dtype", "spec"),
     [
         ("llama", torch.bfloat16, {"adapt": [{"method": "lora", "target": ROLES, "rank": 4}]}),
