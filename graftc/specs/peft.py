@@ -100,8 +100,9 @@ class PeftFormat:
         turned: whether the config records that weights are stored as ``[in, out]``.
         parameters: whether the config may name parameters of modules; if so, without dropout on their input.
         layers: the classes of modules that PEFT adapts with this type; empty for all that it adapts with any type.
-        kernels: the convolutions at which PEFT computes the same: all of them; those without groups and dilation whose
-            kernel, stride and padding are the same along both axes; or those of them whose kernel has a single point.
+        kernels: the convolutions at which PEFT computes the same: all of them; those without groups; of those, the ones
+            without dilation whose kernel, stride and padding are the same along both axes; or, of these, the ones whose
+            kernel has a single point.
         without_values: attributes of PEFT's config, and the values with which it adapts a model whose tensors have no
             values.
         kind: a function of a module's path; modules with the same result, and weights of the same size, are of one
@@ -132,7 +133,7 @@ class PeftFormat:
     turned: bool = False
     parameters: bool = False
     layers: frozenset[str] = frozenset()
-    kernels: Literal["any", "square", "point"] = "any"
+    kernels: Literal["any", "ungrouped", "square", "point"] = "any"
     without_values: Mapping[str, Any] = field(default_factory=dict)
     kind: Callable[[str], str] | None = None
 

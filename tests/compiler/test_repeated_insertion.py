@@ -16,6 +16,7 @@ from tests.kit.models import fresh
 
 IA3 = {"method": "ia3", "target": EVERYWHERE}
 DORA = {"method": "dora", "rank": 2, "target": {"role": "ffn.down"}}
+HIRA = {"method": "hira", "rank": 2, "target": EVERYWHERE}
 
 
 def insertions(monkeypatch: pytest.MonkeyPatch, layers: int, adapt: Mapping[str, Any] = LORA) -> int:
@@ -51,8 +52,9 @@ def test_factors_that_start_from_the_weight_are_inserted_everywhere(monkeypatch:
         pytest.param([{**LORA, "init": "random"}], marks=pytest.mark.full),
         [LORA, {**LORA, "name": "second", "rank": 3}, IA3],
         pytest.param([LORA, DORA], marks=pytest.mark.full),
+        pytest.param([LORA, HIRA], marks=pytest.mark.full),
     ],
-    ids=["gaussian", "random", "three", "beside one that is inserted everywhere"],
+    ids=["gaussian", "random", "three", "beside one that is inserted everywhere", "on top of another"],
 )
 def test_tensors_are_those_of_inserting_in_every_layer(
     adapt: list[Mapping[str, Any]], monkeypatch: pytest.MonkeyPatch

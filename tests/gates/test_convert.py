@@ -33,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "boft": {"factors": 2},
     "miss": {"rank": 3},
     "shira": {"rank": 2},
+    "hira": {"rank": 2},
     "spiel": {"density": 0.05},
     "mask": {"density": 0.05},
     "diff_pruning": {},

@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "miss-bat": {"method": "miss", "target": MAPS, "rank": 8, "variant": "bat"},
     "shira": {"target": MAPS, "rank": 3},
     "lily": {"target": MAPS, "rank": 4, "stride_a": 2},
+    "hira": {"target": MAPS, "rank": 4},
     **{name: {"target": MAPS} for name in ("child_tuning", "lt_sft", "mask", "pruning", "diff_pruning", "full")},
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import graftc
 from graftc.passes.core.weights.folds import FoldStep, WeightFold
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.hira import HiRAMethod
 from graftc.passes.methods.ia3 import IA3Method
 from graftc.passes.methods.loha import LoHaMethod
 from graftc.passes.methods.lokr import LoKrMethod
@@ -146,6 +147,14 @@ MISS: dict[str, Wrong] = {
 }
 
 
+HIRA: dict[str, Wrong] = {
+    "without the weight": lambda w, b, t: (w + t["B"] @ t["A"], b),
+    "matrix product": lambda w, b, t: (w + w @ (t["B"] @ t["A"]), b),
+    "transposed": lambda w, b, t: (w + w * (t["B"] @ t["A"]).T, b),
+    "bias as well": lambda w, b, t: (w + w * (t["B"] @ t["A"]), b * (1 + t["B"].sum(-1))),
+}
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", MISS)
 def test_miss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +176,11 @@ BAT: dict[str, Wrong] = {
 def test_bat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"method": "miss", "target": SQUARE, "rank": 8, "variant": "bat"}
     assert reasons_against(entry, monkeypatch, MiSSMethod, BAT[name])
+
+
+@pytest.mark.parametrize("name", HIRA)
+def test_hira(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reasons_against({"method": "hira", "target": SQUARE, "rank": 4}, monkeypatch, HiRAMethod, HIRA[name])
 
 
 @pytest.mark.slow

@@ -147,6 +147,12 @@ def miss(family: str, rng: Rng) -> Any:
     return peft.MissConfig(r=8, mini_r=4, init_weights=word, target_modules=some(family, rng))
 
 
+def hira(family: str, rng: Rng) -> Any:
+    modules = [TABLES[family], LINEAR[family][0]] if family == "bert" else some(family, rng)
+    modules = ["projection", "fc2"] if family == "vit" else modules
+    return peft.HiraConfig(r=rng.randint(1, 6), target_modules=modules, fan_in_fan_out=family == "gpt2")
+
+
 KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
     "lora": (lora, tuple(LINEAR)),
     "patterns": (patterns, ("bert", "gpt2", "llama", "t5", "vit")),
@@ -197,6 +203,7 @@ KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
         lambda f, r: peft.LilyConfig(r=r.randint(1, 6), stride_A=2, num_B=3, target_modules=some(f, r)),
         ("bert", "llama", "t5"),
     ),
+    "hira": (hira, ("bert", "gpt2", "vit", "llama")),
     "norms": (lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), ("bert", "llama")),
 }
 """By kind: what makes its config, and the families it is tried on."""
@@ -289,7 +296,7 @@ def check(case: Checkpoint, folder: Path) -> tuple[float, float | None]:
 
 
 IN_SIXTEEN_BITS = (
-    *("lora", "patterns", "bias", "head", "tables", "conv", "experts", "dora", "ia3", "loha", "lokr", "oft", "boft"),
+    *("lora", "patterns", "bias", "head", "tables", "conv", "experts", "dora", "ia3", "loha", "lokr", "hira", "oft", "boft"),
 )
 """Kinds that are tried on a base in bfloat16 as well."""
 

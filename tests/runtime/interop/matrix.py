@@ -315,6 +315,14 @@ def lily(family: str, rng: Rng) -> Any:
     return peft.LilyConfig(**own, target_modules=["fc"] if family == "convs" else some(family, rng))
 
 
+def hira(family: str, rng: Rng) -> Any:
+    modules = some(family, rng)
+    if family in ("bert", "llama", "gpt_neox", "roberta") and rng.random() < 0.3:
+        modules = [TABLES[family], modules[0]]
+    own = {"r": rng.randint(1, 6), "hira_dropout": rng.choice([0.0, 0.1]), "target_modules": modules}
+    return peft.HiraConfig(**own, init_weights=rng.choice([True, "gaussian"]), **_turned(family))
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of configuration.
@@ -402,6 +410,7 @@ KINDS: Mapping[str, Kind] = {
     "miss": Kind("MiSS", miss, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
     "shira": Kind("SHiRA", shira, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
     "lily": Kind("Lily", lily, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
+    "hira": Kind("HiRA", hira, (*FIVE, "roberta", "t5", "bart", "mixtral", "convs"), 2),
     "vera": Kind("VeRA", vera, ("bert", "gpt2", "llama", "gpt_neox", "t5", "vit", "convs"), 2),
     "norms": Kind("LN-tuning", lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), tuple(NORMS)),
     "prompt": Kind("prompt", virtual("PromptTuningConfig"), (*DECODERS, *PAIRS), 2),

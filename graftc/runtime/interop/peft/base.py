@@ -41,6 +41,8 @@ def computes_otherwise(module: nn.Module, table: PeftFormat) -> bool:
     """Return whether a module is a convolution at which peft computes something else than a map of every patch."""
     if table.kernels == "any" or not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return False
+    if table.kernels == "ungrouped":
+        return module.groups > 1
     even = all(len(set(sizes)) == 1 for sizes in (module.kernel_size, module.stride, module.padding))
     plain = even and not isinstance(module.padding, str) and module.groups == 1 and max(module.dilation) == 1
     return not plain or (table.kernels == "point" and max(module.kernel_size) > 1)

@@ -147,7 +147,7 @@ def _check_called(compilation: Compilation, resolved: Resolved, index: int) -> N
 def _check_groups(resolved: Resolved, table: PeftFormat, index: int) -> None:
     """Raise for factors within the groups of a convolution.
 
-    peft's first factor reads the channels of all groups.
+    The first factor of peft's LoRA reads the channels of all groups.
     """
     if not any(part.form == "down" and part.key.startswith("lora") for part in table.parts.values()):
         return
