@@ -15,7 +15,7 @@ def test_there_are_sixty_of_eight_families_and_all_types() -> None:
     assert len(EVERY) >= 60 and len({case.family for case in EVERY}) == 8
     types = {str(case.config().peft_type.value) for case in EVERY}
     assert types == {
-        *("LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "HIRA", "OFT", "BOFT", "LN_TUNING", "TRAINABLE_TOKENS"),
+        *("LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "HIRA", "GRALORA", "OFT", "BOFT", "LN_TUNING", "TRAINABLE_TOKENS"),
         *("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"),
     }
     assert {case.name for case in EVERY} == set(KINDS)

@@ -272,7 +272,7 @@ def test_a_module_under_two_names() -> None:
     assert largest_difference(outputs_of(source, {"x": ROWS}), outputs_of(compiled, {"x": ROWS})) <= 2e-5
 
 
-@pytest.mark.parametrize("method", ["lora", "loha", "lokr", "dora", "oft", "miss", "hira"])
+@pytest.mark.parametrize("method", ["lora", "loha", "lokr", "dora", "oft", "miss", "hira", "gralora"])
 def test_some_rows_of_a_grouped_convolution(method: str) -> None:
     """Queries and values are rows of one grouped convolution, and rows cannot be computed without their group."""
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import graftc
 from graftc.passes.core.weights.folds import FoldStep, WeightFold
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.gralora import GraLoRAMethod
 from graftc.passes.methods.hira import HiRAMethod
 from graftc.passes.methods.ia3 import IA3Method
 from graftc.passes.methods.loha import LoHaMethod
@@ -181,6 +182,30 @@ def test_bat(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", HIRA)
 def test_hira(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons_against({"method": "hira", "target": SQUARE, "rank": 4}, monkeypatch, HiRAMethod, HIRA[name])
+
+
+def granular(order: str) -> Wrong:
+    """Return a fold that takes the parts of both factors' ranks in some order of the letters of blocks."""
+
+    def change(weight: Tensor, bias: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        a, b = tensors["A"].unflatten(-1, (2, -1)), tensors["B"].unflatten(-2, (2, -1))  # type: ignore[no-untyped-call]
+        return weight + torch.einsum(order, a, b).reshape(weight.shape), bias
+
+    return change
+
+
+GRALORA: dict[str, Wrong] = {
+    "rows and columns swapped": granular("jciq,ijqo->jcio"),
+    "parts of A swapped": granular("icjq,ijqo->iojc"),
+    "parts of B swapped": granular("jciq,jiqo->iojc"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", GRALORA)
+def test_gralora(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"method": "gralora", "target": SQUARE, "rank": 4, "alpha": 4}
+    assert reasons_against(entry, monkeypatch, GraLoRAMethod, GRALORA[name])
 
 
 @pytest.mark.slow

@@ -147,6 +147,12 @@ def miss(family: str, rng: Rng) -> Any:
     return peft.MissConfig(r=8, mini_r=4, init_weights=word, target_modules=some(family, rng))
 
 
+def gralora(family: str, rng: Rng) -> Any:
+    k = rng.choice([2, 4])
+    own = {"gralora_k": k, "r": k * rng.randint(1, 2), "hybrid_r": rng.choice([0, 3]), "alpha": rng.choice([3, 8])}
+    return peft.GraloraConfig(**own, target_modules=some(family, rng), fan_in_fan_out=family == "gpt2")
+
+
 def hira(family: str, rng: Rng) -> Any:
     modules = [TABLES[family], LINEAR[family][0]] if family == "bert" else some(family, rng)
     modules = ["projection", "fc2"] if family == "vit" else modules
@@ -203,6 +209,7 @@ KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
         lambda f, r: peft.LilyConfig(r=r.randint(1, 6), stride_A=2, num_B=3, target_modules=some(f, r)),
         ("bert", "llama", "t5"),
     ),
+    "gralora": (gralora, ("bert", "gpt2", "gpt_neox", "t5")),
     "hira": (hira, ("bert", "gpt2", "vit", "llama")),
     "norms": (lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), ("bert", "llama")),
 }
@@ -296,7 +303,8 @@ def check(case: Checkpoint, folder: Path) -> tuple[float, float | None]:
 
 
 IN_SIXTEEN_BITS = (
-    *("lora", "patterns", "bias", "head", "tables", "conv", "experts", "dora", "ia3", "loha", "lokr", "hira", "oft", "boft"),
+    *("lora", "patterns", "bias", "head", "tables", "conv", "experts"),
+    *("dora", "ia3", "loha", "lokr", "hira", "gralora", "oft", "boft"),
 )
 """Kinds that are tried on a base in bfloat16 as well."""
 

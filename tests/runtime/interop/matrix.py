@@ -315,6 +315,13 @@ def lily(family: str, rng: Rng) -> Any:
     return peft.LilyConfig(**own, target_modules=["fc"] if family == "convs" else some(family, rng))
 
 
+def gralora(family: str, rng: Rng) -> Any:
+    k = rng.choice([1, 2, 4])
+    own = {"gralora_k": k, "r": k * rng.randint(1, 2), "hybrid_r": rng.choice([0, 3]), "alpha": rng.choice([3, 8])}
+    modules = ["fc"] if family == "convs" else some(family, rng)
+    return peft.GraloraConfig(**own, target_modules=modules, **_turned(family))
+
+
 def hira(family: str, rng: Rng) -> Any:
     modules = some(family, rng)
     if family in ("bert", "llama", "gpt_neox", "roberta") and rng.random() < 0.3:
@@ -410,6 +417,7 @@ KINDS: Mapping[str, Kind] = {
     "miss": Kind("MiSS", miss, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
     "shira": Kind("SHiRA", shira, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
     "lily": Kind("Lily", lily, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
+    "gralora": Kind("GraLoRA", gralora, (*FIVE, "roberta", "t5", "bart", "mixtral", "convs"), 2),
     "hira": Kind("HiRA", hira, (*FIVE, "roberta", "t5", "bart", "mixtral", "convs"), 2),
     "vera": Kind("VeRA", vera, ("bert", "gpt2", "llama", "gpt_neox", "t5", "vit", "convs"), 2),
     "norms": Kind("LN-tuning", lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), tuple(NORMS)),

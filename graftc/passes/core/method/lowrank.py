@@ -30,6 +30,23 @@ def check_rank(site: LinearSite, rank: int) -> None:
         )
 
 
+def check_divides(site: LinearSite, field: str, size: int) -> None:
+    """Check that a size, the value of a field of the spec, divides both sides of a site.
+
+    Raises:
+        GraftError: GC002 when it does not.
+    """
+    if site.in_features % size or site.out_features % size:
+        common = math.gcd(site.in_features, site.out_features)
+        raise GraftError(
+            "GC002",
+            f"{field}: {size} does not divide both sides of {site.key}, which is {site.out_features} x "
+            f"{site.in_features}",
+            place=Place(path=field),
+            hint=f"use a divisor of {common}, or leave the site out with exclude",
+        )
+
+
 def factors(
     build: Builder,
     site: LinearSite,
