@@ -89,6 +89,8 @@ class PeftFormat:
         unnamed: by field of the config, the values to write for our values that PEFT has no name for and that leave no
             trace in trained tensors.
         patterns: fields of the config that override one of our fields for some modules: theirs, then ours.
+        probe: values of fields with which peft is asked what a config adapts, if the config's own may be impossible
+            without its patterns.
         lists: lists of modules in the config, by field.
         constant: fields of the spec that have the same value in every checkpoint.
         absent: the values that omitted fields of a config imply if they differ from our defaults, by field of the spec.
@@ -122,6 +124,7 @@ class PeftFormat:
     starts: Mapping[str, Mapping[Any, Mapping[str, Any]]] = field(default_factory=dict)
     unnamed: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     patterns: Mapping[str, str] = field(default_factory=dict)
+    probe: Mapping[str, Any] = field(default_factory=dict)
     lists: Mapping[str, PeftList] = field(default_factory=dict)
     constant: Mapping[str, Any] = field(default_factory=dict)
     absent: Mapping[str, Any] = field(default_factory=dict)

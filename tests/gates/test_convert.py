@@ -34,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "miss": {"rank": 3},
     "shira": {"rank": 2},
     "hira": {"rank": 2},
+    "c3a": {"block_size": 4},
     "gralora": {"rank": 4, "hybrid_rank": 2},
     "spiel": {"density": 0.05},
     "mask": {"density": 0.05},

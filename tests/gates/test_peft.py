@@ -15,7 +15,8 @@ def test_there_are_sixty_of_eight_families_and_all_types() -> None:
     assert len(EVERY) >= 60 and len({case.family for case in EVERY}) == 8
     types = {str(case.config().peft_type.value) for case in EVERY}
     assert types == {
-        *("LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "HIRA", "GRALORA", "OFT", "BOFT", "LN_TUNING", "TRAINABLE_TOKENS"),
+        *("LORA", "ADALORA", "IA3", "VERA", "LOHA", "LOKR", "LN_TUNING", "TRAINABLE_TOKENS"),
+        *("OFT", "BOFT", "HIRA", "MISS", "SHIRA", "GRALORA", "C3A", "LILY"),
         *("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"),
     }
     assert {case.name for case in EVERY} == set(KINDS)

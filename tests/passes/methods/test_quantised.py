@@ -38,6 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "shira": {"target": MAPS, "rank": 3},
     "lily": {"target": MAPS, "rank": 4, "stride_a": 2},
     "hira": {"target": MAPS, "rank": 4},
+    "c3a": {"target": MAPS, "block_size": 4},
     "gralora": {"target": MAPS, "rank": 4, "hybrid_rank": 3},
     **{name: {"target": MAPS} for name in ("child_tuning", "lt_sft", "mask", "pruning", "diff_pruning", "full")},
 }

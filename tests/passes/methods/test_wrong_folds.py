@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 import graftc
+from graftc.passes.core.ops.circulants import matrix_of
 from graftc.passes.core.weights.folds import FoldStep, WeightFold
 from graftc.passes.core.weights.weight_slice import WeightSlice
+from graftc.passes.methods.c3a import C3AMethod
 from graftc.passes.methods.gralora import GraLoRAMethod
 from graftc.passes.methods.hira import HiRAMethod
 from graftc.passes.methods.ia3 import IA3Method
 from graftc.passes.methods.loha import LoHaMethod
 from graftc.passes.methods.lokr import LoKrMethod
-from graftc.passes.methods.oft import OFTMethod
 from graftc.passes.methods.miss import MiSSMethod
+from graftc.passes.methods.oft import OFTMethod
 from graftc.passes.methods.vera import VeRAMethod
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import perturb
@@ -206,6 +208,19 @@ GRALORA: dict[str, Wrong] = {
 def test_gralora(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = {"method": "gralora", "target": SQUARE, "rank": 4, "alpha": 4}
     assert reasons_against(entry, monkeypatch, GraLoRAMethod, GRALORA[name])
+
+
+C3A: dict[str, Wrong] = {
+    "kernels reversed": lambda w, b, t: (w + matrix_of(t["kernel"].flip(-1)) / 48, b),
+    "transposed": lambda w, b, t: (w + matrix_of(t["kernel"]).T / 48, b),
+    "without scale": lambda w, b, t: (w + matrix_of(t["kernel"]), b),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", C3A)
+def test_c3a(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reasons_against({"method": "c3a", "target": SQUARE, "block_size": 8}, monkeypatch, C3AMethod, C3A[name])
 
 
 @pytest.mark.slow

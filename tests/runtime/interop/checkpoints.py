@@ -147,6 +147,11 @@ def miss(family: str, rng: Rng) -> Any:
     return peft.MissConfig(r=8, mini_r=4, init_weights=word, target_modules=some(family, rng))
 
 
+def c3a(family: str, rng: Rng) -> Any:
+    modules = some(family, rng)
+    return peft.C3AConfig(block_size=4, target_modules=modules, block_size_pattern={modules[0]: rng.choice([2, 8])})
+
+
 def gralora(family: str, rng: Rng) -> Any:
     k = rng.choice([2, 4])
     own = {"gralora_k": k, "r": k * rng.randint(1, 2), "hybrid_r": rng.choice([0, 3]), "alpha": rng.choice([3, 8])}
@@ -209,6 +214,7 @@ KINDS: dict[str, tuple[Callable[[str, Rng], Any], tuple[str, ...]]] = {
         lambda f, r: peft.LilyConfig(r=r.randint(1, 6), stride_A=2, num_B=3, target_modules=some(f, r)),
         ("bert", "llama", "t5"),
     ),
+    "c3a": (c3a, ("roberta", "llama", "mixtral")),
     "gralora": (gralora, ("bert", "gpt2", "gpt_neox", "t5")),
     "hira": (hira, ("bert", "gpt2", "vit", "llama")),
     "norms": (lambda f, r: peft.LNTuningConfig(target_modules=NORMS[f]), ("bert", "llama")),
@@ -305,6 +311,7 @@ def check(case: Checkpoint, folder: Path) -> tuple[float, float | None]:
 IN_SIXTEEN_BITS = (
     *("lora", "patterns", "bias", "head", "tables", "conv", "experts"),
     *("dora", "ia3", "loha", "lokr", "hira", "gralora", "oft", "boft"),
+    *("dora", "ia3", "loha", "lokr", "c3a", "hira", "gralora"),
 )
 """Kinds that are tried on a base in bfloat16 as well."""
 

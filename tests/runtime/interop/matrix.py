@@ -315,6 +315,13 @@ def lily(family: str, rng: Rng) -> Any:
     return peft.LilyConfig(**own, target_modules=["fc"] if family == "convs" else some(family, rng))
 
 
+def c3a(family: str, rng: Rng) -> Any:
+    modules = ["fc"] if family == "convs" else some(family, rng)
+    more = {"block_size_pattern": {modules[0]: rng.choice([1, 2, 4])}} if rng.random() < 0.4 else {}
+    starts = rng.choice([True, "xavier_uniform", "kaiming_uniform"])
+    return peft.C3AConfig(block_size=rng.choice([2, 4, 8]), target_modules=modules, init_weights=starts, **more)
+
+
 def gralora(family: str, rng: Rng) -> Any:
     k = rng.choice([1, 2, 4])
     own = {"gralora_k": k, "r": k * rng.randint(1, 2), "hybrid_r": rng.choice([0, 3]), "alpha": rng.choice([3, 8])}
@@ -340,6 +347,7 @@ class Kind:
         families: the families of models it is tried on.
         share: the number of its cases relative to other kinds.
         back: whether peft can express the result again; if not, only the import is checked.
+        gradients: whether peft's gradients are those of its outputs.
     """
 
     method: str
@@ -347,6 +355,7 @@ class Kind:
     families: tuple[str, ...]
     share: int = 1
     back: bool = True
+    gradients: bool = True
 
 
 def _lora(**fields: Any) -> Callable[[str, Rng], Any]:
@@ -417,6 +426,13 @@ KINDS: Mapping[str, Kind] = {
     "miss": Kind("MiSS", miss, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
     "shira": Kind("SHiRA", shira, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
     "lily": Kind("Lily", lily, ("bert", "llama", "gpt_neox", "t5", "vit", "bart", "convs"), 2),
+    "c3a": Kind(
+        "C3A",
+        c3a,
+        ("bert", "roberta", "llama", "gpt_neox", "t5", "vit", "bart", "mixtral", "convs"),
+        2,
+        gradients=False,
+    ),
     "gralora": Kind("GraLoRA", gralora, (*FIVE, "roberta", "t5", "bart", "mixtral", "convs"), 2),
     "hira": Kind("HiRA", hira, (*FIVE, "roberta", "t5", "bart", "mixtral", "convs"), 2),
     "vera": Kind("VeRA", vera, ("bert", "gpt2", "llama", "gpt_neox", "t5", "vit", "convs"), 2),

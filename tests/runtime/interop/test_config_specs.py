@@ -272,6 +272,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "boft": (lambda: peft.BOFTConfig(target_modules=["q_proj"], init_weights=False), "init_weights"),
     "boft dropout": (lambda: peft.BOFTConfig(target_modules=["q_proj"], boft_dropout=0.1), "boft_dropout"),
     "oft powers": (lambda: peft.OFTConfig(target_modules=["q_proj"], num_cayley_neumann_terms=1), "terms"),
+    "c3a": (lambda: peft.C3AConfig(target_modules=["q_proj"], block_size=8, bias="c3a_only"), "bias"),
     "gralora": (lambda: peft.GraloraConfig(target_modules=["q_proj"], bias="all"), "bias"),
     "hira": (lambda: peft.HiraConfig(target_modules=["q_proj"], rank_pattern={"q_proj": 2}), "rank_pattern"),
     "ia3": (lambda: peft.IA3Config(init_ia3_weights=False), "init_ia3_weights"),

@@ -17,6 +17,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "target": SITES},
     "dora": {"rank": 2, "target": SITES},
     "loha": {"rank": 2, "target": SITES},
+    "c3a": {"block_size": 4, "target": SITES},
     "gralora": {"rank": 2, "hybrid_rank": 2, "target": SITES},
     "hira": {"rank": 2, "target": SITES},
     "lokr": {"factor": 4, "target": SITES},

@@ -68,6 +68,7 @@ def test_entries_of_weights_are_refused(entry: Any, tmp_path: Path) -> None:
         ("llama", torch.float32, {"adapt": [{"method": "loha", "target": ROLES, "rank": 2}]}),
         ("llama", torch.bfloat16, {"adapt": [{"method": "oft", "target": ROLES, "block_size": 8}]}),
         ("bert", torch.bfloat16, {"adapt": [{"method": "boft", "target": ROLES, "factors": 2}]}),
+        ("gpt2", torch.bfloat16, {"adapt": [{"method": "c3a", "target": ROLES, "block_size": 4, "init": "xavier"}]}),
         ("gpt2", torch.bfloat16, {"adapt": [{"method": "gralora", "target": ROLES, "rank": 4, "hybrid_rank": 2}]}),
         ("gpt2", torch.bfloat16, {"adapt": [{"method": "hira", "target": ROLES, "rank": 2}]}),
         ("bert", torch.float32, {"adapt": [{"method": "hira", "target": {"role": "embed.position"}, "rank": 4}]}),

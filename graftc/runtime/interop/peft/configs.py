@@ -193,6 +193,8 @@ def _without_patterns(
     for field in config.format[1].patterns:
         if config.value(field):
             setattr(theirs, field, {})
+    for field, value in config.format[1].probe.items():
+        setattr(theirs, field, value)
     return matched
 
 
@@ -293,6 +295,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
     if matched is not None:  # peft also matches listed names as suffixes of longer names
         modules = [name for name in modules if name in matched]
     complete = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
+    complete |= {field: config.value(field, complete[field]) for field in config.format[1].probe}
     _with_patterns(complete, config, [*modules, *parameters], where)
     heads, tables = _beside(peft, base)
     named = data.get("modules_to_save") or ()

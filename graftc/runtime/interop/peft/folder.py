@@ -195,11 +195,11 @@ def read_peft(
     plain = {*keys.plain.values(), *(key for _, key in keys.again), *keys.unused}
     own = {key: stored.dtype for key, stored in file.entries.items() if key not in plain}
     parts = config.format[1].parts
-    whole = {k for named in keys.modules.values() for part, k in named.items() if parts[part].form in INTEGERS}
+    integers = {k for named in keys.modules.values() for part, k in named.items() if parts[part].form in INTEGERS}
     numbers = [
         f"{key} is {kind}"
         for key, kind in own.items()
-        if kind not in FLOATING and not (key in whole and kind in ("I32", "I64"))
+        if kind not in FLOATING and not (key in integers and kind in ("I32", "I64"))
     ]
     if numbers:
         message = f"the method's tensors must be 16-, 32- or 64-bit floating-point: {numbers[0]}"

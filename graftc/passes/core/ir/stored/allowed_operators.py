@@ -165,11 +165,11 @@ aten.var_mean.correction aten.var_mean.default aten.var_mean.dim aten.vdot.defau
 aten.view_as.default aten.view_as_complex.default aten.view_as_real.default aten.vsplit.array aten.vsplit.int
 aten.vstack.default aten.where.Scalar aten.where.ScalarOther aten.where.ScalarSelf aten.where.default aten.where.self
 aten.xlogy.Scalar_Other aten.xlogy.Scalar_Self aten.xlogy.Tensor aten.zero_.default aten.zeros.default
-aten.zeros_like.default graftc.gated_gradients.default graftc.gated_weight.default graftc.grad_mask.default
-graftc.inverse_beside_one.default graftc.masked_dropout.default graftc.masked_gradient.default
-graftc.pruned_weight.default graftc.random_mask.default graftc.rescale.default graftc.row_norm.default
-graftc.row_norm_backward.default graftc.sampled_product.default graftc.seeded_dropout.default graftc.skew.default
-graftc.sparse_linear.default graftc.sparse_weight.default
+aten.zeros_like.default graftc.circulant_product.default graftc.gated_gradients.default graftc.gated_weight.default
+graftc.grad_mask.default graftc.inverse_beside_one.default graftc.masked_dropout.default
+graftc.masked_gradient.default graftc.pruned_weight.default graftc.random_mask.default graftc.rescale.default
+graftc.row_norm.default graftc.row_norm_backward.default graftc.sampled_product.default graftc.seeded_dropout.default
+graftc.skew.default graftc.sparse_linear.default graftc.sparse_weight.default
 transformers.grouped_mm_fallback.default transformers.grouped_mm_fallback_backward.default
 """
 
