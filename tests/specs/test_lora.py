@@ -45,8 +45,8 @@ def test_scaling(rank: int, alpha: float) -> None:
         (
             "init",
             "pisa",
-            "init must be 'kaiming', 'gaussian', 'random', 'orthogonal', 'pissa', 'olora', 'loftq', 'eva' or 'lora_ga', "
-            "not 'pisa'",
+            "init must be 'kaiming', 'gaussian', 'random', 'orthogonal', 'pissa', 'olora', 'loftq', 'eva' "
+            "or 'lora_ga', not 'pisa'",
         ),
         ("bias", "some", "bias must be 'none', 'lora_only' or 'all', not 'some'"),
         ("method", "dora", "method must be 'lora', not 'dora'"),

@@ -137,7 +137,9 @@ class Adapting(PassHost):
     def builder(self, program: Program, adaptation: str, method: str, seams: Seams | None = None) -> Builder:
         """Return a builder that inserts an adaptation's nodes."""
         places = {item.name: [site for site, _ in item.places] for item in self.every_place}
-        return Builder(program, self.store, adaptation, method, self.work.initial, seams=seams, places=places)
+        builder = Builder(program, self.store, adaptation, method, self.work.initial, seams=seams)
+        builder.places = places
+        return builder
 
     @property
     def every_place(self) -> Sequence[Resolved]:

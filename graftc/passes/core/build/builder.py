@@ -25,8 +25,8 @@ class Builder(LinearMaps, Attentions):
 
         If both adaptations have the same name, both builders record tensors in the same ``parts``.
         """
-        own = (self.program, self.store, adaptation, method, self.initial)
-        builder = Builder(*own, seams=seams, within=self, places=self.places)
+        builder = Builder(self.program, self.store, adaptation, method, self.initial, seams=seams, within=self)
+        builder.places = self.places
         if adaptation == self.adaptation:
             builder.parts = self.parts
         return builder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -37,8 +36,6 @@ class Nodes:
         seams: the seams that compose the adaptation with others; by default, it is not composed.
         within: the builder of the composing adaptation, if any. Nodes inserted at a site then count as that
             adaptation's own nodes, which keep reading the values as they were before its changes.
-        places: every place that each adaptation has in the model, in order, by the adaptation's name; the Program may
-            lack some of them.
 
     Attributes:
         adaptation: the adaptation whose tensors are being created.
@@ -47,6 +44,8 @@ class Nodes:
         starts: the initial states of the parameters created here, by name.
         slots: the members whose values new parameters have in their first slots, and the number of slots; None if new
             parameters have no axis of slots.
+        places: every place that each adaptation has in the model, in order, by the adaptation's name; the Program may
+            lack some of them.
         seed, values: the seed of the initial values, and the existing tensors, by name, that are used instead of them.
     """
 
@@ -60,13 +59,12 @@ class Nodes:
         *,
         seams: Seams | None = None,
         within: Nodes | None = None,
-        places: Mapping[str, Sequence[Site]] = MappingProxyType({}),
     ) -> None:
         self.program, self.store, self.adaptation, self.method = program, store, adaptation, method
         self.initial = Initial() if initial is None else initial
         self.seed, self.values = self.initial.seed, self.initial.values
         self.seams = seams if seams is not None else Seams()
-        self.places = places
+        self.places: Mapping[str, Sequence[Site]] = {}
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
         self.starts: dict[str, ParameterStart] = {}
         self.slots: tuple[tuple[str, ...], int] | None = None
