@@ -39,16 +39,22 @@ def _entries() -> Iterator[Entry]:
     sides: Mapping[str, tuple[tuple[str, dict[str, Any]], dict[str, Any]]] = {
         "OFT": (("OFTConfig", {"ranked": None, "oft_block_size": 16}), {"block_size": 16}),
         "BOFT": (("BOFTConfig", {"ranked": None, "boft_block_size": 8}), {"block_size": 8}),
-        "HiRA": (("HiraConfig", {}), {"rank": 8}),
+        "HiRA": (("HiraConfig", {"ranked": None, "r": 8}), {"rank": 8}),
         "MiSS": (("MissConfig", {"ranked": None, "r": 16}), {"rank": 16}),
         "MiSS, bat": (
             ("MissConfig", {"ranked": None, "r": 16, "init_weights": "bat"}),
             {"rank": 16, "variant": "bat"},
         ),
-        "GraLoRA": (("GraloraConfig", {"alpha": 16, "gralora_k": 2}), {"rank": 8, "alpha": 16, "k": 2}),
+        "GraLoRA": (
+            ("GraloraConfig", {"ranked": None, "r": 8, "alpha": 16, "gralora_k": 2}),
+            {"rank": 8, "alpha": 16, "k": 2},
+        ),
         "C3A": (("C3AConfig", {"ranked": None, "block_size": 64}), {"block_size": 64}),
-        "SHiRA": (("ShiraConfig", {}), {"rank": 8}),
-        "Lily": (("LilyConfig", {"stride_A": 2, "num_B": 2}), {"rank": 8, "stride": 2, "experts": 2}),
+        "SHiRA": (("ShiraConfig", {"ranked": None, "r": 8}), {"rank": 8}),
+        "Lily": (
+            ("LilyConfig", {"ranked": None, "r": 8, "stride_A": 2, "num_B": 2}),
+            {"rank": 8, "stride_a": 2, "num_b": 2},
+        ),
     }
     for name, ((config, theirs), mine) in sides.items():
         yield peer(f"peft {name}", config, **theirs)

@@ -85,9 +85,15 @@ def saved_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
         loss = forward()
     owned = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    sizes = {_storage(kept.tensor): kept.tensor.untyped_storage().nbytes() for kept in alive}
+    dense = [tensor for kept in alive for tensor in _dense(kept.tensor)]
+    sizes = {_storage(tensor): tensor.untyped_storage().nbytes() for tensor in dense}
     del loss
     return sum(size for storage, size in sizes.items() if storage not in owned)
+
+
+def _dense(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors that have the storage of a tensor: a sparse one consists of indices and values."""
+    return (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)
 
 
 def _storage(tensor: Tensor) -> int:
