@@ -89,8 +89,8 @@ class PeftFormat:
         unnamed: by field of the config, the values to write for our values that PEFT has no name for and that leave no
             trace in trained tensors.
         patterns: fields of the config that override one of our fields for some modules: theirs, then ours.
-        probe: values of fields with which peft is asked what a config adapts, if the config's own may be impossible
-            without its patterns.
+        probe: attributes of PEFT's config, and the values with which PEFT is asked what the config adapts, if its own
+            may be impossible without patterns, or for a model whose tensors have no values.
         lists: lists of modules in the config, by field.
         constant: fields of the spec that have the same value in every checkpoint.
         absent: the values that omitted fields of a config imply if they differ from our defaults, by field of the spec.
@@ -105,8 +105,6 @@ class PeftFormat:
         kernels: the convolutions at which PEFT computes the same: all of them; those without groups; of those, the ones
             without dilation whose kernel, stride and padding are the same along both axes; or, of these, the ones whose
             kernel has a single point.
-        without_values: attributes of PEFT's config, and the values with which it adapts a model whose tensors have no
-            values.
         kind: a function of a module's path; modules with the same result, and weights of the same size, are of one
             kind. PEFT's kinds are the entries of `target_modules`. None if no tensor has a `group`.
     """
@@ -137,7 +135,6 @@ class PeftFormat:
     parameters: bool = False
     layers: frozenset[str] = frozenset()
     kernels: Literal["any", "ungrouped", "square", "point"] = "any"
-    without_values: Mapping[str, Any] = field(default_factory=dict)
     kind: Callable[[str], str] | None = None
 
     @property

@@ -54,6 +54,17 @@ class LoraFields(BaseModel):
     init_lora_weights: bool | str | None = None
 
 
+_Range = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2, strict=False)]
+
+
+class DocumentFields(BaseModel):
+    """The types of fields that concern more than the adaptation; see `PeftFormat.document`."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    layer_replication: Annotated[list[_Range], Field(strict=False)] | None = None
+
+
 class AdapterConfig(BaseModel):
     """The common fields of all types; a type's own fields are in `model_extra`, checked against its table."""
 
@@ -172,6 +183,8 @@ def read_config(raw: bytes | Mapping[str, Any], where: str, *, whole: bool = Fal
     """
     config = parsed_config(raw, where)
     _check_fields(config, where, whole)
+    if whole:
+        _typed(DocumentFields, config.own, where)
     return config
 
 

@@ -43,7 +43,7 @@ class SHiRA(BudgetSpec):
         starts={"init_weights": AS_USUAL, "mask_type": {"random": {}}},
         ignored=frozenset({"init_weights", "mask_type", "fan_in_fan_out"}),
         training=frozenset({"mask_seed"}),
-        without_values={"mask_fn": None},
+        probe={"mask_fn": None},
     )
 
     method: Literal["shira"] = "shira"

@@ -193,8 +193,8 @@ def _without_patterns(
     for field in config.format[1].patterns:
         if config.value(field):
             setattr(theirs, field, {})
-    for field, value in config.format[1].probe.items():
-        setattr(theirs, field, value)
+    for attribute, value in config.format[1].probe.items():
+        setattr(theirs, attribute, value)
     return matched
 
 
@@ -270,8 +270,6 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
     if hasattr(theirs, "init_lora_weights"):
         theirs.init_lora_weights = True  # initialisation by decomposition needs values
     config = read_config(data, where)
-    for attribute, value in config.format[1].without_values.items():
-        setattr(theirs, attribute, value)
     matched = _without_patterns(peft, theirs, config, model, where)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
@@ -295,7 +293,7 @@ def _adapted(peft: ModuleType, source: object, data: Mapping[str, Any], model: n
     if matched is not None:  # peft also matches listed names as suffixes of longer names
         modules = [name for name in modules if name in matched]
     complete = {field.name: getattr(theirs, field.name) for field in dataclasses.fields(theirs)}
-    complete |= {field: config.value(field, complete[field]) for field in config.format[1].probe}
+    complete |= {field: config.value(field, complete[field]) for field in config.format[1].probe if field in complete}
     _with_patterns(complete, config, [*modules, *parameters], where)
     heads, tables = _beside(peft, base)
     named = data.get("modules_to_save") or ()
