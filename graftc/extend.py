@@ -52,6 +52,8 @@ _CODE = {
     "Resized": "graftc.passes.core.method.capabilities",
     "RowWise": "graftc.passes.core.method.capabilities",
     "Scored": "graftc.passes.core.method.capabilities",
+    "Initialised": "graftc.passes.core.method.capabilities",
+    "PrincipalComponents": "graftc.passes.core.method.principal",
     "Scoring": "graftc.passes.core.method.scoring",
     "Site": "graftc.passes.core.sites.sites",
     "SiteKey": "graftc.passes.core.sites.sites",
@@ -86,6 +88,7 @@ if TYPE_CHECKING:
         Collapsing,
         Exchangeable,
         Figured,
+        Initialised,
         Observed,
         Ranked,
         Reading,
@@ -98,6 +101,7 @@ if TYPE_CHECKING:
     )
     from graftc.passes.core.method.lowrank import check_rank, factors, normal, uniform, zeros
     from graftc.passes.core.method.method import Method
+    from graftc.passes.core.method.principal import PrincipalComponents
     from graftc.passes.core.method.scoring import Scoring
     from graftc.passes.core.method.steering import AdaptedSite, Controller, OutputObjective, TensorObjective
     from graftc.passes.core.pass_context import PassContext
@@ -139,6 +143,7 @@ __all__ = [
     "Fold",
     "FoldKind",
     "GraftError",
+    "Initialised",
     "Items",
     "Keep",
     "LinearSite",
@@ -151,6 +156,7 @@ __all__ = [
     "ParameterSite",
     "Pass",
     "PassContext",
+    "PrincipalComponents",
     "Program",
     "RankOverride",
     "Ranked",
