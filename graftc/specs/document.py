@@ -158,10 +158,10 @@ class Spec(Document):
     untie: PatternList = ()
     """Globs of modules that share a tensor with others and get their own copy of it, so that it can be folded."""
 
-    layer_replication: Items[LayerRange] = Field(default=(), max_length=SIZE)
+    layer_replication: Items[LayerRange] = Field(default=(), max_length=1024)
     """Ranges of layers, `[first, end]`, of which a deeper model consists, as in PEFT: `[[0, 4], [2, 6]]` has eight
-    layers, of which two occur twice. Copies share the base's tensors, and each has its own adapters. Absent: the
-    model's own layers. To merge, list the copies in `untie`."""
+    layers, of which two occur twice; at most 1,024. Copies share the base's tensors, and each has its own adapters.
+    Absent: the model's own layers. To merge, list the copies in `untie`, as in `model.layers.{4,5}.**`."""
 
     capture: Literal["auto", "graph", "layers", "modules"] = "auto"
     """How much of the model has to be a graph: all of it (`graph`), at least each of its layers (`layers`), or single

@@ -63,20 +63,27 @@ def test_a_config_of_peft_is_a_spec() -> None:
 
 
 @pytest.mark.slow
-def test_it_merges_once_the_copies_are_untied(tmp_path: Path) -> None:
-    """Layers that share a weight cannot both fold into it; untied ones do, and the saved model has all of them."""
+@pytest.mark.parametrize("untied", ["**", "self_attn.q_proj"])
+@pytest.mark.parametrize("tied_head", [False, True])
+def test_it_merges_once_the_copies_are_untied(tied_head: bool, untied: str, tmp_path: Path) -> None:
+    """Layers that share a weight cannot both fold into it; untied ones do, and the saved model has all of them.
+
+    Copies may keep sharing weights that nothing folds into, and a head its table.
+    """
     from transformers import AutoModelForCausalLM
 
+    source: Any = tiny("llama", tie_word_embeddings=tied_head)
+    queries = {**LORA, "target": {"role": "attn.q"}}
     with pytest.raises(GraftError, match=r"GC022.*which is tied to model\.layers\.2"):
-        deeper(tiny("llama")).merge()
-    compiled = deeper(tiny("llama"), untie=["model.layers.{2,3}.**"])
+        adapted(source, queries, layer_replication=RANGES).merge()
+    compiled = adapted(source, queries, layer_replication=RANGES, untie=[f"model.layers.{{2,3}}.{untied}"])
     merged = compiled.merge()
     inputs = inputs_for(compiled)
     assert merged.certificate.passed
-    merged.to_transformers().save_pretrained(tmp_path / "merged")
+    merged.save(tmp_path / "merged")
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     loaded.eval()
-    assert loaded.config.num_hidden_layers == 4
+    assert loaded.config.num_hidden_layers == 4 and loaded.config.tie_word_embeddings is tied_head
     assert largest_difference(outputs_of(loaded, inputs), outputs_of(compiled, inputs)) <= 1e-5
 
 
@@ -110,6 +117,7 @@ def test_the_same_layers_are_the_same_model() -> None:
         ("llama", [[0, 3]], r"GC002.*\[0, 3\] is not a range of the 2 layers of model\.layers"),
         ("llama", [[1, 1]], r"GC002.*\[1, 1\] is not a range"),
         ("llama", [[0]], r"GC002.*layer_replication\[0\]"),
+        ("llama", [[0, 2]] * 513, r"GC009.*1,026 layers"),
         ("t5", [[0, 2]], r"GC034.*2 stacks of layers"),
     ],
 )

@@ -15,6 +15,8 @@ from graftc.passes.core.ir.layers import layer_path
 from graftc.specs.errors.diagnostics import GraftError, Place
 
 _PLACE = Place(path="layer_replication")
+_MOST = 1024
+"""The most layers of a deeper model."""
 _BY_LAYER = ("layer_types", "mlp_layer_types")
 """Fields of transformers' configs that have an item for each layer."""
 
@@ -30,18 +32,22 @@ def replicated(model: nn.Module, ranges: Sequence[Sequence[int]]) -> nn.Module:
         ranges: the first layer of each range, and the layer behind its last.
 
     Raises:
-        GraftError: GC002 for a range that is empty or exceeds the stack, GC034 if the model does not have exactly one
-            stack of layers.
+        GraftError: GC002 for a range that is empty or exceeds the stack, GC009 for too many layers, GC034 if the model
+            does not have exactly one stack of layers.
     """
-    result: Any = sharing_copy(model)
-    stack = _stack_of(result)
-    layers = list(result.get_submodule(stack))
+    stack = _stack_of(model)
+    layers: list[nn.Module] = list(model.get_submodule(stack).children())
     for index, (first, end) in enumerate(ranges):
         if not 0 <= first < end <= len(layers):
             message = f"[{first}, {end}] is not a range of the {len(layers)} layers of {stack}"
             place = Place(path=f"layer_replication[{index}]")
             raise GraftError("GC002", message, place=place, hint=f"for example [0, {len(layers)}]")
     order = [number for first, end in ranges for number in range(first, end)]
+    if len(order) > _MOST:
+        message = f"the ranges have {len(order):,} layers, and a model may have at most {_MOST:,}"
+        raise GraftError("GC009", message, place=_PLACE, hint="use fewer ranges")
+    result: Any = sharing_copy(model)
+    layers = list(result.get_submodule(stack).children())
     used: set[int] = set()
     copies: list[nn.Module] = []
     for depth, number in enumerate(order):
@@ -50,7 +56,7 @@ def replicated(model: nn.Module, ranges: Sequence[Sequence[int]]) -> nn.Module:
         copies.append(layer)
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = depth
+                setattr(module, "layer_idx", depth)  # noqa: B010
     path, _, name = stack.rpartition(".")
     setattr(result.get_submodule(path), name, type(result.get_submodule(stack))(copies))
     for config in _configs(result):

@@ -48,8 +48,8 @@ def another_handle(tensor: torch.Tensor) -> Any:
 def untied(model: nn.Module, patterns: Sequence[str], axes: Sequence[Axis] | None = None) -> nn.Module:
     """Return a copy of ``model`` in which the modules that match ``patterns`` have their own tensors.
 
-    Storage is shared until something is folded, so untying costs no memory. In a transformers config,
-    ``tie_word_embeddings`` is set to false, so that a merged model stays untied.
+    Storage is shared until something is folded, so untying costs no memory. If a transformers config ties one of these
+    tensors, its ``tie_word_embeddings`` is set to false, so that a merged model stays untied.
 
     Args:
         model: the source, which is not changed.
@@ -63,21 +63,27 @@ def untied(model: nn.Module, patterns: Sequence[str], axes: Sequence[Axis] | Non
     result = sharing_copy(model)
     modules = dict(result.named_modules(remove_duplicate=False))
     paths = [name for name in modules if name]
+    names: list[str] = []
     for index, (pattern, matched) in enumerate(zip(patterns, modules_by_glob(patterns, paths, "untie"), strict=True)):
-        tied = False
-        for path in matched:
-            tied |= _untie(result, modules[path], path)
-        if not tied:
+        own = [name for path in matched for name in _untie(result, modules[path], path)]
+        names += own
+        if not own:
             raise GraftError(
                 "GC027",
                 f"no parameter in {pattern} is tied to a parameter elsewhere",
                 place=Place(path=f"untie[{index}]"),
                 hint="leave it out of untie",
             )
-    if getattr(getattr(result, "config", None), "tie_word_embeddings", False):
+    if getattr(getattr(result, "config", None), "tie_word_embeddings", False) and _by_config(model, names):
         result.config.tie_word_embeddings = False
         _check_function(model, result, axes)
     return result  # type: ignore[no-any-return]
+
+
+def _by_config(model: nn.Module, names: Sequence[str]) -> bool:
+    """Return whether a model's config ties one of these tensors, unlike copies of layers."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    return not isinstance(tied, dict) or not {*tied, *tied.values()}.isdisjoint(names)
 
 
 @torch.no_grad()
@@ -108,15 +114,15 @@ def _check_function(model: nn.Module, other: nn.Module, axes: Sequence[Axis] | N
         )
 
 
-def _untie(root: nn.Module, module: nn.Module, path: str) -> bool:
-    """Give a module new handles on the parameters that it shares with other modules; return whether it shares any."""
+def _untie(root: nn.Module, module: nn.Module, path: str) -> list[str]:
+    """Give a module new handles on the parameters that it shares with other modules, and return their names."""
     outside = {
         id(p) for name, p in root.named_parameters(remove_duplicate=False) if not f"{name}.".startswith(f"{path}.")
     }
-    changed = False
-    for inner in module.modules():
+    changed = []
+    for inner_path, inner in module.named_modules():
         for name, parameter in parameters_of(inner).items():
             if parameter is not None and id(parameter) in outside:
                 parameters_of(inner)[name] = another_handle(parameter)
-                changed = True
+                changed.append(".".join(filter(None, (path, inner_path, name))))
     return changed

@@ -11,7 +11,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.lowrank import zeros
 from graftc.passes.core.method.steering import Controller
 from graftc.passes.core.sites.sites import LinearSite
-from graftc.passes.methods.bases.rotation import RotationMethod, nearest_divisor, unfit
+from graftc.passes.methods.bases.rotation import RotationMethod, fitting, nearest_divisor, unfit
 from graftc.specs.methods.oft import OFT
 
 ops = torch.ops.graftc
@@ -58,7 +58,8 @@ class OFTMethod(RotationMethod[OFT]):
         number = nearest_divisor(width, given) if spec.nearest else given
         size = width // number if spec.blocks else number
         if width % number or size < 2:
-            raise unfit(spec, site, f"use {nearest_divisor(width, given)} for example, set nearest")
+            otherwise = "" if spec.nearest else ", set nearest"
+            raise unfit(spec, site, f"use {fitting(spec, width, given)} for example{otherwise}")
         return width // size, size
 
     def turns(self, spec: OFT, q: Tensor, size: int) -> list[Tensor]:

@@ -82,10 +82,13 @@ def to_transformers(merged: FoldedModel) -> Any:
     missing = [name for name in merged.additions if name not in known]
     if missing:
         raise no_place(missing, source)
-    placed: dict[str, nn.Parameter] = {}
+    # What the class itself ties is one parameter. Saving would drop all but one of other parameters that share storage.
+    model.tie_weights()
+    empty = dict(model.named_parameters(remove_duplicate=False))
+    placed: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
         for name, _ in list(module.named_parameters(path, recurse=False, remove_duplicate=False)):
-            parameter = placed.setdefault(merged.store.canonical(name), nn.Parameter(tensors[name].clone()))
+            parameter = placed.setdefault(id(empty[name]), nn.Parameter(tensors[name].clone()))
             parameters_of(module)[name.rpartition(".")[2]] = parameter
         for name, _ in list(module.named_buffers(path, recurse=False, remove_duplicate=False)):
             buffers_of(module)[name.rpartition(".")[2]] = tensors[name].clone()

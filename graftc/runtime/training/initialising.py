@@ -19,11 +19,12 @@ from graftc.passes.core.method.steering import AdaptedSite
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.runtime.model.evaluation import in_eval_mode
 from graftc.runtime.model.sharded import in_every_process
-from graftc.runtime.training.selecting import Loss, Selecting
+from graftc.runtime.training.selecting import Loss, Selecting, batches_of
 from graftc.runtime.training.steering import TrainingSteering
 from graftc.specs.errors.diagnostics import GraftError
 
 _PRODUCTS = (torch.ops.aten.linear.default, functional.linear)
+_CASTS = (torch.ops.aten.to.dtype, Tensor.to)
 _IGNORED = -100
 """The label of tokens that the loss leaves out."""
 
@@ -44,7 +45,8 @@ class Initialising(Selecting):
             loss: a function that takes the outputs and the batch and returns a scalar; by default the model's loss.
 
         Raises:
-            GraftError: GC056 if no adaptation starts from examples, there are no examples, or there is no loss.
+            GraftError: GC056 if no adaptation starts from examples, one has been trained, there are no examples with
+                tokens that count, they yield no loss or no gradient, or values that are not finite.
         """
         names = TrainingSteering(self.runner).uninitialised
         pending = [resolved for resolved in self.runner.compilation.main.resolved if resolved.name in names]
@@ -54,7 +56,7 @@ class Initialising(Selecting):
         if self.runner.device.type == "meta":
             hint = "load the base's weights"
             raise GraftError("GC056", "initial values cannot be computed on the meta device", hint=hint)
-        examples = list(examples) if len(pending) > 1 else examples
+        examples = list(batches_of(examples, "initialise")) if len(pending) > 1 else batches_of(examples, "initialise")
         transitions: dict[str, Transition[Any]] = {}
         for resolved in pending:
             method = method_for(resolved.spec.method)
@@ -73,8 +75,15 @@ class Initialising(Selecting):
     ) -> list[Tensor]:
         """Return the sum of the gradients of each place's weight, ``[..., out, in]``."""
         sites = [place.site for place in places if isinstance(place.site, LinearSite)]
-        sums = self._scores(dict.fromkeys(site.own.tensor for site in sites), GradientSum(), examples, loss)
-        return [site.own.operand(sums[site.own.tensor]) for site in sites]
+        names = dict.fromkeys(site.own.tensor for site in sites)
+        sums = self._scores(names, GradientSum(), examples, loss, "initialise")
+        gradients = [site.own.operand(sums[site.own.tensor]) for site in sites]
+        for site, gradient in zip(sites, gradients, strict=True):
+            _require_finite(gradient, f"the gradient of {site.key}")
+            if not bool(gradient.any()):
+                hint = "pass batches with labels that the loss depends on"
+                raise GraftError("GC056", f"the gradient of {site.key} is zero for all examples", hint=hint)
+        return gradients
 
     def _components(
         self, method: Initialised[Any], places: Sequence[AdaptedSite[Any]], examples: Iterable[Mapping[str, Any]]
@@ -85,7 +94,7 @@ class Initialising(Selecting):
         sources: dict[int, int] = {}
         with in_eval_mode(self.runner.module), torch.no_grad():
             for example in examples:
-                inputs.seen.clear()
+                inputs.clear()
                 with inputs:
                     self.runner.module(**example)
                 first: dict[int, int] = {}
@@ -96,26 +105,50 @@ class Initialising(Selecting):
                     if source not in components:
                         sharing = [places[index] for index, own in sources.items() if own == source]
                         components[source] = PrincipalComponents(max(map(method.components, sharing)))
-                    components[source].add(_rows(inputs.seen[source], real))
-        if not components:
-            raise GraftError(
-                "GC056", "there are no examples to start from", hint="pass batches of inputs to initialise"
-            )
+                    rows = _rows(inputs.seen[source], real)
+                    _require_finite(rows, f"an input of {places[source].site.key}")
+                    components[source].add(rows)
+        if not components or not all(own.seen for own in components.values()):
+            message = "the examples have no tokens that count" if components else "there are no examples to start from"
+            hint = "pass batches whose attention mask and labels leave some tokens in"
+            raise GraftError("GC056", message, hint=hint)
         return [components[sources[index]] for index in range(len(places))]
 
 
 class _Inputs(TorchFunctionMode):
-    """A mode that keeps the inputs that certain parameters are multiplied with, by the parameters' numbers."""
+    """A mode that keeps the inputs that certain parameters are multiplied with, by the parameters' numbers.
+
+    On a 16-bit base a graph casts the parameters first.
+    """
 
     def __init__(self, numbers: Mapping[int, int]) -> None:
         super().__init__()
         self._numbers = numbers
+        self._casts: dict[int, tuple[int, Tensor]] = {}
         self.seen: dict[int, Tensor] = {}
 
+    def clear(self) -> None:
+        """Forget the last forward pass."""
+        self.seen.clear()
+        self._casts.clear()
+
     def __torch_function__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if operator in _PRODUCTS and len(args) > 1 and (number := self._numbers.get(id(args[1]))) is not None:
-            self.seen[number] = args[0].detach()
-        return operator(*args, **(kwargs or {}))
+        result = operator(*args, **(kwargs or {}))
+        if operator in _PRODUCTS and len(args) > 1:
+            cast = self._casts.get(id(args[1]))
+            number = self._numbers.get(id(args[1]), None if cast is None else cast[0])
+            if number is not None:
+                self.seen[number] = args[0]
+        elif operator in _CASTS and id(args[0]) in self._numbers:
+            self._casts[id(result)] = self._numbers[id(args[0])], result  # kept alive, so that its id is its own
+        return result
+
+
+def _require_finite(values: Tensor, what: str) -> None:
+    """Raise GC056 if not all values are finite."""
+    if not bool(values.isfinite().all()):
+        hint = "check the model's outputs for these examples"
+        raise GraftError("GC056", f"{what} is not finite for these examples", hint=hint)
 
 
 def _real_tokens(example: Mapping[str, Any]) -> Tensor | None:

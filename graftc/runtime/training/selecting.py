@@ -25,6 +25,7 @@ from graftc.runtime.model.runner import ModelRoot, runner_of
 from graftc.runtime.model.sharded import in_every_process
 from graftc.runtime.training.steering import TrainingSteering
 from graftc.specs.document import Spec
+from graftc.specs.errors.arguments import kind_of
 from graftc.specs.errors.diagnostics import GraftError
 
 Loss = Callable[[Any, Mapping[str, Any]], Tensor]
@@ -64,7 +65,7 @@ class Selecting:
             raise GraftError("GC056", "no adaptation has entries that are yet to be selected by examples", hint=hint)
         if self.runner.device.type == "meta":
             raise GraftError("GC056", "entries cannot be selected on the meta device", hint="load the base's weights")
-        examples = list(examples) if len(chosen) > 1 else examples
+        examples = list(batches_of(examples, "select")) if len(chosen) > 1 else batches_of(examples, "select")
         transitions: dict[str, Transition[Any]] = {}
         for resolved in chosen:
             method = method_for(resolved.spec.method)
@@ -77,25 +78,38 @@ class Selecting:
         return self._after(transitions)
 
     def _scores(
-        self, names: Iterable[str], scoring: Scoring, examples: Iterable[Mapping[str, Any]], loss: Loss | None
+        self,
+        names: Iterable[str],
+        scoring: Scoring,
+        examples: Iterable[Mapping[str, Any]],
+        loss: Loss | None,
+        caller: str = "select",
     ) -> dict[str, Tensor]:
-        """Return a score for every entry of base tensors, accumulated over examples; see `select`."""
+        """Return a score for every entry of base tensors, accumulated over examples.
+
+        Args:
+            names: the names of the tensors.
+            scoring: how gradients become scores.
+            examples, loss: as for `select`.
+            caller: the public function that is called, for errors.
+        """
         store = self.runner.compilation.store
         tensors = {name: store.get(name) for name in names}
         scores = {n: torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for n, t in tensors.items()}
         count = 0
-        with self._watched(tensors, lambda name, grad: scoring.add(scores[name], tensors[name].detach(), grad)):
+        taken = self._watched(tensors, lambda name, grad: scoring.add(scores[name], tensors[name].detach(), grad))
+        with torch.enable_grad(), taken:
             for example in examples:
                 for single in _single(example) if scoring.single else (example,):
                     outputs = self.runner.module(**single)
                     value = loss(outputs, single) if loss is not None else getattr(outputs, "loss", None)
                     if value is None:
-                        hint = "add labels to the examples, or pass your own loss: select(examples, loss=...)"
+                        hint = f"add labels to the examples, or pass your own loss: {caller}(examples, loss=...)"
                         raise GraftError("GC056", "the model returns no loss for the examples", hint=hint)
                     value.backward()
                     count += 1
         if not count:
-            raise GraftError("GC056", "there are no examples to select by", hint="pass batches of inputs to select")
+            raise GraftError("GC056", "there are no examples", hint=f"pass batches of inputs to {caller}")
         return scores
 
     @contextmanager
@@ -197,6 +211,21 @@ class Selecting:
         compiled = self.runner.sibling(spec, values)
         compiled.train(self.runner.training)
         return compiled
+
+
+def batches_of(examples: Any, caller: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the batches that a public function was given.
+
+    Raises:
+        GraftError: GC056 for anything but a series of mappings.
+    """
+    hint = f"pass a list of batches, {caller}([batch]), each with the model's inputs by name"
+    if isinstance(examples, Mapping | str) or not isinstance(examples, Iterable):
+        raise GraftError("GC056", f"{kind_of(examples)} is not a series of batches", hint=hint)
+    for example in examples:
+        if not isinstance(example, Mapping):
+            raise GraftError("GC056", f"{kind_of(example)} is not a batch of inputs", hint=hint)
+        yield example
 
 
 def _single(example: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

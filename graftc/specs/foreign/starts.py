@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import shown
@@ -27,6 +27,10 @@ def starts_of(config: AdapterConfig, where: str) -> dict[str, Any]:
         if not isinstance(known, str | bool | int | float | None) or known not in meanings:
             words = ", ".join(shown(word) for word in meanings)
             hint = f"the supported values are {words}" if words else "train with PROMPT_TUNING, or with a spec"
+            ours = config.format[1].fields.get(theirs, "")
+            field = config.format[0].model_fields.get(ours)
+            if field is not None and value in get_args(field.annotation):
+                hint = f"use a spec with {ours}: {value} instead"
             message = f"{theirs}: {shown(value)} is an initialisation that has no equivalent here"
             raise GraftError("GC112", message, place=Place(where, path=theirs), hint=hint)
         fields |= meanings[known]

@@ -28,8 +28,8 @@ class Lily(MethodSpec):
     weight's dtype.
 
     Because of that mean, the outputs of a row depend on the other rows of its batch and on later tokens, in training
-    and afterwards, as in PEFT: the same text may get other outputs in another batch. So a call with a cache is refused,
-    texts are generated without one, and nothing folds.
+    and afterwards, as in PEFT: the same text may get other outputs in another batch. So a call with a cache is refused
+    (generate with `use_cache=False`), and nothing folds.
     """
 
     claims: ClassVar[Claims] = Claims(

@@ -146,7 +146,7 @@ class LoRA(MethodSpec):
     eva_whiten: bool = False
     """Whether `eva` divides each direction by the fourth root of its variance."""
 
-    lora_ga_gamma: float = Field(default=16.0, gt=0)
+    lora_ga_gamma: float = Field(default=16.0, ge=1e-6, le=1e12)
     """Scale of `lora_ga`: both factors are multiplied by `out^(1/4) / sqrt(gamma)`."""
 
     freeze_a: bool = False

@@ -225,6 +225,9 @@ def test_refusals() -> None:
     """No examples, nothing to initialise, sites that are no dense layers, and ranks without enough directions."""
     with pytest.raises(GraftError, match=r"GC056.*no examples"):
         fresh("llama", EVA).initialise([])
+    for wrong in (batches(1)[0], ["abc"], None, "abc"):
+        with pytest.raises(GraftError, match=r"(?s)GC056.*initialise\(\[batch\]\)"):
+            fresh("llama", EVA).initialise(wrong)
     with pytest.raises(GraftError, match=r"GC056.*no adaptation has initial values"):
         fresh("llama", varied(EVA, init="kaiming")).initialise(batches(1))
     with pytest.raises(GraftError, match=r"GC017.*is not a dense layer"):
@@ -232,5 +235,49 @@ def test_refusals() -> None:
     with pytest.raises(GraftError, match=r"GC020.*twice as many directions"):
         fresh("llama", varied(GA, rank=13))
     example = {name: value for name, value in batches(1)[0].items() if name != "labels"}
-    with pytest.raises(GraftError, match=r"GC056.*no loss"):
+    with pytest.raises(GraftError, match=r"(?s)GC056.*no loss.*initialise\(examples, loss"):
         fresh("llama", GA).initialise([example])
+
+
+@pytest.mark.slow
+def test_examples_without_information_are_refused() -> None:
+    """Examples in which no token counts, whose gradient is zero, or for which the model's values are not finite."""
+    example = batches(1)[0]
+    empty = {**example, "labels": torch.full_like(example["labels"], -100)}
+    with pytest.raises(GraftError, match=r"GC056.*no tokens that count"):
+        fresh("llama", EVA).initialise([empty])
+    with pytest.raises(GraftError, match=r"GC056.*(is zero for all examples|is not finite)"):
+        fresh("llama", GA).initialise([empty])
+    model = tiny("llama")
+    with torch.no_grad():
+        model.get_parameter("model.embed_tokens.weight")[:, 3] = float("nan")
+    for entry in (EVA, GA):
+        with pytest.raises(GraftError, match=r"GC056.*is not finite"):
+            fresh(model, entry).initialise([example])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bits(dtype: torch.dtype) -> None:
+    """On a 16-bit base, whose factors are cast where they are read, inputs and gradients are found as well."""
+    example = batches(1)[0]
+    model = tiny("llama").to(dtype)
+    for entry in (EVA, GA):
+        compiled = fresh(model, entry)
+        with torch.no_grad():
+            started = compiled.initialise([example])
+        assert not started.uninitialised
+        down = tensor(started.adapter_state_dict(), "model.layers.1.mlp.down_proj", "A")
+        gram = (down @ down.T).double()
+        torch.testing.assert_close(gram / gram[0, 0], torch.eye(len(down), dtype=torch.float64), rtol=0, atol=1e-4)
+        assert same_bits(outputs_of(started, example), outputs_of(model, example))
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_not_initialised_again() -> None:
+    """Initial values would replace what it has learned."""
+    for entry in (EVA, GA):
+        compiled = fresh("llama", entry)
+        perturb(compiled, 0.1)
+        with pytest.raises(GraftError, match=r"GC056.*'lora' has been trained"):
+            compiled.initialise(batches(1))

@@ -55,6 +55,7 @@ def from_inputs(
     All ranks add up to the same number as before. Each site gets one, and the others go to the directions that explain
     the largest share of their input's variance. The scaling of each site stays the same.
     """
+    _require_untrained(spec, places)
     components = [each for each in statistics if isinstance(each, PrincipalComponents)]
     ranks = _distributed(places, components)
     values: dict[str, Tensor] = {}
@@ -107,6 +108,7 @@ def from_gradients(
     With the gradient's singular vectors ``u`` and ``v`` and ``c = out^(1/4) / sqrt(gamma)``, ``A = c v[:, :r]^T`` and
     ``B = c u[:, r:2r]``, so that the first step of B and A follows the gradient's best approximation of rank ``2r``.
     """
+    _require_untrained(spec, places)
     values: dict[str, Tensor] = {}
     for place, gradient in zip(places, statistics, strict=True):
         assert isinstance(gradient, Tensor)
@@ -118,6 +120,13 @@ def from_gradients(
         down, up = scale * v[:, :rank].mT, scale * u[:, rank : 2 * rank]
         values |= _values(spec, place, down, up) | _values(spec, place, down, up, "0")
     return Transition(spec, values)
+
+
+def _require_untrained(spec: LoRA, places: Sequence[AdaptedSite[LoRA]]) -> None:
+    """Raise GC056 if the factors have been trained: B is zero until then."""
+    if any(bool(place.tensors["B"].any()) for place in places):
+        message = f"{str(spec.name)!r} has been trained, and initial values would replace what it has learned"
+        raise GraftError("GC056", message, hint="compile the spec again, and initialise the model before it is trained")
 
 
 def _values(spec: LoRA, place: AdaptedSite[LoRA], down: Tensor, up: Tensor, suffix: str = "") -> dict[str, Tensor]:

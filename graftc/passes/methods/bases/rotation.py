@@ -51,7 +51,7 @@ class RotationMethod(Method[S, LinearSite], RowWise[S], Exchangeable[S]):
         given, width = spec.blocks or spec.block_size, site.in_features
         size = width // given if spec.blocks else given
         if width % given or size < 2:
-            raise unfit(spec, site, f"use {nearest_divisor(width, given)} for example")
+            raise unfit(spec, site, f"use {fitting(spec, width, given)} for example")
         return width // size, size
 
     def rotate(self, spec: S, site: LinearSite, build: Builder, q: fx.Node, scale: fx.Node | None = None) -> None:
@@ -114,6 +114,12 @@ def unfit(spec: RotationSpec, site: LinearSite, hint: str) -> GraftError:
     if not width % given:
         message = f"{field} {given} does not fit {site.key}, which has {width} inputs"
     return GraftError("GC020", message, place=Place(path=field), hint=f"{hint}, or leave the site out with exclude")
+
+
+def fitting(spec: RotationSpec, width: int, given: int) -> int:
+    """Return the number of blocks, or their size, nearest to a number for which blocks have two entries or more."""
+    divisors = [n for n in range(1, width + 1) if width % n == 0 and (width // n if spec.blocks else n) > 1]
+    return min(divisors or [1], key=lambda n: (abs(n - given), n))
 
 
 def nearest_divisor(width: int, given: int) -> int:

@@ -166,7 +166,8 @@ def _check_layers(compilation: Compilation, resolved: Resolved, table: PeftForma
             continue
         names = {kind.__name__ for kind in type(module).__mro__}
         if (table.layers and not names & table.layers) or computes_otherwise(module, table):
-            what = f"{spec.method} at {site.key.module}, a {type(module).__name__}"
+            groups = " with groups" if getattr(module, "groups", 1) != 1 else ""
+            what = f"{spec.method} at {site.key.module}, a {type(module).__name__}{groups}"
             raise _error(what, f"adapt[{index}].target", "leave it out, or merge it")
 
 

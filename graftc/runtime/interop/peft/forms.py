@@ -116,6 +116,8 @@ def _places(tensor: Tensor, shaped: Shaped) -> Tensor:
         raise IndexError
     # PEFT writes the integers as float32 on Windows.
     first, second = tensor.long()
+    if not torch.equal(tensor.long().to(tensor.dtype), tensor):
+        raise ValueError("the entries must be whole numbers")
     flat: Tensor = first * columns + second
     inside = (first >= 0) & (first < rows) & (second >= 0) & (second < columns)
     if not bool(inside.all()) or not bool((flat[1:] > flat[:-1]).all()):

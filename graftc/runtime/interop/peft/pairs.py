@@ -25,6 +25,7 @@ from graftc.runtime.interop.peft.base import base_of
 from graftc.runtime.interop.peft.forms import Shaped, to_ours, to_theirs
 from graftc.runtime.interop.peft.keys import MODEL, ROOT, tensor_key
 from graftc.specs.base import MethodSpec
+from graftc.specs.claims import FoldKind
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.specs.foreign.config import beside
 from graftc.specs.peft import Form, PeftFormat
@@ -89,7 +90,8 @@ def table_of(spec: MethodSpec) -> PeftFormat:
     table = vars(type(spec)).get("peft")
     if not isinstance(table, PeftFormat):
         message = f"PEFT does not have the method {spec.method} of {spec.name!r}"
-        raise GraftError("GC115", message, hint="merge it, or save the model as an artifact")
+        way_out = "merge it, or save" if spec.claims.folds is FoldKind.EXACT else "save"
+        raise GraftError("GC115", message, hint=f"{way_out} the model as an artifact")
     return table
 
 
