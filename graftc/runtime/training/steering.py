@@ -204,11 +204,19 @@ class TrainingSteering:
     @property
     def uninitialised(self) -> tuple[str, ...]:
         """The names of adaptations whose initial values have yet to be computed from examples."""
+        compilation = self.runner.compilation
+        methods = {str(spec.name): (spec, method_for(spec.method)) for spec in compilation.spec.adapt}
+        # Looking up places writes layers out that are called as functions.
+        asking = {
+            name: method
+            for name, (spec, method) in methods.items()
+            if isinstance(method, Initialised) and method.starts_from(spec, ()) is not None
+        }
         names = []
-        for resolved in self.runner.compilation.main.resolved:
-            method = method_for(resolved.spec.method)
-            if isinstance(method, Initialised):
-                places, _ = live_places(self.runner.compilation, resolved)
+        for resolved in compilation.main.resolved if asking else ():
+            method = asking.get(resolved.name)
+            if method is not None:
+                places, _ = live_places(compilation, resolved)
                 if method.starts_from(resolved.spec, places) is not None:
                     names.append(resolved.name)
         return tuple(names)

@@ -72,7 +72,7 @@ class Initialised(ABC, Generic[S]):
 
         Args:
             spec: the adaptation without its overrides applied.
-            places: every adapted place.
+            places: every adapted place; none to ask about the spec alone.
         """
 
     @abstractmethod
