@@ -111,6 +111,10 @@ def _rounding() -> str:
     return tensors_digest((str(number), tensor) for number, tensor in enumerate(results)).split()[-1][:8]
 
 
+CPU = "cpu"
+"""The field with the processor: of the environment, and of records that were made on another one."""
+
+
 class Frozen(NamedTuple):
     """The contents of the file.
 
@@ -145,22 +149,24 @@ def main(arguments: list[str] | None = None) -> None:
     every = entries()
     wanted = {name: entry for name, entry in every.items() if re.search(chosen.only, name)}
     kept: dict[str, Record] = {}
+    environment, elsewhere = made_with(), {}
     if (chosen.only or chosen.resume) and chosen.to.is_file():
         environment, kept = read(chosen.to)
-        if environment != made_with():
+        if {**environment, CPU: made_with()[CPU]} != made_with():
             sys.exit(f"{chosen.to} was made with {environment}, here is {made_with()}: record everything")
+        elsewhere = {CPU: made_with()[CPU]} if environment != made_with() else {}
         kept = {name: fields for name, fields in kept.items() if name in every}
     if chosen.resume:
         wanted = {name: entry for name, entry in wanted.items() if name not in kept}
     started = written = time.monotonic()
     for number, (name, entry) in enumerate(wanted.items(), 1):
-        kept[name] = entry.record()
+        kept[name] = {**entry.record(), **elsewhere}
         now = time.monotonic()
         print(f"[{number}/{len(wanted)}] {now - started:.0f} s  {name}", flush=True)
         if now - written > 20:
-            chosen.to.write_text(to_json(made_with(), kept), encoding="utf-8")
+            chosen.to.write_text(to_json(environment, kept), encoding="utf-8")
             written = now
-    chosen.to.write_text(to_json(made_with(), kept), encoding="utf-8")
+    chosen.to.write_text(to_json(environment, kept), encoding="utf-8")
     print(f"{chosen.to}: {len(kept)} entries")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.frozen.digests import agree, evidence_digest, tensors_digest
-from tests.frozen.freeze import AGAIN, FILE, Entry, Frozen, entries, made_with, read, to_json
+from tests.frozen.freeze import AGAIN, CPU, FILE, Entry, Frozen, entries, made_with, read, to_json
 from tests.frozen.records import Record
 
 COMPARED = Path(os.environ.get("GRAFTC_FROZEN", FILE))
@@ -47,7 +47,9 @@ def compare(entry: Entry) -> None:
     if name not in recorded.records and COMPARED != FILE:
         raise unittest.SkipTest(f"{COMPARED} does not have it")
     assert name in recorded.records, f"{name} is not recorded: {AGAIN} --only '^{name}$'"
-    differences = changes(recorded.records[name], entry.record(), recorded.environment["cpu"] == made_with()["cpu"])
+    record = dict(recorded.records[name])
+    processor = record.pop(CPU, recorded.environment[CPU])
+    differences = changes(record, entry.record(), processor == made_with()[CPU])
     if differences:
         again = f"where it is meant to change, record it anew: {AGAIN} --only '^{name}$' (without --only, everything)"
         pytest.fail("\n".join([f"{name} is not as it was:", *differences, again]), pytrace=False)
