@@ -226,6 +226,8 @@ class Compilation:
         every_layer: whether every layer is written out in all graphs of the table.
         in_the_way: the reasons why the model is not one graph, by the path of the stack of layers concerned; the reason
             for the whole model is under the empty path. Not stored in artifacts.
+        codes_chosen_before: names of packed weights whose codes had been chosen by an adaptation before this
+            Compilation was made from another one.
     """
 
     spec: Spec
@@ -239,6 +241,7 @@ class Compilation:
     table: SignatureTable = field(default_factory=SignatureTable, repr=False)
     every_layer: bool = False
     in_the_way: Mapping[str, str] = field(default_factory=dict, repr=False)
+    codes_chosen_before: frozenset[str] = frozenset()
 
     @property
     def programs(self) -> Mapping[ProgramKey, Program]:
@@ -363,9 +366,21 @@ class Compilation:
     @property
     def replaced(self) -> frozenset[str]:
         """The tensors of `source` whose values have no effect here, because the graphs use their own values."""
-        return replaced_tensors(
-            self.store.updated, self.tensor_edits.trained_in_full(), Store.mirror(self.source).aliases
-        )
+        aliases = Store.mirror(self.source).aliases
+        trained = self.tensor_edits.trained_in_full()
+        return self.chosen_codes | replaced_tensors(self.store.updated, trained, aliases)
+
+    @property
+    def chosen_codes(self) -> frozenset[str]:
+        """The names of the packed parts of weights whose codes follow from an adaptation's tensors."""
+        names = self.tensor_edits.requantised()
+        return frozenset(part for name in names for part in self.store.parts_of(name))
+
+    @property
+    def requantised(self) -> frozenset[str]:
+        """The names of packed weights whose codes are not the base's own, but were chosen by an adaptation."""
+        names = self.codes_chosen_before | self.tensor_edits.requantised()
+        return names & self.store.packed.keys()
 
     def identity(self, *, full: bool = False) -> Identity:
         """Return the identity of the base: that of the source model, ignoring the values of its `replaced` tensors.

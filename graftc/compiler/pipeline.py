@@ -87,9 +87,10 @@ def _compiled(
         prepared.start.known,
         every_layer=start.every_layer,
         in_the_way=prepared.in_the_way,
+        codes_chosen_before=start.requantised,
     )
     originals = {name: tensor.detach() for name, tensor in prepared.unpacked.items() if name in store.packed}
-    initial = Initial(start.seed, start.values, originals, compilation.narrow)
+    initial = Initial(start.seed, start.values, originals, compilation.narrow, start.requantised)
     try:
         if start.takes_apart:  # no graph shows the writes between graphs
             for name in (*prepared.written, *(n for n in start.values if n in store and store.is_buffer(n))):
@@ -126,5 +127,11 @@ def recompile(
         compilation.source if model is None else model,
         compilation.main.axes if axes is None else axes,
         flags=compilation.flags,
-        start=StartingPoint(compilation.seed, compilation.use_cache, values, compilation.captures()),
+        start=StartingPoint(
+            compilation.seed,
+            compilation.use_cache,
+            values,
+            compilation.captures(),
+            requantised=compilation.requantised,
+        ),
     )

@@ -52,6 +52,7 @@ class StartingPoint:
         every_layer: whether to write out every layer from the beginning, for callers that only inspect graphs.
         level: how much of the model each graph covers; by default, as much as possible.
         because: the reason why the whole model is not one graph.
+        requantised: names of packed weights of the model whose codes were chosen by an adaptation, which may be gone.
         shown: a function that runs a model that is taken apart, to show how it calls its layers; by default, one call
             on the model's inputs.
     """
@@ -63,6 +64,7 @@ class StartingPoint:
     every_layer: bool = False
     level: Level | None = None
     because: str = ""
+    requantised: frozenset[str] = frozenset()
     shown: Callable[[nn.Module], Any] | None = None
 
     @property

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from graftc.passes.core.build.builder import Builder, Initialiser
+from graftc.passes.core.build.requantising import REQUANTISED_PARTS
 from graftc.passes.core.method.capabilities import Initialised, Transition
 from graftc.passes.core.method.lowrank import added, factors, normal, uniform, within, zeros
 from graftc.passes.core.method.principal import PrincipalComponents
@@ -40,8 +41,9 @@ class LoRAMethod(LowRankMethod[LoRA], Initialised[LoRA]):
     (Meng et al. 2024, arXiv:2404.02948) and ``olora`` (Buyukakyuz 2024, arXiv:2406.01775) initialise ``B A`` to a part
     of ``W``; conventionally they subtract that part from ``W``. Here frozen copies of the initial factors are
     subtracted in the branch instead: the initial function equals the base's bit for bit, and ``W`` stays unchanged.
-    ``loftq`` (Li et al. 2023, arXiv:2310.08659), with one iteration, starts from the quantisation error of ``W``:
-    ``s B A`` is the matrix of rank ``rank`` that is closest to the error, and is not subtracted.
+    ``loftq`` (Li et al. 2023, arXiv:2310.08659) starts from the quantisation error of ``W``: ``s B A`` is the matrix of
+    rank ``rank`` that is closest to the error, and is not subtracted. With several iterations, it alternates between
+    ``Q = quantised(W - B A)`` and the factors of ``W - Q``, and the base has the codes of the last ``Q``.
 
     The branch is scaled where it is narrowest, on the ``rank`` axis; in eval mode, the sum that adds it applies scales
     of at least 1. Dropout acts on the branch's input only.
@@ -86,6 +88,8 @@ class LoRAMethod(LowRankMethod[LoRA], Initialised[LoRA]):
             build.overlay(site.own_bias)
 
     def _insert_beside(self, spec: LoRA, site: LinearSite, build: Builder) -> None:
+        if spec.init == "loftq" and spec.loftq_iterations > 1:
+            build.requantise(site, spec.rank, lambda: _last_but_one(spec, site, build))
         down, up = _starts(spec, site, build)
         excess = spec.excess_rank and spec.init not in (*_FROM_WEIGHT, "loftq")  # a weight has no further directions
         a, b = factors(build, site, spec.rank, down, up, freeze_down=spec.freeze_a, excess_rank=excess)
@@ -142,7 +146,8 @@ class LoRAMethod(LowRankMethod[LoRA], Initialised[LoRA]):
 
     def exchanged(self, spec: LoRA, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the factors with the scale in ``B``, and next to them those of a product that is subtracted."""
-        biases = {part: tensor for part, tensor in tensors.items() if part not in ("A", "B", "A0", "B0")}
+        factors = ("A", "B", "A0", "B0", *REQUANTISED_PARTS)
+        biases = {part: tensor for part, tensor in tensors.items() if part not in factors}
         a, b = tensors["A"], tensors["B"]
         if "A0" in tensors:
             a, b = torch.cat([a, tensors["A0"]], -2), torch.cat([b, -tensors["B0"]], -1)
@@ -202,6 +207,15 @@ def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     u, s, v = torch.linalg.svd(_single(weight), full_matrices=False)
     root = (s[..., :rank] / scaling).sqrt()
     return root[..., :, None] * v[..., :rank, :], u[..., :rank] * root[..., None, :]
+
+
+def _last_but_one(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Tensor, Tensor]:
+    """Return the factors of the last iteration of LoftQ but one, whose product is subtracted before packing."""
+    original = build.read_original(site)
+    a, b = _pissa(original - build.read_weight(site), spec.rank, 1.0)
+    for _ in range(spec.loftq_iterations - 2):
+        a, b = _pissa(original - build.packed_without(site, a, b), spec.rank, 1.0)
+    return a, b
 
 
 def _olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:

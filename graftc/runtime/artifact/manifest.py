@@ -272,6 +272,9 @@ class Manifest(ManifestEntry):
     passes: tuple[PassRecord, ...] = ()
     """Passes of plugins that the graphs went through; left out where there are none."""
 
+    requantised: tuple[str, ...] = ()
+    """Packed tensors of the base that follow from an adaptation's tensors; left out where there are none."""
+
     files: dict[str, File]
     """Every other file of the folder."""
 
@@ -282,6 +285,8 @@ class Manifest(ManifestEntry):
     def _whole(self) -> Self:
         """Check that the parts of the manifest agree with each other."""
         base, owners = self.base, self.base.tensors.keys()
+        if not owners >= set(self.requantised):
+            raise ValueError("packed tensors that the base does not have")
         for alias, owner in base.aliases.items():
             if alias in owners or owner not in owners:
                 raise ValueError(f"{alias} is not an alias of {owner}")

@@ -96,7 +96,7 @@ class Artifact:
     def replaced(self) -> frozenset[str]:
         """The names of base tensors whose values do not matter, because the artifact has its own."""
         trained = (record.base for record in self.manifest.trained if record.rows is None)
-        return replaced_tensors(self.updated, trained, self.manifest.base.aliases)
+        return replaced_tensors(self.updated, trained, self.manifest.base.aliases) | set(self.manifest.requantised)
 
     @cached_property
     def snapshot(self) -> Snapshot:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from graftc.compiler.capture.identity.fingerprint import Identity
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.inspect.snapshot import adapter_tensors, adapter_tensors_now
 from graftc.compiler.stored_signatures import compile_stored
 from graftc.files.tensors.writing import save_tensors
@@ -79,6 +80,7 @@ def save(
     """
     runner: AdaptedRunner = runner_of(compiled)
     require_values(runner)
+    _require_own_codes(runner.compilation)
     require_allowed_names(name for name, _ in adapter_tensors(runner.compilation.store))
     path = absolute_path(path)
     with staged(path, force=force, replaceable=is_ours, sources=[local_folder(runner.compilation.source)]) as folder:
@@ -101,6 +103,17 @@ def require_values(compiled: AdaptedRunner) -> None:
     if compiled.device.type == "meta":
         message = "a model on the meta device has no values to save"
         raise GraftError("GC053", message, hint="compile a model with weights")
+
+
+def _require_own_codes(compilation: Compilation) -> None:
+    """Refuse a base whose codes were chosen by an adaptation that is gone, since no one could quantise it again.
+
+    Raises:
+        GraftError: GC168 for such a base.
+    """
+    if left := sorted(compilation.requantised - compilation.tensor_edits.requantised()):
+        message = f"the codes of {left[0]} were chosen by an adaptation that has been removed"
+        raise GraftError("GC168", message, hint='merge(base="full") writes the base as a plain model')
 
 
 def _write(
@@ -138,6 +151,7 @@ def _write(
         "certificate": CERTIFICATE if certificate is not None else None,
         "kept": [{"name": name, "reason": reason} for name, reason in evidence.kept.items()],
         **({"passes": [each.to_json() for each in passes]} if (passes := compilation.main.passes) else {}),
+        **({"requantised": sorted(codes)} if (codes := compilation.chosen_codes) else {}),
         "files": dict(listed(folder)),
     }
     text = sealed(data)

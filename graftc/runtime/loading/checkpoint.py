@@ -16,6 +16,7 @@ from graftc.compiler.capture.interface import device_of
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.quantised_sources.recorded_packing import packed_as
 from graftc.files.tensors.folder import Refusal, TensorFolder
+from graftc.passes.core.packing.packing import weight_name
 from graftc.passes.core.weights.store import Store
 from graftc.runtime.artifact.checkpoint_record import RECORD, StateRecord, from_tensor, weights_of
 from graftc.runtime.artifact.manifest import MANIFEST
@@ -59,8 +60,10 @@ def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: 
     record = from_tensor(state[RECORD], str(file))
     base = find_base(record.base.place, file.parent) if model is None else model
     base = load_as_built(base, record.base.built) if isinstance(base, str) else base
-    base = packed_as(base, record.base.packed)
-    _check_base(file, record, base)
+    packed = packed_as(base, record.base.packed)
+    _check_base(file, record, packed)
+    if not any(weight_name(name) in record.base.packed for name in record.base.replaced):
+        base = packed  # otherwise, an adaptation chose codes, which follow from the original weights
     try:
         compilation = compile_model(
             parse_spec(record.spec, file=str(file)),

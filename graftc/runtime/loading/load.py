@@ -65,7 +65,8 @@ def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
     """Check that a model is the base from which an artifact was made.
 
     Returns:
-        The model, packed if the base was; see `graftc.compiler.quantised_sources.recorded_packing.packed_as`.
+        The model, packed if the base was; see `graftc.compiler.quantised_sources.recorded_packing.packed_as`. If an
+        adaptation chose codes, they follow from the original weights, so the model is returned as it was given.
 
     Raises:
         GraftError: GC087, with the differences, for a different model; GC089 if its checkpoint lacks tensors.
@@ -73,7 +74,7 @@ def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
     expected = artifact.identity
     if device_of(model).type == "meta":
         raise GraftError("GC087", "the base is on the meta device, so its weights cannot be compared")
-    manifest = artifact.manifest
+    manifest, original = artifact.manifest, model
     model = packed_as(model, expected.packings)
     identity = identify(model, full=expected.full, replaced=artifact.replaced)
     if identity.tensors.keys() == expected.tensors.keys():
@@ -90,7 +91,7 @@ def check_base(artifact: Artifact, model: nn.Module) -> nn.Module:
             + (", quantised as it was" if expected.packings else ""),
             details=[*differences[1:5], *more],
         )
-    return model
+    return original if manifest.requantised else model
 
 
 def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, recapture: bool = False) -> Compiled:

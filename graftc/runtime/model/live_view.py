@@ -64,7 +64,9 @@ def _taken_apart(own: Compilation, shown_by: Callable[[nn.Module], Any] | None) 
     """Return a Compilation of a model's layers, adapted at the same places."""
     values, wanted = dict(adapter_values(own.store)), _places(own)
     level: Level = "layers" if shown_by is None else "modules"
-    start = StartingPoint(own.seed, own.use_cache, values, own.captures(), level=level, shown=shown_by)
+    start = StartingPoint(
+        own.seed, own.use_cache, values, own.captures(), level=level, requantised=own.requantised, shown=shown_by
+    )
     for spec in (own.spec, _by_names(own.spec, wanted)):  # roles are unknown if single maps are graphs
         try:
             compiled = compile_model(spec, own.source, own.main.axes, flags=own.flags, start=start)

@@ -627,6 +627,12 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "`init: loftq` starts from the quantisation error of the weights. It is known if the spec quantises them, but "
      "not for a model that was loaded quantised, nor for sites that are not quantised.",
      "Load the model in full precision and set `base: {quantize: ...}` in the spec, or choose another `init`."),
+    ("GC168", _NO, "the base's codes belong to an adaptation",
+     "With `init: loftq` and several iterations, an adaptation chooses the codes of the quantised base. They follow "
+     "from its tensors and the original weights, so a base with these codes cannot be saved without the adaptation, "
+     "and its updates do not fit a base that was quantised in the usual way.",
+     'Keep the adaptation, and disable it if it is not needed, or use `merge(base="full")`, which writes a plain '
+     "model."),
 
     # Classifying by filling blanks.
     ("GC170", _SPEC, "the model cannot fill the cloze",

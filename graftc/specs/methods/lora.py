@@ -54,6 +54,7 @@ class LoRA(MethodSpec):
         "Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models; "
         "rsLoRA: Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA; "
         "LoRA-FA: Zhang et al. 2023, Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning; "
+        "LoftQ: Li et al. 2023, LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models; "
         "EVA: Paischer et al. 2024, One Initialization to Rule them All; "
         "LoRA-GA: Wang et al. 2024, LoRA-GA: Low-Rank Adaptation with Gradient Approximation"
     )
@@ -90,7 +91,7 @@ class LoRA(MethodSpec):
         document=frozenset({"layer_replication"}),
         training=frozenset(
             {"dropout", "dropout_mask", "dropout_scope", "freeze_a", "excess_rank", "across_groups"}
-            | {"eva_rho", "eva_whiten", "lora_ga_gamma"}
+            | {"loftq_iterations", "eva_rho", "eva_whiten", "lora_ga_gamma"}
         ),
         turned=True,
         parameters=True,
@@ -138,6 +139,11 @@ class LoRA(MethodSpec):
     as it was. `eva` and `lora_ga` start from the user's batches, by `compiled.initialise(batches)`: `eva` with the
     principal directions of each site's inputs as A and zero as B, `lora_ga` with the singular directions of the
     weight's gradient, whose initial product is subtracted. Until then both start as `kaiming` does."""
+
+    loftq_iterations: int = Field(default=1, ge=1, le=64)
+    """How often `loftq` alternates between quantising a weight and taking the factors from what that loses. With 1, the
+    codes are those of the weight. With more, they are those of the weight less the factors of the last iteration but
+    one: the adaptation chooses the codes of the base, which others read as well."""
 
     eva_rho: float = Field(default=2.0, ge=1)
     """The largest rank of a site, over `rank`, when `eva` distributes ranks by explained variance. All ranks add up to

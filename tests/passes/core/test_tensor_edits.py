@@ -12,8 +12,8 @@ from graftc.passes.core.weights.weight_slice import Layout, WeightSlice
 from graftc.specs.errors.diagnostics import GraftError
 from tests.kit.counting import calls
 
-CONSTANT, TRAINED, ADDED, REPLACED = EditMode
-BOTH, FIXED = "both train", "treats as constant"
+CONSTANT, TRAINED, ADDED, REPLACED, REQUANTISED = EditMode
+BOTH, FIXED, READ = "both train", "treats as constant", "has already read"
 
 
 def rows(first: int, end: int, tensor: str = "layer.weight") -> WeightSlice:
@@ -46,6 +46,10 @@ EXCLUDED = {
     (CONSTANT, TRAINED): FIXED,
     (CONSTANT, ADDED): FIXED,
     (CONSTANT, REPLACED): FIXED,
+    (CONSTANT, REQUANTISED): READ,
+    (TRAINED, REQUANTISED): READ,
+    (REPLACED, REQUANTISED): READ,
+    (REQUANTISED, REQUANTISED): "both choose the codes",
 }
 """The modes of an edit that is there and of a later one that cannot be combined, with what the message says."""
 
@@ -63,7 +67,7 @@ def test_which_modes_exclude_one_another(old: EditMode, new: EditMode) -> None:
             error.message.startswith("'b'") and "'a'" in error.message and "rows 5:8 of layer.weight" in error.message
         )
     own = error_of(first, TensorEdit("a", rows(5, 8), new))
-    assert (own is not None) == (wanted == BOTH)
+    assert (own is not None) == (wanted not in (None, FIXED))
     assert error_of(first, TensorEdit("b", rows(6, 8), new)) is None
     assert error_of(first, TensorEdit("b", rows(5, 8, "layer.other"), new)) is None
 

@@ -20,6 +20,9 @@ class Initial:
         seed: the seed. An initial value depends on the seed and the tensor's name, never on the order of creation.
         values: existing tensors, by name, that are used instead of new initial values.
         originals: the base weights, by name, as they were before the spec packed them; for use in initialisers.
+        requantised: names of packed weights whose codes already are those that adaptations chose.
+        reduced: the original weights, by name, less the products that adaptations have subtracted so far to choose
+            codes.
         narrow: names of adaptations whose tensors are stored in their compute dtype. Tensors of other adaptations are
             stored in at least float32 and cast in the graph, because in 16 bits, an update much smaller than the
             value is lost.
@@ -29,6 +32,8 @@ class Initial:
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     originals: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     narrow: Collection[str] = frozenset()
+    requantised: frozenset[str] = frozenset()
+    reduced: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

@@ -223,19 +223,6 @@ class Tensors(Nodes):
         """Return the values of the site's own rows of the base weight, ``[..., rows, in]``, for use in initialisers."""
         return site.own.operand(self.store.full(site.own.tensor))
 
-    def read_original(self, site: LinearSite) -> Tensor:
-        """Return the values that the site's own rows had before the weight was quantised, for use in initialisers.
-
-        Raises:
-            GraftError: GC167 if the original weight is not available.
-        """
-        original = self.initial.originals.get(site.own.tensor)
-        if original is None:
-            message = f"the original weight of {site.key}, before quantisation, is not available"
-            hint = "quantise the base in the spec (base: {quantize: nf4}), or choose another init"
-            raise GraftError("GC167", message, hint=hint)
-        return site.own.operand(original)
-
     def _name(self, part: str) -> str:
         return tensor_name(self._site, self.adaptation, part)
 

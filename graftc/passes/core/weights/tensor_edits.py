@@ -25,6 +25,8 @@ class EditMode(StrEnum):
     """Adds to the rows' entries, on top of what other adaptations add."""
     REPLACED = "replaced"
     """Replaces the rows with values that do not depend on the base's."""
+    REQUANTISED = "requantised"
+    """Chooses the codes of the packed weight, for all that read it."""
 
 
 CHANGING = (EditMode.TRAINED, EditMode.ADDED, EditMode.REPLACED)
@@ -94,6 +96,18 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         message=_FIXED,
         hint=_BEFORE,
         same_owner=False,
+    ),
+    Exclusion(
+        existing=frozenset({EditMode.REQUANTISED}),
+        new=frozenset({EditMode.REQUANTISED}),
+        message="{new!r} and {existing!r} would both choose the codes of {rows} of {tensor}",
+        hint=_LEAVE_OUT,
+    ),
+    Exclusion(
+        existing=frozenset({EditMode.CONSTANT, EditMode.TRAINED, EditMode.REPLACED}),
+        new=frozenset({EditMode.REQUANTISED}),
+        message="{new!r} would change the codes of {rows} of {tensor}, whose values {existing!r} has already read",
+        hint=_BEFORE,
     ),
 )
 """The edits that cannot be combined; if several rules apply, the first one is reported. Several adaptations may add to
@@ -165,6 +179,10 @@ class TensorEdits(Collection[TensorEdit]):
     def trained_in_full(self) -> list[str]:
         """Return the names of tensors that have a trained copy of all rows, so that the base's values are not used."""
         return [edit.own.tensor for edit in self.copies() if edit.own.whole]
+
+    def requantised(self) -> frozenset[str]:
+        """Return the names of packed weights whose codes were chosen by an adaptation."""
+        return frozenset(edit.own.tensor for edit in self._edits if edit.mode is EditMode.REQUANTISED)
 
     def copy_of(self, own: WeightSlice, owner: str) -> str | None:
         """Return the Store name of the copy of exactly these rows that an adaptation trains; None if there is none."""

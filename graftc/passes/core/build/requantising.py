@@ -1,0 +1,130 @@
+"""The part of the `Builder` that lets an adaptation choose the codes of the packed weights that it is applied to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from graftc.passes.core.build.tensors import Tensors
+from graftc.passes.core.ir.shapes import raw_bytes
+from graftc.passes.core.sites.sites import LinearSite, unsupported
+from graftc.passes.core.weights.tensor_edits import EditMode
+from graftc.specs.errors.diagnostics import GraftError
+
+SUBTRACTED = ("subtracted_down", "subtracted_up")
+"""Parts that store the factors of the product that was subtracted before packing, in float32."""
+
+ORIGINAL = "original_digest"
+"""Part that stores the SHA-256 of the rows before packing, as ``uint8[32]``."""
+
+REQUANTISED_PARTS = (*SUBTRACTED, ORIGINAL)
+
+
+class Requantising(Tensors):
+    """Packs base weights again, less a product of two factors that an adaptation adds back.
+
+    The codes belong to the base: all other adaptations, and calls with the adaptation disabled, read the new ones. The
+    adaptation stores the factors, so that the same codes follow from the original weights when it is loaded.
+    """
+
+    def read_original(self, site: LinearSite) -> Tensor:
+        """Return the values that the site's own rows had before the weight was quantised, for use in initialisers.
+
+        Raises:
+            GraftError: GC167 if the original weight is not available.
+        """
+        return site.own.operand(self._original(site))
+
+    def _original(self, site: LinearSite) -> Tensor:
+        original = self.initial.originals.get(site.own.tensor)
+        if original is None:
+            message = f"the original weight of {site.key}, before quantisation, is not available"
+            hint = "quantise the base in the spec (base: {quantize: nf4}), or choose another init"
+            raise GraftError("GC167", message, hint=hint)
+        return original
+
+    def requantise(self, site: LinearSite, rank: int, choose: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Pack the site's weight less the product of two factors; the compiled model's base has these codes.
+
+        If the factors are among the supplied values, they are not chosen again. Nothing is packed if the base already
+        has the codes that follow from them, or if it is no longer packed.
+
+        Args:
+            site: the site, whose own rows the product is subtracted from.
+            rank: the inner size of the product.
+            choose: a function that returns the factors, ``[..., rank, in]`` and ``[..., rows, rank]``.
+
+        Raises:
+            GraftError: GC167 if the original weight is not available, GC087 if it is not the one for which the factors
+                were chosen, GC021 if another adaptation has read, trained or packed the rows before, and GC017 if
+                another module has the same weight, or if several adaptations are built at once.
+        """
+        self._check_alone(site)
+        if site.own.tensor in self.store.packed:
+            self._edit_tensor(site.own, EditMode.REQUANTISED)
+        is_new = self._name(ORIGINAL) not in self.store
+
+        @cache
+        def values() -> Mapping[str, Tensor]:
+            supplied = all(self._name(part) in self.initial.values for part in REQUANTISED_PARTS)
+            if supplied or self.store.device().type == "meta":
+                shapes = (*site.leading, rank, site.in_features), (*site.leading, site.out_features, rank)
+                stored = [*map(torch.empty, shapes), torch.empty(32, dtype=torch.uint8)]
+            else:
+                stored = [*(factor.float() for factor in choose()), _digest(self.read_original(site))]
+            return dict(zip(REQUANTISED_PARTS, stored, strict=True))
+
+        def value(part: str, device: torch.device) -> Tensor:
+            return values()[part].to(device)
+
+        for part in REQUANTISED_PARTS:
+            self.store.settled.add(self.keep_buffer(part, partial(value, part)))
+        if is_new and site.own.tensor in self.store.packed.keys() - self.initial.requantised:
+            self._pack_chosen(site)
+
+    def _check_alone(self, site: LinearSite) -> None:
+        if self.seams.composed:
+            raise unsupported(site, "has one base, so only one of several adaptations could choose its codes", None)
+        if site.own.tensor in self.store.aliases.values():
+            reason = "shares its weight with another module, which would read the new codes without the adaptation"
+            raise unsupported(site, reason)
+
+    def _pack_chosen(self, site: LinearSite) -> None:
+        """Pack the site's weight less the product of the factors stored for it."""
+        digest = self.own_value(ORIGINAL)
+        if digest.is_meta:
+            return
+        if not torch.equal(digest.cpu(), _digest(self.read_original(site))):
+            message = f"{site.own.tensor} is not the weight from which the base's codes were chosen"
+            raise GraftError("GC087", message, hint="name the base: graftc.load(path, model=...)")
+        down, up = (self.own_value(part) for part in SUBTRACTED)
+        self.initial.reduced[site.own.tensor] = self._reduced(site, down, up)
+        store, name = self.store, site.own.tensor
+        with torch.no_grad():
+            parts = store.packed[name].packing.packed(self.initial.reduced[name])
+            for part, value in zip(store.parts_of(name), parts, strict=True):
+                store.get(part).copy_(value)
+
+    def packed_without(self, site: LinearSite, down: Tensor, up: Tensor) -> Tensor:
+        """Return the values that the site's own rows would have if ``up @ down`` were subtracted before packing."""
+        own, weight = self.store.packed[site.own.tensor], self._reduced(site, down, up)
+        return site.own.operand(own.value(own.packing.packed(weight)))
+
+    def _reduced(self, site: LinearSite, down: Tensor, up: Tensor) -> Tensor:
+        """Return the original weight less all products that were subtracted so far, and less ``up @ down``.
+
+        The product is computed in float64, so that the codes hardly ever depend on the processor.
+        """
+        name, original = site.own.tensor, self.read_original(site).double()
+        reduced = self.initial.reduced.get(name, self._original(site))
+        reduced = reduced.to(torch.promote_types(reduced.dtype, torch.float32))
+        return site.own.put_operand(reduced, (original - up.double() @ down.double()).to(reduced.dtype))
+
+
+def _digest(weight: Tensor) -> Tensor:
+    """Return the SHA-256 of a tensor's values, ``uint8[32]``."""
+    return torch.frombuffer(bytearray(hashlib.sha256(raw_bytes(weight.detach().cpu())).digest()), dtype=torch.uint8)
