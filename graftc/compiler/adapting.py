@@ -18,8 +18,9 @@ from graftc.compiler.capture.as_captured import draws
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.isolation import seldom_collected
 from graftc.compiler.capture.signature import Axis, inputs_of_program
-from graftc.compiler.compilation import CalledResolution, Compilation, Graphs, Resolution
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.partial_graphs import require_every_edit, require_tokens_alone
+from graftc.compiler.resolution import CalledResolution, Graphs, Resolution
 from graftc.compiler.resolve.treated import TreatedUnlikeError
 from graftc.passes.core import progress
 from graftc.passes.core.added_passes import added_passes, extended

@@ -19,8 +19,9 @@ from graftc.compiler.capture.ranges import fixed_notes, fixed_sizes
 from graftc.compiler.capture.refusals import by_values
 from graftc.compiler.capture.request import CaptureRequest
 from graftc.compiler.capture.signature import Axis, axes_of, described, fits, fixed_where_bound, less_dynamic, split
-from graftc.compiler.compilation import Compilation, Graphs, Resolution
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.partial_graphs import require_rows_of_one
+from graftc.compiler.resolution import Graphs, Resolution
 from graftc.compiler.stored_signatures import compile_stored
 from graftc.passes.core.build.initial import Initial
 from graftc.passes.core.ir.past_inputs import is_past

@@ -14,8 +14,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 import graftc
-from graftc.compiler.compilation import CalledResolution, Compilation
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.pipeline import StartingPoint, compile_model
+from graftc.compiler.resolution import CalledResolution
 from graftc.passes.core.ir.cleaning import remove_dead
 from graftc.passes.core.ir.edits import Edits
 from graftc.passes.core.ir.functions import calls, expand

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from graftc.compiler.compilation import CalledResolution
+from graftc.compiler.resolution import CalledResolution
 from graftc.testing.families import tiny
 from tests.compiler.test_called_layers import DEPTH, compilation_of, require_every_layer, require_the_same
 from tests.frozen.freeze import entries

@@ -8,7 +8,8 @@ from typing import Any
 
 from graftc.compiler.capture.capture import Capture
 from graftc.compiler.capture.request import CaptureRequest
-from graftc.compiler.compilation import Compilation, Places
+from graftc.compiler.compilation import Compilation
+from graftc.compiler.resolution import Places
 from graftc.compiler.resolve.called_sites import CalledSites
 from graftc.compiler.resolve.embeds import Plan
 from graftc.compiler.resolve.resolver import Resolved, Resolver

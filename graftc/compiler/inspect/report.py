@@ -9,11 +9,12 @@ from collections import defaultdict
 
 from torch import Tensor, fx, nn
 
-from graftc.compiler.compilation import Compilation, Resolution
+from graftc.compiler.compilation import Compilation
 from graftc.compiler.folding.collapse import collapsed_parameters
 from graftc.compiler.inspect.costs import Costs
 from graftc.compiler.inspect.snapshot import adapter_tensors
 from graftc.compiler.inspect.stacks import stacks
+from graftc.compiler.resolution import Resolution
 from graftc.compiler.resolve.tokens import TOKENS
 from graftc.compiler.resolve.train import TRAIN
 from graftc.compiler.steering import live_places

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from graftc.compiler.capture.identity.fingerprint import identify
 from graftc.compiler.capture.interface import device_of
 from graftc.compiler.capture.signature import inputs_of_axes
-from graftc.compiler.compilation import Compilation, Resolution, StoredSignature
+from graftc.compiler.compilation import Compilation, StoredSignature
 from graftc.compiler.inspect.snapshot import adapter_tensors, site_records
 from graftc.compiler.missing_weights import require_weights
 from graftc.compiler.pipeline import StartingPoint, compile_model
 from graftc.compiler.quantised_sources.recorded_packing import packed_as
+from graftc.compiler.resolution import Resolution
 from graftc.compiler.signatures import add_signature
 from graftc.compiler.stored_signatures import compile_stored
 from graftc.passes.core import progress
