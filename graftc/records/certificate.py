@@ -2,7 +2,7 @@
 
 Numeric: at each site, the *unfolded subgraph* between a linear map's input and its output runs in float64 on random
 probes and is compared with the folded tensors (`graftc.compiler.folding.certify`); then the outputs of the whole model
-are compared in its own dtype.
+are compared in its own dtype, or in float64 if it amplifies its own rounding beyond the budget.
 Structural: the folded graph's hash equals the base's, up to declared additions.
 """
 
@@ -181,8 +181,8 @@ class Certificate(Record, behind={"": ("passed",)}):
     """Evidence for each site."""
 
     outputs: Mapping[str, Annotated[float, Ge(0)]]
-    """Largest absolute difference of each output, folded against unfolded, in the model's dtype; none where the whole
-    model was not run."""
+    """Largest absolute difference of each output, folded against unfolded, in the model's dtype, or in float64 where
+    `notes` says so; none where the whole model was not run."""
 
     budget: Annotated[float, Ge(0), OrNull()]
     """What outputs may differ by; null where none were compared."""

@@ -36,6 +36,10 @@ class FoldRequest:
     advance: Advance = lambda _: None
     origin: AdaptedRunner | None = None
 
+    def chosen(self, runner: AdaptedRunner) -> float | None:
+        """Return the budget that the call or the spec sets; None if neither does."""
+        return self.budget if self.budget is not None else runner.compilation.spec.fold.budget.logits
+
 
 def certify(
     runner: AdaptedRunner,
@@ -54,7 +58,7 @@ def certify(
     """
     compilation, additions = runner.compilation, merged.additions
     base, origin = compilation.program("eval", "base"), request.origin or runner
-    chosen = request.budget if request.budget is not None else compilation.spec.fold.budget.logits
+    chosen = request.chosen(runner)
     comparison = compared(runner, merged, chosen or 0.0, repacked.budget)
     budget = chosen
     if budget is None:
@@ -75,6 +79,10 @@ def certify(
         if doubted and 2 * noise > budget:
             notes = (f"the budget is twice the effect of rounding the folded weights differently, not {budget:.1e}",)
             budget = 2 * noise
+    outputs = comparison.differences
+    if chosen is None:
+        outputs, more = comparison.within(budget)
+        notes += more
     if repacked.packed:
         count = f"{len(repacked.packed)} weights" if len(repacked.packed) > 1 else "1 weight"
         notes += (f"the fold is not exact: {count} that it changes were packed again",)
@@ -86,7 +94,7 @@ def certify(
     bare = take_out(program, merged.kept, additions)  # without unfolded adaptations and added biases
     return Certificate(
         sites=folded.sites,
-        outputs=comparison.differences,
+        outputs=outputs,
         budget=budget,
         routes=comparison.routes,
         structure=structural_hash(bare, compilation.store.canonical),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -38,7 +39,7 @@ class OutputComparison:
     def __init__(self, first: Evaluation, second: Evaluation, difference: float = 0.0, share: float = 0.0) -> None:
         routes = Routes()
         self.before = first.outputs(routes)
-        self._imposed, self._second = routes.seen, second
+        self._imposed, self._first, self._second = routes.seen, first, second
         base = first.base
         chosen = (node for node in base.graph.nodes if node.name in self._imposed)
         self._modules = {node.name: str(node.meta.get("module", "")) for node in chosen}
@@ -47,14 +48,53 @@ class OutputComparison:
             self.after = second.outputs(self._own)
         finally:
             second.forget()
-        self.differences = {
-            name: largest_difference(a, b)
-            for name, a, b in zip(base.outputs.names, self.before, self.after, strict=True)
-            if isinstance(a, Tensor) and a.is_floating_point()
-        }
+        self._names = base.outputs.names
+        self.differences = self._between(self.before, self.after)
         self.noise: dict[str, float] = {}
         self.allowed = {
             name: max(difference, share * largest_number(choice.scores)) for name, choice in self._imposed.items()
+        }
+
+    def within(self, budget: float) -> tuple[dict[str, float], tuple[str, ...]]:
+        """Return the differences in outputs, and notes about them.
+
+        Rounding inside a model may be amplified beyond a budget even if both models compute the same function. If
+        differences exceed the budget, both models are evaluated in float64, in which only their tensors are rounded.
+        The differences are then those in float64 if they do not exceed the budget.
+        """
+        worst = max(self.differences.values(), default=0.0)
+        wide = self._in_float64() if budget < worst < math.inf else None
+        if wide is None:
+            return self.differences, ()
+        differences = self._between(*wide)
+        if not all(value <= budget for value in differences.values()):
+            return self.differences, ()
+        before, after = (
+            max(self._between(own, exact).values()) for own, exact in zip((self.before, self.after), wide, strict=True)
+        )
+        dtype = str(self._second.runner.dtype).removeprefix("torch.")
+        note = (
+            f"outputs are compared in float64; in {dtype} they differ by {worst:.1e}, because rounding inside the "
+            f"model changes them by {before:.1e} before folding and by {after:.1e} after it"
+        )
+        return differences, (note,)
+
+    def _in_float64(self) -> tuple[Outputs, Outputs] | None:
+        """Return the outputs of both models in float64, on the first one's routes; None if they cannot be computed."""
+        try:
+            first, second = (each.outputs_in_float64(Routes(self._imposed)) for each in (self._first, self._second))
+        except (RuntimeError, ValueError, LookupError):  # such as an operator without a float64 kernel
+            return None
+        finally:
+            self._second.forget()
+        return None if first is None or second is None else (first, second)
+
+    def _between(self, first: Sequence[Any], second: Sequence[Any]) -> dict[str, float]:
+        """Return the largest absolute difference in every floating-point output, by name."""
+        return {
+            name: largest_difference(a, b)
+            for name, a, b in zip(self._names, first, second, strict=True)
+            if isinstance(a, Tensor) and a.is_floating_point()
         }
 
     @property

@@ -131,7 +131,7 @@ def merge_partially(
         raise GraftError("GC050", f"nothing folds: the model {reason}", hint="name what it has")
     request = FoldRequest(as_budget(budget), base)
     merged = _folded(runner, request, only=only, allow_unchanged=allow_unchanged)
-    return _partial(runner, merged)
+    return _partial(runner, merged, request)
 
 
 def lacking(spec: Spec, only: Sequence[str]) -> str | None:
@@ -167,13 +167,13 @@ def _require_any(merged: Merged) -> None:
     raise GraftError("GC050", message, hint=hint, details=reasons)
 
 
-def _partial(runner: AdaptedRunner, merged: Merged) -> Partial[Any, Any]:
+def _partial(runner: AdaptedRunner, merged: Merged, request: FoldRequest) -> Partial[Any, Any]:
     compilation = runner.compilation
     spec = _rest(compilation, merged)
     values = {n: t for n, t in adapter_values(compilation.store) if owner_of(n) in merged.kept}
     values |= collapsed_values(compilation)
     compiled = runner.sibling(spec, values, base_of(merged))
-    certificate = _with_outputs(merged._graftc, runner, compiled._graftc)
+    certificate = _with_outputs(merged._graftc, runner, compiled._graftc, request)
     require_passed(certificate)
     return Partial(merged, compiled, certificate)
 
@@ -203,7 +203,7 @@ def merge_what_folds(
     wide = widened(runner, dtype, base)
     request = FoldRequest(as_budget(budget), base, advance, runner)
     merged = _folded(wide, request, allow_unchanged=allow_unchanged)
-    return _partial(wide, merged) if merged.kept else merged
+    return _partial(wide, merged, request) if merged.kept else merged
 
 
 def _rest(compilation: Compilation, merged: Merged) -> Spec:
@@ -230,7 +230,9 @@ def _left(composition: CompositionSpec, merged: Merged) -> CompositionSpec | Non
 
 
 @torch.no_grad()
-def _with_outputs(merged: FoldedRunner, before: AdaptedRunner, after: AdaptedRunner) -> Certificate:
+def _with_outputs(
+    merged: FoldedRunner, before: AdaptedRunner, after: AdaptedRunner, request: FoldRequest
+) -> Certificate:
     """Return the certificate with the larger of two differences for each output.
 
     One is the fold's; the other is that of the model whose remaining adaptations were compiled on the result.
@@ -243,9 +245,12 @@ def _with_outputs(merged: FoldedRunner, before: AdaptedRunner, after: AdaptedRun
         with comparison.repeating() as run:
             recast = recasting(before.compilation, merged.folded)
             rounding_noise(weights, recast, run, comparison.after, lambda _: comparison.explained)
-    outputs = dict(certificate.outputs)
-    for name, difference in comparison.differences.items():
+    outputs, notes, differences = dict(certificate.outputs), certificate.notes, comparison.differences
+    if request.chosen(before) is None:
+        differences, more = comparison.within(certificate.budget)
+        notes += more
+    for name, difference in differences.items():
         outputs[name] = difference if not difference <= outputs[name] else outputs[name]  # NaN stays
     folding = {route.choice: route for route in certificate.routes}
     routes = (worse(route, folding[route.choice]) for route in comparison.routes)
-    return replace(certificate, outputs=outputs, routes=tuple(routes))
+    return replace(certificate, outputs=outputs, routes=tuple(routes), notes=notes)

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from graftc.compiler.capture.as_captured import draws, same_draws
+from graftc.compiler.folding.evaluating import evaluate_all
 from graftc.compiler.live.elements import is_live
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.ops.route import Routes
@@ -49,7 +50,7 @@ class Evaluation:
         self._draws = is_live(runner.compilation.model) or any(map(draws, base.graph.nodes))
 
     def outputs(self, routes: Routes | None = None) -> tuple[Any, ...]:
-        """Return the flat outputs.
+        """Return the flat outputs, computed in the model's own dtype.
 
         The model's choices among its own values are recorded in ``routes``, or replaced by those imposed by ``routes``.
         """
@@ -57,6 +58,30 @@ class Evaluation:
             return self._run("forward")
         with routes.taken():
             return self._run("routes")
+
+    def outputs_in_float64(self, routes: Routes) -> tuple[Any, ...] | None:
+        """Return the flat outputs, computed in float64 from the tensors as stored.
+
+        None if the model draws random numbers, which would not be the same ones, or runs Python between its graphs.
+        ``routes`` is as for `outputs`.
+
+        Raises:
+            RuntimeError: if an operator has no kernel for float64.
+        """
+        if self._draws:
+            return None
+        runner, present = self.runner, self._present
+        with in_eval_mode(runner.module):
+            program = runner.program_of(runner.ready(present, "routes" if self._chooses else "forward"))
+        inputs = {
+            node: present[name].double() if present[name].is_floating_point() else present[name]
+            for node, name in zip(program.placeholders(), program.signature, strict=True)
+        }
+        leaves: tuple[Any, ...] = program.output_node.args[0]  # type: ignore[assignment]
+        nodes = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
+        with routes.taken():
+            values = dict(zip(nodes, evaluate_all(nodes, inputs, runner.store.full), strict=True))
+        return tuple(values[leaf] if isinstance(leaf, fx.Node) else leaf for leaf in leaves)
 
     def _run(self, entry: Literal["forward", "routes"]) -> tuple[Any, ...]:
         runner, present = self.runner, self._present
