@@ -10,10 +10,8 @@ from torch import Tensor
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.lowrank import ones, zeros
 from graftc.passes.core.sites.sites import LinearSite
-from graftc.passes.methods.bases.rotation import RotationMethod, unfit
+from graftc.passes.methods.bases.rotation import RotationMethod, cayley, unfit
 from graftc.specs.methods.boft import BOFT
-
-ops = torch.ops.graftc
 
 
 class BOFTMethod(RotationMethod[BOFT]):
@@ -46,6 +44,5 @@ class BOFTMethod(RotationMethod[BOFT]):
 
     def turns(self, spec: BOFT, q: Tensor, size: int) -> list[Tensor]:
         """Return ``T`` of every factor, from the skew-symmetric part of ``Q``."""
-        skew = (q - q.mT) / 2
-        turns = -2 * (skew @ ops.inverse_beside_one(skew))
+        turns = cayley((q - q.mT) / 2)
         return [turns.select(-4, number) for number in range(spec.factors)]

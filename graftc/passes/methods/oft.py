@@ -11,7 +11,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.lowrank import zeros
 from graftc.passes.core.method.steering import Controller
 from graftc.passes.core.sites.sites import LinearSite
-from graftc.passes.methods.bases.rotation import RotationMethod, fitting, nearest_divisor, unfit
+from graftc.passes.methods.bases.rotation import RotationMethod, cayley
 from graftc.specs.methods.oft import OFT
 
 ops = torch.ops.graftc
@@ -48,19 +48,9 @@ class OFTMethod(RotationMethod[OFT]):
         wide = torch.promote_types(site.dtype, torch.float32)
         self.rotate(spec, site, build, build.parameter("Q", shape, zeros, dtype=wide))
 
-    def blocks(self, spec: OFT, site: LinearSite) -> tuple[int, int]:
-        """Return the number of blocks at a site, and their size.
-
-        Raises:
-            GraftError: GC020 if the spec's number does not divide the input, or leaves blocks of one entry.
-        """
-        given, width = spec.blocks or spec.block_size, site.in_features
-        number = nearest_divisor(width, given) if spec.nearest else given
-        size = width // number if spec.blocks else number
-        if width % number or size < 2:
-            otherwise = "" if spec.nearest else ", set nearest"
-            raise unfit(spec, site, f"use {fitting(spec, width, given)} for example{otherwise}")
-        return width // size, size
+    def nearest(self, spec: OFT) -> bool:
+        """Return ``nearest`` of the spec."""
+        return spec.nearest
 
     def turns(self, spec: OFT, q: Tensor, size: int) -> list[Tensor]:
         """Return ``T``; its gradient ignores the projection, which PEFT applies to the tensor itself."""
@@ -68,7 +58,7 @@ class OFTMethod(RotationMethod[OFT]):
             q = q + (projected(q, spec.eps) - q).detach()
         skew: Tensor = ops.skew(q, size)
         if spec.cayley == "exact":
-            return [-2 * (skew @ ops.inverse_beside_one(skew))]
+            return [cayley(skew)]
         total, power = 2 * skew, skew
         if spec.terms == 2:
             return [total]

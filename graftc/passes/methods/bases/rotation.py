@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -48,11 +48,18 @@ class RotationMethod(Method[S, LinearSite], RowWise[S], Exchangeable[S]):
         Raises:
             GraftError: GC020 if the spec's number does not divide the input, or leaves blocks of one entry.
         """
-        given, width = spec.blocks or spec.block_size, site.in_features
-        size = width // given if spec.blocks else given
-        if width % given or size < 2:
-            raise unfit(spec, site, f"use {fitting(spec, width, given)} for example")
+        wanted, width, nearest = spec.blocks or spec.block_size, site.in_features, self.nearest(spec)
+        number = _nearest(_divisors(width), wanted) if nearest else wanted
+        size = width // number if spec.blocks else number
+        if width % number or size < 2:
+            usable = [n for n in _divisors(width) if (width // n if spec.blocks else n) > 1] or [1]
+            otherwise = ", set nearest" if nearest is False else ""
+            raise unfit(spec, site, f"use {_nearest(usable, wanted)} for example{otherwise}")
         return width // size, size
+
+    def nearest(self, spec: S) -> bool | None:
+        """Return whether a site uses the divisor nearest to the spec's number; None if specs have no such choice."""
+        return None
 
     def rotate(self, spec: S, site: LinearSite, build: Builder, q: fx.Node, scale: fx.Node | None = None) -> None:
         """Rotate the site's input, or add the change of the weight.
@@ -71,7 +78,7 @@ class RotationMethod(Method[S, LinearSite], RowWise[S], Exchangeable[S]):
         x = build.input(site)
         if site.use.input_axis != -1 or site.leading:
             sources = [effective_weight(build, site).weight, *turns, *([scale] if scale is not None else [])]
-            (delta,) = trace(build, lambda *given: [_delta(*given, scaled=scale is not None)], sources, "delta")
+            (delta,) = trace(build, lambda *values: [_delta(*values, scaled=scale is not None)], sources, "delta")
             build.add(site, build.map(site, x, build.cast(delta, x.meta["val"].dtype)))
             return
         rotated = x
@@ -109,36 +116,51 @@ class RotationMethod(Method[S, LinearSite], RowWise[S], Exchangeable[S]):
 def unfit(spec: RotationSpec, site: LinearSite, hint: str) -> GraftError:
     """Return the error (GC020) for blocks that do not fit a site; the hint is a way out of it."""
     field, width = "blocks" if spec.blocks else "block_size", site.in_features
-    given = getattr(spec, field)
-    message = f"{field} {given} does not divide the {width} inputs of {site.key}"
-    if not width % given:
-        message = f"{field} {given} does not fit {site.key}, which has {width} inputs"
+    wanted = getattr(spec, field)
+    message = f"{field} {wanted} does not divide the {width} inputs of {site.key}"
+    if not width % wanted:
+        message = f"{field} {wanted} does not fit {site.key}, which has {width} inputs"
     return GraftError("GC020", message, place=Place(path=field), hint=f"{hint}, or leave the site out with exclude")
 
 
-def fitting(spec: RotationSpec, width: int, given: int) -> int:
-    """Return the number of blocks, or their size, nearest to a number for which blocks have two entries or more."""
-    divisors = [n for n in range(1, width + 1) if width % n == 0 and (width // n if spec.blocks else n) > 1]
-    return min(divisors or [1], key=lambda n: (abs(n - given), n))
+def cayley(skew: Tensor) -> Tensor:
+    """Return ``T`` of the rotations ``(I - Q) (I + Q)^-1`` of skew-symmetric matrices, ``[..., size, size]``."""
+    product: Tensor = skew @ ops.inverse_beside_one(skew)
+    return -2 * product
 
 
-def nearest_divisor(width: int, given: int) -> int:
-    """Return the divisor of ``width`` that is nearest to a number; the smaller of two."""
-    return min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: (abs(n - given), n))
+def _divisors(width: int) -> list[int]:
+    return [number for number in range(1, width + 1) if width % number == 0]
+
+
+def _nearest(numbers: Iterable[int], wanted: int) -> int:
+    """Return the number that is nearest to the wanted one; the smaller of two."""
+    return min(numbers, key=lambda number: (abs(number - wanted), number))
+
+
+def _runs(width: int, size: int, apart: int) -> tuple[list[int], list[int]]:
+    """Return the sizes of an axis of blocks, each of two runs of entries that begin ``apart`` runs apart.
+
+    First the sizes of the axis as it is; swapping the second and third makes every block contiguous, with the other
+    sizes.
+    """
+    count, run = width // (apart * size), size // 2
+    return [count, 2, apart, run], [count, apart, 2, run]
 
 
 def _rotated(build: Builder, x: fx.Node, turn: fx.Node, apart: int) -> fx.Node:
-    """Return ``x + x T`` for one factor; see `_moved`."""
+    """Return ``x + x T`` for one factor."""
     size, width = int(turn.meta["val"].shape[-1]), int(x.meta["val"].shape[-1])
+    apart_sizes, together_sizes = _runs(width, size, apart)
     with_rows = turn.meta["val"].dim() > 3
     for _ in range(x.meta["val"].dim() - 2 if with_rows else 0):
         turn = build.call(aten.unsqueeze.default, turn, 1, part="rows")
     equation = "...rc,...rck->...rk" if with_rows else "...rc,rck->...rk"
-    value = _swapped(build, x, [width // (apart * size), 2, apart, size // 2])
+    value = _swapped(build, x, apart_sizes)
     value = build.call(aten.unflatten.int, value, -1, [width // size, size], part="blocks")
     value = build.call(aten.einsum.default, equation, [value, turn], part="moved")
     value = build.call(aten.flatten.using_ints, value, -2, part="moved")
-    value = _swapped(build, value, [width // (apart * size), apart, 2, size // 2])
+    value = _swapped(build, value, together_sizes)
     return build.call(aten.add.Tensor, x, value, part="rotate")
 
 
@@ -151,18 +173,15 @@ def _swapped(build: Builder, value: fx.Node, sizes: Sequence[int]) -> fx.Node:
 
 
 def _moved(weight: Tensor, turn: Tensor, apart: int) -> Tensor:
-    """Return ``W T^T`` for one factor.
-
-    A block consists of two runs of entries that begin ``apart`` runs apart.
-    """
+    """Return ``W T^T`` for one factor."""
     *rows, width = weight.shape
     size = turn.shape[-1]
+    apart_sizes, together_sizes = _runs(width, size, apart)
     if apart > 1:
-        runs = weight.view(*rows, width // (apart * size), 2, apart, size // 2)
-        weight = runs.transpose(-3, -2).reshape(*rows, width)
+        weight = weight.view(*rows, *apart_sizes).transpose(-3, -2).reshape(*rows, width)
     moved = torch.einsum("...orc,...rkc->...ork", weight.view(*rows, width // size, size), turn)
     if apart > 1:
-        moved = moved.reshape(*rows, width // (apart * size), apart, 2, size // 2).transpose(-3, -2)
+        moved = moved.reshape(*rows, *together_sizes).transpose(-3, -2)
     return moved.reshape(*rows, width)
 
 
@@ -175,10 +194,10 @@ def _change(weight: Tensor, turns: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _delta(weight: Tensor, *given: Tensor, scaled: bool) -> Tensor:
-    """Return ``diag(s) W R^T - W``; the scale comes last if there is one."""
-    change = _change(weight, given[:-1] if scaled else given)
+def _delta(weight: Tensor, *factors: Tensor, scaled: bool) -> Tensor:
+    """Return ``diag(s) W R^T - W`` for the ``T`` of all factors, after which comes the scale if there is one."""
+    change = _change(weight, factors[:-1] if scaled else factors)
     if not scaled:
         return change
-    scale = given[-1][..., None]
+    scale = factors[-1][..., None]
     return scale * change + (scale - 1) * weight
