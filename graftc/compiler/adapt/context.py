@@ -137,10 +137,13 @@ class Adapting(PassHost):
 
     def builder(self, program: Program, adaptation: str, method: str, seams: Seams | None = None) -> Builder:
         """Return a builder that inserts an adaptation's nodes."""
-        places = {item.name: [site for site, _ in item.places] for item in self.every_place}
         builder = Builder(program, self.store, adaptation, method, self.work.initial, seams=seams)
-        builder.places = places
+        builder.find_places = self._sites_of_places
         return builder
+
+    def _sites_of_places(self) -> Mapping[str, Sequence[Site]]:
+        """Return the first site of every place in the model, by the adaptation's name."""
+        return {item.name: [site for site, _ in item.places] for item in self.every_place}
 
     @property
     def every_place(self) -> Sequence[Resolved]:

@@ -27,7 +27,7 @@ class Builder(LinearMaps, Attentions, Requantising):
         If both adaptations have the same name, both builders record tensors in the same ``parts``.
         """
         builder = Builder(self.program, self.store, adaptation, method, self.initial, seams=seams, within=self)
-        builder.places = self.places
+        builder.find_places = self.find_places
         if adaptation == self.adaptation:
             builder.parts = self.parts
         return builder

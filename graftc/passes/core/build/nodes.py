@@ -44,8 +44,7 @@ class Nodes:
         starts: the initial states of the parameters created here, by name.
         slots: the members whose values new parameters have in their first slots, and the number of slots; None if new
             parameters have no axis of slots.
-        places: every place that each adaptation has in the model, in order, by the adaptation's name; the Program may
-            lack some of them.
+        find_places: the function that computes `places`.
         seed, values: the seed of the initial values, and the existing tensors, by name, that are used instead of them.
     """
 
@@ -64,7 +63,7 @@ class Nodes:
         self.initial = Initial() if initial is None else initial
         self.seed, self.values = self.initial.seed, self.initial.values
         self.seams = seams if seams is not None else Seams()
-        self.places: Mapping[str, Sequence[Site]] = {}
+        self.find_places: Callable[[], Mapping[str, Sequence[Site]]] = dict
         self.parts: dict[SiteKey | None, dict[str, str]] = {}
         self.starts: dict[str, ParameterStart] = {}
         self.slots: tuple[tuple[str, ...], int] | None = None
@@ -75,6 +74,14 @@ class Nodes:
         self.emitted: set[fx.Node] = set()
         self._first_computed: fx.Node | None = None
         self._known: dict[Hashable, fx.Node] = {}
+
+    @property
+    def places(self) -> Mapping[str, Sequence[Site]]:
+        """Every place that each adaptation has in the model, in order, by the adaptation's name.
+
+        The Program may lack some of them.
+        """
+        return self.find_places()
 
     @contextmanager
     def on(self, site: Site) -> Iterator[None]:
