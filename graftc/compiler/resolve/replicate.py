@@ -36,32 +36,33 @@ def replicated(model: nn.Module, ranges: Sequence[Sequence[int]]) -> nn.Module:
             does not have exactly one stack of layers.
     """
     stack = _stack_of(model)
-    layers: list[nn.Module] = list(model.get_submodule(stack).children())
+    count = len(list(model.get_submodule(stack).children()))
     for index, (first, end) in enumerate(ranges):
-        if not 0 <= first < end <= len(layers):
-            message = f"[{first}, {end}] is not a range of the {len(layers)} layers of {stack}"
+        if not 0 <= first < end <= count:
+            message = f"[{first}, {end}] is not a range of the {count} layers of {stack}"
             place = Place(path=f"layer_replication[{index}]")
-            raise GraftError("GC002", message, place=place, hint=f"for example [0, {len(layers)}]")
+            raise GraftError("GC002", message, place=place, hint=f"for example [0, {count}]")
     order = [number for first, end in ranges for number in range(first, end)]
     if len(order) > _MOST:
         message = f"the ranges have {len(order):,} layers, and a model may have at most {_MOST:,}"
         raise GraftError("GC009", message, place=_PLACE, hint="use fewer ranges")
-    result: Any = sharing_copy(model)
-    layers = list(result.get_submodule(stack).children())
+    result: nn.Module = sharing_copy(model)
+    before: Any = result.get_submodule(stack)
+    layers = list(before.children())
     used: set[int] = set()
     copies: list[nn.Module] = []
     for depth, number in enumerate(order):
-        layer = _another(layers[number]) if number in used else layers[number]
+        layer: Any = _another(layers[number]) if number in used else layers[number]
         used.add(number)
         copies.append(layer)
         for module in layer.modules():
             if isinstance(getattr(module, "layer_idx", None), int):
-                setattr(module, "layer_idx", depth)  # noqa: B010
+                module.layer_idx = depth
     path, _, name = stack.rpartition(".")
-    setattr(result.get_submodule(path), name, type(result.get_submodule(stack))(copies))
+    setattr(result.get_submodule(path), name, type(before)(copies))
     for config in _configs(result):
-        _adjust(config, order, len(layers))
-    return result  # type: ignore[no-any-return]
+        _adjust(config, order, count)
+    return result
 
 
 def _stack_of(model: nn.Module) -> str:
