@@ -19,7 +19,7 @@ from graftc.passes.core.method.steering import AdaptedSite
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.runtime.model.evaluation import in_eval_mode
 from graftc.runtime.model.sharded import in_every_process
-from graftc.runtime.training.selecting import Loss, Selecting, batches_of
+from graftc.runtime.training.selecting import Loss, Selecting, batches_for
 from graftc.runtime.training.steering import TrainingSteering
 from graftc.specs.errors.diagnostics import GraftError
 
@@ -48,15 +48,13 @@ class Initialising(Selecting):
             GraftError: GC056 if no adaptation starts from examples, one has been trained, there are no examples with
                 tokens that count, they yield no loss or no gradient, or values that are not finite.
         """
-        names = TrainingSteering(self.runner).uninitialised
-        pending = [resolved for resolved in self.runner.compilation.main.resolved if resolved.name in names]
-        if not pending:
-            hint = "use init: eva or init: lora_ga, and compile the spec again to initialise again"
-            raise GraftError("GC056", "no adaptation has initial values that are yet to be computed", hint=hint)
-        if self.runner.device.type == "meta":
-            hint = "load the base's weights"
-            raise GraftError("GC056", "initial values cannot be computed on the meta device", hint=hint)
-        examples = list(batches_of(examples, "initialise")) if len(pending) > 1 else batches_of(examples, "initialise")
+        pending = self._pending(
+            TrainingSteering(self.runner).uninitialised,
+            "no adaptation has initial values that are yet to be computed",
+            hint="use init: eva or init: lora_ga, and compile the spec again to initialise again",
+            on_meta="initial values cannot be computed on the meta device",
+        )
+        examples = batches_for(pending, examples, "initialise")
         transitions: dict[str, Transition[Any]] = {}
         for resolved in pending:
             method = method_for(resolved.spec.method)

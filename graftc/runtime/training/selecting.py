@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,16 +58,15 @@ class Selecting:
         Raises:
             GraftError: GC056 if no adaptation selects by examples, there are no examples, or there is no loss.
         """
-        names = TrainingSteering(self.runner).unselected
-        chosen = [r for r in self.runner.compilation.main.resolved if r.name in names]
-        if not chosen:
-            hint = "compile the spec again to select again"
-            raise GraftError("GC056", "no adaptation has entries that are yet to be selected by examples", hint=hint)
-        if self.runner.device.type == "meta":
-            raise GraftError("GC056", "entries cannot be selected on the meta device", hint="load the base's weights")
-        examples = list(batches_of(examples, "select")) if len(chosen) > 1 else batches_of(examples, "select")
+        pending = self._pending(
+            TrainingSteering(self.runner).unselected,
+            "no adaptation has entries that are yet to be selected by examples",
+            hint="compile the spec again to select again",
+            on_meta="entries cannot be selected on the meta device",
+        )
+        examples = batches_for(pending, examples, "select")
         transitions: dict[str, Transition[Any]] = {}
-        for resolved in chosen:
+        for resolved in pending:
             method = method_for(resolved.spec.method)
             assert isinstance(method, Scored)
             places, _ = live_places(self.runner.compilation, resolved)
@@ -76,6 +75,25 @@ class Selecting:
             scores = self._scores(method.scored(places), scoring, examples, loss)
             transitions[resolved.name] = method.selected(resolved.spec, places, scores)
         return self._after(transitions)
+
+    def _pending(self, names: Iterable[str], nothing: str, *, hint: str, on_meta: str) -> Sequence[Resolved]:
+        """Return the adaptations that are yet to see examples.
+
+        Args:
+            names: their names.
+            nothing, hint: the message if there are none, and its hint.
+            on_meta: the message for a base without values.
+
+        Raises:
+            GraftError: GC056 if there are none, or the base is on the meta device.
+        """
+        wanted = {*names}
+        pending = [resolved for resolved in self.runner.compilation.main.resolved if resolved.name in wanted]
+        if not pending:
+            raise GraftError("GC056", nothing, hint=hint)
+        if self.runner.device.type == "meta":
+            raise GraftError("GC056", on_meta, hint="load the base's weights")
+        return pending
 
     def _scores(
         self,
@@ -213,7 +231,7 @@ class Selecting:
         return compiled
 
 
-def batches_of(examples: Any, caller: str) -> Iterator[Mapping[str, Any]]:
+def _batches(examples: Any, caller: str) -> Iterator[Mapping[str, Any]]:
     """Yield the batches that a public function was given.
 
     Raises:
@@ -226,6 +244,14 @@ def batches_of(examples: Any, caller: str) -> Iterator[Mapping[str, Any]]:
         if not isinstance(example, Mapping):
             raise GraftError("GC056", f"{kind_of(example)} is not a batch of inputs", hint=hint)
         yield example
+
+
+def batches_for(
+    pending: Sequence[Resolved], examples: Iterable[Mapping[str, Any]], caller: str
+) -> Iterable[Mapping[str, Any]]:
+    """Return the batches that a public function was given, as a list if several adaptations iterate over them."""
+    batches = _batches(examples, caller)
+    return list(batches) if len(pending) > 1 else batches
 
 
 def _single(example: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
