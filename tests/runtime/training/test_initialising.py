@@ -27,15 +27,15 @@ GA = varied(EVA, init="lora_ga")
 def batches(count: int = 3) -> list[dict[str, Tensor]]:
     """Return batches with padding on the right, and labels that leave out the first token."""
     generator = torch.Generator().manual_seed(7)
-    made = []
+    result: list[dict[str, Tensor]] = []
     for _ in range(count):
         ids = torch.randint(1, 100, (6, 12), generator=generator)
         mask = torch.ones_like(ids)
         mask[0, 7:] = mask[3, 4:] = 0
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, 0] = -100
-        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-    return made
+        result.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return result
 
 
 def inputs_of(model: nn.Module, module: str, examples: list[dict[str, Tensor]]) -> Tensor:

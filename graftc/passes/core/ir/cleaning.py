@@ -19,10 +19,10 @@ def remove_dead(program: Program) -> None:
     An edit whose replacement is unused has no effect, and is removed as well.
     """
     while True:
-        kept = {edit.before for edit in program.edits}
+        replaced = {edit.before for edit in program.edits}
         erased = set[fx.Node]()
         for node in reversed(list(program.graph.nodes)):
-            unused = not node.users and node not in kept
+            unused = not node.users and node not in replaced
             if unused and node.op in ("call_function", "get_attr") and not mutates(node):
                 program.graph.erase_node(node)
                 erased.add(node)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_KEPT = 4
-"""How many directions are kept between batches for each that is wanted."""
+_KEPT_FACTOR = 4
+"""The number of directions that are kept between batches for each that is wanted."""
 
 
 class PrincipalComponents:
@@ -42,8 +42,8 @@ class PrincipalComponents:
             squares = squares + self._squares + shift.square().sum()
             mean = self._mean + (mean - self._mean) * (count / (self.seen + count))
         _, values, directions = torch.linalg.svd(torch.cat(rows), full_matrices=False)
-        kept = _KEPT * self.count
-        self._scaled = values[:kept, None] * directions[:kept]
+        limit = _KEPT_FACTOR * self.count
+        self._scaled = values[:limit, None] * directions[:limit]
         self._mean, self._squares, self.seen = mean, squares, self.seen + count
 
     @property
