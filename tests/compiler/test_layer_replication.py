@@ -63,6 +63,18 @@ def test_a_config_of_peft_is_a_spec() -> None:
 
 
 @pytest.mark.slow
+def test_one_warning_names_the_copies() -> None:
+    """All weights of copied layers are shared, so one of them is named; another tie, as of a head, has its own."""
+    adaptation = {**LORA, "target": {"modules": ["**.q_proj", "**.down_proj", "lm_head"]}}
+    with pytest.warns(graftc.GraftWarning) as told:
+        adapted(tiny("llama", tie_word_embeddings=True), adaptation, layer_replication=RANGES)
+    messages = [str(each.message) for each in told if "GC024" in str(each.message)]
+    assert len(messages) == 2
+    assert "copies of layers share model.layers.0.self_attn.q_proj.weight" in messages[0]
+    assert "lm_head.weight is tied to model.embed_tokens.weight" in messages[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("untied", ["**", "self_attn.q_proj"])
 @pytest.mark.parametrize("tied_head", [False, True])
 def test_it_merges_once_the_copies_are_untied(tied_head: bool, untied: str, tmp_path: Path) -> None:

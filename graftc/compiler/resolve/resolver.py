@@ -13,6 +13,7 @@ from graftc.compiler.resolve.select import check_overrides, select
 from graftc.compiler.resolve.sitetable import BlockedSite, SiteTable
 from graftc.passes.core.grouping import grouped
 from graftc.passes.core.ir.functions import calls, is_within, renamed
+from graftc.passes.core.ir.layers import layer_path
 from graftc.passes.core.ir.program import Program
 from graftc.passes.core.method.registry import method_for
 from graftc.passes.core.sites.sites import LinearSite, Site, SiteKey, SublayerSite, ValueSite
@@ -135,10 +136,21 @@ class Resolver:
         reader = self.table.read_elsewhere(sites)
         if reader is None:
             return None
-        first = sites[0]
-        own = f"{first.key.module}.{first.key.name}"
-        others = [n for n in (first.own.tensor, *self.table.store.tied(first.own.tensor)) if n != own]
+        others = self._tied(sites[0])
         return f"is tied to {', '.join(others)}" if others else f"is also read by {reader}"
+
+    def _tied(self, site: LinearSite) -> list[str]:
+        """Return the other names of a site's tensor."""
+        names = (site.own.tensor, *self.table.store.tied(site.own.tensor))
+        return [name for name in names if name != _name_of(site)]
+
+    def _is_copied(self, site: Site) -> bool:
+        """Return whether a site's tensor is tied to the tensors at the same place of other layers, and to no others."""
+        if not isinstance(site, LinearSite):
+            return False
+        others = self._tied(site)
+        own = _place_in_layer(_name_of(site))
+        return bool(others) and own is not None and all(_place_in_layer(other) == own for other in others)
 
     def again(
         self, main: Iterable[Resolved], *, required: Required = "all", edits: TensorEdits | None = None
@@ -210,19 +222,19 @@ class Resolver:
             if method_for(resolved.spec.method).stands_in:
                 continue
             place = spec.place(f"adapt[{index}].target")
+            copies_named = False
             for site, _ in resolved.places:
-                if place_of(site) in resolved.shared and spec.layer_replication:
+                if (reader := resolved.shared.get(place_of(site))) is None:
+                    continue
+                message = f"{site.key} {reader}: {resolved.name!r} trains it but will not fold"
+                hint = "exclude it, or deploy with the adaptation in the graph"
+                if self._is_copied(site):
+                    if copies_named:  # all weights of a copied layer are shared, so one of them is named
+                        continue
+                    copies_named = True
                     message = f"copies of layers share {site.key}: {resolved.name!r} trains beside it but will not fold"
-                    warn(
-                        "GC024",
-                        message,
-                        place=place,
-                        hint="untie the copies, or deploy with the adaptation in the graph",
-                    )
-                    break
-                if (reader := resolved.shared.get(place_of(site))) is not None:
-                    message = f"{site.key} {reader}: {resolved.name!r} trains it but will not fold"
-                    warn("GC024", message, place=place, hint="exclude it, or deploy with the adaptation in the graph")
+                    hint = "untie the copies, or deploy with the adaptation in the graph"
+                warn("GC024", message, place=place, hint=hint)
 
 
 Required = Literal["all", "called", "none"]
@@ -236,6 +248,16 @@ def not_read(program: Program, place: str, owner: str) -> GraftError:
         f"with the inputs {', '.join(program.signature)} the model does not read {place}, which {owner!r} adapts",
         hint="leave that place out of the spec, or call the model with the inputs it was compiled with",
     )
+
+
+def _name_of(site: LinearSite) -> str:
+    return f"{site.key.module}.{site.key.name}"
+
+
+def _place_in_layer(name: str) -> tuple[str, str] | None:
+    """Return the path of the stack that a tensor belongs to, and its name in its layer; None outside of layers."""
+    layer = layer_path(name)
+    return (layer.rpartition(".")[0], name.removeprefix(layer)) if layer else None
 
 
 def _rows(own: WeightSlice) -> str:
