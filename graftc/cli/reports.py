@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedReport(Report, published="CheckedData", behind={"class_": ("totals",)}):
-    """What `check` and `compile` say of a spec and a model."""
+    """The report of `check` and `compile` on a spec and a model."""
 
     spec: GivenSpec
 

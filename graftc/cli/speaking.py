@@ -104,7 +104,7 @@ class SpokenResult(
     """The DIR argument."""
 
     kind: Literal["artifact", "model", "onnx", "peft"]
-    """What it holds: an artifact, a whole model, or an adapter of PEFT's."""
+    """Its contents: an artifact, a whole model, ONNX graphs, or an adapter of PEFT's."""
 
     adapter: str | None
     """The `--adapter` option."""

@@ -36,8 +36,8 @@ from graftc.specs.errors.diagnostics import GraftError, Place
 from graftc.specs.errors.text import counted
 
 Level = Literal["graph", "layers", "modules"]
-"""What is captured as one graph: the whole model, each of its layers, or each of its maps. Between graphs, the model's
-own Python code runs."""
+"""The unit that is captured as one graph: the whole model, each of its layers, or each of its maps. Between graphs, the
+model's own Python code runs."""
 
 
 @dataclass(frozen=True)

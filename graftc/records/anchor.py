@@ -16,7 +16,7 @@ class AnchorRecord(Record, published="AnchorData", behind={"bound": ("exact",)})
     """How a base graph compares with the source model itself, run on the same inputs."""
 
     inputs: str
-    """What both were called with: names of tensors, and flags."""
+    """The inputs of both: names of tensors, and flags."""
 
     mode: Literal["train", "eval"]
     """The mode of both."""
@@ -26,7 +26,7 @@ class AnchorRecord(Record, published="AnchorData", behind={"bound": ("exact",)})
     at."""
 
     bound: Annotated[float, Ge(0)]
-    """What `difference` may be where kernels are others."""
+    """The largest `difference` that is allowed where kernels differ."""
 
     skipped: str = ""
     """Why it was not looked at; empty where it was."""
@@ -39,6 +39,6 @@ class AnchorRecord(Record, published="AnchorData", behind={"bound": ("exact",)})
 
 @dataclass(frozen=True)
 class TimedAnchor(AnchorRecord):
-    """The same, with its cost."""
+    """A comparison of a base graph with the source model, with the time that it took."""
 
     seconds: Seconds = field(default=0.0, compare=False)

@@ -31,7 +31,7 @@ ROUNDING_BOUND = 0.5
 
 @dataclass(frozen=True)
 class SiteEvidence(Record):
-    """What probing showed at one site."""
+    """The findings of probing at one site."""
 
     site: str
     """The site, or the tensor's name."""
@@ -50,7 +50,7 @@ class SiteEvidence(Record):
     """Largest distance of a folded element from its float64 value, in units in the last place."""
 
     retention: Annotated[Retention, OrNull()] = field(default_factory=Retention)
-    """What rounding left of the update there; null where the update is zero."""
+    """The part of the update there that rounding left; null where the update is zero."""
 
     def __post_init__(self) -> None:
         _replace_null(self, retention=Retention())
@@ -89,7 +89,7 @@ class CollapseEvidence(Record):
 
 @dataclass(frozen=True)
 class PackingEvidence(Record):
-    """What packing a folded weight again does to it, at one site."""
+    """The effect of packing a folded weight again, at one site."""
 
     site: SiteName
 
@@ -135,7 +135,7 @@ class RouteEvidence(Record):
     """How far scores move by rounding."""
 
     bound: Annotated[float, Ge(0)] = 0.0
-    """What `gap` may be."""
+    """The largest `gap` that is allowed."""
 
     @property
     def distance(self) -> float:
@@ -185,7 +185,7 @@ class Certificate(Record, behind={"": ("passed",)}):
     `notes` says so; none where the whole model was not run."""
 
     budget: Annotated[float, Ge(0), OrNull()]
-    """What outputs may differ by; null where none were compared."""
+    """The largest difference of outputs that is allowed; null where none were compared."""
 
     structure: str
     """Hash of the folded graph."""
@@ -202,23 +202,24 @@ class Certificate(Record, behind={"": ("passed",)}):
     """The model's dtype, such as `float32`."""
 
     notes: tuple[str, ...] = ()
-    """What else there is to know, for people."""
+    """Further facts, for people."""
 
     collapses: tuple[CollapseEvidence, ...] = ()
-    """What was drawn while training and is deployed as its mean, folded or not; nothing is held against it."""
+    """Evidence of adaptations that draw while training and are deployed as their mean, folded or not; nothing is held
+    against it."""
 
     anchors: tuple[AnchorRecord, ...] = ()
     """The base's graphs held against the source model itself, in each mode."""
 
     requantised: tuple[PackingEvidence, ...] = ()
-    """What packing folded weights again did to them; nothing where none was."""
+    """The effect of packing folded weights again; empty where none was."""
 
     routes: tuple[RouteEvidence, ...] = ()
     """How often the folded model would have chosen differently, at each place where it chooses among its own values.
     Outputs are compared with the unfolded model's choices imposed on both."""
 
     retention: Annotated[Retention, OrNull()] = field(default_factory=Retention)
-    """What rounding left of the updates of all sites; null where all are zero. Nothing is held against it."""
+    """The part of all sites' updates that rounding left; null where all are zero. Nothing is held against it."""
 
     def __post_init__(self) -> None:
         _replace_null(self, retention=Retention(), budget=0.0)

@@ -74,13 +74,13 @@ class Comparison(Record, behind={"base": ("same",)}):
 
 @dataclass(frozen=True)
 class Difference(Record):
-    """What a tensor of a model differs by."""
+    """The difference between two models' versions of a tensor."""
 
     largest: Annotated[float, Ge(0), OrNull()]
-    """The largest absolute difference of an element; null where it is no finite number."""
+    """The largest absolute difference of an element; null where it is not finite."""
 
     norm: Annotated[float, Ge(0), OrNull()]
-    """Norm of the difference over the base's; null where it is no finite number."""
+    """Norm of the difference over the base's; null where it is not finite."""
 
     entries: Annotated[float, Ge(0), Le(1)]
     """Share of the elements that differ."""
@@ -99,7 +99,7 @@ class Difference(Record):
     """Share of the difference's squared norm in those directions, or in the scaling."""
 
     cause: Cause = "full"
-    """What could have made it."""
+    """A possible cause of it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -121,7 +121,7 @@ class WeightChange(Record, published="WeightChange"):
     """Element type and sizes in the first, as `BF16[4, 48]`; empty where it is missing."""
 
     other: str
-    """The same in the second."""
+    """Element type and sizes in the second; empty where it is missing."""
 
     difference: Difference | None = None
     """The numbers, where values differ and can be compared."""
@@ -129,7 +129,7 @@ class WeightChange(Record, published="WeightChange"):
 
 @dataclass(frozen=True)
 class WeightsDiff(Record, published="WeightsDiff"):
-    """What differs between the weights of two model folders."""
+    """The differences between the weights of two model folders."""
 
     equal: Annotated[int, Ge(0)]
     """How many tensors are the same."""

@@ -10,7 +10,7 @@ from annotated_types import Ge
 from graftc.specs.records.record import Record
 
 Proof: TypeAlias = Literal["values", "shapes", "sizes"]
-"""What shows that maps of two models are the same."""
+"""The evidence that maps of two models are the same."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class RenamedMaps(Record):
     """How many maps."""
 
     proof: Proof
-    """What shows that they are the same: `values` if the weights of both models are equal at every adapted map,
+    """The evidence that they are the same: `values` if the weights of both models are equal at every adapted map,
     `shapes` if all tensors under the prefixes have equal shapes, `sizes` if the adapter's sizes fit nothing else."""
 
 
 @dataclass(frozen=True)
 class ConvertedSite(Record):
-    """What became of one site, or of one map of an adapter folder."""
+    """A converted site, or a converted map of an adapter folder."""
 
     adaptation: str | None
     """The adaptation; null for an adapter folder."""
@@ -51,4 +51,4 @@ class ConvertedSite(Record):
     """Distance of the new update from the original one, over the norm of that (Frobenius norm)."""
 
     probed: Annotated[float, Ge(0)]
-    """The same on random inputs, computed from what was made: the compiled LoRA, or the written files."""
+    """This distance on random inputs, computed from the result: the compiled LoRA, or the written files."""

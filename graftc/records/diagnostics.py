@@ -18,10 +18,10 @@ class Diagnostic(Record):
     """The stable code."""
 
     title: str
-    """What the code stands for."""
+    """The meaning of the code."""
 
     message: str
-    """What is wrong, in one sentence."""
+    """The problem, in one sentence."""
 
     file: str | None
     """The file that is wrong; null where none is."""
@@ -36,7 +36,7 @@ class Diagnostic(Record):
     """The place in the spec, such as `adapt[0].target.role`; empty where there is none."""
 
     hint: str | None
-    """What to try."""
+    """A possible remedy."""
 
     corrected: str | None
     """The whole line, corrected, where that can be guessed."""
@@ -50,7 +50,7 @@ class Diagnostic(Record):
 
 @dataclass(frozen=True)
 class ErrorResult(Record):
-    """What every command prints when it fails."""
+    """The output of a command that fails."""
 
     error: Diagnostic
     """The failure."""

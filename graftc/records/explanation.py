@@ -13,6 +13,7 @@ from graftc.records.fields import (
     INSERTED_BY,
     KIND,
     GraphMode,
+    InsertedFor,
     MethodTag,
     Module,
     PrintedLine,
@@ -45,7 +46,7 @@ class Origin(Record):
     kind: Annotated[str, KIND]
 
     roles: tuple[str, ...]
-    """What it does in the architecture, most specific first."""
+    """Its roles in the architecture, most specific first."""
 
     evidence: str
     """Why it has its role; empty where a target named it by path."""
@@ -59,7 +60,7 @@ class Origin(Record):
     """The rows of the weight that are its own; empty for all of them."""
 
     selected_by: tuple[str, ...]
-    """What of the target matches it."""
+    """The parts of the target that match it."""
 
     file: str | None
     """The spec's file, where it was one."""
@@ -91,8 +92,7 @@ class ValueFact(Record, published="ValueData"):
 
     name: PrintedName
 
-    adaptation: str
-    """The adaptation that inserted it; empty for the base's own."""
+    adaptation: InsertedFor
 
     def __str__(self) -> str:
         return f"{self.name}  + {self.adaptation}" if self.adaptation else self.name
@@ -108,17 +108,16 @@ class NodeFact(Record, behind={"step": ("inserted",)}):
     """Its name in the fx graph."""
 
     op: Literal["placeholder", "get_attr", "call_function", "output"]
-    """What kind of node it is there."""
+    """The kind of node there."""
 
     text: PrintedLine
 
     module: Module
 
     step: str
-    """What made it: `capture`, or the step that inserted it."""
+    """The step that created it: `capture`, or the step that inserted it."""
 
-    adaptation: str
-    """Which one; empty for the base's own."""
+    adaptation: InsertedFor
 
     method: Annotated[str, INSERTED_BY]
 
@@ -128,7 +127,7 @@ class NodeFact(Record, behind={"step": ("inserted",)}):
     """The values that it reads."""
 
     read_by: tuple[ValueFact, ...]
-    """What reads it."""
+    """The values that read it."""
 
     @stated
     def inserted(self) -> bool:
@@ -159,7 +158,7 @@ class TensorFact(Record):
 
 @dataclass(frozen=True)
 class Below(Record):
-    """What modules below a place have."""
+    """Counts of the nodes in modules below a place."""
 
     nodes: Annotated[int, Ge(0)]
     """How many nodes."""
@@ -176,10 +175,10 @@ class Explanation(Record):
     """Why something is in the graph."""
 
     name: str
-    """What was asked for."""
+    """The name that was asked for."""
 
     kind: Literal["value", "tensor", "place"]
-    """What it turned out to be."""
+    """The kind of thing that has the name."""
 
     mode: GraphMode
 
@@ -193,7 +192,7 @@ class Explanation(Record):
     """The value itself, the nodes that read a tensor, or the nodes of a place."""
 
     tensors: tuple[TensorFact, ...]
-    """What a value reads, the tensor itself, or the tensors of a place."""
+    """The tensors that a value reads, the tensor itself, or the tensors of a place."""
 
     others: tuple[str, ...] = ()
     """Other values of the same name, but for their number."""

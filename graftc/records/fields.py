@@ -35,6 +35,7 @@ GraphMode: TypeAlias = Annotated[Literal["train", "eval"], Field(description="Wh
 PrintedName: TypeAlias = Annotated[str, Field(description="As printed.")]
 PrintedLine: TypeAlias = Annotated[str, Field(description="Its printed line.")]
 Module: TypeAlias = Annotated[str, Field(description="Path of the module that it belongs to.")]
+InsertedFor: TypeAlias = Annotated[str, Field(description="The adaptation that inserted it; empty for the base's own.")]
 INSERTED_BY = Field(description="That one's method.")
 INSERTED_AS = Field(description="As what it was inserted.")
 

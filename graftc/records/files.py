@@ -32,7 +32,7 @@ class PeftTensor(Record):
     """The adapted site; empty for a tensor of the adaptation as a whole."""
 
     part: str
-    """What it is there, such as `A`."""
+    """Its part in the adaptation, such as `A`."""
 
     tensor: str
     """Full name of the tensor in the compiled model."""

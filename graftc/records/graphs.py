@@ -23,7 +23,7 @@ class GraphNode(Record):
     """Its position in the graph."""
 
     op: Literal["placeholder", "get_attr", "call_function", "output"]
-    """What kind of node it is; `get_attr` is a tensor."""
+    """The kind of node; `get_attr` is a tensor."""
 
     target: str
     """The operator, or the name of the input or tensor."""
@@ -101,7 +101,7 @@ class DiffChange(Record, published="ChangeData"):
 
 @dataclass(frozen=True)
 class Diff(Record, published="GraphDiffData", behind={"mode": ("added", "removed", "changed")}):
-    """What changed from the base's graph to the rewritten one."""
+    """The changes from the base's graph to the rewritten one."""
 
     mode: GraphMode
 
@@ -135,7 +135,7 @@ class Diff(Record, published="GraphDiffData", behind={"mode": ("added", "removed
 
 @dataclass(frozen=True)
 class HistoryRow(Record, published="StepData"):
-    """What one step did to the graph."""
+    """The effect of one step on the graph."""
 
     step: str
     """Its name."""
@@ -161,7 +161,7 @@ class HistoryRow(Record, published="StepData"):
 
 @dataclass(frozen=True)
 class LoweringOutcome(Record, published="OutcomeData"):
-    """What a step of lowering found at a site of the training graph."""
+    """The outcome of a step of lowering at a site of the training graph."""
 
     step: str
     """Its name, as in `optimise.off`."""

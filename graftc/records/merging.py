@@ -1,4 +1,4 @@
-"""What a merge left beside the base, and what it did file by file."""
+"""The adaptations that a merge left beside the base, and its work file by file."""
 
 from __future__ import annotations
 

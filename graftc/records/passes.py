@@ -24,7 +24,7 @@ class PassFigure(Record, closed=True):
     """A figure that a pass of a plugin reports."""
 
     name: str
-    """What it is."""
+    """The name of the figure."""
 
     site: str
     """The place that it is of; empty where it is of the whole model."""
@@ -58,7 +58,7 @@ class PassRecord(Record, published="PassData", closed=True):
     """Whether it may change graphs."""
 
     figures: tuple[PassFigure, ...] = ()
-    """What it reports of the graphs of the first signature."""
+    """Its figures for the graphs of the first signature."""
 
     def __str__(self) -> str:
         return f"the pass {self.name!r} of {self.distribution} {self.version}".rstrip()

@@ -39,16 +39,16 @@ class AdaptedPlace(Record, published="PlaceRecord", closed=True):
     """Name of the parameter, or role of the value."""
 
     part: str
-    """Which rows of a fused tensor, by the last word of their role; empty for all."""
+    """The rows of a fused tensor, by the last word of their role; empty for all."""
 
     use: Count
-    """Which use, for what is not a tensor."""
+    """The number of the use, for places other than tensors."""
 
     kind: str
     """Kind of site."""
 
     roles: tuple[str, ...]
-    """What it does in the architecture."""
+    """Its roles in the architecture."""
 
     layer: Count | None
     """Index of its layer."""

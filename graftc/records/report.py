@@ -20,7 +20,7 @@ maps; none, and nothing is adapted."""
 
 @dataclass(frozen=True)
 class Cost(Record):
-    """What an adaptation adds."""
+    """The cost of an adaptation."""
 
     sites: Annotated[int, Ge(0)]
     """How many sites are adapted."""
@@ -35,7 +35,7 @@ class Cost(Record):
     """Size of all tensors that are added."""
 
     flops_per_token: Annotated[float, Ge(0)]
-    """What a forward pass in eval mode costs more for one token, two per multiply-add."""
+    """Additional operations of a forward pass in eval mode for one token, two per multiply-add."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class StackReport(Record, published="StackData"):
     """How much of them is a graph: a part of the model's one graph, each layer, single maps, nothing."""
 
     reason: str = ""
-    """What is in the way of the next level, with the line of code where that is known; empty where nothing is."""
+    """The obstacle to the next level, with the line of code where that is known; empty where there is none."""
 
 
 @dataclass(frozen=True)
 class Report(Record):
-    """What a spec adds to a model."""
+    """The cost of a spec for a model."""
 
     adaptations: tuple[AdaptationReport, ...]
     """One entry for each adaptation, the `train:` list last."""
@@ -97,12 +97,12 @@ class Report(Record):
     """Elements of the modules in the `train:` list."""
 
     deployed_parameters: Annotated[int, Ge(0)]
-    """What has to ship beside the base if nothing is folded; of experts that are averaged, one."""
+    """Elements that have to ship beside the base if nothing is folded; of experts that are averaged, one."""
 
     percent: Percent
 
     flops_per_token: Annotated[float, Ge(0)]
-    """What a forward pass of the base costs for one token, two per multiply-add."""
+    """Operations of a forward pass of the base for one token, two per multiply-add."""
 
     capture_seconds: Annotated[float, Ge(0)]
     """How long capturing the model took."""
@@ -114,7 +114,7 @@ class Report(Record):
     """Whether the captured graphs came from the cache."""
 
     notes: tuple[str, ...] = ()
-    """What was done to the model so that it could be captured, and what could not be looked at, for people."""
+    """Changes made to the model so that it could be captured, and parts that could not be examined, for people."""
 
     anchors: tuple[TimedAnchor, ...] = ()
     """The source model's graphs held against the model itself, in each mode."""

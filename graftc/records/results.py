@@ -1,4 +1,4 @@
-"""What the results of commands have in common."""
+"""Fields common to the results of commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WrittenResult(CommandResult):
     """The result of a command that writes a folder or files."""
 
     out: str | None = None
-    """What was written; null with `--dry-run`."""
+    """The written folder or file; null with `--dry-run`."""
 
     dry_run: NothingWritten = False
 

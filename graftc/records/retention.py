@@ -1,4 +1,4 @@
-"""What rounding leaves of an update."""
+"""The part of an update that rounding leaves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from graftc.specs.records.record import Record, stated
 
 @dataclass(frozen=True, eq=False)
 class Retention(Record, unstated=("exact", "applied", "lost", "wanted", "changed", "beyond")):
-    """What rounding to the deployed type left of an update: `u` is the exact one, `v` the one that was applied."""
+    """The part of an update that rounding to the deployed type left: `u` is the exact update, `v` the applied one."""
 
     exact: float = 0.0
     """``<u, u>``. This and the others are sums over entries, so that parts of tensors and sites add up."""

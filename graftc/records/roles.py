@@ -48,7 +48,7 @@ class Finding(Record):
     stack: Stack
 
     use: Annotated[int, Ge(0)]
-    """Which use of the weight in the module this is, for layers that run several times."""
+    """The number of this use of the weight in the module, for layers that run several times."""
 
     evidence: str
     """Why it has this role, for people."""
@@ -81,16 +81,16 @@ class Sublayer(Record, behind={"post_norm": ("output",)}):
     """`attn.sublayer`, `ffn.sublayer`, both or none, with prefixes."""
 
     stream: Annotated[Any, Named()]
-    """What the branch is added to."""
+    """The value that the branch is added to."""
 
     normed: Annotated[Any, Named()]
-    """What the branch reads."""
+    """The value that the branch reads."""
 
     projection: Annotated[Any, Named()]
     """Output of its last linear map, before dropout and norms."""
 
     branch: Annotated[Any, Named()]
-    """What is added."""
+    """The value that is added."""
 
     sum: Annotated[Any, Named()]
     """The add."""
@@ -106,11 +106,11 @@ class Sublayer(Record, behind={"post_norm": ("output",)}):
     stack: Stack
 
     use: Annotated[int, Ge(0)] = 0
-    """Which sublayer of these roles in its layer this is."""
+    """The number of this sublayer among those of these roles in its layer."""
 
     @stated
     def output(self) -> Annotated[Any, Named()]:
-        """What the stream goes on from."""
+        """The value from which the stream goes on."""
         return self.post_norm or self.sum
 
     @property

@@ -45,7 +45,7 @@ class AdaptationSummary(Record):
 
 @dataclass(frozen=True)
 class Summary(Record):
-    """What is adapted, and how much trains."""
+    """The adapted sites, and how much trains."""
 
     model: str
     """Class of the source model."""

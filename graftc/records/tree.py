@@ -56,7 +56,7 @@ class TreeTensor(Record):
 
 @dataclass(frozen=True)
 class Addition(Record):
-    """What one adaptation has in a module."""
+    """The tensors of one adaptation in a module."""
 
     adaptation: str
     """Its name."""
@@ -95,7 +95,7 @@ class TreeNode(Record, published="TreeData", behind={"paths": ("alike",)}):
     """The module's own tensors of the base."""
 
     added: tuple[Addition, ...]
-    """What adaptations have in the module itself."""
+    """The tensors of adaptations in the module itself."""
 
     children: tuple[TreeNode, ...]
     """Modules below it."""

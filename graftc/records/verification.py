@@ -12,13 +12,13 @@ class Check(Record):
     """One check of an artifact."""
 
     name: str
-    """What was checked."""
+    """The name of the check."""
 
     passed: bool | None
     """Whether it holds; null where it was not done."""
 
     detail: str
-    """What was found, or why it was not done, for people."""
+    """The finding, or why the check was not done, for people."""
 
 
 @dataclass(frozen=True)

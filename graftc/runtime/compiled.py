@@ -273,7 +273,7 @@ class Compiled(ModelRoot, Generic[M]):
 
     @property
     def report(self) -> Report:
-        """What each adaptation adds: sites, parameters, bytes and FLOPs per token."""
+        """The cost of each adaptation: sites, parameters, bytes and FLOPs per token."""
         return cast(Report, self._graftc.report)
 
     def __repr__(self) -> str:

@@ -117,7 +117,7 @@ class MethodSpec(NamedSpec):
     """The method's tag."""
 
     target: Target
-    """Which sites of the model to adapt."""
+    """The sites of the model to adapt."""
 
     dtype: Literal["float32", "base"] = "float32"
     """Element type of the adaptation's tensors on a base in 16 bits. `float32`: they are cast where they are used, so

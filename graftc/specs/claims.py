@@ -31,7 +31,7 @@ class FoldKind(StrEnum):
 
 @dataclass(frozen=True)
 class Claims(Record, unstated=("up", "undecayed")):
-    """What a method claims about itself; the contract tests check it.
+    """The claims of a method about itself, which the contract tests check.
 
     Raises:
         ValueError: if ``sites`` is empty.
@@ -74,7 +74,7 @@ class MethodInfo(Record, published="MethodData"):
     """One method."""
 
     tag: str
-    """What a spec writes as `method`."""
+    """The value of `method` in a spec."""
 
     summary: str
     """One sentence."""
@@ -83,7 +83,7 @@ class MethodInfo(Record, published="MethodData"):
     """The papers to cite, separated by `; `; empty where there is none."""
 
     claims: Claims
-    """What it claims."""
+    """Its claims."""
 
     module: str
     """The module that defines its spec; a plugin's lies outside of graftc."""

@@ -134,7 +134,7 @@ LayerRange: TypeAlias = Annotated[Items[Annotated[int, Field(ge=0, le=SIZE)]], F
 
 
 class Spec(Document):
-    """What to do to a model: the same as YAML, JSON, TOML or Python.
+    """The changes to make to a model, as YAML, JSON, TOML or Python.
 
     Raises:
         GraftError: GC002 to GC012 with the path of the invalid value.
@@ -171,7 +171,7 @@ class Spec(Document):
     """`layers`: recompute each layer's activations in the backward pass instead of keeping them."""
 
     memory: MemoryOptions = MemoryOptions()
-    """What a training step keeps in memory."""
+    """The values that a training step keeps in memory."""
 
     optimise: OptimiseOptions = OptimiseOptions()
     """How training graphs are lowered."""

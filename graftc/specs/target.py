@@ -120,7 +120,7 @@ PatternList: TypeAlias = Annotated[
 
 
 class Target(SpecModel):
-    """Which sites of the model an adaptation applies to.
+    """The sites of the model that an adaptation applies to.
 
     A site is selected if it matches each of ``role``, ``modules`` and ``regex`` that is given; ``layers`` and
     ``exclude`` then narrow the selection. Every list item and every brace branch must select a site.

@@ -62,7 +62,7 @@ class ConvertResult(
     """By name, for artifacts that share a base (`--beside`), the largest differences in the outputs; null otherwise."""
 
     into_base: tuple[str, ...] = ()
-    """What was folded into a base inside of the new artifact."""
+    """Names of the adaptations that were folded into a base inside of the new artifact."""
 
 
 LORA, GGUF = "lora", "gguf"

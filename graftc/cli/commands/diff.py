@@ -31,7 +31,7 @@ class DiffResult(Comparison, behind={"": ("a", "b")}):
     """The second folder."""
 
     weights: WeightsDiff | None = None
-    """What differs between two models, of which the fields above are empty; null of artifacts."""
+    """The differences between two models, for which the fields above are empty; null for artifacts."""
 
     warnings: Warnings = ()
 

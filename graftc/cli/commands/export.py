@@ -73,7 +73,7 @@ class ExportResult(
     """With `--for`, the largest rank with which the server has to be started, its `--max-lora-rank`; null otherwise."""
 
     title: str = ""
-    """What stands above the tensors, for people; empty where there are none."""
+    """The title of the list of tensors, for people; empty where there are none."""
 
     needs: str | None = None
     """The option that the server needs, for people."""

@@ -40,10 +40,10 @@ class InspectResult(CommandResult, behind={"files": ("warnings",)}):
     artifact: ArtifactFolder
 
     mode: Literal["train", "eval"]
-    """Which of the two graphs."""
+    """The mode of the graph."""
 
     summary: Summary
-    """What is adapted, and how much trains."""
+    """The adapted sites, and how much trains."""
 
     graph: GraphRecord | None
     """With `--graph`: the rewritten graph."""

@@ -40,7 +40,7 @@ class MergeResult(
     artifact: ArtifactFolder
 
     out: str | None = None
-    """What was written: a transformers folder, or an artifact where it is partial; null with `--dry-run`."""
+    """The written folder: a transformers model, or an artifact where the merge is partial; null with `--dry-run`."""
 
     partial: bool
     """Whether some adaptations stay beside the base."""
@@ -55,7 +55,7 @@ class MergeResult(
     """The evidence for the fold; null where nothing folds."""
 
     streamed: Streamed | None = None
-    """What else there is to say of a merge file by file; null of one in memory."""
+    """Further facts about a merge file by file; null for one in memory."""
 
 
 @command(writes=True)

@@ -26,7 +26,7 @@ class ServeCheckResult(CommandResult, behind={"certificate": ("warnings",)}):
     """The FOLDER argument."""
 
     certificate: ServingCertificate
-    """What the engine does with it."""
+    """A statement of how the engine treats the folder."""
 
 
 @command()

@@ -32,7 +32,7 @@ REQUANTISED_BUDGET: Mapping[str, float] = {"int8": 0.05}
 """How much outputs may differ after packing again, by packing, relative to the largest output (or to 1 if larger)."""
 
 REQUANTISED_MOST = 0.5
-"""The same for all other packings, which have 4 bits."""
+"""How much outputs may differ after packing again with any other packing, all of which have 4 bits."""
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,8 @@ def placed(spec: Spec, unit: Unit, error: GraftError) -> GraftError:
 
 
 Control: TypeAlias = CompositionSpec | Invoked
-"""What an input controls: which members of a composition each row uses, or from which token on an aLoRA acts."""
+"""The object of a control input: a composition, of which each row uses some members, or an aLoRA, which acts from some
+token on."""
 
 
 def controls(spec: Spec) -> dict[str, Control]:

@@ -13,7 +13,7 @@ from graftc.specs.records.record import Record, stated
 
 @dataclass(frozen=True)
 class Answer(Record, behind={"cached": ("new_tokens",), "seconds": ("tokens_per_second",)}):
-    """What a model said."""
+    """An answer of a model."""
 
     text: str
     """Its text, without special tokens."""
@@ -51,7 +51,7 @@ class Answer(Record, behind={"cached": ("new_tokens",), "seconds": ("tokens_per_
 
 @dataclass(frozen=True)
 class GeneratedAnswer(Answer, published="GeneratedData"):
-    """What follows a prompt."""
+    """A continuation of a prompt."""
 
     prompt: str
     """The prompt."""
@@ -62,7 +62,7 @@ class Turn(Answer):
     """A turn of a conversation."""
 
     said: str
-    """What the user said."""
+    """The user's message."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class Settings(Record):
     """Whether tokens were drawn."""
 
     temperature: float | None = None
-    """What logits were divided by."""
+    """The divisor of logits."""
 
     top_k: int | None = None
     """From how many tokens was drawn."""
 
     top_p: float | None = None
-    """What probability these had together."""
+    """The probability of these tokens together."""
 
     num_beams: int | None = None
     """Beams of the search."""

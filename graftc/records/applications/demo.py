@@ -71,7 +71,7 @@ class PredictionAgreement(Record, published="AgreementData", behind={"": ("passe
     """Largest absolute difference of logits."""
 
     tolerance: Annotated[float, Ge(0)]
-    """What that may be."""
+    """The largest difference that is allowed."""
 
     @stated
     def passed(self) -> bool:
@@ -81,10 +81,10 @@ class PredictionAgreement(Record, published="AgreementData", behind={"": ("passe
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOutcome(CommandResult):
-    """What both demos have."""
+    """Fields common to both demos."""
 
     report: Report
-    """What the adaptation adds."""
+    """The cost of the adaptation."""
 
     certificate: Certificate
     """The evidence for the fold."""
@@ -93,7 +93,7 @@ class DemoOutcome(CommandResult):
     """How long each stage took."""
 
     files: Mapping[str, str]
-    """What was written, by purpose."""
+    """The written files and folders, by purpose."""
 
     out: str = ""
     """The folder that was written to."""
@@ -137,7 +137,7 @@ class DemoResult(
 
     @stated
     def failures(self) -> tuple[str, ...]:
-        """What it promises and this run did not show."""
+        """The promises of the demo that this run did not keep."""
         problems = []
         if self.scores.baseline is not None and self.scores.after.macro_f1 <= self.scores.baseline.macro_f1:
             problems.append("the trained model does not beat the baseline in macro-F1")
@@ -197,7 +197,7 @@ class AllTopicScores(Record, published="TopicScoresData"):
     """The tuned model."""
 
     peft: TopicScores | None
-    """The same training with PEFT; null in a quick run."""
+    """A model that PEFT tuned in the same way; null in a quick run."""
 
     @property
     def by_name(self) -> dict[str, TopicScores]:
@@ -208,7 +208,7 @@ class AllTopicScores(Record, published="TopicScoresData"):
 
 @dataclass(frozen=True)
 class TopicAnswer(Record):
-    """What the model says about a test text."""
+    """The model's answers for a test text."""
 
     text: str
     """The text, as it was cut."""
@@ -217,10 +217,10 @@ class TopicAnswer(Record):
     """The right answer."""
 
     before: str
-    """What the untuned model says."""
+    """The untuned model's answer."""
 
     after: str
-    """What the tuned model says."""
+    """The tuned model's answer."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ class LLMResult(
 
     @stated
     def failures(self) -> tuple[str, ...]:
-        """What it promises and this run did not show."""
+        """The promises of the demo that this run did not keep."""
         problems = []
         ways = ("by likelihood", "by generation")
         for way, before, after in zip(ways, self.scores.untuned.accuracies, self.scores.graftc.accuracies, strict=True):

@@ -14,7 +14,7 @@ from graftc.specs.records.record import Record, stated
 
 @dataclass(frozen=True)
 class MemoryPlan(Record, published="PlanData", behind={"update": ("resident", "peak"), "budget": ("fits",)}):
-    """What training takes on each device, in bytes."""
+    """The memory that training takes on each device, in bytes."""
 
     batch: Annotated[int, Ge(1)]
     """Rows of each device."""
@@ -34,7 +34,7 @@ class MemoryPlan(Record, published="PlanData", behind={"update": ("resident", "p
     """How many share parameters, gradients and state (FSDP2)."""
 
     device: str
-    """What kind they are."""
+    """The kind of device."""
 
     frozen: Annotated[int, Ge(0)]
     """Parameters that do not train."""
@@ -55,7 +55,7 @@ class MemoryPlan(Record, published="PlanData", behind={"update": ("resident", "p
     """Of everything that trains."""
 
     optimizer_state: Annotated[int, Ge(0)]
-    """What the optimiser keeps."""
+    """State of the optimiser."""
 
     saved: Annotated[int, Ge(0)]
     """Activations that are kept for the backward pass."""
@@ -81,7 +81,7 @@ class MemoryPlan(Record, published="PlanData", behind={"update": ("resident", "p
 
     @stated
     def resident(self) -> Annotated[int, Ge(0)]:
-        """What stays from one step to the next."""
+        """The memory that stays in use from one step to the next."""
         return self.frozen + self.trainable + self.buffers + self.inputs + self.optimizer_state
 
     @stated
@@ -140,7 +140,7 @@ class FitRow(Record, published="FitData"):
     """Whether head and loss are computed some rows at a time."""
 
     plan: MemoryPlan | None
-    """What it takes; null where it cannot be done."""
+    """The memory that it takes; null where it cannot be done."""
 
     reason: str = ""
     """Why it cannot."""
@@ -148,7 +148,7 @@ class FitRow(Record, published="FitData"):
 
 @dataclass(frozen=True)
 class PlannedMemory(Record, published="MemoryData"):
-    """What training takes, and what fits."""
+    """The memory that training takes, for a spec and for other ways to train."""
 
     plan: MemoryPlan
     """For the spec."""

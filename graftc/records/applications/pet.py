@@ -29,7 +29,7 @@ class NamedNumbers(Record, Mapping[str, N]):
 
 @dataclass(frozen=True, eq=False)
 class Accuracy(NamedNumbers[float | None]):
-    """What is right, as a fraction; null where there are no such rows."""
+    """Fractions of rows with the right answer; null where there are no such rows."""
 
     labelled: Annotated[float | None, Ge(0), Le(1)]
     """Of the labelled rows."""
@@ -60,7 +60,7 @@ class PetMember(Record):
     """The name of its pattern."""
 
     repetition: Annotated[int, Ge(0)]
-    """Which of the pattern's members it is, from 0."""
+    """Its number among the pattern's members, from 0."""
 
     weight: Annotated[float, Ge(0), Le(1)]
     """Its weight in the ensemble; all sum to one."""

@@ -1,1 +1,1 @@
-"""What graftc states about serving: what an engine does with a folder, and how a serving run compares with graftc's."""
+"""Statements about serving: how an engine treats a folder, and how a serving run compares with graftc's."""

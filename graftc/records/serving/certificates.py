@@ -1,4 +1,4 @@
-"""What `graftc serve-check` states about a folder and an engine."""
+"""The statements of `graftc serve-check` about a folder and an engine."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class ServingProblem(Record):
     """One reason why an engine does not compute what a folder means."""
 
     kind: Literal["refused", "ignored", "wrong", "unverified"]
-    """What the engine does: it raises an error, leaves something out, or computes something else; or it is not known to
+    """The engine's behaviour: it raises an error, leaves something out, computes something else, or is not known to
     compute what PEFT does."""
 
     place: str
     """A field of a config, a tensor, a module of the base, or a file."""
 
     reason: str
-    """What is wrong, for people."""
+    """The problem, for people."""
 
     remedy: str
-    """What to do about it, for people; empty if nothing is known."""
+    """The remedy, for people; empty if none is known."""
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.remedy}" if self.remedy else self.reason
@@ -36,7 +36,7 @@ class ServingProblem(Record):
 
 @dataclass(frozen=True)
 class ServedTensor(Record):
-    """What an engine does with one tensor of an adapter."""
+    """An engine's treatment of one tensor of an adapter."""
 
     name: str
     """Its name in the file, or the name that it would have there."""
@@ -70,7 +70,7 @@ class ServedSite(Record):
 
 @dataclass(frozen=True)
 class ServingRun(Record):
-    """What an engine generated, compared with what graftc computes for the same base and adapter in float32."""
+    """The tokens of an engine, compared with those that graftc computes for the same base and adapter in float32."""
 
     version: str
     """The version of the engine that ran."""
@@ -94,7 +94,7 @@ class ServingRun(Record):
 
 @dataclass(frozen=True)
 class ServingCertificate(Record):
-    """What an engine does with a folder: the tensors that it applies, the scale of each site, and every problem."""
+    """An engine's treatment of a folder: the tensors that it applies, the scale of each site, and every problem."""
 
     engine: str
     """The engine's name."""
@@ -106,7 +106,7 @@ class ServingCertificate(Record):
     """The day on which that source was read."""
 
     form: ServedForm
-    """What the folder is."""
+    """The form of the folder."""
 
     base: str | None
     """The base that names, shapes and architecture were compared with; null if there is none, or none is needed."""

@@ -1,4 +1,4 @@
-"""What `graftc serve-plan` states: the ways in which an engine can serve an artifact, the cheapest exact one first."""
+"""The plans of `graftc serve-plan`: the ways in which an engine can serve an artifact, the cheapest exact one first."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from graftc.records.fields import NeededOption
 from graftc.specs.records.record import Record, stated
 
 RouteKind = Literal["as-is", "lora", "lora-over-base", "lora-within-error", "graph", "merged"]
-"""What is served: the adapter as it is; a LoRA that computes the same; one over a base into which the rest was folded;
-a LoRA with an error; the model with its adaptations in a graph; the model with everything folded."""
+"""The form that is served: the adapter as it is; a LoRA that computes the same; one over a base into which the rest was
+folded; a LoRA with an error; the model with its adaptations in a graph; the model with everything folded."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ServingRoute(Record):
     """One way in which an engine can serve an artifact, tried on the artifact itself."""
 
     kind: RouteKind
-    """What is served."""
+    """The form that is served."""
 
     engine: str
     """The engine that serves it."""
@@ -53,7 +53,7 @@ class ServingRoute(Record):
     """The size of the files that have to be made; null if none could be, or none have to be."""
 
     commands: tuple[str, ...] = ()
-    """What to run, in order; empty if the folder is served as it is, or there is no way."""
+    """The commands to run, in order; empty if the folder is served as it is, or there is no way."""
 
     served: str | None = None
     """The file or folder that the engine loads, which the commands make; null if the route is not available."""

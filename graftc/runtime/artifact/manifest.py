@@ -48,7 +48,7 @@ CERTIFICATE = "certificates/fold.json"
 
 
 class Versions(ManifestEntry):
-    """What wrote the artifact."""
+    """The versions that wrote the artifact."""
 
     graftc: str
     """Of graftc."""
@@ -83,7 +83,7 @@ class Base(ManifestEntry):
     """The model that the artifact adapts: where it was, and how to tell it."""
 
     kind: Kind | None
-    """What `reference` is; null where the model came from Python."""
+    """The kind of `reference`; null where the model came from Python."""
 
     reference: str | None
     """A folder, a hub id, `package.module:callable`, or a folder inside of the artifact."""
@@ -177,13 +177,13 @@ class Captured(ManifestEntry):
     """One captured graph of the base."""
 
     graph: GraphName
-    """Which of the signature's graphs it is."""
+    """Its name among the signature's graphs."""
 
     key: str | None
     """Identifies model, code and versions; null where nothing does. The graph is used again for the same key only."""
 
     notes: tuple[str, ...]
-    """What capturing had to change."""
+    """The changes that capturing had to make."""
 
     constants: tuple[str, ...]
     """Tensors that it mentions beside the model's own."""
@@ -212,7 +212,7 @@ class SignatureRecord(ManifestEntry):
     """Inputs by which a call chooses among adaptations."""
 
     captures: tuple[Captured, ...]
-    """What was captured: train mode, and eval mode where it could not be derived; with token ids, and with token
+    """The captured graphs: train mode, and eval mode where it could not be derived; with token ids, and with token
     embeddings where there are virtual tokens."""
 
     graphs: dict[GraphName, Graph]
@@ -234,16 +234,16 @@ class Manifest(ManifestEntry):
     """Everything that an artifact says of itself."""
 
     artifact: Literal["graftc"] = "graftc"
-    """What this is."""
+    """The kind of file."""
 
     schema_version: Literal[1] = 1
     """Version of this format."""
 
     versions: Versions
-    """What wrote it."""
+    """The versions that wrote it."""
 
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)]
-    """What initial values were drawn from."""
+    """The seed of the initial values."""
 
     base: Base
     """The model that it adapts."""
@@ -258,7 +258,7 @@ class Manifest(ManifestEntry):
     """Base tensors that train."""
 
     adapters: dict[str, AdapterTensor]
-    """What graftc added."""
+    """The tensors that graftc added."""
 
     constants: dict[str, AdapterTensor]
     """Tensors that graphs mention beside the model's and graftc's own."""

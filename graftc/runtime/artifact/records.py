@@ -25,7 +25,7 @@ class MergedAdapter(Record, closed=True):
     """The adapter that was merged, if it was read from a folder."""
 
     kind: Literal["artifact", "peft"]
-    """What the folder was."""
+    """The kind of folder."""
 
     sha256: Digest
     """Of the adapter."""
@@ -33,10 +33,10 @@ class MergedAdapter(Record, closed=True):
 
 @dataclass(frozen=True)
 class MergedRecord(Record, closed=True):
-    """What a merged model's folder says of its origin."""
+    """The record of its origin in a merged model's folder."""
 
     merged: Literal["graftc"]
-    """What this is."""
+    """The kind of record."""
 
     schema_version: Literal[1]
     """Version of this format."""

@@ -45,7 +45,7 @@ class _Sums:
 
 
 class Matrices:
-    """The same matrix in two checkpoints; a vector is a single row.
+    """Two checkpoints' versions of a matrix; a vector is a single row.
 
     Args:
         a, b: functions that read rows of the first and of the second matrix.

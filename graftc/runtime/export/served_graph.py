@@ -31,7 +31,7 @@ _DTYPES = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "DOUBLE": torch.flo
 
 @dataclass(frozen=True)
 class ServedGraph:
-    """What the metadata and inputs of one or several ONNX files say about adapters for them.
+    """The requirements for adapters that the metadata and inputs of one or several ONNX files state.
 
     Attributes:
         path: the file, or the folder of files.

@@ -26,7 +26,7 @@ class Inspecting(Feature):
 
     @property
     def report(self) -> Report:
-        """What each adaptation adds: sites, parameters, bytes and FLOPs per token."""
+        """The cost of each adaptation: sites, parameters, bytes and FLOPs per token."""
         return self.runner.once("report", lambda: report(self.runner.compilation))
 
     def print_graph(self, mode: Mode = "eval") -> str:

@@ -24,7 +24,7 @@ from graftc.specs.errors.text import quoted
 
 @dataclass(frozen=True)
 class PoolCounters:
-    """What a pool has done so far.
+    """Counts of a pool's operations so far.
 
     Attributes:
         hits: how often a request named an adapter that was in a slot.

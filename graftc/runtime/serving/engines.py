@@ -15,8 +15,8 @@ from typing import Literal, TypeAlias
 from graftc.specs.errors.diagnostics import GraftError, alternatives
 
 Form: TypeAlias = Literal["peft", "gguf-adapter", "model", "gguf-model", "onnx-generate"]
-"""What a folder or file is: a PEFT folder, a LoRA adapter in GGUF, a transformers model (merged, or never adapted), a
-whole model in GGUF, or a folder with a graph and ``genai_config.json``."""
+"""The form of a folder or file: a PEFT folder, a LoRA adapter in GGUF, a transformers model (merged, or never adapted),
+a whole model in GGUF, or a folder with a graph and ``genai_config.json``."""
 
 FORMS: Mapping[Form, str] = MappingProxyType(
     {
@@ -27,11 +27,11 @@ FORMS: Mapping[Form, str] = MappingProxyType(
         "onnx-generate": "an ONNX folder for generation",
     }
 )
-"""What each form is called in messages."""
+"""The name of each form in messages."""
 
 Treatment: TypeAlias = Literal["read", "refused", "ignored", "unverified"]
-"""What an engine does with something: reads it as PEFT defines it, raises an error, loads the rest without it, or does
-something that nobody has compared with PEFT."""
+"""An engine's treatment of something: it reads it as PEFT defines it, raises an error, loads the rest without it, or
+does something that nobody has compared with PEFT."""
 
 Place: TypeAlias = Literal["embedding", "head", "experts"]
 """A place where only some engines take a LoRA. All linear maps in layers are read by every engine that reads LoRA."""
@@ -39,7 +39,7 @@ Place: TypeAlias = Literal["embedding", "head", "experts"]
 
 @dataclass(frozen=True)
 class Fact:
-    """What an engine does with a field of a config or with a LoRA at a place.
+    """An engine's treatment of a field of a config or of a LoRA at a place.
 
     Attributes:
         treatment: what it does.

@@ -49,7 +49,7 @@ DRIVERS: Mapping[str, Driver] = MappingProxyType(
 
 @dataclass(frozen=True)
 class EngineAnswer:
-    """What an engine answered.
+    """The answer of an engine.
 
     Attributes:
         tokens: for each prompt, the tokens that the engine added to it, chosen greedily.

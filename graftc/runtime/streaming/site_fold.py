@@ -77,7 +77,7 @@ class RowTarget:
 
 @dataclass
 class Folds:
-    """What folding has measured so far.
+    """The measurements of folding so far.
 
     Attributes:
         tallies: the measurements by site.

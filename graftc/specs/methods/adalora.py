@@ -99,7 +99,7 @@ class AdaLoRA(MethodSpec):
     """Probability of dropping an input of the branch during training."""
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
-    """What is saved of the dropout mask for the backward pass: the mask itself, or a seed to recompute it from."""
+    """The saved form of the dropout mask: the mask itself, or a seed from which the backward pass recomputes it."""
 
     dropout_scope: Literal["input", "target"] = "input"
     """Whether sites that read the same input share one dropout mask, or each has its own."""

@@ -70,13 +70,13 @@ class AdaMix(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
+    """The sites of the model to adapt; by default the feed-forward part of every layer."""
 
     experts: int = Field(default=4, ge=1, le=64)
     """Number of copies of each projection that is not shared. The authors use 4 for BERT and RoBERTa, 8 for GPT-2."""
 
     share: Share = "up"
-    """Which projection is shared by all experts: `up` (the authors' choice), `down`, or `none`."""
+    """The projection that all experts share: `up` (the authors' choice), `down`, or `none`."""
 
     bottleneck: int | None = Field(default=16, ge=1, le=SIZE)
     """Width of the bottleneck; give this or `reduction`. The authors use 16 for RoBERTa-large, 48 for BERT-base and 8

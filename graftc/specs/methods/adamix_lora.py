@@ -47,7 +47,7 @@ class AdaMixLoRA(MethodSpec):
     """Number of copies of each factor that is not shared; 8 in the authors' script for GPT-2."""
 
     share: Share = "up"
-    """Which factor is shared by all experts: `up` (`B`, the authors' choice), `down` (`A`), or `none`."""
+    """The factor that all experts share: `up` (`B`, the authors' choice), `down` (`A`), or `none`."""
 
     rank: int = Field(default=4, ge=1, le=SIZE)
     """Rank of the update; at most min(in, out) of every site. 4 in the authors' script for GPT-2."""
@@ -59,7 +59,7 @@ class AdaMixLoRA(MethodSpec):
     """Probability of dropping an input of the branch during training; 0.1 in the authors' script for GPT-2."""
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
-    """What is saved of the dropout mask for the backward pass: the mask itself, or a seed to recompute it from."""
+    """The saved form of the dropout mask: the mask itself, or a seed from which the backward pass recomputes it."""
 
     dropout_scope: Literal["input", "target"] = "input"
     """Whether sites that read the same input share one dropout mask, or each has its own."""

@@ -32,7 +32,7 @@ class AdapterL(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
+    """The sites of the model to adapt; by default the feed-forward part of every layer."""
 
     bottleneck: int | None = Field(default=64, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""

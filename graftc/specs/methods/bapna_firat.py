@@ -31,7 +31,7 @@ class BapnaFirat(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which sites of the model to adapt; by default every layer: its last sublayer is the feed-forward part."""
+    """The sites of the model to adapt; by default every layer: its last sublayer is the feed-forward part."""
 
     bottleneck: int | None = Field(default=64, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""

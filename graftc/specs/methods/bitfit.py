@@ -35,7 +35,7 @@ class BitFit(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**")
-    """Which sites of the model to adapt; by default every linear map and norm."""
+    """The sites of the model to adapt; by default every linear map and norm."""
 
     add_missing: bool = False
     """Add a bias, initialised to zeros, to linear maps without one."""

@@ -92,7 +92,7 @@ class BottleneckSpec(BottleneckWidth, MethodSpec):
     """Fields common to all bottleneck adapters. A subclass defines what they read and where they add."""
 
     wired: ClassVar[Wiring]
-    """What they read and where they add, if that is the same at all sites."""
+    """The values that they read and the places where they add, if these are the same at all sites."""
 
     activation: Activation = "relu"
     """The activation function between the two projections."""
@@ -164,7 +164,7 @@ class Bottleneck(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
+    """The sites of the model to adapt; by default the feed-forward part of every layer."""
 
     reduction: float | None = Field(default=16.0, gt=0)
     """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""

@@ -42,7 +42,7 @@ class ChildTuning(BudgetSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**")
-    """Which sites of the model to adapt; by default all."""
+    """The sites of the model to adapt; by default all."""
 
     variant: Literal["F", "D"] = "F"
     """How the child network is chosen: `F` at random in every step, `D` once, based on examples."""

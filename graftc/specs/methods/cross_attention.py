@@ -29,4 +29,4 @@ class CrossAttention(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(role="cross.attn.{q,k,v,o}")
-    """Which sites of the model to adapt; by default the four projections of every cross-attention."""
+    """The sites of the model to adapt; by default the four projections of every cross-attention."""

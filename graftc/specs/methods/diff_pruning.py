@@ -61,7 +61,7 @@ class DiffPruning(StagedSpec):
     """Number of entries that are left, instead of a share."""
 
     stage: int = Field(default=1, ge=1, le=2)
-    """Which of its two training runs this is: the gates, or the remaining entries; recipes count it."""
+    """The number of this training run: 1 for the gates, 2 for the remaining entries; recipes count it."""
 
     structured: bool = True
     """Whether each tensor has a gate too, in addition to those of its entries."""

@@ -112,7 +112,7 @@ class DoRA(MethodSpec):
     `branch`: in the factors only, `y = c (W x + s B A x~) + b`, which is cheaper."""
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
-    """What is saved of the dropout mask for the backward pass: the mask itself, or a seed to recompute it from (less
+    """The saved form of the dropout mask: the mask itself, or a seed from which the backward pass recomputes it (less
     memory, more time)."""
 
     dropout_scope: Literal["input", "target"] = "input"

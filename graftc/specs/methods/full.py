@@ -32,4 +32,4 @@ class Full(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**")
-    """Which sites of the model to adapt; by default all."""
+    """The sites of the model to adapt; by default all."""

@@ -32,7 +32,7 @@ class Houlsby(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role=("attn.sublayer", "ffn.sublayer"))
-    """Which sites of the model to adapt; by default every attention and feed-forward part."""
+    """The sites of the model to adapt; by default every attention and feed-forward part."""
 
     bottleneck: int | None = Field(default=64, ge=1, le=SIZE)
     """Width of the bottleneck. Give this or `reduction`."""

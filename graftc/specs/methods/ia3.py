@@ -19,7 +19,7 @@ class IA3Override(Override):
     """A different side for some of the sites of (IA)^3."""
 
     side: Side | None = None
-    """Which side of the map is scaled at these sites."""
+    """The side of the map that is scaled at these sites."""
 
 
 class IA3(MethodSpec):
@@ -56,7 +56,7 @@ class IA3(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(role=("attn.k", "attn.v", "ffn.down"))
-    """Which sites of the model to adapt; by default the keys, values and inner activations of every layer."""
+    """The sites of the model to adapt; by default the keys, values and inner activations of every layer."""
 
     side: Side = "auto"
     """`output`: scale the map's output, including its bias, by a vector of size `[out]`. `input`: scale its input by a

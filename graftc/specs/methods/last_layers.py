@@ -29,7 +29,7 @@ class LastLayers(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**", layers="-2:")
-    """Which sites of the model to adapt; by default all of the last `count` layers."""
+    """The sites of the model to adapt; by default all of the last `count` layers."""
 
     count: int = Field(default=2, ge=1, le=SIZE)
     """How many layers of each stack train."""

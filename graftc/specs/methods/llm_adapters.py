@@ -35,7 +35,7 @@ class LLMAdapters(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.down")
-    """Which sites of the model to adapt; by default the projections back to the model's width."""
+    """The sites of the model to adapt; by default the projections back to the model's width."""
 
     placement: Literal["series", "input", "output", "parallel"] = "series"
     """Where the adapter is placed: see above."""

@@ -121,7 +121,7 @@ class LoRA(MethodSpec):
     """Probability of dropping an input of the branch during training."""
 
     dropout_mask: Literal["saved", "recomputed"] = "saved"
-    """What is saved of the dropout mask for the backward pass: the mask itself, or a seed to recompute it from (less
+    """The saved form of the dropout mask: the mask itself, or a seed from which the backward pass recomputes it (less
     memory, more time)."""
 
     dropout_scope: Literal["input", "target"] = "input"
@@ -160,7 +160,7 @@ class LoRA(MethodSpec):
     backward pass. In an embedding table A then starts standard normal and B zero."""
 
     bias: Literal["none", "lora_only", "all"] = "none"
-    """Which biases train as well: none, those of the adapted layers, or all biases of the model."""
+    """The biases that train as well: none, those of the adapted layers, or all biases of the model."""
 
     overrides: Items[LoRAOverride] = ()
     """Other values for some sites; the first override that matches a site applies."""

@@ -38,7 +38,7 @@ class LoReFT(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(role="layer.out")
-    """Which sites of the model to adapt; by default the output of every layer."""
+    """The sites of the model to adapt; by default the output of every layer."""
 
     rank: int = Field(default=4, ge=1, le=SIZE)
     """Rank of the subspace; at most the width of every site."""

@@ -50,7 +50,7 @@ class MAM(PartsSpec):
     """The method's tag."""
 
     target: Target = Target(role=["attn", "ffn.sublayer"])
-    """Which sites of the model to adapt; by default every attention, and the feed-forward part of every layer."""
+    """The sites of the model to adapt; by default every attention, and the feed-forward part of every layer."""
 
     prefix: MAMPrefix = MAMPrefix()
     """The keys and values prepended to those of every attention."""

@@ -33,4 +33,4 @@ class Norms(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(role="norm")
-    """Which sites of the model to adapt; by default every normalisation."""
+    """The sites of the model to adapt; by default every normalisation."""

@@ -36,7 +36,7 @@ class Pasta(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(role="layer.in")
-    """Which sites of the model to adapt; by default the input of every layer."""
+    """The sites of the model to adapt; by default the input of every layer."""
 
     special_tokens: Items[Annotated[int, Field(ge=0)]] = Field(
         examples=[[101, 102]], json_schema_extra={"minItems": 1, "uniqueItems": True}

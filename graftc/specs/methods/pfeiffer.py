@@ -34,7 +34,7 @@ class Pfeiffer(BottleneckSpec):
     """The method's tag."""
 
     target: Target = Target(role="ffn.sublayer")
-    """Which sites of the model to adapt; by default the feed-forward part of every layer."""
+    """The sites of the model to adapt; by default the feed-forward part of every layer."""
 
     reduction: float | None = Field(default=16.0, gt=0)
     """Input width divided by bottleneck width, rounded down: 16 turns 768 into 48."""

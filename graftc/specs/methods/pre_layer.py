@@ -25,7 +25,7 @@ class PreLayer(InfixSpec):
     """The method's tag."""
 
     target: Target = Target(role="layer.in")
-    """Which layers to adapt; by default every layer."""
+    """The layers to adapt; by default every layer."""
 
     init: Literal["uniform", "normal"] = "normal"
     """How the vectors are initialised. `uniform`: between -0.5 and 0.5. `normal`: with standard deviation

@@ -44,7 +44,7 @@ class PrefixSpec(MethodSpec):
     )
 
     target: Target = Target(role="attn")
-    """Which sites of the model to adapt; by default every attention: in the encoder, in the decoder, and
+    """The sites of the model to adapt; by default every attention: in the encoder, in the decoder, and
     cross-attention."""
 
     length: int = Field(default=10, ge=1, le=SIZE)

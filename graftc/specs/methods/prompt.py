@@ -23,7 +23,7 @@ class VirtualTokenSpec(MethodSpec):
     )
 
     target: Target = Target(role="embed.token")
-    """Which sequence to adapt. In an encoder-decoder model the default is the encoder's; `decoder.embed.token` is the
+    """The sequence to adapt. In an encoder-decoder model the default is the encoder's; `decoder.embed.token` is the
     other."""
 
     length: int = Field(default=100, ge=1, le=SIZE)

@@ -92,7 +92,7 @@ class Pruning(MethodSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**")
-    """Which sites of the model to adapt; by default all linear maps inside layers. Other linear maps are pruned if a
+    """The sites of the model to adapt; by default all linear maps inside layers. Other linear maps are pruned if a
     target names them; a head that produces the outputs never is."""
 
     variant: Variant = "movement"
@@ -141,7 +141,7 @@ class Pruning(MethodSpec):
     values."""
 
     stage: int = Field(default=1, ge=1)
-    """Which training run of `iterative` this is, from 1; recipes count it."""
+    """The number of this training run of `iterative`, from 1; recipes count it."""
 
     overrides: Items[PruningOverride] = ()
     """Other values for some sites; the first override that matches a site applies."""

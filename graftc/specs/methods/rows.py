@@ -72,7 +72,7 @@ class RowSelection(MethodSpec):
     """Number of consecutive rows in a block of `density`; the last block may have fewer."""
 
     selection: Literal["magnitude", "random"] = "magnitude"
-    """Which rows `n_of_m` and `density` take: the rows of the base's weight with the largest norms, the earlier ones in
+    """The rows that `n_of_m` and `density` take: those of the base's weight with the largest norms, the earlier ones in
     case of ties (blocks are compared by the mean square of their rows), or random rows, which depend on the compilation
     seed and the name of the adaptation."""
 

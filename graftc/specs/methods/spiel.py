@@ -50,7 +50,7 @@ class SpIEL(SelectionSpec):
     """The method's tag."""
 
     target: Target = Target(modules="**")
-    """Which sites of the model to adapt; by default the projections of attentions and feed-forward parts, including
+    """The sites of the model to adapt; by default the projections of attentions and feed-forward parts, including
     gates if there are any. A head that produces the outputs is skipped."""
 
     variant: Literal["AG", "MA"] = "AG"

@@ -67,13 +67,13 @@ class UniPELT(PartsSpec):
     """The method's tag."""
 
     target: Target = Target(role=["ffn.sublayer", "attn", "attn.q", "attn.v"])
-    """Which sites of the model to adapt; by default those of its parts: the feed-forward part of every layer, every
+    """The sites of the model to adapt; by default those of its parts: the feed-forward part of every layer, every
     attention, queries and values."""
 
     parts: Items[Part] = Field(
         default=("adapter", "prefix", "lora"), json_schema_extra={"minItems": 1, "uniqueItems": True}
     )
-    """Which parts to use."""
+    """The parts to use."""
 
     tokens: Literal["all", "real"] = "all"
     """The tokens over which a gate is averaged. `all`: padding too, as in the paper, so a gate depends on the length of

@@ -10,7 +10,7 @@ from graftc.specs.base import SpecModel
 
 
 class MemoryOptions(SpecModel):
-    """What a training step keeps for its backward pass. Nothing here changes what a model computes."""
+    """The values that a training step keeps for its backward pass. Nothing here changes what a model computes."""
 
     loss: Literal["whole", "chunked", "auto"] = "whole"
     """`chunked`: a language model's head and loss are computed a few rows at a time, so that logits are never there as

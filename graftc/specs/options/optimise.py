@@ -11,7 +11,7 @@ LoweringName: TypeAlias = Literal["projections", "recompute"]
 
 
 class OptimiseOptions(SpecModel):
-    """Which steps of lowering a training graph are left out. All are taken by default."""
+    """The steps of lowering a training graph that are left out. All are taken by default."""
 
     off: Items[LoweringName] = ()
     """Steps to leave out. `projections`: adapted linear maps of one input are computed together. `recompute`: norms,

@@ -41,7 +41,7 @@ class PetSpec(Document):
     has its own."""
 
     spec: Spec = Field(default_factory=everything)
-    """What trains in every member: a document of graftc. Default: everything, by `adapt: [{method: full}]`."""
+    """A document of graftc that says what trains in every member. Default: everything, by `adapt: [{method: full}]`."""
 
     training: TrainingOptions = TrainingOptions()
     """How a member trains."""

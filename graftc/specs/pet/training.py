@@ -84,10 +84,10 @@ class ClassifierSpec(SpecModel):
     """`sequence`: a classification head of transformers, as in the paper. `cloze`: the first pattern."""
 
     spec: Spec = Field(default_factory=everything)
-    """What trains in it: a document of graftc. Default: everything, by `adapt: [{method: full}]`."""
+    """A document of graftc that says what trains in it. Default: everything, by `adapt: [{method: full}]`."""
 
     temperature: float = Field(default=2.0, ge=0.01, le=100)
-    """What logits are divided by on both sides of the distillation."""
+    """The divisor of logits on both sides of the distillation."""
 
     training: DistillationOptions = DistillationOptions()
     """How it trains."""

@@ -65,7 +65,7 @@ _CALLS = frozenset({"forward", "train", *RUN_BY_CALLS, *(f"__{n}__" for n in _PR
 """Methods that run without being mentioned by name."""
 
 _CREATED = _CALLS | {"__init__", "__new__", "__post_init__"}
-"""The same, but for classes that code may instantiate."""
+"""Methods that run without being mentioned by name, of classes that code may instantiate."""
 
 _OUTSIDE_NAMES = """
 environ environb getenv argv open read_text read_bytes import_module __import__ globals locals vars eval exec compile

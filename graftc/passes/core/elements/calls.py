@@ -128,7 +128,7 @@ class CallStructure:
 
     @property
     def undecided(self) -> CallStructure:
-        """The same call without its decisions."""
+        """The call without its decisions."""
         return self.deciding({}) if self.decides else self
 
     def decisions(self, mode: str) -> tuple[bool, ...]:

@@ -141,7 +141,7 @@ class WeightSlice:
 
     @property
     def as_stored(self) -> WeightSlice:
-        """The same entries, in the plain layout if the slice is whole or its rows are along the first axis.
+        """These entries, in the plain layout if the slice is whole or its rows are along the first axis.
 
         This makes the slices of readers that use different layouts of the same tensor comparable.
         """

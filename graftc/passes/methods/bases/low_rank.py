@@ -29,11 +29,11 @@ class DroppingSpec(Protocol):
 
     @property
     def dropout_mask(self) -> Literal["saved", "recomputed"]:
-        """What is saved of the mask for the backward pass."""
+        """The form in which the mask is saved for the backward pass."""
 
     @property
     def dropout_scope(self) -> DropoutScope:
-        """Which sites share a mask."""
+        """The sites that share a mask."""
 
 
 def kept(spec: MethodSpec, *fields: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class SelectionSpec(BudgetSpec):
     """The share of entries if the spec gives neither a share nor a number."""
 
     target: Target = Target(modules="**")
-    """Which sites of the model to adapt; by default all except a head that produces the outputs."""
+    """The sites of the model to adapt; by default all except a head that produces the outputs."""
 
     density: float | None = Field(default=None, gt=0, le=1)
     """Share of the target's entries that train, rounded down."""
@@ -68,4 +68,4 @@ class StagedSpec(SelectionSpec):
     """Base of methods that take several training runs."""
 
     stage: int = Field(default=1, ge=1)
-    """Which of its training runs this is, from 1; recipes count it."""
+    """The number of this training run, from 1; recipes count it."""
