@@ -55,7 +55,7 @@ STRICT = os.environ.get("GRAFTC_SKIPS") == "fail"
 """Whether a skipped test is a failure, as continuous integration has it."""
 
 QUICK_FAMILIES = frozenset({"bert", "gpt2"})
-"""What runs once for each family is quick on these, and on its first family where it has none of them."""
+"""Families on which a test of every family is quick; one that has none of them is quick on its first family."""
 
 CONTRACT_FAMILIES = ("gpt2", "llama", "t5")
 """``make test`` runs contracts on these: fused and transposed weights with a tied head, grouped keys and values without

@@ -19,8 +19,8 @@ CONVENIENT = frozenset({("graftc.passes.core.ir.program", "graftc.passes.core.ir
 """`Program.to_networkx` is there for convenience and imports what it calls when it is called."""
 
 FACADES = frozenset({"graftc", "graftc.extend", "graftc.runtime.api", "graftc.runtime.offered"})
-"""What users import first. Their functions import what they call, so that importing graftc takes no longer than it
-has to; so do commands in `graftc.cli`, for help and listings, and packages whose names load when first used."""
+"""Modules that users import first. Their functions import what they call, so that importing graftc takes no longer than
+it has to; so do commands in `graftc.cli`, for help and listings, and packages whose names load when first used."""
 LISTINGS = frozenset(
     {
         *("graftc.runtime.artifact", "graftc.runtime.onnx_generation", "graftc.specs", "graftc.specs.foreign"),

@@ -27,7 +27,7 @@ COMPILED = """
     activate adapter_state_dict advance after_step begin callback disabled explain export extra_loss full_state_dict
     load_adapter_state_dict merge merge_partially merged_state_dict reference report save select train_only
 """
-"""What is graftc's whatever the children of a source model are called: at most 20 names."""
+"""Names that are graftc's whatever the children of a source model are called: at most 20."""
 
 
 def test_the_package_has_these_names_and_shows_no_others() -> None:

@@ -127,7 +127,7 @@ def fill(model: nn.Module) -> int:
 
 MARKS = (".graftc.", *(f".{word}_" for word in ("lora", "ia3", "vera", "hada", "lokr", "oft", "boft", "hira", "miss")))
 MARKS += (".gralora_", ".c3a_", ".shira_", ".lily_")
-"""What separates a module's path from the name of an adapter's tensor, in graftc and in peft."""
+"""The text between a module's path and the name of an adapter's tensor, in graftc and in peft."""
 
 
 def place_of(name: str) -> tuple[str, str]:

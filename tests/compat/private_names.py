@@ -16,7 +16,7 @@ OURS = re.compile(r"_graftc\w*")
 DOCUMENTED = frozenset({"_asdict", "_fields", "_getframe", "_make", "_replace"})
 """Names of Python's library that its documentation describes."""
 ANYWHERE = frozenset({"torch._ops.OpOverload"})
-"""What may be used anywhere."""
+"""Names that may be used anywhere."""
 BY_NAME = frozenset({"attrgetter", "delattr", "getattr", "hasattr", "methodcaller", "object", "setattr"})
 """Functions that reach an attribute by its name; ``object`` is that of `unittest.mock.patch`."""
 

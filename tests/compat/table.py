@@ -1,4 +1,4 @@
-"""What graftc relies on behind private names of libraries: a table of names and probes on tiny examples.
+"""The behaviour of private names of libraries that graftc relies on: a table of names and probes on tiny examples.
 
 A probe calls the functions of `graftc.compat` for one subject. It has to fail, in whatever way, when one of its names
 is gone from the library, so it imports what it calls itself.

@@ -285,7 +285,7 @@ def public() -> Iterator[Path]:
 @pytest.mark.slow
 @as_root
 def test_fuzz_staging_as_a_user(public: Path) -> None:
-    """The same holds for a user other than root, in folders of root and of another user."""
+    """Check staging as a user other than root, in folders of root and of another user."""
     for number in range(min(COUNT, 12)):
         planted = Planted(public / "place", number)
         planted.shared.chmod(0o1777)

@@ -11,7 +11,7 @@ from tests.runtime.model.growing import Server, live_objects
 
 pytestmark = pytest.mark.gate
 SIZES, TORCH = "symbolic_shapes", 256
-"""What torch remembers of the sizes of the latest captures: its caches have that many entries."""
+"""Torch's caches of the sizes of the latest captures: part of their objects' names, and their number of entries."""
 
 
 def test_a_thousand_adapters_leave_nothing() -> None:

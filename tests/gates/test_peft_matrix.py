@@ -49,7 +49,7 @@ SAMPLE = [
         )
     ),
 ]
-"""What was refused once, though peft makes it and a method says it."""
+"""Cases that were once refused, though peft creates such adapters and a method expresses them."""
 
 
 @pytest.mark.slow

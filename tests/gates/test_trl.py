@@ -51,7 +51,7 @@ def test_twenty_steps_of_a_reward_model_are_those_of_peft(tmp_path: Path) -> Non
 
 
 def test_eight_steps_on_what_it_generates_are_those_of_peft(tmp_path: Path) -> None:
-    """The same answers are sampled, with the same rewards, and training on them gives the same result."""
+    """Both sides sample the same answers, with the same rewards, and training on them gives the same result."""
     runs = both(lambda model, folder: grpo(model, folder, max_steps=8, learning_rate=1e-2), tmp_path)
     rewards = [logged(trainer, "reward") for trainer in (runs.ours, runs.theirs)]
     print(f"rewards {rewards[0]}, losses differ by {runs.losses('entropy'):.1e}, tensors by {runs.tensors():.1e}")

@@ -1,4 +1,4 @@
-"""What the tests of several folders share.
+"""Helpers that the tests of several folders share.
 
 - `models`, `language_models`, `wide`, `packed_bases`, `dense_twins`, `folders`: models to test with
 - `specs`: adaptations of specs

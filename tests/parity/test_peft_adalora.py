@@ -56,7 +56,7 @@ def ours(family: str, schedule: Schedule = USUAL) -> Any:
 
 
 def theirs(family: str, compiled: Any, schedule: Schedule = USUAL) -> tuple[Any, dict[str, Tensor]]:
-    """The same model adapted by peft with the same tensors, and peft's parameter for each of ours."""
+    """Return the model adapted by peft with the same tensors, and peft's parameter for each of ours."""
     config = peft.AdaLoraConfig(
         init_r=RANK,
         target_r=TARGET,

@@ -160,7 +160,7 @@ def test_a_config_as_a_spec() -> None:
 
 
 class Blocks:
-    """What peft's CUDA extension computes; without the extension, peft replaces several factors by one."""
+    """A stand-in for peft's CUDA extension, without which peft replaces several factors by one."""
 
     @staticmethod
     def forward(blocks: Tensor) -> list[Tensor]:

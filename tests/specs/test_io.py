@@ -320,7 +320,7 @@ CLAIMED = sorted(
     {pattern for listed in yaml.SafeLoader.yaml_implicit_resolvers.values() for _, pattern in listed},
     key=lambda pattern: pattern.pattern,
 )
-"""What PyYAML, which reads YAML 1.1, takes for something other than a string: numbers, booleans, dates ..."""
+"""Patterns of text that PyYAML, which reads YAML 1.1, does not read as a string: numbers, booleans, dates ..."""
 
 words = st.text(max_size=8) | st.one_of(*(st.from_regex(pattern, fullmatch=True) for pattern in CLAIMED))
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | words

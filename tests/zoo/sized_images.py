@@ -102,7 +102,7 @@ def qwen3_vl() -> Small:
 
 
 def qwen3_vl_moe() -> Small:
-    """The same as Qwen3-VL, with experts in the layers of the text."""
+    """Like Qwen3-VL, with experts in the layers of the text."""
     from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}

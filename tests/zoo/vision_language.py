@@ -133,7 +133,7 @@ def idefics3() -> Small:
 
 
 def smolvlm() -> Small:
-    """The same as Idefics3, with features that are put into blocks of the text by running sums of its image tokens."""
+    """Like Idefics3, with features that are put into blocks of the text by running sums of its image tokens."""
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
     return _idefics3_like(SmolVLMForConditionalGeneration, SmolVLMConfig)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = 3
 """The layers that are left of SmolLM2 in the matrix; `whole` has all of them."""
 OTHERS = ("whole", "at-once-2", "at-once-8")
-"""What is run beside the methods: LoRA on the whole model, and several adapters at once."""
+"""Cases beside the methods: LoRA on the whole model, and several adapters at once."""
 SEVERAL = ("llama.cpp", "mistralrs", "vllm")
 """The engines that take several adapters."""
 

@@ -1,4 +1,4 @@
-"""What graftc writes for the engines: one function for each form, whatever the method.
+"""The forms that graftc writes for the engines: one function for each, whatever the method.
 
 The forms of a case, the tokens that they must give, and the refusals are kept in a folder, which a later run reads.
 """

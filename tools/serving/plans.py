@@ -1,4 +1,4 @@
-"""What `graftc serve-plan` says about a case, followed to the end: commands, files, and an engine's tokens."""
+"""A plan of `graftc serve-plan` for a case, followed to the end: commands, files, and an engine's tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user writes for ``method: scale``, and what the method claims."""
+"""The fields that a user writes for ``method: scale``, and the method's claims."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Draft:
 
     @property
     def updates(self) -> dict[str, Tensor]:
-        """What is added to each weight."""
+        """The update of each weight."""
         return {f"{path}.weight": self.scales[path] * (b @ a) for path, (a, b) in self.pairs.items()}
 
     def without(self, paths: list[str]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "spiel": {"adapt": [{"method": "spiel", "density": 0.05, "target": LINEAR}]},
     "head-and-lora": {"adapt": [{"method": "lora", "rank": 3, "target": LINEAR}], "train": ["lm_head"]},
 }
-"""What artifacts adapt, by name."""
+"""The specs of artifacts, by name."""
 
 
 def base_folder(folder: Path, **changes: Any) -> Path:

@@ -1,4 +1,4 @@
-"""What is stated about folders that engines load: every tensor, its scale, and every reason against serving it."""
+"""Statements about folders that engines load: every tensor, its scale, and every reason against serving it."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ def test_other_methods_with_lora_fields(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "way_out"), [("LOHA", "turns it into a LoRA"), ("PROMPT_TUNING", "onnx-generate")])
 def test_the_way_out_of_another_method(base: Path, tmp_path: Path, kind: str, way_out: str) -> None:
-    """What is part of no weight becomes no LoRA."""
+    """A method that changes no weight cannot become a LoRA."""
     (problem,) = graftc.serve_check(_stored(tmp_path, base, peft_type=kind), "vllm").problems
     assert problem.place == "peft_type" and way_out in problem.remedy
 

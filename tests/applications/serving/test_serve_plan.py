@@ -74,7 +74,7 @@ def test_llamacpp(method: str, base: Path, base_gguf: Path, tmp_path: Path, caps
 @pytest.mark.full
 @pytest.mark.parametrize("method", [*OUT_OF_THE_GRAPH, "bitfit"])
 def test_genai(method: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What no weight can contain is served in the graph, which the plan for another engine says, too."""
+    """Adaptations that no weight can contain are served in the graph, as the plan for another engine says, too."""
     compiled = artifact(base, method, tmp_path / method)
     plan = graftc.serve_plan(tmp_path / method, "genai")
     route = of_kind(plan, "graph")

@@ -174,7 +174,7 @@ BESIDE: dict[str, Callable[[Path], object]] = {
     "an index of nothing": lambda folder: (folder / INDEX).write_text('{"metadata": {}, "weight_map": {}}'),
     "a damaged index": lambda folder: (folder / INDEX).write_text("{"),
 }
-"""What is beside a single file, which comes first."""
+"""Other contents of a folder with a single file, which comes first."""
 
 
 def _both(saved: Path, to: Path, beside: str) -> Path:

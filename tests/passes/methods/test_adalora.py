@@ -165,7 +165,7 @@ def test_importance_is_that_of_the_paper() -> None:
 
 @pytest.mark.full
 def test_the_final_phase_keeps_its_set() -> None:
-    """The same triplets are kept after each final step, although their elements and gradients change."""
+    """Each final step keeps the same triplets, although their elements and gradients change."""
     compiled = fresh("bert", varied(ADALORA, final_steps=4))
     train(compiled, 7, total=12)
     importance = [budget_of(compiled).importance(place) for place in budget_of(compiled).places]

@@ -352,7 +352,7 @@ def test_positions_as_an_input_of_an_exported_graph(compiled: Any, tmp_path: Pat
 
 @pytest.mark.slow
 def test_refusals() -> None:
-    """What it cannot adapt, and invocations that cannot be found, are errors of the spec."""
+    """Sites that it cannot adapt, and invocations that cannot be found, are errors of the spec."""
     prompt = {"method": "prompt", "length": 3}
     cases: list[tuple[str, str, tuple[dict[str, Any], ...]]] = [
         ("GC002", "llama", ({**ALORA, "invocation": []},)),

@@ -112,7 +112,7 @@ def test_zero_up_is_the_base(name: str, family: str) -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 @pytest.mark.parametrize("name", EACH_WIRING)
 def test_zero_up_is_the_base_in_train_mode(name: str, family: str) -> None:
-    """The same holds for the graph of train mode if the config has no dropout."""
+    """Without dropout in the config, zero second projections give the base to the bit in train mode, too."""
     model = still(family, **({"dropout_rate": 0.0} if family == "t5" else {})).train()
     compiled = fresh(model, narrow(PRESETS.get(name, LLM))).train()
     zero_up(compiled)
@@ -147,7 +147,7 @@ def test_a_residual_from_behind_the_norm_is_noticed(family: str, monkeypatch: py
 
 @pytest.mark.slow
 def test_the_wrong_residual_in_plain_torch() -> None:
-    """The same without any graph: hooks with ``u`` as the residual do not give the base with a zero projection, and
+    """Without any graph, hooks with ``u`` as the residual do not give the base with a zero projection, and
     differ from Pfeiffer's adapter with another.
     """
     compiled = fresh("bert", narrow(PRESETS["pfeiffer"]))

@@ -95,7 +95,7 @@ def test_parallel_without_activation_is_low_rank() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_parallel_without_activation_in_families(family: str) -> None:
-    """The same holds for transposed weights and for rows of fused ones."""
+    """In families with transposed weights and rows of fused ones, such an adapter computes ``W + s U D``, too."""
     model, merged = tiny(family, dtype=torch.float64), tiny(family, dtype=torch.float64)
     entry = {"method": "llm_adapters", "target": {"role": ["attn.k", "ffn.down"]}, "placement": "parallel"}
     compiled = graftc.compile({"adapt": [{**entry, "activation": "identity", "bottleneck": 4}]}, model).eval()

@@ -290,7 +290,7 @@ def test_a_weight_that_trains_later_is_refused() -> None:
 def test_any_method_that_trains_the_weight_later_is_refused(
     monkeypatch: pytest.MonkeyPatch, family: str, roles: str
 ) -> None:
-    """The same applies if the stored tensor has rows as columns, or experts; below DoRA the method is accepted."""
+    """Stored tensors that have rows as columns, or experts, are refused, too; below DoRA the method is accepted."""
     monkeypatch.setattr(LoRAMethod, "insert", lambda _, spec, site, shared, build: build.overlay(site.own.tensor))
     monkeypatch.setattr(LoRAMethod, "fold", lambda *args: WeightFold(lambda weight, bias: (weight, bias)))
     with pytest.raises(GraftError, match=r"GC021: 'a1' would train all of .* 'a0' treats as constant"):

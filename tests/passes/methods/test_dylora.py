@@ -123,7 +123,7 @@ def test_gradient_support_and_one_draw_for_all_sites(frozen: bool) -> None:
 
 @pytest.mark.full
 def test_frozen_changes_gradients_only() -> None:
-    """The same draw gives the same outputs, and the same gradient wherever there is one."""
+    """One draw gives the same outputs with either setting, and the same gradient wherever there is one."""
     first, second = fresh(still("bert"), DYLORA), fresh(still("bert"), varied(DYLORA, frozen=False))
     perturb(first)
     second.load_adapter_state_dict(first.adapter_state_dict())

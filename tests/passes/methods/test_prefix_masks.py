@@ -242,7 +242,7 @@ def test_layers_share_one_mask(family: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_written_out_is_fused(family: str) -> None:
-    """The same model gives the same outputs when loaded with either implementation."""
+    """A model gives the same outputs when loaded with either implementation."""
     outputs = []
     for implementation in ("sdpa", "eager"):
         model = tiny(family, attn_implementation=implementation)

@@ -44,7 +44,7 @@ class TestTwoOfFour(MethodContract):
 
 
 class TestTwoOfFourInExperts(MethodContract):
-    """The same rows of every expert."""
+    """Half of the rows of attention queries and of experts, in every expert the same."""
 
     variant = True
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "rows", "n_of_m": [2, 4]} | {

@@ -115,7 +115,7 @@ def test_a_head_that_does_not_train_counts(encoder: Path, tmp_path: Path) -> Non
     "name", ["os.getcwd", "a.PreTrainedModel", "a.GPT2LMHeadModel", "a.no_class", "a.x\u202ey", ""]
 )
 def test_a_class_is_a_name(name: str, encoder: Path, tmp_path: Path) -> None:
-    """A name that is no transformers class for this config is not looked up anywhere else."""
+    """A name that is not a transformers class for this config is not looked up anywhere else."""
     artifact = Path(adapted(with_head(encoder, 1), **SPEC).save(tmp_path / "artifact"))
     edit_manifest(artifact, base=lambda base: {**base, "model": name})
     with pytest.raises(GraftError) as caught:

@@ -1,4 +1,4 @@
-"""The same steps in one process and in several give the same bytes, regardless of Python's hash seeds."""
+"""Steps give the same bytes in one process and in several, regardless of Python's hash seeds."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ TOLERANCE = 1e-6
 """Of the largest output: kernels of another processor round in another way."""
 
 VERIFIED = ("dora_llama", "lora_head_bert")
-"""What is captured and certified anew in ``make test``; it takes two seconds for each."""
+"""The artifacts that ``make test`` captures and certifies anew, which takes two seconds for each."""
 
 
 @pytest.fixture(scope="module")

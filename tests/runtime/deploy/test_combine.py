@@ -159,7 +159,7 @@ PEFT: dict[Kind, str] = {"concatenation": "cat", "linear": "linear", "svd": "svd
 @pytest.mark.parametrize("kind", PEFT)
 @pytest.mark.parametrize("weights", [(0.6, 0.4), (1.0, 2.0)])
 def test_as_peft_does(kind: Kind, weights: tuple[float, float]) -> None:
-    """The same kinds on the same tensors give the same outputs."""
+    """Combining the same tensors in the same way gives peft's outputs."""
     from peft import LoraConfig, get_peft_model
 
     model = tiny("bert")

@@ -134,7 +134,7 @@ WRONG: dict[str, tuple[str, Wrong]] = {
     "a router's columns rolled": (ROUTER, lambda w: w.roll(2, 1)),
 }
 SMALL = frozenset({"an expert scaled"})
-"""What 16 bits do not show in outputs alone."""
+"""Wrong folds that outputs alone do not show in 16 bits."""
 
 
 def wrong_store(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

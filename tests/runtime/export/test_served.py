@@ -115,7 +115,7 @@ def test_a_small_graph(graph: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_safetensors(graph: Path, tmp_path: Path) -> None:
-    """The same values can be written as safetensors, and passed as inputs."""
+    """An adapter's values can be written as safetensors, and passed as inputs."""
     import onnxruntime
     from safetensors.numpy import load_file
 
@@ -154,7 +154,7 @@ FOREIGN: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(FOREIGN))
 def test_a_foreign_adapter(graph: Path, case: str, tmp_path: Path) -> None:
-    """What does not fit is named, and nothing is written."""
+    """The error names the mismatch, and nothing is written."""
     make, options, message = FOREIGN[case]
     with pytest.raises(GraftError) as caught:
         make().export(tmp_path / "x.onnx_adapter", "onnx-adapter", graph=graph, **options)

@@ -125,7 +125,7 @@ def test_graphs_that_generate(tmp_path: Path) -> None:
 
 
 def test_pt2(tmp_path: Path) -> None:
-    """The same holds for an archive of torch."""
+    """An archive of torch states the form of every adaptation, too."""
     adapt = [{"name": name, "method": "lora", "rank": 2, "target": {"modules": "*"}} for name in ("low", "high")]
     compiled: Any = graftc.compile({"adapt": adapt}, torch.nn.Linear(6, 5).eval(), torch.zeros(2, 6)).eval()
     compiled.disable("high")

@@ -1,4 +1,4 @@
-"""The same run of a TRL trainer over a compiled model and over peft's, from the same tensors."""
+"""One run of a TRL trainer over a compiled model and over peft's, from the same tensors."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Layer(nn.Module):
 
 
 class Talker(nn.Module):
-    """A model that skips layers by a value, so it is no graph; `way` selects how it computes the loss from logits."""
+    """A model that skips layers by a value and so is not a graph; `way` sets how it computes the loss from logits."""
 
     def __init__(self, way: str = "shifted") -> None:
         super().__init__()

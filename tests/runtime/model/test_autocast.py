@@ -34,8 +34,8 @@ ROUNDED: dict[str, dict[str, Any]] = {
     **{"oft": {"block_size": 8, "target": SITES}, "boft": {"target": SITES}},
     **{"lily": {"rank": 2, "target": SITES}},
 }
-"""The same with a branch that is added, or with an input of their own for rows of a fused layer, whose bias is then
-added separately: within the rounding of a sum in 16 bits."""
+"""Methods that change nothing at first but add a branch, or have an input of their own for rows of a fused layer, whose
+bias is then added separately: within the rounding of a sum in 16 bits."""
 
 OTHER: dict[str, dict[str, Any]] = {"prefix": {"length": 3}, "prompt": {"length": 2}}
 """Methods that change the outputs from the start: held against their own in float32."""

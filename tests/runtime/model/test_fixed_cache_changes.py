@@ -66,7 +66,7 @@ def restarted(compiled: Any, cache: Any) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("change", [cropped, continued, restarted])
 def test_an_invocation_in_a_changed_cache_is_not_assumed(alora: Any, change: Any, mode: Callable[[], Any]) -> None:
-    """What was known of the cache's text no longer holds; after a reset there is no text at all."""
+    """Earlier knowledge of the cache's text no longer holds; after a reset there is no text at all."""
     ids, cache = text(alora), static()
     called = torch.cat([ids, torch.tensor([CALLED] * 2)], 1)
     with mode():

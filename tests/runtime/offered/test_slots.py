@@ -135,7 +135,7 @@ def test_mixtures_read_every_slot(compiled: Any, folders: dict[str, Path]) -> No
 
 @SLOW
 def test_tensors_of_another_model(model: Any, compiled: Any) -> None:
-    """What `adapter_state_dict` and `tensors` return can be added, with the factor that it belongs to."""
+    """A bank adds the tensors that `adapter_state_dict` and `tensors` return, with their factor."""
     alone = graftc.compile({"adapt": [{"method": "lora", "rank": 2, "alpha": 5, "target": {"role": "attn.q"}}]}, model)
     perturb(alone.eval(), 0.3)
     bank = compiled.bank()

@@ -37,7 +37,7 @@ def trained(model: Any) -> Any:
 
 @pytest.fixture
 def other(trained: Any) -> Any:
-    """The same model before training."""
+    """The model before training."""
     compiled = copy.deepcopy(trained)
     with torch.no_grad():
         for tensor in compiled.adapter_state_dict().values():

@@ -296,7 +296,7 @@ class TestFolders:
 
     @pytest.mark.parametrize("way", ["..", "absolute", "link"])
     def test_weights_outside_the_folder_are_not_read(self, tmp_path: Path, way: str) -> None:
-        """The same file inside the folder is read."""
+        """A file inside the folder is read, but not once it has been moved out."""
         folder = toy.write(tmp_path / "t")
         onnx.save(toy.model(), folder / "model.onnx", save_as_external_data=True, location="w.bin", size_threshold=100)
         assert torch.equal(generated(load(folder), PROMPTS, MASK), toy.greedy(PROMPTS, MASK, TOKENS))

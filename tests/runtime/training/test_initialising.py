@@ -222,7 +222,7 @@ def test_tune_starts_from_examples() -> None:
 
 @pytest.mark.slow
 def test_refusals() -> None:
-    """No examples, nothing to initialise, sites that are no dense layers, and ranks without enough directions."""
+    """No examples, nothing to initialise, sites that are not dense layers, and ranks without enough directions."""
     with pytest.raises(GraftError, match=r"GC056.*no examples"):
         fresh("llama", EVA).initialise([])
     for wrong in (batches(1)[0], ["abc"], None, "abc"):

@@ -30,7 +30,7 @@ def doubled(consistency: dict[str, Any], family: str = "bert", model: Any = None
 
 
 def like(compiled: Any, consistency: dict[str, Any], family: str = "bert", **fields: Any) -> Any:
-    """The same model with another term."""
+    """Return the same model with another term."""
     other = doubled(consistency, family, **fields)
     other.load_adapter_state_dict(compiled.adapter_state_dict())
     return other

@@ -317,7 +317,7 @@ def test_arguments_and_places_are_checked(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_the_trainer_logs_and_its_own_state_is_read(tmp_path: Path) -> None:
-    """What the Trainer logs is in both files, ranks only in the log; a log does not change the training."""
+    """Both files have the Trainer's values, only the log has ranks, and a log does not change the training."""
     from transformers import IntervalStrategy
 
     from tests.runtime.training.test_steering_trainer import trainer

@@ -236,7 +236,7 @@ def test_it_fits_and_follows_the_theme(file: Path, opened: Callable[..., Any], w
 
 @pytest.mark.slow
 def test_three_questions_are_answered(file: Path, opened: Callable[..., Any]) -> None:
-    """Which layers have which rank, what the prefix changed in attention, and which adaptation cannot fold and why."""
+    """The page shows each layer's rank, the prefix's changes in attention, and why an adaptation cannot fold."""
     page = opened(file, "#tab=report")
     report = page.locator("#report").inner_text()
     kept = {record.name: record.reason for record in open_artifact(file.parent / "artifact").manifest.kept}

@@ -104,7 +104,7 @@ def test_the_tree_cannot_be_another_than_the_graphs(adapted_model: Any, edit: st
 
 
 def test_what_stays_the_same_may_be_set(adapted_model: Any) -> None:
-    """The same module, a tensor of the same kind and a module under a new name may be set."""
+    """An unchanged module, a tensor of the same kind and a module under a new name may be set."""
     x = torch.randn(3, 4)
     before = adapted_model.eval()(x)
     adapted_model.heads["a"].bias = nn.Parameter(adapted_model.heads["a"].bias.detach().clone(), requires_grad=False)

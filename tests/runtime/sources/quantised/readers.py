@@ -22,7 +22,7 @@ from graftc.passes.core.packing.modules import packed_weights
 from graftc.passes.core.packing.packed_tensor import dense
 
 Parts: TypeAlias = Mapping[str, Tensor]
-"""What a file has of one weight, by the last part of the names."""
+"""The tensors of one weight in a file, by the last part of their names."""
 
 _AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 
