@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from graftc.testing.compare import SHAPES, flat, inputs_for, largest_difference,
 from graftc.testing.families import tiny
 from graftc.testing.perturb import perturb
 from tests.kit.comparing import every_tensor
+from tests.kit.refusals import refused
 
 TOLERANCE = 1e-5
 MODULES = {
@@ -215,3 +217,15 @@ def check_float64(case: Case, tolerance: float = 1e-12) -> dict[str, float]:
 def globs(modules: list[str]) -> dict[str, Any]:
     """Return a target that matches the same modules as peft's list of suffixes."""
     return {"modules": [f"**.{name}" for name in modules]}
+
+
+def check_nothing_is_written(compiled: Any, folder: Path, words: str) -> None:
+    """Check that an adapter of sites that peft's method does not support is not exported.
+
+    Args:
+        compiled: the model with the adapter.
+        folder: an empty folder.
+        words: the description of such a site in the error.
+    """
+    error = refused(compiled.export, folder / "peft", format="peft", code="GC115")
+    assert words in str(error) and not list(folder.iterdir())

@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import graftc
-from graftc.compiler.folding.steps import lazy_tensors
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
+from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
 from tests.kit.depth import each_way
 from tests.kit.models import fresh
 from tests.kit.specs import varied
+from tests.passes.methods.folded_maps import DOWN, before_and_after, check_stack, loaded_again
 from tests.passes.methods.places import OTHERS, ROLES
 
 BOFT: dict[str, Any] = {"method": "boft", "target": {"role": ROLES}, "block_size": 4, "factors": 2}
@@ -99,16 +98,11 @@ def butterfly(q: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_update(family: str, factors: int) -> None:
     """``W'`` is ``diag(s) W R^T``, and ``R`` is a rotation under which ever more entries depend on one another."""
-    model = tiny(family)
     size = 2 if factors > 3 else 4
-    compiled = fresh(model, varied(BOFT, factors=factors, block_size=size, target={"role": "ffn.down"}))
+    compiled = fresh(family, varied(BOFT, factors=factors, block_size=size, target={"role": "ffn.down"}))
     tensors = perturb(compiled, 0.2)
-    name = {"bert": "bert.encoder.layer.1.output.dense", "gpt2": "transformer.h.1.mlp.c_proj"}.get(
-        family, "model.layers.1.mlp.down_proj"
-    )
-    folded = lazy_tensors(compiled.compilation).exact(f"{name}.weight")
-    weight = model.get_parameter(f"{name}.weight").detach().double()
-    folded, weight = (folded.T, weight.T) if family == "gpt2" else (folded, weight)
+    weight, folded = before_and_after(compiled, family)
+    name = DOWN[family]
     scale = tensors[f"{name}.graftc.boft.s"].double()[:, None]
     turn = butterfly(tensors[f"{name}.graftc.boft.Q"])
     torch.testing.assert_close(folded, scale * (weight @ turn.T), rtol=0, atol=1e-13)
@@ -158,18 +152,11 @@ def test_sizes() -> None:
 @pytest.mark.parametrize("family", ["llama", "mixtral", "bert"])
 def test_above_and_below_others(family: str) -> None:
     """BOFT rotates and scales weights that others have changed, below a vector that also scales the bias."""
-    target = {"role": ["attn.q", "experts" if family == "mixtral" else "ffn.down"]}
     others: list[dict[str, Any]] = [{"method": "lora", "rank": 2}, {"method": "boft", "factors": 2}]
     others.append({"method": "dora", "rank": 2})
     if family != "mixtral":
         others.insert(0, {"method": "ia3", "side": "output"})
-    compiled = fresh(family, *({**e, "name": f"a{i}", "target": target} for i, e in enumerate(others)))
-    inputs = inputs_for(compiled)
-    assert same_bits(outputs_of(compiled, inputs), outputs_of(tiny(family), inputs))
-    perturb(compiled, 0.1)
-    merged = compiled.merge()
-    assert merged.certificate.passed
-    assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 2e-5
+    check_stack(family, *others)
 
 
 @pytest.mark.full
@@ -177,9 +164,7 @@ def test_artifact(tmp_path: Path) -> None:
     """An artifact gives the same outputs bit for bit."""
     compiled = fresh("bert", BOFT)
     perturb(compiled, 0.2)
-    compiled.save(tmp_path / "kept")
-    inputs = inputs_for(compiled)
-    assert same_bits(outputs_of(graftc.load(tmp_path / "kept", tiny("bert")), inputs), outputs_of(compiled, inputs))
+    loaded_again(compiled, "bert", tmp_path / "kept")
 
 
 @pytest.mark.full

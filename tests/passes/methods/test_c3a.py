@@ -8,20 +8,23 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import graftc
-from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.core.ops.circulants import circulant_product_decomposed, matrix_of
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
+from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
-from tests.kit.dense_twins import dense_twin
 from tests.kit.depth import each_way
 from tests.kit.models import adapted, fresh
 from tests.kit.specs import varied
+from tests.passes.methods.folded_maps import (
+    check_every_kind_of_map,
+    check_packed_base,
+    loaded_again,
+    update_of_values,
+)
 from tests.passes.methods.places import OTHERS, ROLES
 
 C3A = {"method": "c3a", "target": {"role": ROLES}, "block_size": 4}
@@ -84,47 +87,17 @@ def update_of(kernel: Tensor) -> Tensor:
     return update / (n * size)
 
 
-class Mixed(nn.Module):
-    """Convolutions, one of them with groups, a layer, and a product with a matrix on the left."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide, self.grouped = nn.Conv2d(4, 8, 3, padding=1), nn.Conv1d(8, 12, 3, groups=2)
-        self.point, self.left = nn.Linear(12, 20), nn.Linear(20, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, 4, 5, 7]`` to ``[batch, 8, 33]``."""
-        hidden = self.grouped(torch.tanh(self.wide(x)).flatten(2))
-        outputs: Tensor = self.left.weight @ torch.tanh(self.point(torch.tanh(hidden).mT)).mT
-        return outputs
-
-
-MODULES = ["wide", "grouped", "point", "left"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_kind_of_site(size: int) -> None:
     """Each block has one row, moved by one from row to row, computed and folded alike."""
-    torch.manual_seed(0)
-    model, x = Mixed().double().requires_grad_(False), torch.randn(3, 4, 5, 7, dtype=torch.float64)
-    entry = {"method": "c3a", "block_size": size, "target": {"modules": MODULES}}
-    compiled = graftc.compile({"adapt": [entry]}, model, {"x": x}).eval()
-    assert torch.equal(compiled(x), model(x))
-    perturb(compiled, NOISE)
-    tensors, folded = compiled.adapter_state_dict(), {n: t.clone() for n, t in model.state_dict().items()}
-    for module in MODULES:
-        weight = folded[f"{module}.weight"]
-        kernel = tensors[f"{module}.graftc.c3a.kernel"]
-        assert kernel.numel() == weight.numel() // size
-        weight += update_of(kernel).reshape(weight.shape)
-    by_hand = Mixed().double()
-    by_hand.load_state_dict(folded)
-    assert float((model(x) - by_hand(x)).detach().abs().max()) > 1e-1
-    torch.testing.assert_close(compiled(x), by_hand(x), rtol=0, atol=1e-12)
-    merged = compiled.merge()
-    assert merged.certificate.passed
-    torch.testing.assert_close(merged(x), by_hand(x), rtol=0, atol=1e-12)
+
+    def update(tensors: dict[str, Tensor], spec: Any) -> Tensor:
+        result = update_of(tensors["kernel"])
+        assert tensors["kernel"].numel() == result.numel() // size
+        return result
+
+    check_every_kind_of_map({"method": "c3a", "block_size": size}, update, noise=NOISE, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -132,10 +105,9 @@ def test_update_may_have_full_rank() -> None:
     """Of a fused weight, only the rows of the site change, and one kernel for the whole of them reaches full rank."""
     compiled = fresh("gpt2", {**C3A, "target": {"role": "attn.v"}, "block_size": 48})
     (kernel,) = [t for name, t in perturb(compiled, NOISE).items() if ".h.1." in name]
-    name = "transformer.h.1.attn.c_attn.weight"
-    update = (lazy_tensors(compiled.compilation).exact(name) - compiled.compilation.store.get(name).double()).T
-    assert kernel.shape == (1, 1, 48) and not update[:96].any()
-    torch.testing.assert_close(update[96:], update_of(kernel), rtol=0, atol=1e-13)
+    update = update_of_values(compiled)
+    assert kernel.shape == (1, 1, 48)
+    torch.testing.assert_close(update, update_of(kernel), rtol=0, atol=1e-13)
     assert torch.linalg.svdvals(update)[47] > 1e-3
 
 
@@ -184,23 +156,14 @@ def test_the_operator_meets_what_torch_asks() -> None:
 @pytest.mark.full
 def test_a_quantised_base() -> None:
     """On packed weights, outputs are those over the values that the weights stand for."""
-    model = tiny("llama").eval()
-    packed = graftc.compile({"adapt": [C3A], "base": {"quantize": "nf4"}}, model, seed=0).eval()
-    dense = graftc.compile({"adapt": [C3A]}, dense_twin(model, quantize="nf4"), seed=0).eval()
-    perturb(packed, NOISE)
-    dense.load_adapter_state_dict(packed.adapter_state_dict())
-    inputs = inputs_for(packed)
-    assert same_bits(outputs_of(packed, inputs), outputs_of(dense, inputs))
+    check_packed_base(C3A, NOISE)
 
 
 @pytest.mark.full
 def test_artifact_and_conversion(tmp_path: Path) -> None:
     """An artifact with C3A over LoRA gives the same bits; a conversion makes a LoRA of full rank."""
     compiled = adapted("gpt2", {"method": "lora", "rank": 3, "target": {"role": ROLES}}, C3A, noise=0.5)
-    compiled.save(tmp_path / "kept")
-    loaded = graftc.load(tmp_path / "kept", tiny("gpt2")).eval()
-    inputs = inputs_for(compiled)
-    assert same_bits(outputs_of(loaded, inputs), outputs_of(compiled, inputs))
+    loaded, inputs = loaded_again(compiled, "gpt2", tmp_path / "kept"), inputs_for(compiled)
     assert largest_difference(outputs_of(loaded.merge(), inputs), outputs_of(compiled, inputs)) <= 5e-5
     converted = runner_of(compiled).convert(["c3a"])
     assert converted.largest_error < 1e-6 and {site.rank for site in converted.sites} == {48}

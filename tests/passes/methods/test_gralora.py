@@ -9,21 +9,24 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import graftc
-from graftc.compiler.folding.steps import lazy_tensors
 from graftc.passes.core.method.capabilities import Exchangeable
 from graftc.passes.core.method.registry import method_for
 from graftc.runtime.model.runner import runner_of
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
+from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
-from tests.kit.dense_twins import dense_twin
 from tests.kit.depth import each_way
 from tests.kit.models import adapted, fresh
 from tests.kit.specs import varied
+from tests.passes.methods.folded_maps import (
+    check_every_kind_of_map,
+    check_packed_base,
+    loaded_again,
+    update_of_values,
+)
 from tests.passes.methods.places import OTHERS, ROLES
 
 GRALORA = {"method": "gralora", "target": {"role": ROLES}, "rank": 4, "alpha": 6}
@@ -86,47 +89,12 @@ def update_of(tensors: dict[str, Tensor], spec: Any) -> Tensor:
     return spec.alpha / (spec.rank + spec.hybrid_rank) * update
 
 
-class Mixed(nn.Module):
-    """Convolutions, one of them with groups, a layer, and a product with a matrix on the left."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide, self.grouped = nn.Conv2d(4, 8, 3, padding=1), nn.Conv1d(8, 12, 3, groups=2)
-        self.point, self.left = nn.Linear(12, 20), nn.Linear(20, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, 4, 5, 7]`` to ``[batch, 8, 33]``."""
-        hidden = self.grouped(torch.tanh(self.wide(x)).flatten(2))
-        outputs: Tensor = self.left.weight @ torch.tanh(self.point(torch.tanh(hidden).mT)).mT
-        return outputs
-
-
-MODULES = ["wide", "grouped", "point", "left"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"k": 2}, {"k": 4, "hybrid_rank": 3}], ids=["plain", "hybrid"])
 def test_every_kind_of_site(fields: dict[str, Any]) -> None:
     """Every block is a product of its own, computed and folded alike."""
-    torch.manual_seed(0)
-    model, x = Mixed().double().requires_grad_(False), torch.randn(3, 4, 5, 7, dtype=torch.float64)
-    entry = {"method": "gralora", "rank": 4, "alpha": 6, "target": {"modules": MODULES}, **fields}
-    compiled = graftc.compile({"adapt": [entry]}, model, {"x": x}).eval()
-    (spec,) = runner_of(compiled).spec.adapt
-    assert torch.equal(compiled(x), model(x))
-    perturb(compiled, 0.5)
-    tensors, folded = compiled.adapter_state_dict(), {n: t.clone() for n, t in model.state_dict().items()}
-    for module in MODULES:
-        own = {n.rpartition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{module}.")}
-        weight = folded[f"{module}.weight"]
-        weight += update_of(own, spec).reshape(weight.shape)
-    by_hand = Mixed().double()
-    by_hand.load_state_dict(folded)
-    assert float((model(x) - by_hand(x)).detach().abs().max()) > 1e-1
-    torch.testing.assert_close(compiled(x), by_hand(x), rtol=0, atol=1e-11)
-    merged = compiled.merge()
-    assert merged.certificate.passed
-    torch.testing.assert_close(merged(x), by_hand(x), rtol=0, atol=1e-11)
+    entry = {"method": "gralora", "rank": 4, "alpha": 6, **fields}
+    check_every_kind_of_map(entry, update_of, noise=0.5, atol=1e-11)
 
 
 @pytest.mark.slow
@@ -135,11 +103,8 @@ def test_update_has_k_times_the_rank() -> None:
     compiled = fresh("gpt2", {**GRALORA, "target": {"role": "attn.v"}})
     (spec,) = runner_of(compiled).spec.adapt
     tensors = {name.rpartition(".")[2]: t for name, t in perturb(compiled, 0.5).items() if ".h.1." in name}
-    name = "transformer.h.1.attn.c_attn.weight"
-    update = (lazy_tensors(compiled.compilation).exact(name) - compiled.compilation.store.get(name).double()).T
-    rows = update.shape[0] // 3
-    assert not update[: 2 * rows].any()
-    torch.testing.assert_close(update[2 * rows :], update_of(tensors, spec), rtol=0, atol=1e-13)
+    update = update_of_values(compiled)
+    torch.testing.assert_close(update, update_of(tensors, spec), rtol=0, atol=1e-13)
     values = torch.linalg.svdvals(update)
     assert values[7] > 1e-2 and values[8] < 1e-12
 
@@ -186,23 +151,14 @@ def test_equivalent_lora(family: str) -> None:
 @pytest.mark.full
 def test_a_quantised_base() -> None:
     """On packed weights, outputs are those over the values that the weights stand for."""
-    model = tiny("llama").eval()
-    packed = graftc.compile({"adapt": [HYBRID], "base": {"quantize": "nf4"}}, model, seed=0).eval()
-    dense = graftc.compile({"adapt": [HYBRID]}, dense_twin(model, quantize="nf4"), seed=0).eval()
-    perturb(packed, 0.2)
-    dense.load_adapter_state_dict(packed.adapter_state_dict())
-    inputs = inputs_for(packed)
-    assert same_bits(outputs_of(packed, inputs), outputs_of(dense, inputs))
+    check_packed_base(HYBRID, 0.2)
 
 
 @pytest.mark.full
 def test_artifact(tmp_path: Path) -> None:
     """An artifact with GraLoRA over LoRA gives the same bits."""
     compiled = adapted("gpt2", {"method": "lora", "rank": 3, "target": {"role": ROLES}}, HYBRID)
-    compiled.save(tmp_path / "kept")
-    loaded = graftc.load(tmp_path / "kept", tiny("gpt2")).eval()
-    inputs = inputs_for(compiled)
-    assert same_bits(outputs_of(loaded, inputs), outputs_of(compiled, inputs))
+    loaded, inputs = loaded_again(compiled, "gpt2", tmp_path / "kept"), inputs_for(compiled)
     assert largest_difference(outputs_of(loaded.merge(), inputs), outputs_of(compiled, inputs)) <= 2e-5
 
 

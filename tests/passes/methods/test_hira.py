@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
+from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
-from tests.kit.dense_twins import dense_twin
 from tests.kit.depth import each_way
 from tests.kit.models import adapted, fresh
 from tests.kit.specs import varied
+from tests.passes.methods.folded_maps import check_by_hand, check_packed_base, loaded_again
 from tests.passes.methods.places import OTHERS, ROLES
 
 HIRA = {"method": "hira", "target": {"role": ROLES}, "rank": 3}
@@ -116,13 +116,7 @@ def test_every_kind_of_site() -> None:
         product = b @ a
         weight = folded[f"{module}.weight"]
         weight += weight * (product.T if module == "table" else product.reshape(weight.shape))
-    by_hand = Mixed().double()
-    by_hand.load_state_dict(folded)
-    assert float((model(x) - by_hand(x)).detach().abs().max()) > 1e-2
-    torch.testing.assert_close(compiled(x), by_hand(x), rtol=0, atol=1e-13)
-    merged = compiled.merge()
-    assert merged.certificate.passed
-    torch.testing.assert_close(merged(x), by_hand(x), rtol=0, atol=1e-13)
+    check_by_hand(compiled, model, Mixed(), folded, x, least=1e-2, atol=1e-13)
 
 
 @pytest.mark.slow
@@ -195,24 +189,14 @@ def test_below_another_adaptation() -> None:
 @pytest.mark.full
 def test_a_quantised_base() -> None:
     """The branch multiplies the values that the packed weight stands for."""
-    model = tiny("llama").eval()
-    spec: dict[str, Any] = {"adapt": [HIRA], "base": {"quantize": "nf4"}}
-    packed = graftc.compile(spec, model, seed=0).eval()
-    dense = graftc.compile({"adapt": [HIRA]}, dense_twin(model, quantize="nf4"), seed=0).eval()
-    perturb(packed, 0.3)
-    dense.load_adapter_state_dict(packed.adapter_state_dict())
-    inputs = inputs_for(packed)
-    assert same_bits(outputs_of(packed, inputs), outputs_of(dense, inputs))
+    check_packed_base(HIRA, 0.3)
 
 
 @pytest.mark.full
 def test_artifact(tmp_path: Path) -> None:
     """An artifact with HiRA over LoRA gives the same bits."""
     compiled = adapted("gpt2", BELOW["lora"], HIRA)
-    compiled.save(tmp_path / "kept")
-    loaded = graftc.load(tmp_path / "kept", tiny("gpt2")).eval()
-    inputs = inputs_for(compiled)
-    assert same_bits(outputs_of(loaded, inputs), outputs_of(compiled, inputs))
+    loaded_again(compiled, "gpt2", tmp_path / "kept")
 
 
 @pytest.mark.full

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from graftc.compiler.folding.steps import lazy_tensors
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from tests.kit.models import fresh
 from tests.kit.specs import varied
+from tests.passes.methods.folded_maps import DOWN, before_and_after
 from tests.passes.methods.places import OTHERS, ROLES
 
 LOHA = {"method": "loha", "target": {"role": ROLES}, "rank": 3, "alpha": 6}
@@ -72,13 +72,9 @@ def test_update(family: str) -> None:
     """``W' - W`` is ``s (B1 A1) * (B2 A2)``, of rank 9 at rank 3."""
     compiled = fresh(family, LOHA)
     tensors = {name: tensor.double() for name, tensor in perturb(compiled, 0.5).items()}
-    lazy = lazy_tensors(compiled.compilation)
-    name = {"bert": "bert.encoder.layer.1.output.dense", "gpt2": "transformer.h.1.mlp.c_proj"}.get(
-        family, "model.layers.1.mlp.down_proj"
-    )
-    update = lazy.exact(f"{name}.weight") - compiled.compilation.store.get(f"{name}.weight").double()
-    update = update.T if family == "gpt2" else update
-    factors = {part: tensors[f"{name}.graftc.loha.{part}"] for part in ("A1", "B1", "A2", "B2")}
+    before, after = before_and_after(compiled, family)
+    update = after - before
+    factors = {part: tensors[f"{DOWN[family]}.graftc.loha.{part}"] for part in ("A1", "B1", "A2", "B2")}
     expected = 6 / 3 * (factors["B1"] @ factors["A1"]) * (factors["B2"] @ factors["A2"])
     torch.testing.assert_close(update, expected, rtol=0, atol=1e-14)
     values = torch.linalg.svdvals(update)

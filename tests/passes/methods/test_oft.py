@@ -12,12 +12,13 @@ from torch import Tensor
 import graftc
 from graftc.compiler.folding.steps import lazy_tensors
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb, same_bits
+from graftc.testing import DeploymentContract, MethodContract, largest_difference, outputs_of, perturb
 from graftc.testing.compare import inputs_for
 from graftc.testing.families import tiny
 from tests.kit.depth import each_way
 from tests.kit.models import fresh
 from tests.kit.specs import varied
+from tests.passes.methods.folded_maps import DOWN, before_and_after, check_stack, loaded_again
 from tests.passes.methods.places import OTHERS, ROLES
 
 OFT: dict[str, Any] = {"method": "oft", "target": {"role": ROLES}, "block_size": 8}
@@ -113,16 +114,10 @@ def rotation(upper: Tensor, size: int, exact: bool) -> Tensor:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_update(family: str, exact: bool) -> None:
     """``W'`` is ``W R^T``; with the exact transform, products of rows keep their values."""
-    model = tiny(family)
-    compiled = fresh(model, EXACT if exact else OFT)
+    compiled = fresh(family, EXACT if exact else OFT)
     tensors = perturb(compiled, 0.2)
-    name = {"bert": "bert.encoder.layer.1.output.dense", "gpt2": "transformer.h.1.mlp.c_proj"}.get(
-        family, "model.layers.1.mlp.down_proj"
-    )
-    folded = lazy_tensors(compiled.compilation).exact(f"{name}.weight")
-    weight = model.get_parameter(f"{name}.weight").detach().double()
-    folded, weight = (folded.T, weight.T) if family == "gpt2" else (folded, weight)
-    turn = rotation(tensors[f"{name}.graftc.oft.Q"], 8, exact)
+    weight, folded = before_and_after(compiled, family)
+    turn = rotation(tensors[f"{DOWN[family]}.graftc.oft.Q"], 8, exact)
     torch.testing.assert_close(folded, weight @ turn.T, rtol=0, atol=1e-13)
     apart = float((folded @ folded.T - weight @ weight.T).abs().max())
     assert apart <= 1e-12 if exact else apart > 1e-3
@@ -229,15 +224,8 @@ def test_order_of_lora_and_oft(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_above_and_below_others(family: str) -> None:
     """OFT on experts rotates weights that other adaptations have changed, and DoRA takes the rotated ones."""
-    target = {"role": ["attn.q", "experts" if family == "mixtral" else "ffn.down"]}
-    entries = [{"method": "dora", "rank": 2}, {"method": "oft", "block_size": 4}, {"method": "dora", "rank": 2}]
-    compiled = fresh(family, *({**e, "name": f"a{i}", "target": target} for i, e in enumerate(entries)))
-    inputs = inputs_for(compiled)
-    assert same_bits(outputs_of(compiled, inputs), outputs_of(tiny(family), inputs))
-    perturb(compiled, 0.1)
-    merged = compiled.merge()
-    assert merged.certificate.passed
-    assert largest_difference(outputs_of(merged, inputs), outputs_of(compiled, inputs)) <= 2e-5
+    dora = {"method": "dora", "rank": 2}
+    check_stack(family, dora, {"method": "oft", "block_size": 4}, dora)
 
 
 @pytest.mark.full
@@ -246,9 +234,7 @@ def test_artifact(entry: dict[str, Any], tmp_path: Path) -> None:
     """An artifact gives the same outputs bit for bit."""
     compiled = fresh("bert", entry)
     perturb(compiled, 0.2)
-    compiled.save(tmp_path / "kept")
-    inputs = inputs_for(compiled)
-    assert same_bits(outputs_of(graftc.load(tmp_path / "kept", tiny("bert")), inputs), outputs_of(compiled, inputs))
+    loaded_again(compiled, "bert", tmp_path / "kept")
 
 
 @pytest.mark.full
