@@ -212,7 +212,7 @@ def _pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 def _last_but_one(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Tensor, Tensor]:
     """Return the factors of the last iteration of LoftQ but one, whose product is subtracted before packing."""
     original = build.read_original(site)
-    a, b = _pissa(original - build.read_weight(site), spec.rank, 1.0)
+    a, b = _pissa(build.quantisation_error(site), spec.rank, 1.0)
     for _ in range(spec.loftq_iterations - 2):
         a, b = _pissa(original - build.packed_without(site, a, b), spec.rank, 1.0)
     return a, b
@@ -257,7 +257,9 @@ def _starts(spec: LoRA, site: LinearSite, build: Builder) -> tuple[Initialiser, 
     @cache
     def parts() -> tuple[Tensor, Tensor]:
         if spec.init == "loftq":
-            return _pissa(build.read_original(site) - build.read_weight(site), spec.rank, spec.scaling)
+            a, b = _pissa(build.quantisation_error(site), spec.rank, spec.scaling)
+            build.correct(site, a, spec.scaling * b)
+            return a, b
         return _FROM_WEIGHT[spec.init](build.read_weight(site), spec.rank, spec.scaling)
 
     return (lambda tensor, _: _copy(tensor, parts()[0])), (lambda tensor, _: _copy(tensor, parts()[1]))

@@ -80,7 +80,8 @@ def save(
     """
     runner: AdaptedRunner = runner_of(compiled)
     require_values(runner)
-    _require_own_codes(runner.compilation)
+    if bundle is None:
+        _require_own_codes(runner.compilation)
     require_allowed_names(name for name, _ in adapter_tensors(runner.compilation.store))
     path = absolute_path(path)
     with staged(path, force=force, replaceable=is_ours, sources=[local_folder(runner.compilation.source)]) as folder:
@@ -112,8 +113,8 @@ def _require_own_codes(compilation: Compilation) -> None:
         GraftError: GC168 for such a base.
     """
     if left := sorted(compilation.requantised - compilation.tensor_edits.requantised()):
-        message = f"the codes of {left[0]} were chosen by an adaptation that has been removed"
-        raise GraftError("GC168", message, hint='merge(base="full") writes the base as a plain model')
+        message = f"the codes of {left[0]} were chosen by an adaptation that the model no longer has"
+        raise GraftError("GC168", message, hint='merge it with base="full" (--base full), which writes a plain model')
 
 
 def _write(

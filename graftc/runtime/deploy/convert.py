@@ -129,8 +129,8 @@ class Converting:
 
         Raises:
             GraftError: GC002 for a rank or error out of bounds, GC066 for an adaptation that changes anything but
-                linear maps, GC067 if the error bound cannot be met, GC091 for unknown names, GC050 and GC022 for an
-                adaptation that does not fold.
+                linear maps, GC067 if the error bound cannot be met, GC091 for unknown names, GC168 for an adaptation
+                that chose codes of the base, GC050 and GC022 for an adaptation that does not fold.
         """
         if (rank is not None and rank < 1) or (error is not None and not 0 < error < 1):
             raise GraftError("GC002", "converting needs a rank of at least 1, and an error in (0, 1)")
@@ -329,6 +329,11 @@ def _chosen(compilation: Compilation, names: Sequence[str] | None) -> list[str]:
         if name not in known:
             raise unknown_name("adaptation", name, known)
     chosen = [name for name in known if names is None or name in names]
+    for name in chosen:
+        if codes := compilation.tensor_edits.requantised(name):
+            message = f"the codes of {min(codes)} follow from the tensors of {name!r}, which converting would drop"
+            hint = 'merge it with base="full" (--base full), or set loftq_iterations: 1'
+            raise GraftError("GC168", message, hint=hint)
     if not chosen:
         raise GraftError("GC066", "the spec has no adaptation to convert", hint="fold the train: list into a base")
     for composition in compilation.spec.compose:

@@ -67,7 +67,7 @@ class StateDicts(Feature):
         other = sorted(n for n in self.runner.store.settled if not torch.equal(own[n].cpu(), tensors[n].cpu()))
         if other:
             message = f"the graphs depend on other values of {', '.join(other[:5])}"
-            raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors come from")
+            raise GraftError("GC053", message, hint=_OTHER_START)
         Meeting.of(self.runner.module, "load_adapter_state_dict")
         with torch.no_grad():
             for name in own:  # in the same order in every process
@@ -156,6 +156,12 @@ def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: An
         state[prefix + stone] = torch.empty(0)
 
 
+_OTHER_START = (
+    "load the file that they come from with graftc.load(path), which compiles with them; the same seed and base give "
+    "the same values only on the same kind of machine"
+)
+
+
 def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Check a state dict's record and base tensors against this model's base, and remove the base tensors.
 
@@ -190,7 +196,7 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
     wrong = sorted(name for name, given in settled.items() if not _same(store.get(name), given))
     if wrong:
         message = f"the graphs depend on other values of {', '.join(wrong[:5])}"
-        raise GraftError("GC053", message, hint="compile with the seed and the base that the tensors come from")
+        raise GraftError("GC053", message, hint=_OTHER_START)
 
 
 def _check_record(states: StateDicts, state: Any) -> None:

@@ -39,8 +39,8 @@ class LoRA(MethodSpec):
     """Low-rank adaptation of linear maps: `y = W x + b + s B A dropout(x)` with `s = alpha / rank`.
 
     Linear maps are layers, convolutions, embedding tables, and experts (one pair of factors each). `A` is `[rank, in]`
-    and `B` is `[out, rank]`, both used in the weight's dtype. Before training the adapted layer computes exactly what
-    the base computes, and `s B A` folds exactly into `W`.
+    and `B` is `[out, rank]`, both used in the weight's dtype. `s B A` folds exactly into `W`. Before training the
+    adapted layer computes exactly what the base computes, unless `init` is `random` or `loftq`.
     """
 
     claims: ClassVar[Claims] = Claims(

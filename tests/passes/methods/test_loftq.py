@@ -73,6 +73,7 @@ def test_equals_peft() -> None:
         torch.testing.assert_close(update, b @ a, rtol=0, atol=1e-6)
 
 
+@pytest.mark.sample("llama-{'quantize': 'int4'}", "gpt2-{'double': True}", "mixtral-{}")
 @pytest.mark.parametrize("base", [{}, {"quantize": "int4"}, {"double": True}, {"quantize": "int8"}], ids=str)
 @pytest.mark.parametrize("family", ROLES)
 def test_each_iteration_comes_nearer(family: str, base: dict[str, Any]) -> None:
@@ -124,7 +125,7 @@ def test_loads_from_a_checkpoint(tmp_path: Path) -> None:
     own = compiled(model, "llama")
     perturb(own)
     (tmp_path / "checkpoint").mkdir()
-    save_file({k: v.contiguous() for k, v in own.state_dict().items()}, tmp_path / "checkpoint" / "model.safetensors")
+    save_file(own.state_dict(), tmp_path / "checkpoint" / "model.safetensors")
     loaded = graftc.load(tmp_path / "checkpoint", model).eval()
     assert torch.equal(outputs(own), outputs(loaded))
 
@@ -208,6 +209,43 @@ def test_one_adaptation_chooses() -> None:
             compiled(model, "llama", 3, other)
         assert caught.value.code == "GC021"
     compiled(model, "llama", 3, {**first, "before": False})
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_second_one_starts_from_what_the_first_leaves(iterations: int) -> None:
+    """Two adaptations at one site do not add the same correction twice; the one that chooses the codes comes first."""
+    model = families.llama().eval()
+    second = {"method": "lora", "init": "loftq", "rank": 4, "name": "b", "target": {"role": ROLES["llama"]}}
+
+    def distance(own: Compiled) -> float:
+        merged, before = dict(own.merged_state_dict()), dict(model.named_parameters())
+        names = {site.own.tensor for site, _ in own.compilation.main.resolved[0].places}
+        return sum(float((merged[name] - before[name]).square().sum()) for name in names)
+
+    alone = distance(compiled(model, "llama", iterations))
+    assert distance(compiled(model, "llama", iterations, second)) < 0.95 * alone
+    if iterations > 1:
+        with pytest.raises(GraftError, match="already started") as caught:
+            compiled(model, "llama", iterations, {**second, "before": True})
+        assert caught.value.code == "GC021" and "before 'b'" in str(caught.value)
+
+
+def test_converting_is_refused_before_the_work() -> None:
+    """A converted adaptation would not have the factors that the codes follow from."""
+    own = compiled(families.llama().eval(), "llama")
+    with pytest.raises(GraftError, match="converting would drop") as caught:
+        own.convert()
+    assert caught.value.code == "GC168"
+
+
+@pytest.mark.parametrize("kind", ["average", "bank"])
+def test_compositions_are_refused(kind: str) -> None:
+    """Members that are built at once share one base."""
+    member = {"method": "lora", "init": "loftq", "loftq_iterations": 2, "target": {"role": "attn.q"}}
+    adapt = [{**member, "name": name} for name in "ab"]
+    with pytest.raises(GraftError, match="one base") as caught:
+        graftc.compile({"base": {"quantize": "nf4"}, "adapt": adapt, "compose": {kind: ["a", "b"]}}, families.llama())
+    assert caught.value.code == "GC017" and "loftq_iterations: 1" in str(caught.value)
 
 
 def test_sixteen_bits(tmp_path: Path) -> None:

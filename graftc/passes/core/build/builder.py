@@ -12,13 +12,12 @@ from graftc.passes.core.build.initial import Initialiser
 from graftc.passes.core.build.linear_maps import LinearMaps
 from graftc.passes.core.build.nodes import Seams
 from graftc.passes.core.build.operations import DropoutScope
-from graftc.passes.core.build.requantising import Requantising
 from graftc.passes.core.sites.sites import Site
 
 __all__ = ["Builder", "DropoutScope", "Initialiser"]
 
 
-class Builder(LinearMaps, Attentions, Requantising):
+class Builder(LinearMaps, Attentions):
     """Inserts one adaptation into one Program; see `Nodes` for the arguments."""
 
     def within(self, seams: Seams, adaptation: str, method: str) -> Builder:

@@ -8,8 +8,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from graftc.passes.core.weights.weight_slice import WeightSlice
+
 Initialiser = Callable[[Tensor, torch.Generator], None]
 """A function that fills a float32 CPU tensor in place, drawing random values only from the generator."""
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """An update ``up @ down`` that starts as an approximation of what quantising took from rows of a weight.
+
+    Attributes:
+        owner: the adaptation.
+        own: the rows.
+        down, up: ``[..., rank, in]`` and ``[..., rows, rank]``.
+    """
+
+    owner: str
+    own: WeightSlice
+    down: Tensor
+    up: Tensor
 
 
 @dataclass(frozen=True)
@@ -21,6 +39,7 @@ class Initial:
         values: existing tensors, by name, that are used instead of new initial values.
         originals: the base weights, by name, as they were before the spec packed them; for use in initialisers.
         requantised: names of packed weights whose codes already are those that adaptations chose.
+        corrections: the updates with which adaptations have started from a quantisation error.
         reduced: the original weights, by name, less the products that adaptations have subtracted so far to choose
             codes.
         narrow: names of adaptations whose tensors are stored in their compute dtype. Tensors of other adaptations are
@@ -33,6 +52,7 @@ class Initial:
     originals: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     narrow: Collection[str] = frozenset()
     requantised: frozenset[str] = frozenset()
+    corrections: list[Correction] = field(default_factory=list, repr=False)
     reduced: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 

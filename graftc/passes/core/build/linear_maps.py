@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from graftc.passes.core.build.operations import Operations
+from graftc.passes.core.build.requantising import Requantising
 from graftc.passes.core.build.requests import Change
-from graftc.passes.core.build.tensors import Tensors
 from graftc.passes.core.ir.program import provenance
 from graftc.passes.core.sites.sites import LinearSite, unsupported
 from graftc.passes.core.sites.uses import Convolution, Dense
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 DROPOUTS = (torch.ops.graftc.masked_dropout.default, torch.ops.graftc.seeded_dropout.default)
 
 
-class LinearMaps(Tensors, Operations):
+class LinearMaps(Requantising, Operations):
     """Reads and changes linear maps' inputs and outputs, and applies other weights the way a map applies its own."""
 
     def input(self, site: LinearSite) -> fx.Node:

@@ -9,6 +9,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from graftc.passes.core.build.initial import Correction
 from graftc.passes.core.build.tensors import Tensors
 from graftc.passes.core.ir.shapes import raw_bytes
 from graftc.passes.core.sites.sites import LinearSite, unsupported
@@ -21,6 +22,8 @@ SUBTRACTED = ("subtracted_down", "subtracted_up")
 ORIGINAL = "original_digest"
 """Part that stores the SHA-256 of the rows before packing, as ``uint8[32]``."""
 
+_ONCE = "set loftq_iterations: 1"
+
 REQUANTISED_PARTS = (*SUBTRACTED, ORIGINAL)
 
 
@@ -30,6 +33,26 @@ class Requantising(Tensors):
     The codes belong to the base: all other adaptations, and calls with the adaptation disabled, read the new ones. The
     adaptation stores the factors, so that the same codes follow from the original weights when it is loaded.
     """
+
+    def quantisation_error(self, site: LinearSite) -> Tensor:
+        """Return what quantising took from the site's own rows and no adaptation adds so far, for use in initialisers.
+
+        Raises:
+            GraftError: GC167 if the original weight is not available.
+        """
+        error = self.read_original(site) - self.read_weight(site)
+        for other in self._corrections(site):
+            rows = other.own.put_operand(torch.zeros(other.own.shape, dtype=other.up.dtype), other.up @ other.down)
+            error = error - site.own.operand(rows.to(error.device, error.dtype))
+        return error
+
+    def correct(self, site: LinearSite, down: Tensor, up: Tensor) -> None:
+        """Record that the adaptation starts with ``up @ down`` as its approximation of the quantisation error."""
+        self.initial.corrections.append(Correction(self.adaptation, site.own, down.cpu(), up.cpu()))
+
+    def _corrections(self, site: LinearSite) -> list[Correction]:
+        tensor = site.own.tensor
+        return [c for c in self.initial.corrections if c.own.tensor == tensor and c.own.overlaps(site.own)]
 
     def read_original(self, site: LinearSite) -> Tensor:
         """Return the values that the site's own rows had before the weight was quantised, for use in initialisers.
@@ -41,11 +64,15 @@ class Requantising(Tensors):
 
     def _original(self, site: LinearSite) -> Tensor:
         original = self.initial.originals.get(site.own.tensor)
-        if original is None:
-            message = f"the original weight of {site.key}, before quantisation, is not available"
-            hint = "quantise the base in the spec (base: {quantize: nf4}), or choose another init"
-            raise GraftError("GC167", message, hint=hint)
-        return original
+        if original is not None:
+            return original
+        if site.own.tensor in self.store.packed:
+            message = f"the weight of {site.key} as it was before it was quantised is not available"
+            hint = "compile the adaptation together with base: {quantize: nf4}, on a model in full precision"
+        else:
+            message = f"{site.key} is not quantised, so quantising took nothing from it"
+            hint = "quantise it in the spec (base: {quantize: nf4}), leave it out with exclude, or choose another init"
+        raise GraftError("GC167", message, hint=hint)
 
     def requantise(self, site: LinearSite, rank: int, choose: Callable[[], tuple[Tensor, Tensor]]) -> None:
         """Pack the site's weight less the product of two factors; the compiled model's base has these codes.
@@ -75,7 +102,9 @@ class Requantising(Tensors):
                 shapes = (*site.leading, rank, site.in_features), (*site.leading, site.out_features, rank)
                 stored = [*map(torch.empty, shapes), torch.empty(32, dtype=torch.uint8)]
             else:
-                stored = [*(factor.float() for factor in choose()), _digest(self.read_original(site))]
+                self._require_uncorrected(site)
+                factors = (factor.float().contiguous() for factor in choose())
+                stored = [*factors, _digest(self.read_original(site))]
             return dict(zip(REQUANTISED_PARTS, stored, strict=True))
 
         def value(part: str, device: torch.device) -> Tensor:
@@ -88,10 +117,17 @@ class Requantising(Tensors):
 
     def _check_alone(self, site: LinearSite) -> None:
         if self.seams.composed:
-            raise unsupported(site, "has one base, so only one of several adaptations could choose its codes", None)
+            raise unsupported(site, "has one base, so only one of several adaptations could choose its codes", _ONCE)
         if site.own.tensor in self.store.aliases.values():
             reason = "shares its weight with another module, which would read the new codes without the adaptation"
-            raise unsupported(site, reason)
+            raise unsupported(site, reason, f"{_ONCE}, or leave it out with exclude")
+
+    def _require_uncorrected(self, site: LinearSite) -> None:
+        for other in self._corrections(site):
+            message = f"{self.adaptation!r} would change the codes of {site.own} of {site.own.tensor}, from which "
+            message += f"{other.owner!r} has already started"
+            hint = f"put {self.adaptation!r} before {other.owner!r} in the spec, or {_ONCE}"
+            raise GraftError("GC021", message, hint=hint)
 
     def _pack_chosen(self, site: LinearSite) -> None:
         """Pack the site's weight less the product of the factors stored for it."""

@@ -180,9 +180,10 @@ class TensorEdits(Collection[TensorEdit]):
         """Return the names of tensors that have a trained copy of all rows, so that the base's values are not used."""
         return [edit.own.tensor for edit in self.copies() if edit.own.whole]
 
-    def requantised(self) -> frozenset[str]:
-        """Return the names of packed weights whose codes were chosen by an adaptation."""
-        return frozenset(edit.own.tensor for edit in self._edits if edit.mode is EditMode.REQUANTISED)
+    def requantised(self, owner: str | None = None) -> frozenset[str]:
+        """Return the names of packed weights whose codes were chosen by one adaptation or, by default, by any."""
+        every = self._edits if owner is None else self._of.get(owner, ())
+        return frozenset(edit.own.tensor for edit in every if edit.mode is EditMode.REQUANTISED)
 
     def copy_of(self, own: WeightSlice, owner: str) -> str | None:
         """Return the Store name of the copy of exactly these rows that an adaptation trains; None if there is none."""

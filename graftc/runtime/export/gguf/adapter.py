@@ -99,7 +99,7 @@ def plain_of(compilation: Compilation) -> PlainAdapter:
         raise _no_lora(owner.owner, f"trains {owner.own.tensor} in full")
     if compilation.requantised:
         message = f"the codes of {min(compilation.requantised)} were chosen together with the adapter"
-        raise GraftError("GC066", message, hint='merge it with base="full", or set loftq_iterations: 1')
+        raise GraftError("GC066", message, hint='merge it with base="full" (--base full), or set loftq_iterations: 1')
     if compilation.spec.compose:
         raise _no_lora(compilation.spec.compose[0].members[0], "is part of a composition")
     for resolved in compilation.main.resolved:

@@ -55,7 +55,7 @@ def refuse_inexpressible(compilation: Compilation, main: Resolved, others: Seque
             )
     if compilation.requantised:
         what = f"an adapter of a base whose codes were chosen together with it ({min(compilation.requantised)})"
-        raise _error(what, "base", 'merge it with base="full", or set loftq_iterations: 1')
+        raise _error(what, "base", 'merge it with base="full" (--base full), or set loftq_iterations: 1')
     if spec.tokens:
         raise _error("the spec's tokens", "tokens", "merge the model instead")
     table = table_of(main.spec)
