@@ -74,6 +74,7 @@ def test_one_warning_names_the_copies() -> None:
     assert "lm_head.weight is tied to model.embed_tokens.weight" in messages[1]
 
 
+@pytest.mark.sample("True-**", "False-self_attn.q_proj")
 @pytest.mark.slow
 @pytest.mark.parametrize("untied", ["**", "self_attn.q_proj"])
 @pytest.mark.parametrize("tied_head", [False, True])

@@ -219,6 +219,7 @@ def test_a_published_prefix(
     assert (report.trainable_parameters, report.deployed_parameters) == (trained, deployed)
 
 
+@pytest.mark.full
 @pytest.mark.sample("3-1373760-two depths")
 @pytest.mark.slow
 @each_way

@@ -37,7 +37,7 @@ from tests.kit.folders import adapted_folder, saved_base
 from tests.kit.places import ROOT
 
 COUNT = min(3000, int(os.environ.get("GRAFTC_FUZZ", "3000")))
-SAMPLE = 60
+SAMPLE = 30
 SECONDS = 5
 MEMORY = 1 << 30
 

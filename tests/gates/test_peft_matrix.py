@@ -30,10 +30,10 @@ SAMPLE = [
     *(Case(kind, "convs", 0) for kind in ("attention", "convolutions", "ia3-convs")),
     Case("ia3-convs", "convs", 4),  # scales the channels of a convolution over several points
     Case("lokr", "convs", 1),
-    Case("tied-saved", "tied", 0),
     *(
         pytest.param(case, marks=FULL)
         for case in (
+            Case("tied-saved", "tied", 0),
             Case("loha", "convs", 0),
             Case("miss", "bart", 0),
             Case("shira", "t5", 0),

@@ -93,6 +93,7 @@ def test_spans_of_the_sequence() -> None:
     check("bert", "split", composed("bert", "split", dict.fromkeys("ab", SEQ), {"split": ["a", "b"], "at": [4]}))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_rows_of_the_batch() -> None:
     model = composed("bert", "batch_split", dict.fromkeys("ab", SEQ), {"bank": ["a", "b"]})

@@ -329,6 +329,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all(after[name] == time_ for name, time_ in done.items())
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_an_entry_that_takes_too_long_does_not_take_others_with_it(tmp_path: Path) -> None:
     kept = run.Kept(tmp_path, "now")

@@ -135,6 +135,7 @@ def test_the_decomposition_is_the_kernel(dtype: torch.dtype) -> None:
         assert torch.equal(DECOMPOSITIONS[pruned_weight](*arguments), pruned_weight(*arguments))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_opcheck() -> None:
     weight, scores = drawn(6, 4).requires_grad_(), drawn(6, 4, seed=1).requires_grad_()

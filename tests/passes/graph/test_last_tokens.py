@@ -30,6 +30,7 @@ def logits(model: Any, program: Program, inputs: dict[str, Tensor]) -> Tensor:
     return dict(zip(program.outputs.names, values, strict=True))["logits"]  # type: ignore[no-any-return]
 
 
+@pytest.mark.sample("llama")
 @pytest.mark.parametrize(
     "family",
     ["llama", "gemma2", *(pytest.param(name, marks=pytest.mark.full) for name in ("gpt2", "opt", "mixtral", "falcon"))],

@@ -34,6 +34,7 @@ def test_a_layer_is_one_block(family: str, method: str) -> None:
         assert inserted >= len(compiled.report.adaptations) * 4
 
 
+@pytest.mark.sample("off0")
 @pytest.mark.slow
 @pytest.mark.parametrize("off", [[], ["projections"]])
 def test_random_numbers_are_drawn_in_the_order_of_the_source(off: list[str]) -> None:

@@ -364,6 +364,7 @@ def test_values_that_do_not_fit() -> None:
             graftc.load_spec({"adapt": [entry]})
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_exports_warn_of_nothing_new(tmp_path: Path) -> None:
     """A warning from compiling is not repeated on export."""

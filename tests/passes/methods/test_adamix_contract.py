@@ -28,6 +28,7 @@ class TestNothingShared(MethodContract):
 class TestLoRA(MethodContract):
     """Low-rank experts on layers, including rows of fused weights."""
 
+    contract_families = ("t5",)
     adaptation: ClassVar[dict[str, Any]] = LORA
     families = DENSE
 

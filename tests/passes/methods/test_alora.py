@@ -51,6 +51,7 @@ def logits_of(model: Any, **inputs: Any) -> Tensor:
     return logits
 
 
+@pytest.mark.sample("llama")
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_keys_and_values_before_the_invocation(family: str) -> None:
@@ -370,6 +371,7 @@ def test_refusals() -> None:
         assert refused(fresh, family, *adapt).code == code, adapt
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_calls_without_an_invocation() -> None:
     """The first call of each kind says so once: nothing would train. So it does of a single token that is ambiguous."""

@@ -27,6 +27,7 @@ ops = torch.ops.graftc
 class TestMask(MethodContract):
     """Random entries of every tensor."""
 
+    contract_families = ("t5",)
     adaptation: ClassVar[Mapping[str, Any]] = {"method": "mask", "selection": "random", "density": 0.3}
 
 

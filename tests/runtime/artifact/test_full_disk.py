@@ -61,7 +61,7 @@ def _fails(job: str, compiled: Compiled, path: Path) -> GraftError:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("save-120", "merge-120", "onnx-120", "pt2-120")
+@pytest.mark.sample("save-120", "merge-120", "pt2-120")
 @pytest.mark.parametrize("room", ROOM)
 @pytest.mark.parametrize("job", JOBS)
 def test_a_full_disk(job: str, room: int, bert: Compiled, small_disk: Callable[[int], Path]) -> None:

@@ -57,6 +57,7 @@ def test_each_is_compiled_by_the_call_that_needs_it(used: tuple[Path, dict[str, 
     assert count(loaded) == 3 and loaded.report.cached
 
 
+@pytest.mark.sample("False")
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_capture")
 @pytest.mark.parametrize("called", [False, True])

@@ -76,6 +76,7 @@ def test_those_below_fold(family: str, names: tuple[str, ...], count: int) -> No
     assert largest_difference(base, expected) > 1e-2
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_in_sixteen_bits() -> None:
     partial = stacked("llama", ("lora",), torch.bfloat16).merge_partially(only=["a0"])

@@ -88,7 +88,7 @@ def flat(outputs: dict[str, Tensor]) -> list[Tensor]:
     return list(outputs.values())
 
 
-@pytest.mark.sample("dora", "learned", "lora")
+@pytest.mark.sample("dora", "lora")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_every_method(case: str) -> None:

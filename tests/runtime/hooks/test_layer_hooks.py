@@ -231,6 +231,7 @@ def test_what_the_graph_has_not_is_refused_when_it_is_used() -> None:
         compiled.model.layers[0].mlp.register_full_backward_hook(steering)
 
 
+@pytest.mark.full
 def test_hooks_on_every_module_are_no_other() -> None:
     source = language_model("llama")
     compiled = graftc.compile({"adapt": [LORA]}, source).eval()
@@ -249,6 +250,7 @@ def test_hooks_on_every_module_are_no_other() -> None:
     assert float((ours[0] - plain.logits[0]).abs().max()) > 1e-3 * float(plain.logits[0].abs().max())
 
 
+@pytest.mark.full
 def test_layers_of_other_models() -> None:
     """Hooks also work on encoders, whose layers have other arguments, and in training."""
     source = tiny("bert").eval()

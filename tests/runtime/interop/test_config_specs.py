@@ -139,7 +139,7 @@ def tasked(task: str) -> nn.Module:
 
 
 @pytest.mark.slow
-@pytest.mark.sample("SEQ_CLS-lora", "score-lora")
+@pytest.mark.sample("SEQ_CLS-lora")
 @pytest.mark.parametrize("kind", ["lora", "ia3", "prompt"])
 @pytest.mark.parametrize("task", [*HEADS, "score"])
 def test_a_task_trains_its_head_and_says_so(task: str, kind: str) -> None:
@@ -394,6 +394,7 @@ def tied_llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+@pytest.mark.full
 @pytest.mark.sample("saved2-True")
 @pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True])

@@ -65,6 +65,7 @@ def logits_of(path: Path, model: nn.Module) -> Tensor:
     return logits
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.sample("True-None-24-targets0")
 @pytest.mark.parametrize(("width", "targets"), [(24, BOTH), (24, DOWN), (16, BOTH), (16, UP), (8, BOTH), (8, DOWN)])
@@ -78,6 +79,7 @@ def test_sizes_tell(width: int, targets: list[str], version: str | None, older: 
     torch.testing.assert_close(logits_of(tmp_path, model), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.sample("1.0.0-False-16-targets0")
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "targets"), [(16, DOWN), (8, UP)])
@@ -90,6 +92,7 @@ def test_the_release_tells(width: int, targets: list[str], version: str, older: 
     torch.testing.assert_close(logits_of(tmp_path, model), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.sample("None-16-targets0", "newest-8-targets1", "0.18.1.dev0-8-targets1")
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "targets"), [(16, DOWN), (8, UP)])
 @pytest.mark.parametrize("version", [None, "0.18.1.dev0", "0.19.0.dev0@0123abc", "newest"])

@@ -120,7 +120,7 @@ LORAS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.sample("rslora, ranks-sglang", "olora-sglang", "pissa, rslora-tensorrt-llm", "rslora-tensorrt-llm")
+@pytest.mark.sample("rslora, ranks-sglang", "pissa, rslora-tensorrt-llm")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PEFT_ENGINES)
 @pytest.mark.parametrize("kind", LORAS)

@@ -80,6 +80,7 @@ def test_names_may_be_given(folders: dict[str, Path]) -> None:
         assert torch.allclose(logits(compiled), theirs(folders["third"]), atol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_one_more_into_a_compiled_model(folders: dict[str, Path]) -> None:
     compiled = graftc.import_peft(folders["first"], base("llama"))
@@ -115,6 +116,7 @@ def test_what_does_not_go_together_is_named(folders: dict[str, Path]) -> None:
     assert torch.equal(logits(compiled), before)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_folder_whose_name_ends_like_rows(folders: dict[str, Path]) -> None:
     """``run`` and ``run_1`` are two adapters, not one adapter with additional rows."""

@@ -221,6 +221,7 @@ REFERRING: dict[str, Any] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.sample("grpo")
 @pytest.mark.parametrize("run", REFERRING)

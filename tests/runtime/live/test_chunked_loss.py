@@ -124,6 +124,7 @@ def test_losses_and_gradients_are_those_of_a_whole_loss(way: str, loss: str) -> 
     assert losses and all(outcome.done for outcome in losses)
 
 
+@pytest.mark.full
 @pytest.mark.sample("capped")
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["shifted", "capped"])
@@ -137,6 +138,7 @@ def test_one_graph_holds_for_all_sizes(way: str) -> None:
     assert len(chunked.compilation.signatures) == known
 
 
+@pytest.mark.full
 @pytest.mark.sample("by_hand-True")
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "warned"), [("by_hand", True), ("read_first", False)])
@@ -163,6 +165,7 @@ def test_logits_are_there_in_eval_mode_and_without_labels() -> None:
     assert type(outputs.logits) is torch.Tensor and torch.equal(outputs.loss, whole(**batch()).loss)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_what_was_written_to_before_logits_are_read_is_refused() -> None:
     torch.manual_seed(0)
@@ -177,6 +180,7 @@ def test_what_was_written_to_before_logits_are_read_is_refused() -> None:
         logits.sum()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_values_are_those_of_the_call() -> None:
     """Autocast and gradient mode are those in which the head was called."""

@@ -157,6 +157,7 @@ def test_gradients_a_merge_and_an_artifact(tmp_path: Path) -> None:
             torch.testing.assert_close(gradient, lora.alpha / lora.rank * whole @ a.T, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.sample("chance")
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["hidden", "chance"])
 def test_what_varies_from_call_to_call_makes_no_graph_of_a_layer(how: str) -> None:

@@ -92,6 +92,7 @@ def test_reading_values_is_refused_and_asking_for_types_is_not(method: str, refu
     assert type(model.layers[0].o.weight) is nn.Parameter
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_tensor_that_several_adapt_stays_guarded_while_one_does() -> None:
     torch.manual_seed(0)

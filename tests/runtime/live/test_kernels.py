@@ -82,6 +82,7 @@ class Stack(nn.Module):
         return x
 
 
+@pytest.mark.full
 @pytest.mark.sample("False-None")
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [SDPBackend.MATH, [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH], None])
@@ -102,6 +103,7 @@ def test_a_layer_is_the_source_to_the_bit(kernel: Any, training: bool) -> None:
     assert bool(fused) == (kernel is None)
 
 
+@pytest.mark.sample("None")
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", [SDPBackend.MATH, None])
 def test_what_an_exporter_puts_in_its_place_is_not_the_models_choice(kernel: Any) -> None:

@@ -58,6 +58,7 @@ def loss_of(outputs: Any) -> Tensor:
     return outputs.loss if hasattr(outputs, "loss") else outputs.square().mean()  # type: ignore[no-any-return]
 
 
+@pytest.mark.full
 @pytest.mark.sample("looping")
 @pytest.mark.slow
 def test_before_training_it_is_the_source_to_the_bit(named: tuple[str, Case, Any]) -> None:
@@ -127,6 +128,7 @@ def test_saved_and_loaded_it_is_the_same(named: tuple[str, Case, Any], tmp_path:
             assert torch.equal(tensors_of(loaded(**batch))[-1], tensors_of(trained(**batch))[-1])
 
 
+@pytest.mark.sample("looping")
 @pytest.mark.slow
 def test_left_out_it_is_the_source(named: tuple[str, Case, Any]) -> None:
     _, case, compiled = named
@@ -214,6 +216,7 @@ def test_steps_of_one_kind_add_one_signature(named: tuple[str, Case, Any]) -> No
     assert counts[0] == counts[1] == counts[2]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_hooks_hear_what_they_hear_of_the_source() -> None:
     case = looping()
@@ -367,6 +370,7 @@ class Sometimes(Looping):
         return super().forward(x, rounds)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_layers_that_the_inputs_shown_do_not_call_are_named() -> None:
     """Adapting such a layer is refused; otherwise a note says that nothing is adapted there."""
@@ -390,6 +394,7 @@ class Counting(nn.Module):
         return x * self.weight * (2.0 if float(x.sum()) > 0 else 1.0)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_map_that_reads_values_is_no_graph() -> None:
     model, case = Looping().eval(), looping()

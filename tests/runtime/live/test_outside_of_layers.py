@@ -145,6 +145,7 @@ def test_it_is_the_source_and_merges(cls: type[Plain], training: bool) -> None:
     assert all(p.grad is not None for p in compiled.parameters() if p.requires_grad)
 
 
+@pytest.mark.sample("Collects", "CallsInside")
 @pytest.mark.slow
 @pytest.mark.parametrize("cls", [Sets, CallsInside, Counts, Collects])
 def test_such_layers_are_no_graphs_and_their_maps_are(cls: type[Plain]) -> None:
@@ -188,6 +189,7 @@ class Reads(Plain):
         return super().through(x) @ self.last.weight.T @ self.last.weight
 
 
+@pytest.mark.full
 @pytest.mark.sample("method1")
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -202,6 +204,7 @@ def test_an_adaptation_of_what_it_reads_is_refused(method: dict[str, Any]) -> No
     assert torch.equal(compiled(X), model(X))
 
 
+@pytest.mark.sample("layers.1")
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["", "layers.1", "layers.1.up", "last"])
 def test_hooks_of_the_source_act_once(path: str) -> None:
@@ -214,6 +217,7 @@ def test_hooks_of_the_source_act_once(path: str) -> None:
     assert torch.equal(compiled(X), model(X))
 
 
+@pytest.mark.sample("last")
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["", "layers.1", "last"])
 def test_hooks_of_the_compiled_model_act_once(path: str) -> None:
@@ -241,6 +245,7 @@ class Mixed(Plain):
             return super().through(x).float()
 
 
+@pytest.mark.sample("dtype0")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_as_in_the_source(dtype: torch.dtype) -> None:

@@ -78,6 +78,7 @@ def test_parts_that_hold_everything_are_as_good_as_layers() -> None:
     graftc.compile({**SPEC, "capture": "layers"}, Stack(False).eval(), {"x": torch.randn(2, 7, 8)}, cache=False)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_maps_are_taken_where_a_part_is_no_graph_either() -> None:
     _, compiled = stack(asks=True)

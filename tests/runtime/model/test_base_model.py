@@ -107,6 +107,7 @@ def test_wrong_inputs_are_told_as_by_the_model() -> None:
     assert error.value.code == "GC031"
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_rows_choose_from_a_bank() -> None:
     target = {"role": ["attn.q", "attn.v"]}

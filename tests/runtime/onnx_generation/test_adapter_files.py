@@ -65,6 +65,7 @@ def test_files_may_be_large(tmp_path: Path) -> None:
     assert torch.equal(read_adapter(tmp_path / "large.safetensors").tensors["large"], tensors["large"])
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_what_is_used(folder: Path, tmp_path: Path) -> None:
     """Adapters for these graphs are read in both formats, and files that say nothing of their base as well."""

@@ -256,6 +256,7 @@ def test_examples_without_information_are_refused() -> None:
             fresh(model, entry).initialise([example])
 
 
+@pytest.mark.sample("torch.bfloat16")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sixteen_bits(dtype: torch.dtype) -> None:
