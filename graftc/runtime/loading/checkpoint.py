@@ -74,6 +74,8 @@ def load_checkpoint(file: Path, model: nn.Module | str | None = None, *, cache: 
                 record.seed, cache, {name: tensor for name, tensor in state.items() if Store.is_adapter(name)}
             ),
         )
+        if compilation.chosen_codes and compilation.identity().fingerprint != record.base.fingerprint:
+            raise _foreign(file, "its spec packs another base")
         compiled = make_compiled(compilation)
         compiled.load_state_dict(state)
     except RuntimeError as error:

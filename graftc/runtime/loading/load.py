@@ -128,6 +128,7 @@ def load_artifact(artifact: Artifact, model: nn.Module, *, cache: bool = True, r
         compile_stored(compilation)
     check_passes(artifact, compilation)
     check_places(artifact, compilation)
+    _check_codes(artifact, compilation)
     _take_values(artifact, compilation, values)
     check_graphs(artifact, first, compilation, compilation.main)
     return make_compiled(compilation)
@@ -196,6 +197,22 @@ def check_places(artifact: Artifact, compilation: Compilation) -> None:
             f"transformers {written.transformers}",
             details=details,
         )
+
+
+def _check_codes(artifact: Artifact, compilation: Compilation) -> None:
+    """Check that a spec that packs the base again has packed the recorded weights in the recorded way.
+
+    Raises:
+        GraftError: GC088 if it has not.
+    """
+    if artifact.manifest.requantised or compilation.chosen_codes:
+        expected = artifact.identity
+        differences = expected.differences(compilation.identity(full=expected.full))
+        if compilation.chosen_codes != set(artifact.manifest.requantised):
+            differences.append("its adaptations choose the codes of other weights")
+        if differences:
+            message = f"the spec of {artifact.path} packs another base: {differences[0]}"
+            raise GraftError("GC088", message, hint="compile the spec again", details=differences[1:5])
 
 
 def _places(records: Iterable[AdaptedPlace]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import graftc
 from graftc.passes.core.packing.packed_tensor import dense
+from graftc.runtime.artifact.manifest import sealed
 from graftc.runtime.compiled import Compiled
 from graftc.specs.errors.diagnostics import GraftError
 from graftc.testing import families, perturb
@@ -139,6 +142,25 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GraftError) as caught:
         graftc.load(tmp_path / "artifact", model)
     assert caught.value.code == "GC087"
+
+
+@pytest.mark.parametrize("change", ["quantize: nf4", "requantised"])
+def test_another_packing_is_refused(change: str, tmp_path: Path) -> None:
+    """Specs and manifests that pack the base in another way than it was raise GC088, even if digests are renewed."""
+    model, path = families.llama().eval(), tmp_path / "artifact"
+    compiled(model, "llama").save(path)
+    data = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    if change == "requantised":
+        data[change] = data[change][:2]
+    else:
+        spec = (path / "spec.yaml").read_text(encoding="utf-8").replace(change, "quantize: fp4").encode()
+        (path / "spec.yaml").write_bytes(spec)
+        data["files"]["spec.yaml"] = {"bytes": len(spec), "sha256": hashlib.sha256(spec).hexdigest()}
+    del data["digest"]
+    (path / "manifest.json").write_text(sealed(data), encoding="utf-8")
+    with pytest.raises(GraftError) as caught:
+        graftc.load(path, model)
+    assert caught.value.code in ("GC087", "GC088")
 
 
 def test_changes_in_the_process_keep_the_codes() -> None:
