@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,8 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
         return math.inf
     if not a.numel():
         return 0.0
+    if a.is_complex():
+        a, b = torch.view_as_real(a.resolve_conj()), torch.view_as_real(b.to(a.dtype).resolve_conj())
     wide_a, wide_b = a.double(), b.to(a.device).double()
     largest = float((wide_a - wide_b).abs().max())
     if math.isfinite(largest):

@@ -90,17 +90,23 @@ class OutputComparison:
         return None if first is None or second is None else (first, second)
 
     def _between(self, first: Sequence[Any], second: Sequence[Any]) -> dict[str, float]:
-        """Return the largest absolute difference in every floating-point output, by name."""
+        """Return the largest absolute difference in every output of real or complex numbers, by name."""
         return {
             name: largest_difference(a, b)
             for name, a, b in zip(self._names, first, second, strict=True)
-            if isinstance(a, Tensor) and a.is_floating_point()
+            if _is_compared(a)
         }
 
     @property
     def largest(self) -> float:
-        """The largest absolute value in the first model's outputs; 1 if it has no tensor output."""
-        return max((largest_number(a) for a in self.before if isinstance(a, Tensor)), default=1.0)
+        """The largest absolute value in the first model's outputs that folding changes; 0 if it changes none.
+
+        Others say nothing about the size of differences: constants, such as those that mask scores, and whole numbers.
+        """
+        return max(
+            (largest_number(_changed(a, b)) for a, b in zip(self.before, self.after, strict=True) if _is_compared(a)),
+            default=0.0,
+        )
 
     @cached_property
     def flips(self) -> dict[str, Flips]:
@@ -143,6 +149,15 @@ class OutputComparison:
             bound = max(TIMES * noise, self.allowed.get(name, 0.0))
             evidence.append(RouteEvidence(name, self._modules[name], item.choices, item.flips, item.gap, noise, bound))
         return tuple(evidence)
+
+
+def _is_compared(output: Any) -> bool:
+    return isinstance(output, Tensor) and (output.is_floating_point() or output.is_complex())
+
+
+def _changed(before: Tensor, after: Tensor) -> Tensor:
+    """Return the elements that are not the same in both tensors."""
+    return before[before != after.to(before.device)] if before.shape == after.shape else before
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from graftc.runtime.deploy.comparing import compared
 from graftc.runtime.deploy.folded_tensors import folded_store
 from graftc.runtime.deploy.merged import FoldRequest, fold
 from graftc.runtime.model.evaluation import Evaluation
-from graftc.testing import tiny
+from graftc.testing import perturb, tiny
 from tests.kit.models import adapted
 from tests.kit.refusals import refused
 from tests.kit.specs import lora
@@ -152,3 +152,27 @@ def test_a_model_that_draws_is_not_run_in_float64() -> None:
     example = {"x": torch.randn(3, 6)}
     compiled = adapted(Draws().eval(), lora(modules="**.first"), inputs=example, cache=False)
     assert Evaluation(compiled._graftc, example).outputs_in_float64(Routes()) is None
+
+
+class Returns(Cancels):
+    """A model that also returns what a fold does not change, and numbers whose imaginary part alone it changes."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.last(self.first(x))
+        return (
+            y,
+            x * 1e9,
+            (y * 1e6).to(torch.int64),
+            torch.where(x > 0, y, -1e30),
+            torch.complex(torch.zeros_like(y), y),
+        )
+
+
+def test_the_budget_follows_the_numbers_that_change() -> None:
+    """Constants, whole numbers and other outputs' sizes allow no differences, and complex outputs are compared."""
+    torch.manual_seed(0)
+    compiled = adapted(Returns().eval(), lora(modules="**.first"), inputs={"x": torch.randn(64, 6)}, cache=False)
+    perturb(compiled)
+    certificate = compiled.merge().certificate
+    assert certificate.passed and certificate.budget < 1e-3
+    assert len(certificate.outputs) == 4 and all(0 < value < 1e-5 for value in list(certificate.outputs.values())[2:])
