@@ -18,6 +18,7 @@ from graftc.compiler.capture.signature import Axis
 from graftc.files.tensors import file_names
 from graftc.passes.core.elements.calls import elements_in
 from graftc.passes.core.ir.shapes import DTYPES
+from graftc.passes.core.packing.packing import weight_name
 from graftc.records.passes import PassRecord
 from graftc.records.places import AdaptedPlace, TrainedCopy
 from graftc.runtime.artifact.allowed_names import FILE, TENSOR, is_allowed
@@ -307,8 +308,9 @@ class Manifest(ManifestEntry):
         for place in self.sites:
             if not set(place.tensors.values()) <= self.adapters.keys():
                 raise ValueError(f"tensors of {place.module} that are not listed")
+        stored = {*owners, *map(weight_name, owners)}
         for trained in self.trained:
-            if trained.tensor not in self.adapters or base.aliases.get(trained.base, trained.base) not in owners:
+            if trained.tensor not in self.adapters or base.aliases.get(trained.base, trained.base) not in stored:
                 raise ValueError(f"{trained.tensor} is not a copy of {trained.base}")
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unittest
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import graftc
 from graftc.passes.core.packing.packed_tensor import PackedTensor, dense
 from graftc.specs.errors.diagnostics import GraftError
-from graftc.testing import families
+from graftc.testing import families, perturb
 from graftc.testing.compare import inputs_for
 from tests.kit.dense_twins import dense_twin
 
@@ -117,6 +118,19 @@ def test_loftq_needs_what_was_quantised() -> None:
     with pytest.raises(GraftError) as caught:
         graftc.compile(graftc.Spec.model_validate(spec_of("loftq", "llama")), families.llama())
     assert caught.value.code == "GC167"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full", "pruning"])
+def test_copies_of_packed_weights_are_saved(name: str, tmp_path: Path) -> None:
+    """An artifact with trained copies of packed weights loads, and computes the same."""
+    model = families.llama().eval()
+    spec = {"adapt": [{"method": name, "target": {"role": "attn.q"}}], "base": {"quantize": "nf4"}}
+    compiled = graftc.compile(spec, model).eval()
+    perturb(compiled)
+    compiled.save(tmp_path / "artifact")
+    loaded, inputs = graftc.load(tmp_path / "artifact", model).eval(), inputs_for(compiled)
+    assert torch.equal(compiled(**inputs)[0], loaded(**inputs)[0])
 
 
 @pytest.mark.slow
