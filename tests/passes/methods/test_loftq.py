@@ -252,6 +252,36 @@ def test_a_second_one_starts_from_what_the_first_leaves(iterations: int) -> None
         assert caught.value.code == "GC021" and "before 'b'" in str(caught.value)
 
 
+def test_rows_that_share_scales_are_not_read_before(tmp_path: Path) -> None:
+    """With ``double``, new codes of some rows change the values of all, so others may read them only afterwards."""
+    start = {"method": "lora", "rank": 4, "init": "loftq", "loftq_iterations": 2, "target": {"role": "attn.q"}}
+    copy = {"method": "full", "name": "copy", "target": {"role": "attn.v"}}
+    base, model = {"quantize": "nf4", "double": True}, families.gpt2().eval()
+    with pytest.raises(GraftError, match="has already read") as caught:
+        graftc.compile({"base": base, "adapt": [copy, start]}, model)
+    assert caught.value.code == "GC021"
+    own = graftc.compile({"base": base, "adapt": [start, copy]}, model).eval()
+    before = outputs(own)
+    own.disable("copy")
+    assert torch.equal(outputs(own), before), "the copy starts with the rows as they are now"
+    own.enable()
+    own.save(tmp_path / "artifact")
+    assert torch.equal(outputs(graftc.load(tmp_path / "artifact", model).eval()), before)
+
+
+def test_layers_that_are_called_again_choose_once(tmp_path: Path) -> None:
+    """ALBERT calls one layer several times, which has one pair of factors and one set of codes."""
+    from transformers import AlbertConfig, AlbertModel
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 3}
+    model = AlbertModel(AlbertConfig(vocab_size=60, embedding_size=16, **sizes)).eval()
+    start = {"method": "lora", "rank": 4, "init": "loftq", "loftq_iterations": 3, "target": {"role": "attn.q"}}
+    own = graftc.compile({"base": {"quantize": "nf4"}, "adapt": [start]}, model).eval()
+    own.save(tmp_path / "artifact")
+    assert torch.equal(outputs(own), outputs(graftc.load(tmp_path / "artifact", model).eval()))
+
+
 def test_converting_is_refused_before_the_work() -> None:
     """A converted adaptation would not have the factors that the codes follow from."""
     own = compiled(families.llama().eval(), "llama")

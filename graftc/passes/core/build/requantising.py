@@ -91,7 +91,9 @@ class Requantising(Tensors):
                 another module has the same weight, or if several adaptations are built at once.
         """
         self._check_alone(site)
-        if site.own.tensor in self.store.packed:
+        choices = self.program.tensor_edits.at(site.own.tensor, (EditMode.REQUANTISED,))
+        is_recorded = any(edit.owner == self.adaptation and edit.own == site.own for edit in choices)
+        if site.own.tensor in self.store.packed and not is_recorded:  # a layer may be called several times
             self._edit_tensor(site.own, EditMode.REQUANTISED)
         is_new = self._name(ORIGINAL) not in self.store
 

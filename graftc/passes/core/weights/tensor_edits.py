@@ -63,6 +63,7 @@ class Exclusion:
             those of the later edit.
         hint: template of the hint.
         same_owner: whether the rule also applies within one adaptation.
+        any_rows: whether the rule also applies to different rows, because rows of a packed weight may share scales.
     """
 
     existing: frozenset[EditMode]
@@ -70,6 +71,7 @@ class Exclusion:
     message: str
     hint: str
     same_owner: bool = True
+    any_rows: bool = False
 
 
 _TWICE = "{new!r} and {existing!r} would both train {rows} of {tensor}"
@@ -108,6 +110,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         new=frozenset({EditMode.REQUANTISED}),
         message="{new!r} would change the codes of {rows} of {tensor}, whose values {existing!r} has already read",
         hint=_BEFORE,
+        any_rows=True,
     ),
 )
 """The edits that cannot be combined; if several rules apply, the first one is reported. Several adaptations may add to
@@ -150,7 +153,7 @@ class TensorEdits(Collection[TensorEdit]):
             if edit.mode not in rule.new:
                 continue
             for existing in self.at(own.tensor, rule.existing):
-                if (rule.same_owner or existing.owner != owner) and existing.own.overlaps(own):
+                if (rule.same_owner or existing.owner != owner) and (rule.any_rows or existing.own.overlaps(own)):
                     words = {"new": owner, "existing": existing.owner, "rows": own, "tensor": own.tensor}
                     raise GraftError("GC021", rule.message.format(**words), hint=rule.hint.format(**words))
 
