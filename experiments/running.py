@@ -1,0 +1,114 @@
+"""Run the cells of a part that are not stored yet, one after the other or in several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from experiments.cells import Cell, Part, compute, sources_of
+from experiments.store import FOLDER, Record, Store
+
+Outcome = tuple[dict[str, Any], dict[str, Any]]
+"""The figures of a cell, and its times."""
+
+
+def run(part: Part, *, only: str | None = None, jobs: int = 1, folder: Path = FOLDER) -> int:
+    """Compute and store the cells of a part that are missing, and return how many failed.
+
+    Args:
+        part: the part; stored cells that it does not plan are dropped at the end.
+        only: a regular expression; other cells are not computed, and keep what is stored.
+        jobs: number of processes, each with one thread.
+        folder: where the files are.
+    """
+    store = Store(part.name, folder)
+    store.mend()
+    sources = {str(cell): sources_of(part, cell) for cell in part.plan}
+    planned = [sources[str(cell)].digest(cell) for cell in part.plan]
+    stored = store.records()
+    chosen = [cell for cell in part.plan if only is None or re.search(only, str(cell))]
+    missing = [cell for cell in chosen if sources[str(cell)].digest(cell) not in stored]
+    _tell(f"{part.name}: {len(chosen) - len(missing)} of {len(chosen)} cells are stored")
+    failed = 0
+    for number, (cell, outcome) in enumerate(_outcomes(part, missing, jobs), start=1):
+        if isinstance(outcome, Exception):
+            failed += 1
+            _tell(f"[{number}/{len(missing)}] {cell}: {type(outcome).__name__}: {outcome}")
+            continue
+        figures, times = outcome
+        store.add(Record(cell, sources[str(cell)], figures), times)
+        _tell(f"[{number}/{len(missing)}] {cell}: {times['seconds']} s")
+    store.tidy(planned)
+    return failed
+
+
+def _outcomes(part: Part, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Outcome | Exception]]:
+    """Yield cells with their outcomes, as they are completed."""
+    if jobs == 1:
+        for cell in cells:
+            yield cell, _attempt(partial(measured, part, cell))
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        waiting = {pool.submit(measured, part, cell): cell for cell in cells}
+        for future in as_completed(waiting):
+            yield waiting[future], _attempt(future.result)
+
+
+def _attempt(call: Callable[[], Outcome]) -> Outcome | Exception:
+    """Return the result of a call, or the error by which it failed: other cells do not depend on it."""
+    try:
+        return call()
+    except Exception as error:
+        return error
+
+
+def measured(part: Part, cell: Cell) -> Outcome:
+    """Return the figures of a cell, and its seconds, peak memory and machine."""
+    _one_thread()
+    started = time.perf_counter()
+    _forget_peak()
+    figures = compute(part, cell)
+    times = {
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_mb": _peak(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    return figures, times
+
+
+def _one_thread() -> None:
+    """Use one thread, on which the order of sums, and with it the last bits of figures, depends."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
+
+
+def _forget_peak() -> None:
+    """Reset the peak of this process's memory, where Linux allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak() -> int | None:
+    """Return the most memory that this process has had since the last reset, in megabytes; None if it is not known."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    line = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(line[1]) // 1024 if line else None
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
