@@ -177,33 +177,25 @@ def _loaded(base: Any, folder: Path) -> Any:
 
 
 def _theirs(model: Any, data: Sequence[Batch], rate: float) -> Trained:
-    prunes = str(model.peft_config["default"].peft_type.value) == "ADALORA"
+    adalora = str(model.peft_config["default"].peft_type.value) == "ADALORA"
     # The model around AdaLoRA's passes over the term that AdaLoRA adds to the loss, if there is no task type.
-    called = model.base_model if prunes else model
+    called = model.base_model if adalora else model
     gradients: dict[str, Tensor] = {}
 
     def keep() -> None:
         gradients.update(_by_key(model, lambda parameter: parameter.grad))
 
     def after(step: int) -> None:
-        if prunes:
-            model.base_model.update_and_allocate(step)
+        if adalora:
+            model.base_model.update_and_allocate(step + 1)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     losses = _train(parameters, lambda batch: called(**batch).loss, after, keep, data, rate)
+    if adalora:
+        # Otherwise PEFT leaves out the ranks that the last pruning set to zero, some of which have grown since.
+        model.peft_config["default"].rank_pattern = None
     tensors = _by_key(model, lambda parameter: parameter.detach())
-    count = sum(p.numel() for p in parameters)
-    return Trained(losses, gradients, _without_pruned(tensors) if prunes else tensors, count)
-
-
-def _without_pruned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return AdaLoRA's tensors without the ranks that are zero now, which graftc does not export."""
-    kept: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        module, _, part = key.rpartition(".")
-        ranks = tensors[f"{module}.lora_E"].flatten() != 0
-        kept[key] = value[:, ranks] if part == "lora_B" else value[ranks]
-    return kept
+    return Trained(losses, gradients, tensors, sum(p.numel() for p in parameters))
 
 
 def _by_key(model: Any, value_of: Callable[[Tensor], Tensor | None]) -> dict[str, Tensor]:

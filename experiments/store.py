@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,3 @@ def replace(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     staged.replace(path)
-
-
-def total(path: Path, names: Iterable[str]) -> float:
-    """Return the seconds of the cells with these digests."""
-    wanted = set(names)
-    times = (json.loads(line) for line in whole_lines(path))
-    return sum(float(own["seconds"]) for own in times if own["digest"] in wanted)

@@ -1,0 +1,65 @@
+"""Gates of the parity table, and why cells miss them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from experiments.store import Record
+
+GATES: Mapping[str, Mapping[str, float]] = {
+    "float32": {"first_loss": 1e-6, "gradients": 1e-6, "losses": 1e-4},
+    "float64": {"first_loss": 1e-12, "gradients": 1e-12, "losses": 1e-9},
+}
+"""The largest difference that each figure may have, by dtype."""
+
+UNKNOWN = "**The cause is not known.**"
+ROUNDED = (
+    "**Rounding.** In float32, the gradients of the two libraries differ by more than 1e-6, but by no more than the "
+    "sum of their distances from the gradients in float64: the gate is finer than float32 on these models."
+)
+_C3A = (
+    "**C3A.** The gradient that PEFT 0.21 passes on to the layers below an adapted one is wrong: its operator "
+    "correlates with the kernel where it has to convolve. `tests/parity/test_peft_c3a.py` shows it on one layer, and "
+    "that everything agrees if PEFT multiplies by the matrix that it merges. PEFT also computes the products in "
+    "float32 on a base in float64."
+)
+_ADALORA = (
+    "**AdaLoRA.** Two causes. graftc computes the orthogonality term of the loss in float32, on a base in float64 as "
+    "well: first loss and first gradients. And on a base that is not in float32, PEFT 0.21 makes `ranknum`, the "
+    "divisor of the scale, a parameter that trains: later losses and tensors. Without both, tiny models agree to "
+    "1e-15."
+)
+_VIRTUAL = (
+    "**Virtual tokens.** PEFT keeps their table in float32 on a base in float64, so its values are rounded when they "
+    "are loaded, and it trains in float32. With a table in float64, tiny models agree to 1e-15."
+)
+CAUSES: Mapping[tuple[str, str], str] = {
+    **{("C3A", dtype): _C3A for dtype in GATES},
+    ("AdaLoRA", "float64"): _ADALORA,
+    **{(name, "float64"): _VIRTUAL for name in ("Prompt tuning", "Prefix tuning")},
+}
+"""By the name of a row and its dtype; each was checked by removing it."""
+
+
+def misses(record: Record) -> tuple[str, ...]:
+    """Return the names of the figures that are not within their gates. A figure that is no number is not."""
+    gates = GATES.get(record.cell.dtype, {})
+    return tuple(name for name, gate in gates.items() if not record.figures[name] <= gate)
+
+
+def causes(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Return records that miss a gate by the causes."""
+    by_cause: dict[str, list[Record]] = {}
+    for record in records:
+        by_cause.setdefault(_cause(record), []).append(record)
+    return by_cause
+
+
+def _cause(record: Record) -> str:
+    known = CAUSES.get((record.cell.name, record.cell.dtype))
+    if known is not None:
+        return known
+    figures = record.figures
+    if misses(record) == ("gradients",) and record.cell.dtype == "float32":
+        return ROUNDED if figures["gradients"] <= figures["rounding"] + figures["peft_rounding"] else UNKNOWN
+    return UNKNOWN

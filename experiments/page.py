@@ -1,0 +1,125 @@
+"""The page of results, docs/results.md, written from the stored cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from experiments.cells import ROOT, SHOWN
+from experiments.explaining import GATES, causes, misses
+from experiments.plans import BATCHES, DTYPES, RATE, STEPS, parity
+from experiments.store import FOLDER, Record, Store
+
+PAGE = ROOT / "docs" / "results.md"
+TITLES = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
+COLUMNS: Mapping[str, str] = {
+    "first_loss": "first loss",
+    "gradients": "first gradients",
+    "losses": f"losses of {STEPS} steps",
+    "tensors": "final tensors",
+    "merged": "merged",
+}
+ROUNDING: Mapping[str, str] = {"rounding": "graftc, from float64", "peft_rounding": "PEFT, from float64"}
+
+_HEAD = f"""# Results
+
+This page is written by `python -m experiments page` from stored cells: a cell is one run, and its figures are one
+line of `experiments/cells/PART.jsonl` in a source checkout, with the digests of everything that they depend on. The
+last column of a table has the first {SHOWN} characters of the cell's digest. The command under a table computes those
+of its cells that are missing or out of date; `make results` does so for all (`QUICK=1` tries it on tiny models).
+
+## Parity with PEFT
+
+Every type of adapter that [graftc and PEFT share](peft.md) trains from the same factors, on the same batches, with
+the same optimiser, in both libraries. There are no seeds to average over: what differs is rounding, or is an error in
+one of them. The cells were computed with one thread of a processor.
+
+- **Models.** MiniLM is a classifier of Reuters R8 ({BATCHES["minilm"][0]} texts of at most {BATCHES["minilm"][1]}
+  tokens in a batch) with a random head that does not train, since PEFT's head and graftc's would be the same code.
+  SmolLM2-135M continues the same texts ({BATCHES["smollm2"][0]} x {BATCHES["smollm2"][1]} tokens).
+- **Factors.** graftc compiles the spec, adds noise (deviation 0.02) to every trained tensor so that none is zero, and
+  exports the adapter; PEFT loads the folder. Adapters are on all linear maps of the layers with rank 8, where the
+  method has a rank (AdaLoRA 12, VeRA 64) and does not have places of its own.
+- **Training.** AdamW at the constant rate {RATE:g} without weight decay, {STEPS} steps in train mode, no dropout.
+- **Figures.** *First loss* and *losses* are differences over PEFT's loss, the largest of all steps for the latter.
+  *First gradients* and *final tensors* are the largest difference of any entry over the largest entry of all of
+  PEFT's, by the keys of PEFT's files. *Merged* is the largest difference of logits over the largest logit, where
+  graftc merges the trained tensors, and PEFT loads and merges an export of them; `-` marks methods that do not merge.
+- **Gates.** First loss and gradients within {GATES["float32"]["gradients"]:g} in float32 and
+  {GATES["float64"]["gradients"]:g} in float64; losses within {GATES["float32"]["losses"]:g} and
+  {GATES["float64"]["losses"]:g}. A figure that misses its gate is **bold**. bfloat16 has no gate.
+- **From float64.** How far the first gradients of each library are from those that PEFT computes in float64 from the
+  same weights and factors: the rounding that both have anyway.
+
+Not compared: P-tuning, since PEFT trains a network whose result alone is in the file; virtual tokens (prompts,
+prefixes) on MiniLM, because PEFT's classifiers pool one of them; aLoRA on MiniLM, because it is for causal models.
+"""
+
+
+def write(folder: Path = FOLDER, page: Path = PAGE) -> None:
+    """Write the page from the cells in a folder."""
+    page.write_text(text(folder), encoding="utf-8", newline="\n")
+
+
+def text(folder: Path = FOLDER) -> str:
+    """Return the page."""
+    # An interrupted run may leave a cell twice; the later record is the one that its code computes now.
+    latest = {str(record.cell): record for record in Store("parity", folder).records().values()}
+    order = {str(cell): number for number, cell in enumerate(parity().plan)}
+    shown = sorted(latest.values(), key=lambda record: order.get(str(record.cell), len(order)))
+    return "\n".join([_HEAD, *_parity(shown), ""])
+
+
+def _parity(records: Sequence[Record]) -> Iterator[str]:
+    planned = {(cell.model, cell.dtype): 0 for cell in parity().plan}
+    for cell in parity().plan:
+        planned[cell.model, cell.dtype] += 1
+    for model, title in TITLES.items():
+        for dtype in DTYPES:
+            rows = [own for own in records if (own.cell.model, own.cell.dtype) == (model, dtype)]
+            if not rows:
+                continue
+            yield f"### {title}, {dtype}\n"
+            yield from _table(rows, dtype)
+            missing = planned[model, dtype] - len(rows)
+            if missing:
+                yield f"\n{missing} cells of this table have not been computed yet."
+            yield f"\n```\npython -m experiments parity --only parity/{model}/{dtype}\n```\n"
+    yield "### What does not hold\n"
+    yield from _statement(records)
+
+
+def _table(records: Iterable[Record], dtype: str) -> Iterator[str]:
+    extra = {} if dtype == "float64" else ROUNDING
+    names = ["method", "trained", *COLUMNS.values(), *extra.values(), "cell"]
+    yield f"| {' | '.join(names)} |"
+    yield f"| --- |{' ---: |' * (len(names) - 2)} --- |"
+    for record in records:
+        missed = misses(record)
+        values = [figure(record.figures.get(name), name in missed) for name in (*COLUMNS, *extra)]
+        digest = f"`{record.digest[:SHOWN]}`"
+        yield f"| {' | '.join([record.cell.name, _trained(record.figures), *values, digest])} |"
+
+
+def _trained(figures: Mapping[str, int]) -> str:
+    ours, theirs = figures["parameters"], figures["peft_parameters"]
+    return f"{ours:,}" if ours == theirs else f"{ours:,} (PEFT: {theirs:,})"
+
+
+def figure(value: float | None, missed: bool = False) -> str:
+    """Return a figure as it is shown."""
+    if value is None:
+        return "-"
+    shown = "0" if value == 0 else f"{value:.1e}"
+    return f"**{shown}**" if missed else shown
+
+
+def _statement(records: Sequence[Record]) -> Iterator[str]:
+    gated = [own for own in records if own.cell.dtype in GATES]
+    wrong = [own for own in gated if misses(own)]
+    yield f"{len(gated) - len(wrong)} of {len(gated)} cells in float32 and float64 are within all gates."
+    if wrong:
+        yield f"The other {len(wrong)} are not, and nothing has been tuned until they were:\n"
+    for cause, rows in causes(wrong).items():
+        places = [f"{own.cell.name} ({TITLES[own.cell.model]}, {own.cell.dtype})" for own in rows]
+        yield f"- {cause} Missed by: {', '.join(places)}."

@@ -1,0 +1,48 @@
+"""docs/results.md shows the stored cells, and the code that computed them is still there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from experiments.cells import code_digest
+from experiments.page import PAGE, figure, text
+from experiments.plans import parts
+from experiments.store import Record, Store
+
+
+def stale(records: list[Record]) -> list[str]:
+    """Return a line for each record whose code has changed, or whose cell is not planned any more."""
+    lines = []
+    for record in records:
+        part = parts()[record.cell.part]
+        if record.cell not in part.plan:
+            lines.append(f"{record.cell}: not planned any more")
+        elif record.sources.code != code_digest(part, record.cell):
+            lines.append(f"{record.cell}: its method's modules, or those of the experiment, have changed")
+    return lines
+
+
+def test_the_page_shows_the_stored_cells() -> None:
+    assert PAGE.read_text(encoding="utf-8") == text(), "run `python -m experiments page`"
+
+
+def test_no_figure_is_stale() -> None:
+    """A new version of a library alone makes no cell stale: its figures are those of the versions in its record."""
+    records = [record for name in parts() for record in Store(name).records().values()]
+    old = stale(records)
+    again = "run `python -m experiments parity --only NAME`, then `python -m experiments page`"
+    assert records and not old, "\n".join([f"{len(old)} figures of docs/results.md are out of date; {again}:", *old])
+
+
+def test_a_changed_code_is_stale() -> None:
+    part = parts()["parity"]
+    own = next(iter(Store("parity").records().values()))
+    changed = Record(own.cell, type(own.sources)("other", own.sources.data, own.sources.versions), own.figures)
+    assert stale([changed]) == [f"{own.cell}: its method's modules, or those of the experiment, have changed"]
+    assert own.cell in part.plan
+
+
+def test_figures_are_shown_as_such(tmp_path: Path) -> None:
+    assert [figure(value) for value in (None, 0.0, 1.26e-7)] == ["-", "0", "1.3e-07"]
+    assert figure(2e-3, missed=True) == "**2.0e-03**"
+    assert "cells in float32" in text(tmp_path)

@@ -1,0 +1,85 @@
+"""The comparison with PEFT holds on tiny models at its gates, and notices factors that differ."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import parity
+from experiments.cells import Cell, Sources
+from experiments.explaining import GATES, ROUNDED, UNKNOWN, causes, misses
+from experiments.plans import CAUSAL, METHODS
+from experiments.plans import parity as planned
+from experiments.store import Record
+
+CELLS = {(cell.name, cell.dtype): cell for cell in planned(quick=True).plan if cell.model == "tiny-bert"}
+SOURCES = Sources("", "", {})
+
+
+def record(cell: Cell) -> Record:
+    return Record(cell, SOURCES, parity.figures(cell.to_json()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LoRA", "IA3"])
+def test_methods_agree_within_the_gates(name: str) -> None:
+    """In float64, final tensors and merged logits agree as well."""
+    own = record(CELLS[name, "float64"])
+    assert misses(own) == ()
+    assert own.figures["tensors"] <= 1e-12 and own.figures["merged"] <= 1e-12
+    assert own.figures["parameters"] == own.figures["peft_parameters"] > 0
+    assert own.figures["start"] != own.figures["end"]
+
+
+@pytest.mark.slow
+def test_a_factor_that_differs_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One factor of PEFT's, changed by a millionth, misses the gates of float64 but not those of the losses."""
+    loaded = parity._loaded
+
+    def changed(base: Any, folder: Path) -> Any:
+        model = loaded(base, folder)
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).mul_(1 + 1e-6)
+        return model
+
+    monkeypatch.setattr(parity, "_loaded", changed)
+    own = record(CELLS["IA3", "float64"])
+    assert {"first_loss", "gradients"} <= set(misses(own))
+    assert list(causes([own])) == [UNKNOWN]
+
+
+def test_differences_are_relative_to_the_largest_entry() -> None:
+    theirs = {"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([0.5])}
+    ours = {"a": torch.tensor([1.0, -4.0]), "b": torch.tensor([1.5]), "frozen": torch.zeros(1)}
+    assert parity.apart(ours, theirs) == 0.25
+    with pytest.raises(ValueError, match="no tensor"):
+        parity.apart({"a": ours["a"]}, theirs)
+    with pytest.raises(ValueError, match="other shapes"):
+        parity.apart({**ours, "b": torch.zeros(2)}, theirs)
+
+
+@pytest.mark.parametrize(("apart", "cause"), [(1.5e-6, ROUNDED), (3e-6, UNKNOWN)])
+def test_rounding_explains_no_more_than_it_can(apart: float, cause: str) -> None:
+    figures = {"first_loss": 0.0, "gradients": apart, "losses": 0.0, "rounding": 1e-6, "peft_rounding": 1e-6}
+    own = Record(CELLS["LoRA", "float32"], SOURCES, figures)
+    assert misses(own) == ("gradients",) and list(causes([own])) == [cause]
+
+
+def test_no_number_is_a_miss() -> None:
+    figures = {"first_loss": float("nan"), "gradients": 0.0, "losses": 0.0}
+    assert misses(Record(CELLS["LoRA", "float64"], SOURCES, figures)) == ("first_loss",)
+    assert misses(Record(copy.copy(CELLS["LoRA", "bfloat16"]), SOURCES, figures)) == ()
+    assert set(GATES) == {"float32", "float64"}
+
+
+def test_every_type_that_is_exported_is_planned() -> None:
+    """Every method that has a format of PEFT's is a row of the table."""
+    from graftc.specs.registry import method_specs
+
+    rows = {fields["method"] for fields in {**METHODS, **CAUSAL}.values()}
+    formats = {tag for tag, spec in method_specs().items() if vars(spec.spec_class).get("peft") is not None}
+    assert rows == formats
