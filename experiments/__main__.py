@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,15 @@ from experiments.store import FOLDER
 QUICK = Path("build/experiments")
 
 
+def _expression(text: str) -> str:
+    """Return a regular expression that compiles."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from None
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return 1 if a cell failed."""
     parser = argparse.ArgumentParser(prog="python -m experiments", description="The figures of docs/results.md.")
@@ -28,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command", choices=[*parts(), "page"], help="the part to run, or `page` to write docs/results.md"
     )
     parser.add_argument("--quick", action="store_true", help=f"tiny models and few steps, stored in {QUICK}")
-    parser.add_argument("--only", metavar="REGEX", help="cells whose part/model/dtype/name matches")
+    parser.add_argument("--only", type=_expression, metavar="REGEX", help="cells whose part/model/dtype/name matches")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread (default: 1)")
     parser.add_argument("--out", type=Path, help=f"folder of the cells (default: {FOLDER})")
     options = parser.parse_args(arguments)
@@ -45,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from experiments.running import run
 
     part = parts(options.quick)[options.command]
+    if not any(options.only is None or re.search(options.only, str(cell)) for cell in part.plan):
+        parser.error(f"no cell matches --only {options.only}")
     return 1 if run(part, only=options.only, jobs=options.jobs, folder=folder) else 0
 
 
