@@ -120,6 +120,6 @@ def _statement(records: Sequence[Record]) -> Iterator[str]:
     yield f"{len(gated) - len(wrong)} of {len(gated)} cells in float32 and float64 are within all gates."
     if wrong:
         yield f"The other {len(wrong)} are not, and nothing has been tuned until they were:\n"
-    for cause, rows in causes(wrong).items():
+    for cause, rows in causes(gated).items():
         places = [f"{own.cell.name} ({TITLES[own.cell.model]}, {own.cell.dtype})" for own in rows]
         yield f"- {cause} Missed by: {', '.join(places)}."

@@ -62,11 +62,15 @@ def test_differences_are_relative_to_the_largest_entry() -> None:
         parity.apart({**ours, "b": torch.zeros(2)}, theirs)
 
 
-@pytest.mark.parametrize(("apart", "cause"), [(1.5e-6, ROUNDED), (3e-6, UNKNOWN)])
-def test_rounding_explains_no_more_than_it_can(apart: float, cause: str) -> None:
-    figures = {"first_loss": 0.0, "gradients": apart, "losses": 0.0, "rounding": 1e-6, "peft_rounding": 1e-6}
-    own = Record(CELLS["LoRA", "float32"], SOURCES, figures)
-    assert misses(own) == ("gradients",) and list(causes([own])) == [cause]
+@pytest.mark.parametrize(("in_float64", "cause"), [(1e-13, ROUNDED), (1e-11, UNKNOWN)])
+def test_rounding_is_what_float64_does_not_have(in_float64: float, cause: str) -> None:
+    """A gradient that differs in float32 alone is rounded; one that differs in float64 as well is wrong."""
+    figures = {"first_loss": 0.0, "losses": 0.0}
+    own = Record(CELLS["LoRA", "float32"], SOURCES, {**figures, "gradients": 1.5e-6})
+    exact = Record(CELLS["LoRA", "float64"], SOURCES, {**figures, "gradients": in_float64})
+    assert misses(own) == ("gradients",)
+    assert [name for name, rows in causes([own, exact]).items() if own in rows] == [cause]
+    assert list(causes([own])) == [UNKNOWN]
 
 
 def test_no_number_is_a_miss() -> None:
