@@ -20,7 +20,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint format wheel coverage page bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
+.PHONY: help setup demo demo-llm test tests test-fast test-full test-processors gates fuzz test-gpu serve serve-vllm lint format wheel coverage page results bench bench-train bench-methods bench-memory bench-adapters bench-inputs bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -182,6 +182,11 @@ bench-compile: setup ## what compiling takes, up to 405B, and how it grows: benc
 
 bench: bench-train bench-methods bench-memory bench-inputs bench-adapters bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner ## all benchmarks, an hour or more
 
+# Stored cells stay unless something that they depend on has changed; an interrupted run resumes.
+results: setup ## the figures of docs/results.md that are missing or out of date, and the page (QUICK=1: tiny models; JOBS, ARGS)
+	$(TEST_ENV) $(BIN)/python -W ignore -m experiments parity --jobs $(JOBS) $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+	$(if $(filter-out 0,$(QUICK)),,$(TEST_ENV) $(BIN)/python -m experiments page)
+
 # Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.
 docs: setup ## write the generated pages of docs/ and build the site (site/, no network needed)
 	$(TEST_ENV) $(BIN)/python -m tools.docs
@@ -190,4 +195,4 @@ docs: setup ## write the generated pages of docs/ and build the site (site/, no 
 
 clean: ## remove builds, caches and the demo's output; .venv stays
 	rm -rf build dist site demo-out demo-llm-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find graftc tests tools examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find graftc tests tools examples benchmarks experiments -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -35,7 +35,7 @@ the same optimiser, in both libraries. There are no seeds to average over: what 
 one of them. The cells were computed with one thread of a processor.
 
 - **Models.** MiniLM is a classifier of Reuters R8 ({BATCHES["minilm"][0]} texts of at most {BATCHES["minilm"][1]}
-  tokens in a batch) with a random head that does not train, since PEFT's head and graftc's would be the same code.
+  tokens in a batch) with a random head that does not train, so that all that trains is the method's.
   SmolLM2-135M continues the same texts ({BATCHES["smollm2"][0]} x {BATCHES["smollm2"][1]} tokens).
 - **Factors.** graftc compiles the spec, adds noise (deviation 0.02) to every trained tensor so that none is zero, and
   exports the adapter; PEFT loads the folder. Adapters are on all linear maps of the layers with rank 8, where the
