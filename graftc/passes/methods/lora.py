@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, cast
 
 import torch
@@ -89,7 +89,8 @@ class LoRAMethod(LowRankMethod[LoRA], Initialised[LoRA]):
 
     def _insert_beside(self, spec: LoRA, site: LinearSite, build: Builder) -> None:
         if spec.init == "loftq" and spec.loftq_iterations > 1:
-            build.requantise(site, spec.rank, lambda: _last_but_one(spec, site, build))
+            factors_of = partial(_last_but_one, spec, site, build)
+            build.requantise(site, spec.rank, factors_of, "set loftq_iterations: 1")
         down, up = _starts(spec, site, build)
         excess = spec.excess_rank and spec.init not in (*_FROM_WEIGHT, "loftq")  # a weight has no further directions
         a, b = factors(build, site, spec.rank, down, up, freeze_down=spec.freeze_a, excess_rank=excess)

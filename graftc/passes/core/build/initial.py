@@ -40,8 +40,8 @@ class Initial:
         originals: the base weights, by name, as they were before the spec packed them; for use in initialisers.
         requantised: names of packed weights whose codes already are those that adaptations chose.
         corrections: the updates with which adaptations have started from a quantisation error.
-        reduced: the original weights, by name, less the products that adaptations have subtracted so far to choose
-            codes.
+        reduced: the original weights, by name, less the products that adaptations have subtracted from some of their
+            rows so far to choose codes.
         narrow: names of adaptations whose tensors are stored in their compute dtype. Tensors of other adaptations are
             stored in at least float32 and cast in the graph, because in 16 bits, an update much smaller than the
             value is lost.

@@ -22,8 +22,6 @@ SUBTRACTED = ("subtracted_down", "subtracted_up")
 ORIGINAL = "original_digest"
 """Part that stores the SHA-256 of the rows before packing, as ``uint8[32]``."""
 
-_ONCE = "set loftq_iterations: 1"
-
 REQUANTISED_PARTS = (*SUBTRACTED, ORIGINAL)
 
 
@@ -74,7 +72,9 @@ class Requantising(Tensors):
             hint = "quantise it in the spec (base: {quantize: nf4}), leave it out with exclude, or choose another init"
         raise GraftError("GC167", message, hint=hint)
 
-    def requantise(self, site: LinearSite, rank: int, choose: Callable[[], tuple[Tensor, Tensor]]) -> None:
+    def requantise(
+        self, site: LinearSite, rank: int, choose: Callable[[], tuple[Tensor, Tensor]], otherwise: str
+    ) -> None:
         """Pack the site's weight less the product of two factors; the compiled model's base has these codes.
 
         If the factors are among the supplied values, they are not chosen again. Nothing is packed if the base already
@@ -84,13 +84,14 @@ class Requantising(Tensors):
             site: the site, whose own rows the product is subtracted from.
             rank: the inner size of the product.
             choose: a function that returns the factors, ``[..., rank, in]`` and ``[..., rows, rank]``.
+            otherwise: what to do where codes cannot be chosen, for hints.
 
         Raises:
             GraftError: GC167 if the original weight is not available, GC087 if it is not the one for which the factors
                 were chosen, GC021 if another adaptation has read, trained or packed the rows before, and GC017 if
                 another module has the same weight, or if several adaptations are built at once.
         """
-        self._check_alone(site)
+        self._check_alone(site, otherwise)
         choices = self.program.tensor_edits.at(site.own.tensor, (EditMode.REQUANTISED,))
         is_recorded = any(edit.owner == self.adaptation and edit.own == site.own for edit in choices)
         if site.own.tensor in self.store.packed and not is_recorded:  # a layer may be called several times
@@ -104,7 +105,7 @@ class Requantising(Tensors):
                 shapes = (*site.leading, rank, site.in_features), (*site.leading, site.out_features, rank)
                 stored = [*map(torch.empty, shapes), torch.empty(32, dtype=torch.uint8)]
             else:
-                self._require_uncorrected(site)
+                self._require_uncorrected(site, otherwise)
                 factors = (factor.float().contiguous() for factor in choose())
                 stored = [*factors, _digest(self.read_original(site))]
             return dict(zip(REQUANTISED_PARTS, stored, strict=True))
@@ -117,18 +118,20 @@ class Requantising(Tensors):
         if is_new and site.own.tensor in self.store.packed.keys() - self.initial.requantised:
             self._pack_chosen(site)
 
-    def _check_alone(self, site: LinearSite) -> None:
+    def _check_alone(self, site: LinearSite, otherwise: str) -> None:
         if self.seams.composed:
-            raise unsupported(site, "has one base, so only one of several adaptations could choose its codes", _ONCE)
+            raise unsupported(
+                site, "has one base, so only one of several adaptations could choose its codes", otherwise
+            )
         if site.own.tensor in self.store.aliases.values():
             reason = "shares its weight with another module, which would read the new codes without the adaptation"
-            raise unsupported(site, reason, f"{_ONCE}, or leave it out with exclude")
+            raise unsupported(site, reason, f"{otherwise}, or leave it out with exclude")
 
-    def _require_uncorrected(self, site: LinearSite) -> None:
+    def _require_uncorrected(self, site: LinearSite, otherwise: str) -> None:
         for other in self._corrections(site):
             message = f"{self.adaptation!r} would change the codes of {site.own} of {site.own.tensor}, from which "
             message += f"{other.owner!r} has already started"
-            hint = f"put {self.adaptation!r} before {other.owner!r} in the spec, or {_ONCE}"
+            hint = f"put {self.adaptation!r} before {other.owner!r} in the spec, or {otherwise}"
             raise GraftError("GC021", message, hint=hint)
 
     def _pack_chosen(self, site: LinearSite) -> None:
@@ -140,10 +143,11 @@ class Requantising(Tensors):
             message = f"{site.own.tensor} is not the weight from which the base's codes were chosen"
             raise GraftError("GC087", message, hint="name the base: graftc.load(path, model=...)")
         down, up = (self.own_value(part) for part in SUBTRACTED)
-        self.initial.reduced[site.own.tensor] = self._reduced(site, down, up)
-        store, name = self.store, site.own.tensor
+        store, name, reduced = self.store, site.own.tensor, self._reduced(site, down, up)
+        if not site.own.whole:
+            self.initial.reduced[name] = reduced
         with torch.no_grad():
-            parts = store.packed[name].packing.packed(self.initial.reduced[name])
+            parts = store.packed[name].packing.packed(reduced)
             for part, value in zip(store.parts_of(name), parts, strict=True):
                 store.get(part).copy_(value)
 
