@@ -38,7 +38,10 @@ PASSED: list[tuple[str, dict[str, Any]]] = [
     ("bert", {"adapt": [{"method": "rows", **ROLES, "density": 0.5}]}),
     ("bert", {"adapt": [{"method": "pruning", "variant": "iterative", "stage": 2}]}),
     ("gpt2", {"adapt": [{"method": "lora", **ROLES}], "tokens": {"add": ["<new>"]}}),
-    ("bert", {"adapt": [{"method": "lora", **ROLES, "init": "loftq"}], "base": {"quantize": "nf4"}}),
+    (
+        "bert",
+        {"adapt": [{"method": "lora", **ROLES, "init": "loftq", "loftq_iterations": 3}], "base": {"quantize": "nf4"}},
+    ),
     (
         "bert",
         {"adapt": [{"method": "lora", **ROLES, "name": name} for name in "ab"], "compose": {"bank": ["a", "b"]}},
