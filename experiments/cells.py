@@ -77,7 +77,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Sources:
-    """What the figures of a cell depend on, besides the cell itself.
+    """Everything besides the cell itself that its figures depend on.
 
     Attributes:
         code: digest of the modules in `modules_of`.

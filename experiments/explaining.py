@@ -43,7 +43,7 @@ CAUSES: Mapping[tuple[str, str], str] = {
 
 
 def misses(record: Record) -> tuple[str, ...]:
-    """Return the names of the figures that are not within their gates. A figure that is no number is not."""
+    """Return the names of the figures that exceed their gates; NaN always does."""
     gates = GATES.get(record.cell.dtype, {})
     return tuple(name for name, gate in gates.items() if not record.figures[name] <= gate)
 

@@ -178,7 +178,7 @@ def _loaded(base: Any, folder: Path) -> Any:
 
 def _theirs(model: Any, data: Sequence[Batch], rate: float) -> Trained:
     adalora = str(model.peft_config["default"].peft_type.value) == "ADALORA"
-    # The model around AdaLoRA's passes over the term that AdaLoRA adds to the loss, if there is no task type.
+    # Without a task type, PEFT's outer model does not call the one that adds AdaLoRA's term to the loss.
     called = model.base_model if adalora else model
     gradients: dict[str, Tensor] = {}
 

@@ -63,8 +63,8 @@ def batches_of(
     """Return labelled batches, the same in every run.
 
     A classifier gets texts of the training split, drawn evenly from the classes and padded on the right. A decoder gets
-    pieces of consecutive tokens of the same texts; their first token is no target, because PEFT lets the last virtual
-    token predict it.
+    pieces of consecutive tokens of the same texts; their first token is not a target, because PEFT lets the last
+    virtual token predict it.
 
     Args:
         model: as in `base_of`.

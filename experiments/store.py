@@ -90,14 +90,14 @@ class Store:
             planned: the digests of the plan's cells, in order.
         """
         records = self.records()
-        kept = [digest for digest in dict.fromkeys(planned) if digest in records]
+        computed = [digest for digest in dict.fromkeys(planned) if digest in records]
         times = {json.loads(line)["digest"]: line for line in whole_lines(self.times)}
-        replace(self.path, "".join(records[digest].line() for digest in kept))
-        replace(self.times, "".join(times[digest] for digest in kept if digest in times))
+        replace(self.path, "".join(records[digest].line() for digest in computed))
+        replace(self.times, "".join(times[digest] for digest in computed if digest in times))
 
 
 def whole_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file that have an end; nothing if there is no file."""
+    """Yield the complete lines of a file; nothing if the file does not exist."""
     if path.exists():
         with path.open(encoding="utf-8", newline="\n") as lines:
             yield from (line for line in lines if line.endswith("\n"))

@@ -53,7 +53,7 @@ class ServingRoute(Record):
     """The size of the files that have to be made; null if none could be, or none have to be."""
 
     commands: tuple[str, ...] = ()
-    """The commands to run, in order; empty if the folder is served as it is, or there is no way."""
+    """The commands to run, in order; empty if the folder is served as it is, or cannot be served."""
 
     served: str | None = None
     """The file or folder that the engine loads, which the commands make; null if the route is not available."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,10 +64,8 @@ class StateDicts(Feature):
                 f"{odd[0]} has {kind} values that {str(own[odd[0]].dtype).removeprefix('torch.')} cannot represent"
             )
             raise GraftError("GC053", message, details=[counted(len(odd), "tensor")])
-        other = sorted(n for n in self.runner.store.settled if not torch.equal(own[n].cpu(), tensors[n].cpu()))
-        if other:
-            message = f"the graphs depend on other values of {', '.join(other[:5])}"
-            raise GraftError("GC053", message, hint=_OTHER_START)
+        settled = self.runner.store.settled
+        _require_settled(n for n in settled if not torch.equal(own[n].cpu(), tensors[n].cpu()))
         Meeting.of(self.runner.module, "load_adapter_state_dict")
         with torch.no_grad():
             for name in own:  # in the same order in every process
@@ -156,10 +154,19 @@ def _without_base(module: Root, state: dict[str, Any], prefix: str, metadata: An
         state[prefix + stone] = torch.empty(0)
 
 
-_OTHER_START = (
-    "load the file that they come from with graftc.load(path), which compiles with them; the same seed and base give "
-    "the same values only on the same kind of machine"
-)
+def _require_settled(different: Iterable[str]) -> None:
+    """Refuse other values of tensors that determined the graphs.
+
+    Raises:
+        GraftError: GC053 if any tensor has them.
+    """
+    if names := sorted(different):
+        message = f"the graphs depend on other values of {', '.join(names[:5])}"
+        hint = (
+            "load the file that they come from with graftc.load(path), which compiles with them; the same seed and "
+            "base give the same values only on the same kind of machine"
+        )
+        raise GraftError("GC053", message, hint=hint)
 
 
 def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -193,10 +200,7 @@ def _check_base(module: Root, state: dict[str, Any], prefix: str, *rest: Any) ->
         hint = "compile its own base, or load adapter tensors into this one with load_adapter_state_dict()"
         raise GraftError("GC087", message, hint=hint, details=[f"{counted(len(other), 'tensor')} of another base"])
     settled = {name: state[prefix + name] for name in store.settled if prefix + name in state}
-    wrong = sorted(name for name, given in settled.items() if not _same(store.get(name), given))
-    if wrong:
-        message = f"the graphs depend on other values of {', '.join(wrong[:5])}"
-        raise GraftError("GC053", message, hint=_OTHER_START)
+    _require_settled(name for name, given in settled.items() if not _same(store.get(name), given))
 
 
 def _check_record(states: StateDicts, state: Any) -> None:

@@ -97,11 +97,12 @@ class Requantising(Tensors):
         if site.own.tensor in self.store.packed and not is_recorded:  # a layer may be called several times
             self._edit_tensor(site.own, EditMode.REQUANTISED)
         is_new = self._name(ORIGINAL) not in self.store
+        has_values = self.store.device().type != "meta"
+        is_supplied = all(self._name(part) in self.initial.values for part in REQUANTISED_PARTS)
 
         @cache
         def values() -> Mapping[str, Tensor]:
-            supplied = all(self._name(part) in self.initial.values for part in REQUANTISED_PARTS)
-            if supplied or self.store.device().type == "meta":
+            if is_supplied or not has_values:
                 shapes = (*site.leading, rank, site.in_features), (*site.leading, site.out_features, rank)
                 stored = [*map(torch.empty, shapes), torch.empty(32, dtype=torch.uint8)]
             else:
@@ -115,7 +116,9 @@ class Requantising(Tensors):
 
         for part in REQUANTISED_PARTS:
             self.store.settled.add(self.keep_buffer(part, partial(value, part)))
-        if is_new and site.own.tensor in self.store.packed.keys() - self.initial.requantised:
+        if is_new and has_values and site.own.tensor in self.store.packed.keys() - self.initial.requantised:
+            if is_supplied:
+                self._require_original(site)
             self._pack_chosen(site)
 
     def _check_alone(self, site: LinearSite, otherwise: str) -> None:
@@ -134,14 +137,13 @@ class Requantising(Tensors):
             hint = f"put {self.adaptation!r} before {other.owner!r} in the spec, or {otherwise}"
             raise GraftError("GC021", message, hint=hint)
 
-    def _pack_chosen(self, site: LinearSite) -> None:
-        """Pack the site's weight less the product of the factors stored for it."""
-        digest = self.own_value(ORIGINAL)
-        if digest.is_meta:
-            return
-        if not torch.equal(digest.cpu(), _digest(self.read_original(site))):
+    def _require_original(self, site: LinearSite) -> None:
+        if not torch.equal(self.own_value(ORIGINAL).cpu(), _digest(self.read_original(site))):
             message = f"{site.own.tensor} is not the weight from which the base's codes were chosen"
             raise GraftError("GC087", message, hint="name the base: graftc.load(path, model=...)")
+
+    def _pack_chosen(self, site: LinearSite) -> None:
+        """Pack the site's weight less the product of the factors stored for it."""
         down, up = (self.own_value(part) for part in SUBTRACTED)
         store, name, reduced = self.store, site.own.tensor, self._reduced(site, down, up)
         if not site.own.whole:
