@@ -46,6 +46,7 @@ PASSED: list[tuple[str, dict[str, Any]]] = [
         "bert",
         {"adapt": [{"method": "lora", **ROLES, "name": name} for name in "ab"], "compose": {"bank": ["a", "b"]}},
     ),
+    ("bert", {"adapt": [{"method": "lora", **ROLES, "name": "a"}], "compose": {"bank": ["a"], "slots": 2}}),
 ]
 """Specs that together call everything public of the Builder."""
 
@@ -110,8 +111,10 @@ def watching(patch: pytest.MonkeyPatch) -> Watch:
     watch = Watch()
     for name, part in public().items():
         patch.setattr(part, name, watch.public(name, getattr(part, name)))
-    for seam in ("make", "write"):
-        patch.setattr(Seams, seam, watch.seam(seam, getattr(Seams, seam)))
+    for cls in (Seams, *derived(Seams)):
+        for seam in ("make", "write"):
+            if seam in vars(cls):
+                patch.setattr(cls, seam, watch.seam(seam, vars(cls)[seam]))
     for add in ("add_parameter", "add_buffer"):
         patch.setattr(Store, add, watch.needs("make", add, getattr(Store, add)))
     patch.setattr(Nodes, "_redirect", watch.needs("write", "redirect", Nodes._redirect))
