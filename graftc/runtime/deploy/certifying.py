@@ -17,6 +17,10 @@ from graftc.runtime.deploy.comparing import compared
 from graftc.runtime.deploy.folded_runner import FoldedRunner
 from graftc.runtime.deploy.rounding_noise import rounding_noise
 from graftc.runtime.model.adapted import AdaptedRunner
+from graftc.specs.errors.diagnostics import warn
+
+_LARGE_SHARE = 0.1
+"""A budget larger than this share of the outputs themselves proves little."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ def certify(
         if doubted and 2 * noise > budget:
             notes = (f"the budget is twice the effect of rounding the folded weights differently, not {budget:.1e}",)
             budget = 2 * noise
+            if budget > _LARGE_SHARE * comparison.largest:
+                message = (
+                    f"rounding the folded weights differently changes outputs by {noise:.1e}, of at most "
+                    f"{comparison.largest:.1e}: their comparison proves little, and the weights' own must do"
+                )
+                warn("GC169", message)
     outputs = comparison.differences
     if chosen is None:
         outputs, more = comparison.within(budget)

@@ -18,9 +18,11 @@ from graftc.passes.core.ops.route import Routes
 from graftc.records.certificate import RouteEvidence
 from graftc.runtime.model.evaluation import Evaluation
 from graftc.runtime.model.model_runner import ModelRunner
-from graftc.specs.errors.diagnostics import GraftError, first_line
+from graftc.specs.errors.diagnostics import GraftError, first_line, warn
 
 Outputs = tuple[Any, ...]
+_FAR = 10
+"""How many times larger one model's rounding must be than the other's to be called its own."""
 
 
 class OutputComparison:
@@ -61,6 +63,9 @@ class OutputComparison:
         Rounding inside a model may be amplified beyond a budget even if both models compute the same function. If
         differences exceed the budget, both models are evaluated in float64, in which only their tensors are rounded.
         The differences are then those in float64 if they do not exceed the budget.
+
+        Warns:
+            GraftWarning: GC169 if the first model's own rounding, which the second does not share, is the cause.
         """
         worst = max(self.differences.values(), default=0.0)
         wide = self._in_float64() if budget < worst < math.inf else None
@@ -73,6 +78,12 @@ class OutputComparison:
             max(self._between(own, exact).values()) for own, exact in zip((self.before, self.after), wide, strict=True)
         )
         dtype = str(self._second.runner.dtype).removeprefix("torch.")
+        if before > _FAR * after:
+            message = (
+                f"in {dtype}, rounding inside the adapted model changes its outputs by {before:.1e}, and those of the "
+                f"folded model by {after:.1e}: the fold is right, but outputs differ from those before it by {worst:.1e}"
+            )
+            warn("GC169", message)
         note = (
             f"outputs are compared in float64; in {dtype} they differ by {worst:.1e}, because rounding inside the "
             f"model changes them by {before:.1e} before folding and by {after:.1e} after it"

@@ -633,6 +633,12 @@ _TABLE: tuple[tuple[str, int, str, str, str], ...] = (
      "and its updates do not fit a base that was quantised in the usual way.",
      'Keep the adaptation, and disable it if it is not needed, or use `merge(base="full")`, which writes a plain '
      "model."),
+    ("GC169", _WARNING, "rounding hides what outputs show",
+     "Rounding inside the model moves its outputs so far that comparing them says little. Either the adapted model's "
+     "own outputs are inexact, because large values in it nearly cancel, and the folded model does not repeat the "
+     "error; or rounding the folded weights differently moves outputs by a large part of their size. Each weight "
+     "was still compared on its own.",
+     "Evaluate the folded model before serving it: what was measured unfolded was measured with the rounding."),
 
     # Classifying by filling blanks.
     ("GC170", _SPEC, "the model cannot fill the cloze",

@@ -15,6 +15,7 @@ from graftc.runtime.deploy.comparing import compared
 from graftc.runtime.deploy.folded_tensors import folded_store
 from graftc.runtime.deploy.merged import FoldRequest, fold
 from graftc.runtime.model.evaluation import Evaluation
+from graftc.specs.errors.diagnostics import GraftWarning
 from graftc.testing import perturb, tiny
 from tests.kit.models import adapted
 from tests.kit.refusals import refused
@@ -78,11 +79,32 @@ def comparison_of(compiled: Any) -> Any:
 
 
 def test_a_right_fold_is_certified_however_rounding_is_amplified() -> None:
-    certificate = cancelling().merge().certificate
+    with pytest.warns(GraftWarning, match="the fold is right, but outputs differ") as caught:
+        certificate = cancelling().merge().certificate
+    assert [item.message.code for item in caught] == ["GC169"]
     assert certificate.passed and certificate.budget < 1e-3, "nothing is allowed beyond the usual budget"
     assert certificate.largest_difference < certificate.budget / 100
     (note,) = certificate.notes
     assert "compared in float64; in float32 they differ by" in note
+
+
+def test_outputs_that_rounding_moves_by_their_own_size_prove_little() -> None:
+    """A chaotic map: rounding the folded weight differently moves its outputs as far as they go."""
+
+    class Chaotic(Cancels):
+        def forward(self, x: Tensor) -> Tensor:
+            value = torch.sigmoid(self.first(x))
+            for _ in range(60):
+                value = 3.99 * value * (1 - value)
+            return self.last(value)
+
+    torch.manual_seed(0)
+    compiled = adapted(Chaotic().eval(), lora(modules="**.first"), inputs={"x": torch.randn(64, 6)}, cache=False)
+    perturb(compiled)
+    with pytest.warns(GraftWarning, match="their comparison proves little") as caught:
+        certificate = compiled.merge().certificate
+    assert [item.message.code for item in caught] == ["GC169"]
+    assert all(site.algebra < 1e-6 for site in certificate.sites)
 
 
 @pytest.mark.parametrize("size", [1e-3, -1e-2, 1.0])
