@@ -25,10 +25,8 @@ _C3A = (
     "float32 on a base in float64."
 )
 _ADALORA = (
-    "**AdaLoRA.** Two causes. graftc computes the orthogonality term of the loss in float32, on a base in float64 as "
-    "well: first loss and first gradients. And on a base that is not in float32, PEFT 0.21 makes `ranknum`, the "
-    "divisor of the scale, a parameter that trains: later losses and tensors. Without both, tiny models agree to "
-    "1e-15."
+    "**AdaLoRA.** On a base that is not in float32, PEFT 0.21 makes `ranknum`, the divisor of the scale, a parameter "
+    "that trains. Without that, tiny models agree to 1e-15."
 )
 _VIRTUAL = (
     "**Virtual tokens.** PEFT keeps their table in float32 on a base in float64, so its values are rounded when they "

@@ -11,7 +11,7 @@ from torch import Tensor
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.capabilities import Ranked
 from graftc.passes.core.method.lowrank import factors, gated, normal, zeros
-from graftc.passes.core.method.steering import AdaptedSite, TensorObjective, unknown_length, zero_state
+from graftc.passes.core.method.steering import AdaptedSite, TensorObjective, unknown_length, wide, zero_state
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.methods.bases.low_rank import LowRankMethod, add_branch
 from graftc.passes.methods.bases.scheduled import ScheduledController, check_phases
@@ -102,7 +102,7 @@ class RankBudget(ScheduledController[AdaLoRA]):
                 if tensor.grad is None:
                     continue
                 seen = True
-                now = (tensor * tensor.grad).abs().float()
+                now = wide((tensor * tensor.grad).abs())
                 sensitivity, uncertainty = place.tensors[f"{part}_sensitivity"], place.tensors[f"{part}_uncertainty"]
                 sensitivity.mul_(self.spec.beta1).add_(now, alpha=1 - self.spec.beta1)
                 uncertainty.mul_(self.spec.beta2).add_((now - sensitivity).abs(), alpha=1 - self.spec.beta2)
@@ -111,7 +111,7 @@ class RankBudget(ScheduledController[AdaLoRA]):
             raise GraftError("GC035", f"{self.spec.name!r} needs gradients, but there are none", hint=hint)
 
     def importance(self, place: AdaptedSite[AdaLoRA]) -> Tensor:
-        """Return the importance of every triplet of a site, ``f32[..., rank]``."""
+        """Return the importance of every triplet of a site, ``[..., rank]``, in float32 or float64."""
         a, e, b = (place.tensors[f"{part}_sensitivity"] * place.tensors[f"{part}_uncertainty"] for part in TRIPLET)
         return e + a.mean(-1) + b.mean(-2)
 
@@ -139,9 +139,9 @@ class Orthogonality(TensorObjective[AdaLoRA]):
 
     def _distances(self) -> Iterator[Tensor]:
         for place in self.places:
-            a, b = place.tensors["A"].float(), place.tensors["B"].float()
+            a, b = (wide(place.tensors[part]) for part in ("A", "B"))
             for gram in (a @ a.mT, b.mT @ b):
-                eye = torch.eye(gram.shape[-1], device=gram.device)
+                eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
                 yield torch.linalg.vector_norm(gram - eye, dim=(-2, -1))
 
 
@@ -177,9 +177,10 @@ class AdaLoRAMethod(LowRankMethod[AdaLoRA], Ranked[AdaLoRA]):
         a, b = factors(build, site, spec.rank, normal(DEVIATION), normal(DEVIATION), excess_rank=spec.excess_rank)
         shape = (*site.leading, spec.rank)
         e = build.parameter("E", shape, zeros, dtype=site.dtype)
+        averages = torch.promote_types(site.dtype, torch.float32)
         for part, node in zip(TRIPLET, (a, e, b), strict=True):
             for kind in ("sensitivity", "uncertainty"):
-                build.keep_buffer(f"{part}_{kind}", zero_state(node.meta["val"].shape))
+                build.keep_buffer(f"{part}_{kind}", zero_state(node.meta["val"].shape, averages))
         build.keep_buffer("kept", lambda device: torch.ones(shape, dtype=torch.bool, device=device))
         add_branch(spec, site, build, *gated(build, site, a, b, e), spec.scaling)
 

@@ -13,7 +13,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.random_experts import pick, route
 from graftc.passes.core.method.capabilities import Collapsing, Observed, Reading
 from graftc.passes.core.method.lowrank import zeros
-from graftc.passes.core.method.steering import OutputObjective
+from graftc.passes.core.method.steering import OutputObjective, wide
 from graftc.passes.methods.bottleneck import BottleneckAdapter, initialiser
 from graftc.specs.base import MethodSpec
 from graftc.specs.methods.adamix import AdaMix
@@ -41,7 +41,7 @@ class Agreement(OutputObjective[M]):
     def value(self, outputs: Sequence[Mapping[str, Tensor]], counted: Tensor | None) -> Tensor:
         """Return the weighted divergence between the two passes, averaged over all or only ``counted`` positions."""
         consistency = self.spec.consistency
-        first, second = (torch.log_softmax(_logits(tensors).float(), -1) for tensors in outputs)
+        first, second = (torch.log_softmax(wide(_logits(tensors)), -1) for tensors in outputs)
         rows = (_divergence(first, second, consistency.detach) + _divergence(second, first, consistency.detach)) / 2
         if counted is not None and counted.shape == rows.shape:
             return consistency.weight * (rows * counted).sum() / counted.sum().clamp_min(1)

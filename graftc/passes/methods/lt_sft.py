@@ -12,7 +12,7 @@ from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.build.tensors import tensor_name
 from graftc.passes.core.method.capabilities import Staged, Transition
 from graftc.passes.core.method.entry_selection import largest
-from graftc.passes.core.method.steering import AdaptedSite, TensorObjective, zero_state
+from graftc.passes.core.method.steering import AdaptedSite, TensorObjective, wide, zero_state
 from graftc.passes.core.ops.sparse import written
 from graftc.passes.core.weights.folds import Fold, StandIn
 from graftc.passes.core.weights.weight_slice import WeightSlice
@@ -130,7 +130,7 @@ def _changes(place: AdaptedSite[LTSFT], region: WeightSlice) -> Tensor:
     before, start = _before(place, region)
     if before.numel():
         base = written(base, region.places(before), start)
-    moved = (_own(place, region).detach().float() - region.entries(base).float()).abs()
+    moved = (wide(_own(place, region).detach()) - wide(region.entries(base))).abs()
     return moved.index_fill(0, before, -1.0)
 
 

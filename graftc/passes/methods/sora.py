@@ -11,7 +11,7 @@ from torch import Tensor
 from graftc.passes.core.build.builder import Builder
 from graftc.passes.core.method.capabilities import Ranked
 from graftc.passes.core.method.lowrank import factors, gated, normal, uniform, zeros
-from graftc.passes.core.method.steering import Controller, TensorObjective
+from graftc.passes.core.method.steering import Controller, TensorObjective, wide
 from graftc.passes.core.sites.sites import LinearSite
 from graftc.passes.methods.bases.low_rank import LowRankMethod, add_branch
 from graftc.specs.errors.diagnostics import GraftError
@@ -72,7 +72,7 @@ class Sparsity(TensorObjective[SoRA]):
 
     def value(self) -> Tensor:
         """Return ``l1`` times the mean absolute gate over all sites."""
-        return self.spec.l1 * torch.cat([place.tensors["gate"].flatten().float() for place in self.places]).abs().mean()
+        return self.spec.l1 * torch.cat([wide(place.tensors["gate"]).flatten() for place in self.places]).abs().mean()
 
 
 class SoRAMethod(LowRankMethod[SoRA], Ranked[SoRA]):

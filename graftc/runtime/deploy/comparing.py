@@ -81,7 +81,7 @@ class OutputComparison:
         if before > _FAR * after:
             message = (
                 f"in {dtype}, rounding inside the adapted model changes its outputs by {before:.1e}, and those of the "
-                f"folded model by {after:.1e}: the fold is right, but outputs differ from those before it by {worst:.1e}"
+                f"folded model by {after:.1e}: the fold is right, but outputs differ from before by {worst:.1e}"
             )
             warn("GC169", message)
         note = (

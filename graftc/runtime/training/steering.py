@@ -18,6 +18,7 @@ from graftc.compiler.steering import live_places
 from graftc.passes.core.ir.program_key import ProgramKey
 from graftc.passes.core.method.capabilities import Initialised, Ranked, one_rank
 from graftc.passes.core.method.registry import method_for
+from graftc.passes.core.method.steering import wide
 from graftc.passes.core.weights.names import owner_of
 from graftc.passes.core.weights.sharding import Spread, all_whole, sharded_modules
 from graftc.passes.methods.bases.sparse import SELECTED
@@ -88,7 +89,9 @@ class TrainingSteering:
             controller.begin(controller.steps + steps)
 
     def extra_loss(self) -> Tensor:
-        """Return the sum of all objectives (0 if none), a float32 scalar to add to the loss once per optimiser step.
+        """Return the sum of all objectives (0 if none), to add to the loss once per optimiser step.
+
+        The sum is a scalar in float32, or in float64 if an objective is.
 
         Objectives that compare several passes of a call are part of the loss that the model returns, not of this sum.
         If the model returned no loss, because there were no labels, the sum includes the mean of these objectives over
@@ -102,7 +105,7 @@ class TrainingSteering:
         terms += waited(self.runner.progress)
         if not terms:
             return torch.zeros((), device=self.runner.compilation.store.device())
-        return torch.stack([term.float() for term in terms]).sum()
+        return torch.stack([wide(term) for term in terms]).sum()
 
     def after_step(self) -> None:
         """Run the updates that adaptations make between optimiser steps.

@@ -340,3 +340,23 @@ def test_rank_over_the_layer() -> None:
     with pytest.raises(GraftError) as caught:
         fresh("bert", varied(ADALORA, rank=49))
     assert caught.value.code == "GC020" and "48 x 48" in caught.value.message
+
+
+def test_a_base_in_float64_keeps_its_precision() -> None:
+    """The objective and the importance are computed in float64."""
+    compiled = graftc.compile({"adapt": [ADALORA]}, tiny("bert", dtype=torch.float64))
+    perturb(compiled)
+    compiled.begin(9)
+    places = objective_of(compiled).places
+    (compiled(**inputs_for(compiled), labels=torch.arange(5) % 3).loss + compiled.extra_loss()).backward()
+    seen = [(place.tensors["E"] * place.tensors["E"].grad).detach().abs() for place in places]
+    compiled.after_step()
+    terms = []
+    for place, importance in zip(places, seen, strict=True):
+        a, b = place.tensors["A"], place.tensors["B"]
+        terms += [(gram - torch.eye(6, dtype=torch.float64)).norm() for gram in (a @ a.T, b.T @ b)]
+        expected = importance * (1 - place.spec.beta1)
+        assert torch.allclose(place.tensors["E_sensitivity"], expected, rtol=1e-14, atol=0)
+    expected = place.spec.orthogonality * torch.stack(terms).mean()
+    assert torch.allclose(compiled.extra_loss(), expected, rtol=1e-14, atol=0)
+    assert compiled.extra_loss().dtype == torch.float64

@@ -36,6 +36,11 @@ def zero_state(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Call
     return lambda device: torch.zeros(tuple(shape), dtype=dtype, device=device)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in the precision of sums and norms: float32, or float64 if it has that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 no_steps = zero_state([1], torch.int64)
 """The initial value of the buffer `STEP`."""
 
