@@ -1,6 +1,6 @@
 """Compute the figures of the results, and write the page that shows them.
 
-    python -m experiments parity [--quick] [--only REGEX] [--jobs N] [--out FOLDER]
+    python -m experiments PART [--quick] [--only REGEX] [--jobs N] [--out FOLDER]
     python -m experiments page
 
 Stored cells are not computed again, unless what they depend on has changed: the cell, the code that computes it, the
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.plans import parts
-from experiments.store import FOLDER
+from experiments.store import FOLDER, Store
 
 QUICK = Path("build/experiments")
 
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command", choices=[*parts(), "page"], help="the part to run, or `page` to write docs/results.md"
     )
     parser.add_argument("--quick", action="store_true", help=f"tiny models and few steps, stored in {QUICK}")
-    parser.add_argument("--only", type=_expression, metavar="REGEX", help="cells whose part/model/dtype/name matches")
+    names = "part/model/dtype/task/name/rate/seed"
+    parser.add_argument("--only", type=_expression, metavar="REGEX", help=f"cells whose {names} matches")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each with one thread (default: 1)")
     parser.add_argument("--out", type=Path, help=f"folder of the cells (default: {FOLDER})")
     options = parser.parse_args(arguments)
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from experiments.running import run
 
     part = parts(options.quick)[options.command]
-    if not any(options.only is None or re.search(options.only, str(cell)) for cell in part.plan):
+    cells = part.plan(Store(part.name, folder).known)
+    if not any(options.only is None or re.search(options.only, str(cell)) for cell in cells):
         parser.error(f"no cell matches --only {options.only}")
     return 1 if run(part, only=options.only, jobs=options.jobs, folder=folder) else 0
 

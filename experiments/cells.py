@@ -9,7 +9,7 @@ import importlib.metadata
 import io
 import json
 import tokenize
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -55,7 +55,12 @@ class Cell:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.part}/{self.model}/{self.dtype}/{self.name}"
+        task = f"{self.settings['task']}/" if "task" in self.settings else ""
+        return f"{self.part}/{self.model}/{self.dtype}/{task}{self.name}/{self.rate:g}/{self.seed}"
+
+
+Known = Callable[[Cell], Mapping[str, Any] | None]
+"""A function that returns the figures of a cell, or None if they have not been computed yet."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,17 @@ class Part:
 
     Attributes:
         name: its name on the command line.
-        compute: ``module:function``; the function takes a cell as data and returns its figures.
-        files: ``module:function``; the function takes the name of a model and returns the files it is made of.
-        plan: its cells, in the order of its file.
+        compute: ``module:function``; the function takes a cell as data and returns its figures. What it puts into
+            ``times`` differs between runs, and is stored with the times.
+        files: ``module:function``; the function takes a cell and returns the files that its figures depend on.
+        plan: a function that returns the part's cells, in the order of its file, as far as they follow from the figures
+            that are known. A sweep of learning rates is followed by further seeds at the best one.
     """
 
     name: str
     compute: str
     files: str
-    plan: tuple[Cell, ...]
+    plan: Callable[[Known], tuple[Cell, ...]]
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Sources:
 
 def sources_of(part: Part, cell: Cell) -> Sources:
     """Return what a cell of a part depends on, as it is now."""
-    files = _function(part.files)(cell.model)
+    files = _function(part.files)(cell)
     return Sources(code_digest(part, cell), data_digest(tuple(files)), versions())
 
 
@@ -194,7 +201,7 @@ def _function(name: str) -> Any:
     return getattr(importlib.import_module(module), function)
 
 
-def compute(part: Part, cell: Cell) -> dict[str, Any]:
-    """Return the figures of a cell."""
-    figures: dict[str, Any] = _function(part.compute)(cell.to_json())
+def compute(function: str, cell: Cell) -> dict[str, Any]:
+    """Return the figures of a cell by a part's ``module:function``."""
+    figures: dict[str, Any] = _function(function)(cell.to_json())
     return figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ COLUMNS: Mapping[str, str] = {
     "tensors": "final tensors",
     "merged": "merged",
 }
+_PARITY = parity().plan(lambda _: None)
 ROUNDING: Mapping[str, str] = {"rounding": "graftc, from float64", "peft_rounding": "PEFT, from float64"}
 
 _HEAD = f"""# Results
@@ -65,15 +67,13 @@ def text(folder: Path = FOLDER) -> str:
     """Return the page."""
     # An interrupted run may leave a cell twice; the later record is the one that its code computes now.
     latest = {str(record.cell): record for record in Store("parity", folder).records().values()}
-    order = {str(cell): number for number, cell in enumerate(parity().plan)}
+    order = {str(cell): number for number, cell in enumerate(_PARITY)}
     shown = sorted(latest.values(), key=lambda record: order.get(str(record.cell), len(order)))
     return "\n".join([_HEAD, *_parity(shown), ""])
 
 
 def _parity(records: Sequence[Record]) -> Iterator[str]:
-    planned = {(cell.model, cell.dtype): 0 for cell in parity().plan}
-    for cell in parity().plan:
-        planned[cell.model, cell.dtype] += 1
+    planned = Counter((cell.model, cell.dtype) for cell in _PARITY)
     for model, title in TITLES.items():
         for dtype in DTYPES:
             rows = [own for own in records if (own.cell.model, own.cell.dtype) == (model, dtype)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from experiments.cells import Cell, Part
+from experiments.training_plans import encoder, tasks
 
 SEED, RATE, STEPS, NOISE = 0, 1e-3, 50, 0.02
 DTYPES = ("float32", "float64", "bfloat16")
@@ -81,8 +83,15 @@ def entry(name: str, model: str) -> dict[str, Any]:
 def parity(quick: bool = False) -> Part:
     """Return the part that compares methods with PEFT, step by step."""
     models = ("tiny-bert", "tiny-llama") if quick else ("minilm", "smollm2")
-    cells = tuple(_parity(models[0], METHODS, quick)), tuple(_parity(models[1], {**METHODS, **CAUSAL}, quick))
-    return Part("parity", "experiments.parity:figures", "experiments.sources:files_of", (*cells[0], *cells[1]))
+    cells = (*_parity(models[0], METHODS, quick), *_parity(models[1], {**METHODS, **CAUSAL}, quick))
+    return Part("parity", "experiments.parity:figures", "experiments.plans:model_files", lambda _: cells)
+
+
+def model_files(cell: Cell) -> tuple[Path, ...]:
+    """Return the files that a cell's model and batches are made of."""
+    from experiments.sources import files_of
+
+    return files_of(cell.model)
 
 
 def _parity(model: str, names: Mapping[str, Any], quick: bool) -> Iterator[Cell]:
@@ -96,4 +105,4 @@ def _parity(model: str, names: Mapping[str, Any], quick: bool) -> Iterator[Cell]
 
 def parts(quick: bool = False) -> dict[str, Part]:
     """Return every part by its name."""
-    return {part.name: part for part in (parity(quick),)}
+    return {part.name: part for part in (parity(quick), encoder(quick), tasks(quick))}

@@ -9,13 +9,13 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.cells import Cell, Part, compute, sources_of
+from experiments.cells import Cell, Part, Sources, canonical, compute, sources_of
 from experiments.store import FOLDER, Record, Store
 
 Outcome = tuple[dict[str, Any], dict[str, Any]]
@@ -33,34 +33,65 @@ def run(part: Part, *, only: str | None = None, jobs: int = 1, folder: Path = FO
     """
     store = Store(part.name, folder)
     store.mend()
-    sources = {str(cell): sources_of(part, cell) for cell in part.plan}
-    planned = [sources[str(cell)].digest(cell) for cell in part.plan]
-    stored = store.records()
-    chosen = [cell for cell in part.plan if only is None or re.search(only, str(cell))]
-    missing = [cell for cell in chosen if sources[str(cell)].digest(cell) not in stored]
-    _tell(f"{part.name}: {len(chosen) - len(missing)} of {len(chosen)} cells are stored")
-    failed = 0
-    for number, (cell, outcome) in enumerate(_outcomes(part, missing, jobs), start=1):
-        if isinstance(outcome, Exception):
-            failed += 1
-            _tell(f"[{number}/{len(missing)}] {cell}: {type(outcome).__name__}: {outcome}")
-            continue
-        figures, times = outcome
-        store.add(Record(cell, sources[str(cell)], figures), times)
-        _tell(f"[{number}/{len(missing)}] {cell}: {times['seconds']} s")
-    store.tidy(planned)
-    return failed
+    current = _Current(part, store.records())
+    failed: set[str] = set()
+    while True:
+        planned = part.plan(current.figures)
+        chosen = [cell for cell in planned if only is None or re.search(only, str(cell))]
+        missing = [cell for cell in chosen if current.figures(cell) is None and current.digest(cell) not in failed]
+        _tell(f"{part.name}: {len(chosen) - len(missing) - len(failed)} of {len(chosen)} cells are stored")
+        if not missing:
+            break
+        for number, (cell, outcome) in enumerate(_outcomes(part, missing, jobs), start=1):
+            if isinstance(outcome, Exception):
+                failed.add(current.digest(cell))
+                _tell(f"[{number}/{len(missing)}] {cell}: {type(outcome).__name__}: {outcome}")
+                continue
+            figures, times = outcome
+            current.add(record := Record(cell, current.sources(cell), figures))
+            store.add(record, times)
+            _tell(f"[{number}/{len(missing)}] {cell}: {times['seconds']} s")
+    store.tidy([current.digest(cell) for cell in planned])
+    return len(failed)
+
+
+class _Current:
+    """The stored cells of a part whose figures are still those that a run would compute."""
+
+    def __init__(self, part: Part, records: Mapping[str, Record]) -> None:
+        self._part, self._records = part, dict(records)
+        self._sources: dict[str, Sources] = {}
+
+    def sources(self, cell: Cell) -> Sources:
+        """Return what the figures of a cell depend on."""
+        key = canonical(cell.to_json())
+        if key not in self._sources:
+            self._sources[key] = sources_of(self._part, cell)
+        return self._sources[key]
+
+    def digest(self, cell: Cell) -> str:
+        """Return the digest of a cell."""
+        return self.sources(cell).digest(cell)
+
+    def add(self, record: Record) -> None:
+        """Add a cell that has been computed."""
+        self._records[record.digest] = record
+
+    def figures(self, cell: Cell) -> Mapping[str, Any] | None:
+        """Return the figures of a cell; None if it has to be computed."""
+        record = self._records.get(self.digest(cell))
+        return None if record is None else record.figures
 
 
 def _outcomes(part: Part, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, Outcome | Exception]]:
     """Yield cells with their outcomes, as they are completed."""
     if jobs == 1:
         for cell in cells:
-            yield cell, _attempt(partial(measured, part, cell))
+            yield cell, _attempt(partial(measured, part.compute, cell))
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        waiting = {pool.submit(measured, part, cell): cell for cell in cells}
+        waiting = {pool.submit(measured, part.compute, cell): cell for cell in cells}
         for future in as_completed(waiting):
             yield waiting[future], _attempt(future.result)
 
@@ -73,16 +104,17 @@ def _attempt(call: Callable[[], Outcome]) -> Outcome | Exception:
         return error
 
 
-def measured(part: Part, cell: Cell) -> Outcome:
+def measured(function: str, cell: Cell) -> Outcome:
     """Return the figures of a cell, and its seconds, peak memory and machine."""
     _one_thread()
     started = time.perf_counter()
     _forget_peak()
-    figures = compute(part, cell)
+    figures = compute(function, cell)
     times = {
         "seconds": round(time.perf_counter() - started, 1),
         "peak_mb": _peak(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        **figures.pop("times", {}),
     }
     return figures, times
 

@@ -66,10 +66,17 @@ class Store:
     def __init__(self, part: str, folder: Path = FOLDER) -> None:
         self.path = folder / f"{part}.jsonl"
         self.times = folder / f"{part}.times.jsonl"
+        self._by_cell: dict[str, Mapping[str, Any]] | None = None
 
     def records(self) -> dict[str, Record]:
         """Return the records by their digests. A last line without an end is left out."""
         return {record.digest: record for record in map(record_of, whole_lines(self.path))}
+
+    def known(self, cell: Cell) -> Mapping[str, Any] | None:
+        """Return the figures of a cell, whatever they were computed from; None if there are none."""
+        if self._by_cell is None:
+            self._by_cell = {canonical(record.cell.to_json()): record.figures for record in self.records().values()}
+        return self._by_cell.get(canonical(cell.to_json()))
 
     def mend(self) -> None:
         """Remove the incomplete last line that a killed run leaves."""

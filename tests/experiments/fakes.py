@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import store
-from experiments.cells import Cell, Part
+from experiments.cells import Cell, Known, Part
 from experiments.running import run
 
 COUNT = 6
@@ -26,13 +26,22 @@ def figures(cell: dict[str, Any]) -> dict[str, Any]:
     return {"value": int(cell["name"]) / 7}
 
 
-def files(model: str) -> tuple[Path, ...]:
+def files(cell: Cell) -> tuple[Path, ...]:
     return ()
+
+
+def fixed(cells: tuple[Cell, ...]) -> Callable[[Known], tuple[Cell, ...]]:
+    """Return a plan that does not depend on figures."""
+    return lambda known: cells
+
+
+def nothing(cell: Cell) -> None:
+    """No figures are known."""
 
 
 def part(count: int = COUNT) -> Part:
     cells = (Cell("fake", str(number), "lora", "none", "float32", 0.1, 0, 1) for number in range(count))
-    return Part("fake", "tests.experiments.fakes:figures", "tests.experiments.fakes:files", tuple(cells))
+    return Part("fake", "tests.experiments.fakes:figures", "tests.experiments.fakes:files", fixed(tuple(cells)))
 
 
 def kill(*_: object) -> None:

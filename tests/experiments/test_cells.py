@@ -15,7 +15,7 @@ from experiments import cells
 from experiments.cells import Cell, Part, Sources, code_digest, code_of, data_digest, modules_of, sources_of
 from experiments.running import run
 from experiments.store import Record, Store, record_of
-from tests.experiments.fakes import COUNT, POINTS, part
+from tests.experiments.fakes import COUNT, POINTS, fixed, nothing, part
 from tests.kit.places import ROOT
 
 CELL = Cell("fake", "row", "one", "none", "float32", 0.1, 0, 1, {"rank": 8})
@@ -62,7 +62,7 @@ def test_the_code_is_the_parts_and_the_methods(tree: Path) -> None:
     ],
 )
 def test_a_change_of_code_changes_the_digest(tree: Path, file: str, changes: bool) -> None:
-    fake = Part("fake", "work.part:figures", "work.part:files", ())
+    fake = Part("fake", "work.part:figures", "work.part:files", fixed(()))
     before = code_digest(fake, CELL)
     with (tree / file).open("a", encoding="utf-8") as source:
         source.write("more = 2\n")
@@ -132,14 +132,15 @@ def test_two_processes_give_the_same_bytes(tmp_path: Path) -> None:
 def test_cells_that_are_not_planned_are_dropped(tmp_path: Path) -> None:
     """They stay while others are selected, as far as they are planned."""
     finished(tmp_path)
-    assert run(part(4), only="fake/none/float32/1$", folder=tmp_path) == 0
+    assert run(part(4), only="fake/none/float32/1/", folder=tmp_path) == 0
     records = Store("fake", tmp_path).records().values()
     assert [record.cell.name for record in records] == ["0", "1", "2", "3"]
 
 
 def test_a_cell_that_fails_does_not_stop_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = part()
-    wrong = replace(fake, plan=(replace(fake.plan[0], name="no number"), *fake.plan[1:]))
+    first, *others = fake.plan(nothing)
+    wrong = replace(fake, plan=fixed((replace(first, name="no number"), *others)))
     assert run(wrong, folder=tmp_path) == 1
     assert len(Store("fake", tmp_path).records()) == COUNT - 1
 
@@ -161,4 +162,4 @@ def test_the_sources_of_a_real_method_are_its_modules() -> None:
     assert {"experiments.parity", "experiments.sources", "graftc.specs.methods.lora"} <= set(modules)
     assert "graftc.passes.methods.lora" in modules and "graftc.passes.methods.dora" not in modules
     assert not {"experiments.cells", "experiments.store", "experiments.page"} & set(modules)
-    assert sources_of(part(), part().plan[0]).versions["torch"]
+    assert sources_of(part(), part().plan(nothing)[0]).versions["torch"]

@@ -1,0 +1,230 @@
+"""Train a classifier, or a regression, on MiniLM with an adaptation, and test it."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import pearsonr
+from torch import Tensor
+
+import graftc
+from experiments.encoder import encoder_of
+from experiments.sources import Batch
+from experiments.tasks import HEAD, Task, task_of
+from graftc.applications.demo.baseline import embed, logistic_regression
+from graftc.applications.demo.data import DataSplit, Encoded, encode, find_model, training_batches
+from graftc.applications.demo.training import predict, score
+from graftc.specs.errors.diagnostics import GraftError
+
+WARMUP, LARGEST_NORM = 0.1, 1.0
+_CANNOT_FOLD = ("GC022", "GC050")
+_OPTIMISERS: Mapping[str, Any] = {
+    "adamw": torch.optim.AdamW,
+    "aged": graftc.optim.AgedAdamW,
+    "sm3": graftc.optim.SM3,
+}
+
+
+@dataclass(frozen=True)
+class Rated(Encoded):
+    """Texts with ratings instead of class indices."""
+
+    def collate(self, rows: Any, labels: bool) -> Batch:
+        """Return inputs as for classes; ratings are float32 ``[rows, 1]``."""
+        batch = super().collate(rows, labels=False)
+        if labels:
+            batch["labels"] = torch.tensor([[self.labels[i]] for i in rows], dtype=torch.float32)
+        return batch
+
+
+def figures(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of a cell.
+
+    ``test`` and ``validation`` are accuracies or, for a regression, Pearson's correlation.
+
+    Args:
+        cell: ``model``, ``rate``, ``seed``, ``steps`` and ``settings``: ``adapt`` and other keys of a spec, the
+            ``task``, the number of training ``texts``, the sizes of a ``batch`` (texts, tokens), the ``head_rate``, and
+            the ``optimiser``. A spec that is None is the floor: a linear model on frozen embeddings.
+    """
+    settings, seed = cell["settings"], cell["seed"]
+    task = task_of(settings, seed)
+    rows, tokens = settings["batch"]
+    encoded = _Encoder(cell["model"], tokens, task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if settings["spec"] is None:
+            return _floor(cell["model"], task, encoded)
+        return _adapted(cell, task, encoded, rows)
+
+
+class _Encoder:
+    """The texts of a task as tokens."""
+
+    def __init__(self, model: str, tokens: int, task: Task) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(find_model())
+        self._ids = 50 if model == "tiny-bert" else len(self._tokenizer)
+        self._tokens = tokens if model == "minilm" else min(tokens, 12)
+        self._kind = Rated if task.is_regression else Encoded
+        self.train, self.validation, self.test = map(self._encode, (task.train, task.validation, task.test))
+
+    def _encode(self, split: DataSplit) -> Encoded:
+        plain = encode(self._tokenizer, split, self._tokens)
+        ids = tuple(tuple(number % self._ids for number in text) for text in plain.ids)
+        return self._kind(ids, plain.labels, plain.pad)
+
+
+def _floor(name: str, task: Task, encoded: _Encoder) -> dict[str, Any]:
+    """Return the figures of logistic or, for ratings, ridge regression on frozen sentence embeddings."""
+    model: Any = encoder_of(name, task.outputs, 0)
+    train, validation, test = (embed(model.bert, split) for split in (encoded.train, encoded.validation, encoded.test))
+    figures: dict[str, Any] = {"trained": (train.shape[1] + 1) * task.outputs}
+    for key, features, split in (("validation", validation, task.validation), ("test", test, task.test)):
+        if task.is_regression:
+            from sklearn.linear_model import Ridge
+
+            fitted = Ridge().fit(train.numpy(), task.train.labels)
+            figures[key] = float(pearsonr(fitted.predict(features.numpy()), split.labels).statistic)
+        else:
+            scores = logistic_regression(train, task.train.labels, features, split.labels, task.outputs)
+            figures[key] = scores.accuracy
+            figures["macro_f1"] = scores.macro_f1  # of the last, the test texts
+    return figures
+
+
+def _adapted(cell: Mapping[str, Any], task: Task, encoded: _Encoder, rows: int) -> dict[str, Any]:
+    settings, seed, times = cell["settings"], cell["seed"], _Times()
+    base = encoder_of(cell["model"], task.outputs, seed)
+    losses: list[float] = []
+    batches = training_batches(encoded.train, rows, seed)
+    started = time.perf_counter()
+
+    def train(compiled: Any, stage: Any) -> None:
+        if stage.number == 1:
+            times.record("compile_s", started)
+        _train(compiled, batches, cell["steps"], cell["rate"], settings, losses, times)
+
+    examples = [encoded.train.collate(list(range(k, k + rows)), labels=True) for k in range(0, 4 * rows, rows)]
+    compiled: Any = graftc.tune(settings["spec"], base, train, examples=examples, seed=seed)
+    head = sum(p.numel() for p in base.get_submodule(HEAD).parameters())
+    started = time.perf_counter()
+    logits = _logits(compiled, encoded.test)
+    times.record("test_s", started)
+    chosen_by = _logits(compiled, encoded.validation)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled.save(Path(folder) / "saved")
+        size = sum(path.stat().st_size for path in Path(folder, "saved").glob("**/*.safetensors"))
+    return {
+        "trained": sum(p.numel() for p in compiled.parameters() if p.requires_grad) - head,
+        "bytes": size,
+        "loss": statistics.fmean(losses[-10:]),
+        "test": _quality(logits, task, task.test),
+        **_macro_f1(logits, task),
+        "validation": _quality(chosen_by, task, task.validation),
+        "validation_loss": _loss(chosen_by, task, task.validation),
+        **_folded(compiled, encoded.test.collate(range(64), labels=False), times),
+        "times": times.values,
+    }
+
+
+class _Times:
+    """Seconds and milliseconds of parts of a cell."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.steps: list[float] = []
+
+    def record(self, name: str, started: float) -> None:
+        """Record the seconds since a moment."""
+        self.values[name] = round(time.perf_counter() - started, 2)
+
+    def record_steps(self) -> None:
+        """Record the median of the steps, without the first ones, in which graphs are made."""
+        self.values["step_ms"] = round(1e3 * statistics.median(self.steps[2:] or self.steps), 1)
+
+
+def _train(
+    compiled: Any,
+    batches: Iterator[Batch],
+    steps: int,
+    rate: float,
+    settings: Mapping[str, Any],
+    losses: list[float],
+    times: _Times,
+) -> None:
+    """Train with a rate that rises over a tenth of the steps and then falls to zero, linearly; the head has its own."""
+    overrides = {"trained": {"lr": settings["head_rate"]}} if "train" in settings["spec"] else {}
+    groups = graftc.optim.param_groups(compiled, rate, overrides=overrides)
+    optimiser = _OPTIMISERS[settings.get("optimiser", "adamw")](groups)
+    rise = max(1, round(steps * WARMUP))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+    )
+    trained = [p for group in groups for p in group["params"]]
+    compiled.begin(steps)
+    for _ in range(steps):
+        started = time.perf_counter()
+        loss = compiled(**next(batches)).loss
+        (loss + compiled.extra_loss()).backward()
+        torch.nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
+        optimiser.step()
+        compiled.after_step()
+        schedule.step()
+        optimiser.zero_grad()
+        losses.append(float(loss.detach()))
+        times.steps.append(time.perf_counter() - started)
+    times.record_steps()
+
+
+def _logits(model: Any, data: Encoded) -> Tensor:
+    return predict(lambda batch: model(**batch).logits, data)
+
+
+def _quality(logits: Tensor, task: Task, split: DataSplit) -> float:
+    """Return the accuracy of logits or, for ratings, Pearson's correlation; 0 where all outputs are the same."""
+    if not bool(logits.isfinite().all()):
+        return 0.0
+    if task.is_regression:
+        outputs = logits[:, 0].double()
+        return float(pearsonr(outputs.numpy(), split.labels).statistic) if bool(outputs.std() > 0) else 0.0
+    return score(logits.argmax(-1).tolist(), list(split.labels), task.outputs).accuracy
+
+
+def _macro_f1(logits: Tensor, task: Task) -> dict[str, float]:
+    """Return the macro-F1 over the classes on the test texts; nothing for ratings."""
+    if task.is_regression or not bool(logits.isfinite().all()):
+        return {}
+    return {"macro_f1": score(logits.argmax(-1).tolist(), list(task.test.labels), task.outputs).macro_f1}
+
+
+def _loss(logits: Tensor, task: Task, split: DataSplit) -> float:
+    """Return the cross-entropy or, for ratings, the mean squared error."""
+    if task.is_regression:
+        return float(torch.nn.functional.mse_loss(logits[:, 0], torch.tensor(split.labels)))
+    return float(torch.nn.functional.cross_entropy(logits, torch.tensor(split.labels)))
+
+
+def _folded(compiled: Any, batch: Batch, times: _Times) -> dict[str, Any]:
+    """Return how far the folded model's logits are from the unfolded one's, over the largest; None if nothing folds."""
+    started = time.perf_counter()
+    try:
+        merged = compiled.merge()
+    except GraftError as error:
+        if error.code not in _CANNOT_FOLD:
+            raise
+        return {"folded": None}
+    times.record("fold_s", started)
+    with torch.no_grad():
+        folded, logits = (model(**batch).logits for model in (merged, compiled))
+    apart = (folded - logits).abs().max() / logits.abs().max()
+    return {"folded": float(apart), "retention": merged.certificate.retention.norm}
