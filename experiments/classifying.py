@@ -6,7 +6,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import graftc
 from experiments.encoder import encoder_of
+from experiments.loop import LoopTimes, train
 from experiments.sources import Batch
 from experiments.tasks import HEAD, Task, task_of
 from graftc.applications.demo.baseline import embed, logistic_regression
@@ -24,13 +25,7 @@ from graftc.applications.demo.data import DataSplit, Encoded, encode, find_model
 from graftc.applications.demo.training import predict, score
 from graftc.specs.errors.diagnostics import GraftError
 
-WARMUP, LARGEST_NORM = 0.1, 1.0
 _CANNOT_FOLD = ("GC022", "GC050")
-_OPTIMISERS: Mapping[str, Any] = {
-    "adamw": torch.optim.AdamW,
-    "aged": graftc.optim.AgedAdamW,
-    "sm3": graftc.optim.SM3,
-}
 
 
 @dataclass(frozen=True)
@@ -103,19 +98,21 @@ def _floor(name: str, task: Task, encoded: _Encoder) -> dict[str, Any]:
 
 
 def _adapted(cell: Mapping[str, Any], task: Task, encoded: _Encoder, rows: int) -> dict[str, Any]:
-    settings, seed, times = cell["settings"], cell["seed"], _Times()
+    settings, seed, times = cell["settings"], cell["seed"], LoopTimes()
     base = encoder_of(cell["model"], task.outputs, seed)
-    losses: list[float] = []
+    losses = list[float]()
     batches = training_batches(encoded.train, rows, seed)
     started = time.perf_counter()
 
-    def train(compiled: Any, stage: Any) -> None:
+    def run(compiled: Any, stage: Any) -> None:
         if stage.number == 1:
             times.record("compile_s", started)
-        _train(compiled, batches, cell["steps"], cell["rate"], settings, losses, times)
+        overrides = {"trained": {"lr": settings["head_rate"]}} if "train" in settings["spec"] else {}
+        steps = cell["steps"] // stage.total
+        losses.extend(train(compiled, batches, steps, cell["rate"], settings["optimiser"], overrides, times))
 
     examples = [encoded.train.collate(list(range(k, k + rows)), labels=True) for k in range(0, 4 * rows, rows)]
-    compiled: Any = graftc.tune(settings["spec"], base, train, examples=examples, seed=seed)
+    compiled: Any = graftc.tune(settings["spec"], base, run, examples=examples, seed=seed)
     head = sum(p.numel() for p in base.get_submodule(HEAD).parameters())
     started = time.perf_counter()
     logits = _logits(compiled, encoded.test)
@@ -135,55 +132,6 @@ def _adapted(cell: Mapping[str, Any], task: Task, encoded: _Encoder, rows: int) 
         **_folded(compiled, encoded.test.collate(range(64), labels=False), times),
         "times": times.values,
     }
-
-
-class _Times:
-    """Seconds and milliseconds of parts of a cell."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-        self.steps: list[float] = []
-
-    def record(self, name: str, started: float) -> None:
-        """Record the seconds since a moment."""
-        self.values[name] = round(time.perf_counter() - started, 2)
-
-    def record_steps(self) -> None:
-        """Record the median of the steps, without the first ones, in which graphs are made."""
-        self.values["step_ms"] = round(1e3 * statistics.median(self.steps[2:] or self.steps), 1)
-
-
-def _train(
-    compiled: Any,
-    batches: Iterator[Batch],
-    steps: int,
-    rate: float,
-    settings: Mapping[str, Any],
-    losses: list[float],
-    times: _Times,
-) -> None:
-    """Train with a rate that rises over a tenth of the steps and then falls to zero, linearly; the head has its own."""
-    overrides = {"trained": {"lr": settings["head_rate"]}} if "train" in settings["spec"] else {}
-    groups = graftc.optim.param_groups(compiled, rate, overrides=overrides)
-    optimiser = _OPTIMISERS[settings.get("optimiser", "adamw")](groups)
-    rise = max(1, round(steps * WARMUP))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise))
-    )
-    trained = [p for group in groups for p in group["params"]]
-    compiled.begin(steps)
-    for _ in range(steps):
-        started = time.perf_counter()
-        loss = compiled(**next(batches)).loss
-        (loss + compiled.extra_loss()).backward()
-        torch.nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
-        optimiser.step()
-        compiled.after_step()
-        schedule.step()
-        optimiser.zero_grad()
-        losses.append(float(loss.detach()))
-        times.steps.append(time.perf_counter() - started)
-    times.record_steps()
 
 
 def _logits(model: Any, data: Encoded) -> Tensor:
@@ -214,7 +162,7 @@ def _loss(logits: Tensor, task: Task, split: DataSplit) -> float:
     return float(torch.nn.functional.cross_entropy(logits, torch.tensor(split.labels)))
 
 
-def _folded(compiled: Any, batch: Batch, times: _Times) -> dict[str, Any]:
+def _folded(compiled: Any, batch: Batch, times: LoopTimes) -> dict[str, Any]:
     """Return how far the folded model's logits are from the unfolded one's, over the largest; None if nothing folds."""
     started = time.perf_counter()
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import Cell, Part
+from experiments.decoder_plan import decoder
 from experiments.training_plans import encoder, tasks
 
 SEED, RATE, STEPS, NOISE = 0, 1e-3, 50, 0.02
@@ -105,4 +106,4 @@ def _parity(model: str, names: Mapping[str, Any], quick: bool) -> Iterator[Cell]
 
 def parts(quick: bool = False) -> dict[str, Part]:
     """Return every part by its name."""
-    return {part.name: part for part in (parity(quick), encoder(quick), tasks(quick))}
+    return {part.name: part for part in (parity(quick), encoder(quick), tasks(quick), decoder(quick))}

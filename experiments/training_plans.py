@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from experiments.cells import Cell, Known, Part
 from experiments.tasks import HEAD, REVIEWS, TABLES, texts_of
@@ -34,13 +34,15 @@ class Row:
         name: as it is shown.
         fields: the entry of a spec's ``adapt``; None for a linear model on frozen embeddings.
         middle: the middle one of the first three rates.
-        optimiser: a key of those of `experiments.classifying`.
+        optimiser: a key of `experiments.loop.OPTIMISERS`.
+        head: modules that train as well.
     """
 
     name: str
     fields: Mapping[str, Any] | None
     middle: float = FACTORS
     optimiser: str = "adamw"
+    head: tuple[str, ...] = (HEAD,)
 
     @property
     def method(self) -> str:
@@ -49,18 +51,16 @@ class Row:
 
     @property
     def spec(self) -> dict[str, Any] | None:
-        """The spec, in which the head trains as well."""
+        """The spec, in which the head trains as well; None without a method."""
         if self.fields is None:
             return None
-        if self.name == ALONE:
-            return {"adapt": [dict(self.fields)]}
-        return {"adapt": [dict(self.fields)], "train": [HEAD]}
+        return {"adapt": [dict(self.fields)], **({"train": [*self.head]} if self.head else {})}
 
 
 FLOOR, ALONE = "linear model on embeddings", "head alone"
 _LISTED: Sequence[Row] = (
     Row(FLOOR, None),
-    Row(ALONE, {"method": "full", "target": {"modules": [HEAD]}}, HEAD_RATE),
+    Row(ALONE, {"method": "full", "target": {"modules": [HEAD]}}, HEAD_RATE, head=()),
     Row("full", {"method": "full", **_LINEAR}, WEIGHTS),
     Row("LoRA", {"method": "lora", **_SCALED}),
     Row("DoRA", {"method": "dora", **_SCALED}),
@@ -179,7 +179,18 @@ def swept(cell_at: Callable[[float], Cell], middle: float, known: Known) -> tupl
             return cells, cells[best].rate
 
 
-def row_cells(setting: Setting, row: Row, known: Known, repeated: bool) -> Iterator[Cell]:
+class Repeated(Protocol):
+    """What the cells of one table have in common: seeds, the first of which sweeps use."""
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        """The seeds of rows that are repeated."""
+
+    def cell(self, row: Row, rate: float, seed: int) -> Cell:
+        """Return a cell of a row."""
+
+
+def row_cells(setting: Repeated, row: Row, known: Known, repeated: bool) -> Iterator[Cell]:
     """Yield the cells of a row."""
     seeds = setting.seeds if repeated else setting.seeds[:1]
     if row.fields is None:
