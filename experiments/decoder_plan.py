@@ -38,9 +38,11 @@ class DecoderSetting:
 
     Attributes:
         quick: whether cells are tiny.
+        part: the name of the part.
     """
 
     quick: bool = False
+    part: str = "decoder"
 
     @property
     def seeds(self) -> Sequence[int]:
@@ -58,7 +60,7 @@ class DecoderSetting:
             "optimiser": row.optimiser,
         }
         model, steps = ("tiny-llama", 3) if self.quick else ("smollm2", STEPS)
-        return Cell("decoder", row.name, row.method, model, "float32", rate, seed, steps, settings)
+        return Cell(self.part, row.name, row.method, model, "float32", rate, seed, steps, settings)
 
 
 def decoder(quick: bool = False) -> Part:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 import graftc
-from experiments.grammar import Example, examples
+from experiments.grammar import REFERENCES, Example, examples
 from experiments.loop import LoopTimes, train
 from experiments.sources import Batch, base_of
 from graftc.applications.demo.data import padded
 from graftc.applications.demo.decoder import find_decoder
 
-REFERENCES = 4
 PROMPT = "{record}\nIn words:"
 _IGNORED = -100
 _SEEDS: Mapping[str, int] = {"validation": 101, "seen": 102, "unseen": 103}

@@ -10,6 +10,9 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+REFERENCES = 4
+"""Sentences with which a written one is compared."""
+
 TRAINED: Mapping[str, Mapping[str, Sequence[str]]] = {
     "restaurant": {
         "cuisine": ("Thai", "Italian", "Mexican", "Ethiopian", "Korean"),

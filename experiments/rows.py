@@ -14,7 +14,7 @@ from scipy import stats
 
 from experiments.cells import canonical
 from experiments.store import FOLDER, Record, Store, whole_lines
-from experiments.training_plans import REPEATED, ROWS, Row, Setting, swept
+from experiments.training_plans import Repeated, Row, swept
 
 CONFIDENCE = 0.95
 
@@ -87,26 +87,26 @@ class Table:
 
     Args:
         setting: what the cells have in common.
-        names: names of the rows.
+        rows: the rows, and for each whether it is trained with all seeds.
         folder: where the cells are stored.
     """
 
-    def __init__(self, setting: Setting, names: Sequence[str], folder: Path = FOLDER) -> None:
+    def __init__(self, setting: Repeated, rows: Mapping[Row, bool], folder: Path = FOLDER) -> None:
         store = Store(setting.part, folder)
         records = {canonical(record.cell.to_json()): record for record in store.records().values()}
         lines = map(json.loads, whole_lines(store.times))
         self._times = {line["digest"]: line for line in lines}
         self._records = records
-        self.setting, self.planned = setting, len(names)
-        trained = (self._trained(ROWS[name]) for name in names)
+        self.setting, self.planned = setting, len(rows)
+        trained = (self._trained(row, repeated) for row, repeated in rows.items())
         self.rows = {own.row.name: own for own in trained if own is not None}
 
     def _figures(self, cell: Any) -> Mapping[str, Any] | None:
         record = self._records.get(canonical(cell.to_json()))
         return None if record is None else record.figures
 
-    def _trained(self, row: Row) -> Trained | None:
-        seeds = self.setting.seeds if row.name in REPEATED else self.setting.seeds[:1]
+    def _trained(self, row: Row, repeated: bool) -> Trained | None:
+        seeds = self.setting.seeds if repeated else self.setting.seeds[:1]
         at: Callable[[float], Any] = lambda rate: self.setting.cell(row, rate, seeds[0])  # noqa: E731
         best: float | None = 0.0
         is_at_the_end = False

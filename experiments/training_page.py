@@ -19,7 +19,6 @@ from experiments.training_plans import (
     MOST_RATES,
     PER_CLASS,
     REPEATED,
-    ROWS,
     SEEDS,
     STEPS,
     encoder_settings,
@@ -61,7 +60,7 @@ def summary(folder: Path = FOLDER) -> Iterator[str]:
     yield "## In short\n"
     yield "| question | answer | cells |"
     yield "| --- | --- | --- |"
-    settings = [(f"{PER_CLASS} texts a class", encoder_settings()[0], tuple(ROWS))]
+    settings = [(f"{PER_CLASS} texts a class", encoder_settings()[0], REPEATED)]
     settings += [(f"{MANY:,} texts", setting, COMPARED) for setting in task_settings()]
     for amount, setting, names in settings:
         table = Table(setting, names, folder)
@@ -74,7 +73,7 @@ def summary(folder: Path = FOLDER) -> Iterator[str]:
         answer = f"{name_and_figure(best)} is the highest mean"
         answer += f"; not distinguishable from it: {', '.join(others)}" if others else "; all others are below it"
         yield f"| {question} | {answer} | {digests(best)} |"
-    table = Table(settings[0][1], tuple(ROWS), folder)
+    table = Table(settings[0][1], REPEATED, folder)
     if table.rows:
         yield f"| What does it cost? | {_costs(table)} | see the columns below |"
     yield f"| What is not known? | {_unknown(table)} | |\n"
@@ -90,7 +89,9 @@ def _costs(table: Table) -> str:
     steps = {name: value for name, value in measured.items() if value is not None}
     if not steps.keys() >= {ALONE, "full"}:
         return "not computed yet"
-    shown = [f"{name} {steps[name] / steps['full']:.2f}" for name in steps if name in REPEATED and name != "full"]
+    shown = [
+        f"{name} {steps[name] / steps['full']:.2f}" for name in steps if table.rows[name].planned > 1 and name != "full"
+    ]
     return f"Time of a step over full fine-tuning's: {', '.join(shown)}"
 
 
@@ -109,7 +110,7 @@ def sections(folder: Path = FOLDER) -> Iterator[str]:
     yield _HEAD
     for setting in encoder_settings():
         title = f"{TITLES[setting.task]}, {PER_CLASS} texts a class ({setting.texts} in all)"
-        yield from _section(title, Table(setting, tuple(ROWS), folder), "encoder")
+        yield from _section(title, Table(setting, REPEATED, folder), "encoder")
     for setting in task_settings():
         title = f"{TITLES[setting.task]}, {setting.texts:,} texts"
         yield from _section(title, Table(setting, COMPARED, folder), f"tasks --only /{setting.task}/")
@@ -142,9 +143,9 @@ def _table(table: Table) -> Iterator[str]:
             "-" if over is None else signed(over),
             percent(own.interval("macro_f1")) if own.values("macro_f1") else "-",
             f"{figures['bytes'] / 1e6:.2f} MB" if "bytes" in figures else "-",
-            _unit(own.time("step_ms"), "ms"),
-            _unit(own.time("peak_mb"), "MB"),
-            _unit(own.time("fold_s"), "s", 1),
+            unit(own.time("step_ms"), "ms"),
+            unit(own.time("peak_mb"), "MB"),
+            unit(own.time("fold_s"), "s", 1),
         )
         yield f"| {' | '.join((own.row.name, *values, digests(own)))} |"
 
@@ -187,5 +188,6 @@ def digests(own: Trained) -> str:
     return " ".join(f"`{record.digest[:SHOWN]}`" for record in own.records)
 
 
-def _unit(value: float | None, unit: str, digits: int = 0) -> str:
+def unit(value: float | None, unit: str, digits: int = 0) -> str:
+    """Return a value with its unit, or a dash."""
     return "-" if value is None else f"{value:.{digits}f} {unit}"

@@ -26,7 +26,7 @@ WEIGHTS, FACTORS, VECTORS = 1e-4, 1e-3, 3e-3
 """The middle rates of sweeps: for whole weights, for matrices that are added, and for vectors."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A row of a table.
 
@@ -115,8 +115,10 @@ _OTHERS: Sequence[Row] = (
 )
 """The rows that are trained with one seed."""
 ROWS = {row.name: row for row in (*_LISTED, *_OTHERS)}
-REPEATED = frozenset(row.name for row in _LISTED)
-COMPARED = (FLOOR, ALONE, "full", "LoRA", "DoRA", "Houlsby", "prefix", "SpIEL", "BitFit")
+REPEATED = {row: row in _LISTED for row in ROWS.values()}
+"""All rows, and whether they are trained with several seeds."""
+_COMPARED = (FLOOR, ALONE, "full", "LoRA", "DoRA", "Houlsby", "prefix", "SpIEL", "BitFit")
+COMPARED = {ROWS[name]: True for name in _COMPARED}
 """The rows that are trained on every task."""
 
 
@@ -183,6 +185,10 @@ class Repeated(Protocol):
     """What the cells of one table have in common: seeds, the first of which sweeps use."""
 
     @property
+    def part(self) -> str:
+        """The name of the part."""
+
+    @property
     def seeds(self) -> Sequence[int]:
         """The seeds of rows that are repeated."""
 
@@ -215,22 +221,25 @@ def task_settings(quick: bool = False) -> tuple[Setting, ...]:
 
 def encoder(quick: bool = False) -> Part:
     """Return the part that trains every method on one task."""
-    names = COMPARED[:4] if quick else tuple(ROWS)
-    return _part("encoder", encoder_settings, names, quick)
+    return _part("encoder", encoder_settings, _first(COMPARED, 4) if quick else REPEATED, quick)
 
 
 def tasks(quick: bool = False) -> Part:
     """Return the part that trains some methods on several tasks."""
-    return _part("tasks", task_settings, COMPARED[:3] if quick else COMPARED, quick)
+    return _part("tasks", task_settings, _first(COMPARED, 3) if quick else COMPARED, quick)
 
 
-def _part(name: str, settings: Callable[[bool], tuple[Setting, ...]], names: Sequence[str], quick: bool) -> Part:
+def _first(rows: Mapping[Row, bool], count: int) -> Mapping[Row, bool]:
+    return dict([*rows.items()][:count])
+
+
+def _part(name: str, settings: Callable[[bool], tuple[Setting, ...]], rows: Mapping[Row, bool], quick: bool) -> Part:
     def plan(known: Known) -> tuple[Cell, ...]:
         return tuple(
             cell
             for setting in settings(quick)
-            for row in names
-            for cell in row_cells(setting, ROWS[row], known, row in REPEATED)
+            for row, repeated in rows.items()
+            for cell in row_cells(setting, row, known, repeated)
         )
 
     return Part(name, "experiments.classifying:figures", "experiments.tasks:files_of", plan)

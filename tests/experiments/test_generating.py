@@ -9,8 +9,8 @@ import torch
 
 from experiments import generating
 from experiments.decoder_plan import PLAIN, ROWS, DecoderSetting
-from experiments.generating import REFERENCES, Encoded
-from experiments.grammar import HELD_OUT, TRAINED, examples
+from experiments.generating import Encoded
+from experiments.grammar import HELD_OUT, REFERENCES, TRAINED, examples
 from experiments.sources import base_of
 
 QUICK = DecoderSetting(quick=True)
