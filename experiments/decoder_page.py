@@ -22,8 +22,8 @@ _HEAD = f"""## Training a decoder
 
 SmolLM2-135M-Instruct learns to say a record, such as `type: museum | name: Gilda | opening year: 1896`, in sentences
 from a seeded grammar. It trains on {RECORDS} records of {len(TRAINED)} categories, {STEPS} steps of {BATCH} records;
-{len(HELD_OUT)} other categories, with attributes of their own, are *unseen*. Rates are swept as for the encoder, and chosen
-by the loss on {TESTED} further records of seen categories; {len(SEEDS)} seeds.
+{len(HELD_OUT)} other categories, with attributes of their own, are *unseen*. Rates are swept as for the encoder, and
+chosen by the loss on {TESTED} further records of seen categories; {len(SEEDS)} seeds.
 
 *Loss* is that of a token of the target on {TESTED} records. BLEU and chrF (sacrebleu's defaults) compare what the model
 writes, the most likely token at each step and at most {NEW_TOKENS} tokens, with {REFERENCES} sentences of the grammar.

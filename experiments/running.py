@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -90,10 +91,22 @@ def _outcomes(part: Part, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[Ce
             yield cell, _attempt(partial(measured, part.compute, cell))
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_the_parent) as pool:
         waiting = {pool.submit(measured, part.compute, cell): cell for cell in cells}
         for future in as_completed(waiting):
             yield waiting[future], _attempt(future.result)
+
+
+def _end_with_the_parent() -> None:
+    """End this process as soon as the run that started it is killed, rather than compute cells that nobody stores."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _attempt(call: Callable[[], Outcome]) -> Outcome | Exception:

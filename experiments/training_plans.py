@@ -131,17 +131,18 @@ class Setting:
         task: a task of `experiments.tasks`.
         texts: the number of training texts.
         quick: whether cells are tiny.
+        batch: the texts of a batch, and the tokens of a text at most.
+        steps: the number of steps.
+        seeds: the seeds of rows that are repeated.
     """
 
     part: str
     task: str
     texts: int
     quick: bool = False
-
-    @property
-    def seeds(self) -> Sequence[int]:
-        """The seeds of rows that are repeated."""
-        return SEEDS[:2] if self.quick else SEEDS
+    batch: tuple[int, int] = BATCH
+    steps: int = STEPS
+    seeds: Sequence[int] = SEEDS
 
     def cell(self, row: Row, rate: float, seed: int) -> Cell:
         """Return a cell of a row."""
@@ -149,11 +150,11 @@ class Setting:
             "spec": row.spec,
             "task": self.task,
             "texts": self.texts,
-            "batch": [*BATCH],
+            "batch": [*self.batch],
             "head_rate": HEAD_RATE,
             "optimiser": row.optimiser,
         }
-        model, steps = ("tiny-bert", 3) if self.quick else ("minilm", STEPS)
+        model, steps = ("tiny-bert", 3) if self.quick else ("minilm", self.steps)
         return Cell(self.part, row.name, row.method, model, "float32", rate, seed, steps, settings)
 
 
@@ -210,13 +211,20 @@ def row_cells(setting: Repeated, row: Row, known: Known, repeated: bool) -> Iter
 
 def encoder_settings(quick: bool = False) -> tuple[Setting, ...]:
     """Return the setting of the part on one task with many classes."""
-    return (Setting("encoder", "r52", 64 if quick else texts_of("r52", PER_CLASS), quick),)
+    return (setting_of("encoder", "r52", texts_of("r52", PER_CLASS), quick),)
 
 
 def task_settings(quick: bool = False) -> tuple[Setting, ...]:
     """Return the settings of the part on several tasks, with more texts."""
     tasks = [name for name in TABLES if name != "r52"] + ([] if quick else [REVIEWS])
-    return tuple(Setting("tasks", task, 64 if quick else MANY, quick) for task in tasks)
+    return tuple(setting_of("tasks", task, MANY, quick) for task in tasks)
+
+
+def setting_of(part: str, task: str, texts: int, quick: bool = False, **fields: Any) -> Setting:
+    """Return a setting, or a tiny one instead."""
+    if quick:
+        return Setting(part, task, 64, quick=True, seeds=SEEDS[:2])
+    return Setting(part, task, texts, **fields)
 
 
 def encoder(quick: bool = False) -> Part:

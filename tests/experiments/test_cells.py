@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,6 +130,42 @@ def test_two_processes_give_the_same_bytes(tmp_path: Path) -> None:
     expected = finished(tmp_path / "one")
     assert run(part(), jobs=2, folder=tmp_path / "two") == 0
     assert (tmp_path / "two" / "fake.jsonl").read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_processes_of_a_killed_run_end(tmp_path: Path) -> None:
+    """They do not go on computing cells that nobody stores."""
+    command = [sys.executable, "-m", "tests.experiments.fakes", str(tmp_path / "cells"), "waiting"]
+    running = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "GRAFTC_TESTS_WAIT": str(tmp_path)})
+    workers: list[int] = []
+    for _ in until(60):
+        workers = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+        if len(workers) == 2:
+            break
+    assert len(workers) == 2
+    running.kill()
+    running.wait()
+    for _ in until(30):
+        if not any(is_alive(number) for number in workers):
+            return
+    pytest.fail(f"{workers} are still running")
+
+
+def until(seconds: float) -> Iterator[None]:
+    """Yield every tenth of a second, for a number of seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        yield
+        time.sleep(0.1)
+
+
+def is_alive(number: int) -> bool:
+    """Whether a process runs; one that has ended but was not waited for does not."""
+    try:
+        state = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def test_cells_that_are_not_planned_are_dropped(tmp_path: Path) -> None:

@@ -26,11 +26,12 @@ from experiments.training_plans import (
     Setting,
     encoder,
     row_cells,
+    setting_of,
     swept,
 )
 
 SETTING = Setting("encoder", "r52", 614)
-QUICK = Setting("encoder", "r52", 64, quick=True)
+QUICK = setting_of("encoder", "r52", 614, quick=True)
 
 
 def at(rate: float) -> Cell:
@@ -127,7 +128,9 @@ def test_ratings_are_a_regression(monkeypatch: pytest.MonkeyPatch) -> None:
     split = tasks.DataSplit(texts, tuple(number / 450 - 1 for number in range(900)))  # type: ignore[arg-type]
     monkeypatch.setattr(tasks, "_splits", lambda task: (split, split, 1))
     for name in (FLOOR, "LoRA"):
-        figures = classifying.figures(Setting("tasks", "reviews", 64, quick=True).cell(ROWS[name], 1e-3, 0).to_json())
+        figures = classifying.figures(
+            setting_of("tasks", "reviews", 64, quick=True).cell(ROWS[name], 1e-3, 0).to_json()
+        )
         assert -1 <= figures["test"] <= 1 and "macro_f1" not in figures
 
 
