@@ -7,9 +7,9 @@ from pathlib import Path
 
 from experiments.decoder_plan import BATCH, NEW_TOKENS, RECORDS, ROWS, SEEDS, STEPS, TESTED, DecoderSetting
 from experiments.grammar import HELD_OUT, REFERENCES, TRAINED
-from experiments.rows import Interval, Table, Trained
+from experiments.rows import Interval, Table, Trained, digests
 from experiments.store import FOLDER
-from experiments.training_page import digests, unit
+from experiments.training_page import unit
 
 _COLUMNS = {
     "loss_seen": "loss, seen",

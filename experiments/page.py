@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from experiments import claims
+from experiments import decoder_page as decoder
 from experiments.cells import ROOT, SHOWN
-from experiments.decoder_page import section
 from experiments.explaining import GATES, causes, misses
 from experiments.plans import BATCHES, DTYPES, RATE, STEPS, parity
 from experiments.store import FOLDER, Record, Store
@@ -71,7 +72,8 @@ def text(folder: Path = FOLDER) -> str:
     latest = {str(record.cell): record for record in Store("parity", folder).records().values()}
     order = {str(cell): number for number, cell in enumerate(_PARITY)}
     shown = sorted(latest.values(), key=lambda record: order.get(str(record.cell), len(order)))
-    parts = [_HEAD, *summary(folder), _PARITY_HEAD, *_parity(shown), "", *sections(folder), *section(folder)]
+    training = (*sections(folder), *decoder.section(folder), *claims.section(folder))
+    parts = (_HEAD, *summary(folder), _PARITY_HEAD, *_parity(shown), "", *training)
     return "\n".join(parts).rstrip("\n") + "\n"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.cells import Cell, Part
+from experiments.claims_plan import claims
 from experiments.decoder_plan import decoder
 from experiments.training_plans import encoder, tasks
 
@@ -106,4 +107,4 @@ def _parity(model: str, names: Mapping[str, Any], quick: bool) -> Iterator[Cell]
 
 def parts(quick: bool = False) -> dict[str, Part]:
     """Return every part by its name."""
-    return {part.name: part for part in (parity(quick), encoder(quick), tasks(quick), decoder(quick))}
+    return {part.name: part for part in (parity(quick), encoder(quick), tasks(quick), decoder(quick), claims(quick))}

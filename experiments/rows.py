@@ -12,7 +12,7 @@ from typing import Any
 
 from scipy import stats
 
-from experiments.cells import canonical
+from experiments.cells import SHOWN, canonical
 from experiments.store import FOLDER, Record, Store, whole_lines
 from experiments.training_plans import Repeated, Row, swept
 
@@ -62,6 +62,11 @@ class Trained:
     times: Sequence[Mapping[str, Any]]
     is_at_the_end: bool
     planned: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all planned seeds are there."""
+        return len(self.records) == self.planned
 
     def values(self, figure: str) -> list[float]:
         """Return a figure of every cell that has it."""
@@ -123,10 +128,15 @@ class Table:
 
     def best(self) -> Trained | None:
         """Return the repeated row with the highest mean, once all its seeds are there; None if there is none."""
-        complete = [own for own in self.rows.values() if own.planned == len(own.records) > 1]
+        complete = [own for own in self.rows.values() if own.is_complete and own.planned > 1]
         return max(complete, key=lambda own: own.interval().mean, default=None)
 
     def as_good(self, best: Trained) -> list[Trained]:
         """Return the other complete rows whose difference from the best one is not distinguishable from zero."""
-        others = [own for own in self.rows.values() if own is not best and own.planned == len(own.records) > 1]
+        others = [own for own in self.rows.values() if own is not best and own.is_complete and own.planned > 1]
         return [own for own in others if not best.over(own).is_above_zero]
+
+
+def digests(own: Trained) -> str:
+    """Return the first characters of the digests of a row's cells."""
+    return " ".join(f"`{record.digest[:SHOWN]}`" for record in own.records)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments.cells import SHOWN
-from experiments.rows import Interval, Table, Trained
+from experiments.rows import Interval, Table, Trained, digests
 from experiments.store import FOLDER
 from experiments.tasks import TESTED, VALIDATION
 from experiments.training_plans import (
@@ -181,11 +180,6 @@ def signed(interval: Interval) -> str:
         return shown
     shown = f"{shown} ± {100 * interval.half:.1f}"
     return f"**{shown}**" if interval.is_above_zero or interval.is_below_zero else shown
-
-
-def digests(own: Trained) -> str:
-    """Return the first characters of the digests of a row's cells."""
-    return " ".join(f"`{record.digest[:SHOWN]}`" for record in own.records)
 
 
 def unit(value: float | None, unit: str, digits: int = 0) -> str:

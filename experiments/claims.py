@@ -1,0 +1,236 @@
+"""Claims of papers and what their cells say: held, did not hold here, or cannot be said at this size.
+
+Each rule was written before its cells were computed. None has been changed since to make a claim hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from experiments.claims_plan import BATCHES, BY_PLACE, BY_RANK, FEW, LOW_DATA, MIXTURE, few, large_batches, usual
+from experiments.rows import Interval, Table, Trained, digests
+from experiments.store import FOLDER
+from experiments.training_plans import LADDER, REPEATED, Row, encoder_settings
+
+HELD, NOT_HELD, UNSAID, MISSING = "held", "did not hold here", "cannot be said at this size", "not computed yet"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the cells say of a claim.
+
+    Attributes:
+        word: one of the four above.
+        figure: the figures that decide.
+        rows: the rows that they are from.
+    """
+
+    word: str
+    figure: str = ""
+    rows: Sequence[Trained] = ()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim.
+
+    Attributes:
+        text: what is claimed.
+        source: the paper.
+        rule: when it is said to hold.
+        judge: a function that returns the verdict of the cells in a folder.
+    """
+
+    text: str
+    source: str
+    rule: str
+    judge: Callable[[Path], Verdict]
+
+
+def rates_differ(folder: Path) -> Verdict:
+    """Judge whether LoRA's best rate is about ten times that of full fine-tuning."""
+    table = _encoder(folder)
+    full, lora = table.rows.get("full"), table.rows.get("LoRA")
+    if full is None or lora is None:
+        return Verdict(MISSING)
+    rates = [own.records[0].cell.rate for own in (lora, full)]
+    ratio = rates[0] / rates[1]
+    figure = f"{rates[0]:g} and {rates[1]:g}: {ratio:.2g} times"
+    if lora.is_at_the_end or full.is_at_the_end:
+        return Verdict(UNSAID, f"{figure}, at the end of a sweep", (lora, full))
+    return Verdict(HELD if 3 <= ratio <= 31 else NOT_HELD, figure, (lora, full))
+
+
+def rate_is_that_of_every_rank(folder: Path) -> Verdict:
+    """Judge whether the best rate is the same at every rank."""
+    table = Table(usual(), dict.fromkeys(BY_RANK, False), folder)
+    if len(table.rows) < len(BY_RANK):
+        return Verdict(MISSING)
+    rows = [*table.rows.values()]
+    places = [LADDER.index(own.records[0].cell.rate) for own in rows]
+    figure = ", ".join(f"{own.row.name} {own.records[0].cell.rate:g}" for own in rows)
+    if any(own.is_at_the_end for own in rows):
+        return Verdict(UNSAID, f"{figure}; at the end of a sweep", rows)
+    return Verdict(HELD if max(places) - min(places) <= 1 else NOT_HELD, figure, rows)
+
+
+def mlp_before_attention(folder: Path) -> Verdict:
+    """Judge whether LoRA on the MLP is better than on attention with as many values."""
+    first, second = BY_PLACE
+    return _compared(_claims(folder, BY_PLACE), first.name, second.name)
+
+
+def mixture_over_one(folder: Path) -> Verdict:
+    """Judge whether AdaMix is better than one adapter of its size."""
+    first, second = MIXTURE
+    return _compared(_claims(folder, MIXTURE), first.name, second.name)
+
+
+def sparse_over_low_rank(folder: Path) -> Verdict:
+    """Judge whether SpIEL is better than LoRA with as many values."""
+    return _compared(_encoder(folder), "SpIEL", "LoRA")
+
+
+def biases_are_enough(folder: Path) -> Verdict:
+    """Judge whether BitFit is at most a point below full fine-tuning."""
+    return _compared(_encoder(folder), "BitFit", "full", margin=0.01)
+
+
+def magnitude_helps(folder: Path) -> Verdict:
+    """Judge whether DoRA is better than LoRA at the same rank."""
+    return _compared(_encoder(folder), "DoRA", "LoRA")
+
+
+def large_batches_cost_more(folder: Path) -> Verdict:
+    """Judge whether large batches cost LoRA more than full fine-tuning."""
+    small, large = _encoder(folder), Table(large_batches(), dict.fromkeys(BATCHES, True), folder)
+    pairs = [(small.rows.get(name), large.rows.get(name)) for name in ("LoRA", "full")]
+    rows = [own for pair in pairs for own in pair if own is not None and own.is_complete]
+    if len(rows) < 4:
+        return Verdict(MISSING)
+    lora, full = (_differences(large, small) for small, large in zip(rows[::2], rows[1::2], strict=True))
+    costs = Interval.of([full[seed] - lora[seed] for seed in lora])
+    figure = f"LoRA {_points(Interval.of([*lora.values()]))}, full {_points(Interval.of([*full.values()]))}"
+    return Verdict(_word(costs, 0.0), f"{figure}; the difference is {_points(costs)}", rows)
+
+
+def prefixes_need_less_data(folder: Path) -> Verdict:
+    """Judge whether a prefix is better than full fine-tuning with few texts, on the mean of the smallest two sizes."""
+    shown, rows, lowest = [], list[Trained](), list[float]()
+    for per_class in FEW:
+        table = Table(few(per_class), dict.fromkeys(LOW_DATA, True), folder)
+        full, prefix = (table.rows.get(row.name) for row in LOW_DATA)
+        if full is None or prefix is None or not (full.is_complete and prefix.is_complete):
+            return Verdict(MISSING)
+        rows += [full, prefix]
+        shown.append(f"{per_class}: {_points(prefix.over(full))}")
+        if per_class in FEW[:2]:
+            lowest += _differences(prefix, full).values()
+    return Verdict(_word(Interval.of(lowest), 0.0), f"prefix over full by texts a class: {', '.join(shown)}", rows)
+
+
+def _encoder(folder: Path) -> Table:
+    return Table(encoder_settings()[0], REPEATED, folder)
+
+
+def _claims(folder: Path, rows: Sequence[Row]) -> Table:
+    return Table(usual(), dict.fromkeys(rows, True), folder)
+
+
+def _compared(table: Table, first: str, second: str, margin: float = 0.0) -> Verdict:
+    """Return whether a row is better than another by more than ``-margin``."""
+    ours, theirs = table.rows.get(first), table.rows.get(second)
+    if ours is None or theirs is None or not (ours.is_complete and theirs.is_complete):
+        return Verdict(MISSING)
+    over = ours.over(theirs)
+    return Verdict(_word(over, margin), f"{first} over {second}: {_points(over)}", (ours, theirs))
+
+
+def _word(interval: Interval, margin: float) -> str:
+    """Return what an interval of differences says of "not below ``-margin``"."""
+    if interval.mean - interval.half > -margin:
+        return HELD
+    return NOT_HELD if interval.mean + interval.half < -margin else UNSAID
+
+
+def _differences(own: Trained, other: Trained) -> Mapping[int, float]:
+    theirs = {record.cell.seed: record.figures["test"] for record in other.records}
+    return {r.cell.seed: r.figures["test"] - theirs[r.cell.seed] for r in own.records}
+
+
+def _points(interval: Interval) -> str:
+    return f"{100 * interval.mean:+.1f} ± {100 * interval.half:.1f} points"
+
+
+_ABOVE = "the interval of the differences is above zero"
+CLAIMS: Sequence[Claim] = (
+    Claim(
+        "The best learning rate of LoRA is about ten times that of full fine-tuning.",
+        "Schulman et al. 2025, LoRA Without Regret",
+        "the ratio of the best rates is from 3 to 31, and neither is at the end of its sweep",
+        rates_differ,
+    ),
+    Claim(
+        "The best learning rate of LoRA does not depend on the rank.",
+        "Schulman et al. 2025, LoRA Without Regret",
+        "with a constant alpha, best rates are at most one step of the sweep apart, and none is at its end",
+        rate_is_that_of_every_rank,
+    ),
+    Claim(
+        "LoRA belongs on the MLP before it belongs on attention.",
+        "Schulman et al. 2025, LoRA Without Regret",
+        f"with as many trained values, {_ABOVE}",
+        mlp_before_attention,
+    ),
+    Claim(
+        "Large batches cost LoRA more than they cost full fine-tuning.",
+        "Schulman et al. 2025, LoRA Without Regret",
+        f"batches four times as large, as many texts seen: {_ABOVE}",
+        large_batches_cost_more,
+    ),
+    Claim("DoRA is better than LoRA at the same rank.", "Liu et al. 2024, DoRA", _ABOVE, magnitude_helps),
+    Claim(
+        "With little data, a prefix is better than full fine-tuning.",
+        "Li and Liang 2021, Prefix-Tuning",
+        f"on R8 with one and two texts a class together, {_ABOVE}",
+        prefixes_need_less_data,
+    ),
+    Claim(
+        "A mixture of adapters is better than one adapter of its size.",
+        "Wang et al. 2022, AdaMix",
+        _ABOVE,
+        mixture_over_one,
+    ),
+    Claim(
+        "With little data, training biases alone is as good as full fine-tuning.",
+        "Ben Zaken et al. 2022, BitFit",
+        "the interval of the differences is above minus one point",
+        biases_are_enough,
+    ),
+    Claim(
+        "Sparse fine-tuning is better than LoRA with as many values.",
+        "Ansell et al. 2024, SpIEL",
+        _ABOVE,
+        sparse_over_low_rank,
+    ),
+)
+
+
+_HEAD = """Each rule was written before its cells were computed. Differences are between cells of the same seed, with
+the 95 % interval of their mean; all are accuracies on Reuters R52 with 16 texts a class, unless the rule says otherwise.
+"""
+
+
+def section(folder: Path = FOLDER) -> Iterator[str]:
+    """Yield the section of the page."""
+    yield "## Claims\n"
+    yield _HEAD
+    yield "| claim | rule | verdict | figures | cells |"
+    yield "| --- | --- | --- | --- | --- |"
+    for claim in CLAIMS:
+        verdict = claim.judge(folder)
+        cells = " ".join(map(digests, verdict.rows))
+        yield f"| {claim.text} ({claim.source}) | {claim.rule} | **{verdict.word}** | {verdict.figure} | {cells} |"
+    yield "\n```\npython -m experiments claims\n```\n"
