@@ -219,7 +219,7 @@ CLAIMS: Sequence[Claim] = (
 
 
 _HEAD = """Each rule was written before its cells were computed. Differences are between cells of the same seed, with
-the 95 % interval of their mean; all are accuracies on Reuters R52 with 16 texts a class, unless the rule says otherwise.
+the 95 % interval of their mean. All are accuracies on Reuters R52 with 16 texts a class, unless a rule says otherwise.
 """
 
 
