@@ -31,6 +31,7 @@ _FACADE = {
     "serve_plan": "graftc.applications.serving.planning",
     "ServingPlan": "graftc.records.serving.plans",
     "ServingCertificate": "graftc.records.serving.certificates",
+    "sweep": "graftc.applications.recipes.sweep",
     "tune": "graftc.applications.recipes.tune",
     "pet": "graftc.applications.pet.recipe",
     "plan": "graftc.applications.planner.planning",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from graftc import extend, testing
     from graftc.applications.pet.recipe import pet
     from graftc.applications.planner.planning import plan
+    from graftc.applications.recipes.sweep import sweep
     from graftc.applications.recipes.tune import tune
     from graftc.applications.serving.checking import serve_check
     from graftc.applications.serving.planning import serve_plan
@@ -103,6 +105,7 @@ __all__ = [
     "serve_check",
     "serve_plan",
     "share_base",
+    "sweep",
     "testing",
     "tune",
 ]

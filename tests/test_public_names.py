@@ -19,8 +19,8 @@ from tests.kit.places import EXAMPLES
 PACKAGE = """
     AdapterPool Certificate Compiled GraftError GraftWarning MemoryPlan Merged Report Selection ServingCertificate
     ServingPlan Spec TrainingLog __version__ check compile extend import_peft load load_base
-    load_spec merge_checkpoint methods optim pet plan read_log roles select serve_check serve_plan share_base testing
-    tune
+    load_spec merge_checkpoint methods optim pet plan read_log roles select serve_check serve_plan share_base sweep
+    testing tune
 """
 
 COMPILED = """

@@ -36,11 +36,13 @@ class Stage:
         total: the number of training runs.
         folder: a folder for the run's own files, such as checkpoints; None for a recipe that stores nothing. It is
             created when the run begins, and still exists when an interrupted run is repeated.
+        rate: the learning rate, in a `graftc.sweep`; otherwise None.
     """
 
     number: int
     total: int
     folder: Path | None
+    rate: float | None = None
 
 
 Train = Callable[[Compiled, Stage], object]

@@ -35,6 +35,7 @@ FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "compile": graftc.compile,
     "check": graftc.check,
     "tune": lambda spec, model: graftc.tune(spec, model, print),
+    "sweep": lambda spec, model: graftc.sweep(spec, model, print, float, rates=[1e-3]),
     "plan": graftc.plan,
     "pet": lambda spec, model: graftc.pet(spec, model, None, "data"),
 }
