@@ -154,6 +154,20 @@ def test_over_budget_nothing_is_written(capsys: pytest.CaptureFixture[str], here
     assert data["error"]["code"] == "GC051" and set(here.iterdir()) == before
 
 
+def test_a_folder_of_packed_weights_is_refused_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = saved_base(tmp_path / "base", "llama")
+    spec = {"adapt": [{"method": "lora", "target": {"role": "attn.q"}}], "base": {"quantize": "int8"}}
+    compiled = graftc.compile(spec, load_model(str(base)))
+    perturb(compiled)
+    artifact = compiled.save(tmp_path / "it")
+    monkeypatch.setattr(graftc.Compiled, "merge", lambda *_, **options: pytest.fail("the fold has begun"))
+    options = ("--base", "requantized", "--out", str(tmp_path / "folded"), "--json")
+    outcome = run_here(capsys, "merge", str(artifact), *options)
+    assert outcome.data["error"]["code"] == "GC166" and not (tmp_path / "folded").exists()
+
+
 @pytest.mark.full
 def test_what_does_not_fold_is_refused_by_name_or_kept(
     capsys: pytest.CaptureFixture[str], here: Path, tmp_path: Path

@@ -14,6 +14,7 @@ from graftc.cli.fold_output import print_certificate, print_files
 from graftc.cli.options import (
     AllowUnchanged,
     ArtifactArgument,
+    BaseChoice,
     BaseFormOption,
     BaseOption,
     Budget,
@@ -94,9 +95,12 @@ def merge(
     from graftc.cli.output import time_left
     from graftc.runtime.api import load
     from graftc.runtime.deploy.partial import merge_what_folds
+    from graftc.runtime.interop.transformers import packed_again
 
     compiled = load(directory, model)
     require_packed(base, compiled.compilation.store.packed)
+    if base is BaseChoice.REQUANTIZED and run.out is not None:
+        raise packed_again()
     advance = time_left(run.step, "folding and certifying")
     options: Any = {"dtype": _element_type(dtype), "base": base, "allow_unchanged": allow_unchanged}
     if partial:

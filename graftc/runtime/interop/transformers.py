@@ -55,9 +55,14 @@ def require_plain(store: Store) -> None:
         GraftError: GC166.
     """
     if store.packed:
-        message = "the merged model's weights are packed again, which no transformers class supports"
-        hint = 'merge with base="full" (--base full), or export to ONNX or .pt2, which support packed weights'
-        raise GraftError("GC166", message, hint=hint)
+        raise packed_again()
+
+
+def packed_again() -> GraftError:
+    """Return the error for folded weights that are packed again where only plain values can be stored."""
+    message = "the merged model's weights are packed again, which no transformers class supports"
+    hint = 'merge with base="full" (--base full), or export to ONNX or .pt2, which support packed weights'
+    return GraftError("GC166", message, hint=hint)
 
 
 def _plain_config(config: Any) -> Any:
