@@ -8,6 +8,7 @@ from typing import Any
 from experiments.cells import Cell, Known, Part
 from experiments.tasks import texts_of
 from experiments.training_plans import (
+    BATCH,
     FACTORS,
     LAYERS,
     PER_CLASS,
@@ -56,7 +57,7 @@ def usual(quick: bool = False) -> Setting:
 
 def large_batches(quick: bool = False) -> Setting:
     """Return the setting with large batches: as many texts are seen, in fewer steps."""
-    rows, tokens = 16 * LARGE_BATCH, 48
+    rows, tokens = BATCH[0] * LARGE_BATCH, BATCH[1]
     fields: dict[str, Any] = {"batch": (rows, tokens), "steps": STEPS // LARGE_BATCH}
     return setting_of("claims", "r52", texts_of("r52", PER_CLASS), quick, **fields)
 
@@ -64,7 +65,7 @@ def large_batches(quick: bool = False) -> Setting:
 def few(per_class: int, quick: bool = False) -> Setting:
     """Return a setting with a few texts of each class of R8, and three seeds."""
     texts = texts_of("r8", per_class)
-    return setting_of("claims", "r8", texts, quick, batch=(min(16, texts), 48), seeds=range(3))
+    return setting_of("claims", "r8", texts, quick, batch=(min(BATCH[0], texts), BATCH[1]), seeds=range(3))
 
 
 def tables(quick: bool = False) -> Iterator[tuple[Setting, Mapping[Row, bool]]]:

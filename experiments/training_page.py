@@ -44,12 +44,12 @@ have their papers' places and sizes otherwise.
   A rate with `*` is still at the end of its sweep.
 - **Seeds.** {len(SEEDS)} at the best rate for some methods, one for the others. A seed determines which texts train and
   which choose the rate, their order, the head's and the method's initial values, and dropout. Sweeps use the first.
-- **Figures.** *Test* is the accuracy after the last step on {TESTED} texts, the same in all cells: the mean over seeds,
-  with the {95} % interval of Student's t. *Over the head alone* is the mean of the differences between cells of the
-  same seed, with its interval; **bold** if the interval does not contain zero. *Tensors*: size of the saved adapter
-  with its head. *Step*: median time on one thread. *Peak*: memory of the whole process. *Fold*: time of a certified
-  merge; `-` if a method does not fold. Times and peaks are those of the runs that computed the cells, two at a time
-  on a machine with two cores; they differ between runs, by a tenth or more.
+- **Figures.** *Test* is the accuracy after the last step on {TESTED} texts of the test split, drawn evenly from the
+  classes and the same in all cells: the mean over seeds, with the 95 % interval of Student's t. *Over the head alone*
+  is the mean of the differences between cells of the same seed, with its interval; **bold** if the interval does not
+  contain zero. *Tensors*: size of the saved adapter with its head. *Step*: median time on one thread. *Peak*: memory of
+  the whole process. *Fold*: time of a certified merge; `-` if a method does not fold. Times and peaks are those of the
+  runs that computed the cells, two at a time on a machine with two cores that had other work at times.
 - **Floor.** *{FLOOR}*: logistic (or ridge) regression on MiniLM's frozen sentence embeddings.
 """
 

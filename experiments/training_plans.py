@@ -14,7 +14,7 @@ LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 MOST_RATES = 5
 """A sweep starts with three neighbouring rates. While the best one is at an end, the next rate there is added."""
 SEEDS = range(5)
-STEPS, BATCH, HEAD_RATE = 100, (16, 48), 1e-2
+STEPS, BATCH, HEAD_RATE = 100, (16, 32), 1e-2
 PER_CLASS, MANY = 16, 1000
 LAYERS = ("attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down")
 _LINEAR: Mapping[str, Any] = {"target": {"role": [*LAYERS]}}
